@@ -1,0 +1,286 @@
+"""The plan: what every step of a run is, before anything has started. Frozen, torch-free, JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from scaling.geometry import Cut, solve
+from scaling.rules import Recipe, Rule
+from scaling.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the run with one global batch.
+
+    It starts at the first step boundary at or after ``start_sample``; ``rule`` carries the plan's base recipe to
+    ``global_size`` samples.
+    """
+
+    start_sample: int
+    global_size: int
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: the samples [start, stop) of the sample order, and what the optimizer is told.
+
+    ``index`` counts from 0; ``expected_units`` is what the loss is divided by before backward.
+    """
+
+    index: int
+    start: int
+    stop: int
+    expected_units: int
+    recipe: Recipe
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A name and the reason for it."""
+
+    name: str
+    why: str
+
+
+BASE_SOURCES = {
+    "peak": "lr.peak, given outright",
+    "given": "given (lr.base)",
+    "tuned": "tuned for this task and optimizer",
+    "usual": "a usual starting point of the optimizer, not tuned for this task",
+}
+
+
+class _Stretch(NamedTuple):
+    """A segment as it runs: from which sample and step, with which cut and peak recipe."""
+
+    start: int
+    first_step: int
+    cut: Cut
+    peak: Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run by its global batch.
+
+    Attributes:
+        segments: at least one, by rising ``start_sample``, the first at 0.
+        world: data-parallel ranks. ``per_gpu`` and ``accumulation`` are as asked (None: solved by ``Cut``).
+        granule: samples that stay together in one micro-batch.
+        even: uneven cuts are refused.
+        samples: what ``duration`` asks for; None until the data is opened. The last step is whole, see ``added``.
+        train_samples: samples of one epoch, None until the data is opened.
+        units_per_sample: tokens per sample; None where the unit is the sample. ``unit`` is how sizes are printed.
+        base, base_batch: the recipe, and the global batch it is for, from which the rules start.
+        base_source: where they come from, a key of BASE_SOURCES. ``peak``: lr.peak was given outright; it is then the
+            base itself, at the first segment's batch.
+        schedule: of the LR over samples; None until ``samples`` is known.
+    """
+
+    segments: tuple[Segment, ...]
+    world: int
+    per_gpu: int | None
+    accumulation: int | None
+    granule: int
+    even: bool
+    seed: int
+    samples: int | None
+    train_samples: int | None
+    unit: str
+    units_per_sample: int | None
+    task: str
+    family: str | None
+    optimizer: Choice
+    base: Recipe
+    base_batch: int
+    base_source: str
+    schedule: Schedule | None
+    identity: str
+
+    def __post_init__(self) -> None:
+        starts = [segment.start_sample for segment in self.segments]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"segments have to start at sample 0 and rise; they start at {starts}")
+        self._stretches  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
+
+    @cached_property
+    def _stretches(self) -> list[_Stretch]:
+        stretches: list[_Stretch] = []
+        for segment in self.segments:
+            start = first_step = 0
+            if stretches:
+                last = stretches[-1]
+                steps = -(-(segment.start_sample - last.start) // last.cut.global_size)
+                start, first_step = last.start + steps * last.cut.global_size, last.first_step + steps
+            cut = solve(
+                self.world,
+                global_size=segment.global_size,
+                per_gpu=self.per_gpu,
+                accumulation=self.accumulation,
+                granule=self.granule,
+                even=self.even,
+            )
+            peak = segment.rule.apply(self.base, segment.global_size / self.base_batch)
+            stretches.append(_Stretch(start, first_step, cut, peak))
+        return stretches
+
+    def _stretch_at(self, sample: int) -> _Stretch:
+        return self._stretches[bisect_right(self._stretches, sample, key=lambda stretch: stretch.start) - 1]
+
+    def step_at(self, sample: int) -> Step | None:
+        """The step that starts at ``sample``; None where the run is over. O(log segments).
+
+        Raises:
+            AssertionError: ``sample`` lies inside a step, or the plan isn't complete yet.
+        """
+        assert self.samples is not None and self.schedule is not None, "the plan waits for the data to be opened"
+        if sample >= self.samples:
+            return None
+        stretch = self._stretch_at(sample)
+        steps, inside = divmod(sample - stretch.start, stretch.cut.global_size)
+        assert sample >= 0 and inside == 0, f"sample {sample} is {inside} samples inside a step"
+        return Step(
+            index=stretch.first_step + steps,
+            start=sample,
+            stop=sample + stretch.cut.global_size,
+            expected_units=stretch.cut.global_size * (self.units_per_sample or 1),
+            recipe=replace(stretch.peak, lr=self.schedule.lr(sample, stretch.peak.lr)),
+            cut=stretch.cut,
+        )
+
+    def walk(self, sample: int = 0) -> Iterator[Step]:
+        """All steps from the one that starts at ``sample``."""
+        while step := self.step_at(sample):
+            yield step
+            sample = step.stop
+
+    @property
+    def cut(self) -> Cut:
+        """The cut of the first segment."""
+        return self._stretches[0].cut
+
+    @property
+    def peak(self) -> Recipe:
+        """The recipe at the peak of the first segment."""
+        return self._stretches[0].peak
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
+        if self.samples is None:
+            return None
+        last = self._stretch_at(max(0, self.samples - 1))
+        return last.first_step - (-(self.samples - last.start) // last.cut.global_size)
+
+    @property
+    def added(self) -> int | None:
+        """Samples by which the whole last step exceeds ``samples``."""
+        if self.samples is None:
+            return None
+        last = self._stretch_at(max(0, self.samples - 1))
+        return -(self.samples - last.start) % last.cut.global_size
+
+    @property
+    def epochs(self) -> float | None:
+        """``samples`` in epochs."""
+        return self.samples / self.train_samples if self.samples is not None and self.train_samples else None
+
+    def extend(self, segment: Segment) -> Plan:
+        """The same plan with another segment after its last one.
+
+        Raises:
+            ValueError: it doesn't start after the last one, or its batch can't be dealt.
+        """
+        return replace(self, segments=(*self.segments, segment))
+
+    def dealt(self, world: int, per_gpu: int | None) -> Plan:
+        """The same run on other hardware: nothing of a step changes but its cut."""
+        return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
+
+    @property
+    def lr_why(self) -> str:
+        """The derivation of the peak LR, as in ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
+        rule, batch = self.segments[0].rule, self.segments[0].global_size
+        if self.base_source == "peak":
+            return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']})"
+        factor = rule.law.factor.format(ratio=f"{batch}/{self.base_batch}", power=rule.power or 0)
+        derived = f"peak {self.peak.lr:.6g} = {self.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
+        return f"{derived}; base LR: {BASE_SOURCES[self.base_source]}"
+
+    def summary(self) -> dict[str, Any]:
+        """What ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
+        from scaling.advice import warnings
+
+        outright = self.base_source == "peak"
+        return {
+            "global_size": self.cut.global_size,
+            "per_gpu": self.cut.per_gpu,
+            "accumulation": self.cut.accumulation,
+            "world_size": self.world,
+            "micro_batches": self.cut.micro_batches,
+            "idle": self.cut.idle,
+            "steps": self.steps,
+            "added_samples": self.added,
+            "epochs": self.epochs,
+            "lr": {
+                "base": None if outright else self.base.lr,
+                "base_batch": None if outright else self.base_batch,
+                "rule": self.segments[0].rule.name,
+                "factor": self.peak.lr / self.base.lr,
+                "peak": self.peak.lr,
+                "warmup_samples": self.schedule.warmup_samples if self.schedule else None,
+                "why": self.lr_why,
+            },
+            "warnings": warnings(self),
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
+        fields = asdict(self)
+        asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
+        return json.dumps({**self.summary(), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not JSON, a field is missing or of the wrong kind, or the summary says something else than
+                the fields do (the file was edited or damaged).
+        """
+        try:
+            stored = json.loads(text)
+            fields = {name: stored[name] for name in cls.__dataclass_fields__ if name not in stored["asked"]}
+            segments = tuple(
+                Segment(s["start_sample"], s["global_size"], Rule(**s["rule"])) for s in fields.pop("segments")
+            )
+            base = fields.pop("base")
+            schedule = fields.pop("schedule")
+            plan = cls(
+                segments=segments,
+                base=Recipe(**{**base, "betas": tuple(base["betas"])}),
+                schedule=schedule and Schedule(**{**schedule, "milestones": tuple(schedule["milestones"])}),
+                optimizer=Choice(**fields.pop("optimizer")),
+                **stored["asked"],
+                **fields,
+            )
+            again = json.loads(plan.to_json())
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
+            raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
+        if wrong := [name for name in again if again[name] != stored.get(name)]:
+            raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}")
+        return plan
+
+    def table(self) -> str:
+        """The plan as people read it."""
+        from scaling.table import table
+
+        return table(self)

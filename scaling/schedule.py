@@ -1,0 +1,104 @@
+"""The learning rate as a function of samples seen, never of steps: warmup, then one of six decays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Linear warmup from an LR to the peak, then a decay to ``final`` × peak.
+
+    Attributes:
+        samples: length of the run that the schedule is laid over, in samples.
+        warmup_samples: LR climbs linearly over [0, warmup_samples).
+        warmup_from: LR at sample 0 (Goyal et al. 2017: the small batch's LR).
+        decay: a name of DECAYS.
+        final: share of the peak at the end (all but ``step`` and ``constant``).
+        exponent: of ``polynomial``.
+        milestones: samples at which ``step`` multiplies the LR by ``gamma``.
+        cooldown_samples: length of the falling part of ``wsd``.
+    """
+
+    samples: int
+    warmup_samples: int
+    warmup_from: float
+    decay: str
+    final: float
+    exponent: float
+    milestones: tuple[int, ...]
+    gamma: float
+    cooldown_samples: int
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise ValueError(f"lr.decay={self.decay}: known decays are {', '.join(DECAYS)}")
+        if self.warmup_samples > self.samples:
+            raise ValueError(
+                f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}; "
+                "shorten it, or say it in % of the run"
+            )
+        if self.decay == "wsd" and self.warmup_samples + self.cooldown_samples > self.samples:
+            raise ValueError(
+                f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples}) are longer "
+                f"together than the run ({self.samples})"
+            )
+        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
+            raise ValueError(f"lr.milestones have to rise; they come to {list(self.milestones)} samples")
+
+    def lr(self, sample: int, peak: float) -> float:
+        """LR at ``sample`` of a run whose peak LR is ``peak``."""
+        if sample < self.warmup_samples:
+            return self.warmup_from + (peak - self.warmup_from) * sample / self.warmup_samples
+        return peak * DECAYS[self.decay](self, sample)
+
+    def _falling(self, sample: int, start: int) -> float:
+        """Progress in [0, 1] of a fall that starts at ``start`` and ends with the run."""
+        return min(1.0, max(0.0, (sample - start) / max(1, self.samples - start)))
+
+    def _between(self, remaining: float) -> float:
+        """``final`` where nothing remains, 1 where all does."""
+        return self.final + (1 - self.final) * remaining
+
+
+def cosine(s: Schedule, sample: int) -> float:
+    """Half a cosine: ½(1 + cos πt) (Loshchilov & Hutter 2017)."""
+    return s._between((1 + math.cos(math.pi * s._falling(sample, s.warmup_samples))) / 2)
+
+
+def linear(s: Schedule, sample: int) -> float:
+    """1 − t."""
+    return s._between(1 - s._falling(sample, s.warmup_samples))
+
+
+def polynomial(s: Schedule, sample: int) -> float:
+    """(1 − t)^exponent."""
+    return s._between((1 - s._falling(sample, s.warmup_samples)) ** s.exponent)
+
+
+def step(s: Schedule, sample: int) -> float:
+    """gamma^(milestones passed)."""
+    return s.gamma ** sum(sample >= milestone for milestone in s.milestones)
+
+
+def constant(s: Schedule, sample: int) -> float:
+    """1."""
+    return 1.0
+
+
+def wsd(s: Schedule, sample: int) -> float:
+    """Warmup-stable-decay: 1, then a linear fall over the last ``cooldown_samples`` (Hu et al. 2024)."""
+    return s._between(1 - s._falling(sample, s.samples - s.cooldown_samples))
+
+
+DECAYS: dict[str, Callable[[Schedule, int], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "polynomial": polynomial,
+    "step": step,
+    "constant": constant,
+    "wsd": wsd,
+}

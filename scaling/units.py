@@ -1,0 +1,87 @@
+"""Durations that carry their unit, so that a schedule means the same at every batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["ep", "st", "sa", "tok", "%"]
+
+MEANING: dict[str, str] = {"ep": "epochs", "st": "steps", "sa": "samples", "tok": "tokens", "%": "percent of the run"}
+EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)"
+
+_NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A non-negative length of training: a number and its unit.
+
+    >>> Duration.parse("10ep"), str(Duration.parse("1e6sa"))
+    (Duration(value=10.0, unit='ep'), '1000000sa')
+    """
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: object) -> Duration:
+        """Read ``"10ep"``; a bare 0 needs no unit.
+
+        Raises:
+            ValueError: no number, no unit, an unknown unit, a negative or an endless number.
+        """
+        match = _NUMBER_THEN_UNIT.fullmatch(str(text)) if isinstance(text, str | int | float) else None
+        if match is None or isinstance(text, bool):
+            raise ValueError(f"{text!r} is not a duration; write a number and its unit: {EXAMPLES}")
+        value, unit = float(match[1]), match[2].lower()
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{text!r} is not a duration: the number has to be 0 or more, and finite")
+        if not unit and value == 0:
+            unit = "sa"
+        if not unit:
+            raise ValueError(f"{text!r} has no unit; write {match[1]} with one of: {EXAMPLES}")
+        if unit not in MEANING:
+            raise ValueError(f"{text!r} has the unknown unit {unit!r}; known are: {EXAMPLES}")
+        return cls(value, unit)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        number = str(int(self.value)) if self.value == int(self.value) else repr(self.value)
+        return f"{number}{self.unit}"
+
+    def samples(
+        self,
+        *,
+        global_size: int,
+        train_samples: int | None = None,
+        units_per_sample: int | None = None,
+        run_samples: int | None = None,
+    ) -> int | None:
+        """This duration in samples, rounded up to a whole one.
+
+        Args:
+            global_size: samples per optimizer step, for ``st``.
+            train_samples: samples per epoch, for ``ep``.
+            units_per_sample: tokens per sample, for ``tok``.
+            run_samples: samples of the whole run, for ``%``.
+
+        Returns:
+            The samples, or None where they follow from a number that isn't known yet (``ep`` and ``%`` before the
+            data is opened).
+
+        Raises:
+            ValueError: tokens of a task whose samples have no fixed number of tokens.
+        """
+        if self.unit == "tok" and units_per_sample is None:
+            raise ValueError(f"{self} counts tokens, but this task has no fixed units_per_sample; use ep, st or sa")
+        share = {"sa": 1, "st": global_size, "ep": train_samples, "%": run_samples, "tok": units_per_sample}[self.unit]
+        if share is None:
+            return None
+        exact = self.value * share
+        if self.unit == "tok":
+            exact = self.value / share
+        elif self.unit == "%":
+            exact = exact / 100
+        return math.ceil(round(exact, 6))

@@ -1,0 +1,141 @@
+"""Randomness that follows the sample, not the rank: the same masks however a global batch is cut.
+
+A mask is a function of (seed, the sample's position in the run, layer, call). Whatever else draws random numbers in a
+forward takes them from torch's default generators, which are keyed by micro-batch: reproducible, but not equal over cuts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_MASK64 = (1 << 64) - 1
+
+
+def mix(*words: int) -> int:
+    """A 64-bit hash of integers (splitmix64's finaliser, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for word in words:
+        state = (state ^ (word & _MASK64)) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def generator_for(seed: int, position: int) -> torch.Generator:
+    """The generator that ``augment`` gets for the sample at ``position`` of the run."""
+    return torch.Generator().manual_seed(mix(seed, position, 1) >> 1)
+
+
+class Stream:
+    """Which samples the current forward is about; shared by all keyed layers of a model."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.positions = range(0)
+        self.unkeyed: set[str] = set()  # layers whose rows weren't a multiple of the samples
+        self._device = device
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Stream:
+        return self
+
+    def start(self, start: int, stop: int) -> None:
+        """Begin the forward of the samples at positions [start, stop) of the run."""
+        self.positions = range(start, stop)
+        for generator in self._generators:
+            generator.manual_seed(mix(self.seed, start, 2) >> 1)
+
+    def keys(self, layer: int, call: int) -> Tensor:
+        """Two 32-bit keys for each sample: int32 [2, samples, 1]."""
+        salt = mix(self.seed, layer, call, 3)
+        positions = torch.arange(self.positions.start, self.positions.stop, dtype=torch.int64)
+        words = _finalise64(positions * -7046029254386353131 + (salt - (1 << 63)))
+        return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self._device, non_blocking=True)
+
+
+def _finalise64(words: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64; ``>>`` keeps the sign, so the copies of it are masked away."""
+    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return words ^ ((words >> 31) & ((1 << 33) - 1))
+
+
+def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
+    """31 uniform bits for each element of each sample: int32 [samples, elements], from keys int32 [2, samples, 1].
+
+    murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
+    """
+    words = torch.arange(elements, dtype=torch.int32, device=keys.device).mul_(-1640531527) ^ keys[0]
+    shifted = torch.empty_like(words)
+    for key in (keys[1], None):
+        words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
+        words *= -2048144789
+        words ^= torch.bitwise_right_shift(words, 13, out=shifted).bitwise_and_(0x7FFFF)
+        words *= -1028477387
+        if key is not None:
+            words ^= key
+    words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
+    return words.bitwise_and_(0x7FFFFFFF)
+
+
+class KeyedDropout(nn.Dropout):
+    """nn.Dropout (and, with ``channels``, Dropout1d to 3d) whose mask follows the sample.
+
+    The rows of its input have to be a multiple of the micro-batch's samples, in their order (as [samples, …] and
+    [samples × tokens, …] are); for other inputs it falls back to torch's dropout, keyed by micro-batch.
+    """
+
+    def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
+        super().__init__(p, inplace)
+        self._stream, self._name, self._layer, self._channels = stream, name, layer, channels
+        self._calls: dict[int, int] = {}
+        self._of = range(0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        stream, samples = self._stream, len(self._stream.positions)
+        if not self.training or self.p == 0 or input.numel() == 0:
+            return input
+        if not samples or input.shape[0] % samples or (self._channels and input.shape[0] != samples):
+            stream.unkeyed.add(self._name)
+            return nn.functional.dropout(input, self.p, True, self.inplace)
+        # A module that is called again in one forward needs another mask, a recomputed activation the same one. What
+        # tells them apart is torch's own generator: checkpointing restores it before it recomputes.
+        if self._of is not stream.positions:
+            self._calls, self._of = {}, stream.positions
+        draw = int(torch.empty((), dtype=torch.int64).random_())
+        call = self._calls.setdefault(draw, len(self._calls))
+        elements = input.shape[1] if self._channels else input.numel() // samples
+        bits = _uniform_bits(stream.keys(self._layer, call), elements)
+        scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+        if self._channels:
+            scale = scale.view(samples, elements, *[1] * (input.dim() - 2))
+        else:
+            scale = scale.view(input.shape)
+        return input.mul_(scale) if self.inplace else input * scale
+
+
+_SWAPPED = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropout3d: True}
+
+
+def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
+    """Swap every dropout module of ``model`` for a keyed one, in place (a shared one stays shared)."""
+    if type(model) in _SWAPPED:
+        return _keyed(model, stream, "", 0)
+    swapped: dict[nn.Module, KeyedDropout] = {}
+    for layer, (name, module) in enumerate(list(model.named_modules())):
+        if type(module) in _SWAPPED:
+            swapped[module] = _keyed(module, stream, name, layer)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in swapped:
+                setattr(parent, name, swapped[child])
+    return model
+
+
+def _keyed(module: nn.Module, stream: Stream, name: str, layer: int) -> KeyedDropout:
+    assert isinstance(module, nn.modules.dropout._DropoutNd)
+    keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
+    return keyed.train(module.training)

@@ -1,0 +1,105 @@
+"""The run directory: the files by which launchers, workers and Slurm scripts know of each other. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
+
+EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
+
+
+class Refused(ValueError):
+    """Something the user gave can't work; the message says what, and what would. Never restarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt at a run ended (or that it is ``running``); the content of ``outcome.json``.
+
+    Attributes:
+        step, samples: optimizer steps and samples completed.
+        attempt: id of this start of the command; ``restarts`` counts the agent's restarts within it.
+    """
+
+    state: State
+    cause: str
+    step: int
+    samples: int
+    attempt: str
+    restarts: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODE[self.state]
+
+    @classmethod
+    def of(cls, fields: Any) -> Outcome:
+        """Checked reading. Raises ValueError for anything but what ``outcome.json`` holds."""
+        kinds = {"state": str, "cause": str, "step": int, "samples": int, "attempt": str, "restarts": int}
+        if not isinstance(fields, dict) or any(type(fields.get(key)) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"not an outcome: {fields!r}")
+        if fields["state"] not in get_args(State):
+            raise ValueError(f"not a state of a run: {fields['state']!r}")
+        return cls(**{key: fields[key] for key in kinds})
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name in the same folder, fsync, rename: readers see all of it or the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunDir:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def outcome(self) -> Outcome | None:
+        """What ``outcome.json`` says; None if there is none.
+
+        Raises:
+            Refused: the file is damaged.
+        """
+        file = self.path / "outcome.json"
+        try:
+            return Outcome.of(json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Refused(f"{file} is damaged ({error}); move it away, or name another run.dir") from None
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Set ``outcome.json``. ``stopped`` never replaces another end of the same attempt."""
+        if outcome.state == "stopped":
+            before = self.outcome()
+            if before and before.attempt == outcome.attempt and before.state not in ("running", "stopped"):
+                return
+        write_atomic(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append a line to ``events.jsonl``: one write of one line, so that a reader never sees half of another's."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}) + "\n"
+        with open(self.path / "events.jsonl", "ab", buffering=0) as file:
+            file.write(line.encode())
