@@ -18,6 +18,10 @@ class Refused(ValueError):
     """Something the user gave can't work; the message says what, and what would. Never restarted."""
 
 
+class Fatal(RuntimeError):
+    """The run crashed, and would crash again the same way (a loss that isn't finite). Never restarted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How an attempt at a run ended (or that it is ``running``); the content of ``outcome.json``.

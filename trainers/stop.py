@@ -1,0 +1,65 @@
+"""Wishes to stop: a signal is only recorded here, and answered at the next step boundary. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class Stopped(BaseException):
+    """A signal came while there was nothing to finish (see ``Stop.interrupting``)."""
+
+
+class Stop:
+    """Records the first of TERM, INT and USR2.
+
+    Attributes:
+        wanted: name of the signal that asked for the stop; None while there was none. The training loop shares it
+            between the ranks once a step, so that all of them stop at the same one.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: str | None = None
+        self._interrupts = 0
+        self._hurry = True
+        self._raises = False
+
+    def install(self, *, hurry: bool = True) -> Stop:
+        """Handle the three signals from now on, in this process.
+
+        Args:
+            hurry: a second INT (an impatient Ctrl-C) ends the process at once, with 130. Off for workers, which may
+                get one INT from the terminal and the same again from their launcher.
+        """
+        self._hurry = hurry
+        for number in SIGNALS:
+            signal.signal(number, self._record)
+        return self
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """While waiting for others, before there is a step whose end could be waited for, a signal raises.
+
+        Raises:
+            Stopped: there was a signal, before or within.
+        """
+        self._raises = True
+        try:
+            if self.wanted:
+                raise Stopped(self.wanted)
+            yield
+        finally:
+            self._raises = False
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._hurry and self._interrupts > 1:
+            os._exit(130)
+        self.wanted = self.wanted or signal.Signals(number).name
+        if self._raises:
+            raise Stopped(self.wanted)
