@@ -1,0 +1,197 @@
+"""From a command line to a RunConfig. The only file that knows Hydra: its compose API and its grammar of overrides."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
+
+from conf.explain import ConfigError, explain, for_shell, leaves, nearest, unknown_key
+from conf.schema import RunConfig
+
+HERE = Path(__file__).parent
+PRIMARY = "config"
+
+
+def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
+    """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
+
+    Raises:
+        ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
+    """
+    roots = [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], and text 'a,b' in quotes)"
+            )
+    for_hydra = [_for_hydra(override, roots) for override in parsed]
+    for root in roots[1:]:
+        for_hydra.append(f"hydra.searchpath=[{_quoted(f'file://{root}')}]")
+    with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
+        try:
+            plain = OmegaConf.to_container(hydra_compose(PRIMARY, for_hydra), resolve=True, throw_on_missing=True)
+            given = {key for override in parsed for key in _given(override)}
+            if any(override.key_or_group == "experiment" for override in parsed):
+                given.update(_given_by_experiments(for_hydra, roots))
+        except MissingConfigException as error:
+            raise ConfigError(_no_such_option(error)) from None
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"{error.full_key} has to be given: {error.full_key}=…") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {_short(error)}" if error.full_key else _short(error)) from None
+        except (HydraException, yaml.YAMLError, ValueError) as error:
+            raise ConfigError(_short(error)) from None
+    assert isinstance(plain, dict)
+    return validated(plain | {"given": sorted(given)})
+
+
+def validated(plain: dict[str, Any]) -> RunConfig:
+    """``plain`` as a RunConfig. Raises ConfigError."""
+    _check_values("", plain)
+    try:
+        return RunConfig.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise ConfigError(explain(error, plain)) from None
+
+
+def _check_values(key: str, value: Any) -> None:
+    """Nothing but what JSON can say without a loss: free mappings may hold anything, and all of it is hashed."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{key} has the key {name!r}; keys have to be text, as '{name}' in quotes")
+            _check_values(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_values(f"{key}.{index}", inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} can't be: numbers have to be finite")
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{key}={value!r} can't be: a {type(value).__name__} isn't a value that YAML and JSON share")
+
+
+def _parse(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(_unparsable(text, error)) from None
+    top = override.key_or_group.replace("/", ".").partition(".")[0]
+    if top == "hydra":
+        raise ConfigError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
+    if top in ("", "given"):
+        raise ConfigError(unknown_key(override.key_or_group or text))
+    return override
+
+
+def _unparsable(text: str, error: HydraException) -> str:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text!r} isn't key=value (or ~key); --help shows the command line"
+    quoted = f"{key}={_quoted(value)}"
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return f"{text!r} can't be read: {_short(error)}"
+    return f"{text!r} can't be read as it stands; with quotes it is text: {for_shell(quoted)}"
+
+
+def _quoted(text: str) -> str:
+    """``text`` as one value of Hydra's grammar."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _options(group: str, roots: Sequence[Path]) -> list[str]:
+    """Choices of a group; none where it isn't a group."""
+    return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+
+
+def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
+    """The override as Hydra is to hear it.
+
+    Hydra wants ``++`` for keys that aren't there yet. It gets that for every key: what isn't there and shouldn't be,
+    the schema finds, which knows what was meant.
+    """
+    text, value = str(override.input_line), override.value()
+    options = _options(override.key_or_group, roots)
+    if not options or isinstance(value, dict):
+        return f"++{text}" if override.type is OverrideType.CHANGE and override.package is None else text
+    if override.is_delete():
+        return text
+    if override.type is not OverrideType.CHANGE and (HERE / override.key_or_group).is_dir():
+        raise ConfigError(f"{text}: {override.key_or_group} is there already; leave out the +: {text.lstrip('+')}")
+    if value is None:
+        return f"~{override.get_key_element()}"
+    for name in value if isinstance(value, list) else [value]:
+        if not any((root / override.key_or_group / f"{name}.yaml").is_file() for root in roots):
+            raise ConfigError(_no_such_choice(override.key_or_group, str(name), options))
+    return text
+
+
+def _no_such_choice(group: str, name: str, options: Sequence[str]) -> str:
+    return f"there is no {group}={name}{nearest(name, options) or ';'} {group} can be {', '.join(options)}"
+
+
+def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterator[str]:
+    """Keys in the experiments that were chosen and in what they inherit from; groups whose choice they override."""
+    found = GlobalHydra.instance().config_loader().compute_defaults_list(PRIMARY, overrides, RunMode.RUN)
+    parents = {default.config_path: default.parent for default in found.defaults}
+
+    def in_experiment(path: str | None) -> bool:
+        return path is not None and (path.startswith("experiment/") or in_experiment(parents.get(path)))
+
+    for default in found.defaults:
+        if in_experiment(default.config_path):
+            group = default.config_path.rpartition("/")[0]
+            if default.package and default.package == group.replace("/", "."):
+                yield default.package
+            else:
+                files = [root / f"{default.config_path}.yaml" for root in roots]
+                content = OmegaConf.load(next(file for file in files if file.is_file()))
+                content.pop("defaults", None)
+                yield from leaves(default.package or "", OmegaConf.to_container(content))
+    for group, override in found.overrides.override_metadata.items():
+        if in_experiment(override.containing_config_path):
+            yield group
+
+
+def _given(override: Override) -> Iterator[str]:
+    """Keys that an override gives: the group's name for a choice, the list's for one of its places."""
+    if override.key_or_group != "experiment":
+        yield from leaves(re.sub(r"\.\d+(\..*)?$", "", override.key_or_group), override.value())
+
+
+def _no_such_option(error: MissingConfigException) -> str:
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    if error.options:
+        return _no_such_choice(group, name, error.options)
+    return _short(error)
+
+
+def _short(error: Exception) -> str:
+    """What Hydra or OmegaConf say, in one line."""
+    said = str(error) or str(error.__cause__)
+    if match := re.search(r"Could not append to config. An item is already at '(.*)'", said):
+        return f"{match[1]} is there already; leave out the +"
+    if match := re.search(r"Could not delete from config. '(.*)' does not exist", said):
+        return f"~{match[1]}: there is no value to delete; a key that is off is null"
+    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    return textwrap.shorten(" ".join(lines), 400, placeholder=" …")

@@ -1,0 +1,170 @@
+"""What was wrong with a config, in one line each: the key with its value, and what would work."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher, get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from conf.schema import RunConfig
+
+# What other launchers call it, where the spelling is too far from ours to be guessed.
+ELSEWHERE = {
+    "epochs": "duration=10ep",
+    "max_epochs": "duration=10ep",
+    "num_train_epochs": "duration=10ep",
+    "max_steps": "duration=5000st",
+    "learning_rate": "lr.base or lr.peak",
+    "batch_size": "batch.global_size or batch.per_gpu",
+    "train_batch_size": "batch.global_size",
+    "per_device_train_batch_size": "batch.per_gpu",
+    "gradient_accumulation_steps": "batch.accumulation",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "num_workers": "data.workers",
+    "devices": "cluster.gpus_per_node",
+    "nproc_per_node": "cluster.gpus_per_node",
+    "nnodes": "cluster.nodes",
+}
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that isn't empty",
+    "tuple_type": "a list: [a,b]",
+    "dict_type": "a mapping: {name: value}",
+    "finite_number": "finite",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_long": "a list of {max_length}",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+}
+
+
+class ConfigError(ValueError):
+    """The command line or a config file asks for what can't be."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` where a known word is near, else nothing."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a config, sections and their keys; of every choice where a section has several."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys(kind, f"{key}.")
+
+
+def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
+    """The message for a key that there isn't; ``siblings`` are those beside it."""
+    section, _, last = key.rpartition(".")
+    known = sorted(set(keys()) - {"given"})
+    if key in known:
+        return f"{key} isn't a key of this {section}, which has {', '.join(siblings)}"
+
+    def likeness(other: str) -> float:
+        names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
+        return max(SequenceMatcher(None, key, other).ratio(), 0.99 * names)
+
+    best = max(map(likeness, known))
+    near = [other for other in known if likeness(other) > best - 0.02][:3] if best > 0.7 else []
+    if hint := ELSEWHERE.get(last) or " or ".join(near):
+        return f"unknown key {key}; did you mean {hint}?"
+    inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
+    return f"unknown key {key}; " + (f"there are {', '.join(inside)}" if inside else "--help lists the keys there are")
+
+
+def explain(error: ValidationError, data: dict[str, Any]) -> str:
+    """``error``, raised for ``data``, as one line per key."""
+    sentences: list[str] = []
+    wanted: dict[str, tuple[Any, list[str]]] = {}  # key → its value, and what that could have been instead
+    for fault in error.errors(include_url=False):
+        key, beside = _place(fault, data)
+        if fault["type"] == "union_tag_invalid":
+            key, fault["input"] = f"{key}.name", fault["ctx"]["tag"]
+        expected = EXPECTED.get(fault["type"])
+        if expected is None or any(other.startswith(f"{key}.") for other in keys()):
+            sentences += _sentences(key, beside, fault)
+        else:
+            choices = wanted.setdefault(key, (fault["input"], []))[1]
+            choices.append(expected.format(**{name: _bare(text) for name, text in fault.get("ctx", {}).items()}))
+    sentences += [_line(key, value, list(dict.fromkeys(choices))) for key, (value, choices) in wanted.items()]
+    return "\n".join(dict.fromkeys(sentences))
+
+
+def _place(fault: Any, data: Any) -> tuple[str, list[str]]:
+    """The key of ``fault`` without the names of union members that pydantic puts between, and the keys beside it."""
+    path, beside = [], []
+    for part in fault["loc"]:
+        inside = isinstance(data, dict) and (part in data or (fault["type"] == "missing" and part == fault["loc"][-1]))
+        if inside or (isinstance(data, list) and isinstance(part, int)):
+            beside = [name for name in data if name != part] if isinstance(data, dict) else []
+            data = data[part] if isinstance(data, list) else data.get(part)
+            path.append(str(part))
+    return ".".join(path), beside
+
+
+def _sentences(key: str, beside: list[str], fault: Any) -> list[str]:
+    kind, value = fault["type"], fault["input"]
+    if kind == "extra_forbidden":
+        return [unknown_key(full, beside) for full in leaves(key, value)]
+    if kind == "missing":
+        return [f"{key} has no value; a key can be null where its comment says so, but not be deleted"]
+    if kind == "value_error":  # of a section: a sentence of its own; of a key: begins with the value
+        text = str(fault["ctx"]["error"])
+        return [text if isinstance(value, dict) else f"{key}={text}"]
+    inside = [other for other in keys() if other.startswith(f"{key}.")]
+    if inside:
+        return [f"{key}={shown(value)} can't be: {key} holds {', '.join(dict.fromkeys(inside))}"]
+    return [f"{key}={shown(value)} can't be: {fault['msg']}"]
+
+
+def _line(key: str, value: Any, choices: list[str]) -> str:
+    """What the value has to be, and perhaps what was meant."""
+    names = [name for choice in choices for name in choice.replace(" or ", ", ").split(", ")]
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    if isinstance(value, float) and value.is_integer() and "a whole number" in choices:
+        hint = f"; did you mean {int(value)}?"
+    elif "text" in choices and isinstance(value, bool | int | float):
+        quoted = f"{key}='{shown(value)}'"
+        hint = f"; as text: {for_shell(quoted)}"
+    return f"{key}={shown(value)} can't be: it has to be {', or '.join(choices)}{hint}"
+
+
+def shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def for_shell(text: str) -> str:
+    """``text`` as one word of a command line."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def _bare(text: Any) -> Any:
+    return text.replace("'", "") if isinstance(text, str) else text
+
+
+def leaves(key: str, value: Any) -> Iterator[str]:
+    """Dotted keys from ``key`` down to those that hold values."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from leaves(f"{key}.{name}" if key else str(name), inner)
+    elif key:
+        yield key

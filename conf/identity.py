@@ -1,0 +1,70 @@
+"""A run's identity: a hash of its science. The same science on other hardware, or logged elsewhere, is the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+
+HOUSEKEEPING = (
+    "action", "output", "device", "debug", "engine", "cluster", "data", "evaluate", "log", "run", "plan", "given",
+)  # fmt: skip
+FREE = ("task.args", "model.args", "optimizer.args")  # hashed as they are: whoever takes them knows what null means
+
+
+def science(config: RunConfig) -> dict[str, Any]:
+    """What makes the run this one: dotted key → value, without what is off.
+
+    A key that is null, false or empty is left out, so that a key which is new, and off, changes no old identity. Where
+    the global batch rules, how it is dealt is hardware; else it follows from the two that were given.
+    """
+    plain = config.model_dump(mode="json", by_alias=True, exclude=set(HOUSEKEEPING))
+    dealt = {"batch.per_gpu", "batch.accumulation"}
+    left_out = dealt if global_size_rules(config) else {"batch.global_size"}
+    leaves = _leaves("", plain)
+    return {key: value for key, value in leaves.items() if key not in left_out and not _off(value)}
+
+
+def global_size_rules(config: RunConfig) -> bool:
+    """Whether the global batch is what was asked for, and not the product of the two that were given."""
+    batch = config.batch
+    return "batch.global_size" in config.given or batch.per_gpu is None or batch.accumulation is None
+
+
+def identity(config: RunConfig) -> str:
+    """12 hexadecimal digits."""
+    text = json.dumps(science(config), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where the run lives: ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside it."""
+    named = Path("runs") / f"{config.run.name or config.task.name}-{identity(config)}"
+    directory = Path(config.run.dir) if config.run.dir else named
+    return first_free(directory) if config.run.new else directory
+
+
+def first_free(directory: Path) -> Path:
+    """``directory``, or the first of ``directory-2``, ``directory-3``, … that doesn't exist."""
+    number, free = 1, directory
+    while free.exists():
+        number += 1
+        free = directory.with_name(f"{directory.name}-{number}")
+    return free
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+def _leaves(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict) and prefix not in FREE:
+        return {
+            key: leaf
+            for name, inner in value.items()
+            for key, leaf in _leaves(f"{prefix}.{name}" if prefix else name, inner).items()
+        }
+    return {prefix: value}

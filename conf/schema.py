@@ -1,0 +1,231 @@
+"""What a run's config may hold: types and checks. Every default is in the YAML files beside this one, none is here.
+
+Attributes are named as the keys are; what each key means is said in the YAML. Models are frozen, and what was read is
+never changed: ``5%`` stays a Duration until the plan knows the run.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+
+from scaling.units import Duration
+
+
+def _duration(value: object) -> Duration:
+    return value if isinstance(value, Duration) else Duration.parse(value)
+
+
+def _lasting(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise ValueError(f"{duration}: an interval has to be more than 0")
+    return duration
+
+
+def _matching(pattern: str, like: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} has to be {like}")
+        return text
+
+    return AfterValidator(check)
+
+
+Length = Annotated[Duration, PlainValidator(_duration), PlainSerializer(str, return_type=str)]
+Interval = Annotated[Length, AfterValidator(_lasting)]
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Memory = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, _matching(r"\w[\w.+=-]{0,99}", "a name for a folder: letters, digits, and . _ + = -")]
+Target = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
+Variable = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
+HostAndPort = Annotated[str, _matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, as node-1:29500")]
+Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+class Tuned(_Section):
+    """A learning rate with the global batch, in samples, that it goes with."""
+
+    lr: Positive
+    batch: Size
+
+
+class Task(_Section):
+    name: Name
+    target: Target = Field(alias="_target_")
+    args: Free
+    train_samples: Size | None
+    units_per_sample: Size | None
+    family: str | None
+    tuned: dict[str, Tuned]
+
+
+class Model(_Section):
+    target: Target | None = Field(alias="_target_")
+    args: Free
+
+    @model_validator(mode="after")
+    def _args_are_someones(self) -> Model:
+        if self.args and self.target is None:
+            raise ValueError("model.args needs model._target_; the task's own model takes task.args")
+        return self
+
+
+class Batch(_Section):
+    global_size: Size | Literal["all"]
+    per_gpu: Size | None
+    accumulation: Size | None
+    unit: Literal["samples", "tokens"]
+    even: bool
+
+
+class LearningRate(_Section):
+    base: Positive | None
+    base_batch: Size | None
+    rule: Literal["auto", "linear", "sqrt", "power", "none"]
+    power: float | None
+    peak: Positive | None
+    warmup: Length
+    warmup_from: NotNegative | None
+    decay: Literal["cosine", "linear", "polynomial", "step", "constant", "wsd"]
+    final: Share
+    exponent: Positive
+    milestones: tuple[Length, ...]
+    gamma: Positive
+    cooldown: Length
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> LearningRate:
+        if self.rule == "power" and self.power is None:
+            raise ValueError("lr.rule=power needs lr.power, its exponent: 1 is rule=linear, 0.5 is rule=sqrt")
+        if self.rule != "power" and self.power is not None:
+            raise ValueError(f"lr.power={self.power} is only used by lr.rule=power; lr.rule is {self.rule}")
+        if self.decay == "step" and not self.milestones:
+            raise ValueError("lr.decay=step needs lr.milestones: lr.milestones=[50%,75%]")
+        return self
+
+
+class _Optimizer(_Section):
+    family: Literal["sgd", "adam"]
+    weight_decay: NotNegative | None
+    usual: Tuned | None
+    args: Free
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """Decay rates of the moments: (momentum,), (beta 1, beta 2), or () where they aren't known."""
+        return ()
+
+    @property
+    def epsilon(self) -> float | None:
+        return None
+
+
+class SGD(_Optimizer):
+    name: Literal["sgd"]
+    momentum: Memory
+    nesterov: bool
+
+    @model_validator(mode="after")
+    def _nesterov_looks_along_momentum(self) -> SGD:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov=true needs optimizer.momentum above 0; or optimizer.nesterov=false")
+        return self
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        return (self.momentum,)
+
+
+class AdamW(_Optimizer):
+    name: Literal["adamw"]
+    betas: tuple[Memory, Memory]
+    eps: Positive
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        return self.betas
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.eps
+
+
+class CustomOptimizer(_Optimizer):
+    name: Literal["custom"]
+    target: Target = Field(alias="_target_")
+
+
+class Engine(_Section):
+    name: Literal["ddp"]
+    config: Free
+
+
+class Cluster(_Section):
+    name: Literal["local"]
+    nodes: Size
+    gpus_per_node: Size | Literal["auto"]
+    rendezvous: HostAndPort | None
+    max_restarts: Count
+    timeout_s: Positive
+    environment: dict[Variable, str | int]
+
+
+class Data(_Section):
+    workers: Count
+
+
+class Evaluate(_Section):
+    every: Interval | None
+
+
+class Log(_Section):
+    every: Interval
+
+
+class Run(_Section):
+    dir: Annotated[str, Field(min_length=1)] | None
+    name: Name | None
+    new: bool
+
+
+class PlanOptions(_Section):
+    open_data: bool
+
+
+class RunConfig(_Section):
+    """One run, whole.
+
+    Attributes:
+        given: keys given on the command line or in an experiment, dotted; a group's choice by the group's name.
+    """
+
+    action: Literal["train", "plan"]
+    output: Literal["text", "json"]
+    duration: Length
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: Literal["auto", "cpu", "cuda"]
+    debug: bool
+    clip_norm: Positive | None
+    batch: Batch
+    lr: LearningRate
+    model: Model
+    data: Data
+    evaluate: Evaluate
+    log: Log
+    run: Run
+    plan: PlanOptions
+    task: Task
+    optimizer: Annotated[SGD | AdamW | CustomOptimizer, Field(discriminator="name")]
+    engine: Engine
+    cluster: Cluster
+    given: tuple[str, ...]
