@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -19,11 +17,11 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
-from conf.explain import ConfigError, explain, for_shell, leaves, nearest, unknown_key
+from conf.explain import ConfigError, for_shell, leaves, nearest, unknown_key, validated
 from conf.schema import RunConfig
+from conf.stored import choices, going_on, load, over, refuse_other_science
 
 HERE = Path(__file__).parent
 PRIMARY = "config"
@@ -31,6 +29,8 @@ PRIMARY = "config"
 
 def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
     """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
+
+    Where ``run.dir`` is given and holds a run, its config takes the place of the defaults.
 
     Raises:
         ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
@@ -42,50 +42,46 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
             raise ConfigError(
                 f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], and text 'a,b' in quotes)"
             )
-    for_hydra = [_for_hydra(override, roots) for override in parsed]
-    for root in roots[1:]:
-        for_hydra.append(f"hydra.searchpath=[{_quoted(f'file://{root}')}]")
+    values = {override.key_or_group: override.value() for override in parsed}
+    file = Path(str(values.get("run.dir"))) / "config.yaml"
+    if values.get("run.dir") and not values.get("run.new") and file.exists():
+        return _going_on(load(file), file, parsed, roots)
+    plain, given = _composed(parsed, roots)
+    return validated(plain | {"given": sorted(given)})
+
+
+def _going_on(stored: dict[str, Any], file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunConfig:
+    chosen = [f"{group}={name}" for group, name in choices(stored).items() if name in _options(group, roots)]
+    as_stored = [_parse(text) for text in chosen]
+    try:
+        was = validated(over(_composed(as_stored, roots)[0], stored))
+    except ConfigError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None
+    fresh, given = _composed([*as_stored, *parsed], roots)
+    given -= set(choices(stored)) - {override.key_or_group for override in parsed}
+    now = validated(going_on(was, given, fresh))
+    refuse_other_science(was, now, str(file.parent))
+    return now
+
+
+def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str, Any], set[str]]:
+    """What Hydra makes of the overrides, as plain values, and the keys that they and their experiments give."""
+    overrides = [_for_hydra(override, roots) for override in parsed]
+    overrides += [f"hydra.searchpath=[{_quoted(f'file://{root}')}]" for root in roots[1:]]
     with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
         try:
-            plain = OmegaConf.to_container(hydra_compose(PRIMARY, for_hydra), resolve=True, throw_on_missing=True)
+            plain = OmegaConf.to_container(hydra_compose(PRIMARY, overrides), resolve=True)
             given = {key for override in parsed for key in _given(override)}
             if any(override.key_or_group == "experiment" for override in parsed):
-                given.update(_given_by_experiments(for_hydra, roots))
+                given.update(_given_by_experiments(overrides, roots))
         except MissingConfigException as error:
             raise ConfigError(_no_such_option(error)) from None
-        except MissingMandatoryValue as error:
-            raise ConfigError(f"{error.full_key} has to be given: {error.full_key}=…") from None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key}: {_short(error)}" if error.full_key else _short(error)) from None
         except (HydraException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(_short(error)) from None
     assert isinstance(plain, dict)
-    return validated(plain | {"given": sorted(given)})
-
-
-def validated(plain: dict[str, Any]) -> RunConfig:
-    """``plain`` as a RunConfig. Raises ConfigError."""
-    _check_values("", plain)
-    try:
-        return RunConfig.model_validate_json(json.dumps(plain))
-    except ValidationError as error:
-        raise ConfigError(explain(error, plain)) from None
-
-
-def _check_values(key: str, value: Any) -> None:
-    """Nothing but what JSON can say without a loss: free mappings may hold anything, and all of it is hashed."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if not isinstance(name, str):
-                raise ConfigError(f"{key} has the key {name!r}; keys have to be text, as '{name}' in quotes")
-            _check_values(f"{key}.{name}" if key else name, inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _check_values(f"{key}.{index}", inner)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}={value} can't be: numbers have to be finite")
-    elif not isinstance(value, str | int | float | None):
-        raise ConfigError(f"{key}={value!r} can't be: a {type(value).__name__} isn't a value that YAML and JSON share")
+    return plain, given  # type: ignore[return-value]
 
 
 def _parse(text: str) -> Override:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -55,6 +56,37 @@ class ConfigError(ValueError):
     """The command line or a config file asks for what can't be."""
 
 
+def validated(plain: dict[str, Any]) -> RunConfig:
+    """``plain`` as a RunConfig.
+
+    Raises:
+        ConfigError: it isn't one.
+    """
+    _check_values("", plain)
+    try:
+        return RunConfig.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise ConfigError(explain(error, plain)) from None
+
+
+def _check_values(key: str, value: Any) -> None:
+    """Nothing but what JSON can say without a loss: free mappings may hold anything, and all of it is hashed."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{key} has the key {name!r}; keys have to be text, as '{name}' in quotes")
+            _check_values(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_values(f"{key}.{index}", inner)
+    elif value == "???":
+        raise ConfigError(f"{key} has to be given: {key}=…")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} can't be: numbers have to be finite")
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{key}={value!r} can't be: a {type(value).__name__} isn't a value that JSON knows")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean …?`` where a known word is near, else nothing."""
     near = get_close_matches(word, list(known), n=1)
@@ -67,8 +99,13 @@ def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
         key = prefix + (field.alias or name)
         yield key
         for kind in get_args(field.annotation) or (field.annotation,):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if get_origin(field.annotation) is not dict and isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from keys(kind, f"{key}.")
+
+
+def sections() -> set[str]:
+    """Keys that hold keys of their own, whose names are known."""
+    return {key.rpartition(".")[0] for key in keys()}
 
 
 def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
@@ -99,7 +136,7 @@ def explain(error: ValidationError, data: dict[str, Any]) -> str:
         if fault["type"] == "union_tag_invalid":
             key, fault["input"] = f"{key}.name", fault["ctx"]["tag"]
         expected = EXPECTED.get(fault["type"])
-        if expected is None or any(other.startswith(f"{key}.") for other in keys()):
+        if expected is None or key in sections():
             sentences += _sentences(key, beside, fault)
         else:
             choices = wanted.setdefault(key, (fault["input"], []))[1]
@@ -129,9 +166,9 @@ def _sentences(key: str, beside: list[str], fault: Any) -> list[str]:
     if kind == "value_error":  # of a section: a sentence of its own; of a key: begins with the value
         text = str(fault["ctx"]["error"])
         return [text if isinstance(value, dict) else f"{key}={text}"]
-    inside = [other for other in keys() if other.startswith(f"{key}.")]
-    if inside:
-        return [f"{key}={shown(value)} can't be: {key} holds {', '.join(dict.fromkeys(inside))}"]
+    if key in sections():
+        inside = dict.fromkeys(other for other in keys() if other.startswith(f"{key}."))
+        return [f"{key}={shown(value)} can't be: {key} holds {', '.join(inside)}"]
     return [f"{key}={shown(value)} can't be: {fault['msg']}"]
 
 
