@@ -32,18 +32,17 @@ def check_family(family: str | None) -> None:
 
 def warnings(plan: Plan) -> list[str]:
     """Everything about ``plan`` that people regretted later, a sentence each."""
-    return [text for text in (_rule(plan), _warmup(plan), _base(plan), _idle(plan), _wraps(plan), _family(plan)) if text]
+    return [text for check in (_rule, _warmup, _base, _idle, _wraps, _family) if (text := check(plan))]
 
 
 def _rule(plan: Plan) -> str | None:
-    law, name = plan.segments[0].rule.law, plan.segments[0].rule.name
-    batch, kappa = plan.cut.global_size, plan.cut.global_size / plan.base_batch
-    if plan.base_source == "peak" or (kappa <= law.kappa_tested and batch <= law.batch_tested):
+    law, batch, base = plan.segments[0].rule.law, plan.cut.global_size, plan.base_batch
+    if plan.base_source == "peak" or (batch <= law.kappa_tested * base and batch <= law.batch_tested):
         return None
     return (
-        f"lr.rule={name} is far above its tested range: the global batch {batch} is {kappa:.4g} × the {plan.base_batch} "
-        f"of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} samples: {law.beyond}); "
-        "tune the LR at this batch and give it as lr.peak"
+        f"lr.rule={plan.segments[0].rule.name} is far above its tested range: the global batch {batch} is "
+        f"{batch / base:.4g} × the {base} of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} "
+        f"samples: {law.beyond}); tune the LR at this batch and give it as lr.peak"
     )
 
 
@@ -72,8 +71,8 @@ def _idle(plan: Plan) -> str | None:
     even = plan.cut.world * plan.cut.accumulation * plan.cut.granule
     near = [size for size in (plan.cut.global_size // even * even, -(-plan.cut.global_size // even) * even) if size]
     return (
-        f"{plan.cut.idle:.0%} of the work idles: {plan.cut.global_size} samples don't divide among {plan.world} ranks × "
-        f"{plan.cut.accumulation}; even global batches nearby: {' or '.join(map(str, near))}"
+        f"{plan.cut.idle:.0%} of the work idles: {plan.cut.global_size} samples don't divide among {plan.world} ranks "
+        f"× {plan.cut.accumulation}; even global batches nearby: {' or '.join(map(str, near))}"
     )
 
 

@@ -35,7 +35,8 @@ class Cut:
 
     def __post_init__(self) -> None:
         assert min(self.global_size, self.per_gpu, self.world, self.accumulation, self.granule) >= 1, self
-        assert self.global_size % self.granule == 0 and self.micro_batches[0][0] <= self.per_gpu, self
+        assert self.global_size % self.granule == 0, self
+        assert self.micro_batches[0][0] <= self.per_gpu, self
 
     def _dealt(self) -> tuple[int, int]:
         """Granules that every micro-batch has, and how many micro-batches have one more."""
@@ -114,10 +115,10 @@ def solve(
         global_size = per_gpu // granule * granule * world * accumulation
     if global_size % granule:
         low = global_size // granule * granule
-        near = [size for size in (low, low + granule) if size]
+        near = " or ".join(str(size) for size in (low, low + granule) if size)
         raise ValueError(
             f"batch.global_size={global_size} isn't a multiple of {granule} samples, which have to stay together; "
-            f"nearest: {_or(near)}"
+            f"nearest: {near}"
         )
     granules = global_size // granule
     if per_gpu is None:
@@ -148,20 +149,20 @@ def _contradiction(global_size: int, per_gpu: int, accumulation: int, world: int
 
 
 def _uneven(cut: Cut, per_gpu: int | None) -> str:
-    asked = {"per_gpu": per_gpu, "accumulation": cut.accumulation if per_gpu is None else None, "granule": cut.granule}
+    accumulation = cut.accumulation if per_gpu is None else None
 
-    def global_fits(size: int) -> bool:
-        return solve(cut.world, global_size=size, **asked).even
+    def fits(world: int, size: int) -> bool:
+        asked = solve(world, global_size=size, per_gpu=per_gpu, accumulation=accumulation, granule=cut.granule)
+        return asked.even
 
-    def world_fits(world: int) -> bool:
-        return solve(world, global_size=cut.global_size, **asked).even
+    sizes_that_fit = _nearest(cut.global_size, cut.granule, lambda size: fits(cut.world, size))
+    worlds_that_fit = _nearest(cut.world, 1, lambda world: fits(world, cut.global_size))
 
     sizes = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
     return (
         f"batch.even=true, but batch.global_size={cut.global_size} on {_count(cut.world, 'rank')} × "
         f"{_count(cut.accumulation, 'pass')} gives unequal micro-batches ({sizes}); nearest even global batches on "
-        f"{_count(cut.world, 'rank')}: {_nearest(cut.global_size, cut.granule, global_fits)}; nearest world sizes for "
-        f"{cut.global_size}: {_nearest(cut.world, 1, world_fits)}"
+        f"{_count(cut.world, 'rank')}: {sizes_that_fit}; nearest world sizes for {cut.global_size}: {worlds_that_fit}"
     )
 
 

@@ -141,12 +141,13 @@ class Plan:
         Raises:
             AssertionError: ``sample`` lies inside a step, or the plan isn't complete yet.
         """
-        assert self.samples is not None and self.schedule is not None, "the plan waits for the data to be opened"
+        assert self.samples is not None, "the plan waits for the data to be opened"
+        assert self.schedule is not None
         if sample >= self.samples:
             return None
         stretch = self._stretch_at(sample)
         steps, inside = divmod(sample - stretch.start, stretch.cut.global_size)
-        assert sample >= 0 and inside == 0, f"sample {sample} is {inside} samples inside a step"
+        assert inside == 0, f"sample {sample} is {inside} samples inside a step"
         return Step(
             index=stretch.first_step + steps,
             start=sample,
@@ -207,7 +208,7 @@ class Plan:
 
     @property
     def lr_why(self) -> str:
-        """The derivation of the peak LR, as in ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
+        """The derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
         rule, batch = self.segments[0].rule, self.segments[0].global_size
         if self.base_source == "peak":
             return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']})"

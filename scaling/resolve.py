@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from conf.identity import identity
 from scaling.advice import check_family
 from scaling.geometry import solve
 from scaling.plan import Choice, Plan, Segment
@@ -13,7 +14,7 @@ from scaling.schedule import Schedule
 from scaling.units import Duration
 
 if TYPE_CHECKING:
-    from conf.schema import Optimizer, RunConfig
+    from conf.schema import RunConfig
 
 
 def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> Plan:
@@ -53,7 +54,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         base_batch=base_batch,
         base_source=source,
         schedule=_schedule(config, segment, base, base_batch, tuned_lr, train_samples, samples),
-        identity="",
+        identity=identity(config),
     )
 
 
@@ -73,9 +74,7 @@ def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple
     else:
         in_samples = _in_samples(config, "batch.global_size", global_size)  # type: ignore[arg-type]
     per_gpu = _in_samples(config, "batch.per_gpu", batch.per_gpu)
-    cut = solve(
-        world, global_size=in_samples, per_gpu=per_gpu, accumulation=batch.accumulation, even=batch.even
-    )
+    cut = solve(world, global_size=in_samples, per_gpu=per_gpu, accumulation=batch.accumulation, even=batch.even)
     rule = automatic(config.optimizer.family) if config.lr.rule == "auto" else Rule(config.lr.rule, config.lr.power)
     # per_gpu bounds every later segment, too; an accumulation that was given without it stays what it is.
     return Segment(0, cut.global_size, rule), per_gpu, cut.accumulation if per_gpu is None else None
@@ -109,7 +108,7 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, str, float 
     stated = tuned or usual
     base = lr.base if lr.base is not None else stated.lr if stated else None
     batch = _in_samples(config, "lr.base_batch", lr.base_batch) or (stated.batch if stated else None)
-    recipe = Recipe(base or 0.0, *_memory(optimizer), weight_decay=optimizer.weight_decay)
+    recipe = Recipe(lr=base or 0.0, betas=optimizer.memory, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay)
     if lr.peak is not None:
         return replace(recipe, lr=lr.peak), segment.global_size, "peak", base
     if base is None or batch is None:
@@ -120,15 +119,6 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, str, float 
         )
     source = "given" if lr.base is not None or lr.base_batch is not None else "tuned" if tuned else "usual"
     return recipe, batch, source, base
-
-
-def _memory(optimizer: Optimizer) -> tuple[tuple[float, ...], float | None]:
-    """Betas and ε that the optimizer is told; a custom one keeps its own."""
-    if optimizer.name == "sgd":
-        return (optimizer.momentum,), None
-    if optimizer.name == "adamw":
-        return tuple(optimizer.betas), optimizer.eps
-    return (), None
 
 
 def _schedule(

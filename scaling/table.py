@@ -92,6 +92,6 @@ def _schedule(plan: Plan) -> str:
     ends = {
         "step": f"step: × {schedule.gamma:g} at {', '.join(f'{m:,}' for m in schedule.milestones)} samples",
         "constant": "constant",
-        "wsd": f"stable, then a linear fall over the last {schedule.cooldown_samples:,} samples to {schedule.final:g} × peak",
+        "wsd": f"stable, then linear to {schedule.final:g} × peak over the last {schedule.cooldown_samples:,} samples",
     }
     return f"{warmup}, then {ends.get(schedule.decay, f'{schedule.decay} decay to {schedule.final:g} × peak')}"

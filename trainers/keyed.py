@@ -1,7 +1,7 @@
 """Randomness that follows the sample, not the rank: the same masks however a global batch is cut.
 
 A mask is a function of (seed, the sample's position in the run, layer, call). Whatever else draws random numbers in a
-forward takes them from torch's default generators, which are keyed by micro-batch: reproducible, but not equal over cuts.
+forward takes them from torch's default generators, which are keyed by micro-batch: reproducible, not equal over cuts.
 """
 
 from __future__ import annotations
@@ -110,10 +110,8 @@ class KeyedDropout(nn.Dropout):
         elements = input.shape[1] if self._channels else input.numel() // samples
         bits = _uniform_bits(stream.keys(self._layer, call), elements)
         scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
-        if self._channels:
-            scale = scale.view(samples, elements, *[1] * (input.dim() - 2))
-        else:
-            scale = scale.view(input.shape)
+        shape = (samples, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
+        scale = scale.view(shape)
         return input.mul_(scale) if self.inplace else input * scale
 
 

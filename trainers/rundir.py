@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
@@ -107,3 +110,45 @@ class RunDir:
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}) + "\n"
         with open(self.path / "events.jsonl", "ab", buffering=0) as file:
             file.write(line.encode())
+
+    def await_attempt(self, attempt: str, within_s: float = 30.0) -> None:
+        """Wait until what rank 0 wrote at the start can be read here; a network disk may take a moment.
+
+        Raises:
+            Refused: it can't, so this machine doesn't share the disk.
+        """
+        deadline = time.monotonic() + within_s
+        while (seen := self.outcome()) is None or (seen.attempt != attempt and seen.state != "finished"):
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"{socket.gethostname()} doesn't see what rank 0 wrote to {self.path}: run.dir has to be on a disk "
+                    "that all nodes share"
+                )
+            time.sleep(0.05)
+
+    def clear(self) -> None:
+        """Remove what an earlier, unfinished attempt left, but for the history in ``events.jsonl``."""
+        for name in ("plan.json", "config.yaml", "metrics.jsonl", "outcome.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("logs", "final"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def lock(self) -> IO[str]:
+        """Take the directory for this process; freed when the returned file is closed or the process ends, however.
+
+        Raises:
+            Refused: another launch has it, and which.
+        """
+        file = open(self.path / "lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise Refused(
+                f"another launch works in {self.path} ({file.read().strip() or 'it just started'}); wait for it, stop "
+                "it, or start another run beside it with run.new=true"
+            ) from None
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        return file

@@ -20,8 +20,7 @@ class TrainState:
     samples: int = 0
     steps: int = 0
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
+    def epochs(self, samples: int) -> float:
+        """``samples`` as passes over the data."""
         assert self.plan.train_samples
-        return self.samples / self.plan.train_samples
+        return samples / self.plan.train_samples

@@ -1,0 +1,30 @@
+# Everything runs in .venv, made from constraints.txt on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint bench soak clean
+
+train: .venv/.installed
+	$(BIN)/python launch.py cluster.gpus_per_node=2
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+soak: .venv/.installed
+	$(BIN)/python -m benchmarks.soak
+
+clean:
+	rm -rf .venv runs
+
+.venv/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt ".[tasks,test,lint]"
+	touch $@

@@ -1,0 +1,114 @@
+"""torch's DistributedDataParallel behind the protocol; without the wrapper on a world of one."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scaling.rules import Recipe
+from trainers.engines import Update
+from trainers.optim import Tuned
+from trainers.rundir import Refused
+from trainers.tally import NoteCarrier, Total
+from trainers.tasks import Task
+from trainers.world import World
+
+
+class LossModule(nn.Module):
+    """A module whose forward is the task's loss: so a task may call its model twice, or only a part of it."""
+
+    def __init__(self, task: Task, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.carrier = NoteCarrier(device)
+        self.task = task
+
+    def forward(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
+        loss, units = self._stand_in() if batch is None else checked(self.task.loss(self.model, batch))
+        return self.carrier.attach(loss), units
+
+    def _stand_in(self) -> tuple[Tensor, float]:
+        """A zero that gives every parameter a zero gradient, without data and without touching statistics."""
+        parts = [p.reshape(-1)[:0].sum() for p in self.model.parameters() if p.requires_grad]
+        return torch.stack([part.float() for part in parts]).sum(), 0.0
+
+
+def checked(result: Any) -> tuple[Tensor, float | Tensor]:
+    """What a task's loss returned, if it is (sum, units). Raises Refused if not."""
+    wanted = "task.loss has to return (sum of the losses over units, number of units)"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise Refused(f"{wanted}; it returned {_shown(result)}")
+    loss, units = result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
+    if isinstance(units, Tensor) and units.numel() == 1:
+        return loss.reshape(()), units.detach().reshape(())
+    if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
+        return loss.reshape(()), float(units)
+    raise Refused(f"{wanted}; its number of units is {_shown(units)}, not a number of 0 or more")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return (
+        f"{value!r:.60}, a {type(value).__name__}"
+        if isinstance(value, Real | str | None)
+        else f"a {type(value).__name__}"
+    )
+
+
+class DDP:
+    """The engine ``ddp``. Gradients are sums over ranks divided by the planned units, whatever DDP averages."""
+
+    def __init__(self, task: Task, model: nn.Module, tuned: Tuned, world: World, config: dict[str, Any]) -> None:
+        self.model = model
+        self._tuned, self._ranks, self._device = tuned, world.size, world.device
+        self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
+        self._bare = LossModule(task, model, world.device)
+        self._carrier = self._bare.carrier
+        self._wrapped: nn.Module = self._bare
+        if world.size > 1:
+            try:
+                self._wrapped = DistributedDataParallel(self._bare, gradient_as_bucket_view=True, **config)
+            except TypeError as error:
+                raise Refused(f"engine.config={config} isn't what DistributedDataParallel takes: {error}") from None
+
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
+        if last or self._wrapped is self._bare:
+            return nullcontext()
+        assert isinstance(self._wrapped, DistributedDataParallel)
+        return self._wrapped.no_sync()
+
+    def loss(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
+        loss, units = self._wrapped(batch)
+        return loss, units
+
+    def backward(self, loss: Tensor, note: tuple[Tensor, float | Tensor, bool]) -> None:
+        self._carrier.write(note)
+        # DDP divides by the ranks; the product undoes it where it costs nothing.
+        (loss * self._ranks).backward()
+
+    def total(self, expected_units: int) -> Total:
+        loss, deviation, stop = (self._carrier.take() * self._ranks).double()
+        return Total(loss, deviation + expected_units, stop)
+
+    def update(self, scale: Tensor, clip_norm: float | None, recipe: Recipe) -> Update:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale.float()
+        factor = scale if clip_norm is None else scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        # On the CPU a look costs nothing and mostly saves the product; elsewhere it would wait for the device.
+        if self._device.type != "cpu" or factor.item() != 1.0:
+            torch._foreach_mul_(gradients, factor.float())
+        self._tuned.tell(recipe)
+        self._tuned.optimizer.step()
+        self._tuned.optimizer.zero_grad(set_to_none=True)
+        return Update(norm)

@@ -1,0 +1,88 @@
+"""Evaluation, exact over ranks: every sample once, sums added up, then divided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset, default_collate
+
+from trainers.loader import fetch, to_device
+from trainers.rundir import Refused
+from trainers.tasks import Task, check_map_style
+from trainers.world import World
+
+Totals = dict[str, tuple[float, float]]
+
+
+def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> Callable[[], dict[str, float]] | None:
+    """A function that evaluates ``model`` on the task's validation data; None where it has none.
+
+    Args:
+        per_gpu: samples per forward.
+
+    Raises:
+        Refused: ``val_data()`` isn't a map-style dataset or is empty.
+    """
+    data = task.val_data() if hasattr(task, "val_data") else None
+    if data is None:
+        return None
+    samples = check_map_style(data, "val_data()")
+    if samples == 0:
+        raise Refused("val_data() has 0 samples; return None where there is nothing to evaluate on")
+    # A contiguous share for each rank, the larger ones first: rank 0 always has at least one sample.
+    share, more = divmod(samples, world.size)
+    first = world.rank * share + min(world.rank, more)
+    mine = range(first, first + share + (world.rank < more))
+
+    def evaluate() -> dict[str, float]:
+        training = model.training
+        model.eval()
+        totals: Totals = {}
+        with torch.no_grad():
+            for start in range(mine.start, mine.stop, per_gpu):
+                rows = range(start, min(start + per_gpu, mine.stop))
+                for name, (value, count) in _measure(task, model, to_device(_batch(data, rows, task), world.device)):
+                    before = totals.get(name, (0.0, 0.0))
+                    totals[name] = before[0] + float(value), before[1] + float(count)
+        model.train(training)
+        return _summarise(task, _over_ranks(totals, world))
+
+    return evaluate
+
+
+def _batch(data: Any, rows: range, task: Task) -> Any:
+    if type(data) is TensorDataset and not hasattr(task, "collate"):
+        return data[rows.start : rows.stop]
+    return getattr(task, "collate", default_collate)(fetch(data, list(rows)))
+
+
+def _measure(task: Task, model: nn.Module, batch: Any) -> Any:
+    """Pairs of name and (sum, count) of one batch: the task's ``evaluate``, else its loss."""
+    if not hasattr(task, "evaluate"):
+        return [("loss", task.loss(model, batch))]
+    result = task.evaluate(model, batch)
+    pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
+    if not pairs:
+        raise Refused(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
+    return result.items()
+
+
+def _over_ranks(totals: Totals, world: World) -> Totals:
+    if world.size == 1:
+        return totals
+    names = json.loads(world.agree(json.dumps(list(totals))))
+    flat = torch.tensor([totals.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64, device=world.device)
+    world.sum(flat)
+    return {name: (value, count) for name, (value, count) in zip(names, flat.tolist(), strict=True)}
+
+
+def _summarise(task: Task, totals: Totals) -> dict[str, float]:
+    """The task's ``summarise`` over all totals; without one, each sum over its count."""
+    ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
+    if not hasattr(task, "summarise"):
+        return ratios
+    return {**ratios, **{name: float(value) for name, value in task.summarise(totals).items()}}

@@ -1,0 +1,149 @@
+"""From the plan to this rank's micro-batches: the sample order dealt by each step's cut, fetched ahead of the loop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from scaling.order import indices
+from scaling.plan import Step
+from trainers.keyed import generator_for
+from trainers.state import TrainState
+from trainers.stop import die_with_parent
+from trainers.tasks import Task
+from trainers.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One rank's part of one pass: the samples at positions [start, stop) of the run.
+
+    ``expected_units`` is its part of the step's; ``batch`` is None where the range is empty; ``last`` marks the step's
+    last pass.
+    """
+
+    start: int
+    stop: int
+    expected_units: int
+    last: bool
+    batch: Any | None
+
+
+class Fetch:
+    """Ranges of positions in, micro-batches out. Also what DataLoader's workers run."""
+
+    def __init__(self, data: Any, task: Task, seed: int) -> None:
+        self.data, self.seed, self.length = data, seed, len(data)
+        self.augment: Callable[[Any, torch.Generator], Any] | None = getattr(task, "augment", None)
+        self.collate: Callable[[list[Any]], Any] = getattr(task, "collate", default_collate)
+        in_memory = type(data) is TensorDataset and self.augment is None and self.collate is default_collate
+        self._tensors: tuple[Tensor, ...] | None = data.tensors if in_memory else None
+
+    def __getitem__(self, positions: tuple[int, int]) -> Any | None:
+        start, stop = positions
+        if start == stop:
+            return None
+        where = indices(self.seed, self.length, start, stop)
+        if self._tensors is not None:
+            rows = torch.from_numpy(where)
+            return tuple(tensor.index_select(0, rows) for tensor in self._tensors)
+        samples = fetch(self.data, where.tolist())
+        if self.augment is not None:
+            samples = [
+                self.augment(sample, generator_for(self.seed, position))
+                for position, sample in enumerate(samples, start)
+            ]
+        return self.collate(samples)
+
+
+def fetch(data: Any, where: list[int]) -> list[Any]:
+    """The samples at indices ``where``: in one call where the dataset has ``__getitems__``."""
+    if hasattr(data, "__getitems__"):
+        return list(data.__getitems__(where))
+    return [data[index] for index in where]
+
+
+class Loader:
+    """Called with a step, gives this rank's ``accumulation`` micro-batches of it, on the training device.
+
+    With ``workers``, DataLoader's processes fetch ahead of the loop, across the ends of steps and epochs: they follow
+    the plan, not an epoch.
+    """
+
+    def __init__(self, data: Any, task: Task, state: TrainState, world: World, workers: int) -> None:
+        self._state, self._rank, self._device = state, world.rank, world.device
+        self._fetch = Fetch(data, task, state.plan.seed)
+        self._pin = world.device.type == "cuda"
+        self._batches = self._ahead(workers) if workers else None
+
+    def __call__(self, step: Step) -> Iterator[Micro]:
+        for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
+            positions = (step.start + start, step.start + stop)
+            expected = step.expected_units * (stop - start) // step.cut.global_size
+            batch = next(self._batches) if self._batches is not None else self._pinned(self._fetch[positions])
+            last = index == step.cut.accumulation - 1
+            yield Micro(*positions, expected, last, to_device(batch, self._device))
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Every range of positions that this rank will ask for."""
+        for step in self._state.plan.walk(self._state.samples):
+            for start, stop in step.cut.passes(self._rank):
+                yield step.start + start, step.start + stop
+
+    def _ahead(self, workers: int) -> Iterator[Any]:
+        return iter(
+            DataLoader(
+                self._fetch,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=self._ranges(),  # type: ignore[arg-type]
+                num_workers=workers,
+                collate_fn=as_it_is,
+                pin_memory=self._pin,
+                worker_init_fn=_worker,
+            )
+        )
+
+    def _pinned(self, batch: Any) -> Any:
+        return _map(batch, Tensor.pin_memory) if self._pin else batch
+
+    def close(self) -> None:
+        """End DataLoader's workers."""
+        if self._batches is not None:
+            self._batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate_fn of batches that are collated already."""
+    return batch
+
+
+def _worker(_: int) -> None:
+    """A stop is the training process's business; this one ends with it."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` with its tensors (and whatever else has ``.to``) on ``device``."""
+    return batch if device.type == "cpu" else _map(batch, lambda value: value.to(device, non_blocking=True))
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of everything with a ``.to`` within nested tuples, lists and mappings."""
+    if hasattr(value, "to"):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(inner, function) for key, inner in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(inner, function) for inner in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map(inner, function) for inner in value)
+    return value

@@ -1,0 +1,151 @@
+"""What a run says of itself while it trains: ``metrics.jsonl``, and a live line or plain lines on rank 0's terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from trainers.rundir import RunDir
+from trainers.state import TrainState
+from trainers.tally import News
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PLAIN_EVERY_S = 5.0  # seconds between two plain lines
+
+
+class Metrics:
+    """Rank 0's record of the run; on other ranks nothing is written or shown."""
+
+    def __init__(self, run: RunDir | None, state: TrainState) -> None:
+        self._state = state
+        self._file: TextIO | None = open(run.path / "metrics.jsonl", "w", buffering=1) if run else None  # noqa: SIM115
+        self._show = _shower(state) if run else None
+        self._since, self._since_samples = time.perf_counter(), state.samples
+
+    def step(self, news: News) -> None:
+        """A line of metrics of the step that ``news`` is of."""
+        now = time.perf_counter()
+        rate = (news.step.stop - self._since_samples) / max(1e-9, now - self._since)
+        self._since, self._since_samples = now, news.step.stop
+        line = {
+            "step": news.step.index + 1,
+            "samples": news.step.stop,
+            "epoch": self._state.epochs(news.step.stop),
+            "loss": news.loss,
+            "lr": news.step.recipe.lr,
+            "grad_norm": news.grad_norm,
+            "global_size": news.step.cut.global_size,
+            "samples_per_s": rate,
+        }
+        self._write(line)
+        if self._show:
+            self._show.step(line)
+
+    def evaluation(self, values: dict[str, float], took_s: float) -> None:
+        """A line with the results of an evaluation at the state's position; its time counts for no step."""
+        self._since += took_s
+        line: dict[str, Any] = {
+            "step": self._state.steps,
+            "samples": self._state.samples,
+            "epoch": self._state.epochs(self._state.samples),
+        }
+        line |= {f"val/{name}": value for name, value in values.items()}
+        self._write(line)
+        if self._show:
+            self._show.evaluation(line)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, and the file complete."""
+        if self._show:
+            self._show.close()
+        if self._file:
+            self._file.close()
+        self._show = self._file = None
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+            self._file.write(json.dumps(finite) + "\n")
+
+
+def _shower(state: TrainState) -> PlainLines | LiveLine:
+    return LiveLine(state) if sys.stdout.isatty() else PlainLines(state)
+
+
+class PlainLines:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._started, self._begun_at = state, time.perf_counter(), state.samples
+        self._next = self._started  # the first step is shown: it's where things go wrong
+
+    def step(self, line: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        if now < self._next and line["step"] != self._state.plan.steps:
+            return
+        self._next = now + PLAIN_EVERY_S
+        self._print(
+            line,
+            f"{_figures(line)}  {self._eta(line, now)}",
+        )
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._print(line, _values(line))
+
+    def close(self) -> None:
+        sys.stdout.flush()
+
+    def _print(self, line: dict[str, Any], text: str) -> None:
+        print(f"step {line['step']}/{self._state.plan.steps}  epoch {line['epoch']:.2f}  {text}", flush=True)
+
+    def _eta(self, line: dict[str, Any], now: float) -> str:
+        done, whole = line["samples"] - self._begun_at, self._state.plan.samples
+        left = max(0, (whole or 0) - line["samples"])
+        return f"ETA {_clock((now - self._started) / max(1, done) * left)}"
+
+
+class LiveLine:
+    """One line that moves, on a terminal."""
+
+    def __init__(self, state: TrainState) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress: Progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self._progress.start()
+        self._bar = self._progress.add_task("", total=state.plan.steps, completed=state.steps, text="")
+
+    def step(self, line: dict[str, Any]) -> None:
+        self._progress.update(self._bar, completed=line["step"], text=_figures(line))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._progress.console.print(
+            f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}", highlight=False
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _figures(line: dict[str, Any]) -> str:
+    return f"loss {line['loss']:.4f}  lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
+
+
+def _values(line: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/"))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

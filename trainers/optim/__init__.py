@@ -1,0 +1,103 @@
+"""torch's optimizers, built from the config and told the step's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from trainers.locate import build
+from trainers.rundir import Refused
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+    from scaling.rules import Recipe
+    from trainers.tasks import Task
+
+
+@dataclass(slots=True)
+class Tuned:
+    """An optimizer and what each of its groups makes of a recipe.
+
+    A group's own ``lr`` is a factor of the recipe's, its own ``weight_decay`` replaces the recipe's.
+    """
+
+    optimizer: Optimizer
+    lr_factors: list[float]
+    own_decay: list[bool]
+
+    def tell(self, recipe: Recipe) -> None:
+        """Set the hyperparameters of the coming step."""
+        for group, factor, own_decay in zip(self.optimizer.param_groups, self.lr_factors, self.own_decay, strict=True):
+            group["lr"] = recipe.lr * factor
+            if recipe.weight_decay is not None and not own_decay:
+                group["weight_decay"] = recipe.weight_decay
+            if len(recipe.betas) == 1:
+                group["momentum"] = recipe.betas[0]
+            elif recipe.betas:
+                group["betas"] = recipe.betas
+            if recipe.eps is not None:
+                group["eps"] = recipe.eps
+
+
+def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe) -> Tuned:
+    """The optimizer of the config over the model's parameters; no weight decay on biases and norms.
+
+    Args:
+        recipe: what it is constructed with; ``tell`` replaces it step by step.
+
+    Raises:
+        Refused: ``task.param_groups`` leaves trainable parameters out, or the optimizer refuses its arguments.
+    """
+    chosen, groups = config.optimizer, _groups(task, model)
+    factors = [float(group.pop("lr", 1.0)) for group in groups]
+    if recipe.weight_decay is None and "weight_decay" not in chosen.args:
+        # No decay to exempt anything from, and not every optimizer knows the key.
+        for group in groups:
+            group.pop("weight_decay", None)
+    own_decay = ["weight_decay" in group for group in groups]
+    told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
+    try:
+        if chosen.name == "custom":
+            args = {**told, **chosen.args}
+            optimizer: Optimizer = build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer)
+        elif chosen.name == "sgd":
+            told |= {"momentum": chosen.momentum, "nesterov": chosen.nesterov}
+            optimizer = _fused(SGD, groups, {**told, **chosen.args})
+        else:
+            optimizer = _fused(AdamW, groups, {**told, "betas": recipe.betas, "eps": recipe.eps, **chosen.args})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"optimizer={chosen.name} with optimizer.args={chosen.args}: {error}") from error
+    return Tuned(optimizer, factors, own_decay)
+
+
+def _fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
+    if "fused" in args or "foreach" in args:
+        return cls(groups, **args)
+    try:
+        return cls(groups, **args, fused=True)  # type: ignore[call-arg]
+    except RuntimeError:  # this device has no fused kernel
+        return cls(groups, **args)
+
+
+def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise Refused("the model has no trainable parameters")
+    if hasattr(task, "param_groups"):
+        groups = [{**group, "params": list(group["params"])} for group in task.param_groups(model)]
+        covered = {id(parameter) for group in groups for parameter in group["params"]}
+        if left_out := [name for name, parameter in trainable.items() if id(parameter) not in covered]:
+            raise Refused(
+                f"task.param_groups leaves out {', '.join(left_out[:5])}{' …' * (len(left_out) > 5)}: put them into a "
+                "group, or set requires_grad=False to freeze them"
+            )
+        return groups
+    decayed = [parameter for parameter in trainable.values() if parameter.ndim > 1]
+    exempt = [parameter for parameter in trainable.values() if parameter.ndim <= 1]
+    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,230 @@
+"""One run, as every worker of it sees it: from the config to the trained weights."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import shutil
+import socket
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from conf.stored import dump
+from scaling.plan import Plan
+from scaling.resolve import resolve
+from scaling.units import Duration
+from trainers import workers
+from trainers.engines import make_engine
+from trainers.evaluate import make_evaluate
+from trainers.fit import fit
+from trainers.keyed import Stream, key_dropout
+from trainers.loader import Loader
+from trainers.locate import build
+from trainers.metrics import Metrics
+from trainers.optim import make_optimizer
+from trainers.rundir import Outcome, Refused, RunDir, write_atomic
+from trainers.state import TrainState
+from trainers.stop import Stop
+from trainers.tally import Pulse
+from trainers.tasks import Task, make_task, open_data
+from trainers.world import World
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+# Held until the process ends: the lock, so that no other launch works in the directory; the rest, because gloo's
+# destructor hangs where objects of the training die before the process does.
+_KEPT: list[Any] = []
+
+
+def train(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) -> Outcome:
+    """The body of every worker, the same on all ranks: train as ``config`` says, and leave the run directory.
+
+    Args:
+        facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks.
+
+    Returns:
+        ``finished`` or ``stopped``, the same on all ranks.
+
+    Raises:
+        Refused: what the user gave can't work.
+        Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come.
+    """
+    run = enter(config, facts, world)
+    workers.entered(run)
+    if (before := run.outcome()) and before.state == "finished":
+        return before
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    task = make_task(config)
+    data = open_data(task, config)
+    plan = plan_of(config, world.size, len(data))
+    if world.rank == 0:
+        write_atomic(run.path / "plan.json", plan.to_json() + "\n")
+        if config.task.train_samples is None:
+            print(plan.table(), flush=True)
+
+    stream = Stream(config.seed, world.device)
+    model = key_dropout(make_model(config, task), stream).to(world.device)
+    tuned = make_optimizer(config, task, model, plan.peak)
+    engine = make_engine(config, task, model, tuned, world)
+    state = TrainState(plan)
+    loader = Loader(data, task, state, world, config.data.workers)
+    evaluate = make_evaluate(task, model, world, plan.cut.per_gpu)
+    metrics = Metrics(run if world.rank == 0 else None, state)
+    _KEPT.extend((engine, loader, metrics))
+    if world.rank == 0:
+        _warn_of_statistics(run, model)
+    model.train()
+    try:
+        done = fit(
+            state,
+            engine,
+            loader,
+            stream,
+            Pulse(world.device),
+            metrics,
+            stop,
+            clip_norm=config.clip_norm,
+            log_every=in_samples(config.log.every, plan),
+            evaluate=evaluate,
+            evaluate_every=None if config.evaluate.every is None else in_samples(config.evaluate.every, plan),
+        )
+    except Exception as error:
+        error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
+        raise
+    finally:
+        loader.close()
+        metrics.close()
+    cause = "" if done else stop_cause(stop, world)
+    outcome = Outcome(
+        "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
+    )
+    if world.rank == 0:
+        if stream.unkeyed:
+            run.event("unkeyed_dropout", layers=sorted(stream.unkeyed))
+        if done:
+            save_final(run, model)
+        run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
+        run.write_outcome(outcome)
+    return outcome
+
+
+def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
+    """Take the run directory for this launch: rank 0 locks it and says ``running``, the others see that it did.
+
+    Raises:
+        Refused: it isn't writable, another launch works in it, or a node doesn't see what rank 0 wrote there.
+    """
+    run = RunDir(facts["run_dir"])
+    hosts = world.gather(socket.gethostname())
+    refusal = ""
+    if world.rank == 0:
+        try:
+            _begin(run, config, facts, world, sorted(set(hosts)))
+        except (Refused, OSError) as error:
+            refusal = str(error) if isinstance(error, Refused) else f"run.dir={run.path} can't be written: {error}"
+    if refusal := world.agree(refusal):
+        raise Refused(refusal)
+    run.await_attempt(facts["attempt"])
+    return run
+
+
+def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    _KEPT.append(run.lock())
+    before = run.outcome()
+    if before and before.state == "finished":
+        return
+    if before is None or before.attempt != facts["attempt"]:
+        run.clear()
+    run.logs.mkdir(exist_ok=True)
+    write_atomic(run.path / "config.yaml", dump(config))
+    run.event(
+        "start",
+        command=facts["command"],
+        commit=facts["commit"],
+        attempt=facts["attempt"],
+        restart=restarts(),
+        hosts=hosts,
+        world_size=world.size,
+        device=str(world.device),
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
+    run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))
+
+
+def restarts() -> int:
+    """How often the elastic agent has started the workers again in this attempt."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def plan_of(config: RunConfig, world: int, train_samples: int | None) -> Plan:
+    """``resolve``, whose refusals are the user's to hear."""
+    try:
+        return resolve(config, world, train_samples)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def count_samples(config: RunConfig) -> int:
+    """Open the task's training data and count it, for a plan that wants to know."""
+    return len(open_data(make_task(config), config))
+
+
+def make_model(config: RunConfig, task: Task) -> nn.Module:
+    """``model._target_`` called with ``model.args``, or the task's own model."""
+    if config.model.target is None:
+        model, what = task.model(), "task.model()"
+    else:
+        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
+    if not isinstance(model, nn.Module):
+        raise Refused(f"{what} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def in_samples(every: Duration, plan: Plan) -> int:
+    """An interval of the config in samples, at least 1."""
+    try:
+        samples = every.samples(
+            global_size=plan.cut.global_size,
+            train_samples=plan.train_samples,
+            units_per_sample=plan.units_per_sample,
+            run_samples=plan.samples,
+        )
+    except ValueError as error:
+        raise Refused(f"every={error}") from None
+    return max(1, samples or 1)
+
+
+def stop_cause(stop: Stop, world: World) -> str:
+    """The signal that some rank got."""
+    return next(name for name in world.gather(stop.wanted or "") if name)
+
+
+def save_final(run: RunDir, model: nn.Module) -> None:
+    """The model's weights and buffers as safetensors, all or nothing."""
+    from safetensors.torch import save_model
+
+    aside = run.path / ".final.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    save_model(model, str(aside / "model.safetensors"))
+    shutil.rmtree(run.final, ignore_errors=True)
+    aside.rename(run.final)
+
+
+def _warn_of_statistics(run: RunDir, model: nn.Module) -> None:
+    batch_norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if batch_norms:
+        run.event("batch_norm", layers=batch_norms)
+        print(
+            f"warning: {len(batch_norms)} BatchNorm layers take their statistics from one micro-batch: this run isn't "
+            "the same on other hardware or with another batch.per_gpu",
+            flush=True,
+        )

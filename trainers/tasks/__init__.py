@@ -1,0 +1,83 @@
+"""What a task is: a small class of the user's. Only model, train_data and loss are needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from trainers.locate import check_call, locate
+from trainers.rundir import Refused
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+
+class Task(Protocol):
+    """The three methods that every task has. It may have these, too:
+
+    val_data() -> Dataset; evaluate(model, batch) -> {name: (sum, count)}; summarise(totals) -> {name: value};
+    augment(sample, generator) -> sample; collate(samples) -> batch; param_groups(model) -> list of optimizer groups.
+    """
+
+    def model(self) -> nn.Module: ...
+
+    def train_data(self) -> Any:
+        """A map-style dataset: ``len()`` and ``[index]``."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor]:
+        """The sum of the losses over the batch's units, and the number of units. Never a mean."""
+
+
+REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}
+
+
+def make_task(config: RunConfig) -> Task:
+    """The task that the config names.
+
+    Raises:
+        Refused: ``task._target_`` doesn't import, isn't a class or lacks a method; or ``task.args`` don't fit it.
+    """
+    target = config.task.target
+    cls = locate("task._target_", target)
+    if not inspect.isclass(cls):
+        raise Refused(f"task._target_={target} is a {type(cls).__name__}, not a class")
+    missing = [signature for name, signature in REQUIRED.items() if not callable(getattr(cls, name, None))]
+    if missing:
+        raise Refused(f"task._target_={target} lacks {', '.join(missing)}")
+    check_call("task", target, cls, (), config.task.args)
+    task: Any = cls(**config.task.args)
+    return cast(Task, task)
+
+
+def open_data(task: Task, config: RunConfig) -> Any:
+    """The task's training data, checked against what its YAML states.
+
+    Raises:
+        Refused: not a map-style dataset, empty, or of another length than ``task.train_samples``.
+    """
+    data = task.train_data()
+    length = check_map_style(data, "train_data()")
+    if length == 0:
+        raise Refused(f"train_data() of task {config.task.name} has 0 samples; a run needs at least 1")
+    if config.task.train_samples not in (None, length):
+        raise Refused(
+            f"train_data() of task {config.task.name} has {length} samples, but task.train_samples="
+            f"{config.task.train_samples}; correct that key, or set it to null to take what is there"
+        )
+    return data
+
+
+def check_map_style(data: Any, what: str) -> int:
+    """The length of a map-style dataset. Raises Refused for anything else."""
+    if isinstance(data, IterableDataset):
+        raise Refused(
+            f"{what} is an IterableDataset ({type(data).__name__}): its order can't be recomputed on another number of "
+            "ranks or after a stop; give a map-style dataset with len() and [index]"
+        )
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise Refused(f"{what} is a {type(data).__name__}; it has to be a map-style dataset with len() and [index]")
+    return len(data)

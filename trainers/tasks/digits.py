@@ -1,0 +1,66 @@
+"""scikit-learn's 1,797 handwritten digits (8 × 8 pixels) and a small MLP: the task that runs everywhere in seconds."""
+
+from __future__ import annotations
+
+import gzip
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from trainers.rundir import Refused
+
+VALIDATION = 360  # of 1,797 samples: a fifth
+
+
+class Digits:
+    """Classify digits with ``depth`` hidden layers of ``width``."""
+
+    def __init__(self, width: int, depth: int, dropout: float) -> None:
+        self.sizes = [64, *[width] * depth]
+        self.dropout = dropout
+        pixels, labels = _read()
+        order = np.random.default_rng(0).permutation(len(labels))
+        self._train, self._val = (
+            TensorDataset(torch.from_numpy(pixels[part]), torch.from_numpy(labels[part]))
+            for part in (order[VALIDATION:], order[:VALIDATION])
+        )
+
+    def model(self) -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(self.sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(self.dropout)]
+        return nn.Sequential(*layers, nn.Linear(self.sizes[-1], 10))
+
+    def train_data(self) -> TensorDataset:
+        return self._train
+
+    def val_data(self) -> TensorDataset:
+        return self._val
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels, reduction="sum"), len(labels)
+
+    def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        images, labels = batch
+        logits = model(images)
+        return {
+            "loss": (F.cross_entropy(logits, labels, reduction="sum"), len(labels)),
+            "accuracy": ((logits.argmax(-1) == labels).sum(), len(labels)),
+        }
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in [-1, 1] (float32 [1797, 64]) and labels (int64 [1797]), without importing scikit-learn."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise Refused("the task digits needs scikit-learn's data: pip install '.[tasks]' (the extra tasks)")
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    return table[:, :64] / 8 - 1, table[:, 64].astype(np.int64)
