@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -21,22 +22,18 @@ class Stop:
     Attributes:
         wanted: name of the signal that asked for the stop; None while there was none. The training loop shares it
             between the ranks once a step, so that all of them stop at the same one.
+        hurry: a second INT (an impatient Ctrl-C) ends the process at once, with 130. Off in workers: they may get one
+            INT from the terminal and the same again from their launcher.
     """
 
     def __init__(self) -> None:
         self.wanted: str | None = None
         self._interrupts = 0
-        self._hurry = True
+        self.hurry = True
         self._raises = False
 
-    def install(self, *, hurry: bool = True) -> Stop:
-        """Handle the three signals from now on, in this process.
-
-        Args:
-            hurry: a second INT (an impatient Ctrl-C) ends the process at once, with 130. Off for workers, which may
-                get one INT from the terminal and the same again from their launcher.
-        """
-        self._hurry = hurry
+    def install(self) -> Stop:
+        """Handle the three signals from now on, in this process."""
         for number in SIGNALS:
             signal.signal(number, self._record)
         return self
@@ -58,8 +55,13 @@ class Stop:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
-        if self._hurry and self._interrupts > 1:
+        if self.hurry and self._interrupts > 1:
             os._exit(130)
         self.wanted = self.wanted or signal.Signals(number).name
         if self._raises:
             raise Stopped(self.wanted)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that forked it ends, however it ends: nothing is orphaned."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from trainers.rundir import Refused
 
 # gloo's destructor waits for threads that need the lock it holds (pytorch #190489): groups are never let go of.
 _KEPT: list[object] = []
+
+FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agent is ours
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class World:
         Raises:
             Refused: no such device, or fewer of them than processes on this machine.
         """
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         store = meeting_point(timeout_s)
         world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size))
         if size > 1:
@@ -65,15 +71,17 @@ class World:
 
     def agree(self, text: str) -> str:
         """Rank 0's text, on all ranks."""
-        if self.size == 1:
-            return text
-        length = torch.tensor([len(text.encode())])
-        dist.broadcast(length, 0)
-        content = torch.zeros(int(length), dtype=torch.uint8)
-        if self.rank == 0:
-            content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        dist.broadcast(content, 0)
-        return bytes(content.tolist()).decode()
+        return self.gather(text)[0]
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in the order of the ranks, on all ranks."""
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(own)
+        texts = torch.zeros(self.size, int(self.sum(lengths).max()), dtype=torch.uint8)
+        texts[self.rank, : len(own)] = own
+        self.sum(texts)
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(texts, lengths.tolist(), strict=True)]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""
@@ -104,35 +112,35 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 @cache
-def meeting_point(timeout_s: float) -> dist.Store | None:
+def meeting_point(timeout_s: float) -> Store | None:
     """The store of this start of the workers, where ranks leave each other notes; None without a launcher.
 
-    An elastic agent keeps one store over all restarts, and ranks that find the addresses of their predecessors there
-    dial the dead. torch's restart count doesn't tell the starts apart either, since each agent counts its own: so rank
-    0 names the start, and tells the name to every rank that greets it.
+    Our own agents make a new store for every start. torchrun's keeps one over all restarts, and ranks that find the
+    addresses of their predecessors there dial the dead; its restart count doesn't tell the starts apart, since each
+    agent counts its own. So there rank 0 names the start, and tells the name to every rank that greets it.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    fresh = os.environ.get(FRESH_STORE) == "1"
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not by_agent,
+        is_master=rank == 0 and not (fresh or kept),
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
         multi_tenant=True,
     )
     _KEPT.append(store)
-    if not by_agent:
+    if not kept:
         return store
     me = uuid.uuid4().hex
     if rank:
         store.set(f"hello/{rank}", me)
         start = store.get(f"start/{me}").decode()
         store.set(f"here/{start}/{rank}", "")
-        return dist.PrefixStore(start, store)
+        return PrefixStore(start, store)
     absent, deadline = set(range(1, size)), time.monotonic() + timeout_s
     while absent:
         for other in sorted(absent):
@@ -143,4 +151,25 @@ def meeting_point(timeout_s: float) -> dist.Store | None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(absent)} didn't come within {timeout_s:g} s")
         time.sleep(0.002)
-    return dist.PrefixStore(me, store)
+    return PrefixStore(me, store)
+
+
+def write_note(store: Store | None, key: str, content: Any) -> None:
+    """Leave a note for the agents and the other ranks; nothing where there is nobody to read it any more."""
+    with suppress(RuntimeError):
+        if store:
+            store.set(key, json.dumps(content))
+
+
+def read_note(store: Store | None, key: str) -> Any:
+    """What was left under this key; None if nothing was, or who kept it is gone."""
+    with suppress(RuntimeError):
+        if store and store.check([key]):
+            return json.loads(store.get(key))
+    return None
+
+
+def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
+    """The earliest error that any of the ranks has noted."""
+    errors = [read_note(store, f"error/{rank}") for rank in range(size)]
+    return min(filter(None, errors), key=lambda error: error["time"], default=None)

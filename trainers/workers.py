@@ -1,0 +1,234 @@
+"""Starting the workers of this machine, what each of them does, and how all of it ends. Torch-free until used.
+
+torch 2.13's gloo hangs at a process's normal end (pytorch #190489: its destructor waits, holding the interpreter's
+lock, for threads that need it). So nothing of a training is let go of, and every worker leaves by ``os._exit``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trainers.rundir import EXIT_CODE, Fatal, Outcome, Refused, RunDir, write_atomic
+from trainers.stop import Stop, Stopped
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from conf.schema import RunConfig
+    from trainers.agent import Agent
+
+HINDSIGHT_S = 0.2  # for the error of another rank, which may be the cause of rank 0's own
+
+_kept: list[BaseException] = []  # their tracebacks hold what must not be destroyed
+_store: Store | None = None  # where this worker leaves notes
+_entered: RunDir | None = None  # its run directory
+
+
+def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
+    """Train with this machine's workers, or in this process for ``debug``; say once what went wrong; return the end.
+
+    Raises:
+        Refused: it can't work, and nothing was started.
+    """
+    if config.debug:
+        end = _attempt(config, facts, stop)
+        return end if isinstance(end, Outcome) else _bury(end, _entered, facts)
+    _import_torch()
+    import torch
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    import trainers.run  # noqa: F401  the workers are forked with it
+    from conf.hardware import workers_here
+    from trainers.agent import Agent, rendezvous
+
+    trouble = {"kind": "crashed", "rank": None, "cause": "the machine of rank 0 is gone"}
+    try:
+        handler, address = rendezvous(config, stop)
+        agent = Agent(
+            work,
+            (config, facts, stop),
+            stop=stop,
+            count=workers_here(config),
+            handler=handler,
+            address=address,
+            timeout_s=config.cluster.timeout_s,
+            max_restarts=config.cluster.max_restarts,
+            start_method="spawn" if torch.cuda.is_initialized() else "fork",
+            on_restart=_note_restart,
+        )
+    except Stopped as signal:
+        return Outcome("stopped", str(signal), 0, 0, facts["attempt"])
+    try:
+        agent.run()
+    except Stopped as signal:
+        agent.end = Outcome("stopped", str(signal), 0, 0, facts["attempt"], agent.restarts)
+    except RendezvousError as error:
+        trouble["cause"] = f"the machines of cluster.rendezvous={config.cluster.rendezvous} didn't meet: {error}"
+    finally:
+        handler.shutdown()
+    if agent.end:
+        return agent.end
+    return _bury(agent.error or trouble, agent.run_dir if agent.leads else None, facts, agent.restarts)
+
+
+def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
+    """Be a worker that torchrun started.
+
+    torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and who wants to know
+    more reads ``outcome.json``.
+    """
+    stop.hurry = False
+    end = _attempt(config, facts, stop, HINDSIGHT_S)
+    if isinstance(end, dict) and os.environ["RANK"] == "0":
+        _bury(end, _entered, facts, _restarts())
+    leave(_exit_code(end))
+
+
+def work(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
+    """Be a worker that our own agent started."""
+    leave(_exit_code(_attempt(config, facts, stop)))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: what torch does at a normal end takes time, and may hang."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def entered(run: RunDir) -> None:
+    """The run directory is this launch's: from now on, errors and what ranks other than 0 print go there."""
+    global _entered
+    _entered = run
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        from trainers.world import write_note
+
+        write_note(_store, "entered", str(run.path.absolute()))
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(_log(run, rank), "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _attempt(
+    config: RunConfig, facts: dict[str, str], stop: Stop, hindsight_s: float = 0.0
+) -> Outcome | dict[str, Any]:
+    """The body of every worker, however it was started.
+
+    Args:
+        hindsight_s: how long rank 0 looks for another rank's error, which may be the cause of its own.
+
+    Returns:
+        How the training ended, or the note of an error.
+    """
+    global _store
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
+        _import_torch()
+        import torch
+
+        from trainers.run import train
+        from trainers.world import World, first_error, meeting_point, write_note
+
+        _store = meeting_point(config.cluster.timeout_s)
+        world = World.join(config.device, config.cluster.timeout_s)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        gc.freeze()
+        gc.enable()
+        facts = json.loads(world.agree(json.dumps(facts)))
+        end = train(config, facts, world, stop)
+        world.leave()
+        if rank == 0:
+            write_note(_store, "end", asdict(end))
+        return end
+    except BaseException as error:
+        _kept.append(error)
+        note = _note(error, rank, facts)
+        if _store is not None:
+            write_note(_store, f"error/{rank}", note)
+            if rank == 0:
+                time.sleep(hindsight_s)
+                note = first_error(_store, size) or note
+        return note
+
+
+def _note(error: BaseException, rank: int, facts: dict[str, str]) -> dict[str, Any]:
+    """What is kept of an error: for the launcher, and in ``logs/error-rank-N.json`` and ``logs/rank-N.log``."""
+    refused = isinstance(error, Refused)
+    note: dict[str, Any] = {
+        "time": time.time(),
+        "rank": rank,
+        "attempt": facts["attempt"],
+        "restart": _restarts(),
+        "kind": "refused" if refused else "crashed",
+        "again": not isinstance(error, Refused | Fatal),
+        "cause": str(error) if refused else "".join(traceback.format_exception_only(error)).strip(),
+        "traceback": "".join(traceback.format_exception(error)),
+        "step": getattr(error, "step", 0),
+        "samples": getattr(error, "samples", 0),
+    }
+    if _entered:
+        with suppress(OSError):
+            with open(_log(_entered, rank), "a") as log:
+                log.write(note["traceback"])
+            note["log"] = str(_log(_entered, rank))
+            write_atomic(_entered.logs / f"error-rank-{rank}.json", json.dumps(note, indent=1) + "\n")
+    return note
+
+
+def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], restarts: int = 0) -> Outcome:
+    """Say once what ended the run, and write it down where the run directory is this launch's."""
+    cause = error["cause"]
+    if error["kind"] == "crashed" and error["rank"] is not None:
+        cause = f"rank {error['rank']} crashed: {cause}"
+    where = f"; traceback in {error['log']}" if error.get("log") else ""
+    if error["kind"] == "crashed" and not where:
+        print(error.get("traceback", ""), end="", file=sys.stderr)
+    print(f"isobatch: {cause}{where}", file=sys.stderr)
+    step, samples = error.get("step", 0), error.get("samples", 0)
+    end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarts)
+    if run:
+        run.event(end.state, cause=cause, step=step, samples=samples)
+        run.write_outcome(end)
+    return end
+
+
+def _log(run: RunDir, rank: int | str) -> Path:
+    return run.logs / f"rank-{rank}.log"
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _exit_code(end: Outcome | dict[str, Any]) -> int:
+    return 0 if isinstance(end, Outcome) else EXIT_CODE[end["kind"]]
+
+
+def _import_torch() -> None:
+    """Import torch, with all that training imports later, once for all workers that are forked from here."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
+    gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
+    import torch
+    import torch._dynamo  # noqa: F401
+
+
+def _note_restart(agent: Agent) -> None:
+    if agent.leads and agent.run_dir and agent.error:
+        agent.run_dir.event("restart", rank=agent.error["rank"], cause=agent.error["cause"])
