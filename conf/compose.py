@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import yaml
 from hydra import compose as hydra_compose
@@ -40,7 +42,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(
-                f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], and text 'a,b' in quotes)"
+                f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], text in quotes 'a,b')"
             )
     values = {override.key_or_group: override.value() for override in parsed}
     file = Path(str(values.get("run.dir"))) / "config.yaml"
@@ -48,6 +50,47 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
         return _going_on(load(file), file, parsed, roots)
     plain, given = _composed(parsed, roots)
     return validated(plain | {"given": sorted(given)})
+
+
+class Element(NamedTuple):
+    """One run of a sweep: the overrides that vary in the sweep, with this run's values, and all of its overrides."""
+
+    swept: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def column(self) -> dict[str, str]:
+        """Key → value of what varies, for a table."""
+        return {key: value for key, _, value in (override.partition("=") for override in self.swept)}
+
+
+def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> list[Element]:
+    """The runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
+
+    Raises:
+        ConfigError: an override can't be read, or stands for no values.
+    """
+    roots = [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
+    choices_of = SimpleNamespace(get_group_options=lambda group, results_filter=None: _options(group, roots))
+    ways: list[list[tuple[str, bool]]] = []
+    for override in map(_parse, overrides):
+        text = str(override.input_line)
+        if not override.is_sweep_override():
+            ways.append([(text, False)])
+            continue
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{text}: an interval has no end of values; name them with commas, or range(from,to,step)"
+            )
+        override.config_loader = cast(Any, choices_of)  # all that glob() asks of it
+        values = dict.fromkeys(override.sweep_string_iterator())
+        if not values:
+            raise ConfigError(f"{text} stands for no value at all")
+        ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
+    return [
+        Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
+        for way in itertools.product(*ways)
+    ]
 
 
 def _going_on(stored: dict[str, Any], file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunConfig:
@@ -160,9 +203,9 @@ def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterat
                 yield default.package
             else:
                 files = [root / f"{default.config_path}.yaml" for root in roots]
-                content = OmegaConf.load(next(file for file in files if file.is_file()))
+                content = yaml.safe_load(next(file for file in files if file.is_file()).read_text()) or {}
                 content.pop("defaults", None)
-                yield from leaves(default.package or "", OmegaConf.to_container(content))
+                yield from leaves(default.package or "", content)
     for group, override in found.overrides.override_metadata.items():
         if in_experiment(override.containing_config_path):
             yield group

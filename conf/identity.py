@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.explain import ConfigError
 from conf.schema import RunConfig
 
 HOUSEKEEPING = (
@@ -36,12 +40,11 @@ def global_size_rules(config: RunConfig) -> bool:
 
 def identity(config: RunConfig) -> str:
     """12 hexadecimal digits."""
-    text = json.dumps(science(config), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest(science(config))
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Where the run lives: ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside it."""
+    """Where the run lives: ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside."""
     named = Path("runs") / f"{config.run.name or config.task.name}-{identity(config)}"
     directory = Path(config.run.dir) if config.run.dir else named
     return first_free(directory) if config.run.new else directory
@@ -54,6 +57,57 @@ def first_free(directory: Path) -> Path:
         number += 1
         free = directory.with_name(f"{directory.name}-{number}")
     return free
+
+
+def refuse_unless_ours(directory: Path, config: RunConfig) -> None:
+    """Raises ConfigError where the directory can't be written to, or holds another run than ``config``'s."""
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run directory {directory}: {there} isn't a folder that can be written to; name a run.dir")
+    try:
+        other = json.loads((directory / "plan.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run yet, or one that got nowhere
+    if other != identity(config):
+        raise ConfigError(
+            f"run directory {directory} holds another run (identity {other}, not {identity(config)}); name another "
+            "run.dir, or run.new=true"
+        )
+
+
+def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
+    """Where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
+
+    The sweep is named by what all its runs share, so that more values of the same keys land beside those that are done.
+
+    Args:
+        swept: of each run the overrides that vary, as they are written on the command line.
+    """
+    keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
+    every = [science(config) for config in configs]
+    shared = {
+        key: value
+        for key, value in every[0].items()
+        if not f"{key}.".startswith(tuple(f"{swept_key}." for swept_key in keys))
+        and all(other.get(key) == value for other in every)
+    }
+    run = configs[0].run
+    root = Path(run.dir) if run.dir else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{_digest(shared)}"
+    root = first_free(root) if run.new else root
+    return [root / _folder(",".join(overrides)) for overrides in swept]
+
+
+def _folder(text: str) -> str:
+    """``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
+    name = re.sub(r"[^\w.,=+-]", "_", text)[:100].lstrip(".-") or "run"
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _off(value: Any) -> bool:

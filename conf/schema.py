@@ -115,6 +115,7 @@ class LearningRate(_Section):
 
 
 class _Optimizer(_Section):
+    name: str
     family: Literal["sgd", "adam"]
     weight_decay: NotNegative | None
     usual: Tuned | None

@@ -1,0 +1,81 @@
+"""The hardware that a run gets: who started this process, and the GPUs here, counted without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from conf.explain import ConfigError
+from conf.schema import RunConfig
+
+
+def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a worker that torchrun (or what speaks as it does) started."""
+    return "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE"} <= env.keys()
+
+
+def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """GPUs that CUDA would show this process: those of the driver, less what CUDA_VISIBLE_DEVICES hides."""
+    devices = [file for file in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
+    present = len(devices) or len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    if "CUDA_VISIBLE_DEVICES" not in env:
+        return present
+    shown: set[str] = set()
+    for name in env["CUDA_VISIBLE_DEVICES"].split(","):
+        name = name.strip()
+        numbered = re.fullmatch(r"\d+", name) is not None
+        if not re.fullmatch(r"\d+|(GPU|MIG)-.+", name) or name in shown or (numbered and int(name) >= present):
+            break  # as CUDA does: what follows the first one that isn't there isn't seen
+        shown.add(name)
+    return len(shown) if present else 0
+
+
+def environment(config: RunConfig) -> dict[str, str]:
+    """What the workers find in their environment."""
+    return {**os.environ, **{name: str(value) for name, value in config.cluster.environment.items()}}
+
+
+def workers_here(config: RunConfig) -> int:
+    """Worker processes of this machine: as given, or one a visible GPU, or 1."""
+    if config.debug:
+        return 1
+    if config.cluster.gpus_per_node != "auto":
+        return config.cluster.gpus_per_node
+    return 1 if config.device == "cpu" else max(1, visible_gpus(environment(config)))
+
+
+def world_size(config: RunConfig) -> int:
+    """Data-parallel ranks: torchrun's number of them, or machines × workers of each."""
+    if not under_torchrun():
+        return config.cluster.nodes * workers_here(config)
+    said = os.environ.get("WORLD_SIZE", "")
+    if not re.fullmatch(r"[1-9]\d*", said):
+        raise ConfigError(f"WORLD_SIZE={said} in the environment isn't the number of ranks that torchrun sets")
+    return int(said)
+
+
+def refuse_unless_startable(config: RunConfig) -> None:
+    """Raises ConfigError where training can't start on this machine."""
+    cluster, torchrun = config.cluster, under_torchrun()
+    if config.debug and (torchrun or cluster.nodes > 1 or cluster.gpus_per_node not in ("auto", 1)):
+        nodes, gpus = cluster.nodes, cluster.gpus_per_node
+        asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
+        raise ConfigError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
+    if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
+        raise ConfigError(
+            f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "
+            "the first node, the port a free one of it"
+        )
+    env = environment(config)
+    visible = visible_gpus(env)
+    if config.device == "cuda" and not visible:
+        hidden = f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']})" if "CUDA_VISIBLE_DEVICES" in env else ""
+        raise ConfigError(f"device=cuda, but no GPU is visible here{hidden}; device=cpu trains without")
+    here = int(env.get("LOCAL_WORLD_SIZE", 1)) if torchrun else workers_here(config)
+    if config.device != "cpu" and visible and here > visible:
+        raise ConfigError(
+            f"{here} processes on this machine, but {visible} visible GPU{'s' * (visible > 1)}, and a process needs one; "
+            f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
+        )

@@ -1,0 +1,159 @@
+"""``--help`` and ``--cfg job``, made of the YAML files and their comments, so that nothing is said twice."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import yaml
+
+from conf.explain import ConfigError, nearest
+from conf.schema import RunConfig
+
+HERE = Path(__file__).parent
+INDENT = 36  # of what a key means, in --help
+
+WHAT = """\
+Isobatch trains on any hardware with the global batch you ask for: describe a run by its batch,
+and it is the same run on one GPU, on many, and on a laptop.
+"""
+
+EXAMPLES = """\
+examples:
+  python launch.py                                          train handwritten digits on this machine
+  python launch.py batch.global_size=1024 duration=40ep     with a larger batch; the learning rate follows
+  python launch.py action=plan cluster.nodes=16 cluster.gpus_per_node=8 batch.global_size=65536
+                                                            what it would be on 128 GPUs, which needn't be here
+  python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
+  python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9
+  python launch.py -m batch.global_size=64,256,1024         a sweep: one run after another, then a table
+  python launch.py run.dir=runs/digits-0123456789ab         that run again, as its own config says
+  torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
+"""
+
+ENDS = "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal · 1 crashed or out of memory"
+
+
+class Entry(NamedTuple):
+    """A line of a YAML file: ``value`` as it is written there, and what its comment says."""
+
+    value: str
+    meaning: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        options = [option for action in self._actions for option in action.option_strings]
+        raise ConfigError(
+            message + (nearest(unknown[1], options) if unknown else "") + " (--help shows the command line)"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("launch.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true", help="this text")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="job: print the composed config, each key explained")
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder of your own YAML: DIR/task/mine.yaml is task=mine"
+    )
+    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep over the values that commas part")
+    return parser
+
+
+def command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    """``overrides``, ``help``, ``cfg``, ``config_dir``, ``multirun``. Raises ConfigError."""
+    parsed = _parser().parse_intermixed_args(arguments)
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise ConfigError(f"--config-dir={parsed.config_dir} isn't a folder")
+    return parsed
+
+
+def help_text(config_dir: str | None = None) -> str:
+    roots = [HERE, *([Path(config_dir)] if config_dir else [])]
+    width = max(80, min(140, shutil.get_terminal_size((120, 0)).columns))
+    lines = ["usage: python launch.py [key=value …] [options]", "", WHAT, EXAMPLES]
+    lines.append("choices (a group's own keys come with its choice; --config-dir adds more):")
+    for group, default in _defaults().items():
+        files = sorted(file for root in roots for file in (root / group).glob("*.yaml"))
+        for file in sorted(files, key=lambda file: file.stem != default):
+            usual = " (the default)" if file.stem == default else ""
+            lines += _row(f"{group}={file.stem}", _title(file) + usual, width)
+    lines += ["", "keys, with their defaults:"]
+    said = meanings()
+    found = entries(HERE / "config.yaml")
+    for group, default in _defaults().items():
+        if default != "null":
+            found |= entries(HERE / group / f"{default}.yaml", group)
+    for key, entry in found.items():
+        lines += _row(f"{key}={entry.value}", said.get(key, ""), width)
+    lines += ["", "durations: 10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)", ""]
+    lines.append("options:")
+    for action in _parser()._actions:
+        if action.option_strings:
+            lines += _row(", ".join(action.option_strings), action.help or "", width)
+    lines += ["  key=value, +key=value, ~key, group=choice and quoting are Hydra's grammar of overrides", "", ENDS]
+    return "\n".join(lines) + "\n"
+
+
+def _row(left: str, right: str, width: int) -> list[str]:
+    """``left`` and what it means beside it, wrapped; below it where it is long."""
+    head = f"  {left:<{INDENT - 4}}  "
+    lines = textwrap.wrap(right, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
+    if len(head) > INDENT or not lines:
+        return [head.rstrip(), *lines]
+    return [head + lines[0][INDENT:], *lines[1:]]
+
+
+def _title(file: Path) -> str:
+    """A file's first comment that isn't for Hydra."""
+    comments = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+    return comments[0] if comments else ""
+
+
+def _defaults() -> dict[str, str]:
+    """Group → its default choice."""
+    return dict(re.findall(r"^  - (\w+): (\w+)$", (HERE / "config.yaml").read_text(), re.MULTILINE))
+
+
+def entries(file: Path, prefix: str = "") -> dict[str, Entry]:
+    """Dotted key → its line, for the keys that have a comment or hold a value."""
+    found: dict[str, Entry] = {}
+    path: list[tuple[int, str]] = []
+    for line in file.read_text().splitlines():
+        if match := re.fullmatch(r"( *)(\w+):(?: (.*?))?(?:  # (.*))?", line):
+            indent, name, value, meaning = len(match[1]), match[2], match[3], match[4]
+            path = [(depth, above) for depth, above in path if depth < indent] + [(indent, name)]
+            if value is not None or meaning:
+                key = ".".join([prefix] * bool(prefix) + [above for _, above in path])
+                found[key] = Entry(value or "", meaning or "")
+    return found
+
+
+def meanings() -> dict[str, str]:
+    """Dotted key → its comment, whichever file of a group it stands in."""
+    found = {}
+    for file in [HERE / "config.yaml", *sorted(HERE.glob("*/*.yaml"))]:
+        prefix = "" if file.parent == HERE else file.parent.name
+        found.update({key: entry.meaning for key, entry in entries(file, prefix).items() if entry.meaning})
+    return found
+
+
+def annotated(config: RunConfig) -> str:
+    """The config as YAML, each key with its comment."""
+    plain = config.model_dump(mode="json", by_alias=True, exclude={"given"})
+    said, lines = meanings(), []
+    path: list[str] = []
+    for line in yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000).splitlines():
+        if match := re.match(r"( *)(\w+):", line):
+            path = [*path[: len(match[1]) // 2], match[2]]
+            meaning = said.get(".".join(path))
+            line += f"  # {meaning}" if meaning else ""
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""Isobatch's command: compose the config, resolve it to a plan, do one action, and end with its exit code."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+from trainers.stop import Stop
+
+STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
+gc.disable()  # what is imported stays; workers turn it on again
+
+import ctypes
+import json
+import shlex
+import signal
+import subprocess
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.compose import compose, expand
+from conf.explain import ConfigError
+from conf.hardware import environment, refuse_unless_startable, under_torchrun, world_size
+from conf.help import annotated, command_line, help_text
+from conf.identity import refuse_unless_ours, run_directory, sweep_directories
+from scaling.report import plan_row, result, table
+from scaling.resolve import resolve
+from trainers import workers
+from trainers.rundir import Refused, RunDir
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+    from scaling.plan import Plan
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code.
+
+    Raises:
+        ConfigError, Refused: what was asked for can't be.
+    """
+    args = command_line(arguments)
+    if args.help:
+        print(help_text(args.config_dir), end="")
+        return 0
+    if args.multirun:
+        if args.cfg or under_torchrun():
+            other = "--cfg prints one config" if args.cfg else "torchrun starts workers of one run"
+            raise ConfigError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
+        return sweep(args.overrides, args.config_dir)
+    config = compose(args.overrides, args.config_dir)
+    if args.cfg:
+        print(annotated(config))
+        return 0
+    plan = planned(config)
+    if config.action == "plan":
+        say(plan.to_json() if config.output == "json" else plan.table())
+        return 0
+    return train(config, plan, run_directory(config))
+
+
+def planned(config: RunConfig) -> Plan:
+    """The plan for the hardware that the config names."""
+    samples = None
+    if config.action == "train":
+        refuse_unless_startable(config)
+    elif config.plan.open_data:
+        from trainers.run import count_samples
+
+        samples = count_samples(config)
+    try:
+        return resolve(config, world_size(config), samples)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def train(config: RunConfig, plan: Plan, directory: Path) -> int:
+    """Train in ``directory``; a run that is finished there shows its result."""
+    os.environ.update(environment(config))  # before torch is imported, which reads some of it then
+    before = RunDir(directory).outcome()
+    refuse_unless_ours(directory, config)
+    if before and before.state == "finished":
+        say(f"{result(directory)} · {directory} (run.new=true trains again)")
+        return 0
+    say(plan.table())
+    command = shlex.join(["python", *sys.argv])
+    facts = {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12], "run_dir": str(directory)}
+    if under_torchrun():
+        workers.as_worker(config, facts, STOP)
+    end = workers.launch(config, facts, STOP)
+    if end.state in ("finished", "stopped"):
+        say(f"{result(directory)} · {directory}")
+    return end.exit_code
+
+
+def sweep(overrides: list[str], config_dir: str | None) -> int:
+    """One run after another, each in a child of its own; all are planned before the first one starts."""
+    elements, configs, plans = expand(overrides, config_dir), [], []
+    for element in elements:
+        try:
+            configs.append(compose(element.overrides, config_dir))
+            plans.append(planned(configs[-1]))
+        except (ConfigError, Refused) as error:
+            raise ConfigError(f"{' '.join(element.swept)}: {error}") from None
+    if configs[0].action == "plan":
+        if configs[0].output == "json":
+            say(json.dumps([json.loads(plan.to_json()) for plan in plans], indent=1, ensure_ascii=False))
+        else:
+            say(table([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+        return 0
+    directories = sweep_directories(configs, [element.swept for element in elements])
+    codes: list[int] = []
+    for element, run in zip(elements, zip(configs, plans, directories, strict=True), strict=True):
+        if STOP.wanted or 75 in codes:
+            break
+        say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
+        codes.append(in_child(lambda run=run: train(*run)))  # type: ignore[misc]
+    say("\n" + table([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
+    say(str(directories[0].parent))
+    return 75 if STOP.wanted or 75 in codes else int(any(codes))
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """The exit code of ``work``, done in a forked process that is told of a wish to stop."""
+    child = os.fork()
+    if child == 0:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: what a killed sweep had started stops
+        workers.leave(guarded(work))
+    told = False
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if STOP.wanted and not told:
+            os.kill(child, signal.SIGTERM)
+            told = True
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def commit() -> str:
+    """The git commit of this checkout; empty outside one."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return ""
+
+
+def say(text: str) -> None:
+    """Print it once, however many ranks there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of ``work``; what is refused is said in one message, by one process of each machine."""
+    try:
+        return work()
+    except (ConfigError, Refused) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"isobatch: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read this has left
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(1, os.getcwd())  # a user's own module is found where the command is given
+    workers.leave(guarded(lambda: main(sys.argv[1:])))

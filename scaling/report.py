@@ -1,0 +1,118 @@
+"""What a run's directory says of it, read from its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaling.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a run is, or how it ended.
+
+    Attributes:
+        state: of ``outcome.json``; ``—`` where there is none.
+        loss: of the last step that was logged; ``val`` holds the values of the last evaluation by their names.
+        peak: the plan's peak learning rate.
+    """
+
+    state: str = "—"
+    steps: int = 0
+    samples: int = 0
+    loss: float | None = None
+    val: dict[str, float] = field(default_factory=dict)
+    peak: float | None = None
+
+    def __str__(self) -> str:
+        values = [
+            f"{name} {value:.4g}" for name, value in ({"loss": self.loss} | self.val).items() if value is not None
+        ]
+        return " · ".join([f"{self.state} after {self.steps:,} steps, {self.samples:,} samples", *values])
+
+    def row(self) -> dict[str, Any]:
+        """Of a table of runs."""
+        return {
+            "state": self.state,
+            "steps": self.steps,
+            "samples": self.samples,
+            "peak LR": self.peak,
+            "loss": self.loss,
+            **self.val,
+        }
+
+
+def result(directory: Path) -> Result:
+    """The result of the run in ``directory``; what is missing or damaged there is None."""
+    outcome = _json(directory / "outcome.json")
+    lr = _json(directory / "plan.json").get("lr", {})
+    loss: float | None = None
+    val: dict[str, float] = {}
+    for line in _lines(directory / "metrics.jsonl"):
+        loss = line.get("loss", loss)
+        val = {name: value for name, value in line.items() if name.startswith("val/")} or val
+    return Result(
+        outcome.get("state", "—"), outcome.get("step", 0), outcome.get("samples", 0), loss, val, lr.get("peak")
+    )
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    """Of a table of plans."""
+    return {
+        "global batch": plan.cut.global_size,
+        "per GPU": plan.cut.per_gpu,
+        "ranks": plan.cut.world,
+        "accumulation": plan.cut.accumulation,
+        "steps": plan.steps,
+        "samples": plan.samples,
+        "peak LR": plan.peak.lr,
+        "identity": plan.identity,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Columns under their names, in the order in which the names first come up; numbers to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    return "\n".join(
+        "  ".join(
+            text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines; the last one may be half written."""
+    found = []
+    try:
+        text = file.read_text()
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
