@@ -127,7 +127,7 @@ def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
         if type(module) in _SWAPPED:
             swapped[module] = _keyed(module, stream, name, layer)
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children() leaves out the second name of a shared one
             if child in swapped:
                 setattr(parent, name, swapped[child])
     return model

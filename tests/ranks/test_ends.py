@@ -1,0 +1,121 @@
+"""How runs end other than well: refused by a worker, not finite, stopped; and what is left behind."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.ranks.conftest import Runs, in_ranks
+from trainers.rundir import RunDir
+from trainers.stop import Stop
+from trainers.world import World
+
+TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "duration=10st", "lr.peak=0.01")
+
+REFUSALS = {
+    "task._target_=tests.tasks.Nothing": "tests.tasks has no Nothing",
+    "task._target_=tests.taks.Counted": "No module named 'tests.taks'",
+    "task._target_=tests.tasks.torch": "is a module, not a class",
+    "task._target_=tests.tasks.Lacking": "lacks train_data() -> Dataset",
+    "task._target_=tests.tasks.Streamed": "IterableDataset",
+    "task._target_=tests.tasks.Empty": "0 samples",
+    "task._target_=tests.tasks.MeanLoss": "it returned a tensor of shape []",
+    "task._target_=tests.tasks.NoUnits": "step 1 (samples 0 to 19 of the run) has 0 units",
+    "task.args.widht=3": "unexpected keyword argument 'widht'",
+    "task.train_samples=499": "has 500 samples, but task.train_samples=499",
+    "optimizer.args.nonsense=1": "nonsense",
+    "model._target_=torch.nn.Lineal": "did you mean torch.nn.Linear",
+    "model._target_=builtins.dict": "not a torch.nn.Module",
+    "engine.config.bucket_cap=3": "bucket_cap",
+    "data.workers=1 task._target_=tests.tasks.Streamed": "IterableDataset",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
+    """All ranks refuse for the same reason, so none waits for another."""
+    run = runs(2, *TASK, *override.split())
+    assert [end["raised"] for end in run.ends] == ["Refused", "Refused"]
+    assert run.ends[0]["message"] == run.ends[1]["message"]
+    assert REFUSALS[override] in run.ends[0]["message"]
+    assert not run.run.final.exists()
+
+
+def test_a_loss_that_is_nan_names_step_and_samples(runs: Runs) -> None:
+    """NaN on one rank is NaN on all; nothing is trained further."""
+    run = runs(2, *TASK, "task._target_=tests.tasks.BecomesNaN")
+    assert [end["raised"] for end in run.ends] == ["Fatal", "Fatal"]
+    assert "step 3 (samples 40 to 59 of the run)" in run.ends[0]["message"]
+    assert not run.run.final.exists()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
+    class AfterFourSteps(Stop):
+        """As if a signal came in the fourth step: of two passes a step, it is asked for once each."""
+
+        asked = 0
+
+        @property
+        def wanted(self) -> str | None:
+            self.asked += 1
+            return "SIGTERM" if self.asked >= 4 else None
+
+        @wanted.setter
+        def wanted(self, value: str | None) -> None:
+            pass
+
+    def on_rank_1(world: World, stop: Stop) -> None:
+        if world.rank == 1:
+            stop.__class__ = AfterFourSteps
+
+    run = runs(3, *TASK, "batch.per_gpu=4", stop=on_rank_1)
+    assert [end["state"] for end in run.ends] == ["stopped"] * 3
+    assert {(end["step"], end["samples"], end["cause"]) for end in run.ends} == {(4, 80, "SIGTERM")}
+    outcome = run.run.outcome()
+    assert outcome
+    assert (outcome.state, outcome.step) == ("stopped", 4)
+
+
+def test_a_finished_directory_is_left_as_it_is(runs: Runs) -> None:
+    run = runs(1, *TASK)
+    before = (run.run.path / "metrics.jsonl").read_bytes()
+    runs.count -= 1
+    again = runs(1, *TASK)
+    assert again.run.path == run.run.path
+    assert again.ends[0]["state"] == "finished"
+    assert (run.run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_launches_on_one_directory(runs: Runs) -> None:
+    """The second is refused, names the first, and writes nothing."""
+    directory = RunDir(runs.folder / "run-1")
+    directory.path.mkdir()
+    with directory.lock():
+        run = runs(2, *TASK)
+    assert all("another launch works in" in end["message"] and "pid" in end["message"] for end in run.ends)
+    assert [file.name for file in directory.path.iterdir()] == ["lock"]
+
+
+def test_run_directory_has_what_the_design_says(runs: Runs) -> None:
+    run = runs(2, *TASK)
+    names = {path.name for path in run.run.path.iterdir()}
+    assert names >= {"plan.json", "config.yaml", "metrics.jsonl", "events.jsonl", "outcome.json", "logs", "final"}
+    start = json.loads((run.run.path / "events.jsonl").read_text().splitlines()[0])
+    assert start.keys() >= {"event", "command", "commit", "versions", "hosts", "world_size"}
+    last = run.metrics()[-2]
+    assert last.keys() >= {"step", "samples", "epoch", "loss", "lr", "grad_norm", "global_size", "samples_per_s"}
+    assert run.metrics()[-1].keys() == {"step", "samples", "epoch", "val/loss"}
+
+
+def test_texts_travel_between_ranks(runs: Runs) -> None:
+    """Strings as long as a traceback, with letters of every kind."""
+
+    def body(world: World) -> Any:
+        text = "é" * 5000 if world.rank == 0 else ""
+        return world.agree(text) == "é" * 5000, world.gather(f"rank {world.rank} ü")
+
+    for agreed, gathered in in_ranks(3, body, runs.folder / "texts"):
+        assert agreed
+        assert gathered == ["rank 0 ü", "rank 1 ü", "rank 2 ü"]

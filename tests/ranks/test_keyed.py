@@ -1,0 +1,152 @@
+"""Dropout keyed by the sample: that it drops what it should, independently, and the same however a batch is cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainers.keyed import Stream, generator_for, key_dropout, mix
+
+CPU = torch.device("cpu")
+
+
+def masks(p: float, positions: range, features: int, *, seed: int = 0, layers: int = 1, calls: int = 1) -> Tensor:
+    """What is kept, float [layers, calls, samples, features], by as many dropout layers called as often."""
+    stream = Stream(seed, CPU)
+    model = key_dropout(nn.ModuleList(nn.Dropout(p) for _ in range(layers)), stream)
+    assert isinstance(model, nn.ModuleList)
+    stream.start(positions.start, positions.stop)
+    ones = torch.ones(len(positions), features)
+    return torch.stack([torch.stack([(layer(ones) > 0).float() for _ in range(calls)]) for layer in model])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_keep_rate(p: float) -> None:
+    """Over a million elements within five standard deviations; so, too, over each sample and each feature."""
+    kept = masks(p, range(1000), 1000)[0, 0]
+    for part, count in ((kept.mean(), 1e6), (kept.mean(0), 1e3), (kept.mean(1), 1e3)):
+        assert (part - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / count)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_the_ends_of_p(p: float) -> None:
+    assert masks(p, range(10), 100).mean() == 1 - p
+
+
+def test_what_is_kept_is_scaled_up() -> None:
+    stream = Stream(0, CPU)
+    dropout = key_dropout(nn.Dropout(0.25), stream)
+    stream.start(0, 100)
+    assert sorted(set(dropout(torch.ones(100, 50)).flatten().tolist())) == pytest.approx([0, 1 / 0.75])
+
+
+def test_masks_are_independent() -> None:
+    """Correlations between samples, elements, layers, calls, seeds and far positions are those of noise."""
+    n = 1 << 16
+    base = masks(0.5, range(256), n // 256, layers=2, calls=2) - 0.5
+    others = {
+        "layer": base[1, 0],
+        "call": base[0, 1],
+        "sample": base[0, 0].roll(1, 0),
+        "element": base[0, 0].roll(1, 1),
+        "both": base[0, 0].roll((1, 1), (0, 1)),
+        "seed": masks(0.5, range(256), n // 256, seed=1)[0, 0] - 0.5,
+        "2^32 samples later": masks(0.5, range(2**32, 2**32 + 256), n // 256)[0, 0] - 0.5,
+        "2^40 samples later": masks(0.5, range(2**40, 2**40 + 256), n // 256)[0, 0] - 0.5,
+    }
+    for name, other in others.items():
+        correlation = (base[0, 0] * other).mean() * 4
+        assert abs(correlation) < 5 / math.sqrt(n), name
+
+
+def test_element_pairs_are_independent() -> None:
+    """Correlations of all pairs of 64 elements over 10,000 samples: none beyond what 2,016 draws of noise reach."""
+    kept = masks(0.5, range(10_000), 64)[0, 0] * 2 - 1
+    correlations = (kept.T @ kept / len(kept)).fill_diagonal_(0)
+    assert correlations.abs().max() < 5 / math.sqrt(len(kept))
+
+
+def test_mask_follows_the_sample() -> None:
+    """Cut anywhere, a sample has the mask that it has in the whole."""
+    whole = masks(0.3, range(40, 100), 33)[0, 0]
+    for start, stop in ((40, 41), (47, 90), (99, 100)):
+        assert torch.equal(masks(0.3, range(start, stop), 33)[0, 0], whole[start - 40 : stop - 40])
+
+
+def test_rows_may_be_a_multiple_of_the_samples() -> None:
+    """[samples × tokens, features] has the masks of [samples, tokens, features]."""
+    stream = Stream(0, CPU)
+    dropout = key_dropout(nn.Dropout(0.5), stream)
+    stream.start(5, 9)
+    folded = dropout(torch.ones(4 * 6, 10))
+    stream.start(5, 9)
+    assert torch.equal(folded.view(4, 6, 10), dropout(torch.ones(4, 6, 10)))
+    assert not stream.unkeyed
+
+
+def test_other_rows_fall_back_and_are_named() -> None:
+    stream = Stream(0, CPU)
+    model = key_dropout(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), stream)
+    stream.start(0, 4)
+    out = model[1](torch.ones(6, 1000))  # type: ignore[index]
+    assert 0.4 < (out > 0).float().mean() < 0.6
+    assert stream.unkeyed == {"1"}
+
+
+def test_channels_are_dropped_whole() -> None:
+    stream = Stream(0, CPU)
+    dropout = key_dropout(nn.Dropout2d(0.5), stream)
+    stream.start(0, 50)
+    kept = dropout(torch.ones(50, 40, 3, 3)) > 0
+    assert torch.equal(kept.all((2, 3)), kept.any((2, 3)))
+    assert 0.4 < kept.float().mean() < 0.6
+
+
+def test_recomputed_activations_get_the_same_masks() -> None:
+    """A layer that is called twice in a forward, each time under activation checkpointing."""
+
+    def gradient(recompute: bool) -> Tensor:
+        stream = Stream(0, CPU)
+        torch.manual_seed(0)
+        layer = key_dropout(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh()), stream)
+        stream.start(0, 16)
+        x = torch.ones(16, 8, requires_grad=True)
+        for _ in range(2):
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        x.sum().backward()
+        weight = layer[0].weight.grad  # type: ignore[index]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    assert torch.equal(gradient(recompute=True), gradient(recompute=False))
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    stream = Stream(0, CPU)
+    dropout = key_dropout(nn.Dropout(0.5), stream).eval()
+    assert torch.equal(dropout(torch.ones(3, 3)), torch.ones(3, 3))
+
+
+def test_shared_dropout_stays_shared() -> None:
+    shared = nn.Dropout(0.5)
+    model = key_dropout(nn.Sequential(shared, nn.Linear(2, 2), shared), Stream(0, CPU))
+    assert model[0] is model[2]  # type: ignore[index]
+    assert model[0] is not shared  # type: ignore[index]
+
+
+def test_augmentation_is_keyed_by_position() -> None:
+    draws = {
+        torch.randn(1, generator=generator_for(seed, position)).item() for seed in (0, 1) for position in range(50)
+    }
+    assert len(draws) == 100
+    again = torch.randn(1, generator=generator_for(1, 49)).item()
+    assert again in draws
+
+
+def test_mix_tells_words_and_their_order_apart() -> None:
+    words = [(0,), (0, 0), (1, 0), (0, 1), (-1, 0), (2**64 - 2, 0)]
+    assert len({mix(*w) for w in words}) == len(words)

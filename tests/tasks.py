@@ -1,0 +1,126 @@
+"""Tasks for tests: small, seeded, and each with something that goes wrong where the batch isn't handled exactly."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+
+class Counted:
+    """Regression with dropout whose samples have unequal numbers of units: sample i counts 1 + i mod 7 of them."""
+
+    def __init__(self, samples: int = 500, dropout: float = 0.2, width: int = 32) -> None:
+        random = torch.Generator().manual_seed(1)
+        self.inputs = torch.randn(samples, 8, generator=random)
+        self.targets = torch.randn(samples, 7, generator=random)
+        self.units = 1 + torch.arange(samples) % 7
+        self.dropout, self.width = dropout, width
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(8, self.width),
+            nn.Tanh(),
+            nn.Dropout(self.dropout),
+            nn.Linear(self.width, 7),
+            nn.Dropout(self.dropout),
+        )
+
+    def train_data(self) -> Any:
+        return TensorDataset(self.inputs, self.targets, self.units)
+
+    def val_data(self) -> Any:
+        return TensorDataset(self.inputs[:37], self.targets[:37], self.units[:37])
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        mask = torch.arange(7) < units[:, None]
+        return ((model(inputs) - targets)[mask] ** 2).sum(), units.sum()
+
+
+class Slow(Counted):
+    """The same through a plain dataset: no fast path, samples fetched one by one or many at once."""
+
+    def __init__(self, many: bool = False, **args: Any) -> None:
+        super().__init__(**args)
+        self.many = many
+
+    def train_data(self) -> Any:
+        return (Many if self.many else OneByOne)(self)
+
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        inputs, targets, units = sample
+        return inputs + 0.01 * torch.randn(inputs.shape, generator=generator), targets, units
+
+
+class OneByOne(Dataset):
+    def __init__(self, task: Counted) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.task.units)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.task.inputs[index], self.task.targets[index], self.task.units[index]
+
+
+class Many(OneByOne):
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("__getitems__ is there")
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [OneByOne.__getitem__(self, index) for index in indices]
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+class Streamed(Counted):
+    def train_data(self) -> Any:
+        return Endless()
+
+
+class Empty(Counted):
+    def train_data(self) -> Any:
+        return TensorDataset(torch.zeros(0, 8))
+
+
+class MeanLoss(Counted):
+    """Returns what most people's loss returns: one number."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+
+class NoUnits(Counted):
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        return super().loss(model, batch)[0], 0
+
+
+class BecomesNaN(Counted):
+    """One call's loss isn't a number, on one rank."""
+
+    def __init__(self, call: int = 3, rank: int = 1, **args: Any) -> None:
+        super().__init__(**args)
+        self.calls, self.call = 0, call if rank == int(os.environ.get("RANK", 0)) else -1
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        loss, units = super().loss(model, batch)
+        self.calls += 1
+        return (loss * float("nan") if self.calls == self.call else loss), units
+
+
+class Lacking:
+    """Not a task: has no train_data."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return None
