@@ -198,8 +198,10 @@ class Agent(SimpleElasticAgent):
             code = process.exitcode
             if code and read_note(self.notes, f"error/{rank}") is None:
                 # it was alive when last seen, so this is earlier than what its end did to others
-                name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-                error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "cause": name}
+                cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+                if code == -signal.SIGKILL:
+                    cause += " (Linux does that where memory runs out)"
+                error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "cause": cause}
                 write_note(self.notes, f"error/{rank}", error)
         self._stop_workers(worker_group)
         self.error = first_error(self.notes, worker_group.workers[0].world_size)

@@ -50,7 +50,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
     from conf.hardware import workers_here
     from trainers.agent import Agent, rendezvous
 
-    trouble = {"kind": "crashed", "rank": None, "cause": "the machine of rank 0 is gone"}
+    trouble = {"kind": "crashed", "again": False, "cause": "the machine of rank 0 is gone"}
     try:
         handler, address = rendezvous(config, stop)
         agent = Agent(
@@ -169,15 +169,15 @@ def _attempt(
 
 def _note(error: BaseException, rank: int, facts: dict[str, str]) -> dict[str, Any]:
     """What is kept of an error: for the launcher, and in ``logs/error-rank-N.json`` and ``logs/rank-N.log``."""
-    refused = isinstance(error, Refused)
+    told = isinstance(error, Refused | Fatal)  # in the message, and the same on all ranks
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,
         "attempt": facts["attempt"],
         "restart": _restarts(),
-        "kind": "refused" if refused else "crashed",
-        "again": not isinstance(error, Refused | Fatal),
-        "cause": str(error) if refused else "".join(traceback.format_exception_only(error)).strip(),
+        "kind": "refused" if isinstance(error, Refused) else "crashed",
+        "again": not told,
+        "cause": str(error) if told else "".join(traceback.format_exception_only(error)).strip(),
         "traceback": "".join(traceback.format_exception(error)),
         "step": getattr(error, "step", 0),
         "samples": getattr(error, "samples", 0),
@@ -193,12 +193,12 @@ def _note(error: BaseException, rank: int, facts: dict[str, str]) -> dict[str, A
 
 def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], restarts: int = 0) -> Outcome:
     """Say once what ended the run, and write it down where the run directory is this launch's."""
-    cause = error["cause"]
-    if error["kind"] == "crashed" and error["rank"] is not None:
+    cause, where = error["cause"], ""
+    if error["again"]:
         cause = f"rank {error['rank']} crashed: {cause}"
-    where = f"; traceback in {error['log']}" if error.get("log") else ""
-    if error["kind"] == "crashed" and not where:
-        print(error.get("traceback", ""), end="", file=sys.stderr)
+        where = f"; traceback in {error['log']}" if "log" in error else ""
+        if not where:
+            print(error.get("traceback", ""), end="", file=sys.stderr)
     print(f"isobatch: {cause}{where}", file=sys.stderr)
     step, samples = error.get("step", 0), error.get("samples", 0)
     end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarts)

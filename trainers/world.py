@@ -170,6 +170,9 @@ def read_note(store: Store | None, key: str) -> Any:
 
 
 def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
-    """The earliest error that any of the ranks has noted."""
-    errors = [read_note(store, f"error/{rank}") for rank in range(size)]
-    return min(filter(None, errors), key=lambda error: error["time"], default=None)
+    """The earliest error that any of the ranks has noted, with how far any of them had come."""
+    errors = [note for rank in range(size) if (note := read_note(store, f"error/{rank}"))]
+    if not errors:
+        return None
+    reached = {key: max(error.get(key, 0) for error in errors) for key in ("step", "samples")}
+    return {**min(errors, key=lambda error: error["time"]), **reached}
