@@ -32,7 +32,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def in_ranks(size: int, body: Callable[[World], Any], folder: Path) -> list[Any]:
+def in_ranks(
+    size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S
+) -> list[Any]:
     """What ``body`` returns (as JSON) on each of ``size`` gloo ranks; on a world of one, too, in a process of its own.
 
     An exception on a rank comes out as ``{"raised": its class, "message": its text}``. Ranks that are still there after
@@ -41,7 +43,7 @@ def in_ranks(size: int, body: Callable[[World], Any], folder: Path) -> list[Any]
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     pids = [_fork(rank, size, port, body, folder) for rank in range(size)]
-    deadline, late = time.monotonic() + DEADLINE_S, []
+    deadline, late = time.monotonic() + deadline_s, []
     for rank, pid in enumerate(pids):
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             if time.monotonic() > deadline:

@@ -1,0 +1,76 @@
+"""Whole commands, from start to exit, turn by turn with what they are compared to."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+PYTHON, TORCHRUN = sys.executable, str(BIN / "torchrun")
+LAUNCH = [PYTHON, str(ROOT / "launch.py")]
+TASK = ["task=custom", "task._target_=benchmarks.plain.Yardstick", "task.train_samples=4096", "lr.peak=0.05"]
+
+TWO_STEPS = [
+    *LAUNCH, *TASK, "device=cpu", "cluster.gpus_per_node=2", "batch.global_size=64", "duration=2st", "clip_norm=1.0",
+    "run.new=true", "evaluate.every=null",
+]  # fmt: skip
+PLAIN_TWO_STEPS = [TORCHRUN, "--nproc-per-node=2", "-m", "benchmarks.plain", "--steps", "2"]
+PLAN = [*LAUNCH, "action=plan"]
+IMPORTS = [PYTHON, "-c", "import hydra; from pydantic import BaseModel"]
+BIG_PLAN = [*PLAN, "cluster.nodes=12500", "cluster.gpus_per_node=8", "batch.global_size=1000003", "output=json"]
+
+PAIRS = {
+    "python launch.py, 2 ranks, 2 steps / torchrun plain.py": (TWO_STEPS, PLAIN_TWO_STEPS, 7),
+    "action=plan / import hydra, pydantic": (PLAN, IMPORTS, 15),
+    "action=plan on 100,000 ranks / import hydra, pydantic": (BIG_PLAN, IMPORTS, 15),
+}
+
+
+def seconds(command: list[str], folder: str) -> float:
+    """From start to exit, in an empty folder."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(5):
+        began = time.perf_counter()
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=60)
+            if done.returncode == 0:
+                return time.perf_counter() - began
+        failures[command[0]] += 1  # the plain script's gloo aborts or hangs at exit now and then; such a run isn't timed
+    raise RuntimeError(f"{' '.join(command)} ended with {done.returncode} five times in a row: {done.stderr}")
+
+
+failures: Counter[str] = Counter()
+
+
+def rows() -> list[dict[str, Any]]:
+    """Medians in seconds, and the median of the turns' ratios."""
+    found = []
+    for name, (ours, other, turns) in PAIRS.items():
+        failures.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            seconds(ours, folder), seconds(other, folder)
+            measured = [(seconds(ours, folder), seconds(other, folder)) for _ in range(turns)]
+        found.append(
+            {
+                "command / compared to": name,
+                "s": statistics.median(mine for mine, _ in measured),
+                "compared to s": statistics.median(theirs for _, theirs in measured),
+                "ratio": statistics.median(mine / theirs for mine, theirs in measured),
+                "failed": f"{failures[ours[0]]} / {failures[other[0]]}",
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row)

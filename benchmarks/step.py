@@ -1,0 +1,100 @@
+"""Time of a training step against the hand-written DDP loop, in the same ranks, turn by turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.plain import PER_GPU, loop
+from tests.ranks.conftest import in_ranks
+from trainers.world import World
+
+STEPS, WARM, TURNS = 300, 30, 9
+
+
+def ours(world: World, steps: int) -> float:
+    """Seconds of ``steps`` steps of our loop, as ``python launch.py`` runs it."""
+    from conf.compose import compose
+    from scaling.resolve import resolve
+    from trainers.engines import make_engine
+    from trainers.fit import fit
+    from trainers.keyed import Stream, key_dropout
+    from trainers.loader import Loader
+    from trainers.metrics import Metrics
+    from trainers.optim import make_optimizer
+    from trainers.state import TrainState
+    from trainers.stop import Stop
+    from trainers.tally import Pulse
+    from trainers.tasks import make_task
+
+    config = compose(
+        [
+            "task=custom", "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
+            f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "clip_norm=1.0", "optimizer.weight_decay=0",
+        ]
+    )  # fmt: skip
+    task = make_task(config)
+    data = task.train_data()
+    plan = resolve(config, world.size, len(data))
+    state, stream = TrainState(plan), Stream(0, world.device)
+    model = key_dropout(task.model(), stream)
+    engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
+    loader = Loader(data, task, state, world, 0)
+    began = time.perf_counter()
+    fit(
+        state, engine, loader, stream, Pulse(world.device), Metrics(None, state), Stop(),
+        clip_norm=1.0, log_every=10 * plan.cut.global_size, evaluate=None, evaluate_every=None,
+    )  # fmt: skip
+    kept.append(engine)
+    return time.perf_counter() - began
+
+
+kept: list[Any] = []
+
+
+def plain(world: World, steps: int) -> float:
+    """Seconds of ``steps`` steps of the hand-written loop, without its set-up."""
+    losses = loop(steps + 1)
+    next(losses)
+    began = time.perf_counter()
+    for _ in losses:
+        pass
+    return time.perf_counter() - began
+
+
+def turns(world: World) -> list[tuple[float, float]]:
+    """Seconds a step, (ours, plain), turn by turn."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="env://")
+    ours(world, WARM), plain(world, WARM)
+    return [(ours(world, STEPS) / STEPS, plain(world, STEPS) / STEPS) for _ in range(TURNS)]
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each number of processes: medians in ms, and the median of the turns' ratios."""
+    found = []
+    for size in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            measured = in_ranks(size, turns, Path(folder), deadline_s=600)[0]
+        found.append(
+            {
+                "processes": size,
+                "ours ms": 1e3 * statistics.median(mine for mine, _ in measured),
+                "plain DDP ms": 1e3 * statistics.median(other for _, other in measured),
+                "ours / plain": statistics.median(mine / other for mine, other in measured),
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(json.dumps(row))
