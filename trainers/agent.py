@@ -31,6 +31,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -40,7 +41,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from conf.identity import identity
-from trainers.rundir import Outcome, Refused, RunDir
+from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop
 from trainers.world import FRESH_STORE, first_error, read_note, write_note
 
@@ -204,7 +205,12 @@ class Agent(SimpleElasticAgent):
                 error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "cause": cause}
                 write_note(self.notes, f"error/{rank}", error)
         self._stop_workers(worker_group)
-        self.error = first_error(self.notes, worker_group.workers[0].world_size)
+        size = worker_group.workers[0].world_size
+        self.error = first_error(self.notes, size)
+        local = [worker.global_rank for worker in worker_group.workers]
+        silent = [rank for rank in range(size) if rank not in local and not read_note(self.notes, f"error/{rank}")]
+        if silent and self.error:
+            self.error["cause"] += f" (ranks {silent} left no word: their machine may be gone)"
         if self._stop.wanted or not (self.error and self.error["again"]):
             self._remaining_restarts = 0
         if self._remaining_restarts == 0:
@@ -262,7 +268,7 @@ def rendezvous(config: RunConfig, stop: Stop) -> tuple[RendezvousHandler, str]:
     """Where the machines of this run find each other, and this machine's address for the others.
 
     Raises:
-        Refused: no such place, or nobody answers there.
+        RendezvousError: nobody answers there.
         Stopped: a signal came first.
     """
     cluster = config.cluster
@@ -292,8 +298,8 @@ def _address_towards(host: str, port: int, timeout_s: float) -> str:
                 return str(probe.getsockname()[0])
         except OSError as error:
             if time.monotonic() > deadline:
-                raise Refused(
-                    f"nobody answers at cluster.rendezvous={host}:{port} after {timeout_s:g} s ({error}): the same "
-                    "command has to be started there too, and the port open"
+                raise RendezvousConnectionError(
+                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on that "
+                    "machine too, and the port be open"
                 ) from None
             time.sleep(0.2)

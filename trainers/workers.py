@@ -44,13 +44,14 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
         return end if isinstance(end, Outcome) else _bury(end, _entered, facts)
     _import_torch()
     import torch
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
     import trainers.run  # noqa: F401  the workers are forked with it
     from conf.hardware import workers_here
     from trainers.agent import Agent, rendezvous
 
-    trouble = {"kind": "crashed", "again": False, "cause": "the machine of rank 0 is gone"}
+    cluster, handler, agent = config.cluster, None, None
+    cause = "the machine of rank 0 is gone"
     try:
         handler, address = rendezvous(config, stop)
         agent = Agent(
@@ -60,24 +61,25 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
             count=workers_here(config),
             handler=handler,
             address=address,
-            timeout_s=config.cluster.timeout_s,
-            max_restarts=config.cluster.max_restarts,
+            timeout_s=cluster.timeout_s,
+            max_restarts=cluster.max_restarts,
             start_method="spawn" if torch.cuda.is_initialized() else "fork",
             on_restart=_note_restart,
         )
-    except Stopped as signal:
-        return Outcome("stopped", str(signal), 0, 0, facts["attempt"])
-    try:
         agent.run()
-    except Stopped as signal:
-        agent.end = Outcome("stopped", str(signal), 0, 0, facts["attempt"], agent.restarts)
+        if agent.end:
+            return agent.end
+    except Stopped:
+        return Outcome("stopped", str(stop.wanted), 0, 0, facts["attempt"], agent.restarts if agent else 0)
     except RendezvousError as error:
-        trouble["cause"] = f"the machines of cluster.rendezvous={config.cluster.rendezvous} didn't meet: {error}"
+        late = isinstance(error, RendezvousTimeoutError)
+        why = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else str(error)
+        cause = f"the machines didn't meet at cluster.rendezvous={cluster.rendezvous}: {why}"
     finally:
-        handler.shutdown()
-    if agent.end:
-        return agent.end
-    return _bury(agent.error or trouble, agent.run_dir if agent.leads else None, facts, agent.restarts)
+        if handler:
+            handler.shutdown()
+    note = (agent and agent.error) or {"kind": "crashed", "again": False, "cause": cause}
+    return _bury(note, agent.run_dir if agent and agent.leads else None, facts, agent.restarts if agent else 0)
 
 
 def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
@@ -224,6 +226,7 @@ def _import_torch() -> None:
     """Import torch, with all that training imports later, once for all workers that are forked from here."""
     os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
     gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
     import torch
     import torch._dynamo  # noqa: F401
