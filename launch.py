@@ -84,8 +84,8 @@ def planned(config: RunConfig) -> Plan:
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     """Train in ``directory``; a run that is finished there shows its result."""
     os.environ.update(environment(config))  # before torch is imported, which reads some of it then
-    before = RunDir(directory).outcome()
     refuse_unless_ours(directory, config)
+    before = RunDir(directory).outcome()
     if before and before.state == "finished":
         say(f"{result(directory)} · {directory} (run.new=true trains again)")
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
                 f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], text in quotes 'a,b')"
             )
     values = {override.key_or_group: override.value() for override in parsed}
-    file = Path(str(values.get("run.dir"))) / "config.yaml"
-    if values.get("run.dir") and not values.get("run.new") and file.exists():
+    file = Path(os.path.expanduser(str(values.get("run.dir")))) / "config.yaml"
+    if values.get("run.dir") and not values.get("run.new") and os.path.exists(file):
         return _going_on(load(file), file, parsed, roots)
     plain, given = _composed(parsed, roots)
     return validated(plain | {"given": sorted(given)})
@@ -179,7 +180,8 @@ def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
     if value is None:
         return f"~{override.get_key_element()}"
     for name in value if isinstance(value, list) else [value]:
-        if not any((root / override.key_or_group / f"{name}.yaml").is_file() for root in roots):
+        files = [root / override.key_or_group / f"{name}.yaml" for root in roots]
+        if ".." in str(name) or not any(file.is_file() for file in files):
             raise ConfigError(_no_such_choice(override.key_or_group, str(name), options))
     return text
 

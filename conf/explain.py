@@ -40,7 +40,7 @@ EXPECTED = {
     "string_type": "text",
     "string_too_short": "text that isn't empty",
     "tuple_type": "a list: [a,b]",
-    "dict_type": "a mapping: {name: value}",
+    "dict_type": "a mapping: {{name: value}}",
     "finite_number": "finite",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:g} or more",
@@ -111,6 +111,8 @@ def sections() -> set[str]:
 def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
     """The message for a key that there isn't; ``siblings`` are those beside it."""
     section, _, last = key.rpartition(".")
+    if key.startswith("experiment."):
+        return f"an experiment's YAML has to begin with the line '# @package _global_', else it sets {key}"
     known = sorted(set(keys()) - {"given"})
     if key in known:
         return f"{key} isn't a key of this {section}, which has {', '.join(siblings)}"

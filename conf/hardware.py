@@ -76,6 +76,6 @@ def refuse_unless_startable(config: RunConfig) -> None:
     here = int(env.get("LOCAL_WORLD_SIZE", 1)) if torchrun else workers_here(config)
     if config.device != "cpu" and visible and here > visible:
         raise ConfigError(
-            f"{here} processes on this machine, but {visible} visible GPU{'s' * (visible > 1)}, and a process needs one; "
+            f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible; "
             f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
         )

@@ -46,14 +46,14 @@ def identity(config: RunConfig) -> str:
 def run_directory(config: RunConfig) -> Path:
     """Where the run lives: ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside."""
     named = Path("runs") / f"{config.run.name or config.task.name}-{identity(config)}"
-    directory = Path(config.run.dir) if config.run.dir else named
+    directory = Path(os.path.expanduser(config.run.dir)) if config.run.dir else named
     return first_free(directory) if config.run.new else directory
 
 
 def first_free(directory: Path) -> Path:
     """``directory``, or the first of ``directory-2``, ``directory-3``, … that doesn't exist."""
     number, free = 1, directory
-    while free.exists():
+    while os.path.lexists(free):
         number += 1
         free = directory.with_name(f"{directory.name}-{number}")
     return free
@@ -62,7 +62,7 @@ def first_free(directory: Path) -> Path:
 def refuse_unless_ours(directory: Path, config: RunConfig) -> None:
     """Raises ConfigError where the directory can't be written to, or holds another run than ``config``'s."""
     there = directory.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # also where asking fails, as it does for names that are too long
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"run directory {directory}: {there} isn't a folder that can be written to; name a run.dir")
@@ -94,14 +94,18 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         and all(other.get(key) == value for other in every)
     }
     run = configs[0].run
-    root = Path(run.dir) if run.dir else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{_digest(shared)}"
+    root = (
+        Path(os.path.expanduser(run.dir))
+        if run.dir
+        else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{_digest(shared)}"
+    )
     root = first_free(root) if run.new else root
     return [root / _folder(",".join(overrides)) for overrides in swept]
 
 
 def _folder(text: str) -> str:
     """``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
-    name = re.sub(r"[^\w.,=+-]", "_", text)[:100].lstrip(".-") or "run"
+    name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100].lstrip(".-") or "run"
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

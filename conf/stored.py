@@ -19,7 +19,7 @@ OF_THE_MOMENT = ("action", "output", "device", "debug", "cluster", "run", "plan"
 def dump(config: RunConfig) -> str:
     """The content of ``config.yaml``."""
     plain = {"format": FORMAT, **config.model_dump(mode="json", by_alias=True)}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(plain, sort_keys=False, width=120)  # ASCII: yaml does not read all Unicode back
 
 
 def load(file: Path) -> dict[str, Any]:

@@ -1,0 +1,562 @@
+"""The config: what may be asked for, and what is said where it can't be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from conf import hardware
+from conf.compose import HERE, compose, expand
+from conf.explain import ConfigError, keys, leaves, sections, validated
+from conf.help import annotated, command_line, help_text, meanings
+from conf.schema import RunConfig
+from conf.stored import dump
+from scaling.units import Duration
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """The defaults, as plain values."""
+    return compose([]).model_dump(mode="json", by_alias=True)
+
+
+def message(*overrides: str, config_dir: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        compose(overrides, config_dir)
+    return str(refusal.value)
+
+
+def write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+# ---- defaults
+
+
+def test_every_key_has_its_default_in_yaml_and_none_in_the_schema() -> None:
+    def defaults_of(model: type[BaseModel]) -> list[str]:
+        return [name for name, field in model.model_fields.items() if not field.is_required()]
+
+    sections = {type(value) for value in dict(compose([])).values() if isinstance(value, BaseModel)}
+    assert not [name for model in (RunConfig, *sections) for name in defaults_of(model)]
+    in_files = set()
+    for file in [HERE / "config.yaml", *HERE.glob("*/*.yaml")]:
+        if file.parent.name != "experiment":
+            content = yaml.safe_load(file.read_text())
+            content.pop("defaults", None)
+            in_files |= set(leaves("" if file.parent == HERE else file.parent.name, content))
+    in_schema = {key for key in keys() if key not in sections_of_schema() and key != "given"}
+    assert {
+        key for key in in_schema if not any(key == known or known.startswith(f"{key}.") for known in in_files)
+    } == set()
+
+
+def sections_of_schema() -> set[str]:
+    return sections() - {"optimizer.usual"}
+
+
+def test_every_key_is_explained() -> None:
+    unexplained = set(keys()) - sections_of_schema() - meanings().keys() - {"given"}
+    assert {key for key in unexplained if not key.endswith(".name") and not key.startswith("optimizer.usual.")} == set()
+
+
+@pytest.mark.parametrize("file", sorted(HERE.glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_every_choice_composes(file: Path) -> None:
+    target = [f"{file.parent.name}._target_=some.Thing"] if "???" in file.read_text() else []
+    config = compose([f"{file.parent.name}={file.stem}", *target])
+    assert (file.parent.name in config.given) == (file.parent.name != "experiment")
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        compose([]).batch.global_size = 3  # type: ignore[misc]
+
+
+# ---- what the command line gives
+
+
+def test_values_arrive_with_their_types() -> None:
+    config = compose(
+        ["batch.global_size=64", "lr.base=1", "lr.warmup=500st", "clip_norm=1.5", "lr.milestones=[1ep,50%]"]
+    )
+    assert config.batch.global_size == 64
+    assert config.lr.base == 1.0
+    assert config.lr.warmup == Duration(500, "st")
+    assert config.lr.milestones == (Duration(1, "ep"), Duration(50, "%"))
+    assert config.given == ("batch.global_size", "clip_norm", "lr.base", "lr.milestones", "lr.warmup")
+
+
+def test_free_mappings_take_new_keys_without_a_plus() -> None:
+    config = compose(
+        [
+            "task.args.new=[1,{a:b}]",
+            "task.args.width=7",
+            "~task.args.dropout",
+            "model._target_=some.Model",
+            "model.args={deep: {deeper: 1}}",
+            "optimizer.args.maximize=true",
+            "engine.config.bucket_cap_mb=50",
+            "cluster.environment.NCCL_DEBUG=INFO",
+            "+cluster.environment.OMP_NUM_THREADS=4",
+        ]
+    )
+    assert config.task.args == {"width": 7, "depth": 2, "new": [1, {"a": "b"}]}
+    assert config.model.args == {"deep": {"deeper": 1}}
+    assert config.optimizer.args == {"maximize": True}
+    assert config.engine.config == {"bucket_cap_mb": 50}
+    assert config.cluster.environment == {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        ([], set()),
+        (["batch.per_gpu=8"], {"batch.per_gpu"}),
+        (["batch={per_gpu: 8, accumulation: 2}"], {"batch.per_gpu", "batch.accumulation"}),
+        (["optimizer=adamw"], {"optimizer"}),
+        (["optimizer=adamw", "optimizer.eps=1e-6"], {"optimizer", "optimizer.eps"}),
+        (["lr.milestones.0=20%"], {"lr.milestones"}),
+        (["task.args.width=7", "~task.args.depth"], {"task.args.width", "task.args.depth"}),
+        (["experiment=digits_large"], {"batch.global_size", "lr.warmup", "duration"}),
+        (["experiment=digits_large", "batch.global_size=64"], {"batch.global_size", "lr.warmup", "duration"}),
+        (["experiment=null"], set()),
+    ],
+)
+def test_given(overrides: list[str], given: set[str]) -> None:
+    assert set(compose(overrides).given) == given
+
+
+def test_given_by_experiments_that_inherit(tmp_path: Path) -> None:
+    head = "# @package _global_\n"
+    write(tmp_path / "experiment/base.yaml", f"{head}batch: {{per_gpu: 4}}\nlr: {{base: 0.1}}\n")
+    write(tmp_path / "shared.yaml", "clip_norm: 1.0\n")
+    write(
+        tmp_path / "experiment/sub/mine.yaml",
+        f"{head}defaults:\n  - /experiment/base\n  - /shared\n  - override /optimizer: adamw\nlr: {{base: 0.2}}\n",
+    )
+    config = compose(["experiment=sub/mine", "seed=3"], tmp_path)
+    assert set(config.given) == {"batch.per_gpu", "lr.base", "clip_norm", "optimizer", "seed"}
+    assert (config.lr.base, config.optimizer.name, config.clip_norm) == (0.2, "adamw", 1.0)
+    both = compose(["experiment=[base,digits_large]"], tmp_path)
+    assert set(both.given) == {"batch.per_gpu", "lr.base", "batch.global_size", "lr.warmup", "duration"}
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's", 'a"b', "a,b=c[d]", "ünï", "a\\b"])
+def test_own_yaml_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name / "task/mine.yaml", (HERE / "task/digits.yaml").read_text().replace("digits", "mine", 1))
+    assert compose(["task=mine"], tmp_path / name).task.name == "digits"
+    assert "task can be custom, digits, mine" in message("task=mne", config_dir=tmp_path / name)
+
+
+def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
+    write(tmp_path / "task/broken.yaml", "name: [a\n")
+    assert "task/broken.yaml" in message("task=broken", config_dir=tmp_path)
+    write(tmp_path / "task/list.yaml", "- a\n")
+    assert 'task=["a"]' in message("task=list", config_dir=tmp_path)
+    write(tmp_path / "task/short.yaml", "name: short\n")
+    assert "task._target_ has no value" in message("task=short", config_dir=tmp_path)
+    write(tmp_path / "experiment/headless.yaml", "batch: {global_size: 8}\n")
+    assert "has to begin with the line '# @package _global_'" in message("experiment=headless", config_dir=tmp_path)
+    write(tmp_path / "experiment/typo.yaml", "# @package _global_\ndefaults:\n  - override /optimizer: adm\n")
+    assert "there is no optimizer=adm; did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
+
+
+# ---- what can't be: each with all that its message has to say
+
+REFUSED = [
+    # keys
+    (["batch.globl_size=3"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
+    (["global_size=3"], ["did you mean batch.global_size?"]),
+    (["+foo=3"], ["unknown key foo"]),
+    (["foo.bar=3"], ["unknown key foo.bar"]),
+    (["foo/bar=3"], ["unknown key foo/bar"]),
+    (["epochs=3"], ["did you mean duration=10ep?"]),
+    (["batch_size=3"], ["batch.global_size or batch.per_gpu"]),
+    (["lr=0.1"], ["lr=0.1", "lr.base", "lr.peak"]),
+    (["lr.foo=1"], ["unknown key lr.foo", "lr.base, "]),
+    (["given=[a]"], ["unknown key given"]),
+    (["optimizer=adamw", "optimizer.momentum=0.5"], ["optimizer.momentum isn't a key of this optimizer", "betas"]),
+    (["+batch.global_size=3"], ["batch.global_size is there already; leave out the +"]),
+    (["+task=digits"], ["task is there already; leave out the +: task=digits"]),
+    (["++task=digits"], ["leave out the +: task=digits"]),
+    (["~foo"], ["~foo"]),
+    (["~seed"], ["seed has no value"]),
+    (["~batch.per_gpu"], ["~batch.per_gpu", "null"]),
+    (["~task"], ["task has no value"]),
+    (["task=null"], ["task has no value"]),
+    (["optimizer@other=adamw"], ["optimizer@other"]),
+    (["hydra.run.dir=x"], ["hydra.run.dir=x", "no effect"]),
+    (["hydra/launcher=x"], ["hydra/launcher=x", "no effect"]),
+    (["hydra=x"], ["no effect"]),
+    (["~hydra.job"], ["no effect"]),
+    # groups
+    (["optimizer=adm"], ["there is no optimizer=adm", "did you mean adamw?", "adamw, custom, sgd"]),
+    (["task=3"], ["there is no task=3", "custom, digits"]),
+    (["experiment=foo"], ["there is no experiment=foo", "digits_large"]),
+    (["optimizer=../optimizer/sgd"], ["optimizer="]),
+    (["task=custom"], ["task._target_ has to be given"]),
+    (["optimizer=custom"], ["optimizer._target_ has to be given"]),
+    # the grammar
+    (["seed"], ["'seed' isn't key=value"]),
+    (["run.name=a b(c"], ["'run.name=a b(c'", "\"run.name='a b(c'\""]),
+    (["=3"], ["=3"]),
+    (["a b=3"], ["'a b=3' can't be read"]),
+    (["seed=1,2"], ["seed=1,2 is a sweep; did you mean -m?"]),
+    (["seed=range(1,4)"], ["did you mean -m?"]),
+    (["task.name=${foo}"], ["task.name", "foo"]),
+    (["task.name=${oc.env:ISOBATCH_NOT_SET}"], ["task.name", "ISOBATCH_NOT_SET"]),
+    # sections together
+    (["lr.rule=power"], ["lr.rule=power needs lr.power"]),
+    (["lr.power=2"], ["lr.power=2.0 is only used by lr.rule=power"]),
+    (["lr.decay=step", "lr.milestones=[]"], ["lr.decay=step needs lr.milestones"]),
+    (["model.args.x=3"], ["model.args needs model._target_"]),
+    (["optimizer.momentum=0"], ["optimizer.nesterov=true needs optimizer.momentum"]),
+    (["cluster.environment.A-B=x"], ["A-B", "environment variable"]),
+    (["task.args={1: a}"], ["task.args has the key 1", "'1'"]),
+    (["seed=x", "batch.per_gpu=0"], ["seed=x can't be", "batch.per_gpu=0 can't be"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=lambda value: " ".join(value) if value else "")
+def test_refusals(overrides: list[str], said: list[str]) -> None:
+    text = message(*overrides)
+    assert all(part in text for part in said), text
+    assert len(text) < 500
+    assert not re.search(r"pydantic|hydra\.cc|ConfigKeyError|constrained|Traceback", text)
+
+
+VALUES: dict[str, list[tuple[Any, str]]] = {
+    "batch.global_size": [
+        (0, "1 or more, or all"),
+        (-3, "1 or more, or all"),
+        (2.5, "a whole number, or all"),
+        (1000.0, "did you mean 1000?"),
+        ("al", "did you mean all?"),
+        (True, "a whole number"),
+        (None, "batch.global_size=null can't be"),
+        ([3], "batch.global_size=[3] can't be"),
+        ({"a": 3}, 'batch.global_size={"a": 3} can\'t be'),
+    ],
+    "batch.per_gpu": [(0, "1 or more"), (0.5, "a whole number"), (float("nan"), "finite")],
+    "batch.accumulation": [(0, "1 or more"), (-1, "1 or more")],
+    "batch.unit": [("token", "did you mean tokens?")],
+    "batch.even": [(1, "true or false"), ("yes", "true or false")],
+    "action": [("pln", "did you mean plan?"), ("tune", "train or plan")],
+    "output": [("jsn", "did you mean json?")],
+    "device": [("gpu", "auto, cpu or cuda")],
+    "seed": [(-1, "0 or more"), (2**63, "less than"), ("x", "a whole number"), (True, "a whole number")],
+    "duration": [
+        (10, "has no unit"),
+        ("10xx", "unknown unit 'xx'"),
+        ("-1ep", "0 or more"),
+        ("ep", "not a duration"),
+        (True, "not a duration"),
+        (None, "not a duration"),
+    ],
+    "clip_norm": [(0, "more than 0"), (-1, "more than 0"), (float("inf"), "finite"), ("a", "a number")],
+    "lr.base": [(0, "more than 0"), (float("inf"), "finite"), (float("nan"), "finite")],
+    "lr.base_batch": [(0, "1 or more")],
+    "lr.rule": [("sqr", "did you mean sqrt?")],
+    "lr.decay": [("cos", "cosine, linear, polynomial, step, constant or wsd")],
+    "lr.final": [(-0.1, "0 or more"), (1.1, "at most 1")],
+    "lr.milestones": [("30%", "a list"), ([4], "lr.milestones.0=4 has no unit")],
+    "lr.warmup_from": [(-1, "0 or more")],
+    "log.every": [("0st", "log.every=0st: an interval has to be more than 0"), (None, "not a duration")],
+    "evaluate.every": [("0ep", "more than 0")],
+    "data.workers": [(-1, "0 or more")],
+    "run.dir": [("", "isn't empty"), (3, "as text: \"run.dir='3'\"")],
+    "run.name": [
+        ("../x", "a folder's name"),
+        ("a b", "a folder's name"),
+        ("x" * 101, "a folder's name"),
+        (".", "name"),
+    ],
+    "task.name": [("a/b", "a folder's name"), ("a\nb", "a folder's name")],
+    "task._target_": [("foo", "a class or function with its module"), ("os.", "with its module"), (None, "text")],
+    "task.train_samples": [(0, "1 or more")],
+    "task.units_per_sample": [(0, "1 or more")],
+    "task.tuned": [
+        ({"sgd": {"lr": 0, "batch": 1}}, "task.tuned.sgd.lr=0"),
+        ({"sgd": {"lr": 1}}, "task.tuned.sgd.batch"),
+    ],
+    "task.args": [({"x": float("nan")}, "task.args.x=nan"), ({"x": b"a"}, "task.args.x"), (3, "a mapping")],
+    "optimizer.name": [("foo", "sgd, adamw, custom")],
+    "optimizer.family": [("lamb", "sgd or adam")],
+    "optimizer.momentum": [(1, "less than 1"), (-0.1, "0 or more")],
+    "optimizer.weight_decay": [(-1, "0 or more")],
+    "engine.name": [("fsdp", "ddp")],
+    "cluster.nodes": [(0, "1 or more"), (1.5, "a whole number")],
+    "cluster.gpus_per_node": [(0, "1 or more, or auto"), ("aut", "did you mean auto?")],
+    "cluster.rendezvous": [("foo", "host:port"), ("foo:bar", "host:port")],
+    "cluster.max_restarts": [(-1, "0 or more")],
+    "cluster.timeout_s": [(0, "more than 0")],
+    "cluster.environment": [({"X": True}, "as text: \"cluster.environment.X='true'\""), ({"X": 0.5}, "as text")],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [(key, value, said) for key, cases in VALUES.items() for value, said in cases],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+    *parents, last = key.split(".")
+    changed: Any = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in plain.items()}
+    section = changed
+    for name in parents:
+        section = section[name]
+    section[last] = value
+    with pytest.raises(ConfigError) as refusal:
+        validated(changed)
+    assert said in str(refusal.value)
+    assert key in str(refusal.value)
+    assert not re.search(r"pydantic|constrained|literal\[", str(refusal.value))
+
+
+# ---- sweeps
+
+
+def test_sweeps_expand_by_hydras_grammar() -> None:
+    elements = expand(
+        ["batch.global_size=64,256", "seed=range(1,4)", "lr.base=0.1", "optimizer=glob(*am*)", "task.name='a,b'"]
+    )
+    assert len(elements) == 2 * 3 * 1
+    assert elements[0].swept == ("batch.global_size=64", "seed=1", "optimizer=adamw")
+    assert elements[0].overrides == (*elements[0].swept[:2], "lr.base=0.1", elements[0].swept[2], "task.name='a,b'")
+    assert elements[-1].column == {"batch.global_size": "256", "seed": "3", "optimizer": "adamw"}
+    assert [e.swept[0] for e in expand(["lr.milestones=[30%,60%],[50%]"])] == [
+        "lr.milestones=[30%,60%]",
+        "lr.milestones=[50%]",
+    ]
+    assert [e.swept for e in expand(["seed=1,1,2"])] == [("seed=1",), ("seed=2",)]
+    assert [e.swept for e in expand(["experiment=null,digits_large"])] == [
+        ("experiment=null",),
+        ("experiment=digits_large",),
+    ]
+    for element in expand(["experiment=null,digits_large", "task.name='a b',c"]):
+        compose(element.overrides[:1])
+
+
+@pytest.mark.parametrize("override", ["lr.base=interval(0,1)", "seed=range(3,1)", "optimizer=glob(x*)", "seed=1,(2"])
+def test_sweeps_of_nothing_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(override)):
+        expand([override])
+
+
+# ---- going on from a run directory
+
+
+def stored(directory: Path, *overrides: str) -> RunConfig:
+    config = compose(overrides)
+    write(directory / "config.yaml", dump(config))
+    return config
+
+
+def test_a_run_directory_brings_its_config(tmp_path: Path) -> None:
+    was = stored(
+        tmp_path, "optimizer=adamw", "optimizer.eps=1e-6", "batch.per_gpu=16", "log.every=7st", "lr.warmup=10.0%"
+    )
+    now = compose([f"run.dir='{tmp_path}'", "batch.per_gpu=8", "action=plan"])
+    assert now.optimizer == was.optimizer
+    assert now.log == was.log
+    assert (now.batch.per_gpu, now.action) == (8, "plan")
+    assert set(now.given) == {*was.given, "batch.global_size", "run.dir", "action"}
+
+
+def test_hardware_is_not_taken_from_a_run_directory(tmp_path: Path) -> None:
+    stored(
+        tmp_path,
+        "cluster.gpus_per_node=8",
+        "cluster.nodes=2",
+        "device=cuda",
+        "debug=true",
+        "batch.per_gpu=4",
+        "batch.accumulation=1",
+    )
+    now = compose([f"run.dir='{tmp_path}'", "cluster.gpus_per_node=2"])
+    assert (now.cluster.gpus_per_node, now.cluster.nodes, now.device, now.debug) == (2, 1, "auto", False)
+    assert "cluster.nodes" not in now.given
+
+
+def test_the_global_batch_of_a_run_directory_holds(tmp_path: Path) -> None:
+    stored(tmp_path, "batch.global_size=64", "batch.per_gpu=4", "batch.accumulation=16")
+    now = compose([f"run.dir='{tmp_path}'", "cluster.gpus_per_node=2"])
+    assert (now.batch.global_size, now.batch.per_gpu, now.batch.accumulation) == (64, 4, None)
+    was = stored(tmp_path, "seed=3")
+    now = compose([f"run.dir='{tmp_path}'", "batch.per_gpu=2", "batch.accumulation=128"])
+    assert (now.batch.global_size, now.batch.accumulation) == (was.batch.global_size, 128)
+    assert "batch.global_size" in now.given
+
+
+def test_a_free_mapping_of_a_run_directory_is_taken_whole(tmp_path: Path) -> None:
+    was = stored(tmp_path, "~task.args.dropout", "task.args.extra=1", "~task.tuned.adamw")
+    assert compose([f"run.dir='{tmp_path}'"]).task == was.task
+
+
+def test_a_custom_choice_of_a_run_directory_needs_no_target_again(tmp_path: Path) -> None:
+    was = stored(
+        tmp_path, "task=custom", "task._target_=my.Task", "optimizer=custom", "optimizer._target_=my.Optimizer"
+    )
+    now = compose([f"run.dir='{tmp_path}'", "log.every=3st"])
+    assert (now.task, now.optimizer) == (was.task, was.optimizer)
+
+
+def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> None:
+    stored(tmp_path, "batch.global_size=64")
+    said = message(f"run.dir='{tmp_path}'", "batch.global_size=128", "lr.base=0.1", "evaluate.every=2ep")
+    assert "batch.global_size=128 (there 64)" in said
+    assert "lr.base=0.1 (there null)" in said
+    assert "evaluate" not in said
+    assert "optimizer.name=adamw (there sgd)" in message(f"run.dir='{tmp_path}'", "optimizer=adamw")
+    compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
+
+
+def test_run_new_leaves_a_run_directory_alone(tmp_path: Path) -> None:
+    stored(tmp_path, "batch.global_size=63")
+    assert compose([f"run.dir='{tmp_path}'", "run.new=true"]).batch == compose([]).batch
+
+
+def test_a_config_from_before_a_key_was_there_gets_its_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    stored(tmp_path, "optimizer=adamw", "batch.global_size=64")
+    old = yaml.safe_load(file.read_text())
+    del old["batch"]["even"], old["clip_norm"], old["optimizer"]["eps"]
+    file.write_text(yaml.safe_dump(old))
+    now = compose([f"run.dir='{tmp_path}'"])
+    assert (now.batch.even, now.clip_norm, now.batch.global_size) == (False, None, 64)
+    assert now.optimizer == compose(["optimizer=adamw"]).optimizer
+    assert "clip_norm=1.0 (there null)" in message(f"run.dir='{tmp_path}'", "clip_norm=1")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is damaged"),
+        (b"\x00\x01\xff", "can't be read"),
+        (b"{", "can't be read"),
+        (b"- a\n", "is damaged"),
+        (b"format: 2\ngiven: []\n", "has format 2"),
+        (b"format: 1\ngiven: []\nbatch: {global_size: 0}\n", "batch.global_size=0"),
+        (b"format: 1\ngiven: []\nfoo: 3\n", "unknown key foo"),
+        (b"format: 1\ngiven: []\nbatch: 3\n", "batch=3"),
+    ],
+)
+def test_a_damaged_config_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    text = message(f"run.dir='{tmp_path}'")
+    assert said in text
+    assert str(tmp_path / "config.yaml") in text
+
+
+# ---- what is printed
+
+
+def test_printed_config_is_the_config() -> None:
+    config = compose(["optimizer=adamw", "task.args.text='a: b # c'", "lr.warmup=1e3sa", "run.name=x"])
+    text = annotated(config)
+    assert yaml.safe_load(text) == config.model_dump(mode="json", by_alias=True, exclude={"given"})
+    assert "warmup: 1000sa  # duration of the linear climb to the peak" in text
+
+
+def test_help_names_every_key_and_choice(tmp_path: Path) -> None:
+    write(tmp_path / "task/mine.yaml", "# my very own\nname: mine\n")
+    text = help_text(str(tmp_path))
+    of_other_choices = {"optimizer.betas", "optimizer.eps", "optimizer._target_"}
+    for key in (
+        set(keys()) - sections_of_schema() - of_other_choices - {"given", "optimizer.usual.lr", "optimizer.usual.batch"}
+    ):
+        assert f"  {key}" in text
+    for file in HERE.glob("*/*.yaml"):
+        assert f"{file.parent.name}={file.stem}" in text
+    assert re.search(r"task=mine +my very own", text)
+    assert max(map(len, text.splitlines())) <= 140
+
+
+@pytest.mark.parametrize("arguments", [["--confg-dir", "."], ["--cfg", "all"], ["--config-dir", "/nowhere"], ["--n=3"]])
+def test_options_that_are_not_there(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        command_line(arguments)
+
+
+def test_options_may_stand_anywhere() -> None:
+    args = command_line(["seed=1", "-m", "lr.base=0.1,0.2", "--config-dir", ".", "~task.args.width"])
+    assert args.overrides == ["seed=1", "lr.base=0.1,0.2", "~task.args.width"]
+    assert (args.multirun, args.config_dir) == (True, ".")
+
+
+# ---- hardware
+
+
+@pytest.mark.parametrize(
+    ("devices", "hidden", "gpus"),
+    [
+        ([], None, 0),
+        ([], "0,1", 0),
+        (["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"], None, 2),
+        (["nvidia0", "nvidia1"], "1", 1),
+        (["nvidia0", "nvidia1"], "", 0),
+        (["nvidia0", "nvidia1"], "-1", 0),
+        (["nvidia0", "nvidia1"], "0,-1,1", 1),
+        (["nvidia0", "nvidia1"], "1,7,0", 1),
+        (["nvidia0", "nvidia1"], "0, 1", 2),
+        (["nvidia0", "nvidia1"], "GPU-8932f937,MIG-5c", 2),
+    ],
+)
+def test_visible_gpus(tmp_path: Path, devices: list[str], hidden: str | None, gpus: int) -> None:
+    for name in devices:
+        write(tmp_path / "dev" / name, "")
+    env = {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
+    assert hardware.visible_gpus(env, tmp_path) == gpus
+
+
+def test_gpus_that_only_the_driver_names(tmp_path: Path) -> None:
+    (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    assert hardware.visible_gpus({}, tmp_path) == 1
+
+
+def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.world_size(compose(["cluster.nodes=16", "cluster.gpus_per_node=8"])) == 128
+    assert hardware.world_size(compose(["device=cpu"])) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert hardware.world_size(compose(["cluster.nodes=16", "cluster.gpus_per_node=8"])) == 6
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=x"):
+        hardware.world_size(compose([]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cluster.nodes=2"], "needs cluster.rendezvous=host:port"),
+        (["debug=true", "cluster.gpus_per_node=2"], "cluster.gpus_per_node=2"),
+        (["device=cuda", "cluster.environment.CUDA_VISIBLE_DEVICES=''"], "no GPU is visible"),
+    ],
+)
+def test_what_cannot_start_here(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        hardware.refuse_unless_startable(compose(overrides))
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: 2)
+    hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=2"]))
+    hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4", "device=cpu"]))
+    with pytest.raises(ConfigError, match="4 processes here need a GPU each, and 2 are visible"):
+        hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4"]))
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="3 processes here"):
+        hardware.refuse_unless_startable(compose([]))
+    with pytest.raises(ConfigError, match="contradicts torchrun"):
+        hardware.refuse_unless_startable(compose(["debug=true"]))

@@ -1,0 +1,295 @@
+"""A run's identity: all of its science, and nothing else; and the folder that follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.compose import compose, expand
+from conf.explain import ConfigError, keys, sections, validated
+from conf.identity import _folder, first_free, identity, refuse_unless_ours, run_directory, science, sweep_directories
+from conf.schema import RunConfig
+from conf.stored import dump
+
+# Of every key another value than its default, so that a key which is new has to be thought of here.
+OTHER_SCIENCE: dict[str, Any] = {
+    "duration": "21ep",
+    "seed": 1,
+    "clip_norm": 1.0,
+    "batch.global_size": 127,
+    "batch.unit": "tokens",
+    "batch.even": True,
+    "lr.base": 0.5,
+    "lr.base_batch": 8,
+    "lr.rule": "sqrt",
+    "lr.peak": 0.1,
+    "lr.warmup": "6%",
+    "lr.warmup_from": 0.01,
+    "lr.decay": "linear",
+    "lr.final": 0.1,
+    "lr.exponent": 3.0,
+    "lr.milestones": ["10%"],
+    "lr.gamma": 0.5,
+    "lr.cooldown": "10%",
+    "model._target_": "my.Model",
+    "task.name": "other",
+    "task._target_": "my.Task",
+    "task.args": {"width": 64},
+    "task.train_samples": 7,
+    "task.units_per_sample": 7,
+    "task.family": "speech",
+    "task.tuned": {},
+    "optimizer.family": "adam",
+    "optimizer.momentum": 0.8,
+    "optimizer.nesterov": False,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.usual": {"lr": 0.5, "batch": 8},
+    "optimizer.args": {"maximize": True},
+}
+OTHER_HOUSEKEEPING: dict[str, Any] = {
+    "action": "plan",
+    "output": "json",
+    "device": "cpu",
+    "debug": True,
+    "batch.per_gpu": 4,
+    "batch.accumulation": 4,
+    "data.workers": 2,
+    "evaluate.every": "3ep",
+    "log.every": "3st",
+    "run.dir": "elsewhere",
+    "run.name": "other",
+    "run.new": True,
+    "plan.open_data": True,
+    "engine.config": {"bucket_cap_mb": 1},
+    "cluster.nodes": 2,
+    "cluster.gpus_per_node": 2,
+    "cluster.rendezvous": "a:1",
+    "cluster.max_restarts": 1,
+    "cluster.timeout_s": 5.0,
+    "cluster.environment": {"A": "b"},
+    "given": ["lr.base"],
+}
+TRIED_ELSEWHERE = {
+    *("model.args", "lr.power"),  # only with another key
+    *("optimizer.name", "optimizer._target_", "optimizer.betas", "optimizer.eps", "engine.name", "cluster.name"),
+    *("optimizer.usual.lr", "optimizer.usual.batch"),
+}
+
+
+def changed(config: RunConfig, key: str, value: Any) -> RunConfig:
+    plain = config.model_dump(mode="json", by_alias=True)
+    section, _, last = key.rpartition(".")
+    (plain[section] if section else plain)[last] = value
+    return validated(plain)
+
+
+def test_every_key_is_tried() -> None:
+    tried = OTHER_SCIENCE.keys() | OTHER_HOUSEKEEPING.keys() | TRIED_ELSEWHERE
+    assert set(keys()) - sections() - tried == set()
+
+
+@pytest.fixture(scope="module")
+def default() -> RunConfig:
+    return compose([])
+
+
+@pytest.mark.parametrize("key", OTHER_SCIENCE)
+def test_science_makes_another_run(default: RunConfig, key: str) -> None:
+    assert identity(changed(default, key, OTHER_SCIENCE[key])) != identity(default)
+
+
+@pytest.mark.parametrize("key", OTHER_HOUSEKEEPING)
+def test_housekeeping_does_not(default: RunConfig, key: str) -> None:
+    assert identity(changed(default, key, OTHER_HOUSEKEEPING[key])) == identity(default)
+
+
+def test_every_change_is_a_run_of_its_own(default: RunConfig) -> None:
+    runs = [changed(default, key, value) for key, value in OTHER_SCIENCE.items()]
+    runs += [compose(overrides) for overrides in (["optimizer=adamw"], ["lr.rule=power", "lr.power=0.7"])]
+    runs += [compose(["model._target_=my.Model", "model.args.x=1"]), compose(["model._target_=my.Model"])]
+    assert len({identity(run) for run in runs}) == len(runs) - 1  # model._target_ alone is there twice
+
+
+STORED = """
+format: 1
+duration: 20ep
+seed: 0
+batch: {global_size: 256, per_gpu: null, accumulation: null, unit: samples, even: false}
+lr:
+  base: null
+  base_batch: null
+  rule: auto
+  power: null
+  peak: null
+  warmup: 5%
+  warmup_from: null
+  decay: cosine
+  final: 0.0
+  exponent: 2.0
+  milestones: [30%, 60%, 90%]
+  gamma: 0.1
+  cooldown: 20%
+clip_norm: null
+model: {_target_: null, args: {}}
+task:
+  {name: custom, _target_: my.Task, args: {a: 1}, train_samples: 50, units_per_sample: null, family: null, tuned: {}}
+optimizer:
+  {name: sgd, family: sgd, momentum: 0.9, nesterov: true, weight_decay: 0.0, usual: {lr: 0.1, batch: 256}, args: {}}
+given: [task]
+"""
+
+
+def test_a_stored_config_keeps_its_identity(tmp_path: Path) -> None:
+    """Whatever keys and defaults have come since: else runs no longer find their directories."""
+    (tmp_path / "config.yaml").write_text(STORED)
+    assert identity(compose([f"run.dir='{tmp_path}'"])) == "8e651bcbf0c3"
+
+
+def test_what_is_off_is_not_hashed(default: RunConfig) -> None:
+    hashed = science(default)
+    assert {key for key, value in hashed.items() if value is None or value is False or value in ("", [], {})} == set()
+    assert hashed["seed"] == 0
+    assert hashed["lr.final"] == 0.0
+
+
+def test_spelling_is_not_science() -> None:
+    spelled = compose(
+        ["duration=20.0EP", "lr.base=1", "seed=0", "lr.milestones=[30.0%,60 %,9e1%]", "task.args={depth: 2}"]
+    )
+    assert identity(spelled) == identity(compose(["lr.base=1.0"]))
+
+
+def test_values_of_free_mappings_are_science_even_where_they_are_off() -> None:
+    runs = [["task.args.x=null"], ["task.args.x=false"], ["task.args.x=0"], ["task.args.x=''"], ["task.args.x={}"], []]
+    assert len({identity(compose(overrides)) for overrides in runs}) == len(runs)
+
+
+def test_dealing_is_science_only_where_it_makes_the_global_batch() -> None:
+    dealt = ["batch.per_gpu=16", "batch.accumulation=4"]
+    usual = compose([]).batch.global_size
+    assert identity(compose([f"batch.global_size={usual}", *dealt])) == identity(compose([]))
+    assert identity(compose(dealt[:1])) == identity(compose(dealt[1:])) == identity(compose([]))
+    product, other = compose(dealt), compose(["batch.per_gpu=4", "batch.accumulation=16"])
+    assert len({identity(product), identity(other), identity(compose([]))}) == 3
+    assert not {"batch.global_size"} & science(product).keys()
+
+
+def test_identity_survives_the_run_directory(tmp_path: Path) -> None:
+    for overrides in ([], ["batch.per_gpu=16", "batch.accumulation=4"], ["experiment=digits_large", "lr.base=1e-7"]):
+        config = compose(overrides)
+        (tmp_path / "config.yaml").write_text(dump(config))
+        assert identity(compose([f"run.dir='{tmp_path}'"])) == identity(config)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(args=st.dictionaries(st.text(max_size=8), JSON, max_size=4))
+def test_whatever_a_task_takes_is_stored_and_hashed(default: RunConfig, args: dict[str, Any]) -> None:
+    try:
+        config = changed(default, "task.args", args)
+    except ConfigError:  # "???", and text that isn't Unicode
+        return
+    stored = yaml.safe_load(dump(config))
+    assert stored.pop("format") == 1
+    assert validated(stored) == config
+    assert identity(validated(stored)) == identity(config)
+
+
+# ---- where runs live
+
+
+def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = compose([])
+    assert run_directory(config) == Path(f"runs/digits-{identity(config)}")
+    assert run_directory(compose(["run.name=mine"])) == Path(f"runs/mine-{identity(config)}")
+    assert run_directory(compose(["run.dir=a/b", "run.name=mine"])) == Path("a/b")
+    assert run_directory(compose(["run.dir='~/a'"])) == Path("/home/someone/a")
+    again = compose(["run.dir=a", "run.new=true"])
+    assert run_directory(again) == Path("a")
+    for expected in ("a-2", "a-3"):
+        run_directory(again).mkdir()
+        assert run_directory(again) == Path(expected)
+
+
+def test_first_free_skips_files_too(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    (tmp_path / "x-2").symlink_to("nowhere")
+    assert first_free(tmp_path / "x") == tmp_path / "x-3"
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
+    config = compose([])
+    for content in (None, "", "{}", "[]", f'{{"identity": "{identity(config)}"}}'):
+        if content is not None:
+            (tmp_path / "plan.json").write_text(content)
+        refuse_unless_ours(tmp_path, config)
+    (tmp_path / "plan.json").write_text('{"identity": "abc"}')
+    with pytest.raises(ConfigError, match=f"another run .identity abc, not {identity(config)}"):
+        refuse_unless_ours(tmp_path, config)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/version/x"])
+def test_what_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="isn't a folder that can be written to"):
+        refuse_unless_ours(tmp_path / where, compose([]))
+    refuse_unless_ours(tmp_path / "new" / "and" / ("x" * 50), compose([]))
+
+
+# ---- where the runs of a sweep live
+
+
+def places(*overrides: str) -> list[Path]:
+    elements = expand(overrides)
+    return sweep_directories([compose(e.overrides) for e in elements], [e.swept for e in elements])
+
+
+def test_runs_of_a_sweep_live_side_by_side() -> None:
+    few, more = places("batch.global_size=64,256"), places("batch.global_size=64,256,1024")
+    assert [place.name for place in more] == [f"batch.global_size={size}" for size in (64, 256, 1024)]
+    assert few == more[:2]
+    assert places("batch.global_size=64") != few[:1]  # nothing varies: a sweep of another kind
+    assert few[0].parent.parent == Path("runs")
+    assert few[0].parent.name.startswith("digits-sweep-")
+
+
+def test_sweeps_are_told_apart_by_what_their_runs_share() -> None:
+    base = places("seed=1,2")[0].parent
+    assert places("seed=1,2", "log.every=3st", "cluster.gpus_per_node=2")[0].parent == base
+    assert places("seed=1,2", "lr.base=0.3")[0].parent != base
+    assert places("optimizer=sgd,adamw")[0].parent == places("optimizer=adamw,sgd")[0].parent
+    assert places("seed=1,2", "run.name=mine")[0].parent.name.startswith("mine-sweep-")
+    assert places("seed=1,2", "run.dir=there") == [Path("there/seed=1"), Path("there/seed=2")]
+
+
+def test_folder_names_of_a_sweep_stay_folders() -> None:
+    names = [
+        place.name for place in places("task._target_=a.B,a.C", "task.args.path='../../x','a b','\"','a\nb'", "seed=1")
+    ]
+    assert len(set(names)) == 8
+    assert names[0].startswith("task._target_=a.B,task.args.path=_.._.._x_-")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=300), st.text(max_size=300))
+def test_any_text_is_one_folder(text: str, other: str) -> None:
+    name = _folder(text)
+    assert len(name.encode()) < 120
+    assert Path("runs", name).parent == Path("runs")
+    assert name not in (".", "..")
+    assert name.isprintable()
+    assert not set(name) & set(" '\"\\/$*;&|<>()[]{}!?#~`\n")
+    assert (name == _folder(other)) == (text == other)
