@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scaling.geometry import counted, nearest_even
+
 if TYPE_CHECKING:
     from scaling.plan import Plan
 
-# The usual global batch by the task's family, (least, most, unit): what people start from. Ranges of common practice.
+# The usual global batch by the task's family, (least, most, unit): what people start from.
 USUAL = {
-    "images": (32, 512, "samples"),
-    "detection": (8, 32, "samples"),
-    "rnn": (16, 128, "samples"),
-    "finetune": (16, 64, "samples"),
-    "speech": (64, 256, "samples"),
-    "rl": (64, 256, "samples"),
-    "volumes": (4, 16, "samples"),
-    "language": (250_000, 4_000_000, "tokens"),
+    "images": (32, 512, "sample"),
+    "detection": (8, 32, "sample"),
+    "rnn": (16, 128, "sample"),
+    "finetune": (16, 64, "sample"),
+    "speech": (64, 256, "sample"),
+    "rl": (64, 256, "sample"),
+    "volumes": (4, 16, "sample"),
+    "language": (250_000, 4_000_000, "token"),
 }
 
 FAR = 4  # times outside the usual range
 IDLE = 0.05  # share of the work
-LARGE = 4  # times the batch of the tuning, from which on a missing warmup is worth a word
+SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which on a missing warmup is worth a word
 
 
 def check_family(family: str | None) -> None:
@@ -36,22 +38,25 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def _rule(plan: Plan) -> str | None:
-    law, batch, base = plan.segments[0].rule.law, plan.cut.global_size, plan.base_batch
+    rule, batch, base = plan.segments[0].rule, plan.cut.global_size, plan.base_batch
+    law = rule.law
     if plan.base_source == "peak" or (batch <= law.kappa_tested * base and batch <= law.batch_tested):
         return None
     return (
-        f"lr.rule={plan.segments[0].rule.name} is far above its tested range: the global batch {batch} is "
-        f"{batch / base:.4g} × the {base} of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} "
-        f"samples: {law.beyond}); tune the LR at this batch and give it as lr.peak"
+        f"lr.rule={rule.name} is far above its tested range: the global batch of {plan.size(batch)} is "
+        f"{batch / base:.4g} × that of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} samples: "
+        f"{law.beyond}); tune the LR at this batch and give it as lr.peak"
     )
 
 
 def _warmup(plan: Plan) -> str | None:
-    kappa = plan.cut.global_size / plan.base_batch
-    if plan.schedule is None or plan.schedule.warmup_samples or max(kappa, plan.cut.global_size / 1024) < LARGE:
+    batch = plan.cut.global_size
+    kappa = batch / plan.base_batch
+    if plan.schedule is None or plan.schedule.warmup_samples or (kappa < SCALED and batch < LARGE):
         return None
+    scaled = f", {kappa:.4g} × that of the base LR" if kappa >= SCALED else ""
     return (
-        f"no warmup at a large batch ({plan.cut.global_size}, {kappa:.4g} × that of the base LR): "
+        f"no warmup at a large batch ({plan.size(batch)}{scaled}): "
         "large batches lost 1 to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%"
     )
 
@@ -60,19 +65,20 @@ def _base(plan: Plan) -> str | None:
     if plan.base_source != "usual":
         return None
     return (
-        f"the base LR {plan.base.lr:g} at {plan.base_batch} is only a usual starting point for {plan.optimizer.name}, "
-        f"nobody tuned it for {plan.task}; tune it and give lr.base and lr.base_batch"
+        f"the base LR {plan.base.lr:g} at a batch of {plan.size(plan.base_batch)} is only a usual starting point for "
+        f"{plan.optimizer.name}, nobody tuned it for {plan.task}; tune it and give lr.base and lr.base_batch"
     )
 
 
 def _idle(plan: Plan) -> str | None:
-    if plan.cut.idle < IDLE:
+    cut = plan.cut
+    if cut.idle < IDLE:
         return None
-    even = plan.cut.world * plan.cut.accumulation * plan.cut.granule
-    near = [size for size in (plan.cut.global_size // even * even, -(-plan.cut.global_size // even) * even) if size]
+    near = nearest_even(cut, plan.per_gpu, cut.accumulation)
     return (
-        f"{plan.cut.idle:.0%} of the work idles: {plan.cut.global_size} samples don't divide among {plan.world} ranks "
-        f"× {plan.cut.accumulation}; even global batches nearby: {' or '.join(map(str, near))}"
+        f"{cut.idle:.0%} of the work idles: {counted(cut.world, 'rank')} × accumulation {cut.accumulation} can't share "
+        f"{plan.size(cut.global_size)} evenly; nearest global batches that are even: "
+        f"{' or '.join(str(plan.sized(size)) for size in near)}"
     )
 
 
@@ -80,8 +86,9 @@ def _wraps(plan: Plan) -> str | None:
     if plan.train_samples is None or plan.cut.global_size <= plan.train_samples:
         return None
     return (
-        f"the global batch {plan.cut.global_size} is larger than the data ({plan.train_samples} samples): "
-        "one step sees samples more than once; batch.global_size=all is full-batch descent"
+        f"the global batch of {plan.size(plan.cut.global_size)} is larger than the data "
+        f"({plan.size(plan.train_samples)}): one step sees samples more than once; batch.global_size=all is "
+        "full-batch descent"
     )
 
 
@@ -89,10 +96,10 @@ def _family(plan: Plan) -> str | None:
     if plan.family is None:
         return None
     least, most, unit = USUAL[plan.family]
-    size = plan.cut.global_size * ((plan.units_per_sample or 1) if unit == "tokens" else 1)
-    if least / FAR <= size <= most * FAR:
+    per_sample = 1 if unit == "sample" else plan.units_per_sample
+    if per_sample is None or least / FAR <= plan.cut.global_size * per_sample <= most * FAR:
         return None
     return (
-        f"a global batch of {size} {unit} is far from what people use for {plan.family} ({least} to {most}); "
-        "expect to re-tune"
+        f"a global batch of {counted(plan.cut.global_size * per_sample, unit)} is far from what people use for "
+        f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
     )

@@ -6,7 +6,7 @@ forward/backward of every rank at once; micro-batch j of a step is pass j // wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -64,7 +64,7 @@ class Cut:
     def share(self, rank: int) -> int:
         """Samples of ``rank`` in one step."""
         base, larger = self._dealt()
-        more = max(0, -(-(larger - rank) // self.world))
+        more = max(0, _ceil(larger - rank, self.world))
         return (self.accumulation * base + more) * self.granule
 
     @property
@@ -100,79 +100,97 @@ def solve(
         ValueError: a size below 1, three sizes that contradict each other, a granule that doesn't fit, or an uneven
             cut under ``even``; with the nearest sizes that would do.
     """
-    given = {"batch.global_size": global_size, "batch.per_gpu": per_gpu, "batch.accumulation": accumulation}
-    for name, size in {**given, "the world size": world}.items():
+    sizes = {"batch.global_size": global_size, "batch.per_gpu": per_gpu, "batch.accumulation": accumulation}
+    for name, size in {**sizes, "the world size": world}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
     if per_gpu is not None and per_gpu < granule:
-        raise ValueError(
-            f"batch.per_gpu={per_gpu} is below {granule} samples, which have to stay together; use {granule} or more"
-        )
+        raise ValueError(f"batch.per_gpu={per_gpu} is below {granule}, which have to stay together; use {granule}")
     if global_size is None:
         if per_gpu is None:
             raise ValueError("of batch.global_size and batch.per_gpu at least one has to be given")
-        accumulation = accumulation or 1
-        global_size = per_gpu // granule * granule * world * accumulation
-    if global_size % granule:
-        low = global_size // granule * granule
-        near = " or ".join(str(size) for size in (low, low + granule) if size)
+        global_size = per_gpu // granule * granule * world * (accumulation or 1)
+    granules, rest = divmod(global_size, granule)
+    if rest:
+        near = [count * granule for count in (granules, granules + 1) if count]
         raise ValueError(
-            f"batch.global_size={global_size} isn't a multiple of {granule} samples, which have to stay together; "
-            f"nearest: {near}"
+            f"batch.global_size={global_size} isn't a multiple of {granule}, which have to stay together; "
+            f"nearest: {_or(near)}"
         )
-    granules = global_size // granule
-    if per_gpu is None:
-        accumulation = accumulation or 1
-        per_gpu = -(-granules // (world * accumulation)) * granule
-    else:
-        needed = -(-granules // (world * (per_gpu // granule)))
-        if accumulation not in (None, needed):
-            raise ValueError(_contradiction(global_size, per_gpu, accumulation, world, granule, needed))
-        accumulation = needed
-    cut = Cut(global_size, per_gpu, world, accumulation, granule)
+    passes = _passes(world, granules, per_gpu and per_gpu // granule, accumulation)
+    cut = Cut(global_size, per_gpu or _ceil(granules, world * passes) * granule, world, passes, granule)
+    if accumulation not in (None, passes):
+        raise ValueError(_contradiction(cut, accumulation, even))
     if even and not cut.even:
-        raise ValueError(_uneven(cut, given["batch.per_gpu"]))
+        raise ValueError(_uneven(cut, per_gpu, accumulation))
     return cut
 
 
-def _contradiction(global_size: int, per_gpu: int, accumulation: int, world: int, granule: int, needed: int) -> str:
-    granules, ranks = global_size // granule, _count(world, "rank")
-    fits = [f"batch.accumulation={needed}", f"batch.global_size={per_gpu // granule * granule * world * accumulation}"]
-    smaller = -(-granules // (world * accumulation))
-    if -(-granules // (world * smaller)) == accumulation:
-        fits.insert(1, f"batch.per_gpu={smaller * granule}")
+def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> list[int]:
+    """The global batches next below and above an uneven cut's, in samples, that are even with what else was asked."""
+    most = per_gpu and per_gpu // cut.granule
+    stride = cut.world * (accumulation or 1)
+    near = _nearest(cut.global_size // cut.granule, stride, lambda n: _fits(cut.world, n, most, accumulation, True))
+    return [granules * cut.granule for granules in near]
+
+
+def _passes(world: int, granules: int, most: int | None, accumulation: int | None) -> int:
+    """Passes of each rank, where a micro-batch may hold ``most`` granules."""
+    return accumulation or 1 if most is None else _ceil(granules, world * most)
+
+
+def _fits(world: int, granules: int, most: int | None, accumulation: int | None, even: bool) -> bool:
+    """Whether these don't contradict each other, and are even where they have to be."""
+    passes = _passes(world, granules, most, accumulation)
+    return accumulation in (None, passes) and not (even and granules % (world * passes))
+
+
+def _nearest(value: int, stride: int, fits: Callable[[int], bool]) -> list[int]:
+    """The multiples of ``stride`` next below and next above ``value`` that fit; the search is bounded."""
+    first, reach = value // stride * stride, 100_000 * stride
+    below = next(filter(fits, range(first, max(0, first - reach), -stride)), None)
+    above = next(filter(fits, range(first + stride, first + reach, stride)), None)
+    return [found for found in (below, above) if found]
+
+
+def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
+    """``cut`` is what the two sizes ask for without ``accumulation``."""
+    world, granule = cut.world, cut.granule
+    granules, most = cut.global_size // granule, cut.per_gpu // granule
+    smaller, larger = _ceil(granules, world * accumulation), most * world * accumulation
+    alternatives = {
+        f"batch.accumulation={cut.accumulation}": (granules, most, cut.accumulation),
+        f"batch.per_gpu={smaller * granule}": (granules, smaller, accumulation),
+        f"batch.global_size={larger * granule}": (larger, most, accumulation),
+    }
+    fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even)]
     return (
-        f"batch.global_size={global_size}, batch.per_gpu={per_gpu} and batch.accumulation={accumulation} contradict "
-        f"each other on {ranks}: {global_size} samples in micro-batches of at most {per_gpu} take "
-        f"{_count(needed, 'pass')}. Give two of the three, or one of these instead: {', '.join(fits)}"
+        f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation} "
+        f"contradict each other: on {counted(world, 'rank')} the first two take "
+        f"{counted(cut.accumulation, 'pass', 'passes')}. Leave one of the three out, or change one: {_or(fits)}"
     )
 
 
-def _uneven(cut: Cut, per_gpu: int | None) -> str:
-    accumulation = cut.accumulation if per_gpu is None else None
-
-    def fits(world: int, size: int) -> bool:
-        asked = solve(world, global_size=size, per_gpu=per_gpu, accumulation=accumulation, granule=cut.granule)
-        return asked.even
-
-    sizes_that_fit = _nearest(cut.global_size, cut.granule, lambda size: fits(cut.world, size))
-    worlds_that_fit = _nearest(cut.world, 1, lambda world: fits(world, cut.global_size))
-
-    sizes = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
+def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> str:
+    granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
+    ranks = counted(cut.world, "rank")
+    worlds = _nearest(cut.world, 1, lambda world: _fits(world, granules, most, accumulation, True))
+    parts = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
     return (
-        f"batch.even=true, but batch.global_size={cut.global_size} on {_count(cut.world, 'rank')} × "
-        f"{_count(cut.accumulation, 'pass')} gives unequal micro-batches ({sizes}); nearest even global batches on "
-        f"{_count(cut.world, 'rank')}: {sizes_that_fit}; nearest world sizes for {cut.global_size}: {worlds_that_fit}"
+        f"batch.even=true, but batch.global_size={cut.global_size} on {ranks} × accumulation {cut.accumulation} gives "
+        f"unequal micro-batches ({parts}); nearest even global batches on {ranks}: "
+        f"{_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes for {cut.global_size}: {_or(worlds)}"
     )
 
 
-def _nearest(value: int, stride: int, fits: Callable[[int], bool]) -> str:
-    """The nearest multiples of ``stride`` below and above ``value`` that fit; the search is bounded."""
-    reach = 100_000 * stride
-    below = next(filter(fits, range(value - stride, max(0, value - reach), -stride)), None)
-    above = next(filter(fits, range(value + stride, value + reach, stride)), None)
-    return " or ".join(str(found) for found in (below, above) if found) or "none"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 rank``, ``1,024 ranks``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+def _or(alternatives: Iterable[object]) -> str:
+    return " or ".join(map(str, alternatives)) or "none"
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -7,11 +7,15 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from scaling.geometry import Cut, solve
+from pydantic import TypeAdapter, ValidationError
+
+from scaling.advice import warnings
+from scaling.geometry import Cut, counted, solve
 from scaling.rules import Recipe, Rule
 from scaling.schedule import Schedule
+from scaling.table import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,12 @@ class Choice:
     why: str
 
 
-BASE_SOURCES = {
+Source = Literal["peak", "given", "moved", "tuned", "usual"]
+
+BASE_SOURCES: dict[Source, str] = {
     "peak": "lr.peak, given outright",
     "given": "given (lr.base)",
+    "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
     "tuned": "tuned for this task and optimizer",
     "usual": "a usual starting point of the optimizer, not tuned for this task",
 }
@@ -94,14 +101,14 @@ class Plan:
     seed: int
     samples: int | None
     train_samples: int | None
-    unit: str
+    unit: Literal["samples", "tokens"]
     units_per_sample: int | None
     task: str
     family: str | None
     optimizer: Choice
     base: Recipe
     base_batch: int
-    base_source: str
+    base_source: Source
     schedule: Schedule | None
     identity: str
 
@@ -109,6 +116,11 @@ class Plan:
         starts = [segment.start_sample for segment in self.segments]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"segments have to start at sample 0 and rise; they start at {starts}")
+        for name in ("samples", "train_samples", "units_per_sample", "base_batch"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number}: has to be at least 1")
+        if self.unit == "tokens" and self.units_per_sample is None:
+            raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         self._stretches  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
 
     @cached_property
@@ -118,7 +130,8 @@ class Plan:
             start = first_step = 0
             if stretches:
                 last = stretches[-1]
-                steps = -(-(segment.start_sample - last.start) // last.cut.global_size)
+                # None of the last segment's, where one step of the segment before it went past both starts.
+                steps = max(0, -(-(segment.start_sample - last.start) // last.cut.global_size))
                 start, first_step = last.start + steps * last.cut.global_size, last.first_step + steps
             cut = solve(
                 self.world,
@@ -142,7 +155,8 @@ class Plan:
             AssertionError: ``sample`` lies inside a step, or the plan isn't complete yet.
         """
         assert self.samples is not None, "the plan waits for the data to be opened"
-        assert self.schedule is not None
+        assert self.schedule is not None, "the schedule waits for the data to be opened"
+        assert sample >= 0, f"there is no sample {sample}"
         if sample >= self.samples:
             return None
         stretch = self._stretch_at(sample)
@@ -206,20 +220,26 @@ class Plan:
         """The same run on other hardware: nothing of a step changes but its cut."""
         return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
 
+    def sized(self, samples: int) -> int:
+        """A size in ``unit``, as it is given and printed."""
+        return samples * (self.units_per_sample or 1) if self.unit == "tokens" else samples
+
+    def size(self, samples: int) -> str:
+        """The same with its unit: ``1,024 samples``, ``1 token``."""
+        return counted(self.sized(samples), self.unit.removesuffix("s"))
+
     @property
     def lr_why(self) -> str:
         """The derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
-        rule, batch = self.segments[0].rule, self.segments[0].global_size
+        rule, sizes = self.segments[0].rule, (self.cut.global_size, self.base_batch)
         if self.base_source == "peak":
             return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']})"
-        factor = rule.law.factor.format(ratio=f"{batch}/{self.base_batch}", power=rule.power or 0)
+        factor = rule.law.factor.format(ratio="/".join(str(self.sized(size)) for size in sizes), power=rule.power or 0)
         derived = f"peak {self.peak.lr:.6g} = {self.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
         return f"{derived}; base LR: {BASE_SOURCES[self.base_source]}"
 
     def summary(self) -> dict[str, Any]:
         """What ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
-        from scaling.advice import warnings
-
         outright = self.base_source == "peak"
         return {
             "global_size": self.cut.global_size,
@@ -234,8 +254,8 @@ class Plan:
             "lr": {
                 "base": None if outright else self.base.lr,
                 "base_batch": None if outright else self.base_batch,
-                "rule": self.segments[0].rule.name,
-                "factor": self.peak.lr / self.base.lr,
+                "rule": None if outright else self.segments[0].rule.name,
+                "factor": None if outright else self.peak.lr / self.base.lr,
                 "peak": self.peak.lr,
                 "warmup_samples": self.schedule.warmup_samples if self.schedule else None,
                 "why": self.lr_why,
@@ -254,34 +274,39 @@ class Plan:
         """Read what ``to_json`` wrote.
 
         Raises:
-            ValueError: not JSON, a field is missing or of the wrong kind, or the summary says something else than
-                the fields do (the file was edited or damaged).
+            ValueError: not JSON, a field is missing or of the wrong kind, or the summary's numbers aren't those that
+                follow from the fields (the file was edited or damaged).
         """
         try:
             stored = json.loads(text)
-            fields = {name: stored[name] for name in cls.__dataclass_fields__ if name not in stored["asked"]}
-            segments = tuple(
-                Segment(s["start_sample"], s["global_size"], Rule(**s["rule"])) for s in fields.pop("segments")
-            )
-            base = fields.pop("base")
-            schedule = fields.pop("schedule")
-            plan = cls(
-                segments=segments,
-                base=Recipe(**{**base, "betas": tuple(base["betas"])}),
-                schedule=schedule and Schedule(**{**schedule, "milestones": tuple(schedule["milestones"])}),
-                optimizer=Choice(**fields.pop("optimizer")),
-                **stored["asked"],
-                **fields,
-            )
-            again = json.loads(plan.to_json())
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
+            fields = {**stored, **stored["asked"]}
+            mine = json.dumps({name: fields[name] for name in cls.__dataclass_fields__})
+            plan = TypeAdapter(cls).validate_json(mine, strict=True)
+            was, now = _numbers(text), _numbers(plan.to_json())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            AssertionError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
-        if wrong := [name for name in again if again[name] != stored.get(name)]:
-            raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}")
+        wrong = [name for name in now if now[name] != was.get(name)]
+        if wrong:
+            raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}: it was edited or damaged")
         return plan
 
     def table(self) -> str:
         """The plan as people read it."""
-        from scaling.table import table
-
         return table(self)
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """A plan's JSON without what only explains it, its floats to the digits that all machines agree on."""
+    content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
+    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}

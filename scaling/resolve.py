@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from conf.identity import identity
+from conf.identity import global_size_rules, identity
 from scaling.advice import check_family
 from scaling.geometry import solve
-from scaling.plan import Choice, Plan, Segment
+from scaling.plan import Choice, Plan, Segment, Source
 from scaling.rules import Recipe, Rule, automatic
 from scaling.schedule import Schedule
-from scaling.units import Duration
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
+    from conf.schema import LearningRate, RunConfig
+    from scaling.units import Duration
 
 
 def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> Plan:
@@ -32,9 +34,22 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     check_family(config.task.family)
     segment, per_gpu, accumulation = _geometry(config, world, train_samples)
     base, base_batch, source, tuned_lr = _base(config, segment)
-    samples = _samples(config, "duration", config.duration, segment.global_size, train_samples, None)
+    if config.duration.unit == "%":
+        raise ValueError(f"duration={config.duration} is a share of itself; use ep, st, sa or tok")
+    in_samples = partial(
+        _samples,
+        global_size=segment.global_size,
+        train_samples=train_samples,
+        units_per_sample=config.task.units_per_sample,
+    )
+    samples = in_samples("duration", config.duration)
     if samples == 0:
         raise ValueError(f"duration={config.duration} is no training at all; it has to be more than 0")
+    in_samples = partial(in_samples, run_samples=samples)
+    for key, every in (("log.every", config.log.every), ("evaluate.every", config.evaluate.every)):
+        if every is not None:  # training uses them, but what they can't be is said before a worker starts
+            in_samples(key, every)
+    peak = segment.rule.apply(base, segment.global_size / base_batch).lr
     return Plan(
         segments=(segment,),
         world=world,
@@ -53,61 +68,72 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         base=base,
         base_batch=base_batch,
         base_source=source,
-        schedule=_schedule(config, segment, base, base_batch, tuned_lr, train_samples, samples),
+        schedule=_schedule(config.lr, in_samples, samples, peak, tuned_lr),
         identity=identity(config),
     )
 
 
 def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple[Segment, int | None, int | None]:
     """The segment and what Plan solves its cuts from. All sizes leave here in samples."""
-    batch, given = config.batch, config.given
-    global_size: int | str | None = batch.global_size
-    if batch.per_gpu and batch.accumulation and not {"batch.global_size"} & set(given):
-        global_size = None
+    batch, per_sample = config.batch, _size_of_a_sample(config)
+    global_size = batch.global_size if global_size_rules(config) else None
     if global_size == "all":
         if train_samples is None:
             raise ValueError(
                 "batch.global_size=all needs the number of training samples: state it as task.train_samples=N"
                 " (action=plan plan.open_data=true shows it)"
             )
-        in_samples: int | None = train_samples
-    else:
-        in_samples = _in_samples(config, "batch.global_size", global_size)  # type: ignore[arg-type]
-    per_gpu = _in_samples(config, "batch.per_gpu", batch.per_gpu)
-    cut = solve(world, global_size=in_samples, per_gpu=per_gpu, accumulation=batch.accumulation, even=batch.even)
+        global_size = train_samples * per_sample
+    # Solved in the unit that was asked in, so that a refusal's numbers are, too; what can't be parted is then a sample.
+    cut = solve(
+        world,
+        global_size=_whole(config, "batch.global_size", global_size),
+        per_gpu=_whole(config, "batch.per_gpu", batch.per_gpu),
+        accumulation=batch.accumulation,
+        granule=per_sample,
+        even=batch.even,
+    )
     rule = automatic(config.optimizer.family) if config.lr.rule == "auto" else Rule(config.lr.rule, config.lr.power)
+    segment = Segment(0, cut.global_size // per_sample, rule)
     # per_gpu bounds every later segment, too; an accumulation that was given without it stays what it is.
-    return Segment(0, cut.global_size, rule), per_gpu, cut.accumulation if per_gpu is None else None
+    return (segment, None, cut.accumulation) if batch.per_gpu is None else (segment, batch.per_gpu // per_sample, None)
 
 
-def _in_samples(config: RunConfig, key: str, size: int | None) -> int | None:
-    """``size`` in samples: ``batch.unit`` says what it was given in."""
-    if size is None or config.batch.unit == "samples":
-        return size
-    tokens = config.task.units_per_sample
-    if tokens is None:
+def _size_of_a_sample(config: RunConfig) -> int:
+    """What one sample counts in a size: ``batch.unit`` says what sizes are given in."""
+    if config.batch.unit == "samples":
+        return 1
+    if config.task.units_per_sample is None:
         raise ValueError(
-            f"batch.unit=tokens, but task {config.task.name} has no fixed units_per_sample; use batch.unit=samples"
+            f"batch.unit=tokens, but task {config.task.name} has no fixed number of tokens per sample: state it as "
+            "task.units_per_sample=N, or use batch.unit=samples"
         )
-    if size % tokens:
-        near = [whole * tokens for whole in (size // tokens, size // tokens + 1) if whole]
+    return config.task.units_per_sample
+
+
+def _whole(config: RunConfig, key: str, size: int | None) -> int | None:
+    """``size``, which has to be a whole number of samples."""
+    per_sample = _size_of_a_sample(config)
+    if size is not None and size % per_sample:
+        near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]
         raise ValueError(
-            f"{key}={size} tokens isn't a whole number of samples of {tokens} tokens; nearest: "
+            f"{key}={size} tokens isn't a whole number of samples of {per_sample} tokens; nearest: "
             f"{' or '.join(map(str, near))}"
         )
-    return size // tokens
+    return size
 
 
-def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, str, float | None]:
+def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, float | None]:
     """The recipe the rules start from, its batch in samples, its source, and the base LR that warmup may start at.
 
     Strongest first: lr.base (command line or experiment), the task's ``tuned``, the optimizer's ``usual``.
     """
     optimizer, lr = config.optimizer, config.lr
-    tuned, usual = config.task.tuned.get(optimizer.name), optimizer.usual
-    stated = tuned or usual
-    base = lr.base if lr.base is not None else stated.lr if stated else None
-    batch = _in_samples(config, "lr.base_batch", lr.base_batch) or (stated.batch if stated else None)
+    tuned = config.task.tuned.get(optimizer.name)
+    stated = tuned or optimizer.usual
+    base = lr.base or (stated.lr if stated else None)
+    given_batch = _whole(config, "lr.base_batch", lr.base_batch)
+    batch = given_batch // _size_of_a_sample(config) if given_batch else stated.batch if stated else None
     recipe = Recipe(lr=base or 0.0, betas=optimizer.memory, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay)
     if lr.peak is not None:
         return replace(recipe, lr=lr.peak), segment.global_size, "peak", base
@@ -117,32 +143,31 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, str, float 
             f"no {missing} for optimizer={optimizer.name} with task {config.task.name}: give lr.base and lr.base_batch "
             "(the LR and the global batch it was tuned at), or lr.peak outright"
         )
-    source = "given" if lr.base is not None or lr.base_batch is not None else "tuned" if tuned else "usual"
-    return recipe, batch, source, base
+    if lr.base is not None:
+        return recipe, batch, "given", base
+    return recipe, batch, "moved" if lr.base_batch is not None else "tuned" if tuned else "usual", base
 
 
 def _schedule(
-    config: RunConfig,
-    segment: Segment,
-    base: Recipe,
-    base_batch: int,
-    tuned_lr: float | None,
-    train_samples: int | None,
+    lr: LearningRate,
+    in_samples: Callable[[str, Duration], int | None],
     run_samples: int | None,
+    peak: float,
+    tuned_lr: float | None,
 ) -> Schedule | None:
-    lr = config.lr
-
-    def samples(key: str, duration: Duration) -> int | None:
-        return _samples(config, key, duration, segment.global_size, train_samples, run_samples)
-
-    warmup, cooldown = samples("lr.warmup", lr.warmup), samples("lr.cooldown", lr.cooldown)
-    milestones = [samples("lr.milestones", milestone) for milestone in lr.milestones]
+    warmup = in_samples("lr.warmup", lr.warmup)
+    # What another decay would use isn't looked at: it may not fit this run, or not be known yet.
+    cooldown = in_samples("lr.cooldown", lr.cooldown) if lr.decay == "wsd" else 0
+    milestones = [in_samples("lr.milestones", each) for each in lr.milestones] if lr.decay == "step" else []
     if run_samples is None or warmup is None or cooldown is None or None in milestones:
         return None
-    peak = segment.rule.apply(base, segment.global_size / base_batch).lr
     warmup_from = lr.warmup_from
     if warmup_from is None:
         warmup_from = tuned_lr if tuned_lr is not None and peak > tuned_lr else 0.0
+    elif warmup and warmup_from > peak:
+        raise ValueError(
+            f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs: use at most {peak}"
+        )
     return Schedule(
         samples=run_samples,
         warmup_samples=warmup,
@@ -156,22 +181,9 @@ def _schedule(
     )
 
 
-def _samples(
-    config: RunConfig,
-    key: str,
-    duration: Duration,
-    global_size: int,
-    train_samples: int | None,
-    run_samples: int | None,
-) -> int | None:
-    if key == "duration" and duration.unit == "%":
-        raise ValueError(f"duration={duration} is a share of itself; use ep, st, sa or tok")
+def _samples(key: str, duration: Duration, **lengths: Any) -> int | None:
+    """``duration`` in samples, see Duration.samples; a refusal names the key."""
     try:
-        return duration.samples(
-            global_size=global_size,
-            train_samples=train_samples,
-            units_per_sample=config.task.units_per_sample,
-            run_samples=run_samples,
-        )
+        return duration.samples(**lengths)
     except ValueError as error:
         raise ValueError(f"{key}={error}") from None

@@ -49,13 +49,27 @@ class Rule:
         if (self.name == "power") is (self.power is None):
             raise ValueError(f"lr.rule={self.name} with lr.power={self.power}: the rule power, and no other, needs it")
 
-    def apply(self, recipe: Recipe, kappa: float) -> Recipe:
-        """The recipe at κ times the batch that ``recipe`` was tuned at."""
-        return LAWS[self.name].carry(recipe, kappa, self.power or 0.0)
-
     @property
     def law(self) -> Law:
         return LAWS[self.name]
+
+    def apply(self, recipe: Recipe, kappa: float) -> Recipe:
+        """The recipe at κ times the batch that ``recipe`` was tuned at.
+
+        Raises:
+            ValueError: the LR would be zero or endless.
+        """
+        try:
+            carried = self.law.carry(recipe, kappa, self.power or 0.0)
+        except OverflowError:
+            carried = replace(recipe, lr=math.inf)
+        if not 0 < carried.lr < math.inf:
+            exponent = "" if self.power is None else f" (lr.power={self.power:g})"
+            raise ValueError(
+                f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at {kappa:.4g} × "
+                "its batch; give lr.peak, the LR at this batch, outright"
+            )
+        return carried
 
 
 def linear(recipe: Recipe, kappa: float, _: float) -> Recipe:

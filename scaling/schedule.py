@@ -14,7 +14,7 @@ class Schedule:
 
     Attributes:
         samples: length of the run that the schedule is laid over, in samples.
-        warmup_samples: LR climbs linearly over [0, warmup_samples).
+        warmup_samples: LR climbs linearly over [0, warmup_samples), the decay goes over the rest.
         warmup_from: LR at sample 0 (Goyal et al. 2017: the small batch's LR).
         decay: a name of DECAYS.
         final: share of the peak at the end (all but ``step`` and ``constant``).
@@ -46,8 +46,11 @@ class Schedule:
                 f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples}) are longer "
                 f"together than the run ({self.samples})"
             )
-        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
-            raise ValueError(f"lr.milestones have to rise; they come to {list(self.milestones)} samples")
+        if any(later < earlier for earlier, later in pairwise((self.warmup_samples, *self.milestones))):
+            raise ValueError(
+                f"lr.milestones have to rise, and not to come within lr.warmup ({self.warmup_samples} samples); they "
+                f"are at samples {list(self.milestones)}"
+            )
 
     def lr(self, sample: int, peak: float) -> float:
         """LR at ``sample`` of a run whose peak LR is ``peak``."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from scaling.advice import warnings
+from scaling.geometry import counted
 
 if TYPE_CHECKING:
     from scaling.plan import Plan
@@ -35,41 +37,41 @@ def _wrapped(label: str, text: str) -> list[str]:
     )
 
 
-def _rows(plan: Plan) -> list[tuple[str, str]]:
-    cut = plan.cut
-    sizes = " + ".join(f"{count:,} × {size}" for size, count in cut.micro_batches)
-    rows = [
-        (
-            "global batch",
-            f"{_size(plan, cut.global_size)} = {cut.per_gpu} per GPU"
-            f"{'' if cut.even and cut.micro_batches[0][0] == cut.per_gpu else ' at most'} × {cut.world:,} ranks × "
-            f"{cut.accumulation} accumulation",
-        ),
-        ("micro-batches", sizes + (f" a step; {cut.idle:.1%} of the work idles" if cut.idle else " a step")),
-        ("duration", _duration(plan)),
-        ("optimizer", f"{plan.optimizer.name} ({plan.optimizer.why}){_recipe(plan)}"),
-        ("learning rate", plan.lr_why),
-        ("schedule", _schedule(plan)),
-        ("seed", str(plan.seed)),
-    ]
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "global batch", _batch(plan)
+    if not plan.cut.even:
+        yield "micro-batches", _micro_batches(plan)
     for segment in plan.segments[1:]:
-        rows.insert(2, ("", f"from sample {segment.start_sample:,}: {_size(plan, segment.global_size)}"))
-    return rows
+        yield "", f"from sample {segment.start_sample:,} on {plan.size(segment.global_size)}"
+    yield "duration", _duration(plan)
+    yield "optimizer", f"{plan.optimizer.name} ({plan.optimizer.why}){_recipe(plan)}"
+    yield "learning rate", plan.lr_why
+    yield "schedule", _schedule(plan)
+    yield "seed", str(plan.seed)
 
 
-def _size(plan: Plan, samples: int) -> str:
-    if plan.unit == "tokens" and plan.units_per_sample:
-        return f"{samples * plan.units_per_sample:,} tokens ({samples:,} samples of {plan.units_per_sample:,})"
-    return f"{samples:,} samples"
+def _batch(plan: Plan) -> str:
+    cut = plan.cut
+    largest = cut.micro_batches[0][0]
+    most = f" (of at most {plan.sized(cut.per_gpu):,})" if cut.per_gpu > largest else ""
+    dealt = f"{counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
+    of_samples = f" ({counted(cut.global_size, 'sample')})" if plan.unit == "tokens" else ""
+    equals = "=" if cut.even else "≤"
+    return f"{plan.size(cut.global_size)}{of_samples} {equals} {plan.sized(largest):,}{most} per GPU × {dealt}"
+
+
+def _micro_batches(plan: Plan) -> str:
+    parts = [f"{count:,} × {plan.size(size)}" if size else f"{count:,} empty" for size, count in plan.cut.micro_batches]
+    return " and ".join(parts) + (f"; {plan.cut.idle:.1%} of the work idles" if plan.cut.idle else "")
 
 
 def _duration(plan: Plan) -> str:
     if plan.samples is None or plan.steps is None:
         return "unknown until the data is opened (plan.open_data=true opens it)"
-    text = f"{plan.steps:,} steps = {_size(plan, plan.samples)}"
-    if plan.epochs is not None:
-        text += f" = {plan.epochs:g} epochs of {plan.train_samples:,}"
-    return text + (f"; the last step is whole, which adds {plan.added:,} samples" if plan.added else "")
+    text = f"{counted(plan.steps, 'step')} = {plan.size(plan.samples)}"
+    if plan.epochs is not None and plan.train_samples is not None:
+        text += f" = {plan.epochs:g} epochs of {plan.sized(plan.train_samples):,}"
+    return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
 
 
 def _recipe(plan: Plan) -> str:
@@ -78,7 +80,7 @@ def _recipe(plan: Plan) -> str:
     parts = [f"{name} {beta:g}" for name, beta in zip(names, recipe.betas, strict=False)]
     parts += [f"ε {recipe.eps:g}"] if recipe.eps is not None else []
     parts += [f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay is not None else []
-    return ", " + ", ".join(parts) if parts else ""
+    return "".join(f", {part}" for part in parts)
 
 
 def _schedule(plan: Plan) -> str:
@@ -88,10 +90,14 @@ def _schedule(plan: Plan) -> str:
     warmup = "no warmup"
     if schedule.warmup_samples:
         share = schedule.warmup_samples / schedule.samples
-        warmup = f"warmup from {schedule.warmup_from:.6g} over {schedule.warmup_samples:,} samples ({share:.1%})"
-    ends = {
-        "step": f"step: × {schedule.gamma:g} at {', '.join(f'{m:,}' for m in schedule.milestones)} samples",
+        warmup = (
+            f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({100 * share:.3g}%)"
+        )
+    end = f"{schedule.final * plan.peak.lr:.6g}"
+    falls = {
+        "polynomial": f"polynomial decay (exponent {schedule.exponent:g}) to {end}",
+        "step": f"× {schedule.gamma:g} at sample {', '.join(f'{each:,}' for each in schedule.milestones)}",
         "constant": "constant",
-        "wsd": f"stable, then linear to {schedule.final:g} × peak over the last {schedule.cooldown_samples:,} samples",
+        "wsd": f"constant, and linear decay to {end} over the last {plan.size(schedule.cooldown_samples)}",
     }
-    return f"{warmup}, then {ends.get(schedule.decay, f'{schedule.decay} decay to {schedule.final:g} × peak')}"
+    return f"{warmup}, then {falls.get(schedule.decay, f'{schedule.decay} decay to {end}')}"

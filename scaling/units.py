@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 Unit = Literal["ep", "st", "sa", "tok", "%"]
@@ -48,8 +49,7 @@ class Duration:
         return cls(value, unit)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        number = str(int(self.value)) if self.value == int(self.value) else repr(self.value)
-        return f"{number}{self.unit}"
+        return repr(self.value).removesuffix(".0") + self.unit
 
     def samples(
         self,
@@ -79,9 +79,7 @@ class Duration:
         share = {"sa": 1, "st": global_size, "ep": train_samples, "%": run_samples, "tok": units_per_sample}[self.unit]
         if share is None:
             return None
-        exact = self.value * share
+        number = Fraction(repr(self.value))  # as it was written: 0.1 of 30 is 3, not a hair above it and so 4
         if self.unit == "tok":
-            exact = self.value / share
-        elif self.unit == "%":
-            exact = exact / 100
-        return math.ceil(round(exact, 6))
+            return math.ceil(number / share)
+        return math.ceil(number * share / (100 if self.unit == "%" else 1))
