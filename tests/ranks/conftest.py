@@ -32,9 +32,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def in_ranks(
-    size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S
-) -> list[Any]:
+def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
     """What ``body`` returns (as JSON) on each of ``size`` gloo ranks; on a world of one, too, in a process of its own.
 
     An exception on a rank comes out as ``{"raised": its class, "message": its text}``. Ranks that are still there after

@@ -1,0 +1,293 @@
+"""The loader, evaluation, optimizers and the engine, each by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from conf.compose import compose
+from scaling.order import indices
+from scaling.plan import Plan
+from scaling.resolve import resolve
+from tests.ranks.conftest import Runs, in_ranks
+from tests.tasks import Counted, Many, OneByOne
+from trainers.engines.ddp import DDP, checked
+from trainers.evaluate import make_evaluate
+from trainers.loader import Fetch, Loader, to_device
+from trainers.locate import build, locate
+from trainers.optim import make_optimizer
+from trainers.rundir import Refused
+from trainers.state import TrainState
+from trainers.world import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+TASK = ("task=custom", "task._target_=tests.tasks.Counted", "duration=3ep", "lr.peak=0.1", "task.train_samples=500")
+
+
+def plan(*overrides: str, world: int = 1) -> Plan:
+    return resolve(compose([*TASK, *overrides]), world)
+
+
+class Indexed(Counted):
+    """Its samples are their own indices."""
+
+    def train_data(self) -> Any:
+        return TensorDataset(torch.arange(500))
+
+
+@pytest.mark.parametrize(("world", "per_gpu"), [(1, 64), (3, 10), (4, 100)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None:
+    """All ranks together get the sample order, step by step, each exactly ``accumulation`` passes."""
+    whole = plan("batch.global_size=64", f"batch.per_gpu={per_gpu}", world=world)
+    task = Indexed()
+    loaders = [
+        Loader(task.train_data(), task, TrainState(whole), replace(ALONE, rank=rank, size=world), workers)
+        for rank in range(world)
+    ]
+    for step in whole.walk():
+        seen: list[tuple[int, Tensor]] = []
+        for loader in loaders:
+            micros = list(loader(step))
+            assert [micro.last for micro in micros] == [False] * (step.cut.accumulation - 1) + [True]
+            seen += [(micro.start, micro.batch[0]) for micro in micros if micro.batch is not None]
+            assert all((micro.batch is None) == (micro.start == micro.stop) for micro in micros)
+        order = torch.cat([batch for _, batch in sorted(seen, key=lambda part: part[0])])
+        assert order.tolist() == indices(0, 500, step.start, step.stop).tolist()
+    for loader in loaders:
+        loader.close()
+
+
+def test_every_sample_once_an_epoch_through_the_loader() -> None:
+    whole = plan("batch.global_size=100", "duration=2ep")
+    task = Indexed()
+    loader = Loader(task.train_data(), task, TrainState(whole), ALONE, 0)
+    seen = Counter(int(index) for step in whole.walk() for micro in loader(step) for index in micro.batch[0])  # type: ignore[index]
+    assert seen == dict.fromkeys(range(500), 2)
+
+
+@pytest.mark.parametrize("data", [OneByOne, Many])
+def test_all_ways_to_fetch_give_the_same(data: type) -> None:
+    task = Counted()
+    fast = Fetch(task.train_data(), task, seed=3)
+    slow = Fetch(data(task), task, seed=3)
+    for a, b in zip(fast[490, 510], slow[490, 510], strict=True):  # type: ignore[arg-type]
+        assert torch.equal(a, b)
+
+
+def test_nested_batches_move_whole() -> None:
+    batch = {"a": [torch.ones(1), ("text", torch.ones(2))], "b": 3}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"][0].device.type == moved["a"][1][1].device.type == "meta"
+    assert (moved["a"][1][0], moved["b"]) == ("text", 3)
+
+
+class Tables(Counted):
+    """Evaluates to a count of each kind; what it makes of the totals isn't a mean of anything."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        sevens = (batch[2] == 7).sum()
+        return {"units": (batch[2].sum(), len(batch[2])), "sevens": (sevens, 1)}
+
+    def summarise(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        return {"sevens": totals["sevens"][0], "share": totals["sevens"][0] / totals["units"][1]}
+
+
+@pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 5), (4, 1)])
+def test_evaluation_counts_every_sample_once(runs: Runs, world: int, per_gpu: int) -> None:
+    """37 samples over 1, 3 and 4 ranks: no padded duplicates, also where ranks get unequal shares."""
+    task = Tables()
+
+    def body(ranks: World) -> Any:
+        evaluate = make_evaluate(task, task.model(), ranks, per_gpu)
+        assert evaluate
+        return evaluate()
+
+    expected = {
+        "units": pytest.approx(float(task.units[:37].sum()) / 37),
+        "sevens": float((task.units[:37] == 7).sum()),
+        "share": pytest.approx(float((task.units[:37] == 7).sum()) / 37),
+    }
+    assert in_ranks(world, body, runs.folder / "evaluate") == [expected] * world
+
+
+def test_evaluation_with_more_ranks_than_samples(runs: Runs) -> None:
+    class Few(Tables):
+        def val_data(self) -> Any:
+            return TensorDataset(self.inputs[:2], self.targets[:2], self.units[:2])
+
+    task = Few()
+    values = in_ranks(4, lambda ranks: make_evaluate(task, task.model(), ranks, 8)(), runs.folder / "few")  # type: ignore[misc]
+    assert values == [{"units": 1.5, "sevens": 0.0, "share": 0.0}] * 4
+
+
+def test_evaluation_leaves_the_model_in_training() -> None:
+    task = Counted()
+    model = task.model().train()
+    evaluate = make_evaluate(task, model, ALONE, 10)
+    assert evaluate
+    first = evaluate()
+    assert model.training
+    assert evaluate() == first  # no dropout in it
+
+
+def optimizer(*overrides: str, task: Any = None) -> Any:
+    config = compose([*TASK, *overrides])
+    task = task or Counted()
+    return make_optimizer(config, task, task.model(), resolve(config, 1).peak)
+
+
+def test_no_decay_on_biases() -> None:
+    tuned = optimizer("optimizer=adamw", "optimizer.weight_decay=0.1")
+    decay = {len(group["params"][0].shape): group["weight_decay"] for group in tuned.optimizer.param_groups}
+    assert decay == {2: 0.1, 1: 0.0}
+    tuned.tell(plan("optimizer=adamw", "optimizer.weight_decay=0.1").base)
+    assert {len(g["params"][0].shape): g["weight_decay"] for g in tuned.optimizer.param_groups} == {2: 0.1, 1: 0.0}
+
+
+def test_recipe_reaches_the_optimizer() -> None:
+    tuned = optimizer("optimizer=adamw")
+    recipe = plan("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-3", "lr.peak=0.7").base
+    tuned.tell(recipe)
+    for group in tuned.optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.7, (0.8, 0.9), 1e-3)
+        assert group["fused"]
+    sgd = optimizer("optimizer.momentum=0.5")
+    assert {(group["momentum"], group["nesterov"]) for group in sgd.optimizer.param_groups} == {(0.5, True)}
+
+
+class Groups(Counted):
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        first, *others = model.parameters()
+        return [{"params": [first], "lr": 0.1, "weight_decay": 0.5}, {"params": others}]
+
+
+def test_own_groups_scale_the_lr_and_keep_their_decay() -> None:
+    tuned = optimizer("optimizer.weight_decay=0.01", task=Groups())
+    tuned.tell(plan("lr.peak=2.0", "optimizer.weight_decay=0.01").base)
+    lrs = [(group["lr"], group["weight_decay"]) for group in tuned.optimizer.param_groups]
+    assert lrs == [(pytest.approx(0.2), 0.5), (2.0, 0.01)]
+
+
+def test_parameters_left_out_are_named() -> None:
+    class Forgets(Groups):
+        def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+            return super().param_groups(model)[:1]
+
+    with pytest.raises(Refused, match=r"leaves out 0\.bias, 3\.weight, 3\.bias"):
+        optimizer(task=Forgets())
+
+
+def test_custom_optimizer() -> None:
+    tuned = optimizer("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "optimizer.args.alpha=0.5")
+    assert isinstance(tuned.optimizer, torch.optim.RMSprop)
+    assert tuned.optimizer.param_groups[0]["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("optimizer._target_=torch.optim.RMSpop",), "did you mean torch.optim.RMSprop"),
+        (("optimizer._target_=torch.nn.Linear",), "is not a class of torch.optim"),
+        (("optimizer._target_=torch.optim.RMSprop", "optimizer.args.beta=1"), "unexpected keyword argument 'beta'"),
+        (("optimizer._target_=torch.optim.RMSprop", "optimizer.args.alpha=-1"), "Invalid alpha value"),
+    ],
+)
+def test_custom_optimizers_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        optimizer("optimizer=custom", *overrides)
+
+
+def test_import_errors_show_their_cause(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_task.py").write_text("import module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refused, match=r"importing broken_task failed: .*module_that_is_not_there"):
+        locate("task._target_", "broken_task.Task")
+    with pytest.raises(Refused, match="not a class"):
+        build("task", "math.pi", {})
+
+
+ONE = torch.ones(1, requires_grad=True).sum()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (ONE, "returned a tensor of shape"),
+        ((ONE, 1, 2), "a tuple of 3"),
+        ((ONE.detach(), 1), "without a gradient"),
+        ((torch.ones(2, requires_grad=True), 1), r"a tensor of shape \[2\]"),
+        ((ONE, "many"), "'many', a str"),
+        ((ONE, -1), "-1, a int"),
+        ((ONE, float("nan")), "nan, a float"),
+        ((ONE, True), "True, a bool"),
+        ((3.0, 1), "3.0, a float"),
+    ],
+)
+def test_losses_that_are_not_sum_and_units(result: Any, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        checked(result)
+
+
+def test_units_may_be_floats() -> None:
+    """Importance weights."""
+    assert checked((ONE, 2.5)) == (ONE, 2.5)
+    assert checked((ONE, torch.tensor([2.5])))[1] == 2.5
+
+
+def test_note_adds_no_collective(runs: Runs) -> None:
+    """One reduction a step: loss, units and stop flag ride in DDP's own bucket."""
+
+    def body(ranks: World) -> Any:
+        task = Counted()
+        config = compose([*TASK, "batch.global_size=40"])
+        whole = resolve(config, ranks.size)
+        engine = DDP(task, task.model(), make_optimizer(config, task, task.model(), whole.peak), ranks, {})
+        state = TrainState(whole)
+        loader = Loader(task.train_data(), task, state, ranks, 0)
+        collectives = []
+        for step in list(whole.walk())[:3]:
+            with torch.profiler.profile() as profile:
+                for micro in loader(step):
+                    with engine.micro(micro.last):
+                        loss, units = engine.loss(micro.batch)
+                        engine.backward(loss, (loss, units - micro.expected_units, ranks.rank == 1))
+                total = engine.total(step.expected_units)
+            collectives.append(sum(event.name == "gloo:all_reduce" for event in profile.events()))
+        rows = indices(0, 500, step.start, step.stop)
+        return collectives[-1], total.units.item() == task.units[rows].sum().item(), total.stop.item()
+
+    results = in_ranks(2, body, runs.folder / "note")
+    assert results == [[1, True, 1.0]] * 2
+
+
+def test_find_unused_parameters(runs: Runs) -> None:
+    """DDP's own options reach it, and the note isn't taken for an unused parameter."""
+    same = [*TASK, "batch.global_size=30", "duration=5st"]
+    run = runs(2, *same, "engine.config.find_unused_parameters=true")
+    assert run.ends[0]["state"] == "finished"
+    assert run.losses() == pytest.approx(runs(1, *same).losses(), rel=1e-5)
+
+
+def test_metrics_are_json_where_values_are_not_finite(runs: Runs) -> None:
+    run = runs(1, *TASK, "task._target_=tests.ranks.test_parts.NotFinite", "duration=2st")
+    assert json.loads((run.run.path / "metrics.jsonl").read_text().splitlines()[-1])["val/odd"] is None
+
+
+class NotFinite(Counted):
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        return {"odd": (float("nan"), 1)}
+
+
+def test_ranks_are_ended_by_the_harness_not_by_luck(runs: Runs) -> None:
+    """The harness itself: a rank that hangs is killed and fails the test."""
+    with pytest.raises(AssertionError, match=r"ranks \[0\] of 1 hung"):
+        in_ranks(1, lambda ranks: os.read(os.pipe()[0], 1), runs.folder / "hang", deadline_s=0.5)
