@@ -116,6 +116,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             say(table([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
     directories = sweep_directories(configs, [element.swept for element in elements])
+    if not any(config.cluster.environment for config in configs):
+        workers._import_torch()  # once for all of them
     codes: list[int] = []
     for element, run in zip(elements, zip(configs, plans, directories, strict=True), strict=True):
         if STOP.wanted or 75 in codes:

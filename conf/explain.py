@@ -1,4 +1,4 @@
-"""What was wrong with a config, in one line each: the key with its value, and what would work."""
+"""Checking a config; what is wrong is said in a line each: the key with its value, and what would work."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ def _check_values(key: str, value: Any) -> None:
             _check_values(f"{key}.{index}", inner)
     elif value == "???":
         raise ConfigError(f"{key} has to be given: {key}=…")
+    elif isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
+        raise ConfigError(f"{key}={value!r} can't be: it isn't Unicode text")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value} can't be: numbers have to be finite")
     elif not isinstance(value, str | int | float | None):

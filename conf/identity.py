@@ -86,6 +86,8 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         swept: of each run the overrides that vary, as they are written on the command line.
     """
     keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
+    if "run.dir" in keys:
+        raise ConfigError("run.dir is the folder of the whole sweep, with one for each run below it; give it one value")
     every = [science(config) for config in configs]
     shared = {
         key: value

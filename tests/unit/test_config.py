@@ -18,6 +18,8 @@ from conf.schema import RunConfig
 from conf.stored import dump
 from scaling.units import Duration
 
+LARGE = set(leaves("", yaml.safe_load((HERE / "experiment/digits_large.yaml").read_text())))
+
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
@@ -124,8 +126,11 @@ def test_free_mappings_take_new_keys_without_a_plus() -> None:
         (["optimizer=adamw", "optimizer.eps=1e-6"], {"optimizer", "optimizer.eps"}),
         (["lr.milestones.0=20%"], {"lr.milestones"}),
         (["task.args.width=7", "~task.args.depth"], {"task.args.width", "task.args.depth"}),
-        (["experiment=digits_large"], {"batch.global_size", "lr.warmup", "duration"}),
-        (["experiment=digits_large", "batch.global_size=64"], {"batch.global_size", "lr.warmup", "duration"}),
+        (["experiment=digits_large"], {"batch.global_size", "lr.rule", "lr.warmup", "duration"}),
+        (
+            ["experiment=digits_large", "batch.global_size=64"],
+            {"batch.global_size", "lr.rule", "lr.warmup", "duration"},
+        ),
         (["experiment=null"], set()),
     ],
 )
@@ -145,7 +150,7 @@ def test_given_by_experiments_that_inherit(tmp_path: Path) -> None:
     assert set(config.given) == {"batch.per_gpu", "lr.base", "clip_norm", "optimizer", "seed"}
     assert (config.lr.base, config.optimizer.name, config.clip_norm) == (0.2, "adamw", 1.0)
     both = compose(["experiment=[base,digits_large]"], tmp_path)
-    assert set(both.given) == {"batch.per_gpu", "lr.base", "batch.global_size", "lr.warmup", "duration"}
+    assert set(both.given) == {"batch.per_gpu", "lr.base", *LARGE}
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", 'a"b', "a,b=c[d]", "ünï", "a\\b"])
@@ -286,7 +291,12 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
         ({"sgd": {"lr": 0, "batch": 1}}, "task.tuned.sgd.lr=0"),
         ({"sgd": {"lr": 1}}, "task.tuned.sgd.batch"),
     ],
-    "task.args": [({"x": float("nan")}, "task.args.x=nan"), ({"x": b"a"}, "task.args.x"), (3, "a mapping")],
+    "task.args": [
+        ({"x": float("nan")}, "task.args.x=nan"),
+        ({"x": b"a"}, "task.args.x"),
+        ({"x": "\udce9"}, "isn't Unicode text"),
+        (3, "a mapping"),
+    ],
     "optimizer.name": [("foo", "sgd, adamw, custom")],
     "optimizer.family": [("lamb", "sgd or adam")],
     "optimizer.momentum": [(1, "less than 1"), (-0.1, "0 or more")],

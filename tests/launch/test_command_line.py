@@ -1,0 +1,303 @@
+"""``python launch.py`` as a user calls it: what it prints, its exit code, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OWN_TASK = """
+from trainers.tasks.digits import Digits
+
+class Task(Digits):
+    def __init__(self, broken=False, width=8, depth=1, dropout=0.0):
+        super().__init__(width, depth, dropout)
+        assert not broken, "meant to"
+
+    def train_data(self):
+        return range(123)
+"""
+QUICK = ("duration=2st", "task.args.width=8", "evaluate.every=null", "device=cpu")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command is given in a folder of its own, which isn't the checkout."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch.py"), *arguments]
+
+
+def launch(*arguments: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def refused(*arguments: str, **env: str) -> str:
+    """The message of a refusal: the only thing printed, and nothing is written."""
+    done = launch(*arguments, code=2, **env)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("isobatch: ")
+    assert list(Path().iterdir()) == []
+    return done.stderr
+
+
+# ---- plans
+
+
+def test_plan_is_a_table_or_json_alone() -> None:
+    assert "global batch" in launch("action=plan").stdout
+    plan = json.loads(launch("action=plan", "output=json", "cluster.nodes=16", "cluster.gpus_per_node=8").stdout)
+    assert plan["world_size"] == 128
+    assert sum(size * count for size, count in plan["micro_batches"]) == plan["global_size"]
+    assert list(Path().iterdir()) == []
+
+
+def test_plan_of_more_than_is_here_needs_nothing() -> None:
+    launch("action=plan", "device=cuda", "cluster.nodes=100", "cluster.gpus_per_node=1000")
+
+
+def test_plan_imports_no_torch_and_starts_no_git() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), "action=plan"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": ""},
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy", "rich", "sklearn")}
+
+
+def test_plan_can_open_the_data() -> None:
+    Path("mine.py").write_text(OWN_TASK)
+    own = ("action=plan", "task=custom", "task._target_=mine.Task", "lr.peak=0.1")
+    assert "unknown until the data is opened" in launch(*own).stdout
+    assert json.loads(launch(*own, "plan.open_data=true", "output=json").stdout)["train_samples"] == 123
+
+
+def test_plan_under_torchrun_is_printed_once() -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    printed = [launch("action=plan", **torchrun, RANK=rank, LOCAL_RANK=rank).stdout for rank in "012"]
+    assert "3 ranks" in printed[0]
+    assert printed[1:] == ["", ""]
+    said = [launch("foo=1", code=2, **torchrun, RANK=rank, LOCAL_RANK=rank).stderr for rank in "012"]
+    assert said[0].startswith("isobatch: unknown key foo")
+    assert said[1:] == ["", ""]
+
+
+# ---- what is refused before anything starts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["batch.globl_size=3"], "did you mean batch.global_size?"),
+        (["optimizer=adm"], "did you mean adamw?"),
+        (["lr.decay=cosin"], "did you mean cosine?"),
+        (["batch.global_size=0"], "batch.global_size=0"),
+        (["duration=10"], "duration=10 has no unit"),
+        (["duration=0ep"], "duration"),
+        (["duration=5%"], "duration=5%"),
+        (["batch.global_size=2", "batch.even=true", "cluster.gpus_per_node=3"], "batch.even"),
+        (["batch.global_size=100", "batch.per_gpu=10", "batch.accumulation=3"], "accumulation"),
+        (["batch.unit=tokens"], "batch.unit=tokens"),
+        (["lr.warmup=3000ep"], "lr.warmup"),
+        (["task=custom"], "task._target_ has to be given"),
+        (["optimizer=custom", "optimizer._target_=torch.optim.RMSprop"], "lr.base"),
+        (["task.family=imagess"], "task.family=imagess"),
+        (["hydra.run.dir=x"], "hydra.run.dir=x"),
+        (["seed=1,2"], "did you mean -m?"),
+        (["-m", "seed=1,x"], "seed=x: seed=x can't be"),
+        (["-m", "batch.global_size=8,-8"], "batch.global_size=-8"),
+        (["-m", "--cfg", "job"], "-m"),
+        (["-m", "run.dir=a,b"], "run.dir is the folder of the whole sweep"),
+        (["--cfg", "hydra"], "--cfg"),
+        (["--confg-dir", "x"], "did you mean --config-dir?"),
+        (["--config-dir", "nowhere"], "--config-dir=nowhere isn't a folder"),
+        (["cluster.nodes=2"], "cluster.rendezvous=host:port"),
+        (["debug=true", "cluster.gpus_per_node=2"], "debug=true"),
+        (["device=cuda", "cluster.environment.CUDA_VISIBLE_DEVICES=''"], "no GPU is visible"),
+        (["run.dir=/proc/version"], "/proc/version isn't a folder"),
+        (["run.dir=/proc/version/below"], "/proc/version isn't a folder"),
+        (["task.args.x=nan"], "task.args.x=nan"),
+        (["run.name=a b("], "\"run.name='a b('\""),
+        (["task.name=caf\udce9"], "task.name"),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_refused_with_one_message(arguments: list[str], said: str) -> None:
+    message = refused(*arguments)
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+def test_sweep_under_torchrun_is_refused() -> None:
+    assert "torchrun" in refused("-m", "seed=1,2", TORCHELASTIC_RUN_ID="x", RANK="0", WORLD_SIZE="1")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() == 0:  # root may write anywhere but on a read-only disk, of which /proc/sys is one in containers
+        folder = next(path for path in ("/sys/kernel", "/proc/sys") if not os.access(path, os.W_OK))
+    else:
+        folder = str(tmp_path / "closed")
+        Path(folder).mkdir(mode=0o555)
+    assert f"{folder} isn't a folder that can be written to" in refused(f"run.dir={folder}/run")
+
+
+# ---- help and config
+
+
+def test_help() -> None:
+    text = launch("--help").stdout
+    assert "batch.global_size=" in text
+    assert "exit codes: 0 finished" in text
+    keys = launch("--help", COLUMNS="80").stdout.partition("keys, with their defaults:")[2]
+    assert max(map(len, keys.partition("options:")[0].splitlines())) <= 92  # durations are said in one line
+
+
+def test_help_may_be_cut_short() -> None:
+    cut = f"{' '.join(command('--help'))} | head -1"
+    done = subprocess.run(["bash", "-c", cut], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""
+
+
+def test_config_is_printed_with_its_comments_and_can_be_an_experiment(tmp_path: Path) -> None:
+    arguments = ("optimizer=adamw", "batch.global_size=32", "lr.warmup=7%")
+    text = launch("--cfg", "job", *arguments).stdout
+    assert yaml.safe_load(text)["optimizer"]["name"] == "adamw"
+    assert "global_size: 32  # samples" in text
+    folder = tmp_path / "my conf"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment/again.yaml").write_text(
+        f"# @package _global_\ndefaults:\n  - override /optimizer: adamw\n{text}"
+    )
+    again = launch("--cfg", "job", "--config-dir", str(folder), "experiment=again").stdout
+    assert again == text
+
+
+# ---- runs
+
+
+def only_run() -> Path:
+    (run,) = Path("runs").iterdir()
+    return run
+
+
+def test_the_same_command_finds_its_run() -> None:
+    first = launch(*QUICK).stdout
+    run = only_run()
+    assert first.splitlines()[-1].startswith("finished after 2 steps")
+    assert first.splitlines()[-1].endswith(str(run))
+    event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
+    assert event["command"].startswith(f"python {ROOT / 'launch.py'} duration=2st")
+    assert re.fullmatch(r"[0-9a-f]{40}|", event["commit"])
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+
+    again = launch(*QUICK, "log.every=3st").stdout
+    assert again.startswith("finished after 2 steps")
+    by_name = launch(f"run.dir={run}").stdout
+    assert by_name.startswith("finished after 2 steps")
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+    said = launch(f"run.dir={run}", "seed=3", "batch.global_size=8", code=2).stderr
+    assert "seed=3 (there 0)" in said
+    assert "batch.global_size=8 (there " in said
+
+    launch(*QUICK, "run.new=true")
+    assert {path.name for path in Path("runs").iterdir()} == {run.name, f"{run.name}-2"}
+
+
+def test_a_directory_of_another_run_is_refused() -> None:
+    launch(*QUICK)
+    run = only_run()
+    (run / "config.yaml").unlink()
+    assert "holds another run" in launch(*QUICK, "seed=1", f"run.dir={run}", code=2).stderr
+
+
+def test_a_damaged_config_is_refused() -> None:
+    Path("broken").mkdir()
+    Path("broken/config.yaml").write_text("format: 1\ngiven: [")
+    said = launch("run.dir=broken", code=2).stderr
+    assert said.startswith("isobatch: broken/config.yaml can't be read")
+    assert len(said.splitlines()) == 1
+
+
+def test_odd_names_of_directories() -> None:
+    name = 'it\'s a "run" with $HOME; `x` [1]'
+    quoted = name.replace("'", "\\'")
+    launch(*QUICK, f"run.dir='{quoted}'")
+    assert json.loads((Path(name) / "outcome.json").read_text())["state"] == "finished"
+
+
+# ---- sweeps
+
+
+def test_a_sweep_runs_its_elements_and_ends_with_a_table() -> None:
+    done = launch("-m", *QUICK, "batch.global_size=8,16", "optimizer=sgd,adamw")
+    table = done.stdout.splitlines()[-6:]
+    assert table[0].split()[:3] == ["batch.global_size", "optimizer", "state"]
+    assert {"steps", "samples", "peak", "loss", "val/loss", "val/accuracy"} <= set(table[0].split())
+    assert [line.split()[:5] for line in table[1:5]] == [
+        [size, optimizer, "finished", "2", str(2 * int(size))] for size in ("8", "16") for optimizer in ("sgd", "adamw")
+    ]
+    assert table[5] == str(only_run())
+    assert {path.name for path in only_run().iterdir()} == {
+        f"batch.global_size={size},optimizer={optimizer}" for size in (8, 16) for optimizer in ("sgd", "adamw")
+    }
+    more = launch("-m", *QUICK, "batch.global_size=8,4", "optimizer=sgd,adamw").stdout
+    assert more.count("(run.new=true trains again)") == 2
+    assert len(list(only_run().iterdir())) == 6
+
+
+def test_a_sweep_of_plans() -> None:
+    table = launch("-m", "action=plan", "batch.global_size=64,256").stdout.splitlines()
+    assert [line.split()[0] for line in table] == ["batch.global_size", "64", "256"]
+    plans = json.loads(launch("-m", "action=plan", "output=json", "batch.global_size=64,256").stdout)
+    assert [plan["global_size"] for plan in plans] == [64, 256]
+    assert list(Path().iterdir()) == []
+
+
+def test_a_sweep_goes_on_after_a_crash() -> None:
+    Path("mine.py").write_text(OWN_TASK.partition("    def train_data")[0])
+    arguments = ("task._target_=mine.Task", "task.args.broken=true,false")
+    done = launch("-m", *QUICK, *arguments, code=1)
+    states = [line.split()[1] for line in done.stdout.splitlines()[-3:-1]]
+    assert states == ["crashed", "finished"]
+    assert "meant to" in done.stderr
+
+
+def test_a_sweep_that_is_stopped_stops() -> None:
+    sweep = subprocess.Popen(
+        command("-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not [file for file in Path().glob("runs/*/seed=1/metrics.jsonl") if file.stat().st_size]:
+        assert time.monotonic() < deadline
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGTERM)
+    printed, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == 75, said
+    (outcome,) = Path().glob("runs/*/*/outcome.json")
+    assert json.loads(outcome.read_text())["state"] == "stopped"
+    assert [line.split()[:2] for line in printed.splitlines()[-3:-1]] == [["1", "stopped"], ["2", "—"]]
