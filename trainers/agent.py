@@ -198,19 +198,13 @@ class Agent(SimpleElasticAgent):
         for rank, process in self._processes.items():
             code = process.exitcode
             if code and read_note(self.notes, f"error/{rank}") is None:
-                # it was alive when last seen, so this is earlier than what its end did to others
                 cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
                 if code == -signal.SIGKILL:
                     cause += " (Linux does that where memory runs out)"
-                error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "cause": cause}
-                write_note(self.notes, f"error/{rank}", error)
+                error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "lost": False}
+                write_note(self.notes, f"error/{rank}", {**error, "cause": cause})
         self._stop_workers(worker_group)
-        size = worker_group.workers[0].world_size
-        self.error = first_error(self.notes, size)
-        local = [worker.global_rank for worker in worker_group.workers]
-        silent = [rank for rank in range(size) if rank not in local and not read_note(self.notes, f"error/{rank}")]
-        if silent and self.error:
-            self.error["cause"] += f" (ranks {silent} left no word: their machine may be gone)"
+        self.error = first_error(self.notes, worker_group.workers[0].world_size)
         if self._stop.wanted or not (self.error and self.error["again"]):
             self._remaining_restarts = 0
         if self._remaining_restarts == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -179,6 +180,7 @@ def _note(error: BaseException, rank: int, facts: dict[str, str]) -> dict[str, A
         "restart": _restarts(),
         "kind": "refused" if isinstance(error, Refused) else "crashed",
         "again": not told,
+        "lost": isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection", str(error)) is not None,
         "cause": str(error) if told else "".join(traceback.format_exception_only(error)).strip(),
         "traceback": "".join(traceback.format_exception(error)),
         "step": getattr(error, "step", 0),
