@@ -25,6 +25,8 @@ clean:
 	rm -rf .venv runs
 
 .venv/.installed: constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt ".[tasks,test,lint]"
-	touch $@
+	@echo "Installing into .venv what constraints.txt names (some minutes, once) …"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[tasks,test,lint]"
+	@rm -rf build isobatch.egg-info  # what pip left beside it
+	@touch $@
