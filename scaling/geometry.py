@@ -6,8 +6,10 @@ forward/backward of every rank at once; micro-batch j of a step is pass j // wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import isqrt
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,11 @@ def solve(
 
 def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> list[int]:
     """The global batches next below and above an uneven cut's, in samples, that are even with what else was asked."""
-    most = per_gpu and per_gpu // cut.granule
-    stride = cut.world * (accumulation or 1)
-    near = _nearest(cut.global_size // cut.granule, stride, lambda n: _fits(cut.world, n, most, accumulation, True))
-    return [granules * cut.granule for granules in near]
+    most, stride = per_gpu and per_gpu // cut.granule, cut.world * (accumulation or 1)
+    first, reach = cut.global_size // cut.granule // stride * stride, 100_000 * stride
+    ways = range(first, max(0, first - reach), -stride), range(first + stride, first + reach, stride)
+    near = [next((n for n in way if _fits(cut.world, n, most, accumulation, True)), None) for way in ways]
+    return [granules * cut.granule for granules in near if granules]
 
 
 def _passes(world: int, granules: int, most: int | None, accumulation: int | None) -> int:
@@ -145,12 +148,10 @@ def _fits(world: int, granules: int, most: int | None, accumulation: int | None,
     return accumulation in (None, passes) and not (even and granules % (world * passes))
 
 
-def _nearest(value: int, stride: int, fits: Callable[[int], bool]) -> list[int]:
-    """The multiples of ``stride`` next below and next above ``value`` that fit; the search is bounded."""
-    first, reach = value // stride * stride, 100_000 * stride
-    below = next(filter(fits, range(first, max(0, first - reach), -stride)), None)
-    above = next(filter(fits, range(first + stride, first + reach, stride)), None)
-    return [found for found in (below, above) if found]
+def _divisors(number: int) -> set[int]:
+    """Those up to 10^6 and their counterparts: all of a number up to 10^12."""
+    small = [divisor for divisor in range(1, min(isqrt(number), 10**6) + 1) if number % divisor == 0]
+    return {*small, *(number // divisor for divisor in small)}
 
 
 def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
@@ -174,12 +175,14 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
 def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> str:
     granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
     ranks = counted(cut.world, "rank")
-    worlds = _nearest(cut.world, 1, lambda world: _fits(world, granules, most, accumulation, True))
+    worlds = sorted(world for world in _divisors(granules) if _fits(world, granules, most, accumulation, True))
+    above = bisect(worlds, cut.world)
+    near = worlds[max(0, above - 1) : above + 1]
     parts = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
     return (
         f"batch.even=true, but batch.global_size={cut.global_size} on {ranks} × accumulation {cut.accumulation} gives "
         f"unequal micro-batches ({parts}); nearest even global batches on {ranks}: "
-        f"{_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes for {cut.global_size}: {_or(worlds)}"
+        f"{_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes for {cut.global_size}: {_or(near)}"
     )
 
 

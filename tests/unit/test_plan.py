@@ -1,0 +1,388 @@
+"""The plan is the contract: the same steps from anywhere, on any hardware, and from its own JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaling.order import indices
+from scaling.plan import Choice, Plan, Segment, Step
+from scaling.rules import Recipe, Rule
+from scaling.schedule import Schedule
+
+quick = settings(max_examples=25, deadline=None)
+
+
+def make(samples: int | None = 1000, *, batches: tuple[tuple[int, int], ...] = ((0, 32),), **changes: Any) -> Plan:
+    """A plan of ``samples`` with (start sample, global batch) for each segment."""
+    rule = changes.pop("rule", Rule("linear"))
+    schedule = samples and Schedule(
+        samples=samples,
+        warmup_samples=samples // 10,
+        warmup_from=0.01,
+        decay="cosine",
+        final=0.0,
+        exponent=2.0,
+        milestones=(),
+        gamma=0.1,
+        cooldown_samples=0,
+    )
+    fields: dict[str, Any] = {
+        "segments": tuple(Segment(start, size, rule) for start, size in batches),
+        "world": 1,
+        "per_gpu": None,
+        "accumulation": None,
+        "granule": 1,
+        "even": False,
+        "seed": 7,
+        "samples": samples,
+        "train_samples": 100,
+        "unit": "samples",
+        "units_per_sample": None,
+        "task": "digits",
+        "family": "images",
+        "optimizer": Choice("sgd", "the default"),
+        "base": Recipe(lr=0.1, betas=(0.9,), eps=None, weight_decay=1e-4),
+        "base_batch": 32,
+        "base_source": "tuned",
+        "schedule": schedule,
+        "identity": "0123456789ab",
+    }
+    return Plan(**{**fields, **changes})
+
+
+@st.composite
+def plans(draw: st.DrawFn, most_samples: int = 3000) -> Plan:
+    """Plans of one to five segments, some shorter than a step, some beyond the end of the run."""
+    samples = draw(st.integers(1, most_samples))
+    starts = sorted({0} | draw(st.sets(st.integers(1, samples + 50), max_size=4)))
+    batches = tuple((start, draw(st.integers(1, 40) | st.integers(1, 700))) for start in starts)
+    return make(
+        samples,
+        batches=batches,
+        world=draw(st.integers(1, 7) | st.integers(1, 100_000)),
+        per_gpu=draw(st.none() | st.integers(1, 50)),
+        units_per_sample=draw(st.none() | st.just(16)),
+        rule=draw(st.sampled_from([Rule("linear"), Rule("sqrt"), Rule("power", 0.75), Rule("none")])),
+    )
+
+
+def without_cut(step: Step) -> Step:
+    return replace(step, cut=None)  # type: ignore[arg-type]
+
+
+# ---- steps
+
+
+@given(plans())
+@quick
+def test_step_at_from_any_step_equals_the_walk_from_0(plan: Plan) -> None:
+    assert plan.samples is not None
+    steps = list(plan.walk())
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert steps[0].start == 0
+    assert all(before.stop == after.start for before, after in pairwise(steps))
+    assert steps[-1].start < plan.samples <= steps[-1].stop
+    for step in steps:
+        assert plan.step_at(step.start) == step
+        assert step.stop - step.start == step.cut.global_size
+        assert step.expected_units == step.cut.global_size * (plan.units_per_sample or 1)
+    assert plan.step_at(steps[-1].stop) is None
+    assert list(plan.walk(steps[len(steps) // 2].start)) == steps[len(steps) // 2 :]
+    assert (plan.steps, plan.added) == (len(steps), steps[-1].stop - plan.samples)
+
+
+@given(plans())
+@quick
+def test_a_segment_starts_at_the_first_step_boundary_at_or_after_its_sample(plan: Plan) -> None:
+    for step in plan.walk():
+        in_force = [segment for segment in plan.segments if segment.start_sample <= step.start][-1]
+        assert step.cut.global_size == in_force.global_size
+
+
+def test_segments_by_hand() -> None:
+    plan = make(300, batches=((0, 100), (10, 7), (20, 5), (150, 90)))
+    assert [(step.start, step.stop) for step in plan.walk()][:3] == [(0, 100), (100, 105), (105, 110)]
+    assert [(step.start, step.stop) for step in plan.walk()][-3:] == [(145, 150), (150, 240), (240, 330)]
+    assert (plan.steps, plan.added, plan.epochs) == (1 + 10 + 2, 30, 3.0)
+    assert plan.cut.global_size == 100
+
+
+@given(plans(), st.data())
+@quick
+def test_a_sample_inside_a_step_is_a_bug(plan: Plan, data: st.DataObject) -> None:
+    assert plan.samples is not None
+    boundaries = {step.start for step in plan.walk()}
+    inside = sorted(set(range(plan.samples)) - boundaries)
+    if inside:
+        with pytest.raises(AssertionError, match="inside a step"):
+            plan.step_at(data.draw(st.sampled_from(inside)))
+
+
+def test_before_the_first_sample_and_before_the_data_is_open_there_are_no_steps() -> None:
+    with pytest.raises(AssertionError, match="no sample -32"):
+        make().step_at(-32)
+    unknown = make(None)
+    with pytest.raises(AssertionError, match="waits for the data"):
+        unknown.step_at(0)
+    with pytest.raises(AssertionError, match="schedule waits for the data"):
+        replace(make(), schedule=None).step_at(0)
+    assert (unknown.steps, unknown.added, unknown.epochs) == (None, None, None)
+
+
+@given(plans(), st.integers(1, 700), st.sampled_from([Rule("linear"), Rule("none")]), st.data())
+@quick
+def test_extending_changes_no_step_before_the_new_segment(
+    plan: Plan, size: int, rule: Rule, data: st.DataObject
+) -> None:
+    assert plan.samples is not None
+    start = data.draw(st.integers(plan.segments[-1].start_sample + 1, plan.samples + 100))
+    longer = plan.extend(Segment(start, size, rule))
+    assert longer.segments[:-1] == plan.segments
+    before = [step for step in plan.walk() if step.start < start]
+    steps = list(longer.walk())
+    assert steps[: len(before)] == before
+    assert all(step.cut.global_size == size for step in steps[len(before) :])
+
+
+@pytest.mark.parametrize("starts", [(), (1,), (0, 5, 5), (0, 9, 3), (-1, 0)])
+def test_segments_that_do_not_rise_from_0_are_refused(starts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="start at sample 0 and rise"):
+        make(batches=tuple((start, 32) for start in starts))
+    with pytest.raises(ValueError, match="start at sample 0 and rise"):
+        make(batches=((0, 32), (50, 64))).extend(Segment(50, 128, Rule("none")))
+
+
+def test_an_extension_that_cannot_be_dealt_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"batch\.even=true"):
+        make(world=4, even=True).extend(Segment(500, 33, Rule("linear")))
+
+
+# ---- recipes
+
+
+def test_each_segment_has_its_own_peak_on_the_one_schedule() -> None:
+    plan = make(1000, batches=((0, 32), (500, 128)))
+    first, last = plan.step_at(480), plan.step_at(512)
+    assert first
+    assert last
+    assert plan.schedule
+    assert first.recipe.lr == plan.schedule.lr(480, 0.1)
+    assert last.recipe.lr == pytest.approx(plan.schedule.lr(512, 0.4))
+    assert replace(last.recipe, lr=0.1) == plan.base
+
+
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=4, unique=True))
+@quick
+def test_the_lr_at_a_sample_is_the_same_whatever_the_batch(sizes: list[int]) -> None:
+    every = [make(1000, batches=((0, size),), rule=Rule("none")) for size in sizes]
+    lrs: dict[int, set[float]] = {}
+    for plan in every:
+        for step in plan.walk():
+            lrs.setdefault(step.start, set()).add(step.recipe.lr)
+    assert all(len(seen) == 1 for seen in lrs.values())
+
+
+# ---- any hardware
+
+
+@given(plans(), st.integers(1, 9) | st.integers(1, 100_000), st.none() | st.integers(1, 64))
+@quick
+def test_the_same_step_is_the_same_on_any_hardware_but_for_its_cut(plan: Plan, world: int, per_gpu: int | None) -> None:
+    other = plan.dealt(world, per_gpu)
+    for here, there in zip(plan.walk(), other.walk(), strict=True):
+        assert without_cut(here) == without_cut(there)
+        assert there.cut.world == world
+        assert there.cut.global_size == here.cut.global_size
+        assert per_gpu is None or there.cut.micro_batches[0][0] <= per_gpu
+    assert other.dealt(plan.world, plan.per_gpu) == plan
+
+
+def test_dealt_anew_an_accumulation_that_was_asked_for_is_solved() -> None:
+    plan = make(world=1, accumulation=4)
+    assert plan.cut.accumulation == 4
+    assert plan.dealt(8, None).cut.accumulation == 1
+    assert plan.dealt(2, 4).cut.accumulation == 4
+
+
+def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """What the ranks fetch, step by step, joined in the order of the batch."""
+    for step in plan.walk(start):
+        if step.start >= until:
+            return
+        parts = [
+            (step.start + first, step.start + last)
+            for rank in range(plan.world)
+            for first, last in step.cut.passes(rank)
+        ]
+        fetched = [indices(plan.seed, plan.train_samples or 0, *part) for part in sorted(parts)]
+        yield step.stop, np.concatenate(fetched)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_sample_exactly_once_an_epoch_whatever_the_batches_and_resizes(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 120))
+    epochs = data.draw(st.integers(1, 3))
+    worlds, sizes = st.integers(1, 5), st.integers(1, 50)
+    plan = make(n * epochs, train_samples=n, batches=((0, data.draw(sizes)),), world=data.draw(worlds))
+    seen: list[np.ndarray] = []
+    at = 0
+    for cause in data.draw(st.lists(st.sampled_from(["ranks", "batch"]), max_size=3)):
+        for stop, part in trained_on(plan, data.draw(st.integers(0, n * epochs)), at):
+            seen.append(part)
+            at = stop
+        if cause == "ranks":
+            plan = plan.dealt(data.draw(worlds), data.draw(st.none() | sizes))
+        elif at > plan.segments[-1].start_sample:
+            plan = plan.extend(Segment(at, data.draw(sizes), Rule("linear")))
+    seen += [part for _, part in trained_on(plan, n * epochs, at)]
+    order = np.concatenate(seen)
+    assert len(order) == n * epochs + (plan.added or 0)
+    assert (order == indices(plan.seed, n, 0, len(order))).all()
+    for epoch in range(epochs):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+# ---- JSON
+
+
+@given(plans())
+@quick
+def test_json_reads_back_as_the_same_plan(plan: Plan) -> None:
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert list(again.walk()) == list(plan.walk())
+
+
+def test_json_of_a_plan_that_waits_for_the_data() -> None:
+    plan = make(None, train_samples=None, family=None, unit="tokens", units_per_sample=16)
+    said = json.loads(plan.to_json())
+    assert [said[name] for name in ("samples", "steps", "epochs", "added_samples", "schedule")] == [None] * 5
+    assert said["lr"]["warmup_samples"] is None
+    assert said["lr"]["peak"] == 0.1
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def places(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    """The path to every value within nested JSON."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        yield (*path, name)
+        yield from places(inner, *path, name)
+
+
+WHOLE = make(
+    1000,
+    batches=((0, 32), (500, 64)),
+    world=3,
+    per_gpu=8,
+    unit="tokens",
+    units_per_sample=16,
+    base=Recipe(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, ema=0.999),
+    base_batch=16,
+)
+JUNK = [None, "x", True, -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}]
+TEXTS = ("warnings", "why")  # they only explain
+
+
+def numbers(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}
+
+
+@given(st.sampled_from(list(places(json.loads(WHOLE.to_json())))), st.sampled_from(["remove", *JUNK]))
+@settings(max_examples=150, deadline=None)
+def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | int, ...], junk: Any) -> None:
+    content = json.loads(WHOLE.to_json())
+    inner = content
+    for name in path[:-1]:
+        inner = inner[name]
+    before = inner[path[-1]]
+    if junk == "remove":
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = junk
+    plan = plan_or_refusal(json.dumps(content))
+    if isinstance(plan, str):
+        assert "plan" in plan
+        assert "\n" not in plan
+        return
+    if path[0] in TEXTS or path[-1] in TEXTS:
+        assert replace(plan, optimizer=WHOLE.optimizer) == WHOLE
+        return
+    assert numbers(json.loads(plan.to_json())) == numbers(content)
+    another_kind = type(junk) is not type(before) and (type(before), type(junk)) != (float, int)
+    left_out = junk == "remove" and isinstance(path[-1], int)  # of a list: another plan, but a plan
+    assert left_out or junk is None or not another_kind, f"{path} = {junk!r} was taken"
+
+
+def plan_or_refusal(text: str) -> Plan | str:
+    try:
+        return Plan.from_json(text)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "7", '"plan"', "{}", '{"asked": []}', '{"asked": {}}', "[" * 100_000, '{"asked": NaN}'],
+)
+def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a plan"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["global_size", "per_gpu", "accumulation", "world_size", "idle", "steps", "added_samples", "epochs"],
+)
+def test_edited_numbers_are_named(name: str) -> None:
+    content = json.loads(WHOLE.to_json())
+    content[name] += 1
+    with pytest.raises(ValueError, match=f"contradicts itself in {name}"):
+        Plan.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(("name", "value"), [("peak", 0.3), ("factor", 3.0), ("base", 0.3), ("warmup_samples", 7)])
+def test_an_edited_lr_is_named(name: str, value: float) -> None:
+    content = json.loads(WHOLE.to_json())
+    content["lr"][name] = value
+    with pytest.raises(ValueError, match="contradicts itself in lr"):
+        Plan.from_json(json.dumps(content))
+
+
+def test_another_wording_and_another_last_digit_are_no_damage() -> None:
+    content = json.loads(make(rule=Rule("power", 0.7), batches=((0, 99),)).to_json())
+    content["warnings"].append("a warning of a later version")
+    content["lr"]["why"] = "because"
+    content["lr"]["peak"] *= 1 + 1e-15  # another machine's pow
+    content["a_later_version"] = 1
+    assert Plan.from_json(json.dumps(content)).peak.lr == pytest.approx(content["lr"]["peak"])
+
+
+@pytest.mark.parametrize("name", ["samples", "train_samples", "units_per_sample", "base_batch"])
+def test_no_length_is_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0: has to be at least 1"):
+        replace(make(), **{name: 0})
+
+
+# ---- size
+
+
+def test_a_plan_of_100_000_ranks_is_as_small_as_one_of_two() -> None:
+    large = make(10**12, world=100_000, batches=((0, 10**6 + 1),), per_gpu=3)
+    assert large.cut.accumulation == 4
+    assert len(large.to_json()) < 4000
+    assert len(large.table().splitlines()) < 30
+    assert large.steps == -(-(10**12) // (10**6 + 1))
+    last = large.step_at((large.steps - 1) * (10**6 + 1))
+    assert last
+    assert last.index == large.steps - 1
