@@ -42,7 +42,10 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
     """
     if config.debug:
         end = _attempt(config, facts, stop)
-        return end if isinstance(end, Outcome) else _bury(end, _entered, facts)
+        if isinstance(end, Outcome):
+            return end
+        end.pop("log", None)  # where errors are looked for, the traceback is wanted here
+        return _bury(end, _entered, facts)
     _import_torch()
     import torch
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError

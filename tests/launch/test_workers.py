@@ -1,0 +1,484 @@
+"""Workers as users meet them: real commands, real signals, and what is left when they have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.soak import LAUNCH, processes_of, soak
+
+FAULTY = '''
+import os, signal, sys, time
+import torch
+from torch.utils.data import TensorDataset
+from trainers.rundir import Refused
+
+
+class Task:
+    """Regression in which rank ``rank`` meets ``fault`` at its third loss, the first time or ``always``."""
+
+    def __init__(self, fault="", rank=1, always=True, sleep=0.0):
+        self.fault, self.sleep, self.calls = fault, sleep, 0
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.here = int(os.environ.get("RANK", "0")) == rank and (always or not again)
+        print("task of rank", os.environ.get("RANK"), "threads", torch.get_num_threads(), flush=True)
+        os.write(2, b"and this past Python\\n")
+        if fault == "refuses early" and self.here:
+            raise Refused("not with me")
+
+    def model(self):
+        return torch.nn.Linear(4, 1)
+
+    def train_data(self):
+        inputs = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
+        return TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+    def loss(self, model, batch):
+        self.calls += 1
+        time.sleep(self.sleep)
+        inputs, targets = batch
+        loss = ((model(inputs) - targets) ** 2).sum()
+        if self.here and self.calls == 3:
+            match self.fault:
+                case "raises":
+                    raise ValueError("boom")
+                case "refuses":
+                    raise Refused("not with me")
+                case "not finite":
+                    loss = loss * float("nan")
+                case "exits":
+                    os._exit(7)
+                case "breaks":
+                    breakpoint()
+                case name if name.startswith("SIG"):
+                    os.kill(os.getpid(), signal.Signals[name])
+        return loss, len(inputs)
+'''
+BASE = ["task=custom", "task._target_=faulty.Task", "device=cpu", "duration=20st", "batch.global_size=64"]
+LONG = ["duration=100000st", "task.args.sleep=0.01"]
+DEADLINE_S = 60.0
+
+
+class Run:
+    """One command in a folder of its own, and the run directory it works in."""
+
+    def __init__(self, folder: Path, command: list[str], stdin: str | None = None, **env: str) -> None:
+        self.folder, self.dir = folder, folder / "run"
+        self.process = subprocess.Popen(
+            [*command, f"run.dir={self.dir}"],
+            cwd=folder,
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._stdin, self.out, self.err = stdin, "", ""
+
+    def end(self) -> int:
+        """The exit code. Fails on a hang, and on any process that is left."""
+        try:
+            self.out, self.err = self.process.communicate(self._stdin, timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"hangs:\n{self.out}\n{self.err}")
+        return self.process.returncode
+
+    def kill(self) -> None:
+        for pid in {self.process.pid, *processes_of(self.dir)}:
+            os.kill(pid, signal.SIGKILL)
+        self.out, self.err = self.process.communicate()
+
+    def await_training(self, starts: int = 1) -> None:
+        wait_until(lambda: len(self.events("start")) >= starts and (self.dir / "metrics.jsonl").exists())
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        file = self.dir / "events.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        return json.loads((self.dir / "outcome.json").read_text())
+
+    @property
+    def said(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("isobatch: ")]
+
+    def log(self, rank: int) -> str:
+        return (self.dir / "logs" / f"rank-{rank}.log").read_text()
+
+
+def wait_until(condition: Callable[[], Any], within_s: float = DEADLINE_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Any:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    yield tmp_path
+    wait_until(lambda: not processes_of(tmp_path), within_s=6)  # data loaders look for their parent every 5 s
+
+
+def launch(folder: Path, *overrides: str, ranks: int = 2, **more: Any) -> Run:
+    command = [sys.executable, str(LAUNCH), *BASE, f"cluster.gpus_per_node={ranks}", *overrides]
+    return Run(folder, command, **more)
+
+
+def torchrun(folder: Path, *overrides: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")) -> Run:
+    return Run(folder, [sys.executable, "-m", "torch.distributed.run", *options, str(LAUNCH), *BASE, *overrides])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def two_machines(folder: Path, *overrides: str) -> list[Run]:
+    meeting = f"cluster.rendezvous=127.0.0.1:{free_port()}"
+    return [launch(folder, "cluster.nodes=2", meeting, *overrides, ranks=1) for _ in range(2)]
+
+
+# ---- starts and ends
+
+
+@pytest.mark.parametrize("way", ["python launch.py", "torchrun launch.py"])
+def test_ten_starts_and_ends(way: str) -> None:
+    tally = soak(way, 10, DEADLINE_S)
+    assert tally.clean, tally
+
+
+def test_rank_0_has_the_terminal_and_the_others_have_logs(folder: Path) -> None:
+    run = launch(folder, ranks=3)
+    assert run.end() == 0
+    assert run.outcome["state"] == "finished"
+    for rank in (1, 2):
+        assert f"task of rank {rank}" in run.log(rank)
+        assert "and this past Python" in run.log(rank)
+        assert f"task of rank {rank}" not in run.out
+    assert "task of rank 0" in run.out
+    assert run.err == "and this past Python\n"
+
+
+def test_cores_are_shared_by_the_workers(folder: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    run = launch(folder, "duration=1st", ranks=1, OMP_NUM_THREADS="1")
+    assert run.end() == 0
+    assert f"task of rank 0 threads {cores}" in run.out
+
+
+def test_spawned_workers_do_the_same(folder: Path) -> None:
+    """As where CUDA is already initialised, which a fork doesn't survive."""
+    started = folder / "spawns.py"
+    started.write_text(
+        "import runpy, sys\n"
+        "import torch\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "if __name__ == '__main__':\n"
+        f"    sys.argv[0] = {str(LAUNCH)!r}\n"
+        f"    sys.path.insert(0, {str(LAUNCH.parent)!r})\n"
+        f"    runpy.run_path({str(LAUNCH)!r}, run_name='__main__')\n"
+    )
+    run = Run(folder, [sys.executable, str(started), *BASE, "cluster.gpus_per_node=2"])
+    assert run.end() == 0, run.err
+    assert run.outcome["state"] == "finished"
+    assert "task of rank 1" in run.log(1)
+
+
+def test_environment_reaches_the_workers(folder: Path) -> None:
+    (folder / "faulty.py").write_text(FAULTY + "\nprint('MINE is', os.environ.get('MINE'), flush=True)\n")
+    run = launch(folder, "cluster.environment.MINE=7", "duration=1st")
+    assert run.end() == 0
+    assert "MINE is 7" in run.out
+    assert "MINE is 7" in run.log(1)
+
+
+def test_data_loaders_end_with_their_workers(folder: Path) -> None:
+    assert launch(folder, "data.workers=1", "task.args.fault=raises").end() == 1
+
+
+def test_a_second_launch_leaves_the_first_alone(folder: Path) -> None:
+    first = launch(folder, *LONG)
+    first.await_training()
+    second = launch(folder, *LONG)
+    assert second.end() == 2
+    assert len(second.said) == 1
+    assert "another launch works in" in second.said[0]
+    assert first.outcome["state"] == "running"
+    assert not list(first.dir.glob("logs/error*"))
+    first.process.terminate()
+    assert first.end() == 75
+
+
+# ---- debug
+
+
+def test_debug_has_a_breakpoint_in_the_launcher_itself(folder: Path) -> None:
+    run = launch(folder, "debug=true", "task.args.fault=breaks", "task.args.rank=0", ranks=1, stdin="p 6 * 7\nc\n")
+    assert run.end() == 0, run.err
+    assert "(Pdb) 42" in run.out
+    assert run.outcome["state"] == "finished"
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    run = launch(folder, "debug=true", "task.args.fault=raises", "task.args.rank=0", ranks=1)
+    assert run.end() == 1
+    assert 'raise ValueError("boom")' in run.err
+    assert run.outcome["state"] == "crashed"
+
+
+# ---- errors
+
+CRASHES = {
+    "raises": r"rank 1 crashed: ValueError: boom",
+    "exits": r"rank 1 crashed: exited with 7",
+    "SIGKILL": r"rank 1 crashed: killed by SIGKILL",
+    "SIGSEGV": r"rank 1 crashed: killed by SIGSEGV",
+    "not finite": r"step 3 \(.*\) isn't finite",
+}
+
+
+@pytest.mark.parametrize("fault", CRASHES)
+def test_the_first_error_is_told_once(folder: Path, fault: str) -> None:
+    run = launch(folder, f"task.args.fault='{fault}'")
+    assert run.end() == 1
+    assert len(run.said) == 1
+    assert re.search(CRASHES[fault], run.said[0]), run.said
+    assert "Traceback" not in run.err + run.out
+    assert "elastic" not in run.err + run.out
+    end = run.outcome
+    assert end["state"] == "crashed"
+    assert re.search(CRASHES[fault], end["cause"])
+    assert (end["step"], end["samples"]) in ((2, 128), (3, 192))
+
+
+def test_the_log_has_the_traceback(folder: Path) -> None:
+    run = launch(folder, "task.args.fault=raises")
+    assert run.end() == 1
+    assert 'raise ValueError("boom")' in run.log(1)
+    assert f"traceback in {run.dir}/logs/rank-1.log" in run.said[0]
+    error = json.loads((run.dir / "logs/error-rank-1.json").read_text())
+    assert error["rank"] == 1
+    assert error["kind"] == "crashed"
+    assert error["attempt"] == run.outcome["attempt"]
+    assert 'raise ValueError("boom")' in error["traceback"]
+
+
+@pytest.mark.parametrize("fault", ["refuses", "refuses early"])
+def test_a_refusal_of_one_rank_ends_all_at_once_and_is_final(folder: Path, fault: str) -> None:
+    run = launch(folder, f"task.args.fault='{fault}'", "cluster.max_restarts=3")
+    began = time.monotonic()
+    assert run.end() == 2
+    assert time.monotonic() - began < 20
+    assert run.said == ["isobatch: not with me"]
+    assert run.outcome["state"] == "refused"
+    assert run.outcome["cause"] == "not with me"
+    assert len(run.events("start")) == 1
+
+
+def test_what_is_not_finite_is_not_restarted(folder: Path) -> None:
+    run = launch(folder, "task.args.fault='not finite'", "cluster.max_restarts=3")
+    assert run.end() == 1
+    assert len(run.events("start")) == 1
+
+
+def test_a_rank_that_hangs_is_named(folder: Path) -> None:
+    run = launch(folder, "task.args.fault=SIGSTOP", "cluster.timeout_s=2")
+    assert run.end() == 1
+    assert "no word from rank 1" in run.said[0]
+
+
+# ---- restarts
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_restarted_after_a_crash(folder: Path, rank: int) -> None:
+    run = launch(
+        folder, "task.args.fault=raises", f"task.args.rank={rank}", "task.args.always=false", "cluster.max_restarts=1"
+    )
+    assert run.end() == 0
+    assert run.outcome["state"] == "finished"
+    assert run.outcome["restarts"] == 1
+    (restart,) = run.events("restart")
+    assert restart["rank"] == rank
+    assert restart["cause"] == "ValueError: boom"
+
+
+def test_restarts_are_counted(folder: Path) -> None:
+    run = launch(folder, "task.args.fault=SIGKILL", "cluster.max_restarts=2")
+    assert run.end() == 1
+    assert run.outcome["restarts"] == 2
+    assert len(run.events("start")) == 3
+    assert len(run.said) == 1
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("after_s", [0.15, 0.5, 1.0, 1.5])
+def test_a_signal_at_the_start_stops_the_run_at_its_first_step(folder: Path, after_s: float) -> None:
+    """While the config is composed, while torch is imported, while the ranks meet."""
+    run = launch(folder, *LONG)
+    time.sleep(after_s)
+    run.process.terminate()
+    assert run.end() == 75, run.err
+    assert run.outcome["state"] == "stopped"
+    assert run.outcome["cause"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+def test_a_signal_to_the_launcher_stops_at_a_step(folder: Path, name: str) -> None:
+    run = launch(folder, *LONG)
+    run.await_training()
+    run.process.send_signal(signal.Signals[name])
+    assert run.end() == 75, run.err
+    end = run.outcome
+    assert (end["state"], end["cause"]) == ("stopped", name)
+    assert end["samples"] == 64 * end["step"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_worker_stops_all(folder: Path, rank: int) -> None:
+    run = launch(folder, "task.args.fault=SIGUSR2", f"task.args.rank={rank}", *LONG)
+    assert run.end() == 75, run.err
+    assert (run.outcome["state"], run.outcome["cause"], run.outcome["step"]) == ("stopped", "SIGUSR2", 3)
+
+
+def test_a_second_interrupt_ends_at_once(folder: Path) -> None:
+    run = launch(folder, "task.args.sleep=30")
+    wait_until(lambda: run.events("start"))
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(timeout=3) == 130
+    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    run.end()
+
+
+def test_a_killed_launcher_leaves_no_orphans(folder: Path) -> None:
+    run = launch(folder, *LONG)
+    run.await_training()
+    assert len(processes_of(run.dir)) == 3
+    run.process.kill()
+    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    assert run.end() == -signal.SIGKILL
+    assert run.outcome["state"] == "running"
+
+
+# ---- several machines
+
+
+def test_two_machines(folder: Path) -> None:
+    runs = two_machines(folder)
+    assert [run.end() for run in runs] == [0, 0]
+    assert runs[0].outcome["state"] == "finished"
+    assert len(runs[0].events("start")) == 1
+    assert "task of rank 1" in runs[0].log(1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_machines_restart_together(folder: Path, rank: int) -> None:
+    fault = ["task.args.fault=raises", f"task.args.rank={rank}", "task.args.always=false"]
+    runs = two_machines(folder, *fault, "cluster.max_restarts=1")
+    assert [run.end() for run in runs] == [0, 0], [run.err for run in runs]
+    assert runs[0].outcome["restarts"] == 1
+    (restart,) = runs[0].events("restart")
+    assert restart["cause"] == "ValueError: boom"
+
+
+def test_two_machines_crash_with_one_cause(folder: Path) -> None:
+    runs = two_machines(folder, "task.args.fault=SIGKILL")
+    assert [run.end() for run in runs] == [1, 1]
+    for run in runs:
+        assert "rank 1 crashed: killed by SIGKILL" in run.said[0]
+    assert "rank 1 crashed: killed by SIGKILL" in runs[0].outcome["cause"]
+
+
+def test_two_machines_stop_together(folder: Path) -> None:
+    runs = two_machines(folder, *LONG)
+    runs[0].await_training()
+    began = time.monotonic()
+    runs[1].process.terminate()
+    assert [run.end() for run in runs] == [75, 75]
+    assert time.monotonic() - began < 5
+    assert runs[0].outcome["state"] == "stopped"
+
+
+def test_a_lost_machine_ends_the_other(folder: Path) -> None:
+    runs = two_machines(folder, *LONG)
+    runs[0].await_training()
+    runs[1].process.kill()
+    assert runs[0].end() == 1
+    assert len(runs[0].said) == 1
+    assert runs[1].end() == -signal.SIGKILL
+
+
+def test_machines_of_other_runs_do_not_meet(folder: Path) -> None:
+    """Two runs of two machines each, one machine of each started, at the same address."""
+    meeting = ["cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{free_port()}", "cluster.timeout_s=5"]
+    runs = [launch(folder, *meeting, f"seed={seed}", ranks=1) for seed in (0, 1)]
+    assert [run.end() for run in runs] == [1, 1]
+    assert all("didn't meet" in run.said[0] for run in runs)
+    assert not runs[0].dir.exists()
+
+
+def test_waiting_for_a_machine_can_be_stopped(folder: Path) -> None:
+    run = launch(folder, "cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{free_port()}", ranks=1)
+    time.sleep(5)
+    run.process.terminate()
+    began = time.monotonic()
+    assert run.end() == 75
+    assert time.monotonic() - began < 2
+
+
+# ---- torchrun
+
+
+def test_torchrun_stops_with_0(folder: Path) -> None:
+    run = torchrun(folder, "task.args.fault=SIGTERM", *LONG)
+    assert run.end() == 0, run.err
+    assert (run.outcome["state"], run.outcome["step"]) == ("stopped", 3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("raises", "rank 1 crashed: ValueError: boom"), ("refuses", "not with me")]
+)
+def test_torchrun_says_the_first_error_once(folder: Path, fault: str, said: str) -> None:
+    run = torchrun(folder, f"task.args.fault={fault}")
+    assert run.end() == 1
+    assert len(run.said) == 1
+    assert said in run.said[0]
+    assert run.outcome["state"] == ("refused" if fault == "refuses" else "crashed")
+    assert run.outcome["cause"] == said
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_restarts(folder: Path, machines: int) -> None:
+    """One agent, and two whose restart counts differ."""
+    fault = ["task.args.fault=raises", "task.args.always=false"]
+    if machines == 1:
+        runs = [torchrun(folder, *fault, options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))]
+    else:
+        at = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=x", at, "--max-restarts=1")
+        runs = [torchrun(folder, *fault, options=options) for _ in range(2)]
+    assert [run.end() for run in runs] == [0] * machines, [run.err for run in runs]
+    assert runs[0].outcome["state"] == "finished"
+    assert len(runs[0].events("start")) == 2
