@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,23 +97,25 @@ def _cell(value: Any) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """The mapping that a file holds; empty where it holds none."""
+    return next(iter(_mappings([_text(file)])), {})
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines; the last one may be half written."""
-    found = []
+    return _mappings(_text(file).splitlines())
+
+
+def _text(file: Path) -> str:
     try:
-        text = file.read_text()
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+        return file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _mappings(texts: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for text in texts:
+        with suppress(ValueError):
+            found.append(json.loads(text))
+    return [content for content in found if isinstance(content, dict)]

@@ -283,19 +283,24 @@ def test_a_sweep_goes_on_after_a_crash() -> None:
     assert "meant to" in done.stderr
 
 
-def test_a_sweep_that_is_stopped_stops() -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True], ids=["TERM", "Ctrl-C"])
+def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
     sweep = subprocess.Popen(
         command("-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while not [file for file in Path().glob("runs/*/seed=1/metrics.jsonl") if file.stat().st_size]:
         assert time.monotonic() < deadline
         assert sweep.poll() is None
         time.sleep(0.05)
-    sweep.send_signal(signal.SIGTERM)
+    if ctrl_c:
+        os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to all that stand in front
+    else:
+        sweep.send_signal(signal.SIGTERM)
     printed, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 75, said
     (outcome,) = Path().glob("runs/*/*/outcome.json")

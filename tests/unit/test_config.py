@@ -179,6 +179,7 @@ REFUSED = [
     # keys
     (["batch.globl_size=3"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
     (["global_size=3"], ["did you mean batch.global_size?"]),
+    (["every=3ep"], ["did you mean evaluate.every or log.every?"]),
     (["+foo=3"], ["unknown key foo"]),
     (["foo.bar=3"], ["unknown key foo.bar"]),
     (["foo/bar=3"], ["unknown key foo/bar"]),
@@ -509,6 +510,7 @@ def test_options_may_stand_anywhere() -> None:
     [
         ([], None, 0),
         ([], "0,1", 0),
+        ([], "GPU-8932f937", 0),
         (["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"], None, 2),
         (["nvidia0", "nvidia1"], "1", 1),
         (["nvidia0", "nvidia1"], "", 0),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose, expand
@@ -285,6 +285,7 @@ def test_folder_names_of_a_sweep_stay_folders() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=300), st.text(max_size=300))
+@example("é" * 100, "è" * 100)
 def test_any_text_is_one_folder(text: str, other: str) -> None:
     name = _folder(text)
     assert len(name.encode()) < 120
