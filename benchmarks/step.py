@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.plain import PER_GPU, loop
-from tests.ranks.conftest import in_ranks
+from tests.ranks.harness import in_ranks
 from trainers.world import World
 
 STEPS, WARM, TURNS = 300, 30, 9

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.conftest import free_port
+from tests.ranks.harness import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

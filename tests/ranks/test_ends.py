@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.conftest import Runs, in_ranks
+from tests.ranks.harness import Runs, in_ranks
 from trainers.rundir import RunDir
 from trainers.stop import Stop
 from trainers.world import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ranks.conftest import Runs, distance
+from tests.ranks.harness import Runs, distance
 
 COUNTED = (
     "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=20st", "lr.peak=0.05",

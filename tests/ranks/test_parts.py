@@ -17,7 +17,7 @@ from conf.compose import compose
 from scaling.order import indices
 from scaling.plan import Plan
 from scaling.resolve import resolve
-from tests.ranks.conftest import Runs, in_ranks
+from tests.ranks.harness import Runs, in_ranks
 from tests.tasks import Counted, Many, OneByOne
 from trainers.engines.ddp import DDP, checked
 from trainers.evaluate import make_evaluate

@@ -1,0 +1,123 @@
+"""The second ring of tests: ranks forked from this process, which has torch imported, so that a start costs 0.1 s."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from conf.compose import compose
+from trainers.run import train
+from trainers.rundir import RunDir
+from trainers.stop import Stop
+from trainers.world import World
+
+DEADLINE_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
+    """What ``body`` returns (as JSON) on each of ``size`` gloo ranks; on a world of one, too, in a process of its own.
+
+    An exception on a rank comes out as ``{"raised": its class, "message": its text}``. Ranks that are still there after
+    the deadline are killed, and fail the test.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    pids = [_fork(rank, size, port, body, folder) for rank in range(size)]
+    deadline, late = time.monotonic() + deadline_s, []
+    for rank, pid in enumerate(pids):
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                late.append(rank)
+                break
+            time.sleep(0.005)
+    assert not late, f"ranks {late} of {size} hung"
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder: Path) -> int:
+    if pid := os.fork():
+        return pid
+    try:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        try:
+            result = body(World.join("cpu", DEADLINE_S / 2))
+        except Exception as error:
+            traceback.print_exc()
+            result = {"raised": type(error).__name__, "message": str(error)}
+        (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)  # as every gloo process has to leave
+
+
+class Runs:
+    """Trains in forked ranks, a run directory for each call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def __call__(self, world: int, *overrides: str, stop: Callable[[World, Stop], None] | None = None) -> Run:
+        """Run ``overrides`` on ``world`` ranks; ``stop`` may set up each rank's Stop before it trains."""
+        self.count += 1
+        run = RunDir(self.folder / f"run-{self.count}")
+        config = compose(["data.workers=0", *overrides])
+
+        def body(ranks: World) -> Any:
+            wish = Stop()
+            if stop:
+                stop(ranks, wish)
+            facts = {"command": "test", "commit": "", "attempt": f"attempt-{self.count}", "run_dir": str(run.path)}
+            end = train(config, facts, ranks, wish)
+            return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
+
+        return Run(run, in_ranks(world, body, self.folder / f"ranks-{self.count}"))
+
+
+class Run:
+    """A run that has ended: its directory, and what each rank returned."""
+
+    def __init__(self, run: RunDir, ends: list[Any]) -> None:
+        self.run, self.ends = run, ends
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.run.final / "model.safetensors")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics() if "loss" in line]
+
+    def log(self) -> str:
+        return "".join(file.read_text() for file in sorted(self.run.logs.glob("*.log")))
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """max |Δ| / max |w| over all weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(w.abs().max()) for w in a.values())
