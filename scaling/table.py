@@ -39,10 +39,10 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "global batch", _batch(plan)
+    for segment in plan.segments[1:]:
+        yield "", f"from sample {segment.start_sample:,}: {plan.size(segment.global_size)}"
     if not plan.cut.even:
         yield "micro-batches", _micro_batches(plan)
-    for segment in plan.segments[1:]:
-        yield "", f"from sample {segment.start_sample:,} on {plan.size(segment.global_size)}"
     yield "duration", _duration(plan)
     yield "optimizer", f"{plan.optimizer.name} ({plan.optimizer.why}){_recipe(plan)}"
     yield "learning rate", plan.lr_why
@@ -96,7 +96,7 @@ def _schedule(plan: Plan) -> str:
     end = f"{schedule.final * plan.peak.lr:.6g}"
     falls = {
         "polynomial": f"polynomial decay (exponent {schedule.exponent:g}) to {end}",
-        "step": f"× {schedule.gamma:g} at sample {', '.join(f'{each:,}' for each in schedule.milestones)}",
+        "step": f"× {schedule.gamma:g} after {', '.join(f'{each:,}' for each in schedule.milestones)} samples",
         "constant": "constant",
         "wsd": f"constant, and linear decay to {end} over the last {plan.size(schedule.cooldown_samples)}",
     }

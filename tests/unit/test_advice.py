@@ -1,0 +1,134 @@
+"""Each warning, shown and not shown at its boundary."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.compose import compose
+from scaling.advice import USUAL, check_family, warnings
+from scaling.plan import Plan, Segment
+from scaling.resolve import resolve
+from scaling.rules import Rule
+
+
+@cache
+def quiet() -> Plan:
+    """A plan that nothing can be said against."""
+    overrides = ["lr.base=0.1", "lr.base_batch=64", "batch.global_size=64", "lr.warmup=5%", "task.family=null"]
+    plan = resolve(compose(["task=custom", "task._target_=a.B", "task.train_samples=100000", *overrides]), world=2)
+    assert warnings(plan) == []
+    return plan
+
+
+def said(batch: int = 64, rule: Rule | None = None, **changes: Any) -> list[str]:
+    segment = Segment(0, batch, rule or Rule("none"))
+    return warnings(replace(quiet(), segments=(segment,), **changes))
+
+
+def without_warmup(plan: Plan) -> Any:
+    assert plan.schedule
+    return replace(plan.schedule, warmup_samples=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "base_batch", "within", "beyond"),
+    [
+        ("linear", 64, 2048, 2050),  # 32 ×
+        ("linear", 4096, 8192, 8194),
+        ("sqrt", 64, 4096, 4098),  # 64 ×
+        ("sqrt", 16384, 32768, 32770),
+    ],
+)
+def test_a_rule_beyond_what_its_source_saw(rule: str, base_batch: int, within: int, beyond: int) -> None:
+    assert said(within, Rule(rule), base_batch=base_batch) == []
+    (warning,) = said(beyond, Rule(rule), base_batch=base_batch)
+    assert warning.startswith(f"lr.rule={rule} is far above its tested range: the global batch of {beyond:,} samples")
+    assert "lr.peak" in warning
+    assert said(beyond, Rule("none"), base_batch=base_batch) == []
+    assert said(beyond, Rule("power", 0.1), base_batch=base_batch) == []
+    assert said(beyond, Rule(rule), base_batch=beyond, base_source="peak") == []
+
+
+def test_no_warmup_at_a_large_batch() -> None:
+    none = without_warmup(quiet())
+    assert said(254, schedule=none) == []
+    (warning,) = said(256, schedule=none)
+    assert warning.startswith("no warmup at a large batch (256 samples, 4 × that of the base LR)")
+    assert said(256) == []
+    assert said(4094, schedule=none, base_batch=4094) == []
+    (warning,) = said(4096, schedule=none, base_batch=4096, base_source="peak")
+    assert warning.startswith("no warmup at a large batch (4,096 samples):")
+    assert said(4096, schedule=None, samples=None) == []
+
+
+def test_a_base_that_is_only_a_usual_starting_point() -> None:
+    (warning,) = said(base_source="usual")
+    assert "0.1 at a batch of 64 samples is only a usual starting point for sgd" in warning
+    for source in ("given", "tuned", "moved", "peak"):
+        assert said(base_source=source) == []
+
+
+def test_work_that_idles() -> None:
+    assert said(19, world=10)[0].startswith("5% of the work idles: 10 ranks × accumulation 1 can't share 19 samples")
+    assert said(191, world=100) == []  # 4.5 %
+    (warning,) = said(1, world=2)
+    assert warning.startswith("50% of the work idles: 2 ranks × accumulation 1 can't share 1 sample evenly")
+    assert warning.endswith("are even: 2")
+
+
+@given(st.integers(2, 60), st.integers(1, 400), st.none() | st.integers(1, 30), st.none() | st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_the_batches_named_against_idling_do_not_idle(
+    world: int, batch: int, per_gpu: int | None, passes: int | None
+) -> None:
+    asked: dict[str, Any] = {"world": world, "per_gpu": per_gpu, "accumulation": None if per_gpu else passes}
+    found = [text for text in said(batch, **asked) if "idles" in text]
+    for size in re.findall(r"\d+", found[0].split("are even:")[1]) if found else []:
+        plan = replace(quiet(), segments=(Segment(0, int(size), Rule("none")),), even=True, **asked)
+        assert plan.cut.idle == 0
+
+
+def test_a_batch_that_is_larger_than_the_data() -> None:
+    assert said(1000, train_samples=1000) == []
+    assert said(1000, train_samples=None) == []
+    (warning,) = said(1000, train_samples=999)
+    assert warning.startswith("the global batch of 1,000 samples is larger than the data (999 samples)")
+
+
+@pytest.mark.parametrize("family", [family for family, usual in USUAL.items() if usual[2] == "sample"])
+def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
+    least, most, _ = USUAL[family]
+    for size in (max(1, -(-least // 4)), least, most, 4 * most):
+        assert said(size, family=family, world=1) == []
+    assert f"people use for {family} ({least} to {most})" in said(4 * most + 1, family=family, world=1)[0]
+    if least > 4:
+        assert f"people use for {family}" in said((least - 1) // 4, family=family, world=1)[0]
+
+
+def test_language_is_counted_in_tokens_and_only_where_they_are_known() -> None:
+    tokens = {"family": "language", "units_per_sample": 1000, "world": 1, "base_batch": 100_000}
+    assert said(63, **tokens) == []
+    assert said(16_000, **tokens) == []
+    assert "a global batch of 62,000 tokens is far from" in said(62, **tokens)[0]
+    assert "a global batch of 16,001,000 tokens is far from" in said(16_001, **tokens)[0]
+    assert said(1, **{**tokens, "units_per_sample": None}) == []
+
+
+def test_sizes_are_said_in_the_unit_they_were_given_in() -> None:
+    (warning,) = said(1, world=2, unit="tokens", units_per_sample=512)
+    assert "can't share 512 tokens evenly" in warning
+    assert warning.endswith("are even: 1024")
+
+
+def test_an_unknown_family_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"task\.family=vision: known families are images, detection"):
+        check_family("vision")
+    for family in (None, *USUAL):
+        check_family(family)

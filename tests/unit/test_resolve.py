@@ -1,0 +1,381 @@
+"""From a command line to its plan: units, sizes, where the learning rate comes from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache, reduce
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from conf.compose import compose
+from conf.explain import validated
+from conf.identity import identity
+from conf.schema import RunConfig
+from scaling.plan import Plan
+from scaling.resolve import resolve
+from scaling.rules import Rule
+
+# A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.
+TASK = (
+    "task=custom",
+    "task._target_=my_package.MyTask",
+    "task.train_samples=1000",
+    "task.tuned={sgd: {lr: 0.05, batch: 32}, adamw: {lr: 0.002, batch: 64}}",
+    "duration=10ep",
+    "batch.global_size=128",
+)
+TOKENS = ("task.units_per_sample=512", "batch.unit=tokens", "batch.global_size=65536")
+
+
+@cache
+def composed(*overrides: str) -> RunConfig:
+    return compose(overrides)
+
+
+def config_of(*overrides: str) -> RunConfig:
+    """What ``compose([*TASK, *overrides])`` gives, in a twentieth of the time where no group is chosen."""
+    if any("=" not in text or "." not in text.partition("=")[0] for text in overrides if text[:9] != "duration="):
+        return composed(*TASK, *overrides)
+    base = composed(*TASK)
+    plain = base.model_dump(mode="json", by_alias=True)
+    for override in map(OverridesParser.create().parse_override, overrides):
+        *sections, name = override.key_or_group.split(".")
+        reduce(lambda section, key: section[key], sections, plain)[name] = override.value()
+        plain["given"].append(override.key_or_group)
+    return validated(plain)
+
+
+def plan_of(*overrides: str, world: int = 2, train_samples: int | None = None) -> Plan:
+    return resolve(config_of(*overrides), world, train_samples)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("duration=7st", "lr.base=1e-1"), ("batch.global_size=all", "lr.milestones=[1ep,50%]")]
+)
+def test_configs_are_those_of_the_command_line(overrides: tuple[str, ...]) -> None:
+    quick, real = config_of(*overrides), compose([*TASK, *overrides])
+    assert (quick.model_copy(update={"given": ()}), set(quick.given)) == (
+        real.model_copy(update={"given": ()}),
+        set(real.given),
+    )
+
+
+def refusal(*overrides: str, world: int = 2, train_samples: int | None = None) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the callers look at the message)
+        plan_of(*overrides, world=world, train_samples=train_samples)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 1000, 100_000])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(world: int) -> None:
+    plan = plan_of(world=world)
+    assert (plan.cut.global_size, plan.cut.world) == (128, world)
+    assert (plan.steps, plan.samples, plan.added, plan.epochs) == (79, 10_000, 112, 10.0)
+    assert plan.peak == plan_of(world=1).peak
+    assert plan.identity == identity(composed(*TASK))
+
+
+def test_given_per_gpu_and_accumulation_replace_a_global_size_that_is_only_a_default() -> None:
+    default = TASK[:-1]  # without batch.global_size
+    given = ("batch.per_gpu=10", "batch.accumulation=3")
+    for world in (1, 2, 7):
+        cut = resolve(composed(*default, *given), world).cut
+        assert (cut.global_size, cut.per_gpu, cut.accumulation) == (30 * world, 10, 3)
+    for one in given:
+        config = composed(*default, one)
+        assert resolve(config, 2).cut.global_size == config.batch.global_size
+
+
+def test_three_given_sizes_have_to_agree() -> None:
+    cut = plan_of("batch.per_gpu=20", "batch.accumulation=4").cut
+    assert (cut.global_size, cut.per_gpu, cut.accumulation) == (128, 20, 4)
+    message = refusal("batch.per_gpu=20", "batch.accumulation=3")
+    assert "batch.global_size=128, batch.per_gpu=20 and batch.accumulation=3 contradict each other" in message
+    alternatives = re.findall(r"batch\.\w+=\d+", message.split("change one:")[1])
+    assert alternatives == ["batch.accumulation=4", "batch.per_gpu=22", "batch.global_size=120"]
+    for alternative in alternatives:
+        plan_of("batch.per_gpu=20", "batch.accumulation=3", alternative)
+
+
+def test_per_gpu_holds_for_later_segments_and_accumulation_where_it_was_given_alone() -> None:
+    assert (plan_of("batch.per_gpu=20").per_gpu, plan_of("batch.per_gpu=20").accumulation) == (20, None)
+    assert (plan_of("batch.accumulation=3").per_gpu, plan_of("batch.accumulation=3").accumulation) == (None, 3)
+
+
+def test_all_is_full_batch_descent() -> None:
+    plan = plan_of("batch.global_size=all", "batch.per_gpu=64", world=3)
+    assert (plan.cut.global_size, plan.cut.accumulation, plan.steps, plan.added) == (1000, 6, 10, 0)
+    assert plan_of("batch.global_size=all", train_samples=600).cut.global_size == 600
+    message = refusal("batch.global_size=all", "task.train_samples=null")
+    assert "task.train_samples=N" in message
+
+
+def test_even_is_refused_with_what_is_even() -> None:
+    assert plan_of("batch.even=true", world=4).cut.even
+    message = refusal("batch.even=true", world=3)
+    assert "nearest even global batches on 3 ranks: 126 or 129; nearest world sizes for 128: 2 or 4" in message
+    assert plan_of("batch.even=true", "batch.global_size=126", world=3).even  # and so are all later segments
+
+
+def test_no_world_is_refused() -> None:
+    assert "world size=0" in refusal(world=0)
+
+
+# ---- tokens
+
+
+def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_said() -> None:
+    plan = plan_of(*TOKENS, "batch.per_gpu=10240", "lr.base=0.1", "lr.base_batch=16384", world=2)
+    assert (plan.cut.global_size, plan.cut.per_gpu, plan.cut.accumulation) == (128, 20, 4)
+    assert plan.base_batch == 32
+    assert plan.lr_why.startswith("peak 0.4 = 0.1 × 65536/16384 (linear; ")
+    step = plan.step_at(0)
+    assert step
+    assert step.expected_units == 65536
+    said = json.loads(plan.to_json())
+    assert (said["unit"], said["units_per_sample"], said["global_size"]) == ("tokens", 512, 128)
+
+
+def test_units_of_a_sample_count_in_the_loss_also_where_sizes_are_samples() -> None:
+    step = plan_of("task.units_per_sample=512").step_at(0)
+    assert step
+    assert (step.stop, step.expected_units) == (128, 128 * 512)
+
+
+def test_all_in_tokens() -> None:
+    assert plan_of(*TOKENS, "batch.global_size=all").cut.global_size == 1000
+
+
+@pytest.mark.parametrize("key", ["batch.global_size", "batch.per_gpu", "lr.base_batch"])
+def test_tokens_that_are_no_whole_sample_are_refused_with_the_nearest_that_are(key: str) -> None:
+    message = refusal(*TOKENS, "lr.base=0.1", f"{key}=10000")
+    assert message == f"{key}=10000 tokens isn't a whole number of samples of 512 tokens; nearest: 9728 or 10240"
+    for near in (9728, 10240):
+        plan_of(*TOKENS, "lr.base=0.1", f"{key}={near}")
+
+
+def test_refusals_name_sizes_in_tokens_too() -> None:
+    message = refusal(*TOKENS, "batch.even=true", world=3)
+    assert "batch.global_size=65536 on 3 ranks" in message
+    near = re.findall(r"\d+", message.split("batches on 3 ranks:")[1].split(";")[0])
+    assert near == [str(126 * 512), str(129 * 512)]
+    for size in near:
+        plan_of(*TOKENS, "batch.even=true", f"batch.global_size={size}", world=3)
+    message = refusal(*TOKENS, "batch.per_gpu=10240", "batch.accumulation=3")
+    assert message.endswith(f"batch.accumulation=4 or batch.per_gpu={22 * 512} or batch.global_size={120 * 512}")
+
+
+def test_tokens_of_a_task_without_them_are_refused() -> None:
+    assert "state it as task.units_per_sample=N, or use batch.unit=samples" in refusal("batch.unit=tokens")
+    assert "duration=5tok counts tokens" in refusal("duration=5tok")
+
+
+# ---- the data isn't open yet
+
+
+def test_what_is_unknown_before_the_data_is_opened() -> None:
+    plan = plan_of("task.train_samples=null", world=3)
+    assert (plan.samples, plan.steps, plan.epochs, plan.schedule) == (None, None, None, None)
+    assert (plan.cut.global_size, plan.peak.lr) == (128, 0.2)
+    assert "unknown until the data is opened (plan.open_data=true opens it)" in plan.table()
+    said = json.loads(plan.to_json())
+    assert [said[name] for name in ("samples", "steps", "epochs", "train_samples")] == [None] * 4
+    opened = plan_of("task.train_samples=null", world=3, train_samples=1000)
+    assert opened.steps == 79
+
+
+def test_a_run_of_so_many_steps_is_known_before() -> None:
+    plan = plan_of("task.train_samples=null", "duration=50st")
+    assert (plan.samples, plan.steps, plan.epochs) == (6400, 50, None)
+    assert plan.schedule
+    assert plan.schedule.warmup_samples == 320
+    waits = plan_of("task.train_samples=null", "duration=50st", "lr.warmup=1ep")
+    assert (waits.steps, waits.schedule) == (50, None)
+
+
+def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> None:
+    unused = ("lr.milestones=[1ep,2ep]", "lr.cooldown=1ep")
+    assert plan_of("task.train_samples=null", "duration=50st", *unused).schedule
+    assert plan_of("duration=1sa").steps == 1  # 30 %, 60 % and 90 % of one sample are all one sample
+    assert plan_of("duration=1sa", "lr.decay=step").steps == 1
+    assert plan_of("task.train_samples=null", "duration=50st", "lr.decay=wsd", *unused).schedule is None
+    assert plan_of("task.train_samples=null", "duration=50st", "lr.decay=step", *unused).schedule is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["duration=0ep"], "duration=0ep is no training at all"),
+        (["duration=50%"], "duration=50% is a share of itself; use ep, st, sa or tok"),
+        (["lr.warmup=11ep"], "lr.warmup takes 11000 samples, but the run has 10000"),
+        (["lr.warmup=60%", "lr.decay=wsd", "lr.cooldown=50%"], "lr.warmup (6000 samples) and lr.cooldown (5000)"),
+        (["lr.decay=step", "lr.milestones=[60%,30%]"], "lr.milestones have to rise"),
+        (["lr.decay=step", "lr.warmup=40%"], "not to come within lr.warmup (4000 samples)"),
+        (["lr.warmup=5tok"], "lr.warmup=5tok counts tokens"),
+        (["log.every=5tok"], "log.every=5tok counts tokens"),
+        (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
+        (["task.family=image"], "task.family=image: known families are images, "),
+    ],
+)
+def test_refused_with_what_would_do(overrides: list[str], said: str) -> None:
+    assert said in refusal(*overrides)
+
+
+def test_an_empty_data_set_is_refused() -> None:
+    assert "0 samples" in refusal(train_samples=0)
+
+
+def test_data_shorter_than_a_batch_wraps() -> None:
+    assert plan_of(train_samples=5).steps == 1
+
+
+# ---- the learning rate
+
+
+def test_the_derivation_of_the_peak() -> None:
+    plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024")
+    assert plan.peak.lr == pytest.approx(0.4)
+    assert plan.lr_why == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
+    said = json.loads(plan.to_json())["lr"]
+    assert said == {
+        "base": 0.1,
+        "base_batch": 256,
+        "rule": "linear",
+        "factor": 4.0,
+        "peak": 0.4,
+        "warmup_samples": 500,
+        "why": plan.lr_why,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base", "batch", "source"),
+    [
+        (["lr.base=0.1", "lr.base_batch=256"], 0.1, 256, "given"),
+        (["lr.base=0.1"], 0.1, 32, "given"),
+        (["lr.base_batch=256"], 0.05, 256, "moved"),
+        ([], 0.05, 32, "tuned"),
+        (["optimizer=adamw"], 0.002, 64, "tuned"),
+        (["~task.tuned.sgd", "optimizer.usual={lr: 0.3, batch: 512}"], 0.3, 512, "usual"),
+    ],
+)
+def test_where_the_base_comes_from_strongest_first(overrides: list[str], base: float, batch: int, source: str) -> None:
+    plan = plan_of(*overrides)
+    assert (plan.base.lr, plan.base_batch, plan.base_source) == (base, batch, source)
+
+
+def test_an_experiments_base_counts_as_given_on_the_command_line() -> None:
+    config = composed("experiment=digits_large", "lr.base=0.1")
+    assert "batch.global_size" in config.given
+    assert resolve(config, 2).base_source == "given"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule", "factor"),
+    [
+        ([], Rule("linear"), 4),
+        (["optimizer=adamw"], Rule("sqrt"), 2**0.5),
+        (["optimizer=adamw", "lr.rule=linear"], Rule("linear"), 2),
+        (["lr.rule=sqrt"], Rule("sqrt"), 2),
+        (["lr.rule=power", "lr.power=0.75"], Rule("power", 0.75), 4**0.75),
+        (["lr.rule=none"], Rule("none"), 1),
+    ],
+)
+def test_the_rule(overrides: list[str], rule: Rule, factor: float) -> None:
+    plan = plan_of(*overrides)
+    assert plan.segments[0].rule == rule
+    assert plan.peak.lr == pytest.approx(plan.base.lr * factor)
+    assert json.loads(plan.to_json())["lr"]["factor"] == pytest.approx(factor)
+
+
+def test_a_peak_given_outright_wins_over_any_rule() -> None:
+    plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
+    assert plan.peak.lr == 0.3
+    assert plan.lr_why == "peak 0.3 (lr.peak, given outright)"
+    said = json.loads(plan.to_json())["lr"]
+    assert [said[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
+
+
+def test_without_any_base_the_keys_to_give_are_named() -> None:
+    custom = ("optimizer=custom", "optimizer._target_=torch.optim.RMSprop")
+    message = refusal(*custom)
+    assert message.startswith("no lr.base for optimizer=custom with task custom")
+    assert refusal(*custom, "lr.base=0.1").startswith("no lr.base_batch")
+    for working in (["lr.base=0.1", "lr.base_batch=32"], ["lr.peak=0.1"]):
+        plan = plan_of(*custom, *working)
+        assert (plan.base.betas, plan.base.eps, plan.base.weight_decay) == ((), None, None)
+
+
+def test_a_rule_that_leaves_the_numbers_is_refused_and_the_way_out_works() -> None:
+    wild = ("lr.rule=power", "lr.power=1e5")
+    assert "give lr.peak" in refusal(*wild)
+    assert plan_of(*wild, "lr.peak=0.1").peak.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([], 0.05),  # the base LR, where the peak is above it
+        (["batch.global_size=32"], 0.0),
+        (["batch.global_size=16"], 0.0),
+        (["lr.rule=none"], 0.0),
+        (["lr.peak=0.06"], 0.05),
+        (["lr.peak=0.05"], 0.0),
+        (["lr.peak=0.06", "~task.tuned.sgd", "optimizer.usual=null"], 0.0),
+        (["lr.warmup_from=0.01"], 0.01),
+        (["lr.warmup_from=0"], 0.0),
+        (["lr.warmup_from=0.2"], 0.2),
+    ],
+)
+def test_where_the_warmup_starts(overrides: list[str], start: float) -> None:
+    plan = plan_of(*overrides)
+    step = plan.step_at(0)
+    assert step
+    assert step.recipe.lr == start
+
+
+def test_a_warmup_that_would_fall_is_refused() -> None:
+    message = refusal("lr.warmup_from=0.21")
+    assert message.startswith("lr.warmup_from=0.21 is above the peak LR")
+    plan_of(f"lr.warmup_from={message.split('at most ')[1]}")
+    assert plan_of("lr.warmup_from=0.21", "lr.warmup=0").peak.lr == 0.2
+
+
+def test_the_schedule_is_the_configs_in_samples() -> None:
+    schedule = plan_of("lr.decay=step", "lr.warmup=2st", "lr.gamma=0.5", "lr.milestones=[3ep,50%]").schedule
+    assert schedule
+    assert (schedule.samples, schedule.warmup_samples, schedule.milestones) == (10_000, 256, (3000, 5000))
+    assert (schedule.decay, schedule.gamma, schedule.cooldown_samples) == ("step", 0.5, 0)
+    schedule = plan_of("lr.decay=wsd", "lr.cooldown=2ep", "lr.final=0.1").schedule
+    assert schedule
+    assert (schedule.cooldown_samples, schedule.final, schedule.milestones) == (2000, 0.1, ())
+
+
+def test_the_optimizer_and_why() -> None:
+    assert json.loads(plan_of().to_json())["optimizer"] == {"name": "sgd", "why": "the default"}
+    assert json.loads(plan_of("optimizer=adamw").to_json())["optimizer"] == {"name": "adamw", "why": "given"}
+    plan = plan_of("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-6", "optimizer.weight_decay=0.3")
+    assert (plan.peak.betas, plan.peak.eps, plan.peak.weight_decay) == ((0.8, 0.9), 1e-6, 0.3)
+
+
+# ---- plan.json
+
+
+def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
+    plan = plan_of("batch.per_gpu=20", world=3)
+    said = json.loads(plan.to_json())
+    assert said["micro_batches"] == [[15, 2], [14, 7]]
+    named = ("global_size", "per_gpu", "accumulation", "world_size", "steps", "samples", "epochs", "unit")
+    assert [said[name] for name in named] == [128, 20, 3, 3, 79, 10_000, 10.0, "samples"]
+    assert said["segments"] == [{"start_sample": 0, "global_size": 128, "rule": {"name": "linear", "power": None}}]
+    assert said["units_per_sample"] is None
+    assert said["identity"] == plan.identity
+    assert isinstance(said["warnings"], list)
+    assert set(said["lr"]) >= {"base", "base_batch", "rule", "factor", "peak", "warmup_samples", "why"}
+    assert Plan.from_json(plan.to_json()) == plan
