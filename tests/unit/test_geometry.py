@@ -268,7 +268,7 @@ def test_nearest_even_sizes_by_hand() -> None:
     assert "nearest even global batches on 3 ranks: 99 or 102; nearest world sizes for 100: 2 or 4" in refusal(
         world=3, global_size=100, even=True
     )
-    assert "on 100,000 ranks: 100000 or 200000;" in refusal(world=100_000, global_size=100_001, even=True)
+    assert "on 300,000 ranks: 300000 or 600000;" in refusal(world=300_000, global_size=300_001, even=True)
     assert "on 4 ranks: 4;" in refusal(world=4, global_size=3, even=True)
 
 

@@ -72,6 +72,10 @@ def test_values_by_hand(decay: str, at_550: float, at_the_end: float) -> None:
     assert lr(1000, PEAK) == lr(5000, PEAK) == pytest.approx(at_the_end)
 
 
+def test_polynomial_has_its_exponent() -> None:
+    assert schedule("polynomial", exponent=3.0, final=0.0).lr(550, 1.0) == pytest.approx(1 / 8)
+
+
 def test_cosine_a_quarter_of_the_way_down() -> None:
     assert schedule(final=0.0).lr(325, 1.0) == pytest.approx((1 + 2**-0.5) / 2)
 
