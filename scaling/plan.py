@@ -286,15 +286,7 @@ class Plan:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            AssertionError,
-            RecursionError,
-        ) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
         wrong = [name for name in now if now[name] != was.get(name)]
         if wrong:
