@@ -91,7 +91,8 @@ def _one(way: str, run: Path, *, stopped: bool, deadline_s: float, tally: Tally)
     end, wanted = outcome.state if outcome else "no outcome", "stopped" if stopped else "finished"
     tally.ends[end] += 1
     if end != wanted or process.returncode != codes[wanted]:
-        tally.wrong.append(f"{wanted}: {end}, exit code {process.returncode}\n{output}")
+        last = "\n".join(output.splitlines()[-10:])
+        tally.wrong.append(f"{end} instead of {wanted}, exit code {process.returncode}:\n{last}")
 
 
 def _wait_for_random_moment(run: Path, way: str) -> None:

@@ -83,6 +83,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self._stdin, self.out, self.err = stdin, "", ""
 
@@ -209,7 +210,9 @@ def test_environment_reaches_the_workers(folder: Path) -> None:
 
 
 def test_data_loaders_end_with_their_workers(folder: Path) -> None:
-    assert launch(folder, "data.workers=1", "task.args.fault=raises").end() == 1
+    run = launch(folder, "data.workers=1", "task.args.fault=raises")
+    assert run.end() == 1
+    wait_until(lambda: not processes_of(run.dir), within_s=1)
 
 
 def test_a_second_launch_leaves_the_first_alone(folder: Path) -> None:
@@ -345,7 +348,10 @@ def test_a_signal_at_the_start_stops_the_run_at_its_first_step(folder: Path, aft
 def test_a_signal_to_the_launcher_stops_at_a_step(folder: Path, name: str) -> None:
     run = launch(folder, *LONG)
     run.await_training()
-    run.process.send_signal(signal.Signals[name])
+    if name == "SIGINT":
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        run.process.send_signal(signal.Signals[name])
     assert run.end() == 75, run.err
     end = run.outcome
     assert (end["state"], end["cause"]) == ("stopped", name)
@@ -375,7 +381,9 @@ def test_a_second_interrupt_ends_at_once(folder: Path) -> None:
 def test_a_killed_launcher_leaves_no_orphans(folder: Path) -> None:
     run = launch(folder, *LONG)
     run.await_training()
-    assert len(processes_of(run.dir)) == 3
+    everyone = processes_of(run.dir)
+    assert len(everyone) == 3
+    assert len({os.getsid(pid) for pid in everyone}) == 3  # Ctrl-C reaches the launcher alone
     run.process.kill()
     wait_until(lambda: not processes_of(run.dir), within_s=3)
     assert run.end() == -signal.SIGKILL
