@@ -44,8 +44,8 @@ def _rule(plan: Plan) -> str | None:
         return None
     return (
         f"lr.rule={rule.name} is far above its tested range: the global batch of {plan.size(batch)} is "
-        f"{batch / base:.4g} × that of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} samples: "
-        f"{law.beyond}); tune the LR at this batch and give it as lr.peak"
+        f"{batch / base:,.6g} × that of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} "
+        f"samples: {law.beyond}); tune the LR at this batch and give it as lr.peak"
     )
 
 
@@ -54,7 +54,7 @@ def _warmup(plan: Plan) -> str | None:
     kappa = batch / plan.base_batch
     if plan.schedule is None or plan.schedule.warmup_samples or (kappa < SCALED and batch < LARGE):
         return None
-    scaled = f", {kappa:.4g} × that of the base LR" if kappa >= SCALED else ""
+    scaled = f", {kappa:,.6g} × that of the base LR" if kappa >= SCALED else ""
     return (
         f"no warmup at a large batch ({plan.size(batch)}{scaled}): "
         "large batches lost 1 to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%"

@@ -64,7 +64,7 @@ def test_uneven_and_worth_a_warning() -> None:
                        the optimizer, not tuned for this task
         schedule       no warmup, then × 0.1 after 8,622, 17,244, 25,866 samples
         seed           0
-          ! warning    no warmup at a large batch (2,100 samples, 8.203 × that of the base LR): large batches lost 1
+          ! warning    no warmup at a large batch (2,100 samples, 8.20312 × that of the base LR): large batches lost 1
                        to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%
           ! warning    the base LR 0.1 at a batch of 256 samples is only a usual starting point for sgd, nobody tuned
                        it for faces; tune it and give lr.base and lr.base_batch
