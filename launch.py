@@ -30,8 +30,10 @@ from conf.explain import ConfigError
 from conf.hardware import environment, refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
 from conf.identity import refuse_unless_ours, run_directory, sweep_directories
-from scaling.report import plan_row, result, table
+from scaling.record import to_json
+from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
+from scaling.table import table
 from trainers import workers
 from trainers.rundir import Refused, RunDir
 
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> int:
         return 0
     plan = planned(config)
     if config.action == "plan":
-        say(plan.to_json() if config.output == "json" else plan.table())
+        say(to_json(plan) if config.output == "json" else table(plan))
         return 0
     return train(config, plan, run_directory(config))
 
@@ -89,7 +91,7 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     if before and before.state == "finished":
         say(f"{result(directory)} · {directory} (run.new=true trains again)")
         return 0
-    say(plan.table())
+    say(table(plan))
     command = shlex.join(["python", *sys.argv])
     facts = {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12], "run_dir": str(directory)}
     if under_torchrun():
@@ -111,9 +113,9 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             raise ConfigError(f"{' '.join(element.swept)}: {error}") from None
     if configs[0].action == "plan":
         if configs[0].output == "json":
-            say(json.dumps([json.loads(plan.to_json()) for plan in plans], indent=1, ensure_ascii=False))
+            say(json.dumps([json.loads(to_json(plan)) for plan in plans], indent=1, ensure_ascii=False))
         else:
-            say(table([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+            say(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
     directories = sweep_directories(configs, [element.swept for element in elements])
     if not any(config.cluster.environment for config in configs):
@@ -124,7 +126,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             break
         say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
         codes.append(in_child(lambda run=run: train(*run)))  # type: ignore[misc]
-    say("\n" + table([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
+    say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     return 75 if STOP.wanted or 75 in codes else int(any(codes))
 

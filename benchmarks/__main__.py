@@ -51,8 +51,8 @@ def markdown(rows: Rows) -> str:
 def machine() -> str:
     """What it was measured on."""
     return (
-        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {numpy.__version__}, gloo on loopback"
+        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, numpy {numpy.__version__}, gloo on loopback"
     )
 
 

@@ -1,6 +1,6 @@
 """The same global batch, cut in six ways: how far the weights come apart after 20 steps.
 
-    python -m benchmarks.invariance
+python -m benchmarks.invariance
 """
 
 from __future__ import annotations

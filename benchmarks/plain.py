@@ -1,6 +1,6 @@
 """What people write by hand: torchrun, DDP, DataLoader, DistributedSampler, clipping, a scheduler. The yardstick.
 
-    torchrun --nproc-per-node=2 benchmarks/plain.py --steps 2
+torchrun --nproc-per-node=2 benchmarks/plain.py --steps 2
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def seconds(command: list[str], folder: str) -> float:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=60)
             if done.returncode == 0:
                 return time.perf_counter() - began
-        failures[command[0]] += 1  # the plain script's gloo aborts or hangs at exit now and then; such a run isn't timed
+        failures[command[0]] += (
+            1  # the plain script's gloo aborts or hangs at exit now and then; such a run isn't timed
+        )
     raise RuntimeError(f"{' '.join(command)} ended with {done.returncode} five times in a row: {done.stderr}")
 
 

@@ -48,7 +48,7 @@ def ours(world: World, steps: int) -> float:
     loader = Loader(data, task, state, world, 0)
     began = time.perf_counter()
     fit(
-        state, engine, loader, stream, Pulse(world.device), Metrics(None, state), Stop(),
+        state, engine, loader, stream, Pulse(world.device), Metrics(None, state, live=False), Stop(),
         clip_norm=1.0, log_every=10 * plan.cut.global_size, evaluate=None, evaluate_every=None,
     )  # fmt: skip
     kept.append(engine)

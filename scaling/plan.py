@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
-from scaling.advice import warnings
 from scaling.geometry import Cut, counted, solve
 from scaling.rules import Recipe, Rule
 from scaling.schedule import Schedule
-from scaling.table import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,68 +232,3 @@ class Plan:
         factor = rule.law.factor.format(ratio="/".join(str(self.sized(size)) for size in sizes), power=rule.power or 0)
         derived = f"peak {self.peak.lr:.6g} = {self.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
         return f"{derived}; base LR: {BASE_SOURCES[self.base_source]}"
-
-    def summary(self) -> dict[str, Any]:
-        """What ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
-        outright = self.base_source == "peak"
-        return {
-            "global_size": self.cut.global_size,
-            "per_gpu": self.cut.per_gpu,
-            "accumulation": self.cut.accumulation,
-            "world_size": self.world,
-            "micro_batches": self.cut.micro_batches,
-            "idle": self.cut.idle,
-            "steps": self.steps,
-            "added_samples": self.added,
-            "epochs": self.epochs,
-            "lr": {
-                "base": None if outright else self.base.lr,
-                "base_batch": None if outright else self.base_batch,
-                "rule": None if outright else self.segments[0].rule.name,
-                "factor": None if outright else self.peak.lr / self.base.lr,
-                "peak": self.peak.lr,
-                "warmup_samples": self.schedule.warmup_samples if self.schedule else None,
-                "why": self.lr_why,
-            },
-            "warnings": warnings(self),
-        }
-
-    def to_json(self) -> str:
-        """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
-        fields = asdict(self)
-        asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
-        return json.dumps({**self.summary(), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            ValueError: not JSON, a field is missing or of the wrong kind, or the summary's numbers aren't those that
-                follow from the fields (the file was edited or damaged).
-        """
-        try:
-            stored = json.loads(text)
-            fields = {**stored, **stored["asked"]}
-            mine = json.dumps({name: fields[name] for name in cls.__dataclass_fields__})
-            plan = TypeAdapter(cls).validate_json(mine, strict=True)
-            was, now = _numbers(text), _numbers(plan.to_json())
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
-        wrong = [name for name in now if now[name] != was.get(name)]
-        if wrong:
-            raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}: it was edited or damaged")
-        return plan
-
-    def table(self) -> str:
-        """The plan as people read it."""
-        return table(self)
-
-
-def _numbers(text: str) -> dict[str, Any]:
-    """A plan's JSON without what only explains it, its floats to the digits that all machines agree on."""
-    content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
-    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}

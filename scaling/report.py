@@ -76,7 +76,7 @@ def plan_row(plan: Plan) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def grid(rows: Sequence[dict[str, Any]]) -> str:
     """Columns under their names, in the order in which the names first come up; numbers to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]

@@ -19,12 +19,18 @@ PLAIN_EVERY_S = 5.0  # seconds between two plain lines
 
 
 class Metrics:
-    """Rank 0's record of the run; on other ranks nothing is written or shown."""
+    """Rank 0's record of the run; on other ranks (``run`` is None) nothing is written or shown.
 
-    def __init__(self, run: RunDir | None, state: TrainState) -> None:
+    Args:
+        live: show a line that moves, on a terminal; not under a debugger, which wants the terminal for itself.
+    """
+
+    def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
         self._state = state
         self._file: TextIO | None = open(run.path / "metrics.jsonl", "w", buffering=1) if run else None  # noqa: SIM115
-        self._show = _shower(state) if run else None
+        self._show: LiveLine | PlainLines | None = None
+        if run:
+            self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
         self._since, self._since_samples = time.perf_counter(), state.samples
 
     def step(self, news: News) -> None:
@@ -71,10 +77,6 @@ class Metrics:
         if self._file:
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
             self._file.write(json.dumps(finite) + "\n")
-
-
-def _shower(state: TrainState) -> PlainLines | LiveLine:
-    return LiveLine(state) if sys.stdout.isatty() else PlainLines(state)
 
 
 class PlainLines:

@@ -15,7 +15,9 @@ from torch import nn
 
 from conf.stored import dump
 from scaling.plan import Plan
+from scaling.record import to_json
 from scaling.resolve import resolve
+from scaling.table import table
 from scaling.units import Duration
 from trainers import workers
 from trainers.engines import make_engine
@@ -65,9 +67,9 @@ def train(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) ->
     data = open_data(task, config)
     plan = plan_of(config, world.size, len(data))
     if world.rank == 0:
-        write_atomic(run.path / "plan.json", plan.to_json() + "\n")
+        write_atomic(run.path / "plan.json", to_json(plan) + "\n")
         if config.task.train_samples is None:
-            print(plan.table(), flush=True)
+            print(table(plan), flush=True)
 
     stream = Stream(config.seed, world.device)
     model = key_dropout(make_model(config, task), stream).to(world.device)
@@ -76,7 +78,7 @@ def train(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) ->
     state = TrainState(plan)
     loader = Loader(data, task, state, world, config.data.workers)
     evaluate = make_evaluate(task, model, world, plan.cut.per_gpu)
-    metrics = Metrics(run if world.rank == 0 else None, state)
+    metrics = Metrics(run if world.rank == 0 else None, state, live=not config.debug)
     _KEPT.extend((engine, loader, metrics))
     if world.rank == 0:
         _warn_of_statistics(run, model)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from scaling.order import indices
 from scaling.plan import Choice, Plan, Segment, Step
+from scaling.record import from_json, to_json
 from scaling.rules import Recipe, Rule
 from scaling.schedule import Schedule
+from scaling.table import table
 
 quick = settings(max_examples=25, deadline=None)
 
@@ -258,18 +260,18 @@ def test_every_sample_exactly_once_an_epoch_whatever_the_batches_and_resizes(dat
 @given(plans())
 @quick
 def test_json_reads_back_as_the_same_plan(plan: Plan) -> None:
-    again = Plan.from_json(plan.to_json())
+    again = from_json(to_json(plan))
     assert again == plan
     assert list(again.walk()) == list(plan.walk())
 
 
 def test_json_of_a_plan_that_waits_for_the_data() -> None:
     plan = make(None, train_samples=None, family=None, unit="tokens", units_per_sample=16)
-    said = json.loads(plan.to_json())
+    said = json.loads(to_json(plan))
     assert [said[name] for name in ("samples", "steps", "epochs", "added_samples", "schedule")] == [None] * 5
     assert said["lr"]["warmup_samples"] is None
     assert said["lr"]["peak"] == 0.1
-    assert Plan.from_json(plan.to_json()) == plan
+    assert from_json(to_json(plan)) == plan
 
 
 def places(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
@@ -298,10 +300,10 @@ def numbers(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}
 
 
-@given(st.sampled_from(list(places(json.loads(WHOLE.to_json())))), st.sampled_from(["remove", *JUNK]))
+@given(st.sampled_from(list(places(json.loads(to_json(WHOLE))))), st.sampled_from(["remove", *JUNK]))
 @settings(max_examples=150, deadline=None)
 def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | int, ...], junk: Any) -> None:
-    content = json.loads(WHOLE.to_json())
+    content = json.loads(to_json(WHOLE))
     inner = content
     for name in path[:-1]:
         inner = inner[name]
@@ -318,7 +320,7 @@ def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | i
     if path[0] in TEXTS or path[-1] in TEXTS:
         assert replace(plan, optimizer=WHOLE.optimizer) == WHOLE
         return
-    assert numbers(json.loads(plan.to_json())) == numbers(content)
+    assert numbers(json.loads(to_json(plan))) == numbers(content)
     another_kind = type(junk) is not type(before) and (type(before), type(junk)) != (float, int)
     left_out = junk == "remove" and isinstance(path[-1], int)  # of a list: another plan, but a plan
     assert left_out or junk is None or not another_kind, f"{path} = {junk!r} was taken"
@@ -326,7 +328,7 @@ def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | i
 
 def plan_or_refusal(text: str) -> Plan | str:
     try:
-        return Plan.from_json(text)
+        return from_json(text)
     except ValueError as error:
         return str(error)
 
@@ -337,7 +339,7 @@ def plan_or_refusal(text: str) -> Plan | str:
 )
 def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a plan"):
-        Plan.from_json(text)
+        from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -345,27 +347,27 @@ def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
     ["global_size", "per_gpu", "accumulation", "world_size", "idle", "steps", "added_samples", "epochs"],
 )
 def test_edited_numbers_are_named(name: str) -> None:
-    content = json.loads(WHOLE.to_json())
+    content = json.loads(to_json(WHOLE))
     content[name] += 1
     with pytest.raises(ValueError, match=f"contradicts itself in {name}"):
-        Plan.from_json(json.dumps(content))
+        from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize(("name", "value"), [("peak", 0.3), ("factor", 3.0), ("base", 0.3), ("warmup_samples", 7)])
 def test_an_edited_lr_is_named(name: str, value: float) -> None:
-    content = json.loads(WHOLE.to_json())
+    content = json.loads(to_json(WHOLE))
     content["lr"][name] = value
     with pytest.raises(ValueError, match="contradicts itself in lr"):
-        Plan.from_json(json.dumps(content))
+        from_json(json.dumps(content))
 
 
 def test_another_wording_and_another_last_digit_are_no_damage() -> None:
-    content = json.loads(make(rule=Rule("power", 0.7), batches=((0, 99),)).to_json())
+    content = json.loads(to_json(make(rule=Rule("power", 0.7), batches=((0, 99),))))
     content["warnings"].append("a warning of a later version")
     content["lr"]["why"] = "because"
     content["lr"]["peak"] *= 1 + 1e-15  # another machine's pow
     content["a_later_version"] = 1
-    assert Plan.from_json(json.dumps(content)).peak.lr == pytest.approx(content["lr"]["peak"])
+    assert from_json(json.dumps(content)).peak.lr == pytest.approx(content["lr"]["peak"])
 
 
 @pytest.mark.parametrize("name", ["samples", "train_samples", "units_per_sample", "base_batch"])
@@ -380,8 +382,8 @@ def test_no_length_is_zero(name: str) -> None:
 def test_a_plan_of_100_000_ranks_is_as_small_as_one_of_two() -> None:
     large = make(10**12, world=100_000, batches=((0, 10**6 + 1),), per_gpu=3)
     assert large.cut.accumulation == 4
-    assert len(large.to_json()) < 4000
-    assert len(large.table().splitlines()) < 30
+    assert len(to_json(large)) < 4000
+    assert len(table(large).splitlines()) < 30
     assert large.steps == -(-(10**12) // (10**6 + 1))
     last = large.step_at((large.steps - 1) * (10**6 + 1))
     assert last

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling.report import Result, result, table
+from scaling.report import Result, grid, result
 
 
 def test_result_of_a_finished_run(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_table_has_numbers_to_the_right_and_a_column_for_every_name() -> None:
         {"seed": "1", "state": "finished", "steps": 12000, "loss": 0.123456},
         {"seed": "10", "state": "—", "val": 1.0},
     ]
-    assert table(rows).splitlines() == [
+    assert grid(rows).splitlines() == [
         "seed  state      steps    loss  val",
         "1     finished  12,000  0.1235    —",
         "10    —              —       —    1",

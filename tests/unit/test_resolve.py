@@ -14,8 +14,10 @@ from conf.explain import validated
 from conf.identity import identity
 from conf.schema import RunConfig
 from scaling.plan import Plan
+from scaling.record import from_json, to_json
 from scaling.resolve import resolve
 from scaling.rules import Rule
+from scaling.table import table
 
 # A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.
 TASK = (
@@ -138,7 +140,7 @@ def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_sai
     step = plan.step_at(0)
     assert step
     assert step.expected_units == 65536
-    said = json.loads(plan.to_json())
+    said = json.loads(to_json(plan))
     assert (said["unit"], said["units_per_sample"], said["global_size"]) == ("tokens", 512, 128)
 
 
@@ -183,8 +185,8 @@ def test_what_is_unknown_before_the_data_is_opened() -> None:
     plan = plan_of("task.train_samples=null", world=3)
     assert (plan.samples, plan.steps, plan.epochs, plan.schedule) == (None, None, None, None)
     assert (plan.cut.global_size, plan.peak.lr) == (128, 0.2)
-    assert "unknown until the data is opened (plan.open_data=true opens it)" in plan.table()
-    said = json.loads(plan.to_json())
+    assert "unknown until the data is opened (plan.open_data=true opens it)" in table(plan)
+    said = json.loads(to_json(plan))
     assert [said[name] for name in ("samples", "steps", "epochs", "train_samples")] == [None] * 4
     opened = plan_of("task.train_samples=null", world=3, train_samples=1000)
     assert opened.steps == 79
@@ -242,7 +244,7 @@ def test_the_derivation_of_the_peak() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024")
     assert plan.peak.lr == pytest.approx(0.4)
     assert plan.lr_why == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
-    said = json.loads(plan.to_json())["lr"]
+    said = json.loads(to_json(plan))["lr"]
     assert said == {
         "base": 0.1,
         "base_batch": 256,
@@ -291,14 +293,14 @@ def test_the_rule(overrides: list[str], rule: Rule, factor: float) -> None:
     plan = plan_of(*overrides)
     assert plan.segments[0].rule == rule
     assert plan.peak.lr == pytest.approx(plan.base.lr * factor)
-    assert json.loads(plan.to_json())["lr"]["factor"] == pytest.approx(factor)
+    assert json.loads(to_json(plan))["lr"]["factor"] == pytest.approx(factor)
 
 
 def test_a_peak_given_outright_wins_over_any_rule() -> None:
     plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
     assert plan.peak.lr == 0.3
     assert plan.lr_why == "peak 0.3 (lr.peak, given outright)"
-    said = json.loads(plan.to_json())["lr"]
+    said = json.loads(to_json(plan))["lr"]
     assert [said[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
 
 
@@ -358,8 +360,8 @@ def test_the_schedule_is_the_configs_in_samples() -> None:
 
 
 def test_the_optimizer_and_why() -> None:
-    assert json.loads(plan_of().to_json())["optimizer"] == {"name": "sgd", "why": "the default"}
-    assert json.loads(plan_of("optimizer=adamw").to_json())["optimizer"] == {"name": "adamw", "why": "given"}
+    assert json.loads(to_json(plan_of()))["optimizer"] == {"name": "sgd", "why": "the default"}
+    assert json.loads(to_json(plan_of("optimizer=adamw")))["optimizer"] == {"name": "adamw", "why": "given"}
     plan = plan_of("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-6", "optimizer.weight_decay=0.3")
     assert (plan.peak.betas, plan.peak.eps, plan.peak.weight_decay) == ((0.8, 0.9), 1e-6, 0.3)
 
@@ -369,7 +371,7 @@ def test_the_optimizer_and_why() -> None:
 
 def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
     plan = plan_of("batch.per_gpu=20", world=3)
-    said = json.loads(plan.to_json())
+    said = json.loads(to_json(plan))
     assert said["micro_batches"] == [[15, 2], [14, 7]]
     named = ("global_size", "per_gpu", "accumulation", "world_size", "steps", "samples", "epochs", "unit")
     assert [said[name] for name in named] == [128, 20, 3, 3, 79, 10_000, 10.0, "samples"]
@@ -378,4 +380,4 @@ def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
     assert said["identity"] == plan.identity
     assert isinstance(said["warnings"], list)
     assert set(said["lr"]) >= {"base", "base_batch", "rule", "factor", "peak", "warmup_samples", "why"}
-    assert Plan.from_json(plan.to_json()) == plan
+    assert from_json(to_json(plan)) == plan

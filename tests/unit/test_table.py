@@ -12,7 +12,7 @@ from conf.compose import compose
 from scaling.plan import Plan, Segment
 from scaling.resolve import resolve
 from scaling.rules import Rule
-from scaling.table import WIDTH
+from scaling.table import WIDTH, table
 
 TASK = (
     "task=custom",
@@ -31,7 +31,7 @@ def plan_of(*overrides: str, world: int) -> Plan:
 
 
 def check(plan: Plan, golden: str) -> None:
-    lines = plan.table().splitlines()
+    lines = table(plan).splitlines()
     assert all(len(line) <= WIDTH for line in lines)
     assert lines[0] == "Isobatch plan · faces · 0123456789ab"
     assert lines[1] == lines[-1] == "─" * WIDTH
@@ -134,4 +134,4 @@ def test_the_other_decays(decay: str, text: str) -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024", world=1)
     assert plan.schedule
     schedule = replace(plan.schedule, decay=decay, warmup_samples=0, final=0.1, exponent=3.0)
-    assert f"\nschedule       {text}\n" in replace(plan, schedule=schedule).table()
+    assert f"\nschedule       {text}\n" in table(replace(plan, schedule=schedule))

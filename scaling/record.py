@@ -1,0 +1,75 @@
+"""A plan as JSON, both ways: ``plan.json``, and what ``action=plan output=json`` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from scaling.advice import warnings
+from scaling.plan import Plan
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
+    fields = asdict(plan)
+    asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
+    return json.dumps({**summary(plan), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def from_json(text: str) -> Plan:
+    """Read what ``to_json`` wrote.
+
+    Raises:
+        ValueError: not JSON, a field is missing or of the wrong kind, or the summary's numbers aren't those that
+            follow from the fields (the file was edited or damaged).
+    """
+    try:
+        stored = json.loads(text)
+        fields = {**stored, **stored["asked"]}
+        mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__})
+        plan = TypeAdapter(Plan).validate_json(mine, strict=True)
+        was, now = _numbers(text), _numbers(to_json(plan))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
+    wrong = [name for name in now if now[name] != was.get(name)]
+    if wrong:
+        raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}: it was edited or damaged")
+    return plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """What ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
+    outright = plan.base_source == "peak"
+    return {
+        "global_size": plan.cut.global_size,
+        "per_gpu": plan.cut.per_gpu,
+        "accumulation": plan.cut.accumulation,
+        "world_size": plan.world,
+        "micro_batches": plan.cut.micro_batches,
+        "idle": plan.cut.idle,
+        "steps": plan.steps,
+        "added_samples": plan.added,
+        "epochs": plan.epochs,
+        "lr": {
+            "base": None if outright else plan.base.lr,
+            "base_batch": None if outright else plan.base_batch,
+            "rule": None if outright else plan.segments[0].rule.name,
+            "factor": None if outright else plan.peak.lr / plan.base.lr,
+            "peak": plan.peak.lr,
+            "warmup_samples": plan.schedule.warmup_samples if plan.schedule else None,
+            "why": plan.lr_why,
+        },
+        "warnings": warnings(plan),
+    }
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """A plan's JSON without what only explains it, its floats to the digits that all machines agree on."""
+    content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
+    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}
