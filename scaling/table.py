@@ -70,7 +70,7 @@ def _duration(plan: Plan) -> str:
         return "unknown until the data is opened (plan.open_data=true opens it)"
     text = f"{counted(plan.steps, 'step')} = {plan.size(plan.samples)}"
     if plan.epochs is not None and plan.train_samples is not None:
-        text += f" = {plan.epochs:g} epochs of {plan.sized(plan.train_samples):,}"
+        text += f" = {plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'} of {plan.sized(plan.train_samples):,}"
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
 
 

@@ -133,7 +133,7 @@ class Agent(SimpleElasticAgent):
 
     @property
     def restarts(self) -> int:
-        return max(0, self.starts - 1)
+        return self.starts - 1 if self.starts else 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         alone = isinstance(worker_group.spec.rdzv_handler, Alone)
@@ -153,6 +153,7 @@ class Agent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
         context: Any = multiprocessing.get_context(self._start_method)
+        self.starts, self.error = self.starts + 1, None
         hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
             env = {
@@ -162,7 +163,7 @@ class Agent(SimpleElasticAgent):
                 "LOCAL_WORLD_SIZE": spec.local_world_size,
                 "MASTER_ADDR": worker_group.master_addr,
                 "MASTER_PORT": worker_group.master_port,
-                "TORCHELASTIC_RESTART_COUNT": self.starts,
+                "TORCHELASTIC_RESTART_COUNT": self.restarts,
                 FRESH_STORE: 1,
             }
             arguments = ({key: str(value) for key, value in env.items()}, os.getpid(), self._stop, spec.entrypoint)
@@ -171,30 +172,31 @@ class Agent(SimpleElasticAgent):
             self._processes[worker.global_rank] = process
             self._seen_alive[worker.global_rank] = time.time()
         self._stop.hurry = hurry
-        self.starts += 1
         return {worker.local_rank: self._processes[worker.global_rank].pid for worker in worker_group.workers}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         wait([process.sentinel for process in self._alive().values()], TICK_S)
         if self._stop.wanted and not self._told:
             self._told = True
-            print(f"isobatch: {self._stop.wanted}: stopping at the next step; again Ctrl-C: at once", file=sys.stderr)
+            hint = "; Ctrl-C again ends at once" if self._stop.wanted == "SIGINT" else ""
+            print(f"isobatch: {self._stop.wanted}: stopping at the next step{hint}", file=sys.stderr)
             for process in self._alive().values():
                 os.kill(process.pid, signal.Signals[self._stop.wanted])
-        if any(process.exitcode for process in self._processes.values()):
+        codes = {rank: process.exitcode for rank, process in self._processes.items()}
+        if any(codes.values()):
             self._explain(worker_group)
             return RunResult(WorkerState.FAILED)
-        alive = self._alive()
+        alive = [rank for rank, code in codes.items() if code is None]
         self._seen_alive.update(dict.fromkeys(alive, time.time()))
         if alive:
             return RunResult(WorkerState.HEALTHY)
-        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(self._processes))
+        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(codes))
 
     def _explain(self, worker_group: WorkerGroup) -> None:
         """Let the others end too, and find the error that was first."""
         deadline = time.monotonic() + GRACE_S
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
-            wait([process.sentinel for process in alive.values()], left)
+            wait([process.sentinel for process in alive.values()], min(left, TICK_S))
         for rank, process in self._processes.items():
             code = process.exitcode
             if code and read_note(self.notes, f"error/{rank}") is None:
@@ -214,7 +216,6 @@ class Agent(SimpleElasticAgent):
         self._stop_workers(worker_group)
         self.error = self.error or first_error(self.notes, worker_group.workers[0].world_size)
         self._on_restart(self)
-        self.error = None
         super()._restart_workers(worker_group)
 
     def _exit_barrier(self) -> None:

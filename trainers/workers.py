@@ -41,12 +41,12 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
         Refused: it can't work, and nothing was started.
     """
     if config.debug:
-        end = _attempt(config, facts, stop)
-        if isinstance(end, Outcome):
-            return end
-        end.pop("log", None)  # where errors are looked for, the traceback is wanted here
-        return _bury(end, _entered, facts)
-    _import_torch()
+        result = _attempt(config, facts, stop)
+        if isinstance(result, Outcome):
+            return result
+        result.pop("log", None)  # where errors are looked for, the traceback is wanted here
+        return _bury(result, _entered, facts)
+    _import_torch(config)
     import torch
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
@@ -55,7 +55,8 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
     from trainers.agent import Agent, rendezvous
 
     cluster, handler, agent = config.cluster, None, None
-    cause = "the machine of rank 0 is gone"
+    cause = "rank 0 ended without a result"
+    stopped = ""
     try:
         handler, address = rendezvous(config, stop)
         agent = Agent(
@@ -67,22 +68,25 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
             address=address,
             timeout_s=cluster.timeout_s,
             max_restarts=cluster.max_restarts,
-            start_method="spawn" if torch.cuda.is_initialized() else "fork",
-            on_restart=_note_restart,
+            start_method="fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn",
+            on_restart=_tell_of_restart,
         )
         agent.run()
         if agent.end:
             return agent.end
-    except Stopped:
-        return Outcome("stopped", str(stop.wanted), 0, 0, facts["attempt"], agent.restarts if agent else 0)
+        cause = cause if agent.leads else "the machine of rank 0 is gone"
+    except Stopped as signal:
+        stopped = f"{signal}, while waiting for other machines"
     except RendezvousError as error:
         late = isinstance(error, RendezvousTimeoutError)
         why = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else str(error)
-        cause = f"the machines didn't meet at cluster.rendezvous={cluster.rendezvous}: {why}"
+        cause = f"the machines didn't meet at cluster.rendezvous={cluster.rendezvous}: {why or type(error).__name__}"
     finally:
         if handler:
             handler.shutdown()
     note = (agent and agent.error) or {"kind": "crashed", "again": False, "cause": cause}
+    if stopped:
+        note |= {"kind": "stopped", "again": False, "cause": stopped}
     return _bury(note, agent.run_dir if agent and agent.leads else None, facts, agent.restarts if agent else 0)
 
 
@@ -144,8 +148,7 @@ def _attempt(
     global _store
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
-        _import_torch()
+        _import_torch(config)
         import torch
 
         from trainers.run import train
@@ -153,7 +156,7 @@ def _attempt(
 
         _store = meeting_point(config.cluster.timeout_s)
         world = World.join(config.device, config.cluster.timeout_s)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(max(1, _cores() // world.local_size))
         gc.freeze()
         gc.enable()
         facts = json.loads(world.agree(json.dumps(facts)))
@@ -227,8 +230,13 @@ def _exit_code(end: Outcome | dict[str, Any]) -> int:
     return 0 if isinstance(end, Outcome) else EXIT_CODE[end["kind"]]
 
 
-def _import_torch() -> None:
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _import_torch(config: RunConfig) -> None:
     """Import torch, with all that training imports later, once for all workers that are forked from here."""
+    os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
     os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
@@ -237,6 +245,9 @@ def _import_torch() -> None:
     import torch._dynamo  # noqa: F401
 
 
-def _note_restart(agent: Agent) -> None:
-    if agent.leads and agent.run_dir and agent.error:
-        agent.run_dir.event("restart", rank=agent.error["rank"], cause=agent.error["cause"])
+def _tell_of_restart(agent: Agent) -> None:
+    if agent.leads and agent.error:
+        rank, cause = agent.error["rank"], agent.error["cause"]
+        print(f"isobatch: rank {rank} crashed: {cause}; starting the workers again", file=sys.stderr)
+        if agent.run_dir:
+            agent.run_dir.event("restart", rank=rank, cause=cause)
