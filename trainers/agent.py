@@ -194,9 +194,26 @@ class Agent(SimpleElasticAgent):
 
     def _explain(self, worker_group: WorkerGroup) -> None:
         """Let the others end too, and find the error that was first."""
+        self._note_deaths()
         deadline = time.monotonic() + GRACE_S
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
             wait([process.sentinel for process in alive.values()], min(left, TICK_S))
+        self._note_deaths()
+        own = set(self._processes)
+        self._stop_workers(worker_group)
+        deadline = time.monotonic() + GRACE_S
+        while True:
+            self.error = first_error(self.notes, worker_group.workers[0].world_size)
+            if self.error is None or own.issuperset(self.error["silent"]) or time.monotonic() > deadline:
+                break
+            time.sleep(TICK_S)  # another machine may be about to say what became of its rank
+        if self._stop.wanted or not (self.error and self.error["again"]):
+            self._remaining_restarts = 0
+        if self._remaining_restarts == 0:
+            super()._exit_barrier()
+
+    def _note_deaths(self) -> None:
+        """Say what became of the workers that couldn't say it themselves."""
         for rank, process in self._processes.items():
             code = process.exitcode
             if code and read_note(self.notes, f"error/{rank}") is None:
@@ -205,12 +222,6 @@ class Agent(SimpleElasticAgent):
                     cause += " (Linux does that where memory runs out)"
                 error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "lost": False}
                 write_note(self.notes, f"error/{rank}", {**error, "cause": cause})
-        self._stop_workers(worker_group)
-        self.error = first_error(self.notes, worker_group.workers[0].world_size)
-        if self._stop.wanted or not (self.error and self.error["again"]):
-            self._remaining_restarts = 0
-        if self._remaining_restarts == 0:
-            super()._exit_barrier()
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_workers(worker_group)
@@ -221,12 +232,15 @@ class Agent(SimpleElasticAgent):
     def _exit_barrier(self) -> None:
         """Learn how the run ended, which rank 0 may still be writing down, and let the other agents learn it too."""
         size, deadline = self._worker_group.workers[0].world_size, time.monotonic() + self._timeout_s
-        while not (self.end or self.error) and time.monotonic() < deadline:
-            end = read_note(self.notes, "end")
-            self.end, self.error = end and Outcome.of(end), first_error(self.notes, size)
-            if self.leads or self._stop.wanted:
-                break
-            time.sleep(TICK_S)
+        with suppress(RuntimeError):  # the machine of rank 0, which keeps the notes, is gone
+            while self.notes and time.monotonic() < deadline:
+                if self.notes.check(["end"]):
+                    self.end = Outcome.of(json.loads(self.notes.get("end")))
+                    break
+                self.error = first_error(self.notes, size)
+                if self.error or self.leads:
+                    break
+                time.sleep(TICK_S)
         super()._exit_barrier()
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

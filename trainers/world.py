@@ -172,13 +172,15 @@ def read_note(store: Store | None, key: str) -> Any:
 def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
     """The earliest error that any of the ranks has noted, with how far any of them had come.
 
-    That a rank lost another is never the first, where there is anything else; if there isn't, who left no word is said.
+    That a rank lost another is never the first, where there is anything else. Where there isn't, the ranks that left
+    no word are named, and listed as ``silent``.
     """
     notes = {rank: note for rank in range(size) if (note := read_note(store, f"error/{rank}"))}
     if not notes:
         return None
     first: dict[str, Any] = min(notes.values(), key=lambda note: (note["lost"], note["time"]))
-    silent = [str(rank) for rank in range(size) if rank not in notes]
-    if first["lost"] and silent:
-        first["cause"] += f" (no word from rank {', '.join(silent)}: hanging, killed, or its machine is gone)"
+    first["silent"] = [rank for rank in range(size) if rank not in notes and first["lost"]]
+    if first["silent"]:
+        ranks = ", ".join(map(str, first["silent"]))
+        first["cause"] += f" (no word from rank {ranks}: hanging, killed, or its machine is gone)"
     return first | {key: max(note.get(key, 0) for note in notes.values()) for key in ("step", "samples")}
