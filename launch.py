@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from conf.compose import compose, expand
 from conf.explain import ConfigError
-from conf.hardware import environment, refuse_unless_startable, under_torchrun, world_size
+from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
 from conf.identity import refuse_unless_ours, run_directory, sweep_directories
 from scaling.record import to_json
@@ -85,7 +85,6 @@ def planned(config: RunConfig) -> Plan:
 
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     """Train in ``directory``; a run that is finished there shows its result."""
-    os.environ.update(environment(config))  # before torch is imported, which reads some of it then
     refuse_unless_ours(directory, config)
     before = RunDir(directory).outcome()
     if before and before.state == "finished":
@@ -94,12 +93,11 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     say(table(plan))
     command = shlex.join(["python", *sys.argv])
     facts = {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12], "run_dir": str(directory)}
-    if under_torchrun():
-        workers.as_worker(config, facts, STOP)
-    end = workers.launch(config, facts, STOP)
-    if end.state in ("finished", "stopped"):
+    start = workers.as_worker if under_torchrun() else workers.launch
+    code = start(config, facts, STOP)
+    if code in (0, 75) and directory.exists():
         say(f"{result(directory)} · {directory}")
-    return end.exit_code
+    return code
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -119,7 +117,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         return 0
     directories = sweep_directories(configs, [element.swept for element in elements])
     if not any(config.cluster.environment for config in configs):
-        workers._import_torch()  # once for all of them
+        workers.import_torch(configs[0])  # once for all of them
     codes: list[int] = []
     for element, run in zip(elements, zip(configs, plans, directories, strict=True), strict=True):
         if STOP.wanted or 75 in codes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaling.geometry import counted
+
 if TYPE_CHECKING:
     from scaling.plan import Plan
 
@@ -34,7 +36,9 @@ class Result:
         values = [
             f"{name} {value:.4g}" for name, value in ({"loss": self.loss} | self.val).items() if value is not None
         ]
-        return " · ".join([f"{self.state} after {self.steps:,} steps, {self.samples:,} samples", *values])
+        return " · ".join(
+            [f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}", *values]
+        )
 
     def row(self) -> dict[str, Any]:
         """Of a table of runs."""

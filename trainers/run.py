@@ -7,6 +7,7 @@ import platform
 import random
 import shutil
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
-from trainers import workers
 from trainers.engines import make_engine
 from trainers.evaluate import make_evaluate
 from trainers.fit import fit
@@ -43,11 +43,14 @@ if TYPE_CHECKING:
 _KEPT: list[Any] = []
 
 
-def train(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) -> Outcome:
+def train(
+    config: RunConfig, facts: dict[str, str], world: World, stop: Stop, entered: Callable[[RunDir], None]
+) -> Outcome:
     """The body of every worker, the same on all ranks: train as ``config`` says, and leave the run directory.
 
     Args:
         facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks.
+        entered: called with the run directory once it is this launch's; before that nothing is written to it.
 
     Returns:
         ``finished`` or ``stopped``, the same on all ranks.
@@ -57,7 +60,7 @@ def train(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) ->
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come.
     """
     run = enter(config, facts, world)
-    workers.entered(run)
+    entered(run)
     if (before := run.outcome()) and before.state == "finished":
         return before
     random.seed(config.seed)

@@ -34,8 +34,11 @@ _store: Store | None = None  # where this worker leaves notes
 _entered: RunDir | None = None  # its run directory
 
 
-def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
-    """Train with this machine's workers, or in this process for ``debug``; say once what went wrong; return the end.
+def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
+    """Train with this machine's workers, or in this process for ``debug``; say once what went wrong.
+
+    Returns:
+        The command's exit code.
 
     Raises:
         Refused: it can't work, and nothing was started.
@@ -43,10 +46,10 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
     if config.debug:
         result = _attempt(config, facts, stop)
         if isinstance(result, Outcome):
-            return result
+            return result.exit_code
         result.pop("log", None)  # where errors are looked for, the traceback is wanted here
-        return _bury(result, _entered, facts)
-    _import_torch(config)
+        return _bury(result, _entered, facts).exit_code
+    import_torch(config)
     import torch
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
@@ -73,7 +76,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
         )
         agent.run()
         if agent.end:
-            return agent.end
+            return agent.end.exit_code
         cause = cause if agent.leads else "the machine of rank 0 is gone"
     except Stopped as signal:
         stopped = f"{signal}, while waiting for other machines"
@@ -87,11 +90,12 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> Outcome:
     note = (agent and agent.error) or {"kind": "crashed", "again": False, "cause": cause}
     if stopped:
         note |= {"kind": "stopped", "again": False, "cause": stopped}
-    return _bury(note, agent.run_dir if agent and agent.leads else None, facts, agent.restarts if agent else 0)
+    run = agent.run_dir if agent and agent.leads else None
+    return _bury(note, run, facts, agent.restarts if agent else 0).exit_code
 
 
-def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
-    """Be a worker that torchrun started.
+def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
+    """Be a worker that torchrun started; the exit code that it wants, by ``leave``.
 
     torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and who wants to know
     more reads ``outcome.json``.
@@ -100,7 +104,7 @@ def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
     end = _attempt(config, facts, stop, HINDSIGHT_S)
     if isinstance(end, dict) and os.environ["RANK"] == "0":
         _bury(end, _entered, facts, _restarts())
-    leave(_exit_code(end))
+    return _exit_code(end)
 
 
 def work(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
@@ -117,7 +121,7 @@ def leave(code: int) -> NoReturn:
 
 
 def entered(run: RunDir) -> None:
-    """The run directory is this launch's: from now on, errors and what ranks other than 0 print go there."""
+    """What a worker does once the run directory is its launch's: errors and other ranks' output go there."""
     global _entered
     _entered = run
     rank = os.environ.get("RANK", "0")
@@ -148,7 +152,7 @@ def _attempt(
     global _store
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        _import_torch(config)
+        import_torch(config)
         import torch
 
         from trainers.run import train
@@ -160,7 +164,7 @@ def _attempt(
         gc.freeze()
         gc.enable()
         facts = json.loads(world.agree(json.dumps(facts)))
-        end = train(config, facts, world, stop)
+        end = train(config, facts, world, stop, entered)
         world.leave()
         if rank == 0:
             write_note(_store, "end", asdict(end))
@@ -234,7 +238,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _import_torch(config: RunConfig) -> None:
+def import_torch(config: RunConfig) -> None:
     """Import torch, with all that training imports later, once for all workers that are forked from here."""
     os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
     os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more

@@ -96,8 +96,10 @@ class World:
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "cpu" or (name == "auto" and accelerator is None):
+    if name == "auto" and accelerator is None:
         return torch.device("cpu")
     if accelerator is None or name not in ("auto", accelerator.type):
         raise Refused(f"device={name}, but this machine has {accelerator or 'no accelerator'}; try device=auto or cpu")

@@ -90,7 +90,7 @@ class Runs:
             if stop:
                 stop(ranks, wish)
             facts = {"command": "test", "commit": "", "attempt": f"attempt-{self.count}", "run_dir": str(run.path)}
-            end = train(config, facts, ranks, wish)
+            end = train(config, facts, ranks, wish, entered=lambda run: None)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
         return Run(run, in_ranks(world, body, self.folder / f"ranks-{self.count}"))
