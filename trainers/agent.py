@@ -13,15 +13,14 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -30,23 +29,13 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.events.api import Event, EventSource
-from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-)
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-from conf.identity import identity
+from trainers.notes import first_error, read_note, write_note
+from trainers.rendezvous import Alone
 from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop
-from trainers.world import FRESH_STORE, first_error, read_note, write_note
-
-if TYPE_CHECKING:
-    from conf.schema import RunConfig
+from trainers.world import FRESH_STORE
 
 TICK_S = 0.1  # between looks at the workers, where nothing happens
 GRACE_S = 3.0  # for the other workers to end by themselves after one has failed
@@ -55,31 +44,6 @@ BARRIER_S = 5.0  # that an agent whose workers have ended stays, so that others 
 # The agent tells every turn it takes; what a user needs of it, the launcher says.
 logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 logging.getLogger("torch.distributed.elastic").propagate = False
-
-
-class Alone(RendezvousHandler):
-    """The rendezvous of one machine: nobody to wait for, and no names to look up."""
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
-
-    def get_backend(self) -> str:
-        return "alone"
-
-    def get_run_id(self) -> str:
-        return "alone"
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def shutdown(self) -> bool:
-        return True
 
 
 class Agent(SimpleElasticAgent):
@@ -271,44 +235,3 @@ def _child(env: dict[str, str], parent: int, stop: Stop, work: Callable[..., Any
     os.environ.update(env)
     stop.install()
     work(*args)
-
-
-def rendezvous(config: RunConfig, stop: Stop) -> tuple[RendezvousHandler, str]:
-    """Where the machines of this run find each other, and this machine's address for the others.
-
-    Raises:
-        RendezvousError: nobody answers there.
-        Stopped: a signal came first.
-    """
-    cluster = config.cluster
-    if cluster.nodes == 1:
-        return Alone(), "127.0.0.1"
-    assert cluster.rendezvous, "checked before"
-    host, port = parse_rendezvous_endpoint(cluster.rendezvous, 29400)
-    with stop.interrupting():
-        address = _address_towards(host, port, cluster.timeout_s)
-        run = f"{identity(config)}-{config.run.dir or config.run.name or config.task.name}"
-        parameters = RendezvousParameters(
-            "c10d", cluster.rendezvous, run, cluster.nodes, cluster.nodes, address, join_timeout=int(cluster.timeout_s)
-        )
-        return get_rendezvous_handler(parameters), address
-
-
-def _address_towards(host: str, port: int, timeout_s: float) -> str:
-    """This machine's address as the machine ``host`` sees it, once somebody listens there."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            there = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(there[0], socket.SOCK_STREAM) as probe, suppress(OSError):
-                probe.bind((there[4][0], 0))
-                return host  # it is this machine
-            with socket.create_connection((host, port), timeout=1) as probe:
-                return str(probe.getsockname()[0])
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise RendezvousConnectionError(
-                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on that "
-                    "machine too, and the port be open"
-                ) from None
-            time.sleep(0.2)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import sys
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainers.rundir import EXIT_CODE, Fatal, Outcome, Refused, RunDir, write_atomic
+from trainers.notes import error_note, first_error, log_of, restarts, write_final, write_note
+from trainers.rundir import EXIT_CODE, Outcome, RunDir
 from trainers.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -55,7 +53,8 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
 
     import trainers.run  # noqa: F401  the workers are forked with it
     from conf.hardware import workers_here
-    from trainers.agent import Agent, rendezvous
+    from trainers.agent import Agent
+    from trainers.rendezvous import rendezvous
 
     cluster, handler, agent = config.cluster, None, None
     cause = "rank 0 ended without a result"
@@ -103,7 +102,7 @@ def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     stop.hurry = False
     end = _attempt(config, facts, stop, HINDSIGHT_S)
     if isinstance(end, dict) and os.environ["RANK"] == "0":
-        _bury(end, _entered, facts, _restarts())
+        _bury(end, _entered, facts, restarts())
     return _exit_code(end)
 
 
@@ -126,13 +125,11 @@ def entered(run: RunDir) -> None:
     _entered = run
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        from trainers.world import write_note
-
         write_note(_store, "entered", str(run.path.absolute()))
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(_log(run, rank), "ab") as log:
+    with open(log_of(run, rank), "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -156,7 +153,7 @@ def _attempt(
         import torch
 
         from trainers.run import train
-        from trainers.world import World, first_error, meeting_point, write_note
+        from trainers.world import World, meeting_point
 
         _store = meeting_point(config.cluster.timeout_s)
         world = World.join(config.device, config.cluster.timeout_s)
@@ -171,41 +168,18 @@ def _attempt(
         return end
     except BaseException as error:
         _kept.append(error)
-        note = _note(error, rank, facts)
+        note = error_note(error, rank, facts["attempt"], _entered)
         if _store is not None:
             write_note(_store, f"error/{rank}", note)
+            if not note["again"]:
+                write_final(_store, note)
             if rank == 0:
                 time.sleep(hindsight_s)
                 note = first_error(_store, size) or note
         return note
 
 
-def _note(error: BaseException, rank: int, facts: dict[str, str]) -> dict[str, Any]:
-    """What is kept of an error: for the launcher, and in ``logs/error-rank-N.json`` and ``logs/rank-N.log``."""
-    told = isinstance(error, Refused | Fatal)  # in the message, and the same on all ranks
-    note: dict[str, Any] = {
-        "time": time.time(),
-        "rank": rank,
-        "attempt": facts["attempt"],
-        "restart": _restarts(),
-        "kind": "refused" if isinstance(error, Refused) else "crashed",
-        "again": not told,
-        "lost": isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection", str(error)) is not None,
-        "cause": str(error) if told else "".join(traceback.format_exception_only(error)).strip(),
-        "traceback": "".join(traceback.format_exception(error)),
-        "step": getattr(error, "step", 0),
-        "samples": getattr(error, "samples", 0),
-    }
-    if _entered:
-        with suppress(OSError):
-            with open(_log(_entered, rank), "a") as log:
-                log.write(note["traceback"])
-            note["log"] = str(_log(_entered, rank))
-            write_atomic(_entered.logs / f"error-rank-{rank}.json", json.dumps(note, indent=1) + "\n")
-    return note
-
-
-def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], restarts: int = 0) -> Outcome:
+def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], restarted: int = 0) -> Outcome:
     """Say once what ended the run, and write it down where the run directory is this launch's."""
     cause, where = error["cause"], ""
     if error["again"]:
@@ -215,19 +189,11 @@ def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], rest
             print(error.get("traceback", ""), end="", file=sys.stderr)
     print(f"isobatch: {cause}{where}", file=sys.stderr)
     step, samples = error.get("step", 0), error.get("samples", 0)
-    end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarts)
+    end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarted)
     if run:
         run.event(end.state, cause=cause, step=step, samples=samples)
         run.write_outcome(end)
     return end
-
-
-def _log(run: RunDir, rank: int | str) -> Path:
-    return run.logs / f"rank-{rank}.log"
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _exit_code(end: Outcome | dict[str, Any]) -> int:

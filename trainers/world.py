@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from trainers.rundir import Refused
+from trainers.notes import read_note
+from trainers.rundir import Fatal, Refused
 
 # gloo's destructor waits for threads that need the lock it holds (pytorch #190489): groups are never let go of.
 _KEPT: list[object] = []
@@ -120,6 +118,9 @@ def meeting_point(timeout_s: float) -> Store | None:
     Our own agents make a new store for every start. torchrun's keeps one over all restarts, and ranks that find the
     addresses of their predecessors there dial the dead; its restart count doesn't tell the starts apart, since each
     agent counts its own. So there rank 0 names the start, and tells the name to every rank that greets it.
+
+    Raises:
+        Refused, Fatal: what an earlier start ended with, which needn't be tried again.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
@@ -137,6 +138,8 @@ def meeting_point(timeout_s: float) -> Store | None:
     _KEPT.append(store)
     if not kept:
         return store
+    if final := read_note(store, "final"):
+        raise (Refused if final["kind"] == "refused" else Fatal)(final["cause"])
     me = uuid.uuid4().hex
     if rank:
         store.set(f"hello/{rank}", me)
@@ -154,35 +157,3 @@ def meeting_point(timeout_s: float) -> Store | None:
             raise TimeoutError(f"ranks {sorted(absent)} didn't come within {timeout_s:g} s")
         time.sleep(0.002)
     return PrefixStore(me, store)
-
-
-def write_note(store: Store | None, key: str, content: Any) -> None:
-    """Leave a note for the agents and the other ranks; nothing where there is nobody to read it any more."""
-    with suppress(RuntimeError):
-        if store:
-            store.set(key, json.dumps(content))
-
-
-def read_note(store: Store | None, key: str) -> Any:
-    """What was left under this key; None if nothing was, or who kept it is gone."""
-    with suppress(RuntimeError):
-        if store and store.check([key]):
-            return json.loads(store.get(key))
-    return None
-
-
-def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
-    """The earliest error that any of the ranks has noted, with how far any of them had come.
-
-    That a rank lost another is never the first, where there is anything else. Where there isn't, the ranks that left
-    no word are named, and listed as ``silent``.
-    """
-    notes = {rank: note for rank in range(size) if (note := read_note(store, f"error/{rank}"))}
-    if not notes:
-        return None
-    first: dict[str, Any] = min(notes.values(), key=lambda note: (note["lost"], note["time"]))
-    first["silent"] = [rank for rank in range(size) if rank not in notes and first["lost"]]
-    if first["silent"]:
-        ranks = ", ".join(map(str, first["silent"]))
-        first["cause"] += f" (no word from rank {ranks}: hanging, killed, or its machine is gone)"
-    return first | {key: max(note.get(key, 0) for note in notes.values()) for key in ("step", "samples")}

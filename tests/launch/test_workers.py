@@ -477,6 +477,15 @@ def test_torchrun_says_the_first_error_once(folder: Path, fault: str, said: str)
     assert run.outcome["cause"] == said
 
 
+def test_torchrun_restarts_what_is_not_finite_in_vain(folder: Path) -> None:
+    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    run = torchrun(folder, "task.args.fault='not finite'", options=options)
+    assert run.end() == 1
+    assert len(run.events("start")) == 1
+    assert run.outcome["state"] == "crashed"
+    assert {line.split(" (")[0] for line in run.said} == {"isobatch: step 3"}
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_restarts(folder: Path, machines: int) -> None:
     """One agent, and two whose restart counts differ."""
