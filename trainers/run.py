@@ -142,6 +142,7 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
 
 def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
+    run.refuse_foreign()
     _KEPT.append(run.lock())
     before = run.outcome()
     if before and before.state == "finished":

@@ -14,6 +14,8 @@ from typing import IO, Any, Literal, get_args
 
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
+LOCK = "lock"
+
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
 
 
@@ -97,6 +99,18 @@ class RunDir:
         except ValueError as error:
             raise Refused(f"{file} is damaged ({error}); move it away, or name another run.dir") from None
 
+    def refuse_foreign(self) -> None:
+        """A run begins in an empty folder or in a run's own, so that nobody's files are taken for an old run's.
+
+        Raises:
+            Refused: the folder holds something, but no run.
+        """
+        if (self.path / "outcome.json").exists() or not self.path.is_dir():
+            return
+        if foreign := sorted(path.name for path in self.path.iterdir() if path.name != LOCK):
+            shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)
+            raise Refused(f"run.dir={self.path} holds no run, but {shown}; name an empty folder or a new one")
+
     def write_outcome(self, outcome: Outcome) -> None:
         """Set ``outcome.json``. ``stopped`` never replaces another end of the same attempt."""
         if outcome.state == "stopped":
@@ -139,7 +153,7 @@ class RunDir:
         Raises:
             Refused: another launch has it, and which.
         """
-        file = open(self.path / "lock", "a+")  # noqa: SIM115
+        file = open(self.path / LOCK, "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -98,6 +98,15 @@ def test_two_launches_on_one_directory(runs: Runs) -> None:
     assert [file.name for file in directory.path.iterdir()] == ["lock"]
 
 
+def test_a_folder_of_other_things_is_left_alone(runs: Runs) -> None:
+    directory = runs.folder / "run-1" / "logs"
+    directory.mkdir(parents=True)
+    (directory / "precious.txt").write_text("years of work")
+    run = runs(1, *TASK)
+    assert "holds no run, but logs" in run.ends[0]["message"]
+    assert (directory / "precious.txt").read_text() == "years of work"
+
+
 def test_run_directory_has_what_the_design_says(runs: Runs) -> None:
     run = runs(2, *TASK)
     names = {path.name for path in run.run.path.iterdir()}
