@@ -85,8 +85,10 @@ def planned(config: RunConfig) -> Plan:
 
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     """Train in ``directory``; a run that is finished there shows its result."""
+    run = RunDir(directory)
+    run.refuse_foreign()
     refuse_unless_ours(directory, config)
-    before = RunDir(directory).outcome()
+    before = run.outcome()
     if before and before.state == "finished":
         say(f"{result(directory)} · {directory} (run.new=true trains again)")
         return 0

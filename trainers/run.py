@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 import shutil
@@ -27,6 +26,7 @@ from trainers.keyed import Stream, key_dropout
 from trainers.loader import Loader
 from trainers.locate import build
 from trainers.metrics import Metrics
+from trainers.notes import restarts
 from trainers.optim import make_optimizer
 from trainers.rundir import Outcome, Refused, RunDir, write_atomic
 from trainers.state import TrainState
@@ -163,11 +163,6 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
     run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))
-
-
-def restarts() -> int:
-    """How often the elastic agent has started the workers again in this attempt."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def plan_of(config: RunConfig, world: int, train_samples: int | None) -> Plan:
