@@ -7,7 +7,6 @@ machines (rendezvous, ranks, restart together) is used unchanged.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import multiprocessing
@@ -34,7 +33,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler
 from trainers.notes import first_error, read_note, write_note
 from trainers.rendezvous import Alone
 from trainers.rundir import Outcome, RunDir
-from trainers.stop import Stop
+from trainers.stop import Stop, die_with_parent
 from trainers.world import FRESH_STORE
 
 TICK_S = 0.1  # between looks at the workers, where nothing happens
@@ -228,8 +227,7 @@ class Agent(SimpleElasticAgent):
 
 def _child(env: dict[str, str], parent: int, stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.setsid()  # Ctrl-C reaches the launcher, which passes it on
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed launcher leaves no orphans
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     os.environ.update(env)

@@ -41,6 +41,8 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
     def evaluate() -> dict[str, float]:
         training = model.training
         model.eval()
+        for buffer in model.buffers():
+            world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
         totals: Totals = {}
         with torch.no_grad():
             for start in range(mine.start, mine.stop, per_gpu):
@@ -74,7 +76,7 @@ def _measure(task: Task, model: nn.Module, batch: Any) -> Any:
 def _over_ranks(totals: Totals, world: World) -> Totals:
     if world.size == 1:
         return totals
-    names = json.loads(world.agree(json.dumps(list(totals))))
+    names = dict.fromkeys(name for names in world.gather(json.dumps(list(totals))) for name in json.loads(names))
     flat = torch.tensor([totals.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64, device=world.device)
     world.sum(flat)
     return {name: (value, count) for name, (value, count) in zip(names, flat.tolist(), strict=True)}

@@ -13,7 +13,7 @@ from trainers.metrics import Metrics
 from trainers.rundir import Fatal, Refused
 from trainers.state import TrainState
 from trainers.stop import Stop
-from trainers.tally import News, Pulse
+from trainers.tally import News, Note, Pulse
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -35,7 +35,8 @@ def fit(
     """Train from ``state`` to the end of its plan.
 
     Args:
-        log_every, evaluate_every: in samples. The last step is logged and evaluated in any case.
+        log_every, evaluate_every: in samples. In any case the first and the last step are logged, and the end is
+            evaluated.
 
     Returns:
         True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
@@ -50,19 +51,19 @@ def fit(
             stream.start(micro.start, micro.stop)
             with engine.micro(last=micro.last):
                 loss, units = engine.loss(micro.batch)
-                note = (loss, units - micro.expected_units, micro.last and stop.wanted is not None)
+                note = Note(loss, units, micro.expected_units, stop=micro.last and stop.wanted is not None)
                 engine.backward(loss / step.expected_units, note)
         total = engine.total(step.expected_units)
         update = engine.update(step.expected_units / total.units, clip_norm, step.recipe)
 
         state.samples, state.steps = step.stop, step.index + 1
         following = state.plan.step_at(state.samples)
-        news = pulse.read(step, total, update.grad_norm)
-        stopping = heed(news, metrics, state, log_every)
+        stopping = heed(pulse.read(step, total, update.grad_norm), metrics, state, log_every)
+        if stopping or following is None:
+            heed(pulse.last(), metrics, state, log_every)
         if evaluate and (following is None or crossed(evaluate_every, step.start, step.stop)):
             evaluate_now(evaluate, metrics)
         step = following
-    heed(pulse.last(), metrics, state, log_every)
     return step is None
 
 
@@ -72,11 +73,11 @@ def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int)
         return False
     step = news.step
     where = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
-    if news.units == 0:
-        raise Refused(f"{where} has 0 units: every loss of its global batch returned 0 as its number of units")
+    if news.units <= 0:
+        raise Refused(f"{where} has {news.units:g} units: the losses of its global batch returned no more than that")
     if not (math.isfinite(news.loss) and math.isfinite(news.grad_norm)):
         raise Fatal(f"{where} isn't finite: loss {news.loss}, gradient norm {news.grad_norm}")
-    if crossed(log_every, step.start, step.stop) or step.index + 1 == state.plan.steps:
+    if step.index == 0 or crossed(log_every, step.start, step.stop) or step.index + 1 == state.plan.steps:
         metrics.step(news)
     return news.stop
 

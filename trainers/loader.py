@@ -110,7 +110,7 @@ class Loader:
         )
 
     def _pinned(self, batch: Any) -> Any:
-        return _map(batch, Tensor.pin_memory) if self._pin else batch
+        return _map(batch, _pin) if self._pin else batch
 
     def close(self) -> None:
         """End DataLoader's workers."""
@@ -134,6 +134,10 @@ def _worker(_: int) -> None:
 def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` with its tensors (and whatever else has ``.to``) on ``device``."""
     return batch if device.type == "cpu" else _map(batch, lambda value: value.to(device, non_blocking=True))
+
+
+def _pin(value: Any) -> Any:
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:

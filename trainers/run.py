@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import shutil
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from conf.stored import dump
+from scaling.geometry import counted
 from scaling.plan import Plan
 from scaling.record import to_json
 from scaling.resolve import resolve
@@ -124,8 +126,10 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
     """Take the run directory for this launch: rank 0 locks it and says ``running``, the others see that it did.
 
     Raises:
-        Refused: it isn't writable, another launch works in it, or a node doesn't see what rank 0 wrote there.
+        Refused: ranks were started with other configs, the folder isn't writable or no run's, another launch works in
+            it, or a node doesn't see what rank 0 wrote there.
     """
+    refuse_other_commands(config, world)
     run = RunDir(facts["run_dir"])
     hosts = world.gather(socket.gethostname())
     refusal = ""
@@ -140,6 +144,22 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
     return run
 
 
+def refuse_other_commands(config: RunConfig, world: World) -> None:
+    """Raises Refused, on all ranks, where one was started for another run than rank 0 was."""
+    plain = config.model_dump(mode="json", by_alias=True, exclude={"cluster", "run", "given"})
+    mine = {f"{name}.{key}": value for name, section in plain.items() for key, value in _items(section)}
+    theirs = json.loads(world.agree(json.dumps(mine)))
+    other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+    said = ", ".join(f"{key.rstrip('.')}={mine.get(key)} (rank 0: {theirs.get(key)})" for key in other)
+    for rank, text in enumerate(world.gather(said)):
+        if text:
+            raise Refused(f"rank {rank} was started with {text}; give the same command on every machine")
+
+
+def _items(section: Any) -> list[tuple[str, Any]]:
+    return list(section.items()) if isinstance(section, dict) else [("", section)]
+
+
 def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
@@ -147,6 +167,7 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     before = run.outcome()
     if before and before.state == "finished":
         return
+    run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))  # first: by this it's a run's folder
     if before is None or before.attempt != facts["attempt"]:
         run.clear()
     run.logs.mkdir(exist_ok=True)
@@ -162,7 +183,6 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
         device=str(world.device),
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
-    run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))
 
 
 def plan_of(config: RunConfig, world: int, train_samples: int | None) -> Plan:
@@ -225,7 +245,7 @@ def _warn_of_statistics(run: RunDir, model: nn.Module) -> None:
     if batch_norms:
         run.event("batch_norm", layers=batch_norms)
         print(
-            f"warning: {len(batch_norms)} BatchNorm layers take their statistics from one micro-batch: this run isn't "
-            "the same on other hardware or with another batch.per_gpu",
+            f"warning: {counted(len(batch_norms), 'BatchNorm layer')} with statistics of one micro-batch: this run "
+            "isn't the same on other hardware or with another batch.per_gpu",
             flush=True,
         )

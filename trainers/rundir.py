@@ -107,7 +107,8 @@ class RunDir:
         """
         if (self.path / "outcome.json").exists() or not self.path.is_dir():
             return
-        if foreign := sorted(path.name for path in self.path.iterdir() if path.name != LOCK):
+        ours = (LOCK, ".outcome.json.")  # of a start that was killed at once
+        if foreign := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(ours)):
             shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)
             raise Refused(f"run.dir={self.path} holds no run, but {shown}; name an empty folder or a new one")
 
@@ -142,7 +143,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what an earlier, unfinished attempt left, but for the history in ``events.jsonl``."""
-        for name in ("plan.json", "config.yaml", "metrics.jsonl", "outcome.json"):
+        for name in ("plan.json", "config.yaml", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("logs", "final"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -56,12 +57,20 @@ class Stop:
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self.hurry and self._interrupts > 1:
+            show_cursor()
             os._exit(130)
         self.wanted = self.wanted or signal.Signals(number).name
         if self._raises:
             raise Stopped(self.wanted)
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that forked it ends, however it ends: nothing is orphaned."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def show_cursor() -> None:
+    """On a terminal: the live line of a worker that was killed can't bring the cursor back itself."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h")
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel signal this process when the one that forked it ends, however it ends: nothing is orphaned."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG

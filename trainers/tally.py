@@ -1,7 +1,8 @@
 """The note that rides along with the gradients: what all ranks have to know of a step, summed over ranks and passes.
 
-It is the gradient of a small extra parameter, so it travels in the engine's own reduction and costs no message. Units
-go as their deviation from the plan, which is exactly 0 in most runs and so loses nothing in fp32.
+It is the gradient of a small extra parameter, so it travels in the engine's own reduction and costs no message. In fp32
+a mean over ranks isn't exact. So units go twice: as their deviation from the plan, which is exactly 0 where the plan is
+met, and as they are, which is right to rounding where they are few, and exactly 0 where there are none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,23 @@ from torch import Tensor, nn
 
 from scaling.plan import Step
 
-FIELDS = ("loss", "units", "stop")
+FIELDS = ("loss", "units", "deviation", "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What one pass of one rank has to say.
+
+    Attributes:
+        loss, units: sum of the losses over its units, and their number.
+        expected_units: as many as the plan expects of it.
+        stop: this rank was asked to stop.
+    """
+
+    loss: Tensor
+    units: float | Tensor
+    expected_units: int
+    stop: bool
 
 
 class NoteCarrier(nn.Module):
@@ -30,16 +47,23 @@ class NoteCarrier(nn.Module):
         attached: Tensor = _Attach.apply(loss, self.note, self._outgoing)  # type: ignore[no-untyped-call]
         return attached
 
-    def write(self, note: tuple[Tensor, float | Tensor, bool]) -> None:
-        """Set the note of the coming backward, in the order of FIELDS."""
-        for index, value in enumerate(note):
-            self._outgoing[index] = value.detach() if isinstance(value, Tensor) else float(value)
+    def write(self, note: Note) -> None:
+        """Set the note of the coming backward."""
+        numbers = (note.loss.detach(), note.units, note.units - note.expected_units, float(note.stop))
+        for index, number in enumerate(numbers):
+            self._outgoing[index] = number
 
-    def take(self) -> Tensor:
-        """The accumulated (and, by the engine, reduced) note; leaves none behind."""
-        taken, self.note.grad = self.note.grad, None
-        assert taken is not None, "no backward since the last take"
-        return taken
+    def take(self, ranks: int, expected_units: int) -> Total:
+        """The notes of a step; leaves none behind.
+
+        Args:
+            ranks: by which the reduction divided.
+            expected_units: of the whole step.
+        """
+        assert self.note.grad is not None, "no backward since the last take"
+        loss, units, deviation, stop = (self.note.grad * ranks).double()
+        self.note.grad = None
+        return Total(loss, torch.where(units < expected_units / 2, units, deviation + expected_units), stop)
 
 
 class _Attach(torch.autograd.Function):

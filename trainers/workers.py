@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainers.notes import error_note, first_error, log_of, restarts, write_final, write_note
 from trainers.rundir import EXIT_CODE, Outcome, RunDir
-from trainers.stop import Stop, Stopped
+from trainers.stop import Stop, Stopped, show_cursor
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -116,6 +116,8 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    with suppress(OSError, ValueError):
+        show_cursor()
     os._exit(code)
 
 

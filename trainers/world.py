@@ -69,17 +69,25 @@ class World:
 
     def agree(self, text: str) -> str:
         """Rank 0's text, on all ranks."""
-        return self.gather(text)[0]
+        return self.gather(text if self.rank == 0 else "")[0]
 
     def gather(self, text: str) -> list[str]:
-        """Every rank's text, in the order of the ranks, on all ranks."""
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = len(own)
-        texts = torch.zeros(self.size, int(self.sum(lengths).max()), dtype=torch.uint8)
-        texts[self.rank, : len(own)] = own
-        self.sum(texts)
-        return [bytes(row[:length].tolist()).decode() for row, length in zip(texts, lengths.tolist(), strict=True)]
+        """Every rank's text, by rank, on all ranks."""
+        if self.size == 1:
+            return [text]
+        content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor(len(text.encode())))
+        mine = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
+        mine[: len(content)] = content
+        texts = [torch.empty_like(mine) for _ in lengths]
+        dist.all_gather(texts, mine)
+        return [bytes(one.tolist()[:length]).decode() for one, length in zip(texts, map(int, lengths), strict=True)]
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values, in place on all ranks."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from trainers.tally import Total
+from trainers.tally import Note, Total
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -44,11 +44,11 @@ class Engine(Protocol):
             Refused: the task's loss isn't (sum, units).
         """
 
-    def backward(self, loss: Tensor, note: tuple[Tensor, float | Tensor, bool]) -> None:
-        """Backward; ``note`` (tally.FIELDS) travels with the gradients."""
+    def backward(self, loss: Tensor, note: Note) -> None:
+        """Backward; ``note`` travels with the gradients."""
 
     def total(self, expected_units: int) -> Total:
-        """The notes of all ranks and passes, summed. Units were noted as the deviation from ``expected_units``."""
+        """The notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
 
     def update(self, scale: Tensor, clip_norm: float | None, recipe: Recipe) -> Update:
         """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient."""

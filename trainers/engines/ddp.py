@@ -15,7 +15,7 @@ from scaling.rules import Recipe
 from trainers.engines import Update
 from trainers.optim import Tuned
 from trainers.rundir import Refused
-from trainers.tally import NoteCarrier, Total
+from trainers.tally import Note, NoteCarrier, Total
 from trainers.tasks import Task
 from trainers.world import World
 
@@ -48,7 +48,9 @@ def checked(result: Any) -> tuple[Tensor, float | Tensor]:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
     if isinstance(units, Tensor) and units.numel() == 1:
-        return loss.reshape(()), units.detach().reshape(())
+        if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
+            return loss.reshape(()), units.detach().reshape(())
+        units = units.item()
     if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
         return loss.reshape(()), float(units)
     raise Refused(f"{wanted}; its number of units is {_shown(units)}, not a number of 0 or more")
@@ -92,17 +94,19 @@ class DDP:
         loss, units = self._wrapped(batch)
         return loss, units
 
-    def backward(self, loss: Tensor, note: tuple[Tensor, float | Tensor, bool]) -> None:
+    def backward(self, loss: Tensor, note: Note) -> None:
         self._carrier.write(note)
         # DDP divides by the ranks; the product undoes it where it costs nothing.
         (loss * self._ranks).backward()
 
     def total(self, expected_units: int) -> Total:
-        loss, deviation, stop = (self._carrier.take() * self._ranks).double()
-        return Total(loss, deviation + expected_units, stop)
+        return self._carrier.take(self._ranks, expected_units)
 
     def update(self, scale: Tensor, clip_norm: float | None, recipe: Recipe) -> Update:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        for parameter in self._parameters:
+            if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale.float()
         factor = scale if clip_norm is None else scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         # On the CPU a look costs nothing and mostly saves the product; elsewhere it would wait for the device.

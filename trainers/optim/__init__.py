@@ -53,10 +53,6 @@ def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Reci
     """
     chosen, groups = config.optimizer, _groups(task, model)
     factors = [float(group.pop("lr", 1.0)) for group in groups]
-    if recipe.weight_decay is None and "weight_decay" not in chosen.args:
-        # No decay to exempt anything from, and not every optimizer knows the key.
-        for group in groups:
-            group.pop("weight_decay", None)
     own_decay = ["weight_decay" in group for group in groups]
     told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
     try:
