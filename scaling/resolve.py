@@ -136,7 +136,8 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, flo
     batch = given_batch // _size_of_a_sample(config) if given_batch else stated.batch if stated else None
     recipe = Recipe(lr=base or 0.0, betas=optimizer.memory, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay)
     if lr.peak is not None:
-        return replace(recipe, lr=lr.peak), segment.global_size, "peak", base
+        # Nobody chose the optimizer's usual LR for this run: a warmup to a given peak doesn't start there.
+        return replace(recipe, lr=lr.peak), segment.global_size, "peak", lr.base or (tuned.lr if tuned else None)
     if base is None or batch is None:
         missing = "lr.base" if base is None else "lr.base_batch"
         raise ValueError(

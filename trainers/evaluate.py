@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from trainers.loader import fetch, to_device
+from trainers.loader import to_device
 from trainers.rundir import Refused
 from trainers.tasks import Task, check_map_style
 from trainers.world import World
@@ -49,7 +49,7 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
                 rows = range(start, min(start + per_gpu, mine.stop))
                 for name, (value, count) in _measure(task, model, to_device(_batch(data, rows, task), world.device)):
                     before = totals.get(name, (0.0, 0.0))
-                    totals[name] = before[0] + float(value), before[1] + float(count)
+                    totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
         model.train(training)
         return _summarise(task, _over_ranks(totals, world))
 
@@ -59,7 +59,8 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
 def _batch(data: Any, rows: range, task: Task) -> Any:
     if type(data) is TensorDataset and not hasattr(task, "collate"):
         return data[rows.start : rows.stop]
-    return getattr(task, "collate", default_collate)(fetch(data, list(rows)))
+    samples = data.__getitems__(list(rows)) if hasattr(data, "__getitems__") else [data[row] for row in rows]
+    return getattr(task, "collate", default_collate)(samples)
 
 
 def _measure(task: Task, model: nn.Module, batch: Any) -> Any:
@@ -71,6 +72,13 @@ def _measure(task: Task, model: nn.Module, batch: Any) -> Any:
     if not pairs:
         raise Refused(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
     return result.items()
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise Refused(f"task.evaluate has to return sums and counts, numbers both; {name} has {value!r:.100}") from None
 
 
 def _over_ranks(totals: Totals, world: World) -> Totals:
@@ -87,4 +95,7 @@ def _summarise(task: Task, totals: Totals) -> dict[str, float]:
     ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
     if not hasattr(task, "summarise"):
         return ratios
-    return {**ratios, **{name: float(value) for name, value in task.summarise(totals).items()}}
+    made = task.summarise(totals)
+    if not isinstance(made, dict):
+        raise Refused(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
+    return {**ratios, **{name: float(value) for name, value in made.items()}}

@@ -51,6 +51,7 @@ def fit(
             stream.start(micro.start, micro.stop)
             with engine.micro(last=micro.last):
                 loss, units = engine.loss(micro.batch)
+                stream.stop()
                 note = Note(loss, units, micro.expected_units, stop=micro.last and stop.wanted is not None)
                 engine.backward(loss / step.expected_units, note)
         total = engine.total(step.expected_units)

@@ -2,10 +2,15 @@
 
 A mask is a function of (seed, the sample's position in the run, layer, call). Whatever else draws random numbers in a
 forward takes them from torch's default generators, which are keyed by micro-batch: reproducible, not equal over cuts.
+What a dataset draws while it fetches one sample is keyed by that sample.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,13 +32,28 @@ def generator_for(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(seed, position, 1) >> 1)
 
 
-class Stream:
-    """Which samples the current forward is about; shared by all keyed layers of a model."""
+def key_generators(seed: int, position: int) -> None:
+    """Key Python's, numpy's and torch's default generators by a sample, for what a dataset draws from them."""
+    key = mix(seed, position, 4) >> 1
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key)
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+
+class Stream:
+    """Which samples the current forward is about; shared by all keyed layers of a model.
+
+    Args:
+        tell: called with what makes the run depend on its cut, once for each reason, when it is first seen.
+    """
+
+    def __init__(self, seed: int, device: torch.device, tell: Callable[[str], None] = print) -> None:
         self.seed = seed
         self.positions = range(0)
-        self.unkeyed: set[str] = set()  # layers whose rows weren't a multiple of the samples
+        self.draws = 0  # of keyed layers from torch's generator, in this forward
+        self._told: set[str] = set()
+        self._tell = tell
+        self._checked = False
         self._device = device
         self._generators = [torch.default_generator]
         if device.type == "cuda":
@@ -44,9 +64,30 @@ class Stream:
 
     def start(self, start: int, stop: int) -> None:
         """Begin the forward of the samples at positions [start, stop) of the run."""
-        self.positions = range(start, stop)
+        self.positions, self.draws = range(start, stop), 0
         for generator in self._generators:
             generator.manual_seed(mix(self.seed, start, 2) >> 1)
+
+    def stop(self) -> None:
+        """End of the forward. After the first one: tell if anything but keyed layers has drawn random numbers."""
+        if self._checked or not self.positions:
+            return
+        self._checked = True
+        untouched = torch.Generator().manual_seed(mix(self.seed, self.positions.start, 2) >> 1)
+        for _ in range(self.draws):
+            draw(untouched)
+        states = [
+            untouched.get_state(),
+            torch.Generator(self._device).manual_seed(untouched.initial_seed()).get_state(),
+        ]
+        if any(not torch.equal(g.get_state(), s) for g, s in zip(self._generators, states, strict=False)):
+            self.tell("the forward draws random numbers outside of nn.Dropout modules")
+
+    def tell(self, reason: str) -> None:
+        """Say, once, why this run isn't the same on another cut."""
+        if reason not in self._told:
+            self._told.add(reason)
+            self._tell(reason)
 
     def keys(self, layer: int, call: int) -> Tensor:
         """Two 32-bit keys for each sample: int32 [2, samples, 1]."""
@@ -81,6 +122,11 @@ def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
     return words.bitwise_and_(0x7FFFFFFF)
 
 
+def draw(generator: torch.Generator) -> int:
+    """A random integer, from the CPU: nothing waits for it."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+
+
 class KeyedDropout(nn.Dropout):
     """nn.Dropout (and, with ``channels``, Dropout1d to 3d) whose mask follows the sample.
 
@@ -99,14 +145,14 @@ class KeyedDropout(nn.Dropout):
         if not self.training or self.p == 0 or input.numel() == 0:
             return input
         if not samples or input.shape[0] % samples or (self._channels and input.shape[0] != samples):
-            stream.unkeyed.add(self._name)
+            stream.tell(f"the rows of dropout layer {self._name or 'model'} aren't a multiple of the samples")
             return nn.functional.dropout(input, self.p, True, self.inplace)
         # A module that is called again in one forward needs another mask, a recomputed activation the same one. What
         # tells them apart is torch's own generator: checkpointing restores it before it recomputes.
         if self._of is not stream.positions:
             self._calls, self._of = {}, stream.positions
-        draw = int(torch.empty((), dtype=torch.int64).random_())
-        call = self._calls.setdefault(draw, len(self._calls))
+        stream.draws += 1
+        call = self._calls.setdefault(draw(torch.default_generator), len(self._calls))
         elements = input.shape[1] if self._channels else input.numel() // samples
         bits = _uniform_bits(stream.keys(self._layer, call), elements)
         scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from scaling.order import indices
 from scaling.plan import Step
-from trainers.keyed import generator_for
+from trainers.keyed import generator_for, key_generators
 from trainers.state import TrainState
 from trainers.stop import die_with_parent
 from trainers.tasks import Task
@@ -53,20 +56,62 @@ class Fetch:
         if self._tensors is not None:
             rows = torch.from_numpy(where)
             return tuple(tensor.index_select(0, rows) for tensor in self._tensors)
-        samples = fetch(self.data, where.tolist())
-        if self.augment is not None:
-            samples = [
-                self.augment(sample, generator_for(self.seed, position))
-                for position, sample in enumerate(samples, start)
-            ]
+        rows = where.tolist()
+        if fetches_many(self.data):
+            samples = self._many(start, rows)
+        else:
+            samples = [self._one(position, row) for position, row in enumerate(rows, start)]
         return self.collate(samples)
 
+    def _one(self, position: int, row: int) -> Any:
+        key_generators(self.seed, position)
+        return self._augmented(position, self.data[row])
 
-def fetch(data: Any, where: list[int]) -> list[Any]:
-    """The samples at indices ``where``: in one call where the dataset has ``__getitems__``."""
-    if hasattr(data, "__getitems__"):
-        return list(data.__getitems__(where))
-    return [data[index] for index in where]
+    def _many(self, start: int, rows: list[int]) -> list[Any]:
+        key_generators(self.seed, start)
+        before = torch.default_generator.get_state()
+        samples = list(self.data.__getitems__(rows))
+        if not torch.equal(before, torch.default_generator.get_state()):
+            warnings.warn(
+                "__getitems__ draws from torch's generator: this run isn't the same on another cut; draw in augment()",
+                stacklevel=2,
+            )
+        for number, sample in enumerate(samples):
+            key_generators(self.seed, start + number)
+            samples[number] = self._augmented(start + number, sample)
+        return samples
+
+    def _augmented(self, position: int, sample: Any) -> Any:
+        return sample if self.augment is None else self.augment(sample, generator_for(self.seed, position))
+
+
+def fetches_many(data: Any) -> bool:
+    """Whether a dataset itself has ``__getitems__``: a Subset has one, which asks for the samples one by one."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    return hasattr(data, "__getitems__")
+
+
+class Remote(Fetch):
+    """Fetch in a DataLoader's worker: what it raises is returned, to be raised as it was where it is understood."""
+
+    def __getitem__(self, positions: tuple[int, int]) -> Any | None:
+        try:
+            return super().__getitem__(positions)
+        except Exception as error:
+            try:
+                pickle.dumps(error)
+            except Exception:
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return Failure(error, traceback.format_exc())
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception of a DataLoader's worker, with its traceback."""
+
+    error: Exception
+    traceback: str
 
 
 class Loader:
@@ -78,7 +123,7 @@ class Loader:
 
     def __init__(self, data: Any, task: Task, state: TrainState, world: World, workers: int) -> None:
         self._state, self._rank, self._device = state, world.rank, world.device
-        self._fetch = Fetch(data, task, state.plan.seed)
+        self._fetch = (Remote if workers else Fetch)(data, task, state.plan.seed)
         self._pin = world.device.type == "cuda"
         self._batches = self._ahead(workers) if workers else None
 
@@ -87,6 +132,8 @@ class Loader:
             positions = (step.start + start, step.start + stop)
             expected = step.expected_units * (stop - start) // step.cut.global_size
             batch = next(self._batches) if self._batches is not None else self._pinned(self._fetch[positions])
+            if isinstance(batch, Failure):
+                raise batch.error from RuntimeError(batch.traceback)
             last = index == step.cut.accumulation - 1
             yield Micro(*positions, expected, last, to_device(batch, self._device))
 

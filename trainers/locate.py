@@ -47,7 +47,7 @@ def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any,
         raise Refused(f"{key}._target_={target} is a {type(factory).__name__}, not a class")
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
         raise Refused(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
-    check_call(key, target, factory, positional, args)
+    check_call(f"{key}.args", target, factory, positional, args)
     return factory(*positional, **args)
 
 
@@ -62,4 +62,5 @@ def check_call(
     try:
         signature.bind(*positional, **args)
     except TypeError as error:
-        raise Refused(f"{key}.args={args} don't fit {target}{signature}: {error}") from None
+        names = [name for name in signature.parameters if name != "self"][len(positional) :]
+        raise Refused(f"{key}={args} don't fit {target}: {error}; it takes {', '.join(names) or 'nothing'}") from None

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainers.rundir import RunDir
@@ -79,15 +80,22 @@ class Metrics:
             self._file.write(json.dumps(finite) + "\n")
 
 
+def say(text: str) -> None:
+    """Print a line; where whoever read them has left, the training goes on."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 class PlainLines:
     """A line every few seconds, for logs and pipes."""
 
     def __init__(self, state: TrainState) -> None:
         self._state, self._started, self._begun_at = state, time.perf_counter(), state.samples
         self._next = self._started  # the first step is shown: it's where things go wrong
+        self._loss = ""
 
     def step(self, line: dict[str, Any]) -> None:
-        now = time.perf_counter()
+        now, self._loss = time.perf_counter(), f"loss {line['loss']:.4f}  "
         if now < self._next and line["step"] != self._state.plan.steps:
             return
         self._next = now + PLAIN_EVERY_S
@@ -97,13 +105,13 @@ class PlainLines:
         )
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        self._print(line, _values(line))
+        self._print(line, self._loss + _values(line))
 
     def close(self) -> None:
-        sys.stdout.flush()
+        pass
 
     def _print(self, line: dict[str, Any], text: str) -> None:
-        print(f"step {line['step']}/{self._state.plan.steps}  epoch {line['epoch']:.2f}  {text}", flush=True)
+        say(f"step {line['step']}/{self._state.plan.steps}  epoch {line['epoch']:.2f}  {text}")
 
     def _eta(self, line: dict[str, Any], now: float) -> str:
         done, whole = line["samples"] - self._begun_at, self._state.plan.samples

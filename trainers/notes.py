@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bdb
 import json
 import os
 import re
+import sysconfig
 import time
 import traceback
 from contextlib import suppress
@@ -45,7 +47,7 @@ def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
     first["silent"] = [rank for rank in range(size) if rank not in notes and first["lost"]]
     if first["silent"]:
         ranks = ", ".join(map(str, first["silent"]))
-        first["cause"] += f" (no word from rank {ranks}: hanging, killed, or its machine is gone)"
+        first["cause"] = f"no word from rank {ranks} (hanging, killed, or its machine is gone): {first['cause']}"
     return first | {key: max(note.get(key, 0) for note in notes.values()) for key in ("step", "samples")}
 
 
@@ -71,7 +73,7 @@ def error_note(error: BaseException, rank: int, attempt: str, run: RunDir | None
         "lost": not told
         and isinstance(error, RuntimeError)
         and re.search("gloo|NCCL|Connection", str(error)) is not None,
-        "cause": str(error) if told else "".join(traceback.format_exception_only(error)).strip(),
+        "cause": str(error) if told else _cause(error),
         "traceback": "".join(traceback.format_exception(error)),
         "step": getattr(error, "step", 0),
         "samples": getattr(error, "samples", 0),
@@ -83,6 +85,17 @@ def error_note(error: BaseException, rank: int, attempt: str, run: RunDir | None
             note["log"] = str(log_of(run, rank))
             write_atomic(run.logs / f"error-rank-{rank}.json", json.dumps(note, indent=1) + "\n")
     return note
+
+
+def _cause(error: BaseException) -> str:
+    """The error in a line, with the last place in the user's own code that it came by."""
+    if isinstance(error, bdb.BdbQuit):
+        return "breakpoint() found nobody to talk to, or was quit; it works with debug=true"
+    said = "".join(traceback.format_exception_only(error)).strip()
+    ours = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    frames = [frame for frame in frames if Path(frame.filename).name != "launch.py"]
+    return f"{said} ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else said
 
 
 def log_of(run: RunDir, rank: int | str) -> Path:

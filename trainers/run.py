@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import shutil
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from trainers.fit import fit
 from trainers.keyed import Stream, key_dropout
 from trainers.loader import Loader
 from trainers.locate import build
-from trainers.metrics import Metrics
+from trainers.metrics import Metrics, say
 from trainers.notes import restarts
 from trainers.optim import make_optimizer
 from trainers.rundir import Outcome, Refused, RunDir, write_atomic
@@ -74,9 +76,10 @@ def train(
     if world.rank == 0:
         write_atomic(run.path / "plan.json", to_json(plan) + "\n")
         if config.task.train_samples is None:
-            print(table(plan), flush=True)
+            say(table(plan))
+        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
 
-    stream = Stream(config.seed, world.device)
+    stream = Stream(config.seed, world.device, tell=partial(_warn, run, world))
     model = key_dropout(make_model(config, task), stream).to(world.device)
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
@@ -85,8 +88,8 @@ def train(
     evaluate = make_evaluate(task, model, world, plan.cut.per_gpu)
     metrics = Metrics(run if world.rank == 0 else None, state, live=not config.debug)
     _KEPT.extend((engine, loader, metrics))
-    if world.rank == 0:
-        _warn_of_statistics(run, model)
+    for reason in dependent_on_cut(model):
+        stream.tell(reason)
     model.train()
     try:
         done = fit(
@@ -113,8 +116,6 @@ def train(
         "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
     )
     if world.rank == 0:
-        if stream.unkeyed:
-            run.event("unkeyed_dropout", layers=sorted(stream.unkeyed))
         if done:
             save_final(run, model)
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
@@ -170,6 +171,8 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))  # first: by this it's a run's folder
     if before is None or before.attempt != facts["attempt"]:
         run.clear()
+    if before and before.step:
+        say(f"begins anew: the last attempt {before.state} after {counted(before.step, 'step')}")
     run.logs.mkdir(exist_ok=True)
     write_atomic(run.path / "config.yaml", dump(config))
     run.event(
@@ -235,17 +238,27 @@ def save_final(run: RunDir, model: nn.Module) -> None:
     aside = run.path / ".final.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_model(model, str(aside / "model.safetensors"))
+    weights = aside / "model.safetensors"
+    save_model(model, str(weights))
+    os.umask(umask := os.umask(0))
+    weights.chmod(0o666 & ~umask)  # as any other file here; safetensors keeps it to its owner
     shutil.rmtree(run.final, ignore_errors=True)
     aside.rename(run.final)
 
 
-def _warn_of_statistics(run: RunDir, model: nn.Module) -> None:
-    batch_norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if batch_norms:
-        run.event("batch_norm", layers=batch_norms)
-        print(
-            f"warning: {counted(len(batch_norms), 'BatchNorm layer')} with statistics of one micro-batch: this run "
-            "isn't the same on other hardware or with another batch.per_gpu",
-            flush=True,
-        )
+def dependent_on_cut(model: nn.Module) -> list[str]:
+    """What in ``model`` makes its training depend on how a global batch is cut, as far as its modules tell."""
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    dropping = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+    ]
+    reasons = [f"{counted(norms, 'BatchNorm layer')} with statistics of one micro-batch"] if norms else []
+    return reasons + ([f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else [])
+
+
+def _warn(run: RunDir, world: World, reason: str) -> None:
+    if world.rank == 0:
+        run.event("depends_on_cut", reason=reason)
+        say(f"warning: this run isn't the same on other hardware or another batch.per_gpu: {reason}")

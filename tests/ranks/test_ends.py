@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from conf.compose import compose
 from tests.ranks.harness import Runs, in_ranks
-from trainers.rundir import RunDir
+from trainers.run import train
+from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop
 from trainers.world import World
 
@@ -105,6 +107,41 @@ def test_a_folder_of_other_things_is_left_alone(runs: Runs) -> None:
     run = runs(1, *TASK)
     assert "holds no run, but logs" in run.ends[0]["message"]
     assert (directory / "precious.txt").read_text() == "years of work"
+
+
+def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
+    """As on two machines: all of them refuse, naming the keys; nothing is written."""
+    folder = runs.folder / "other"
+
+    def body(world: World) -> Any:
+        config = compose([*TASK, *(["seed=1", "evaluate.every=2ep"] if world.rank == 1 else [])])
+        facts = {"command": "", "commit": "", "attempt": "a", "run_dir": str(folder)}
+        return train(config, facts, world, Stop(), entered=lambda run: None).state
+
+    ends = in_ranks(3, body, runs.folder / "ranks")
+    assert [end["raised"] for end in ends] == ["Refused"] * 3
+    assert "rank 1 was started with evaluate.every=2ep (rank 0: 1ep), seed=1 (rank 0: 0)" in ends[0]["message"]
+    assert not folder.exists()
+
+
+def test_a_start_that_was_killed_at_once_locks_nobody_out(runs: Runs) -> None:
+    """What can be left of it: the lock, and half an outcome under its temporary name."""
+    directory = runs.folder / "run-1"
+    directory.mkdir()
+    (directory / "lock").write_text("host x, pid 1")
+    (directory / ".outcome.json.77.tmp").write_text("{")
+    assert runs(1, *TASK).ends[0]["state"] == "finished"
+
+
+def test_an_unfinished_run_begins_anew(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    directory = RunDir(runs.folder / "run-1")
+    directory.path.mkdir()
+    directory.write_outcome(Outcome("stopped", "SIGTERM", 3, 60, "before"))
+    (directory.path / "metrics.jsonl").write_text('{"step": 3}\n')
+    run = runs(2, *TASK)
+    assert run.ends[0]["state"] == "finished"
+    assert "begins anew: the last attempt stopped after 3 steps" in capfd.readouterr().out
+    assert run.metrics()[0]["step"] == 1
 
 
 def test_run_directory_has_what_the_design_says(runs: Runs) -> None:

@@ -79,22 +79,44 @@ def test_mask_follows_the_sample() -> None:
 
 def test_rows_may_be_a_multiple_of_the_samples() -> None:
     """[samples × tokens, features] has the masks of [samples, tokens, features]."""
-    stream = Stream(0, CPU)
+    told: list[str] = []
+    stream = Stream(0, CPU, told.append)
     dropout = key_dropout(nn.Dropout(0.5), stream)
     stream.start(5, 9)
     folded = dropout(torch.ones(4 * 6, 10))
     stream.start(5, 9)
     assert torch.equal(folded.view(4, 6, 10), dropout(torch.ones(4, 6, 10)))
-    assert not stream.unkeyed
+    stream.stop()
+    assert not told
 
 
 def test_other_rows_fall_back_and_are_named() -> None:
-    stream = Stream(0, CPU)
+    told: list[str] = []
+    stream = Stream(0, CPU, told.append)
     model = key_dropout(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), stream)
-    stream.start(0, 4)
-    out = model[1](torch.ones(6, 1000))  # type: ignore[index]
+    for _ in range(2):
+        stream.start(0, 4)
+        out = model[1](torch.ones(6, 1000))  # type: ignore[index]
     assert 0.4 < (out > 0).float().mean() < 0.6
-    assert stream.unkeyed == {"1"}
+    assert told == ["the rows of dropout layer 1 aren't a multiple of the samples"]
+
+
+def test_other_draws_of_a_forward_are_seen_and_repeat() -> None:
+    """Functional dropout isn't keyed by sample, but by micro-batch; the first forward tells."""
+    told: list[str] = []
+    stream = Stream(0, CPU, told.append)
+    keyed = key_dropout(nn.Dropout(0.5), stream)
+
+    def forward(start: int) -> Tensor:
+        stream.start(start, start + 4)
+        out = nn.functional.dropout(keyed(torch.ones(4, 100)), 0.5)
+        stream.stop()
+        return out
+
+    first = forward(0)
+    assert told == ["the forward draws random numbers outside of nn.Dropout modules"]
+    assert not torch.equal(forward(4), first)
+    assert torch.equal(forward(0), first)
 
 
 def test_channels_are_dropped_whole() -> None:

@@ -193,6 +193,18 @@ def test_custom_optimizer() -> None:
     assert tuned.optimizer.param_groups[0]["alpha"] == 0.5
 
 
+def test_custom_optimizers_and_weight_decay() -> None:
+    """None on biases; a group's own stays; where none is given, the class's own default for the rest."""
+    adamw = ("optimizer=custom", "optimizer._target_=torch.optim.AdamW")
+    for given, expected in (("optimizer.weight_decay=0.3", 0.3), ("optimizer.weight_decay=null", 0.01)):
+        groups = optimizer(*adamw, given).optimizer.param_groups
+        assert {group["params"][0].ndim: group["weight_decay"] for group in groups} == {2: expected, 1: 0.0}
+    own = optimizer(*adamw, task=Groups()).optimizer.param_groups
+    assert [group["weight_decay"] for group in own] == [0.5, 0.01]
+    for name in ("RMSprop", "Adagrad", "Adafactor", "Rprop"):
+        assert optimizer("optimizer=custom", f"optimizer._target_=torch.optim.{name}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

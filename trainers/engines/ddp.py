@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling.rules import Recipe
 from trainers.engines import Update
+from trainers.locate import check_call
 from trainers.optim import Tuned
 from trainers.rundir import Refused
 from trainers.tally import Note, NoteCarrier, Total
@@ -78,11 +79,10 @@ class DDP:
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
         self._wrapped: nn.Module = self._bare
+        options = {"gradient_as_bucket_view": True, **config}
+        check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), options)
         if world.size > 1:
-            try:
-                self._wrapped = DistributedDataParallel(self._bare, gradient_as_bucket_view=True, **config)
-            except TypeError as error:
-                raise Refused(f"engine.config={config} isn't what DistributedDataParallel takes: {error}") from None
+            self._wrapped = DistributedDataParallel(self._bare, **options)
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         if last or self._wrapped is self._bare:
@@ -91,7 +91,15 @@ class DDP:
         return self._wrapped.no_sync()
 
     def loss(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
-        loss, units = self._wrapped(batch)
+        try:
+            loss, units = self._wrapped(batch)
+        except RuntimeError as error:
+            if "find_unused_parameters" in str(error):
+                raise Refused(
+                    "some parameters have no part in the loss, so their gradient never comes: freeze them with "
+                    "requires_grad=False, or give engine.config.find_unused_parameters=true"
+                ) from error
+            raise
         return loss, units
 
     def backward(self, loss: Tensor, note: Note) -> None:

@@ -85,7 +85,10 @@ def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
     if not trainable:
         raise Refused("the model has no trainable parameters")
     if hasattr(task, "param_groups"):
-        groups = [{**group, "params": list(group["params"])} for group in task.param_groups(model)]
+        groups = list(task.param_groups(model))
+        if not all(isinstance(group, dict) and "params" in group for group in groups):
+            raise Refused("task.param_groups has to return a list of groups: [{'params': [...], 'lr': 0.1}, ...]")
+        groups = [{**group, "params": list(group["params"])} for group in groups]
         covered = {id(parameter) for group in groups for parameter in group["params"]}
         if left_out := [name for name, parameter in trainable.items() if id(parameter) not in covered]:
             raise Refused(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sized
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ class Task(Protocol):
 REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}
 
 
+OPTIONAL = ("val_data", "evaluate", "summarise", "augment", "collate", "param_groups")
+
+
 def make_task(config: RunConfig) -> Task:
     """The task that the config names.
 
@@ -45,10 +50,14 @@ def make_task(config: RunConfig) -> Task:
     cls = locate("task._target_", target)
     if not inspect.isclass(cls):
         raise Refused(f"task._target_={target} is a {type(cls).__name__}, not a class")
+    for name in vars(cls):
+        near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
+        if near and name not in OPTIONAL and not hasattr(cls, near[0]):
+            warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=2)
     missing = [signature for name, signature in REQUIRED.items() if not callable(getattr(cls, name, None))]
     if missing:
         raise Refused(f"task._target_={target} lacks {', '.join(missing)}")
-    check_call("task", target, cls, (), config.task.args)
+    check_call("task.args", target, cls, (), config.task.args)
     task: Any = cls(**config.task.args)
     return cast(Task, task)
 

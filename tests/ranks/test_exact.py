@@ -1,0 +1,269 @@
+"""Against plain torch and against each other: the cases in which a batch that isn't handled exactly shows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, random_split
+
+from conf.compose import compose
+from scaling.order import indices
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.tasks import Counted, OneByOne
+from trainers.evaluate import make_evaluate
+from trainers.fit import crossed
+from trainers.rundir import Outcome, RunDir
+
+PLAIN = ("task=custom", "duration=12st", "lr.peak=0.05", "log.every=1st", "evaluate.every=null", "batch.global_size=41")
+
+
+def task(name: str, *overrides: str) -> tuple[str, ...]:
+    return (*PLAIN, f"task._target_=tests.ranks.test_exact.{name}", *overrides)
+
+
+@pytest.mark.parametrize("optimizer", [(), ("optimizer=adamw", "lr.peak=0.01")])
+def test_the_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
+    """Losses, gradient norms and weights are those of the loop that one would write by hand for the whole batch."""
+    clipped = (*task("Counted", "task.args.dropout=0.0", "clip_norm=0.5"), *optimizer)
+    config = compose(clipped)
+    torch.manual_seed(config.seed)
+    counted = Counted(dropout=0.0)
+    model = counted.model().train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    plain: Any = torch.optim.AdamW(groups) if optimizer else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    losses, norms = [], []
+    for step in resolve(config, 1, 500).walk():
+        rows = torch.from_numpy(indices(config.seed, 500, step.start, step.stop))
+        loss, units = counted.loss(model, tuple(tensor[rows] for tensor in counted.train_data().tensors))
+        (loss / units).backward()
+        losses.append((loss / units).item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        for group in plain.param_groups:
+            group["lr"] = step.recipe.lr
+        plain.step()
+        plain.zero_grad()
+    for world, per_gpu in ((1, 41), (3, 7)):
+        run = runs(world, *clipped, f"batch.per_gpu={per_gpu}")
+        assert distance(dict(model.state_dict()), run.weights()) < 1e-6
+        assert run.losses() == pytest.approx(losses, rel=1e-5)
+        assert [line["grad_norm"] for line in run.metrics() if "loss" in line] == pytest.approx(norms, rel=1e-5)
+
+
+class Weighted(Counted):
+    """Importance weights, all of them as small as ``weight``."""
+
+    def __init__(self, weight: float = 1.0, as_tensor: bool = False, **args: Any) -> None:
+        super().__init__(**args)
+        self.weight, self.as_tensor = weight, as_tensor
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        loss, units = super().loss(model, batch)
+        units = units * self.weight
+        return loss * self.weight, units if self.as_tensor else float(units)
+
+
+@pytest.mark.parametrize("weight", [1e-6, 0.3, 1e6])
+def test_units_of_any_size(runs: Runs, weight: float) -> None:
+    """Units that are nothing like what the plan expects are counted as well."""
+    same = task("Weighted", f"task.args.weight={weight}")
+    assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < 1e-6
+
+
+@pytest.mark.parametrize("world", [1, 3, 6, 7])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_no_units_are_refused_at_once(runs: Runs, world: int, as_tensor: bool) -> None:
+    run = runs(world, *task("Weighted", "task.args.weight=0", f"task.args.as_tensor={as_tensor}"))
+    assert {end["raised"] for end in run.ends} == {"Refused"}
+    assert all("step 1 (samples 0 to 40 of the run) has 0 units" in end["message"] for end in run.ends)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_negative_units_are_refused(runs: Runs, as_tensor: bool) -> None:
+    run = runs(2, *task("Weighted", "task.args.weight=-1", f"task.args.as_tensor={as_tensor}"))
+    assert all("not a number of 0 or more" in end["message"] for end in run.ends)
+
+
+class Random(Counted):
+    """What torchvision's transforms do: the dataset itself draws, from whichever default generator there is."""
+
+    def __init__(self, split: bool = False, **args: Any) -> None:
+        super().__init__(**args)
+        self.split = split
+
+    def train_data(self) -> Any:
+        data = Drawing(self)
+        return random_split(data, [400, 100], torch.Generator().manual_seed(0))[0] if self.split else data
+
+
+class Drawing(OneByOne):
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets, units = super().__getitem__(index)
+        noise = torch.randn(8) + random.random() + float(np.random.rand())
+        return inputs + 0.1 * noise, targets, units
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_a_dataset_draws_follows_the_sample(runs: Runs, split: bool) -> None:
+    same = task("Random", f"task.args.split={split}")
+    here = runs(1, *same)
+    assert distance(here.weights(), runs(3, *same, "batch.per_gpu=6").weights()) < 1e-6
+    assert distance(here.weights(), runs(2, *same, "data.workers=2").weights()) < 1e-6
+    assert distance(here.weights(), runs(1, *same, "seed=1").weights()) > 1e-3
+
+
+def test_augmentation_differs_between_epochs(runs: Runs) -> None:
+    """A sample's augmentation is keyed by its position in the run, not by its index in the data."""
+    slow = ("task=custom", "task._target_=tests.tasks.Slow", "task.args.samples=20", "task.args.dropout=0.0")
+    one = runs(1, *slow, "batch.global_size=20", "duration=3ep", "lr.peak=1e-9", "log.every=1st")
+    assert len({round(loss, 6) for loss in one.losses()}) == 3
+
+
+class Partial(Counted):
+    """The second half of the model has no part in the loss."""
+
+    def model(self) -> nn.Module:
+        return nn.ModuleList([super().model(), nn.Linear(3, 3)])
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        return super().loss(model[0], batch)  # type: ignore[index]
+
+
+def test_parameters_without_a_part_in_the_loss(runs: Runs) -> None:
+    """Refused where DDP can't do it, with what works; that is the same on any cut, empty micro-batches included."""
+    same = task("Partial", "batch.global_size=4", "optimizer.weight_decay=0.1")
+    refused = runs(2, *same)
+    assert all("engine.config.find_unused_parameters=true" in end["message"] for end in refused.ends)
+    unused = (*same, "engine.config.find_unused_parameters=true")
+    assert distance(runs(1, *unused).weights(), runs(5, *unused).weights()) < 1e-6
+
+
+class SomeClasses(Counted):
+    """Metrics whose names depend on what is in the batch."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        return {f"units{n}": (1.0, 1) for n in batch[2].tolist()}
+
+
+def test_names_of_metrics_may_come_from_any_rank(runs: Runs) -> None:
+    counted = SomeClasses()
+    names = {f"units{n}" for n in range(1, 8)}
+    for world in (1, 2, 5):
+        values = in_ranks(world, lambda ranks: make_evaluate(counted, counted.model(), ranks, 3)(), runs.folder / "n")  # type: ignore[misc]
+        assert [set(value) for value in values] == [names] * world
+
+
+class Normed(Counted):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 7))
+
+
+def test_what_is_evaluated_is_what_is_kept(runs: Runs) -> None:
+    """Ranks have running statistics of their own; the evaluation is of rank 0's, which final/ has."""
+    run = runs(3, *task("Normed"))
+    counted = Normed()
+    model = counted.model()
+    model.load_state_dict(run.weights())
+    model.eval()
+    loss, units = counted.loss(model, tuple(tensor for tensor in counted.val_data().tensors))
+    assert run.metrics()[-1]["val/loss"] == pytest.approx((loss / units).item(), rel=1e-5)
+
+
+class Failing(Dataset):
+    def __init__(self, counted: Counted) -> None:
+        self.counted = counted
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 7:
+            raise ValueError("sample 7 is broken")
+        return OneByOne(self.counted)[index]
+
+
+class Broken(Counted):
+    def train_data(self) -> Any:
+        return Failing(self)
+
+
+def test_an_error_in_a_data_worker_is_raised_as_it_was(runs: Runs) -> None:
+    run = runs(1, *task("Broken", "data.workers=2", "duration=1ep"))
+    assert run.ends == [{"raised": "ValueError", "message": "sample 7 is broken"}]
+
+
+def warnings_of(run: Run) -> list[str]:
+    events = [json.loads(line) for line in (run.run.path / "events.jsonl").read_text().splitlines()]
+    return [event["reason"] for event in events if event["event"] == "depends_on_cut"]
+
+
+class Attention(Counted):
+    def model(self) -> nn.Module:
+        return nn.ModuleList([super().model(), nn.MultiheadAttention(8, 2, dropout=0.1), nn.LSTM(8, 8, 2, dropout=0.1)])
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs = model[1](batch[0], batch[0], batch[0])[0] + model[2](batch[0])[0]  # type: ignore[index]
+        return super().loss(model[0], (inputs, *batch[1:]))  # type: ignore[index]
+
+
+def test_what_depends_on_the_cut_is_said(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    assert warnings_of(runs(1, *task("Counted"))) == []
+    assert warnings_of(runs(2, *task("Normed"))) == ["1 BatchNorm layer with statistics of one micro-batch"]
+    assert warnings_of(runs(2, *task("Attention"))) == [
+        "dropout inside of 1, 2, which isn't an nn.Dropout",
+        "the forward draws random numbers outside of nn.Dropout modules",
+    ]
+    assert capfd.readouterr().out.count("warning: this run isn't the same on other hardware") == 3
+
+
+def test_what_metrics_say(runs: Runs) -> None:
+    """Values, not only names: the mean loss per unit, the epoch, the schedule's LR, which steps are logged."""
+    run = runs(2, *task("Counted", "duration=20st", "log.every=100sa", "evaluate.every=1ep"))
+    steps = [line for line in run.metrics() if "loss" in line]
+    assert [line["step"] for line in steps] == [1, *(s for s in range(2, 20) if crossed(100, 41 * (s - 1), 41 * s)), 20]
+    plan = resolve(compose(task("Counted", "duration=20st")), 2, 500)
+    for line in steps:
+        assert line["samples"] == 41 * line["step"]
+        assert line["epoch"] == pytest.approx(line["samples"] / 500)
+        assert line["lr"] == plan.step_at(line["samples"] - 41).recipe.lr  # type: ignore[union-attr]
+        assert line["global_size"] == 41
+        assert 0.3 < line["loss"] < 3
+        assert line["samples_per_s"] > 0
+    evaluated = [line["step"] for line in run.metrics() if "val/loss" in line]
+    assert evaluated == [13, 20]
+
+
+def test_another_seed_is_another_run(runs: Runs) -> None:
+    same = task("Counted", "lr.peak=1e-12")
+    assert distance(runs(1, *same).weights(), runs(1, *same, "seed=1").weights()) > 0.1
+
+
+def test_stopped_never_replaces_another_end(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_outcome(Outcome("crashed", "rank 1", 3, 30, "a"))
+    run.write_outcome(Outcome("stopped", "SIGTERM", 4, 40, "a"))
+    assert run.outcome() == Outcome("crashed", "rank 1", 3, 30, "a")
+    run.write_outcome(Outcome("stopped", "SIGTERM", 4, 40, "b"))
+    assert run.outcome() == Outcome("stopped", "SIGTERM", 4, 40, "b")
+
+
+def test_data_of_a_kind_that_is_no_tensor(runs: Runs) -> None:
+    """A TensorDataset is fetched whole; the same samples one by one give the same weights."""
+    assert isinstance(Counted().train_data(), TensorDataset)
+    slow = task("OneAtATime")
+    assert distance(runs(1, *task("Counted")).weights(), runs(2, *slow).weights()) < 1e-6
+
+
+class OneAtATime(Counted):
+    def train_data(self) -> Any:
+        return OneByOne(self)
