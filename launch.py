@@ -7,13 +7,11 @@ import gc
 import os
 import sys
 
-from trainers.stop import Stop
+from trainers.stop import Stop, die_with_parent
 
 STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
 gc.disable()  # what is imported stays; workers turn it on again
 
-import ctypes
-import json
 import shlex
 import signal
 import subprocess
@@ -25,11 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.compose import compose, expand
+from conf.compose import compose
 from conf.explain import ConfigError
 from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
-from conf.identity import refuse_unless_ours, run_directory, sweep_directories
+from conf.identity import refuse_unless_ours, run_directory
+from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
@@ -85,10 +84,8 @@ def planned(config: RunConfig) -> Plan:
 
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     """Train in ``directory``; a run that is finished there shows its result."""
-    run = RunDir(directory)
-    run.refuse_foreign()
-    refuse_unless_ours(directory, config)
-    before = run.outcome()
+    refuse_unless_free(directory, config)
+    before = RunDir(directory).outcome()
     if before and before.state == "finished":
         say(f"{result(directory)} · {directory} (run.new=true trains again)")
         return 0
@@ -102,6 +99,12 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     return code
 
 
+def refuse_unless_free(directory: Path, config: RunConfig) -> None:
+    """Raises where ``directory`` can't be this run's."""
+    RunDir(directory).refuse_foreign()
+    refuse_unless_ours(directory, config)
+
+
 def sweep(overrides: list[str], config_dir: str | None) -> int:
     """One run after another, each in a child of its own; all are planned before the first one starts."""
     elements, configs, plans = expand(overrides, config_dir), [], []
@@ -110,33 +113,38 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             configs.append(compose(element.overrides, config_dir))
             plans.append(planned(configs[-1]))
         except (ConfigError, Refused) as error:
-            raise ConfigError(f"{' '.join(element.swept)}: {error}") from None
+            raise ConfigError(": ".join(filter(None, [" ".join(element.swept), str(error)]))) from None
+    directories = sweep_directories(configs, [element.swept for element in elements])
     if configs[0].action == "plan":
         if configs[0].output == "json":
-            say(json.dumps([json.loads(to_json(plan)) for plan in plans], indent=1, ensure_ascii=False))
+            say("[" + ",\n".join(map(to_json, plans)) + "]")
         else:
             say(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
-    directories = sweep_directories(configs, [element.swept for element in elements])
+    runs = list(zip(configs, plans, directories, strict=True))
+    for config, _, directory in runs:
+        refuse_unless_free(directory, config)
     if not any(config.cluster.environment for config in configs):
         workers.import_torch(configs[0])  # once for all of them
     codes: list[int] = []
-    for element, run in zip(elements, zip(configs, plans, directories, strict=True), strict=True):
+    for element, run in zip(elements, runs, strict=True):
         if STOP.wanted or 75 in codes:
             break
         say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
         codes.append(in_child(lambda run=run: train(*run)))  # type: ignore[misc]
     say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
-    return 75 if STOP.wanted or 75 in codes else int(any(codes))
+    if STOP.wanted or 75 in codes:
+        return 75
+    failed = set(codes) - {0}
+    return 2 if failed == {2} else int(bool(failed))
 
 
 def in_child(work: Callable[[], int]) -> int:
     """The exit code of ``work``, done in a forked process that is told of a wish to stop."""
     child = os.fork()
     if child == 0:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: what a killed sweep had started stops
+        die_with_parent(signal.SIGTERM)  # what a killed sweep had started stops
         workers.leave(guarded(work))
     told = False
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
@@ -157,8 +165,13 @@ def commit() -> str:
 
 def say(text: str) -> None:
     """Print it once, however many ranks there are."""
-    if os.environ.get("RANK", "0") == "0":
+    if first("RANK"):
         print(text, flush=True)
+
+
+def first(rank: str) -> bool:
+    """Whether this process is the one to speak: the first of torchrun's, or the only one."""
+    return not under_torchrun() or os.environ.get(rank, "0") == "0"
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -166,7 +179,7 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except (ConfigError, Refused) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first("LOCAL_RANK"):
             print(f"isobatch: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read this has left
@@ -177,5 +190,6 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # terminals that don't know every sign
     sys.path.insert(1, os.getcwd())  # a user's own module is found where the command is given
     workers.leave(guarded(lambda: main(sys.argv[1:])))

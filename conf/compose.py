@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,24 +20,26 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.explain import ConfigError, for_shell, leaves, nearest, unknown_key, validated
+from conf.explain import HERE, ConfigError, choices_of, for_shell, keys, leaves, nearest, shown, unknown_key, validated
 from conf.schema import RunConfig
 from conf.stored import choices, going_on, load, over, refuse_other_science
 
-HERE = Path(__file__).parent
 PRIMARY = "config"
+# Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
+UNUSED = ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
 
 
 def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
     """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
-    Where ``run.dir`` is given and holds a run, its config takes the place of the defaults.
+    Where ``run.dir`` is given and holds a run, its config takes the place of the defaults; with ``run.new`` it may be
+    changed, as another run is made of it.
 
     Raises:
         ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
     """
-    roots = [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
-    parsed = [_parse(text) for text in overrides]
+    roots = roots_with(config_dir)
+    parsed = [parse(text) for text in overrides]
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(
@@ -47,70 +47,37 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
             )
     values = {override.key_or_group: override.value() for override in parsed}
     file = Path(os.path.expanduser(str(values.get("run.dir")))) / "config.yaml"
-    if values.get("run.dir") and not values.get("run.new") and os.path.exists(file):
-        return _going_on(load(file), file, parsed, roots)
+    if values.get("run.dir") and os.path.exists(file):
+        return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = _composed(parsed, roots)
     return validated(plain | {"given": sorted(given)})
 
 
-class Element(NamedTuple):
-    """One run of a sweep: the overrides that vary in the sweep, with this run's values, and all of its overrides."""
-
-    swept: tuple[str, ...]
-    overrides: tuple[str, ...]
-
-    @property
-    def column(self) -> dict[str, str]:
-        """Key → value of what varies, for a table."""
-        return {key: value for key, _, value in (override.partition("=") for override in self.swept)}
+def roots_with(config_dir: Path | str | None) -> list[Path]:
+    """Where YAML is looked for."""
+    return [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
 
 
-def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> list[Element]:
-    """The runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
-
-    Raises:
-        ConfigError: an override can't be read, or stands for no values.
-    """
-    roots = [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
-    choices_of = SimpleNamespace(get_group_options=lambda group, results_filter=None: _options(group, roots))
-    ways: list[list[tuple[str, bool]]] = []
-    for override in map(_parse, overrides):
-        text = str(override.input_line)
-        if not override.is_sweep_override():
-            ways.append([(text, False)])
-            continue
-        if not override.is_discrete_sweep():
-            raise ConfigError(
-                f"{text}: an interval has no end of values; name them with commas, or range(from,to,step)"
-            )
-        override.config_loader = cast(Any, choices_of)  # all that glob() asks of it
-        values = dict.fromkeys(override.sweep_string_iterator())
-        if not values:
-            raise ConfigError(f"{text} stands for no value at all")
-        ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
-    return [
-        Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
-        for way in itertools.product(*ways)
-    ]
-
-
-def _going_on(stored: dict[str, Any], file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunConfig:
-    chosen = [f"{group}={name}" for group, name in choices(stored).items() if name in _options(group, roots)]
-    as_stored = [_parse(text) for text in chosen]
+def _going_on(
+    stored: dict[str, Any], file: Path, parsed: list[Override], roots: Sequence[Path], another: bool
+) -> RunConfig:
+    chosen = [f"{group}={name}" for group, name in choices(stored).items() if name in choices_of(group, roots)]
+    as_stored = [parse(text) for text in chosen]
     try:
         was = validated(over(_composed(as_stored, roots)[0], stored))
     except ConfigError as error:
         raise ConfigError(f"{file} is damaged: {error}") from None
     fresh, given = _composed([*as_stored, *parsed], roots)
     given -= set(choices(stored)) - {override.key_or_group for override in parsed}
-    now = validated(going_on(was, given, fresh))
-    refuse_other_science(was, now, str(file.parent))
+    now = validated(going_on(was, given, fresh, another))
+    if not another:
+        refuse_other_science(was, now, str(file.parent))
     return now
 
 
 def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str, Any], set[str]]:
     """What Hydra makes of the overrides, as plain values, and the keys that they and their experiments give."""
-    overrides = [_for_hydra(override, roots) for override in parsed]
+    overrides = [_for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
     overrides += [f"hydra.searchpath=[{_quoted(f'file://{root}')}]" for root in roots[1:]]
     with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
         try:
@@ -128,7 +95,8 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
     return plain, given  # type: ignore[return-value]
 
 
-def _parse(text: str) -> Override:
+def parse(text: str) -> Override:
+    """``key=value`` as Hydra reads it. Raises ConfigError."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -138,6 +106,8 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
     if top in ("", "given"):
         raise ConfigError(unknown_key(override.key_or_group or text))
+    if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
+        return parse(text.replace(f"@{override.package}", "", 1))
     return override
 
 
@@ -158,31 +128,32 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _options(group: str, roots: Sequence[Path]) -> list[str]:
-    """Choices of a group; none where it isn't a group."""
-    return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
-
-
 def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
     """The override as Hydra is to hear it.
 
     Hydra wants ``++`` for keys that aren't there yet. It gets that for every key: what isn't there and shouldn't be,
     the schema finds, which knows what was meant.
     """
-    text, value = str(override.input_line), override.value()
-    options = _options(override.key_or_group, roots)
-    if not options or isinstance(value, dict):
-        return f"++{text}" if override.type is OverrideType.CHANGE and override.package is None else text
+    text, value, group = str(override.input_line), override.value(), override.key_or_group
+    options, change = choices_of(group, roots), override.type is OverrideType.CHANGE
     if override.is_delete():
+        if group in set(keys()):
+            raise ConfigError(f"{text}: a key can be null where its comment says so, but not be deleted")
         return text
-    if override.type is not OverrideType.CHANGE and (HERE / override.key_or_group).is_dir():
-        raise ConfigError(f"{text}: {override.key_or_group} is there already; leave out the +: {text.lstrip('+')}")
-    if value is None:
+    if not options or isinstance(value, dict):
+        return f"++{text}" if change and override.package is None else text
+    if (HERE / group).is_dir():
+        place = override.package
+        if place and (change or place.partition(".")[0] not in set(keys())):
+            raise ConfigError(f"{text}: no choice of {group} goes to {place}; use {group}={shown(value)}")
+        if not place and not change:
+            raise ConfigError(f"{text}: {group} is there already; leave out the +: {group}={shown(value)}")
+    if value is None and group not in set(keys()):
         return f"~{override.get_key_element()}"
     for name in value if isinstance(value, list) else [value]:
-        files = [root / override.key_or_group / f"{name}.yaml" for root in roots]
+        files = [root / group / f"{name}.yaml" for root in roots]
         if ".." in str(name) or not any(file.is_file() for file in files):
-            raise ConfigError(_no_such_choice(override.key_or_group, str(name), options))
+            raise ConfigError(_no_such_choice(group, shown(name), options))
     return text
 
 
@@ -216,7 +187,8 @@ def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterat
 def _given(override: Override) -> Iterator[str]:
     """Keys that an override gives: the group's name for a choice, the list's for one of its places."""
     if override.key_or_group != "experiment":
-        yield from leaves(re.sub(r"\.\d+(\..*)?$", "", override.key_or_group), override.value())
+        key = override.package or override.key_or_group
+        yield from leaves(re.sub(r"\.\d+(\..*)?$", "", key), override.value())
 
 
 def _no_such_option(error: MissingConfigException) -> str:

@@ -7,11 +7,14 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from conf.schema import RunConfig
+
+HERE = Path(__file__).parent
 
 # What other launchers call it, where the spelling is too far from ours to be guessed.
 ELSEWHERE = {
@@ -135,8 +138,16 @@ def explain(error: ValidationError, data: dict[str, Any]) -> str:
     """``error``, raised for ``data``, as one line per key."""
     sentences: list[str] = []
     wanted: dict[str, tuple[Any, list[str]]] = {}  # key → its value, and what that could have been instead
+    lacking: dict[str, list[str]] = {}  # group → its keys that aren't there
     for fault in error.errors(include_url=False):
         key, beside = _place(fault, data)
+        group, _, name = key.partition(".")
+        missing = fault["type"] == "missing" and key.count(".") == 1 and choices_of(group)
+        if missing or fault["type"] == "union_tag_not_found":
+            lacking.setdefault(group, []).append(name or "name")
+            continue
+        if group in lacking and fault["type"] == "extra_forbidden" and key in set(keys()):
+            continue  # of the choice that these keys were taken from
         if fault["type"] == "union_tag_invalid":
             key, fault["input"] = f"{key}.name", fault["ctx"]["tag"]
         expected = EXPECTED.get(fault["type"])
@@ -146,7 +157,22 @@ def explain(error: ValidationError, data: dict[str, Any]) -> str:
             choices = wanted.setdefault(key, (fault["input"], []))[1]
             choices.append(expected.format(**{name: _bare(text) for name, text in fault.get("ctx", {}).items()}))
     sentences += [_line(key, value, list(dict.fromkeys(choices))) for key, (value, choices) in wanted.items()]
+    sentences += [_lacks(group, names, data[group].get("name")) for group, names in lacking.items()]
     return "\n".join(dict.fromkeys(sentences))
+
+
+def _lacks(group: str, names: list[str], chosen: Any) -> str:
+    options = choices_of(group)
+    base = chosen if chosen in options else "custom" if "custom" in options else options[0]
+    return (
+        f"{group} has no {', '.join(names)}: {group}={base} brings every key, and so does a YAML of your own that "
+        f"begins with 'defaults: [{base}, _self_]'"
+    )
+
+
+def choices_of(group: str, roots: Iterable[Path] = (HERE,)) -> list[str]:
+    """Choices of a group; none where it isn't one."""
+    return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
 
 
 def _place(fault: Any, data: Any) -> tuple[str, list[str]]:

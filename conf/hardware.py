@@ -47,12 +47,33 @@ def workers_here(config: RunConfig) -> int:
 
 
 def world_size(config: RunConfig) -> int:
-    """Data-parallel ranks: torchrun's number of them, or machines × workers of each."""
+    """Data-parallel ranks: torchrun's number of them, or machines × workers of each.
+
+    Raises:
+        ConfigError: torchrun's numbers aren't any, or the config contradicts them.
+    """
+    cluster = config.cluster
     if not under_torchrun():
-        return config.cluster.nodes * workers_here(config)
-    said = os.environ.get("WORLD_SIZE", "")
+        return cluster.nodes * workers_here(config)
+    world, here = _ranks("WORLD_SIZE", ""), _ranks("LOCAL_WORLD_SIZE", "1")
+    if cluster.gpus_per_node not in ("auto", here):
+        raise ConfigError(
+            f"cluster.gpus_per_node={cluster.gpus_per_node} contradicts torchrun's LOCAL_WORLD_SIZE={here}; "
+            "leave it out"
+        )
+    nodes = _ranks("GROUP_WORLD_SIZE", str(max(1, world // here)))
+    if cluster.nodes != nodes and (cluster.nodes > 1 or "cluster.nodes" in config.given):
+        raise ConfigError(
+            f"cluster.nodes={cluster.nodes} contradicts torchrun's WORLD_SIZE={world} with LOCAL_WORLD_SIZE={here}; "
+            "leave it out"
+        )
+    return world
+
+
+def _ranks(name: str, default: str) -> int:
+    said = os.environ.get(name, default)
     if not re.fullmatch(r"[1-9]\d*", said):
-        raise ConfigError(f"WORLD_SIZE={said} in the environment isn't the number of ranks that torchrun sets")
+        raise ConfigError(f"{name}={said} in the environment isn't the number that torchrun sets")
     return int(said)
 
 
@@ -73,7 +94,7 @@ def refuse_unless_startable(config: RunConfig) -> None:
     if config.device == "cuda" and not visible:
         hidden = f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']})" if "CUDA_VISIBLE_DEVICES" in env else ""
         raise ConfigError(f"device=cuda, but no GPU is visible here{hidden}; device=cpu trains without")
-    here = int(env.get("LOCAL_WORLD_SIZE", 1)) if torchrun else workers_here(config)
+    here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
     if config.device != "cpu" and visible and here > visible:
         raise ConfigError(
             f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible; "

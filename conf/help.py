@@ -32,7 +32,7 @@ examples:
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9
   python launch.py -m batch.global_size=64,256,1024         a sweep: one run after another, then a table
-  python launch.py run.dir=runs/digits-0123456789ab         that run again, as its own config says
+  python launch.py run.dir=runs/digits-0123456789ab         that run, as its own config says; its result if finished
   torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
 """
 
@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--help", "-h", action="store_true", help="this text")
     parser.add_argument("--cfg", "-c", choices=["job"], help="job: print the composed config, each key explained")
     parser.add_argument(
-        "--config-dir", "-cd", metavar="DIR", help="a folder of your own YAML: DIR/task/mine.yaml is task=mine"
+        "--config-dir",
+        "-cd",
+        metavar="DIR",
+        help="a folder of your own YAML: DIR/task/mine.yaml is task=mine and begins with 'defaults: [custom, _self_]', "
+        "DIR/experiment/mine.yaml is experiment=mine and begins with '# @package _global_'",
     )
     parser.add_argument("--multirun", "-m", action="store_true", help="a sweep over the values that commas part")
     return parser
@@ -72,6 +76,10 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError(f"--config-dir={parsed.config_dir} isn't a folder")
+    for ours in HERE.glob("**/*.yaml") if parsed.config_dir is not None else ():
+        theirs = Path(parsed.config_dir) / ours.relative_to(HERE)
+        if theirs.exists() and not theirs.samefile(ours):
+            raise ConfigError(f"{theirs} is named as a file of Isobatch's own, which goes first; give it another name")
     return parsed
 
 

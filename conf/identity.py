@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ def global_size_rules(config: RunConfig) -> bool:
 
 def identity(config: RunConfig) -> str:
     """12 hexadecimal digits."""
-    return _digest(science(config))
+    return digest(science(config))
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -77,41 +75,8 @@ def refuse_unless_ours(directory: Path, config: RunConfig) -> None:
         )
 
 
-def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
-    """Where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
-
-    The sweep is named by what all its runs share, so that more values of the same keys land beside those that are done.
-
-    Args:
-        swept: of each run the overrides that vary, as they are written on the command line.
-    """
-    keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
-    if "run.dir" in keys:
-        raise ConfigError("run.dir is the folder of the whole sweep, with one for each run below it; give it one value")
-    every = [science(config) for config in configs]
-    shared = {
-        key: value
-        for key, value in every[0].items()
-        if not f"{key}.".startswith(tuple(f"{swept_key}." for swept_key in keys))
-        and all(other.get(key) == value for other in every)
-    }
-    run = configs[0].run
-    root = (
-        Path(os.path.expanduser(run.dir))
-        if run.dir
-        else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{_digest(shared)}"
-    )
-    root = first_free(root) if run.new else root
-    return [root / _folder(",".join(overrides)) for overrides in swept]
-
-
-def _folder(text: str) -> str:
-    """``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
-    name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100].lstrip(".-") or "run"
-    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """12 hexadecimal digits that tell ``content`` from any other."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -33,6 +33,12 @@ def _matching(pattern: str, like: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _reachable(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= 65535:
+        raise ValueError(f"{address}: ports are 1 to 65535")
+    return address
+
+
 Length = Annotated[Duration, PlainValidator(_duration), PlainSerializer(str, return_type=str)]
 Interval = Annotated[Length, AfterValidator(_lasting)]
 Size = Annotated[int, Field(ge=1)]
@@ -44,7 +50,9 @@ Memory = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, _matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
 Target = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
 Variable = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
-HostAndPort = Annotated[str, _matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, as node-1:29500")]
+HostAndPort = Annotated[
+    str, _matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, as node-1:29500"), AfterValidator(_reachable)
+]
 Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
 
 
@@ -121,6 +129,14 @@ class _Optimizer(_Section):
     usual: Tuned | None
     args: Free
 
+    @model_validator(mode="after")
+    def _args_repeat_no_key(self) -> _Optimizer:
+        for name in ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps"):
+            if name in self.args and (name == "lr" or getattr(self, name, None) is not None):
+                key = "lr.base or lr.peak" if name == "lr" else f"optimizer.{name}"
+                raise ValueError(f"optimizer.args.{name} repeats a key of the config, which rules: use {key}")
+        return self
+
     @property
     def memory(self) -> tuple[float, ...]:
         """Decay rates of the moments: (momentum,), (beta 1, beta 2), or () where they aren't known."""
@@ -180,6 +196,15 @@ class Cluster(_Section):
     timeout_s: Positive
     environment: dict[Variable, str | int]
 
+    @model_validator(mode="after")
+    def _one_machine_meets_nobody(self) -> Cluster:
+        if self.rendezvous is not None and self.nodes == 1:
+            raise ValueError(
+                f"cluster.rendezvous={self.rendezvous} is where several machines meet, and cluster.nodes is 1: give "
+                "cluster.nodes, too, or neither"
+            )
+        return self
+
 
 class Data(_Section):
     workers: Count
@@ -230,3 +255,11 @@ class RunConfig(_Section):
     engine: Engine
     cluster: Cluster
     given: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _json_is_of_plans(self) -> RunConfig:
+        if self.output == "json" and self.action != "plan":
+            raise ValueError(
+                f"output=json is how action=plan prints, and action is {self.action}; leave out one of them"
+            )
+        return self

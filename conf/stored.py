@@ -62,16 +62,22 @@ def over(defaults: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> 
     return merged
 
 
-def going_on(was: RunConfig, given: set[str], fresh: dict[str, Any]) -> dict[str, Any]:
+def going_on(was: RunConfig, given: set[str], fresh: dict[str, Any], another: bool = False) -> dict[str, Any]:
     """The plain config of ``was`` with the ``given`` keys as they are in ``fresh``.
 
     The global batch holds where it ruled; how it was dealt was for other hardware, but for a given ``per_gpu``.
+
+    Args:
+        another: it is for a run of its own, in which given sizes of the batch take the place of those there.
     """
     plain = was.model_dump(mode="json", by_alias=True)
     for key in given:
         _copy(key.split("."), fresh, plain)
     kept = {key for key in was.given if key.partition(".")[0] not in OF_THE_MOMENT} | given
-    if global_size_rules(was):
+    resized = another and "batch.global_size" in given
+    if another and not resized and {"batch.per_gpu", "batch.accumulation"} <= given:
+        kept.discard("batch.global_size")  # their product takes its place
+    elif resized or global_size_rules(was):
         kept.add("batch.global_size")
         if plain["batch"]["per_gpu"] is not None and "batch.accumulation" not in given:
             plain["batch"]["accumulation"] = None

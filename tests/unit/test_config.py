@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from conf import hardware
-from conf.compose import HERE, compose, expand
+from conf.compose import HERE, compose
 from conf.explain import ConfigError, keys, leaves, sections, validated
 from conf.help import annotated, command_line, help_text, meanings
 from conf.schema import RunConfig
 from conf.stored import dump
+from conf.sweep import expand
 from scaling.units import Duration
 
 LARGE = set(leaves("", yaml.safe_load((HERE / "experiment/digits_large.yaml").read_text())))
@@ -166,15 +167,49 @@ def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "task/list.yaml", "- a\n")
     assert 'task=["a"]' in message("task=list", config_dir=tmp_path)
     write(tmp_path / "task/short.yaml", "name: short\n")
-    assert "task._target_ has no value" in message("task=short", config_dir=tmp_path)
+    said = message("task=short", config_dir=tmp_path)
+    assert said.startswith(
+        "task has no _target_, args, train_samples, units_per_sample, family, tuned: task=custom brings"
+    )
+    assert said.endswith("begins with 'defaults: [custom, _self_]'")
+    write(tmp_path / "task/typo.yaml", "name: typo\n_target_: a.B\ntrain_sample: 3\n")
+    assert "did you mean task.train_samples?" in message("task=typo", config_dir=tmp_path)
+    write(tmp_path / "optimizer/mine.yaml", "eps: 1.0e-6\n")
+    assert "optimizer has no name: optimizer=custom brings" in message("optimizer=mine", config_dir=tmp_path)
     write(tmp_path / "experiment/headless.yaml", "batch: {global_size: 8}\n")
     assert "has to begin with the line '# @package _global_'" in message("experiment=headless", config_dir=tmp_path)
     write(tmp_path / "experiment/typo.yaml", "# @package _global_\ndefaults:\n  - override /optimizer: adm\n")
     assert "there is no optimizer=adm; did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
 
 
+def test_own_yaml_begins_with_one_of_ours(tmp_path: Path) -> None:
+    write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: my.Task\nargs: {width: 3}\n")
+    write(tmp_path / "optimizer/mine.yaml", "defaults: [adamw, _self_]\neps: 1.0e-6\n")
+    config = compose(["task=mine", "optimizer=mine"], tmp_path)
+    assert (config.task.target, config.task.args, config.task.tuned) == ("my.Task", {"width": 3}, {})
+    assert (config.optimizer.name, config.optimizer.epsilon) == ("adamw", 1e-6)
+
+
+@pytest.mark.parametrize("name", ["optimizer/sgd.yaml", "experiment/digits_large.yaml", "config.yaml"])
+def test_own_yaml_named_as_ours_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "")
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / name} is named as a file of Isobatch's own")):
+        command_line(["--config-dir", str(tmp_path)])
+    command_line(["--config-dir", str(HERE)])
+
+
+def test_a_choice_may_be_put_where_it_means_something(tmp_path: Path) -> None:
+    assert compose(["optimizer@optimizer=adamw"]) == compose(["optimizer=adamw"])
+    inner = compose(["+optimizer@task.args.optimizer=adamw"])
+    assert inner.task.args["optimizer"]["betas"] == [0.9, 0.999]
+    assert (inner.optimizer.name, inner.given) == ("sgd", ("task.args.optimizer",))
+    write(tmp_path / "net/big.yaml", "_target_: my.Net\nargs: {width: 3}\n")
+    assert compose(["+net@model=big"], tmp_path).model.args == {"width": 3}
+
+
 # ---- what can't be: each with all that its message has to say
 
+CUSTOM = ["optimizer=custom", "optimizer._target_=my.Optimizer"]
 REFUSED = [
     # keys
     (["batch.globl_size=3"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
@@ -193,11 +228,14 @@ REFUSED = [
     (["+task=digits"], ["task is there already; leave out the +: task=digits"]),
     (["++task=digits"], ["leave out the +: task=digits"]),
     (["~foo"], ["~foo"]),
-    (["~seed"], ["seed has no value"]),
+    (["~seed"], ["~seed", "not be deleted"]),
     (["~batch.per_gpu"], ["~batch.per_gpu", "null"]),
-    (["~task"], ["task has no value"]),
-    (["task=null"], ["task has no value"]),
-    (["optimizer@other=adamw"], ["optimizer@other"]),
+    (["~task"], ["~task", "not be deleted"]),
+    (["task=null"], ["there is no task=null", "custom, digits"]),
+    (["optimizer@other=adamw"], ["no choice of optimizer goes to other; use optimizer=adamw"]),
+    (["+optimizer@other=adamw"], ["no choice of optimizer goes to other; use optimizer=adamw"]),
+    (["task@_global_=digits"], ["no choice of task goes to _global_; use task=digits"]),
+    (["optimizer.name=adamw"], ["optimizer has no betas, eps: optimizer=adamw brings every key"]),
     (["hydra.run.dir=x"], ["hydra.run.dir=x", "no effect"]),
     (["hydra/launcher=x"], ["hydra/launcher=x", "no effect"]),
     (["hydra=x"], ["no effect"]),
@@ -224,6 +262,16 @@ REFUSED = [
     (["lr.decay=step", "lr.milestones=[]"], ["lr.decay=step needs lr.milestones"]),
     (["model.args.x=3"], ["model.args needs model._target_"]),
     (["optimizer.momentum=0"], ["optimizer.nesterov=true needs optimizer.momentum"]),
+    (["optimizer.args.lr=1"], ["optimizer.args.lr", "use lr.base or lr.peak"]),
+    (["optimizer.args.momentum=0.5"], ["optimizer.args.momentum", "use optimizer.momentum"]),
+    (["optimizer.args.nesterov=false"], ["use optimizer.nesterov"]),
+    (["optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
+    (["optimizer=adamw", "optimizer.args.betas=[0.5,0.5]"], ["use optimizer.betas"]),
+    (["optimizer=adamw", "optimizer.args.eps=1"], ["use optimizer.eps"]),
+    ([*CUSTOM, "optimizer.args.lr=1"], ["use lr.base or lr.peak"]),
+    ([*CUSTOM, "optimizer.weight_decay=0", "optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
+    (["cluster.rendezvous=a:29500"], ["cluster.rendezvous=a:29500", "where several machines meet", "cluster.nodes"]),
+    (["output=json"], ["output=json", "action=plan"]),
     (["cluster.environment.A-B=x"], ["A-B", "environment variable"]),
     (["task.args={1: a}"], ["task.args has the key 1", "'1'"]),
     (["seed=x", "batch.per_gpu=0"], ["seed=x can't be", "batch.per_gpu=0 can't be"]),
@@ -305,7 +353,10 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
     "engine.name": [("fsdp", "ddp")],
     "cluster.nodes": [(0, "1 or more"), (1.5, "a whole number")],
     "cluster.gpus_per_node": [(0, "1 or more, or auto"), ("aut", "did you mean auto?")],
-    "cluster.rendezvous": [("foo", "host:port"), ("foo:bar", "host:port")],
+    "cluster.rendezvous": [
+        *(("foo", "host:port"), ("foo:bar", "host:port")),
+        *(("a:0", "1 to 65535"), ("a:99999", "1 to 65535"), ("a:65536", "1 to 65535")),
+    ],
     "cluster.max_restarts": [(-1, "0 or more")],
     "cluster.timeout_s": [(0, "more than 0")],
     "cluster.environment": [({"X": True}, "as text: \"cluster.environment.X='true'\""), ({"X": 0.5}, "as text")],
@@ -329,6 +380,12 @@ def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, said
     assert said in str(refusal.value)
     assert key in str(refusal.value)
     assert not re.search(r"pydantic|constrained|literal\[", str(refusal.value))
+
+
+def test_what_only_looks_as_if_it_repeated_a_key() -> None:
+    args = ["optimizer.args.weight_decay=1", "optimizer.args.momentum=0.5", "optimizer.args.eps=1"]
+    assert set(compose([*CUSTOM, *args]).optimizer.args) == {"weight_decay", "momentum", "eps"}
+    compose(["cluster.nodes=2", "cluster.rendezvous=a:65535"])
 
 
 # ---- sweeps
@@ -429,9 +486,25 @@ def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> Non
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
 
 
-def test_run_new_leaves_a_run_directory_alone(tmp_path: Path) -> None:
-    stored(tmp_path, "batch.global_size=63")
-    assert compose([f"run.dir='{tmp_path}'", "run.new=true"]).batch == compose([]).batch
+def test_run_new_makes_another_run_of_a_run_directorys_config(tmp_path: Path) -> None:
+    was = stored(tmp_path, "optimizer=adamw", "optimizer.eps=1e-6", "batch.global_size=63", "cluster.gpus_per_node=3")
+    new = [f"run.dir='{tmp_path}'", "run.new=true"]
+    same = compose(new)
+    assert (same.task, same.optimizer, same.batch, same.lr) == (was.task, was.optimizer, was.batch, was.lr)
+    assert same.cluster.gpus_per_node == "auto"
+    other = compose([*new, "seed=3", "optimizer=sgd", "lr.base=0.3", "batch.global_size=7"])
+    assert (other.seed, other.optimizer.name, other.lr.base, other.batch.global_size) == (3, "sgd", 0.3, 7)
+
+
+def test_sizes_that_are_given_with_run_new_take_the_place_of_those_there(tmp_path: Path) -> None:
+    new = [f"run.dir='{tmp_path}'", "run.new=true"]
+    product = ["batch.per_gpu=4", "batch.accumulation=16"]
+    stored(tmp_path, "batch.global_size=64")
+    assert "batch.global_size" not in compose([*new, *product]).given
+    stored(tmp_path, *product)
+    assert "batch.global_size" not in compose(new).given
+    resized = compose([*new, "batch.global_size=32"])
+    assert (resized.batch.global_size, resized.batch.per_gpu, resized.batch.accumulation) == (32, 4, None)
 
 
 def test_a_config_from_before_a_key_was_there_gets_its_default(tmp_path: Path) -> None:
@@ -538,12 +611,20 @@ def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert hardware.world_size(compose(["cluster.nodes=16", "cluster.gpus_per_node=8"])) == 128
     assert hardware.world_size(compose(["device=cpu"])) == 1
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    assert hardware.world_size(compose(["cluster.nodes=16", "cluster.gpus_per_node=8"])) == 6
-    monkeypatch.setenv("WORLD_SIZE", "x")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=x"):
-        hardware.world_size(compose([]))
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert hardware.world_size(compose([])) == 6
+    assert hardware.world_size(compose(["cluster.nodes=2", "cluster.gpus_per_node=3"])) == 6
+    with pytest.raises(ConfigError, match=r"gpus_per_node=8 contradicts torchrun's LOCAL_WORLD_SIZE=3"):
+        hardware.world_size(compose(["cluster.gpus_per_node=8"]))
+    with pytest.raises(ConfigError, match=r"nodes=1 contradicts torchrun's WORLD_SIZE=6 with LOCAL_WORLD_SIZE=3"):
+        hardware.world_size(compose(["cluster.nodes=1"]))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # 3 + 2 + 1
+    assert hardware.world_size(compose(["cluster.nodes=3"])) == 6
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "x")
+        with pytest.raises(ConfigError, match=f"{name}=x"):
+            hardware.world_size(compose([]))
 
 
 @pytest.mark.parametrize(

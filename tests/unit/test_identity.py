@@ -10,11 +10,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from conf.compose import compose, expand
+from conf.compose import compose
 from conf.explain import ConfigError, keys, sections, validated
-from conf.identity import _folder, first_free, identity, refuse_unless_ours, run_directory, science, sweep_directories
+from conf.identity import first_free, identity, refuse_unless_ours, run_directory, science
 from conf.schema import RunConfig
 from conf.stored import dump
+from conf.sweep import _folder, expand, sweep_directories
 
 # Of every key another value than its default, so that a key which is new has to be thought of here.
 OTHER_SCIENCE: dict[str, Any] = {
@@ -53,7 +54,6 @@ OTHER_SCIENCE: dict[str, Any] = {
 }
 OTHER_HOUSEKEEPING: dict[str, Any] = {
     "action": "plan",
-    "output": "json",
     "device": "cpu",
     "debug": True,
     "batch.per_gpu": 4,
@@ -68,14 +68,13 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "engine.config": {"bucket_cap_mb": 1},
     "cluster.nodes": 2,
     "cluster.gpus_per_node": 2,
-    "cluster.rendezvous": "a:1",
     "cluster.max_restarts": 1,
     "cluster.timeout_s": 5.0,
     "cluster.environment": {"A": "b"},
     "given": ["lr.base"],
 }
 TRIED_ELSEWHERE = {
-    *("model.args", "lr.power"),  # only with another key
+    *("model.args", "lr.power", "output", "cluster.rendezvous"),  # only with another key
     *("optimizer.name", "optimizer._target_", "optimizer.betas", "optimizer.eps", "engine.name", "cluster.name"),
     *("optimizer.usual.lr", "optimizer.usual.batch"),
 }
@@ -106,6 +105,11 @@ def test_science_makes_another_run(default: RunConfig, key: str) -> None:
 @pytest.mark.parametrize("key", OTHER_HOUSEKEEPING)
 def test_housekeeping_does_not(default: RunConfig, key: str) -> None:
     assert identity(changed(default, key, OTHER_HOUSEKEEPING[key])) == identity(default)
+
+
+def test_housekeeping_that_needs_another_key_does_not(default: RunConfig) -> None:
+    for overrides in (["action=plan", "output=json"], ["cluster.nodes=2", "cluster.rendezvous=a:1"]):
+        assert identity(compose(overrides)) == identity(default)
 
 
 def test_every_change_is_a_run_of_its_own(default: RunConfig) -> None:
@@ -273,6 +277,31 @@ def test_sweeps_are_told_apart_by_what_their_runs_share() -> None:
     assert places("optimizer=sgd,adamw")[0].parent == places("optimizer=adamw,sgd")[0].parent
     assert places("seed=1,2", "run.name=mine")[0].parent.name.startswith("mine-sweep-")
     assert places("seed=1,2", "run.dir=there") == [Path("there/seed=1"), Path("there/seed=2")]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "action=train,plan",
+        "debug=true,false",
+        "run.dir=a,b",
+        "run.name=a,b",
+        "run.new=true,false",
+        "run={dir: a},{dir: b}",
+    ],
+)
+def test_what_is_of_the_whole_sweep_is_not_swept(override: str) -> None:
+    key = "run.dir" if override.startswith("run=") else override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key} is one for the whole sweep"):
+        places(override)
+
+
+def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(compose([])))
+    with pytest.raises(ConfigError, match="holds a run"):
+        places(f"run.dir='{tmp_path}'", "log.every=1st,2st")
+    beside = places(f"run.dir='{tmp_path}'", "run.new=true", "seed=1,2")
+    assert beside[0] == tmp_path.with_name(f"{tmp_path.name}-2") / "seed=1"
 
 
 def test_folder_names_of_a_sweep_stay_folders() -> None:

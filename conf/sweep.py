@@ -1,0 +1,101 @@
+"""A sweep: the runs that one command line stands for, and where each of them lives."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+from conf.compose import parse, roots_with
+from conf.explain import ConfigError, choices_of
+from conf.identity import digest, first_free, science
+from conf.schema import RunConfig
+
+OF_THE_WHOLE = ("action", "output", "debug", "run.dir", "run.name", "run.new")
+
+
+class Element(NamedTuple):
+    """One run of a sweep: the overrides that vary in the sweep, with this run's values, and all of its overrides."""
+
+    swept: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def column(self) -> dict[str, str]:
+        """Key → value of what varies, for a table."""
+        return {key: value for key, _, value in (override.partition("=") for override in self.swept)}
+
+
+def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> list[Element]:
+    """The runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
+
+    Raises:
+        ConfigError: an override can't be read, or stands for no values.
+    """
+    roots = roots_with(config_dir)
+    loader = SimpleNamespace(get_group_options=lambda group, results_filter=None: choices_of(group, roots))
+    ways: list[list[tuple[str, bool]]] = []
+    for override in map(parse, overrides):
+        text = str(override.input_line)
+        if not override.is_sweep_override():
+            ways.append([(text, False)])
+            continue
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{text}: an interval has no end of values; name them with commas, or range(from,to,step)"
+            )
+        override.config_loader = cast(Any, loader)  # all that glob() asks of it
+        values = dict.fromkeys(override.sweep_string_iterator())
+        if not values:
+            raise ConfigError(f"{text} stands for no value at all")
+        ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
+    return [
+        Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
+        for way in itertools.product(*ways)
+    ]
+
+
+def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
+    """Where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
+
+    The sweep is named by what all its runs share, so that more values of the same keys land beside those that are done.
+
+    Args:
+        swept: of each run the overrides that vary, as they are written on the command line.
+
+    Raises:
+        ConfigError: the runs differ in what has to be one for all of them, or a run lives where the sweep should.
+    """
+    keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
+    for key in OF_THE_WHOLE:
+        if len({attrgetter(key)(config) for config in configs}) > 1:
+            raise ConfigError(f"{key} is one for the whole sweep; give it one value")
+    every = [science(config) for config in configs]
+    shared = {
+        key: value
+        for key, value in every[0].items()
+        if not f"{key}.".startswith(tuple(f"{swept_key}." for swept_key in keys))
+        and all(other.get(key) == value for other in every)
+    }
+    run = configs[0].run
+    root = (
+        Path(os.path.expanduser(run.dir))
+        if run.dir
+        else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{digest(shared)}"
+    )
+    root = first_free(root) if run.new else root
+    if (root / "config.yaml").exists():
+        raise ConfigError(f"run.dir={root} holds a run, and a sweep needs a folder of its own; name another run.dir")
+    return [root / _folder(",".join(overrides)) for overrides in swept]
+
+
+def _folder(text: str) -> str:
+    """``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
+    name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100].lstrip(".-") or "run"
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
