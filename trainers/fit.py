@@ -55,7 +55,7 @@ def fit(
                 note = Note(loss, units, micro.expected_units, stop=micro.last and stop.wanted is not None)
                 engine.backward(loss / step.expected_units, note)
         total = engine.total(step.expected_units)
-        update = engine.update(step.expected_units / total.units, clip_norm, step.recipe)
+        update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)
 
         state.samples, state.steps = step.stop, step.index + 1
         following = state.plan.step_at(state.samples)

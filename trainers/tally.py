@@ -7,6 +7,7 @@ met, and as they are, which is right to rounding where they are few, and exactly
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scaling.plan import Step
+
+Number = float | Tensor
+"""A float on the CPU; elsewhere, where a look would wait for the device, a 0-dim float64 tensor on it."""
 
 FIELDS = ("loss", "units", "deviation", "stop")
 
@@ -49,9 +53,12 @@ class NoteCarrier(nn.Module):
 
     def write(self, note: Note) -> None:
         """Set the note of the coming backward."""
-        numbers = (note.loss.detach(), note.units, note.units - note.expected_units, float(note.stop))
-        for index, number in enumerate(numbers):
-            self._outgoing[index] = number
+        loss, deviation = note.loss.detach(), note.units - note.expected_units
+        if self._outgoing.is_cpu:
+            self._outgoing.copy_(torch.tensor((loss.item(), note.units, deviation, note.stop)))
+        else:  # without a wait for the device
+            for index, number in enumerate((loss, note.units, deviation, note.stop)):
+                self._outgoing[index] = number
 
     def take(self, ranks: int, expected_units: int) -> Total:
         """The notes of a step; leaves none behind.
@@ -61,9 +68,13 @@ class NoteCarrier(nn.Module):
             expected_units: of the whole step.
         """
         assert self.note.grad is not None, "no backward since the last take"
-        loss, units, deviation, stop = (self.note.grad * ranks).double()
+        numbers = self.note.grad.double() * ranks
         self.note.grad = None
-        return Total(loss, torch.where(units < expected_units / 2, units, deviation + expected_units), stop)
+        loss, units, deviation, stop = numbers.tolist() if numbers.is_cpu else numbers
+        planned, few = deviation + expected_units, units < expected_units / 2
+        if isinstance(few, Tensor):
+            return Total(loss, torch.where(few, units, planned), stop)
+        return Total(loss, units if few else planned, stop)
 
 
 class _Attach(torch.autograd.Function):
@@ -79,7 +90,7 @@ class _Attach(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """The notes of all ranks and passes of one step, summed: 0-dim float64 on the training device.
+    """The notes of all ranks and passes of one step, summed.
 
     Attributes:
         loss: sum of the losses over all units of the global batch.
@@ -87,9 +98,15 @@ class Total:
         stop: above 0 where some rank was asked to stop.
     """
 
-    loss: Tensor
-    units: Tensor
-    stop: Tensor
+    loss: Number
+    units: Number
+    stop: Number
+
+    def scale(self, expected_units: int) -> Number:
+        """What the sum of gradients, divided by ``expected_units`` already, is short of the mean over the units."""
+        if isinstance(self.units, Tensor):
+            return expected_units / self.units
+        return expected_units / self.units if self.units else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +127,12 @@ class Pulse:
         self._device = device
         self._under_way: tuple[Step, Tensor, torch.Event] | None = None
 
-    def read(self, step: Step, total: Total, grad_norm: Tensor) -> News | None:
+    def read(self, step: Step, total: Total, grad_norm: Number) -> News | None:
         """The news of ``step``, or, on an accelerator, of the step before it (None at the first)."""
-        numbers = torch.stack((total.loss, total.units, total.stop, grad_norm.double()))
+        found = (total.loss, total.units, total.stop, grad_norm)
         if self._device.type == "cpu":
-            return _news(step, numbers)
+            return _news(step, *map(float, found))
+        numbers = torch.stack([torch.as_tensor(number) for number in found])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         copied = torch.Event(self._device)
@@ -133,9 +151,8 @@ def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> News | None:
         return None
     step, host, copied = message
     copied.synchronize()
-    return _news(step, host)
+    return _news(step, *host.tolist())
 
 
-def _news(step: Step, numbers: Tensor) -> News:
-    loss, units, stop, grad_norm = numbers.tolist()
+def _news(step: Step, loss: float, units: float, stop: float, grad_norm: float) -> News:
     return News(step, loss / units if units else loss, units, grad_norm, stop > 0)

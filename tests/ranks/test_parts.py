@@ -276,7 +276,7 @@ def test_note_adds_no_collective(runs: Runs) -> None:
                 total = engine.total(step.expected_units)
             collectives.append(sum(event.name == "gloo:all_reduce" for event in profile.events()))
         rows = indices(0, 500, step.start, step.stop)
-        return collectives[-1], total.units.item() == task.units[rows].sum().item(), total.stop.item() > 0
+        return collectives[-1], total.units == task.units[rows].sum().item(), total.stop > 0
 
     results = in_ranks(2, body, runs.folder / "note")
     assert results == [[1, True, True]] * 2

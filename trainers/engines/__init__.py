@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from trainers.tally import Note, Total
+from trainers.tally import Note, Number, Total
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one optimizer step found: the norm of the whole normalised gradient before clipping (0-dim, on device)."""
+    """What one optimizer step found: the norm of the whole normalised gradient before clipping."""
 
-    grad_norm: Tensor
+    grad_norm: Number
 
 
 class Engine(Protocol):
@@ -50,7 +50,7 @@ class Engine(Protocol):
     def total(self, expected_units: int) -> Total:
         """The notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
 
-    def update(self, scale: Tensor, clip_norm: float | None, recipe: Recipe) -> Update:
+    def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient."""
 
 

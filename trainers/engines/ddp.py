@@ -16,7 +16,7 @@ from trainers.engines import Update
 from trainers.locate import check_call
 from trainers.optim import Tuned
 from trainers.rundir import Refused
-from trainers.tally import Note, NoteCarrier, Total
+from trainers.tally import Note, NoteCarrier, Number, Total
 from trainers.tasks import Task
 from trainers.world import World
 
@@ -74,7 +74,7 @@ class DDP:
 
     def __init__(self, task: Task, model: nn.Module, tuned: Tuned, world: World, config: dict[str, Any]) -> None:
         self.model = model
-        self._tuned, self._ranks, self._device = tuned, world.size, world.device
+        self._tuned, self._ranks = tuned, world.size
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
@@ -110,16 +110,21 @@ class DDP:
     def total(self, expected_units: int) -> Total:
         return self._carrier.take(self._ranks, expected_units)
 
-    def update(self, scale: Tensor, clip_norm: float | None, recipe: Recipe) -> Update:
+    def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         for parameter in self._parameters:
             if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale.float()
-        factor = scale if clip_norm is None else scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        # On the CPU a look costs nothing and mostly saves the product; elsewhere it would wait for the device.
-        if self._device.type != "cpu" or factor.item() != 1.0:
+        total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).double()
+        norm: Number = (total_norm.item() if total_norm.is_cpu else total_norm) * scale
+        factor = scale
+        if clip_norm is not None:
+            limit = clip_norm / (norm + 1e-6)
+            factor = scale * (limit.clamp(max=1.0) if isinstance(limit, Tensor) else min(limit, 1.0))
+        if isinstance(factor, Tensor):
             torch._foreach_mul_(gradients, factor.float())
+        elif factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
         self._tuned.tell(recipe)
         self._tuned.optimizer.step()
         self._tuned.optimizer.zero_grad(set_to_none=True)
