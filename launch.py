@@ -165,13 +165,8 @@ def commit() -> str:
 
 def say(text: str) -> None:
     """Print it once, however many ranks there are."""
-    if first("RANK"):
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-
-def first(rank: str) -> bool:
-    """Whether this process is the one to speak: the first of torchrun's, or the only one."""
-    return not under_torchrun() or os.environ.get(rank, "0") == "0"
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -179,7 +174,7 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except (ConfigError, Refused) as error:
-        if first("LOCAL_RANK"):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"isobatch: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read this has left
@@ -190,6 +185,9 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # terminals that don't know every sign
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may not know every sign
+    if not under_torchrun():  # what another launcher left isn't ours
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
     sys.path.insert(1, os.getcwd())  # a user's own module is found where the command is given
     workers.leave(guarded(lambda: main(sys.argv[1:])))

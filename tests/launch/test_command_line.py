@@ -101,6 +101,16 @@ def test_plan_under_torchrun_is_printed_once() -> None:
     assert said[1:] == ["", ""]
 
 
+def test_plan_is_printed_whatever_a_cluster_left_in_the_environment() -> None:
+    assert "1 rank" in launch("action=plan", RANK="3", LOCAL_RANK="1").stdout
+    assert launch("foo=1", code=2, LOCAL_RANK="1").stderr.startswith("isobatch: unknown key foo")
+    launch(*QUICK, "debug=true", RANK="3", LOCAL_RANK="1")
+
+
+def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
+    assert "global batch   64 samples = 64 per GPU ? 1 rank" in launch("action=plan", PYTHONIOENCODING="ascii").stdout
+
+
 # ---- what is refused before anything starts
 
 
@@ -126,7 +136,11 @@ def test_plan_under_torchrun_is_printed_once() -> None:
         (["-m", "seed=1,x"], "seed=x: seed=x can't be"),
         (["-m", "batch.global_size=8,-8"], "batch.global_size=-8"),
         (["-m", "--cfg", "job"], "-m"),
-        (["-m", "run.dir=a,b"], "run.dir is the folder of the whole sweep"),
+        (["-m", "run.dir=a,b"], "run.dir is one for the whole sweep"),
+        (["-m", "action=train,plan"], "action is one for the whole sweep"),
+        (["-m", "+experiment=digits_large"], "isobatch: +experiment=digits_large: experiment is there already"),
+        (["output=json"], "action=plan"),
+        (["cluster.nodes=2", "cluster.rendezvous=127.0.0.1:99999"], "ports are 1 to 65535"),
         (["--cfg", "hydra"], "--cfg"),
         (["--confg-dir", "x"], "did you mean --config-dir?"),
         (["--config-dir", "nowhere"], "--config-dir=nowhere isn't a folder"),
@@ -224,6 +238,14 @@ def test_the_same_command_finds_its_run() -> None:
     assert {path.name for path in Path("runs").iterdir()} == {run.name, f"{run.name}-2"}
 
 
+def test_another_run_beside_one_has_its_config() -> None:
+    launch(*QUICK, "run.dir=a", "optimizer=adamw", "batch.global_size=32")
+    launch("run.dir=a", "run.new=true", "seed=3", "device=cpu")
+    plans = [json.loads((Path(name) / "plan.json").read_text()) for name in ("a", "a-2")]
+    assert [plan["optimizer"]["name"] for plan in plans] == ["adamw", "adamw"]
+    assert [(plan["global_size"], plan["steps"], plan["seed"]) for plan in plans] == [(32, 2, 0), (32, 2, 3)]
+
+
 def test_a_directory_of_another_run_is_refused() -> None:
     launch(*QUICK)
     run = only_run()
@@ -281,6 +303,26 @@ def test_a_sweep_goes_on_after_a_crash() -> None:
     states = [line.split()[1] for line in done.stdout.splitlines()[-3:-1]]
     assert states == ["crashed", "finished"]
     assert "meant to" in done.stderr
+
+
+def test_a_sweep_over_another_ones_folder_starts_nothing() -> None:
+    launch("-m", *QUICK, "run.dir=here", "seed=2,3")
+    before = {file: file.stat().st_mtime_ns for file in Path().rglob("*")}
+    done = launch("-m", *QUICK, "run.dir=here", "seed=1,2", "lr.base=0.3", code=2)
+    assert done.stdout == ""
+    assert "here/seed=2 holds another run" in done.stderr
+    Path("theirs/seed=2").mkdir(parents=True)
+    Path("theirs/seed=2/thesis.tex").touch()
+    done = launch("-m", *QUICK, "run.dir=theirs", "seed=1,2", code=2)
+    assert (done.stdout, "thesis.tex" in done.stderr) == ("", True)
+    assert not Path("theirs/seed=1").exists()
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in Path().rglob("*")}.items()
+
+
+def test_a_sweep_whose_runs_are_all_refused_is_refused() -> None:
+    sweep = ("-m", *QUICK, "task.args.foo=1,2")
+    done = launch(*sweep, code=2)
+    assert [line.split()[1] for line in done.stdout.splitlines()[-3:-1]] == ["refused", "refused"]
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True], ids=["TERM", "Ctrl-C"])
