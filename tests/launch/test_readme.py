@@ -45,6 +45,18 @@ def test_commands(command: str, tmp_path: Path) -> None:
         assert "Isobatch plan" in out or '"global_size"' in out or "batch.global_size" in out
 
 
+def test_own_task_and_its_weights(tmp_path: Path) -> None:
+    """The lines that load final/ work after the command above them."""
+    command = next(command for command in LAUNCHES if "my_task" in command)
+    _, err = run(command, tmp_path).communicate(timeout=120)
+    (directory,) = (tmp_path / "runs").iterdir()
+    _, load = (block for kind, block in BLOCKS if kind == "python")
+    script = f"from my_task import MyTask\n{load}\nprint(model(__import__('torch').zeros(1, 2)).shape)"
+    script = script.replace("runs/custom-IDENTITY", str(directory))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 1])\n", done.stderr + err
+
+
 def test_the_two_commands_are_the_makefile_s() -> None:
     assert [command for command in COMMANDS if command.startswith("make")] == ["make train", "make test"]
     for target in re.findall(r"`?make (\w+)", README):
