@@ -286,6 +286,12 @@ def test_refusals(overrides: list[str], said: list[str]) -> None:
     assert not re.search(r"pydantic|hydra\.cc|ConfigKeyError|constrained|Traceback", text)
 
 
+def test_keys_of_another_choice_are_said_once(tmp_path: Path) -> None:
+    write(tmp_path / "experiment/other.yaml", "# @package _global_\noptimizer: {name: adamw}\n")
+    for overrides in (["optimizer.name=adamw"], ["experiment=other"]):
+        assert len(message(*overrides, config_dir=tmp_path).splitlines()) == 1
+
+
 VALUES: dict[str, list[tuple[Any, str]]] = {
     "batch.global_size": [
         (0, "1 or more, or all"),
