@@ -87,14 +87,16 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     refuse_unless_free(directory, config)
     before = RunDir(directory).outcome()
     if before and before.state == "finished":
-        say(f"{result(directory)} · {directory} (run.new=true trains again)")
+        say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
         return 0
-    say(table(plan))
+    if config.task.train_samples is not None:  # else rank 0 prints it, once the data is opened
+        say(table(plan))
     command = shlex.join(["python", *sys.argv])
     facts = {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12], "run_dir": str(directory)}
     start = workers.as_worker if under_torchrun() else workers.launch
     code = start(config, facts, STOP)
-    if code in (0, 75) and directory.exists():
+    after = RunDir(directory).outcome()
+    if code in (0, 75) and after and (before is None or after.attempt != before.attempt):
         say(f"{result(directory)} · {directory}")
     return code
 

@@ -319,7 +319,7 @@ def test_restarted_after_a_crash(folder: Path, rank: int) -> None:
     assert run.outcome["restarts"] == 1
     (restart,) = run.events("restart")
     assert restart["rank"] == rank
-    assert restart["cause"] == "ValueError: boom"
+    assert re.fullmatch(r"ValueError: boom \(faulty\.py:\d+ in loss\)", restart["cause"])
 
 
 def test_restarts_are_counted(folder: Path) -> None:
@@ -408,7 +408,7 @@ def test_two_machines_restart_together(folder: Path, rank: int) -> None:
     assert [run.end() for run in runs] == [0, 0], [run.err for run in runs]
     assert runs[0].outcome["restarts"] == 1
     (restart,) = runs[0].events("restart")
-    assert restart["cause"] == "ValueError: boom"
+    assert re.fullmatch(r"ValueError: boom \(faulty\.py:\d+ in loss\)", restart["cause"])
 
 
 def test_two_machines_crash_with_one_cause(folder: Path) -> None:
@@ -474,7 +474,7 @@ def test_torchrun_says_the_first_error_once(folder: Path, fault: str, said: str)
     assert len(run.said) == 1
     assert said in run.said[0]
     assert run.outcome["state"] == ("refused" if fault == "refuses" else "crashed")
-    assert run.outcome["cause"] == said
+    assert run.outcome["cause"].startswith(said)
 
 
 def test_torchrun_restarts_what_is_not_finite_in_vain(folder: Path) -> None:
