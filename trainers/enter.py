@@ -1,0 +1,87 @@
+"""Taking the run directory: one launch at a time, one command on all machines, one disk under all of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from conf.stored import dump
+from scaling.geometry import counted
+from trainers.metrics import say
+from trainers.notes import restarts
+from trainers.rundir import Outcome, Refused, RunDir, write_atomic
+from trainers.world import World
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+_LOCKS: list[IO[str]] = []  # held until the process ends, so that no other launch works in the directory
+
+
+def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
+    """Take the run directory for this launch: rank 0 locks it and says ``running``, the others see that it did.
+
+    Raises:
+        Refused: ranks were started with other configs, the folder isn't writable or no run's, another launch works in
+            it, or a node doesn't see what rank 0 wrote there.
+    """
+    refuse_other_commands(config, world)
+    run = RunDir(facts["run_dir"])
+    hosts = world.gather(socket.gethostname())
+    refusal = ""
+    if world.rank == 0:
+        try:
+            _begin(run, config, facts, world, sorted(set(hosts)))
+        except (Refused, OSError) as error:
+            refusal = str(error) if isinstance(error, Refused) else f"run.dir={run.path} can't be written: {error}"
+    if refusal := world.agree(refusal):
+        raise Refused(refusal)
+    run.await_attempt(facts["attempt"])
+    return run
+
+
+def refuse_other_commands(config: RunConfig, world: World) -> None:
+    """Raises Refused, on all ranks, where one was started for another run than rank 0 was."""
+    plain = config.model_dump(mode="json", by_alias=True, exclude={"cluster", "run", "given"})
+    mine = {f"{name}.{key}": value for name, section in plain.items() for key, value in _items(section)}
+    theirs = json.loads(world.agree(json.dumps(mine)))
+    other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+    said = ", ".join(f"{key.rstrip('.')}={mine.get(key)} (rank 0: {theirs.get(key)})" for key in other)
+    for rank, text in enumerate(world.gather(said)):
+        if text:
+            raise Refused(f"rank {rank} was started with {text}; give the same command on every machine")
+
+
+def _items(section: Any) -> list[tuple[str, Any]]:
+    return list(section.items()) if isinstance(section, dict) else [("", section)]
+
+
+def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.refuse_foreign()
+    _LOCKS.append(run.lock())
+    before = run.outcome()
+    if before and before.state == "finished":
+        return
+    run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))  # first: by this it's a run's folder
+    if before is None or before.attempt != facts["attempt"]:
+        run.clear()
+    if before and before.step:
+        say(f"begins anew: the last attempt {before.state} after {counted(before.step, 'step')}")
+    run.logs.mkdir(exist_ok=True)
+    write_atomic(run.path / "config.yaml", dump(config))
+    run.event(
+        "start",
+        command=facts["command"],
+        commit=facts["commit"],
+        attempt=facts["attempt"],
+        restart=restarts(),
+        hosts=hosts,
+        world_size=world.size,
+        device=str(world.device),
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
