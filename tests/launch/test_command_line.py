@@ -286,7 +286,7 @@ def test_a_sweep_runs_its_elements_and_ends_with_a_table() -> None:
         f"batch.global_size={size},optimizer={optimizer}" for size in (8, 16) for optimizer in ("sgd", "adamw")
     }
     more = launch("-m", *QUICK, "batch.global_size=8,4", "optimizer=sgd,adamw").stdout
-    assert more.count("(run.new=true trains again)") == 2
+    assert more.count("(run.new=true trains again") == 2
     assert len(list(only_run().iterdir())) == 6
 
 
