@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def machine() -> str:
     """What it was measured on."""
     return (
         f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {numpy.__version__}, gloo on loopback"
+        f"torch {torch.__version__}, numpy {numpy.__version__}, hydra-core {version('hydra-core')}, "
+        f"pydantic {version('pydantic')}, gloo on loopback"
     )
 
 

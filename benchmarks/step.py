@@ -19,7 +19,7 @@ STEPS, WARM, TURNS = 300, 30, 9
 
 
 def ours(world: World, steps: int) -> float:
-    """Seconds of ``steps`` steps of our loop, as ``python launch.py`` runs it."""
+    """Seconds of ``steps`` steps of our loop; neither it nor the loop by hand writes files or lines meanwhile."""
     from conf.compose import compose
     from scaling.resolve import resolve
     from trainers.engines import make_engine

@@ -126,8 +126,9 @@ def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
         names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
         return max(SequenceMatcher(None, key, other).ratio(), 0.99 * names)
 
-    best = max(map(likeness, known))
-    near = [other for other in known if likeness(other) > best - 0.02][:3] if best > 0.7 else []
+    leaves = [other for other in known if other not in sections()]
+    best = max(map(likeness, leaves))
+    near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
     if hint := ELSEWHERE.get(last) or " or ".join(near):
         return f"unknown key {key}; did you mean {hint}?"
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]

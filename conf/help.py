@@ -26,12 +26,12 @@ and it is the same run on one GPU, on many, and on a laptop.
 EXAMPLES = """\
 examples:
   python launch.py                                          train handwritten digits on this machine
-  python launch.py batch.global_size=1024 duration=40ep     with a larger batch; the learning rate follows
+  python launch.py batch.global_size=128                    with a larger batch; the learning rate follows
   python launch.py action=plan cluster.nodes=16 cluster.gpus_per_node=8 batch.global_size=65536
                                                             what it would be on 128 GPUs, which needn't be here
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
-  python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9
-  python launch.py -m batch.global_size=64,256,1024         a sweep: one run after another, then a table
+  python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
+  python launch.py -m batch.global_size=32,64,128           a sweep: one run after another, then a table
   python launch.py run.dir=runs/digits-0123456789ab         that run, as its own config says; its result if finished
   torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
 """

@@ -127,7 +127,7 @@ LAWS = {
         batch_tested=32768,
         beyond="LAMB's recipes use it from 512 to 32768, with a longer warmup at each doubling",
     ),
-    "power": Law(power, "({ratio})^{power:g}", "lr.power"),
+    "power": Law(power, "({ratio})^{power:g}", "an exponent of your own, lr.power"),
     "none": Law(none, "1", "the LR isn't scaled"),
 }
 

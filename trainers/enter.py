@@ -9,11 +9,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from conf.stored import dump
-from scaling.geometry import counted
-from trainers.metrics import say
 from trainers.notes import restarts
-from trainers.rundir import Outcome, Refused, RunDir, write_atomic
+from trainers.rundir import Outcome, Refused, RunDir
 from trainers.world import World
 
 if TYPE_CHECKING:
@@ -22,26 +19,39 @@ if TYPE_CHECKING:
 _LOCKS: list[IO[str]] = []  # held until the process ends, so that no other launch works in the directory
 
 
-def enter(config: RunConfig, facts: dict[str, str], world: World) -> RunDir:
+def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDir, Outcome | None]:
     """Take the run directory for this launch: rank 0 locks it and says ``running``, the others see that it did.
+
+    What an earlier attempt left is not touched yet: this one may still be refused.
+
+    Returns:
+        The directory, and how the run had ended before: the same on all ranks where it was ``finished``.
 
     Raises:
         Refused: ranks were started with other configs, the folder isn't writable or no run's, another launch works in
             it, or a node doesn't see what rank 0 wrote there.
     """
     refuse_other_commands(config, world)
-    run = RunDir(facts["run_dir"])
+    run, before = RunDir(facts["run_dir"]), None
     hosts = world.gather(socket.gethostname())
     refusal = ""
     if world.rank == 0:
         try:
-            _begin(run, config, facts, world, sorted(set(hosts)))
+            before = _begin(run, facts, world, sorted(set(hosts)))
         except (Refused, OSError) as error:
             refusal = str(error) if isinstance(error, Refused) else f"run.dir={run.path} can't be written: {error}"
     if refusal := world.agree(refusal):
         raise Refused(refusal)
     run.await_attempt(facts["attempt"])
-    return run
+    return run, before if world.rank == 0 else run.outcome()
+
+
+def refuse_unless_same(world: World, what: str, number: int) -> None:
+    """Raises Refused, on all ranks, where ``number`` isn't the same on all of them."""
+    found = world.gather(str(number))
+    if len(set(found)) > 1:
+        said = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(found))
+        raise Refused(f"{what} differs between ranks: {said}; every rank has to open the whole data")
 
 
 def refuse_other_commands(config: RunConfig, world: World) -> None:
@@ -60,20 +70,16 @@ def _items(section: Any) -> list[tuple[str, Any]]:
     return list(section.items()) if isinstance(section, dict) else [("", section)]
 
 
-def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> None:
+def _begin(run: RunDir, facts: dict[str, str], world: World, hosts: list[str]) -> Outcome | None:
+    """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
     _LOCKS.append(run.lock())
     before = run.outcome()
     if before and before.state == "finished":
-        return
+        return before
     run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))  # first: by this it's a run's folder
-    if before is None or before.attempt != facts["attempt"]:
-        run.clear()
-    if before and before.step:
-        say(f"begins anew: the last attempt {before.state} after {counted(before.step, 'step')}")
     run.logs.mkdir(exist_ok=True)
-    write_atomic(run.path / "config.yaml", dump(config))
     run.event(
         "start",
         command=facts["command"],
@@ -85,3 +91,4 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
         device=str(world.device),
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
+    return before

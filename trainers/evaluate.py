@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
+from trainers.enter import refuse_unless_same
 from trainers.loader import to_device
 from trainers.rundir import Refused
 from trainers.tasks import Task, check_map_style
@@ -28,9 +29,10 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
         Refused: ``val_data()`` isn't a map-style dataset or is empty.
     """
     data = task.val_data() if hasattr(task, "val_data") else None
+    samples = -1 if data is None else check_map_style(data, "val_data()")
+    refuse_unless_same(world, "the number of samples that val_data() has (-1: there is none)", samples)
     if data is None:
         return None
-    samples = check_map_style(data, "val_data()")
     if samples == 0:
         raise Refused("val_data() has 0 samples; return None where there is nothing to evaluate on")
     # A contiguous share for each rank, the larger ones first: rank 0 always has at least one sample.

@@ -15,6 +15,8 @@ from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import News, Note, Pulse
 
+UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
+
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -60,9 +62,10 @@ def fit(
         state.samples, state.steps = step.stop, step.index + 1
         following = state.plan.step_at(state.samples)
         stopping = heed(pulse.read(step, total, update.grad_norm), metrics, state, log_every)
-        if stopping or following is None:
+        due = following is None or (crossed(evaluate_every, step.start, step.stop) and not stopping)
+        if stopping or due:
             heed(pulse.last(), metrics, state, log_every)
-        if evaluate and (following is None or crossed(evaluate_every, step.start, step.stop)):
+        if evaluate and due:
             evaluate_now(evaluate, metrics)
         step = following
     return step is None
@@ -78,6 +81,9 @@ def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int)
         raise Refused(f"{where} has {news.units:g} units: the losses of its global batch returned no more than that")
     if not (math.isfinite(news.loss) and math.isfinite(news.grad_norm)):
         raise Fatal(f"{where} isn't finite: loss {news.loss}, gradient norm {news.grad_norm}")
+    stated, found = state.plan.units_per_sample, news.units / (step.stop - step.start)
+    if step.index == 0 and stated and abs(found / stated - 1) > UNITS_OFF:
+        metrics.warn(f"task.units_per_sample={stated}, but the first step has {found:g} units a sample")
     if step.index == 0 or crossed(log_every, step.start, step.stop) or step.index + 1 == state.plan.steps:
         metrics.step(news)
     return news.stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,16 @@ def key_generators(seed: int, position: int) -> None:
     torch.default_generator.manual_seed(key)
 
 
+def generators_state(
+    torchs: torch.Generator = torch.default_generator,
+    pythons: random.Random = random._inst,  # type: ignore[attr-defined]
+    numpys: np.random.RandomState = np.random.mtrand._rand,
+) -> tuple[bytes, Any, bytes]:
+    """Where three generators stand: the default ones, if not given."""
+    _, words, place, *_ = numpys.get_state(legacy=True)
+    return bytes(torchs.get_state().numpy()), pythons.getstate(), np.asarray(words).tobytes() + str(place).encode()
+
+
 class Stream:
     """Which samples the current forward is about; shared by all keyed layers of a model.
 
@@ -53,11 +64,9 @@ class Stream:
         self.draws = 0  # of keyed layers from torch's generator, in this forward
         self._told: set[str] = set()
         self._tell = tell
-        self._checked = False
+        self._forwards = 0
         self._device = device
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._accelerator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stream:
         return self
@@ -65,22 +74,25 @@ class Stream:
     def start(self, start: int, stop: int) -> None:
         """Begin the forward of the samples at positions [start, stop) of the run."""
         self.positions, self.draws = range(start, stop), 0
-        for generator in self._generators:
-            generator.manual_seed(mix(self.seed, start, 2) >> 1)
+        key_generators(self.seed, start)
+        if self._accelerator is not None:
+            self._accelerator.manual_seed(mix(self.seed, start, 4) >> 1)
 
     def stop(self) -> None:
-        """End of the forward. After the first one: tell if anything but keyed layers has drawn random numbers."""
-        if self._checked or not self.positions:
+        """End of the forward. Now and then: tell if anything but keyed layers has drawn random numbers in it."""
+        self._forwards += 1
+        if self._forwards & (self._forwards - 1):  # a look takes as long as a small layer: at the 1st, 2nd, 4th, 8th, …
             return
-        self._checked = True
-        untouched = torch.Generator().manual_seed(mix(self.seed, self.positions.start, 2) >> 1)
+        key = mix(self.seed, self.positions.start, 4) >> 1
+        untouched = torch.Generator().manual_seed(key)
         for _ in range(self.draws):
             draw(untouched)
-        states = [
-            untouched.get_state(),
-            torch.Generator(self._device).manual_seed(untouched.initial_seed()).get_state(),
-        ]
-        if any(not torch.equal(g.get_state(), s) for g, s in zip(self._generators, states, strict=False)):
+        expected = generators_state(untouched, random.Random(key), np.random.RandomState(key & 0xFFFFFFFF))
+        drawn = generators_state() != expected
+        if self._accelerator is not None:
+            still = torch.Generator(self._device).manual_seed(key)
+            drawn = drawn or not torch.equal(self._accelerator.get_state(), still.get_state())
+        if drawn:
             self.tell("the forward draws random numbers outside of nn.Dropout modules")
 
     def tell(self, reason: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pickle
 import signal
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from scaling.order import indices
 from scaling.plan import Step
-from trainers.keyed import generator_for, key_generators
+from trainers.keyed import generator_for, generators_state, key_generators
 from trainers.state import TrainState
 from trainers.stop import die_with_parent
 from trainers.tasks import Task
@@ -38,6 +37,24 @@ class Micro:
     batch: Any | None
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The batch of a range of positions (None where it is empty), or what went wrong with it in a DataLoader's worker.
+
+    ``unkeyed`` says what in the fetching makes it depend on the cut.
+    """
+
+    positions: tuple[int, int]
+    batch: Any | None
+    unkeyed: str | None = None
+    error: Exception | None = None
+    traceback: str = ""
+
+    def pin_memory(self) -> Fetched:
+        """What DataLoader's pinning thread calls."""
+        return replace(self, batch=_map(self.batch, _pin))
+
+
 class Fetch:
     """Ranges of positions in, micro-batches out. Also what DataLoader's workers run."""
 
@@ -48,38 +65,35 @@ class Fetch:
         in_memory = type(data) is TensorDataset and self.augment is None and self.collate is default_collate
         self._tensors: tuple[Tensor, ...] | None = data.tensors if in_memory else None
 
-    def __getitem__(self, positions: tuple[int, int]) -> Any | None:
+    def __getitem__(self, positions: tuple[int, int]) -> Fetched:
         start, stop = positions
         if start == stop:
-            return None
+            return Fetched(positions, None)
         where = indices(self.seed, self.length, start, stop)
         if self._tensors is not None:
-            rows = torch.from_numpy(where)
-            return tuple(tensor.index_select(0, rows) for tensor in self._tensors)
-        rows = where.tolist()
+            at = torch.from_numpy(where)
+            return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
+        rows, unkeyed = where.tolist(), None
         if fetches_many(self.data):
-            samples = self._many(start, rows)
+            key_generators(self.seed, start)
+            before = generators_state()
+            samples = list(self.data.__getitems__(rows))
+            unkeyed = "__getitems__ draws random numbers; draw in augment()" if generators_state() != before else None
+            for number, sample in enumerate(samples):
+                key_generators(self.seed, start + number)
+                samples[number] = self._augmented(start + number, sample)
         else:
             samples = [self._one(position, row) for position, row in enumerate(rows, start)]
-        return self.collate(samples)
+        key_generators(self.seed, start)
+        before = generators_state()
+        batch = self.collate(samples)
+        if generators_state() != before:
+            unkeyed = "collate draws random numbers; draw in augment()"
+        return Fetched(positions, batch, unkeyed)
 
     def _one(self, position: int, row: int) -> Any:
         key_generators(self.seed, position)
         return self._augmented(position, self.data[row])
-
-    def _many(self, start: int, rows: list[int]) -> list[Any]:
-        key_generators(self.seed, start)
-        before = torch.default_generator.get_state()
-        samples = list(self.data.__getitems__(rows))
-        if not torch.equal(before, torch.default_generator.get_state()):
-            warnings.warn(
-                "__getitems__ draws from torch's generator: this run isn't the same on another cut; draw in augment()",
-                stacklevel=2,
-            )
-        for number, sample in enumerate(samples):
-            key_generators(self.seed, start + number)
-            samples[number] = self._augmented(start + number, sample)
-        return samples
 
     def _augmented(self, position: int, sample: Any) -> Any:
         return sample if self.augment is None else self.augment(sample, generator_for(self.seed, position))
@@ -95,23 +109,15 @@ def fetches_many(data: Any) -> bool:
 class Remote(Fetch):
     """Fetch in a DataLoader's worker: what it raises is returned, to be raised as it was where it is understood."""
 
-    def __getitem__(self, positions: tuple[int, int]) -> Any | None:
+    def __getitem__(self, positions: tuple[int, int]) -> Fetched:
         try:
             return super().__getitem__(positions)
         except Exception as error:
             try:
-                pickle.dumps(error)
+                pickle.loads(pickle.dumps(error))  # noqa: S301  not every exception survives the way, if it starts it
             except Exception:
                 error = RuntimeError(f"{type(error).__name__}: {error}")
-            return Failure(error, traceback.format_exc())
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception of a DataLoader's worker, with its traceback."""
-
-    error: Exception
-    traceback: str
+            return Fetched(positions, None, error=error, traceback=traceback.format_exc())
 
 
 class Loader:
@@ -121,8 +127,10 @@ class Loader:
     the plan, not an epoch.
     """
 
-    def __init__(self, data: Any, task: Task, state: TrainState, world: World, workers: int) -> None:
-        self._state, self._rank, self._device = state, world.rank, world.device
+    def __init__(
+        self, data: Any, task: Task, state: TrainState, world: World, workers: int, tell: Callable[[str], None] = print
+    ) -> None:
+        self._state, self._rank, self._device, self._tell = state, world.rank, world.device, tell
         self._fetch = (Remote if workers else Fetch)(data, task, state.plan.seed)
         self._pin = world.device.type == "cuda"
         self._batches = self._ahead(workers) if workers else None
@@ -130,18 +138,25 @@ class Loader:
     def __call__(self, step: Step) -> Iterator[Micro]:
         for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
             positions = (step.start + start, step.start + stop)
+            fetched = self._fetch[positions] if self._batches is None else next(self._batches)
+            if fetched.error is not None:
+                raise fetched.error from RuntimeError(fetched.traceback)
+            if fetched.unkeyed:
+                self._tell(fetched.unkeyed)
+            assert fetched.positions == positions, f"fetched {fetched.positions} where {positions} was due"
+            if self._pin and self._batches is None:
+                fetched = fetched.pin_memory()
             expected = step.expected_units * (stop - start) // step.cut.global_size
-            batch = next(self._batches) if self._batches is not None else self._pinned(self._fetch[positions])
-            if isinstance(batch, Failure):
-                raise batch.error from RuntimeError(batch.traceback)
             last = index == step.cut.accumulation - 1
-            yield Micro(*positions, expected, last, to_device(batch, self._device))
+            yield Micro(*positions, expected, last, to_device(fetched.batch, self._device))
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Every range of positions that this rank will ask for."""
-        for step in self._state.plan.walk(self._state.samples):
+        """Every range of positions that this rank will ask for, by the plan that is in force when it is fetched."""
+        sample = self._state.samples
+        while step := self._state.plan.step_at(sample):
             for start, stop in step.cut.passes(self._rank):
                 yield step.start + start, step.start + stop
+            sample = step.stop
 
     def _ahead(self, workers: int) -> Iterator[Any]:
         return iter(
@@ -155,9 +170,6 @@ class Loader:
                 worker_init_fn=_worker,
             )
         )
-
-    def _pinned(self, batch: Any) -> Any:
-        return _map(batch, _pin) if self._pin else batch
 
     def close(self) -> None:
         """End DataLoader's workers."""
@@ -184,7 +196,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _pin(value: Any) -> Any:
-    return value.pin_memory() if hasattr(value, "pin_memory") else value
+    return value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:

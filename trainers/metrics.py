@@ -27,7 +27,7 @@ class Metrics:
     """
 
     def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
-        self._state = state
+        self._state, self._run = state, run
         self._file: TextIO | None = open(run.path / "metrics.jsonl", "w", buffering=1) if run else None  # noqa: SIM115
         self._show: LiveLine | PlainLines | None = None
         if run:
@@ -65,6 +65,12 @@ class Metrics:
         self._write(line)
         if self._show:
             self._show.evaluation(line)
+
+    def warn(self, text: str) -> None:
+        """What the user should know, on the terminal and in the events."""
+        if self._run:
+            self._run.event("warning", text=text)
+            say(f"warning: {text}")
 
     def close(self) -> None:
         """Leave the terminal as it was, and the file complete."""

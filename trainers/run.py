@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from conf.stored import dump
 from scaling.geometry import counted
 from scaling.plan import Plan
 from scaling.record import to_json
@@ -20,7 +21,7 @@ from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
 from trainers.engines import make_engine
-from trainers.enter import enter
+from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate
 from trainers.fit import fit
 from trainers.keyed import Stream, key_dropout
@@ -59,29 +60,32 @@ def train(
         Refused: what the user gave can't work.
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come.
     """
-    run = enter(config, facts, world)
+    run, before = enter(config, facts, world)
     entered(run)
-    if (before := run.outcome()) and before.state == "finished":
+    if before and before.state == "finished":
         return before
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     task = make_task(config)
     data = open_data(task, config)
+    refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     plan = plan_of(config, world.size, len(data))
-    if world.rank == 0:
-        write_atomic(run.path / "plan.json", to_json(plan) + "\n")
-        if config.task.train_samples is None:
-            say(table(plan))
-        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
-
     stream = Stream(config.seed, world.device, tell=partial(_warn, run, world))
     model = key_dropout(make_model(config, task), stream).to(world.device)
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
     state = TrainState(plan)
-    loader = Loader(data, task, state, world, config.data.workers)
+    loader = Loader(data, task, state, world, config.data.workers, stream.tell)
     evaluate = make_evaluate(task, model, world, plan.cut.per_gpu)
+    if world.rank == 0:  # from here on it isn't the attempt before any more
+        write_atomic(run.path / "config.yaml", dump(config))
+        write_atomic(run.path / "plan.json", to_json(plan) + "\n")
+        if config.task.train_samples is None:
+            say(table(plan))
+        if before and before.step:
+            say(f"begins anew: the last attempt {before.state} after {counted(before.step, 'step')}")
+        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
     metrics = Metrics(run if world.rank == 0 else None, state, live=not config.debug)
     _KEPT.extend((engine, loader, metrics))
     for reason in dependent_on_cut(model):
@@ -145,15 +149,12 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
 
 def in_samples(every: Duration, plan: Plan) -> int:
     """An interval of the config in samples, at least 1."""
-    try:
-        samples = every.samples(
-            global_size=plan.cut.global_size,
-            train_samples=plan.train_samples,
-            units_per_sample=plan.units_per_sample,
-            run_samples=plan.samples,
-        )
-    except ValueError as error:
-        raise Refused(f"every={error}") from None
+    samples = every.samples(
+        global_size=plan.cut.global_size,
+        train_samples=plan.train_samples,
+        units_per_sample=plan.units_per_sample,
+        run_samples=plan.samples,
+    )
     return max(1, samples or 1)
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
+State = Literal["running", "finished", "stopped", "refused", "crashed"]
 
 LOCK = "lock"
 
-EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
+EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "crashed": 1, "running": 1}
 
 
 class Refused(ValueError):
@@ -140,13 +139,6 @@ class RunDir:
                     "that all nodes share"
                 )
             time.sleep(0.05)
-
-    def clear(self) -> None:
-        """Remove what an earlier, unfinished attempt left, but for the history in ``events.jsonl``."""
-        for name in ("plan.json", "config.yaml", "metrics.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("logs", "final"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def lock(self) -> IO[str]:
         """Take the directory for this process; freed when the returned file is closed or the process ends, however.

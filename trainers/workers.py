@@ -159,7 +159,8 @@ def _attempt(
 
         _store = meeting_point(config.cluster.timeout_s)
         world = World.join(config.device, config.cluster.timeout_s)
-        torch.set_num_threads(max(1, _cores() // world.local_size))
+        threads = config.cluster.environment.get("OMP_NUM_THREADS", _cores() // world.local_size)
+        torch.set_num_threads(max(1, int(threads)))
         gc.freeze()
         gc.enable()
         facts = json.loads(world.agree(json.dumps(facts)))

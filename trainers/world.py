@@ -42,7 +42,7 @@ class World:
         """Meet the other ranks that RANK, WORLD_SIZE, … of the environment speak of; without them, a world of one.
 
         Args:
-            device: ``cpu``, ``cuda``, or ``auto``: the accelerator if there is one.
+            device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
             timeout_s: seconds to wait for the others, now and in every collective.
 
         Raises:
@@ -102,21 +102,18 @@ class World:
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto" and accelerator is None:
-        return torch.device("cpu")
-    if accelerator is None or name not in ("auto", accelerator.type):
-        raise Refused(f"device={name}, but this machine has {accelerator or 'no accelerator'}; try device=auto or cpu")
+    if not torch.cuda.is_available():
+        raise Refused(f"device={name}, but torch finds no such device on this machine; try device=auto or cpu")
     there = torch.accelerator.device_count()
     if local_size > there:
         raise Refused(
-            f"{local_size} processes on this machine, but {there} {accelerator.type} devices are visible; "
+            f"{local_size} processes on this machine, but {there} GPUs are visible; "
             f"set cluster.gpus_per_node={there} (torchrun: --nproc-per-node={there}), or device=cpu"
         )
     torch.accelerator.set_device_index(local_rank)
-    return torch.device(accelerator.type, local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @cache

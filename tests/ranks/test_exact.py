@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, random_split
+from torch.utils.data import Dataset, TensorDataset, default_collate, random_split
 
 from conf.compose import compose
 from scaling.order import indices
+from scaling.plan import Segment
 from scaling.resolve import resolve
+from scaling.rules import Rule
 from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.test_parts import ALONE
 from tests.tasks import Counted, OneByOne
 from trainers.evaluate import make_evaluate
 from trainers.fit import crossed
+from trainers.loader import Loader
 from trainers.rundir import Outcome, RunDir
+from trainers.state import TrainState
 
 PLAIN = ("task=custom", "duration=12st", "lr.peak=0.05", "log.every=1st", "evaluate.every=null", "batch.global_size=41")
 
@@ -267,3 +273,116 @@ def test_data_of_a_kind_that_is_no_tensor(runs: Runs) -> None:
 class OneAtATime(Counted):
     def train_data(self) -> Any:
         return OneByOne(self)
+
+
+def test_the_loader_follows_a_plan_that_is_extended() -> None:
+    """A batch that changes beyond what was fetched ahead: the same ranges from this process and from others."""
+    for workers in (0, 1):
+        whole = resolve(compose([*task("Counted", "duration=40st", "batch.global_size=10")]), 1, 500)
+        state, counted = TrainState(whole), Counted()
+        loader = Loader(counted.train_data(), counted, state, ALONE, workers)
+        sizes = []
+        while step := state.plan.step_at(state.samples):
+            sizes += [len(micro.batch[2]) for micro in loader(step) if micro.batch is not None]
+            state.samples = step.stop
+            if step.index == 0:
+                state.plan = state.plan.extend(Segment(200, 50, Rule("none")))
+        loader.close()
+        assert sizes == [10] * 20 + [50] * 4
+
+
+class ByRank(Counted):
+    """A rank that opens other data than the others do."""
+
+    def __init__(self, val: bool = False) -> None:
+        rank = int(os.environ["RANK"])
+        super().__init__(samples=500 if val or rank == 0 else 400)
+        self.val_samples = 37 if rank == 0 or not val else 30
+
+    def val_data(self) -> Any:
+        return TensorDataset(*(tensor[: self.val_samples] for tensor in (self.inputs, self.targets, self.units)))
+
+
+@pytest.mark.parametrize(
+    ("val", "said"), [(False, "500 on rank 0, 400 on rank 1"), (True, "37 on rank 0, 30 on rank 1")]
+)
+def test_ranks_with_other_data_refuse(runs: Runs, val: bool, said: str) -> None:
+    run = runs(2, *task("ByRank", f"task.args.val={val}"))
+    assert [end["raised"] for end in run.ends] == ["Refused"] * 2
+    assert said in run.ends[0]["message"]
+
+
+def test_a_refused_start_destroys_nothing(runs: Runs) -> None:
+    """What an earlier attempt left is there until the next one has passed all checks."""
+    before = runs(1, *task("Counted"))
+    before.run.write_outcome(Outcome("stopped", "SIGTERM", 12, 492, "before"))
+    files = [before.run.path / name for name in ("metrics.jsonl", "plan.json", "config.yaml")]
+    contents = [file.read_bytes() for file in files]
+    runs.count -= 1
+    refused = runs(1, *task("Counted", "task.args.no_such=1"))
+    assert refused.ends[0]["raised"] == "Refused"
+    assert [file.read_bytes() for file in files] == contents
+
+
+class Mixup(Counted):
+    """Draws from numpy in its loss, from the fourth call on."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        self.calls += 1
+        factor = np.random.rand() if self.calls > 3 else 1.0
+        return super().loss(model, (batch[0] * factor, *batch[1:]))
+
+
+class DrawingMany(OneByOne):
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        return [(inputs + random.random(), *others) for inputs, *others in map(self.__getitem__, rows)]
+
+
+class ManyDrawn(Counted):
+    def train_data(self) -> Any:
+        return DrawingMany(self)
+
+
+class CollateDraws(OneAtATime):
+    def collate(self, samples: list[Any]) -> Any:
+        inputs, targets, units = default_collate(samples)
+        return inputs + torch.rand(1), targets, units
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Mixup", "the forward draws"), ("ManyDrawn", "__getitems__ draws"), ("CollateDraws", "collate draws")],
+)
+def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, said: str) -> None:
+    """They are told, by DataLoader's workers too; on one cut they repeat, whoever fetches."""
+    here = runs(1, *task(name))
+    there = runs(1, *task(name, "data.workers=2"))
+    for run in (here, there):
+        (reason,) = warnings_of(run)
+        assert reason.startswith(said)
+    assert distance(here.weights(), there.weights()) < 1e-6
+    assert distance(here.weights(), runs(1, *task(name, "batch.per_gpu=7")).weights()) > 1e-3
+
+
+def test_units_that_the_task_states_are_checked(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    runs(2, *task("Weighted", "task.units_per_sample=9"))
+    assert "warning: task.units_per_sample=9, but the first step has 3." in capfd.readouterr().out
+
+
+class Odd(Exception):
+    """Can be sent to another process, and not be received there."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+
+
+class OddlyBroken(OneAtATime):
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        raise Odd(404, "image 7 is broken")
+
+
+def test_an_exception_that_cannot_travel_keeps_its_words(runs: Runs) -> None:
+    run = runs(1, *task("OddlyBroken", "data.workers=1"))
+    assert run.ends == [{"raised": "RuntimeError", "message": "Odd: 404: image 7 is broken"}]

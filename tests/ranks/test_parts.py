@@ -80,7 +80,7 @@ def test_all_ways_to_fetch_give_the_same(data: type) -> None:
     task = Counted()
     fast = Fetch(task.train_data(), task, seed=3)
     slow = Fetch(data(task), task, seed=3)
-    for a, b in zip(fast[490, 510], slow[490, 510], strict=True):  # type: ignore[arg-type]
+    for a, b in zip(fast[490, 510].batch, slow[490, 510].batch, strict=True):  # type: ignore[arg-type]
         assert torch.equal(a, b)
 
 

@@ -79,10 +79,9 @@ class DDP:
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
         self._wrapped: nn.Module = self._bare
-        options = {"gradient_as_bucket_view": True, **config}
-        check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), options)
+        check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), config)
         if world.size > 1:
-            self._wrapped = DistributedDataParallel(self._bare, **options)
+            self._wrapped = DistributedDataParallel(self._bare, **{"gradient_as_bucket_view": True, **config})
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         if last or self._wrapped is self._bare:
@@ -115,7 +114,7 @@ class DDP:
             if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters]
-        total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).double()
+        total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))).double()
         norm: Number = (total_norm.item() if total_norm.is_cpu else total_norm) * scale
         factor = scale
         if clip_norm is not None:
