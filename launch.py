@@ -69,17 +69,30 @@ def main(arguments: list[str]) -> int:
 
 def planned(config: RunConfig) -> Plan:
     """The plan for the hardware that the config names."""
-    samples = None
     if config.action == "train":
         refuse_unless_startable(config)
-    elif config.plan.open_data:
-        from trainers.run import count_samples
-
-        samples = count_samples(config)
+        to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
+    else:
+        to_open = config.plan.open_data
     try:
-        return resolve(config, world_size(config), samples)
+        return resolve(config, world_size(config), opened(config) if to_open else None)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def opened(config: RunConfig) -> int:
+    """Training samples, counted by a process of its own: this one is to be forked, and stays without torch."""
+    answer, reply = os.pipe()
+
+    def count() -> int:
+        from trainers.run import count_samples
+
+        os.write(reply, str(count_samples(config)).encode())
+        return 0
+
+    if code := in_child(count):  # and has said why
+        raise SystemExit(code)
+    return int(os.read(answer, 20))
 
 
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
@@ -179,6 +192,8 @@ def guarded(work: Callable[[], int]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"isobatch: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:
+        return int(end.code or 0)
     except BrokenPipeError:  # whoever read this has left
         return 1
     except BaseException:

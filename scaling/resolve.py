@@ -81,7 +81,7 @@ def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple
         if train_samples is None:
             raise ValueError(
                 "batch.global_size=all needs the number of training samples: state it as task.train_samples=N"
-                " (action=plan plan.open_data=true shows it)"
+                " (plan.open_data=true opens the data)"
             )
         global_size = train_samples * per_sample
     # Solved in the unit that was asked in, so that a refusal's numbers are, too; what can't be parted is then a sample.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conf.help import EXAMPLES
 from tests.ranks.harness import free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,6 +20,12 @@ COMMANDS = [
     line.partition("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.strip().splitlines()
 ]
 LAUNCHES = [command for command in COMMANDS if "launch.py" in command]
+
+OF_HELP = [  # but for that of a run directory, which isn't there
+    line.strip().partition("   ")[0]
+    for line in EXAMPLES.splitlines()
+    if line.startswith(("  python", "  torchrun")) and "run.dir=" not in line
+]
 
 
 def run(command: str, folder: Path) -> subprocess.Popen[str]:
@@ -43,6 +50,15 @@ def test_commands(command: str, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "Isobatch plan" in out or '"global_size"' in out or "batch.global_size" in out
+
+
+@pytest.mark.parametrize("command", OF_HELP)
+def test_examples_of_help(command: str, tmp_path: Path) -> None:
+    """As they stand, with the README's task for the placeholder."""
+    command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
+    process = run(command if "-m " in command or "plan" in command else f"{command} duration=1ep", tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
 
 
 def test_own_task_and_its_weights(tmp_path: Path) -> None:
