@@ -94,13 +94,10 @@ def test_plan_can_open_the_data() -> None:
 def test_full_batch_of_ones_own_task() -> None:
     """The data is opened before the plan, which needs its size; what can't be opened is refused like any other."""
     own = ("task=custom", "task._target_=tests.tasks.Counted", "lr.peak=0.1", "batch.global_size=all")
+    assert "has no Cuonted; did you mean tests.tasks.Counted?" in refused(*own, "task._target_=tests.tasks.Cuonted")
     done = launch(*own, "duration=2st", "cluster.gpus_per_node=2", "device=cpu")
-    assert done.returncode == 0, done.stderr
     assert "global batch   500 samples" in done.stdout
     assert "finished after 2 steps, 1,000 samples" in done.stdout
-    refused = launch(*own, "task._target_=tests.tasks.Cuonted")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("isobatch: task._target_=tests.tasks.Cuonted: tests.tasks has no Cuonted; did you mean")
 
 
 def test_plan_under_torchrun_is_printed_once() -> None:
