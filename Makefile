@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench soak clean
+.PHONY: train test lint bench soak
 
 train: .venv/.installed
 	$(BIN)/python launch.py cluster.gpus_per_node=2
@@ -20,9 +20,6 @@ bench: .venv/.installed
 
 soak: .venv/.installed
 	$(BIN)/python -m benchmarks.soak
-
-clean:
-	rm -rf .venv runs
 
 .venv/.installed: constraints.txt pyproject.toml
 	@echo "Installing into .venv what constraints.txt names (some minutes, once) …"
