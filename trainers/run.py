@@ -174,6 +174,8 @@ def save_final(run: RunDir, model: nn.Module) -> None:
     save_model(model, str(weights))
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # as any other file here; safetensors keeps it to its owner
+    with open(weights, "rb") as written:
+        os.fsync(written.fileno())
     shutil.rmtree(run.final, ignore_errors=True)
     aside.rename(run.final)
 
