@@ -1,7 +1,7 @@
 """Randomness that follows the sample, not the rank: the same masks however a global batch is cut.
 
 A mask is a function of (seed, the sample's position in the run, layer, call). Whatever else draws random numbers in a
-forward takes them from torch's default generators, which are keyed by micro-batch: reproducible, not equal over cuts.
+forward takes them from default generators, which are keyed by micro-batch: reproducible, not equal over cuts.
 What a dataset draws while it fetches one sample is keyed by that sample.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 _MASK64 = (1 << 64) - 1
 
+AUGMENT, FORWARD, MASK, SAMPLE, SAMPLES, COLLATE = range(1, 7)  # what random numbers are for: part of every key
+
 
 def mix(*words: int) -> int:
     """A 64-bit hash of integers (splitmix64's finaliser, chained)."""
@@ -30,15 +32,20 @@ def mix(*words: int) -> int:
 
 def generator_for(seed: int, position: int) -> torch.Generator:
     """The generator that ``augment`` gets for the sample at ``position`` of the run."""
-    return torch.Generator().manual_seed(mix(seed, position, 1) >> 1)
+    return torch.Generator().manual_seed(mix(seed, position, AUGMENT) >> 1)
 
 
-def key_generators(seed: int, position: int) -> None:
-    """Key Python's, numpy's and torch's default generators by a sample, for what a dataset draws from them."""
-    key = mix(seed, position, 4) >> 1
+def key_generators(seed: int, position: int, use: int) -> int:
+    """Key Python's, numpy's and torch's default generators by a position of the run, and give the key.
+
+    Args:
+        use: one of FORWARD, SAMPLE, …: whatever draws at one position draws other numbers than the rest.
+    """
+    key = mix(seed, position, use) >> 1
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
+    return key
 
 
 def generators_state(
@@ -64,7 +71,7 @@ class Stream:
         self.draws = 0  # of keyed layers from torch's generator, in this forward
         self._told: set[str] = set()
         self._tell = tell
-        self._forwards = 0
+        self._forwards = self._key = 0
         self._device = device
         self._accelerator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
 
@@ -74,23 +81,22 @@ class Stream:
     def start(self, start: int, stop: int) -> None:
         """Begin the forward of the samples at positions [start, stop) of the run."""
         self.positions, self.draws = range(start, stop), 0
-        key_generators(self.seed, start)
+        self._key = key_generators(self.seed, start, FORWARD)
         if self._accelerator is not None:
-            self._accelerator.manual_seed(mix(self.seed, start, 4) >> 1)
+            self._accelerator.manual_seed(self._key)
 
     def stop(self) -> None:
         """End of the forward. Now and then: tell if anything but keyed layers has drawn random numbers in it."""
         self._forwards += 1
         if self._forwards & (self._forwards - 1):  # a look takes as long as a small layer: at the 1st, 2nd, 4th, 8th, …
             return
-        key = mix(self.seed, self.positions.start, 4) >> 1
-        untouched = torch.Generator().manual_seed(key)
+        untouched = torch.Generator().manual_seed(self._key)
         for _ in range(self.draws):
             draw(untouched)
-        expected = generators_state(untouched, random.Random(key), np.random.RandomState(key & 0xFFFFFFFF))
+        expected = generators_state(untouched, random.Random(self._key), np.random.RandomState(self._key & 0xFFFFFFFF))
         drawn = generators_state() != expected
         if self._accelerator is not None:
-            still = torch.Generator(self._device).manual_seed(key)
+            still = torch.Generator(self._device).manual_seed(self._key)
             drawn = drawn or not torch.equal(self._accelerator.get_state(), still.get_state())
         if drawn:
             self.tell("the forward draws random numbers outside of nn.Dropout modules")
@@ -103,7 +109,7 @@ class Stream:
 
     def keys(self, layer: int, call: int) -> Tensor:
         """Two 32-bit keys for each sample: int32 [2, samples, 1]."""
-        salt = mix(self.seed, layer, call, 3)
+        salt = mix(self.seed, layer, call, MASK)
         positions = torch.arange(self.positions.start, self.positions.stop, dtype=torch.int64)
         words = _finalise64(positions * -7046029254386353131 + (salt - (1 << 63)))
         return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self._device, non_blocking=True)

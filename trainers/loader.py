@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from scaling.order import indices
 from scaling.plan import Step
-from trainers.keyed import generator_for, generators_state, key_generators
+from trainers.keyed import COLLATE, SAMPLE, SAMPLES, generator_for, generators_state, key_generators
 from trainers.state import TrainState
 from trainers.stop import die_with_parent
 from trainers.tasks import Task
@@ -75,16 +75,16 @@ class Fetch:
             return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
         rows, unkeyed = where.tolist(), None
         if fetches_many(self.data):
-            key_generators(self.seed, start)
+            key_generators(self.seed, start, SAMPLES)
             before = generators_state()
             samples = list(self.data.__getitems__(rows))
             unkeyed = "__getitems__ draws random numbers; draw in augment()" if generators_state() != before else None
             for number, sample in enumerate(samples):
-                key_generators(self.seed, start + number)
+                key_generators(self.seed, start + number, SAMPLE)
                 samples[number] = self._augmented(start + number, sample)
         else:
             samples = [self._one(position, row) for position, row in enumerate(rows, start)]
-        key_generators(self.seed, start)
+        key_generators(self.seed, start, COLLATE)
         before = generators_state()
         batch = self.collate(samples)
         if generators_state() != before:
@@ -92,7 +92,7 @@ class Fetch:
         return Fetched(positions, batch, unkeyed)
 
     def _one(self, position: int, row: int) -> Any:
-        key_generators(self.seed, position)
+        key_generators(self.seed, position, SAMPLE)
         return self._augmented(position, self.data[row])
 
     def _augmented(self, position: int, sample: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainers.keyed import Stream, generator_for, key_dropout, mix
+from trainers.loader import Fetch
 
 CPU = torch.device("cpu")
 
@@ -167,6 +169,26 @@ def test_augmentation_is_keyed_by_position() -> None:
     assert len(draws) == 100
     again = torch.randn(1, generator=generator_for(1, 49)).item()
     assert again in draws
+
+
+def test_what_draws_at_one_position_draws_other_numbers() -> None:
+    """A forward doesn't repeat what the dataset, augment or collate drew for its first sample."""
+
+    class Drawing:
+        collate = staticmethod(lambda samples: (*samples[0], torch.rand(3)))
+        augment = staticmethod(lambda sample, generator: (sample, torch.rand(3, generator=generator)))
+
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(3)
+
+    drawing: Any = Drawing()
+    drawn = list(Fetch(drawing, drawing, seed=0)[5, 6].batch)
+    Stream(0, CPU).start(5, 6)
+    drawn.append(torch.rand(3))
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) == 4
 
 
 def test_mix_tells_words_and_their_order_apart() -> None:
