@@ -14,8 +14,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from scaling.units import Duration
 
 
+def _with_minutes(value: object) -> Duration:
+    return _lasting(value if isinstance(value, Duration) else Duration.parse(value))
+
+
 def _duration(value: object) -> Duration:
-    return value if isinstance(value, Duration) else Duration.parse(value)
+    duration = value if isinstance(value, Duration) else Duration.parse(value)
+    if duration.unit == "min":
+        raise ValueError(f"{duration}: only checkpoint.every may be in minutes; use ep, st, sa, tok or %")
+    return duration
 
 
 def _lasting(duration: Duration) -> Duration:
@@ -208,6 +215,17 @@ class Cluster(_Section):
 
 class Data(_Section):
     workers: Count
+    fingerprint: bool
+
+
+class Checkpoint(_Section):
+    every: Annotated[Duration, PlainValidator(_with_minutes), PlainSerializer(str, return_type=str)] | None
+    keep: Size
+    best: (
+        Annotated[str, _matching(r"[^:\s]+:(max|min)", "an evaluation's value and which is best: val/accuracy:max")]
+        | None
+    )
+    on_error: Literal["continue", "stop"]
 
 
 class Evaluate(_Section):
@@ -235,18 +253,22 @@ class RunConfig(_Section):
         given: keys given on the command line or in an experiment, dotted; a group's choice by the group's name.
     """
 
-    action: Literal["train", "plan"]
+    action: Literal["train", "plan", "evaluate"]
     output: Literal["text", "json"]
     duration: Length
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
+    init_from: Annotated[str, Field(min_length=1)] | None
     clip_norm: Positive | None
+    ema: Interval | None
+    on_nonfinite: Literal["stop", "skip"]
     batch: Batch
     lr: LearningRate
     model: Model
     data: Data
     evaluate: Evaluate
+    checkpoint: Checkpoint
     log: Log
     run: Run
     plan: PlanOptions
@@ -257,9 +279,13 @@ class RunConfig(_Section):
     given: tuple[str, ...]
 
     @model_validator(mode="after")
-    def _json_is_of_plans(self) -> RunConfig:
-        if self.output == "json" and self.action != "plan":
+    def _action_has_what_it_needs(self) -> RunConfig:
+        if self.output == "json" and self.action == "train":
             raise ValueError(
-                f"output=json is how action=plan prints, and action is {self.action}; leave out one of them"
+                "output=json is how action=plan and action=evaluate print, and action is train; leave out one of them"
+            )
+        if self.action == "evaluate" and self.init_from is None:
+            raise ValueError(
+                "action=evaluate needs init_from=…: a run directory, a checkpoint of one, or a .safetensors file"
             )
         return self

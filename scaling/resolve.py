@@ -46,9 +46,16 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     if samples == 0:
         raise ValueError(f"duration={config.duration} is no training at all; it has to be more than 0")
     in_samples = partial(in_samples, run_samples=samples)
-    for key, every in (("log.every", config.log.every), ("evaluate.every", config.evaluate.every)):
-        if every is not None:  # training uses them, but what they can't be is said before a worker starts
-            in_samples(key, every)
+    for key, every in (
+        ("log.every", config.log.every),
+        ("evaluate.every", config.evaluate.every),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        if every is not None and every.unit != "min":
+            in_samples(key, every)  # training uses them, but what they can't be is said before a worker starts
+    half_life = None if config.ema is None else in_samples("ema", config.ema)
+    if half_life:
+        base = replace(base, ema=0.5 ** (base_batch / half_life))
     peak = segment.rule.apply(base, segment.global_size / base_batch).lr
     return Plan(
         segments=(segment,),
@@ -71,6 +78,26 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         schedule=_schedule(config.lr, in_samples, samples, peak, tuned_lr),
         identity=identity(config),
     )
+
+
+def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
+    """The run of ``stored`` on the hardware that ``fresh``, the same config's plan of today, is for.
+
+    Args:
+        extends: ``fresh`` has a longer duration, which holds, with its schedule.
+
+    Raises:
+        ValueError: it can't be dealt there, or is extended by another global batch.
+    """
+    there = replace(stored, world=fresh.world, per_gpu=fresh.per_gpu, accumulation=fresh.accumulation)
+    if not extends:
+        return there
+    if fresh.cut.global_size != stored.cut.global_size:
+        raise ValueError(
+            f"a global batch of {fresh.size(fresh.cut.global_size)} can't extend a run of "
+            f"{stored.size(stored.cut.global_size)}; give batch.global_size={stored.sized(stored.cut.global_size)}"
+        )
+    return replace(there, samples=fresh.samples, schedule=fresh.schedule, identity=fresh.identity)
 
 
 def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple[Segment, int | None, int | None]:

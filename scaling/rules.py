@@ -56,6 +56,9 @@ class Rule:
     def apply(self, recipe: Recipe, kappa: float) -> Recipe:
         """The recipe at κ times the batch that ``recipe`` was tuned at.
 
+        The EMA's half-life is a number of samples, so its decay per step is ρ^κ under every rule (Busbridge et al.
+        2023, arXiv:2307.13813).
+
         Raises:
             ValueError: the LR would be zero or endless.
         """
@@ -69,7 +72,7 @@ class Rule:
                 f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at {kappa:.4g} × "
                 "its batch; give lr.peak, the LR at this batch, outright"
             )
-        return carried
+        return carried if recipe.ema is None else replace(carried, ema=recipe.ema**kappa)
 
 
 def linear(recipe: Recipe, kappa: float, _: float) -> Recipe:

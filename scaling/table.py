@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "optimizer", f"{plan.optimizer.name} ({plan.optimizer.why}){_recipe(plan)}"
     yield "learning rate", plan.lr_why
     yield "schedule", _schedule(plan)
+    if plan.peak.ema is not None:
+        yield "weights' EMA", _ema(plan)
     yield "seed", str(plan.seed)
 
 
@@ -81,6 +84,13 @@ def _recipe(plan: Plan) -> str:
     parts += [f"ε {recipe.eps:g}"] if recipe.eps is not None else []
     parts += [f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay is not None else []
     return "".join(f", {part}" for part in parts)
+
+
+def _ema(plan: Plan) -> str:
+    decay = plan.peak.ema
+    assert decay is not None
+    half_life = round(plan.cut.global_size * math.log(0.5) / math.log(decay)) if 0 < decay < 1 else 0
+    return f"half-life {plan.size(half_life)}: decay {decay:.6g} a step"
 
 
 def _schedule(plan: Plan) -> str:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-Unit = Literal["ep", "st", "sa", "tok", "%"]
+Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
 
-MEANING: dict[str, str] = {"ep": "epochs", "st": "steps", "sa": "samples", "tok": "tokens", "%": "percent of the run"}
+MEANING: dict[str, str] = {
+    "ep": "epochs",
+    "st": "steps",
+    "sa": "samples",
+    "tok": "tokens",
+    "%": "percent of the run",
+    "min": "minutes",
+}
 EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)"
 
 _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
@@ -18,7 +25,7 @@ _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A non-negative length of training: a number and its unit.
+    """A non-negative length of training: a number and its unit. Minutes are the one that isn't a number of samples.
 
     >>> Duration.parse("10ep"), str(Duration.parse("1e6sa"))
     (Duration(value=10.0, unit='ep'), '1000000sa')
@@ -74,6 +81,7 @@ class Duration:
         Raises:
             ValueError: tokens of a task whose samples have no fixed number of tokens.
         """
+        assert self.unit != "min", "minutes aren't a number of samples"
         if self.unit == "tok" and units_per_sample is None:
             raise ValueError(f"{self} counts tokens, but this task has no fixed units_per_sample; use ep, st or sa")
         share = {"sa": 1, "st": global_size, "ep": train_samples, "%": run_samples, "tok": units_per_sample}[self.unit]
