@@ -14,11 +14,15 @@ class TrainState:
     Attributes:
         samples: samples seen: the whole position in the data, on any hardware.
         steps: optimizer steps completed.
+        skipped: how many of them changed no weights, as loss or gradient wasn't finite.
+        evaluation_owed: an evaluation is due at this position and wasn't done yet.
     """
 
     plan: Plan
     samples: int = 0
     steps: int = 0
+    skipped: int = 0
+    evaluation_owed: bool = False
 
     def epochs(self, samples: int) -> float:
         """``samples`` as passes over the data."""

@@ -19,7 +19,7 @@ from scaling.plan import Step
 Number = float | Tensor
 """A float on the CPU; elsewhere, where a look would wait for the device, a 0-dim float64 tensor on it."""
 
-FIELDS = ("loss", "units", "deviation", "stop")
+FIELDS = ("loss", "units", "deviation", "stop", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,14 @@ class Note:
         loss, units: sum of the losses over its units, and their number.
         expected_units: as many as the plan expects of it.
         stop: this rank was asked to stop.
+        save: this rank says that it's time for a checkpoint.
     """
 
     loss: Tensor
     units: float | Tensor
     expected_units: int
-    stop: bool
+    stop: bool = False
+    save: bool = False
 
 
 class NoteCarrier(nn.Module):
@@ -53,11 +55,11 @@ class NoteCarrier(nn.Module):
 
     def write(self, note: Note) -> None:
         """Set the note of the coming backward."""
-        loss, deviation = note.loss.detach(), note.units - note.expected_units
+        loss, rest = note.loss.detach(), (note.units, note.units - note.expected_units, note.stop, note.save)
         if self._outgoing.is_cpu:
-            self._outgoing.copy_(torch.tensor((loss.item(), note.units, deviation, note.stop)))
+            self._outgoing.copy_(torch.tensor((loss.item(), *rest)))
         else:  # without a wait for the device
-            for index, number in enumerate((loss, note.units, deviation, note.stop)):
+            for index, number in enumerate((loss, *rest)):
                 self._outgoing[index] = number
 
     def take(self, ranks: int, expected_units: int) -> Total:
@@ -70,11 +72,11 @@ class NoteCarrier(nn.Module):
         assert self.note.grad is not None, "no backward since the last take"
         numbers = self.note.grad.double() * ranks
         self.note.grad = None
-        loss, units, deviation, stop = numbers.tolist() if numbers.is_cpu else numbers
+        loss, units, deviation, stop, save = numbers.tolist() if numbers.is_cpu else numbers
         planned, few = deviation + expected_units, units < expected_units / 2
         if isinstance(few, Tensor):
-            return Total(loss, torch.where(few, units, planned), stop)
-        return Total(loss, units if few else planned, stop)
+            return Total(loss, torch.where(few, units, planned), stop, save)
+        return Total(loss, units if few else planned, stop, save)
 
 
 class _Attach(torch.autograd.Function):
@@ -95,18 +97,22 @@ class Total:
     Attributes:
         loss: sum of the losses over all units of the global batch.
         units: their number.
-        stop: above 0 where some rank was asked to stop.
+        stop, save: above 0 where some rank was asked to stop, or says that it's time for a checkpoint.
     """
 
     loss: Number
     units: Number
     stop: Number
+    save: Number
 
     def scale(self, expected_units: int) -> Number:
-        """What the sum of gradients, divided by ``expected_units`` already, is short of the mean over the units."""
+        """What the sum of gradients, divided by ``expected_units`` already, is short of the mean over the units.
+
+        Not finite where the loss isn't: then no gradient of this step can be used.
+        """
         if isinstance(self.units, Tensor):
-            return expected_units / self.units
-        return expected_units / self.units if self.units else math.inf
+            return expected_units / self.units + 0 * self.loss
+        return expected_units / self.units + 0 * self.loss if self.units else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,7 @@ class News:
     units: float
     grad_norm: float
     stop: bool
+    save: bool
 
 
 class Pulse:
@@ -129,7 +136,7 @@ class Pulse:
 
     def read(self, step: Step, total: Total, grad_norm: Number) -> News | None:
         """The news of ``step``, or, on an accelerator, of the step before it (None at the first)."""
-        found = (total.loss, total.units, total.stop, grad_norm)
+        found = (total.loss, total.units, total.stop, total.save, grad_norm)
         if self._device.type == "cpu":
             return _news(step, *map(float, found))
         numbers = torch.stack([torch.as_tensor(number) for number in found])
@@ -154,5 +161,5 @@ def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> News | None:
     return _news(step, *host.tolist())
 
 
-def _news(step: Step, loss: float, units: float, stop: float, grad_norm: float) -> News:
-    return News(step, loss / units if units else loss, units, grad_norm, stop > 0)
+def _news(step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float) -> News:
+    return News(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0)

@@ -29,6 +29,7 @@ class World:
     Attributes:
         rank, size: this rank, and how many there are.
         local_rank, local_size: the same on this machine.
+        store: where ranks of this start leave each other notes; None for one that no launcher started.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    store: Store | None
 
     @classmethod
     def join(cls, device: str, timeout_s: float) -> World:
@@ -51,7 +53,7 @@ class World:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         store = meeting_point(timeout_s)
-        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size))
+        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size), store)
         if size > 1:
             accelerated = world.device.type != "cpu"
             backend = dist.get_default_backend_for_device(world.device)
