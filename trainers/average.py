@@ -21,7 +21,7 @@ class Average:
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = list(named.values())
+        self._parameters: list[Tensor] = list(named.values())
         self.tensors = {name: _widened(parameter.detach()) for name, parameter in named.items()}
 
     @torch.no_grad()

@@ -167,7 +167,7 @@ class Loader:
                 num_workers=workers,
                 collate_fn=as_it_is,
                 pin_memory=self._pin,
-                worker_init_fn=_worker,
+                worker_init_fn=begin_worker,
             )
         )
 
@@ -182,8 +182,8 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _worker(_: int) -> None:
-    """A stop is the training process's business; this one ends with it."""
+def begin_worker(_: int) -> None:
+    """What a process that loads data does first: a stop is the business of training, and this one ends with it."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
