@@ -13,21 +13,34 @@ from torch.utils.data import TensorDataset, default_collate
 from trainers.enter import refuse_unless_same
 from trainers.loader import to_device
 from trainers.rundir import Refused
+from trainers.stop import Stop
 from trainers.tasks import Task, check_map_style
 from trainers.world import World
 
 Totals = dict[str, tuple[float, float]]
 
 
-def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> Callable[[], dict[str, float]] | None:
+def make_evaluate(
+    task: Task,
+    model: nn.Module,
+    world: World,
+    per_gpu: int,
+    stop: Stop | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Callable[[], dict[str, float] | None] | None:
     """A function that evaluates ``model`` on the task's validation data; None where it has none.
+
+    It gives the same values on all ranks; None, on all of them, where some rank was asked to stop meanwhile: that rank
+    leaves off at once.
 
     Args:
         per_gpu: samples per forward.
+        beat: called after each forward.
 
     Raises:
         Refused: ``val_data()`` isn't a map-style dataset or is empty.
     """
+    stop = stop or Stop()
     data = task.val_data() if hasattr(task, "val_data") else None
     samples = -1 if data is None else check_map_style(data, "val_data()")
     refuse_unless_same(world, "the number of samples that val_data() has (-1: there is none)", samples)
@@ -40,7 +53,7 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
     first = world.rank * share + min(world.rank, more)
     mine = range(first, first + share + (world.rank < more))
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
         training = model.training
         model.eval()
         for buffer in model.buffers():
@@ -48,12 +61,16 @@ def make_evaluate(task: Task, model: nn.Module, world: World, per_gpu: int) -> C
         totals: Totals = {}
         with torch.no_grad():
             for start in range(mine.start, mine.stop, per_gpu):
+                if stop.wanted:
+                    break
                 rows = range(start, min(start + per_gpu, mine.stop))
                 for name, (value, count) in _measure(task, model, to_device(_batch(data, rows, task), world.device)):
                     before = totals.get(name, (0.0, 0.0))
                     totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
+                beat()
         model.train(training)
-        return _summarise(task, _over_ranks(totals, world))
+        found = _over_ranks(None if stop.wanted else totals, world)
+        return None if found is None else _summarise(task, found)
 
     return evaluate
 
@@ -83,10 +100,14 @@ def _number(name: str, value: Any) -> float:
         raise Refused(f"task.evaluate has to return sums and counts, numbers both; {name} has {value!r:.100}") from None
 
 
-def _over_ranks(totals: Totals, world: World) -> Totals:
+def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
+    """The totals of all ranks, added up; None where some rank has None."""
     if world.size == 1:
         return totals
-    names = dict.fromkeys(name for names in world.gather(json.dumps(list(totals))) for name in json.loads(names))
+    found = [json.loads(names) for names in world.gather(json.dumps(None if totals is None else list(totals)))]
+    if totals is None or None in found:
+        return None
+    names = dict.fromkeys(name for names in found for name in names)
     flat = torch.tensor([totals.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64, device=world.device)
     world.sum(flat)
     return {name: (value, count) for name, (value, count) in zip(names, flat.tolist(), strict=True)}
