@@ -1,0 +1,169 @@
+"""A rank's part of a checkpoint as a file, and any range of any tensor read back, on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainers.manifest import Checkpoint, Stored, file_of
+from trainers.tensorfile import CHUNK_BYTES, Damaged, Entry, entries
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SYNC_BYTES = 256 << 20  # written between two waits for the disk, so that what counts as progress is on it
+
+
+class Slice(NamedTuple):
+    """A range of a flattened tensor.
+
+    Attributes:
+        name, shape: of the whole tensor.
+        start: its first element's place in the flattened tensor.
+        data: 1-D, contiguous.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+
+
+def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[[], None]) -> dict[str, Any]:
+    """Write this rank's slices, on the CPU and at most one of a tensor, to its file in ``folder``.
+
+    safetensors' own functions first copy everything into one buffer, and hold the GIL while the training wants it. Its
+    format is simple enough: the length of a JSON header in 8 bytes, the header, the bytes of all tensors.
+
+    Args:
+        beat: called every few MB.
+
+    Returns:
+        What ``compose`` wants of each rank, as JSON.
+
+    Raises:
+        OSError: the disk is full, or gone.
+        TypeError: a dtype that safetensors doesn't have.
+    """
+    # the larger elements first, so that all are aligned, as safetensors does it
+    pieces = sorted(slices, key=lambda piece: -piece.data.element_size())
+    header, end = {}, 0
+    for piece in pieces:
+        if piece.data.dtype not in _NAMES:
+            raise TypeError(f"{piece.name} is {piece.data.dtype}, which a checkpoint can't hold")
+        if piece.data.numel():
+            span = (end, end := end + piece.data.nbytes)
+            header[piece.name] = {"dtype": _NAMES[piece.data.dtype], "shape": [len(piece.data)], "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, unsynced = hashlib.sha256(), 0
+    with open(folder / file_of(rank), "wb") as file:
+        heading = memoryview(len(text).to_bytes(8, "little") + text)
+        for whole in (heading, *(_bytes(piece.data) for piece in pieces)):
+            for begin in range(0, len(whole), CHUNK_BYTES):
+                chunk = whole[begin : begin + CHUNK_BYTES]
+                file.write(chunk)
+                digest.update(chunk)
+                unsynced += len(chunk)
+                if unsynced >= SYNC_BYTES:
+                    _flush(file)
+                    unsynced = 0
+                beat()
+        _flush(file)
+    return {
+        "bytes": 8 + len(text) + end,
+        "sha256": digest.hexdigest(),
+        "slices": {
+            piece.name: [_NAMES[piece.data.dtype], list(piece.shape), piece.start, piece.start + len(piece.data)]
+            for piece in pieces
+        },
+    }
+
+
+def _bytes(data: Tensor) -> memoryview:
+    """The tensor's own memory."""
+    return memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class Reader:
+    """The tensors and values of a checkpoint that was verified; only what is asked for is read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._files: dict[str, tuple[BinaryIO, dict[str, Entry]]] = {}
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        return self._checkpoint.tensors
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self._checkpoint.values
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, 1-D on the CPU.
+
+        Raises:
+            KeyError: there is no such tensor.
+            Damaged: its file isn't any more what was verified.
+        """
+        stored = self.tensors[name]
+        stop = stored.numel if stop is None else stop
+        assert 0 <= start <= stop <= stored.numel, (name, start, stop)
+        result = torch.empty(stop - start, dtype=DTYPES[stored.dtype])
+        for file, first, last in stored.slices:
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                self._fill(result[begin - start : end - start], file, name, begin - first)
+        return result
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor in its shape."""
+        return self(name).reshape(self.tensors[name].shape)
+
+    def close(self) -> None:
+        for file, _ in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _fill(self, result: Tensor, name: str, tensor: str, skip: int) -> None:
+        """Read the elements from ``skip`` on of a file's slice of ``tensor``."""
+        if name not in self._files:
+            opened = open(self._checkpoint.path / name, "rb")  # noqa: SIM115
+            self._files[name] = opened, entries(opened, name)
+        file, found = self._files[name]
+        file.seek(found[tensor].offset + skip * result.element_size())
+        if file.readinto(_bytes(result)) != result.nbytes:  # type: ignore[attr-defined]
+            raise Damaged(f"{name} is shorter than it was")

@@ -1,0 +1,300 @@
+"""What a checkpoint holds and whether it is wholly there: its manifest, and the headers of its files. Torch-free.
+
+A checkpoint is a folder ``checkpoints/step-00000300/`` with a ``manifest.json`` and, of each rank that wrote it, a
+safetensors file with slices of the flattened tensors. The manifest maps every tensor to its slices, so that any engine
+on any number of ranks finds the range it wants.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, PlainValidator, PositiveInt
+
+from scaling.plan import Plan
+from scaling.record import from_json, to_json
+from trainers.rundir import RunDir, write_atomic
+from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, parse_json, sha256, strict
+from trainers.tensorfile import Damaged as Damaged
+
+FORMAT = 1
+NAME = "manifest.json"
+
+MANIFEST_BYTES = 1 << 30  # more than any real one has
+
+
+def file_of(rank: int) -> str:
+    """The name of the file that ``rank`` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def folder_of(run: RunDir, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return run.path / "checkpoints" / f"step-{step:08d}"
+
+
+def _plan(fields: Any) -> Plan:
+    return from_json(json.dumps(fields))
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        identity, duration: of the run, as its configuration gave them.
+        world_size: how many ranks wrote it.
+        step, samples, skipped: how far the run had come, as in TrainState.
+        evaluation_owed: one is due at this step, and wasn't done yet.
+        fingerprint: of the data; None where it couldn't be told.
+        evaluation: the values of the evaluation at this step, if there was one; None of those that weren't finite.
+        plan: the one in force.
+    """
+
+    identity: str
+    duration: str
+    world_size: PositiveInt
+    step: NonNegativeInt
+    samples: NonNegativeInt
+    skipped: NonNegativeInt
+    evaluation_owed: bool
+    fingerprint: str | None
+    evaluation: dict[str, FiniteFloat | None] | None
+    plan: Annotated[Plan, PlainValidator(_plan)]
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor: ``slices`` are (file, start, stop) in elements of the flattened tensor, by rising start, without gaps;
+    none where it has no elements."""
+
+    dtype: str
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]
+    slices: tuple[tuple[str, Size, Size], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class File:
+    """A rank's file: its size, and the sha256 of all of it."""
+
+    bytes: Size
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Versioned:
+    format: int
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content(Header):
+    """All of ``manifest.json``."""
+
+    format: int
+    files: dict[str, File]
+    tensors: dict[str, Stored]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose manifest is sound; what its files hold, ``verify`` looks at."""
+
+    path: Path
+    header: Header
+    files: dict[str, File]
+    tensors: dict[str, Stored]
+    values: dict[str, Any]
+
+
+def checkpoints(run: RunDir) -> list[Path]:
+    """The folders of checkpoints, newest step first; none that is a link, half-written or on its way out."""
+    try:
+        found = [path for path in (run.path / "checkpoints").iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at ``path`` (or where a link there points to), if its manifest is sound and its files have the
+    sizes it states.
+
+    Raises:
+        Damaged: it can't be used.
+    """
+    path = path.resolve()
+    try:
+        _refuse_unless_file(path / NAME, NAME)
+        if (path / NAME).stat().st_size > MANIFEST_BYTES:
+            raise Damaged(f"{NAME} is larger than any")
+        checkpoint = parse((path / NAME).read_bytes(), path)
+        if path.name != f"step-{checkpoint.header.step:08d}":
+            raise Damaged(f"{NAME} is of step {checkpoint.header.step}")
+        for name, file in checkpoint.files.items():
+            size = _refuse_unless_file(path / name, name)
+            if size != file.bytes:
+                raise Damaged(f"{name} has {size} bytes, not the {file.bytes} that were written")
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"it can't be read: {error}") from None
+    return checkpoint
+
+
+def _refuse_unless_file(path: Path, name: str) -> int:
+    """The size of a regular file."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise Damaged(f"{name} isn't a file")
+    return found.st_size
+
+
+def parse(text: bytes, path: Path) -> Checkpoint:
+    """A manifest's text, wholly checked, as of a checkpoint at ``path``.
+
+    Raises:
+        Damaged: it contradicts itself, or isn't what ``compose`` writes.
+    """
+    if (found := parse_json(_Versioned, text, NAME).format) != FORMAT:
+        raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
+    content: _Content = parse_json(_Content, text, NAME)
+    _check_position(content)
+    _check_tensors(content)
+    header = Header(**{name: getattr(content, name) for name in Header.__dataclass_fields__})
+    return Checkpoint(path, header, content.files, content.tensors, content.values)
+
+
+def _check_position(header: Header) -> None:
+    """That a run by this plan comes by this position."""
+    try:
+        following = header.plan.step_at(header.samples)
+    except AssertionError as error:
+        raise Damaged(f"samples={header.samples} doesn't fit its plan: {error}") from None
+    plan = header.plan
+    at = following.index if following else plan.steps
+    end = (plan.samples or 0) + (plan.added or 0)
+    if header.step != at or (following is None and header.samples != end) or header.skipped > header.step:
+        raise Damaged(f"step={header.step}, samples={header.samples}, skipped={header.skipped} don't fit its plan")
+
+
+def _check_tensors(content: _Content) -> None:
+    """That every tensor is there once, from its first element to its last, and every file wholly used."""
+    if len(content.files) != content.world_size or any(
+        file_of(rank) not in content.files for rank in range(content.world_size)
+    ):
+        raise Damaged(f"its files aren't those of {content.world_size} ranks")
+    used = dict.fromkeys(content.files, 0)
+    for name, stored in content.tensors.items():
+        if stored.dtype not in ITEMSIZE:
+            raise Damaged(f"{name!r:.100} has the unknown dtype {stored.dtype!r:.20}")
+        end = 0
+        for file, start, stop in stored.slices:
+            if file not in used:
+                raise Damaged(f"{name!r:.100} has a slice in {file!r:.100}, which isn't one of its files")
+            if start != end or stop <= start:
+                raise Damaged(f"{name!r:.100} has elements {start} to {stop} after those up to {end}")
+            used[file] += (stop - start) * ITEMSIZE[stored.dtype]
+            end = stop
+        if end != stored.numel:
+            raise Damaged(f"{name!r:.100} has {stored.numel} elements, but slices of {end}")
+        if len({file for file, _, _ in stored.slices}) < len(stored.slices):
+            raise Damaged(f"{name!r:.100} has two slices in one file")
+    for rank_file, written in content.files.items():
+        if not 8 < written.bytes - used[rank_file] <= 8 + HEADER_BYTES:
+            raise Damaged(f"{rank_file} has {written.bytes} bytes, but slices of {used[rank_file]}")
+
+
+def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> bytes:
+    """The manifest of what the ranks wrote.
+
+    Args:
+        parts: what ``write_part`` returned on each rank, by rank.
+
+    Raises:
+        Damaged: together they aren't every tensor once, so nobody could read it.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for rank, part in enumerate(parts):
+        files[file_of(rank)] = {"bytes": part["bytes"], "sha256": part["sha256"]}
+        for name, (dtype, shape, start, stop) in part["slices"].items():
+            stored = tensors.setdefault(name, {"dtype": dtype, "shape": shape, "slices": []})
+            if [stored["dtype"], stored["shape"]] != [dtype, shape]:
+                raise Damaged(f"{name} is {stored['dtype']} {stored['shape']} or {dtype} {shape}, by the rank")
+            if start < stop:
+                stored["slices"].append((file_of(rank), start, stop))
+    for stored in tensors.values():
+        stored["slices"].sort(key=lambda piece: piece[1])
+    fields = {name: getattr(header, name) for name in Header.__dataclass_fields__}
+    fields["plan"] = json.loads(to_json(header.plan))
+    if header.evaluation is not None:
+        fields["evaluation"] = {
+            k: v if v is not None and math.isfinite(v) else None for k, v in header.evaluation.items()
+        }
+    content = {"format": FORMAT, **fields, "files": files, "tensors": tensors, "values": values}
+    text = (json.dumps(content) + "\n").encode()
+    parse(text, Path())
+    return text
+
+
+def write(folder: Path, text: bytes) -> None:
+    """Put the manifest there: the last file of a checkpoint, by which it is whole."""
+    write_atomic(folder / NAME, text)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(checkpoint: Checkpoint, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
+    """Read the files ``names`` whole: they have to be what was written, and hold what the manifest says.
+
+    Args:
+        beat: called every few MB.
+
+    Raises:
+        Damaged: they aren't, or can't be read.
+    """
+    expected: dict[str, dict[str, tuple[str, int]]] = {name: {} for name in checkpoint.files}
+    for tensor, stored in checkpoint.tensors.items():
+        for name, start, stop in stored.slices:
+            expected[name][tensor] = (stored.dtype, stop - start)
+    for name in names:
+        try:
+            with open(checkpoint.path / name, "rb") as file:
+                if sha256(file, beat) != checkpoint.files[name].sha256:
+                    raise Damaged(f"{name} has other bytes than were written (sha256)")
+                file.seek(0)
+                found = {tensor: (entry.dtype, entry.count) for tensor, entry in entries(file, name).items()}
+        except OSError as error:
+            raise Damaged(f"{name} can't be read: {error}") from None
+        if found != expected[name]:
+            raise Damaged(f"{name} holds other tensors than {NAME} says")
