@@ -1,0 +1,240 @@
+"""A model's weights in files: those that a run leaves in ``final/``, and those that it starts from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainers.average import Average
+from trainers.checkpoint import DTYPES, Reader
+from trainers.manifest import NAME, Checkpoint, Damaged, checkpoints, read, sync, verify
+from trainers.rundir import Refused, RunDir
+from trainers.world import World
+
+WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
+SHOWN = 5  # names of each kind of mismatch
+
+
+def save_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
+    """The model's weights and buffers in ``final/``, and the same with its average; all or nothing."""
+    aside, old = run.path / ".final.tmp", run.path / ".final.old"
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir()
+    _write(model, aside / WEIGHTS)
+    if average:
+        with average.swapped():
+            _write(model, aside / AVERAGED)
+    sync(aside)
+    if run.final.exists():
+        run.final.rename(old)
+    aside.rename(run.final)
+    sync(run.path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def initialise(model: nn.Module, source: str, world: World) -> str:
+    """Set the weights and buffers of ``model`` to those of ``source``, on all ranks; only rank 0 reads them.
+
+    Names and shapes have to be the model's, all of them. Of tensors that share their memory one name is enough. Numbers
+    are converted between floating-point dtypes only.
+
+    Args:
+        source: as ``init_from``: a run directory (its ``final/``, else its newest good checkpoint), a checkpoint, or a
+            safetensors file.
+
+    Returns:
+        The file or checkpoint that they are from.
+
+    Raises:
+        Refused: there are none, they are damaged, or they aren't this model's; on all ranks.
+    """
+
+    def load() -> str:
+        found = find(source)
+        _fill(model, _open(found), f"init_from={source}")
+        return str(found)
+
+    return _by_rank_0(model, world, load)
+
+
+def load_average(model: nn.Module, found: str, world: World) -> bool:
+    """Set ``model`` to the moving average that was saved with the weights which ``initialise`` found, if there is one.
+
+    Returns:
+        Whether there was, on all ranks.
+    """
+
+    def load() -> str:
+        averaged = _open_average(Path(found))
+        if averaged:
+            _fill(model, averaged, f"the average of init_from={found}")
+        return found if averaged else ""
+
+    return bool(_by_rank_0(model, world, load))
+
+
+def find(source: str) -> Path:
+    """The safetensors file or the checkpoint, wholly checked, that ``source`` stands for.
+
+    Raises:
+        Refused: there is none that is good.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for file in (path / WEIGHTS, path / "final" / WEIGHTS):
+        if file.is_file():
+            return file
+    # the link checkpoints/best is a checkpoint, too
+    candidates = [path.resolve()] if (path / NAME).exists() else checkpoints(RunDir(path))
+    damaged = []
+    for folder in candidates:
+        try:
+            checkpoint = read(folder)
+            verify(checkpoint, checkpoint.files)
+            return folder
+        except Damaged as error:
+            damaged.append(f"{folder.name}: {error}")
+    if damaged:
+        raise Refused(f"init_from={source} has no good weights: {_listed(damaged, '; ')}")
+    what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
+    raise Refused(f"init_from={source} {what}; name a run directory, a checkpoint of one, or a .safetensors file")
+
+
+def tied(model: nn.Module) -> list[dict[str, Tensor]]:
+    """The tensors of the model's state_dict by their names; those that share all of their memory are together."""
+    groups: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            memory = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
+            groups.setdefault(memory, {})[name] = tensor.detach()
+    return list(groups.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Tensors in files: the dtype (None: unknown to torch) and shape of each, and how one is read."""
+
+    kinds: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+    read: Callable[[str], Tensor]
+
+
+def _open(path: Path) -> _Weights:
+    """What ``find`` found."""
+    if path.is_dir():
+        checkpoint = read(path)
+        return _of_checkpoint(checkpoint, _names(checkpoint, "model/"))
+    return _of_file(path)
+
+
+def _open_average(path: Path) -> _Weights | None:
+    """The average that was saved with it, and the buffers."""
+    if path.is_dir():
+        checkpoint = read(path)
+        averaged = _names(checkpoint, "ema/")
+        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | averaged) if averaged else None
+    beside = path.with_name(AVERAGED)
+    return _of_file(beside) if path.name == WEIGHTS and beside.is_file() else None
+
+
+def _of_file(path: Path) -> _Weights:
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it isn't a dict
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"init_from={path} can't be read as safetensors: {error}") from None
+    kinds = {name: (DTYPES.get(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+    return _Weights(kinds, file.get_tensor)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, names: dict[str, str]) -> _Weights:
+    reader = Reader(checkpoint)
+    stored = {name: checkpoint.tensors[there] for name, there in names.items()}
+    return _Weights(
+        {name: (DTYPES[one.dtype], one.shape) for name, one in stored.items()}, lambda name: reader.whole(names[name])
+    )
+
+
+def _names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): name for name in checkpoint.tensors if name.startswith(prefix)}
+
+
+def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
+    """Set the model's tensors to ``weights``. Raises Refused, listing what doesn't fit."""
+    groups, kinds = tied(model), weights.kinds
+    here = {name: tensor for group in groups for name, tensor in group.items()}
+    both = [name for name in here if name in kinds]
+    shaped = [name for name in both if kinds[name][1] != here[name].shape]
+    other = [name for name in both if name not in shaped and not _convertible(kinds[name][0], here[name].dtype)]
+    misfits = {
+        "lacks": ["/".join(group) for group in groups if not group.keys() & kinds.keys()],
+        "has, unlike the model,": [name for name in kinds if name not in here],
+        "has other shapes:": [f"{name} {list(kinds[name][1])}, here {list(here[name].shape)}" for name in shaped],
+        "has other dtypes:": [f"{name} {kinds[name][0]}, here {here[name].dtype}" for name in other],
+    }
+    if not any(misfits.values()):
+        misfits["has apart what the model has as one:"] = [
+            "/".join(group) for group in groups if not _set(group, weights)
+        ]
+    said = [f"it {has} {_listed(names)}" for has, names in misfits.items() if names]
+    if said:
+        raise Refused(f"{what} doesn't fit the model: {'; '.join(said)}")
+
+
+def _set(group: dict[str, Tensor], weights: _Weights) -> bool:
+    """Set tensors that share their memory; False where ``weights`` has different values for them."""
+    first, *others = [name for name in group if name in weights.kinds]
+    group[first].copy_(weights.read(first))
+    return all(torch.equal(group[name], weights.read(name).to(group[name])) for name in others)
+
+
+def _convertible(there: torch.dtype | None, here: torch.dtype) -> bool:
+    return there == here or (there is not None and there.is_floating_point and here.is_floating_point)
+
+
+def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
+    """Let rank 0 ``load`` into its model, and give the others what it has then; what ``load`` returned, if anything."""
+    refusal = done = ""
+    if world.rank == 0:
+        try:
+            done = load()
+        except (Refused, Damaged, OSError) as error:
+            refusal = str(error)
+    refusal, done = map(str, json.loads(world.agree(json.dumps([refusal, done]))))
+    if refusal:
+        raise Refused(refusal)
+    if done and world.size > 1:
+        for group in tied(model):
+            tensor = next(iter(group.values()))
+            flat = tensor.contiguous().reshape(-1).view(torch.uint8)  # whatever its dtype
+            world.share(flat)
+            tensor.copy_(flat.view(tensor.dtype).reshape(tensor.shape))
+    return done
+
+
+def _write(model: nn.Module, file: Path) -> None:
+    save_file({next(iter(group)): _apart(next(iter(group.values()))) for group in tied(model)}, file, {"format": "pt"})
+    os.umask(umask := os.umask(0))
+    file.chmod(0o666 & ~umask)  # as any other file here; safetensors keeps it to its owner
+    sync(file)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """``tensor`` contiguous and in memory of its own, as safetensors wants it."""
+    apart = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if apart else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _listed(names: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more
