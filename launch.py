@@ -27,13 +27,15 @@ from conf.compose import compose
 from conf.explain import ConfigError
 from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
-from conf.identity import refuse_unless_ours, run_directory
+from conf.identity import run_directory
+from conf.stored import extends, lengthened
 from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
-from scaling.resolve import resolve
+from scaling.resolve import continued, resolve
 from scaling.table import table
 from trainers import workers
+from trainers.manifest import Damaged, checkpoints, read
 from trainers.rundir import Refused, RunDir
 
 if TYPE_CHECKING:
@@ -60,11 +62,15 @@ def main(arguments: list[str]) -> int:
     if args.cfg:
         print(annotated(config))
         return 0
-    plan = planned(config)
+    if config.action == "evaluate":
+        refuse_unless_startable(config)
+        return start(config)
+    plan, directory = planned(config), run_directory(config)
     if config.action == "plan":
+        plan = from_checkpoint(plan, config, directory)
         say(to_json(plan) if config.output == "json" else table(plan))
         return 0
-    return train(config, plan, run_directory(config))
+    return train(config, plan, directory)
 
 
 def planned(config: RunConfig) -> Plan:
@@ -97,27 +103,46 @@ def opened(config: RunConfig) -> int:
 
 def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     """Train in ``directory``; a run that is finished there shows its result."""
-    refuse_unless_free(directory, config)
+    longer = refuse_unless_free(directory, config)
     before = RunDir(directory).outcome()
-    if before and before.state == "finished":
+    if before and before.state == "finished" and not longer:
         say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
         return 0
     if config.task.train_samples is not None:  # else rank 0 prints it, once the data is opened
-        say(table(plan))
-    command = shlex.join(["python", *sys.argv])
-    facts = {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12], "run_dir": str(directory)}
-    start = workers.as_worker if under_torchrun() else workers.launch
-    code = start(config, facts, STOP)
+        say(table(from_checkpoint(plan, config, directory)))
+    code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}))
     after = RunDir(directory).outcome()
     if code in (0, 75) and after and (before is None or after.attempt != before.attempt):
         say(f"{result(directory)} · {directory}")
     return code
 
 
-def refuse_unless_free(directory: Path, config: RunConfig) -> None:
-    """Raises where ``directory`` can't be this run's."""
+def start(config: RunConfig, **facts: str) -> int:
+    """Start the workers, or be one; the exit code."""
+    command = shlex.join(["python", *sys.argv])
+    facts |= {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12]}
+    return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
+
+
+def from_checkpoint(plan: Plan, config: RunConfig, directory: Path) -> Plan:
+    """``plan`` as it goes on from the newest checkpoint in ``directory`` that can be read; itself without one."""
+    for path in checkpoints(RunDir(directory)):
+        with suppress(Damaged):
+            header = read(path).header
+            longer = lengthened(config, header.identity, header.duration)
+            if not longer and header.identity != plan.identity:
+                break
+            try:
+                return continued(plan, header.plan, extends=longer)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+    return plan
+
+
+def refuse_unless_free(directory: Path, config: RunConfig) -> bool:
+    """Raises where ``directory`` can't be this run's; whether the run there is made longer."""
     RunDir(directory).refuse_foreign()
-    refuse_unless_ours(directory, config)
+    return extends(directory, config)
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.explain import HERE, ConfigError, choices_of, for_shell, keys, leaves, nearest, shown, unknown_key, validated
 from conf.schema import RunConfig
-from conf.stored import choices, going_on, load, over, refuse_other_science
+from conf.stored import choices, going_on, load, over, refuse_other_science, run_of
 
 PRIMARY = "config"
 # Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
@@ -33,7 +33,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
     Where ``run.dir`` is given and holds a run, its config takes the place of the defaults; with ``run.new`` it may be
-    changed, as another run is made of it.
+    changed, as another run is made of it. ``action=evaluate`` takes the config of the run whose weights it is about,
+    and whatever else is given on top.
 
     Raises:
         ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
@@ -47,15 +48,37 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
             )
     values = {override.key_or_group: override.value() for override in parsed}
     file = Path(os.path.expanduser(str(values.get("run.dir")))) / "config.yaml"
-    if values.get("run.dir") and os.path.exists(file):
+    if values.get("run.dir") and os.path.exists(file) and values.get("action") != "evaluate":
         return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = _composed(parsed, roots)
+    if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
+        return _going_on(load(its_own), its_own, parsed, roots, another=True)
     return validated(plain | {"given": sorted(given)})
 
 
 def roots_with(config_dir: Path | str | None) -> list[Path]:
     """Where YAML is looked for."""
     return [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
+
+
+def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
+    """The config of the run whose weights are to be evaluated; None where they are of no run."""
+    weights = plain.get("init_from")
+    if of_runs := sorted(key for key in given if key.startswith("run.")):
+        directory = values.get("dir") if isinstance(values := plain["run"], dict) else None
+        raise ConfigError(
+            f"action=evaluate writes nothing, so it takes no {' or '.join(of_runs)}: "
+            + ("leave it out" if weights else f"write init_from={directory or 'DIR'}, whose weights are evaluated")
+        )
+    if not isinstance(weights, str) or not weights:
+        return None  # which the schema refuses
+    path = os.path.expanduser(weights)
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"init_from={weights} isn't there; name a run directory, a checkpoint of one, or a .safetensors file"
+        )
+    run = run_of(Path(path))
+    return run and run / "config.yaml"
 
 
 def _going_on(

@@ -16,6 +16,11 @@ from conf.schema import RunConfig
 
 HERE = Path(__file__).parent
 
+GO_ON = "run.dir=DIR (and the same command goes on by itself)"
+GO_ON_OR_START = "run.dir=DIR, to go on, or init_from=PATH, to start from its weights"
+OFTEN = "checkpoint.every=500st or checkpoint.every=10min"
+BEST = "checkpoint.best=val/accuracy:max"
+
 # What other launchers call it, where the spelling is too far from ours to be guessed.
 ELSEWHERE = {
     "epochs": "duration=10ep",
@@ -33,6 +38,31 @@ ELSEWHERE = {
     "devices": "cluster.gpus_per_node",
     "nproc_per_node": "cluster.gpus_per_node",
     "nnodes": "cluster.nodes",
+    "resume": GO_ON,
+    "resume_from": GO_ON,
+    "resume_from_checkpoint": GO_ON,
+    "ckpt_path": GO_ON_OR_START,
+    "checkpoint_path": GO_ON_OR_START,
+    "load_from": GO_ON_OR_START,
+    "pretrained": "init_from=PATH",
+    "finetune_from": "init_from=PATH",
+    "output_dir": "run.dir",
+    "save_dir": "run.dir",
+    "eval_only": "action=evaluate init_from=DIR",
+    "test_only": "action=evaluate init_from=DIR",
+    "eval_steps": "evaluate.every=500st",
+    "save_steps": OFTEN,
+    "save_every": OFTEN,
+    "save_interval": OFTEN,
+    "every_n_train_steps": OFTEN,
+    "save_total_limit": "checkpoint.keep",
+    "save_top_k": "checkpoint.keep",
+    "metric_for_best_model": BEST,
+    "load_best_model_at_end": BEST,
+    "monitor": BEST,
+    "ema_decay": "ema=2000sa (its half-life)",
+    "use_ema": "ema=2000sa (its half-life)",
+    "skip_nan": "on_nonfinite=skip",
 }
 
 EXPECTED = {

@@ -20,7 +20,8 @@ INDENT = 36  # of what a key means, in --help
 
 WHAT = """\
 Isobatch trains on any hardware with the global batch you ask for: describe a run by its batch,
-and it is the same run on one GPU, on many, and on a laptop.
+and it is the same run on one GPU, on many, and on a laptop. What was stopped, or crashed, goes on
+from its last checkpoint when the same command is given again, on whatever hardware is there.
 """
 
 EXAMPLES = """\
@@ -32,11 +33,17 @@ examples:
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
   python launch.py -m batch.global_size=32,64,128           a sweep: one run after another, then a table
-  python launch.py run.dir=runs/digits-0123456789ab         that run, as its own config says; its result if finished
+  python launch.py run.dir=runs/digits-0123456789ab         goes on with that run; shows its result if finished
+  python launch.py run.dir=runs/digits-0123456789ab duration=40ep
+                                                            extends it, finished or not, to a longer duration
+  python launch.py init_from=runs/digits-0123456789ab lr.peak=0.01
+                                                            another run, which starts from that one's weights
+  python launch.py action=evaluate init_from=runs/digits-0123456789ab
+                                                            evaluates them (a checkpoint: …/checkpoints/best)
   torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
 """
 
-ENDS = "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal · 1 crashed"
+ENDS = "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal · 1 crashed, or out of memory"
 
 
 class Entry(NamedTuple):

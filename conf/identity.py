@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from conf.explain import ConfigError
 from conf.schema import RunConfig
+from scaling.units import Duration
 
 HOUSEKEEPING = (
-    "action", "output", "device", "debug", "engine", "cluster", "data", "evaluate", "log", "run", "plan", "given",
+    "action", "output", "device", "debug", "engine", "cluster", "data", "evaluate", "checkpoint", "on_nonfinite", "log",
+    "run", "plan", "given",
 )  # fmt: skip
 FREE = ("task.args", "model.args", "optimizer.args")  # hashed as they are: whoever takes them knows what null means
 
@@ -36,9 +37,9 @@ def global_size_rules(config: RunConfig) -> bool:
     return "batch.global_size" in config.given or batch.per_gpu is None or batch.accumulation is None
 
 
-def identity(config: RunConfig) -> str:
-    """12 hexadecimal digits."""
-    return digest(science(config))
+def identity(config: RunConfig, duration: Duration | None = None) -> str:
+    """12 hexadecimal digits; of the same run with another ``duration``, where one is given."""
+    return digest(science(config if duration is None else config.model_copy(update={"duration": duration})))
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -55,24 +56,6 @@ def first_free(directory: Path) -> Path:
         number += 1
         free = directory.with_name(f"{directory.name}-{number}")
     return free
-
-
-def refuse_unless_ours(directory: Path, config: RunConfig) -> None:
-    """Raises ConfigError where the directory can't be written to, or holds another run than ``config``'s."""
-    there = directory.absolute()
-    while not os.path.exists(there):  # also where asking fails, as it does for names that are too long
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"run directory {directory}: {there} isn't a folder that can be written to; name a run.dir")
-    try:
-        other = json.loads((directory / "plan.json").read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # no run yet, or one that got nowhere
-    if other != identity(config):
-        raise ConfigError(
-            f"run directory {directory} holds another run (identity {other}, not {identity(config)}); name another "
-            "run.dir, or run.new=true"
-        )
 
 
 def digest(content: dict[str, Any]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from conf.explain import ConfigError, sections, shown
-from conf.identity import global_size_rules, science
+from conf.identity import global_size_rules, identity, science
 from conf.schema import RunConfig
+from scaling.units import Duration
 
 FORMAT = 1
 # Of these nothing is taken from the stored config: they name the hardware and the wishes of the moment.
@@ -86,15 +91,98 @@ def going_on(was: RunConfig, given: set[str], fresh: dict[str, Any], another: bo
 
 
 def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None:
-    """Raises ConfigError, naming the keys with both values, where ``now`` is another run than ``was``."""
+    """Raises ConfigError, naming the keys with both values, where ``now`` is another run than ``was``.
+
+    A longer duration isn't another run: it extends this one.
+    """
     before, after = science(was), science(now)
+    longer = lengthens(was.duration, now.duration)
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    changed = [key for key in changed if not (key == "duration" and longer)]
+    if changed == ["duration"]:
+        raise ConfigError(
+            f"run.dir={directory} has duration={was.duration}, which a longer one in the same unit extends (as "
+            f"duration={replace(was.duration, value=2 * was.duration.value)}), and duration={now.duration} doesn't: "
+            "leave it out, or start a new run without run.dir"
+        )
     if changed:
         values = ", ".join(f"{key}={shown(after.get(key))} (there {shown(before.get(key))})" for key in changed)
         raise ConfigError(
             f"run.dir={directory} holds another run; it can't go on with {values}: leave these keys out, "
             "or start a new run without run.dir"
         )
+
+
+def lengthens(was: Duration, now: Duration) -> bool:
+    """Whether ``now`` is longer. In another unit that isn't known before the data is opened, so there it isn't."""
+    return now.unit == was.unit and now.value > was.value
+
+
+def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> bool:
+    """Whether ``config`` is of the run that had this identity with this duration, and makes it longer."""
+    with suppress(ValueError):
+        was = Duration.parse(duration_there)
+        return lengthens(was, config.duration) and identity(config, was) == identity_there
+    return False
+
+
+def extends(directory: Path, config: RunConfig) -> bool:
+    """Whether ``config`` makes the run in ``directory`` longer; where there is none, nothing is.
+
+    Raises:
+        ConfigError: the directory can't be written to, or holds another run than ``config``'s, or the same one with
+            another duration, where ``run.dir`` doesn't name it.
+    """
+    refuse_unwritable(directory)
+    named = config.run.dir is not None and Path(os.path.expanduser(config.run.dir)) == directory
+    if named and (length := _length(directory)):
+        return length != config.duration  # they were compared when the config was composed from the one there
+    try:
+        there = json.loads((directory / "plan.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no run yet, or one that got nowhere
+    if there == identity(config):
+        return False
+    if (length := _length(directory)) and there == identity(config, length):
+        longer = lengthens(length, config.duration)
+        way = f" duration={config.duration} extends it" if longer else " goes on with that"
+        raise ConfigError(
+            f"run directory {directory} holds this run with duration={length}, not {config.duration}: "
+            f"run.dir={directory}{way}, run.new=true starts another beside it"
+        )
+    raise ConfigError(
+        f"run directory {directory} holds another run (identity {there}, not {identity(config)}); name another "
+        "run.dir, or run.new=true"
+    )
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raises ConfigError where ``directory`` neither is a folder that can be written to, nor can become one."""
+    there = directory.absolute()
+    while not os.path.exists(there):  # also where asking fails, as it does for names that are too long
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run directory {directory}: {there} isn't a folder that can be written to; name a run.dir")
+
+
+def _length(directory: Path) -> Duration | None:
+    """The duration of the run that a directory holds; None where that can't be read."""
+    file = directory / "config.yaml"
+    with suppress(ValueError):
+        return Duration.parse(load(file).get("duration")) if file.exists() else None
+    return None
+
+
+def run_of(weights: Path) -> Path | None:
+    """The directory of the run that weights are of: itself, or that of its ``final/``, of a checkpoint, or of a file in
+    one of these. None where they are of no run."""
+    for path in (Path(os.path.abspath(weights)), weights.resolve()):
+        folder = path.parent if path.is_file() else path
+        inside = folder.parent if folder.name == "final" else folder.parent.parent
+        run = inside if folder.name == "final" or folder.parent.name == "checkpoints" else path
+        if (run / "config.yaml").is_file():
+            return run
+    return None
 
 
 def _copy(path: list[str], source: Any, target: Any) -> None:

@@ -70,12 +70,15 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         swept: of each run the overrides that vary, as they are written on the command line.
 
     Raises:
-        ConfigError: the runs differ in what has to be one for all of them, or a run lives where the sweep should.
+        ConfigError: the runs differ in what has to be one for all of them, are no runs, or a run lives where the sweep
+            should.
     """
     keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
             raise ConfigError(f"{key} is one for the whole sweep; give it one value")
+    if configs[0].action == "evaluate":
+        raise ConfigError("-m is a sweep of runs that are trained or planned; give action=evaluate for one at a time")
     every = [science(config) for config in configs]
     shared = {
         key: value

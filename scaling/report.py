@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,10 @@ class Result:
 
     Attributes:
         state: of ``outcome.json``; ``—`` where there is none.
-        loss: of the last step that was logged; ``val`` holds the values of the last evaluation by their names.
+        loss: of the last step that was logged and had one; ``val`` holds the values of the last evaluation by name.
         peak: the plan's peak learning rate.
+        restarts: of the workers, in all attempts at the run; ``skipped``: steps whose loss or gradient wasn't finite.
+        per_gpu: the largest micro-batch before memory ran out first, and since it ran out last; None: it never did.
     """
 
     state: str = "—"
@@ -31,14 +33,25 @@ class Result:
     loss: float | None = None
     val: dict[str, float] = field(default_factory=dict)
     peak: float | None = None
+    restarts: int = 0
+    skipped: int = 0
+    per_gpu: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         values = [
             f"{name} {value:.4g}" for name, value in ({"loss": self.loss} | self.val).items() if value is not None
         ]
-        return " · ".join(
-            [f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}", *values]
-        )
+        done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
+        return " · ".join([done, *self._mishaps(), *values])
+
+    def _mishaps(self) -> Iterator[str]:
+        """What went otherwise than planned."""
+        if self.restarts:
+            yield counted(self.restarts, "restart")
+        if self.per_gpu:
+            yield f"per-GPU batch {self.per_gpu[0]:,} → {self.per_gpu[1]:,} (out of memory)"
+        if self.skipped:
+            yield f"{counted(self.skipped, 'step')} skipped (not finite)"
 
     def row(self) -> dict[str, Any]:
         """Of a table of runs."""
@@ -49,6 +62,8 @@ class Result:
             "peak LR": self.peak,
             "loss": self.loss,
             **self.val,
+            **({"restarts": self.restarts} if self.restarts else {}),
+            **({"skipped": self.skipped} if self.skipped else {}),
         }
 
 
@@ -59,11 +74,25 @@ def result(directory: Path) -> Result:
     loss: float | None = None
     val: dict[str, float] = {}
     for line in _lines(directory / "metrics.jsonl"):
-        loss = line.get("loss", loss)
-        val = {name: value for name, value in line.items() if name.startswith("val/")} or val
+        loss = loss if line.get("loss") is None else line["loss"]
+        val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
     return Result(
-        outcome.get("state", "—"), outcome.get("step", 0), outcome.get("samples", 0), loss, val, lr.get("peak")
+        outcome.get("state", "—"),
+        outcome.get("step", 0),
+        outcome.get("samples", 0),
+        loss,
+        val,
+        lr.get("peak"),
+        *_mishaps(_lines(directory / "events.jsonl")),
     )
+
+
+def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
+    """Restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
+    restarts = [event for event in events if event.get("event") == "restart"]
+    skipped = [event["skipped"] for event in events if event.get("event") == "skip" and "skipped" in event]
+    halved = [(event["per_gpu_before"], event["per_gpu"]) for event in restarts if event.get("kind") == "oom"]
+    return len(restarts), skipped[-1] if skipped else 0, (halved[0][0], halved[-1][1]) if halved else None
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:

@@ -214,12 +214,18 @@ REFUSED = [
     # keys
     (["batch.globl_size=3"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
     (["global_size=3"], ["did you mean batch.global_size?"]),
-    (["every=3ep"], ["did you mean evaluate.every or log.every?"]),
+    (["every=3ep"], ["did you mean checkpoint.every or evaluate.every or log.every?"]),
     (["+foo=3"], ["unknown key foo"]),
     (["foo.bar=3"], ["unknown key foo.bar"]),
     (["foo/bar=3"], ["unknown key foo/bar"]),
     (["epochs=3"], ["did you mean duration=10ep?"]),
     (["batch_size=3"], ["batch.global_size or batch.per_gpu"]),
+    (["resume=true"], ["did you mean run.dir=DIR (and the same command goes on by itself)?"]),
+    (["trainer.resume_from_checkpoint=x"], ["run.dir=DIR"]),
+    (["ckpt_path=x"], ["run.dir=DIR", "init_from=PATH"]),
+    (["save_steps=500"], ["did you mean checkpoint.every=500st or checkpoint.every=10min?"]),
+    (["save_total_limit=3"], ["did you mean checkpoint.keep?"]),
+    (["ema_decay=0.999"], ["ema=2000sa (its half-life)"]),
     (["lr=0.1"], ["lr=0.1", "lr.base", "lr.peak"]),
     (["lr.foo=1"], ["unknown key lr.foo", "lr.base, "]),
     (["given=[a]"], ["unknown key given"]),
@@ -272,6 +278,13 @@ REFUSED = [
     ([*CUSTOM, "optimizer.weight_decay=0", "optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
     (["cluster.rendezvous=a:29500"], ["cluster.rendezvous=a:29500", "where several machines meet", "cluster.nodes"]),
     (["output=json"], ["output=json", "action=plan"]),
+    (["action=evaluate"], ["action=evaluate needs init_from="]),
+    (["action=evaluate", "init_from="], ["init_from= can't be"]),
+    (["action=evaluate", "init_from=3"], ["as text: \"init_from='3'\""]),
+    (["action=evaluate", "init_from=no/where"], ["init_from=no/where isn't there", ".safetensors"]),
+    (["action=evaluate", "run.dir=conf"], ["takes no run.dir: write init_from=conf"]),
+    (["action=evaluate", "run.new=true"], ["takes no run.new: write init_from=DIR"]),
+    (["action=evaluate", "run.dir=conf", "init_from=conf"], ["takes no run.dir: leave it out"]),
     (["cluster.environment.A-B=x"], ["A-B", "environment variable"]),
     (["task.args={1: a}"], ["task.args has the key 1", "'1'"]),
     (["seed=x", "batch.per_gpu=0"], ["seed=x can't be", "batch.per_gpu=0 can't be"]),
@@ -308,7 +321,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
     "batch.accumulation": [(0, "1 or more"), (-1, "1 or more")],
     "batch.unit": [("token", "did you mean tokens?")],
     "batch.even": [(1, "true or false"), ("yes", "true or false")],
-    "action": [("pln", "did you mean plan?"), ("tune", "train or plan")],
+    "action": [("pln", "did you mean plan?"), ("tune", "train, plan or evaluate")],
     "output": [("jsn", "did you mean json?")],
     "device": [("gpu", "auto, cpu or cuda")],
     "seed": [(-1, "0 or more"), (2**63, "less than"), ("x", "a whole number"), (True, "a whole number")],
@@ -329,7 +342,14 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
     "lr.milestones": [("30%", "a list"), ([4], "lr.milestones.0=4 has no unit")],
     "lr.warmup_from": [(-1, "0 or more")],
     "log.every": [("0st", "log.every=0st: an interval has to be more than 0"), (None, "not a duration")],
-    "evaluate.every": [("0ep", "more than 0")],
+    "evaluate.every": [("0ep", "more than 0"), ("5min", "only checkpoint.every may be in minutes")],
+    "checkpoint.every": [("0min", "more than 0"), ("10", "has no unit")],
+    "checkpoint.keep": [(0, "1 or more")],
+    "checkpoint.best": [("val/accuracy", "val/accuracy:max"), ("val/accuracy:most", "val/accuracy:max")],
+    "checkpoint.on_error": [("stopp", "did you mean stop?")],
+    "on_nonfinite": [("skp", "did you mean skip?")],
+    "ema": [(0.999, "has no unit"), ("0sa", "more than 0"), ("5min", "minutes")],
+    "init_from": [("", "isn't empty")],
     "data.workers": [(-1, "0 or more")],
     "run.dir": [("", "isn't empty"), (3, "as text: \"run.dir='3'\"")],
     "run.name": [
@@ -490,6 +510,63 @@ def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> Non
     assert "evaluate" not in said
     assert "optimizer.name=adamw (there sgd)" in message(f"run.dir='{tmp_path}'", "optimizer=adamw")
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
+
+
+def test_a_longer_duration_extends_the_run_in_a_directory(tmp_path: Path) -> None:
+    stored(tmp_path, "duration=20ep", "batch.global_size=64")
+    named = f"run.dir='{tmp_path}'"
+    assert compose([named, "duration=30ep"]).duration == Duration(30, "ep")
+    assert compose([named, "duration=20.0ep"]).duration == Duration(20, "ep")
+    for other in ("10ep", "50000st", "1e9sa"):
+        said = message(named, f"duration={other}")
+        assert said.startswith(
+            f"run.dir={tmp_path} has duration=20ep, which a longer one in the same unit extends (as "
+        )
+        assert "duration=40ep" in said
+        assert f"duration={Duration.parse(other)} doesn't" in said
+    said = message(named, "duration=30ep", "seed=3")
+    assert "seed=3 (there 0)" in said
+    assert "duration=" not in said
+    assert "duration=10ep (there 20ep)" in message(named, "duration=10ep", "seed=3")
+    assert compose([named, "duration=10ep", "run.new=true"]).duration == Duration(10, "ep")
+
+
+# ---- evaluating a run's weights
+
+
+@pytest.mark.parametrize("of_run", ["", "final", "final/model.safetensors", "checkpoints/step-00000300"])
+def test_an_evaluation_takes_the_config_of_the_run_that_its_weights_are_of(tmp_path: Path, of_run: str) -> None:
+    run = tmp_path / "run"
+    was = stored(run, "optimizer=adamw", "task.args.width=7", "ema=5%", "init_from=elsewhere", "cluster.nodes=2")
+    write(run / "final/model.safetensors", "")
+    (run / "checkpoints/step-00000300").mkdir(parents=True)
+    weights = str(run / of_run)
+    now = compose(["action=evaluate", f"init_from='{weights}'", "task.args.split=test", "seed=3", "output=json"])
+    assert now.task.args == {**was.task.args, "split": "test"}
+    assert (now.optimizer, now.ema, now.init_from, now.seed) == (was.optimizer, was.ema, weights, 3)
+    assert (now.action, now.output, now.cluster.nodes, now.run.dir) == ("evaluate", "json", 1, None)
+
+
+def test_an_evaluation_follows_links_to_a_run(tmp_path: Path) -> None:
+    stored(tmp_path / "run", "seed=7")
+    best = tmp_path / "run/checkpoints/best"
+    (best.parent / "step-00000300").mkdir(parents=True)
+    best.symlink_to("step-00000300")
+    (tmp_path / "mine").symlink_to(best)
+    for weights in (best, tmp_path / "mine"):
+        assert compose(["action=evaluate", f"init_from='{weights}'"]).seed == 7
+
+
+def test_weights_of_no_run_are_evaluated_by_the_command_alone(tmp_path: Path) -> None:
+    file = write(tmp_path / "checkpoint/model.safetensors", "")
+    write(tmp_path / "checkpoint/config.yaml", "model: theirs\n")
+    now = compose(["action=evaluate", f"init_from='{file}'", "task.args.width=7"])
+    assert (now.task.args["width"], now.init_from) == (7, str(file))
+
+
+def test_what_an_evaluation_would_ask_of_a_damaged_run_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "config.yaml", "format: 1\ngiven: [")
+    assert "can't be read" in message("action=evaluate", f"init_from='{tmp_path}'")
 
 
 def test_run_new_makes_another_run_of_a_run_directorys_config(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from conf.compose import compose
 from conf.explain import ConfigError, keys, sections, validated
-from conf.identity import first_free, identity, refuse_unless_ours, run_directory, science
+from conf.identity import first_free, identity, run_directory, science
 from conf.schema import RunConfig
-from conf.stored import dump
+from conf.stored import dump, extends, lengthened, run_of
 from conf.sweep import _folder, expand, sweep_directories
 
 # Of every key another value than its default, so that a key which is new has to be thought of here.
@@ -22,6 +23,8 @@ OTHER_SCIENCE: dict[str, Any] = {
     "duration": "21ep",
     "seed": 1,
     "clip_norm": 1.0,
+    "init_from": "runs/digits-0123456789ab",
+    "ema": "2000sa",
     "batch.global_size": 127,
     "batch.unit": "tokens",
     "batch.even": True,
@@ -59,7 +62,13 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "batch.per_gpu": 4,
     "batch.accumulation": 4,
     "data.workers": 2,
+    "data.fingerprint": False,
     "evaluate.every": "3ep",
+    "checkpoint.every": "5min",
+    "checkpoint.keep": 1,
+    "checkpoint.best": "val/accuracy:max",
+    "checkpoint.on_error": "stop",
+    "on_nonfinite": "skip",
     "log.every": "3st",
     "run.dir": "elsewhere",
     "run.name": "other",
@@ -239,18 +248,75 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     for content in (None, "", "{}", "[]", f'{{"identity": "{identity(config)}"}}'):
         if content is not None:
             (tmp_path / "plan.json").write_text(content)
-        refuse_unless_ours(tmp_path, config)
+        assert not extends(tmp_path, config)
     (tmp_path / "plan.json").write_text('{"identity": "abc"}')
     with pytest.raises(ConfigError, match=f"another run .identity abc, not {identity(config)}"):
-        refuse_unless_ours(tmp_path, config)
+        extends(tmp_path, config)
+
+
+def holding(directory: Path, *overrides: str) -> Path:
+    """A directory as a run leaves it."""
+    config = compose(overrides)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump(config))
+    (directory / "plan.json").write_text(json.dumps({"identity": identity(config)}))
+    return directory
+
+
+def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
+    run = holding(tmp_path / "run", "duration=40ep")
+    longer = compose([f"run.dir='{run}'", "duration=50ep"])
+    assert extends(run, longer)
+    assert not extends(run, compose([f"run.dir='{run}'"]))
+    assert not extends(run, compose(["duration=40ep"]))
+    for duration, way in (("20ep", "goes on with that"), ("50ep", "duration=50ep extends it")):
+        with pytest.raises(ConfigError) as refusal:
+            extends(run, compose([f"duration={duration}"]))
+        assert f"holds this run with duration=40ep, not {duration}: run.dir={run} {way}" in str(refusal.value)
+    with pytest.raises(ConfigError, match="holds another run"):
+        extends(run, compose(["duration=20ep", "seed=3"]))
+    beside = compose([f"run.dir='{run}'", "duration=50ep", "run.new=true"])
+    assert not extends(run_directory(beside), beside)
+
+
+def test_an_extension_that_was_cut_short_goes_on(tmp_path: Path) -> None:
+    """Killed between the two files: the config is what counts."""
+    run = holding(tmp_path / "run", "duration=20ep")
+    (run / "config.yaml").write_text(dump(compose(["duration=40ep"])))
+    for again in ([f"run.dir='{run}'"], [f"run.dir='{run}'", "duration=40ep"]):
+        assert compose(again).duration.value == 40
+        assert not extends(run, compose(again))
+
+
+def test_a_checkpoint_is_lengthened_only_by_the_same_run() -> None:
+    short, config = compose(["duration=20ep"]), compose(["duration=40ep"])
+    assert lengthened(config, identity(short), "20ep")
+    assert not lengthened(config, identity(config), "40ep")
+    assert not lengthened(short, identity(config), "40ep")
+    assert not lengthened(config, identity(short), "30ep")
+    assert not lengthened(config, identity(short), "20")
+    assert not lengthened(compose(["duration=40ep", "seed=3"]), identity(short), "20ep")
+
+
+def test_weights_are_of_a_run_by_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = holding(tmp_path / "run")
+    for folder in ("final", "checkpoints/step-00000300", "other"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "model.safetensors").touch()
+    for weights in ("", "final", "final/model.safetensors", "checkpoints/step-00000300"):
+        assert run_of(run / weights) == run
+    for weights in ("other", "other/model.safetensors", "checkpoints", "plan.json"):
+        assert run_of(run / weights) is None
+    monkeypatch.chdir(run / "final")
+    assert run_of(Path("model.safetensors")) == run
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/version/x"])
 def test_what_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="isn't a folder that can be written to"):
-        refuse_unless_ours(tmp_path / where, compose([]))
-    refuse_unless_ours(tmp_path / "new" / "and" / ("x" * 50), compose([]))
+        extends(tmp_path / where, compose([]))
+    assert not extends(tmp_path / "new" / "and" / ("x" * 50), compose([]))
 
 
 # ---- where the runs of a sweep live
@@ -294,6 +360,12 @@ def test_what_is_of_the_whole_sweep_is_not_swept(override: str) -> None:
     key = "run.dir" if override.startswith("run=") else override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"{key} is one for the whole sweep"):
         places(override)
+
+
+def test_a_sweep_evaluates_nothing(tmp_path: Path) -> None:
+    runs = [holding(tmp_path / name) for name in "ab"]
+    with pytest.raises(ConfigError, match="give action=evaluate for one at a time"):
+        places("action=evaluate", f"init_from={runs[0]},{runs[1]}")
 
 
 def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:

@@ -20,9 +20,31 @@ def test_result_of_a_finished_run(tmp_path: Path) -> None:
     assert str(found) == "finished after 1,200 steps, 4,800 samples · loss 1.5 · val/loss 1.25"
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "3"])
+def test_what_went_otherwise_than_planned_is_said(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(json.dumps({"state": "finished", "step": 9, "samples": 90}))
+    lines = [{"loss": 0.5}, {"loss": None}, {"val/loss": 0.25, "ema/loss": 0.125}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    events = [
+        {"event": "start"},
+        {"event": "restart", "kind": "crashed", "cause": "killed"},
+        {"event": "skip", "step": 3, "skipped": 1},
+        {"event": "restart", "kind": "oom", "per_gpu_before": 2048, "per_gpu": 1024},
+        {"event": "restart", "kind": "oom", "per_gpu_before": 1024, "per_gpu": 512},
+        {"event": "skip", "step": 7, "skipped": 2},
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "rest')
+    found = result(tmp_path)
+    assert str(found) == (
+        "finished after 9 steps, 90 samples · 3 restarts · per-GPU batch 2,048 → 512 (out of memory) · "
+        "2 steps skipped (not finite) · loss 0.5 · val/loss 0.25 · ema/loss 0.125"
+    )
+    assert {"restarts": 3, "skipped": 2}.items() <= found.row().items()
+    assert not {"restarts", "skipped"} & Result().row().keys()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "3", '{"event": "skip"}'])
 def test_result_of_a_run_that_got_nowhere(tmp_path: Path, content: str | None) -> None:
-    for name in ("outcome.json", "plan.json", "metrics.jsonl"):
+    for name in ("outcome.json", "plan.json", "metrics.jsonl", "events.jsonl"):
         if content is not None:
             (tmp_path / name).write_text(content)
     assert result(tmp_path) == Result()
