@@ -48,6 +48,13 @@ def key_generators(seed: int, position: int, use: int) -> int:
     return key
 
 
+def seed_generators(seed: int) -> None:
+    """Seed all default generators for what is drawn before the first step: by the task itself, for the weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def generators_state(
     torchs: torch.Generator = torch.default_generator,
     pythons: random.Random = random._inst,  # type: ignore[attr-defined]
