@@ -37,6 +37,19 @@ def warnings(plan: Plan) -> list[str]:
     return [text for check in (_rule, _warmup, _base, _idle, _wraps, _family) if (text := check(plan))]
 
 
+def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
+    """What a longer duration does to the learning rate of a run that has come to ``sample``."""
+    old, new = before.schedule, after.schedule
+    if old is None or new is None or old == new:
+        return None
+    was, now = (schedule.lr(sample, after.peak.lr) for schedule in (old, new))
+    return (
+        f"the run is extended from {before.size(old.samples)} to {after.size(new.samples)}, and its schedule with it: "
+        f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run of this length from its start "
+        "would have had other ones until here"
+    )
+
+
 def _rule(plan: Plan) -> str | None:
     rule, batch, base = plan.segments[0].rule, plan.cut.global_size, plan.base_batch
     law = rule.law

@@ -76,10 +76,14 @@ def _begin(run: RunDir, facts: dict[str, str], world: World, hosts: list[str]) -
     run.refuse_foreign()
     _LOCKS.append(run.lock())
     before = run.outcome()
-    if before and before.state == "finished":
+    if before and before.state == "finished" and "extends" not in facts:
         return before
-    run.write_outcome(Outcome("running", "", 0, 0, facts["attempt"], restarts()))  # first: by this it's a run's folder
+    at = (before.step, before.samples) if before else (0, 0)
+    run.write_outcome(Outcome("running", "", *at, facts["attempt"], restarts()))  # first: by this it's a run's folder
     run.logs.mkdir(exist_ok=True)
+    if before and before.state == "running" and before.attempt != facts["attempt"]:
+        cause = "ended without a word: it was killed, or its machine went down"
+        run.event("crashed", cause=cause, attempt=before.attempt, step=before.step, samples=before.samples, found=True)
     run.event(
         "start",
         command=facts["command"],

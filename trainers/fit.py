@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from trainers.engines import Engine
+from trainers.keeper import Keeper
 from trainers.keyed import Stream
 from trainers.loader import Loader
 from trainers.metrics import Metrics
@@ -14,10 +15,12 @@ from trainers.rundir import Fatal, Refused
 from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import News, Note, Pulse
+from trainers.watch import Watch
 
 UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
+SKIPS_IN_A_ROW = 100  # steps that weren't finite, after which nothing is being trained any more
 
-Evaluate = Callable[[], dict[str, float]]
+Evaluate = Callable[[], dict[str, float] | None]
 
 
 def fit(
@@ -27,66 +30,96 @@ def fit(
     stream: Stream,
     pulse: Pulse,
     metrics: Metrics,
+    keeper: Keeper,
     stop: Stop,
+    watch: Watch,
     *,
     clip_norm: float | None,
+    skip_nonfinite: bool,
     log_every: int,
     evaluate: Evaluate | None,
     evaluate_every: int | None,
+    save_every: int | None,
+    complain: Callable[[str], None],
 ) -> bool:
-    """Train from ``state`` to the end of its plan.
+    """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
 
     Args:
-        log_every, evaluate_every: in samples. In any case the first and the last step are logged, and the end is
-            evaluated.
+        skip_nonfinite: a step whose loss or gradient isn't finite changes nothing, instead of ending the run.
+        log_every, evaluate_every, save_every: in samples. In any case the first and the last step are logged and the
+            end is evaluated; and a checkpoint is saved where the keeper says that it's time, or the run stops or ends.
+        evaluate: gives None, on all ranks, where some rank was asked to stop meanwhile.
+        complain: told of a checkpoint that couldn't be saved, on rank 0.
 
     Returns:
         True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
 
     Raises:
-        Fatal: the loss or the gradient isn't finite.
+        Fatal: the loss or the gradient isn't finite, or the checkpoint to stop with can't be saved.
         Refused: the task's loss isn't (sum, units), or a whole step had no units.
     """
-    step, stopping = state.plan.step_at(state.samples), False
+    step, stopping, skips = state.plan.step_at(state.samples), False, 0
+    if evaluate and state.evaluation_owed:
+        stopping = not evaluate_now(evaluate, state, metrics, keeper)
     while step and not stopping:
         for micro in loader(step):
+            watch.beat(state.steps)
             stream.start(micro.start, micro.stop)
             with engine.micro(last=micro.last):
                 loss, units = engine.loss(micro.batch)
                 stream.stop()
-                note = Note(loss, units, micro.expected_units, stop=micro.last and stop.wanted is not None)
-                engine.backward(loss / step.expected_units, note)
+                wishes = {"stop": stop.wanted is not None, "save": keeper.due} if micro.last else {}
+                engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units, **wishes))
         total = engine.total(step.expected_units)
         update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)
 
         state.samples, state.steps = step.stop, step.index + 1
+        state.skipped, skips = state.skipped + update.skipped, skips + 1 if update.skipped else 0
         following = state.plan.step_at(state.samples)
-        stopping = heed(pulse.read(step, total, update.grad_norm), metrics, state, log_every)
-        due = following is None or (crossed(evaluate_every, step.start, step.stop) and not stopping)
-        if stopping or due:
-            heed(pulse.last(), metrics, state, log_every)
-        if evaluate and due:
-            evaluate_now(evaluate, metrics)
+        news = pulse.read(step, total, update.grad_norm)
+        heed(news, metrics, state, log_every, skip_nonfinite)
+        stopping = news is not None and news.stop
+        saving = crossed(save_every, step.start, step.stop) or (news is not None and news.save)
+        evaluating = evaluate is not None and (following is None or crossed(evaluate_every, step.start, step.stop))
+        if stopping or saving or evaluating or following is None:
+            heed(pulse.last(), metrics, state, log_every, skip_nonfinite)
+        if skips == SKIPS_IN_A_ROW:
+            raise Fatal(f"the last {skips} steps weren't finite, and were skipped")
+        if evaluate and evaluating:
+            state.evaluation_owed = True
+            stopping = stopping or not evaluate_now(evaluate, state, metrics, keeper)
+        if saving and not stopping:
+            keeper.save(state)
+        if failure := keeper.failure():
+            complain(failure)
         step = following
-    return step is None
+    done = step is None and not state.evaluation_owed
+    keeper.save(state)
+    if failure := keeper.wait():
+        if not done:
+            raise Fatal(f"step {state.steps}, at which to stop, can't be saved: {failure}")
+        complain(failure)
+    return done
 
 
-def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int) -> bool:
-    """Refuse what can't be trained on, log what is due; whether some rank was asked to stop."""
+def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int, skip_nonfinite: bool) -> None:
+    """Refuse what can't be trained on, log what is due."""
     if news is None:
-        return False
+        return
     step = news.step
     where = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
     if news.units <= 0:
         raise Refused(f"{where} has {news.units:g} units: the losses of its global batch returned no more than that")
     if not (math.isfinite(news.loss) and math.isfinite(news.grad_norm)):
-        raise Fatal(f"{where} isn't finite: loss {news.loss}, gradient norm {news.grad_norm}")
-    stated, found = state.plan.units_per_sample, news.units / (step.stop - step.start)
-    if step.index == 0 and stated and abs(found / stated - 1) > UNITS_OFF:
-        metrics.warn(f"task.units_per_sample={stated}, but the first step has {found:g} units a sample")
+        found = f"{where} isn't finite: loss {news.loss}, gradient norm {news.grad_norm}"
+        if not skip_nonfinite:
+            raise Fatal(f"{found}; on_nonfinite=skip leaves such steps out")
+        metrics.event("skip", f"{found}; skipped", step=step.index + 1, samples=step.stop, skipped=state.skipped)
+    stated, found_units = state.plan.units_per_sample, news.units / (step.stop - step.start)
+    if step.index == 0 and stated and abs(found_units / stated - 1) > UNITS_OFF:
+        metrics.warn(f"task.units_per_sample={stated}, but the first step has {found_units:g} units a sample")
     if step.index == 0 or crossed(log_every, step.start, step.stop) or step.index + 1 == state.plan.steps:
         metrics.step(news)
-    return news.stop
 
 
 def crossed(every: int | None, before: int, after: int) -> bool:
@@ -94,8 +127,18 @@ def crossed(every: int | None, before: int, after: int) -> bool:
     return every is not None and after // every > before // every
 
 
-def evaluate_now(evaluate: Evaluate, metrics: Metrics) -> None:
-    """Evaluate, and note its result and the time that it took from training."""
+def evaluate_now(evaluate: Evaluate, state: TrainState, metrics: Metrics, keeper: Keeper) -> bool:
+    """Evaluate, note its result and the time that it took from training, and save the best.
+
+    Returns:
+        False where some rank was asked to stop before it was done; it is then still owed.
+    """
     began = time.perf_counter()
     values = evaluate()
+    if values is None:
+        return False
+    state.evaluation_owed = False
     metrics.evaluation(values, time.perf_counter() - began)
+    if keeper.improves(values):
+        keeper.save(state, values)
+    return True

@@ -7,9 +7,10 @@ import math
 import sys
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-from trainers.rundir import RunDir
+from trainers.rundir import RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.tally import News
 
@@ -22,13 +23,21 @@ PLAIN_EVERY_S = 5.0  # seconds between two plain lines
 class Metrics:
     """Rank 0's record of the run; on other ranks (``run`` is None) nothing is written or shown.
 
+    A run that goes on keeps the lines up to its state. What can't be written (a full disk) is tried again with the
+    next line.
+
     Args:
         live: show a line that moves, on a terminal; not under a debugger, which wants the terminal for itself.
     """
 
     def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
         self._state, self._run = state, run
-        self._file: TextIO | None = open(run.path / "metrics.jsonl", "w", buffering=1) if run else None  # noqa: SIM115
+        self._file: IO[bytes] | None = None
+        self._unwritten, self._told = b"", False
+        if run:
+            file = run.path / "metrics.jsonl"
+            write_atomic(file, b"".join(lines_until(file, state)))
+            self._file = open(file, "ab", buffering=0)  # noqa: SIM115
         self._show: LiveLine | PlainLines | None = None
         if run:
             self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
@@ -49,41 +58,81 @@ class Metrics:
             "global_size": news.step.cut.global_size,
             "samples_per_s": rate,
         }
+        if self._state.skipped:
+            line["skipped"] = self._state.skipped
         self._write(line)
         if self._show:
             self._show.step(line)
 
     def evaluation(self, values: dict[str, float], took_s: float) -> None:
-        """A line with the results of an evaluation at the state's position; its time counts for no step."""
+        """A line with the results of an evaluation at the state's position; its time counts for no step.
+
+        Args:
+            values: by names such as ``val/loss``.
+        """
         self._since += took_s
         line: dict[str, Any] = {
             "step": self._state.steps,
             "samples": self._state.samples,
             "epoch": self._state.epochs(self._state.samples),
         }
-        line |= {f"val/{name}": value for name, value in values.items()}
+        line |= values
         self._write(line)
         if self._show:
             self._show.evaluation(line)
 
     def warn(self, text: str) -> None:
         """What the user should know, on the terminal and in the events."""
-        if self._run:
-            self._run.event("warning", text=text)
-            say(f"warning: {text}")
+        self.event("warning", text)
+
+    def event(self, event: str, text: str, **fields: Any) -> None:
+        """Likewise, of another kind than a mere warning."""
+        tell(self._run, event, text, **fields)
 
     def close(self) -> None:
         """Leave the terminal as it was, and the file complete."""
         if self._show:
             self._show.close()
         if self._file:
+            self._flush()
             self._file.close()
         self._show = self._file = None
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file:
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
-            self._file.write(json.dumps(finite) + "\n")
+            self._unwritten += json.dumps(finite).encode() + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._file
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._told:
+                say(f"warning: metrics.jsonl can't be written now: {error}")
+            self._told = True
+
+
+def lines_until(file: Path, state: TrainState) -> list[bytes]:
+    """The lines of a metrics file up to a state; of later ones another attempt had made more than it saved."""
+    kept = []
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            content = json.loads(line)
+            again = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
+            if 0 < content["step"] <= state.steps and not again and line.endswith(b"\n"):
+                kept.append(line)
+    return kept
+
+
+def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
+    """Say something, and keep it in ``events.jsonl`` where the disk has room for it; not where ``run`` is None."""
+    if run:
+        with suppress(OSError):
+            run.event(event, text=text, **fields)
+        say(f"warning: {text}")
 
 
 def say(text: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +12,35 @@ import torch
 from torch import nn
 
 from conf.stored import dump
+from scaling.advice import lr_jump
 from scaling.geometry import counted
 from scaling.plan import Plan
 from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
+from trainers.average import Average
 from trainers.engines import make_engine
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate
-from trainers.fit import fit
+from trainers.fingerprint import fingerprint
+from trainers.fit import Evaluate, fit
+from trainers.keeper import Keeper
 from trainers.keyed import Stream, key_dropout
 from trainers.loader import Loader
 from trainers.locate import build
-from trainers.metrics import Metrics, say
+from trainers.manifest import Checkpoint, Header, checkpoints
+from trainers.metrics import Metrics, say, tell
 from trainers.notes import restarts
 from trainers.optim import make_optimizer
+from trainers.resume import best_value, resume
 from trainers.rundir import Outcome, Refused, RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import Pulse
 from trainers.tasks import Task, make_task, open_data
+from trainers.watch import Watch
+from trainers.weights import initialise, save_final
 from trainers.world import World
 
 if TYPE_CHECKING:
@@ -45,12 +51,19 @@ _KEPT: list[Any] = []
 
 
 def train(
-    config: RunConfig, facts: dict[str, str], world: World, stop: Stop, entered: Callable[[RunDir], None]
+    config: RunConfig,
+    facts: dict[str, str],
+    world: World,
+    stop: Stop,
+    entered: Callable[[RunDir], None],
+    watch: Watch,
 ) -> Outcome:
     """The body of every worker, the same on all ranks: train as ``config`` says, and leave the run directory.
 
     Args:
-        facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks.
+        facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks; perhaps
+            ``extends`` (a finished run goes on to a longer duration) and ``per_gpu_limit`` (the most samples at once
+            since memory ran out).
         entered: called with the run directory once it is this launch's; before that nothing is written to it.
 
     Returns:
@@ -58,36 +71,81 @@ def train(
 
     Raises:
         Refused: what the user gave can't work.
-        Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come.
+        Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
+            the samples of the largest micro-batch, where it was training already.
     """
     run, before = enter(config, facts, world)
     entered(run)
-    if before and before.state == "finished":
+    if before and before.state == "finished" and "extends" not in facts:
         return before
+    try:
+        return _train(config, facts, world, stop, watch, run, before)
+    except Exception as error:
+        if before and not hasattr(error, "step"):
+            error.step, error.samples = before.step, before.samples  # type: ignore[attr-defined]
+        raise
+
+
+def _train(
+    config: RunConfig,
+    facts: dict[str, str],
+    world: World,
+    stop: Stop,
+    watch: Watch,
+    run: RunDir,
+    before: Outcome | None,
+) -> Outcome:
+    ours = run if world.rank == 0 else None  # what rank 0 writes and says, it does for all
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     task = make_task(config)
     data = open_data(task, config)
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
-    plan = plan_of(config, world.size, len(data))
-    stream = Stream(config.seed, world.device, tell=partial(_warn, run, world))
+    known_by = world.agree((fingerprint(data, config.seed) or "") if ours and config.data.fingerprint else "") or None
+    plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
+    stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
     model = key_dropout(make_model(config, task), stream).to(world.device)
+    begins = not world.agree("a checkpoint" if checkpoints(run) else "")
+    source = initialise(model, config.init_from, world) if config.init_from and begins else None
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
-    state = TrainState(plan)
+    state, found = resume(run, config, world, engine, plan, known_by, tell=partial(tell, ours, "skipped"))
+
+    def beat() -> None:
+        watch.beat(state.steps)
+
+    every = config.checkpoint.every
+    keeper = Keeper(
+        run,
+        world,
+        engine,
+        partial(header_of, config, known_by),
+        every_s=every.value * 60 if every and every.unit == "min" else None,
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        best_before=best_value(run, config.checkpoint.best, world),
+        beat=beat,
+    )
     loader = Loader(data, task, state, world, config.data.workers, stream.tell)
-    evaluate = make_evaluate(task, model, world, plan.cut.per_gpu)
-    if world.rank == 0:  # from here on it isn't the attempt before any more
+    evaluate = make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat)
+    if ours:  # from here on it isn't the attempt before any more
         write_atomic(run.path / "config.yaml", dump(config))
-        write_atomic(run.path / "plan.json", to_json(plan) + "\n")
+        write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
         if config.task.train_samples is None:
-            say(table(plan))
-        if before and before.step:
-            say(f"begins anew: the last attempt {before.state} after {counted(before.step, 'step')}")
+            say(table(state.plan))
+        say_where(run, state, found, before, source)
         say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
-    metrics = Metrics(run if world.rank == 0 else None, state, live=not config.debug)
-    _KEPT.extend((engine, loader, metrics))
+    metrics = Metrics(ours, state, live=not config.debug)
+    if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
+        metrics.warn(jump)
+
+    def complain(failure: str) -> None:
+        metrics.warn(f"a checkpoint couldn't be saved: {failure}")
+        if config.checkpoint.on_error == "stop":
+            stop.wanted = stop.wanted or f"a checkpoint couldn't be saved: {failure}"
+
+    _KEPT.extend((engine, loader, metrics, keeper))
     for reason in dependent_on_cut(model):
         stream.tell(reason)
     model.train()
@@ -99,36 +157,104 @@ def train(
             stream,
             Pulse(world.device),
             metrics,
+            keeper,
             stop,
+            watch,
             clip_norm=config.clip_norm,
-            log_every=in_samples(config.log.every, plan),
-            evaluate=evaluate,
-            evaluate_every=None if config.evaluate.every is None else in_samples(config.evaluate.every, plan),
+            skip_nonfinite=config.on_nonfinite == "skip",
+            log_every=in_samples(config.log.every, state.plan),
+            evaluate=named(evaluate, engine.average) if evaluate else None,
+            evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
+            save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
+            complain=complain,
         )
     except Exception as error:
         error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
+        error.per_gpu = state.plan.cut.micro_batches[0][0]  # type: ignore[attr-defined]
         raise
     finally:
         loader.close()
         metrics.close()
+        keeper.close()
     cause = "" if done else stop_cause(stop, world)
     outcome = Outcome(
         "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
     )
-    if world.rank == 0:
+    if ours:
         if done:
-            save_final(run, model)
+            save_final(run, model, engine.average)
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
         run.write_outcome(outcome)
     return outcome
 
 
-def plan_of(config: RunConfig, world: int, train_samples: int | None) -> Plan:
-    """``resolve``, whose refusals are the user's to hear."""
+def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: str | None = None) -> Plan:
+    """``resolve``, whose refusals are the user's to hear.
+
+    Args:
+        per_gpu_limit: the most samples in one micro-batch, where memory asks for fewer than the config.
+    """
     try:
-        return resolve(config, world, train_samples)
+        plan = resolve(config, world, train_samples)
+        if per_gpu_limit is not None and int(per_gpu_limit) < plan.cut.per_gpu:
+            return plan.dealt(world, int(per_gpu_limit))
+        return plan
     except ValueError as error:
         raise Refused(str(error)) from None
+
+
+def header_of(
+    config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
+) -> Header:
+    """What a checkpoint of ``state`` says of it.
+
+    Args:
+        evaluation: the values of an evaluation at this step.
+    """
+    return Header(
+        identity=state.plan.identity,
+        duration=str(config.duration),
+        world_size=state.plan.world,
+        step=state.steps,
+        samples=state.samples,
+        skipped=state.skipped,
+        evaluation_owed=state.evaluation_owed,
+        fingerprint=fingerprint,
+        evaluation=None if evaluation is None else dict(evaluation),
+        plan=state.plan,
+    )
+
+
+def named(evaluate: Evaluate, average: Average | None) -> Evaluate:
+    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``."""
+
+    def both() -> dict[str, float] | None:
+        if (values := evaluate()) is None:
+            return None
+        found = {f"val/{name}": value for name, value in values.items()}
+        if average:
+            with average.swapped():
+                values = evaluate()
+            if values is None:
+                return None
+            found |= {f"ema/{name}": value for name, value in values.items()}
+        return found
+
+    return both
+
+
+def say_where(
+    run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, source: str | None
+) -> None:
+    """Say where the training starts: at a checkpoint, anew, or with other weights; and keep it in the events."""
+    if found:
+        run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
+        say(f"goes on from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
+    elif before and before.state != "refused":
+        say(f"begins anew: the last attempt {before.state} before its first checkpoint")
+    if source:
+        run.event("initialised", source=source)
+        say(f"weights from {source}")
 
 
 def count_samples(config: RunConfig) -> int:
@@ -163,23 +289,6 @@ def stop_cause(stop: Stop, world: World) -> str:
     return next(name for name in world.gather(stop.wanted or "") if name)
 
 
-def save_final(run: RunDir, model: nn.Module) -> None:
-    """The model's weights and buffers as safetensors, all or nothing."""
-    from safetensors.torch import save_model
-
-    aside = run.path / ".final.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    weights = aside / "model.safetensors"
-    save_model(model, str(weights))
-    os.umask(umask := os.umask(0))
-    weights.chmod(0o666 & ~umask)  # as any other file here; safetensors keeps it to its owner
-    with open(weights, "rb") as written:
-        os.fsync(written.fileno())
-    shutil.rmtree(run.final, ignore_errors=True)
-    aside.rename(run.final)
-
-
 def dependent_on_cut(model: nn.Module) -> list[str]:
     """What in ``model`` makes its training depend on how a global batch is cut, as far as its modules tell."""
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -192,7 +301,6 @@ def dependent_on_cut(model: nn.Module) -> list[str]:
     return reasons + ([f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else [])
 
 
-def _warn(run: RunDir, world: World, reason: str) -> None:
-    if world.rank == 0:
-        run.event("depends_on_cut", reason=reason)
-        say(f"warning: this run isn't the same on other hardware or another batch.per_gpu: {reason}")
+def _depends_on_cut(run: RunDir | None, reason: str) -> None:
+    text = f"this run isn't the same on other hardware or another batch.per_gpu: {reason}"
+    tell(run, "depends_on_cut", text, reason=reason)

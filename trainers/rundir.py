@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-State = Literal["running", "finished", "stopped", "refused", "crashed"]
+State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
 LOCK = "lock"
 
-EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "crashed": 1, "running": 1}
+EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
 
 
 class Refused(ValueError):
@@ -79,6 +79,10 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def final(self) -> Path:

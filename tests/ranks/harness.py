@@ -20,6 +20,7 @@ from conf.compose import compose
 from trainers.run import train
 from trainers.rundir import RunDir
 from trainers.stop import Stop
+from trainers.watch import Watch
 from trainers.world import World
 
 DEADLINE_S = 60.0
@@ -79,21 +80,48 @@ class Runs:
         self.folder = folder
         self.count = 0
 
-    def __call__(self, world: int, *overrides: str, stop: Callable[[World, Stop], None] | None = None) -> Run:
-        """Run ``overrides`` on ``world`` ranks; ``stop`` may set up each rank's Stop before it trains."""
+    def __call__(
+        self,
+        world: int,
+        *overrides: str,
+        stop_at: int | None = None,
+        by_rank: int = 0,
+        going_on: Run | None = None,
+        facts: dict[str, str] | None = None,
+    ) -> Run:
+        """Run ``overrides`` on ``world`` ranks.
+
+        Args:
+            stop_at: the step in which the rank ``by_rank`` is asked to stop, from 1.
+            going_on: in whose directory; None: in a new one.
+        """
         self.count += 1
-        run = RunDir(self.folder / f"run-{self.count}")
+        run = going_on.run if going_on else RunDir(self.folder / f"run-{self.count}")
         config = compose(["data.workers=0", *overrides])
 
         def body(ranks: World) -> Any:
             wish = Stop()
-            if stop:
-                stop(ranks, wish)
-            facts = {"command": "test", "commit": "", "attempt": f"attempt-{self.count}", "run_dir": str(run.path)}
-            end = train(config, facts, ranks, wish, entered=lambda run: None)
+            asked_at = stop_at - 1 if stop_at is not None and ranks.rank == by_rank else None
+            watch = AskedAt(wish, asked_at)
+            attempt = f"attempt-{self.count}"
+            about = {"command": "test", "commit": "", "attempt": attempt, "run_dir": str(run.path), **(facts or {})}
+            end = train(config, about, ranks, wish, entered=lambda run: None, watch=watch)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
         return Run(run, in_ranks(world, body, self.folder / f"ranks-{self.count}"))
+
+
+class AskedAt(Watch):
+    """Asks for a stop once so many steps are done, as a signal at that moment would."""
+
+    def __init__(self, stop: Stop, steps: int | None) -> None:
+        super().__init__()
+        self._stop, self._steps = stop, steps
+
+    def beat(self, steps: int | None = None, samples: int | None = None) -> None:
+        super().beat(steps, samples)
+        if steps is not None and steps == self._steps:
+            self._stop.wanted = "SIGTERM"
 
 
 class Run:
@@ -109,6 +137,9 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run.path / "events.jsonl").read_text().splitlines()]
 
     def losses(self) -> list[float]:
         return [line["loss"] for line in self.metrics() if "loss" in line]

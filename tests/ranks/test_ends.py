@@ -12,6 +12,7 @@ from tests.ranks.harness import Runs, in_ranks
 from trainers.run import train
 from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop
+from trainers.watch import Watch
 from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "duration=10st", "lr.peak=0.01")
@@ -54,25 +55,7 @@ def test_a_loss_that_is_nan_names_step_and_samples(runs: Runs) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
-    class AfterFourSteps(Stop):
-        """As if a signal came in the fourth step: of two passes a step, it is asked for once each."""
-
-        asked = 0
-
-        @property
-        def wanted(self) -> str | None:
-            self.asked += 1
-            return "SIGTERM" if self.asked >= 4 else None
-
-        @wanted.setter
-        def wanted(self, value: str | None) -> None:
-            pass
-
-    def on_rank_1(world: World, stop: Stop) -> None:
-        if world.rank == 1:
-            stop.__class__ = AfterFourSteps
-
-    run = runs(3, *TASK, "batch.per_gpu=4", stop=on_rank_1)
+    run = runs(3, *TASK, "batch.per_gpu=4", stop_at=4, by_rank=1)
     assert [end["state"] for end in run.ends] == ["stopped"] * 3
     assert {(end["step"], end["samples"], end["cause"]) for end in run.ends} == {(4, 80, "SIGTERM")}
     outcome = run.run.outcome()
@@ -83,9 +66,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
 def test_a_finished_directory_is_left_as_it_is(runs: Runs) -> None:
     run = runs(1, *TASK)
     before = (run.run.path / "metrics.jsonl").read_bytes()
-    runs.count -= 1
-    again = runs(1, *TASK)
-    assert again.run.path == run.run.path
+    again = runs(1, *TASK, going_on=run)
     assert again.ends[0]["state"] == "finished"
     assert (run.run.path / "metrics.jsonl").read_bytes() == before
 
@@ -116,7 +97,7 @@ def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
     def body(world: World) -> Any:
         config = compose([*TASK, *(["seed=1", "evaluate.every=2ep"] if world.rank == 1 else [])])
         facts = {"command": "", "commit": "", "attempt": "a", "run_dir": str(folder)}
-        return train(config, facts, world, Stop(), entered=lambda run: None).state
+        return train(config, facts, world, Stop(), entered=lambda run: None, watch=Watch()).state
 
     ends = in_ranks(3, body, runs.folder / "ranks")
     assert [end["raised"] for end in ends] == ["Refused"] * 3
@@ -133,15 +114,15 @@ def test_a_start_that_was_killed_at_once_locks_nobody_out(runs: Runs) -> None:
     assert runs(1, *TASK).ends[0]["state"] == "finished"
 
 
-def test_an_unfinished_run_begins_anew(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_checkpoint_begins_anew(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     directory = RunDir(runs.folder / "run-1")
     directory.path.mkdir()
-    directory.write_outcome(Outcome("stopped", "SIGTERM", 3, 60, "before"))
+    directory.write_outcome(Outcome("crashed", "boom", 3, 60, "before"))
     (directory.path / "metrics.jsonl").write_text('{"step": 3}\n')
     run = runs(2, *TASK)
     assert run.ends[0]["state"] == "finished"
-    assert "begins anew: the last attempt stopped after 3 steps" in capfd.readouterr().out
-    assert run.metrics()[0]["step"] == 1
+    assert "begins anew: the last attempt crashed before its first checkpoint" in capfd.readouterr().out
+    assert [line["step"] for line in run.metrics()][:2] == [1, 10]
 
 
 def test_run_directory_has_what_the_design_says(runs: Runs) -> None:

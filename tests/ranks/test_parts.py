@@ -19,7 +19,8 @@ from scaling.plan import Plan
 from scaling.resolve import resolve
 from tests.ranks.harness import Runs, in_ranks
 from tests.tasks import Counted, Many, OneByOne
-from trainers.engines.ddp import DDP, checked
+from trainers.engines import make_engine
+from trainers.engines.ddp import checked
 from trainers.evaluate import make_evaluate
 from trainers.loader import Fetch, Loader, to_device
 from trainers.locate import build, locate
@@ -29,7 +30,7 @@ from trainers.state import TrainState
 from trainers.tally import Note
 from trainers.world import World
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "duration=3ep", "lr.peak=0.1", "task.train_samples=500")
 
 
@@ -263,7 +264,8 @@ def test_note_adds_no_collective(runs: Runs) -> None:
         task = Counted()
         config = compose([*TASK, "batch.global_size=40", "batch.per_gpu=7"])
         whole = resolve(config, ranks.size)
-        engine = DDP(task, task.model(), make_optimizer(config, task, task.model(), whole.peak), ranks, {})
+        model = task.model()
+        engine = make_engine(config, task, model, make_optimizer(config, task, model, whole.peak), ranks)
         state = TrainState(whole)
         loader = Loader(task.train_data(), task, state, ranks, 0)
         collectives = []

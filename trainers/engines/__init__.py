@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,8 @@ from trainers.tally import Note, Number, Total
 if TYPE_CHECKING:
     from conf.schema import RunConfig
     from scaling.rules import Recipe
+    from trainers.average import Average
+    from trainers.checkpoint import Reader, Slice
     from trainers.optim import Tuned
     from trainers.tasks import Task
     from trainers.world import World
@@ -20,9 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one optimizer step found: the norm of the whole normalised gradient before clipping."""
+    """What one optimizer step found.
+
+    Attributes:
+        grad_norm: of the whole normalised gradient, before clipping.
+        skipped: it wasn't finite, and nothing was changed.
+    """
 
     grad_norm: Number
+    skipped: bool = False
 
 
 class Engine(Protocol):
@@ -33,6 +42,9 @@ class Engine(Protocol):
 
     model: nn.Module
     """The bare model."""
+
+    average: Average | None
+    """The moving average of its weights."""
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         """Around one pass; gradients are reduced in the ``last`` one of a step only."""
@@ -51,11 +63,35 @@ class Engine(Protocol):
         """The notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient."""
+        """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient.
+
+        Where ``on_nonfinite`` is skip, a gradient or scale that isn't finite is dropped, on all ranks, and with it what
+        the step did to the model's buffers.
+        """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that every checkpoint has: ``model/<name>`` and ``ema/<name>``; the optimizer's come later."""
+
+    def slices(self) -> Iterator[Slice]:
+        """This rank's part of what a checkpoint holds; the parts of all ranks are everything, once.
+
+        Called by all ranks after the same step: ranks may talk to each other.
+
+        Raises:
+            Refused: the optimizer or the model holds what a checkpoint can't.
+        """
+
+    def values(self) -> dict[str, Any]:
+        """What isn't a tensor, as JSON; the same on all ranks."""
+
+    def restore(self, reader: Reader) -> None:
+        """Go on from a checkpoint, of any engine and number of ranks."""
 
 
 def make_engine(config: RunConfig, task: Task, model: nn.Module, tuned: Tuned, world: World) -> Engine:
     """The engine that the config names. ``model`` is on the world's device already."""
+    from trainers.average import Average
     from trainers.engines.ddp import DDP
 
-    return DDP(task, model, tuned, world, config.engine.config)
+    average = None if config.ema is None else Average(dict(model.named_parameters()))
+    return DDP(task, model, tuned, average, world, config.engine.config, skip_nonfinite=config.on_nonfinite == "skip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaling.rules import Recipe
+from trainers.average import Average
+from trainers.checkpoint import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
 from trainers.optim import Tuned
+from trainers.optim.stored import restore_optimizer, stored_optimizer
 from trainers.rundir import Refused
 from trainers.tally import Note, NoteCarrier, Number, Total
 from trainers.tasks import Task
@@ -72,9 +76,22 @@ def _shown(value: Any) -> str:
 class DDP:
     """The engine ``ddp``. Gradients are sums over ranks divided by the planned units, whatever DDP averages."""
 
-    def __init__(self, task: Task, model: nn.Module, tuned: Tuned, world: World, config: dict[str, Any]) -> None:
-        self.model = model
-        self._tuned, self._ranks = tuned, world.size
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        tuned: Tuned,
+        average: Average | None,
+        world: World,
+        config: dict[str, Any],
+        *,
+        skip_nonfinite: bool,
+    ) -> None:
+        self.model, self.average = model, average
+        self._tuned, self._world, self._ranks = tuned, world, world.size
+        self._buffers = list(model.buffers()) if skip_nonfinite else []
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._skip_nonfinite = skip_nonfinite
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
@@ -82,6 +99,17 @@ class DDP:
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), config)
         if world.size > 1:
             self._wrapped = DistributedDataParallel(self._bare, **{"gradient_as_bucket_view": True, **config})
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DDP arrange its buckets, as it does after its first backward; sums over ranks are rounded by buckets.
+
+        Else the first step of a run that goes on would be rounded otherwise than that of one that was never stopped.
+        """
+        for _ in range(2):
+            loss, units = self.loss(None)
+            self.backward(loss, Note(loss, units, 0))
+            self._bare.zero_grad(set_to_none=True)
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         if last or self._wrapped is self._bare:
@@ -116,6 +144,9 @@ class DDP:
         gradients = [parameter.grad for parameter in self._parameters]
         total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))).double()
         norm: Number = (total_norm.item() if total_norm.is_cpu else total_norm) * scale
+        if self._skip_nonfinite and not math.isfinite(norm):  # on an accelerator this look waits for it
+            self._discard()
+            return Update(norm, skipped=True)
         factor = scale
         if clip_norm is not None:
             limit = clip_norm / (norm + 1e-6)
@@ -127,4 +158,71 @@ class DDP:
         self._tuned.tell(recipe)
         self._tuned.optimizer.step()
         self._tuned.optimizer.zero_grad(set_to_none=True)
+        if self.average and recipe.ema is not None:
+            self.average.update(recipe.ema)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
         return Update(norm)
+
+    def _discard(self) -> None:
+        self._tuned.optimizer.zero_grad(set_to_none=True)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._always().items()}
+
+    def slices(self) -> Iterator[Slice]:
+        for buffer in self.model.buffers():
+            self._world.share(buffer)  # rank 0's running statistics are those of the run
+        return share_of({**self._always(), **self._optimizer_state()[0]}, self._world.rank, self._ranks)
+
+    def values(self) -> dict[str, Any]:
+        return self._optimizer_state()[1]
+
+    def restore(self, reader: Reader) -> None:
+        with torch.no_grad():
+            for name, tensor in self._always().items():
+                tensor.copy_(reader.whole(name))
+        restore_optimizer(self._tuned.optimizer, self._names(), reader)
+        for before, buffer in zip(self._buffers_before, self._buffers, strict=True):
+            before.copy_(buffer)
+
+    def _always(self) -> dict[str, Tensor]:
+        found = {f"model/{name}": tensor for name, tensor in distinct_state(self.model).items()}
+        return found | {
+            f"ema/{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()
+        }
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return stored_optimizer(self._tuned.optimizer, self._names())
+
+
+def distinct_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their names in the state_dict; what has several, by the first of them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise Refused(f"the model keeps a {type(tensor).__name__} as {name}; a checkpoint holds tensors of a model")
+        if id(tensor) not in seen:
+            found[name] = tensor
+        seen.add(id(tensor))
+    return found
+
+
+def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:
+    """A rank's part of tensors that all ranks have whole: laid end to end, they are parted equally, by bytes."""
+    total, end = sum(tensor.nbytes for tensor in tensors.values()), 0
+    first, last = (total * bound // ranks for bound in (rank, rank + 1))
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        # an element belongs to the rank in whose part its first byte lies
+        start, stop = (
+            min(tensor.numel(), max(0, -((begin - bound) // tensor.element_size()))) for bound in (first, last)
+        )
+        if start < stop or (tensor.numel() == 0 and rank == 0):
+            yield Slice(name, tuple(tensor.shape), start, tensor.detach().reshape(-1)[start:stop])

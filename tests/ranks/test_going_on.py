@@ -1,0 +1,211 @@
+"""Going on: stopped at a step and taken up on other hardware, a run ends where it would have ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks.harness import Run, Runs, distance
+
+TASK = (
+    "task=custom", "task._target_=tests.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
+    "evaluate.every=7st", "log.every=1st",
+)  # fmt: skip
+STEPS = 75  # 3 epochs of 500 samples
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run]:
+    """Runs that nobody interrupted, by (world, overrides)."""
+    runs, found = Runs(tmp_path_factory.mktemp("whole")), {}
+
+    class Whole(dict):  # type: ignore[type-arg]
+        def __missing__(self, key: Any) -> Run:
+            self[key] = runs(*key)
+            return self[key]
+
+    return Whole(found)
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    """Metrics without what the clock says."""
+    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in run.metrics()]
+
+
+def bitwise(a: Run, b: Run) -> bool:
+    return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_on_the_same_world_nothing_shows_of_a_stop(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
+    """Weights, averages and every line of metrics, bit by bit, in mid-epoch, stopped twice."""
+    overrides = (*TASK, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
+    run = runs(world, *overrides, stop_at=13)
+    assert run.ends[0] == {"state": "stopped", "step": 13, "samples": 260, "cause": "SIGTERM"}
+    run = runs(world, *overrides, stop_at=42, by_rank=world - 1, going_on=run)
+    run = runs(world, *overrides, going_on=run)
+    assert run.ends[0]["state"] == "finished"
+    uninterrupted = whole[(world, *overrides)]
+    assert bitwise(run, uninterrupted)
+    assert lines(run) == lines(uninterrupted)
+
+
+CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2",)), (2, ("data.workers=1",))]
+
+
+@pytest.mark.parametrize(("world", "overrides"), CUTS, ids=lambda value: str(value))
+def test_on_other_hardware_it_is_the_same_but_for_rounding(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
+    run = runs(3, *TASK, stop_at=31)
+    run = runs(world, *TASK, *overrides, going_on=run)
+    uninterrupted = whole[(3, *TASK)]
+    assert distance(run.weights(), uninterrupted.weights()) < 1e-6
+    ours, theirs = lines(run), lines(uninterrupted)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: Path) -> None:
+    """Counted by the task itself, in files of the ranks."""
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    task = (*TASK, "task._target_=tests.tasks.Tells", f"task.args.folder={seen}", "data.fingerprint=false")
+    run = runs(3, *task, stop_at=17)
+    run = runs(2, *task, stop_at=33, going_on=run)
+    run = runs(1, *task, going_on=run)
+    rows = [int(row) for file in seen.iterdir() for row in file.read_text().split()]
+    assert sorted(rows) == sorted(3 * list(range(500)))
+
+
+def test_global_batch_that_was_a_product_holds(runs: Runs) -> None:
+    """Given per GPU and accumulation on 2 ranks, the run keeps that global batch on 3."""
+    product = [part for part in TASK if "global_size" not in part] + ["batch.per_gpu=5", "batch.accumulation=2"]
+    run = runs(2, *product, stop_at=10)
+    run = runs(3, *product, going_on=run)
+    assert {line["global_size"] for line in run.metrics() if "loss" in line} == {20}
+    assert run.ends[0]["step"] == STEPS
+
+
+# ---- what is saved, and when
+
+
+def steps_kept(run: Run) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in run.run.checkpoints.glob("step-*"))
+
+
+def test_the_newest_are_kept_and_the_best(runs: Runs) -> None:
+    run = runs(2, *TASK, "checkpoint.every=10st", "checkpoint.keep=3", "checkpoint.best=val/loss:min")
+    values = {line["step"]: line["val/loss"] for line in run.metrics() if "val/loss" in line}
+    best = min(values, key=lambda step: values[step])
+    assert set(steps_kept(run)) == {60, 70, 75, best}
+    assert (run.run.checkpoints / "best").resolve().name == f"step-{best:08d}"
+
+
+def test_by_the_clock(runs: Runs) -> None:
+    """Rank 0's clock decides for all."""
+    run = runs(2, *TASK, "task._target_=tests.tasks.Counted", "checkpoint.every=0.001min", "checkpoint.keep=1000")
+    assert steps_kept(run)[-1] == STEPS
+    assert len(steps_kept(run)) >= 2
+
+
+def test_only_at_the_end_where_every_is_null(runs: Runs) -> None:
+    assert steps_kept(runs(1, *TASK, "checkpoint.every=null")) == [STEPS]
+
+
+def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    run = runs(2, *TASK)
+    final = run.weights()
+    run = runs(1, *TASK, "duration=4ep", going_on=run, facts={"extends": "1"})
+    assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
+    assert distance(run.weights(), final) > 0
+    assert "the learning rate goes from" in capfd.readouterr().out
+
+
+# ---- what isn't good
+
+
+def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
+    uninterrupted = runs(2, *TASK)
+    part = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    run = runs(2, *TASK, going_on=run)
+    out = capfd.readouterr().out
+    assert "checkpoint step-00000025 is skipped: rank-00001.safetensors" in out
+    assert "goes on from step 20 of 75" in out
+    assert bitwise(run, uninterrupted)
+    assert lines(run) == lines(uninterrupted)
+
+
+def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
+    run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
+    for manifest in run.run.checkpoints.glob("*/manifest.json"):
+        manifest.write_text(manifest.read_text()[:-100])
+    before = {path: path.read_bytes() for path in run.run.path.rglob("*") if path.is_file()}
+    again = runs(1, *TASK, going_on=run)
+    assert again.ends[0]["raised"] == "Refused"
+    assert "step-00000025" in again.ends[0]["message"]
+    assert "run.new=true" in again.ends[0]["message"]
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {"outcome.json", "events.jsonl", "lock"}
+
+
+def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> None:
+    """Another length, and the same length with a value changed; the second can be overruled."""
+    file = tmp_path / "data.npy"
+    data = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    np.save(file, data)
+    task = (*TASK, "task._target_=tests.tasks.FromFile", f"task.args={{file: '{file}'}}", "evaluate.every=null")
+    run = runs(1, *task, stop_at=5)
+    fingerprint = json.loads((run.run.checkpoints / "step-00000005/manifest.json").read_text())["fingerprint"]
+    np.save(file, data[:-1])
+    refused = runs(2, *task, going_on=run).ends[0]
+    assert refused["raised"] == "Refused"
+    assert "has 39 samples, and had 40" in refused["message"]
+    np.save(file, data + 1)
+    refused = runs(2, *task, going_on=run).ends[0]
+    assert refused["raised"] == "Refused"
+    assert f"and was {fingerprint}" in refused["message"]
+    assert runs(2, *task, "data.fingerprint=false", going_on=run).ends[0]["state"] == "finished"
+
+
+def test_metrics_that_were_never_saved_are_dropped(runs: Runs) -> None:
+    """Lines beyond the checkpoint, and half a line of a process that was killed while it wrote."""
+    run = runs(1, *TASK, stop_at=5)
+    file = run.run.path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 6, "loss": 1}\n{"step": 7, "lo')
+    run = runs(1, *TASK, going_on=run)
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, STEPS + 1))
+
+
+# ---- what isn't finite
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
+    """NaN on one rank: the weights are those of a run in which that step changed nothing; counted and told."""
+    task = (*TASK, "task._target_=tests.tasks.BecomesNaN", "on_nonfinite=skip", "checkpoint.every=1st")
+    run = runs(2, *task, stop_at=4)
+    assert run.ends[0]["state"] == "stopped"
+    three, two = (reader_of(run, step) for step in (3, 2))
+    for name in three:
+        assert torch.equal(three[name], two[name]), name
+    (skip,) = [event for event in run.events() if event["event"] == "skip"]
+    assert (skip["step"], skip["skipped"]) == (3, 1)
+    assert [line.get("skipped") for line in run.metrics() if "loss" in line] == [None, None, 1, 1]
+
+
+def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
+    from trainers.checkpoint import Reader
+    from trainers.manifest import read
+
+    reader = Reader(read(run.run.checkpoints / f"step-{step:08d}"))
+    return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}

@@ -1,0 +1,149 @@
+"""Going on: from the newest good checkpoint of a run, on whatever hardware is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from conf.identity import identity
+from scaling.plan import Plan
+from scaling.resolve import continued
+from scaling.units import Duration
+from trainers.checkpoint import Reader
+from trainers.engines import Engine
+from trainers.manifest import Checkpoint, Damaged, checkpoints, read, verify
+from trainers.rundir import Refused, RunDir
+from trainers.state import TrainState
+from trainers.world import World
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+SKIPPED_SHOWN = 5
+
+
+def resume(
+    run: RunDir,
+    config: RunConfig,
+    world: World,
+    engine: Engine,
+    fresh: Plan,
+    fingerprint: str | None,
+    tell: Callable[[str], None],
+) -> tuple[TrainState, Checkpoint | None]:
+    """Where to start: from the newest good checkpoint, put into the engine, or from nothing where there is none.
+
+    Args:
+        fresh: the plan of today's command on today's hardware.
+        fingerprint: of the data; None: not to be compared.
+        tell: told of each checkpoint that is skipped, and why.
+
+    Raises:
+        Refused: there are checkpoints, but no good one; or the data isn't what it was.
+    """
+    found = newest_good(run, config, world, engine, tell)
+    if found is None:
+        return TrainState(fresh), None
+    header = found.header
+    _refuse_other_data(found, fresh, fingerprint)
+    try:
+        plan = continued(fresh, header.plan, extends=header.duration != str(config.duration))
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    try:
+        engine.restore(Reader(found))
+    except (KeyError, TypeError, ValueError) as error:  # its checksums hold, so this is how it was written
+        raise Refused(f"{found.path} doesn't fit this optimizer: {type(error).__name__}: {error}") from error
+    return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed), found
+
+
+def newest_good(
+    run: RunDir,
+    config: RunConfig,
+    world: World,
+    engine: Engine,
+    tell: Callable[[str], None],
+) -> Checkpoint | None:
+    """The newest checkpoint in which nothing is wrong, the same on all ranks, which share the reading of its files.
+
+    Raises:
+        Refused: there are some, but none is good.
+    """
+    names = json.loads(world.agree(json.dumps([path.name for path in checkpoints(run)])))
+    skipped = []
+    for name in names:
+        reason, checkpoint = "", None
+        try:
+            checkpoint = read(run.checkpoints / name)
+            refuse_misfit(checkpoint, config, engine)
+            verify(checkpoint, sorted(checkpoint.files)[world.rank :: world.size])
+        except (Damaged, OSError) as error:
+            reason = str(error)
+        if not (reasons := [text for text in world.gather(reason) if text]):
+            return checkpoint
+        skipped.append(f"{name}: {reasons[0]}")
+        tell(f"checkpoint {name} is skipped: {reasons[0]}")
+    if skipped:
+        more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
+        raise Refused(
+            f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
+            "changed there: mend one, move them away to begin anew, or start another run beside this with run.new=true"
+        )
+    return None
+
+
+def best_value(run: RunDir, best: str | None, world: World) -> float | None:
+    """The best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks."""
+    if best is None:
+        return None
+    name, _, direction = best.rpartition(":")
+    values = []
+    for path in checkpoints(run) if world.rank == 0 else []:
+        with suppress(Damaged, OSError):
+            values.append((read(path).header.evaluation or {}).get(name))
+    known = [value for value in values if value is not None]
+    found: float | None = json.loads(world.agree(json.dumps((max if direction == "max" else min)(known, default=None))))
+    return found
+
+
+def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> None:
+    """Raises Damaged where a checkpoint isn't of this run, or doesn't fit its model."""
+    header = checkpoint.header
+    try:
+        then = config.model_copy(update={"duration": Duration.parse(header.duration)})
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    if identity(then) != header.identity:
+        raise Damaged(f"it is of another run (identity {header.identity}, not {identity(then)})")
+    shapes, stored = engine.shapes(), checkpoint.tensors
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise Damaged(f"it lacks {name}, which the model has")
+        if stored[name].shape != shape:
+            raise Damaged(f"{name} has the shape {list(stored[name].shape)} there, and {list(shape)} in the model")
+    own = config.optimizer.name == "custom"
+    for name in stored.keys() - shapes.keys():
+        kind, _, rest = name.partition("/")
+        parameter = shapes.get(f"model/{rest.rpartition('/')[0]}")
+        if kind != "optim" or parameter is None:
+            raise Damaged(f"{name} is nothing that the model or its optimizer has")
+        if not own and stored[name].shape not in ((), parameter):
+            raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter)}")
+
+
+def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) -> None:
+    header = found.header
+    if header.plan.train_samples != fresh.train_samples:
+        raise Refused(
+            f"the training data has {fresh.train_samples} samples, and had {header.plan.train_samples} when "
+            f"{found.path.name} was saved: their order would be another; bring the old data back, or start another run "
+            "with run.new=true (init_from=… begins it with these weights)"
+        )
+    if fingerprint and header.fingerprint and fingerprint != header.fingerprint:
+        raise Refused(
+            f"the training data has changed: its fingerprint is {fingerprint}, and was {header.fingerprint} when "
+            f"{found.path.name} was saved; bring the old data back, start another run with run.new=true (init_from=… "
+            "begins it with these weights), or go on all the same with data.fingerprint=false"
+        )
