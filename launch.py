@@ -113,7 +113,7 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}))
     after = RunDir(directory).outcome()
     if code in (0, 75) and after and (before is None or after.attempt != before.attempt):
-        say(f"{result(directory)} · {directory}")
+        say(f"{result(directory)} · {directory}{' (the same command goes on)' * (code == 75)}")
     return code
 
 

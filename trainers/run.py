@@ -74,6 +74,10 @@ def train(
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
             the samples of the largest micro-batch, where it was training already.
     """
+    if config.action == "evaluate":
+        from trainers.evaluate_weights import evaluate_weights
+
+        return evaluate_weights(config, facts, world, stop)
     run, before = enter(config, facts, world)
     entered(run)
     if before and before.state == "finished" and "extends" not in facts:
