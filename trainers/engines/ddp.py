@@ -106,10 +106,9 @@ class DDP:
 
         Else the first step of a run that goes on would be rounded otherwise than that of one that was never stopped.
         """
-        for _ in range(2):
-            loss, units = self.loss(None)
-            self.backward(loss, Note(loss, units, 0))
-            self._bare.zero_grad(set_to_none=True)
+        loss, units = self.loss(None)
+        self.backward(loss, Note(loss, units, 0))
+        self._bare.zero_grad(set_to_none=True)
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         if last or self._wrapped is self._bare:
