@@ -1,24 +1,24 @@
-"""Saving checkpoints in the background: the loop waits for a copy only; threads write it, and rank 0's commits it."""
+"""Saving checkpoints in the background: the training waits for a copy; a thread of each rank writes it."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
-from trainers import manifest
-from trainers.checkpoint import Slice, write_part
-from trainers.manifest import Header, folder_of
+from trainers.checkpoint import Copies, Slice, write_part
+from trainers.commit import aside_of, commit, compose, drop_older
+from trainers.manifest import Header, checkpoints, folder_of, step_of
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
 from trainers.world import World
@@ -26,25 +26,52 @@ from trainers.world import World
 if TYPE_CHECKING:
     from trainers.engines import Engine
 
-POLL_S = 0.005
+Evaluation = Mapping[str, float | None]
+
+POLL_S = 0.005  # between two looks for what other ranks have to say
+TELL_S = 1.0  # between two signs of a rank that it is still writing
+CLOSE_S = 2.0  # for a thread to notice that it isn't wanted any more
 
 
 class _Dropped(Exception):
-    """The process is about to end."""
+    """What is under way isn't wanted any more."""
+
+
+@dataclass(slots=True)
+class _Save:
+    """One checkpoint under way, as a rank's thread sees it.
+
+    Attributes:
+        number: how many this start has begun.
+        best: it is of the best evaluation so far.
+        slices: the copy, complete after ``ready()``; ``failed``: why there is none.
+        header, values: on rank 0.
+    """
+
+    number: int
+    step: int
+    best: bool
+    slices: list[Slice] = field(default_factory=list)
+    ready: Callable[[], None] = lambda: None
+    failed: str | None = None
+    header: Header | None = None
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 class Keeper:
     """Saves the state of a run, and keeps the newest checkpoints and the best.
 
-    All ranks call ``save``, ``wait`` and ``improves`` at the same places.
+    ``save``, ``wait`` and ``improves`` are called by all ranks at the same places. Each rank writes its part; what they
+    wrote meets in the world's store, and rank 0 commits it. The memory for the copy stays taken from the first save on.
 
     Args:
-        header: what the manifest says of the run, for a state and the values of its evaluation; called on rank 0.
+        header: what the manifest says of the run; called on rank 0.
         every_s: seconds between two saves, for ``due``.
         keep: how many of the newest checkpoints stay.
-        best: ``val/accuracy:max``: keep the best one, too. ``best_before``: its value so far.
-        beat: called every few MB that are written, from the thread, and while others are seen to write.
-        resumed: header of the checkpoint that this start went on from.
+        best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
+        beat: called for every few MB that are written, and for what other ranks are seen to write.
+        resumed: of the checkpoint that this start went on from. Newer ones were passed over: they aren't counted, and
+            stay until the run comes by the same step.
     """
 
     def __init__(
@@ -52,7 +79,7 @@ class Keeper:
         run: RunDir,
         world: World,
         engine: Engine,
-        header: Callable[[TrainState, dict[str, float | None] | None], Header],
+        header: Callable[[TrainState, Evaluation | None], Header],
         *,
         every_s: float | None,
         keep: int,
@@ -63,113 +90,144 @@ class Keeper:
     ) -> None:
         self._run, self._world, self._engine, self._header = run, world, engine, header
         self._every_s, self._keep, self._beat = every_s, keep, beat
-        self._best_key, _, self._best_way = best.rpartition(":") if best else ("", "", "")
-        self._best = best_before
-        self._resumed = resumed
-        self._store = world.store or HashStore()
-        self._began = time.monotonic()
-        self._number = 0
-        self._saved: set[int] = set()
-        self._current: tuple[int, bool] | None = (resumed.step, resumed.evaluation_owed) if resumed else None
-        self._best_saved = best_before
+        self._best_name, _, self._direction = (best or "").rpartition(":")
+        self._best, self._best_before = best_before, best_before
+        self._store: Store = world.store or HashStore()
+        self._copies = Copies()
+        self._number, self._began = 0, time.monotonic()
+        self._last = (resumed.step, resumed.evaluation_owed) if resumed else None
+        self._passed_over = {path.name for path in checkpoints(run) if resumed and step_of(path) > resumed.step}
         self._thread: Thread | None = None
-        self._result: str | None = None
+        self._failed: str | None = None  # the last save, as all ranks know
         self._untold: str | None = None
         self._dropped = Event()
 
     @property
     def due(self) -> bool:
-        """On rank 0: whether it's time for the next one."""
+        """On rank 0: ``every_s`` have passed since the last save began, and it is over. On others never."""
         if self._world.rank or self._every_s is None or (self._thread and self._thread.is_alive()):
             return False
         return time.monotonic() - self._began >= self._every_s
 
-    def save(self, state: TrainState, evaluation: dict[str, float | None] | None = None) -> None:
-        failed = self._settle()
-        if self._current == (state.steps, state.evaluation_owed) and not failed and evaluation is None:
+    def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
+        """Begin to save ``state``, once the save before is over; nothing to do where it is saved already.
+
+        Args:
+            evaluation: the values of an evaluation at this step.
+
+        Raises:
+            Refused: ``best`` isn't among them.
+        """
+        if self._last == (state.steps, state.evaluation_owed) and evaluation is None and not self._failed:
             return
+        self._settle()
+        self._last, self._failed = (state.steps, state.evaluation_owed), None
         self._number, self._began = self._number + 1, time.monotonic()
-        self._current = (state.steps, state.evaluation_owed)
-        better = evaluation is not None and self.improves(evaluation)
-        slices = [Slice(s.name, s.shape, s.start, s.data.detach().cpu().clone()) for s in self._engine.slices()]
-        job: dict[str, Any] = {"step": state.steps, "slices": slices, "better": better}
-        if better:
-            assert evaluation is not None
-            self._best = evaluation[self._best_key]
+        best, self._best_before = evaluation is not None and self.improves(evaluation), self._best
+        if evaluation is not None and best:
+            self._best = evaluation[self._best_name]
+        save = _Save(self._number, state.steps, best)
+        try:
+            save.slices, save.ready = self._copies.take(self._engine.slices())
+        except MemoryError as error:
+            save.failed = str(error)
         if self._world.rank == 0:
-            job |= {"header": self._header(state, evaluation), "values": copy.deepcopy(self._engine.values())}
-        self._thread = Thread(target=self._work, args=(self._number, job), name="checkpoint", daemon=True)
+            save.header, save.values = self._header(state, evaluation), copy.deepcopy(self._engine.values())
+        self._thread = Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
-        failure = self._settle()
+        """Until what is under way is committed or has failed; why the last save failed, the same on all ranks."""
+        self._settle()
         self._untold = None
-        return failure
+        return self._failed
 
     def failure(self) -> str | None:
+        """On rank 0, once: why a save failed that nobody was told of yet."""
         failure, self._untold = self._untold, None
         return failure
 
-    def improves(self, values: Mapping[str, float | None]) -> bool:
-        if not self._best_key:
+    def improves(self, values: Evaluation) -> bool:
+        """Whether an evaluation is the best so far; one that isn't finite never is.
+
+        Raises:
+            Refused: it has no such value.
+        """
+        if not self._best_name:
             return False
-        if self._best_key not in values:
+        if self._best_name not in values:
             raise Refused(
-                f"checkpoint.best={self._best_key}:{self._best_way}: an evaluation gives {', '.join(sorted(values))}"
+                f"checkpoint.best={self._best_name}:{self._direction}: an evaluation has no {self._best_name}, but "
+                f"{', '.join(values)}"
             )
-        value = values[self._best_key]
+        value, best = values[self._best_name], self._best
         if value is None or not math.isfinite(value):
             return False
-        return self._best is None or (value > self._best if self._best_way == "max" else value < self._best)
+        return best is None or (value > best if self._direction == "max" else value < best)
 
     def close(self) -> None:
+        """Drop what is under way."""
         self._dropped.set()
         if self._thread:
-            self._thread.join(5)
+            self._thread.join(CLOSE_S)
 
-    def _settle(self) -> str | None:
-        if self._number == 0:
-            return None
-        key = f"save/{self._number}/result"
-        while not self._store.check([key]):
-            time.sleep(POLL_S)
-        # agreed on, so that rank 0, where the store may be, doesn't leave before the others have read it
-        return self._world.agree(self._store.get(key).decode()) or None
+    def _settle(self) -> None:
+        """Wait until the last save is over, on all ranks."""
+        if self._thread is None:
+            return
+        key, seen, looked = f"save/{self._number}/result", 0, time.monotonic()
+        with _connected():
+            while not self._store.check([key]):
+                time.sleep(POLL_S)
+                if time.monotonic() - looked > TELL_S:
+                    before, seen, looked = seen, self._store.add(self._progress, 0), time.monotonic()
+                    if seen != before:
+                        self._beat()
+            result = self._store.get(key).decode()
+        # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
+        self._failed, self._thread = self._world.agree(result) or None, None
+        if self._failed:
+            self._best = self._best_before
 
-    def _beating(self) -> None:
-        if self._dropped.is_set():
-            raise _Dropped
-        self._beat()
+    @property
+    def _progress(self) -> str:
+        return f"save/{self._number}/progress"
 
-    def _work(self, number: int, job: dict[str, Any]) -> None:
-        try:
-            self._post(number, self._part(job))
+    def _work(self, save: _Save) -> None:
+        """What the thread does."""
+        with suppress(_Dropped, RuntimeError):  # without its store, the process is about to end
+            part = json.dumps(self._write(save)).encode()
+            self._store.set(f"save/{save.number}/part/{self._world.rank}", zlib.compress(part))  # type: ignore[arg-type]
             if self._world.rank == 0:
-                failure = self._commit(number, job)
-                self._untold = failure
-                self._store.set(f"save/{number}/result", failure or "")
-        except _Dropped:
-            pass
+                self._untold = self._finish(save, self._parts(save.number))
+                self._store.set(f"save/{save.number}/result", self._untold or "")
 
-    def _part(self, job: dict[str, Any]) -> dict[str, Any]:
+    def _write(self, save: _Save) -> dict[str, Any]:
+        """This rank's part of the manifest, or of the failure."""
+        told = time.monotonic()
+
+        def beat() -> None:
+            nonlocal told
+            self._beat()
+            if self._dropped.is_set():
+                raise _Dropped
+            if time.monotonic() - told > TELL_S:
+                told, _ = time.monotonic(), self._store.add(self._progress, 1)
+
         try:
-            aside = self._aside(job["step"])
+            if save.failed:
+                raise MemoryError(save.failed)
+            save.ready()
+            aside = aside_of(self._run, save.step)
             aside.mkdir(parents=True, exist_ok=True)
-            return write_part(aside, self._world.rank, job["slices"], self._beating)
-        except Exception as error:
-            if isinstance(error, _Dropped):
-                raise
-            return {"failed": f"{type(error).__name__}: {error}"}
+            return write_part(aside, self._world.rank, save.slices, beat)
+        except _Dropped:
+            raise
+        except Exception as error:  # whatever it is, others wait to hear of it
+            return {"failed": _said(error)}
 
-    def _aside(self, step: int) -> Path:
-        target = folder_of(self._run, step)
-        return target.with_name(f".{target.name}.tmp")
-
-    def _post(self, number: int, part: dict[str, Any]) -> None:
-        self._store.set(f"save/{number}/part/{self._world.rank}", zlib.compress(json.dumps(part).encode()))  # type: ignore[arg-type]
-
-    def _commit(self, number: int, job: dict[str, Any]) -> str | None:
-        aside = self._aside(job["step"])
+    def _parts(self, number: int) -> list[dict[str, Any]]:
+        """Every rank's part, by rank."""
         parts = []
         for rank in range(self._world.size):
             key = f"save/{number}/part/{rank}"
@@ -179,28 +237,31 @@ class Keeper:
                 time.sleep(POLL_S)
             parts.append(json.loads(zlib.decompress(self._store.get(key))))
             self._store.delete_key(key)
+        return parts
+
+    def _finish(self, save: _Save, parts: list[dict[str, Any]]) -> str | None:
+        """Commit what all ranks wrote, or remove it and say why."""
+        assert save.header
+        failed = [f"{part['failed']} on rank {rank}" for rank, part in enumerate(parts) if "failed" in part]
         try:
-            for rank, part in enumerate(parts):
-                if "failed" in part:
-                    raise OSError(f"rank {rank}: {part['failed']}")
-            manifest.write(aside, manifest.compose(job["header"], parts, job["values"]))
-            target = folder_of(self._run, job["step"])
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-            manifest.sync(target.parent)
-            self._saved.add(job["step"])
-            if job["better"]:
-                link = target.parent / ".best.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(target.name)
-                os.replace(link, target.parent / "best")
+            if not failed:
+                commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
+                self._passed_over.discard(folder_of(self._run, save.step).name)
+                drop_older(self._run, save.step, self._keep, spare=self._passed_over)
+                return None
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            return f"step {job['step']}: {error}"
-        return None
+            failed = [_said(error)]
+        shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
+        return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
 
 
-def clear_leftovers(run: RunDir) -> None:
-    """Remove what dead attempts left half-written or half-deleted. Of rank 0, at the start."""
-    for path in (run.path / "checkpoints").glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _said(error: Exception) -> str:
+    return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"Connection to the other ranks lost, while a checkpoint was saved: {error}") from error

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and whether it is wholly there: its manifest, and the headers of its files. Torch-free.
+"""What a checkpoint holds, and whether it is wholly there. Torch-free.
 
 A checkpoint is a folder ``checkpoints/step-00000300/`` with a ``manifest.json`` and, of each rank that wrote it, a
 safetensors file with slices of the flattened tensors. The manifest maps every tensor to its slices, so that any engine
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,15 +20,15 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat, NonNegativeInt, PlainValidator, PositiveInt
 
 from scaling.plan import Plan
-from scaling.record import from_json, to_json
-from trainers.rundir import RunDir, write_atomic
+from scaling.record import from_json
+from trainers.rundir import RunDir
 from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, parse_json, sha256, strict
 from trainers.tensorfile import Damaged as Damaged
 
 FORMAT = 1
 NAME = "manifest.json"
 
-MANIFEST_BYTES = 1 << 30  # more than any real one has
+MANIFEST_BYTES = 256 << 20  # some five million slices
 
 
 def file_of(rank: int) -> str:
@@ -38,7 +38,7 @@ def file_of(rank: int) -> str:
 
 def folder_of(run: RunDir, step: int) -> Path:
     """Where the checkpoint of ``step`` is."""
-    return run.path / "checkpoints" / f"step-{step:08d}"
+    return run.checkpoints / f"step-{step:08d}"
 
 
 def _plan(fields: Any) -> Plan:
@@ -75,8 +75,13 @@ class Header:
 @strict
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor: ``slices`` are (file, start, stop) in elements of the flattened tensor, by rising start, without gaps;
-    none where it has no elements."""
+    """A tensor and where it is.
+
+    Attributes:
+        dtype: safetensors' name of it, a key of ITEMSIZE.
+        slices: (file, start, stop) in elements of the flattened tensor, by rising start, without gaps, at most one in a
+            file; none where it has no elements.
+    """
 
     dtype: str
     shape: Annotated[tuple[Size, ...], Field(max_length=64)]
@@ -126,7 +131,7 @@ class Checkpoint:
 def checkpoints(run: RunDir) -> list[Path]:
     """The folders of checkpoints, newest step first; none that is a link, half-written or on its way out."""
     try:
-        found = [path for path in (run.path / "checkpoints").iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
+        found = [path for path in (run.checkpoints).iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
@@ -144,11 +149,11 @@ def read(path: Path) -> Checkpoint:
     Raises:
         Damaged: it can't be used.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     try:
         _refuse_unless_file(path / NAME, NAME)
         if (path / NAME).stat().st_size > MANIFEST_BYTES:
-            raise Damaged(f"{NAME} is larger than any")
+            raise Damaged(f"{NAME} is larger than {MANIFEST_BYTES} bytes")
         checkpoint = parse((path / NAME).read_bytes(), path)
         if path.name != f"step-{checkpoint.header.step:08d}":
             raise Damaged(f"{NAME} is of step {checkpoint.header.step}")
@@ -190,7 +195,7 @@ def _check_position(header: Header) -> None:
     """That a run by this plan comes by this position."""
     try:
         following = header.plan.step_at(header.samples)
-    except AssertionError as error:
+    except (AssertionError, ArithmeticError, ValueError) as error:
         raise Damaged(f"samples={header.samples} doesn't fit its plan: {error}") from None
     plan = header.plan
     at = following.index if following else plan.steps
@@ -204,7 +209,7 @@ def _check_tensors(content: _Content) -> None:
     if len(content.files) != content.world_size or any(
         file_of(rank) not in content.files for rank in range(content.world_size)
     ):
-        raise Damaged(f"its files aren't those of {content.world_size} ranks")
+        raise Damaged(f"its files aren't {file_of(0)} to {file_of(content.world_size - 1)}, those of its ranks")
     used = dict.fromkeys(content.files, 0)
     for name, stored in content.tensors.items():
         if stored.dtype not in ITEMSIZE:
@@ -224,54 +229,6 @@ def _check_tensors(content: _Content) -> None:
     for rank_file, written in content.files.items():
         if not 8 < written.bytes - used[rank_file] <= 8 + HEADER_BYTES:
             raise Damaged(f"{rank_file} has {written.bytes} bytes, but slices of {used[rank_file]}")
-
-
-def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> bytes:
-    """The manifest of what the ranks wrote.
-
-    Args:
-        parts: what ``write_part`` returned on each rank, by rank.
-
-    Raises:
-        Damaged: together they aren't every tensor once, so nobody could read it.
-    """
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    for rank, part in enumerate(parts):
-        files[file_of(rank)] = {"bytes": part["bytes"], "sha256": part["sha256"]}
-        for name, (dtype, shape, start, stop) in part["slices"].items():
-            stored = tensors.setdefault(name, {"dtype": dtype, "shape": shape, "slices": []})
-            if [stored["dtype"], stored["shape"]] != [dtype, shape]:
-                raise Damaged(f"{name} is {stored['dtype']} {stored['shape']} or {dtype} {shape}, by the rank")
-            if start < stop:
-                stored["slices"].append((file_of(rank), start, stop))
-    for stored in tensors.values():
-        stored["slices"].sort(key=lambda piece: piece[1])
-    fields = {name: getattr(header, name) for name in Header.__dataclass_fields__}
-    fields["plan"] = json.loads(to_json(header.plan))
-    if header.evaluation is not None:
-        fields["evaluation"] = {
-            k: v if v is not None and math.isfinite(v) else None for k, v in header.evaluation.items()
-        }
-    content = {"format": FORMAT, **fields, "files": files, "tensors": tensors, "values": values}
-    text = (json.dumps(content) + "\n").encode()
-    parse(text, Path())
-    return text
-
-
-def write(folder: Path, text: bytes) -> None:
-    """Put the manifest there: the last file of a checkpoint, by which it is whole."""
-    write_atomic(folder / NAME, text)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verify(checkpoint: Checkpoint, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:

@@ -1,0 +1,141 @@
+"""How a checkpoint gets its name once every rank's file is there, and older ones lose theirs. Torch-free.
+
+All is written aside, in ``checkpoints/.step-00000300.tmp/``, the manifest last: with it the checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from scaling.record import to_json
+from trainers.manifest import FORMAT, NAME, Damaged, Header, checkpoints, file_of, folder_of, parse, step_of
+from trainers.rundir import RunDir, write_atomic
+
+BEST = "best"  # the link to the checkpoint of the best evaluation
+
+
+def aside_of(run: RunDir, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it has its name."""
+    return run.checkpoints / f".{folder_of(run, step).name}.tmp"
+
+
+def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> bytes:
+    """The manifest of what the ranks wrote.
+
+    Args:
+        parts: what ``write_part`` returned on each rank, by rank.
+        values: JSON by name.
+
+    Raises:
+        Damaged: together they aren't every tensor once, so nobody could read it.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for rank, part in enumerate(parts):
+        files[file_of(rank)] = {"bytes": part["bytes"], "sha256": part["sha256"]}
+        for name, (dtype, shape, start, stop) in part["slices"].items():
+            stored = tensors.setdefault(name, {"dtype": dtype, "shape": shape, "slices": []})
+            if (stored["dtype"], stored["shape"]) != (dtype, shape):
+                raise Damaged(
+                    f"{name} is {dtype} {shape} on rank {rank}, and {stored['dtype']} {stored['shape']} before"
+                )
+            if start < stop:
+                stored["slices"].append((file_of(rank), start, stop))
+    for stored in tensors.values():
+        stored["slices"].sort(key=lambda piece: piece[1])
+    about = {name: getattr(header, name) for name in Header.__dataclass_fields__}
+    about["plan"] = json.loads(to_json(header.plan))
+    if header.evaluation is not None:
+        about["evaluation"] = {key: finite(value) for key, value in header.evaluation.items()}
+    content = {"format": FORMAT, **about, "files": files, "tensors": tensors, "values": values}
+    text = (json.dumps(content) + "\n").encode()
+    parse(text, Path())
+    return text
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> None:
+    """Give the checkpoint of ``step``, all of whose files are on the disk, its manifest and its name.
+
+    Killed at any moment, either it or what had its name before is there, or ``clear_leftovers`` sees to it.
+
+    Args:
+        best: it is the best so far, too.
+    """
+    aside, target = aside_of(run, step), folder_of(run, step)
+    metrics = run.path / "metrics.jsonl"
+    if metrics.exists():
+        sync(metrics)  # so that its lines up to this step are on the disk before
+    write_atomic(aside / NAME, manifest)
+    sync(aside)
+    if os.path.lexists(target):
+        _remove(target)
+    aside.rename(target)
+    sync(run.checkpoints)
+    sync(run.path)
+    if best:
+        link = run.checkpoints / f".{BEST}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(run.checkpoints / BEST)
+
+
+def drop_older(run: RunDir, step: int, keep: int, *, spare: Collection[str]) -> None:
+    """Remove the checkpoints before ``step`` but the newest, so that ``keep`` are left with it; never the best one.
+
+    Args:
+        spare: names of folders that aren't counted, and left alone.
+    """
+    link = run.checkpoints / BEST
+    best = os.readlink(link) if link.is_symlink() else None
+    older = [path for path in checkpoints(run) if step_of(path) < step and path.name not in spare]
+    for path in older[max(0, keep - 1) :]:
+        if path.name != best:
+            _remove(path)
+
+
+def clear_leftovers(run: RunDir) -> None:
+    """Finish or remove what dead attempts left under way. On rank 0 at the start, before checkpoints are looked for."""
+    for path in run.checkpoints.glob(".*"):
+        if named := re.fullmatch(r"\.(step-[0-9]{8,})\.tmp", path.name):
+            target = run.checkpoints / named[1]
+            if (path / NAME).exists() and not os.path.lexists(target):  # it only lacked its name
+                path.rename(target)
+                continue
+        if named or path.name.startswith((".old-step-", f".{BEST}.tmp")):
+            _delete(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """First the name goes, so that what is half deleted is never taken for a checkpoint."""
+    going = path.with_name(f".old-{path.name}")
+    _delete(going)
+    path.rename(going)
+    _delete(going)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
