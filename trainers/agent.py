@@ -30,14 +30,26 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-from trainers.notes import first_error, read_note, write_note
+from trainers.notes import (
+    GRACE_S,
+    KILLED_HINT,
+    NO_FURTHER,
+    await_words,
+    first_error,
+    leave_word,
+    others_word,
+    read_note,
+    write_note,
+)
 from trainers.rendezvous import Alone
 from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop, die_with_parent
+from trainers.watch import Watch
 from trainers.world import FRESH_STORE
 
 TICK_S = 0.1  # between looks at the workers, where nothing happens
-GRACE_S = 3.0  # for the other workers to end by themselves after one has failed
+STACKS_S = 0.3  # for those that don't, to write down where they are
+VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to say what is to be done
 BARRIER_S = 5.0  # that an agent whose workers have ended stays, so that others can read how it ended
 
 # The agent tells every turn it takes; what a user needs of it, the launcher says.
@@ -46,12 +58,18 @@ logging.getLogger("torch.distributed.elastic").propagate = False
 
 
 class Agent(SimpleElasticAgent):
-    """Runs ``work(*args)`` in worker processes of this machine; exit code 0 is a good end of one.
+    """Runs ``work(*args, watch)`` in worker processes of this machine; exit code 0 is a good end of one.
+
+    Where a worker has failed, the agent of rank 0 decides for all of them whether to start again: not where that can't
+    help, where a stop was asked for, or where the last start got no further than one before it. Where memory ran out,
+    the next start has half the samples in a micro-batch, and doesn't count as one of ``max_restarts``.
 
     Attributes:
-        notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end``.
+        notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
+            the workers, ``failed``, ``stopping`` and ``verdict`` from the agents.
         end: what rank 0 returned.
-        error: what the workers failed of: the earliest note of an error, or a worker's death by a signal.
+        error: what the workers failed of: the earliest note of an error, or a worker's death by a signal; with
+            ``retry``: they are to be started again, and then perhaps ``limit``: with so many samples at once.
         starts: how often the workers were started.
     """
 
@@ -77,10 +95,14 @@ class Agent(SimpleElasticAgent):
         self.end: Outcome | None = None
         self.error: dict[str, Any] | None = None
         self.starts = 0
-        self._stop, self._told = stop, False
+        self._stop, self._announced, self._told = stop, False, set[int]()
         self._timeout_s = timeout_s
+        self._restarts_left = max_restarts
+        self._furthest = -1  # step that a start reached before it crashed
+        self._reached = {"step": 0, "samples": 0}  # by any start
         self._address, self._start_method, self._on_restart = address, start_method, on_restart
         self._processes: dict[int, Any] = {}
+        self._watches: dict[int, Watch] = {}
         self._seen_alive: dict[int, float] = {}
 
     @property
@@ -116,7 +138,7 @@ class Agent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
         context: Any = multiprocessing.get_context(self._start_method)
-        self.starts, self.error = self.starts + 1, None
+        self.starts, self.error, self._told = self.starts + 1, None, set()
         hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
             env = {
@@ -129,8 +151,9 @@ class Agent(SimpleElasticAgent):
                 "TORCHELASTIC_RESTART_COUNT": self.restarts,
                 FRESH_STORE: 1,
             }
-            arguments = ({key: str(value) for key, value in env.items()}, os.getpid(), self._stop, spec.entrypoint)
-            process = context.Process(target=_child, args=(*arguments, spec.args))
+            watch = self._watches[worker.global_rank] = Watch(context)
+            arguments = ({key: str(value) for key, value in env.items()}, os.getpid(), self._stop, watch)
+            process = context.Process(target=_child, args=(*arguments, spec.entrypoint, spec.args))
             process.start()
             self._processes[worker.global_rank] = process
             self._seen_alive[worker.global_rank] = time.time()
@@ -139,72 +162,136 @@ class Agent(SimpleElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         wait([process.sentinel for process in self._alive().values()], TICK_S)
-        if self._stop.wanted and not self._told:
-            self._told = True
-            hint = "; Ctrl-C again ends at once" if self._stop.wanted == "SIGINT" else ""
-            print(f"isobatch: {self._stop.wanted}: stopping at the next step{hint}", file=sys.stderr)
-            for process in self._alive().values():
-                os.kill(process.pid, signal.Signals[self._stop.wanted])
+        if self._stop.wanted:
+            self._pass_on_stop(self._stop.wanted)
         codes = {rank: process.exitcode for rank, process in self._processes.items()}
-        if any(codes.values()):
+        if any(codes.values()) or self._note_hangs() or read_note(self.notes, "failed"):
             self._explain(worker_group)
             return RunResult(WorkerState.FAILED)
         alive = [rank for rank, code in codes.items() if code is None]
         self._seen_alive.update(dict.fromkeys(alive, time.time()))
-        if alive:
+        if alive or self._await_end():
             return RunResult(WorkerState.HEALTHY)
+        self.end = self._noted_end()
         return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(codes))
 
+    def _await_end(self) -> bool:
+        """Whether rank 0, on another machine, has still to say how the run ended; or to fail, which begins it anew."""
+        with suppress(RuntimeError):  # that machine, which keeps the notes, is gone
+            return not self.leads and self.notes is not None and not self.notes.check(["end"])
+        return False
+
+    def _noted_end(self) -> Outcome | None:
+        end = read_note(self.notes, "end")
+        return Outcome.of(end) if end else None
+
+    def _pass_on_stop(self, wanted: str) -> None:
+        if not self._announced:
+            self._announced = True
+            hint = "; Ctrl-C again ends at once" if wanted == "SIGINT" else ""
+            print(f"isobatch: {wanted}: stopping at the next step{hint}", file=sys.stderr)
+            write_note(self.notes, "stopping", wanted)
+        for rank, process in self._alive().items():
+            if self._watches[rank].started and rank not in self._told:
+                os.kill(process.pid, signal.Signals[wanted])
+                self._told.add(rank)
+                self._watches[rank].forgive()
+
+    def _note_hangs(self) -> bool:
+        """Workers that don't notice themselves that they hang: stopped, stuck with the interpreter's lock held, or
+        deaf to a signal before they train."""
+        limit, hanging = self._timeout_s + GRACE_S, False
+        for rank in self._alive():
+            looks, watched = self._watches[rank].look(), self._watches[rank].training or rank in self._told
+            if watched and looks * TICK_S > limit:
+                hanging = True
+                self._note(rank, f"it hung: no sign of life for {limit:g} s")
+        return hanging
+
     def _explain(self, worker_group: WorkerGroup) -> None:
-        """Let the others end too, and find the error that was first."""
+        """Let the others end too, find the error that was first, and learn whether to start again."""
+        write_note(self.notes, "failed", True)  # the other agents' workers won't get on either
         self._note_deaths()
         deadline = time.monotonic() + GRACE_S
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
             wait([process.sentinel for process in alive.values()], min(left, TICK_S))
         self._note_deaths()
+        for rank in alive:
+            self._note(rank, "it was still there", silent=True, lost=True)
+        self._show_stacks()
         own = set(self._processes)
         self._stop_workers(worker_group)
-        deadline = time.monotonic() + GRACE_S
-        while True:
-            self.error = first_error(self.notes, worker_group.workers[0].world_size)
-            if self.error is None or own.issuperset(self.error["silent"]) or time.monotonic() > deadline:
-                break
-            time.sleep(TICK_S)  # another machine may be about to say what became of its rank
-        if self._stop.wanted or not (self.error and self.error["again"]):
-            self._remaining_restarts = 0
-        if self._remaining_restarts == 0:
-            super()._exit_barrier()
+        self.error = self._judged(own) if self.leads else self._verdict()
+        self.end = self._noted_end()
+        if self.error:
+            self._remember(self.error)
+        self._remaining_restarts = int(self.error is not None and self.error["retry"])
+        if not self._remaining_restarts:
+            self._exit_barrier()  # as long as others may read it here
 
     def _note_deaths(self) -> None:
         """Say what became of the workers that couldn't say it themselves."""
         for rank, process in self._processes.items():
-            code = process.exitcode
-            if code and read_note(self.notes, f"error/{rank}") is None:
+            if code := process.exitcode:
                 cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-                if code == -signal.SIGKILL:
-                    cause += " (Linux does that where memory runs out)"
-                error = {"time": self._seen_alive[rank], "rank": rank, "kind": "crashed", "again": True, "lost": False}
-                write_note(self.notes, f"error/{rank}", {**error, "cause": cause})
+                self._note(rank, cause + (KILLED_HINT if code == -signal.SIGKILL else ""))
+
+    def _note(self, rank: int, cause: str, **more: Any) -> None:
+        reached, at = self._watches[rank].reached, self._seen_alive[rank]
+        leave_word(self.notes, rank, others_word(rank, cause, reached, at, **more))
+
+    def _show_stacks(self) -> None:
+        """Have the workers that are left, and their data loaders, write down where they stand, also if stopped."""
+        for process in self._alive().values():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGQUIT)
+                os.killpg(process.pid, signal.SIGCONT)
+        if self._alive():
+            time.sleep(STACKS_S)
+
+    def _judged(self, own: set[int]) -> dict[str, Any] | None:
+        """What the workers failed of and whether to start again, which the other agents are told.
+
+        Args:
+            own: this agent's ranks; another agent may be about to say what became of its own.
+        """
+        error = await_words(self.notes, self._worker_group.workers[0].world_size, own)
+        if error is None:
+            return None
+        over = self._stop.wanted or any(read_note(self.notes, key) for key in ("stopping", "end"))
+        error["retry"] = bool(error["again"] and not over)
+        if error["kind"] == "oom":
+            error["limit"] = error["per_gpu"] // 2
+            error["retry"] = error["retry"] and error["limit"] > 0
+        elif error["retry"]:
+            error["retry"] = self._restarts_left > 0
+            if error["retry"] and error["step"] <= self._furthest:
+                error |= {"retry": False, "cause": error["cause"] + NO_FURTHER}
+        write_note(self.notes, "verdict", error)
+        return error
+
+    def _remember(self, error: dict[str, Any]) -> None:
+        """What later verdicts depend on, on each agent: rank 0 may be another's then."""
+        if error["kind"] != "oom":
+            self._restarts_left -= 1
+            self._furthest = max(self._furthest, error["step"])
+        self._reached = {key: max(far, error[key]) for key, far in self._reached.items()}
+        error |= self._reached
+
+    def _verdict(self) -> dict[str, Any] | None:
+        """What the agent of rank 0 makes of it; where it says nothing, what is known here, and the end."""
+        deadline = time.monotonic() + VERDICT_S
+        while time.monotonic() < deadline and self._await_end():
+            if verdict := read_note(self.notes, "verdict"):
+                return dict(verdict)
+            time.sleep(TICK_S)
+        error = first_error(self.notes, self._worker_group.workers[0].world_size)
+        return error and error | {"retry": False}
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_workers(worker_group)
-        self.error = self.error or first_error(self.notes, worker_group.workers[0].world_size)
         self._on_restart(self)
         super()._restart_workers(worker_group)
-
-    def _exit_barrier(self) -> None:
-        """Learn how the run ended, which rank 0 may still be writing down, and let the other agents learn it too."""
-        size, deadline = self._worker_group.workers[0].world_size, time.monotonic() + self._timeout_s
-        with suppress(RuntimeError):  # the machine of rank 0, which keeps the notes, is gone
-            while self.notes and time.monotonic() < deadline:
-                if self.notes.check(["end"]):
-                    self.end = Outcome.of(json.loads(self.notes.get("end")))
-                    break
-                self.error = first_error(self.notes, size)
-                if self.error or self.leads:
-                    break
-                time.sleep(TICK_S)
-        super()._exit_barrier()
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown()
@@ -225,11 +312,15 @@ class Agent(SimpleElasticAgent):
         return Event(state, source)
 
 
-def _child(env: dict[str, str], parent: int, stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    env: dict[str, str], parent: int, stop: Stop, watch: Watch, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.setsid()  # Ctrl-C reaches the launcher, which passes it on
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     os.environ.update(env)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
     stop.install()
-    work(*args)
+    watch.beat()
+    work(*args, watch)

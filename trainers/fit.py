@@ -63,7 +63,7 @@ def fit(
         stopping = not evaluate_now(evaluate, state, metrics, keeper)
     while step and not stopping:
         for micro in loader(step):
-            watch.beat(state.steps)
+            watch.beat(state.steps, state.samples)
             stream.start(micro.start, micro.stop)
             with engine.micro(last=micro.last):
                 loss, units = engine.loss(micro.batch)

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 
+GRACE_S = 3.0  # for workers to end, and to say why, after one has failed
+NO_FURTHER = "; that was no further than a start before it had come, so there is no other"
+KILLED_HINT = " (Linux does that where memory runs out)"
+
+_NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
+_LOADER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: (?P<signal>[\w ]+\w)|exited .*)")
+
+
+class Hangs(RuntimeError):
+    """A worker made no progress for too long; ``waiting``: for other ranks, as far as its stack tells."""
+
+    def __init__(self, message: str, waiting: bool) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+
+
 def write_note(store: Store | None, key: str, content: Any) -> None:
     """Leave a note for the agents and the other ranks; nothing where there is nobody to read it any more."""
     with suppress(RuntimeError):
@@ -34,49 +50,80 @@ def read_note(store: Store | None, key: str) -> Any:
     return None
 
 
+def leave_word(store: Store | None, rank: int, note: dict[str, Any]) -> None:
+    """Note why a rank ended. The first word holds: what follows from it, or is said of the rank later, says less."""
+    with suppress(RuntimeError):
+        if store:
+            store.compare_set(f"error/{rank}", "", json.dumps(note))
+
+
 def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
     """The earliest error that any of the ranks has noted, with how far any of them had come.
 
     That a rank lost another is never the first, where there is anything else. Where there isn't, the ranks that left
-    no word are named, and listed as ``silent``.
+    no word of their own are named, and listed as ``silent``.
     """
     notes = {rank: note for rank in range(size) if (note := read_note(store, f"error/{rank}"))}
-    if not notes:
+    said = {rank: note for rank, note in notes.items() if not note["silent"]}
+    if not said:
         return None
-    first: dict[str, Any] = min(notes.values(), key=lambda note: (note["lost"], note["time"]))
-    first["silent"] = [rank for rank in range(size) if rank not in notes and first["lost"]]
+    first: dict[str, Any] = min(said.values(), key=lambda note: (note["lost"], note["time"]))
+    first["silent"] = [rank for rank in range(size) if rank not in said and first["lost"]]
     if first["silent"]:
         ranks = ", ".join(map(str, first["silent"]))
         first["cause"] = f"no word from rank {ranks} (hanging, killed, or its machine is gone): {first['cause']}"
-    return first | {key: max(note.get(key, 0) for note in notes.values()) for key in ("step", "samples")}
+    return first | {key: max(note[key] for note in notes.values()) for key in ("step", "samples")}
 
 
-def write_final(store: Store, note: dict[str, Any]) -> None:
-    """Leave word for all later starts that there is nothing to try again, where torchrun keeps one store for them."""
-    write_note(getattr(store, "underlying_store", store), "final", note)
+def await_words(store: Store | None, size: int, own: set[int] | None = None) -> dict[str, Any] | None:
+    """``first_error``, once there is word from all ranks but ``own`` where that may change what was first."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        error = first_error(store, size)
+        if error is None or set(error["silent"]) <= (own or set()) or time.monotonic() > deadline:
+            return error
+        time.sleep(0.1)
 
 
-def error_note(error: BaseException, rank: int, attempt: str, run: RunDir | None) -> dict[str, Any]:
+def others_word(rank: int, cause: str, reached: dict[str, int], at: float, **more: Any) -> dict[str, Any]:
+    """What an agent notes of a rank that can't say itself what became of it."""
+    plain = {"kind": "crashed", "again": True, "lost": False, "silent": False, "per_gpu": 0}
+    return {"time": at, "rank": rank, "cause": cause, **plain, **reached, **more}
+
+
+def lasting(store: Store | None) -> Store | None:
+    """Where notes are found by later starts, too: torchrun keeps one store for all of them."""
+    return getattr(store, "underlying_store", store)
+
+
+def error_note(
+    error: BaseException, rank: int, attempt: str, run: RunDir | None, reached: dict[str, int]
+) -> dict[str, Any]:
     """What is kept of an error, and written to ``logs/error-rank-N.json`` and ``logs/rank-N.log`` of ``run``.
 
-    ``kind`` is refused or crashed; ``again``: another try may end otherwise; ``lost``: it only says that another rank
-    is gone or late.
+    ``kind`` is refused, oom or crashed; ``again``: another try may end otherwise; ``lost``: it only says that another
+    rank is gone or late; ``silent``: it isn't the rank's own word; ``per_gpu``: samples of the largest micro-batch, 0
+    before the first.
+
+    Args:
+        reached: ``step`` and ``samples`` completed, where the error doesn't say it.
     """
     told = isinstance(error, Refused | Fatal)  # in the message, and the same on all ranks
+    kind = "refused" if isinstance(error, Refused) else "oom" if _is_oom(error) else "crashed"
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,
         "attempt": attempt,
         "restart": restarts(),
-        "kind": "refused" if isinstance(error, Refused) else "crashed",
+        "kind": kind,
         "again": not told,
-        "lost": not told
-        and isinstance(error, RuntimeError)
-        and re.search("gloo|NCCL|Connection", str(error)) is not None,
-        "cause": str(error) if told else _cause(error),
+        "lost": kind == "crashed" and not told and _is_lost(error),
+        "silent": False,
+        "cause": str(error) if told or isinstance(error, Hangs) else _cause(error),
         "traceback": "".join(traceback.format_exception(error)),
-        "step": getattr(error, "step", 0),
-        "samples": getattr(error, "samples", 0),
+        "step": getattr(error, "step", reached["step"]),
+        "samples": getattr(error, "samples", reached["samples"]),
+        "per_gpu": getattr(error, "per_gpu", 0),
     }
     if run:
         with suppress(OSError):
@@ -87,15 +134,36 @@ def error_note(error: BaseException, rank: int, attempt: str, run: RunDir | None
     return note
 
 
+def _is_oom(error: BaseException) -> bool:
+    """Memory ran out, of whichever kind."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def _is_lost(error: BaseException) -> bool:
+    if isinstance(error, Hangs):
+        return error.waiting
+    return isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection", str(error)) is not None
+
+
 def _cause(error: BaseException) -> str:
     """The error in a line, with the last place in the user's own code that it came by."""
     if isinstance(error, bdb.BdbQuit):
         return "breakpoint() found nobody to talk to, or was quit; it works with debug=true"
     said = "".join(traceback.format_exception_only(error)).strip()
+    for cause in (error, error.__cause__):
+        if died := _LOADER_DIED.search(str(cause)):  # noticed wherever this process was meanwhile
+            return died[0] + (KILLED_HINT if died["signal"] == "Killed" else "")
+    return said + place(traceback.extract_tb(error.__traceback__))
+
+
+def place(stack: traceback.StackSummary) -> str:
+    """The innermost line of the user's own code, to be put behind what happened there; empty where there is none."""
     ours = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    frames = [frame for frame in stack if not frame.filename.startswith(ours)]
     frames = [frame for frame in frames if Path(frame.filename).name != "launch.py"]
-    return f"{said} ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else said
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
 def log_of(run: RunDir, rank: int | str) -> Path:

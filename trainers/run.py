@@ -117,7 +117,7 @@ def _train(
     state, found = resume(run, config, world, engine, plan, known_by, tell=partial(tell, ours, "skipped"))
 
     def beat() -> None:
-        watch.beat(state.steps)
+        watch.beat(state.steps, state.samples)
 
     every = config.checkpoint.every
     keeper = Keeper(

@@ -61,6 +61,7 @@ class Stop:
             os._exit(130)
         self.wanted = self.wanted or signal.Signals(number).name
         if self._raises:
+            self._raises = False  # once: a second signal doesn't interrupt what the first one set off
             raise Stopped(self.wanted)
 
 

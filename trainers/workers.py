@@ -6,18 +6,35 @@ lock, for threads that need it). So nothing of a training is let go of, and ever
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
-import time
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from trainers.notes import error_note, first_error, log_of, restarts, write_final, write_note
+from scaling.geometry import counted
+from trainers.notes import (
+    NO_FURTHER,
+    Hangs,
+    await_words,
+    error_note,
+    lasting,
+    leave_word,
+    log_of,
+    read_note,
+    restarts,
+    write_note,
+)
 from trainers.rundir import EXIT_CODE, Outcome, RunDir
 from trainers.stop import Stop, Stopped, show_cursor
+from trainers.watch import Watch
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -25,11 +42,14 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
     from trainers.agent import Agent
 
-HINDSIGHT_S = 0.2  # for the error of another rank, which may be the cause of rank 0's own
+HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
 
 _kept: list[BaseException] = []  # their tracebacks hold what must not be destroyed
 _store: Store | None = None  # where this worker leaves notes
 _entered: RunDir | None = None  # its run directory
+_terminal: TextIO = sys.stderr  # the error stream it was started with
+
+Note = dict[str, Any]
 
 
 def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
@@ -42,7 +62,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
         Refused: it can't work, and nothing was started.
     """
     if config.debug:
-        result = _attempt(config, facts, stop)
+        result = _attempt(config, facts, stop, Watch(), _leave_word, guarded=False)
         if isinstance(result, Outcome):
             return result.exit_code
         result.pop("log", None)  # where errors are looked for, the traceback is wanted here
@@ -71,7 +91,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
             timeout_s=cluster.timeout_s,
             max_restarts=cluster.max_restarts,
             start_method="fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn",
-            on_restart=_tell_of_restart,
+            on_restart=partial(_before_restart, facts),
         )
         agent.run()
         if agent.end:
@@ -100,15 +120,12 @@ def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     more reads ``outcome.json``.
     """
     stop.hurry = False
-    end = _attempt(config, facts, stop, HINDSIGHT_S)
-    if isinstance(end, dict) and os.environ["RANK"] == "0":
-        _bury(end, _entered, facts, restarts())
-    return _exit_code(end)
+    return _exit_code(_attempt(config, facts, stop, Watch(), _end_under_torchrun))
 
 
-def work(config: RunConfig, facts: dict[str, str], stop: Stop) -> NoReturn:
+def work(config: RunConfig, facts: dict[str, str], stop: Stop, watch: Watch) -> NoReturn:
     """Be a worker that our own agent started."""
-    leave(_exit_code(_attempt(config, facts, stop)))
+    leave(_exit_code(_attempt(config, facts, stop, watch, _leave_word)))
 
 
 def leave(code: int) -> NoReturn:
@@ -121,35 +138,57 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def entered(run: RunDir) -> None:
-    """What a worker does once the run directory is its launch's: errors and other ranks' output go there."""
-    global _entered
+def _enter(run: RunDir, guard: Callable[[TextIO], None] | None) -> None:
+    """What a worker does once the run directory is its launch's: errors, stacks and other ranks' output go there."""
+    global _entered, _terminal
     _entered = run
     rank = os.environ.get("RANK", "0")
+    log = open(log_of(run, rank), "a")  # noqa: SIM115  as long as this process lives
+    if guard:
+        faulthandler.register(signal.SIGQUIT, log)
+        guard(log)
     if rank == "0":
         write_note(_store, "entered", str(run.path.absolute()))
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(log_of(run, rank), "ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    _terminal = os.fdopen(os.dup(2), "w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _attempt(
-    config: RunConfig, facts: dict[str, str], stop: Stop, hindsight_s: float = 0.0
-) -> Outcome | dict[str, Any]:
+    config: RunConfig,
+    facts: dict[str, str],
+    stop: Stop,
+    watch: Watch,
+    failed: Callable[[Note, dict[str, str]], Note],
+    *,
+    guarded: bool = True,
+) -> Outcome | Note:
     """The body of every worker, however it was started.
 
     Args:
-        hindsight_s: how long rank 0 looks for another rank's error, which may be the cause of its own.
+        failed: what to do about the note of this worker's error.
+        guarded: end this process where it hangs.
 
     Returns:
         How the training ended, or the note of an error.
     """
     global _store
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def fail(error: BaseException) -> Note:
+        _kept.append(error)
+        return failed(error_note(error, rank, facts["attempt"], _entered, watch.reached), facts)
+
+    def give_up(error: Hangs) -> None:
+        saying = threading.Thread(target=fail, args=(error,), daemon=True)
+        saying.start()
+        saying.join(HANG_S)
+        os._exit(EXIT_CODE["crashed"])
+
+    rank = int(os.environ.get("RANK", "0"))
     try:
         import_torch(config)
         import torch
@@ -163,40 +202,117 @@ def _attempt(
         torch.set_num_threads(max(1, int(threads)))
         gc.freeze()
         gc.enable()
+        if limit := read_note(lasting(_store), "per_gpu_limit"):
+            facts = facts | {"per_gpu_limit": str(limit)}
         facts = json.loads(world.agree(json.dumps(facts)))
-        end = train(config, facts, world, stop, entered)
+        end = train(
+            config,
+            facts,
+            world,
+            stop,
+            partial(_enter, guard=partial(watch.guard, config.cluster.timeout_s, give_up) if guarded else None),
+            watch,
+        )
+        watch.unguard()
         world.leave()
         if rank == 0:
             write_note(_store, "end", asdict(end))
         return end
     except BaseException as error:
-        _kept.append(error)
-        note = error_note(error, rank, facts["attempt"], _entered)
-        if _store is not None:
-            write_note(_store, f"error/{rank}", note)
-            if not note["again"]:
-                write_final(_store, note)
-            if rank == 0:
-                time.sleep(hindsight_s)
-                note = first_error(_store, size) or note
+        watch.unguard()
+        return fail(error)
+
+
+def _leave_word(note: Note, facts: dict[str, str]) -> Note:
+    """Tell our agent, who does the rest."""
+    leave_word(_store, note["rank"], note)
+    return note
+
+
+def _end_under_torchrun(note: Note, facts: dict[str, str]) -> Note:
+    """The first worker that fails says for all what happened, and leaves word of it for torchrun's next start."""
+    _leave_word(note, facts)
+    first = os.environ["RANK"] == "0"
+    with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+        first = _store.add("failures", 1) == 1 if _store else first
+    if not first:
         return note
+    error = await_words(_store, int(os.environ["WORLD_SIZE"])) or note
+    kept, before = lasting(_store), read_note(lasting(_store), "furthest")
+    retry = error["again"]
+    if error["kind"] == "oom":
+        retry = retry and error["per_gpu"] > 1
+        write_note(kept, "per_gpu_limit", error["per_gpu"] // 2)
+    elif retry:
+        if before is not None and error["step"] <= before:
+            error["cause"], retry = error["cause"] + NO_FURTHER, False
+        write_note(kept, "furthest", max(error["step"], before or 0))
+    end = _bury(error, _entered, facts, restarts())
+    if not retry:
+        write_note(kept, "final", {"kind": error["kind"], "cause": end.cause})
+    elif _entered and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        _entered.event("restart", **_of_restart(error), restart=restarts() + 1)
+    return note
 
 
-def _bury(error: dict[str, Any], run: RunDir | None, facts: dict[str, str], restarted: int = 0) -> Outcome:
+def _bury(error: Note, run: RunDir | None, facts: dict[str, str], restarted: int = 0) -> Outcome:
     """Say once what ended the run, and write it down where the run directory is this launch's."""
-    cause, where = error["cause"], ""
+    cause, where = _said(error), ""
+    if error["kind"] == "oom":
+        cause += f"; {_advice(error['per_gpu'])}"
     if error["again"]:
-        cause = f"rank {error['rank']} crashed: {cause}"
         where = f"; traceback in {error['log']}" if "log" in error else ""
         if not where:
-            print(error.get("traceback", ""), end="", file=sys.stderr)
-    print(f"isobatch: {cause}{where}", file=sys.stderr)
+            print(error.get("traceback", ""), end="", file=_terminal)
+    print(f"isobatch: {cause}{where}", file=_terminal, flush=True)
     step, samples = error.get("step", 0), error.get("samples", 0)
     end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarted)
     if run:
         run.event(end.state, cause=cause, step=step, samples=samples)
         run.write_outcome(end)
     return end
+
+
+def _said(error: Note) -> str:
+    """What the workers failed of, in a line."""
+    if not error["again"]:
+        return str(error["cause"])
+    what = "crashed"
+    if error["kind"] == "oom":
+        passing = (
+            f"with {counted(error['per_gpu'], 'sample')} in a pass" if error["per_gpu"] else "before the first pass"
+        )
+        what = f"ran out of memory {passing}"
+    return f"rank {error['rank']} {what}: {error['cause']}"
+
+
+def _advice(per_gpu: int) -> str:
+    """What would work where memory ran out with so many samples in a pass."""
+    if per_gpu > 1:
+        return f"batch.per_gpu={per_gpu // 2} needs less"
+    return f"{'there is no smaller batch.per_gpu: ' if per_gpu else ''}a smaller model or more memory would do"
+
+
+def _before_restart(facts: dict[str, str], agent: Agent) -> None:
+    """Say why the workers are started again, and with how many samples at once where memory ran out."""
+    error = agent.error
+    if error is None:
+        return
+    if "limit" in error:
+        facts["per_gpu_limit"] = str(error["limit"])
+    if agent.leads:
+        smaller = f" with batch.per_gpu={error['limit']}" if "limit" in error else ""
+        print(f"isobatch: {_said(error)}; starting the workers again{smaller}", file=sys.stderr)
+        if agent.run_dir:
+            agent.run_dir.event("restart", **_of_restart(error), restart=agent.starts)
+
+
+def _of_restart(error: Note) -> dict[str, Any]:
+    """What an event tells of a restart."""
+    told = {key: error[key] for key in ("rank", "cause", "step", "samples")}
+    if error["kind"] == "oom":
+        told |= {"kind": "oom", "per_gpu_before": error["per_gpu"], "per_gpu": error["per_gpu"] // 2}
+    return told
 
 
 def _exit_code(end: Outcome | dict[str, Any]) -> int:
@@ -216,11 +332,3 @@ def import_torch(config: RunConfig) -> None:
     gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
     import torch
     import torch._dynamo  # noqa: F401
-
-
-def _tell_of_restart(agent: Agent) -> None:
-    if agent.leads and agent.error:
-        rank, cause = agent.error["rank"], agent.error["cause"]
-        print(f"isobatch: rank {rank} crashed: {cause}; starting the workers again", file=sys.stderr)
-        if agent.run_dir:
-            agent.run_dir.event("restart", rank=rank, cause=cause)

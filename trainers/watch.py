@@ -1,0 +1,122 @@
+"""Signs of life of a worker: for its agent, and for a thread of its own that notices where they end. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from trainers.notes import Hangs, place
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+LOOKS = 20  # of the watching thread, in the time after which a worker counts as hanging
+STACKS_AT = 16  # looks without a sign of life
+
+# where the main thread stands while it waits for other ranks, or for a device that does
+_WAITING = re.compile(r"[/\\]torch[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|keeper\.py)")
+_LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
+
+
+class Watch:
+    """A worker's heartbeat, and how far its run has come. Its agent sees the same, through shared memory.
+
+    Time without a beat is counted in looks, not by the clock: in a job that is suspended as a whole nobody looks, so
+    nothing in it is taken for hanging when it goes on.
+
+    Args:
+        shared: how the process is started that is to share it; None: it is for this process alone.
+    """
+
+    def __init__(self, shared: BaseContext | None = None) -> None:
+        self._row: Any = shared.RawArray(ctypes.c_int64, 3) if shared else [0, 0, 0]  # beats, steps, samples
+        self._seen = self._looks = 0
+        self._guarding = False
+
+    def beat(self, steps: int | None = None, samples: int | None = None) -> None:
+        """Say that this worker gets on, and how far the run has come. The first beat only says that it has started."""
+        self._row[0] += 1
+        if steps is not None:
+            self._row[1] = steps
+        if samples is not None:
+            self._row[2] = samples
+
+    @property
+    def started(self) -> bool:
+        """The worker heeds signals."""
+        return bool(self._row[0] > 0)
+
+    @property
+    def training(self) -> bool:
+        """The worker has begun to beat, so that it would be noticed if it stopped."""
+        return bool(self._row[0] > 1)
+
+    @property
+    def reached(self) -> dict[str, int]:
+        """``step`` and ``samples`` completed."""
+        return {"step": int(self._row[1]), "samples": int(self._row[2])}
+
+    def look(self) -> int:
+        """How many looks there were since the last beat, with this one."""
+        self._looks = self._looks + 1 if self._seen == self._row[0] else 0
+        self._seen = self._row[0]
+        return self._looks
+
+    def forgive(self) -> None:
+        """Begin to count anew."""
+        self._looks = 0
+
+    def guard(self, timeout_s: float, on_hang: Callable[[Hangs], None], log: TextIO) -> None:
+        """From now on, look after this process's main thread, in a thread.
+
+        Args:
+            timeout_s: time without a beat, in a worker that is training, after which it hangs. The stacks of its
+                threads are written to ``log`` a little before, as long as others that wait for it are there, too.
+            on_hang: what to do then, in the thread.
+        """
+        self._guarding = True
+        threading.Thread(target=self._guard, args=(timeout_s, on_hang, log), daemon=True).start()
+
+    def unguard(self) -> None:
+        self._guarding = False
+
+    def _guard(self, timeout_s: float, on_hang: Callable[[Hangs], None], log: TextIO) -> None:
+        from multiprocessing import active_children
+
+        while True:
+            time.sleep(timeout_s / LOOKS)
+            looks = self.look() if self.training else 0
+            if not self._guarding:
+                return
+            if looks == STACKS_AT:
+                log.write(f"isobatch: no progress for {timeout_s * STACKS_AT / LOOKS:.3g} s\n")
+                log.flush()
+                faulthandler.dump_traceback(log)
+            if looks == LOOKS - 1:  # up to one look's time passed before the first that was counted
+                for loader in active_children():
+                    with suppress(ProcessLookupError):
+                        os.kill(loader.pid or 0, signal.SIGQUIT)  # its stacks, too
+                on_hang(hangs(timeout_s))
+                return
+
+
+def hangs(timeout_s: float) -> Hangs:
+    """What can be said of this process's main thread, which has made no progress for so long."""
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    waiting, what = _WAITING.search(stack[-1].filename) is not None, "it hung"
+    if waiting:
+        what = "it waited for other ranks"
+    elif any(_LOADING.search(frame.filename) for frame in stack):
+        what = "it waited for a DataLoader worker"
+    raised = "where a pass takes that long, raise cluster.timeout_s"
+    return Hangs(f"{what}: no progress for {timeout_s:g} s{place(stack)}; {raised}", waiting)
