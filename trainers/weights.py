@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from trainers.average import Average
 from trainers.checkpoint import DTYPES, Reader
-from trainers.manifest import NAME, Checkpoint, Damaged, checkpoints, read, sync, verify
+from trainers.commit import sync
+from trainers.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
 from trainers.rundir import Refused, RunDir
 from trainers.world import World
 

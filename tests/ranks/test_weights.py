@@ -1,0 +1,357 @@
+"""Weights: their moving average, final/, and what a run starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.test_parts import ALONE
+from tests.tasks import Counted
+from trainers.average import Average
+from trainers.rundir import Refused, RunDir
+from trainers.weights import find, initialise, load_average, save_final
+from trainers.world import World
+
+TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
+
+
+# Average
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_average_is_that_of_a_float64_reference(dtype: torch.dtype) -> None:
+    """Also of weights in bfloat16, whose steps of 2^-8 would swallow what one update adds."""
+    weight = nn.Parameter(torch.randn(50, 4).to(dtype))
+    average, expected = Average({"w": weight}), weight.detach().double().clone()
+    for _ in range(300):
+        with torch.no_grad():
+            weight.add_(0.05 * torch.randn_like(weight))
+        average.update(0.99)
+        expected = 0.99 * expected + 0.01 * weight.detach().double()
+    assert (average.tensors["w"].double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("global_size", [16, 64, 256])
+def test_average_forgets_by_samples_whatever_the_batch(global_size: int) -> None:
+    """Weights that jump from 0 to 1 at the start: after n samples it has forgotten all but 0.5^(n / half-life)."""
+    plan = resolve(compose([*TASK, "ema=2000sa", f"batch.global_size={global_size}", "duration=5120sa"]), 1, 500)
+    weight = nn.Parameter(torch.zeros(3))
+    average, sample = Average({"w": weight}), 0
+    nn.init.ones_(weight)
+    while step := plan.step_at(sample):
+        assert step.recipe.ema is not None
+        average.update(step.recipe.ema)
+        sample = step.stop
+        if sample in (1024, 4096, 5120):
+            assert average.tensors["w"].tolist() == pytest.approx([1 - 0.5 ** (sample / 2000)] * 3, rel=1e-5)
+    assert sample == 5120
+
+
+def test_within_swapped_the_weights_are_the_average_and_after_it_what_they_were() -> None:
+    """Bit by bit, with NaNs, zeros below zero and rounded dtypes; also where what is done within goes wrong."""
+    odd = torch.tensor([1.1, -0.0, float("nan"), float("inf"), 1e-42])
+    odd.view(torch.int32)[2] += 77  # a NaN with a content
+    weights = {"a": nn.Parameter(odd.clone()), "b": nn.Parameter(odd.bfloat16()), "c": nn.Parameter(torch.tensor(3.0))}
+    average = Average(weights)
+    with torch.no_grad():
+        weights["c"].fill_(5.0)
+    average.update(0.5)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    kept = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    with average.swapped():
+        assert weights["c"].item() == 4.0
+        assert weights["b"].dtype == torch.bfloat16
+    with pytest.raises(ZeroDivisionError), average.swapped():
+        raise ZeroDivisionError
+    for name, weight in weights.items():
+        assert same_bits(weight, before[name])
+        assert same_bits(average.tensors[name], kept[name])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def test_the_average_of_a_run_is_that_of_its_weights(runs: Runs) -> None:
+    """Of the weights after each step, which checkpoints of every step hold."""
+    run = runs(2, *TASK, "duration=12st", "ema=50sa", "checkpoint.every=1st", "checkpoint.keep=20")
+    expected: dict[str, Tensor] = {}
+    for step in range(13):
+        model = Counted().model()
+        if step:
+            initialise(model, str(run.run.checkpoints / f"step-{step:08d}"), ALONE)
+        else:
+            torch.manual_seed(0)
+            model = Counted().model()
+        for name, weight in model.state_dict().items():
+            decay = 0.5 ** (20 / 50) if step else 0.0
+            expected[name] = decay * expected.get(name, torch.zeros(())) + (1 - decay) * weight.double()
+    found = load_file(run.run.final / "ema.safetensors")
+    assert distance({name: tensor.double() for name, tensor in found.items()}, expected) < 1e-6
+    assert distance(found, run.weights()) > 1e-3
+
+
+# final/
+
+
+class Shared(nn.Module):
+    """Everything in a state_dict that isn't simply a tensor of its own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.turned = nn.Linear(6, 4, bias=False)
+        self.turned.weight = nn.Parameter(self.embed.weight.detach().T)  # other strides, the same memory
+        self.part = nn.Parameter(torch.randn(10)[3:7])
+        self.narrow = nn.Parameter(torch.randn(3, 3).bfloat16())
+        self.image = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.norm = nn.BatchNorm1d(4)
+        self.norm.num_batches_tracked += 1 + seed
+        self.register_buffer("mask", torch.rand(5) < 0.5)
+        self.register_buffer("scratch", torch.full((2,), float(seed)), persistent=False)
+
+
+def alike(a: nn.Module, b: nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(same_bits(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+
+
+def test_final_holds_every_tensor_once_and_loads_as_plain_torch(tmp_path: Path) -> None:
+    run, model = RunDir(tmp_path), Shared()
+    average = Average(dict(model.named_parameters()))
+    nn.init.constant_(model.part, 7.0)
+    save_final(run, model, average)
+    file = run.final / "model.safetensors"
+    assert sorted(path.name for path in run.final.iterdir()) == ["ema.safetensors", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert not {"head.weight", "turned.weight", "scratch"} & load_file(file).keys()
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / "final").stat().st_mode) & 0o666
+    for name, expected in (("model", model), ("ema", Shared())):
+        again = Shared(seed=1)
+        loaded = again.load_state_dict(load_file(run.final / f"{name}.safetensors"), strict=False)
+        assert (loaded.missing_keys, loaded.unexpected_keys) == (["head.weight", "turned.weight"], [])
+        assert alike(again, expected)
+
+
+def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path) -> None:
+    model, again = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)) for _ in range(2))
+    for tied in (model, again):
+        tied[2].weight = tied[0].weight
+    save_final(RunDir(tmp_path), model, None)
+    load_model(again, tmp_path / "final" / "model.safetensors")
+    assert alike(again, model)
+
+
+def test_final_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for left in (".final.tmp", ".final.old", "final"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "ema.safetensors").write_bytes(b"older")
+    save_final(run, Shared(), None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "model.safetensors"]
+
+
+# init_from
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run on two ranks, with checkpoints of steps 10, 20 and 30; the one of step 10 was the best."""
+    overrides = ("duration=30st", "ema=100sa", "checkpoint.every=10st", "checkpoint.keep=5")
+    run = Runs(tmp_path_factory.mktemp("trained"))(2, *TASK, *overrides)
+    (run.run.checkpoints / "best").symlink_to("step-00000010")
+    return run
+
+
+@pytest.fixture
+def copied(trained: Run, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(trained.run.path, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def weights_from(source: Path) -> tuple[dict[str, Tensor], Path]:
+    model = Counted().model()
+    return model.state_dict(), Path(initialise(model, str(source), ALONE))
+
+
+def test_init_from_a_run_its_final_and_a_file(trained: Run) -> None:
+    path, expected = trained.run.path, trained.weights()
+    file = path / "final" / "model.safetensors"
+    for source in (path, path / "final", file):
+        found, said = weights_from(source)
+        assert said == file
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(weights_from(path / "final/ema.safetensors")[0]["0.weight"], averaged(trained)["0.weight"])
+
+
+def averaged(run: Run) -> dict[str, Tensor]:
+    return load_file(run.run.final / "ema.safetensors")
+
+
+def test_init_from_a_checkpoint_or_the_best(trained: Run) -> None:
+    at = {step: weights_from(trained.run.checkpoints / f"step-{step:08d}") for step in (10, 20, 30)}
+    assert at[10][1].name == "step-00000010"
+    assert distance(at[30][0], trained.weights()) == 0
+    assert distance(at[10][0], at[20][0]) > 0
+    best, said = weights_from(trained.run.checkpoints / "best")
+    assert (distance(best, at[10][0]), said) == (0, at[10][1])
+
+
+def test_init_from_an_unfinished_run_takes_its_newest_good_checkpoint(copied: Path) -> None:
+    shutil.rmtree(copied / "final")
+    assert weights_from(copied)[1].name == "step-00000030"
+    file = copied / "checkpoints/step-00000030/rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found, said = weights_from(copied)
+    assert said.name == "step-00000020"
+    assert distance(found, weights_from(said)[0]) == 0
+    for step in (10, 20):
+        (copied / f"checkpoints/step-{step:08d}/rank-00000.safetensors").unlink()
+    with pytest.raises(Refused, match=r"no good weights: step-00000030: rank-00001.*sha256.*step-00000010: rank-00000"):
+        weights_from(copied)
+
+
+def test_the_average_beside_the_weights_is_found(trained: Run, copied: Path) -> None:
+    model = Counted().model()
+    assert load_average(model, str(find(str(trained.run.path))), ALONE)
+    assert distance(model.state_dict(), averaged(trained)) == 0
+    assert load_average(model, str(find(str(trained.run.checkpoints / "step-00000030"))), ALONE)
+    assert distance(model.state_dict(), averaged(trained)) == 0
+    (copied / "final/ema.safetensors").unlink()
+    assert not load_average(model, str(find(str(copied))), ALONE)
+    assert not load_average(model, str(trained.run.final / "ema.safetensors"), ALONE)
+
+
+OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nothing": (lambda path: None, "isn't there; name a run directory, a checkpoint of one, or a .safetensors file"),
+    "empty": (lambda path: path.mkdir(), "holds no weights; name a run"),
+    "model.pt": (lambda path: torch.save({"w": torch.ones(1)}, path), "is a file of another kind; name a run"),
+    "pickle.safetensors": (lambda path: torch.save({"w": torch.ones(1)}, path), "can't be read as safetensors"),
+    "short.safetensors": (lambda path: path.write_bytes(b"\x08"), "can't be read as safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SOURCES)
+def test_sources_that_are_none(tmp_path: Path, name: str) -> None:
+    make, said = OTHER_SOURCES[name]
+    make(tmp_path / name)
+    with pytest.raises(Refused, match=f"init_from=.*{name}.*{said}"):
+        weights_from(tmp_path / name)
+
+
+PLAIN = Counted().model().state_dict()
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"0.bias": None}, "doesn't fit the model: it lacks 0.bias$"),
+    "unexpected": ({"9.bias": torch.ones(1)}, "it has, unlike the model, 9.bias$"),
+    "shape": ({"0.weight": torch.ones(16, 8)}, r"it has other shapes: 0.weight \[16, 8\], here \[32, 8\]$"),
+    "dtype": ({"0.bias": torch.ones(32).int()}, "it has other dtypes: 0.bias torch.int32, here torch.float32$"),
+    "many": (
+        {"0.bias": None, **{f"m.{i}": torch.ones(1) for i in range(9)}},
+        "it lacks 0.bias; it has, unlike the model, m.0, m.1, m.2, m.3, m.4, and 4 more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_listed_and_nothing_set(tmp_path: Path, name: str) -> None:
+    changes, said = MISFITS[name]
+    save_file({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, tmp_path / "other.safetensors")
+    model = Counted().model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(Refused, match=said):
+        initialise(model, str(tmp_path / "other.safetensors"), ALONE)
+    assert distance(model.state_dict(), before) == 0
+
+
+def test_a_checkpoint_of_another_model_is_listed_too(trained: Run) -> None:
+    with pytest.raises(
+        Refused, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], here \[64, 8\]"
+    ):
+        initialise(nn.Sequential(*Counted(width=64).model(), nn.Linear(2, 2)), str(trained.run.path), ALONE)
+
+
+def test_floats_are_converted(tmp_path: Path) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in PLAIN.items()}, tmp_path / "half.safetensors")
+    found = weights_from(tmp_path / "half.safetensors")[0]
+    assert found["0.weight"].dtype == torch.float32
+    assert torch.equal(found["0.weight"], PLAIN["0.weight"].bfloat16().float())
+
+
+def test_of_shared_tensors_one_name_is_enough(tmp_path: Path) -> None:
+    file, model = tmp_path / "tied.safetensors", Shared()
+    save_final(RunDir(tmp_path), model, None)
+    plain = load_file(tmp_path / "final" / "model.safetensors")
+    for names in (["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]):
+        save_file({**plain, **{name: plain["embed.weight"].clone() for name in names}}, file)
+        if "embed.weight" not in names:
+            save_file({name: tensor for name, tensor in load_file(file).items() if name != "embed.weight"}, file)
+        again = Shared(seed=1)
+        initialise(again, str(file), ALONE)
+        assert alike(again, model)
+        assert again.head.weight is again.embed.weight
+        assert again.scratch.tolist() == [1, 1]
+    save_file({**plain, "head.weight": plain["embed.weight"] + 1}, file)
+    with pytest.raises(Refused, match=r"has apart what the model has as one: embed.weight/head.weight/turned.weight"):
+        initialise(Shared(seed=1), str(file), ALONE)
+
+
+class Remembering(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+
+def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    model, again = Remembering(2, 2), Remembering(2, 2)
+    save_final(RunDir(tmp_path), model, None)
+    initialise(again, str(tmp_path), ALONE)
+    assert torch.equal(model.weight, again.weight)
+
+
+def test_only_rank_0_reads_and_all_have_the_same(tmp_path: Path) -> None:
+    """Tensors of every dtype; the others needn't even see the file."""
+    save_final(RunDir(tmp_path), Shared(), None)
+
+    def body(world: World) -> Any:
+        model = Shared(seed=world.rank + 1)
+        source = tmp_path if world.rank == 0 else tmp_path / "elsewhere"
+        said = initialise(model, str(source), world)
+        return alike(model, Shared()), said, load_average(model, said, world)
+
+    file = str(tmp_path / "final" / "model.safetensors")
+    assert in_ranks(3, body, tmp_path / "ranks") == [[True, file, False]] * 3
+
+
+def test_all_ranks_refuse_what_rank_0_refuses(tmp_path: Path) -> None:
+    def body(world: World) -> Any:
+        return initialise(Shared(), str(tmp_path / "nothing"), world)
+
+    ends = in_ranks(2, body, tmp_path / "ranks")
+    assert [end["raised"] for end in ends] == ["Refused"] * 2
+    assert "nothing isn't there" in ends[1]["message"]
+
+
+def test_a_run_that_starts_from_another(runs: Runs, trained: Run) -> None:
+    """Its first step is on those weights, and its average starts with them; it says where they are from."""
+    run = runs(2, *TASK, f"init_from={trained.run.path}", "duration=1st", "lr.peak=1e-9", "lr.warmup=0", "ema=1ep")
+    assert 0 < distance(run.weights(), trained.weights()) < 1e-6
+    assert distance(averaged(run), trained.weights()) < 1e-6
+    events = [json.loads(line) for line in (run.run.path / "events.jsonl").read_text().splitlines()]
+    said = [event["source"] for event in events if event["event"] == "initialised"]
+    assert said == [str(trained.run.final / "model.safetensors")]
