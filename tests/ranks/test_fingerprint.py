@@ -1,0 +1,190 @@
+"""The data's fingerprint: the same in every process, another where a sample changed, nothing of what is drawn."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from scaling.order import indices
+from tests.tasks import Counted, Many, OneByOne
+from trainers.fingerprint import LOOKS, fingerprint
+from trainers.keyed import generators_state
+
+
+@dataclass
+class Record:
+    label: Any
+
+
+class Picture:
+    """As PIL's images are, for what asks them."""
+
+    mode, size = "L", (2, 2)
+
+    def __init__(self, pixels: bytes) -> None:
+        self.pixels = pixels
+
+    def tobytes(self) -> bytes:
+        return self.pixels
+
+
+class Made(list):  # type: ignore[type-arg]
+    """Samples that are made anew for each fetch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        made = super().__getitem__(index)
+        return made() if callable(made) else made
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "tensor": (torch.zeros(3), torch.tensor([0.0, 0.0, 1e-30])),
+    "dtype": (torch.zeros(2), torch.zeros(2).int()),
+    "shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "stride": (torch.arange(6).view(2, 3), torch.arange(6).view(3, 2).T),
+    "bfloat16": (torch.ones(2).bfloat16(), torch.tensor([1, 1.0078125]).bfloat16()),
+    "scalar": (torch.tensor(1), torch.tensor(2)),
+    "array": (np.arange(4), np.array([0, 1, 2, 4])),
+    "array of objects": (np.array(["a", None], object), np.array(["a", 1], object)),
+    "number of numpy": (np.float32(1), np.float32(2)),
+    "array of Python": (array("i", [1, 2]), array("i", [1, 3])),
+    "float": (0.1, np.nextafter(0.1, 1).item()),
+    "int": (2**70, 2**70 + 1),
+    "int or bool": (1, True),
+    "none": (None, 0),
+    "text": ("a word", "a world"),
+    "bytes": (b"\0", b"\1"),
+    "nested": ({"x": [1, (2, {"y": torch.zeros(1)})]}, {"x": [1, (2, {"y": torch.ones(1)})]}),
+    "where a list ends": ([[1], [2, 3]], [[1, 2], [3]]),
+    "key": ({"a": 1}, {"b": 1}),
+    "tuple": ((torch.zeros(1), 1), (torch.zeros(1), 2)),
+    "image": (Picture(b"1234"), Picture(b"1235")),
+    "dataclass": (Record([1]), Record([2])),
+    "file": ("/data/a.png", "/data/b.png"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_sample_shows(kind: str) -> None:
+    """Of whichever kind, in any one of the samples that are looked at."""
+    before, after = CHANGES[kind]
+    data = [before] * 100
+    same = fingerprint(data, seed=1)
+    assert same is not None
+    assert same == fingerprint([before] * 100, seed=1)
+    looked_at = indices(1, 100, 0, LOOKS).tolist()
+    for row in (looked_at[0], looked_at[-1]):
+        assert fingerprint([*data[:row], after, *data[row + 1 :]], seed=1) != same
+
+
+def test_length_shows() -> None:
+    assert len({fingerprint([1] * length, seed=0) for length in (1, 3, 15, 16, 17, 500)}) == 6
+
+
+def test_moved_files_and_other_objects_are_no_change() -> None:
+    assert fingerprint(["/here/a.png"] * 9, seed=0) == fingerprint(["/scratch/77/a.png"] * 9, seed=0)
+    assert fingerprint(Made([object] * 9), seed=0) == fingerprint(Made([object] * 9), seed=0)
+
+
+class Drawing:
+    """Pictures that are cropped by chance, and labels."""
+
+    def __init__(self, draw: Any, label: int = 0) -> None:
+        self.draw, self.label = draw, label
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((3,), float(self.draw())), index + self.label
+
+
+class Stateful:
+    def __init__(self) -> None:
+        self.own = random.Random()
+
+    def __call__(self) -> float:
+        return float(self.own.random() < 0.5)
+
+
+@pytest.mark.parametrize("draw", [Stateful, lambda: time.perf_counter], ids=["generator", "clock"])
+def test_a_part_that_differs_from_itself_is_left_out(draw: Any) -> None:
+    """The rest still tells; where there is no rest, nothing does."""
+    found = {fingerprint(Drawing(draw()), seed=0) for _ in range(10)}
+    assert len(found) == 1
+    assert found != {fingerprint(Drawing(draw(), label=1), seed=0)}
+    assert fingerprint(Made([draw()] * 50), seed=0) is None
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
+def test_what_default_generators_give_is_the_same_each_time(draw: Any) -> None:
+    """So pictures that are cropped by chance are looked at, too."""
+    same = fingerprint(Drawing(draw), seed=0)
+    draw()
+    assert same == fingerprint(Drawing(draw), seed=0)
+    assert same != fingerprint(Drawing(lambda: draw() + 1), seed=0)
+
+
+def test_generators_are_left_as_they_were() -> None:
+    """So a run draws the same weights with and without it."""
+    for workers in (0, 1):
+        before = generators_state()
+        fingerprint(Counted().train_data(), seed=0, workers=workers)
+        assert generators_state() == before
+
+
+def test_a_sample_that_cannot_be_fetched_is_for_training_to_complain_of() -> None:
+    broken = Made([1] * 20)
+    broken[3] = lambda: 1 / 0
+    assert fingerprint(broken, seed=0) is None
+    assert fingerprint(broken, seed=0, workers=1) is None
+
+
+def test_many_at_once_and_through_a_subset() -> None:
+    counted = Counted()
+    one, many = fingerprint(OneByOne(counted), seed=0), fingerprint(Many(counted), seed=0)
+    assert one == many == fingerprint(TensorDataset(counted.inputs, counted.targets, counted.units), seed=0)
+    assert fingerprint(Subset(Many(counted), range(500)), seed=0) == one
+    assert fingerprint(Subset(OneByOne(counted), range(499, -1, -1)), seed=0) != one
+
+
+class Opening:
+    """Opens its file when it is first asked, as many do."""
+
+    def __init__(self) -> None:
+        self.opened_by: int | None = None
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> int:
+        self.opened_by = self.opened_by or os.getpid()
+        return index
+
+
+def test_where_workers_load_the_data_it_stays_unopened_here() -> None:
+    there, here = Opening(), Opening()
+    assert fingerprint(there, seed=0, workers=2) == fingerprint(here, seed=0)
+    assert (there.opened_by, here.opened_by) == (None, os.getpid())
+
+
+def test_the_same_in_another_process() -> None:
+    """One whose hashes of texts are others, by which sets are ordered."""
+    data = '[{"text": "a", "ids": [1, 2.5], "of": {"x", "y", "z"}, "image": np.eye(2), "label": torch.ones(2)}] * 40'
+    code = f"import numpy as np, torch; from trainers.fingerprint import fingerprint; print(fingerprint({data}, 3))"
+    environment = {**os.environ, "PYTHONHASHSEED": "12", "PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == fingerprint(eval(data), 3), done.stderr
