@@ -1,0 +1,188 @@
+"""action=evaluate: the values that the run itself found, on any ranks; and an evaluation that is broken off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conf.compose import compose
+from tests.ranks.harness import Run, Runs, in_ranks
+from tests.tasks import Counted
+from trainers.evaluate import make_evaluate
+from trainers.evaluate_weights import evaluate_weights, measured
+from trainers.stop import Stop
+from trainers.weights import initialise, save_final
+from trainers.world import World
+
+TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
+FACTS = {"attempt": "a"}
+
+
+class Normed(Counted):
+    """With running statistics, and validation data that it draws when the task is made."""
+
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**args)
+        self.chosen = torch.randperm(500)[:41]
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(8), *super().model())
+
+    def val_data(self) -> Any:
+        return torch.utils.data.Subset(self.train_data(), self.chosen.tolist())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    overrides = ("duration=30st", "ema=100sa", "checkpoint.best=val/loss:max", "evaluate.every=10st")
+    return Runs(tmp_path_factory.mktemp("trained"))(2, *TASK, *overrides)
+
+
+def evaluated(run: Path, world: int, source: Path, *overrides: str) -> list[Any]:
+    """(source, values) by rank."""
+    config = compose(["action=evaluate", f"init_from={source}", *overrides])
+    return in_ranks(world, lambda ranks: measured(config, FACTS, ranks, Stop()), run)
+
+
+def values_at(run: Run, step: int) -> Any:
+    [line] = [line for line in run.metrics() if "val/loss" in line and line["step"] == step]
+    return {name: pytest.approx(value, rel=1e-6) for name, value in line.items() if "/" in name}
+
+
+@pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 4)])
+def test_the_values_are_those_of_the_run(trained: Run, tmp_path: Path, world: int, per_gpu: int) -> None:
+    """Of its last step and its average; on other ranks, in other batches."""
+    for source in (trained.run.path, trained.run.checkpoints / "step-00000030"):
+        found = evaluated(tmp_path / source.name, world, source, f"batch.per_gpu={per_gpu}")
+        assert [values for _, values in found] == [values_at(trained, 30)] * world
+        assert found[0][1].keys() == {"val/loss", "ema/loss"}
+        file = source / "final/model.safetensors"
+        assert {said for said, _ in found} == {str(file if file.exists() else source)}
+
+
+def test_the_values_of_the_best_checkpoint(trained: Run, tmp_path: Path) -> None:
+    best = max((10, 20, 30), key=lambda step: values_at(trained, step)["val/loss"].expected)
+    [(said, values)] = evaluated(tmp_path / "ranks", 1, trained.run.checkpoints / "best")
+    assert (Path(said).name, values) == (f"step-{best:08d}", values_at(trained, best))
+
+
+def test_a_file_of_its_own_has_no_average(trained: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((trained.run.final / "model.safetensors").read_bytes())
+    [(said, values)] = evaluated(tmp_path / "ranks", 1, file, *TASK)
+    assert (said, values) == (str(file), {"val/loss": values_at(trained, 30)["val/loss"]})
+
+
+def acted(world: int, folder: Path, *overrides: str) -> Any:
+    config = compose(["action=evaluate", *TASK, *overrides])
+
+    def body(ranks: World) -> Any:
+        end = evaluate_weights(config, FACTS, ranks, Stop())
+        return end.state, end.exit_code
+
+    return in_ranks(world, body, folder)
+
+
+class Chatty(Normed):
+    def val_data(self) -> Any:
+        print("reading …")
+        return super().val_data()
+
+
+def test_rank_0_prints_a_line(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = sorted(trained.run.path.rglob("*"))
+    assert acted(2, tmp_path / "ranks", f"init_from={trained.run.path}") == [["finished", 0]] * 2
+    loss, ema = (values_at(trained, 30)[f"{kind}/loss"].expected for kind in ("val", "ema"))
+    line = f"val/loss {loss:.4f} · ema/loss {ema:.4f} · {trained.run.path}/final/model.safetensors"
+    assert capfd.readouterr().out.splitlines().count(line) == 1
+    assert sorted(trained.run.path.rglob("*")) == before
+
+
+def test_json_is_alone_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And is JSON also where a value isn't finite."""
+    model = Normed().model()
+    initialise(model, str(trained.run.path), World(0, 1, 0, 1, torch.device("cpu"), None))
+    nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[index]
+    run = trained.run.__class__(tmp_path)
+    save_final(run, model, None)
+    target = TASK[1].replace("Normed", "Chatty")
+    acted(2, tmp_path / "ranks", target, f"init_from={tmp_path}", "output=json")
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"source": f"{tmp_path}/final/model.safetensors", "val/loss": None}
+    assert err.count("reading …") == 2
+
+
+class Unvalidated(Normed):
+    def val_data(self) -> Any:
+        return None
+
+
+REFUSALS = {
+    "task._target_=tests.ranks.test_evaluate_action.Unvalidated": "task custom has no validation data to evaluate on",
+    "task.args.width=16": "doesn't fit the model: it has other shapes: 1.weight [32, 8], here [16, 8]",
+    "init_from=tests": "init_from=tests holds no weights",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_refused_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
+    ends = evaluated(tmp_path / "ranks", 2, trained.run.path, override)
+    assert [end["raised"] for end in ends] == ["Refused"] * 2
+    assert REFUSALS[override] in ends[0]["message"]
+
+
+class Interrupted(Counted):
+    """Asks for a stop at its third batch, once, where ``here``."""
+
+    def __init__(self, stop: Stop, here: bool) -> None:
+        super().__init__()
+        self.stop, self.here, self.batches = stop, here, 0
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        self.batches += 1
+        if self.here and self.batches == 3:
+            self.stop.wanted = "SIGTERM"
+        return {"units": (batch[2].sum(), len(batch[2]))}
+
+
+def broken_off(told: Callable[[World], bool]) -> Callable[[World], Any]:
+    def body(ranks: World) -> Any:
+        stop, beats = Stop(), []
+        task = Interrupted(stop, told(ranks))
+        model = task.model().train()
+        evaluate = make_evaluate(task, model, ranks, 1, stop, lambda: beats.append(None))
+        assert evaluate
+        broken, batches = evaluate(), task.batches
+        assert len(beats) == batches
+        stop.wanted = None
+        return broken, batches, model.training, evaluate()
+
+    return body
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_evaluation_is_broken_off_where_one_rank_is_told_to_stop(tmp_path: Path, world: int) -> None:
+    """By all, with the told one leaving at once; the next one has all samples."""
+    last = world - 1
+    ends = in_ranks(world, broken_off(lambda ranks: ranks.rank == last), tmp_path)
+    shares = [37 // world + (rank < 37 % world) for rank in range(last)]
+    whole = {"units": pytest.approx(float(Counted().units[:37].sum()) / 37)}
+    assert ends == [[None, batches, True, whole] for batches in (*shares, 3)]
+
+
+def test_a_stop_ends_the_action(trained: Run, tmp_path: Path) -> None:
+    config = compose(["action=evaluate", *TASK, f"init_from={trained.run.path}"])
+
+    def body(ranks: World) -> Any:
+        stop = Stop()
+        stop.wanted = "SIGTERM" if ranks.rank == 1 else None
+        end = evaluate_weights(config, FACTS, ranks, stop)
+        return end.state, end.cause, end.exit_code
+
+    assert in_ranks(2, body, tmp_path / "ranks") == [["stopped", "SIGTERM", 75]] * 2
