@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
+from trainers.average import Average
 from trainers.enter import refuse_unless_same
 from trainers.loader import to_device
 from trainers.rundir import Refused
@@ -18,6 +19,7 @@ from trainers.tasks import Task, check_map_style
 from trainers.world import World
 
 Totals = dict[str, tuple[float, float]]
+Evaluate = Callable[[], dict[str, float] | None]
 
 
 def make_evaluate(
@@ -27,7 +29,7 @@ def make_evaluate(
     per_gpu: int,
     stop: Stop | None = None,
     beat: Callable[[], None] = lambda: None,
-) -> Callable[[], dict[str, float] | None] | None:
+) -> Evaluate | None:
     """A function that evaluates ``model`` on the task's validation data; None where it has none.
 
     It gives the same values on all ranks; None, on all of them, where some rank was asked to stop meanwhile: that rank
@@ -73,6 +75,26 @@ def make_evaluate(
         return None if found is None else _summarise(task, found)
 
     return evaluate
+
+
+def with_average(evaluate: Evaluate | None, average: Average | None) -> Evaluate | None:
+    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``."""
+    if evaluate is None:
+        return None
+
+    def both() -> dict[str, float] | None:
+        if (values := evaluate()) is None:
+            return None
+        found = {f"val/{name}": value for name, value in values.items()}
+        if average:
+            with average.swapped():
+                values = evaluate()
+            if values is None:
+                return None
+            found |= {f"ema/{name}": value for name, value in values.items()}
+        return found
+
+    return both
 
 
 def _batch(data: Any, rows: range, task: Task) -> Any:

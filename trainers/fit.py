@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from trainers.engines import Engine
+from trainers.evaluate import Evaluate
 from trainers.keeper import Keeper
 from trainers.keyed import Stream
 from trainers.loader import Loader
@@ -19,8 +20,6 @@ from trainers.watch import Watch
 
 UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
 SKIPS_IN_A_ROW = 100  # steps that weren't finite, after which nothing is being trained any more
-
-Evaluate = Callable[[], dict[str, float] | None]
 
 
 def fit(
@@ -74,6 +73,7 @@ def fit(
         update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)
 
         state.samples, state.steps = step.stop, step.index + 1
+        watch.beat(state.steps, state.samples)
         state.skipped, skips = state.skipped + update.skipped, skips + 1 if update.skipped else 0
         following = state.plan.step_at(state.samples)
         news = pulse.read(step, total, update.grad_norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from scaling.resolve import continued
 from scaling.units import Duration
 from trainers.checkpoint import Reader
 from trainers.engines import Engine
-from trainers.manifest import Checkpoint, Damaged, checkpoints, read, verify
+from trainers.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
 from trainers.world import World
@@ -57,6 +57,28 @@ def resume(
     except (KeyError, TypeError, ValueError) as error:  # its checksums hold, so this is how it was written
         raise Refused(f"{found.path} doesn't fit this optimizer: {type(error).__name__}: {error}") from error
     return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed), found
+
+
+def header_of(
+    config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
+) -> Header:
+    """What a checkpoint of ``state`` says of it.
+
+    Args:
+        evaluation: the values of an evaluation at this step.
+    """
+    return Header(
+        identity=state.plan.identity,
+        duration=str(config.duration),
+        world_size=state.plan.world,
+        step=state.steps,
+        samples=state.samples,
+        skipped=state.skipped,
+        evaluation_owed=state.evaluation_owed,
+        fingerprint=fingerprint,
+        evaluation=None if evaluation is None else dict(evaluation),
+        plan=state.plan,
+    )
 
 
 def newest_good(

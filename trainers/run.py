@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from torch import nn
 
 from conf.stored import dump
 from scaling.advice import lr_jump
@@ -19,26 +14,25 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
-from trainers.average import Average
 from trainers.engines import make_engine
 from trainers.enter import enter, refuse_unless_same
-from trainers.evaluate import make_evaluate
+from trainers.evaluate import make_evaluate, with_average
 from trainers.fingerprint import fingerprint
-from trainers.fit import Evaluate, fit
+from trainers.fit import fit
 from trainers.keeper import Keeper
-from trainers.keyed import Stream, key_dropout
+from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
-from trainers.locate import build
-from trainers.manifest import Checkpoint, Header, checkpoints
+from trainers.manifest import Checkpoint, checkpoints
 from trainers.metrics import Metrics, say, tell
+from trainers.model import dependent_on_cut, make_model
 from trainers.notes import restarts
 from trainers.optim import make_optimizer
-from trainers.resume import best_value, resume
+from trainers.resume import best_value, header_of, resume
 from trainers.rundir import Outcome, Refused, RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import Pulse
-from trainers.tasks import Task, make_task, open_data
+from trainers.tasks import make_task, open_data
 from trainers.watch import Watch
 from trainers.weights import initialise, save_final
 from trainers.world import World
@@ -100,9 +94,7 @@ def _train(
     before: Outcome | None,
 ) -> Outcome:
     ours = run if world.rank == 0 else None  # what rank 0 writes and says, it does for all
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     task = make_task(config)
     data = open_data(task, config)
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
@@ -132,7 +124,7 @@ def _train(
         beat=beat,
     )
     loader = Loader(data, task, state, world, config.data.workers, stream.tell)
-    evaluate = make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat)
+    evaluate = with_average(make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat), engine.average)
     if ours:  # from here on it isn't the attempt before any more
         write_atomic(run.path / "config.yaml", dump(config))
         write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
@@ -167,7 +159,7 @@ def _train(
             clip_norm=config.clip_norm,
             skip_nonfinite=config.on_nonfinite == "skip",
             log_every=in_samples(config.log.every, state.plan),
-            evaluate=named(evaluate, engine.average) if evaluate else None,
+            evaluate=evaluate,
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
             complain=complain,
@@ -207,46 +199,6 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
         raise Refused(str(error)) from None
 
 
-def header_of(
-    config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
-) -> Header:
-    """What a checkpoint of ``state`` says of it.
-
-    Args:
-        evaluation: the values of an evaluation at this step.
-    """
-    return Header(
-        identity=state.plan.identity,
-        duration=str(config.duration),
-        world_size=state.plan.world,
-        step=state.steps,
-        samples=state.samples,
-        skipped=state.skipped,
-        evaluation_owed=state.evaluation_owed,
-        fingerprint=fingerprint,
-        evaluation=None if evaluation is None else dict(evaluation),
-        plan=state.plan,
-    )
-
-
-def named(evaluate: Evaluate, average: Average | None) -> Evaluate:
-    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``."""
-
-    def both() -> dict[str, float] | None:
-        if (values := evaluate()) is None:
-            return None
-        found = {f"val/{name}": value for name, value in values.items()}
-        if average:
-            with average.swapped():
-                values = evaluate()
-            if values is None:
-                return None
-            found |= {f"ema/{name}": value for name, value in values.items()}
-        return found
-
-    return both
-
-
 def say_where(
     run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, source: str | None
 ) -> None:
@@ -266,17 +218,6 @@ def count_samples(config: RunConfig) -> int:
     return len(open_data(make_task(config), config))
 
 
-def make_model(config: RunConfig, task: Task) -> nn.Module:
-    """``model._target_`` called with ``model.args``, or the task's own model."""
-    if config.model.target is None:
-        model, what = task.model(), "task.model()"
-    else:
-        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
-    if not isinstance(model, nn.Module):
-        raise Refused(f"{what} gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
 def in_samples(every: Duration, plan: Plan) -> int:
     """An interval of the config in samples, at least 1."""
     samples = every.samples(
@@ -291,18 +232,6 @@ def in_samples(every: Duration, plan: Plan) -> int:
 def stop_cause(stop: Stop, world: World) -> str:
     """The signal that some rank got."""
     return next(name for name in world.gather(stop.wanted or "") if name)
-
-
-def dependent_on_cut(model: nn.Module) -> list[str]:
-    """What in ``model`` makes its training depend on how a global batch is cut, as far as its modules tell."""
-    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    dropping = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
-    ]
-    reasons = [f"{counted(norms, 'BatchNorm layer')} with statistics of one micro-batch"] if norms else []
-    return reasons + ([f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else [])
 
 
 def _depends_on_cut(run: RunDir | None, reason: str) -> None:

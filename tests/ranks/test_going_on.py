@@ -192,7 +192,13 @@ def test_metrics_that_were_never_saved_are_dropped(runs: Runs) -> None:
 
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
     """NaN on one rank: the weights are those of a run in which that step changed nothing; counted and told."""
-    task = (*TASK, "task._target_=tests.tasks.BecomesNaN", "on_nonfinite=skip", "checkpoint.every=1st")
+    task = (
+        *TASK,
+        "task._target_=tests.tasks.BecomesNaN",
+        "on_nonfinite=skip",
+        "checkpoint.every=1st",
+        "checkpoint.keep=9",
+    )
     run = runs(2, *task, stop_at=4)
     assert run.ends[0]["state"] == "stopped"
     three, two = (reader_of(run, step) for step in (3, 2))
