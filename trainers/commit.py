@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.record import to_json
-from trainers.manifest import FORMAT, NAME, Damaged, Header, checkpoints, file_of, folder_of, parse, step_of
+from trainers.manifest import FORMAT, NAME, Damaged, Header, checkpoints, file_of, folder_of, parse, sealed, step_of
 from trainers.rundir import RunDir, write_atomic
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
@@ -55,7 +55,7 @@ def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[
     if header.evaluation is not None:
         about["evaluation"] = {key: finite(value) for key, value in header.evaluation.items()}
     content = {"format": FORMAT, **about, "files": files, "tensors": tensors, "values": values}
-    text = (json.dumps(content) + "\n").encode()
+    text = sealed(json.dumps(content).removeprefix("{").encode() + b"\n")
     parse(text, Path())
     return text
 

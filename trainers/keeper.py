@@ -144,7 +144,8 @@ class Keeper:
 
     def failure(self) -> str | None:
         """On rank 0, once: why a save failed that nobody was told of yet."""
-        failure, self._untold = self._untold, None
+        if failure := self._untold:
+            self._untold = None
         return failure
 
     def improves(self, values: Evaluation) -> bool:

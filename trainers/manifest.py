@@ -7,6 +7,7 @@ on any number of ranks finds the range it wants.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import Field, FiniteFloat, PlainValidator
 
 from scaling.plan import Plan
 from scaling.record import from_json
@@ -62,10 +63,10 @@ class Header:
 
     identity: str
     duration: str
-    world_size: PositiveInt
-    step: NonNegativeInt
-    samples: NonNegativeInt
-    skipped: NonNegativeInt
+    world_size: Annotated[Size, Field(ge=1)]
+    step: Size
+    samples: Size
+    skipped: Size
     evaluation_owed: bool
     fingerprint: str | None
     evaluation: dict[str, FiniteFloat | None] | None
@@ -109,8 +110,9 @@ class _Versioned:
 @strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Content(Header):
-    """All of ``manifest.json``."""
+    """All of ``manifest.json``; ``sha256`` is of all that follows it there."""
 
+    sha256: str
     format: int
     files: dict[str, File]
     tensors: dict[str, Stored]
@@ -183,12 +185,19 @@ def parse(text: bytes, path: Path) -> Checkpoint:
         Damaged: it contradicts itself, or isn't what ``compose`` writes.
     """
     if (found := parse_json(_Versioned, text, NAME).format) != FORMAT:
-        raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
+        raise Damaged(f"{NAME} has format {found}, and this version reads {FORMAT}")
+    if text != sealed(text[len(sealed(b"")) :]):
+        raise Damaged(f"{NAME} has other bytes than were written (sha256)")
     content: _Content = parse_json(_Content, text, NAME)
     _check_position(content)
     _check_tensors(content)
     header = Header(**{name: getattr(content, name) for name in Header.__dataclass_fields__})
     return Checkpoint(path, header, content.files, content.tensors, content.values)
+
+
+def sealed(rest: bytes) -> bytes:
+    """A manifest's text, from all of it but the opening brace: first comes the sha256 of the rest."""
+    return b'{"sha256": "%b", %b' % (hashlib.sha256(rest).hexdigest().encode(), rest)
 
 
 def _check_position(header: Header) -> None:
@@ -223,7 +232,7 @@ def _check_tensors(content: _Content) -> None:
             used[file] += (stop - start) * ITEMSIZE[stored.dtype]
             end = stop
         if end != stored.numel:
-            raise Damaged(f"{name!r:.100} has {stored.numel} elements, but slices of {end}")
+            raise Damaged(f"{name!r:.100} has the shape {list(stored.shape)!s:.100}, but slices of {end} elements")
         if len({file for file, _, _ in stored.slices}) < len(stored.slices):
             raise Damaged(f"{name!r:.100} has two slices in one file")
     for rank_file, written in content.files.items():

@@ -1,0 +1,495 @@
+"""Checkpoints that are damaged, contradict themselves or mean harm are told apart from good ones, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scaling.plan import Plan
+from tests.unit.test_plan import make
+from trainers.commit import compose
+from trainers.manifest import (
+    NAME,
+    Checkpoint,
+    Damaged,
+    Header,
+    checkpoints,
+    file_of,
+    folder_of,
+    parse,
+    read,
+    sealed,
+    verify,
+)
+from trainers.rundir import RunDir
+from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, entries
+
+PLAN = make(1000, batches=((0, 32), (320, 64)))
+RANKS = 2
+
+
+def header_of(step: int = 3, plan: Plan = PLAN, **changes: Any) -> Header:
+    fields = {
+        "identity": "0123456789ab",
+        "duration": "10ep",
+        "world_size": RANKS,
+        "step": step,
+        "samples": step * 32,
+        "skipped": 0,
+        "evaluation_owed": False,
+        "fingerprint": "abc",
+        "evaluation": {"val/loss": 0.5, "val/accuracy": None},
+        "plan": plan,
+    }
+    return Header(**(fields | changes))  # type: ignore[arg-type]
+
+
+def tensor_file(tensors: dict[str, tuple[str, int]]) -> bytes:
+    """A safetensors file of (dtype, elements) by name."""
+    header, end = {}, 0
+    for name, (dtype, count) in tensors.items():
+        span = (end, end := end + count * ITEMSIZE[dtype])
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": span}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(i % 251 for i in range(end))
+
+
+# "w" is 5 x 4, parted at 12; "b" whole on rank 1; "n" has no elements, "c" no dimensions
+FILES = [{"w": ("F32", 12), "c": ("I64", 1)}, {"w": ("F32", 8), "b": ("BF16", 3)}]
+SLICES = [
+    {"w": ["F32", [5, 4], 0, 12], "c": ["I64", [], 0, 1], "n": ["F32", [0, 7], 0, 0]},
+    {"w": ["F32", [5, 4], 12, 20], "b": ["BF16", [3], 0, 3], "n": ["F32", [0, 7], 0, 0]},
+]
+
+
+def save(run: RunDir, step: int = 3, **header: Any) -> Path:
+    """A whole checkpoint."""
+    folder = folder_of(run, step)
+    folder.mkdir(parents=True)
+    parts = []
+    for rank in range(RANKS):
+        content = tensor_file(FILES[rank])
+        (folder / file_of(rank)).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        parts.append({"bytes": len(content), "sha256": sha256, "slices": SLICES[rank]})
+    (folder / NAME).write_bytes(compose(header_of(step, **header), parts, {"optim/groups": [{"lr": 0.1}]}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(RunDir(tmp_path))
+
+
+def verified(folder: Path) -> Checkpoint:
+    checkpoint = read(folder)
+    verify(checkpoint, checkpoint.files)
+    return checkpoint
+
+
+def why(folder: Path) -> str:
+    """For what reason it is damaged, by the manifest or by its files."""
+    with pytest.raises(Damaged) as error:
+        verified(folder)
+    assert len(str(error.value)) < 400
+    return str(error.value)
+
+
+def test_all_that_was_written_is_read(folder: Path) -> None:
+    beats = []
+    checkpoint = read(folder)
+    verify(checkpoint, checkpoint.files, lambda: beats.append(1))
+    assert checkpoint.path == folder
+    assert checkpoint.header == header_of()
+    assert checkpoint.values == {"optim/groups": [{"lr": 0.1}]}
+    assert {name: (stored.dtype, stored.shape, stored.slices) for name, stored in checkpoint.tensors.items()} == {
+        "w": ("F32", (5, 4), ((file_of(0), 0, 12), (file_of(1), 12, 20))),
+        "c": ("I64", (), ((file_of(0), 0, 1),)),
+        "n": ("F32", (0, 7), ()),
+        "b": ("BF16", (3,), ((file_of(1), 0, 3),)),
+    }
+    assert len(beats) == RANKS
+
+
+def test_torch_stays_out() -> None:
+    code = "import trainers.manifest, trainers.commit, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_end_of_a_run_is_a_position(tmp_path: Path) -> None:
+    """Its last step is whole, so it may be beyond what duration asks for."""
+    assert (PLAN.steps, PLAN.samples, PLAN.added) == (21, 1000, 24)
+    assert read(save(RunDir(tmp_path), 21, samples=1024)).header.step == 21
+    with pytest.raises(Damaged, match="samples=1025"):
+        save(RunDir(tmp_path / "else"), 21, samples=1025)
+
+
+def test_values_that_json_does_not_have(tmp_path: Path) -> None:
+    folder = save(RunDir(tmp_path), evaluation={"val/loss": float("nan"), "val/x": float("inf"), "val/y": 1.0})
+    assert read(folder).header.evaluation == {"val/loss": None, "val/x": None, "val/y": 1.0}
+
+
+def test_newest_first_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert checkpoints(run) == []
+    for step in (2, 10, 123456789):
+        folder_of(run, step).mkdir(parents=True)
+    for name in (".step-00000005.tmp", ".old-step-00000001", "step-5", "step-0000000x", "step-00000005.bak", "final"):
+        (run.checkpoints / name).mkdir()
+    (run.checkpoints / "step-٠٠٠٠٠٠٠٧").mkdir()
+    (run.checkpoints / "step-00000004").write_text("")
+    (run.checkpoints / "best").symlink_to("step-00000010")
+    (run.checkpoints / "step-00000099").symlink_to("step-00000010")
+    assert [path.name for path in checkpoints(run)] == ["step-123456789", "step-00000010", "step-00000002"]
+
+
+def test_by_a_link_to_it(folder: Path) -> None:
+    link = folder.parent / "best"
+    link.symlink_to(folder.name)
+    assert read(link).path == folder
+    link.unlink()
+    link.symlink_to("best")
+    assert "can't be read" in why(link)
+
+
+# What may be wrong with the files
+
+Damage = Callable[[Path], Any]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+FILES_DAMAGED: dict[str, tuple[Damage, str]] = {
+    "no manifest": (lambda f: (f / NAME).unlink(), "manifest.json is missing"),
+    "an empty manifest": (lambda f: (f / NAME).write_text(""), "manifest.json isn't JSON"),
+    "an empty object": (lambda f: (f / NAME).write_text("{}"), "'format': Field required"),
+    "a manifest cut short": (lambda f: os.truncate(f / NAME, 300), "manifest.json isn't JSON"),
+    "a manifest of zeros": (lambda f: (f / NAME).write_bytes(bytes(4096)), "manifest.json isn't JSON"),
+    "a manifest in latin-1": (lambda f: (f / NAME).write_bytes(b'{"\xe9": 1}'), "manifest.json isn't JSON"),
+    "a manifest in utf-16": (lambda f: (f / NAME).write_text("{}", "utf-16"), "manifest.json"),
+    "a manifest too large": (lambda f: os.truncate(f / NAME, 1 << 40), "manifest.json is larger than"),
+    "a byte of the manifest": (lambda f: flip(f / NAME, 500), "manifest.json"),
+    "a manifest that is a folder": (lambda f: ((f / NAME).unlink(), (f / NAME).mkdir()), "manifest.json isn't a file"),
+    "a manifest that is a link": (lambda f: replace_by_link(f / NAME), "manifest.json isn't a file"),
+    "a manifest that never ends": (lambda f: replace_by_pipe(f / NAME), "manifest.json isn't a file"),
+    "a file missing": (lambda f: (f / file_of(1)).unlink(), "rank-00001.safetensors is missing"),
+    "a file cut short": (lambda f: os.truncate(f / file_of(1), 80), "has 80 bytes, not the"),
+    "a file too long": (lambda f: os.truncate(f / file_of(1), 1000), "has 1000 bytes, not the"),
+    "a file that is a link": (lambda f: replace_by_link(f / file_of(0)), "rank-00000.safetensors isn't a file"),
+    "a file that never ends": (lambda f: replace_by_pipe(f / file_of(0)), "rank-00000.safetensors isn't a file"),
+    "a byte of a tensor": (lambda f: flip(f / file_of(1), -1), "rank-00001.safetensors has other bytes than"),
+    "a byte of a header": (lambda f: flip(f / file_of(0), 20), "rank-00000.safetensors has other bytes than"),
+}
+
+
+@pytest.mark.parametrize("damage", FILES_DAMAGED)
+def test_damaged_files(folder: Path, damage: str) -> None:
+    cause, said = FILES_DAMAGED[damage]
+    cause(folder)
+    assert said in why(folder)
+
+
+def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
+    assert "manifest.json is missing" in why(folder.with_name("step-00000004"))
+    (tmp_path / "step-00000001").write_text("")
+    assert "can't be read" in why(tmp_path / "step-00000001")
+
+
+def test_a_manifest_of_another_step(folder: Path) -> None:
+    moved = folder.rename(folder.with_name("step-00000004"))
+    assert "manifest.json is of step 3" in why(moved)
+
+
+# What may be wrong with what a manifest says. Each is sealed again, as somebody would who means harm.
+
+
+def reseal(folder: Path, text: str | bytes) -> None:
+    """Write a manifest with the checksum it should have."""
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    (folder / NAME).write_bytes(sealed(content.removeprefix(b"{")))
+
+
+def fields_of(folder: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+    del fields["sha256"]
+    return fields
+
+
+def at(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets what stands at this path of a manifest; a callable gets what stood there."""
+
+    def change(fields: Any) -> None:
+        for key in path[:-1]:
+            fields = fields[key]
+        fields[path[-1]] = to(fields.get(path[-1])) if callable(to) else to
+
+    return change
+
+
+def renamed(*path: str, to: str) -> Callable[[dict[str, Any]], None]:
+    def change(fields: Any) -> None:
+        for key in path[:-1]:
+            fields = fields[key]
+        fields[to] = fields.pop(path[-1])
+
+    return change
+
+
+R0, R1 = file_of(0), file_of(1)
+W = ("tensors", "w")
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another format": (at("format", to=2), "has format 2, and this version reads 1"),
+    "format true": (at("format", to=True), "'format'"),
+    "format 1.0": (at("format", to=1.5), "'format'"),
+    "no plan": (lambda f: f.pop("plan"), "'plan'"),
+    "something more": (at("more", to=1), "'more'"),
+    "a plan of another kind": (at("plan", to=[]), "'plan'"),
+    "a plan damaged": (at("plan", "seed", to="x"), "not a plan"),
+    "a plan edited": (at("plan", "steps", to=9), "contradicts itself in steps"),
+    "a plan without end": (at("plan", "segments", to=[]), "'plan'"),
+    "a number as text": (at("step", to="3"), "'step'"),
+    "a number as a float": (at("step", to=3.0), "'step'"),
+    "a bool as a number": (at("skipped", to=True), "'skipped'"),
+    "a number as a bool": (at("evaluation_owed", to=0), "'evaluation_owed'"),
+    "a negative step": (at("step", to=-3), "'step'"),
+    "a step before its samples": (at("step", to=2), "step=2, samples=96"),
+    "samples inside a step": (at("samples", to=97), "inside a step"),
+    "samples beyond the end": (at("samples", to=1 << 62), "samples=4611686018427387904"),
+    "more samples than any": (at("samples", to=10**4000), "'samples'"),
+    "negative samples": (at("samples", to=-32), "'samples'"),
+    "more skipped than done": (at("skipped", to=4), "skipped=4"),
+    "an identity that is none": (at("identity", to=None), "'identity'"),
+    "an evaluation of texts": (at("evaluation", to={"val/loss": "0.5"}), "'evaluation.val/loss'"),
+    "an evaluation of bools": (at("evaluation", to={"val/loss": True}), "'evaluation.val/loss'"),
+    "an evaluation not finite": (at("evaluation", to={"val/loss": float("inf")}), "'evaluation.val/loss'"),
+    "no ranks": (at("world_size", to=0), "'world_size'"),
+    "more ranks than files": (at("world_size", to=3), "its files aren't"),
+    "absurdly many ranks": (at("world_size", to=10**18), "its files aren't"),
+    "fewer ranks than files": (at("world_size", to=1), "its files aren't"),
+    "no files": (at("files", to={}), "its files aren't"),
+    "files as a list": (at("files", to=[]), "'files'"),
+    "a file above": (renamed("files", R1, to=f"../step-00000003/{R1}"), "its files aren't"),
+    "an absolute file": (renamed("files", R1, to="/etc/passwd"), "its files aren't"),
+    "a file of another kind": (renamed("files", R1, to="rank-00001.pt"), "its files aren't"),
+    "a file of another rank": (renamed("files", R1, to=file_of(2)), "its files aren't"),
+    "a file of a negative size": (at("files", R1, "bytes", to=-1), "'files.rank-00001.safetensors.bytes'"),
+    "a file of an absurd size": (at("files", R1, "bytes", to=1 << 62), "bytes, but slices of"),
+    "a file smaller than its slices": (at("files", R1, "bytes", to=10), "has 10 bytes, but slices of 38"),
+    "a file with another checksum": (at("files", R1, "sha256", to="0" * 64), "other bytes than were written"),
+    "a checksum that is none": (at("files", R1, "sha256", to=None), "'files.rank-00001.safetensors.sha256'"),
+    "tensors as a list": (at("tensors", to=[]), "'tensors'"),
+    "no slices": (at(*W, "slices", to=[]), "'w' has the shape [5, 4], but slices of 0 elements"),
+    "slices missing at the end": (at(*W, "slices", to=lambda s: s[:1]), "but slices of 12 elements"),
+    "slices missing at the start": (at(*W, "slices", to=lambda s: s[1:]), "elements 12 to 20 after those up to 0"),
+    "slices overlapping": (at(*W, "slices", to=[[R0, 0, 12], [R1, 11, 20]]), "elements 11 to 20 after those up to 12"),
+    "slices with a gap": (at(*W, "slices", to=[[R0, 0, 12], [R1, 13, 20]]), "elements 13 to 20 after those up to 12"),
+    "slices unsorted": (at(*W, "slices", to=lambda s: s[::-1]), "elements 12 to 20 after those up to 0"),
+    "slices twice": (at(*W, "slices", to=lambda s: s + s), "elements 0 to 12 after those up to 20"),
+    "slices backwards": (at(*W, "slices", to=[[R0, 0, 12], [R1, 12, 3]]), "elements 12 to 3 after"),
+    "an empty slice": (at(*W, "slices", to=lambda s: [[R0, 0, 0], *s]), "elements 0 to 0 after"),
+    "a negative slice": (at(*W, "slices", to=lambda s: [[R0, -4, 12], s[1]]), "'tensors.w.slices.0.1'"),
+    "a slice of floats": (at(*W, "slices", to=lambda s: [[R0, 0, 12.0], s[1]]), "'tensors.w.slices.0.2'"),
+    "a slice of bools": (at(*W, "slices", to=lambda s: [[R0, False, 12], s[1]]), "'tensors.w.slices.0.1'"),
+    "a slice of two": (at(*W, "slices", to=lambda s: [[R0, 0], s[1]]), "'tensors.w.slices.0.2'"),
+    "a slice of four": (at(*W, "slices", to=lambda s: [[R0, 0, 12, 1], s[1]]), "'tensors.w.slices.0'"),
+    "two slices in a file": (at(*W, "slices", to=[[R0, 0, 6], [R0, 6, 12], [R1, 12, 20]]), "two slices in one file"),
+    "a slice elsewhere": (at(*W, "slices", to=lambda s: [["../x", 0, 12], s[1]]), "'../x', which isn't one of"),
+    "a slice of an absolute file": (at(*W, "slices", to=[["/etc/passwd", 0, 20]]), "which isn't one of its files"),
+    "a slice more than is there": (at(*W, "slices", to=[[R0, 0, 13], [R1, 13, 20]]), "holds other tensors than"),
+    "slices in each other's files": (at(*W, "slices", to=[[R1, 0, 12], [R0, 12, 20]]), "holds other tensors than"),
+    "another shape": (at(*W, "shape", to=[5, 5]), "'w' has the shape [5, 5], but slices of 20"),
+    "a huge shape": (at(*W, "shape", to=[1 << 62] * 64), "but slices of 20 elements"),
+    "a shape beyond any": (at(*W, "shape", to=[10**400]), "'tensors.w.shape.0'"),
+    "a shape of too many": (at(*W, "shape", to=[1] * 100), "'tensors.w.shape'"),
+    "a negative shape": (at(*W, "shape", to=[-5, -4]), "'tensors.w.shape.0'"),
+    "a shape of floats": (at(*W, "shape", to=[5.0, 4]), "'tensors.w.shape.0'"),
+    "a shape of bools": (at(*W, "shape", to=[True, 20]), "'tensors.w.shape.0'"),
+    "a number for a shape": (at(*W, "shape", to=20), "'tensors.w.shape'"),
+    "an unknown dtype": (at(*W, "dtype", to="F31"), "unknown dtype 'F31'"),
+    "another dtype": (at(*W, "dtype", to="I32"), "holds other tensors than"),
+    "another dtype's size": (at(*W, "dtype", to="F64"), "holds other tensors than"),
+    "another name": (renamed("tensors", "w", to="v"), "holds other tensors than"),
+    "a tensor less": (lambda f: f["tensors"].pop("b"), "holds other tensors than"),
+    "elements from nowhere": (at("tensors", "n", "shape", to=[1]), "'n' has the shape [1], but slices of 0"),
+    "values as a list": (at("values", to=[]), "'values'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_manifests_that_lie(folder: Path, lie: str) -> None:
+    change, said = LIES[lie]
+    fields = fields_of(folder)
+    change(fields)
+    reseal(folder, json.dumps(fields))
+    assert said in why(folder)
+
+
+TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
+    "a key twice": (lambda text: text.replace('"step": 3', '"step": 2, "step": 3'), "a key stands there twice"),
+    "a tensor twice": (lambda text: text.replace('"b": {', '"w": {', 1), "a key stands there twice"),
+    "nested without end": (lambda text: text.replace('"values": {', '"values": {"x": ' + "[" * 10**6, 1), "isn't JSON"),
+    "nested and closed": (
+        lambda text: text.replace('"values": {', '"values": {"x": ' + "[" * 10**5 + "]" * 10**5 + ", ", 1),
+        "isn't JSON",
+    ),
+    "a number without end": (lambda text: text.replace('"step": 3', '"step": ' + "9" * 10**5), "isn't JSON"),
+    "an infinite number": (lambda text: text.replace('"skipped": 0', '"skipped": 1e999'), "'skipped'"),
+    "half a letter": (lambda text: text.replace('"w"', '"\\ud800"'), "manifest.json"),
+    "more behind it": (lambda text: text + "{}", "isn't JSON"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_that_are_no_manifest(folder: Path, text: str) -> None:
+    change, said = TEXTS[text]
+    before = json.dumps(fields_of(folder))
+    after = change(before)
+    assert after != before
+    reseal(folder, after)
+    assert said in why(folder)
+
+
+def test_what_is_said_has_no_control_characters(folder: Path) -> None:
+    fields = fields_of(folder)
+    fields["tensors"]["\x1b[2J\nfine"] = {"dtype": "\x1b", "shape": [], "slices": []}
+    reseal(folder, json.dumps(fields))
+    assert why(folder).isprintable()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_is_damage_or_harmless(folder: Path, data: st.DataObject) -> None:
+    """Nothing but Damaged comes out; and what is read nonetheless has tensors that are all there."""
+    fields: Any = fields_of(folder)
+    places = list(_places(fields))
+    *path, last = data.draw(st.sampled_from(places))
+    inside = fields
+    for key in path:
+        inside = inside[key]
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    inside[last] = data.draw(st.recursive(scalar, lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=5))
+    try:
+        checkpoint = parse(sealed(json.dumps(fields).removeprefix("{").encode()), folder)
+    except Damaged:
+        return
+    for stored in checkpoint.tensors.values():
+        assert sum(stop - start for _, start, stop in stored.slices) == stored.numel
+
+
+def _places(value: Any, *path: Any) -> Any:
+    if path:
+        yield path
+    for key, inside in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    ):
+        yield from _places(inside, *path, key)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bit_of_a_manifest_that_flips_is_found(folder: Path, data: st.DataObject) -> None:
+    text = bytearray((folder / NAME).read_bytes())
+    text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(Damaged):
+        parse(bytes(text), folder)
+
+
+# What may be wrong with a rank's file that has the right size and checksum
+
+
+class Boom:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("boom",)
+
+
+def described(header: Any, data: bytes = bytes(64)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (16,), offsets: Any = (0, 64)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+NO_TENSOR_FILES: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "isn't a safetensors file"),
+    "a pickle": (pickle.dumps({"w": Boom()}), "isn't a safetensors file"),
+    "half a length": (b"\x02\0\0", "isn't a safetensors file"),
+    "a header longer than the file": (described({}) + bytes(3), "bytes, but its header describes"),
+    "a header longer than any": ((HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "isn't a safetensors file"),
+    "a header of 2^64 bytes": (b"\xff" * 8 + b"{}", "isn't a safetensors file"),
+    "a header cut short": (described(b'{"w"', b""), "isn't JSON"),
+    "a header that is a list": (described(b"[]", b""), "the header of x"),
+    "a key twice": (described(b'{"w": {}, "w": {}}'), "a key stands there twice"),
+    "nested": (described(b"[" * 10**5), "isn't JSON"),
+    "bytes of no tensor": (described({}), "has 74 bytes, but its header describes 10"),
+    "bytes at the end": (described({"w": entry()}, bytes(65)), "but its header describes"),
+    "fewer bytes than it says": (described({"w": entry()}, bytes(63)), "but its header describes"),
+    "a hole": (described({"w": entry(shape=[15], offsets=[4, 64])}), "lies where it can't"),
+    "on top of each other": (described({"w": entry(), "v": entry()}), "lies where it can't"),
+    "of another size": (described({"w": entry(shape=[17])}), "lies where it can't"),
+    "offsets backwards": (described({"w": entry(offsets=[64, 0])}), "lies where it can't"),
+    "offsets that are negative": (described({"w": entry(offsets=[-64, 0])}), "the header of x"),
+    "offsets of floats": (described({"w": entry(offsets=[0.0, 64])}), "the header of x"),
+    "a huge shape": (described({"w": entry(shape=[1 << 62])}), "lies where it can't"),
+    "more dimensions": (described({"w": entry(shape=[4, 4])}), "the header of x"),
+    "an unknown dtype": (described({"w": entry("F31")}), "lies where it can't"),
+    "something more": (described({"w": entry() | {"more": 1}}), "the header of x"),
+    "metadata": (described({"__metadata__": {"a": "b"}, "w": entry()}), "the header of x"),
+}
+
+
+@pytest.mark.parametrize("content", NO_TENSOR_FILES)
+def test_files_that_hold_no_tensors(tmp_path: Path, content: str) -> None:
+    data, said = NO_TENSOR_FILES[content]
+    (tmp_path / "x").write_bytes(data)
+    with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match=said.replace("(", r"\(")):
+        entries(file, "x")
+
+
+def test_a_pickle_with_the_right_checksum(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It isn't unpickled."""
+    monkeypatch.chdir(folder.parent)
+    content = pickle.dumps(Boom()) + bytes(200)
+    (folder / R0).write_bytes(content)
+    fields = fields_of(folder)
+    fields["files"][R0] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    reseal(folder, json.dumps(fields))
+    assert "rank-00000.safetensors isn't a safetensors file" in why(folder)
+    assert not Path("boom").exists()
+
+
+def test_parts_that_nobody_could_read(tmp_path: Path) -> None:
+    """They are found before they are committed."""
+    parts = [{"bytes": 500, "sha256": "", "slices": {"w": ["F32", [20], 12 * rank, 20]}} for rank in range(RANKS)]
+    with pytest.raises(Damaged, match="elements 12 to 20 after those up to 20"):
+        compose(header_of(), parts, {})
+    parts[0]["slices"] = {"w": ["F64", [20], 0, 12]}
+    with pytest.raises(Damaged, match=r"w is F32 \[20\] on rank 1, and F64 \[20\] before"):
+        compose(header_of(), parts, {})
