@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,9 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+from conf.compose import compose
+from conf.help import EXAMPLES
+from conf.identity import identity
+from conf.stored import dump
+from scaling.record import to_json
+from scaling.resolve import resolve
+from trainers.commit import compose as manifest_of
+from trainers.manifest import NAME, Header, file_of, folder_of
+from trainers.rundir import Outcome, RunDir
 
 ROOT = Path(__file__).parents[2]
 OWN_TASK = """
@@ -116,6 +128,60 @@ def test_plan_is_printed_whatever_a_cluster_left_in_the_environment() -> None:
     launch(*QUICK, "debug=true", RANK="3", LOCAL_RANK="1")
 
 
+def checkpoint(run: Path, step: int, world: int, *overrides: str) -> None:
+    """A run's directory with a checkpoint of no tensors, as ``world`` ranks would leave it."""
+    config = compose(overrides)
+    plan, folder = resolve(config, world), folder_of(RunDir(run), step)
+    header = Header(
+        identity=plan.identity,
+        duration=str(config.duration),
+        world_size=world,
+        step=step,
+        samples=step * plan.cut.global_size,
+        skipped=0,
+        evaluation_owed=False,
+        fingerprint=None,
+        evaluation=None,
+        plan=plan,
+    )
+    folder.mkdir(parents=True)
+    empty = (2).to_bytes(8, "little") + b"{}"
+    for rank in range(world):
+        (folder / file_of(rank)).write_bytes(empty)
+    part = {"bytes": len(empty), "sha256": hashlib.sha256(empty).hexdigest(), "slices": {}}
+    (folder / NAME).write_bytes(manifest_of(header, [part] * world, {}))
+    (run / "config.yaml").write_text(dump(config))
+    (run / "plan.json").write_text(to_json(plan))
+    RunDir(run).write_outcome(Outcome("stopped", "SIGTERM", step, header.samples, "x"))
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads(launch("action=plan", "output=json", *arguments).stdout)
+    return plan
+
+
+def test_plan_of_a_run_that_goes_on_has_its_global_batch() -> None:
+    """Where that was the product of per-GPU batch, accumulation and ranks, and there are other ranks now."""
+    product = ("batch.per_gpu=16", "batch.accumulation=2", "seed=3")
+    run = Path("runs") / f"digits-{identity(compose(product))}"
+    checkpoint(run, 10, 2, *product)
+    for again in ([f"run.dir={run}"], product):
+        plan = planned(*again, "cluster.gpus_per_node=3")
+        assert (plan["global_size"], plan["per_gpu"], plan["accumulation"], plan["world_size"]) == (64, 16, 2, 3)
+    assert planned(*product, "run.dir=other", "cluster.gpus_per_node=3")["global_size"] == 96
+    checkpoint(run, 20, 3, *product)  # damaged below: the one before it counts
+    (folder_of(RunDir(run), 20) / NAME).write_text("{")
+    assert planned(*product)["global_size"] == 64
+
+
+def test_plan_of_an_extension_is_that_of_the_whole_run() -> None:
+    checkpoint(Path("run"), 10, 2, "duration=2ep", "lr.warmup=10%")
+    assert planned("run.dir=run", "duration=4ep") == planned("duration=4ep", "lr.warmup=10%")
+    assert planned("run.dir=run") == planned("duration=2ep", "lr.warmup=10%")
+    said = launch("action=plan", "run.dir=run", "duration=1ep", code=2).stderr
+    assert "run.dir=run has duration=2ep" in said
+
+
 def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
     assert "global batch   64 samples = 64 per GPU ? 1 rank" in launch("action=plan", PYTHONIOENCODING="ascii").stdout
 
@@ -149,6 +215,10 @@ def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
         (["-m", "action=train,plan"], "action is one for the whole sweep"),
         (["-m", "+experiment=digits_large"], "isobatch: +experiment=digits_large: experiment is there already"),
         (["output=json"], "action=plan"),
+        (["action=evaluate"], "action=evaluate needs init_from="),
+        (["action=evaluate", "run.dir=runs/x"], "write init_from=runs/x"),
+        (["action=evaluate", "init_from=runs/x"], "init_from=runs/x isn't there"),
+        (["-m", "action=evaluate", "init_from=/tmp,/"], "-m is a sweep of runs"),
         (["cluster.nodes=2", "cluster.rendezvous=127.0.0.1:99999"], "ports are 1 to 65535"),
         (["--cfg", "hydra"], "--cfg"),
         (["--confg-dir", "x"], "did you mean --config-dir?"),
@@ -190,7 +260,7 @@ def test_help() -> None:
     text = launch("--help").stdout
     assert "batch.global_size=" in text
     assert "exit codes: 0 finished" in text
-    assert "its result if finished" in text
+    assert "shows its result if finished" in text
     assert "begins with 'defaults: [custom, _self_]'" in " ".join(text.split())
     keys = launch("--help", COLUMNS="80").stdout.partition("keys, with their defaults:")[2]
     assert max(map(len, keys.partition("options:")[0].splitlines())) <= 92  # durations are said in one line
@@ -220,6 +290,11 @@ def test_config_is_printed_with_its_comments_and_can_be_an_experiment(tmp_path: 
 # ---- runs
 
 
+def state(folder: Path) -> dict[Path, int]:
+    """All files below it, and when each was written."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
 def only_run() -> Path:
     (run,) = Path("runs").iterdir()
     return run
@@ -233,13 +308,13 @@ def test_the_same_command_finds_its_run() -> None:
     event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
     assert event["command"].startswith(f"python {ROOT / 'launch.py'} duration=2st")
     assert re.fullmatch(r"[0-9a-f]{40}|", event["commit"])
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    before = state(run)
 
     again = launch(*QUICK, "log.every=3st").stdout
     assert again.startswith("finished after 2 steps")
     by_name = launch(f"run.dir={run}").stdout
     assert by_name.startswith("finished after 2 steps")
-    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+    assert state(run) == before
 
     said = launch(f"run.dir={run}", "seed=3", "batch.global_size=8", code=2).stderr
     assert "seed=3 (there 0)" in said
@@ -277,6 +352,82 @@ def test_odd_names_of_directories() -> None:
     quoted = name.replace("'", "\\'")
     launch(*QUICK, f"run.dir='{quoted}'")
     assert json.loads((Path(name) / "outcome.json").read_text())["state"] == "finished"
+
+
+# ---- going on, and longer
+
+
+def test_a_named_run_is_made_longer() -> None:
+    launch(*QUICK)
+    run = only_run()
+    done = launch(f"run.dir={run}", "duration=5st", "device=cpu").stdout
+    assert "duration       5 steps = 320 samples" in done
+    assert "goes on from step 2 of 5" in done
+    assert done.splitlines()[-1].startswith("finished after 5 steps, 320 samples")
+    assert yaml.safe_load((run / "config.yaml").read_text())["duration"] == "5st"
+    assert json.loads((run / "plan.json").read_text())["steps"] == 5
+    losses = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    assert [line["step"] for line in losses] == [1, 2, 5]
+    before = state(run)
+    for again in ([f"run.dir={run}"], [f"run.dir={run}", "duration=5st"]):
+        assert launch(*again).stdout.startswith("finished after 5 steps")
+    said = launch(*QUICK, code=2).stderr
+    assert f"holds this run with duration=5st, not 2st: run.dir={run} goes on with that" in said
+    assert state(run) == before
+
+
+def test_examples_of_help_that_need_a_run(tmp_path: Path) -> None:
+    """As they stand, but for the run's name."""
+    launch("duration=1ep", "task.args.width=8", "device=cpu")
+    run = only_run()
+    examples = [line.split()[2:] for line in EXAMPLES.splitlines() if "runs/digits-0123456789ab" in line]
+    assert len(examples) == 4
+    for example in examples:
+        arguments = [argument.replace("runs/digits-0123456789ab", str(run)) for argument in example if "=" in argument]
+        width = ["task.args.width=8", "duration=1ep"] if arguments[0].startswith("init_from") else []
+        launch(*arguments, *width)
+    assert json.loads((run / "plan.json").read_text())["epochs"] == 40
+
+
+# ---- evaluation
+
+
+def test_weights_are_evaluated_and_nothing_is_written() -> None:
+    launch(*QUICK, "ema=1ep", "cluster.gpus_per_node=2")
+    run = only_run()
+    before = state(Path())
+    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for weights in (run, run / "final", run / "checkpoints/step-00000002"):
+        evaluated = json.loads(launch("action=evaluate", f"init_from={weights}", "output=json").stdout)
+        for name in ("val/loss", "val/accuracy", "ema/loss", "ema/accuracy"):
+            assert evaluated[name] == pytest.approx(trained[name], rel=1e-5)
+    line = launch("action=evaluate", f"init_from={run}", "cluster.gpus_per_node=2", "device=cpu").stdout
+    assert line.startswith(f"val/loss {trained['val/loss']:.4f} · val/accuracy ")
+    assert line.endswith(f"{run / 'final/model.safetensors'}\n")
+    assert "doesn't fit the model" in refused_beside(before, f"init_from={run}", "task.args.width=9")
+    assert state(Path()) == before
+
+
+def refused_beside(before: dict[Path, int], *arguments: str) -> str:
+    done = launch("action=evaluate", *arguments, code=2)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert state(Path()) == before
+    return done.stderr
+
+
+def test_json_of_an_evaluation_is_alone() -> None:
+    """Whatever the task prints, on any rank."""
+    talking = OWN_TASK.partition("    def train_data")[0] + "        print('task')\n"
+    talking += "    def evaluate(self, model, batch):\n        print('evaluate')\n"
+    talking += "        return super().evaluate(model, batch)\n"
+    Path("mine.py").write_text(talking)
+    launch(*QUICK, "task._target_=mine.Task", "run.dir=run")
+    arguments = ("action=evaluate", "init_from=run", "output=json", "device=cpu")
+    for ranks in ("cluster.gpus_per_node=2", "debug=true"):
+        done = launch(*arguments, ranks)
+        assert set(json.loads(done.stdout)) == {"source", "val/loss", "val/accuracy"}
+        assert "evaluate" in done.stderr
 
 
 # ---- sweeps
@@ -318,7 +469,7 @@ def test_a_sweep_goes_on_after_a_crash() -> None:
 
 def test_a_sweep_over_another_ones_folder_starts_nothing() -> None:
     launch("-m", *QUICK, "run.dir=here", "seed=2,3")
-    before = {file: file.stat().st_mtime_ns for file in Path().rglob("*")}
+    before = state(Path())
     done = launch("-m", *QUICK, "run.dir=here", "seed=1,2", "lr.base=0.3", code=2)
     assert done.stdout == ""
     assert "here/seed=2 holds another run" in done.stderr
@@ -327,7 +478,7 @@ def test_a_sweep_over_another_ones_folder_starts_nothing() -> None:
     done = launch("-m", *QUICK, "run.dir=theirs", "seed=1,2", code=2)
     assert (done.stdout, "thesis.tex" in done.stderr) == ("", True)
     assert not Path("theirs/seed=1").exists()
-    assert before.items() <= {file: file.stat().st_mtime_ns for file in Path().rglob("*")}.items()
+    assert before.items() <= state(Path()).items()
 
 
 def test_a_sweep_whose_runs_are_all_refused_is_refused() -> None:
