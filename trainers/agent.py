@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import Store, TCPStore
@@ -205,7 +206,9 @@ class Agent(SimpleElasticAgent):
             looks, watched = self._watches[rank].look(), self._watches[rank].training or rank in self._told
             if watched and looks * TICK_S > limit:
                 hanging = True
-                self._note(rank, f"it hung: no sign of life for {limit:g} s")
+                suspended = _suspended(self._processes[rank].pid)
+                what = "suspended (by SIGSTOP, or a debugger)" if suspended else "it hung"
+                self._note(rank, f"{what}: no sign of life within cluster.timeout_s={self._timeout_s:g}")
         return hanging
 
     def _explain(self, worker_group: WorkerGroup) -> None:
@@ -216,8 +219,11 @@ class Agent(SimpleElasticAgent):
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
             wait([process.sentinel for process in alive.values()], min(left, TICK_S))
         self._note_deaths()
-        for rank in alive:
-            self._note(rank, "it was still there", silent=True, lost=True)
+        for rank, process in alive.items():
+            if _suspended(process.pid):
+                self._note(rank, "suspended (by SIGSTOP, or a debugger)")
+            else:
+                self._note(rank, "it said nothing", silent=True)
         self._show_stacks()
         own = set(self._processes)
         self._stop_workers(worker_group)
@@ -310,6 +316,12 @@ class Agent(SimpleElasticAgent):
     def _construct_event(self, state: str, source: EventSource, *args: Any, **kwargs: Any) -> Event:
         """torch's asks the name servers for this machine's full name, several times a start, for a log nobody reads."""
         return Event(state, source)
+
+
+def _suspended(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def _child(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from trainers.state import TrainState
 from trainers.stop import die_with_parent
 from trainers.tasks import Task
 from trainers.world import World
+
+LOADER_DEATH_S = 0.2  # from the first that is seen of a DataLoader worker's death to the signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ class Loader:
     def __call__(self, step: Step) -> Iterator[Micro]:
         for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
             positions = (step.start + start, step.start + stop)
-            fetched = self._fetch[positions] if self._batches is None else next(self._batches)
+            fetched = self._fetch[positions] if self._batches is None else self._next(self._batches)
             if fetched.error is not None:
                 raise fetched.error from RuntimeError(fetched.traceback)
             if fetched.unkeyed:
@@ -149,6 +152,15 @@ class Loader:
             expected = step.expected_units * (stop - start) // step.cut.global_size
             last = index == step.cut.accumulation - 1
             yield Micro(*positions, expected, last, to_device(fetched.batch, self._device))
+
+    def _next(self, batches: Iterator[Fetched]) -> Fetched:
+        try:
+            return next(batches)
+        except (OSError, EOFError):
+            # A worker that was killed breaks the connection a moment before the kernel says that it died; torch's
+            # handler of that signal raises the true cause, here.
+            time.sleep(LOADER_DEATH_S)
+            raise
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Every range of positions that this rank will ask for, by the plan that is in force when it is fetched."""

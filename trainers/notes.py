@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 GRACE_S = 3.0  # for workers to end, and to say why, after one has failed
-NO_FURTHER = "; that was no further than a start before it had come, so there is no other"
+NO_FURTHER = "; not started again, since the last start got no further than one before"
 KILLED_HINT = " (Linux does that where memory runs out)"
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
@@ -71,7 +71,8 @@ def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
     first["silent"] = [rank for rank in range(size) if rank not in said and first["lost"]]
     if first["silent"]:
         ranks = ", ".join(map(str, first["silent"]))
-        first["cause"] = f"no word from rank {ranks} (hanging, killed, or its machine is gone): {first['cause']}"
+        why = f"no word from rank {ranks} (hanging, killed, or its machine is gone)"
+        first |= {"rank": first["silent"][0], "cause": f"{why}; rank {first['rank']}: {first['cause']}"}
     return first | {key: max(note[key] for note in notes.values()) for key in ("step", "samples")}
 
 
@@ -109,7 +110,7 @@ def error_note(
         reached: ``step`` and ``samples`` completed, where the error doesn't say it.
     """
     told = isinstance(error, Refused | Fatal)  # in the message, and the same on all ranks
-    kind = "refused" if isinstance(error, Refused) else "oom" if _is_oom(error) else "crashed"
+    kind = "refused" if isinstance(error, Refused) else "oom" if not told and _is_oom(error) else "crashed"
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,
@@ -152,7 +153,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, bdb.BdbQuit):
         return "breakpoint() found nobody to talk to, or was quit; it works with debug=true"
     said = "".join(traceback.format_exception_only(error)).strip()
-    for cause in (error, error.__cause__):
+    for cause in (error.__cause__, error):
         if died := _LOADER_DIED.search(str(cause)):  # noticed wherever this process was meanwhile
             return died[0] + (KILLED_HINT if died["signal"] == "Killed" else "")
     return said + place(traceback.extract_tb(error.__traceback__))

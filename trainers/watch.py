@@ -20,8 +20,7 @@ from trainers.notes import Hangs, place
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-LOOKS = 20  # of the watching thread, in the time after which a worker counts as hanging
-STACKS_AT = 16  # looks without a sign of life
+LOOK_S = 0.5  # at most, between the looks of the watching thread
 
 # where the main thread stands while it waits for other ranks, or for a device that does
 _WAITING = re.compile(r"[/\\]torch[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|keeper\.py)")
@@ -80,9 +79,9 @@ class Watch:
         """From now on, look after this process's main thread, in a thread.
 
         Args:
-            timeout_s: time without a beat, in a worker that is training, after which it hangs. The stacks of its
-                threads are written to ``log`` a little before, as long as others that wait for it are there, too.
-            on_hang: what to do then, in the thread.
+            timeout_s: time without a beat, in a worker that is training, after which it hangs. A little before, the
+                stacks of its threads are written to ``log``: while the others, which wait for it, still do so, too.
+            on_hang: what to do then, in the thread. A worker that waits for others is the last to do it.
         """
         self._guarding = True
         threading.Thread(target=self._guard, args=(timeout_s, on_hang, log), daemon=True).start()
@@ -91,22 +90,21 @@ class Watch:
         self._guarding = False
 
     def _guard(self, timeout_s: float, on_hang: Callable[[Hangs], None], log: TextIO) -> None:
-        from multiprocessing import active_children
-
+        look_s = min(LOOK_S, timeout_s / 20)
+        stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
         while True:
-            time.sleep(timeout_s / LOOKS)
+            time.sleep(look_s)
             looks = self.look() if self.training else 0
             if not self._guarding:
                 return
-            if looks == STACKS_AT:
-                log.write(f"isobatch: no progress for {timeout_s * STACKS_AT / LOOKS:.3g} s\n")
-                log.flush()
+            if looks == stacks_at:
+                with suppress(OSError):
+                    log.write(f"isobatch: no progress for {0.8 * timeout_s:g} s\n")
+                    log.flush()
                 faulthandler.dump_traceback(log)
-            if looks == LOOKS - 1:  # up to one look's time passed before the first that was counted
-                for loader in active_children():
-                    with suppress(ProcessLookupError):
-                        os.kill(loader.pid or 0, signal.SIGQUIT)  # its stacks, too
-                on_hang(hangs(timeout_s))
+            if looks >= hangs_at and (not (error := hangs(timeout_s)).waiting or looks >= all_at):
+                _show_loaders()
+                on_hang(error)
                 return
 
 
@@ -118,5 +116,13 @@ def hangs(timeout_s: float) -> Hangs:
         what = "it waited for other ranks"
     elif any(_LOADING.search(frame.filename) for frame in stack):
         what = "it waited for a DataLoader worker"
-    raised = "where a pass takes that long, raise cluster.timeout_s"
-    return Hangs(f"{what}: no progress for {timeout_s:g} s{place(stack)}; {raised}", waiting)
+    return Hangs(f"{what}: no progress within cluster.timeout_s={timeout_s:g}{place(stack)}", waiting)
+
+
+def _show_loaders() -> None:
+    """Have DataLoader's workers write their stacks, too: they have this process's handler."""
+    from multiprocessing import active_children
+
+    for loader in active_children():
+        with suppress(ProcessLookupError):
+            os.kill(loader.pid or 0, signal.SIGQUIT)

@@ -275,7 +275,7 @@ def _bury(error: Note, run: RunDir | None, facts: dict[str, str], restarted: int
 
 def _said(error: Note) -> str:
     """What the workers failed of, in a line."""
-    if not error["again"]:
+    if not error["again"] or error["silent"]:
         return str(error["cause"])
     what = "crashed"
     if error["kind"] == "oom":
