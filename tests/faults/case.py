@@ -1,0 +1,299 @@
+"""One run of the fault table: the commands given for it, what became of them, and whether anything was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.soak import processes_of
+from scaling.order import indices
+from tests.faults.task import SAMPLES, Fault
+
+ROOT = Path(__file__).parents[2]
+GLOBAL, STEPS = 32, 47  # three epochs of 500 samples; the last step is whole
+BASE = (
+    "task=custom", "task._target_=tests.faults.task.Faulty", f"batch.global_size={GLOBAL}", "duration=3ep",
+    "lr.peak=0.05", "evaluate.every=7st", "log.every=1st", "checkpoint.every=10st", "data.fingerprint=false",
+)  # fmt: skip
+LAUNCH = (sys.executable, "launch.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+DEADLINE_S = 60.0
+ROUNDING = 1e-6  # what max |Δ| / max |w| may be where sums are rounded otherwise
+AHEAD = 4 * GLOBAL  # samples that may have been fetched beyond the step that a start had come to
+
+
+class Broken(AssertionError):
+    """A row doesn't hold."""
+
+
+def check(holds: Any, said: str) -> None:
+    if not holds:
+        raise Broken(said)
+
+
+def wait_until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S, poll_s: float = 0.01) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        check(time.monotonic() < deadline, f"waited {within_s:g} s for {what}")
+        time.sleep(poll_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Command:
+    """A command that works in ``directory``."""
+
+    def __init__(self, words: Iterable[str], directory: Path, env: dict[str, str]) -> None:
+        self.directory, self.env = directory, env
+        self.output = directory.parent / f"output-{time.monotonic_ns()}"
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                list(words), cwd=ROOT, env={**os.environ, **env}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def send(self, name: str) -> None:
+        self.process.send_signal(signal.Signals[name])
+
+    def kill_all(self) -> None:
+        """SIGKILL to the launcher and all of its processes."""
+        for pid in {self.process.pid, *processes_of(self.directory)}:
+            os.kill(pid, signal.SIGKILL)
+
+    def code(self) -> int:
+        try:
+            return self.process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            self.process.wait()
+            raise Broken(f"it hung: {self.said}") from None
+
+
+@dataclass
+class Case:
+    """One run and all that is done to it.
+
+    Attributes:
+        ends: (state, exit code) of its commands that didn't end well, and ``causes`` that were named.
+        orphans: processes that were left by a command.
+    """
+
+    folder: Path
+    exact: bool = True
+    counted: bool = True
+    ends: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+    orphans: int = 0
+    _started: list[tuple[Path, int]] = field(default_factory=list)  # of every command: what it fetched, starts before
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.run = self.folder / "run"
+
+    # ---- commands
+
+    def start(
+        self,
+        *overrides: str,
+        faults: Iterable[Fault] = (),
+        by: Iterable[str] = LAUNCH,
+        base: Iterable[str] = BASE,
+        **env: str,
+    ) -> Command:
+        """Give a command of this run; by default two ranks and no faults."""
+        fetched = self.folder / f"fetched-{len(self._started)}"
+        fetched.mkdir()
+        self._started.append((fetched, len(self.events("start"))))
+        env |= {"FAULTS": json.dumps(list(faults)), "FETCHED": str(fetched), "OMP_NUM_THREADS": "1"}
+        words = list(by)
+        if "launch.py" not in words:
+            words.append("launch.py")
+        elif not any(one.startswith("cluster.gpus_per_node=") for one in overrides):
+            overrides = ("cluster.gpus_per_node=2", *overrides)
+        return Command([*words, *base, f"run.dir={self.run}", "device=cpu", *overrides], self.run, env)
+
+    def ended(self, command: Command, state: str | None, code: int, cause: str = "") -> Command:
+        """Wait for its end, which has to be this one.
+
+        Args:
+            state: in ``outcome.json``; None: nothing of this command.
+            cause: what ``outcome.json`` has to say, a pattern.
+        """
+        found = command.code()
+        check(found == code, f"exit code {found}, not {code}: {command.said[-2000:]}")
+        outcome = self.outcome
+        if state:
+            check(outcome["state"] == state, f"{outcome}, not {state}")
+            check(re.search(cause, outcome["cause"]), f"cause {outcome['cause']!r}, not {cause!r}")
+            if state != "finished":
+                self.causes.append(outcome["cause"])
+        if state != "finished":
+            self.ends.append(f"{state or outcome['state']}, {code}")
+        deadline = time.monotonic() + 3
+        while (left := processes_of(self.run)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.orphans += len(left)
+        return command
+
+    def stopped(self, command: Command, cause: str, code: int = 75) -> Command:
+        return self.ended(command, "stopped", code, f"^{cause}$")
+
+    def crashed(self, command: Command, cause: str, code: int = 1) -> Command:
+        return self.ended(command, "crashed", code, cause)
+
+    def goes_on(self, *overrides: str, **more: Any) -> Command:
+        """The same command without faults, to the end of the run."""
+        return self.ended(self.start(*overrides, **more), "finished", 0)
+
+    def goes_on_elsewhere(self, *overrides: str, **more: Any) -> Command:
+        """By the run directory alone, on other hardware, to the end of the run."""
+        self.exact = False
+        return self.goes_on(*overrides, base=(), **more)
+
+    def found_dead(self) -> None:
+        """The start after it has noted that the last attempt ended without a word."""
+        (event,) = self.events("crashed")[-1:] or [{}]
+        check(event.get("found"), f"no event says that the attempt before was found dead, the last crash is {event}")
+        self.causes.append(event["cause"])
+
+    # ---- what the run directory says
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run / "outcome.json").read_text())
+        return found
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        return [event for event in _lines(self.run / "events.jsonl") if name in (None, event["event"])]
+
+    def event(self, name: str, **expected: Any) -> dict[str, Any]:
+        """The only event of this name; what is expected of it are patterns of strings, and values."""
+        (found, *more) = self.events(name) or [{}]
+        check(found and not more, f"{len(self.events(name))} events {name}, not 1")
+        for key, value in expected.items():
+            same = re.search(value, found[key]) if isinstance(value, str) else value == found[key]
+            check(same, f"{name}: {key} is {found[key]!r}, not {value!r}")
+        return found
+
+    def await_step(self, step: int) -> None:
+        wait_until(lambda: self.metrics() and self.metrics()[-1]["step"] >= step, f"step {step}")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Its lines without what the clock says; one that is being written is left out."""
+        found = _lines(self.run / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in found]
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.run / "checkpoints").glob("step-*"))
+
+    def saving(self) -> bool:
+        """A checkpoint is being written."""
+        return any((self.run / "checkpoints").glob(".step-*.tmp/*"))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run / "final/model.safetensors")
+
+    # ---- nothing lost
+
+    def counts(self) -> tuple[int, int, int]:
+        """Samples that no start of the run trained on where it should have; that one did which another one had done;
+        and that were computed again, since what became of them was never saved."""
+        lost = repeated = again = 0
+        starts = self._starts()
+        ends = [begin for begin, _ in starts[1:]] + [STEPS * GLOBAL]
+        check(all(a <= b for (a, _), b in zip(starts, ends, strict=True)), f"starts at {starts}")
+        for (begin, fetched), end in zip(starts, ends, strict=True):
+            due, rows = Counter(order(begin, end)), Counter(fetched)
+            lost += (due - rows).total()
+            beyond = rows - due
+            ahead = Counter(order(end, max(end, begin + len(fetched)) + AHEAD))
+            repeated += (beyond - ahead).total()
+            again += (beyond & ahead).total()
+        return lost, repeated, again
+
+    def _starts(self) -> list[tuple[int, list[int]]]:
+        """Of every start of the workers that trained: its first position, and the rows that it fetched."""
+        found: list[tuple[int, list[int]]] = []
+        for event in self.events():
+            if event["event"] == "start":
+                first = len(found) - event["restart"]  # start of its command; one that was refused has no start
+                folders = [folder for folder, before in self._started if before == first]
+                files = [file for folder in folders for file in folder.glob(f"{event['restart']}-*")]
+                found.append((0, [int(row) for file in files for row in file.read_text().split()]))
+            elif event["event"] == "going_on":
+                found[-1] = event["samples"], found[-1][1]
+        return [start for start in found if start[1]]
+
+    def apart(self, reference: Case) -> float:
+        """max |Δ| / max |w| over all weights."""
+        ours, theirs = self.weights(), reference.weights()
+        check(ours.keys() == theirs.keys(), f"other weights: {list(ours)}")
+        largest = max(float(tensor.abs().max()) for tensor in theirs.values())
+        return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) / largest
+
+    def compared(self, reference: Case) -> dict[str, str]:
+        """The cells that say whether this is the run that nobody interrupted.
+
+        Raises:
+            Broken: it isn't.
+        """
+        apart = self.apart(reference)
+        same = all(torch.equal(tensor, reference.weights()[name]) for name, tensor in self.weights().items())
+        check(same if self.exact else apart <= ROUNDING, f"max |Δ| / max |w| is {apart:.3g}")
+        ours, theirs = self.metrics(), reference.metrics()
+        if not self.exact:
+            ours, theirs = ([[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)])  # type: ignore[misc]
+        check(ours == theirs, f"metrics.jsonl has other lines: {[line for line in ours if line not in theirs][:3]}")
+        lost, repeated, again = self.counts() if self.counted else (0, 0, 0)
+        check(not lost and not repeated, f"{lost} samples lost, {repeated} repeated")
+        check(not self.orphans, f"{self.orphans} orphans")
+        return {
+            "max \\|Δ\\| / max \\|w\\|": "0 (bitwise)" if same else f"{apart:.1e}",
+            "lost": str(lost) if self.counted else "",
+            "repeated": str(repeated) if self.counted else "",
+            "computed again": str(again) if self.counted else "",
+            "orphans": str(self.orphans),
+        }
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@cache
+def _order() -> list[int]:
+    rows: list[int] = indices(0, SAMPLES, 0, STEPS * GLOBAL + 10 * AHEAD).tolist()
+    return rows
+
+
+def order(start: int, stop: int) -> list[int]:
+    """The dataset's rows at positions [start, stop) of the run, whose seed is 0."""
+    return _order()[start:stop]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

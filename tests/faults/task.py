@@ -1,0 +1,124 @@
+"""The task of the fault table: it tells which samples it fetched, and meets the faults that its environment names.
+
+FAULTS is a JSON list of ``fault(...)``; FETCHED a folder. Both are in the environment, so that the config, and with it
+the run's identity, is the same with faults and without.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.tasks import OneByOne, Slow
+
+SAMPLES = 500
+BALLAST = 2 << 20  # frozen weights that cost no time to train with, but some to save
+SCRATCH = 64 << 20  # bytes that a sample takes in a pass, where memory is limited
+
+Fault = dict[str, Any]
+
+
+def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 0, **more: Any) -> Fault:
+    """What to do at which call of something in a process of ``rank``.
+
+    Args:
+        do: a signal's name; raise, hang, nan, memory, fill or free.
+        at: data (when it is opened), fetch (of a sample), step (the loss in training), evaluation (the loss in one).
+        restart: of the agent, by its number; None: of any.
+        more: ``to="launcher"`` of a signal; ``path`` and ``leave`` (bytes) of fill, ``path`` of free.
+    """
+    return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
+
+
+class Faulty(Slow):
+    """The regression of tests/tasks.py: dropout, augmentation, unequal numbers of units."""
+
+    def __init__(self) -> None:
+        super().__init__(samples=SAMPLES)
+        self.inputs += float(os.environ.get("SHIFT", "0"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.faults: list[Fault] = json.loads(os.environ.get("FAULTS", "[]"))
+        self.delay_s = float(os.environ.get("DELAY_S", "0"))
+        self.calls: Counter[str] = Counter()
+        self.limited = False
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_parameter("ballast", nn.Parameter(torch.zeros(BALLAST), requires_grad=False))
+        return model
+
+    def train_data(self) -> Any:
+        self.meet("data")
+        return Rows(self)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        time.sleep(self.delay_s)
+        met = self.meet("step" if model.training else "evaluation")
+        scratch = torch.empty(len(batch[0]) * SCRATCH if self.limited else 0, dtype=torch.uint8)
+        loss, units = super().loss(model, batch)
+        del scratch
+        return (loss * float("nan") if "nan" in met else loss), units
+
+    def meet(self, at: str) -> list[str]:
+        """Do what is to be done at this call; gives it, too."""
+        self.calls[at] += 1
+        here = {"at": at, "call": self.calls[at], "rank": self.rank}
+        met = [one for one in self.faults if here.items() <= one.items() and one["restart"] in (None, self.restart)]
+        for one in met:
+            self.do(one)
+        return [one["do"] for one in met]
+
+    def do(self, one: Fault) -> None:
+        match one["do"]:
+            case "raise":
+                raise ValueError("boom")
+            case "hang":
+                time.sleep(1e6)
+            case "memory":  # for a few passes of half the batch, not for one of all of it
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 12 * SCRATCH, resource.RLIM_INFINITY))
+                self.limited = True
+            case "fill":
+                fill(Path(one["path"]), one["leave"])
+            case "free":
+                Path(one["path"]).unlink()
+            case name if name in signal.Signals.__members__:
+                os.kill(os.getppid() if one.get("to") == "launcher" else os.getpid(), signal.Signals[name])
+                time.sleep(0.2)  # the launcher's turn
+
+
+def fill(path: Path, leave: int) -> None:
+    """Fill the disk that ``path`` is on, but for ``leave`` bytes."""
+    left = os.statvfs(path.parent)
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_frsize - leave)
+
+
+class Rows(OneByOne):
+    """Each process writes down the rows that it fetches."""
+
+    def __init__(self, task: Faulty) -> None:
+        super().__init__(task)
+        self.opened: tuple[int, int] = (0, -1)
+
+    def __getitem__(self, row: int) -> Any:
+        self.note(row)
+        self.task.meet("fetch")  # type: ignore[attr-defined]
+        return super().__getitem__(row)
+
+    def note(self, row: int) -> None:
+        if folder := os.environ.get("FETCHED"):
+            if self.opened[0] != os.getpid():
+                name = f"{folder}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.getpid()}"
+                self.opened = os.getpid(), os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(self.opened[1], b"%d\n" % row)
