@@ -393,41 +393,33 @@ def test_examples_of_help_that_need_a_run(tmp_path: Path) -> None:
 
 
 def test_weights_are_evaluated_and_nothing_is_written() -> None:
-    launch(*QUICK, "ema=1ep", "cluster.gpus_per_node=2")
-    run = only_run()
-    before = state(Path())
-    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    for weights in (run, run / "final", run / "checkpoints/step-00000002"):
-        evaluated = json.loads(launch("action=evaluate", f"init_from={weights}", "output=json").stdout)
-        for name in ("val/loss", "val/accuracy", "ema/loss", "ema/accuracy"):
-            assert evaluated[name] == pytest.approx(trained[name], rel=1e-5)
-    line = launch("action=evaluate", f"init_from={run}", "cluster.gpus_per_node=2", "device=cpu").stdout
-    assert line.startswith(f"val/loss {trained['val/loss']:.4f} · val/accuracy ")
-    assert line.endswith(f"{run / 'final/model.safetensors'}\n")
-    assert "doesn't fit the model" in refused_beside(before, f"init_from={run}", "task.args.width=9")
-    assert state(Path()) == before
-
-
-def refused_beside(before: dict[Path, int], *arguments: str) -> str:
-    done = launch("action=evaluate", *arguments, code=2)
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert state(Path()) == before
-    return done.stderr
-
-
-def test_json_of_an_evaluation_is_alone() -> None:
-    """Whatever the task prints, on any rank."""
+    """As JSON that is alone on stdout, whatever the task prints on any rank; as a line; or refused."""
     talking = OWN_TASK.partition("    def train_data")[0] + "        print('task')\n"
     talking += "    def evaluate(self, model, batch):\n        print('evaluate')\n"
     talking += "        return super().evaluate(model, batch)\n"
     Path("mine.py").write_text(talking)
-    launch(*QUICK, "task._target_=mine.Task", "run.dir=run")
-    arguments = ("action=evaluate", "init_from=run", "output=json", "device=cpu")
-    for ranks in ("cluster.gpus_per_node=2", "debug=true"):
-        done = launch(*arguments, ranks)
-        assert set(json.loads(done.stdout)) == {"source", "val/loss", "val/accuracy"}
-        assert "evaluate" in done.stderr
+    launch(*QUICK, "task._target_=mine.Task", "run.dir=run", "ema=1ep")
+    before = state(Path())
+    trained = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+
+    arguments = ("action=evaluate", "init_from=run/checkpoints/step-00000002", "output=json", "device=cpu")
+    done = launch(*arguments, "cluster.gpus_per_node=2")
+    evaluated = json.loads(done.stdout)
+    assert set(evaluated) == {"source", "val/loss", "val/accuracy", "ema/loss", "ema/accuracy"}
+    assert {name: trained[name] for name in evaluated if name != "source"} == pytest.approx(
+        {name: value for name, value in evaluated.items() if name != "source"}, rel=1e-5
+    )
+    assert "evaluate" in done.stderr
+
+    line = launch("action=evaluate", "init_from=run", "debug=true", "device=cpu").stdout.splitlines()[-1]
+    assert line.startswith(f"val/loss {trained['val/loss']:.4f} · val/accuracy ")
+    assert line.endswith("run/final/model.safetensors")
+
+    done = launch("action=evaluate", "init_from=run", "task.args.width=9", "output=json", "device=cpu", code=2)
+    assert "doesn't fit the model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert state(Path()) == before
 
 
 # ---- sweeps
