@@ -16,53 +16,34 @@ from conf.schema import RunConfig
 
 HERE = Path(__file__).parent
 
-GO_ON = "run.dir=DIR (and the same command goes on by itself)"
-GO_ON_OR_START = "run.dir=DIR, to go on, or init_from=PATH, to start from its weights"
-OFTEN = "checkpoint.every=500st or checkpoint.every=10min"
-BEST = "checkpoint.best=val/accuracy:max"
-
 # What other launchers call it, where the spelling is too far from ours to be guessed.
 ELSEWHERE = {
-    "epochs": "duration=10ep",
-    "max_epochs": "duration=10ep",
-    "num_train_epochs": "duration=10ep",
-    "max_steps": "duration=5000st",
-    "learning_rate": "lr.base or lr.peak",
-    "batch_size": "batch.global_size or batch.per_gpu",
-    "train_batch_size": "batch.global_size",
-    "per_device_train_batch_size": "batch.per_gpu",
-    "gradient_accumulation_steps": "batch.accumulation",
-    "gradient_clip_val": "clip_norm",
-    "max_grad_norm": "clip_norm",
-    "num_workers": "data.workers",
-    "devices": "cluster.gpus_per_node",
-    "nproc_per_node": "cluster.gpus_per_node",
-    "nnodes": "cluster.nodes",
-    "resume": GO_ON,
-    "resume_from": GO_ON,
-    "resume_from_checkpoint": GO_ON,
-    "ckpt_path": GO_ON_OR_START,
-    "checkpoint_path": GO_ON_OR_START,
-    "load_from": GO_ON_OR_START,
-    "pretrained": "init_from=PATH",
-    "finetune_from": "init_from=PATH",
-    "output_dir": "run.dir",
-    "save_dir": "run.dir",
-    "eval_only": "action=evaluate init_from=DIR",
-    "test_only": "action=evaluate init_from=DIR",
-    "eval_steps": "evaluate.every=500st",
-    "save_steps": OFTEN,
-    "save_every": OFTEN,
-    "save_interval": OFTEN,
-    "every_n_train_steps": OFTEN,
-    "save_total_limit": "checkpoint.keep",
-    "save_top_k": "checkpoint.keep",
-    "metric_for_best_model": BEST,
-    "load_best_model_at_end": BEST,
-    "monitor": BEST,
-    "ema_decay": "ema=2000sa (its half-life)",
-    "use_ema": "ema=2000sa (its half-life)",
-    "skip_nan": "on_nonfinite=skip",
+    name: ours
+    for ours, names in {
+        "duration=10ep": "epochs max_epochs num_train_epochs",
+        "duration=5000st": "max_steps",
+        "lr.base or lr.peak": "learning_rate",
+        "batch.global_size or batch.per_gpu": "batch_size",
+        "batch.global_size": "train_batch_size",
+        "batch.per_gpu": "per_device_train_batch_size",
+        "batch.accumulation": "gradient_accumulation_steps",
+        "clip_norm": "gradient_clip_val max_grad_norm",
+        "data.workers": "num_workers",
+        "cluster.gpus_per_node": "devices nproc_per_node",
+        "cluster.nodes": "nnodes",
+        "run.dir=DIR (and the same command goes on by itself)": "resume resume_from resume_from_checkpoint auto_resume",
+        "run.dir=DIR, to go on, or init_from=PATH, to start from its weights": "ckpt_path load_checkpoint",
+        "init_from=PATH": "weights pretrained finetune_from",
+        "run.dir": "output_dir save_dir",
+        "checkpoint.every=500st or checkpoint.every=10min": "save_every save_steps save_interval every_n_train_steps",
+        "checkpoint.keep": "save_total_limit save_top_k",
+        "checkpoint.best=val/accuracy:max": "monitor metric_for_best_model load_best_model_at_end",
+        "action=evaluate init_from=DIR": "eval_only test_only",
+        "evaluate.every=500st": "eval_steps eval_every",
+        "ema=2000sa (its half-life)": "ema_decay use_ema",
+        "on_nonfinite=skip": "skip_nan",
+    }.items()
+    for name in names.split()
 }
 
 EXPECTED = {
@@ -226,7 +207,7 @@ def _sentences(key: str, beside: list[str], fault: Any) -> list[str]:
         return [f"{key} has no value; a key can be null where its comment says so, but not be deleted"]
     if kind == "value_error":  # of a section: a sentence of its own; of a key: begins with the value
         text = str(fault["ctx"]["error"])
-        return [text if isinstance(value, dict) else f"{key}={text}"]
+        return [text if key in sections() else f"{key}={text}"]
     if key in sections():
         inside = dict.fromkeys(other for other in keys() if other.startswith(f"{key}."))
         return [f"{key}={shown(value)} can't be: {key} holds {', '.join(inside)}"]

@@ -226,6 +226,7 @@ REFUSED = [
     (["save_steps=500"], ["did you mean checkpoint.every=500st or checkpoint.every=10min?"]),
     (["save_total_limit=3"], ["did you mean checkpoint.keep?"]),
     (["ema_decay=0.999"], ["ema=2000sa (its half-life)"]),
+    (["ema.decay=0.999"], ["ema={'decay': 0.999} is not a duration"]),
     (["lr=0.1"], ["lr=0.1", "lr.base", "lr.peak"]),
     (["lr.foo=1"], ["unknown key lr.foo", "lr.base, "]),
     (["given=[a]"], ["unknown key given"]),
