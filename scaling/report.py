@@ -90,9 +90,14 @@ def result(directory: Path) -> Result:
 def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
     """Restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
     restarts = [event for event in events if event.get("event") == "restart"]
-    skipped = [event["skipped"] for event in events if event.get("event") == "skip" and "skipped" in event]
     halved = [(event["per_gpu_before"], event["per_gpu"]) for event in restarts if event.get("kind") == "oom"]
-    return len(restarts), skipped[-1] if skipped else 0, (halved[0][0], halved[-1][1]) if halved else None
+    skipped: set[int] = set()
+    for event in events:
+        if event.get("event") == "skip":
+            skipped.add(event.get("step", 0))
+        elif event.get("event") == "going_on":  # from there the steps were done again
+            skipped = {step for step in skipped if step <= event.get("step", 0)}
+    return len(restarts), len(skipped), (halved[0][0], halved[-1][1]) if halved else None
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
