@@ -134,7 +134,11 @@ class Keeper:
         if self._world.rank == 0:
             save.header, save.values = self._header(state, evaluation), copy.deepcopy(self._engine.values())
         self._thread = Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # there is no memory for its stack either
+            save.failed = save.failed or str(error)
+            self._work(save)
 
     def wait(self) -> str | None:
         """Until what is under way is committed or has failed; why the last save failed, the same on all ranks."""
@@ -169,7 +173,7 @@ class Keeper:
     def close(self) -> None:
         """Drop what is under way."""
         self._dropped.set()
-        if self._thread:
+        if self._thread and self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
     def _settle(self) -> None:

@@ -73,9 +73,8 @@ SLICES = [
 ]
 
 
-def save(run: RunDir, step: int = 3, **header: Any) -> Path:
-    """A whole checkpoint."""
-    folder = folder_of(run, step)
+def write_files(folder: Path) -> list[dict[str, Any]]:
+    """The files of all ranks, and what their ``write_part`` would return."""
     folder.mkdir(parents=True)
     parts = []
     for rank in range(RANKS):
@@ -83,7 +82,14 @@ def save(run: RunDir, step: int = 3, **header: Any) -> Path:
         (folder / file_of(rank)).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
         parts.append({"bytes": len(content), "sha256": sha256, "slices": SLICES[rank]})
-    (folder / NAME).write_bytes(compose(header_of(step, **header), parts, {"optim/groups": [{"lr": 0.1}]}))
+    return parts
+
+
+def save(run: RunDir, step: int = 3, **header: Any) -> Path:
+    """A whole checkpoint."""
+    folder = folder_of(run, step)
+    text = compose(header_of(step, **header), write_files(folder), {"optim/groups": [{"lr": 0.1}]})
+    (folder / NAME).write_bytes(text)
     return folder
 
 

@@ -1,0 +1,147 @@
+"""A checkpoint gets its name, and older ones lose theirs, so that at any moment there is one to go on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_manifest import header_of, save, verified, write_files
+from trainers.commit import aside_of, clear_leftovers, commit, compose, drop_older
+from trainers.manifest import NAME, checkpoints
+from trainers.rundir import RunDir
+
+
+def commit_step(run: RunDir, step: int, *, best: bool = False, **header: Any) -> None:
+    """Write and commit a checkpoint, as ranks do."""
+    parts = write_files(aside_of(run, step))
+    commit(run, step, compose(header_of(step, **header), parts, {}), best=best)
+
+
+def names(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def test_a_committed_one_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    commit_step(run, 3)
+    assert names(run) == ["step-00000003"]
+    assert verified(checkpoints(run)[0]).header == header_of(3)
+
+
+def test_the_best_is_a_link_that_can_be_moved_with_the_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    for step, best in ((1, True), (2, True), (3, False)):
+        commit_step(run, step, best=best)
+    moved = run.path.rename(tmp_path / "b")
+    assert verified(moved / "checkpoints" / "best").header.step == 2
+
+
+def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in range(1, 8):
+        commit_step(run, step, best=step == 2)
+        drop_older(run, step, keep=2, spare=())
+    assert names(run) == ["best", "step-00000002", "step-00000006", "step-00000007"]
+    commit_step(run, 8, best=True)
+    drop_older(run, 8, keep=1, spare=())
+    assert names(run) == ["best", "step-00000008"]
+
+
+def test_what_was_passed_over_is_neither_counted_nor_removed(tmp_path: Path) -> None:
+    """The run went on from 2, as 4 and 9 were damaged; a checkpoint in the future isn't one to go back to either."""
+    run = RunDir(tmp_path)
+    for step in (1, 2, 4, 9):
+        save(run, step)
+    for step in (3, 5):
+        commit_step(run, step)
+        drop_older(run, step, keep=2, spare={"step-00000004", "step-00000009"})
+    assert names(run) == [f"step-0000000{step}" for step in (3, 4, 5, 9)]
+
+
+@pytest.mark.parametrize("kind", ["damaged", "a file", "a link"])
+def test_what_has_its_name_is_replaced(tmp_path: Path, kind: str) -> None:
+    run = RunDir(tmp_path)
+    folder = save(run, 3)
+    if kind == "damaged":
+        (folder / NAME).write_text("")
+    else:
+        shutil.rmtree(folder)
+        folder.write_text("") if kind == "a file" else folder.symlink_to(tmp_path)
+    commit_step(run, 3)
+    assert names(run) == ["step-00000003"]
+    assert verified(checkpoints(run)[0]).header == header_of(3)
+    assert tmp_path.is_dir()
+
+
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree")
+
+
+def killed_at(event: int, run: RunDir) -> bool:
+    """Save step 3 again in a process that is killed at its ``event``-th act on the disk; whether it came so far."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+    seen = 0
+
+    def hook(name: str, _: Any) -> None:
+        nonlocal seen
+        seen += name in EVENTS
+        if name in EVENTS and seen == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    try:
+        commit_step(run, 3, best=True, skipped=1)
+        drop_older(run, 3, keep=1, spare=())
+    finally:
+        os._exit(0)
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Afterwards step 3 is there, either as it was or as it was saved again; once it has come, it stays; no litter."""
+    event, skipped = 0, []
+    killed = True
+    while killed:
+        event += 1
+        run = RunDir(tmp_path / str(event))
+        save(run, 2)
+        save(run, 3)
+        killed = killed_at(event, run)
+        clear_leftovers(run)
+        newest = verified(checkpoints(run)[0])
+        assert newest.header.step == 3
+        skipped.append(newest.header.skipped)
+        assert set(names(run)) <= {"best", "step-00000002", "step-00000003"}, event
+    assert event > 20
+    assert skipped == sorted(skipped)
+    assert (skipped[0], skipped[-1]) == (0, 1)
+    assert names(run) == ["best", "step-00000003"]
+
+
+def test_leftovers_of_others_are_left(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    clear_leftovers(run)
+    save(run, 3)
+    for name in (".step-00000004.tmp", ".old-step-00000001", ".precious", "mine"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "file").write_text("")
+    (run.checkpoints / ".best.tmp").symlink_to("nowhere")
+    (run.checkpoints / ".step-00000005.tmp").symlink_to(tmp_path)
+    clear_leftovers(run)
+    assert names(run) == [".precious", "mine", "step-00000003"]
+    assert tmp_path.is_dir()
+
+
+def test_an_older_one_of_the_same_name_stays_before_a_whole_one_aside(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    save(run, 3)
+    parts = write_files(aside_of(run, 3))
+    (aside_of(run, 3) / NAME).write_bytes(compose(header_of(3, skipped=1), parts, {}))
+    clear_leftovers(run)
+    assert names(run) == ["step-00000003"]
+    assert verified(checkpoints(run)[0]).header.skipped == 0
