@@ -97,7 +97,8 @@ def find(source: str) -> Path:
         if file.is_file():
             return file
     # the link checkpoints/best is a checkpoint, too
-    candidates = [path.resolve()] if (path / NAME).exists() else checkpoints(RunDir(path))
+    of_its_own = path.resolve() if path.is_symlink() else path
+    candidates = [of_its_own] if (path / NAME).exists() else checkpoints(RunDir(path))
     damaged = []
     for folder in candidates:
         try:
