@@ -175,11 +175,15 @@ def test_plan_of_a_run_that_goes_on_has_its_global_batch() -> None:
 
 
 def test_plan_of_an_extension_is_that_of_the_whole_run() -> None:
-    checkpoint(Path("run"), 10, 2, "duration=2ep", "lr.warmup=10%")
-    assert planned("run.dir=run", "duration=4ep") == planned("duration=4ep", "lr.warmup=10%")
-    assert planned("run.dir=run") == planned("duration=2ep", "lr.warmup=10%")
-    said = launch("action=plan", "run.dir=run", "duration=1ep", code=2).stderr
-    assert "run.dir=run has duration=2ep" in said
+    short, long = ("duration=2ep", "lr.warmup=10%"), ("duration=4ep", "lr.warmup=10%")
+    checkpoint(Path("run"), 10, 2, *short)
+    fresh = planned(*short)
+    assert planned("run.dir=run") == fresh
+    assert planned("run.dir=run", "duration=4ep") == planned(*long)
+    assert "run.dir=run has duration=2ep" in launch("action=plan", "run.dir=run", "duration=1ep", code=2).stderr
+    extended = Path("runs") / f"digits-{fresh['identity']}"
+    checkpoint(extended, 30, 1, *long)
+    assert planned(*short) == fresh
 
 
 def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
