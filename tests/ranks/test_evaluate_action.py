@@ -137,6 +137,28 @@ def test_refused_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> No
     assert REFUSALS[override] in ends[0]["message"]
 
 
+class Large(Normed):
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        if len(batch[2]) > 5:
+            raise torch.OutOfMemoryError
+        return {"units": (batch[2].sum(), len(batch[2]))}
+
+
+def test_where_memory_runs_out_half_as_many_samples_are_tried(trained: Run, tmp_path: Path) -> None:
+    """The error says how many there were, for whoever starts the ranks again; the next start takes no more than told."""
+    target = TASK[1].replace("Normed", "Large")
+    config = compose(["action=evaluate", target, f"init_from={trained.run.path}"])
+
+    def body(ranks: World) -> Any:
+        try:
+            evaluate_weights(config, FACTS, ranks, Stop())
+        except torch.OutOfMemoryError as error:
+            limit = error.per_gpu // 2  # type: ignore[attr-defined]
+        return limit, evaluate_weights(config, {**FACTS, "per_gpu_limit": str(limit)}, ranks, Stop()).state
+
+    assert in_ranks(2, body, tmp_path / "ranks") == [[5, "finished"]] * 2
+
+
 class Interrupted(Counted):
     """Asks for a stop at its third batch, once, where ``here``."""
 
