@@ -145,7 +145,7 @@ class Large(Normed):
 
 
 def test_where_memory_runs_out_half_as_many_samples_are_tried(trained: Run, tmp_path: Path) -> None:
-    """The error says how many there were, for whoever starts the ranks again; the next start takes no more than that."""
+    """The error says how many there were, for whoever starts the ranks again; the next start takes no more."""
     target = TASK[1].replace("Normed", "Large")
     config = compose(["action=evaluate", target, f"init_from={trained.run.path}"])
 
