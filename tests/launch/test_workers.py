@@ -19,17 +19,20 @@ import pytest
 from benchmarks.soak import LAUNCH, processes_of, soak
 
 FAULTY = '''
-import os, signal, sys, time
+import multiprocessing, os, re, resource, signal, sys, time
 import torch
 from torch.utils.data import TensorDataset
 from trainers.rundir import Refused
 
 
+SAMPLE_BYTES = 64 << 20
+
+
 class Task:
     """Regression in which rank ``rank`` meets ``fault`` at its third loss, the first time or ``always``."""
 
-    def __init__(self, fault="", rank=1, always=True, sleep=0.0):
-        self.fault, self.sleep, self.calls = fault, sleep, 0
+    def __init__(self, fault="", rank=1, always=True, sleep=0.0, fits=0):
+        self.fault, self.sleep, self.fits, self.calls = fault, sleep, fits, 0
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         self.here = int(os.environ.get("RANK", "0")) == rank and (always or not again)
         print("task of rank", os.environ.get("RANK"), "threads", torch.get_num_threads(), flush=True)
@@ -61,12 +64,26 @@ class Task:
                     os._exit(7)
                 case "breaks":
                     breakpoint()
+                case "hangs":
+                    time.sleep(1000)
+                case "hangs with the lock":  # of the interpreter: no other thread of this process gets on
+                    open("hangs", "w").close()
+                    re.match("(a+)+$", "a" * 99 + "b")
+                case "loses its loader":
+                    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                case "runs out of memory":  # which holds ``fits`` samples and a half
+                    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                    most = used + int((self.fits + 0.5) * SAMPLE_BYTES)
+                    resource.setrlimit(resource.RLIMIT_AS, (most, most))
                 case name if name.startswith("SIG"):
                     os.kill(os.getpid(), signal.Signals[name])
+        if self.here and self.fault == "runs out of memory":
+            torch.empty(len(inputs) * SAMPLE_BYTES, dtype=torch.uint8)
         return loss, len(inputs)
 '''
 BASE = ["task=custom", "task._target_=faulty.Task", "device=cpu", "duration=20st", "batch.global_size=64"]
 LONG = ["duration=100000st", "task.args.sleep=0.01"]
+RESTARTED = ["checkpoint.every=1st", "cluster.max_restarts=1"]
 DEADLINE_S = 60.0
 
 
@@ -300,10 +317,54 @@ def test_what_is_not_finite_is_not_restarted(folder: Path) -> None:
     assert len(run.events("start")) == 1
 
 
-def test_a_rank_that_hangs_is_named(folder: Path) -> None:
-    run = launch(folder, "task.args.fault=SIGSTOP", "cluster.timeout_s=2")
+# ---- hangs
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("hangs", r"it hung: no progress within cluster\.timeout_s=2 \(faulty\.py:\d+ in loss\)"),
+        ("SIGSTOP", r"suspended .*"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(folder: Path, fault: str, cause: str) -> None:
+    run = launch(folder, f"task.args.fault={fault}", "task.args.always=false", "cluster.timeout_s=2", *RESTARTED)
+    assert run.end() == 0, run.err
+    (restart,) = run.events("restart")
+    assert re.fullmatch(cause, restart["cause"])
+    assert (restart["rank"], restart["step"], restart["samples"]) == (1, 2, 128)
+    assert re.search(r"faulty\.py\", line \d+ in loss", run.log(1))
+    assert re.search(r"ddp\.py\", line \d+ in backward", run.log(0))
+    assert run.events("going_on")[0]["step"] in (1, 2)  # a save that was under way is lost
+
+
+def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:
+    """Not even its watching thread gets on; and what is to stop isn't started again."""
+    run = launch(
+        folder, "task.args.fault='hangs with the lock'", "task.args.rank=0", "cluster.timeout_s=1", *RESTARTED, ranks=1
+    )
+    wait_until(lambda: (folder / "hangs").exists())
+    run.process.terminate()
+    began = time.monotonic()
     assert run.end() == 1
-    assert "no word from rank 1" in run.said[0]
+    assert time.monotonic() - began < 15
+    assert len(run.events("start")) == 1
+    assert run.outcome["state"] == "crashed"
+    assert run.outcome["cause"].startswith("rank 0 crashed: it hung: no sign of life within cluster.timeout_s=1")
+    assert (run.outcome["step"], run.outcome["samples"]) == (2, 128)
+    assert re.search(r"faulty\.py\", line \d+ in loss", run.log(0))
+
+
+def test_a_job_that_was_suspended_goes_on(folder: Path) -> None:
+    run = launch(folder, "cluster.timeout_s=1", *LONG)
+    run.await_training()
+    job = processes_of(run.dir)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in job:
+            os.kill(pid, number)
+        time.sleep(2.5)
+    run.process.terminate()
+    assert run.end() == 75, run.err
 
 
 # ---- restarts
@@ -323,11 +384,55 @@ def test_restarted_after_a_crash(folder: Path, rank: int) -> None:
 
 
 def test_restarts_are_counted(folder: Path) -> None:
-    run = launch(folder, "task.args.fault=SIGKILL", "cluster.max_restarts=2")
+    """Each of them starts from the last checkpoint, and so comes further."""
+    run = launch(folder, "task.args.fault=SIGKILL", "checkpoint.every=1st", "cluster.max_restarts=2")
     assert run.end() == 1
     assert run.outcome["restarts"] == 2
-    assert len(run.events("start")) == 3
+    assert [event["restart"] for event in run.events("restart")] == [1, 2]
+    begun = [0] + [event["step"] for event in run.events("going_on")]
+    assert begun == sorted(set(begun))
+    reached = [event["step"] for event in run.events("restart")] + [run.outcome["step"]]
+    assert reached == [step + 2 for step in begun]
+    assert run.outcome["samples"] == 64 * run.outcome["step"]
     assert ["again" in line for line in run.said] == [True, True, False]
+
+
+def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
+    run = launch(folder, "task.args.fault=SIGKILL", "checkpoint.every=null", "cluster.max_restarts=5")
+    assert run.end() == 1
+    assert run.outcome["restarts"] == 1
+    assert "killed by SIGKILL" in run.outcome["cause"]
+    assert "the last start got no further than one before" in run.said[1]
+
+
+def test_a_data_loader_that_was_killed_is_the_cause(folder: Path) -> None:
+    fault = ["task.args.fault='loses its loader'", "task.args.always=false", "data.workers=1"]
+    run = launch(folder, *fault, *RESTARTED)
+    assert run.end() == 0, run.err
+    (restart,) = run.events("restart")
+    assert re.match(r"DataLoader worker \(pid \d+\) is killed by signal: Killed", restart["cause"])
+
+
+def test_half_the_samples_at_once_where_memory_runs_out(folder: Path) -> None:
+    run = launch(folder, "task.args.fault='runs out of memory'", "task.args.fits=16", "checkpoint.every=1st")
+    assert run.end() == 0, run.err
+    (restart,) = run.events("restart")
+    assert (restart["kind"], restart["per_gpu_before"], restart["per_gpu"]) == ("oom", 32, 16)
+    assert (restart["rank"], restart["step"]) == (1, 2)
+    assert re.search(r"can't allocate memory.* in loss\)$", restart["cause"])
+    assert "again with batch.per_gpu=16" in run.said[0]
+    plan = json.loads((run.dir / "plan.json").read_text())
+    assert (plan["global_size"], plan["per_gpu"], plan["accumulation"]) == (64, 16, 2)
+    assert run.events("going_on")[0]["step"] in (1, 2)
+    assert run.outcome["state"] == "finished"
+
+
+def test_memory_that_has_no_room_for_one_sample_is_the_end(folder: Path) -> None:
+    run = launch(folder, "task.args.fault='runs out of memory'", "batch.per_gpu=1", "cluster.max_restarts=3")
+    assert run.end() == 1
+    assert run.outcome["state"] == "oom"
+    assert len(run.said) == 1
+    assert run.said[0].startswith("isobatch: rank 1 ran out of memory with 1 sample in a pass: RuntimeError")
 
 
 # ---- signals
@@ -352,6 +457,7 @@ def test_a_signal_to_the_launcher_stops_at_a_step(folder: Path, name: str) -> No
         os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     else:
         run.process.send_signal(signal.Signals[name])
+        run.process.send_signal(signal.Signals[name])  # twice is no more than once
     assert run.end() == 75, run.err
     end = run.outcome
     assert (end["state"], end["cause"]) == ("stopped", name)
@@ -378,9 +484,10 @@ def test_a_second_interrupt_ends_at_once(folder: Path) -> None:
     run.end()
 
 
-def test_a_killed_launcher_leaves_no_orphans(folder: Path) -> None:
-    run = launch(folder, *LONG)
+def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder: Path) -> None:
+    run = launch(folder, *LONG, "checkpoint.every=1st")  # saving all the time
     run.await_training()
+    wait_until(lambda: list(run.dir.glob("checkpoints/step-*")))
     everyone = processes_of(run.dir)
     assert len(everyone) == 3
     assert len({os.getsid(pid) for pid in everyone}) == 3  # Ctrl-C reaches the launcher alone
@@ -388,6 +495,13 @@ def test_a_killed_launcher_leaves_no_orphans(folder: Path) -> None:
     wait_until(lambda: not processes_of(run.dir), within_s=3)
     assert run.end() == -signal.SIGKILL
     assert run.outcome["state"] == "running"
+    same = launch(folder, *LONG, "checkpoint.every=1st")
+    wait_until(lambda: same.events("going_on"))
+    same.process.terminate()
+    assert same.end() == 75, same.err
+    assert [event["found"] for event in same.events("crashed")] == [True]
+    assert same.outcome["step"] > same.events("going_on")[0]["step"] >= 1
+    assert not list(run.dir.glob("checkpoints/.*"))
 
 
 # ---- several machines
@@ -466,10 +580,15 @@ def test_torchrun_stops_with_0(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("raises", "rank 1 crashed: ValueError: boom"), ("refuses", "not with me")]
+    ("fault", "rank", "said"),
+    [
+        ("raises", 1, "rank 1 crashed: ValueError: boom"),
+        ("refuses", 1, "not with me"),
+        ("SIGKILL", 0, "no word from rank 0"),
+    ],
 )
-def test_torchrun_says_the_first_error_once(folder: Path, fault: str, said: str) -> None:
-    run = torchrun(folder, f"task.args.fault={fault}")
+def test_torchrun_says_the_first_error_once(folder: Path, fault: str, rank: int, said: str) -> None:
+    run = torchrun(folder, f"task.args.fault={fault}", f"task.args.rank={rank}")
     assert run.end() == 1
     assert len(run.said) == 1
     assert said in run.said[0]
@@ -477,25 +596,32 @@ def test_torchrun_says_the_first_error_once(folder: Path, fault: str, said: str)
     assert run.outcome["cause"].startswith(said)
 
 
-def test_torchrun_restarts_what_is_not_finite_in_vain(folder: Path) -> None:
-    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    run = torchrun(folder, "task.args.fault='not finite'", options=options)
+@pytest.mark.parametrize(("fault", "starts"), [("not finite", 1), ("raises", 2)])
+def test_torchrun_restarts_in_vain_what_cannot_get_further(folder: Path, fault: str, starts: int) -> None:
+    options = ("--standalone", "--nproc-per-node=2", f"--max-restarts={starts}")
+    run = torchrun(folder, f"task.args.fault='{fault}'", "checkpoint.every=null", options=options)
     assert run.end() == 1
-    assert len(run.events("start")) == 1
+    assert len(run.events("start")) == starts
     assert run.outcome["state"] == "crashed"
-    assert {line.split(" (")[0] for line in run.said} == {"isobatch: step 3"}
+    assert all("step 3 (" in line or "ValueError: boom" in line for line in run.said)
 
 
-@pytest.mark.parametrize("machines", [1, 2])
-def test_torchrun_restarts(folder: Path, machines: int) -> None:
+@pytest.mark.parametrize(
+    ("fault", "always", "machines"),
+    [("hangs", False, 1), ("runs out of memory", True, 1), ("raises", False, 2)],
+)
+def test_torchrun_restarts(folder: Path, fault: str, always: bool, machines: int) -> None:
     """One agent, and two whose restart counts differ."""
-    fault = ["task.args.fault=raises", "task.args.always=false"]
+    faults = [f"task.args.fault='{fault}'", f"task.args.always={always}", "task.args.fits=16", "cluster.timeout_s=5"]
     if machines == 1:
-        runs = [torchrun(folder, *fault, options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))]
+        runs = [torchrun(folder, *faults, options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))]
     else:
         at = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
         options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=x", at, "--max-restarts=1")
-        runs = [torchrun(folder, *fault, options=options) for _ in range(2)]
+        runs = [torchrun(folder, *faults, options=options) for _ in range(2)]
     assert [run.end() for run in runs] == [0] * machines, [run.err for run in runs]
     assert runs[0].outcome["state"] == "finished"
     assert len(runs[0].events("start")) == 2
+    (restart,) = runs[0].events("restart")
+    assert restart["rank"] == 1
+    assert restart.get("per_gpu") == (16 if fault == "runs out of memory" else None)
