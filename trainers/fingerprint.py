@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from scaling.order import indices
 from trainers.keyed import SAMPLE, SAMPLES, key_generators
 from trainers.loader import as_it_is, begin_worker, fetches_many
 
 LOOKS = 16  # samples that are looked at
+WHOLE_BYTES = 1 << 28  # a TensorDataset of no more than this, a fraction of a second's work, is looked at as a whole
 
 
 def fingerprint(data: Any, seed: int, workers: int = 0) -> str | None:
     """16 hexadecimal digits of the length of ``data`` and of some of its samples, the same in every process.
 
-    Each sample is fetched twice, with the default generators keyed alike. A part that still differs from itself (it
-    draws from a generator of its own, or from a clock) is left out of all samples. Of an object that is neither data
-    nor a container only its type counts, of a path only the file's name.
+    A TensorDataset is looked at as a whole, if it isn't too large. Of others some samples are, each fetched twice, with
+    the default generators keyed alike. A part that still differs from itself (it draws from a generator of its own, or
+    from a clock) is left out of all samples. Of an object that is neither data nor a container only its type counts, of
+    a path only the file's name.
 
     Args:
         data: a map-style dataset of at least one sample.
@@ -64,6 +66,8 @@ class _Look:
         return 1
 
     def __getitem__(self, _: int) -> str | None:
+        if type(self._data) is TensorDataset and sum(tensor.nbytes for tensor in self._data.tensors) <= WHOLE_BYTES:
+            return _short(_digests(self._data.tensors))
         length = len(self._data)
         rows = indices(self._seed, length, 0, min(LOOKS, length)).tolist()
         try:
@@ -75,7 +79,7 @@ class _Look:
         if not kept:
             return None
         content = [[(name, sample.get(name)) for name in kept] for sample in first]
-        return blake2b(repr((length, content)).encode(), digest_size=8).hexdigest()
+        return _short((length, content))
 
     def _fetched(self, rows: list[int]) -> Iterator[Any]:
         if fetches_many(self._data):
@@ -85,6 +89,10 @@ class _Look:
         for position, row in enumerate(rows):
             key_generators(self._seed, position, SAMPLE)
             yield self._data[row]
+
+
+def _short(content: Any) -> str:
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def _digests(sample: Any) -> dict[str, str]:

@@ -98,7 +98,8 @@ def _train(
     task = make_task(config)
     data = open_data(task, config)
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
-    known_by = world.agree((fingerprint(data, config.seed) or "") if ours and config.data.fingerprint else "") or None
+    looks = ours is not None and config.data.fingerprint
+    known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
     model = key_dropout(make_model(config, task), stream).to(world.device)

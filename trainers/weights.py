@@ -50,8 +50,8 @@ def initialise(model: nn.Module, source: str, world: World) -> str:
     are converted between floating-point dtypes only.
 
     Args:
-        source: as ``init_from``: a run directory (its ``final/``, else its newest good checkpoint), a checkpoint, or a
-            safetensors file.
+        source: as ``init_from``: a run directory (its ``final/`` where it is finished, else its newest good
+            checkpoint), a checkpoint, or a safetensors file.
 
     Returns:
         The file or checkpoint that they are from.
@@ -93,12 +93,13 @@ def find(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    for file in (path / WEIGHTS, path / "final" / WEIGHTS):
-        if file.is_file():
+    run = RunDir(path)
+    for file in (path / WEIGHTS, run.final / WEIGHTS):
+        if file.is_file() and not (file.parent == run.final and _goes_on(run)):
             return file
     # the link checkpoints/best is a checkpoint, too
     of_its_own = path.resolve() if path.is_symlink() else path
-    candidates = [of_its_own] if (path / NAME).exists() else checkpoints(RunDir(path))
+    candidates = [of_its_own] if (path / NAME).exists() else checkpoints(run)
     damaged = []
     for folder in candidates:
         try:
@@ -111,6 +112,12 @@ def find(source: str) -> Path:
         raise Refused(f"init_from={source} has no good weights: {_listed(damaged, '; ')}")
     what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
     raise Refused(f"init_from={source} {what}; name a run directory, a checkpoint of one, or a .safetensors file")
+
+
+def _goes_on(run: RunDir) -> bool:
+    """Whether a finished run was extended, so that its newest checkpoint is newer than what it left in ``final/``."""
+    outcome = run.outcome()
+    return outcome is not None and outcome.state != "finished" and bool(checkpoints(run))
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:

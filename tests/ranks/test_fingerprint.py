@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 
 from scaling.order import indices
 from tests.tasks import Counted, Many, OneByOne
@@ -155,7 +155,7 @@ def test_a_sample_that_cannot_be_fetched_is_for_training_to_complain_of() -> Non
 def test_many_at_once_and_through_a_subset() -> None:
     counted = Counted()
     one, many = fingerprint(OneByOne(counted), seed=0), fingerprint(Many(counted), seed=0)
-    assert one == many == fingerprint(TensorDataset(counted.inputs, counted.targets, counted.units), seed=0)
+    assert one == many
     assert fingerprint(Subset(Many(counted), range(500)), seed=0) == one
     assert fingerprint(Subset(OneByOne(counted), range(499, -1, -1)), seed=0) != one
 
@@ -189,3 +189,13 @@ def test_the_same_in_another_process() -> None:
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == fingerprint(eval(data), 3), done.stderr
+
+
+def test_tensors_in_memory_are_looked_at_whole() -> None:
+    """Any value of any sample, not only of those that others are judged by."""
+    found = set()
+    for row in range(0, 500, 50):
+        counted = Counted()
+        counted.inputs[row, 3] += 1
+        found.add(fingerprint(counted.train_data(), seed=0))
+    assert len(found | {fingerprint(Counted().train_data(), seed=0)}) == 11

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.ranks.harness import Run, Runs, distance
+from trainers.weights import find
 
 TASK = (
     "task=custom", "task._target_=tests.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
@@ -126,6 +127,8 @@ def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.C
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
     assert distance(run.weights(), final) > 0
     assert "the learning rate goes from" in capfd.readouterr().out
+    stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, facts={"extends": "1"})
+    assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
 
 
 # ---- what isn't good
