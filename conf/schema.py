@@ -15,7 +15,18 @@ from scaling.units import Duration
 
 
 def _with_minutes(value: object) -> Duration:
-    return _lasting(value if isinstance(value, Duration) else Duration.parse(value))
+    try:
+        duration = value if isinstance(value, Duration) else Duration.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, 10min (minutes)") from None
+    return _lasting(duration)
+
+
+def _half_life(value: object) -> Duration:
+    try:
+        return _lasting(_duration(value))
+    except ValueError as error:
+        raise ValueError(f"{error}; ema is the half-life of the average, not its decay") from None
 
 
 def _duration(value: object) -> Duration:
@@ -261,7 +272,7 @@ class RunConfig(_Section):
     debug: bool
     init_from: Annotated[str, Field(min_length=1)] | None
     clip_norm: Positive | None
-    ema: Interval | None
+    ema: Annotated[Duration, PlainValidator(_half_life), PlainSerializer(str, return_type=str)] | None
     on_nonfinite: Literal["stop", "skip"]
     batch: Batch
     lr: LearningRate

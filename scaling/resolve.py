@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.identity import global_size_rules, identity
 from scaling.advice import check_family
-from scaling.geometry import solve
+from scaling.geometry import counted, solve
 from scaling.plan import Choice, Plan, Segment, Source
 from scaling.rules import Recipe, Rule, automatic
 from scaling.schedule import Schedule
@@ -94,8 +94,9 @@ def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
         return there
     if fresh.cut.global_size != stored.cut.global_size:
         raise ValueError(
-            f"a global batch of {fresh.size(fresh.cut.global_size)} can't extend a run of "
-            f"{stored.size(stored.cut.global_size)}; give batch.global_size={stored.sized(stored.cut.global_size)}"
+            f"per-GPU batch × accumulation are {fresh.size(fresh.cut.global_size)} on {counted(fresh.world, 'rank')}, "
+            f"and the run has {stored.size(stored.cut.global_size)} a step: extend it on a number of ranks that gives "
+            "these; after that it goes on with any"
         )
     return replace(there, samples=fresh.samples, schedule=fresh.schedule, identity=fresh.identity)
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from conf.identity import identity
+from conf.stored import lengthened
 from scaling.plan import Plan
 from scaling.resolve import continued
-from scaling.units import Duration
 from trainers.checkpoint import Reader
 from trainers.engines import Engine
 from trainers.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
@@ -49,7 +49,7 @@ def resume(
     header = found.header
     _refuse_other_data(found, fresh, fingerprint)
     try:
-        plan = continued(fresh, header.plan, extends=header.duration != str(config.duration))
+        plan = continued(fresh, header.plan, extends=header.identity != identity(config))
     except ValueError as error:
         raise Refused(str(error)) from None
     try:
@@ -132,13 +132,9 @@ def best_value(run: RunDir, best: str | None, world: World) -> float | None:
 
 def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> None:
     """Raises Damaged where a checkpoint isn't of this run, or doesn't fit its model."""
-    header = checkpoint.header
-    try:
-        then = config.model_copy(update={"duration": Duration.parse(header.duration)})
-    except ValueError as error:
-        raise Damaged(str(error)) from None
-    if identity(then) != header.identity:
-        raise Damaged(f"it is of another run (identity {header.identity}, not {identity(then)})")
+    header, ours = checkpoint.header, identity(config)
+    if header.identity != ours and not lengthened(config, header.identity, header.duration):
+        raise Damaged(f"it is of another run (identity {header.identity} with duration={header.duration}, not {ours})")
     shapes, stored = engine.shapes(), checkpoint.tensors
     for name, shape in shapes.items():
         if name not in stored:
