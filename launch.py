@@ -112,7 +112,7 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
         say(table(from_checkpoint(plan, config, directory)))
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}))
     after = RunDir(directory).outcome()
-    if code in (0, 75) and after and (before is None or after.attempt != before.attempt):
+    if code in (0, 75) and after and after != before:
         say(f"{result(directory)} · {directory}{' (the same command goes on)' * (code == 75)}")
     return code
 

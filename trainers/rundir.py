@@ -70,6 +70,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _fits(file: Path, content: str) -> bool:
+    """On a full disk: whether the file that is there has room for this."""
+    return file.exists() and file.stat().st_blocks * 512 >= len(content)
+
+
 class RunDir:
     """Paths and small files of one run."""
 
@@ -116,12 +121,22 @@ class RunDir:
             raise Refused(f"run.dir={self.path} holds no run, but {shown}; name an empty folder or a new one")
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Set ``outcome.json``. ``stopped`` never replaces another end of the same attempt."""
+        """Set ``outcome.json``. ``stopped`` never replaces another end of the same attempt.
+
+        On a disk that is full to the last byte it is written into the place that the file there has.
+        """
         if outcome.state == "stopped":
             before = self.outcome()
             if before and before.attempt == outcome.attempt and before.state not in ("running", "stopped"):
                 return
-        write_atomic(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
+        file, content = self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n"
+        try:
+            write_atomic(file, content)
+        except OSError:
+            if not _fits(file, content):
+                raise
+            with open(file, "r+b", buffering=0) as there:
+                there.truncate(there.write(content.encode()))
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``: one write of one line, so that a reader never sees half of another's."""
