@@ -64,7 +64,8 @@ kept: list[Any] = []
 class KeepsNothing:
     """In the Keeper's place: what a save takes is measured elsewhere."""
 
-    due = False
+    def due(self) -> bool:
+        return False
 
     def save(self, state: Any, evaluation: Any = None) -> None: ...
 

@@ -67,7 +67,7 @@ def fit(
             with engine.micro(last=micro.last):
                 loss, units = engine.loss(micro.batch)
                 stream.stop()
-                wishes = {"stop": stop.wanted is not None, "save": keeper.due} if micro.last else {}
+                wishes = {"stop": stop.wanted is not None, "save": keeper.due()} if micro.last else {}
                 engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units, **wishes))
         total = engine.total(step.expected_units)
         update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)

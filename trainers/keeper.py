@@ -66,7 +66,7 @@ class Keeper:
 
     Args:
         header: what the manifest says of the run; called on rank 0.
-        every_s: seconds between two saves, for ``due``.
+        every_s: seconds between two saves, for ``due``; None: it never is.
         keep: how many of the newest checkpoints stay.
         best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
         beat: called for every few MB that are written, and for what other ranks are seen to write.
@@ -102,12 +102,15 @@ class Keeper:
         self._untold: str | None = None
         self._dropped = Event()
 
-    @property
     def due(self) -> bool:
-        """On rank 0: ``every_s`` have passed since the last save began, and it is over. On others never."""
+        """On rank 0: whether it's time to save. Once true, not again for a while: the save may come a step later."""
         if self._world.rank or self._every_s is None or (self._thread and self._thread.is_alive()):
             return False
-        return time.monotonic() - self._began >= self._every_s
+        now = time.monotonic()
+        if now - self._began < self._every_s:
+            return False
+        self._began = now
+        return True
 
     def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
         """Begin to save ``state``, once the save before is over; nothing to do where it is saved already.

@@ -12,6 +12,7 @@ from conf.stored import lengthened
 from scaling.plan import Plan
 from scaling.resolve import continued
 from trainers.checkpoint import Reader
+from trainers.commit import clear_leftovers
 from trainers.engines import Engine
 from trainers.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
 from trainers.rundir import Refused, RunDir
@@ -93,6 +94,8 @@ def newest_good(
     Raises:
         Refused: there are some, but none is good.
     """
+    if world.rank == 0:
+        clear_leftovers(run)
     names = json.loads(world.agree(json.dumps([path.name for path in checkpoints(run)])))
     skipped = []
     for name in names:

@@ -123,6 +123,7 @@ def _train(
         best=config.checkpoint.best,
         best_before=best_value(run, config.checkpoint.best, world),
         beat=beat,
+        resumed=found.header if found else None,
     )
     loader = Loader(data, task, state, world, config.data.workers, stream.tell)
     evaluate = with_average(make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat), engine.average)
