@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import Store, TCPStore
@@ -31,25 +29,22 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from trainers.ends import judged
 from trainers.notes import (
     GRACE_S,
-    KILLED_HINT,
-    NO_FURTHER,
     await_words,
     first_error,
     leave_word,
-    others_word,
     read_note,
     write_note,
 )
+from trainers.processes import LOOK_S, SUSPENDED, WorkerProcess
 from trainers.rendezvous import Alone
 from trainers.rundir import Outcome, RunDir
-from trainers.stop import Stop, die_with_parent
-from trainers.watch import Watch
+from trainers.stop import Stop
 from trainers.world import FRESH_STORE
 
-TICK_S = 0.1  # between looks at the workers, where nothing happens
-STACKS_S = 0.3  # for those that don't, to write down where they are
+STACKS_S = 0.3  # for workers that don't end by themselves to write down where they are
 VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to say what is to be done
 BARRIER_S = 5.0  # that an agent whose workers have ended stays, so that others can read how it ended
 
@@ -61,16 +56,14 @@ logging.getLogger("torch.distributed.elastic").propagate = False
 class Agent(SimpleElasticAgent):
     """Runs ``work(*args, watch)`` in worker processes of this machine; exit code 0 is a good end of one.
 
-    Where a worker has failed, the agent of rank 0 decides for all of them whether to start again: not where that can't
-    help, where a stop was asked for, or where the last start got no further than one before it. Where memory ran out,
-    the next start has half the samples in a micro-batch, and doesn't count as one of ``max_restarts``.
+    Where a worker has failed, the agent of rank 0 decides for all agents whether to start again.
 
     Attributes:
         notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
             the workers, ``failed``, ``stopping`` and ``verdict`` from the agents.
         end: what rank 0 returned.
         error: what the workers failed of: the earliest note of an error, or a worker's death by a signal; with
-            ``retry``: they are to be started again, and then perhaps ``limit``: with so many samples at once.
+            what ``judged`` says of it.
         starts: how often the workers were started.
     """
 
@@ -96,15 +89,13 @@ class Agent(SimpleElasticAgent):
         self.end: Outcome | None = None
         self.error: dict[str, Any] | None = None
         self.starts = 0
-        self._stop, self._announced, self._told = stop, False, set[int]()
+        self._stop, self._announced = stop, False
         self._timeout_s = timeout_s
         self._restarts_left = max_restarts
         self._furthest = -1  # step that a start reached before it crashed
         self._reached = {"step": 0, "samples": 0}  # by any start
         self._address, self._start_method, self._on_restart = address, start_method, on_restart
-        self._processes: dict[int, Any] = {}
-        self._watches: dict[int, Watch] = {}
-        self._seen_alive: dict[int, float] = {}
+        self._workers: list[WorkerProcess] = []
 
     @property
     def leads(self) -> bool:
@@ -138,8 +129,9 @@ class Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
+        work: Any = spec.entrypoint
         context: Any = multiprocessing.get_context(self._start_method)
-        self.starts, self.error, self._told = self.starts + 1, None, set()
+        self.starts, self.error = self.starts + 1, None
         hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
             env = {
@@ -152,29 +144,27 @@ class Agent(SimpleElasticAgent):
                 "TORCHELASTIC_RESTART_COUNT": self.restarts,
                 FRESH_STORE: 1,
             }
-            watch = self._watches[worker.global_rank] = Watch(context)
-            arguments = ({key: str(value) for key, value in env.items()}, os.getpid(), self._stop, watch)
-            process = context.Process(target=_child, args=(*arguments, spec.entrypoint, spec.args))
-            process.start()
-            self._processes[worker.global_rank] = process
-            self._seen_alive[worker.global_rank] = time.time()
+            self._workers.append(WorkerProcess(context, worker.global_rank, env, self._stop, work, spec.args))
         self._stop.hurry = hurry
-        return {worker.local_rank: self._processes[worker.global_rank].pid for worker in worker_group.workers}
+        return {number: worker.pid for number, worker in enumerate(self._workers)}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        wait([process.sentinel for process in self._alive().values()], TICK_S)
+        wait([worker.sentinel for worker in self._alive()], LOOK_S)
         if self._stop.wanted:
             self._pass_on_stop(self._stop.wanted)
-        codes = {rank: process.exitcode for rank, process in self._processes.items()}
-        if any(codes.values()) or self._note_hangs() or read_note(self.notes, "failed"):
+        hanging = False
+        for worker in self._alive():
+            if cause := worker.look(self._timeout_s):
+                self._note(worker, cause)
+                hanging = True
+        codes = [worker.code for worker in self._workers]
+        if hanging or any(codes) or read_note(self.notes, "failed"):
             self._explain(worker_group)
             return RunResult(WorkerState.FAILED)
-        alive = [rank for rank, code in codes.items() if code is None]
-        self._seen_alive.update(dict.fromkeys(alive, time.time()))
-        if alive or self._await_end():
+        if None in codes or self._await_end():
             return RunResult(WorkerState.HEALTHY)
         self.end = self._noted_end()
-        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(codes))
+        return RunResult(WorkerState.SUCCEEDED, return_values={worker.rank: None for worker in self._workers})
 
     def _await_end(self) -> bool:
         """Whether rank 0, on another machine, has still to say how the run ended; or to fail, which begins it anew."""
@@ -192,40 +182,24 @@ class Agent(SimpleElasticAgent):
             hint = "; Ctrl-C again ends at once" if wanted == "SIGINT" else ""
             print(f"isobatch: {wanted}: stopping at the next step{hint}", file=sys.stderr)
             write_note(self.notes, "stopping", wanted)
-        for rank, process in self._alive().items():
-            if self._watches[rank].started and rank not in self._told:
-                os.kill(process.pid, signal.Signals[wanted])
-                self._told.add(rank)
-                self._watches[rank].forgive()
-
-    def _note_hangs(self) -> bool:
-        """Workers that don't notice themselves that they hang: stopped, stuck with the interpreter's lock held, or
-        deaf to a signal before they train."""
-        limit, hanging = self._timeout_s + GRACE_S, False
-        for rank in self._alive():
-            looks, watched = self._watches[rank].look(), self._watches[rank].training or rank in self._told
-            if watched and looks * TICK_S > limit:
-                hanging = True
-                suspended = _suspended(self._processes[rank].pid)
-                what = "suspended (by SIGSTOP, or a debugger)" if suspended else "it hung"
-                self._note(rank, f"{what}: no sign of life within cluster.timeout_s={self._timeout_s:g}")
-        return hanging
+        for worker in self._alive():
+            worker.tell(wanted)
 
     def _explain(self, worker_group: WorkerGroup) -> None:
-        """Let the others end too, find the error that was first, and learn whether to start again."""
+        """Let the other workers end too, find the error that was first, and learn whether to start again."""
         write_note(self.notes, "failed", True)  # the other agents' workers won't get on either
         self._note_deaths()
         deadline = time.monotonic() + GRACE_S
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
-            wait([process.sentinel for process in alive.values()], min(left, TICK_S))
+            wait([worker.sentinel for worker in alive], min(left, LOOK_S))
         self._note_deaths()
-        for rank, process in alive.items():
-            if _suspended(process.pid):
-                self._note(rank, "suspended (by SIGSTOP, or a debugger)")
-            else:
-                self._note(rank, "it said nothing", silent=True)
-        self._show_stacks()
-        own = set(self._processes)
+        for worker in alive:
+            suspended = worker.suspended
+            self._note(worker, SUSPENDED if suspended else "it said nothing", silent=not suspended)
+            worker.show_stacks()
+        if alive:
+            time.sleep(STACKS_S)
+        own = {worker.rank for worker in self._workers}
         self._stop_workers(worker_group)
         self.error = self._judged(own) if self.leads else self._verdict()
         self.end = self._noted_end()
@@ -237,23 +211,12 @@ class Agent(SimpleElasticAgent):
 
     def _note_deaths(self) -> None:
         """Say what became of the workers that couldn't say it themselves."""
-        for rank, process in self._processes.items():
-            if code := process.exitcode:
-                cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-                self._note(rank, cause + (KILLED_HINT if code == -signal.SIGKILL else ""))
+        for worker in self._workers:
+            if cause := worker.death():
+                self._note(worker, cause)
 
-    def _note(self, rank: int, cause: str, **more: Any) -> None:
-        reached, at = self._watches[rank].reached, self._seen_alive[rank]
-        leave_word(self.notes, rank, others_word(rank, cause, reached, at, **more))
-
-    def _show_stacks(self) -> None:
-        """Have the workers that are left, and their data loaders, write down where they stand, also if stopped."""
-        for process in self._alive().values():
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGQUIT)
-                os.killpg(process.pid, signal.SIGCONT)
-        if self._alive():
-            time.sleep(STACKS_S)
+    def _note(self, worker: WorkerProcess, cause: str, *, silent: bool = False) -> None:
+        leave_word(self.notes, worker.rank, worker.word(cause, silent=silent))
 
     def _judged(self, own: set[int]) -> dict[str, Any] | None:
         """What the workers failed of and whether to start again, which the other agents are told.
@@ -265,14 +228,7 @@ class Agent(SimpleElasticAgent):
         if error is None:
             return None
         over = self._stop.wanted or any(read_note(self.notes, key) for key in ("stopping", "end"))
-        error["retry"] = bool(error["again"] and not over)
-        if error["kind"] == "oom":
-            error["limit"] = error["per_gpu"] // 2
-            error["retry"] = error["retry"] and error["limit"] > 0
-        elif error["retry"]:
-            error["retry"] = self._restarts_left > 0
-            if error["retry"] and error["step"] <= self._furthest:
-                error |= {"retry": False, "cause": error["cause"] + NO_FURTHER}
+        error = judged(error, self._furthest, restarts_left=self._restarts_left, over=bool(over))
         write_note(self.notes, "verdict", error)
         return error
 
@@ -290,7 +246,7 @@ class Agent(SimpleElasticAgent):
         while time.monotonic() < deadline and self._await_end():
             if verdict := read_note(self.notes, "verdict"):
                 return dict(verdict)
-            time.sleep(TICK_S)
+            time.sleep(LOOK_S)
         error = first_error(self.notes, self._worker_group.workers[0].world_size)
         return error and error | {"retry": False}
 
@@ -303,36 +259,13 @@ class Agent(SimpleElasticAgent):
         self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        for process in self._processes.values():
-            process.kill()
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # its data loaders
-            process.join(timeout)
-        self._processes.clear()
+        for worker in self._workers:
+            worker.kill(timeout)
+        self._workers.clear()
 
-    def _alive(self) -> dict[int, Any]:
-        return {rank: process for rank, process in self._processes.items() if process.exitcode is None}
+    def _alive(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.code is None]
 
     def _construct_event(self, state: str, source: EventSource, *args: Any, **kwargs: Any) -> Event:
         """torch's asks the name servers for this machine's full name, several times a start, for a log nobody reads."""
         return Event(state, source)
-
-
-def _suspended(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    return False
-
-
-def _child(
-    env: dict[str, str], parent: int, stop: Stop, watch: Watch, work: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.setsid()  # Ctrl-C reaches the launcher, which passes it on
-    die_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)
-    os.environ.update(env)
-    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
-    stop.install()
-    watch.beat()
-    work(*args, watch)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 GRACE_S = 3.0  # for workers to end, and to say why, after one has failed
-NO_FURTHER = "; not started again, since the last start got no further than one before"
 KILLED_HINT = " (Linux does that where memory runs out)"
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")

@@ -19,9 +19,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from scaling.geometry import counted
+from trainers.ends import Note, bury, judged, note_restart, said
 from trainers.notes import (
-    NO_FURTHER,
     Hangs,
     await_words,
     error_note,
@@ -49,8 +48,6 @@ _store: Store | None = None  # where this worker leaves notes
 _entered: RunDir | None = None  # its run directory
 _terminal: TextIO = sys.stderr  # the error stream it was started with
 
-Note = dict[str, Any]
-
 
 def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     """Train with this machine's workers, or in this process for ``debug``; say once what went wrong.
@@ -66,7 +63,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
         if isinstance(result, Outcome):
             return result.exit_code
         result.pop("log", None)  # where errors are looked for, the traceback is wanted here
-        return _bury(result, _entered, facts).exit_code
+        return bury(result, _entered, facts["attempt"]).exit_code
     import_torch(config)
     import torch
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
@@ -110,7 +107,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     if stopped:
         note |= {"kind": "stopped", "again": False, "cause": stopped}
     run = agent.run_dir if agent and agent.leads else None
-    return _bury(note, run, facts, agent.restarts if agent else 0).exit_code
+    return bury(note, run, facts["attempt"], agent.restarts if agent else 0).exit_code
 
 
 def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
@@ -238,59 +235,20 @@ def _end_under_torchrun(note: Note, facts: dict[str, str]) -> Note:
     if not first:
         return note
     error = await_words(_store, int(os.environ["WORLD_SIZE"])) or note
-    kept, before = lasting(_store), read_note(lasting(_store), "furthest")
-    retry = error["again"]
-    if error["kind"] == "oom":
-        retry = retry and error["per_gpu"] > 1
-        write_note(kept, "per_gpu_limit", error["per_gpu"] // 2)
-    elif retry:
-        if before is not None and error["step"] <= before:
-            error["cause"], retry = error["cause"] + NO_FURTHER, False
-        write_note(kept, "furthest", max(error["step"], before or 0))
-    end = _bury(error, _entered, facts, restarts())
-    if not retry:
+    kept = lasting(_store)
+    before = read_note(kept, "furthest")
+    error = judged(error, -1 if before is None else before)
+    end = bury(error, _entered, facts["attempt"], restarts(), _terminal)
+    if not error["retry"]:
         write_note(kept, "final", {"kind": error["kind"], "cause": end.cause})
-    elif _entered and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        _entered.event("restart", **_of_restart(error), restart=restarts() + 1)
+        return note
+    if "limit" in error:
+        write_note(kept, "per_gpu_limit", error["limit"])
+    else:
+        write_note(kept, "furthest", max(error["step"], before or 0))
+    if _entered and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        note_restart(error, _entered, restarts() + 1)
     return note
-
-
-def _bury(error: Note, run: RunDir | None, facts: dict[str, str], restarted: int = 0) -> Outcome:
-    """Say once what ended the run, and write it down where the run directory is this launch's."""
-    cause, where = _said(error), ""
-    if error["kind"] == "oom":
-        cause += f"; {_advice(error['per_gpu'])}"
-    if error["again"]:
-        where = f"; traceback in {error['log']}" if "log" in error else ""
-        if not where:
-            print(error.get("traceback", ""), end="", file=_terminal)
-    print(f"isobatch: {cause}{where}", file=_terminal, flush=True)
-    step, samples = error.get("step", 0), error.get("samples", 0)
-    end = Outcome(error["kind"], cause, step, samples, facts["attempt"], restarted)
-    if run:
-        run.event(end.state, cause=cause, step=step, samples=samples)
-        run.write_outcome(end)
-    return end
-
-
-def _said(error: Note) -> str:
-    """What the workers failed of, in a line."""
-    if not error["again"] or error["silent"]:
-        return str(error["cause"])
-    what = "crashed"
-    if error["kind"] == "oom":
-        passing = (
-            f"with {counted(error['per_gpu'], 'sample')} in a pass" if error["per_gpu"] else "before the first pass"
-        )
-        what = f"ran out of memory {passing}"
-    return f"rank {error['rank']} {what}: {error['cause']}"
-
-
-def _advice(per_gpu: int) -> str:
-    """What would work where memory ran out with so many samples in a pass."""
-    if per_gpu > 1:
-        return f"batch.per_gpu={per_gpu // 2} needs less"
-    return f"{'there is no smaller batch.per_gpu: ' if per_gpu else ''}a smaller model or more memory would do"
 
 
 def _before_restart(facts: dict[str, str], agent: Agent) -> None:
@@ -298,21 +256,14 @@ def _before_restart(facts: dict[str, str], agent: Agent) -> None:
     error = agent.error
     if error is None:
         return
+    smaller = ""
     if "limit" in error:
         facts["per_gpu_limit"] = str(error["limit"])
+        smaller = f" with batch.per_gpu={error['limit']}"
     if agent.leads:
-        smaller = f" with batch.per_gpu={error['limit']}" if "limit" in error else ""
-        print(f"isobatch: {_said(error)}; starting the workers again{smaller}", file=sys.stderr)
+        print(f"isobatch: {said(error)}; starting the workers again{smaller}", file=sys.stderr)
         if agent.run_dir:
-            agent.run_dir.event("restart", **_of_restart(error), restart=agent.starts)
-
-
-def _of_restart(error: Note) -> dict[str, Any]:
-    """What an event tells of a restart."""
-    told = {key: error[key] for key in ("rank", "cause", "step", "samples")}
-    if error["kind"] == "oom":
-        told |= {"kind": "oom", "per_gpu_before": error["per_gpu"], "per_gpu": error["per_gpu"] // 2}
-    return told
+            note_restart(error, agent.run_dir, agent.starts)
 
 
 def _exit_code(end: Outcome | dict[str, Any]) -> int:

@@ -1,0 +1,78 @@
+"""What becomes of a start of the workers that has failed: whether there is another, and what is said and kept of it.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from scaling.geometry import counted
+from trainers.rundir import Outcome, RunDir
+
+Note = dict[str, Any]
+
+
+def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = False) -> Note:
+    """An error with ``retry``, whether the workers are to be started again; and where memory ran out with ``limit``.
+
+    Not where that can't help, nor where the last start got no further than one before it. ``limit``, half the samples
+    of a micro-batch, is for the next start, which doesn't count as a restart then.
+
+    Args:
+        furthest: the step that a start before reached; -1: there was none.
+        over: the run has ended, or was asked to stop.
+    """
+    retry = bool(error["again"] and not over)
+    if error["kind"] == "oom":
+        limit = error["per_gpu"] // 2
+        return error | {"limit": limit, "retry": retry and limit > 0}
+    if retry and restarts_left > 0 and error["step"] <= furthest:
+        cause = f"{error['cause']}; not started again, since the last start got no further than one before"
+        return error | {"cause": cause, "retry": False}
+    return error | {"retry": retry and restarts_left > 0}
+
+
+def said(error: Note) -> str:
+    """What the workers failed of, in a line."""
+    if not error["again"] or error["silent"]:
+        return str(error["cause"])
+    what = "crashed"
+    if error["kind"] == "oom":
+        passing = f"with {counted(error['per_gpu'], 'sample')} in a pass"
+        what = f"ran out of memory {passing if error['per_gpu'] else 'before the first pass'}"
+    return f"rank {error['rank']} {what}: {error['cause']}"
+
+
+def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: TextIO = sys.stderr) -> Outcome:
+    """Say once what ended the run, and write it down where the run directory is this launch's."""
+    cause, where = said(error), ""
+    if error["kind"] == "oom":
+        cause += f"; {_advice(error['per_gpu'])}"
+    if error["again"]:
+        where = f"; traceback in {error['log']}" if "log" in error else ""
+        if not where:
+            print(error.get("traceback", ""), end="", file=to)
+    print(f"isobatch: {cause}{where}", file=to, flush=True)
+    step, samples = error.get("step", 0), error.get("samples", 0)
+    end = Outcome(error["kind"], cause, step, samples, attempt, restarts)
+    if run:
+        run.event(end.state, cause=cause, step=step, samples=samples)
+        run.write_outcome(end)
+    return end
+
+
+def note_restart(error: Note, run: RunDir, restart: int) -> None:
+    """Keep what the ``restart``-th restart was for."""
+    fields = {key: error[key] for key in ("rank", "cause", "step", "samples")}
+    if "limit" in error:
+        fields |= {"kind": "oom", "per_gpu_before": error["per_gpu"], "per_gpu": error["limit"]}
+    run.event("restart", **fields, restart=restart)
+
+
+def _advice(per_gpu: int) -> str:
+    """What would work where memory ran out with so many samples in a pass."""
+    if per_gpu > 1:
+        return f"batch.per_gpu={per_gpu // 2} needs less"
+    return f"{'there is no smaller batch.per_gpu: ' if per_gpu else ''}a smaller model or more memory would do"
