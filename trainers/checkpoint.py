@@ -81,7 +81,8 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
             raise TypeError(f"{piece.name} is {piece.data.dtype}, which a checkpoint can't hold")
         if piece.data.numel():
             span = (end, end := end + piece.data.nbytes)
-            header[piece.name] = {"dtype": _NAMES[piece.data.dtype], "shape": [len(piece.data)], "data_offsets": span}
+            shape = [piece.data.numel()]  # len() of a tensor is slow
+            header[piece.name] = {"dtype": _NAMES[piece.data.dtype], "shape": shape, "data_offsets": span}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, unsynced = hashlib.sha256(), 0
@@ -102,7 +103,7 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
         "bytes": 8 + len(text) + end,
         "sha256": digest.hexdigest(),
         "slices": {
-            piece.name: [_NAMES[piece.data.dtype], list(piece.shape), piece.start, piece.start + len(piece.data)]
+            piece.name: [_NAMES[piece.data.dtype], list(piece.shape), piece.start, piece.start + piece.data.numel()]
             for piece in pieces
         },
     }

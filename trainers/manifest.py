@@ -23,7 +23,7 @@ from pydantic import Field, FiniteFloat, PlainValidator
 from scaling.plan import Plan
 from scaling.record import from_json
 from trainers.rundir import RunDir
-from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, parse_json, sha256, strict
+from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, load_json, of_kind, sha256, strict
 from trainers.tensorfile import Damaged as Damaged
 
 FORMAT = 1
@@ -100,11 +100,6 @@ class File:
 
     bytes: Size
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Versioned:
-    format: int
 
 
 @strict
@@ -184,11 +179,12 @@ def parse(text: bytes, path: Path) -> Checkpoint:
     Raises:
         Damaged: it contradicts itself, or isn't what ``compose`` writes.
     """
-    if (found := parse_json(_Versioned, text, NAME).format) != FORMAT:
-        raise Damaged(f"{NAME} has format {found}, and this version reads {FORMAT}")
+    fields = load_json(text, NAME)
+    if (found := fields.get("format") if isinstance(fields, dict) else None) != FORMAT:
+        raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
     if text != sealed(text[len(sealed(b"")) :]):
         raise Damaged(f"{NAME} has other bytes than were written (sha256)")
-    content: _Content = parse_json(_Content, text, NAME)
+    content: _Content = of_kind(_Content, text, NAME)
     _check_position(content)
     _check_tensors(content)
     header = Header(**{name: getattr(content, name) for name in Header.__dataclass_fields__})

@@ -60,7 +60,9 @@ def entries(file: BinaryIO, name: str) -> dict[str, Entry]:
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, HEADER_BYTES):
         raise Damaged(f"{name} isn't a safetensors file")
-    described: dict[str, _Described] = parse_json(dict[str, _Described], file.read(length), f"the header of {name}")
+    text, what = file.read(length), f"the header of {name}"
+    load_json(text, what)
+    described: dict[str, _Described] = of_kind(dict[str, _Described], text, what)
     found, end = {}, 0
     for tensor, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
@@ -82,12 +84,8 @@ def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def parse_json(kind: Any, text: bytes, what: str) -> Any:
-    """``text`` as JSON of ``kind``: no key twice, no number as a string, no bool as a number, nothing too deep.
-
-    Raises:
-        Damaged: it is something else.
-    """
+def load_json(text: bytes, what: str) -> Any:
+    """``text`` as JSON. Raises Damaged where it isn't any, or too deep, or a key stands there twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -96,14 +94,19 @@ def parse_json(kind: Any, text: bytes, what: str) -> Any:
         return found
 
     try:
-        json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} isn't JSON: {error!s:.100}") from None
+
+
+def of_kind(kind: Any, text: bytes, what: str) -> Any:
+    """JSON as ``kind``. Raises Damaged where it is something else."""
+    try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise Damaged(f"{what}: {where!r:.100}: {first['msg']:.200}") from None
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{what} isn't JSON: {error!s:.100}") from None
 
 
 @cache

@@ -28,6 +28,7 @@ from trainers.keeper import Keeper
 from trainers.manifest import Header, checkpoints, read
 from trainers.rundir import RunDir
 from trainers.state import TrainState
+from trainers.tensorfile import ITEMSIZE, entries
 from trainers.world import World
 
 
@@ -161,6 +162,9 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
     part = write_part(tmp_path, 0, slices, lambda: None)
     path = tmp_path / "rank-00000.safetensors"
     assert part["bytes"] == path.stat().st_size
+    with path.open("rb") as opened:
+        found = entries(opened, path.name)
+    assert all(entry.offset % ITEMSIZE[entry.dtype] == 0 for entry in found.values())
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == {name for name, tensor in tensors.items() if tensor.numel()}
         for name in file.keys():  # noqa: SIM118
@@ -454,23 +458,23 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
 
 
 def test_when_it_is_due(tmp_path: Path) -> None:
-    """On rank 0 alone, some time after the last save began, and not while one is under way."""
+    """On rank 0 alone, some time after the last save began, once, and not while one is under way."""
     hold = threading.Event()
 
     def body(world: World) -> Any:
         keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)}, every_s=0.2, beat=lambda: hold.wait(10) or None)
         never = keeper(RunDir(tmp_path), world, {}, every_s=None)
-        found = [keep.due]
+        found = [keep.due()]
         time.sleep(0.3)
-        found += [keep.due, never.due]
+        found += [keep.due(), keep.due(), never.due()]
         keep.save(state(1))
         time.sleep(0.3)
-        found.append(keep.due)
+        found.append(keep.due())
         hold.set()
         keep.wait()
-        return [*found, keep.due]
+        return [*found, keep.due()]
 
-    assert in_ranks(2, body, tmp_path / "ranks") == [[False, True, False, False, True], [False] * 5]
+    assert in_ranks(2, body, tmp_path / "ranks") == [[False, True, False, False, False, True], [False] * 6]
 
 
 def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def replace_by_pipe(path: Path) -> None:
 FILES_DAMAGED: dict[str, tuple[Damage, str]] = {
     "no manifest": (lambda f: (f / NAME).unlink(), "manifest.json is missing"),
     "an empty manifest": (lambda f: (f / NAME).write_text(""), "manifest.json isn't JSON"),
-    "an empty object": (lambda f: (f / NAME).write_text("{}"), "'format': Field required"),
+    "an empty object": (lambda f: (f / NAME).write_text("{}"), "manifest.json has format None"),
     "a manifest cut short": (lambda f: os.truncate(f / NAME, 300), "manifest.json isn't JSON"),
     "a manifest of zeros": (lambda f: (f / NAME).write_bytes(bytes(4096)), "manifest.json isn't JSON"),
     "a manifest in latin-1": (lambda f: (f / NAME).write_bytes(b'{"\xe9": 1}'), "manifest.json isn't JSON"),
@@ -272,7 +272,7 @@ W = ("tensors", "w")
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another format": (at("format", to=2), "has format 2, and this version reads 1"),
     "format true": (at("format", to=True), "'format'"),
-    "format 1.0": (at("format", to=1.5), "'format'"),
+    "format 1.0": (at("format", to=1.0), "'format'"),
     "no plan": (lambda f: f.pop("plan"), "'plan'"),
     "something more": (at("more", to=1), "'more'"),
     "a plan of another kind": (at("plan", to=[]), "'plan'"),
