@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench soak
+.PHONY: train test lint bench faults soak
 
 train: .venv/.installed
 	$(BIN)/python launch.py cluster.gpus_per_node=2
@@ -17,6 +17,9 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
+
+faults: .venv/.installed
+	$(BIN)/python -m tests.faults
 
 soak: .venv/.installed
 	$(BIN)/python -m benchmarks.soak

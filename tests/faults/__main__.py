@@ -7,6 +7,7 @@ With words, only the rows that have one of them, and nothing is written.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import tempfile
@@ -19,8 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.__main__ import markdown
+from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
 from tests.faults.case import Broken
-from tests.faults.rows import ROWS, References, Row
+from tests.faults.table import ROWS, References, Row
 
 PAGE = Path(__file__).parents[2] / "trainers/README.md"
 BEGIN, END = "<!-- what follows is written by `make faults` -->", "<!-- to here -->"
@@ -43,22 +45,37 @@ def attempt(folder: Path, references: References, numbered: tuple[int, Row]) -> 
 
 
 def main(words: list[str]) -> int:
-    rows = [row for row in ROWS if not words or any(word in row.fault for word in words)]
+    sections = {
+        title: [row for row in rows if not words or any(word in row.fault for word in words)]
+        for title, rows in ROWS.items()
+    }
+    chosen = [row for rows in sections.values() for row in rows]
     with tempfile.TemporaryDirectory(prefix="isobatch-faults-") as name, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = Path(name)
-        found = list(pool.map(partial(attempt, folder, References(folder / "references")), enumerate(rows)))
-    good = [cells for cells in found if isinstance(cells, dict)]
-    broken = [row.fault for row, cells in zip(rows, found, strict=True) if isinstance(cells, str)]
-    about = f"Caused on {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, gloo.\n\n"
+        work = partial(attempt, folder, References(folder / "references"))
+        found = dict(zip(chosen, pool.map(work, enumerate(chosen)), strict=True))
+    broken = [row.fault for row, cells in found.items() if isinstance(cells, str)]
+    tables = []
+    for title, rows in sections.items():
+        good = [cells for row in rows if isinstance(cells := found[row], dict)]
+        tables.append(f"### {title}\n\n{markdown(good)}\n" if good else "")
+    text = "\n".join(filter(None, tables))
     if words or broken:
-        print(markdown(good) if good else "")
+        print(text)
     else:
         head, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{about}{markdown(good)}\n\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(f"{head}{BEGIN}\n\nCaused on {machine()}.\n\n{text}\n{END}{rest.partition(END)[2]}")
     for fault in broken:
         print(f"doesn't hold: {fault}", file=sys.stderr)
-    print(f"{len(good)} of {len(rows)} rows hold")
+    print(f"{len(chosen) - len(broken)} of {len(chosen)} rows hold")
     return int(bool(broken))
+
+
+def machine() -> str:
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, gloo on loopback"
+    )
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ BASE = (
     "lr.peak=0.05", "evaluate.every=7st", "log.every=1st", "checkpoint.every=10st", "data.fingerprint=false",
 )  # fmt: skip
 LAUNCH = (sys.executable, "launch.py")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-DEADLINE_S = 60.0
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # torchrun
+DEADLINE_S = 120.0
 ROUNDING = 1e-6  # what max |Δ| / max |w| may be where sums are rounded otherwise
+SLOWLY = {"DELAY_S": "0.03"}  # each pass
 AHEAD = 4 * GLOBAL  # samples that may have been fetched beyond the step that a start had come to
 
 
@@ -114,6 +115,11 @@ class Case:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run = self.folder / "run"
 
+    def begin_as(self, other: Case) -> None:
+        """Take over what was done to another run."""
+        shutil.copytree(other.folder, self.folder, dirs_exist_ok=True, symlinks=True)
+        self._started = [(self.folder / fetched.name, before) for fetched, before in other._started]
+
     # ---- commands
 
     def start(
@@ -164,6 +170,12 @@ class Case:
 
     def crashed(self, command: Command, cause: str, code: int = 1) -> Command:
         return self.ended(command, "crashed", code, cause)
+
+    def finished(self, command: Command) -> Command:
+        """It went on by itself."""
+        self.ended(command, "finished", 0)
+        self.ends.append("finished, 0")
+        return command
 
     def goes_on(self, *overrides: str, **more: Any) -> Command:
         """The same command without faults, to the end of the run."""
@@ -266,7 +278,7 @@ class Case:
         check(same if self.exact else apart <= ROUNDING, f"max |Δ| / max |w| is {apart:.3g}")
         ours, theirs = self.metrics(), reference.metrics()
         if not self.exact:
-            ours, theirs = ([[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)])  # type: ignore[misc]
+            ours, theirs = [[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)]  # type: ignore[misc]
         check(ours == theirs, f"metrics.jsonl has other lines: {[line for line in ours if line not in theirs][:3]}")
         lost, repeated, again = self.counts() if self.counted else (0, 0, 0)
         check(not lost and not repeated, f"{lost} samples lost, {repeated} repeated")

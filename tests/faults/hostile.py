@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainers.manifest import sealed
+
 PART = "rank-00001.safetensors"
 BALLAST = "model/ballast"  # a tensor that has a slice in both files
 
@@ -26,11 +28,12 @@ def damage(done: str, said: str) -> Callable[[Damage], Damage]:
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest."""
+    """Change the manifest, and its checksum."""
     file = checkpoint / "manifest.json"
     content = json.loads(file.read_text())
+    del content["sha256"]
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_bytes(sealed(json.dumps(content).encode()[1:]))
 
 
 def forge(checkpoint: Path, content: bytes) -> None:
@@ -67,6 +70,12 @@ def half_a_manifest(checkpoint: Path) -> None:
     os.truncate(checkpoint / "manifest.json", 500)
 
 
+@damage("a value of the manifest is another", r"manifest.json has other bytes than were written \(sha256\)")
+def changed(checkpoint: Path) -> None:
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"samples": 1440', '"samples": 1441'))
+
+
 @damage("a manifest nested 100,000 deep", "manifest.json isn't JSON")
 def deep(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text('{"format": 1, "values": ' + "[" * 100_000)
@@ -94,7 +103,7 @@ def overlapping(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"][1].__setitem__(1, 7))
 
 
-@damage("a range of a tensor is missing", "elements, but slices of")
+@damage("a range of a tensor is missing", "but slices of .* elements")
 def gap(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"].pop())
 
@@ -104,7 +113,7 @@ def misshapen(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"]["model/0.weight"]["shape"].reverse())
 
 
-@damage("a tensor of 2^62 elements", "elements, but slices of")
+@damage("a tensor of 2^62 elements", "but slices of .* elements")
 def huge(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST].update(shape=[2**62]))
 

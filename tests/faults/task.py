@@ -31,10 +31,10 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
     """What to do at which call of something in a process of ``rank``.
 
     Args:
-        do: a signal's name; raise, hang, nan, memory, fill or free.
+        do: a signal's name; raise, hang, nan, memory, fill or limit.
         at: data (when it is opened), fetch (of a sample), step (the loss in training), evaluation (the loss in one).
         restart: of the agent, by its number; None: of any.
-        more: ``to="launcher"`` of a signal; ``path`` and ``leave`` (bytes) of fill, ``path`` of free.
+        more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill.
     """
     return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
 
@@ -90,8 +90,8 @@ class Faulty(Slow):
                 self.limited = True
             case "fill":
                 fill(Path(one["path"]), one["leave"])
-            case "free":
-                Path(one["path"]).unlink()
+            case "limit":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (one["leave"], resource.RLIM_INFINITY))
             case name if name in signal.Signals.__members__:
                 os.kill(os.getppid() if one.get("to") == "launcher" else os.getpid(), signal.Signals[name])
                 time.sleep(0.2)  # the launcher's turn

@@ -1,0 +1,109 @@
+"""Rows of the fault table: disks that are full, checkpoints that can't be used, data that changed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from tests.faults.case import BASE, SLOWLY, Case, check
+from tests.faults.hostile import DAMAGES
+from tests.faults.table import References, row, section, signalled
+from tests.faults.task import Fault, fault
+
+section("Full disks")
+
+
+SAID = "No space left|File too large"
+
+
+@contextmanager
+def filling(case: Case, leave: int) -> Iterator[list[Fault]]:
+    """What fills the disk of the run directory from step 18 on but for ``leave`` bytes, while it is within.
+
+    Only root can give the run a small disk of its own; for others it's the size of the ranks' files that has a limit.
+    """
+    case.run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(case.run)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield [fault("limit", "step", 18, rank, leave=leave) for rank in (0, 1)]
+        return
+    try:
+        ballast = case.run / "logs/ballast"
+        yield [fault("fill", "step", 18, path=str(ballast), leave=leave)]
+        ballast.unlink()
+        shutil.copytree(case.run, case.folder / "kept", symlinks=True)
+    finally:
+        subprocess.run(["umount", "-l", str(case.run)], check=True)
+    case.run.rmdir()
+    (case.folder / "kept").rename(case.run)
+
+
+@row("the disk is full but for 1 MB, in two saves; checkpoint.on_error=continue; then SIGKILL of all")
+def full(case: Case, _: References) -> None:
+    with filling(case, 1 << 20) as faults:
+        command = case.start(faults=faults, **SLOWLY)
+        case.await_step(36)
+        check([path.name for path in case.checkpoints()] == ["step-00000010"], f"{case.checkpoints()}")
+        command.kill_all()
+        case.ended(command, None, -9)
+        warnings = [event["text"] for event in case.events("warning")]
+        check(len(warnings) == 2 and all(re.search(SAID, text) for text in warnings), f"{warnings}")
+        case.causes += warnings
+    case.goes_on()
+    check(case.event("going_on")["step"] == 10, "it didn't go on from the older one")
+
+
+@row("the disk is full to the last byte; checkpoint.on_error=stop")
+def full_to_the_last_byte(case: Case, _: References) -> None:
+    with filling(case, 0) as faults:
+        command = case.start("checkpoint.on_error=stop", faults=faults, **SLOWLY)
+        case.crashed(command, f"at which to stop, can't be saved.*({SAID})")
+    case.goes_on("checkpoint.on_error=stop")
+    check(case.event("going_on")["step"] == 10, "it didn't go on from the older one")
+
+
+section("Checkpoints that can't be used")
+
+
+def damaged(done: str, case: Case, references: References) -> None:
+    damage, said = DAMAGES[done]
+    case.begin_as(references("stopped"))
+    damage(case.checkpoints()[-1])
+    case.goes_on()
+    case.causes.append(case.event("skipped", text=f"^checkpoint step-00000045 is skipped: .*{said}")["text"])
+    check(case.event("going_on")["step"] == 40, "it didn't go on from the one before")
+    check(not (case.folder / "unpickled").exists(), "it was unpickled")
+
+
+for done in DAMAGES:
+    row(f"the newest one: {done}")(partial(damaged, done))
+
+
+@row("all of them are damaged: refused; then one is mended")
+def none_good(case: Case, references: References) -> None:
+    case.begin_as(references("stopped"))
+    folder, mended = case.run / "checkpoints", case.checkpoints()[0] / "manifest.json"
+    good = mended.read_bytes()
+    for path in case.checkpoints():
+        os.truncate(path / "manifest.json", 100)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    case.ended(case.start(), "refused", 2, "no checkpoint in .* is good .*run.new=true")
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    check(before == after, "something was overwritten")
+    mended.write_bytes(good)
+    case.goes_on()
+
+
+@row("other data (as many samples, other values): refused; then the old data again")
+def other_data(case: Case, _: References) -> None:
+    case.counted = False  # the fingerprint looks at samples, too
+    base = (*BASE, "data.fingerprint=true")
+    case.stopped(case.start(base=base, faults=[signalled("SIGTERM", "step", 25)]), "SIGTERM")
+    cause = "the training data has changed: its fingerprint is .*, and was "
+    case.ended(case.start(base=base, SHIFT="1"), "refused", 2, cause)
+    case.goes_on(base=base)

@@ -1,0 +1,76 @@
+"""Some rows of the fault table, and that a row would see what it says it looks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
+from tests.faults.case import Broken, Case
+from tests.faults.table import ROWS, References
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(tmp_path_factory.mktemp("references"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "TERM in mid-epoch; goes on on fewer ranks",
+        "SIGKILL of the launcher",
+        "rank 0 raises an exception; restarted",
+        "the newest one: a pickle named as safetensors, its checksum right",
+    ],
+)
+def test_row(fault: str, references: References, tmp_path: Path) -> None:
+    (row,) = (row for rows in ROWS.values() for row in rows if row.fault == fault)
+    cells = row(tmp_path / "row", references)
+    assert (cells["lost"], cells["repeated"], cells["orphans"]) == ("0", "0", "0")
+
+
+@pytest.fixture
+def whole(references: References, tmp_path: Path) -> Case:
+    """A run that nothing happened to."""
+    case = Case(tmp_path / "whole")
+    case.begin_as(references("plain"))
+    assert case.compared(references("plain"))["max \\|Δ\\| / max \\|w\\|"] == "0 (bitwise)"
+    return case
+
+
+def test_samples_that_are_lost_or_repeated_are_counted(whole: Case, references: References) -> None:
+    file = max((whole.folder / "fetched-0").iterdir())
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows[:50], *rows[53:], rows[9], rows[9]]))
+    assert whole.counts() == (3, 2, 0)
+    with pytest.raises(Broken, match="3 samples lost, 2 repeated"):
+        whole.compared(references("plain"))
+
+
+def test_weights_are_compared_bit_by_bit_or_to_rounding(whole: Case, references: References) -> None:
+    weights = whole.weights()
+    weights["0.weight"][0, 0] = torch.nextafter(weights["0.weight"][0, 0], torch.tensor(9.0))
+    save_file(weights, whole.run / "final/model.safetensors")
+    with pytest.raises(Broken, match=r"max \|Δ\|"):
+        whole.compared(references("plain"))
+    whole.exact = False
+    assert whole.compared(references("plain"))["max \\|Δ\\| / max \\|w\\|"] != "0 (bitwise)"
+    weights["0.weight"][0, 0] += 1e-4
+    save_file(weights, whole.run / "final/model.safetensors")
+    with pytest.raises(Broken, match=r"max \|Δ\|"):
+        whole.compared(references("plain"))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_lines_of_metrics_are_compared(whole: Case, references: References, exact: bool) -> None:
+    whole.exact = exact
+    file = whole.run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for other in (lines[:9] + lines[10:], [*lines[:9], lines[8], *lines[9:]]):
+        file.write_text("".join(other))
+        with pytest.raises(Broken, match=r"metrics\.jsonl"):
+            whole.compared(references("plain"))
