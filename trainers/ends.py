@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
 
 from scaling.geometry import counted
@@ -58,8 +59,11 @@ def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: T
     step, samples = error.get("step", 0), error.get("samples", 0)
     end = Outcome(error["kind"], cause, step, samples, attempt, restarts)
     if run:
-        run.event(end.state, cause=cause, step=step, samples=samples)
-        run.write_outcome(end)
+        try:
+            run.write_outcome(end)
+            run.event(end.state, cause=cause, step=step, samples=samples)
+        except OSError as full:
+            print(f"isobatch: {run.path} can't be written: {full}", file=to, flush=True)
     return end
 
 
@@ -68,7 +72,8 @@ def note_restart(error: Note, run: RunDir, restart: int) -> None:
     fields = {key: error[key] for key in ("rank", "cause", "step", "samples")}
     if "limit" in error:
         fields |= {"kind": "oom", "per_gpu_before": error["per_gpu"], "per_gpu": error["limit"]}
-    run.event("restart", **fields, restart=restart)
+    with suppress(OSError):  # a full disk is no reason not to try again
+        run.event("restart", **fields, restart=restart)
 
 
 def _advice(per_gpu: int) -> str:
