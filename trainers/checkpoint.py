@@ -41,6 +41,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SYNC_BYTES = 256 << 20  # written between two waits for the disk, so that what counts as progress is on it
 
+OPEN_FILES = 100  # at a time; a thousand ranks may have written one each
+
 
 class Slice(NamedTuple):
     """A range of a flattened tensor.
@@ -173,7 +175,8 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[str, tuple[BinaryIO, dict[str, Entry]]] = {}
+        self._headers: dict[str, dict[str, Entry]] = {}
+        self._open: dict[str, BinaryIO] = {}
 
     @property
     def tensors(self) -> dict[str, Stored]:
@@ -205,16 +208,21 @@ class Reader:
         return self(name).reshape(self.tensors[name].shape)
 
     def close(self) -> None:
-        for file, _ in self._files.values():
-            file.close()
-        self._files.clear()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def _fill(self, result: Tensor, name: str, tensor: str, skip: int) -> None:
         """Read the elements from ``skip`` on of a file's slice of ``tensor``."""
-        if name not in self._files:
-            opened = open(self._checkpoint.path / name, "rb")  # noqa: SIM115
-            self._files[name] = opened, entries(opened, name)
-        file, found = self._files[name]
-        file.seek(found[tensor].offset + skip * result.element_size())
+        file = self._opened(name)
+        file.seek(self._headers[name][tensor].offset + skip * result.element_size())
         if file.readinto(_bytes(result)) != result.nbytes:  # type: ignore[attr-defined]
             raise Damaged(f"{name} is shorter than it was")
+
+    def _opened(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            if len(self._open) == OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[name] = open(self._checkpoint.path / name, "rb")  # noqa: SIM115
+            if name not in self._headers:
+                self._headers[name] = entries(self._open[name], name)
+        return self._open[name]

@@ -79,11 +79,17 @@ def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> None:
         sync(metrics)  # so that its lines up to this step are on the disk before
     write_atomic(aside / NAME, manifest)
     sync(aside)
-    if os.path.lexists(target):
-        _remove(target)
-    aside.rename(target)
+    before = _put_away(target) if os.path.lexists(target) else None
+    try:
+        aside.rename(target)
+    except OSError:
+        if before:
+            before.rename(target)
+        raise
     sync(run.checkpoints)
     sync(run.path)
+    if before:
+        _delete(before)
     if best:
         link = run.checkpoints / f".{BEST}.tmp"
         link.unlink(missing_ok=True)
@@ -102,7 +108,7 @@ def drop_older(run: RunDir, step: int, keep: int, *, spare: Collection[str]) -> 
     older = [path for path in checkpoints(run) if step_of(path) < step and path.name not in spare]
     for path in older[max(0, keep - 1) :]:
         if path.name != best:
-            _remove(path)
+            _delete(_put_away(path))
 
 
 def clear_leftovers(run: RunDir) -> None:
@@ -126,12 +132,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    """First the name goes, so that what is half deleted is never taken for a checkpoint."""
-    going = path.with_name(f".old-{path.name}")
-    _delete(going)
-    path.rename(going)
-    _delete(going)
+def _put_away(path: Path) -> Path:
+    """Take its name from it, so that what is half deleted is never taken for a checkpoint."""
+    away = path.with_name(f".old-{path.name}")
+    _delete(away)
+    return path.rename(away)
 
 
 def _delete(path: Path) -> None:

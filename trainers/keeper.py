@@ -194,6 +194,9 @@ class Keeper:
             result = self._store.get(key).decode()
         # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
         self._failed, self._thread = self._world.agree(result) or None, None
+        if self._world.rank == 0:
+            for done in (key, self._progress):
+                self._store.delete_key(done)
         if self._failed:
             self._best = self._best_before
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tests.ranks.harness import in_ranks
 from tests.unit.test_manifest import PLAN, header_of, verified
-from trainers import keeper as keeping
+from trainers import checkpoint as checkpoint_module
+from trainers import keeper as keeper_module
 from trainers.checkpoint import Copies, Reader, Slice, write_part
 from trainers.commit import clear_leftovers
 from trainers.keeper import Keeper
@@ -134,8 +135,9 @@ def test_any_tensor_comes_back_on_any_number_of_ranks(tmp_path: Path, size: int)
         assert in_ranks(readers, load, tmp_path / f"loading-{readers}") == [[]] * readers
 
 
-def test_every_range_of_a_tensor(tmp_path: Path) -> None:
-    """Also one that begins and ends inside of slices, or is empty; and only what is asked for is read."""
+def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that begins and ends inside of slices, or is empty; with fewer files open than there are."""
+    monkeypatch.setattr(checkpoint_module, "OPEN_FILES", 2)
     run, tensor = RunDir(tmp_path), torch.arange(23)
 
     def save(world: World) -> Any:
@@ -148,6 +150,7 @@ def test_every_range_of_a_tensor(tmp_path: Path) -> None:
     for start in range(24):
         for stop in range(start, 24):
             assert torch.equal(reader("w", start, stop), tensor[start:stop])
+    assert len(reader._open) == 2
     for start, stop in ((-1, 3), (3, 24), (5, 4)):
         with pytest.raises(AssertionError):
             reader("w", start, stop)
@@ -449,12 +452,13 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         save(3)
         keep = keeper(run, world, {"w": torch.zeros(9)}, resumed=read(checkpoints(run)[0]).header)
         save(3)
+        save(4)
         return saved
 
     for inodes in in_ranks(2, body, tmp_path / "ranks"):
-        owed, again, done, once_more, evaluated, after, resumed = inodes
-        assert owed == again != done == once_more != evaluated == after == resumed
-    assert read(checkpoints(run)[0]).header.evaluation == {"val/loss": 0.5}
+        owed, again, done, once_more, evaluated, after, resumed, other = inodes
+        assert owed == again != done == once_more != evaluated == after == resumed != other
+    assert [read(path).header.evaluation for path in checkpoints(run)] == [None, {"val/loss": 0.5}]
 
 
 def test_when_it_is_due(tmp_path: Path) -> None:
@@ -499,7 +503,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a slow disk isn't taken for a hang; a rank that is stuck is."""
-    monkeypatch.setattr(keeping, "TELL_S", 0.05)
+    monkeypatch.setattr(keeper_module, "TELL_S", 0.05)
 
     def body(world: World) -> Any:
         beats, chunks = [], 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def test_what_has_its_name_is_replaced(tmp_path: Path, kind: str) -> None:
     assert names(run) == ["step-00000003"]
     assert verified(checkpoints(run)[0]).header == header_of(3)
     assert tmp_path.is_dir()
+
+
+def test_what_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    """Really caused: a folder that is a disk of its own can't be renamed."""
+    run = RunDir(tmp_path)
+    save(run, 3)
+    aside = aside_of(run, 3)
+    aside.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "none", str(aside)], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"no right to mount: {mount.stderr.decode().strip()}")
+    try:
+        manifest = compose(header_of(3, skipped=1), write_files(aside), {})
+        with pytest.raises(OSError, match="busy"):
+            commit(run, 3, manifest, best=True)
+    finally:
+        subprocess.run(["umount", str(aside)], check=True)
+    clear_leftovers(run)
+    assert names(run) == ["step-00000003"]
+    assert verified(checkpoints(run)[0]).header.skipped == 0
 
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree")

@@ -75,7 +75,7 @@ SLICES = [
 
 def write_files(folder: Path) -> list[dict[str, Any]]:
     """The files of all ranks, and what their ``write_part`` would return."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for rank in range(RANKS):
         content = tensor_file(FILES[rank])
