@@ -40,7 +40,8 @@ def attempt(folder: Path, references: References, numbered: tuple[int, Row]) -> 
     except Exception:
         cells = traceback.format_exc()
     broken = f"\n  BROKEN: {cells}" if isinstance(cells, str) else ""
-    print(f"{time.monotonic() - began:5.1f} s  {row.fault} ({row.ranks}){broken}", flush=True)
+    sys.stdout.write(f"{time.monotonic() - began:5.1f} s  {row.fault} ({row.ranks}){broken}\n")
+    sys.stdout.flush()
     return cells
 
 

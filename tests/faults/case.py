@@ -287,7 +287,7 @@ class Case:
             "max \\|Δ\\| / max \\|w\\|": "0 (bitwise)" if same else f"{apart:.1e}",
             "lost": str(lost) if self.counted else "",
             "repeated": str(repeated) if self.counted else "",
-            "computed again": str(again) if self.counted else "",
+            "done again": str(again) if self.counted else "",
             "orphans": str(self.orphans),
         }
 

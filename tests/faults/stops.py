@@ -139,13 +139,27 @@ def more_machines(case: Case, _: References) -> None:
         case.ended(machine, "finished", 0)
 
 
-@row("one of two machines is lost (SIGKILL of its launcher); goes on on the other", "2 × 1 → 1 × 1")
+@row("a machine without rank 0 is lost (SIGKILL of its launcher); goes on on the other", "2 × 1 → 1 × 1")
 def lost_machine(case: Case, _: References) -> None:
+    first, other = machines_by_rank(case)
+    other.send("SIGKILL")
+    case.crashed(first, "^no word from rank 1 ")
+    other.code()
+    case.goes_on_elsewhere("cluster.gpus_per_node=1")
+
+
+@row("the machine with rank 0 is lost (SIGKILL of its launcher); goes on on the other", "2 × 1 → 1 × 1")
+def lost_first_machine(case: Case, _: References) -> None:
+    first, other = machines_by_rank(case)
+    first.send("SIGKILL")
+    case.ended(other, None, 1)
+    check("the machine of rank 0 is gone" in other.said, f"it isn't said: {other.said}")
+    first.code()
+    case.goes_on_elsewhere("cluster.gpus_per_node=1")
+    case.found_dead()
+
+
+def machines_by_rank(case: Case) -> list[Command]:
     machines = two_machines(case, **SLOWLY)
     case.await_step(25)
-    (kept,) = (one for one in machines if "training on 2 ranks" in one.said)  # it has rank 0
-    (lost,) = (one for one in machines if one is not kept)
-    lost.send("SIGKILL")
-    case.crashed(kept, "^no word from rank 1 ")
-    lost.code()
-    case.goes_on_elsewhere("cluster.gpus_per_node=1")
+    return sorted(machines, key=lambda machine: "training on 2 ranks" not in machine.said)
