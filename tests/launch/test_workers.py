@@ -37,6 +37,8 @@ class Task:
         self.here = int(os.environ.get("RANK", "0")) == rank and (always or not again)
         print("task of rank", os.environ.get("RANK"), "threads", torch.get_num_threads(), flush=True)
         os.write(2, b"and this past Python\\n")
+        if fault == "no final" and again and os.environ["RANK"] == "0":
+            os.unlink("run/.final.tmp")
         if fault == "refuses early" and self.here:
             raise Refused("not with me")
 
@@ -69,6 +71,8 @@ class Task:
                 case "hangs with the lock":  # of the interpreter: no other thread of this process gets on
                     open("hangs", "w").close()
                     re.match("(a+)+$", "a" * 99 + "b")
+                case "no final":
+                    open("run/.final.tmp", "w").close()
                 case "loses its loader":
                     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
                 case "runs out of memory":  # which holds ``fits`` samples and a half
@@ -175,9 +179,9 @@ def two_machines(folder: Path, *overrides: str) -> list[Run]:
 # ---- starts and ends
 
 
-@pytest.mark.parametrize("way", ["python launch.py", "torchrun launch.py"])
-def test_ten_starts_and_ends(way: str) -> None:
-    tally = soak(way, 10, DEADLINE_S)
+@pytest.mark.parametrize(("way", "starts"), [("python launch.py", 8), ("torchrun launch.py", 4)])
+def test_many_starts_and_ends(way: str, starts: int) -> None:
+    tally = soak(way, starts, DEADLINE_S)
     assert tally.clean, tally
 
 
@@ -515,14 +519,20 @@ def test_two_machines(folder: Path) -> None:
     assert "task of rank 1" in runs[0].log(1)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_machines_restart_together(folder: Path, rank: int) -> None:
-    fault = ["task.args.fault=raises", f"task.args.rank={rank}", "task.args.always=false"]
-    runs = two_machines(folder, *fault, "cluster.max_restarts=1")
+@pytest.mark.parametrize(
+    ("fault", "rank", "cause"),
+    [
+        ("raises", 1, r"ValueError: boom \(faulty\.py:\d+ in loss\)"),
+        ("no final", 0, r"FileExistsError: .*"),  # when the other machine's workers have ended
+    ],
+)
+def test_two_machines_restart_together(folder: Path, fault: str, rank: int, cause: str) -> None:
+    faults = [f"task.args.fault='{fault}'", f"task.args.rank={rank}", "task.args.always=false"]
+    runs = two_machines(folder, *faults, "cluster.max_restarts=1")
     assert [run.end() for run in runs] == [0, 0], [run.err for run in runs]
     assert runs[0].outcome["restarts"] == 1
     (restart,) = runs[0].events("restart")
-    assert re.fullmatch(r"ValueError: boom \(faulty\.py:\d+ in loss\)", restart["cause"])
+    assert re.fullmatch(cause, restart["cause"])
 
 
 def test_two_machines_crash_with_one_cause(folder: Path) -> None:
