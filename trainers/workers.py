@@ -211,9 +211,9 @@ def _attempt(
             watch,
         )
         watch.unguard()
-        world.leave()
         if rank == 0:
             write_note(_store, "end", asdict(end))
+        world.leave()
         return end
     except BaseException as error:
         watch.unguard()
