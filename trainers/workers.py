@@ -94,8 +94,8 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
         if agent.end:
             return agent.end.exit_code
         cause = cause if agent.leads else "the machine of rank 0 is gone"
-    except Stopped as signal:
-        stopped = f"{signal}, while waiting for other machines"
+    except Stopped as wish:
+        stopped = f"{wish}, while waiting for other machines"
     except RendezvousError as error:
         late = isinstance(error, RendezvousTimeoutError)
         why = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else str(error)
