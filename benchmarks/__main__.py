@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import torch
 
-from benchmarks import invariance, sample_order, start, step
+from benchmarks import checkpoints, invariance, sample_order, start, step
 
 PAGE = Path(__file__).parent / "README.md"
 MARK = "<!-- everything below is written by `make bench` -->"
@@ -31,6 +31,20 @@ PARTS: dict[str, tuple[Callable[[], Rows], str]] = {
         "failed, ours / the other's, and weren't timed.",
     ),
     "The sample order": (sample_order.rows, "One core."),
+    "Saving and going on": (
+        checkpoints.rows,
+        "Weights in layers of 1 MiB with AdamW's state, so three times as much; in the same processes, turn by turn "
+        "with what plain torch does. *copy*: what the training waits for; the first one goes to fresh memory. Against "
+        "a mere copy of as many bytes, and against `torch.save` of the whole by rank 0 (neither checksums nor fsync), "
+        "for which all wait. *write*: what follows in the background, with both. *taken in all*: how much longer that "
+        "many steps take with a save than without, where the training has all cores at work already. *resume*: reading "
+        "and checking included.",
+    ),
+    "Going on in the middle of an epoch": (
+        checkpoints.far_rows,
+        "10^9 samples, from a checkpoint in the middle, against a run from the beginning. Nothing is skipped by going "
+        "through it: 1 is the aim.",
+    ),
     "One global batch, cut in six ways": (
         invariance.rows,
         "A small model with dropout and unequal numbers of units, SGD, 20 steps, global batch 96: "
