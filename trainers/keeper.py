@@ -267,7 +267,9 @@ class Keeper:
 
 
 def _said(error: Exception) -> str:
-    return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+    said = f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+    path = getattr(error, "filename", None)
+    return f"{said}: {path}" if path else said
 
 
 @contextmanager

@@ -129,10 +129,10 @@ def test_any_tensor_comes_back_on_any_number_of_ranks(tmp_path: Path, size: int)
             start, stop = (flat.numel() * bound // world.size for bound in (world.rank, world.rank + 1))
             if not same_bits(reader(name, start, stop), flat[start:stop]):
                 wrong.append(f"{name} {start}:{stop}")
-        return wrong
+        return world.gather(", ".join(wrong))  # by which all stay until all are there
 
     for readers in (1, 3):
-        assert in_ranks(readers, load, tmp_path / f"loading-{readers}") == [[]] * readers
+        assert in_ranks(readers, load, tmp_path / f"loading-{readers}") == [[""] * readers] * readers
 
 
 def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +259,19 @@ def test_a_rank_whose_disk_is_full(tmp_path: Path) -> None:
     ends = fails_once(RunDir(tmp_path), 3, tmp_path, hinder, mend)
     said = "step 2: File too large (OSError) on rank 1"
     assert ends == [[said, None, said, None], [None, None, said, None], [None, None, said, None]]
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+
+    def body(world: World) -> Any:
+        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)})
+        keep.save(state(1))
+        return keep.wait()
+
+    aside = tmp_path / "checkpoints" / ".step-00000001.tmp"
+    said = f"step 1: Not a directory (NotADirectoryError): {aside} on rank 0, and 1 more"
+    assert in_ranks(2, body, tmp_path / "ranks") == [said, said]
 
 
 @pytest.fixture
