@@ -82,6 +82,7 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
         if piece.data.dtype not in _NAMES:
             raise TypeError(f"{piece.name} is {piece.data.dtype}, which a checkpoint can't hold")
         if piece.data.numel():
+            assert piece.name not in header, f"two slices of {piece.name}"
             span = (end, end := end + piece.data.nbytes)
             shape = [piece.data.numel()]  # len() of a tensor is slow
             header[piece.name] = {"dtype": _NAMES[piece.data.dtype], "shape": shape, "data_offsets": span}

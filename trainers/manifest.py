@@ -128,7 +128,7 @@ class Checkpoint:
 def checkpoints(run: RunDir) -> list[Path]:
     """The folders of checkpoints, newest step first; none that is a link, half-written or on its way out."""
     try:
-        found = [path for path in (run.checkpoints).iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
+        found = [path for path in run.checkpoints.iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
@@ -148,15 +148,13 @@ def read(path: Path) -> Checkpoint:
     """
     path = Path(os.path.realpath(path))
     try:
-        _refuse_unless_file(path / NAME, NAME)
-        if (path / NAME).stat().st_size > MANIFEST_BYTES:
+        if _file_size(path / NAME) > MANIFEST_BYTES:
             raise Damaged(f"{NAME} is larger than {MANIFEST_BYTES} bytes")
         checkpoint = parse((path / NAME).read_bytes(), path)
         if path.name != f"step-{checkpoint.header.step:08d}":
             raise Damaged(f"{NAME} is of step {checkpoint.header.step}")
         for name, file in checkpoint.files.items():
-            size = _refuse_unless_file(path / name, name)
-            if size != file.bytes:
+            if (size := _file_size(path / name)) != file.bytes:
                 raise Damaged(f"{name} has {size} bytes, not the {file.bytes} that were written")
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
@@ -165,11 +163,11 @@ def read(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_unless_file(path: Path, name: str) -> int:
-    """The size of a regular file."""
+def _file_size(path: Path) -> int:
+    """Of a regular file; of anything else Damaged is raised."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
-        raise Damaged(f"{name} isn't a file")
+        raise Damaged(f"{path.name} isn't a file")
     return found.st_size
 
 
