@@ -80,16 +80,19 @@ class Command:
     def send(self, name: str) -> None:
         self.process.send_signal(signal.Signals[name])
 
-    def kill_all(self) -> None:
-        """SIGKILL to the launcher and all of its processes."""
-        for pid in {self.process.pid, *processes_of(self.directory)}:
+    def everyone(self) -> list[int]:
+        """The launcher and all of its processes."""
+        return [self.process.pid, *processes_of(self.directory)]
+
+    def kill(self, pids: Iterable[int]) -> None:
+        for pid in set(pids):
             os.kill(pid, signal.SIGKILL)
 
     def code(self) -> int:
         try:
             return self.process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.kill_all()
+            self.kill(self.everyone())
             self.process.wait()
             raise Broken(f"it hung: {self.said}") from None
 
@@ -211,6 +214,10 @@ class Case:
             check(same, f"{name}: {key} is {found[key]!r}, not {value!r}")
         return found
 
+    def await_start(self, number: int) -> None:
+        """All workers are there for the ``number``-th time."""
+        wait_until(lambda: len(self.events("start")) >= number, f"start {number}")
+
     def await_step(self, step: int) -> None:
         wait_until(lambda: self.metrics() and self.metrics()[-1]["step"] >= step, f"step {step}")
 
@@ -227,7 +234,13 @@ class Case:
         return any((self.run / "checkpoints").glob(".step-*.tmp/*"))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.run / "final/model.safetensors")
+        """Of the model and, where there is one, of their average."""
+        files = sorted((self.run / "final").iterdir())
+        return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+    def state(self) -> dict[str, bytes]:
+        """What the last checkpoint holds, as it is in its files."""
+        return {file.name: file.read_bytes() for file in self.checkpoints()[-1].glob("*.safetensors")}
 
     # ---- nothing lost
 
@@ -276,6 +289,7 @@ class Case:
         apart = self.apart(reference)
         same = all(torch.equal(tensor, reference.weights()[name]) for name, tensor in self.weights().items())
         check(same if self.exact else apart <= ROUNDING, f"max |Δ| / max |w| is {apart:.3g}")
+        check(not self.exact or self.state() == reference.state(), "the last checkpoint has other tensors")
         ours, theirs = self.metrics(), reference.metrics()
         if not self.exact:
             ours, theirs = [[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)]  # type: ignore[misc]

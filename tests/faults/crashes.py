@@ -99,7 +99,7 @@ def launcher_killed(case: Case, _: References) -> None:
 def all_killed(case: Case, _: References) -> None:
     command = case.start("cluster.gpus_per_node=3", **SLOWLY)
     case.await_step(25)
-    command.kill_all()
+    command.kill(command.everyone())
     case.ended(command, None, -9)
     case.goes_on_elsewhere()
     case.found_dead()
@@ -107,9 +107,10 @@ def all_killed(case: Case, _: References) -> None:
 
 @row("SIGKILL of all processes in a save, twice")
 def killed_in_a_save(case: Case, _: References) -> None:
-    for _again in range(2):
+    for number in (1, 2):
         command = case.start(**SLOWLY)
-        send_in_a_save(case, command.kill_all)
+        case.await_start(number)
+        send_in_a_save(case, partial(command.kill, command.everyone()))
         case.ended(command, None, -9)
         check(case.saving(), "the save was over before the signal came")
     case.goes_on()

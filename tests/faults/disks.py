@@ -49,7 +49,7 @@ def full(case: Case, _: References) -> None:
         command = case.start(faults=faults, **SLOWLY)
         case.await_step(36)
         check([path.name for path in case.checkpoints()] == ["step-00000010"], f"{case.checkpoints()}")
-        command.kill_all()
+        command.kill(command.everyone())
         case.ended(command, None, -9)
         warnings = [event["text"] for event in case.events("warning")]
         check(len(warnings) == 2 and all(re.search(SAID, text) for text in warnings), f"{warnings}")
@@ -74,7 +74,7 @@ def damaged(done: str, case: Case, references: References) -> None:
     damage, said = DAMAGES[done]
     case.begin_as(references("stopped"))
     damage(case.checkpoints()[-1])
-    case.goes_on()
+    case.finished(case.start())
     case.causes.append(case.event("skipped", text=f"^checkpoint step-00000045 is skipped: .*{said}")["text"])
     check(case.event("going_on")["step"] == 40, "it didn't go on from the one before")
     check(not (case.folder / "unpickled").exists(), "it was unpickled")

@@ -88,6 +88,7 @@ def _shortened(cause: str, case: Case) -> str:
     """Without paths, and what differs from one making of the table to the next."""
     cause = re.sub(r"pid \d+", "pid N", cause.replace(str(case.run), "DIR"))
     cause = re.sub(r"host \S+,", "host H,", re.sub(r"since [\d-]+ [\d:]+", "since T", cause))
+    cause = cause.replace("|", r"\|")
     cause = re.sub(r":\d{4,5}\b", ":P", cause).replace("[/__w/pytorch/pytorch/third_party/gloo/gloo/", "[")
     return cause if len(cause) <= CAUSE_CHARS else f"{cause[:CAUSE_CHARS]}…"
 

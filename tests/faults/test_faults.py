@@ -53,15 +53,27 @@ def test_samples_that_are_lost_or_repeated_are_counted(whole: Case, references: 
 
 def test_weights_are_compared_bit_by_bit_or_to_rounding(whole: Case, references: References) -> None:
     weights = whole.weights()
-    weights["0.weight"][0, 0] = torch.nextafter(weights["0.weight"][0, 0], torch.tensor(9.0))
-    save_file(weights, whole.run / "final/model.safetensors")
+    weights["model/0.weight"][0, 0] = torch.nextafter(weights["model/0.weight"][0, 0], torch.tensor(9.0))
+    save(weights, whole)
     with pytest.raises(Broken, match=r"max \|Δ\|"):
         whole.compared(references("plain"))
     whole.exact = False
     assert whole.compared(references("plain"))["max \\|Δ\\| / max \\|w\\|"] != "0 (bitwise)"
-    weights["0.weight"][0, 0] += 1e-4
-    save_file(weights, whole.run / "final/model.safetensors")
+    weights["model/0.weight"][0, 0] += 1e-4
+    save(weights, whole)
     with pytest.raises(Broken, match=r"max \|Δ\|"):
+        whole.compared(references("plain"))
+
+
+def save(weights: dict[str, torch.Tensor], case: Case) -> None:
+    plain = {name.removeprefix("model/"): tensor for name, tensor in weights.items()}
+    save_file(plain, case.run / "final/model.safetensors")
+
+
+def test_the_optimizer_is_compared_bit_by_bit(whole: Case, references: References) -> None:
+    file = whole.checkpoints()[-1] / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(Broken, match="the last checkpoint"):
         whole.compared(references("plain"))
 
 
