@@ -113,7 +113,8 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}))
     after = RunDir(directory).outcome()
     if code in (0, 75) and after and after != before:
-        say(f"{result(directory)} · {directory}{' (the same command goes on)' * (code == 75)}")
+        with suppress(OSError):  # a full disk under the output doesn't change how the run ended
+            say(f"{result(directory)} · {directory}{' (the same command goes on)' * (code == 75)}")
     return code
 
 

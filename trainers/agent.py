@@ -42,6 +42,7 @@ from trainers.processes import LOOK_S, SUSPENDED, WorkerProcess
 from trainers.rendezvous import Alone
 from trainers.rundir import Outcome, RunDir
 from trainers.stop import Stop
+from trainers.terminal import say
 from trainers.world import FRESH_STORE
 
 STACKS_S = 0.3  # for workers that don't end by themselves to write down where they are
@@ -180,7 +181,7 @@ class Agent(SimpleElasticAgent):
         if not self._announced:
             self._announced = True
             hint = "; Ctrl-C again ends at once" if wanted == "SIGINT" else ""
-            print(f"isobatch: {wanted}: stopping at the next step{hint}", file=sys.stderr)
+            say(f"isobatch: {wanted}: stopping at the next step{hint}", sys.stderr)
             write_note(self.notes, "stopping", wanted)
         for worker in self._alive():
             worker.tell(wanted)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from scaling.geometry import counted
 from trainers.rundir import Outcome, RunDir
+from trainers.terminal import say
 
 Note = dict[str, Any]
 
@@ -54,8 +55,8 @@ def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: T
     if error["again"]:
         where = f"; traceback in {error['log']}" if "log" in error else ""
         if not where:
-            print(error.get("traceback", ""), end="", file=to)
-    print(f"isobatch: {cause}{where}", file=to, flush=True)
+            say(error.get("traceback", ""), to, end="")
+    say(f"isobatch: {cause}{where}", to)
     step, samples = error.get("step", 0), error.get("samples", 0)
     end = Outcome(error["kind"], cause, step, samples, attempt, restarts)
     if run:
@@ -63,7 +64,7 @@ def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: T
             run.write_outcome(end)
             run.event(end.state, cause=cause, step=step, samples=samples)
         except OSError as full:
-            print(f"isobatch: {run.path} can't be written: {full}", file=to, flush=True)
+            say(f"isobatch: {run.path} can't be written: {full}", to)
     return end
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING
 
 from trainers.enter import refuse_other_commands
 from trainers.evaluate import make_evaluate
 from trainers.keyed import seed_generators
-from trainers.metrics import say
 from trainers.model import make_model
 from trainers.notes import restarts
 from trainers.run import plan_of, stop_cause
@@ -47,7 +46,8 @@ def evaluate_weights(config: RunConfig, facts: dict[str, str], world: World, sto
     if world.rank == 0:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = " · ".join([*(f"{name} {value:.4f}" for name, value in values.items()), source])
-        say(json.dumps({"source": source, **finite}) if as_json else line)
+        with suppress(BrokenPipeError):
+            print(json.dumps({"source": source, **finite}) if as_json else line, flush=True)
     return Outcome("finished", "", 0, 0, facts["attempt"], restarts())
 
 

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from trainers.rundir import RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.tally import News
+from trainers.terminal import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -135,12 +136,6 @@ def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
         say(f"warning: {text}")
 
 
-def say(text: str) -> None:
-    """Print a line; where whoever read them has left, the training goes on."""
-    with suppress(BrokenPipeError):
-        print(text, flush=True)
-
-
 class PlainLines:
     """A line every few seconds, for logs and pipes."""
 
@@ -207,7 +202,7 @@ def _figures(line: dict[str, Any]) -> str:
 
 
 def _values(line: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/"))
+    return "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "ema/")))
 
 
 def _clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from conf.identity import identity
 from trainers.stop import Stop
+from trainers.terminal import say
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -62,7 +63,7 @@ def rendezvous(config: RunConfig, stop: Stop) -> tuple[RendezvousHandler, str]:
         return Alone(), "127.0.0.1"
     assert cluster.rendezvous, "checked before"
     host, port = parse_rendezvous_endpoint(cluster.rendezvous, 29400)
-    print(f"isobatch: meeting {cluster.nodes} machines at {cluster.rendezvous} …", flush=True)
+    say(f"isobatch: meeting {cluster.nodes} machines at {cluster.rendezvous} …")
     with stop.interrupting():
         address = _address_towards(host, port, cluster.timeout_s)
         run = f"{identity(config)}-{config.run.dir or config.run.name or config.task.name}"

@@ -23,7 +23,7 @@ from trainers.keeper import Keeper
 from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
 from trainers.manifest import Checkpoint, checkpoints
-from trainers.metrics import Metrics, say, tell
+from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model
 from trainers.notes import restarts
 from trainers.optim import make_optimizer
@@ -33,6 +33,7 @@ from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import Pulse
 from trainers.tasks import make_task, open_data
+from trainers.terminal import say
 from trainers.watch import Watch
 from trainers.weights import initialise, save_final
 from trainers.world import World
@@ -209,7 +210,7 @@ def say_where(
         run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
         say(f"goes on from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
     elif before and before.state != "refused":
-        say(f"begins anew: the last attempt {before.state} before its first checkpoint")
+        say("begins anew: the last attempt ended before its first checkpoint")
     if source:
         run.event("initialised", source=source)
         say(f"weights from {source}")

@@ -25,22 +25,24 @@ SAID = "No space left|File too large"
 def filling(case: Case, leave: int) -> Iterator[list[Fault]]:
     """What fills the disk of the run directory from step 18 on but for ``leave`` bytes, while it is within.
 
-    Only root can give the run a small disk of its own; for others it's the size of the ranks' files that has a limit.
+    What the commands print is kept there, too. Only root can give them a small disk of their own; for others it's the
+    size of the ranks' files that has a limit.
     """
-    case.run.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(case.run)]
+    disk = case.folder / "disk"
+    disk.mkdir()
+    case.run = disk / "run"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        yield [fault("limit", "step", 18, rank, leave=leave) for rank in (0, 1)]
+        yield [fault("limit", "step", 18, rank, leave=max(leave, 1 << 16)) for rank in (0, 1)]
         return
     try:
-        ballast = case.run / "logs/ballast"
-        yield [fault("fill", "step", 18, path=str(ballast), leave=leave)]
-        ballast.unlink()
-        shutil.copytree(case.run, case.folder / "kept", symlinks=True)
+        yield [fault("fill", "step", 18, path=str(disk / "ballast"), leave=leave)]
+        (disk / "ballast").unlink()
+        shutil.copytree(disk, case.folder / "kept", symlinks=True)
     finally:
-        subprocess.run(["umount", "-l", str(case.run)], check=True)
-    case.run.rmdir()
-    (case.folder / "kept").rename(case.run)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    disk.rmdir()
+    (case.folder / "kept").rename(disk)
 
 
 @row("the disk is full but for 1 MB, in two saves; checkpoint.on_error=continue; then SIGKILL of all")
@@ -58,7 +60,7 @@ def full(case: Case, _: References) -> None:
     check(case.event("going_on")["step"] == 10, "it didn't go on from the older one")
 
 
-@row("the disk is full to the last byte; checkpoint.on_error=stop")
+@row("the disk is full to the last byte, and its output goes there, too; checkpoint.on_error=stop")
 def full_to_the_last_byte(case: Case, _: References) -> None:
     with filling(case, 0) as faults:
         command = case.start("checkpoint.on_error=stop", faults=faults, **SLOWLY)

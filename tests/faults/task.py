@@ -12,6 +12,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,13 @@ class Faulty(Slow):
 
 
 def fill(path: Path, leave: int) -> None:
-    """Fill the disk that ``path`` is on, but for ``leave`` bytes."""
+    """Fill the disk that ``path`` is on, but for ``leave`` bytes; if none, to the end of this process's output, too."""
     left = os.statvfs(path.parent)
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_frsize - leave)
+    with suppress(OSError):
+        for _ in range(0 if leave else 1 << 13):
+            os.write(1, b" ")
 
 
 class Rows(OneByOne):
