@@ -75,26 +75,34 @@ class Watch:
         """Begin to count anew."""
         self._looks = 0
 
-    def guard(self, timeout_s: float, on_hang: Callable[[Hangs], None], log: TextIO) -> None:
-        """From now on, look after this process's main thread, in a thread.
+    def guard(
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Hangs], None], log: TextIO
+    ) -> None:
+        """From now on, look after this process's main thread, in a thread, which does what is to be done, too.
 
         Args:
             timeout_s: time without a beat, in a worker that is training, after which it hangs. A little before, the
                 stacks of its threads are written to ``log``: while the others, which wait for it, still do so, too.
-            on_hang: what to do then, in the thread. A worker that waits for others is the last to do it.
+            on_training: what to do once time counts.
+            on_hang: what to do about a hang. A worker that waits for others is the last to do it.
         """
         self._guarding = True
-        threading.Thread(target=self._guard, args=(timeout_s, on_hang, log), daemon=True).start()
+        threading.Thread(target=self._guard, args=(timeout_s, on_training, on_hang, log), daemon=True).start()
 
     def unguard(self) -> None:
         self._guarding = False
 
-    def _guard(self, timeout_s: float, on_hang: Callable[[Hangs], None], log: TextIO) -> None:
+    def _guard(
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Hangs], None], log: TextIO
+    ) -> None:
         look_s = min(LOOK_S, timeout_s / 20)
         stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
+        while not self.training:
+            time.sleep(look_s)
+        on_training()
         while True:
             time.sleep(look_s)
-            looks = self.look() if self.training else 0
+            looks = self.look()
             if not self._guarding:
                 return
             if looks == stacks_at:

@@ -33,6 +33,7 @@ from trainers.notes import (
 )
 from trainers.rundir import EXIT_CODE, Outcome, RunDir
 from trainers.stop import Stop, Stopped, show_cursor
+from trainers.terminal import say
 from trainers.watch import Watch
 
 if TYPE_CHECKING:
@@ -202,12 +203,13 @@ def _attempt(
         if limit := read_note(lasting(_store), "per_gpu_limit"):
             facts = facts | {"per_gpu_limit": str(limit)}
         facts = json.loads(world.agree(json.dumps(facts)))
+        guard = partial(watch.guard, config.cluster.timeout_s, world.wait_patiently, give_up)
         end = train(
             config,
             facts,
             world,
             stop,
-            partial(_enter, guard=partial(watch.guard, config.cluster.timeout_s, give_up) if guarded else None),
+            partial(_enter, guard=guard if guarded else None),
             watch,
         )
         watch.unguard()
@@ -261,7 +263,7 @@ def _before_restart(facts: dict[str, str], agent: Agent) -> None:
         facts["per_gpu_limit"] = str(error["limit"])
         smaller = f" with batch.per_gpu={error['limit']}"
     if agent.leads:
-        print(f"isobatch: {said(error)}; starting the workers again{smaller}", file=sys.stderr)
+        say(f"isobatch: {said(error)}; starting the workers again{smaller}", sys.stderr)
         if agent.run_dir:
             note_restart(error, agent.run_dir, agent.starts)
 

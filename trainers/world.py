@@ -12,6 +12,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trainers.notes import read_note
 from trainers.rundir import Fatal, Refused
@@ -45,7 +46,7 @@ class World:
 
         Args:
             device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
-            timeout_s: seconds to wait for the others, now and in every collective.
+            timeout_s: seconds to wait for the others, now and in every collective until ``wait_patiently``.
 
         Raises:
             Refused: no such device, or fewer of them than processes on this machine.
@@ -96,6 +97,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def wait_patiently(self) -> None:
+        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (trainers/watch.py).
+
+        The time that a job was suspended counts in a collective's timeout, and not in a watch's.
+        """
+        if self.size > 1:
+            _set_pg_timeout(timedelta(days=365))
 
     def leave(self) -> None:
         """End the process group; the process is expected to end by ``os._exit`` (see trainers/workers.py)."""

@@ -345,7 +345,7 @@ def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(folder: Path, 
 def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:
     """Not even its watching thread gets on; and what is to stop isn't started again."""
     run = launch(
-        folder, "task.args.fault='hangs with the lock'", "task.args.rank=0", "cluster.timeout_s=1", *RESTARTED, ranks=1
+        folder, "task.args.fault='hangs with the lock'", "task.args.rank=0", "cluster.timeout_s=2", *RESTARTED, ranks=1
     )
     wait_until(lambda: (folder / "hangs").exists())
     run.process.terminate()
@@ -354,19 +354,20 @@ def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:
     assert time.monotonic() - began < 15
     assert len(run.events("start")) == 1
     assert run.outcome["state"] == "crashed"
-    assert run.outcome["cause"].startswith("rank 0 crashed: it hung: no sign of life within cluster.timeout_s=1")
+    assert run.outcome["cause"].startswith("rank 0 crashed: it hung: no sign of life within cluster.timeout_s=2")
     assert (run.outcome["step"], run.outcome["samples"]) == (2, 128)
     assert re.search(r"faulty\.py\", line \d+ in loss", run.log(0))
 
 
 def test_a_job_that_was_suspended_goes_on(folder: Path) -> None:
-    run = launch(folder, "cluster.timeout_s=1", *LONG)
+    run = launch(folder, "cluster.timeout_s=2", "log.every=1st", *LONG)
     run.await_training()
+    wait_until(lambda: len((run.dir / "metrics.jsonl").read_text().splitlines()) > 20)
     job = processes_of(run.dir)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
+    for number, then_s in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 0.5)):
         for pid in job:
             os.kill(pid, number)
-        time.sleep(2.5)
+        time.sleep(then_s)
     run.process.terminate()
     assert run.end() == 75, run.err
 

@@ -63,17 +63,18 @@ def test_looks_without_a_beat_are_counted() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) -> None:
-    watch, found = Watch(), list[Hangs]()
+    watch, found, begun = Watch(), list[Hangs](), list[bool]()
     watch.beat()
     if training:
         watch.beat()
     began = time.monotonic()
     with open(tmp_path / "log", "w") as log:
-        watch.guard(0.5, found.append, log)
+        watch.guard(0.5, lambda: begun.append(True), found.append, log)
         while not found and time.monotonic() - began < 1.5:
             time.sleep(0.01)
         watch.unguard()
     assert bool(found) == training
+    assert begun == [True] * training
     if training:
         assert time.monotonic() - began < 1
         assert not found[0].waiting
