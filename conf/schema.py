@@ -290,6 +290,15 @@ class RunConfig(_Section):
     given: tuple[str, ...]
 
     @model_validator(mode="after")
+    def _best_of_an_average_there_is(self) -> RunConfig:
+        if self.ema is None and (self.checkpoint.best or "").startswith("ema/"):
+            raise ValueError(
+                f"checkpoint.best={self.checkpoint.best} is of the weights' average, and there is none: give ema=1ep, "
+                "or the like"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _action_has_what_it_needs(self) -> RunConfig:
         if self.output == "json" and self.action == "train":
             raise ValueError(

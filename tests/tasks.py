@@ -147,6 +147,12 @@ class BecomesNaN(Counted):
         return (loss * float("nan") if self.calls == self.call else loss), units
 
 
+class AlwaysNaN(Counted):
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        loss, units = super().loss(model, batch)
+        return loss * float("nan"), units
+
+
 class Lacking:
     """Not a task: has no train_data."""
 

@@ -19,7 +19,7 @@ from trainers.tally import News, Note, Pulse
 from trainers.watch import Watch
 
 UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
-SKIPS_IN_A_ROW = 100  # steps that weren't finite, after which nothing is being trained any more
+SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being trained any more
 
 
 def fit(
@@ -83,8 +83,8 @@ def fit(
         evaluating = evaluate is not None and (following is None or crossed(evaluate_every, step.start, step.stop))
         if stopping or saving or evaluating or following is None:
             heed(pulse.last(), metrics, state, log_every, skip_nonfinite)
-        if skips == SKIPS_IN_A_ROW:
-            raise Fatal(f"the last {skips} steps weren't finite, and were skipped")
+        if skips == SKIPS_IN_A_ROW or (following is None and state.skipped == state.steps):
+            raise Fatal(f"none of the last {skips} steps was finite: all of them were skipped, and nothing is trained")
         if evaluate and evaluating:
             state.evaluation_owed = True
             stopping = stopping or not evaluate_now(evaluate, state, metrics, keeper)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -23,7 +24,9 @@ def locate(key: str, target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise Refused(f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+        ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
+        where = f" (looked for in {os.getcwd()}, too)" if ours else ""
+        raise Refused(f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}{where}") from error
     try:
         return getattr(module, name)
     except AttributeError:

@@ -96,7 +96,12 @@ def newest_good(
     """
     if world.rank == 0:
         clear_leftovers(run)
-    names = json.loads(world.agree(json.dumps([path.name for path in checkpoints(run)])))
+    names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
+    if saved and not names:
+        raise Refused(
+            f"{run.checkpoints} has no checkpoint, but step {saved} was saved there: bring it back, or start another "
+            "run beside this with run.new=true"
+        )
     skipped = []
     for name in names:
         reason, checkpoint = "", None
@@ -117,6 +122,18 @@ def newest_good(
             "changed there: mend one, move them away to begin anew, or start another run beside this with run.new=true"
         )
     return None
+
+
+def last_saved(run: RunDir) -> int:
+    """The last step at which the run stopped, ended or went on, and so had a checkpoint, by its events; 0: none yet."""
+    steps = [0]
+    with suppress(FileNotFoundError):
+        for line in (run.path / "events.jsonl").read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                if event["event"] in ("stopped", "finished", "going_on"):
+                    steps.append(int(event["step"]))
+    return steps[-1]
 
 
 def best_value(run: RunDir, best: str | None, world: World) -> float | None:

@@ -58,6 +58,7 @@ class Stop:
         self._interrupts += number == signal.SIGINT
         if self.hurry and self._interrupts > 1:
             show_cursor()
+            os.write(2, b"isobatch: ended at once; what was done since the last checkpoint isn't saved\n")
             os._exit(130)
         self.wanted = self.wanted or signal.Signals(number).name
         if self._raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     assert changed <= {"outcome.json", "events.jsonl", "lock"}
 
 
+def test_checkpoints_that_are_gone_are_missed(runs: Runs) -> None:
+    """A run that had saved doesn't begin anew without a word."""
+    run = runs(1, *TASK, stop_at=5)
+    shutil.rmtree(run.run.checkpoints)
+    metrics = run.metrics()
+    refused = runs(1, *TASK, going_on=run).ends[0]
+    assert refused["raised"] == "Refused"
+    assert "no checkpoint, but step 5 was saved there" in refused["message"]
+    assert run.metrics() == metrics
+
+
 def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> None:
     """Another length, and the same length with a value changed; the second can be overruled."""
     file = tmp_path / "data.npy"
@@ -210,6 +222,14 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
     (skip,) = [event for event in run.events() if event["event"] == "skip"]
     assert (skip["step"], skip["skipped"]) == (3, 1)
     assert [line.get("skipped") for line in run.metrics() if "loss" in line] == [None, None, 1, 1]
+
+
+def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
+    run = runs(1, *TASK, "task._target_=tests.tasks.AlwaysNaN", "on_nonfinite=skip")
+    assert run.ends[0]["raised"] == "Fatal"
+    assert "none of the last 20 steps was finite" in run.ends[0]["message"]
+    run = runs(1, *TASK, "task._target_=tests.tasks.AlwaysNaN", "on_nonfinite=skip", "duration=3st")
+    assert "none of the last 3 steps was finite" in run.ends[0]["message"]
 
 
 def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
