@@ -43,7 +43,10 @@ examples:
   torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
 """
 
-ENDS = "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal · 1 crashed, or out of memory · 130 by a second Ctrl-C"
+ENDS = (
+    "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal and saved · "
+    "1 crashed, or out of memory · 130 by a second Ctrl-C"
+)
 
 
 class Entry(NamedTuple):

@@ -26,7 +26,8 @@ def locate(key: str, target: str) -> Any:
     except Exception as error:
         ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         where = f" (looked for in {os.getcwd()}, too)" if ours else ""
-        raise Refused(f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}{where}") from error
+        said = f"{type(error).__name__}: {error}{where}"
+        raise Refused(f"{key}={target}: importing {module_name} failed: {said}") from error
     try:
         return getattr(module, name)
     except AttributeError:
