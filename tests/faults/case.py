@@ -162,7 +162,7 @@ class Case:
                 self.causes.append(outcome["cause"])
         if state != "finished":
             self.ends.append(f"{state or outcome['state']}, {code}")
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 1
         while (left := processes_of(self.run)) and time.monotonic() < deadline:
             time.sleep(0.02)
         self.orphans += len(left)
@@ -293,7 +293,8 @@ class Case:
         ours, theirs = self.metrics(), reference.metrics()
         if not self.exact:
             ours, theirs = [[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)]  # type: ignore[misc]
-        check(ours == theirs, f"metrics.jsonl has other lines: {[line for line in ours if line not in theirs][:3]}")
+        other = [line for line in ours if line not in theirs][:3]
+        check(ours == theirs, f"metrics.jsonl has {len(ours)} lines, not the {len(theirs)}: {other}")
         lost, repeated, again = self.counts() if self.counted else (0, 0, 0)
         check(not lost and not repeated, f"{lost} samples lost, {repeated} repeated")
         check(not self.orphans, f"{self.orphans} orphans")
