@@ -176,6 +176,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     if STOP.wanted or 75 in codes:
+        say("stopped (the same command goes on)")
         return 75
     failed = set(codes) - {0}
     return 2 if failed == {2} else int(bool(failed))

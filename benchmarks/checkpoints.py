@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.start import LAUNCH, ROOT, seconds
 from tests.faults.hostile import edit
 from tests.ranks.harness import in_ranks
+from trainers.watch import Watch
 from trainers.world import World
 
 TURNS = {1: 15, 10: 7, 100: 3}  # by MiB of weights
@@ -135,7 +136,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             "write": timed(keeper.wait),
             "torch.save": timed(saved_by_torch),
             "memcpy": timed(copied),
-            "resume": timed(lambda: resume(run, config, world, engine, plan, None, print)),
+            "resume": timed(lambda: resume(run, config, world, engine, plan, None, print, Watch().beat)),
             "torch.load": timed(loaded_by_torch),
         }
         if turn == 0:  # a warm-up, by which it is known how many steps the writing takes

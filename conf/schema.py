@@ -233,8 +233,7 @@ class Checkpoint(_Section):
     every: Annotated[Duration, PlainValidator(_with_minutes), PlainSerializer(str, return_type=str)] | None
     keep: Size
     best: (
-        Annotated[str, _matching(r"[^:\s]+:(max|min)", "an evaluation's value and which is best: val/accuracy:max")]
-        | None
+        Annotated[str, _matching(r"(val|ema)/[^:\s]+:(max|min)", "a value and which is best: val/accuracy:max")] | None
     )
     on_error: Literal["continue", "stop"]
 

@@ -161,3 +161,81 @@ class Lacking:
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         return None
+
+
+class Odd(Counted):
+    """A model with what models have: tied weights, a buffer that is made anew, a frozen parameter, other dtypes."""
+
+    def __init__(self, kind: str = "", call: int = -1, **args: Any) -> None:
+        super().__init__(**args)
+        self.kind, self.call, self.calls = kind, call, 0
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model[3] = nn.Linear(self.width, 7).double() if self.kind == "double" else Running(self.width)
+        if self.kind == "frozen":
+            model[0].bias.requires_grad_(False)
+        return model.double() if self.kind == "double" else model
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        if model.training:
+            self.calls += 1
+        nan = self.calls == self.call and model.training
+        inputs = (inputs * float("nan") if nan else inputs).to(next(model.parameters()).dtype)
+        return super().loss(model, (inputs, targets, units))
+
+
+class Running(nn.Linear):
+    """A linear layer that keeps a running mean of its inputs, as a new tensor each time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 7)
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.detach().mean(0)
+        return super().forward(inputs - self.mean)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer with state of its own, which its state_dict has, or which nobody can save."""
+
+    def __init__(self, params: Any, lr: float, state: str = "counter") -> None:
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.count, self.kind = 0, state
+
+    def state_dict(self) -> Any:
+        return super().state_dict() | ({"count": self.count} if self.kind == "counter" else {})
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.count = state_dict.pop("count")
+        super().load_state_dict(state_dict)
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(1 + self.count % 3)
+                if self.kind != "counter":
+                    self.state[parameter]["odd"] = (1, 2)
+        return super().step(closure)
+
+
+class Edited(Counted):
+    """Its code changes as the environment says."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        return model.double() if os.environ.get("EDITED") == "dtype" else model
+
+    def param_groups(self, model: nn.Module) -> Any:
+        first, *rest = model.parameters()
+        groups = [{"params": [first]}, {"params": rest}]
+        return groups if os.environ.get("EDITED") == "groups" else [{"params": [first, rest[0]]}, {"params": rest[1:]}]
+
+
+class FailsToEvaluate(Counted):
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        raise ValueError("no")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import wait
-from typing import Any
+from typing import IO, Any
 
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.elastic.agent.server.api import (
@@ -40,7 +40,7 @@ from trainers.notes import (
 )
 from trainers.processes import LOOK_S, SUSPENDED, WorkerProcess
 from trainers.rendezvous import Alone
-from trainers.rundir import Outcome, RunDir
+from trainers.rundir import LOCK_FD, Outcome, RunDir
 from trainers.stop import Stop
 from trainers.terminal import say
 from trainers.world import FRESH_STORE
@@ -80,6 +80,7 @@ class Agent(SimpleElasticAgent):
         timeout_s: float,
         max_restarts: int,
         start_method: str,
+        run: RunDir | None,
         on_restart: Callable[[Agent], None],
     ) -> None:
         spec = WorkerSpec(
@@ -96,6 +97,8 @@ class Agent(SimpleElasticAgent):
         self._furthest = -1  # step that a start reached before it crashed
         self._reached = {"step": 0, "samples": 0}  # by any start
         self._address, self._start_method, self._on_restart = address, start_method, on_restart
+        self._run = run
+        self._lock: IO[str] | None = None
         self._workers: list[WorkerProcess] = []
 
     @property
@@ -133,6 +136,7 @@ class Agent(SimpleElasticAgent):
         work: Any = spec.entrypoint
         context: Any = multiprocessing.get_context(self._start_method)
         self.starts, self.error = self.starts + 1, None
+        lock = self._handed_on() if self._start_method == "fork" else {}
         hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
             env = {
@@ -144,10 +148,21 @@ class Agent(SimpleElasticAgent):
                 "MASTER_PORT": worker_group.master_port,
                 "TORCHELASTIC_RESTART_COUNT": self.restarts,
                 FRESH_STORE: 1,
+                **lock,
             }
             self._workers.append(WorkerProcess(context, worker.global_rank, env, self._stop, work, spec.args))
         self._stop.hurry = hurry
         return {number: worker.pid for number, worker in enumerate(self._workers)}
+
+    def _handed_on(self) -> dict[str, Any]:
+        """The lock file for rank 0, which this agent keeps open for it from start to start."""
+        if self._lock and not self.leads:
+            self._lock.close()
+            self._lock = None
+        if self._run and self.leads:
+            with suppress(OSError):  # the worker will say so
+                self._lock = self._lock or self._run.open_lock()
+        return {LOCK_FD: self._lock.fileno()} if self._lock else {}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         wait([worker.sentinel for worker in self._alive()], LOOK_S)

@@ -87,14 +87,18 @@ def fit(
             raise Fatal(f"none of the last {skips} steps was finite: all of them were skipped, and nothing is trained")
         if evaluate and evaluating:
             state.evaluation_owed = True
+            if following is None:
+                keeper.save(state)  # and wait: an evaluation which fails then costs no training
+                keeper.wait()
             stopping = stopping or not evaluate_now(evaluate, state, metrics, keeper)
-        if saving and not stopping:
+        if saving and following and not stopping:
             keeper.save(state)
         if failure := keeper.failure():
             complain(failure)
         step = following
     done = step is None and not state.evaluation_owed
-    keeper.save(state)
+    if evaluate is None or not done:
+        keeper.save(state)
     if failure := keeper.wait():
         if not done:
             raise Fatal(f"step {state.steps}, at which to stop, can't be saved: {failure}")

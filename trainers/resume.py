@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
+
 from conf.identity import identity
 from conf.stored import lengthened
 from scaling.plan import Plan
 from scaling.resolve import continued
-from trainers.checkpoint import Reader
+from trainers.checkpoint import DTYPES, Reader
 from trainers.commit import clear_leftovers
 from trainers.engines import Engine
 from trainers.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
+from trainers.optim.stored import GROUPS, MORE
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
 from trainers.world import World
@@ -33,6 +36,7 @@ def resume(
     fresh: Plan,
     fingerprint: str | None,
     tell: Callable[[str], None],
+    beat: Callable[[], None],
 ) -> tuple[TrainState, Checkpoint | None]:
     """Where to start: from the newest good checkpoint, put into the engine, or from nothing where there is none.
 
@@ -40,11 +44,12 @@ def resume(
         fresh: the plan of today's command on today's hardware.
         fingerprint: of the data; None: not to be compared.
         tell: told of each checkpoint that is skipped, and why.
+        beat: called for every few MB that are read.
 
     Raises:
         Refused: there are checkpoints, but no good one; or the data isn't what it was.
     """
-    found = newest_good(run, config, world, engine, tell)
+    found = newest_good(run, config, world, engine, tell, beat)
     if found is None:
         return TrainState(fresh), None
     header = found.header
@@ -55,8 +60,11 @@ def resume(
         raise Refused(str(error)) from None
     try:
         engine.restore(Reader(found))
-    except (KeyError, TypeError, ValueError) as error:  # its checksums hold, so this is how it was written
-        raise Refused(f"{found.path} doesn't fit this optimizer: {type(error).__name__}: {error}") from error
+    except Refused:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Refused(f"{found.path} doesn't fit the optimizer ({said:.200}): was the task changed?") from error
     return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed), found
 
 
@@ -88,6 +96,7 @@ def newest_good(
     world: World,
     engine: Engine,
     tell: Callable[[str], None],
+    beat: Callable[[], None],
 ) -> Checkpoint | None:
     """The newest checkpoint in which nothing is wrong, the same on all ranks, which share the reading of its files.
 
@@ -108,7 +117,7 @@ def newest_good(
         try:
             checkpoint = read(run.checkpoints / name)
             refuse_misfit(checkpoint, config, engine)
-            verify(checkpoint, sorted(checkpoint.files)[world.rank :: world.size])
+            verify(checkpoint, sorted(checkpoint.files)[world.rank :: world.size], beat)
         except (Damaged, OSError) as error:
             reason = str(error)
         if not (reasons := [text for text in world.gather(reason) if text]):
@@ -155,20 +164,34 @@ def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> 
     header, ours = checkpoint.header, identity(config)
     if header.identity != ours and not lengthened(config, header.identity, header.duration):
         raise Damaged(f"it is of another run (identity {header.identity} with duration={header.duration}, not {ours})")
-    shapes, stored = engine.shapes(), checkpoint.tensors
-    for name, shape in shapes.items():
+    if header.plan.seed != config.seed:
+        raise Damaged(f"its plan has seed={header.plan.seed}, and the run has {config.seed}")
+    layout, stored = engine.layout(), checkpoint.tensors
+    for name, (dtype, shape) in layout.items():
         if name not in stored:
             raise Damaged(f"it lacks {name}, which the model has")
-        if stored[name].shape != shape:
-            raise Damaged(f"{name} has the shape {list(stored[name].shape)} there, and {list(shape)} in the model")
+        there = DTYPES[stored[name].dtype], stored[name].shape
+        if there != (dtype, shape):
+            raise Damaged(f"{name} is {_kind(*there)} there, and {_kind(dtype, shape)} in the model")
     own = config.optimizer.name == "custom"
-    for name in stored.keys() - shapes.keys():
+    for name in (*(stored.keys() - layout.keys()), *(checkpoint.values.keys() - {GROUPS, MORE})):
         kind, _, rest = name.partition("/")
-        parameter = shapes.get(f"model/{rest.rpartition('/')[0]}")
+        parameter = layout.get(f"model/{rest.rpartition('/')[0]}")
         if kind != "optim" or parameter is None:
-            raise Damaged(f"{name} is nothing that the model or its optimizer has")
-        if not own and stored[name].shape not in ((), parameter):
-            raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter)}")
+            raise Damaged(f"{name!r:.100} is nothing that the model or its optimizer has")
+        if not own and name in stored and stored[name].shape not in ((), parameter[1]):
+            raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter[1])}")
+    groups = checkpoint.values.get(GROUPS)
+    if not isinstance(groups, list) or any(not isinstance(g, dict) or not _names(g.get("params")) for g in groups):
+        raise Damaged(f"{GROUPS} isn't what an optimizer's groups are")
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) -> None:

@@ -28,9 +28,9 @@ from trainers.model import dependent_on_cut, make_model
 from trainers.notes import restarts
 from trainers.optim import make_optimizer
 from trainers.resume import best_value, header_of, resume
-from trainers.rundir import Outcome, Refused, RunDir, write_atomic
+from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.state import TrainState
-from trainers.stop import Stop
+from trainers.stop import SIGNALS, Stop
 from trainers.tally import Pulse
 from trainers.tasks import make_task, open_data
 from trainers.terminal import say
@@ -95,20 +95,24 @@ def _train(
     before: Outcome | None,
 ) -> Outcome:
     ours = run if world.rank == 0 else None  # what rank 0 writes and says, it does for all
+    watch.beat(*((before.step, before.samples) if before else (0, 0)))  # from now on a rank that hangs is noticed
     seed_generators(config.seed)
     task = make_task(config)
     data = open_data(task, config)
+    watch.beat()
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     looks = ours is not None and config.data.fingerprint
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
     model = key_dropout(make_model(config, task), stream).to(world.device)
+    watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     source = initialise(model, config.init_from, world) if config.init_from and begins else None
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
-    state, found = resume(run, config, world, engine, plan, known_by, tell=partial(tell, ours, "skipped"))
+    watch.beat()
+    state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
@@ -142,7 +146,7 @@ def _train(
     def complain(failure: str) -> None:
         metrics.warn(f"a checkpoint couldn't be saved: {failure}")
         if config.checkpoint.on_error == "stop":
-            stop.wanted = stop.wanted or f"a checkpoint couldn't be saved: {failure}"
+            stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
 
     _KEPT.extend((engine, loader, metrics, keeper))
     for reason in dependent_on_cut(model):
@@ -172,10 +176,13 @@ def _train(
         error.per_gpu = state.plan.cut.micro_batches[0][0]  # type: ignore[attr-defined]
         raise
     finally:
+        watch.unguard()
         loader.close()
         metrics.close()
         keeper.close()
     cause = "" if done else stop_cause(stop, world)
+    if cause and cause not in {number.name for number in SIGNALS}:
+        raise Fatal(cause)
     outcome = Outcome(
         "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
     )

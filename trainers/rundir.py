@@ -14,6 +14,8 @@ from typing import IO, Any, Literal, get_args
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
 LOCK = "lock"
+LOCK_FD = "ISOBATCH_LOCK_FD"  # in the environment of forked workers: what ``open_lock`` gave their launcher
+DYING_S = 1.0  # for the processes of a launch that was just killed to be gone
 
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
 
@@ -159,22 +161,38 @@ class RunDir:
                 )
             time.sleep(0.05)
 
+    def open_lock(self) -> IO[str]:
+        """The file that ``lock`` locks, to be handed on to processes that are forked from this one.
+
+        What one of them locks stays locked as long as any of them, or this one, has it open: so between two starts of
+        the workers, too, and no longer than there is one of them, however they end.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        return open(self.path / LOCK, "a+")
+
     def lock(self) -> IO[str]:
-        """Take the directory for this process; freed when the returned file is closed or the process ends, however.
+        """Take the directory for this launch, until the returned file and those it was handed on from are closed.
 
         Raises:
             Refused: another launch has it, and which.
         """
-        file = open(self.path / LOCK, "a+")  # noqa: SIM115
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise Refused(
-                f"another launch works in {self.path} ({file.read().strip() or 'it just started'}); wait for it, stop "
-                "it, or start another run beside it with run.new=true"
-            ) from None
+        handed_on = os.environ.get(LOCK_FD)
+        file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else self.open_lock()
+        deadline = time.monotonic() + DYING_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise Refused(
+                        f"another launch works in {self.path} ({file.read().strip() or 'it just started'}); wait for "
+                        "it, stop it, or start another run beside it with run.new=true"
+                    ) from None
+            time.sleep(0.02)
+        pid = os.getppid() if handed_on else os.getpid()
         file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.write(f"host {socket.gethostname()}, pid {pid}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         return file

@@ -18,7 +18,8 @@ from trainers.average import Average
 from trainers.checkpoint import DTYPES, Reader
 from trainers.commit import sync
 from trainers.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
-from trainers.rundir import Refused, RunDir
+from trainers.model import tied
+from trainers.rundir import Fatal, Refused, RunDir
 from trainers.world import World
 
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
@@ -26,7 +27,20 @@ SHOWN = 5  # names of each kind of mismatch
 
 
 def save_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
-    """The model's weights and buffers in ``final/``, and the same with its average; all or nothing."""
+    """The model's weights and buffers in ``final/``, and the same with its average; all or nothing.
+
+    Raises:
+        Fatal: they can't be written.
+    """
+    try:
+        _save_final(run, model, average)
+    except (OSError, SafetensorError) as error:
+        raise Fatal(
+            f"the trained weights can't be written to {run.final} ({error}); once they can, the same command does"
+        ) from error
+
+
+def _save_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
     aside, old = run.path / ".final.tmp", run.path / ".final.old"
     for left in (aside, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -118,16 +132,6 @@ def _goes_on(run: RunDir) -> bool:
     """Whether a finished run was extended, so that its newest checkpoint is newer than what it left in ``final/``."""
     outcome = run.outcome()
     return outcome is not None and outcome.state != "finished" and bool(checkpoints(run))
-
-
-def tied(model: nn.Module) -> list[dict[str, Tensor]]:
-    """The tensors of the model's state_dict by their names; those that share all of their memory are together."""
-    groups: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            memory = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
-            groups.setdefault(memory, {})[name] = tensor.detach()
-    return list(groups.values())
 
 
 @dataclass(frozen=True, slots=True)

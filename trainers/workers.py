@@ -89,6 +89,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
             timeout_s=cluster.timeout_s,
             max_restarts=cluster.max_restarts,
             start_method="fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn",
+            run=RunDir(facts["run_dir"]) if "run_dir" in facts else None,
             on_restart=partial(_before_restart, facts),
         )
         agent.run()
@@ -117,8 +118,9 @@ def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and who wants to know
     more reads ``outcome.json``.
     """
-    stop.hurry = False
-    return _exit_code(_attempt(config, facts, stop, Watch(), _end_under_torchrun))
+    stop.hurry, watch = False, Watch()
+    watch.beat()
+    return _exit_code(_attempt(config, facts, stop, watch, _end_under_torchrun))
 
 
 def work(config: RunConfig, facts: dict[str, str], stop: Stop, watch: Watch) -> NoReturn:

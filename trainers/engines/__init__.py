@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from trainers.tally import Note, Number, Total
@@ -67,18 +68,23 @@ class Engine(Protocol):
 
         Where ``on_nonfinite`` is skip, a gradient or scale that isn't finite is dropped, on all ranks, and with it what
         the step did to the model's buffers.
+
+        Raises:
+            Refused: after the first step: the optimizer keeps what a checkpoint can't hold.
         """
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that every checkpoint has: ``model/<name>`` and ``ema/<name>``; the optimizer's come later."""
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``.
+
+        Raises:
+            Refused: the model keeps what a checkpoint can't hold.
+        """
 
     def slices(self) -> Iterator[Slice]:
         """This rank's part of what a checkpoint holds; the parts of all ranks are everything, once.
 
         Called by all ranks after the same step: ranks may talk to each other.
 
-        Raises:
-            Refused: the optimizer or the model holds what a checkpoint can't.
         """
 
     def values(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from trainers.average import Average
 from trainers.checkpoint import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
+from trainers.model import distinct
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer, stored_optimizer
 from trainers.rundir import Refused
@@ -89,9 +90,11 @@ class DDP:
     ) -> None:
         self.model, self.average = model, average
         self._tuned, self._world, self._ranks = tuned, world, world.size
-        self._buffers = list(model.buffers()) if skip_nonfinite else []
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._skip_nonfinite = skip_nonfinite
+        self._buffers_before: dict[str, Tensor] = {}
+        self._keep_buffers()
+        self.layout()  # what can't be saved is refused now, and not when it would be lost
+        self._stepped = False
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
@@ -141,7 +144,8 @@ class DDP:
             if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters]
-        total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))).double()
+        wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+        total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide))).double()
         norm: Number = (total_norm.item() if total_norm.is_cpu else total_norm) * scale
         if self._skip_nonfinite and not math.isfinite(norm):  # on an accelerator this look waits for it
             self._discard()
@@ -159,17 +163,24 @@ class DDP:
         self._tuned.optimizer.zero_grad(set_to_none=True)
         if self.average and recipe.ema is not None:
             self.average.update(recipe.ema)
-        if self._buffers:
-            torch._foreach_copy_(self._buffers_before, self._buffers)
+        self._keep_buffers()
+        if not self._stepped:
+            self._stepped = True
+            self.values()  # likewise
         return Update(norm)
 
-    def _discard(self) -> None:
-        self._tuned.optimizer.zero_grad(set_to_none=True)
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._buffers_before)
+    def _keep_buffers(self) -> None:
+        if self._skip_nonfinite:
+            self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._always().items()}
+    def _discard(self) -> None:
+        """Undo what the step did to the buffers, also where a module has made a new one."""
+        self._tuned.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers_before[name])
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._always().items()}
 
     def slices(self) -> Iterator[Slice]:
         for buffer in self.model.buffers():
@@ -184,11 +195,10 @@ class DDP:
             for name, tensor in self._always().items():
                 tensor.copy_(reader.whole(name))
         restore_optimizer(self._tuned.optimizer, self._names(), reader)
-        for before, buffer in zip(self._buffers_before, self._buffers, strict=True):
-            before.copy_(buffer)
+        self._keep_buffers()
 
     def _always(self) -> dict[str, Tensor]:
-        found = {f"model/{name}": tensor for name, tensor in distinct_state(self.model).items()}
+        found = {f"model/{name}": tensor for name, tensor in distinct(self.model).items()}
         return found | {
             f"ema/{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()
         }
@@ -198,19 +208,6 @@ class DDP:
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return stored_optimizer(self._tuned.optimizer, self._names())
-
-
-def distinct_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their names in the state_dict; what has several, by the first of them."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise Refused(f"the model keeps a {type(tensor).__name__} as {name}; a checkpoint holds tensors of a model")
-        if id(tensor) not in seen:
-            found[name] = tensor
-        seen.add(id(tensor))
-    return found
 
 
 def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:

@@ -1,7 +1,8 @@
 """An optimizer's state as a checkpoint holds it: by the names of the parameters, with no code for any one optimizer.
 
-Tensors are ``optim/<parameter>/<key>``; what isn't a tensor is JSON under the same names, and ``optim/groups`` are the
-hyperparameters of the groups, some of which an optimizer may move by itself.
+Tensors are ``optim/<parameter>/<key>``; what isn't a tensor is JSON under the same names. ``optim/groups`` are the
+hyperparameters of the groups, some of which an optimizer may move by itself, with the names of their ``params``;
+``optim/more`` is what else its ``state_dict()`` has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trainers.rundir import Refused
 if TYPE_CHECKING:
     from trainers.checkpoint import Reader
 
-GROUPS = "optim/groups"
+GROUPS, MORE = "optim/groups", "optim/more"
 
 
 def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -27,44 +28,70 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
     Raises:
         Refused: it keeps something that is neither, or for something that is no parameter of the model.
     """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    who, tensors, values = type(optimizer).__name__, dict[str, Tensor](), dict[str, Any]()
     for parameter, state in optimizer.state.items():
         if parameter not in names:
-            raise Refused(f"{_named(optimizer)} keeps state of what is no parameter of the model")
+            raise Refused(f"the optimizer {who} keeps state of what is no parameter of the model")
         for key, value in state.items():
             (tensors if isinstance(value, Tensor) else values)[f"optim/{names[parameter]}/{key}"] = value
-    values[GROUPS] = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    values[GROUPS] = [_stored_group(group, names) for group in optimizer.param_groups]
+    if more := {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}:
+        values[MORE] = more
     for name, value in values.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
-            raise Refused(f"{_named(optimizer)} keeps as {name} what isn't a tensor or JSON: {value!r:.100}") from None
+        if not _is_json(value):
+            shown = " ".join(repr(value).split())
+            raise Refused(f"the optimizer {who} keeps as {name} what a checkpoint can't hold: {shown:.100}")
     return tensors, values
 
 
 def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader: Reader) -> None:
-    """Put back what ``stored_optimizer`` gave, whole on this rank."""
+    """Put back what ``stored_optimizer`` gave, whole on this rank.
+
+    Raises:
+        Refused: it isn't of this optimizer: groups, or the parameters in them, are others.
+    """
     parameters = {name: parameter for parameter, name in names.items()}
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for group, was in zip(optimizer.param_groups, reader.values[GROUPS], strict=True):
-        for key, value in was.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    then, now = reader.values[GROUPS], [_stored_group(group, names) for group in optimizer.param_groups]
+    if [was["params"] for was in then] != [group["params"] for group in now]:
+        raise Refused(
+            f"the optimizer's parameters were in groups of {_sizes(then)} when the checkpoint was saved, and now in "
+            f"groups of {_sizes(now)}, or others are in them: was the task or the model changed?"
+        )
+    if more := reader.values.get(MORE):
+        optimizer.load_state_dict({**optimizer.state_dict(), **more})
+    for group, was in zip(optimizer.param_groups, then, strict=True):
+        for key in was.keys() - {"params"}:
+            group[key] = tuple(was[key]) if isinstance(group.get(key), tuple) else was[key]
     optimizer.state.clear()
     for name in (*reader.tensors, *reader.values):
         kind, _, rest = name.partition("/")
-        if kind != "optim" or name == GROUPS:
+        if kind != "optim" or name in (GROUPS, MORE):
             continue
         of, _, key = rest.rpartition("/")
         parameter = parameters[of]
         if name in reader.values:
             optimizer.state[parameter][key] = reader.values[name]
             continue
-        group = group_of[parameter]
         # torch's optimizers count steps on the CPU, but where the kernel counts
+        group = groups[parameter]
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
         optimizer.state[parameter][key] = reader.whole(name).to("cpu" if stays else parameter.device)
 
 
-def _named(optimizer: Optimizer) -> str:
-    return f"the optimizer {type(optimizer).__name__}"
+def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """A group's hyperparameters, its tuples as lists, and the names of its parameters."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    return plain | {"params": [names[parameter] for parameter in group["params"]]}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether it comes back as it was."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _sizes(groups: list[dict[str, Any]]) -> str:
+    return " and ".join(str(len(group["params"])) for group in groups)

@@ -1,0 +1,121 @@
+"""What a checkpoint keeps: of models and optimizers of every kind, nothing may be missing, or it is refused at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.harness import Run, Runs
+from trainers.rundir import LOCK_FD, Refused, RunDir
+
+TASK = (
+    "task=custom", "task._target_=tests.tasks.Odd", "batch.global_size=20", "duration=30st", "evaluate.every=10st",
+    "checkpoint.every=null",
+)  # fmt: skip
+OWN = ("optimizer=custom", "optimizer._target_=tests.tasks.Counting", "lr.peak=0.01")
+OPTIMIZERS = {
+    "sgd": ("lr.peak=0.05",),
+    "adamw": ("optimizer=adamw", "lr.peak=0.01"),
+    "state of its own": OWN,
+    "Adafactor": ("optimizer=custom", "optimizer._target_=torch.optim.Adafactor", "lr.peak=0.01"),
+    "NAdam": ("optimizer=custom", "optimizer._target_=torch.optim.NAdam", "lr.peak=0.01"),
+    "RMSprop": ("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.01"),
+}
+
+
+def same(a: Run, b: Run) -> bool:
+    return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers(runs: Runs, optimizer: str) -> None:
+    task = (*TASK, *OPTIMIZERS[optimizer])
+    run = runs(2, *task, going_on=runs(2, *task, stop_at=13))
+    assert same(run, runs(2, *task))
+
+
+@pytest.mark.parametrize("kind", ["double", "frozen"])
+def test_models(runs: Runs, kind: str) -> None:
+    """float64, clipped; a frozen parameter, a buffer that the module makes anew, an average of all."""
+    task = (*TASK, "lr.peak=0.05", f"task.args.kind={kind}", "clip_norm=0.5", "ema=100sa")
+    run = runs(2, *task, going_on=runs(2, *task, stop_at=13))
+    assert same(run, runs(2, *task))
+
+
+def test_what_cannot_be_kept_is_refused_after_the_first_step(runs: Runs) -> None:
+    """A tuple would come back as a list."""
+    end = runs(2, *TASK, *OWN, "optimizer.args.state=tuple").ends[0]
+    assert end["raised"] == "Refused"
+    assert "the optimizer Counting keeps as optim/0.weight/odd what a checkpoint can't hold: (1, 2)" in end["message"]
+
+
+def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
+    """NaN in one micro-batch's inputs: also where the module made a new buffer of it."""
+    run = runs(1, *TASK, "lr.peak=0.05", "task.args.call=5", "on_nonfinite=skip")
+    assert run.ends[0]["state"] == "finished"
+    assert all(torch.isfinite(value).all() for value in run.weights().values())
+    assert run.metrics()[-1]["val/loss"] == pytest.approx(1, abs=0.5)
+    assert [event["step"] for event in run.events() if event["event"] == "skip"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ("groups", "groups of 2 and 2 when the checkpoint was saved, and now in groups of 1 and 3"),
+        ("dtype", "float32 [32, 8] there, and"),
+    ],
+)
+def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:
+    """Of which the identity knows nothing."""
+    task = (*TASK, "task._target_=tests.tasks.Edited", "lr.peak=0.05")
+    run = runs(1, *task, stop_at=3)
+    monkeypatch.setenv("EDITED", env)
+    refused = runs(1, *task, going_on=run).ends[0]
+    assert refused["raised"] == "Refused"
+    assert said in refused["message"]
+    assert "\n" not in refused["message"]
+
+
+def test_what_was_trained_outlives_the_last_evaluation(runs: Runs) -> None:
+    """One that fails costs no training: the checkpoint of the end is there before it."""
+    task = (*TASK, "task._target_=tests.tasks.FailsToEvaluate", "lr.peak=0.05", "evaluate.every=null")
+    run = runs(2, *task)
+    assert run.ends[0]["raised"] == "ValueError"
+    assert [path.name for path in run.run.checkpoints.glob("step-*")] == ["step-00000030"]
+    again = runs(2, *task, going_on=run)
+    assert again.events()[-1] | {"time": ""} == {"time": "", "event": "going_on", "checkpoint": "step-00000030"} | {
+        "step": 30,
+        "samples": 600,
+    }
+
+
+def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
+    """Between a worker's death and the next start the directory is still its launch's."""
+    run = RunDir(tmp_path / "run")
+
+    def in_fork(body: Any) -> int:
+        if pid := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            body()
+            os._exit(0)
+        except Refused:
+            os._exit(2)
+
+    def worker() -> None:
+        os.environ[LOCK_FD] = str(handed_on.fileno())
+        run.lock()
+
+    handed_on = run.open_lock()
+    assert in_fork(worker) == 0
+    began = time.monotonic()
+    assert in_fork(lambda: run.lock()) == 2
+    assert time.monotonic() - began < 5
+    assert in_fork(worker) == 0  # the next start of the same launch
+    handed_on.close()
+    assert in_fork(lambda: run.lock()) == 0
