@@ -25,15 +25,15 @@ from torch.utils.data import TensorDataset
 from benchmarks.start import LAUNCH, ROOT, seconds
 from tests.faults.hostile import edit
 from tests.ranks.harness import in_ranks
-from trainers.watch import Watch
+from trainers.starting.watch import Watch
 from trainers.world import World
 
-TURNS = {1: 15, 10: 7, 100: 3}  # by MiB of weights
+TURNS = {1: 9, 10: 5, 100: 3}  # by MiB of weights
 RANKS = (1, 2, 4)
 WIDTH = 512  # of a layer, whose weights are then 1 MiB
 
 SAMPLES, MIDDLE, GLOBAL = 10**9, 500_000_000, 32
-COMMANDS = 5  # after the first, which reads from the disk
+COMMANDS = 4  # after the first, which reads from the disk
 
 
 class Layers:
@@ -56,11 +56,11 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
     """Medians of seconds on this rank, turn by turn with plain torch."""
     from conf.compose import compose
     from scaling.resolve import resolve
+    from trainers.checkpoints.keeper import Keeper
+    from trainers.checkpoints.resume import header_of, resume
     from trainers.engines import make_engine
-    from trainers.keeper import Keeper
     from trainers.loader import Loader
     from trainers.optim import make_optimizer
-    from trainers.resume import header_of, resume
     from trainers.rundir import RunDir
     from trainers.state import TrainState
     from trainers.tally import Note
@@ -140,7 +140,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             "torch.load": timed(loaded_by_torch),
         }
         if turn == 0:  # a warm-up, by which it is known how many steps the writing takes
-            steps = int(world.agree(str(max(5, math.ceil(2 * once["write"] / step_s)))))
+            steps = int(world.agree(str(max(4, math.ceil(1.5 * once["write"] / step_s)))))
             continue
         train(1)
         once["with a save"] = timed(partial(saved, steps))
