@@ -34,9 +34,9 @@ from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import continued, resolve
 from scaling.table import table
-from trainers import workers
-from trainers.manifest import Damaged, checkpoints, read
+from trainers.checkpoints.manifest import Damaged, checkpoints, read
 from trainers.rundir import Refused, RunDir
+from trainers.starting import workers
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig

@@ -28,11 +28,11 @@ def ours(world: World, steps: int) -> float:
     from trainers.loader import Loader
     from trainers.metrics import Metrics
     from trainers.optim import make_optimizer
+    from trainers.starting.watch import Watch
     from trainers.state import TrainState
     from trainers.stop import Stop
     from trainers.tally import Pulse
     from trainers.tasks import make_task
-    from trainers.watch import Watch
 
     config = compose(
         [

@@ -9,8 +9,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from trainers.notes import restarts
 from trainers.rundir import Outcome, Refused, RunDir
+from trainers.starting.notes import restarts
 from trainers.world import World
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from trainers.enter import refuse_other_commands
 from trainers.evaluate import make_evaluate
 from trainers.keyed import seed_generators
 from trainers.model import make_model
-from trainers.notes import restarts
 from trainers.run import plan_of, stop_cause
 from trainers.rundir import Outcome, Refused
+from trainers.starting.notes import restarts
 from trainers.stop import Stop
 from trainers.tasks import make_task, open_data
 from trainers.weights import initialise, load_average

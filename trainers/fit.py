@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Callable
 
+from trainers.checkpoints.keeper import Keeper
 from trainers.engines import Engine
 from trainers.evaluate import Evaluate
-from trainers.keeper import Keeper
 from trainers.keyed import Stream
 from trainers.loader import Loader
 from trainers.metrics import Metrics
 from trainers.rundir import Fatal, Refused
+from trainers.starting.watch import Watch
 from trainers.state import TrainState
 from trainers.stop import Stop
 from trainers.tally import News, Note, Pulse
-from trainers.watch import Watch
 
 UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
 SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being trained any more

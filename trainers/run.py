@@ -14,27 +14,27 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
+from trainers.checkpoints.keeper import Keeper
+from trainers.checkpoints.manifest import Checkpoint, checkpoints
+from trainers.checkpoints.resume import best_value, header_of, resume
 from trainers.engines import make_engine
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate, with_average
 from trainers.fingerprint import fingerprint
 from trainers.fit import fit
-from trainers.keeper import Keeper
 from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
-from trainers.manifest import Checkpoint, checkpoints
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model
-from trainers.notes import restarts
 from trainers.optim import make_optimizer
-from trainers.resume import best_value, header_of, resume
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
+from trainers.starting.notes import restarts
+from trainers.starting.watch import Watch
 from trainers.state import TrainState
 from trainers.stop import SIGNALS, Stop
 from trainers.tally import Pulse
 from trainers.tasks import make_task, open_data
 from trainers.terminal import say
-from trainers.watch import Watch
 from trainers.weights import initialise, save_final
 from trainers.world import World
 

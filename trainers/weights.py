@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.average import Average
-from trainers.checkpoint import DTYPES, Reader
-from trainers.commit import sync
-from trainers.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
+from trainers.checkpoints.commit import sync
+from trainers.checkpoints.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
+from trainers.checkpoints.slices import DTYPES, Reader
 from trainers.model import tied
 from trainers.rundir import Fatal, Refused, RunDir
 from trainers.world import World

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from trainers.notes import read_note
 from trainers.rundir import Fatal, Refused
+from trainers.starting.notes import read_note
 
 # gloo's destructor waits for threads that need the lock it holds (pytorch #190489): groups are never let go of.
 _KEPT: list[object] = []
@@ -99,7 +99,7 @@ class World:
         return tensor
 
     def wait_patiently(self) -> None:
-        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (trainers/watch.py).
+        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (starting/watch.py).
 
         The time that a job was suspended counts in a collective's timeout, and not in a watch's.
         """
@@ -107,7 +107,7 @@ class World:
             _set_pg_timeout(timedelta(days=365))
 
     def leave(self) -> None:
-        """End the process group; the process is expected to end by ``os._exit`` (see trainers/workers.py)."""
+        """End the process group; the process is expected to end by ``os._exit`` (see trainers/starting/workers.py)."""
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.manifest import sealed
+from trainers.checkpoints.manifest import sealed
 
 PART = "rank-00001.safetensors"
 BALLAST = "model/ballast"  # a tensor that has a slice in both files

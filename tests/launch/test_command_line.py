@@ -22,8 +22,8 @@ from conf.identity import identity
 from conf.stored import dump
 from scaling.record import to_json
 from scaling.resolve import resolve
-from trainers.commit import compose as manifest_of
-from trainers.manifest import NAME, Header, file_of, folder_of
+from trainers.checkpoints.commit import compose as manifest_of
+from trainers.checkpoints.manifest import NAME, Header, file_of, folder_of
 from trainers.rundir import Outcome, RunDir
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ import torch._dynamo
 from conf.compose import compose
 from trainers.run import train
 from trainers.rundir import RunDir
+from trainers.starting.watch import Watch
 from trainers.stop import Stop
-from trainers.watch import Watch
 from trainers.world import World
 
 DEADLINE_S = 60.0

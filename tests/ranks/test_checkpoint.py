@@ -21,15 +21,15 @@ from torch import Tensor
 
 from tests.ranks.harness import in_ranks
 from tests.unit.test_manifest import PLAN, header_of, verified
-from trainers import checkpoint as checkpoint_module
-from trainers import keeper as keeper_module
-from trainers.checkpoint import Copies, Reader, Slice, write_part
-from trainers.commit import clear_leftovers
-from trainers.keeper import Keeper
-from trainers.manifest import Header, checkpoints, read
+from trainers.checkpoints import keeper as keeper_module
+from trainers.checkpoints import slices as checkpoint_module
+from trainers.checkpoints.commit import clear_leftovers
+from trainers.checkpoints.keeper import Keeper
+from trainers.checkpoints.manifest import Header, checkpoints, read
+from trainers.checkpoints.slices import Copies, Reader, Slice, write_part
+from trainers.checkpoints.tensorfile import ITEMSIZE, entries
 from trainers.rundir import RunDir
 from trainers.state import TrainState
-from trainers.tensorfile import ITEMSIZE, entries
 from trainers.world import World
 
 

@@ -11,8 +11,8 @@ from conf.compose import compose
 from tests.ranks.harness import Runs, in_ranks
 from trainers.run import train
 from trainers.rundir import Outcome, RunDir
+from trainers.starting.watch import Watch
 from trainers.stop import Stop
-from trainers.watch import Watch
 from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "duration=10st", "lr.peak=0.01")

@@ -233,8 +233,8 @@ def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
 
 
 def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
-    from trainers.checkpoint import Reader
-    from trainers.manifest import read
+    from trainers.checkpoints.manifest import read
+    from trainers.checkpoints.slices import Reader
 
     reader = Reader(read(run.run.checkpoints / f"step-{step:08d}"))
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from trainers.notes import Hangs, await_words, error_note, first_error, leave_word, others_word
 from trainers.rundir import Fatal, Refused
-from trainers.watch import Watch
+from trainers.starting.notes import Hangs, await_words, error_note, first_error, leave_word, others_word
+from trainers.starting.watch import Watch
 
 HERE = Path(__file__).name
 NOWHERE = {"step": 5, "samples": 320}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.unit.test_manifest import header_of, save, verified, write_files
-from trainers.commit import aside_of, clear_leftovers, commit, compose, drop_older
-from trainers.manifest import NAME, checkpoints
+from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older
+from trainers.checkpoints.manifest import NAME, checkpoints
 from trainers.rundir import RunDir
 
 

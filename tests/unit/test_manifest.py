@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from scaling.plan import Plan
 from tests.unit.test_plan import make
-from trainers.commit import compose
-from trainers.manifest import (
+from trainers.checkpoints.commit import compose
+from trainers.checkpoints.manifest import (
     NAME,
     Checkpoint,
     Damaged,
@@ -32,8 +32,8 @@ from trainers.manifest import (
     sealed,
     verify,
 )
+from trainers.checkpoints.tensorfile import HEADER_BYTES, ITEMSIZE, entries
 from trainers.rundir import RunDir
-from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, entries
 
 PLAN = make(1000, batches=((0, 32), (320, 64)))
 RANKS = 2
@@ -129,7 +129,7 @@ def test_all_that_was_written_is_read(folder: Path) -> None:
 
 
 def test_torch_stays_out() -> None:
-    code = "import trainers.manifest, trainers.commit, sys; assert 'torch' not in sys.modules"
+    code = "import trainers.checkpoints.manifest, trainers.checkpoints.commit, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

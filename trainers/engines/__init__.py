@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
     from scaling.rules import Recipe
     from trainers.average import Average
-    from trainers.checkpoint import Reader, Slice
+    from trainers.checkpoints.slices import Reader, Slice
     from trainers.optim import Tuned
     from trainers.tasks import Task
     from trainers.world import World

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling.rules import Recipe
 from trainers.average import Average
-from trainers.checkpoint import Reader, Slice
+from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
 from trainers.model import distinct

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainers.rundir import Refused
 
 if TYPE_CHECKING:
-    from trainers.checkpoint import Reader
+    from trainers.checkpoints.slices import Reader
 
 GROUPS, MORE = "optim/groups", "optim/more"
 

@@ -13,10 +13,10 @@ from conf.identity import identity
 from conf.stored import lengthened
 from scaling.plan import Plan
 from scaling.resolve import continued
-from trainers.checkpoint import DTYPES, Reader
-from trainers.commit import clear_leftovers
+from trainers.checkpoints.commit import clear_leftovers
+from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
+from trainers.checkpoints.slices import DTYPES, Reader
 from trainers.engines import Engine
-from trainers.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
 from trainers.optim.stored import GROUPS, MORE
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState

@@ -22,9 +22,9 @@ from pydantic import Field, FiniteFloat, PlainValidator
 
 from scaling.plan import Plan
 from scaling.record import from_json
+from trainers.checkpoints.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, load_json, of_kind, sha256, strict
+from trainers.checkpoints.tensorfile import Damaged as Damaged
 from trainers.rundir import RunDir
-from trainers.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, load_json, of_kind, sha256, strict
-from trainers.tensorfile import Damaged as Damaged
 
 FORMAT = 1
 NAME = "manifest.json"

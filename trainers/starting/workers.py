@@ -19,8 +19,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from trainers.ends import Note, bury, judged, note_restart, said
-from trainers.notes import (
+from trainers.rundir import EXIT_CODE, Outcome, RunDir
+from trainers.starting.ends import Note, bury, judged, note_restart, said
+from trainers.starting.notes import (
     Hangs,
     await_words,
     error_note,
@@ -31,16 +32,15 @@ from trainers.notes import (
     restarts,
     write_note,
 )
-from trainers.rundir import EXIT_CODE, Outcome, RunDir
+from trainers.starting.watch import Watch
 from trainers.stop import Stop, Stopped, show_cursor
 from trainers.terminal import say
-from trainers.watch import Watch
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from conf.schema import RunConfig
-    from trainers.agent import Agent
+    from trainers.starting.agent import Agent
 
 HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
 
@@ -71,8 +71,8 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
 
     import trainers.run  # noqa: F401  the workers are forked with it
     from conf.hardware import workers_here
-    from trainers.agent import Agent
-    from trainers.rendezvous import rendezvous
+    from trainers.starting.agent import Agent
+    from trainers.starting.rendezvous import rendezvous
 
     cluster, handler, agent = config.cluster, None, None
     cause = "rank 0 ended without a result"

@@ -1,7 +1,7 @@
 """This machine's workers: starting them, watching them, restarting them, on torch's elastic agent and its rendezvous.
 
 torch's own local agent returns results through a queue, allows no say in what is restarted, and takes its workers'
-exit for a hang if they leave by ``os._exit``, as they have to (see trainers/workers.py). What it does for several
+exit for a hang if they leave by ``os._exit``, as they have to (see workers.py). What it does for several
 machines (rendezvous, ranks, restart together) is used unchanged.
 """
 
@@ -29,8 +29,9 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-from trainers.ends import judged
-from trainers.notes import (
+from trainers.rundir import LOCK_FD, Outcome, RunDir
+from trainers.starting.ends import judged
+from trainers.starting.notes import (
     GRACE_S,
     await_words,
     first_error,
@@ -38,9 +39,8 @@ from trainers.notes import (
     read_note,
     write_note,
 )
-from trainers.processes import LOOK_S, SUSPENDED, WorkerProcess
-from trainers.rendezvous import Alone
-from trainers.rundir import LOCK_FD, Outcome, RunDir
+from trainers.starting.processes import LOOK_S, SUSPENDED, WorkerProcess
+from trainers.starting.rendezvous import Alone
 from trainers.stop import Stop
 from trainers.terminal import say
 from trainers.world import FRESH_STORE

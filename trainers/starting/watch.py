@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trainers.notes import Hangs, place
+from trainers.starting.notes import Hangs, place
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 LOOK_S = 0.5  # at most, between the looks of the watching thread
 
 # where the main thread stands while it waits for other ranks, or for a device that does
-_WAITING = re.compile(r"[/\\]torch[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|keeper\.py)")
+_WAITING = re.compile(
+    r"[/\\]torch[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|checkpoints[/\\]keeper\.py)"
+)
 _LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
 
 

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from scaling.record import to_json
-from trainers.manifest import FORMAT, NAME, Damaged, Header, checkpoints, file_of, folder_of, parse, sealed, step_of
+from trainers.checkpoints.manifest import (
+    FORMAT,
+    NAME,
+    Damaged,
+    Header,
+    checkpoints,
+    file_of,
+    folder_of,
+    parse,
+    sealed,
+    step_of,
+)
 from trainers.rundir import RunDir, write_atomic
 
 BEST = "best"  # the link to the checkpoint of the best evaluation

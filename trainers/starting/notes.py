@@ -160,7 +160,7 @@ def _cause(error: BaseException) -> str:
 
 def place(stack: traceback.StackSummary) -> str:
     """The innermost line of the user's own code, to be put behind what happened there; empty where there is none."""
-    ours = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+    ours = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     frames = [frame for frame in stack if not frame.filename.startswith(ours)]
     frames = [frame for frame in frames if Path(frame.filename).name != "launch.py"]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""

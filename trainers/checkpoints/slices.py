@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.manifest import Checkpoint, Stored, file_of
-from trainers.tensorfile import CHUNK_BYTES, Damaged, Entry, entries
+from trainers.checkpoints.manifest import Checkpoint, Stored, file_of
+from trainers.checkpoints.tensorfile import CHUNK_BYTES, Damaged, Entry, entries
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

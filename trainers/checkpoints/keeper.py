@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch._C._distributed_c10d import HashStore, Store
 
-from trainers.checkpoint import Copies, Slice, write_part
-from trainers.commit import aside_of, commit, compose, drop_older
-from trainers.manifest import Header, checkpoints, folder_of, step_of
+from trainers.checkpoints.commit import aside_of, commit, compose, drop_older
+from trainers.checkpoints.manifest import Header, checkpoints, folder_of, step_of
+from trainers.checkpoints.slices import Copies, Slice, write_part
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
 from trainers.world import World

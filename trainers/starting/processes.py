@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainers.notes import GRACE_S, KILLED_HINT, others_word
+from trainers.starting.notes import GRACE_S, KILLED_HINT, others_word
+from trainers.starting.watch import Watch
 from trainers.stop import Stop, die_with_parent
-from trainers.watch import Watch
 
 LOOK_S = 0.1  # between an agent's looks at its workers
 SUSPENDED = "suspended (by SIGSTOP, or a debugger)"
