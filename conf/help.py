@@ -116,7 +116,8 @@ def help_text(config_dir: str | None = None) -> str:
     for action in _parser()._actions:
         if action.option_strings:
             lines += _row(", ".join(action.option_strings), action.help or "", width)
-    lines += ["  key=value, +key=value, ~key, group=choice and quoting are Hydra's grammar of overrides", "", ENDS]
+    lines += ["  key=value, +key=value, ~key, group=choice and quoting are Hydra's grammar of overrides", ""]
+    lines += textwrap.wrap(ENDS, width)
     return "\n".join(lines) + "\n"
 
 

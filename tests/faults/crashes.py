@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.soak import processes_of
-from tests.faults.case import SLOWLY, TWO, Case, check, wait_until
-from tests.faults.stops import send_in_a_save
-from tests.faults.table import Act, References, row, section, signalled
+from tests.faults.case import LAUNCH, SLOWLY, STEPS, TWO, Case, Command, check, wait_until
+from tests.faults.stops import send_in_a_save, two_machines
+from tests.faults.table import NORM, Act, References, row, section, signalled
 from tests.faults.task import Fault, fault
 
 TIMEOUT_S = 4
+HUNG = rf"^it hung: no progress within cluster\.timeout_s={TIMEOUT_S} \(task\.py:\d+ in do\)"
 NOTICED_S = TIMEOUT_S + 3 + 3  # with the time that ranks have to say what they know, and that of a busy machine
+LOADER_KILLED = r"DataLoader worker \(pid \d+\) is killed by signal: Killed"
 BOOM = r"ValueError: boom \(task\.py:\d+ in do\)"
 
 section("Crashes")
@@ -65,12 +67,21 @@ row("SIGKILL of rank 1")(ends([fault("SIGKILL", "step", 25, 1)], "^rank 1 crashe
 row("SIGKILL of rank 0; restarted")(restarts([fault("SIGKILL", "step", 25)], ["^killed by SIGKILL"]))
 row("SIGSEGV of rank 1; restarted")(restarts([fault("SIGSEGV", "step", 25, 1)], ["^killed by SIGSEGV"]))
 row("SIGKILL of a DataLoader's worker of rank 1")(
-    ends(
-        [fault("SIGKILL", "fetch", 200, 1)],
-        r"^rank 1 crashed: DataLoader worker \(pid \d+\) is killed by signal: Killed",
-        "data.workers=1",
-    )
+    ends([fault("SIGKILL", "fetch", 200, 1)], f"^rank 1 crashed: {LOADER_KILLED}", "data.workers=1")
 )
+
+
+row("SIGKILL of a DataLoader's worker of rank 1; restarted")(
+    restarts([fault("SIGKILL", "fetch", 200, 1)], [LOADER_KILLED], "data.workers=1")
+)
+
+
+@row("a rank of one of two machines raises an exception; both are restarted together", "2 × 1 → 2 × 1")
+def machines_restart(case: Case, _: References) -> None:
+    case.exact = False  # a rank that has its machine for itself has more threads
+    for machine in two_machines(case, "cluster.max_restarts=1", faults=[fault("raise", "step", 25, 1)]):
+        case.finished(machine)
+    case.causes.append(case.event("restart", cause=f"^{BOOM}$", rank=1)["cause"])
 
 
 @row("rank 1 of torchrun raises an exception, --max-restarts=1; restarted")
@@ -122,27 +133,69 @@ def killed_in_a_save(case: Case, _: References) -> None:
 def second_launch(case: Case, _: References) -> None:
     first = case.start(DELAY_S="0.3")
     case.await_step(12)
-    second = case.start()
-    check(second.code() == 2, f"the second launch wasn't refused: {second.said}")
-    named = re.search(r"another launch works in .*\(host (\S+), pid (\d+), since [\d-]+ [\d:]+\)", second.said)
-    true = named and named[1] == os.uname().nodename and int(named[2]) in processes_of(case.run)
-    check(true, f"it doesn't name the first: {second.said}")
-    check(case.outcome["state"] == "running", f"{case.outcome}")
-    case.ends.append("refused, 2")
-    case.causes.append(second.said.strip().removeprefix("isobatch: "))
+    refused_beside(case, first)
     first.send("SIGKILL")
     case.ended(first, None, -9)
     case.goes_on()
     case.found_dead()
 
 
+@row("a second launch between two starts of the first one's workers (SIGSTOP of its launcher, SIGKILL of all of them)")
+def second_launch_between_starts(case: Case, _: References) -> None:
+    first = case.start("cluster.max_restarts=1", **SLOWLY)
+    case.await_step(25)
+    first.send("SIGSTOP")
+    first.kill(set(first.everyone()) - {first.process.pid})
+    refused_beside(case, first)
+    first.send("SIGCONT")
+    case.finished(first)
+    case.causes.append(case.event("restart", cause="^killed by SIGKILL")["cause"])
+
+
+def refused_beside(case: Case, first: Command) -> None:
+    """A second launch is refused, and names the first."""
+    second = case.start()
+    check(second.code() == 2, f"the second launch wasn't refused: {second.said}")
+    named = re.search(r"another launch works in .*\(host (\S+), pid (\d+), since [\d-]+ [\d:]+\)", second.said)
+    true = named and named[1] == os.uname().nodename and int(named[2]) == first.process.pid
+    check(true, f"it doesn't name the first, pid {first.process.pid}: {second.said}")
+    check(case.outcome["state"] == "running", f"{case.outcome}")
+    case.ends.append("refused, 2")
+    case.causes.append(second.said.strip().removeprefix("isobatch: "))
+
+
+def keeps_the_best(direction: str, case: Case, _: References) -> None:
+    keeping = ("checkpoint.keep=1", f"checkpoint.best=val/loss:{direction}")
+    for number, until in enumerate((12, 24, 36), 1):
+        command = case.start(*keeping, **SLOWLY)
+        case.await_start(number)
+        case.await_step(until)
+        send_in_a_save(case, partial(command.kill, command.everyone()))
+        case.ended(command, None, -9)
+    case.goes_on(*keeping)
+    case.found_dead()
+    losses = {line["step"]: line["val/loss"] for line in case.metrics() if "val/loss" in line}
+    best = f"step-{(max if direction == 'max' else min)(losses, key=lambda step: losses[step]):08}"
+    linked = os.readlink(case.run / "checkpoints/best")
+    check(linked == best, f"best is {linked}, not {best}: {losses}")
+    kept = [path.name for path in case.checkpoints()]
+    check(kept == sorted({best, f"step-{STEPS:08}"}), f"kept: {kept}")
+
+
+for direction in ("max", "min"):
+    row(f"SIGKILL of all processes in three saves; checkpoint.keep=1, checkpoint.best=val/loss:{direction}")(
+        partial(keeps_the_best, direction)
+    )
+
+
 section("Hanging, memory, numbers")
 
 
-def hangs(what: Fault, cause: str, case: Case, _: References) -> None:
-    """A restart within the time, and the stacks of all ranks."""
+def hangs(what: Fault, step: int, cause: str, case: Case, _: References) -> None:
+    """A restart within the time after ``step``, and the stacks of all ranks."""
     command = case.start("cluster.max_restarts=1", f"cluster.timeout_s={TIMEOUT_S}", faults=[what])
-    case.await_step(24)
+    case.await_start(1)
+    case.await_step(step)
     began = time.monotonic()
     wait_until(lambda: case.events("restart"), "the restart")
     took = time.monotonic() - began
@@ -154,25 +207,52 @@ def hangs(what: Fault, cause: str, case: Case, _: References) -> None:
         check("most recent call first" in log, f"no stacks of rank {rank}")
 
 
-row(f"rank 1 hangs (sleeps), cluster.timeout_s={TIMEOUT_S}; restarted")(
-    partial(
-        hangs, fault("hang", "step", 25, 1), r"^it hung: no progress within cluster.timeout_s=4 \(task\.py:\d+ in do\)"
+for at, call, step, where in (
+    ("step", 25, 24, "in mid-step"),
+    ("fetch", 24 * 16 + 1, 24, "in its dataset's [index]"),
+    ("evaluation", 5, 21, "in an evaluation"),
+    ("data", 1, 0, "while the data is opened"),
+):
+    row(f"rank 1 hangs (sleeps) {where}, cluster.timeout_s={TIMEOUT_S}; restarted")(
+        partial(hangs, fault("hang", at, call, 1), step, HUNG)
     )
-)
 row(f"SIGSTOP of rank 1, cluster.timeout_s={TIMEOUT_S}; restarted")(
-    partial(hangs, fault("SIGSTOP", "step", 25, 1), r"^suspended \(by SIGSTOP")
+    partial(hangs, fault("SIGSTOP", "step", 25, 1), 24, r"^suspended \(by SIGSTOP")
 )
 
 
-@row("memory runs out on rank 1 (RLIMIT_AS); restarted with half the per-GPU batch")
-def out_of_memory(case: Case, _: References) -> None:
+def out_of_memory(by: Iterable[str], at: str, call: int, case: Case, _: References) -> None:
+    """From that call on there isn't enough for 16 samples at once."""
     case.exact = False  # another cut
-    limits = [fault("memory", "step", 25, 1), fault("memory", "data", 1, 1, restart=1)]
-    command = case.finished(case.start(faults=limits))
+    limits = [fault("memory", at, call, 1), fault("memory", "data", 1, 1, restart=1)]
+    command = case.finished(case.start(by=by, faults=limits))
     restart = case.event("restart", kind="oom", rank=1, per_gpu_before=16, per_gpu=8, cause="an't allocate memory")
     case.causes.append(restart["cause"])
-    check("per_gpu=8" in command.said, f"it isn't said: {command.said}")
-    check(re.search(r"finished after .*per.GPU", command.said), f"the summary doesn't say it: {command.said}")
+    check(re.search(r"finished after .*per.GPU batch 16 → 8", command.said), f"it isn't said: {command.said}")
+
+
+for by, at, call, where in (
+    (LAUNCH, "step", 25, ""),
+    (LAUNCH, "evaluation", 5, " in an evaluation"),
+    ((*TWO, "--max-restarts=1"), "step", 25, " of torchrun, --max-restarts=1"),
+):
+    row(f"memory runs out on rank 1{where} (RLIMIT_AS); restarted with half the per-GPU batch")(
+        partial(out_of_memory, by, at, call)
+    )
+
+
+@row("memory runs out on rank 1 with 2 samples in a pass, and with 1 (RLIMIT_AS); goes on once there is more")
+def no_memory_at_all(case: Case, _: References) -> None:
+    case.exact = False  # another cut
+    limits = [
+        fault("memory", "step", 24 * 8 + 1, 1, sample=1 << 30),
+        fault("memory", "data", 1, 1, restart=1, sample=1 << 30),
+    ]
+    command = case.start("batch.per_gpu=2", faults=limits)
+    cause = "^rank 1 ran out of memory with 1 sample in a pass: .*there is no smaller batch.per_gpu"
+    case.ended(command, "oom", 1, cause)
+    case.event("restart", kind="oom", rank=1, per_gpu_before=2, per_gpu=1)
+    case.goes_on("batch.per_gpu=2")
 
 
 row("the loss of rank 1 is NaN, on_nonfinite=stop, max_restarts=3: not restarted")(
@@ -190,3 +270,18 @@ def skips(case: Case, references: References) -> None:
     case.causes.append(case.event("skip", step=30, skipped=1, text="^step 30 .* isn't finite.*skipped")["text"])
     check([line["skipped"] for line in case.metrics() if "skipped" in line] == [1] * 18, "it isn't counted")
     check(case.apart(references("plain")) > 1e-4, "nothing was skipped")
+
+
+@row(
+    "the inputs of rank 0 are NaN, on_nonfinite=skip, a model with BatchNorm; then TERM",
+    reference="skipping with BatchNorm",
+)
+def skips_with_statistics(case: Case, _: References) -> None:
+    """Compared with a run in which the loss of rank 1 was NaN there: rank 0's statistics are those of the run."""
+    case.stopped(
+        case.start(*NORM, faults=[fault("nan_inputs", "step", 30), signalled("SIGTERM", "step", 40)]), "SIGTERM"
+    )
+    case.goes_on(*NORM)
+    case.causes.append(case.event("skip", step=30, skipped=1)["text"])
+    counted = int(case.weights()["model/1.num_batches_tracked"])
+    check(counted == STEPS - 1, f"the running statistics are of {counted} steps")

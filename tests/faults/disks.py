@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from tests.faults.case import BASE, SLOWLY, Case, check
+from tests.faults.case import BASE, SLOWLY, STEPS, Case, check
 from tests.faults.hostile import DAMAGES
 from tests.faults.table import References, row, section, signalled
 from tests.faults.task import Fault, fault
@@ -22,8 +22,8 @@ SAID = "No space left|File too large"
 
 
 @contextmanager
-def filling(case: Case, leave: int) -> Iterator[list[Fault]]:
-    """What fills the disk of the run directory from step 18 on but for ``leave`` bytes, while it is within.
+def filling(case: Case, leave: int, at: str = "step", call: int = 18) -> Iterator[list[Fault]]:
+    """What fills the disk of the run directory but for ``leave`` bytes from a call of the task on, while it is within.
 
     What the commands print is kept there, too. Only root can give them a small disk of their own; for others it's the
     size of the ranks' files that has a limit.
@@ -33,10 +33,10 @@ def filling(case: Case, leave: int) -> Iterator[list[Fault]]:
     case.run = disk / "run"
     mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        yield [fault("limit", "step", 18, rank, leave=max(leave, 1 << 16)) for rank in (0, 1)]
+        yield [fault("limit", at, call, rank, leave=max(leave, 1 << 16)) for rank in (0, 1)]
         return
     try:
-        yield [fault("fill", "step", 18, path=str(disk / "ballast"), leave=leave)]
+        yield [fault("fill", at, call, path=str(disk / "ballast"), leave=leave)]
         (disk / "ballast").unlink()
         shutil.copytree(disk, case.folder / "kept", symlinks=True)
     finally:
@@ -69,6 +69,16 @@ def full_to_the_last_byte(case: Case, _: References) -> None:
     check(case.event("going_on")["step"] == 10, "it didn't go on from the older one")
 
 
+@row("the disk is full but for 1 MB when final/ is written")
+def full_at_the_end(case: Case, _: References) -> None:
+    with filling(case, 1 << 20, "evaluation", 14) as faults:  # the last one of each rank
+        command = case.start(faults=faults)
+        case.crashed(command, f"^the trained weights can't be written to .*/final .*({SAID}).*the same command does$")
+        check(not list(case.run.glob("final*")), "there is something of final/")
+    case.goes_on()
+    check(case.event("going_on")["step"] == STEPS, "steps were done again")
+
+
 section("Checkpoints that can't be used")
 
 
@@ -98,6 +108,19 @@ def none_good(case: Case, references: References) -> None:
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     check(before == after, "something was overwritten")
     mended.write_bytes(good)
+    case.goes_on()
+
+
+@row("all of them are gone: refused; then they are brought back")
+def none_there(case: Case, references: References) -> None:
+    case.begin_as(references("stopped"))
+    folder, away = case.run / "checkpoints", case.folder / "away"
+    folder.rename(away)
+    folder.mkdir()
+    case.ended(case.start(), "refused", 2, "checkpoints has no checkpoint, but step 45 was saved there: bring it back")
+    check(not any(folder.iterdir()), "something was saved there")
+    folder.rmdir()
+    away.rename(folder)
     case.goes_on()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from tests.faults.case import SLOWLY, TWO, Case, Command, check, free_port, wait_until
 from tests.faults.table import References, row, section, signalled
 from tests.faults.task import fault
 
+ADAM_ROUNDING = 1e-4  # it divides by the size of the gradient
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2")
 
 section("Stops")
@@ -100,6 +102,17 @@ def adamw(case: Case, _: References) -> None:
     case.goes_on(*more)
 
 
+@row(
+    "a finished run is made longer (2ep to 3ep); TERM, and an exception of rank 1, in what was added",
+    reference="extended",
+)
+def longer(case: Case, _: References) -> None:
+    case.goes_on("duration=2ep")  # 32 steps
+    case.stopped(case.start(faults=[signalled("SIGTERM", "step", 5)]), "SIGTERM")
+    case.crashed(case.start(faults=[fault("raise", "step", 6, 1)]), "^rank 1 crashed: ValueError: boom")
+    case.goes_on()
+
+
 section("Other hardware")
 
 
@@ -116,9 +129,17 @@ row("USR2 in mid-epoch; goes on on more ranks, 5 samples at a time", "2 → 3")(
 row("INT in mid-epoch; goes on on one", "4 → 1")(partial(elsewhere, "SIGINT", 4, ("cluster.gpus_per_node=1",)))
 
 
-def two_machines(case: Case, **env: str) -> list[Command]:
+@row("TERM in mid-epoch; goes on on fewer ranks; AdamW and the average of the weights", "3 → 2", "adamw")
+def adamw_elsewhere(case: Case, _: References) -> None:
+    case.rounding = ADAM_ROUNDING
+    there = ("cluster.gpus_per_node=3", "optimizer=adamw", "ema=100sa")
+    case.stopped(case.start(*there, faults=[signalled("SIGTERM", "step", 25)]), "SIGTERM")
+    case.goes_on_elsewhere()
+
+
+def two_machines(case: Case, *overrides: str, **more: Any) -> list[Command]:
     meeting = ("cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{free_port()}", "cluster.gpus_per_node=1")
-    return [case.start(*meeting, **env), case.start(*meeting, **env)]
+    return [case.start(*meeting, *overrides, **more) for _ in range(2)]
 
 
 @row("TERM to one of two machines; goes on on one of them", "2 × 1 → 1 × 1")

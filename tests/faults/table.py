@@ -19,11 +19,15 @@ def signalled(name: str, at: str, call: int = 1, to: str = "launcher", rank: int
     return fault(name, at, call, rank, to=to)
 
 
+NORM = ("task.args.norm=true", "on_nonfinite=skip")
+
 REFERENCES: dict[str, Callable[[Case], object]] = {
     "plain": lambda case: case.goes_on(),
     "skipping": lambda case: case.goes_on(
         "cluster.gpus_per_node=1", "on_nonfinite=skip", faults=[fault("nan", "step", 30)]
     ),
+    "skipping with BatchNorm": lambda case: case.goes_on(*NORM, faults=[fault("nan", "step", 30, 1)]),
+    "extended": lambda case: (case.goes_on("duration=2ep"), case.goes_on()),
     "adamw": lambda case: case.goes_on("optimizer=adamw", "ema=100sa"),
     "stopped": lambda case: case.stopped(case.start(faults=[signalled("SIGTERM", "step", 45)]), "SIGTERM"),
 }

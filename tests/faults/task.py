@@ -23,7 +23,8 @@ from tests.tasks import OneByOne, Slow
 
 SAMPLES = 500
 BALLAST = 2 << 20  # frozen weights that cost no time to train with, but some to save
-SCRATCH = 64 << 20  # bytes that a sample takes in a pass, where memory is limited
+ROOM = 768 << 20  # bytes that are left where memory is limited
+SCRATCH = 64 << 20  # that a sample takes in a pass then: 8 fit, 16 don't
 
 Fault = dict[str, Any]
 
@@ -32,29 +33,33 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
     """What to do at which call of something in a process of ``rank``.
 
     Args:
-        do: a signal's name; raise, hang, nan, memory, fill or limit.
+        do: a signal's name; raise, hang, nan (the loss), nan_inputs, memory, fill or limit.
         at: data (when it is opened), fetch (of a sample), step (the loss in training), evaluation (the loss in one).
         restart: of the agent, by its number; None: of any.
-        more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill.
+        more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill; ``sample`` (bytes)
+            of memory.
     """
     return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
 
 
 class Faulty(Slow):
-    """The regression of tests/tasks.py: dropout, augmentation, unequal numbers of units."""
+    """The regression of tests/tasks.py: dropout, augmentation, unequal numbers of units; ``norm``: and a BatchNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: bool = False) -> None:
         super().__init__(samples=SAMPLES)
+        self.norm = norm
         self.inputs += float(os.environ.get("SHIFT", "0"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.faults: list[Fault] = json.loads(os.environ.get("FAULTS", "[]"))
         self.delay_s = float(os.environ.get("DELAY_S", "0"))
         self.calls: Counter[str] = Counter()
-        self.limited = False
+        self.scratch = 0  # bytes a sample
 
     def model(self) -> nn.Module:
         model = super().model()
+        if self.norm:
+            model.insert(1, nn.BatchNorm1d(self.width))
         model.register_parameter("ballast", nn.Parameter(torch.zeros(BALLAST), requires_grad=False))
         return model
 
@@ -65,7 +70,9 @@ class Faulty(Slow):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         time.sleep(self.delay_s)
         met = self.meet("step" if model.training else "evaluation")
-        scratch = torch.empty(len(batch[0]) * SCRATCH if self.limited else 0, dtype=torch.uint8)
+        scratch = torch.empty(len(batch[0]) * self.scratch, dtype=torch.uint8)
+        if "nan_inputs" in met:
+            batch = (batch[0] * float("nan"), *batch[1:])
         loss, units = super().loss(model, batch)
         del scratch
         return (loss * float("nan") if "nan" in met else loss), units
@@ -85,10 +92,10 @@ class Faulty(Slow):
                 raise ValueError("boom")
             case "hang":
                 time.sleep(1e6)
-            case "memory":  # for a few passes of half the batch, not for one of all of it
+            case "memory":
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + 12 * SCRATCH, resource.RLIM_INFINITY))
-                self.limited = True
+                resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+                self.scratch = one.get("sample", SCRATCH)
             case "fill":
                 fill(Path(one["path"]), one["leave"])
             case "limit":

@@ -506,4 +506,4 @@ def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
     assert "(the same command goes on)" in printed
     (outcome,) = Path().glob("runs/*/*/outcome.json")
     assert json.loads(outcome.read_text())["state"] == "stopped"
-    assert [line.split()[:2] for line in printed.splitlines()[-3:-1]] == [["1", "stopped"], ["2", "—"]]
+    assert [line.split()[:2] for line in printed.splitlines()[-4:-2]] == [["1", "stopped"], ["2", "—"]]
