@@ -108,7 +108,7 @@ def gap(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"].pop())
 
 
-@damage("a tensor has another shape, as large", "has the shape .* there, and .* in the model")
+@damage("a tensor has another shape, as large", "is float32 .* there, and float32 .* in the model")
 def misshapen(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"]["model/0.weight"]["shape"].reverse())
 
