@@ -1,0 +1,89 @@
+"""What the launcher has done by processes of its own, one at a time, which are told of a wish to stop. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.explain import ConfigError
+from conf.sweep import Element
+from scaling.report import grid, result
+from trainers.rundir import Refused
+from trainers.starting.workers import leave
+from trainers.stop import Stop, die_with_parent
+from trainers.terminal import say
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of ``work``; what is refused is said in one message, by one process of each machine."""
+    try:
+        return work()
+    except (ConfigError, Refused) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"isobatch: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BrokenPipeError:  # whoever read this has left
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def in_child(work: Callable[[], int], stop: Stop) -> int:
+    """The exit code of ``work``, done in a forked process that is told of a wish to stop."""
+    child = os.fork()
+    if child == 0:
+        die_with_parent(signal.SIGTERM)  # what a killed sweep had started stops
+        leave(guarded(work))
+    told = False
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if stop.wanted and not told:
+            os.kill(child, signal.SIGTERM)
+            told = True
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def opened(config: RunConfig, stop: Stop) -> int:
+    """Training samples, counted in a child: the launcher is to be forked, and stays without torch."""
+    answer, reply = os.pipe()
+
+    def count() -> int:
+        from trainers.run import count_samples
+
+        os.write(reply, str(count_samples(config)).encode())
+        return 0
+
+    if code := in_child(count, stop):  # and has said why
+        raise SystemExit(code)
+    return int(os.read(answer, 20))
+
+
+def in_turn(
+    elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Callable[[], int]], stop: Stop
+) -> int:
+    """Train the runs of a sweep one after another, each in a child, and show a table of them; the exit code of all."""
+    codes: list[int] = []
+    for element, training in zip(elements, trainings, strict=True):
+        if stop.wanted or 75 in codes:
+            break
+        say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
+        codes.append(in_child(training, stop))
+    say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
+    say(str(directories[0].parent))
+    if stop.wanted or 75 in codes:
+        say("stopped (the same command goes on)")
+        return 75
+    failed = set(codes) - {0}
+    return 2 if failed == {2} else int(bool(failed))
