@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -165,12 +164,6 @@ class Plan:
             recipe=replace(stretch.peak, lr=self.schedule.lr(sample, stretch.peak.lr)),
             cut=stretch.cut,
         )
-
-    def walk(self, sample: int = 0) -> Iterator[Step]:
-        """All steps from the one that starts at ``sample``."""
-        while step := self.step_at(sample):
-            yield step
-            sample = step.stop
 
     @property
     def cut(self) -> Cut:

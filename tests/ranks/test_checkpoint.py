@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.ranks.harness import in_ranks
+from tests.steps import walk
 from tests.unit.test_manifest import PLAN, header_of, verified
 from trainers.checkpoints import keeper as keeper_module
 from trainers.checkpoints import slices as checkpoint_module
@@ -70,7 +71,7 @@ def state(step: int, **changes: Any) -> TrainState:
     return TrainState(PLAN, samples=PLAN_STEPS[step], steps=step, **changes)
 
 
-PLAN_STEPS = [step.start for step in PLAN.walk()]
+PLAN_STEPS = [step.start for step in walk(PLAN)]
 
 
 def every_kind() -> dict[str, Tensor]:
@@ -156,7 +157,6 @@ def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             reader("w", start, stop)
     with pytest.raises(KeyError):
         reader("x")
-    reader.close()
 
 
 def test_files_are_safetensors(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from scaling.resolve import resolve
 from scaling.rules import Rule
 from tests.ranks.harness import Run, Runs, distance, in_ranks
 from tests.ranks.test_parts import ALONE
+from tests.steps import walk
 from tests.tasks import Counted, OneByOne
 from trainers.evaluate import make_evaluate
 from trainers.fit import crossed
@@ -49,7 +50,7 @@ def test_the_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None
     ]
     plain: Any = torch.optim.AdamW(groups) if optimizer else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     losses, norms = [], []
-    for step in resolve(config, 1, 500).walk():
+    for step in walk(resolve(config, 1, 500)):
         rows = torch.from_numpy(indices(config.seed, 500, step.start, step.stop))
         loss, units = counted.loss(model, tuple(tensor[rows] for tensor in counted.train_data().tensors))
         (loss / units).backward()

@@ -18,6 +18,7 @@ from scaling.order import indices
 from scaling.plan import Plan
 from scaling.resolve import resolve
 from tests.ranks.harness import Runs, in_ranks
+from tests.steps import walk
 from tests.tasks import Counted, Many, OneByOne
 from trainers.engines import make_engine
 from trainers.engines.ddp import checked
@@ -55,7 +56,7 @@ def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None
         Loader(task.train_data(), task, TrainState(whole), replace(ALONE, rank=rank, size=world), workers)
         for rank in range(world)
     ]
-    for step in whole.walk():
+    for step in walk(whole):
         seen: list[tuple[int, Tensor]] = []
         for loader in loaders:
             micros = list(loader(step))
@@ -72,7 +73,7 @@ def test_every_sample_once_an_epoch_through_the_loader() -> None:
     whole = plan("batch.global_size=100", "duration=2ep")
     task = Indexed()
     loader = Loader(task.train_data(), task, TrainState(whole), ALONE, 0)
-    seen = Counter(int(index) for step in whole.walk() for micro in loader(step) for index in micro.batch[0])  # type: ignore[index]
+    seen = Counter(int(index) for step in walk(whole) for micro in loader(step) for index in micro.batch[0])  # type: ignore[index]
     assert seen == dict.fromkeys(range(500), 2)
 
 
@@ -269,7 +270,7 @@ def test_note_adds_no_collective(runs: Runs) -> None:
         state = TrainState(whole)
         loader = Loader(task.train_data(), task, state, ranks, 0)
         collectives = []
-        for step in list(whole.walk())[:3]:
+        for step in list(walk(whole))[:3]:
             with torch.profiler.profile() as profile:
                 for micro in loader(step):
                     with engine.micro(micro.last):

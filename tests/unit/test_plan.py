@@ -19,6 +19,7 @@ from scaling.record import from_json, to_json
 from scaling.rules import Recipe, Rule
 from scaling.schedule import Schedule
 from scaling.table import table
+from tests.steps import walk
 
 quick = settings(max_examples=25, deadline=None)
 
@@ -88,7 +89,7 @@ def without_cut(step: Step) -> Step:
 @quick
 def test_step_at_from_any_step_equals_the_walk_from_0(plan: Plan) -> None:
     assert plan.samples is not None
-    steps = list(plan.walk())
+    steps = list(walk(plan))
     assert [step.index for step in steps] == list(range(len(steps)))
     assert steps[0].start == 0
     assert all(before.stop == after.start for before, after in pairwise(steps))
@@ -98,22 +99,22 @@ def test_step_at_from_any_step_equals_the_walk_from_0(plan: Plan) -> None:
         assert step.stop - step.start == step.cut.global_size
         assert step.expected_units == step.cut.global_size * (plan.units_per_sample or 1)
     assert plan.step_at(steps[-1].stop) is None
-    assert list(plan.walk(steps[len(steps) // 2].start)) == steps[len(steps) // 2 :]
+    assert list(walk(plan, steps[len(steps) // 2].start)) == steps[len(steps) // 2 :]
     assert (plan.steps, plan.added) == (len(steps), steps[-1].stop - plan.samples)
 
 
 @given(plans())
 @quick
 def test_a_segment_starts_at_the_first_step_boundary_at_or_after_its_sample(plan: Plan) -> None:
-    for step in plan.walk():
+    for step in walk(plan):
         in_force = [segment for segment in plan.segments if segment.start_sample <= step.start][-1]
         assert step.cut.global_size == in_force.global_size
 
 
 def test_segments_by_hand() -> None:
     plan = make(300, batches=((0, 100), (10, 7), (20, 5), (150, 90)))
-    assert [(step.start, step.stop) for step in plan.walk()][:3] == [(0, 100), (100, 105), (105, 110)]
-    assert [(step.start, step.stop) for step in plan.walk()][-3:] == [(145, 150), (150, 240), (240, 330)]
+    assert [(step.start, step.stop) for step in walk(plan)][:3] == [(0, 100), (100, 105), (105, 110)]
+    assert [(step.start, step.stop) for step in walk(plan)][-3:] == [(145, 150), (150, 240), (240, 330)]
     assert (plan.steps, plan.added, plan.epochs) == (1 + 10 + 2, 30, 3.0)
     assert plan.cut.global_size == 100
 
@@ -122,7 +123,7 @@ def test_segments_by_hand() -> None:
 @quick
 def test_a_sample_inside_a_step_is_a_bug(plan: Plan, data: st.DataObject) -> None:
     assert plan.samples is not None
-    boundaries = {step.start for step in plan.walk()}
+    boundaries = {step.start for step in walk(plan)}
     inside = sorted(set(range(plan.samples)) - boundaries)
     if inside:
         with pytest.raises(AssertionError, match="inside a step"):
@@ -149,8 +150,8 @@ def test_extending_changes_no_step_before_the_new_segment(
     start = data.draw(st.integers(plan.segments[-1].start_sample + 1, plan.samples + 100))
     longer = plan.extend(Segment(start, size, rule))
     assert longer.segments[:-1] == plan.segments
-    before = [step for step in plan.walk() if step.start < start]
-    steps = list(longer.walk())
+    before = [step for step in walk(plan) if step.start < start]
+    steps = list(walk(longer))
     assert steps[: len(before)] == before
     assert all(step.cut.global_size == size for step in steps[len(before) :])
 
@@ -188,7 +189,7 @@ def test_the_lr_at_a_sample_is_the_same_whatever_the_batch(sizes: list[int]) -> 
     every = [make(1000, batches=((0, size),), rule=Rule("none")) for size in sizes]
     lrs: dict[int, set[float]] = {}
     for plan in every:
-        for step in plan.walk():
+        for step in walk(plan):
             lrs.setdefault(step.start, set()).add(step.recipe.lr)
     assert all(len(seen) == 1 for seen in lrs.values())
 
@@ -200,7 +201,7 @@ def test_the_lr_at_a_sample_is_the_same_whatever_the_batch(sizes: list[int]) -> 
 @quick
 def test_the_same_step_is_the_same_on_any_hardware_but_for_its_cut(plan: Plan, world: int, per_gpu: int | None) -> None:
     other = plan.dealt(world, per_gpu)
-    for here, there in zip(plan.walk(), other.walk(), strict=True):
+    for here, there in zip(walk(plan), walk(other), strict=True):
         assert without_cut(here) == without_cut(there)
         assert there.cut.world == world
         assert there.cut.global_size == here.cut.global_size
@@ -217,7 +218,7 @@ def test_dealt_anew_an_accumulation_that_was_asked_for_is_solved() -> None:
 
 def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
     """What the ranks fetch, step by step, joined in the order of the batch."""
-    for step in plan.walk(start):
+    for step in walk(plan, start):
         if step.start >= until:
             return
         parts = [
@@ -262,7 +263,7 @@ def test_every_sample_exactly_once_an_epoch_whatever_the_batches_and_resizes(dat
 def test_json_reads_back_as_the_same_plan(plan: Plan) -> None:
     again = from_json(to_json(plan))
     assert again == plan
-    assert list(again.walk()) == list(plan.walk())
+    assert list(walk(again)) == list(walk(plan))
 
 
 def test_json_of_a_plan_that_waits_for_the_data() -> None:

@@ -208,10 +208,6 @@ class Reader:
         """The tensor in its shape."""
         return self(name).reshape(self.tensors[name].shape)
 
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
-
     def _fill(self, result: Tensor, name: str, tensor: str, skip: int) -> None:
         """Read the elements from ``skip`` on of a file's slice of ``tensor``."""
         file = self._opened(name)
