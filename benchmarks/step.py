@@ -52,7 +52,7 @@ def ours(world: World, steps: int) -> float:
     fit(
         state, engine, loader, stream, Pulse(world.device), Metrics(None, state, live=False), nothing, Stop(), Watch(),
         clip_norm=1.0, skip_nonfinite=False, log_every=10 * plan.cut.global_size, evaluate=None, evaluate_every=None,
-        save_every=None, complain=print,
+        save_every=None, must_save=False, complain=print,
     )  # fmt: skip
     kept.append(engine)
     return time.perf_counter() - began

@@ -39,6 +39,7 @@ def fit(
     evaluate: Evaluate | None,
     evaluate_every: int | None,
     save_every: int | None,
+    must_save: bool,
     complain: Callable[[str], None],
 ) -> bool:
     """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
@@ -48,13 +49,14 @@ def fit(
         log_every, evaluate_every, save_every: in samples. In any case the first and the last step are logged and the
             end is evaluated; and a checkpoint is saved where the keeper says that it's time, or the run stops or ends.
         evaluate: gives None, on all ranks, where some rank was asked to stop meanwhile.
+        must_save: the end counts as one only where it could be saved.
         complain: told of a checkpoint that couldn't be saved, on rank 0.
 
     Returns:
         True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
 
     Raises:
-        Fatal: the loss or the gradient isn't finite, or the checkpoint to stop with can't be saved.
+        Fatal: the loss or the gradient isn't finite, or the checkpoint to stop or end with can't be saved.
         Refused: the task's loss isn't (sum, units), or a whole step had no units.
     """
     step, stopping, skips = state.plan.step_at(state.samples), False, 0
@@ -82,7 +84,10 @@ def fit(
         saving = crossed(save_every, step.start, step.stop) or (news is not None and news.save)
         evaluating = evaluate is not None and (following is None or crossed(evaluate_every, step.start, step.stop))
         if stopping or saving or evaluating or following is None:
-            heed(pulse.last(), metrics, state, log_every, skip_nonfinite)
+            last = pulse.last()
+            heed(last, metrics, state, log_every, skip_nonfinite)
+            if last:
+                stopping, saving = stopping or last.stop, saving or last.save
         if skips == SKIPS_IN_A_ROW or (following is None and state.skipped == state.steps):
             raise Fatal(f"none of the last {skips} steps was finite: all of them were skipped, and nothing is trained")
         if evaluate and evaluating:
@@ -100,8 +105,8 @@ def fit(
     if evaluate is None or not done:
         keeper.save(state)
     if failure := keeper.wait():
-        if not done:
-            raise Fatal(f"step {state.steps}, at which to stop, can't be saved: {failure}")
+        if must_save or not done:
+            raise Fatal(f"step {state.steps}, at which to {'end' if done else 'stop'}, can't be saved: {failure}")
         complain(failure)
     return done
 

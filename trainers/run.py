@@ -14,9 +14,10 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
+from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
-from trainers.checkpoints.resume import best_value, header_of, resume
+from trainers.checkpoints.resume import find_best, header_of, resume
 from trainers.engines import make_engine
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate, with_average
@@ -112,12 +113,27 @@ def _train(
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
     watch.beat()
+    if world.agree("its last evaluation" if before and before.state == "finished" else ""):
+        state.evaluation_owed = False  # it came after the last checkpoint
     state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
 
-    every = config.checkpoint.every
+    loader = Loader(data, task, state, world, config.data.workers, stream.tell)
+    evaluate = with_average(make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat), engine.average)
+    every, best = config.checkpoint.every, config.checkpoint.best
+    if best and evaluate is None:
+        raise Refused(f"checkpoint.best={best} needs validation data, and task {config.task.name} has no val_data()")
+    if ours:  # from here on it isn't the attempt before any more
+        write_atomic(run.path / "config.yaml", dump(config))
+        write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
+        if config.task.train_samples is None:
+            say(table(state.plan))
+        for path in pass_over(run, state.steps):
+            tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
+        say_where(run, state, found, before, source)
+        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
     keeper = Keeper(
         run,
         world,
@@ -125,20 +141,11 @@ def _train(
         partial(header_of, config, known_by),
         every_s=every.value * 60 if every and every.unit == "min" else None,
         keep=config.checkpoint.keep,
-        best=config.checkpoint.best,
-        best_before=best_value(run, config.checkpoint.best, world),
+        best=best,
+        best_before=find_best(run, best, world),
         beat=beat,
         resumed=found.header if found else None,
     )
-    loader = Loader(data, task, state, world, config.data.workers, stream.tell)
-    evaluate = with_average(make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat), engine.average)
-    if ours:  # from here on it isn't the attempt before any more
-        write_atomic(run.path / "config.yaml", dump(config))
-        write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
-        if config.task.train_samples is None:
-            say(table(state.plan))
-        say_where(run, state, found, before, source)
-        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
     metrics = Metrics(ours, state, live=not config.debug)
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
         metrics.warn(jump)
@@ -168,6 +175,7 @@ def _train(
             log_every=in_samples(config.log.every, state.plan),
             evaluate=evaluate,
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
+            must_save=config.checkpoint.on_error == "stop",
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
             complain=complain,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from tests.ranks.harness import Run, Runs, distance
+from trainers.checkpoints.commit import commit
+from trainers.rundir import RunDir
+from trainers.tally import Pulse
 from trainers.weights import find
 
 TASK = (
@@ -116,6 +120,37 @@ def test_by_the_clock(runs: Runs) -> None:
     assert len(steps_kept(run)) >= 2
 
 
+@pytest.mark.parametrize("every", ["1ep", "500sa", "25st"])
+def test_by_what_was_trained(runs: Runs, every: str) -> None:
+    run = runs(1, *TASK, "task._target_=tests.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
+    assert steps_kept(run) == [25, 50, 75]
+
+
+class Late(Pulse):
+    """As on an accelerator: the news of a step come with the next one."""
+
+    before: Any = None
+
+    def read(self, *step: Any) -> Any:
+        before, self.before = self.before, super().read(*step)
+        return before
+
+    def last(self) -> Any:
+        before, self.before = self.before, None
+        return before
+
+
+def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock wants a save in step 14, which is evaluated, and somebody a stop in step 17, which is saved anyway."""
+    asked = iter([False] * 13 + [True] + [False] * 99)
+    monkeypatch.setattr("trainers.run.Pulse", Late)
+    monkeypatch.setattr("trainers.run.Keeper.due", lambda _: next(asked))
+    run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
+    assert steps_kept(run) == [14, 17]
+
+
 def test_only_at_the_end_where_every_is_null(runs: Runs) -> None:
     assert steps_kept(runs(1, *TASK, "checkpoint.every=null")) == [STEPS]
 
@@ -123,9 +158,12 @@ def test_only_at_the_end_where_every_is_null(runs: Runs) -> None:
 def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     run = runs(2, *TASK)
     final = run.weights()
+    file = run.run.path / "metrics.jsonl"
+    file.write_text(marked := file.read_text().replace('{"step": 75, ', '{"step": 75, "mark": 1, '))
     run = runs(1, *TASK, "duration=4ep", going_on=run, facts={"extends": "1"})
     assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
+    assert file.read_text().startswith(marked)  # its last evaluation isn't owed any more
     assert distance(run.weights(), final) > 0
     assert "the learning rate goes from" in capfd.readouterr().out
     stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, facts={"extends": "1"})
@@ -150,6 +188,58 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, cap
     assert lines(run) == lines(uninterrupted)
 
 
+def test_what_was_passed_over_is_not_gone_back_to(runs: Runs) -> None:
+    """The newest one's file is missing for one start, and then it's back."""
+    run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
+    file = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    run = runs(2, *TASK, stop_at=23, going_on=run)
+    assert steps_kept(run) == [20, 23]
+    (kept,) = (path.parent for path in run.run.checkpoints.rglob("step-00000025/manifest.json"))
+    (kept / file.name).write_bytes(content)
+    run = runs(2, *TASK, going_on=run)
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, STEPS + 1))
+    assert [event["checkpoint"] for event in run.events() if event["event"] == "passed_over"] == [kept.name]
+
+
+def test_the_best_one_was_passed_over(runs: Runs) -> None:
+    """The best of those before takes its place, until it is done again."""
+    task = (*TASK, "evaluate.every=5st", "checkpoint.every=null", "checkpoint.keep=3", "checkpoint.best=val/loss:min")
+    run = runs(1, *task, stop_at=12)
+    best = run.run.checkpoints / "best"
+    assert (best.resolve().name, steps_kept(run)) == ("step-00000010", [5, 10, 12])
+    for step in (10, 12):
+        (run.run.checkpoints / f"step-{step:08d}/rank-00000.safetensors").write_bytes(b"")
+    run = runs(1, *task, stop_at=7, going_on=run)
+    assert (best.resolve().name, steps_kept(run)) == ("step-00000005", [5, 7])
+    run = runs(1, *task, stop_at=12, going_on=run)
+    assert best.resolve().name == "step-00000010"
+    assert find(str(best)) == best.resolve()
+
+
+def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With on_error=stop the run has crashed, and the same command makes up for it."""
+    task = (*TASK, "checkpoint.every=60st", "checkpoint.on_error=stop")
+
+    def full(run: RunDir, step: int, *_: Any, **options: Any) -> None:
+        if step == STEPS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(run, step, *_, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainers.checkpoints.keeper.commit", full)
+        run = runs(2, *task)
+        assert [end["raised"] for end in run.ends] == ["Fatal"] * 2
+        assert f"step {STEPS}, at which to end, can't be saved: " in run.ends[0]["message"]
+        assert not run.run.final.exists()
+        other = runs(2, *TASK)
+        assert other.ends[0]["state"] == "finished"
+    run = runs(2, *task, going_on=run)
+    assert run.ends[0]["state"] == "finished"
+    assert bitwise(run, other)
+
+
 def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
     for manifest in run.run.checkpoints.glob("*/manifest.json"):
@@ -158,7 +248,7 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     again = runs(1, *TASK, going_on=run)
     assert again.ends[0]["raised"] == "Refused"
     assert "step-00000025" in again.ends[0]["message"]
-    assert "run.new=true" in again.ends[0]["message"]
+    assert "mend one, or start another run beside this with run.new=true" in again.ends[0]["message"]
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
     assert changed <= {"outcome.json", "events.jsonl", "lock"}
 

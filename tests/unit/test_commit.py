@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.unit.test_manifest import header_of, save, verified, write_files
-from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older
+from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older, pass_over
 from trainers.checkpoints.manifest import NAME, checkpoints
 from trainers.rundir import RunDir
 
@@ -47,22 +47,28 @@ def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in range(1, 8):
         commit_step(run, step, best=step == 2)
-        drop_older(run, step, keep=2, spare=())
+        drop_older(run, step, keep=2)
     assert names(run) == ["best", "step-00000002", "step-00000006", "step-00000007"]
     commit_step(run, 8, best=True)
-    drop_older(run, 8, keep=1, spare=())
+    drop_older(run, 8, keep=1)
     assert names(run) == ["best", "step-00000008"]
 
 
-def test_what_was_passed_over_is_neither_counted_nor_removed(tmp_path: Path) -> None:
-    """The run went on from 2, as 4 and 9 were damaged; a checkpoint in the future isn't one to go back to either."""
+def test_what_was_passed_over_is_no_checkpoint_any_more_but_kept(tmp_path: Path) -> None:
+    """The run went on from 2, as 4 and 9 were damaged; and later once more."""
     run = RunDir(tmp_path)
     for step in (1, 2, 4, 9):
-        save(run, step)
-    for step in (3, 5):
-        commit_step(run, step)
-        drop_older(run, step, keep=2, spare={"step-00000004", "step-00000009"})
-    assert names(run) == [f"step-0000000{step}" for step in (3, 4, 5, 9)]
+        commit_step(run, step, best=step == 9)
+    assert pass_over(run, 9) == []
+    assert [path.name for path in pass_over(run, 2)] == ["step-00000009", "step-00000004"]
+    assert names(run) == ["passed-over", "step-00000001", "step-00000002"]
+    for step in (3, 4):
+        commit_step(run, step, best=step == 3)
+        drop_older(run, step, keep=2)
+    (again,) = pass_over(run, 3)
+    assert again == run.checkpoints / "passed-over/step-00000004-2"
+    assert names(run) == ["best", "passed-over", "step-00000003"]
+    assert sorted(path.name for path in again.parent.iterdir()) == ["step-00000004", again.name, "step-00000009"]
 
 
 @pytest.mark.parametrize("kind", ["damaged", "a file", "a link"])
@@ -118,7 +124,7 @@ def killed_at(event: int, run: RunDir) -> bool:
     sys.addaudithook(hook)
     try:
         commit_step(run, 3, best=True, skipped=1)
-        drop_older(run, 3, keep=1, spare=())
+        drop_older(run, 3, keep=1)
     finally:
         os._exit(0)
 

@@ -10,10 +10,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from conf.identity import first_free
 from scaling.record import to_json
 from trainers.checkpoints.manifest import (
     FORMAT,
@@ -30,6 +31,7 @@ from trainers.checkpoints.manifest import (
 from trainers.rundir import RunDir, write_atomic
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
+PASSED_OVER = "passed-over"  # the folder of those that weren't good when the run went on
 
 
 def aside_of(run: RunDir, step: int) -> Path:
@@ -102,21 +104,42 @@ def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> None:
     if before:
         _delete(before)
     if best:
-        link = run.checkpoints / f".{BEST}.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(run.checkpoints / BEST)
+        link_best(run, target)
 
 
-def drop_older(run: RunDir, step: int, keep: int, *, spare: Collection[str]) -> None:
-    """Remove the checkpoints before ``step`` but the newest, so that ``keep`` are left with it; never the best one.
+def link_best(run: RunDir, path: Path) -> None:
+    """Let ``checkpoints/best`` be the checkpoint at ``path``."""
+    link = run.checkpoints / f".{BEST}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(run.checkpoints / BEST)
 
-    Args:
-        spare: names of folders that aren't counted, and left alone.
+
+def pass_over(run: RunDir, step: int) -> list[Path]:
+    """Move the checkpoints beyond ``step``, from which the run goes on, to ``checkpoints/passed-over/``.
+
+    Whoever can mend them still has them. But the run comes by their steps again, and what is there of it, such as
+    ``metrics.jsonl``, is of that: so it never goes on from one of them, nor is one of them the best.
+
+    Returns:
+        Where they are now.
     """
+    folder, moved = run.checkpoints / PASSED_OVER, []
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            folder.mkdir(exist_ok=True)
+            moved.append(path.rename(first_free(folder / path.name)))
+    best = run.checkpoints / BEST
+    if moved and not best.exists():
+        best.unlink(missing_ok=True)  # it was one of them
+    return moved
+
+
+def drop_older(run: RunDir, step: int, keep: int) -> None:
+    """Remove the checkpoints before ``step`` but the newest, so that ``keep`` are left with it; never the best one."""
     link = run.checkpoints / BEST
     best = os.readlink(link) if link.is_symlink() else None
-    older = [path for path in checkpoints(run) if step_of(path) < step and path.name not in spare]
+    older = [path for path in checkpoints(run) if step_of(path) < step]
     for path in older[max(0, keep - 1) :]:
         if path.name != best:
             _delete(_put_away(path))

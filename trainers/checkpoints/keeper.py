@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import HashStore, Store
 
 from trainers.checkpoints.commit import aside_of, commit, compose, drop_older
-from trainers.checkpoints.manifest import Header, checkpoints, folder_of, step_of
+from trainers.checkpoints.manifest import Header
 from trainers.checkpoints.slices import Copies, Slice, write_part
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
@@ -70,8 +70,7 @@ class Keeper:
         keep: how many of the newest checkpoints stay.
         best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
         beat: called for every few MB that are written, and for what other ranks are seen to write.
-        resumed: of the checkpoint that this start went on from. Newer ones were passed over: they aren't counted, and
-            stay until the run comes by the same step.
+        resumed: of the checkpoint that this start went on from.
     """
 
     def __init__(
@@ -96,7 +95,6 @@ class Keeper:
         self._copies = Copies()
         self._number, self._began = 0, time.monotonic()
         self._last = (resumed.step, resumed.evaluation_owed) if resumed else None
-        self._passed_over = {path.name for path in checkpoints(run) if resumed and step_of(path) > resumed.step}
         self._thread: Thread | None = None
         self._failed: str | None = None  # the last save, as all ranks know
         self._untold: str | None = None
@@ -257,8 +255,7 @@ class Keeper:
         try:
             if not failed:
                 commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
-                self._passed_over.discard(folder_of(self._run, save.step).name)
-                drop_older(self._run, save.step, self._keep, spare=self._passed_over)
+                drop_older(self._run, save.step, self._keep)
                 return None
         except Exception as error:
             failed = [_said(error)]

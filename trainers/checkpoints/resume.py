@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from conf.identity import identity
 from conf.stored import lengthened
 from scaling.plan import Plan
 from scaling.resolve import continued
-from trainers.checkpoints.commit import clear_leftovers
+from trainers.checkpoints.commit import clear_leftovers, link_best
 from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
 from trainers.checkpoints.slices import DTYPES, Reader
 from trainers.engines import Engine
@@ -128,7 +129,7 @@ def newest_good(
         more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
         raise Refused(
             f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
-            "changed there: mend one, move them away to begin anew, or start another run beside this with run.new=true"
+            "changed there: mend one, or start another run beside this with run.new=true"
         )
     return None
 
@@ -145,18 +146,25 @@ def last_saved(run: RunDir) -> int:
     return steps[-1]
 
 
-def best_value(run: RunDir, best: str | None, world: World) -> float | None:
-    """The best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks."""
+def find_best(run: RunDir, best: str | None, world: World) -> float | None:
+    """The best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks.
+
+    ``checkpoints/best`` is the one that has it, also where what was the best was passed over.
+    """
     if best is None:
         return None
     name, _, direction = best.rpartition(":")
-    values = []
+    known: list[tuple[float, Path]] = []
     for path in checkpoints(run) if world.rank == 0 else []:
         with suppress(Damaged, OSError):
-            values.append((read(path).header.evaluation or {}).get(name))
-    known = [value for value in values if value is not None]
-    found: float | None = json.loads(world.agree(json.dumps((max if direction == "max" else min)(known, default=None))))
-    return found
+            if (value := (read(path).header.evaluation or {}).get(name)) is not None:
+                known.append((value, path))
+    found = None
+    if known:
+        found, best_one = max(known) if direction == "max" else min(known)
+        link_best(run, best_one)
+    agreed: float | None = json.loads(world.agree(json.dumps(found)))
+    return agreed
 
 
 def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> None:
