@@ -13,9 +13,12 @@ STOP = Stop().install()  # before all else: a signal that comes while the rest i
 gc.disable()  # what is imported stays; workers turn it on again
 
 import shlex
+import shutil
 import subprocess
+import time
 import uuid
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +28,18 @@ from conf.explain import ConfigError
 from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
 from conf.identity import run_directory
-from conf.stored import extends
+from conf.schema import Slurm
+from conf.stored import extends, frozen
 from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
 from scaling.table import table
+from slurm.allocation import Allocation, as_local, job_facts
+from slurm.requeue import end_of_job, judge, put_back
+from slurm.submit import common_cluster, prepare, refuse_if_queued, refuse_unless_submittable
 from trainers.checkpoints.preview import from_checkpoint
-from trainers.rundir import Refused, RunDir
+from trainers.rundir import Refused, RunDir, write_atomic
 from trainers.starting import workers
 from trainers.starting.child import guarded, in_turn, opened
 
@@ -60,21 +67,32 @@ def main(arguments: list[str]) -> int:
     if args.cfg:
         print(annotated(config))
         return 0
+    allocation = None
+    if isinstance(config.cluster, Slurm) and config.action in ("train", "evaluate"):
+        if allocation := Allocation.within():
+            config = as_local(config, allocation)
+        else:
+            refuse_unless_submittable(config)
     if config.action == "evaluate":
         refuse_unless_startable(config)
         return start(config)
+    if config.action == "requeue":
+        return requeue(config, run_directory(config))
     plan, directory = planned(config), run_directory(config)
     if config.action == "plan":
         plan = from_checkpoint(plan, config, RunDir(directory))
         say(to_json(plan) if config.output == "json" else table(plan))
         return 0
-    return train(config, plan, directory)
+    return train(config, plan, directory, **(allocation.facts if allocation else {}))
 
 
 def planned(config: RunConfig) -> Plan:
     """The plan for the hardware that the config names."""
+    if isinstance(config.cluster, Slurm):
+        refuse_unless_submittable(config)
     if config.action == "train":
-        refuse_unless_startable(config)
+        if not isinstance(config.cluster, Slurm):
+            refuse_unless_startable(config)
         to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
     else:
         to_open = config.plan.open_data
@@ -84,17 +102,21 @@ def planned(config: RunConfig) -> Plan:
         raise ConfigError(str(error)) from None
 
 
-def train(config: RunConfig, plan: Plan, directory: Path) -> int:
-    """Train in ``directory``; a run that is finished there shows its result."""
+def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
+    """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
     run = RunDir(directory)
     run.refuse_foreign()
     longer, before = extends(directory, config), run.outcome()
     if before and before.state == "finished" and not longer:
         say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
         return 0
+    if isinstance(config.cluster, Slurm):
+        if not config.cluster.dry_run:
+            say(table(from_checkpoint(plan, config, run)))
+        return submit([config], [directory], directory)
     if config.task.train_samples is not None:  # else rank 0 prints it, once the data is opened
         say(table(from_checkpoint(plan, config, run)))
-    code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}))
+    code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}), **facts)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
@@ -105,8 +127,50 @@ def train(config: RunConfig, plan: Plan, directory: Path) -> int:
 def start(config: RunConfig, **facts: str) -> int:
     """Start the workers, or be one; the exit code."""
     command = shlex.join(["python", *sys.argv])
-    facts |= {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12]}
+    facts |= job_facts() | {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12]}
     return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
+
+
+def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path) -> int:
+    """Give Slurm a job that does one run, or an array that does several, in directories below ``root``."""
+    cluster, stamp = common_cluster(configs), f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    runs = {there.absolute(): frozen(config, there) for config, there in zip(configs, directories, strict=True)}
+    submission = prepare(cluster, runs, root.absolute(), stamp, Path(__file__).resolve())
+    if cluster.dry_run:
+        say(submission.text)
+        return 0
+    for directory in runs:
+        refuse_if_queued(directory)
+    fresh = [directory for directory in (root.absolute(), *runs) if not directory.exists()]
+    with ExitStack() as locked:  # nobody else submits at the same time
+        try:
+            for directory in runs:
+                locked.enter_context(RunDir(directory).lock())
+            job = submission.give(write_atomic)
+        except BaseException:
+            for directory in fresh:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        for number, directory in enumerate(runs):
+            RunDir(directory).event("submitted", job=submission.job_of(job, number), script=str(submission.script))
+    say(submission.told(job))
+    return 0
+
+
+def requeue(config: RunConfig, directory: Path) -> int:
+    """What the script of a job does at its end: see why it ended, note that, and put the job back where it stopped."""
+    if not isinstance(config.cluster, Slurm):
+        raise ConfigError("action=requeue is for the script of a job: python launch.py cluster=slurm … action=requeue")
+    end = end_of_job(directory)
+    verdict = judge(end, config.cluster.max_requeues, config.cluster.signal_s)
+    if verdict.event != "finished":
+        with suppress(OSError):  # a full disk is no reason not to go on
+            fields = {"job": end.identifier, "kind": verdict.kind, "cause": verdict.cause, "step": end.step}
+            RunDir(directory).event(verdict.event, **fields)
+        say(f"isobatch: job {end.identifier} {verdict}")
+    if verdict.event == "requeue":
+        put_back(end.identifier)
+    return 0 if verdict.event in ("finished", "requeue") else end.code or 1
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -126,9 +190,16 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             say(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
     runs = list(zip(configs, plans, directories, strict=True))
+    finished = []
     for config, _, directory in runs:
         RunDir(directory).refuse_foreign()
-        extends(directory, config)
+        before, longer = RunDir(directory).outcome(), extends(directory, config)
+        finished.append(before is not None and before.state == "finished" and not longer)
+    if any(isinstance(config.cluster, Slurm) for config in configs):
+        left = [number for number, done in enumerate(finished) if not done]
+        chosen = [configs[number] for number in left], [directories[number] for number in left]
+        say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
+        return submit(*chosen, directories[0].parent) if left else 0
     if not any(config.cluster.environment for config in configs):
         workers.import_torch(configs[0])  # once for all of them
     return in_turn(elements, directories, [partial(train, *run) for run in runs], STOP)
@@ -143,8 +214,8 @@ def commit() -> str:
 
 
 def say(text: str) -> None:
-    """Print it once, however many ranks there are."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print it once, however many ranks there are, and nodes of a Slurm job."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(text, flush=True)
 
 

@@ -20,9 +20,22 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.explain import HERE, ConfigError, choices_of, for_shell, keys, leaves, nearest, shown, unknown_key, validated
+from conf.explain import (
+    HERE,
+    ConfigError,
+    choices_of,
+    for_shell,
+    keys,
+    leaves,
+    nearest,
+    quoted,
+    shown,
+    unknown_key,
+    validated,
+)
+from conf.identity import HOUSEKEEPING
 from conf.schema import RunConfig
-from conf.stored import choices, going_on, load, over, refuse_other_science, run_of
+from conf.stored import begun, choices, going_on, load, over, refuse_other_science, run_of
 
 PRIMARY = "config"
 # Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
@@ -33,7 +46,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
     Where ``run.dir`` is given and holds a run, its config takes the place of the defaults; with ``run.new`` it may be
-    changed, as another run is made of it. ``action=evaluate`` takes the config of the run whose weights it is about,
+    changed, as another run is made of it. Where that run never came to train, a command that says what to train takes
+    its place. ``action=evaluate`` takes the config of the run whose weights it is about,
     and whatever else is given on top.
 
     Raises:
@@ -47,8 +61,12 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
                 f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], text in quotes 'a,b')"
             )
     values = {override.key_or_group: override.value() for override in parsed}
+    if values.get("run.config"):
+        return _frozen(Path(str(values["run.config"])), parsed, roots)
     file = Path(os.path.expanduser(str(values.get("run.dir")))) / "config.yaml"
-    if values.get("run.dir") and os.path.exists(file) and values.get("action") != "evaluate":
+    science = {key.replace("/", ".").partition(".")[0] for key in values} - set(HOUSEKEEPING)
+    holds = os.path.exists(file) and (begun(file.parent) or not science)
+    if values.get("run.dir") and holds and values.get("action") != "evaluate":
         return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = _composed(parsed, roots)
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
@@ -98,10 +116,26 @@ def _going_on(
     return now
 
 
+def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunConfig:
+    """The config that a submission froze, whole; what is to be done with it is the command's."""
+    allowed = ("action", "output", "run.config", "run.dir")
+    if other := [override.key_or_group for override in parsed if override.key_or_group not in allowed]:
+        raise ConfigError(f"run.config={file} is the whole config, which {', '.join(other)} can't change: leave it out")
+    stored = load(file)
+    chosen = choices(stored, but=()).items()
+    as_stored = [parse(f"{group}={name}") for group, name in chosen if name in choices_of(group, roots)]
+    fresh, _ = _composed([*as_stored, *parsed], roots)
+    plain = over(fresh, stored, but=("action", "output", "run"))
+    try:
+        return validated(plain | {"given": stored["given"]})
+    except ConfigError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None
+
+
 def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str, Any], set[str]]:
     """What Hydra makes of the overrides, as plain values, and the keys that they and their experiments give."""
     overrides = [_for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
-    overrides += [f"hydra.searchpath=[{_quoted(f'file://{root}')}]" for root in roots[1:]]
+    overrides += [f"hydra.searchpath=[{quoted(f'file://{root}')}]" for root in roots[1:]]
     with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
         try:
             plain = OmegaConf.to_container(hydra_compose(PRIMARY, overrides), resolve=True)
@@ -138,17 +172,12 @@ def _unparsable(text: str, error: HydraException) -> str:
     key, equals, value = text.partition("=")
     if not equals:
         return f"{text!r} isn't key=value (or ~key); --help shows the command line"
-    quoted = f"{key}={_quoted(value)}"
+    as_text = f"{key}={quoted(value)}"
     try:
-        OverridesParser.create().parse_override(quoted)
+        OverridesParser.create().parse_override(as_text)
     except HydraException:
         return f"{text!r} can't be read: {_short(error)}"
-    return f"{text!r} can't be read as it stands; with quotes it is text: {for_shell(quoted)}"
-
-
-def _quoted(text: str) -> str:
-    """``text`` as one value of Hydra's grammar."""
-    return "'" + text.replace("'", "\\'") + "'"
+    return f"{text!r} can't be read as it stands; with quotes it is text: {for_shell(as_text)}"
 
 
 def _for_hydra(override: Override, roots: Sequence[Path]) -> str:

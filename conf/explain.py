@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher, get_close_matches
@@ -229,6 +230,20 @@ def _line(key: str, value: Any, choices: list[str]) -> str:
 def shown(value: Any) -> str:
     """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """``text`` as one value of Hydra's grammar, which gives it back as it is.
+
+    Within its quotes a backslash counts before a quote only, and OmegaConf later looks for ``${``.
+    """
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text) + "'"
+
+
+def override(key: str, path: str) -> str:
+    """An override that gives ``key`` this absolute path, in quotes only where Hydra wants them."""
+    return f"{key}={path if re.fullmatch(r'/[A-Za-z0-9_/.+-]*', path) else quoted(path)}"
 
 
 def for_shell(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.explain import ConfigError
-from conf.schema import RunConfig
+from conf.schema import Local, RunConfig
 
 
 def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
@@ -84,7 +84,7 @@ def refuse_unless_startable(config: RunConfig) -> None:
         nodes, gpus = cluster.nodes, cluster.gpus_per_node
         asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
         raise ConfigError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
-    if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
+    if cluster.nodes > 1 and isinstance(cluster, Local) and cluster.rendezvous is None and not torchrun:
         raise ConfigError(
             f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "
             "the first node, the port a free one of it"

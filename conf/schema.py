@@ -71,6 +71,11 @@ Variable = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an e
 HostAndPort = Annotated[
     str, _matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, as node-1:29500"), AfterValidator(_reachable)
 ]
+Word = Annotated[str, _matching(r"\S+", "a word without spaces")]
+Text = Annotated[str, _matching(r"[^\0]+", "text that isn't empty")]
+Flag = Annotated[
+    str, _matching(r"--\w[^\0\n]*|-\w[^\0\n]*", "an option of sbatch, as --exclusive or --gres=gpu:a100:4")
+]
 Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
 
 
@@ -205,21 +210,58 @@ class Engine(_Section):
     config: Free
 
 
-class Cluster(_Section):
-    name: Literal["local"]
+class _Cluster(_Section):
     nodes: Size
     gpus_per_node: Size | Literal["auto"]
-    rendezvous: HostAndPort | None
     max_restarts: Count
     timeout_s: Positive
     environment: dict[Variable, str | int]
 
+
+class Local(_Cluster):
+    name: Literal["local"]
+    rendezvous: HostAndPort | None
+
     @model_validator(mode="after")
-    def _one_machine_meets_nobody(self) -> Cluster:
+    def _one_machine_meets_nobody(self) -> Local:
         if self.rendezvous is not None and self.nodes == 1:
             raise ValueError(
                 f"cluster.rendezvous={self.rendezvous} is where several machines meet, and cluster.nodes is 1: give "
                 "cluster.nodes, too, or neither"
+            )
+        return self
+
+
+class Slurm(_Cluster):
+    name: Literal["slurm"]
+    partition: Word | None
+    account: Word | None
+    qos: Word | None
+    time_min: Size | None
+    signal_s: Annotated[int, Field(ge=0, le=65535)]  # Slurm holds it in 16 bits
+    mem_gb: Positive | None
+    cpus_per_gpu: Size | None
+    gres: Literal["gpus-per-node", "gres", "none"]
+    constraint: Text | None
+    exclude: Word | None
+    nodelist: Word | None
+    reservation: Word | None
+    dependency: Word | None
+    comment: Text | None
+    mail: Word | None
+    setup: tuple[str, ...]
+    extra: tuple[Flag, ...]
+    max_requeues: Count
+    max_parallel: Size | None
+    dry_run: bool
+
+    @model_validator(mode="after")
+    def _the_signal_comes_before_the_end(self) -> Slurm:
+        if self.time_min is not None and self.signal_s >= 60 * self.time_min:
+            raise ValueError(
+                f"cluster.signal_s={self.signal_s} is the time between the signal to stop and the end, and "
+                f"cluster.time_min={self.time_min} leaves {60 * self.time_min} s in all: give a smaller "
+                "cluster.signal_s, or a longer cluster.time_min"
             )
         return self
 
@@ -248,6 +290,7 @@ class Log(_Section):
 
 class Run(_Section):
     dir: Annotated[str, Field(min_length=1)] | None
+    config: Annotated[str, Field(min_length=1)] | None
     name: Name | None
     new: bool
 
@@ -263,7 +306,7 @@ class RunConfig(_Section):
         given: keys given on the command line or in an experiment, dotted; a group's choice by the group's name.
     """
 
-    action: Literal["train", "plan", "evaluate"]
+    action: Literal["train", "plan", "evaluate", "runs", "requeue"]
     output: Literal["text", "json"]
     duration: Length
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -285,7 +328,7 @@ class RunConfig(_Section):
     task: Task
     optimizer: Annotated[SGD | AdamW | CustomOptimizer, Field(discriminator="name")]
     engine: Engine
-    cluster: Cluster
+    cluster: Annotated[Local | Slurm, Field(discriminator="name")]
     given: tuple[str, ...]
 
     @model_validator(mode="after")
@@ -299,9 +342,10 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _action_has_what_it_needs(self) -> RunConfig:
-        if self.output == "json" and self.action == "train":
+        if self.output == "json" and self.action in ("train", "requeue"):
             raise ValueError(
-                "output=json is how action=plan and action=evaluate print, and action is train; leave out one of them"
+                "output=json is how action=plan, action=evaluate and action=runs print, and action is "
+                f"{self.action}; leave out one of them"
             )
         if self.action == "evaluate" and self.init_from is None:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,23 +49,31 @@ def load(file: Path) -> dict[str, Any]:
     return plain
 
 
-def choices(stored: dict[str, Any]) -> dict[str, str]:
+def choices(stored: dict[str, Any], but: Collection[str] = OF_THE_MOMENT) -> dict[str, str]:
     """Group → the choice that the stored config was composed from, as far as its name tells."""
     named = {key: value.get("name") for key, value in stored.items() if isinstance(value, dict)}
-    return {group: name for group, name in named.items() if isinstance(name, str) and group not in OF_THE_MOMENT}
+    return {group: name for group, name in named.items() if isinstance(name, str) and group not in but}
 
 
-def over(defaults: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def over(
+    defaults: dict[str, Any], stored: dict[str, Any], prefix: str = "", but: Collection[str] = OF_THE_MOMENT
+) -> dict[str, Any]:
     """``stored`` over ``defaults``; keys of sections are merged, free mappings are taken whole."""
     merged = dict(defaults)
     for name, value in stored.items():
         key = f"{prefix}{name}"
-        if key in OF_THE_MOMENT:
+        if key in but:
             continue
         before = defaults.get(name)
         both = isinstance(before, dict) and isinstance(value, dict) and key in sections()
-        merged[name] = over(before, value, f"{key}.") if both else value  # type: ignore[arg-type]
+        merged[name] = over(before, value, f"{key}.", but) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def frozen(config: RunConfig, directory: Path) -> str:
+    """The whole config of a run that is to work in ``directory``, for a start of it later and elsewhere."""
+    run = config.run.model_copy(update={"dir": str(directory.absolute()), "config": None, "new": False})
+    return dump(config.model_copy(update={"run": run, "action": "train"}))
 
 
 def going_on(was: RunConfig, given: set[str], fresh: dict[str, Any], another: bool = False) -> dict[str, Any]:
@@ -126,6 +135,11 @@ def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> b
     return False
 
 
+def begun(directory: Path) -> bool:
+    """Whether a run there came to train; one that failed before may be put right, and is another one then."""
+    return (directory / "plan.json").exists()
+
+
 def extends(directory: Path, config: RunConfig) -> bool:
     """Whether ``config`` makes the run in ``directory`` longer; where there is none, nothing is.
 
@@ -135,7 +149,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
     """
     refuse_unwritable(directory)
     named = config.run.dir is not None and Path(os.path.expanduser(config.run.dir)) == directory
-    if named and (length := _length(directory)):
+    if named and begun(directory) and (length := _length(directory)):
         return length != config.duration  # they were compared when the config was composed from the one there
     try:
         there = json.loads((directory / "plan.json").read_text())["identity"]

@@ -67,9 +67,25 @@ class Result:
         }
 
 
+def events(directory: Path) -> list[dict[str, Any]]:
+    """What happened to the run in ``directory``, in order."""
+    return _lines(directory / "events.jsonl")
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """How the run in ``directory`` ended, or that it is running; empty where that isn't told."""
+    return _json(directory / "outcome.json")
+
+
+def last_step(directory: Path) -> int:
+    """The last step that the run in ``directory`` is known to have completed."""
+    told = [outcome(directory), *_lines(directory / "metrics.jsonl")[-1:]]
+    return max(int(line.get("step", 0)) for line in told)
+
+
 def result(directory: Path) -> Result:
     """The result of the run in ``directory``; what is missing or damaged there is None."""
-    outcome = _json(directory / "outcome.json")
+    ended = outcome(directory)
     lr = _json(directory / "plan.json").get("lr", {})
     loss: float | None = None
     val: dict[str, float] = {}
@@ -77,13 +93,13 @@ def result(directory: Path) -> Result:
         loss = loss if line.get("loss") is None else line["loss"]
         val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
     return Result(
-        outcome.get("state", "—"),
-        outcome.get("step", 0),
-        outcome.get("samples", 0),
+        ended.get("state", "—"),
+        ended.get("step", 0),
+        ended.get("samples", 0),
         loss,
         val,
         lr.get("peak"),
-        *_mishaps(_lines(directory / "events.jsonl")),
+        *_mishaps(events(directory)),
     )
 
 

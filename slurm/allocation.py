@@ -1,0 +1,97 @@
+"""Within a job's step: which machines it has, and which of them this one is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from conf.explain import ConfigError
+from conf.schema import Local, RunConfig, Slurm
+from slurm.state import address, hostnames
+
+PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What a task of ``srun`` knows of its job.
+
+    Attributes:
+        job: its id; of an element of an array, its own.
+        hosts: its machines, as Slurm names them; ``host``: this one.
+        gpus: of this machine that are the job's; None: Slurm doesn't say.
+    """
+
+    job: str
+    hosts: tuple[str, ...]
+    host: str
+    gpus: int | None
+
+    @classmethod
+    def within(cls, env: Mapping[str, str] = os.environ) -> Allocation | None:
+        """The job that this process is a task of; None outside of a job.
+
+        Raises:
+            ConfigError: it is in a job and no task of it, or a machine has several, or Slurm can't name the machines.
+        """
+        if "SLURM_JOB_ID" not in env:
+            return None
+        if "SLURM_STEP_ID" not in env:
+            raise ConfigError(
+                f"this is inside of Slurm's job {env['SLURM_JOB_ID']}: start its nodes with `srun --ntasks-per-node=1 "
+                "python launch.py cluster=slurm …`, or submit another job from outside (env -u SLURM_JOB_ID …)"
+            )
+        tasks, nodes = env.get("SLURM_NTASKS", "1"), env.get("SLURM_STEP_NUM_NODES", "1")
+        if tasks != nodes:
+            raise ConfigError(
+                f"srun starts {tasks} tasks on {nodes} nodes, and one a node is wanted, which starts that node's "
+                "workers: srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)"
+            )
+        hosts = tuple(hostnames(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
+        gpus = env.get("SLURM_GPUS_ON_NODE", "")
+        return cls(
+            env["SLURM_JOB_ID"],
+            hosts,
+            env.get("SLURMD_NODENAME", hosts[0]),
+            int(gpus) if gpus.isdecimal() else None,
+        )
+
+    def rendezvous(self) -> str:
+        """Where the machines meet: the first one, by the address that Slurm has of it, at a port of this job's."""
+        return f"{address(self.hosts[0])}:{PORTS[int(self.job) % len(PORTS)]}"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the training is told, to know whom to wait for."""
+        return {"hosts": " ".join(self.hosts), "host": self.host}
+
+
+def job_facts(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Of the job that this process is in, for the events of its run; nothing outside of one."""
+    if "SLURM_JOB_ID" not in env:
+        return {}
+    return {"job": env["SLURM_JOB_ID"], "job_restart": env.get("SLURM_RESTART_COUNT", "0")}
+
+
+def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
+    """``config`` for the machines of ``allocation``, as if they had been named by hand.
+
+    Raises:
+        ConfigError: it contradicts the allocation.
+    """
+    cluster = config.cluster
+    assert isinstance(cluster, Slurm)
+    nodes = len(allocation.hosts)
+    if "cluster.nodes" in config.given and cluster.nodes != nodes:
+        raise ConfigError(f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}: leave it out")
+    local = Local(
+        name="local",
+        nodes=nodes,
+        gpus_per_node=(allocation.gpus or "auto") if cluster.gpus_per_node == "auto" else cluster.gpus_per_node,
+        rendezvous=allocation.rendezvous() if nodes > 1 else None,
+        max_restarts=cluster.max_restarts,
+        timeout_s=cluster.timeout_s,
+        environment=cluster.environment,
+    )
+    return config.model_copy(update={"cluster": local})

@@ -1,0 +1,115 @@
+"""A job's script, as text. Pure: nothing is asked, started or written here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from conf.schema import Slurm
+from scaling.geometry import counted
+
+MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What is submitted.
+
+    Attributes:
+        text: of the script.
+        options: of sbatch, beside it: values of several lines, which no ``#SBATCH`` line can hold.
+    """
+
+    text: str
+    options: tuple[str, ...]
+
+
+def render(
+    cluster: Slurm, runs: Sequence[Sequence[str]], *, name: str, output: str, python: str, launcher: str
+) -> Script:
+    """The script of a job that does one run, or of an array that does several.
+
+    Args:
+        runs: of each, the words that name it to the launcher: ``run.dir=…``, ``run.config=…``.
+        name: of the job.
+        output: the file that Slurm writes what is printed to; ``%j`` stands for the job.
+        python: the interpreter, where ``cluster.setup`` brings none.
+        launcher: the path of ``launch.py``.
+    """
+    options = list(_options(cluster, len(runs), name, output))
+    lines = [directive(option) for option in options if "\n" not in option]
+    workers = f"{counted(cluster.nodes, 'node')} x {counted(int(cluster.gpus_per_node), 'worker')}"
+    launch = f"{'python' if cluster.setup else shlex.quote(python)} {shlex.quote(launcher)}"
+    cpus = _cpus_per_task(cluster)
+    srun = ["srun", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else []), "--kill-on-bad-exit=0"]
+    text = [
+        "#!/bin/bash",
+        f"# {counted(len(runs), 'run')} of Isobatch on {workers}, as `python launch.py cluster=slurm` submits it.",
+        *lines,
+        "",
+        *(_array(runs) if len(runs) > 1 else [f"run=({shlex.join(runs[0])})"]),
+        "",
+        *(["# cluster.setup", *cluster.setup, ""] if cluster.setup else []),
+        "# One task a node starts that node's workers. When the job has to stop, Slurm signals them: they save, and",
+        "# end. This shell outlives them, looks how they ended, and queues the job again where they were stopped.",
+        "trap : TERM",
+        f'{" ".join(srun)} {launch} "${{run[@]}}" &',
+        'until wait "$!"; code=$?; ! kill -0 "$!" 2> /dev/null; do :; done',
+        f'ISOBATCH_STEP_CODE=$code exec {launch} "${{run[@]}}" action=requeue',
+        "",
+    ]
+    return Script("\n".join(text), tuple(option for option in options if "\n" in option))
+
+
+def _options(cluster: Slurm, runs: int, name: str, output: str) -> Iterator[str]:
+    """Of sbatch."""
+    yield f"--job-name={name}"
+    yield f"--output={output}"
+    yield "--open-mode=append"
+    yield "--requeue"
+    yield f"--nodes={cluster.nodes}"
+    yield "--ntasks-per-node=1"
+    if cpus := _cpus_per_task(cluster):
+        yield f"--cpus-per-task={cpus}"
+    if cluster.gres == "gpus-per-node":
+        yield f"--gpus-per-node={cluster.gpus_per_node}"
+    if cluster.gres == "gres":
+        yield f"--gres=gpu:{cluster.gpus_per_node}"
+    if cluster.mem_gb is not None:
+        yield f"--mem={round(cluster.mem_gb * 1024)}M"
+    if cluster.time_min is not None:
+        yield f"--time={cluster.time_min}"
+    if cluster.signal_s:
+        yield f"--signal=USR2@{cluster.signal_s}"
+    for option in (
+        "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "dependency", "comment",
+    ):  # fmt: skip
+        if (value := getattr(cluster, option)) is not None:
+            yield f"--{option}={value}"
+    if cluster.mail is not None:
+        yield f"--mail-user={cluster.mail}"
+        yield f"--mail-type={MAIL}"
+    if runs > 1:
+        yield f"--array=0-{runs - 1}" + (f"%{cluster.max_parallel}" if cluster.max_parallel else "")
+    yield from cluster.extra
+
+
+def _cpus_per_task(cluster: Slurm) -> int | None:
+    return None if cluster.cpus_per_gpu is None else cluster.cpus_per_gpu * int(cluster.gpus_per_node)
+
+
+def _array(runs: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines that choose the run of this element."""
+    yield 'case "$SLURM_ARRAY_TASK_ID" in'
+    for number, words in enumerate(runs):
+        yield f"{number}) run=({shlex.join(words)}) ;;"
+    yield "esac"
+
+
+def directive(option: str) -> str:
+    """A line that gives sbatch this option, of which it reads double quotes and backslashes as a shell does."""
+    name, equals, value = option.partition("=")
+    if set(value) & set(" \t\r#'\"\\"):
+        value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"#SBATCH {name}{equals}{value}"

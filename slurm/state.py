@@ -1,0 +1,193 @@
+"""What Slurm's own commands say of jobs, nodes and settings, as values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from conf.explain import ConfigError
+
+ANSWER_S = 60.0  # for a busy controller
+DOWN = ("down", "fail", "error", "not_responding")  # how a node's state begins that won't be heard of
+
+
+class SlurmError(ConfigError):
+    """A command of Slurm's failed.
+
+    Attributes:
+        said: what it said.
+    """
+
+    def __init__(self, message: str, said: str = "") -> None:
+        super().__init__(message)
+        self.said = said
+
+
+def ask(*words: str) -> str:
+    """What a command of Slurm's prints.
+
+    Raises:
+        SlurmError: it isn't here, failed, or didn't answer.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace")
+    except FileNotFoundError:
+        raise SlurmError(
+            f"there is no {words[0]} on this machine: give the command on a login node of the cluster; "
+            "cluster.dry_run=true prints the job's script anywhere"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{shlex.join(words)} didn't answer within {ANSWER_S:g} s") from None
+    if done.returncode:
+        said = "\n".join(line for line in done.stderr.splitlines() if line.strip())
+        raise SlurmError(f"{words[0]} failed ({done.returncode}): {said or 'it said nothing'}", said)
+    return done.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A job in the queue.
+
+    Attributes:
+        job: its id; ``123_4`` for an element of an array.
+        state: as Slurm calls it: PENDING, RUNNING, COMPLETING, …
+        reason: why it waits, if it does.
+        since: when it was submitted or, if it runs, started, as Slurm writes it.
+        nodes: those it runs on, as Slurm writes them; "" while it waits.
+    """
+
+    job: str
+    state: str
+    reason: str
+    since: str
+    nodes: str
+
+    def __str__(self) -> str:
+        reason = f", {self.reason}" if self.reason else ""
+        nodes = f" on {self.nodes}" if self.nodes else ""
+        return f"{self.state}{reason}{nodes}, since {self.since.replace('T', ' ')}"
+
+
+def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
+    """Jobs of this user that aren't over, by id; all of them, or those of ``jobs``."""
+    asked = sorted({job.partition("_")[0] for job in jobs})
+    which = ["--jobs", ",".join(asked)] if asked else ["--me"]
+    try:
+        text = ask("squeue", "--noheader", "--array", *which, "--format", "%i|%T|%r|%V|%S|%N")
+    except SlurmError as error:
+        if "Invalid job id" in error.said:  # all of them are over, and forgotten
+            return {}
+        raise
+    found = parse_queue(text)
+    return {job: one for job, one in found.items() if one.state not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")}
+
+
+def parse_queue(text: str) -> dict[str, Queued]:
+    """Lines of ``squeue --format='%i|%T|%r|%V|%S|%N'``."""
+    found = {}
+    for line in text.splitlines():
+        job, state, reason, submitted, started, nodes = line.split("|")
+        since = submitted if state == "PENDING" else started
+        found[job] = Queued(job, state, "" if reason == "None" else reason, since, nodes)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One's own job, as ``scontrol`` shows it.
+
+    Attributes:
+        restarts: how often it was put back into the queue.
+        preempted: a job with a higher priority takes its place.
+        ended: when it is or was to end at the latest; None without a limit, or where it waits again.
+        limit: how long it may run; None: without a limit.
+    """
+
+    state: str
+    restarts: int
+    preempted: bool
+    started: datetime | None
+    ended: datetime | None
+    limit: timedelta | None
+
+    @property
+    def at_its_limit(self) -> bool:
+        """It has ended, or ends, as its time is over."""
+        if self.state == "RUNNING" or None in (self.started, self.ended, self.limit):
+            return False
+        return self.ended >= self.started + self.limit  # type: ignore[operator]
+
+    def left_s(self, now: datetime) -> float | None:
+        """Seconds until its limit; None without one."""
+        if self.started is None or self.limit is None:
+            return None
+        return (self.started + self.limit - now).total_seconds()
+
+
+def job(identifier: str) -> Job:
+    """The job with this id. Raises SlurmError."""
+    return parse_job(ask("scontrol", "--oneliner", "show", "job", identifier))
+
+
+def parse_job(text: str) -> Job:
+    """A line of ``scontrol --oneliner show job``."""
+    fields = dict(re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text))
+    return Job(
+        fields.get("JobState", "UNKNOWN"),
+        int(fields.get("Restarts", "0")),
+        _time(fields.get("PreemptTime", "None")) is not None,
+        _time(fields.get("StartTime", "Unknown")),
+        _time(fields.get("EndTime", "Unknown")),
+        _limit(fields.get("TimeLimit", "")),
+    )
+
+
+def _time(text: str) -> datetime | None:
+    return datetime.fromisoformat(text) if re.match(r"\d{4}-", text) else None
+
+
+def _limit(text: str) -> timedelta | None:
+    """``1-02:03:04``: days, hours, minutes, seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The machines of a list such as ``gpu-b2[1-3,5],login1``, by Slurm's own reading of it."""
+    return ask("scontrol", "show", "hostnames", nodes).split()
+
+
+def address(node: str) -> str:
+    """Where Slurm reaches a node: of several networks, the one that the site has chosen."""
+    return parse_address(ask("scontrol", "--oneliner", "show", "node", node), node)
+
+
+def parse_address(text: str, node: str) -> str:
+    """A line of ``scontrol --oneliner show node``."""
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", text)
+    return match[1] if match else node
+
+
+def down_nodes(nodes: Iterable[str]) -> list[str]:
+    """Those of ``nodes`` that Slurm doesn't hear of any more, or has taken out."""
+    listed = ",".join(nodes)
+    return parse_down(ask("sinfo", "--noheader", "--Node", "--nodes", listed, "--format", "%N %T")) if listed else []
+
+
+def parse_down(text: str) -> list[str]:
+    """Lines of ``sinfo --Node --format='%N %T'``; a ``*`` says that a node doesn't answer."""
+    states = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+    return sorted(node for node, state in states.items() if state.lower().startswith(DOWN) or "*" in state)
+
+
+def kill_wait_s() -> int | None:
+    """Seconds between the TERM and the KILL that end a job; None where Slurm doesn't say."""
+    match = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    return int(match[1]) if match else None

@@ -1,0 +1,187 @@
+"""Giving a job to Slurm; where Slurm refuses, what it says, and what would help."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.explain import ConfigError, override
+from conf.schema import RunConfig, Slurm
+from scaling.report import events
+from slurm.render import render
+from slurm.state import SlurmError, ask, queued
+
+# What sbatch says → what would work.
+HELP = {
+    "invalid partition": "`sinfo -s` lists the partitions: cluster.partition",
+    "invalid account": "`sacctmgr show assoc user=$USER` lists the accounts: cluster.account, cluster.partition",
+    "invalid qos": "`sacctmgr show qos` lists them: cluster.qos",
+    "invalid feature": "`sinfo -o '%N %f'` lists the features of nodes: cluster.constraint",
+    "invalid generic resource": "nodes have none of that kind: cluster.gres=none is for clusters without GPUs, "
+    "cluster.gres=gres for those without --gpus-per-node",
+    "requested node configuration is not available": "no such nodes are there, so many or so large: "
+    "`sinfo -o '%P %D %c %m %G'` shows what there is: cluster.nodes, gpus_per_node, cpus_per_gpu, mem_gb",
+    "more processors requested": "cluster.nodes, cluster.cpus_per_gpu",
+    "node count specification invalid": "the partition has fewer nodes, or allows a job fewer: cluster.nodes",
+    "invalid node name": "`sinfo -N` lists the nodes: cluster.nodelist, cluster.exclude",
+    "memory specification": "`sinfo -o '%P %m'` shows a node's memory: cluster.mem_gb",
+    "time limit": "`sinfo -o '%P %l'` shows the limits: cluster.time_min",
+    "reservation": "`scontrol show reservation` lists them: cluster.reservation",
+    "dependency": "cluster.dependency=afterok:JOB, of a job that is there",
+    "violates": "the account or the quality of service allows less: cluster.account, cluster.qos, cluster.time_min, "
+    "cluster.nodes",
+    "unrecognized option": "cluster.extra holds options of sbatch: `sbatch --help` lists them",
+    "unable to contact": "Slurm's controller doesn't answer; try again later",
+}
+
+
+def refuse_unless_submittable(config: RunConfig) -> None:
+    """Raises ConfigError where something has to be given, or doesn't go with a job."""
+    if config.cluster.gpus_per_node == "auto":
+        raise ConfigError(
+            "cluster=slurm needs cluster.gpus_per_node=…, the worker processes of each node: what this machine has "
+            "says nothing of those"
+        )
+    if config.action == "evaluate":
+        raise ConfigError(
+            "cluster=slurm submits trainings; within a job, `srun --ntasks-per-node=1 python launch.py cluster=slurm "
+            "action=evaluate …` evaluates with its machines"
+        )
+    if config.debug:
+        raise ConfigError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
+
+
+def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
+    """The cluster of all runs of a sweep, which are one array of jobs.
+
+    Raises:
+        ConfigError: they ask for different ones.
+    """
+    first = configs[0].cluster
+    if any(config.cluster != first for config in configs) or not isinstance(first, Slurm):
+        raise ConfigError("the runs of a sweep are one array of jobs, so cluster.… has to be the same for all of them")
+    return first
+
+
+def refuse_if_queued(directory: Path) -> None:
+    """Raises ConfigError, naming it, where a job that was submitted for a run isn't over yet."""
+    jobs = jobs_of(directory)
+    for one in queued(jobs).values() if jobs else ():
+        if one.job in jobs:
+            raise ConfigError(
+                f"job {one.job} does the run in {directory} already ({one}): wait for it, `scancel {one.job}`, or "
+                "start another run beside it with run.new=true"
+            )
+
+
+def jobs_of(directory: Path) -> list[str]:
+    """Ids of the jobs that were submitted for a run, the newest last."""
+    return [str(event.get("job")) for event in events(directory) if event.get("event") == "submitted"]
+
+
+def sbatch(script: Path, options: Sequence[str]) -> str:
+    """Submit; the job's id.
+
+    Raises:
+        SlurmError: Slurm refuses; the message quotes it, and says what would help.
+    """
+    try:
+        answer = ask("sbatch", "--parsable", *options, str(script))
+    except SlurmError as error:
+        hints = [hint for pattern, hint in HELP.items() if re.search(pattern, error.said, re.IGNORECASE)]
+        raise SlurmError(f"{error}" + (f"\n{hints[0]}" if hints else ""), error.said) from None
+    return answer.strip().partition(";")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job, or an array of several, ready to be given to Slurm.
+
+    Attributes:
+        script: its path; ``text`` its content.
+        options: of sbatch, beside it.
+        configs: of each run, the file that holds its config, and the content.
+        output: the file that Slurm writes to; ``%j`` or ``%A_%a`` in it stand for the job.
+    """
+
+    script: Path
+    text: str
+    options: tuple[str, ...]
+    configs: dict[Path, str]
+    output: Path
+
+    @property
+    def array(self) -> bool:
+        return len(self.configs) > 1
+
+    def job_of(self, job: str, number: int) -> str:
+        """The id of the ``number``-th run's job."""
+        return f"{job}_{number}" if self.array else job
+
+    def output_of(self, job: str) -> Path:
+        """The file that a job writes to; of an array a pattern for all."""
+        name = self.output.name.replace("%A", job).replace("%a", "*").replace("%j", job)
+        return self.output.with_name(name)
+
+    def told(self, job: str) -> str:
+        """What is said once Slurm has it."""
+        output = shlex.quote(str(self.output_of(job))).replace("'*'", "*")
+        return "\n".join(
+            [
+                f"submitted job {job}" + f", an array of {len(self.configs)} runs" * self.array,
+                f"run     {self.script.parent.parent}",
+                f"output  {self.output_of(job)}",
+                f"follow  tail -F {output}",
+                f"cancel  scancel {job}",
+            ]
+        )
+
+    def give(self, write: Callable[[Path, str], None]) -> str:
+        """Write the files, and submit; the job's id. Where Slurm refuses, nothing of it stays.
+
+        Raises:
+            SlurmError: Slurm refuses.
+        """
+        files = {self.script: self.text, **self.configs}
+        self.output.parent.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
+        try:
+            for file, content in files.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file, content)
+            return sbatch(self.script, self.options)
+        except BaseException:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
+
+
+def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, launcher: Path) -> Submission:
+    """What is to be submitted.
+
+    Args:
+        runs: the absolute directory of each, and its whole config as it is now: editing a file later doesn't change a
+            job that waits.
+        root: the directory of the run, or of the sweep.
+        stamp: the name of this submission.
+    """
+    configs = {directory / f"submissions/{stamp}.yaml": text for directory, text in runs.items()}
+    words = [
+        [override("run.dir", str(directory)), override("run.config", str(file))]
+        for directory, file in zip(runs, configs, strict=True)
+    ]
+    # a backslash in its path would keep Slurm from filling in the job
+    job = "slurm" if "\\" in str(root) else "slurm-%A_%a" if len(runs) > 1 else "slurm-%j"
+    output = root / f"logs/{job}.out"
+    script = render(
+        cluster,
+        words,
+        name=root.name,
+        output=str(root).replace("%", "%%") + f"/logs/{job}.out",
+        python=sys.executable,
+        launcher=str(launcher),
+    )
+    return Submission(root / f"submissions/{stamp}.sh", script.text, script.options, configs, output)

@@ -1,0 +1,188 @@
+"""A real Slurm of four nodes on this machine, for tests: `python -m tests.cluster.lab` starts one and stays.
+
+Needs root and Debian's packages `slurm-wlm` and `munge`, which it installs where they are missing. Nothing is written
+to /etc: all is in a folder of its own, which SLURM_CONF names, and all that was started is ended by its process id.
+
+Each node has two CPUs and two GPUs in name. Partitions: main (Slurm requeues what it preempts), cheap (it cancels it),
+graceful (it cancels it 20 s after a TERM), high (preempts all of them).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+NODES = 4
+CONF = """\
+ClusterName=lab
+SlurmctldHost=localhost
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=cred_expire=4
+SlurmctldPort=16817
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/ctld.pid
+SlurmdPidFile={folder}/run/%n.pid
+SlurmctldLogFile={folder}/log/ctld.log
+SlurmdLogFile={folder}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+MinJobAge=300
+KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+GresTypes=gpu
+SlurmdTimeout=10
+NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-1700{nodes}] CPUs=2 RealMemory=4000 \
+Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=n[1-{nodes}] Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName=high Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=10
+PartitionName=cheap Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
+PartitionName=graceful Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
+"""
+READY_S = 60.0
+
+
+class Lab:
+    """A Slurm that runs.
+
+    Attributes:
+        folder: its configuration, logs, state and process ids.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.conf = folder / "slurm.conf"
+        self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
+        self._slurmctld: subprocess.Popen[bytes] | None = None
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"n{number}" for number in range(1, NODES + 1)]
+
+    def start(self) -> None:
+        install()
+        start_munge(self.folder)
+        for name in ("state", "log", "run", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.conf.write_text(CONF.format(folder=self.folder, nodes=NODES))
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")  # GPUs need a file each
+        os.environ["SLURM_CONF"] = str(self.conf)
+        self._slurmctld = self._daemon("slurmctld", "-D")
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_for_idle()
+
+    def start_node(self, node: str) -> None:
+        self._slurmds[node] = self._daemon("slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """As if the machine went down: its slurmd, and all that runs on it, at once."""
+        self._slurmds.pop(node).kill()
+        for pid in self.processes_of(node):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes_of(self, node: str) -> list[int]:
+        """What Slurm runs on a node: its step daemons, and what they started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                pid = int(entry.name)
+                mine = f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                if mine and pid != os.getpid():
+                    found.append(pid)
+        return found
+
+    def wait_for_idle(self, within_s: float = READY_S) -> None:
+        deadline = time.monotonic() + within_s
+        while True:
+            states = run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
+            if states == ["idle"] * NODES:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nodes are {states}; logs in {self.folder / 'log'}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        with suppress(OSError, subprocess.SubprocessError):
+            run("scancel", "--me", "--signal=KILL", "--full", check=False)
+            run("scancel", "--me", check=False)
+        for daemon in (self._slurmctld, *self._slurmds.values()):
+            if daemon:
+                daemon.terminate()
+        for daemon in (self._slurmctld, *self._slurmds.values()):
+            if daemon:
+                with suppress(subprocess.TimeoutExpired):
+                    daemon.wait(10)
+                daemon.kill()
+        for node in self.nodes:
+            for pid in self.processes_of(node):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _daemon(self, *words: str) -> subprocess.Popen[bytes]:
+        log = open(self.folder / f"log/{'-'.join(words)}.out", "ab")  # noqa: SIM115
+        return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def run(*words: str, check: bool = True) -> str:
+    """What a command of Slurm's prints."""
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=check).stdout
+
+
+def install() -> None:
+    """Slurm and munge, from the distribution's packages."""
+    if shutil.which("slurmctld") and shutil.which("munged"):
+        return
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], check=True, env=env)
+    subprocess.run(["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"], check=True, env=env)
+
+
+def start_munge(folder: Path) -> None:
+    """munge signs Slurm's messages; one that runs already will do."""
+    if subprocess.run("munge -n | unmunge", shell=True, capture_output=True).returncode == 0:
+        return
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge", "munge")
+    subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "/usr/sbin/munged"], check=True)
+
+
+@contextmanager
+def running() -> Iterator[Lab]:
+    """A Slurm, while it is within."""
+    with tempfile.TemporaryDirectory(prefix="isobatch-slurm-", ignore_cleanup_errors=True) as name:
+        lab = Lab(Path(name))
+        try:
+            lab.start()
+            yield lab
+        finally:
+            lab.stop()
+
+
+if __name__ == "__main__":
+    with running() as lab:
+        print(f"export SLURM_CONF={lab.conf}", flush=True)
+        with suppress(KeyboardInterrupt):
+            signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    sys.exit(0)
