@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conf.stored import dump
 from scaling.advice import lr_jump
@@ -23,6 +23,7 @@ from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate, with_average
 from trainers.fingerprint import fingerprint
 from trainers.fit import fit
+from trainers.kept import KEPT
 from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
@@ -41,9 +42,6 @@ from trainers.world import World
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
-
-# Held until the process ends: gloo's destructor hangs where objects of the training die before the process does.
-_KEPT: list[Any] = []
 
 
 def train(
@@ -155,7 +153,7 @@ def _train(
         if config.checkpoint.on_error == "stop":
             stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
 
-    _KEPT.extend((engine, loader, metrics, keeper))
+    KEPT.extend((engine, loader, metrics, keeper))
     for reason in dependent_on_cut(model):
         stream.tell(reason)
     model.train()

@@ -14,11 +14,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from trainers.kept import KEPT
 from trainers.rundir import Fatal, Refused
 from trainers.starting.notes import read_note
-
-# gloo's destructor waits for threads that need the lock it holds (pytorch #190489): groups are never let go of.
-_KEPT: list[object] = []
 
 FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agent is ours
 
@@ -67,7 +65,7 @@ class World:
                 timeout=timedelta(seconds=timeout_s),
                 device_id=world.device if accelerated else None,
             )
-            _KEPT.append(dist.group.WORLD)
+            KEPT.append(dist.group.WORLD)
         return world
 
     def agree(self, text: str) -> str:
@@ -107,7 +105,7 @@ class World:
             _set_pg_timeout(timedelta(days=365))
 
     def leave(self) -> None:
-        """End the process group; the process is expected to end by ``os._exit`` (see trainers/starting/workers.py)."""
+        """End the process group; the process is expected to end by ``os._exit`` (see trainers/kept.py)."""
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -151,7 +149,7 @@ def meeting_point(timeout_s: float) -> Store | None:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    _KEPT.append(store)
+    KEPT.append(store)
     if not kept:
         return store
     if final := read_note(store, "final"):

@@ -1,7 +1,7 @@
 """This machine's workers: starting them, watching them, restarting them, on torch's elastic agent and its rendezvous.
 
 torch's own local agent returns results through a queue, allows no say in what is restarted, and takes its workers'
-exit for a hang if they leave by ``os._exit``, as they have to (see workers.py). What it does for several
+exit for a hang if they leave by ``os._exit``, as they have to (see trainers/kept.py). What it does for several
 machines (rendezvous, ranks, restart together) is used unchanged.
 """
 

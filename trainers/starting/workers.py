@@ -1,8 +1,4 @@
-"""Starting the workers of this machine, what each of them does, and how all of it ends. Torch-free until used.
-
-torch 2.13's gloo hangs at a process's normal end (pytorch #190489: its destructor waits, holding the interpreter's
-lock, for threads that need it). So nothing of a training is let go of, and every worker leaves by ``os._exit``.
-"""
+"""Starting the workers of this machine, what each of them does, and how all of it ends. Torch-free until used."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from trainers.kept import KEPT
 from trainers.rundir import EXIT_CODE, Outcome, RunDir
 from trainers.starting.ends import Note, bury, judged, note_restart, said
 from trainers.starting.notes import (
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
 
 HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
 
-_kept: list[BaseException] = []  # their tracebacks hold what must not be destroyed
 _store: Store | None = None  # where this worker leaves notes
 _entered: RunDir | None = None  # its run directory
 _terminal: TextIO = sys.stderr  # the error stream it was started with
@@ -179,7 +175,7 @@ def _attempt(
     global _store
 
     def fail(error: BaseException) -> Note:
-        _kept.append(error)
+        KEPT.append(error)  # its traceback holds what must not be destroyed
         return failed(error_note(error, rank, facts["attempt"], _entered, watch.reached), facts)
 
     def give_up(error: Hangs) -> None:
