@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import platform
 import socket
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers.rundir import Outcome, Refused, RunDir
+from trainers.rundir import Outcome, Refused, RunDir, hold
 from trainers.starting.notes import restarts
 from trainers.world import World
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
-
-_LOCKS: list[IO[str]] = []  # held until the process ends, so that no other launch works in the directory
 
 
 def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDir, Outcome | None]:
@@ -74,7 +72,7 @@ def _begin(run: RunDir, facts: dict[str, str], world: World, hosts: list[str]) -
     """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
-    _LOCKS.append(run.lock())
+    hold(run.lock())
     before = run.outcome()
     if before and before.state == "finished" and "extends" not in facts:
         return before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import pytest
 import torch
 
 from tests.ranks.harness import Run, Runs
-from trainers.rundir import LOCK_FD, Refused, RunDir
+from trainers.rundir import LOCK_FD, Refused, RunDir, hold
+from trainers.starting.processes import WorkerProcess
+from trainers.starting.watch import Watch
+from trainers.stop import Stop
 
 TASK = (
     "task=custom", "task._target_=tests.tasks.Odd", "batch.global_size=20", "duration=30st", "evaluate.every=10st",
@@ -119,3 +124,23 @@ def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
     assert in_fork(worker) == 0  # the next start of the same launch
     handed_on.close()
     assert in_fork(lambda: run.lock()) == 0
+
+
+def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
+    """It may outlive the launch."""
+    run = RunDir(tmp_path / "run")
+
+    def work(_: Watch) -> None:
+        hold(run.lock())
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(0)
+
+    handed_on = run.open_lock()
+    lock = {LOCK_FD: handed_on.fileno()}
+    worker = WorkerProcess(multiprocessing.get_context("fork"), 0, lock, Stop(), work, ())
+    while worker.code is None:
+        time.sleep(0.01)
+    handed_on.close()
+    run.lock().close()
+    os.killpg(worker.pid, signal.SIGKILL)  # it was still there

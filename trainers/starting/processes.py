@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainers.rundir import LOCK_FD, hold
 from trainers.starting.notes import GRACE_S, KILLED_HINT, others_word
 from trainers.starting.watch import Watch
 from trainers.stop import Stop, die_with_parent
@@ -114,6 +115,8 @@ def _child(
     if os.getppid() != parent:
         os._exit(1)
     os.environ.update(env)
+    if LOCK_FD in env:
+        hold(os.fdopen(int(env[LOCK_FD])))
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
     stop.install()
     watch.beat()
