@@ -162,6 +162,20 @@ def launch(folder: Path, *overrides: str, ranks: int = 2, **more: Any) -> Run:
     return Run(folder, command, **more)
 
 
+def launch_after(folder: Path, code: str, *overrides: str) -> Run:
+    """``launch`` in a process that did ``code`` before."""
+    script = folder / "script.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(LAUNCH.parent)!r})\n"
+        f"{code}"
+        "if __name__ == '__main__':\n"
+        f"    sys.argv[0] = {str(LAUNCH)!r}\n"
+        f"    runpy.run_path({str(LAUNCH)!r}, run_name='__main__')\n"
+    )
+    return Run(folder, [sys.executable, str(script), *BASE, "cluster.gpus_per_node=2", *overrides])
+
+
 def torchrun(folder: Path, *overrides: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")) -> Run:
     return Run(folder, [sys.executable, "-m", "torch.distributed.run", *options, str(LAUNCH), *BASE, *overrides])
 
@@ -207,17 +221,7 @@ def test_cores_are_shared_by_the_workers(folder: Path) -> None:
 
 def test_spawned_workers_do_the_same(folder: Path) -> None:
     """As where CUDA is already initialised, which a fork doesn't survive."""
-    started = folder / "spawns.py"
-    started.write_text(
-        "import runpy, sys\n"
-        "import torch\n"
-        "torch.cuda.is_initialized = lambda: True\n"
-        "if __name__ == '__main__':\n"
-        f"    sys.argv[0] = {str(LAUNCH)!r}\n"
-        f"    sys.path.insert(0, {str(LAUNCH.parent)!r})\n"
-        f"    runpy.run_path({str(LAUNCH)!r}, run_name='__main__')\n"
-    )
-    run = Run(folder, [sys.executable, str(started), *BASE, "cluster.gpus_per_node=2"])
+    run = launch_after(folder, "import torch\ntorch.cuda.is_initialized = lambda: True\n")
     assert run.end() == 0, run.err
     assert run.outcome["state"] == "finished"
     assert "task of rank 1" in run.log(1)
@@ -419,6 +423,28 @@ def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
     assert "the last start got no further than one before" in run.said[1]
 
 
+@pytest.mark.parametrize(("code", "state"), [("os._exit(7)", "crashed"), ("raise Refused('not here')", "refused")])
+def test_a_restart_that_ends_before_it_has_the_run_directory_says_so_there(folder: Path, code: str, state: str) -> None:
+    """Rank 1 ends so as the second start's ranks meet."""
+    meets = (
+        "import os\n"
+        "from trainers.rundir import Refused\n"
+        "from trainers.world import World\n"
+        "join = World.join\n"
+        "def meet(*args):\n"
+        "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '1'):\n"
+        f"        {code}\n"
+        "    return join(*args)\n"
+        "World.join = meet\n"
+    )
+    run = launch_after(folder, meets, "task.args.fault=SIGKILL", "cluster.max_restarts=3")
+    assert run.end() == (2 if state == "refused" else 1)
+    assert (len(run.events("start")), len(run.events("restart"))) == (1, 1)
+    assert run.said[-1] == f"isobatch: {run.outcome['cause']}"
+    assert (run.outcome["state"], run.outcome["step"], run.outcome["restarts"]) == (state, 2, 1)
+    assert [event["cause"] for event in run.events(state)] == [run.outcome["cause"]]
+
+
 def test_a_data_loader_that_was_killed_is_the_cause(folder: Path) -> None:
     fault = ["task.args.fault='loses its loader'", "task.args.always=false", "data.workers=1"]
     run = launch(folder, *fault, *RESTARTED)
@@ -516,6 +542,18 @@ def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder
     assert [event["found"] for event in same.events("crashed")] == [True]
     assert same.outcome["step"] > same.events("going_on")[0]["step"] >= 1
     assert not list(run.dir.glob("checkpoints/.*"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -signal.SIGKILL)])
+def test_counting_the_data_ends_with_the_launcher(folder: Path, name: str, code: int) -> None:
+    """It is counted by a process of its own, before there is a plan; here it would take for ever."""
+    run = launch(folder, "batch.global_size=all", "task.args.fault='hangs early'", "task.args.rank=0")
+    wait_until(lambda: len(processes_of(run.dir)) == 2)
+    run.process.send_signal(signal.Signals[name])
+    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    assert run.end() == code
+    assert run.said == ["isobatch: SIGTERM, before anything was started"] * (code == 75)
+    assert not run.dir.exists()
 
 
 # ---- several machines

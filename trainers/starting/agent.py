@@ -98,6 +98,7 @@ class Agent(SimpleElasticAgent):
         self._reached = {"step": 0, "samples": 0}  # by any start
         self._address, self._start_method, self._on_restart = address, start_method, on_restart
         self._run = run
+        self._entered: str | None = None  # the run directory, where a start before had it
         self._lock: IO[str] | None = None
         self._workers: list[WorkerProcess] = []
 
@@ -108,8 +109,8 @@ class Agent(SimpleElasticAgent):
 
     @property
     def run_dir(self) -> RunDir | None:
-        """The run directory, once rank 0 has it for this launch."""
-        path = read_note(self.notes, "entered")
+        """The run directory, once rank 0 has it for this launch, in this start of the workers or in one before."""
+        path = read_note(self.notes, "entered") or self._entered
         return RunDir(path) if path else None
 
     @property
@@ -255,6 +256,7 @@ class Agent(SimpleElasticAgent):
             self._furthest = max(self._furthest, error["step"])
         self._reached = {key: max(far, error[key]) for key, far in self._reached.items()}
         error |= self._reached
+        self._entered = read_note(self.notes, "entered") or self._entered
 
     def _verdict(self) -> dict[str, Any] | None:
         """What the agent of rank 0 makes of it; where it says nothing, what is known here, and the end."""
