@@ -16,7 +16,7 @@ from conf.sweep import Element
 from scaling.report import grid, result
 from trainers.rundir import Refused
 from trainers.starting.workers import leave
-from trainers.stop import Stop, die_with_parent
+from trainers.stop import Stop, Stopped, die_with_parent
 from trainers.terminal import say
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ def guarded(work: Callable[[], int]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"isobatch: {error}", file=sys.stderr)
         return 2
+    except Stopped as wish:
+        print(f"isobatch: {wish}, before anything was started", file=sys.stderr)
+        return 75
     except SystemExit as end:
         return int(end.code or 0)
     except BrokenPipeError:  # whoever read this has left
@@ -40,23 +43,28 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
-def in_child(work: Callable[[], int], stop: Stop) -> int:
-    """The exit code of ``work``, done in a forked process that is told of a wish to stop."""
+def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
+    """The exit code of ``work``, done in a forked process, which gets ``number`` where this one is to stop, or ends."""
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
-        die_with_parent(signal.SIGTERM)  # what a killed sweep had started stops
-        leave(guarded(work))
+        die_with_parent(number)
+        leave(guarded(work) if os.getppid() == parent else 1)
     told = False
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         if stop.wanted and not told:
-            os.kill(child, signal.SIGTERM)
+            os.kill(child, number)
             told = True
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
 
 
 def opened(config: RunConfig, stop: Stop) -> int:
-    """Training samples, counted in a child: the launcher is to be forked, and stays without torch."""
+    """Training samples, counted in a child: the launcher is to be forked, and stays without torch.
+
+    Raises:
+        Stopped: a signal came first. The child is killed, since in the user's code it would only record it.
+    """
     answer, reply = os.pipe()
 
     def count() -> int:
@@ -65,8 +73,13 @@ def opened(config: RunConfig, stop: Stop) -> int:
         os.write(reply, str(count_samples(config)).encode())
         return 0
 
-    if code := in_child(count, stop):  # and has said why
-        raise SystemExit(code)
+    code = in_child(count, stop, signal.SIGKILL)
+    if code < 0 and stop.wanted:
+        raise Stopped(stop.wanted)
+    if code < 0:
+        say(f"isobatch: killed by {signal.Signals(-code).name} while the training data was counted", sys.stderr)
+    if code:  # else the child has said why
+        raise SystemExit(max(1, code))
     return int(os.read(answer, 20))
 
 
