@@ -107,7 +107,8 @@ def _train(
     model = key_dropout(make_model(config, task), stream).to(world.device)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
-    source = initialise(model, config.init_from, world) if config.init_from and begins else None
+    with watch.excused():
+        source = initialise(model, config.init_from, world) if config.init_from and begins else None
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
     watch.beat()
@@ -194,7 +195,8 @@ def _train(
     )
     if ours:
         if done:
-            save_final(run, model, engine.average)
+            with watch.excused():
+                save_final(run, model, engine.average)
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
         run.write_outcome(outcome)
     return outcome

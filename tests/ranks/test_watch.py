@@ -61,6 +61,14 @@ def test_looks_without_a_beat_are_counted() -> None:
     assert watch.look() == 1
 
 
+def test_nothing_is_missed_of_one_that_is_excused() -> None:
+    watch = Watch()
+    watch.beat()
+    with watch.excused():
+        assert [watch.look() for _ in range(3)] == [0, 0, 0]
+    assert [watch.look() for _ in range(2)] == [1, 2]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) -> None:
     watch, found, begun = Watch(), list[Hangs](), list[bool]()

@@ -60,7 +60,7 @@ def resume(
     except ValueError as error:
         raise Refused(str(error)) from None
     try:
-        engine.restore(Reader(found))
+        engine.restore(Reader(found, beat))
     except Refused:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written

@@ -172,10 +172,14 @@ def _memory_for(live: Tensor) -> Tensor:
 
 
 class Reader:
-    """The tensors and values of a checkpoint that was verified; only what is asked for is read."""
+    """The tensors and values of a checkpoint that was verified; only what is asked for is read.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    Args:
+        beat: called every few MB.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, beat: Callable[[], None] = lambda: None) -> None:
+        self._checkpoint, self._beat = checkpoint, beat
         self._headers: dict[str, dict[str, Entry]] = {}
         self._open: dict[str, BinaryIO] = {}
 
@@ -212,8 +216,12 @@ class Reader:
         """Read the elements from ``skip`` on of a file's slice of ``tensor``."""
         file = self._opened(name)
         file.seek(self._headers[name][tensor].offset + skip * result.element_size())
-        if file.readinto(_bytes(result)) != result.nbytes:  # type: ignore[attr-defined]
-            raise Damaged(f"{name} is shorter than it was")
+        whole = _bytes(result)
+        for begin in range(0, len(whole), CHUNK_BYTES):
+            chunk = whole[begin : begin + CHUNK_BYTES]
+            if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
+                raise Damaged(f"{name} is shorter than it was")
+            self._beat()
 
     def _opened(self, name: str) -> BinaryIO:
         if name not in self._open:

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainers.starting.notes import Hangs, place
@@ -40,7 +40,8 @@ class Watch:
     """
 
     def __init__(self, shared: BaseContext | None = None) -> None:
-        self._row: Any = shared.RawArray(ctypes.c_int64, 3) if shared else [0, 0, 0]  # beats, steps, samples
+        # beats, steps, samples, whether it is excused
+        self._row: Any = shared.RawArray(ctypes.c_int64, 4) if shared else [0, 0, 0, 0]
         self._seen = self._looks = 0
         self._guarding = False
 
@@ -67,9 +68,18 @@ class Watch:
         """``step`` and ``samples`` completed."""
         return {"step": int(self._row[1]), "samples": int(self._row[2])}
 
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Within, nothing is missed: for what rank 0 does at one go, and the others wait for."""
+        self._row[3] = 1
+        try:
+            yield
+        finally:
+            self._row[3] = 0
+
     def look(self) -> int:
-        """How many looks there were since the last beat, with this one."""
-        self._looks = self._looks + 1 if self._seen == self._row[0] else 0
+        """How many looks there were since the last beat, with this one; 0 where it is excused."""
+        self._looks = self._looks + 1 if self._seen == self._row[0] and not self._row[3] else 0
         self._seen = self._row[0]
         return self._looks
 
