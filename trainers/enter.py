@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers.rundir import Outcome, Refused, RunDir, hold
+from conf.stored import begun, dump
+from trainers.rundir import Outcome, Refused, RunDir, hold, write_atomic
 from trainers.starting.notes import restarts
 from trainers.world import World
 
@@ -35,7 +36,7 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDi
     refusal = ""
     if world.rank == 0:
         try:
-            before = _begin(run, facts, world, sorted(set(hosts)))
+            before = _begin(run, config, facts, world, sorted(set(hosts)))
         except (Refused, OSError) as error:
             refusal = str(error) if isinstance(error, Refused) else f"run.dir={run.path} can't be written: {error}"
     if refusal := world.agree(refusal):
@@ -68,7 +69,7 @@ def _items(section: Any) -> list[tuple[str, Any]]:
     return list(section.items()) if isinstance(section, dict) else [("", section)]
 
 
-def _begin(run: RunDir, facts: dict[str, str], world: World, hosts: list[str]) -> Outcome | None:
+def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> Outcome | None:
     """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
@@ -77,7 +78,9 @@ def _begin(run: RunDir, facts: dict[str, str], world: World, hosts: list[str]) -
     if before and before.state == "finished" and "extends" not in facts:
         return before
     at = (before.step, before.samples) if before else (0, 0)
-    run.write_outcome(Outcome("running", "", *at, facts["attempt"], restarts()))  # first: by this it's a run's folder
+    if not begun(run.path):  # else what is there holds until this attempt trains, too
+        write_atomic(run.path / "config.yaml", dump(config))
+    run.write_outcome(Outcome("running", "", *at, facts["attempt"], restarts()))
     run.logs.mkdir(exist_ok=True)
     if before and before.state == "running" and before.attempt != facts["attempt"]:
         cause = "ended without a word: it was killed, or its machine went down"

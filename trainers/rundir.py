@@ -13,6 +13,7 @@ from typing import IO, Any, Literal, get_args
 
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
+OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
 LOCK = "lock"
 LOCK_FD = "ISOBATCH_LOCK_FD"  # in the environment of forked workers: what ``open_lock`` gave their launcher
 DYING_S = 1.0  # for the processes of a launch that was just killed to be gone
@@ -120,9 +121,9 @@ class RunDir:
         Raises:
             Refused: the folder holds something, but no run.
         """
-        if (self.path / "outcome.json").exists() or not self.path.is_dir():
+        if any((self.path / name).exists() for name in OF_RUNS) or not self.path.is_dir():
             return
-        ours = (LOCK, ".outcome.json.")  # of a start that was killed at once
+        ours = (LOCK, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
         if foreign := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(ours)):
             shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)
             raise Refused(f"run.dir={self.path} holds no run, but {shown}; name an empty folder or a new one")
@@ -142,8 +143,8 @@ class RunDir:
         except OSError:
             if not _fits(file, content):
                 raise
-            with open(file, "r+b", buffering=0) as there:
-                there.truncate(there.write(content.encode()))
+            with open(file, "r+b", buffering=0) as there:  # in one call: whoever is killed leaves no half of each
+                there.write(content.encode().ljust(file.stat().st_size))
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``: one write of one line, so that a reader never sees half of another's."""

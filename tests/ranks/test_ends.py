@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,12 +108,57 @@ def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
 
 
 def test_a_start_that_was_killed_at_once_locks_nobody_out(runs: Runs) -> None:
-    """What can be left of it: the lock, and half an outcome under its temporary name."""
+    """What can be left of it: the lock, and half of the first files under their temporary names."""
     directory = runs.folder / "run-1"
     directory.mkdir()
     (directory / "lock").write_text("host x, pid 1")
-    (directory / ".outcome.json.77.tmp").write_text("{")
+    for name in (".config.yaml.77.tmp", ".outcome.json.77.tmp"):
+        (directory / name).write_text("{")
     assert runs(1, *TASK).ends[0]["state"] == "finished"
+
+
+def test_an_outcome_that_was_moved_away_locks_nobody_out(runs: Runs) -> None:
+    """As is said to do where it's damaged."""
+    run = runs(1, *TASK, stop_at=5)
+    file = run.run.path / "outcome.json"
+    file.write_text(file.read_text()[:20])
+    refused = runs(1, *TASK, going_on=run).ends[0]["message"]
+    assert "is damaged" in refused
+    assert "move it away" in refused
+    file.unlink()
+    run = runs(1, *TASK, going_on=run)
+    assert run.ends[0]["state"] == "finished"
+    assert run.events()[-2]["checkpoint"] == "step-00000005"
+
+
+def test_an_outcome_that_has_no_room_takes_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, so that nobody who is killed leaves half of each; so a shorter one is filled up."""
+    run, sizes = RunDir(tmp_path), []
+    run.write_outcome(Outcome("running", "", 0, 0, "a"))
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("trainers.rundir.write_atomic", full)
+    for cause in ("a longer cause", ""):
+        run.write_outcome(end := Outcome("crashed", cause, 5, 100, "a"))
+        assert run.outcome() == end
+        sizes.append((tmp_path / "outcome.json").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_a_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
+    """By which its folder alone goes on; or that of the next one, where what it was is put right."""
+    run = runs(1, *TASK, "task.args.widht=3")
+    assert "widht" in run.ends[0]["message"]
+    alone = [f"run.dir='{run.run.path}'"]
+    assert compose(alone).task.args == {"widht": 3}
+    assert runs(1, *TASK, "task.args.kind=3", going_on=run).ends[0]["raised"] == "Refused"
+    assert compose(alone).task.args == {"kind": 3}
+    assert runs(1, *TASK, going_on=run).ends[0]["state"] == "finished"
+    assert compose(alone).task.args == {}
 
 
 def test_a_run_without_a_checkpoint_begins_anew(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:

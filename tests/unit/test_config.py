@@ -15,7 +15,7 @@ from conf.compose import HERE, compose
 from conf.explain import ConfigError, keys, leaves, sections, validated
 from conf.help import annotated, command_line, help_text, meanings
 from conf.schema import RunConfig
-from conf.stored import dump
+from conf.stored import dump, extends
 from conf.sweep import expand
 from scaling.units import Duration
 
@@ -456,6 +456,7 @@ def test_sweeps_of_nothing_are_refused(override: str) -> None:
 def stored(directory: Path, *overrides: str) -> RunConfig:
     config = compose(overrides)
     write(directory / "config.yaml", dump(config))
+    write(directory / "plan.json", "{}")
     return config
 
 
@@ -516,6 +517,19 @@ def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> Non
     assert "evaluate" not in said
     assert "optimizer.name=adamw (there sgd)" in message(f"run.dir='{tmp_path}'", "optimizer=adamw")
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
+
+
+def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:
+    """By a whole command; its folder alone, with what isn't science, is still that run."""
+    was = stored(tmp_path, "task=custom", "task._target_=my.Tsk", "clip_norm=1", "duration=2ep")
+    (tmp_path / "plan.json").unlink()
+    named = f"run.dir='{tmp_path}'"
+    for housekeeping in ([], ["log.every=3st", "device=cpu", "engine=ddp"]):
+        now = compose([named, *housekeeping])
+        assert (now.task, now.clip_norm) == (was.task, 1)
+    now = compose([named, "task=custom", "task._target_=my.Task", "duration=3ep"])
+    assert (now.task.target, now.clip_norm) == ("my.Task", None)
+    assert not extends(tmp_path, now)
 
 
 def test_a_longer_duration_extends_the_run_in_a_directory(tmp_path: Path) -> None:
