@@ -112,9 +112,9 @@ def _train(
     tuned = make_optimizer(config, task, model, plan.peak)
     engine = make_engine(config, task, model, tuned, world)
     watch.beat()
+    state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
-    state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
@@ -174,8 +174,8 @@ def _train(
             log_every=in_samples(config.log.every, state.plan),
             evaluate=evaluate,
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
-            must_save=config.checkpoint.on_error == "stop",
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
+            must_save=config.checkpoint.on_error == "stop",
             complain=complain,
         )
     except Exception as error:

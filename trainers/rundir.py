@@ -73,12 +73,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _fits(file: Path, content: str) -> bool:
 def hold(lock: IO[str]) -> None:
     """Keep a lock until this process ends, and no longer: what a task forks may outlive it, and closes its copy."""
     os.register_at_fork(after_in_child=lock.close)  # which keeps the file open here
 
 
+def _fits(file: Path, content: str) -> bool:
     """On a full disk: whether the file that is there has room for this."""
     return file.exists() and file.stat().st_blocks * 512 >= len(content)
 
