@@ -12,6 +12,7 @@ from trainers.stop import Stop
 STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
 gc.disable()  # what is imported stays; workers turn it on again
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +36,11 @@ from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
+from scaling.runs import directories, row
 from scaling.table import table
 from slurm.allocation import Allocation, as_local, job_facts
 from slurm.requeue import end_of_job, judge, put_back
+from slurm.state import queued
 from slurm.submit import common_cluster, prepare, refuse_if_queued, refuse_unless_submittable
 from trainers.checkpoints.preview import from_checkpoint
 from trainers.rundir import Refused, RunDir, write_atomic
@@ -67,6 +71,8 @@ def main(arguments: list[str]) -> int:
     if args.cfg:
         print(annotated(config))
         return 0
+    if config.action == "runs":
+        return listed(config)
     allocation = None
     if isinstance(config.cluster, Slurm) and config.action in ("train", "evaluate"):
         if allocation := Allocation.within():
@@ -154,6 +160,20 @@ def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path
         for number, directory in enumerate(runs):
             RunDir(directory).event("submitted", job=submission.job_of(job, number), script=str(submission.script))
     say(submission.told(job))
+    return 0
+
+
+def listed(config: RunConfig) -> int:
+    """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
+    jobs = queued() if shutil.which("squeue") else {}
+    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
+    queue = {job.job: str(job) for job in jobs.values()}
+    rows = [row(run, RunDir(run).works(), queue) for run in found.values()]
+    if config.output == "json":
+        say(json.dumps([asdict(one) for one in rows], indent=1))
+    else:
+        say(grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}")
     return 0
 
 

@@ -77,6 +77,16 @@ def outcome(directory: Path) -> dict[str, Any]:
     return _json(directory / "outcome.json")
 
 
+def planned(directory: Path) -> dict[str, Any]:
+    """The plan of the run in ``directory``; empty where there is none yet."""
+    return _json(directory / "plan.json")
+
+
+def measured(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics of the run in ``directory`` that are of training steps."""
+    return [line for line in _lines(directory / "metrics.jsonl") if "loss" in line]
+
+
 def last_step(directory: Path) -> int:
     """The last step that the run in ``directory`` is known to have completed."""
     told = [outcome(directory), *_lines(directory / "metrics.jsonl")[-1:]]
@@ -86,7 +96,7 @@ def last_step(directory: Path) -> int:
 def result(directory: Path) -> Result:
     """The result of the run in ``directory``; what is missing or damaged there is None."""
     ended = outcome(directory)
-    lr = _json(directory / "plan.json").get("lr", {})
+    lr = planned(directory).get("lr", {})
     loss: float | None = None
     val: dict[str, float] = {}
     for line in _lines(directory / "metrics.jsonl"):

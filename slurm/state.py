@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from conf.explain import ConfigError
 
@@ -58,6 +59,7 @@ class Queued:
         reason: why it waits, if it does.
         since: when it was submitted or, if it runs, started, as Slurm writes it.
         nodes: those it runs on, as Slurm writes them; "" while it waits.
+        command: the path of its script.
     """
 
     job: str
@@ -65,6 +67,13 @@ class Queued:
     reason: str
     since: str
     nodes: str
+    command: str
+
+    @property
+    def root(self) -> str:
+        """The directory of its run or sweep, where Isobatch submitted it; else ""."""
+        script = Path(self.command)
+        return str(script.parent.parent) if script.parent.name == "submissions" else ""
 
     def __str__(self) -> str:
         reason = f", {self.reason}" if self.reason else ""
@@ -77,7 +86,7 @@ def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
     asked = sorted({job.partition("_")[0] for job in jobs})
     which = ["--jobs", ",".join(asked)] if asked else ["--me"]
     try:
-        text = ask("squeue", "--noheader", "--array", *which, "--format", "%i|%T|%r|%V|%S|%N")
+        text = ask("squeue", "--noheader", "--array", *which, "--format", "%i|%T|%r|%V|%S|%N|%o")
     except SlurmError as error:
         if "Invalid job id" in error.said:  # all of them are over, and forgotten
             return {}
@@ -87,12 +96,12 @@ def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
 
 
 def parse_queue(text: str) -> dict[str, Queued]:
-    """Lines of ``squeue --format='%i|%T|%r|%V|%S|%N'``."""
+    """Lines of ``squeue --format='%i|%T|%r|%V|%S|%N|%o'``, of which the last field may hold anything."""
     found = {}
-    for line in text.splitlines():
-        job, state, reason, submitted, started, nodes = line.split("|")
+    for line in re.split(r"\n(?=\d+\S*\|[A-Z_]+\|)", text.removesuffix("\n")) if text else ():
+        job, state, reason, submitted, started, nodes, command = line.split("|", 6)
         since = submitted if state == "PENDING" else started
-        found[job] = Queued(job, state, "" if reason == "None" else reason, since, nodes)
+        found[job] = Queued(job, state, "" if reason == "None" else reason, since, nodes, command)
     return found
 
 

@@ -1,0 +1,106 @@
+"""Runs that are there, a row each: how far they have come, and why they stopped last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaling.report import events, last_step, measured, outcome, planned
+
+ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
+DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
+CAUSE_CHARS = 60  # of a cause, in a table
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A run, as far as its directory tells.
+
+    Attributes:
+        state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't.
+        step, steps: completed, and of the whole run.
+        samples_per_s, eta_s: where it is running: of the last logged step, and seconds to the end at that pace.
+        job: of Slurm, the last one that was submitted for it; ``queue``: what Slurm says of it; None: it is over.
+        cause: why it stopped last.
+    """
+
+    run: str
+    state: str
+    step: int
+    steps: int | None
+    loss: float | None
+    samples_per_s: float | None
+    eta_s: float | None
+    job: str | None
+    queue: str | None
+    cause: str | None
+
+    def cells(self) -> dict[str, Any]:
+        """Of a table."""
+        cause = self.cause if self.cause is None or len(self.cause) <= CAUSE_CHARS else f"{self.cause[:CAUSE_CHARS]}…"
+        return {
+            "run": self.run,
+            "state": self.state,
+            "step": f"{self.step:,}/{'?' if self.steps is None else f'{self.steps:,}'}",
+            "loss": self.loss,
+            "samples/s": None if self.samples_per_s is None else round(self.samples_per_s),
+            "ETA": None if self.eta_s is None else _clock(self.eta_s),
+            "job": self.job and f"{self.job} {self.queue or 'over'}",
+            "stopped last by": cause,
+        }
+
+
+def directories(root: Path) -> list[Path]:
+    """The runs in ``root``: itself, or what lies below it, sweeps included; by name."""
+    return sorted(_runs_in(root, DEPTH))
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if any((folder / name).exists() for name in ("outcome.json", "events.jsonl")):
+        yield folder
+    elif depth and folder.is_dir():
+        for inner in folder.iterdir():
+            if inner.is_dir() and not inner.is_symlink():
+                yield from _runs_in(inner, depth - 1)
+
+
+def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
+    """The row of the run in ``directory``.
+
+    Args:
+        works: some launch has it now.
+        queue: what Slurm says of the jobs that aren't over, by id.
+    """
+    happened, ended, plan, logged = events(directory), outcome(directory), planned(directory), measured(directory)
+    jobs = [str(event.get("job")) for event in happened if event.get("event") == "submitted"]
+    told = queue.get(jobs[-1]) if jobs else None
+    state = str(ended.get("state", "—"))
+    if told and told.startswith("PENDING"):
+        state = "queued"
+    elif state == "running" and not works:
+        state = "died"
+    running, last = state == "running", logged[-1] if logged else {}
+    pace = last.get("samples_per_s") if running else None
+    left = plan["samples"] - last["samples"] if pace and {"samples"} <= plan.keys() & last.keys() else None
+    causes = [str(event["cause"]) for event in happened if event.get("event") in ENDS and event.get("cause")]
+    return Row(
+        run=str(directory),
+        state=state,
+        step=last_step(directory),
+        steps=plan.get("steps"),
+        loss=next((line["loss"] for line in reversed(logged) if line.get("loss") is not None), None),
+        samples_per_s=pace,
+        eta_s=None if left is None or not pace else max(0.0, left / pace),
+        job=jobs[-1] if jobs else None,
+        queue=told,
+        cause=causes[-1] if causes else None,
+    )
+
+
+def _clock(seconds: float) -> str:
+    """``3:05:07``, as the training prints it."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
