@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Iterable
 from functools import partial
 
+from benchmarks.soak import processes_of
 from tests.faults.case import LAUNCH, SLOWLY, STEPS, TWO, Case, Command, check, wait_until
 from tests.faults.stops import send_in_a_save, two_machines
 from tests.faults.table import NORM, Act, References, row, section, signalled
@@ -103,6 +105,21 @@ def launcher_killed(case: Case, _: References) -> None:
     command.send("SIGKILL")
     case.ended(command, None, -9)
     case.goes_on()
+    case.found_dead()
+
+
+@row("SIGKILL of the launcher, whose task has forked a process that lives on")
+def task_forked(case: Case, _: References) -> None:
+    command = case.start(faults=[fault("fork", "data")], **SLOWLY)
+    case.await_step(12)
+    command.send("SIGKILL")
+    check(command.code() == -signal.SIGKILL, "it ended by itself")
+    wait_until(lambda: len(processes_of(case.run)) == 1, "the workers to be gone")
+    (forked,) = processes_of(case.run)
+    again = case.start()
+    wait_until(lambda: len(case.events("start")) == 2 or again.process.poll() is not None, "the next start")
+    os.kill(forked, signal.SIGKILL)
+    case.ended(again, "finished", 0)
     case.found_dead()
 
 
@@ -219,6 +236,12 @@ for at, call, step, where in (
 row(f"SIGSTOP of rank 1, cluster.timeout_s={TIMEOUT_S}; restarted")(
     partial(hangs, fault("SIGSTOP", "step", 25, 1), 24, r"^suspended \(by SIGSTOP")
 )
+
+
+@row(f"final/ takes {3 * TIMEOUT_S} s to write, cluster.timeout_s={TIMEOUT_S}: not taken for a hang")
+def slow_end(case: Case, _: References) -> None:
+    slow = fault("slow", "data", seconds=3 * TIMEOUT_S)
+    case.finished(case.start(f"cluster.timeout_s={TIMEOUT_S}", faults=[slow]))
 
 
 def out_of_memory(by: Iterable[str], at: str, call: int, case: Case, _: References) -> None:

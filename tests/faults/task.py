@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import trainers.run
 from tests.tasks import OneByOne, Slow
 
 SAMPLES = 500
@@ -33,11 +34,12 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
     """What to do at which call of something in a process of ``rank``.
 
     Args:
-        do: a signal's name; raise, hang, nan (the loss), nan_inputs, memory, fill or limit.
+        do: a signal's name; raise, hang, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that lives on
+            for a minute) or slow (the writing of final/, later on).
         at: data (when it is opened), fetch (of a sample), step (the loss in training), evaluation (the loss in one).
         restart: of the agent, by its number; None: of any.
         more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill; ``sample`` (bytes)
-            of memory.
+            of memory; ``seconds`` of slow.
     """
     return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
 
@@ -96,6 +98,13 @@ class Faulty(Slow):
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
                 self.scratch = one.get("sample", SCRATCH)
+            case "fork":
+                if os.fork() == 0:
+                    time.sleep(60)
+                    os._exit(0)
+            case "slow":
+                save_final = trainers.run.save_final
+                trainers.run.save_final = lambda *args: (time.sleep(one["seconds"]), save_final(*args))
             case "fill":
                 fill(Path(one["path"]), one["leave"])
             case "limit":
