@@ -123,6 +123,13 @@ def task_forked(case: Case, _: References) -> None:
     case.found_dead()
 
 
+@row("SIGKILL of the launcher while the data is opened; goes on by the folder alone")
+def killed_before_it_trained(case: Case, _: References) -> None:
+    case.ended(case.start(faults=[signalled("SIGKILL", "data")]), None, -9)
+    case.goes_on(base=())
+    case.found_dead()
+
+
 @row("SIGKILL of all processes", "3 → 2")
 def all_killed(case: Case, _: References) -> None:
     command = case.start("cluster.gpus_per_node=3", **SLOWLY)

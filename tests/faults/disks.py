@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from tests.faults.case import BASE, SLOWLY, STEPS, Case, check
+from tests.faults.case import BASE, SLOWLY, STEPS, Case, check, wait_until
 from tests.faults.hostile import DAMAGES
 from tests.faults.table import References, row, section, signalled
-from tests.faults.task import Fault, fault
+from tests.faults.task import SAMPLES, Fault, fault
 
 section("Full disks")
 
@@ -79,6 +79,15 @@ def full_at_the_end(case: Case, _: References) -> None:
     check(case.event("going_on")["step"] == STEPS, "steps were done again")
 
 
+@row("the disk is full but for 1 MB in the last save; checkpoint.on_error=stop")
+def full_in_the_last_save(case: Case, _: References) -> None:
+    with filling(case, 1 << 20, call=STEPS) as faults:
+        command = case.start("checkpoint.on_error=stop", faults=faults)
+        case.crashed(command, f"^step {STEPS}, at which to end, can't be saved.*({SAID})")
+    case.goes_on("checkpoint.on_error=stop")
+    check(case.event("going_on")["step"] == 40, "it didn't go on from the older one")
+
+
 section("Checkpoints that can't be used")
 
 
@@ -89,11 +98,28 @@ def damaged(done: str, case: Case, references: References) -> None:
     case.finished(case.start())
     case.causes.append(case.event("skipped", text=f"^checkpoint step-00000045 is skipped: .*{said}")["text"])
     check(case.event("going_on")["step"] == 40, "it didn't go on from the one before")
+    check((case.run / "checkpoints/passed-over/step-00000045").is_dir(), "it wasn't kept")
     check(not (case.folder / "unpickled").exists(), "it was unpickled")
 
 
 for done in DAMAGES:
     row(f"the newest one: {done}")(partial(damaged, done))
+
+
+@row("the newest one: a rank's file is missing for one start, which is killed, and is there again for the next")
+def missing_for_a_while(case: Case, references: References) -> None:
+    case.begin_as(references("stopped"))
+    file, away = case.checkpoints()[-1] / "rank-00001.safetensors", case.folder / "away"
+    file.rename(away)
+    command = case.start(DELAY_S="0.2")
+    wait_until(lambda: 40 < case.metrics()[-1]["step"] < 45, "a step after the 40th")
+    command.kill(command.everyone())
+    case.ended(command, None, -9)
+    case.causes.append(case.event("skipped", text=" is skipped: rank-00001.safetensors is missing")["text"])
+    (back,) = (path.parent for path in case.run.rglob("step-00000045/manifest.json"))
+    away.rename(back / file.name)
+    case.goes_on()
+    check([event["step"] for event in case.events("going_on")] == [40, 40], "it went on from the one it had passed over")
 
 
 @row("all of them are damaged: refused; then one is mended")
@@ -121,6 +147,14 @@ def none_there(case: Case, references: References) -> None:
     check(not any(folder.iterdir()), "something was saved there")
     folder.rmdir()
     away.rename(folder)
+    case.goes_on()
+
+
+@row("other data (one sample less, data.fingerprint=false): refused; then the old data again")
+def less_data(case: Case, references: References) -> None:
+    case.begin_as(references("stopped"))
+    cause = f"the training data has {SAMPLES - 1} samples, and had {SAMPLES} when step-00000045 was saved"
+    case.ended(case.start(SAMPLES=str(SAMPLES - 1)), "refused", 2, cause)
     case.goes_on()
 
 

@@ -48,7 +48,7 @@ class Faulty(Slow):
     """The regression of tests/tasks.py: dropout, augmentation, unequal numbers of units; ``norm``: and a BatchNorm."""
 
     def __init__(self, norm: bool = False) -> None:
-        super().__init__(samples=SAMPLES)
+        super().__init__(samples=int(os.environ.get("SAMPLES", SAMPLES)))
         self.norm = norm
         self.inputs += float(os.environ.get("SHIFT", "0"))
         self.rank = int(os.environ.get("RANK", "0"))

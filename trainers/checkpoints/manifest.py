@@ -55,9 +55,10 @@ class Header:
         identity, duration: of the run, as its configuration gave them.
         world_size: how many ranks wrote it.
         step, samples, skipped: how far the run had come, as in TrainState.
-        evaluation_owed: one is due at this step, and wasn't done yet.
+        evaluation_owed: one is due at this step, and wasn't done yet when this was saved.
         fingerprint: of the data; None where it couldn't be told.
-        evaluation: the values of the evaluation at this step, if there was one; None of those that weren't finite.
+        evaluation: the values of the evaluation at this step, if it was the best so far; None of those that weren't
+            finite.
         plan: the one in force.
     """
 
