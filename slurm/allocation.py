@@ -85,6 +85,11 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
     nodes = len(allocation.hosts)
     if "cluster.nodes" in config.given and cluster.nodes != nodes:
         raise ConfigError(f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}: leave it out")
+    if config.run.new:
+        raise ConfigError(
+            "run.new=true would begin another run each time that this job is queued again: give the new run a name of "
+            "its own, run.name=…, or submit it by python launch.py cluster=slurm run.new=true"
+        )
     local = Local(
         name="local",
         nodes=nodes,

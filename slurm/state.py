@@ -144,7 +144,8 @@ def job(identifier: str) -> Job:
 
 def parse_job(text: str) -> Job:
     """A line of ``scontrol --oneliner show job``."""
-    fields = dict(re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text))
+    found = re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text)
+    fields = dict(reversed(found))  # the first of each: behind them come texts of the user's own
     return Job(
         fields.get("JobState", "UNKNOWN"),
         int(fields.get("Restarts", "0")),

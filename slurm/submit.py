@@ -34,6 +34,7 @@ HELP = {
     "dependency": "cluster.dependency=afterok:JOB, of a job that is there",
     "violates": "the account or the quality of service allows less: cluster.account, cluster.qos, cluster.time_min, "
     "cluster.nodes",
+    "job array": "the site allows arrays of fewer runs: `scontrol show config | grep MaxArraySize`",
     "unrecognized option": "cluster.extra holds options of sbatch: `sbatch --help` lists them",
     "unable to contact": "Slurm's controller doesn't answer; try again later",
 }
@@ -179,7 +180,7 @@ def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, la
     script = render(
         cluster,
         words,
-        name=root.name,
+        name=re.sub(r"[^\w.+-]", "_", root.name, flags=re.ASCII),
         output=str(root).replace("%", "%%") + f"/logs/{job}.out",
         python=sys.executable,
         launcher=str(launcher),

@@ -1,0 +1,376 @@
+"""Slurm as text: scripts by full equality, its answers as they really were, and what becomes of a job that ended."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.compose import compose
+from conf.explain import ConfigError, override
+from conf.identity import identity
+from conf.schema import Slurm
+from conf.stored import frozen
+from slurm.allocation import Allocation, as_local, job_facts
+from slurm.render import directive, render
+from slurm.requeue import End, judge, parse_due
+from slurm.state import Job, parse_address, parse_down, parse_job, parse_queue
+from slurm.submit import common_cluster, prepare, refuse_unless_submittable
+
+GOLDEN = Path(__file__).parent / "golden"
+ON_SLURM = ("cluster=slurm", "cluster.gpus_per_node=2")
+ALL = (
+    "cluster.nodes=4", "cluster.partition=gpu", "cluster.account=lab-7", "cluster.qos=high", "cluster.time_min=90",
+    "cluster.signal_s=300", "cluster.mem_gb=64.5", "cluster.cpus_per_gpu=8", "cluster.gres=gres",
+    "cluster.constraint='a100&nvlink'", "cluster.exclude='n[1-3],n7'", "cluster.nodelist=n9", "cluster.reservation=e",
+    "cluster.dependency=afterok:12", r"""cluster.comment='say "hi"; $(touch x) \\ #1'""", "cluster.mail=me@example.org",
+    "cluster.setup=['module load cuda','source \"my env/bin/activate\"']",
+    "cluster.extra=['--exclusive','--gres-flags=enforce-binding']", "cluster.max_parallel=2",
+)  # fmt: skip
+
+
+def cluster(*overrides: str) -> Slurm:
+    found = compose([*ON_SLURM, *overrides]).cluster
+    assert isinstance(found, Slurm)
+    return found
+
+
+def script(found: Slurm, runs: int = 1, output: str = "/scratch/runs/a b/logs/slurm-%j.out") -> str:
+    words = [[f"run.dir=/scratch/{number}", f"run.config='/scratch/it\\'s {number}.yaml'"] for number in range(runs)]
+    made = render(
+        found, words, name="digits-1", output=output, python="/opt/my python", launcher="/opt/isobatch/launch.py"
+    )
+    assert made.options == ()
+    return made.text
+
+
+# ---- scripts
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "runs"),
+    [
+        ("plain", (), 1),
+        ("all", ALL, 1),
+        ("array", ("cluster.max_parallel=2", "cluster.gres=none", "cluster.signal_s=0"), 3),
+    ],
+)
+def test_script(name: str, overrides: tuple[str, ...], runs: int) -> None:
+    """Changed on purpose? Look at the difference, then write the new one over the file."""
+    made = script(cluster(*overrides), runs)
+    assert made == (GOLDEN / f"slurm-{name}.sh").read_text()
+    subprocess.run(["bash", "-n"], input=made, text=True, check=True)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+
+
+@given(texts)
+@settings(max_examples=40, deadline=None)
+def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
+    """Through Hydra's grammar; and through the shell of the script, which runs nothing of it."""
+    words = [override("run.dir", f"/{text}")]
+    assert shlex.split(shlex.join(words)) == words
+    assert compose([*words, "action=plan"]).run.dir == f"/{text}"
+
+
+def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
+    words = [f"run.dir={text}" for text in ("it's", "a  b", "two\nlines", "$(touch x);`touch y`", "\\", '"')]
+    made = render(cluster(), [words], name="n", output="o", python="python", launcher="launch.py").text
+    array = next(line for line in made.split("\n\n") if line.startswith("run=("))
+    done = subprocess.run(["bash", "-c", array + '\nprintf "%s\\0" "${run[@]}"'], capture_output=True, cwd=tmp_path)
+    assert done.stdout.decode().split("\0")[:-1] == words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_directive_can_hold_goes_beside_the_script() -> None:
+    made = render(
+        cluster("cluster.comment='two\nlines'"), [["x"]], name="n", output="o", python="python", launcher="launch.py"
+    )
+    assert made.options == ("--comment=two\nlines",)
+    assert "lines" not in made.text
+
+
+def test_directives_quote_what_has_to_be() -> None:
+    assert directive("--nodes=2") == "#SBATCH --nodes=2"
+    assert directive("--exclusive") == "#SBATCH --exclusive"
+    assert directive('--comment=a "b" \\ #c') == '#SBATCH --comment="a \\"b\\" \\\\ #c"'
+
+
+# ---- what is frozen, and where
+
+
+def test_a_frozen_config_is_the_whole_run(tmp_path: Path) -> None:
+    asked = [*ON_SLURM, "cluster.nodes=3", "batch.global_size=96", "lr.peak=0.3", "run.new=true", "device=cpu"]
+    config = compose([*asked, "cluster.environment.A=1"])
+    file = tmp_path / "it's a file.yaml"
+    file.write_text(frozen(config, tmp_path / "run"))
+    again = compose([override("run.dir", str(tmp_path / "run")), override("run.config", str(file))])
+    assert again.run.dir == str(tmp_path / "run")
+    assert not again.run.new
+    assert again.model_copy(update={"run": config.run}) == config
+    assert identity(again) == identity(config)
+    assert (
+        compose([f"run.config='{str(file).replace(chr(39), chr(92) + chr(39))}'", "action=requeue"]).action == "requeue"
+    )
+    with pytest.raises(ConfigError, match=r"is the whole config, which lr\.peak can't change"):
+        compose([override("run.config", str(file)), "lr.peak=1"])
+
+
+def test_files_of_a_submission(tmp_path: Path) -> None:
+    one = prepare(cluster(), {tmp_path / "r": "config"}, tmp_path / "r", "stamp", Path("launch.py"))
+    assert one.script == tmp_path / "r/submissions/stamp.sh"
+    assert one.configs == {tmp_path / "r/submissions/stamp.yaml": "config"}
+    assert one.output_of("7") == tmp_path / "r/logs/slurm-7.out"
+    assert one.job_of("7", 0) == "7"
+    runs = {tmp_path / "sweep" / name: name for name in "ab"}
+    several = prepare(cluster(), runs, tmp_path / "sweep", "stamp", Path("launch.py"))
+    assert list(several.configs) == [tmp_path / f"sweep/{name}/submissions/stamp.yaml" for name in "ab"]
+    assert several.output_of("7") == tmp_path / "sweep/logs/slurm-7_*.out"
+    assert several.job_of("7", 1) == "7_1"
+
+
+def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
+    percent = prepare(cluster(), {Path("/a%j"): ""}, Path("/a%j"), "stamp", Path("launch.py"))
+    assert "#SBATCH --output=/a%%j/logs/slurm-%j.out" in percent.text
+    backslash = prepare(cluster(), {Path("/a\\b"): ""}, Path("/a\\b"), "stamp", Path("launch.py"))
+    assert '#SBATCH --output="/a\\\\b/logs/slurm.out"' in backslash.text
+    assert backslash.output_of("7") == Path("/a\\b/logs/slurm.out")
+
+
+# ---- what is refused before anything is submitted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cluster=slurm"], "needs cluster.gpus_per_node="),
+        ([*ON_SLURM, "debug=true"], "debug=true is one worker in this process"),
+        ([*ON_SLURM, "action=evaluate", "init_from=/"], "cluster=slurm submits trainings"),
+    ],
+)
+def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        refuse_unless_submittable(compose(overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.time_min=2", "cluster.signal_s=120 is the time between the signal to stop and the end"),
+        ("cluster.partition='a b'", "cluster.partition='a b' has to be a word without spaces"),
+        ("cluster.extra=[exclusive]", "an option of sbatch, as --exclusive"),
+        ("cluster.gres=gpu:2", "gpus-per-node"),
+        ("cluster.nodes=0", "1 or more"),
+        ("cluster.rendezvous=a:1", "isn't a key of this cluster"),
+    ],
+)
+def test_options_that_cannot_be(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose([*ON_SLURM, override])
+
+
+def test_a_sweep_is_one_array() -> None:
+    two = [compose([*ON_SLURM, f"cluster.nodes={nodes}"]) for nodes in (1, 2)]
+    assert common_cluster([two[0], two[0]]) == two[0].cluster
+    with pytest.raises(ConfigError, match="one array of jobs"):
+        common_cluster(two)
+
+
+# ---- within a job
+
+STEP = {
+    "SLURM_JOB_ID": "20042", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "gpu-b22",
+}  # fmt: skip
+
+
+def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
+    assert Allocation.within({}) is None
+    with pytest.raises(ConfigError, match=r"inside of Slurm's job 5: .*srun --ntasks-per-node=1"):
+        Allocation.within({"SLURM_JOB_ID": "5"})
+    with pytest.raises(ConfigError, match="starts 8 tasks on 2 nodes, and one a node is wanted"):
+        Allocation.within(STEP | {"SLURM_NTASKS": "8"})
+
+
+def test_facts_of_a_job() -> None:
+    assert job_facts({}) == {}
+    assert job_facts({"SLURM_JOB_ID": "7"}) == {"job": "7", "job_restart": "0"}
+    assert job_facts({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == {"job": "7", "job_restart": "2"}
+
+
+def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.allocation.address", lambda node: f"{node}-ib0")
+    here = Allocation("20042", ("gpu-b21", "gpu-b22"), "gpu-b22", gpus=4)
+    local = as_local(compose(["cluster=slurm", "cluster.max_restarts=2"]), here).cluster
+    assert (local.nodes, local.gpus_per_node, local.max_restarts) == (2, 4, 2)
+    assert local.rendezvous == "gpu-b21-ib0:10042"  # type: ignore[union-attr]
+    assert as_local(compose([*ON_SLURM]), here).cluster.gpus_per_node == 2
+    assert as_local(compose([*ON_SLURM]), replace(here, hosts=("gpu-b21",))).cluster.rendezvous is None  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"cluster\.nodes=3, but job 20042 has 2"):
+        as_local(compose([*ON_SLURM, "cluster.nodes=3"]), here)
+    with pytest.raises(ConfigError, match=r"run\.new=true would begin another run each time"):
+        as_local(compose([*ON_SLURM, "run.new=true"]), here)
+
+
+# ---- what Slurm answers (22.05)
+
+SHOWN = (
+    "JobId=23 ArrayJobId=22 ArrayTaskId=0 ArrayTaskThrottle=1 JobName=wrap UserId=me(1000) GroupId=me(1000) "
+    "MCS_label=N/A Priority=4294901750 Nice=0 Account=(null) QOS=(null) JobState={state} Reason=None Dependency=(null) "
+    "Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode=0:0 RunTime=00:00:04 TimeLimit=1-01:00:00 TimeMin=N/A "
+    "SubmitTime=2026-11-26T00:53:52 EligibleTime=2026-11-26T00:53:52 AccrueTime=Unknown StartTime=2026-11-26T00:53:52 "
+    "EndTime={end} Deadline=N/A PreemptEligibleTime=2026-11-26T00:53:52 PreemptTime={preempt} SuspendTime=None "
+    "NodeList=n1 BatchHost=n1 NumNodes=1 Command=(null) WorkDir=/tmp Comment=a  b=c JobState=X Restarts=9 Power="
+)
+
+
+def test_a_job_as_scontrol_shows_it() -> None:
+    began = datetime(2026, 11, 26, 0, 53, 52)
+    shown = SHOWN.format(state="RUNNING", restarts=2, end="2026-11-27T01:53:52", preempt="None")
+    found = parse_job(shown)
+    assert found == Job("RUNNING", 2, False, began, began + timedelta(hours=25), timedelta(hours=25))
+    assert not found.at_its_limit
+    assert found.left_s(began + timedelta(hours=24)) == 3600
+    over = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="2026-11-27T01:53:52", preempt="None"))
+    assert over.at_its_limit
+    preempted = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="Unknown", preempt="2026-11-26T00:36:37"))
+    assert (preempted.preempted, preempted.ended, preempted.at_its_limit) == (True, None, False)
+    assert parse_job("JobState=RUNNING TimeLimit=UNLIMITED StartTime=Unknown").left_s(began) is None
+
+
+def test_the_queue_as_squeue_shows_it() -> None:
+    found = parse_queue(
+        "22_1|PENDING|JobArrayTaskLimit|2026-11-26T00:53:52|N/A||/scratch/a|b\n3|x/submissions/s.sh\n"
+        "22_0|RUNNING|None|2026-11-26T00:53:52|2026-11-26T00:54:00|n[1-2]|(null)\n"
+    )
+    assert list(found) == ["22_1", "22_0"]
+    assert str(found["22_1"]) == "PENDING, JobArrayTaskLimit, since 2026-11-26 00:53:52"
+    assert found["22_1"].root == "/scratch/a|b\n3|x"
+    assert str(found["22_0"]) == "RUNNING on n[1-2], since 2026-11-26 00:54:00"
+    assert found["22_0"].root == ""
+    assert parse_queue("") == {}
+
+
+def test_nodes_as_sinfo_and_scontrol_show_them() -> None:
+    assert parse_down("n1 idle\nn2 down*\nn3 mixed\nn3 mixed\nn4 idle*\nn5 DOWN\nn6 drained\n") == ["n2", "n4", "n5"]
+    assert parse_down("") == []
+    assert (
+        parse_address("NodeName=n2 Gres=gpu:2 NodeAddr=10.0.0.2 NodeHostName=n2.example.org Port=6818", "n2")
+        == "10.0.0.2"
+    )
+    assert parse_address("", "n2") == "n2"
+
+
+SAID = """\
+slurmstepd-n4: error: *** JOB 4 ON n4 CANCELLED AT 2026-11-26T00:36:37 DUE TO PREEMPTION ***
+slurmstepd-n4: error: *** STEP 4.0 ON n4 CANCELLED AT 2026-11-26T00:36:39{} ***
+srun: forcing job termination
+"""
+
+
+@pytest.mark.parametrize(
+    ("due", "found"),
+    [
+        (" DUE TO PREEMPTION", "PREEMPTION"),
+        (" DUE TO JOB REQUEUE", "JOB REQUEUE"),
+        (" DUE TO TIME LIMIT", "TIME LIMIT"),
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "NODE FAILURE"),
+        ("", None),
+    ],
+)
+def test_what_slurm_ended_a_job_for(due: str, found: str | None) -> None:
+    """An earlier start's doesn't count."""
+    assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 38)) == found
+    assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 40)) is None
+
+
+# ---- what becomes of a job
+
+NOW = datetime(2026, 11, 26, 12)
+HOUR = timedelta(hours=1)
+RUNNING = Job("RUNNING", 0, False, NOW - HOUR, NOW + HOUR, 2 * HOUR)
+ENDING = replace(RUNNING, state="COMPLETING", ended=NOW)
+
+
+def end(state: str, cause: str = "", *, events: tuple[dict[str, Any], ...] = (), **more: Any) -> End:
+    start = {"event": "start", "job": "7", "job_restart": 0}
+    known = {"step": 50, "code": 75 if state == "stopped" else 1, "job": RUNNING, "due": None, "down": (), "now": NOW}
+    return End(
+        **{
+            "identifier": "7",
+            "restart": 0,
+            "outcome": {"state": state, "cause": cause},
+            "events": (*events, start),
+            **known,
+            **more,
+        }
+    )
+
+
+def crash(step: int, job: str = "7") -> dict[str, Any]:
+    return {"event": "requeue", "kind": "crash", "job": job, "step": step}
+
+
+@pytest.mark.parametrize(
+    ("ended", "event", "kind", "cause"),
+    [
+        (end("finished"), "finished", None, ""),
+        (end("stopped", "SIGUSR2"), "requeue", "stop", "SIGUSR2, as by `scancel --signal`"),
+        (end("stopped", "SIGUSR2", now=NOW + HOUR - timedelta(seconds=150)), "requeue", "stop", "its time limit"),
+        (end("stopped", "SIGTERM", job=replace(RUNNING, preempted=True)), "requeue", "stop", "preempted: a job with"),
+        (end("stopped", "SIGTERM", job=replace(ENDING, preempted=True)), "requeue", "stop", "preempted: a job with"),
+        (end("stopped", "SIGTERM", job=replace(ENDING, restarts=1), due="PREEMPTION"), "requeue", "stop", "preempted"),
+        (
+            end("stopped", "SIGTERM", job=replace(ENDING, restarts=1), due="JOB REQUEUE"),
+            "requeue",
+            "stop",
+            "`scontrol req",
+        ),
+        (end("stopped", "SIGTERM", job=ENDING), "cancelled", "stop", "`scancel`"),
+        (end("crashed", "boom", job=ENDING), "cancelled", "stop", "`scancel`"),
+        (end("stopped", "SIGTERM", job=replace(ENDING, ended=NOW + HOUR)), "requeue", "stop", "its time limit"),
+        (
+            end("running", job=replace(ENDING, ended=NOW + HOUR)),
+            "requeue",
+            "stop",
+            "its time limit; it ended before all",
+        ),
+        (end("refused", "no such module"), "not_requeued", None, "no such module"),
+        (end("crashed", "no word from rank 1", down=("n2",)), "requeue", "node", "node n2 is down"),
+        (end("running", due="NODE FAILURE"), "requeue", "node", "a node failed"),
+        (end("crashed", "rank 1: boom"), "requeue", "crash", "rank 1: boom"),
+        (end("running"), "requeue", "crash", "it ended without a word"),
+        (end("crashed", "boom", step=0), "not_requeued", "crash", "boom; it got no further than step 0"),
+        (
+            end("crashed", "boom", events=(crash(50),)),
+            "not_requeued",
+            "crash",
+            "boom; it got no further than step 50, as",
+        ),
+        (end("crashed", "boom", events=(crash(40),)), "requeue", "crash", "boom"),
+        (end("crashed", "boom", events=(crash(9), crash(40))), "not_requeued", "crash", "cluster.max_requeues=2 times"),
+        (end("crashed", "boom", events=(crash(9, "6"), crash(40))), "requeue", "crash", "boom"),
+        (end("oom", "too small", step=1), "requeue", "crash", "too small"),
+    ],
+)
+def test_what_becomes_of_a_job(ended: End, event: str, kind: str | None, cause: str) -> None:
+    verdict = judge(ended, max_requeues=2, signal_s=120)
+    assert (verdict.event, verdict.kind) == (event, kind)
+    assert cause in verdict.cause
+
+
+@pytest.mark.parametrize(("code", "event"), [(75, "requeue"), (2, "not_requeued"), (1, "not_requeued")])
+def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
+    """Another launch may have the run, whose outcome isn't this job's."""
+    other = end("running", code=code, identifier="8")
+    assert judge(other, max_requeues=2, signal_s=120).event == event
+    again = end("stopped", code=code, restart=1)
+    assert judge(again, max_requeues=2, signal_s=120).event == event
