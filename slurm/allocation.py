@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from conf.explain import ConfigError
 from conf.schema import Local, RunConfig, Slurm
-from slurm.state import address, hostnames
+from slurm.state import address, hostnames, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 
@@ -63,8 +63,10 @@ class Allocation:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the training is told, to know whom to wait for."""
-        return {"hosts": " ".join(self.hosts), "host": self.host}
+        """What the training is told: whom to wait for, and how long a save may take when Slurm ends the job."""
+        known = {"hosts": " ".join(self.hosts), "host": self.host}
+        limit = kill_wait_s() if self.host == self.hosts[0] else None
+        return known if limit is None else known | {"kill_wait_s": str(limit)}
 
 
 def job_facts(env: Mapping[str, str] = os.environ) -> dict[str, str]:

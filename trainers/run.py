@@ -56,8 +56,9 @@ def train(
 
     Args:
         facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks; perhaps
-            ``extends`` (a finished run goes on to a longer duration) and ``per_gpu_limit`` (the most samples at once
-            since memory ran out).
+            ``extends`` (a finished run goes on to a longer duration), ``per_gpu_limit`` (the most samples at once since
+            memory ran out); of a scheduler's job: ``job``, ``job_restart``, ``hosts``, and ``kill_wait_s`` (seconds
+            from its notice to its kill).
         entered: called with the run directory once it is this launch's; before that nothing is written to it.
 
     Returns:
@@ -144,6 +145,7 @@ def _train(
         best_before=find_best(run, best, world),
         beat=beat,
         resumed=found.header if found else None,
+        took=lambda seconds: warn_of_slow_save(seconds, facts, metrics),
     )
     metrics = Metrics(ours, state, live=not config.debug)
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
@@ -200,6 +202,18 @@ def _train(
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
         run.write_outcome(outcome)
     return outcome
+
+
+def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -> None:
+    """Say once that a save took longer than a scheduler grants to a job that it ends without notice."""
+    limit = facts.get("kill_wait_s")
+    if limit and seconds > float(limit):
+        del facts["kill_wait_s"]
+        metrics.warn(
+            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): "
+            "where that comes without notice, as by a preemption, the steps since the last checkpoint are done again; "
+            "checkpoint.every says how many those can be, and cluster.signal_s has to be longer than a save"
+        )
 
 
 def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: str | None = None) -> Plan:

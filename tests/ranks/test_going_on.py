@@ -328,3 +328,10 @@ def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
 
     reader = Reader(read(run.run.checkpoints / f"step-{step:08d}"))
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}
+
+
+@pytest.mark.parametrize(("limit", "said"), [("0", 1), ("1000", 0)])
+def test_a_save_that_a_scheduler_would_not_wait_for_is_told_once(runs: Runs, limit: str, said: int) -> None:
+    run = runs(2, *TASK, "duration=10st", "checkpoint.every=4st", facts={"kill_wait_s": limit})
+    warnings = [event for event in run.events() if "KillWait" in event.get("text", "")]
+    assert len(warnings) == said

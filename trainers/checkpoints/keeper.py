@@ -42,7 +42,7 @@ class _Save:
     """One checkpoint under way, as a rank's thread sees it.
 
     Attributes:
-        number: how many this start has begun.
+        number: how many this start has begun; ``began``: when.
         best: it is of the best evaluation so far.
         slices: the copy, complete after ``ready()``; ``failed``: why there is none.
         header, values: on rank 0.
@@ -51,6 +51,7 @@ class _Save:
     number: int
     step: int
     best: bool
+    began: float = field(default_factory=time.monotonic)
     slices: list[Slice] = field(default_factory=list)
     ready: Callable[[], None] = lambda: None
     failed: str | None = None
@@ -71,6 +72,7 @@ class Keeper:
         best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
         beat: called for every few MB that are written, and for what other ranks are seen to write.
         resumed: of the checkpoint that this start went on from.
+        took: told on rank 0, in the thread, how many seconds a save took in all.
     """
 
     def __init__(
@@ -86,9 +88,10 @@ class Keeper:
         best_before: float | None,
         beat: Callable[[], None],
         resumed: Header | None = None,
+        took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._run, self._world, self._engine, self._header = run, world, engine, header
-        self._every_s, self._keep, self._beat = every_s, keep, beat
+        self._every_s, self._keep, self._beat, self._took = every_s, keep, beat, took
         self._best_name, _, self._direction = (best or "").rpartition(":")
         self._best, self._best_before = best_before, best_before
         self._store: Store = world.store or HashStore()
@@ -256,6 +259,7 @@ class Keeper:
             if not failed:
                 commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
                 drop_older(self._run, save.step, self._keep)
+                self._took(time.monotonic() - save.began)
                 return None
         except Exception as error:
             failed = [_said(error)]

@@ -74,7 +74,7 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     cause = "rank 0 ended without a result"
     stopped = ""
     try:
-        handler, address = rendezvous(config, stop)
+        handler, address = rendezvous(config, stop, facts.get("hosts", "").split(), facts.get("host", ""))
         agent = Agent(
             work,
             (config, facts, stop),
@@ -96,8 +96,9 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
         stopped = f"{wish}, while waiting for other machines"
     except RendezvousError as error:
         late = isinstance(error, RendezvousTimeoutError)
-        why = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else str(error)
-        cause = f"the machines didn't meet at cluster.rendezvous={cluster.rendezvous}: {why or type(error).__name__}"
+        other = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else type(error).__name__
+        where = getattr(cluster, "rendezvous", None)
+        cause = f"the machines didn't meet at cluster.rendezvous={where}: {str(error) or other}"
     finally:
         if handler:
             handler.shutdown()
