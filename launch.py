@@ -40,7 +40,7 @@ from scaling.runs import directories, row
 from scaling.table import table
 from slurm.allocation import Allocation, as_local, job_facts
 from slurm.requeue import end_of_job, judge, put_back
-from slurm.state import queued
+from slurm.state import SlurmError, queued
 from slurm.submit import common_cluster, prepare, refuse_if_queued, refuse_unless_submittable
 from trainers.checkpoints.preview import from_checkpoint
 from trainers.rundir import Refused, RunDir, write_atomic
@@ -165,7 +165,11 @@ def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path
 
 def listed(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
-    jobs = queued() if shutil.which("squeue") else {}
+    jobs = {}
+    try:
+        jobs = queued() if shutil.which("squeue") else {}
+    except SlurmError as error:
+        print(f"isobatch: the queue can't be seen: {error}", file=sys.stderr)
     roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     queue = {job.job: str(job) for job in jobs.values()}

@@ -16,6 +16,7 @@ from conf.explain import ConfigError, nearest
 from conf.schema import RunConfig
 
 HERE = Path(__file__).parent
+WHOLE_RUNS = ("task", "experiment")  # groups whose choices give keys of the whole run, or none of their own
 INDENT = 36  # of what a key means, in --help
 
 WHAT = """\
@@ -41,6 +42,9 @@ examples:
   python launch.py action=evaluate init_from=runs/digits-0123456789ab
                                                             evaluates them (a checkpoint: …/checkpoints/best)
   torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
+  python launch.py cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time_min=240
+                                                            plans, submits a job of Slurm's, and ends
+  python launch.py action=runs                              the runs here and in the queue, and how far they are
 """
 
 ENDS = (
@@ -111,6 +115,13 @@ def help_text(config_dir: str | None = None) -> str:
             found |= entries(HERE / group / f"{default}.yaml", group)
     for key, entry in found.items():
         lines += _row(f"{key}={entry.value}", said.get(key, ""), width)
+    for group, default in _defaults().items():
+        for file in sorted((HERE / group).glob("*.yaml")):
+            own = {} if group in WHOLE_RUNS or file.stem == default else entries(file, group)
+            if own := {key: entry for key, entry in own.items() if key not in found}:
+                lines += ["", f"keys that come with {group}={file.stem}:"]
+                for key, entry in own.items():
+                    lines += _row(f"{key}={entry.value}", said.get(key, ""), width)
     lines += ["", "durations: 10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)", ""]
     lines.append("options:")
     for action in _parser()._actions:
