@@ -1,0 +1,79 @@
+"""The list of runs: what a row says of a run, whatever state it is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaling.report import grid
+from scaling.runs import directories, row
+
+PLAN = {"steps": 100, "samples": 6400}
+SUBMITTED = {"event": "submitted", "job": "7"}
+
+
+def make(folder: Path, state: str | None, events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    if state:
+        (folder / "outcome.json").write_text(json.dumps({"state": state, "cause": "", "step": 40, "samples": 2560}))
+        (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+def test_runs_are_found_in_a_folder_and_in_its_sweeps(tmp_path: Path) -> None:
+    for name in ("b", "a", "sweep/seed=1", "sweep/seed=2"):
+        make(tmp_path / name, "finished", [], [])
+    (tmp_path / "something else").mkdir()
+    assert [str(found.relative_to(tmp_path)) for found in directories(tmp_path)] == [
+        "a", "b", "sweep/seed=1", "sweep/seed=2",
+    ]  # fmt: skip
+    assert directories(tmp_path / "a") == [tmp_path / "a"]
+    assert directories(tmp_path / "nowhere") == []
+
+
+def test_a_run_at_work_says_when_it_will_be_done(tmp_path: Path) -> None:
+    lines = [{"step": 50, "samples": 3200, "loss": 0.5, "samples_per_s": 10.0}, {"step": 50, "val/loss": 0.4}]
+    found = row(make(tmp_path / "r", "running", [], lines), works=True, queue={})
+    assert (found.state, found.step, found.steps, found.loss) == ("running", 50, 100, 0.5)
+    assert (found.samples_per_s, found.eta_s) == (10.0, 320.0)
+    assert "0:05:20" in grid([found.cells()])
+    died = row(tmp_path / "r", works=False, queue={})
+    assert (died.state, died.samples_per_s, died.eta_s) == ("died", None, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "queue", "shown"),
+    [
+        (None, {"7": "PENDING, Priority"}, "queued"),
+        ("stopped", {"7": "PENDING, BeginTime"}, "queued"),
+        ("stopped", {"8": "PENDING"}, "stopped"),
+        ("stopped", {}, "stopped"),
+        ("finished", {}, "finished"),
+        (None, {}, "—"),
+    ],
+)
+def test_a_run_that_waits_in_the_queue(tmp_path: Path, state: str | None, queue: dict[str, str], shown: str) -> None:
+    found = row(make(tmp_path / "r", state, [SUBMITTED], []), works=False, queue=queue)
+    assert found.state == shown
+    assert found.job == "7"
+    assert found.queue == queue.get("7")
+    assert (f"7 {queue['7']}" if "7" in queue else "7 over") in grid([found.cells()])
+
+
+def test_why_it_stopped_last_is_said(tmp_path: Path) -> None:
+    events = [
+        {"event": "stopped", "cause": "SIGTERM"},
+        {
+            "event": "requeue",
+            "cause": "preempted: a job with a higher priority took its place, and that is a long cause",
+        },
+        {"event": "start"},
+    ]
+    found = row(make(tmp_path / "r", "stopped", events, []), works=False, queue={})
+    assert found.cause == events[1]["cause"]
+    assert found.cells()["stopped last by"] == f"{events[1]['cause'][:60]}…"
