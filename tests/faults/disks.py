@@ -119,7 +119,7 @@ def missing_for_a_while(case: Case, references: References) -> None:
     (back,) = (path.parent for path in case.run.rglob("step-00000045/manifest.json"))
     away.rename(back / file.name)
     case.goes_on()
-    check([event["step"] for event in case.events("going_on")] == [40, 40], "it went on from the one it had passed over")
+    check([event["step"] for event in case.events("going_on")] == [40, 40], "it went back to it")
 
 
 @row("all of them are damaged: refused; then one is mended")
