@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from conf.explain import ConfigError
 from conf.schema import Local, RunConfig, Slurm
-from slurm.state import address, hostnames, kill_wait_s
+from slurm.state import address, hostnames, job_of, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 
@@ -18,7 +18,7 @@ class Allocation:
     """What a task of ``srun`` knows of its job.
 
     Attributes:
-        job: its id; of an element of an array, its own.
+        job: its number; each element of an array has one of its own.
         hosts: its machines, as Slurm names them; ``host``: this one.
         gpus: of this machine that are the job's; None: Slurm doesn't say.
     """
@@ -73,7 +73,7 @@ def job_facts(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Of the job that this process is in, for the events of its run; nothing outside of one."""
     if "SLURM_JOB_ID" not in env:
         return {}
-    return {"job": env["SLURM_JOB_ID"], "job_restart": env.get("SLURM_RESTART_COUNT", "0")}
+    return {"job": job_of(env), "job_restart": env.get("SLURM_RESTART_COUNT", "0")}
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from conf.explain import ConfigError
 from scaling.report import events, last_step, outcome
-from slurm.state import Job, SlurmError, ask, down_nodes, job
+from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
 STOPPED = 75  # that of a launcher which a signal stopped
@@ -100,7 +100,7 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
     """
     if "SLURM_JOB_ID" not in env:
         raise ConfigError("action=requeue is what the script of a Slurm job does at its end, and this isn't a job")
-    found, identifier = events(directory), env["SLURM_JOB_ID"]
+    found, identifier = events(directory), job_of(env)
     started = [event["time"] for event in found if event.get("event") == "start"]
     since = datetime.strptime(started[-1], "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None) if started else datetime.min
     hosts = [event["hosts"] for event in found if event.get("event") == "start"]

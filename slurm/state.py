@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -135,6 +135,16 @@ class Job:
         if self.started is None or self.limit is None:
             return None
         return (self.started + self.limit - now).total_seconds()
+
+
+def job_of(env: Mapping[str, str]) -> str:
+    """The id of the job that a process with this environment is in: ``123_4`` for an element of an array.
+
+    The element that begins last has the array's own number as SLURM_JOB_ID, by which Slurm takes all of them.
+    """
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
 
 
 def job(identifier: str) -> Job:

@@ -73,7 +73,7 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
-    hold(run.lock())
+    hold(run.lock(facts.get("job")))
     before = run.outcome()
     if before and before.state == "finished" and "extends" not in facts:
         return before

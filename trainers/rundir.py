@@ -17,6 +17,7 @@ OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any 
 LOCK = "lock"
 LOCK_FD = "ISOBATCH_LOCK_FD"  # in the environment of forked workers: what ``open_lock`` gave their launcher
 DYING_S = 1.0  # for the processes of a launch that was just killed to be gone
+LEASE_S = 180.0  # after which a network disk gives up the locks of a machine that is gone; NFS takes 90
 
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
 
@@ -176,29 +177,46 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         return open(self.path / LOCK, "a+")
 
-    def lock(self) -> IO[str]:
+    def works(self) -> bool:
+        """Whether some launch has the directory now."""
+        try:
+            with open(self.path / LOCK) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def lock(self, job: str | None = None) -> IO[str]:
         """Take the directory for this launch, until the returned file and those it was handed on from are closed.
+
+        Args:
+            job: a scheduler's, that this launch is of. A start of the same job before this one isn't at work any more,
+                but the disk may not know that yet, if its machine was lost.
 
         Raises:
             Refused: another launch has it, and which.
         """
         handed_on = os.environ.get(LOCK_FD)
         file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else self.open_lock()
-        deadline = time.monotonic() + DYING_S
+        began = time.monotonic()
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
+                file.seek(0)
+                holder = file.read().strip()
+                ours = job is not None and holder.endswith(f", job {job}")
+                if time.monotonic() - began > (LEASE_S if ours else DYING_S):
                     raise Refused(
-                        f"another launch works in {self.path} ({file.read().strip() or 'it just started'}); wait for "
-                        "it, stop it, or start another run beside it with run.new=true"
+                        f"another launch works in {self.path} ({holder or 'it just started'}); wait for it, stop it, or "
+                        "start another run beside it with run.new=true"
                     ) from None
             time.sleep(0.02)
-        pid = os.getppid() if handed_on else os.getpid()
+        pid, now = os.getppid() if handed_on else os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {pid}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.write(f"host {socket.gethostname()}, pid {pid}, since {now}" + (f", job {job}" if job else ""))
         file.flush()
         return file

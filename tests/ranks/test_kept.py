@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.ranks.harness import Run, Runs
-from trainers.rundir import LOCK_FD, Refused, RunDir, hold
+from trainers.rundir import DYING_S, LOCK_FD, Refused, RunDir, hold
 from trainers.starting.processes import WorkerProcess
 from trainers.starting.watch import Watch
 from trainers.stop import Stop
@@ -144,3 +144,20 @@ def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
     handed_on.close()
     run.lock().close()
     os.killpg(worker.pid, signal.SIGKILL)  # it was still there
+
+
+@pytest.mark.parametrize(("job", "code"), [("7", 0), ("8", 2), (None, 2)])
+def test_a_job_that_is_queued_again_waits_for_its_own_lock(tmp_path: Path, job: str | None, code: int) -> None:
+    """A disk of the network may keep the lock of a machine that was lost for a while."""
+    run = RunDir(tmp_path / "run")
+    lost = run.lock("7")
+    if (pid := os.fork()) == 0:
+        lost.close()
+        try:
+            run.lock(job)
+            os._exit(0)
+        except Refused as error:
+            os._exit(2 if str(error).count(", job 7)") else 1)
+    time.sleep(DYING_S + 0.5)
+    lost.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

@@ -204,6 +204,8 @@ def test_facts_of_a_job() -> None:
     assert job_facts({}) == {}
     assert job_facts({"SLURM_JOB_ID": "7"}) == {"job": "7", "job_restart": "0"}
     assert job_facts({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == {"job": "7", "job_restart": "2"}
+    element = {"SLURM_JOB_ID": "22", "SLURM_ARRAY_JOB_ID": "22", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job_facts(element)["job"] == "22_3"  # 22 would be all of them
 
 
 def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
