@@ -73,32 +73,29 @@ def main(arguments: list[str]) -> int:
         return 0
     if config.action == "runs":
         return listed(config)
-    allocation = None
-    if isinstance(config.cluster, Slurm) and config.action in ("train", "evaluate"):
-        if allocation := Allocation.within():
-            config = as_local(config, allocation)
-        else:
-            refuse_unless_submittable(config)
-    if config.action == "evaluate":
-        refuse_unless_startable(config)
-        return start(config)
     if config.action == "requeue":
         return requeue(config, run_directory(config))
+    facts: dict[str, str] = {}
+    if isinstance(config.cluster, Slurm) and config.action != "plan" and (allocation := Allocation.within()):
+        config, facts = as_local(config, allocation), allocation.facts
+    if config.action == "evaluate":
+        refuse_unless_startable(config)
+        return start(config, **facts)
     plan, directory = planned(config), run_directory(config)
     if config.action == "plan":
         plan = from_checkpoint(plan, config, RunDir(directory))
         say(to_json(plan) if config.output == "json" else table(plan))
         return 0
-    return train(config, plan, directory, **(allocation.facts if allocation else {}))
+    return train(config, plan, directory, **facts)
 
 
 def planned(config: RunConfig) -> Plan:
     """The plan for the hardware that the config names."""
     if isinstance(config.cluster, Slurm):
         refuse_unless_submittable(config)
+    elif config.action == "train":
+        refuse_unless_startable(config)
     if config.action == "train":
-        if not isinstance(config.cluster, Slurm):
-            refuse_unless_startable(config)
         to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
     else:
         to_open = config.plan.open_data
@@ -222,7 +219,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     if any(isinstance(config.cluster, Slurm) for config in configs):
         left = [number for number, done in enumerate(finished) if not done]
         chosen = [configs[number] for number in left], [directories[number] for number in left]
-        say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
+        if not getattr(configs[0].cluster, "dry_run", False):
+            say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
         return submit(*chosen, directories[0].parent) if left else 0
     if not any(config.cluster.environment for config in configs):
         workers.import_torch(configs[0])  # once for all of them

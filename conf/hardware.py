@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.explain import ConfigError
-from conf.schema import Local, RunConfig
+from conf.schema import RunConfig, Slurm
 
 
 def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
@@ -80,11 +80,16 @@ def _ranks(name: str, default: str) -> int:
 def refuse_unless_startable(config: RunConfig) -> None:
     """Raises ConfigError where training can't start on this machine."""
     cluster, torchrun = config.cluster, under_torchrun()
+    if isinstance(cluster, Slurm):
+        raise ConfigError(
+            f"cluster=slurm submits trainings, and action={config.action} isn't one: within a job, `srun "
+            f"--ntasks-per-node=1 python launch.py cluster=slurm action={config.action} …` does it on its machines"
+        )
     if config.debug and (torchrun or cluster.nodes > 1 or cluster.gpus_per_node not in ("auto", 1)):
         nodes, gpus = cluster.nodes, cluster.gpus_per_node
         asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
         raise ConfigError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
-    if cluster.nodes > 1 and isinstance(cluster, Local) and cluster.rendezvous is None and not torchrun:
+    if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
         raise ConfigError(
             f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "
             "the first node, the port a free one of it"

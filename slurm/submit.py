@@ -47,11 +47,6 @@ def refuse_unless_submittable(config: RunConfig) -> None:
             "cluster=slurm needs cluster.gpus_per_node=…, the worker processes of each node: what this machine has "
             "says nothing of those"
         )
-    if config.action == "evaluate":
-        raise ConfigError(
-            "cluster=slurm submits trainings; within a job, `srun --ntasks-per-node=1 python launch.py cluster=slurm "
-            "action=evaluate …` evaluates with its machines"
-        )
     if config.debug:
         raise ConfigError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
 

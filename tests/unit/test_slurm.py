@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from conf.compose import compose
 from conf.explain import ConfigError, override
+from conf.hardware import refuse_unless_startable
 from conf.identity import identity
 from conf.schema import Slurm
 from conf.stored import frozen
@@ -153,12 +154,16 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
     [
         (["cluster=slurm"], "needs cluster.gpus_per_node="),
         ([*ON_SLURM, "debug=true"], "debug=true is one worker in this process"),
-        ([*ON_SLURM, "action=evaluate", "init_from=/"], "cluster=slurm submits trainings"),
     ],
 )
 def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         refuse_unless_submittable(compose(overrides))
+
+
+def test_an_evaluation_is_no_job() -> None:
+    with pytest.raises(ConfigError, match="submits trainings, and action=evaluate isn't one: within a job"):
+        refuse_unless_startable(compose([*ON_SLURM, "action=evaluate", "init_from=/"]))
 
 
 @pytest.mark.parametrize(
