@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench faults soak
+.PHONY: train test test-cluster lint bench faults soak
 
 train: .venv/.installed
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
+
+test-cluster: .venv/.installed
+	$(BIN)/python -m pytest -q tests/cluster
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NODES = 4
@@ -27,8 +28,9 @@ SlurmctldHost=localhost
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=4
-SlurmctldPort=16817
+AuthInfo=cred_expire=5
+SlurmctldPort={port}
+FirstJobId={first}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/run/ctld.pid
@@ -52,13 +54,13 @@ PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
 SlurmdTimeout=10
-NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-1700{nodes}] CPUs=2 RealMemory=4000 \
-Gres=gpu:2 State=UNKNOWN
+{machines}
 PartitionName=main Nodes=n[1-{nodes}] Default=YES MaxTime=60 State=UP PriorityTier=1
 PartitionName=high Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=10
 PartitionName=cheap Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=graceful Nodes=n[1-{nodes}] MaxTime=60 State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
 """
+MACHINE = "NodeName={} NodeHostname=localhost NodeAddr=127.0.0.1 Port={} CPUs=2 RealMemory=4000 Gres=gpu:2"
 READY_S = 60.0
 
 
@@ -80,11 +82,16 @@ class Lab:
         return [f"n{number}" for number in range(1, NODES + 1)]
 
     def start(self) -> None:
+        if os.geteuid():
+            raise PermissionError("a Slurm of one's own needs root: its daemons start processes as other users")
         install()
         start_munge(self.folder)
         for name in ("state", "log", "run", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.conf.write_text(CONF.format(folder=self.folder, nodes=NODES))
+        port, *ports = free_ports(1 + NODES)
+        machines = "\n".join(map(MACHINE.format, self.nodes, ports))
+        first = 1 + port % 10_000  # jobs meet where their ids say, and another lab may be on this machine
+        self.conf.write_text(CONF.format(folder=self.folder, nodes=NODES, port=port, first=first, machines=machines))
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")  # GPUs need a file each
         os.environ["SLURM_CONF"] = str(self.conf)
         self._slurmctld = self._daemon("slurmctld", "-D")
@@ -104,12 +111,11 @@ class Lab:
 
     def processes_of(self, node: str) -> list[int]:
         """What Slurm runs on a node: its step daemons, and what they started."""
-        found = []
+        found, ours = [], {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
                 pid = int(entry.name)
-                mine = f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0")
-                if mine and pid != os.getpid():
+                if ours <= set((entry / "environ").read_bytes().split(b"\0")):
                     found.append(pid)
         return found
 
@@ -120,7 +126,8 @@ class Lab:
             if states == ["idle"] * NODES:
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nodes are {states}; logs in {self.folder / 'log'}")
+                logs = "".join(log.read_text()[-500:] for log in (self.folder / "log").iterdir())
+                raise TimeoutError(f"nodes are {states} after {within_s:g} s: {logs}")
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -166,6 +173,14 @@ def start_munge(folder: Path) -> None:
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "/usr/sbin/munged"], check=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @contextmanager

@@ -268,12 +268,15 @@ class Case:
         for event in self.events():
             if event["event"] == "start":
                 first = len(found) - event["restart"]  # start of its command; one that was refused has no start
-                folders = [folder for folder, before in self._started if before == first]
-                files = [file for folder in folders for file in folder.glob(f"{event['restart']}-*")]
-                found.append((0, [int(row) for file in files for row in file.read_text().split()]))
+                found.append((0, [int(row) for file in self._files(event, first) for row in file.read_text().split()]))
             elif event["event"] == "going_on":
                 found[-1] = event["samples"], found[-1][1]
         return [start for start in found if start[1]]
+
+    def _files(self, event: dict[str, Any], first: int) -> list[Path]:
+        """What the workers of a start fetched; ``first``: how many starts there were before its command."""
+        folders = [folder for folder, before in self._started if before == first]
+        return [file for folder in folders for file in folder.glob(f"{event['restart']}-*")]
 
     def apart(self, reference: Case) -> float:
         """max |Δ| / max |w| over all weights."""

@@ -12,6 +12,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,12 @@ class Rows(OneByOne):
     def note(self, row: int) -> None:
         if folder := os.environ.get("FETCHED"):
             if self.opened[0] != os.getpid():
-                name = f"{folder}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.getpid()}"
+                name = f"{folder}/{start(os.environ)}-{os.getpid()}"
                 self.opened = os.getpid(), os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(self.opened[1], b"%d\n" % row)
+
+
+def start(env: Mapping[str, str]) -> str:
+    """The name of this start of the workers: the elastic agent's number of it, after the job's in a job of Slurm's."""
+    job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}." if "SLURM_JOB_ID" in env else ""
+    return job + env.get("TORCHELASTIC_RESTART_COUNT", "0")

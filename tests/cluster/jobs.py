@@ -1,0 +1,191 @@
+"""Runs as jobs of the lab: submitted, disturbed, waited for, and compared with ones that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak import processes_of
+from tests.cluster.lab import Lab, run
+from tests.faults.case import BASE, ROOT, Case, check, wait_until
+from tests.faults.table import REFERENCES, References
+from tests.faults.task import Fault
+
+ONE_THREAD = "cluster.environment.OMP_NUM_THREADS=1"  # so that sums are rounded the same wherever a rank works
+WITHIN_S = 240.0
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+AT_ONCE = 2
+REFERENCES |= {
+    f"{ranks} ranks": partial(lambda ranks, case: case.goes_on(f"cluster.gpus_per_node={ranks}", ONE_THREAD), ranks)
+    for ranks in (2, 4)
+}
+
+
+@dataclass
+class JobCase(Case):
+    """One run, and all jobs that work on it.
+
+    Attributes:
+        lab: the cluster; ``nodes``: those of its nodes that are this run's alone.
+        references: runs that nobody disturbed.
+    """
+
+    lab: Lab | None = None
+    nodes: tuple[str, ...] = ()
+    references: References | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (self.folder / "fetched").mkdir(exist_ok=True)
+
+    # ---- commands
+
+    def command(
+        self, *overrides: str, faults: Iterable[Fault] = (), base: Iterable[str] = BASE, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Give a command that submits, for all of this case's nodes and one worker on each, if nothing else is said."""
+        given = {override.partition("=")[0] for override in overrides}
+        usual = {
+            "cluster": "slurm", "cluster.nodes": len(self.nodes), "cluster.gpus_per_node": 1, "cluster.gres": "none",
+            "cluster.nodelist": quoted(",".join(self.nodes)), "run.dir": self.run, "device": "cpu",
+        }  # fmt: skip
+        words = [*base, ONE_THREAD, *(f"{key}={value}" for key, value in usual.items() if key not in given), *overrides]
+        env |= {"FAULTS": json.dumps(list(faults)), "FETCHED": str(self.folder / "fetched")}
+        return launch(*words, **env)
+
+    def submit(self, *overrides: str, **more: Any) -> str:
+        """Give a command that submits; the id of the job."""
+        done = self.command(*overrides, **more)
+        check(done.returncode == 0, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
+        found = re.search(r"^submitted job (\d+)", done.stdout, re.MULTILINE)
+        check(found, f"no job is named: {done.stdout}")
+        assert found
+        return found[1]
+
+    # ---- jobs
+
+    def await_over(self, job: str) -> str:
+        """The state of a job, once it is over for good."""
+        try:
+            wait_until(lambda: state_of(job) in OVER, f"the end of job {job}", WITHIN_S, poll_s=0.1)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{show(job)}\n{self.told}") from None
+        return state_of(job)
+
+    def finishes(self, job: str) -> None:
+        """The job comes to the end of the run, and leaves nothing behind."""
+        state = self.await_over(job)
+        check((state, self.outcome["state"]) == ("COMPLETED", "finished"), f"{state}, {self.outcome}\n{self.told}")
+        wait_until(lambda: not processes_of(self.run), "processes that are left", 10)
+
+    @property
+    def told(self) -> str:
+        """What its jobs wrote, and its events."""
+        files = [*sorted(self.run.glob("logs/slurm*")), self.run / "events.jsonl"]
+        return "\n".join(f"{file}:\n{file.read_text(errors='replace')}" for file in files if file.exists())
+
+    def same(self, reference: str) -> None:
+        """It is the run that nobody disturbed, and no sample was lost or repeated."""
+        assert self.references
+        try:
+            self.compared(self.references(reference))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told}") from None
+
+    def _files(self, event: dict[str, Any], first: int) -> list[Path]:
+        start = f"{event['job']}.{event['job_restart']}.{event['restart']}"
+        return list((self.folder / "fetched").glob(f"{start}-*"))
+
+
+def launch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Give a command on the login node, so to speak."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, "launch.py", *words], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+
+
+def quoted(text: str) -> str:
+    """As Hydra reads it: text, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def show(job: str) -> str:
+    """A job, as Slurm shows it; of an array that isn't over, the element that is named."""
+    return run("scontrol", "--oneliner", "show", "job", job)
+
+
+def field(job: str, name: str) -> str:
+    found = re.search(rf"(?:^|\s){name}=(\S*)", show(job))
+    return found[1] if found else ""
+
+
+def state_of(job: str) -> str:
+    return field(job, "JobState")
+
+
+# ---- tests that run at the same time
+
+Act = Callable[[JobCase], None]
+
+
+class Cluster:
+    """The lab, and what is done on it: at most ``AT_ONCE`` acts at a time, each on nodes that it has for itself."""
+
+    def __init__(self, lab: Lab, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self.lab, self.folder = lab, folder
+        self.references = References(folder / "references")
+        self._pool = pool
+        self._free, self._changed, self._next = list(lab.nodes), threading.Condition(), threading.Lock()
+        self._done: dict[Act, Future[None]] = {}
+
+    def begin(self, acts: Iterable[tuple[Act, int]]) -> None:
+        self._done = {act: self._pool.submit(self._do, act, nodes) for act, nodes in acts}
+
+    def result(self, act: Act) -> None:
+        """Wait for its end. Raises what it raised."""
+        self._done[act].result()
+
+    def _do(self, act: Act, count: int) -> None:
+        with self._lent(count) as nodes:
+            case = JobCase(self.folder / act.__name__, lab=self.lab, nodes=nodes, references=self.references)
+            act(case)
+
+    @contextmanager
+    def _lent(self, count: int) -> Iterator[tuple[str, ...]]:
+        with self._next, self._changed:  # whoever waits first is served first
+            self._changed.wait_for(lambda: len(self._free) >= count)
+            self._free.sort()
+            nodes = [self._free.pop(0) for _ in range(count)]
+        try:
+            yield tuple(nodes)
+        finally:
+            with self._changed:
+                self._free += nodes
+                self._changed.notify_all()
+
+
+def on_nodes(count: int) -> Callable[[Act], Callable[[Cluster], None]]:
+    """Make an act a test, which runs beside others from the first test on."""
+
+    def made(act: Act) -> Callable[[Cluster], None]:
+        def test(cluster: Cluster) -> None:
+            cluster.result(act)
+
+        test.__doc__ = act.__doc__
+        test.act, test.nodes = act, count  # type: ignore[attr-defined]
+        return test
+
+    return made

@@ -1,0 +1,121 @@
+"""Jobs that have to stop, for whatever reason, go on by themselves; with nothing lost, and the true reason told."""
+
+from __future__ import annotations
+
+import re
+
+from tests.cluster.jobs import JobCase, field, on_nodes
+from tests.cluster.lab import run
+from tests.faults.case import STEPS, check, wait_until
+
+SLOWLY = {"DELAY_S": "0.15"}
+
+
+@on_nodes(2)
+def test_submit_to_finish(case: JobCase) -> None:
+    """Two nodes, two workers each: the same run, bit by bit, as one on this machine with four."""
+    job = case.submit("cluster.gpus_per_node=2")
+    case.finishes(job)
+    case.same("4 ranks")
+    case.event("submitted", job=job)
+    case.event("start", job=job, job_restart=0, hosts=list(case.nodes), world_size=4)
+    case.event("finished", step=STEPS)
+    check(field(job, "ExitCode") == "0:0", f"it ended with {field(job, 'ExitCode')}")
+
+
+@on_nodes(2)
+def test_preemption_where_slurm_requeues(case: JobCase) -> None:
+    preempted(case, "main")
+
+
+@on_nodes(2)
+def test_preemption_where_slurm_cancels(case: JobCase) -> None:
+    preempted(case, "cheap")
+
+
+@on_nodes(2)
+def test_preemption_with_time_to_end(case: JobCase) -> None:
+    preempted(case, "graceful")
+
+
+def preempted(case: JobCase, partition: str) -> None:
+    job = case.submit(f"cluster.partition={partition}", "cluster.extra=[--exclusive]", **SLOWLY)
+    case.await_step(12)
+    take_nodes(case)
+    case.finishes(job)
+    case.same("2 ranks")
+    put_back(case, "^preempted: a job with a higher priority took its place$")
+
+
+def take_nodes(case: JobCase) -> None:
+    """A job with a higher priority wants this case's nodes, for a moment."""
+    nodes = (f"--nodes={len(case.nodes)}", f"--nodelist={','.join(case.nodes)}", "--exclusive", "--output=/dev/null")
+    run("sbatch", "--partition=high", *nodes, "--wrap=true")
+
+
+def put_back(case: JobCase, cause: str, times: int | None = 1) -> None:
+    """The run stopped, all was saved, the job was queued again for this, and went on from there."""
+    stops, requeues, goings_on = (case.events(name) for name in ("stopped", "requeue", "going_on"))
+    check(len(stops) == times or (times is None and stops), f"{len(stops)} stops\n{case.told}")
+    steps = [event["step"] for event in stops]
+    check(steps == [event["step"] for event in requeues], f"stopped at {steps}, and queued again: {requeues}")
+    check(steps == [event["step"] for event in goings_on], f"stopped at {steps}, and went on: {goings_on}")
+    for event in requeues:
+        check(event["kind"] == "stop" and re.search(cause, event["cause"]), f"{event}")
+    (submitted,) = case.events("submitted")
+    starts = [(event["job"], event["job_restart"]) for event in case.events("start")]
+    check(starts == [(submitted["job"], number) for number in range(len(stops) + 1)], f"starts: {starts}")
+
+
+@on_nodes(2)
+def test_time_limit(case: JobCase) -> None:
+    job = case.submit("cluster.time_min=1", "cluster.signal_s=20", DELAY_S="0.9")  # which takes some 45 s
+    case.finishes(job)
+    case.same("2 ranks")
+    put_back(case, "^its time limit$", times=None)
+
+
+@on_nodes(2)
+def test_time_limit_without_a_signal_before(case: JobCase) -> None:
+    """What Slurm ends saves in the time between TERM and KILL."""
+    job = case.submit("cluster.time_min=1", "cluster.signal_s=0", DELAY_S="1.5")
+    case.finishes(job)
+    case.same("2 ranks")
+    put_back(case, "^its time limit$", times=None)
+
+
+@on_nodes(2)
+def test_requeue_by_hand(case: JobCase) -> None:
+    job = case.submit(**SLOWLY)
+    case.await_step(12)
+    run("scontrol", "requeue", job)
+    case.finishes(job)
+    case.same("2 ranks")
+    put_back(case, "^`scontrol requeue`$")
+
+
+@on_nodes(2)
+def test_signal(case: JobCase) -> None:
+    job = case.submit(**SLOWLY)
+    case.await_step(12)
+    run("scancel", "--signal=USR2", job)
+    case.finishes(job)
+    case.same("2 ranks")
+    put_back(case, "^SIGUSR2, as by `scancel --signal`$")
+
+
+@on_nodes(2)
+def test_cancel(case: JobCase) -> None:
+    """What its user cancelled isn't queued again; given once more, the command goes on."""
+    job = case.submit(**SLOWLY)
+    case.await_step(12)
+    run("scancel", job)
+    state = case.await_over(job)
+    check(state == "CANCELLED", f"{state}\n{case.told}")
+    step = case.event("stopped")["step"]
+    wait_until(lambda: case.events("cancelled"), "the event", 20)
+    case.event("cancelled", job=job, cause="^`scancel`$", step=step)
+    check(not case.events("requeue"), "it was queued again")
+    case.finishes(case.submit())
+    case.same("2 ranks")
+    case.event("going_on", step=step)
