@@ -211,8 +211,8 @@ class RunDir:
                 ours = job is not None and holder.endswith(f", job {job}")
                 if time.monotonic() - began > (LEASE_S if ours else DYING_S):
                     raise Refused(
-                        f"another launch works in {self.path} ({holder or 'it just started'}); wait for it, stop it, or "
-                        "start another run beside it with run.new=true"
+                        f"another launch works in {self.path} ({holder or 'it just started'}); wait for it, stop it, "
+                        "or start another run beside it with run.new=true"
                     ) from None
             time.sleep(0.02)
         pid, now = os.getppid() if handed_on else os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")

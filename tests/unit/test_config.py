@@ -327,7 +327,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
     "batch.accumulation": [(0, "1 or more"), (-1, "1 or more")],
     "batch.unit": [("token", "did you mean tokens?")],
     "batch.even": [(1, "true or false"), ("yes", "true or false")],
-    "action": [("pln", "did you mean plan?"), ("tune", "train, plan or evaluate")],
+    "action": [("pln", "did you mean plan?"), ("tune", "train, plan, evaluate, runs or requeue")],
     "output": [("jsn", "did you mean json?")],
     "device": [("gpu", "auto, cpu or cuda")],
     "seed": [(-1, "0 or more"), (2**63, "less than"), ("x", "a whole number"), (True, "a whole number")],

@@ -71,6 +71,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "on_nonfinite": "skip",
     "log.every": "3st",
     "run.dir": "elsewhere",
+    "run.config": "some.yaml",
     "run.name": "other",
     "run.new": True,
     "plan.open_data": True,
@@ -82,7 +83,14 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "cluster.environment": {"A": "b"},
     "given": ["lr.base"],
 }
+OF_SLURM = {
+    "partition": "gpu", "account": "a", "qos": "q", "time_min": 90, "signal_s": 60, "mem_gb": 64, "cpus_per_gpu": 8,
+    "gres": "none", "constraint": "a100", "exclude": "n1", "nodelist": "n2", "reservation": "r", "comment": "c",
+    "dependency": "afterok:1", "mail": "me@example.org", "setup": "['module load a']", "extra": "['--exclusive']",
+    "max_requeues": 1, "max_parallel": 2, "dry_run": "true",
+}  # fmt: skip
 TRIED_ELSEWHERE = {
+    *(f"cluster.{name}" for name in OF_SLURM),
     *("model.args", "lr.power", "output", "cluster.rendezvous"),  # only with another key
     *("optimizer.name", "optimizer._target_", "optimizer.betas", "optimizer.eps", "engine.name", "cluster.name"),
     *("optimizer.usual.lr", "optimizer.usual.batch"),
@@ -104,6 +112,14 @@ def test_every_key_is_tried() -> None:
 @pytest.fixture(scope="module")
 def default() -> RunConfig:
     return compose([])
+
+
+def test_a_run_on_slurm_is_the_same_run(default: RunConfig) -> None:
+    on_slurm = compose(["cluster=slurm", *(f"cluster.{name}={value}" for name, value in OF_SLURM.items())])
+    assert all(
+        getattr(on_slurm.cluster, name) != getattr(compose(["cluster=slurm"]).cluster, name) for name in OF_SLURM
+    )
+    assert identity(on_slurm) == identity(default)
 
 
 @pytest.mark.parametrize("key", OTHER_SCIENCE)
