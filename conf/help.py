@@ -33,7 +33,8 @@ examples:
                                                             what it would be on 128 GPUs, which needn't be here
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
-  python launch.py -m batch.global_size=32,64,128           a sweep: one run after another, then a table
+  python launch.py -m batch.global_size=32,64,128 duration=5ep
+                                                            a sweep: one run after another, then a table
   python launch.py run.dir=runs/digits-0123456789ab         goes on with that run; shows its result if finished
   python launch.py run.dir=runs/digits-0123456789ab duration=40ep
                                                             extends it, finished or not, to a longer duration
@@ -41,7 +42,7 @@ examples:
                                                             another run, which starts from that one's weights
   python launch.py action=evaluate init_from=runs/digits-0123456789ab
                                                             evaluates them (a checkpoint: …/checkpoints/best)
-  torchrun --nproc-per-node=4 launch.py                     the same, with torchrun's workers
+  torchrun --nproc-per-node=2 launch.py                     the same, with torchrun's workers
   python launch.py cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time_min=240
                                                             plans, submits a job of Slurm's, and ends
   python launch.py action=runs                              the runs here and in the queue, and how far they are
