@@ -31,7 +31,7 @@ REFERENCES |= {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JobCase(Case):
     """One run, and all jobs that work on it.
 
@@ -40,9 +40,9 @@ class JobCase(Case):
         references: runs that nobody disturbed.
     """
 
-    lab: Lab | None = None
-    nodes: tuple[str, ...] = ()
-    references: References | None = None
+    lab: Lab
+    nodes: tuple[str, ...]
+    references: References
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,6 @@ class JobCase(Case):
 
     def same(self, reference: str) -> None:
         """It is the run that nobody disturbed, and no sample was lost or repeated."""
-        assert self.references
         try:
             self.compared(self.references(reference))
         except AssertionError as error:
@@ -160,8 +159,11 @@ class Cluster:
 
     def _do(self, act: Act, count: int) -> None:
         with self._lent(count) as nodes:
-            case = JobCase(self.folder / act.__name__, lab=self.lab, nodes=nodes, references=self.references)
-            act(case)
+            case = JobCase(folder=self.folder / act.__name__, lab=self.lab, nodes=nodes, references=self.references)
+            try:
+                act(case)
+            finally:
+                self.lab.clear(nodes)
 
     @contextmanager
     def _lent(self, count: int) -> Iterator[tuple[str, ...]]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -97,33 +97,51 @@ class Lab:
         self._slurmctld = self._daemon("slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        self.wait_for_idle()
+        self.wait_for_idle(self.nodes)
 
     def start_node(self, node: str) -> None:
         self._slurmds[node] = self._daemon("slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As if the machine went down: its slurmd, and all that runs on it, at once."""
-        self._slurmds.pop(node).kill()
+        """As if the machine went down: its slurmd, and all that runs on it, at once, so that none tells of another."""
+        self.freeze_node(node)
+        self._send(node, signal.SIGKILL)
+
+    def freeze_node(self, node: str) -> None:
+        """As if the machine had no power, or no network: nobody hears of it any more, or that its connections ended."""
+        self._send(node, signal.SIGSTOP)
+
+    def clear(self, nodes: Iterable[str]) -> None:
+        """Whatever was done to them: no job is on these nodes, and they work."""
+        run("scancel", "--me", f"--nodelist={','.join(nodes)}", check=False)
+        for node in nodes:
+            if run("sinfo", "-h", "-N", "-n", node, "-p", "main", "-o", "%t").strip() not in ("idle", "comp"):
+                self.kill_node(node)
+                self.start_node(node)
+        self.wait_for_idle(nodes)
+
+    def _send(self, node: str, number: signal.Signals) -> None:
         for pid in self.processes_of(node):
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def processes_of(self, node: str) -> list[int]:
-        """What Slurm runs on a node: its step daemons, and what they started."""
-        found, ours = [], {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
+        """A node's slurmd, its step daemons, which all have its log, and what they started, which have its name."""
+        found, log = [], self.folder / f"log/{node}.log"
+        named = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
                 pid = int(entry.name)
-                if ours <= set((entry / "environ").read_bytes().split(b"\0")):
+                its_own = named <= set((entry / "environ").read_bytes().split(b"\0"))
+                if its_own or log in (file.readlink() for file in (entry / "fd").iterdir()):
                     found.append(pid)
         return found
 
-    def wait_for_idle(self, within_s: float = READY_S) -> None:
-        deadline = time.monotonic() + within_s
+    def wait_for_idle(self, nodes: Iterable[str], within_s: float = READY_S) -> None:
+        deadline, listed = time.monotonic() + within_s, ",".join(nodes)
         while True:
-            states = run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
-            if states == ["idle"] * NODES:
+            states = run("sinfo", "-h", "-N", "-n", listed, "-p", "main", "-o", "%T", check=False).split()
+            if set(states) == {"idle"}:
                 return
             if time.monotonic() > deadline:
                 logs = "".join(log.read_text()[-500:] for log in (self.folder / "log").iterdir())
@@ -143,9 +161,7 @@ class Lab:
                     daemon.wait(10)
                 daemon.kill()
         for node in self.nodes:
-            for pid in self.processes_of(node):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._send(node, signal.SIGKILL)
 
     def _daemon(self, *words: str) -> subprocess.Popen[bytes]:
         log = open(self.folder / f"log/{'-'.join(words)}.out", "ab")  # noqa: SIM115
@@ -198,6 +214,6 @@ def running() -> Iterator[Lab]:
 if __name__ == "__main__":
     with running() as lab:
         print(f"export SLURM_CONF={lab.conf}", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with suppress(KeyboardInterrupt):
-            signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    sys.exit(0)
+            signal.pause()

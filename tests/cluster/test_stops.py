@@ -7,6 +7,7 @@ import re
 from tests.cluster.jobs import JobCase, field, on_nodes
 from tests.cluster.lab import run
 from tests.faults.case import STEPS, check, wait_until
+from tests.faults.task import fault
 
 SLOWLY = {"DELAY_S": "0.15"}
 
@@ -45,6 +46,21 @@ def preempted(case: JobCase, partition: str) -> None:
     case.finishes(job)
     case.same("2 ranks")
     put_back(case, "^preempted: a job with a higher priority took its place$")
+
+
+@on_nodes(2)
+def test_killed_before_it_saved(case: JobCase) -> None:
+    """Two ranks that don't get on can't stop; when Slurm has killed them, it says why, and the run loses some steps."""
+    hang = [fault("hang", "step", 30, rank) for rank in (0, 1)]  # after the checkpoint of step 20, and never again
+    job = case.submit("cluster.extra=[--exclusive]", faults=hang)
+    case.await_step(29)
+    take_nodes(case)
+    case.finishes(job)
+    case.same("2 ranks")
+    cause = "^preempted: a job with a higher priority took its place; it was killed before all was saved$"
+    case.event("requeue", kind="stop", cause=cause, job=job, step=29)
+    case.event("crashed", cause="^ended without a word", found=True)
+    check(case.event("going_on")["step"] in (20, 27, 28, 29), "it began anew")
 
 
 def take_nodes(case: JobCase) -> None:

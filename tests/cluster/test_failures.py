@@ -1,0 +1,104 @@
+"""Nodes that are lost, and crashes: what goes on by itself, what doesn't, and what is told of it."""
+
+from __future__ import annotations
+
+import os
+
+from tests.cluster.jobs import JobCase, on_nodes
+from tests.cluster.lab import run
+from tests.faults.case import check, wait_until
+from tests.faults.task import fault
+
+SLOWLY = {"DELAY_S": "0.15"}
+
+
+@on_nodes(2)
+def test_the_first_node_goes_down(case: JobCase) -> None:
+    """With the job's own script, and the meeting point."""
+    loses(case, case.nodes[0])
+
+
+@on_nodes(2)
+def test_another_node_goes_down(case: JobCase) -> None:
+    loses(case, case.nodes[1])
+
+
+@on_nodes(2)
+def test_a_node_vanishes(case: JobCase) -> None:
+    """Its connections stay open, and nobody answers: the others wait, until Slurm notices."""
+    loses(case, case.nodes[1], vanishes=True)
+
+
+def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
+    """Slurm queues the job again, and the run goes on from its last checkpoint; that isn't a crash of the run."""
+    job = case.submit("cluster.max_requeues=0", **SLOWLY)
+    case.await_step(12)
+    (case.lab.freeze_node if vanishes else case.lab.kill_node)(node)
+    comes_back(case, node)
+    case.finishes(job)
+    case.same("2 ranks")
+    case.event("requeue", job=job, kind="node", cause=f"^node {node} (is down|went down, and came back)$")
+    check(case.event("going_on")["step"] >= 10, "it began anew")
+
+
+def comes_back(case: JobCase, node: str) -> None:
+    """As a machine that was started again, once Slurm has noticed that it was gone."""
+    wait_until(lambda: "down" in run("sinfo", "-h", "-N", "-n", node, "-o", "%T"), f"the end of {node}", 60, 0.2)
+    case.lab.kill_node(node)
+    case.lab.start_node(node)
+
+
+@on_nodes(2)
+def test_a_node_that_was_down_already(case: JobCase) -> None:
+    """Slurm takes it for a good one, and gives it to the job."""
+    node = case.nodes[1]
+    case.lab.kill_node(node)
+    job = case.submit()
+    comes_back(case, node)
+    case.finishes(job)
+    case.same("2 ranks")
+    tries = case.events("requeue")
+    check(tries, case.told)
+    for event in tries:
+        check((event["kind"], event["cause"]) == ("node", f"node {node} can't be reached"), f"{event}")
+
+
+@on_nodes(2)
+def test_a_crash_does_not_loop(case: JobCase) -> None:
+    """It is tried once more, and that got no further."""
+    job = case.submit("cluster.max_requeues=9", faults=[fault("raise", "step", 5, 1)])
+    state = case.await_over(job)
+    check((state, case.outcome["state"]) == ("FAILED", "crashed"), f"{state}, {case.outcome}")
+    boom = r"rank 1 crashed: ValueError: boom \(task\.py:\d+ in do\)"
+    case.event("requeue", job=job, kind="crash", cause=f"^{boom}$", step=4)
+    case.event("not_requeued", job=job, kind="crash", cause=f"^{boom}; it got no further than step 4, as before$")
+    check(len(case.events("crashed")) == len(case.events("start")) == 2, case.told)
+    case.finishes(case.submit())
+    case.same("2 ranks")
+
+
+@on_nodes(2)
+def test_a_crash_that_gets_further_is_queued_again_so_many_times(case: JobCase) -> None:
+    job = case.submit("cluster.max_requeues=2", faults=[fault("raise", "step", 13, 1)])
+    state = case.await_over(job)
+    check((state, case.outcome["state"]) == ("FAILED", "crashed"), f"{state}, {case.outcome}")
+    steps = [(event["kind"], event["step"]) for event in case.events("requeue")]
+    check(steps == [("crash", 12), ("crash", 22)], f"queued again: {steps}")
+    case.event("not_requeued", job=job, kind="crash", cause="; that was done cluster.max_requeues=2 times$", step=32)
+    case.finishes(case.submit())
+    case.same("2 ranks")
+
+
+@on_nodes(2)
+def test_a_later_start_that_is_refused_is_not_queued_again(case: JobCase) -> None:
+    """What was said of an earlier one isn't taken for its."""
+    job = case.submit(**SLOWLY)
+    case.await_step(12)
+    (frozen,) = case.run.glob("submissions/*.yaml")
+    os.rename(frozen, case.folder / "away")
+    run("scontrol", "requeue", job)
+    state = case.await_over(job)
+    check((state, case.outcome["state"]) == ("FAILED", "stopped"), f"{state}, {case.outcome}")
+    os.rename(case.folder / "away", frozen)
+    case.finishes(case.submit())
+    case.same("2 ranks")
