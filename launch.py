@@ -34,12 +34,12 @@ from conf.schema import Slurm
 from conf.stored import extends, frozen
 from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
-from scaling.report import grid, plan_row, result
+from scaling.report import grid, last_step, plan_row, result
 from scaling.resolve import resolve
 from scaling.runs import directories, row
 from scaling.table import table
 from slurm.allocation import Allocation, as_local, job_facts
-from slurm.requeue import end_of_job, judge, put_back
+from slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
 from slurm.state import SlurmError, queued
 from slurm.submit import common_cluster, prepare, refuse_if_queued, refuse_unless_submittable
 from trainers.checkpoints.preview import from_checkpoint
@@ -76,7 +76,8 @@ def main(arguments: list[str]) -> int:
     if config.action == "requeue":
         return requeue(config, run_directory(config))
     facts: dict[str, str] = {}
-    if isinstance(config.cluster, Slurm) and config.action != "plan" and (allocation := Allocation.within()):
+    to_start = isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run
+    if to_start and (allocation := Allocation.within()):
         config, facts = as_local(config, allocation), allocation.facts
     if config.action == "evaluate":
         refuse_unless_startable(config)
@@ -119,6 +120,11 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
         return submit([config], [directory], directory)
     if config.task.train_samples is not None:  # else rank 0 prints it, once the data is opened
         say(table(from_checkpoint(plan, config, run)))
+    if first():
+        with suppress(SlurmError):  # it is only to be told
+            if before_this := put_back_by_slurm(directory):
+                note(directory, before_this)
+                say(f"isobatch: the job was queued again: {before_this.cause}")
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}), **facts)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
@@ -142,17 +148,20 @@ def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path
     if cluster.dry_run:
         say(submission.text)
         return 0
-    for directory in runs:
-        refuse_if_queued(directory)
-    fresh = [directory for directory in (root.absolute(), *runs) if not directory.exists()]
     with ExitStack() as locked:  # nobody else submits at the same time
+        for directory in runs:
+            locked.enter_context(RunDir(directory).lock())
         try:
             for directory in runs:
-                locked.enter_context(RunDir(directory).lock())
+                refuse_if_queued(directory)
             job = submission.give(write_atomic)
         except BaseException:
-            for directory in fresh:
-                shutil.rmtree(directory, ignore_errors=True)
+            for directory in runs:
+                if not RunDir(directory).begun:
+                    shutil.rmtree(directory, ignore_errors=True)
+            with suppress(OSError):  # other runs of the sweep are there
+                submission.output.parent.rmdir()
+                root.rmdir()
             raise
         for number, directory in enumerate(runs):
             RunDir(directory).event("submitted", job=submission.job_of(job, number), script=str(submission.script))
@@ -185,13 +194,25 @@ def requeue(config: RunConfig, directory: Path) -> int:
     end = end_of_job(directory)
     verdict = judge(end, config.cluster.max_requeues, config.cluster.signal_s)
     if verdict.event != "finished":
-        with suppress(OSError):  # a full disk is no reason not to go on
-            fields = {"job": end.identifier, "kind": verdict.kind, "cause": verdict.cause, "step": end.step}
-            RunDir(directory).event(verdict.event, **fields)
+        note(directory, verdict)
         say(f"isobatch: job {end.identifier} {verdict}")
     if verdict.event == "requeue":
-        put_back(end.identifier)
+        try:
+            put_back(end)
+        except SlurmError as error:
+            verdict = Verdict("not_requeued", verdict.kind, f"{verdict.cause}; the job can't be queued again: {error}")
+            note(directory, verdict)
+            say(f"isobatch: job {end.identifier} {verdict}; the same command goes on")
     return 0 if verdict.event in ("finished", "requeue") else end.code or 1
+
+
+def note(directory: Path, verdict: Verdict) -> None:
+    """Keep what becomes of this job, or became of it."""
+    job, step = job_facts()["job"], last_step(directory)
+    run = RunDir(directory)
+    with suppress(OSError):  # a full disk is no reason not to go on
+        if run.begun:  # a refused start leaves a foreign folder alone
+            run.event(verdict.event, job=job, kind=verdict.kind, cause=verdict.cause, step=step)
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -217,6 +238,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         before, longer = RunDir(directory).outcome(), extends(directory, config)
         finished.append(before is not None and before.state == "finished" and not longer)
     if any(isinstance(config.cluster, Slurm) for config in configs):
+        if not getattr(configs[0].cluster, "dry_run", False) and Allocation.within():
+            raise ConfigError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
         left = [number for number, done in enumerate(finished) if not done]
         chosen = [configs[number] for number in left], [directories[number] for number in left]
         if not getattr(configs[0].cluster, "dry_run", False):
@@ -235,9 +258,14 @@ def commit() -> str:
     return ""
 
 
+def first() -> bool:
+    """Of all processes that were given this command: ranks under torchrun, or nodes of a Slurm job."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def say(text: str) -> None:
-    """Print it once, however many ranks there are, and nodes of a Slurm job."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    """Print it once, however many give this command."""
+    if first():
         print(text, flush=True)
 
 

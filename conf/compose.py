@@ -35,7 +35,7 @@ from conf.explain import (
 )
 from conf.identity import HOUSEKEEPING
 from conf.schema import RunConfig
-from conf.stored import begun, choices, going_on, load, over, refuse_other_science, run_of
+from conf.stored import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
 
 PRIMARY = "config"
 # Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
@@ -90,12 +90,7 @@ def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
         )
     if not isinstance(weights, str) or not weights:
         return None  # which the schema refuses
-    path = os.path.expanduser(weights)
-    if not os.path.exists(path):
-        raise ConfigError(
-            f"init_from={weights} isn't there; name a run directory, a checkpoint of one, or a .safetensors file"
-        )
-    run = run_of(Path(path))
+    run = run_of(refuse_missing(weights))
     return run and run / "config.yaml"
 
 
@@ -257,6 +252,8 @@ def _short(error: Exception) -> str:
         return f"{match[1]} is there already; leave out the +"
     if match := re.search(r"Could not delete from config. '(.*)' does not exist", said):
         return f"~{match[1]}: there is no value to delete; a key that is off is null"
+    if match := re.search(r"Interpolation key '(.*)' not found", said):
+        return f"${{{match[1]}}} names no key of the config; as text it is \\${{{match[1]}}}"
     noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
     return textwrap.shorten(" ".join(lines), 400, placeholder=" …")

@@ -187,6 +187,16 @@ def _length(directory: Path) -> Duration | None:
     return None
 
 
+def refuse_missing(weights: str) -> Path:
+    """The path that ``init_from`` names. Raises ConfigError where nothing is there."""
+    path = Path(os.path.expanduser(weights))
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"init_from={weights} isn't there; name a run directory, a checkpoint of one, or a .safetensors file"
+        )
+    return path
+
+
 def run_of(weights: Path) -> Path | None:
     """The directory of the run that weights are of: itself, or that of its ``final/``, of a checkpoint, or of a file in
     one of these. None where they are of no run."""

@@ -77,8 +77,8 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
             raise ConfigError(f"{key} is one for the whole sweep; give it one value")
-    if configs[0].action == "evaluate":
-        raise ConfigError("-m is a sweep of runs that are trained or planned; give action=evaluate for one at a time")
+    if (action := configs[0].action) not in ("train", "plan"):
+        raise ConfigError(f"-m is a sweep of runs that are trained or planned; give action={action} without it")
     every = [science(config) for config in configs]
     shared = {
         key: value

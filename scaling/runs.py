@@ -23,7 +23,8 @@ class Row:
         state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't.
         step, steps: completed, and of the whole run.
         samples_per_s, eta_s: where it is running: of the last logged step, and seconds to the end at that pace.
-        job: of Slurm, the last one that was submitted for it; ``queue``: what Slurm says of it; None: it is over.
+        job: of Slurm, the last one that was submitted for it, or worked on it; ``queue``: what Slurm says of it; None:
+            it is over.
         cause: why it stopped last.
     """
 
@@ -75,7 +76,7 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         queue: what Slurm says of the jobs that aren't over, by id.
     """
     happened, ended, plan, logged = events(directory), outcome(directory), planned(directory), measured(directory)
-    jobs = [str(event.get("job")) for event in happened if event.get("event") == "submitted"]
+    jobs = [str(event["job"]) for event in happened if event.get("event") in ("submitted", "start") and "job" in event]
     told = queue.get(jobs[-1]) if jobs else None
     state = str(ended.get("state", "—"))
     if told and told.startswith("PENDING"):

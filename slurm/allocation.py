@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from conf.explain import ConfigError
 from conf.schema import Local, RunConfig, Slurm
-from slurm.state import address, hostnames, job_of, kill_wait_s
+from slurm.state import SlurmError, address, hostnames, job_of, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 
@@ -65,8 +66,10 @@ class Allocation:
     def facts(self) -> dict[str, str]:
         """What the training is told: whom to wait for, and how long a save may take when Slurm ends the job."""
         known = {"hosts": " ".join(self.hosts), "host": self.host}
-        limit = kill_wait_s() if self.host == self.hosts[0] else None
-        return known if limit is None else known | {"kill_wait_s": str(limit)}
+        with suppress(SlurmError):  # only to warn by
+            limit = kill_wait_s()
+            return known if limit is None else known | {"kill_wait_s": str(limit)}
+        return known
 
 
 def job_facts(env: Mapping[str, str] = os.environ) -> dict[str, str]:

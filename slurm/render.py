@@ -18,7 +18,8 @@ class Script:
 
     Attributes:
         text: of the script.
-        options: of sbatch, beside it: values of several lines, which no ``#SBATCH`` line can hold.
+        options: of sbatch, all of them. The text has them, too; given beside it they win over SBATCH_* variables, and
+            may have values of several lines, which no ``#SBATCH`` line can hold.
     """
 
     text: str
@@ -60,7 +61,7 @@ def render(
         f'ISOBATCH_STEP_CODE=$code exec {launch} "${{run[@]}}" action=requeue',
         "",
     ]
-    return Script("\n".join(text), tuple(option for option in options if "\n" in option))
+    return Script("\n".join(text), tuple(options))
 
 
 def _options(cluster: Slurm, runs: int, name: str, output: str) -> Iterator[str]:

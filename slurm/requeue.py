@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,20 +13,13 @@ from typing import Any, Literal
 
 from conf.explain import ConfigError
 from scaling.report import events, last_step, outcome
-from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of
+from slurm.output import DUE, parse_complaint, parse_due, parse_unreached, tail
+from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted_nodes
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
 STOPPED = 75  # that of a launcher which a signal stopped
-TAIL_BYTES = 1 << 16  # of a job's output, whose end has what Slurm said last
+STOPS_IN_A_ROW = 3  # at the same step, by the time limit, after which it isn't tried again
 EARLY_S = 60  # that Slurm may signal before it was asked to
-
-# What Slurm writes into the output of a job that it ends, and what that means.
-DUE = {
-    "PREEMPTION": "preempted: a job with a higher priority took its place",
-    "JOB REQUEUE": "`scontrol requeue`",
-    "TIME LIMIT": "its time limit",
-    "NODE FAILURE": "a node failed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +33,7 @@ class End:
         code: exit code of the job's step.
         job: as Slurm shows it now.
         due: what Slurm wrote that it ends the job for, a key of ``DUE``; None: nothing.
-        down: nodes of the job that are gone.
+        down: nodes of the job that are gone; ``back``: that were; ``unreached``: on which srun could start nothing.
     """
 
     identifier: str
@@ -52,20 +46,21 @@ class End:
     due: str | None
     down: Sequence[str]
     now: datetime
+    back: Sequence[str] = ()
+    unreached: Sequence[str] = ()
+    complaint: str = "see its output"
 
     @property
     def start(self) -> Mapping[str, Any] | None:
         """The event of this start of the run; None where it never came so far."""
-        found = [event for event in self.events if event.get("event") == "start"]
-        ours = found and (found[-1].get("job"), found[-1].get("job_restart")) == (self.identifier, self.restart)
-        return found[-1] if ours else None
+        return start_of(self.events, self.identifier, self.restart)
 
     @property
     def state(self) -> str:
         """Of the run; where it never started, ``stopped`` or ``refused``."""
         if self.start:
             return str(self.outcome.get("state", "running"))
-        return "stopped" if self.code == STOPPED else "refused"
+        return {0: "finished", STOPPED: "stopped"}.get(self.code, "refused")  # it showed the result of a finished run
 
     @property
     def said(self) -> str:
@@ -100,22 +95,67 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
     """
     if "SLURM_JOB_ID" not in env:
         raise ConfigError("action=requeue is what the script of a Slurm job does at its end, and this isn't a job")
-    found, identifier = events(directory), job_of(env)
-    started = [event["time"] for event in found if event.get("event") == "start"]
-    since = datetime.strptime(started[-1], "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None) if started else datetime.min
-    hosts = [event["hosts"] for event in found if event.get("event") == "start"]
+    identifier, restart, said = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), tail(Path("/proc/self/fd/2"))
+    now, found = job(identifier), events(directory)
+    start = start_of(found, identifier, restart)
+    began = now.started if now.restarts == restart else None  # else it is put back already, and begins again
+    began = _when(start) if start and not began else began
+    due = parse_due(said, began or datetime.min)
     return End(
         identifier=identifier,
-        restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+        restart=restart,
         outcome=outcome(directory),
         events=found,
         step=last_step(directory),
         code=int(env.get(STEP_CODE, "0")),
-        job=job(identifier),
-        due=due_of(Path("/proc/self/fd/2"), since),
-        down=down_nodes(hosts[-1]) if hosts else [],
+        job=now,
+        due=due,
+        down=_down(env["SLURM_JOB_NODELIST"]),
         now=datetime.now(),
+        back=restarted_nodes(env["SLURM_JOB_NODELIST"], began) if due == "NODE FAILURE" and began else (),
+        unreached=parse_unreached(said),
+        complaint=parse_complaint(said) or "see its output",
     )
+
+
+def _down(nodes: str) -> list[str]:
+    with suppress(SlurmError):  # what else is known tells enough
+        return down_nodes(nodes)
+    return []
+
+
+def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> Verdict | None:
+    """Why Slurm by itself queued this job again, where its script was killed before it could say so; else None.
+
+    Raises:
+        SlurmError: Slurm doesn't answer.
+    """
+    told = [event for event in events(directory) if event.get("event") in ("start", "requeue")]
+    if "SLURM_RESTART_COUNT" not in env or not told:
+        return None
+    last = told[-1]
+    if (last["event"], last.get("job")) != ("start", job_of(env)):
+        return None
+    output, hosts = job(job_of(env)).output, ",".join(last["hosts"])
+    due = parse_due(tail(Path(output)), _when(last)) if output else None
+    if due and due != "NODE FAILURE":
+        return Verdict("requeue", "stop", f"{DUE[due]}; it was killed before all was saved")
+    down, back = down_nodes(hosts), restarted_nodes(hosts, _when(last))
+    if due or down or back:
+        return Verdict("requeue", "node", _lost(down, back))
+    return Verdict("requeue", None, "Slurm queued it again by itself")
+
+
+def start_of(events: Sequence[Mapping[str, Any]], identifier: str, restart: int) -> Mapping[str, Any] | None:
+    """The event of the run's last start, where that is of this start of the job."""
+    found = [event for event in events if event.get("event") == "start"]
+    ours = found and (found[-1].get("job"), found[-1].get("job_restart")) == (identifier, restart)
+    return found[-1] if ours else None
+
+
+def _when(event: Mapping[str, Any]) -> datetime:
+    """By this machine's clock, as Slurm gives times."""
+    return datetime.fromisoformat(event["time"]).astimezone().replace(tzinfo=None)
 
 
 def judge(end: End, max_requeues: int, signal_s: int) -> Verdict:
@@ -133,18 +173,43 @@ def judge(end: End, max_requeues: int, signal_s: int) -> Verdict:
     if _cancelled(end):
         return Verdict("cancelled", "stop", "`scancel`")
     if end.state == "stopped":
-        return Verdict("requeue", "stop", why or f"{end.said or 'a signal'}, as by `scancel --signal`")
+        why = why or f"{end.said or 'a signal'}, as by `scancel --signal`"
+        if why == DUE["TIME LIMIT"] and (stops := _stops_here(end)) >= STOPS_IN_A_ROW:
+            cause = f"{why}, {stops + 1} times at step {end.step}, as it leaves no time for a step or an evaluation"
+            return Verdict("not_requeued", "stop", f"{cause}: a longer cluster.time_min, or a shorter cluster.signal_s")
+        return Verdict("requeue", "stop", why)
     if end.down or end.due == "NODE FAILURE":
-        return Verdict("requeue", "node", f"node {', '.join(end.down)} is down" if end.down else DUE["NODE FAILURE"])
+        return Verdict("requeue", "node", _lost(end.down, end.back))
     if why:
         return Verdict("requeue", "stop", f"{why}; it ended before all was saved ({end.said or 'killed'})")
+    if end.unreached and end.start is None:
+        return _after_no_start(end, max_requeues)
     if end.state == "refused":
-        return Verdict("not_requeued", None, end.said or f"it ended with {end.code} before it began: see its output")
+        return Verdict("not_requeued", None, end.said or f"it ended with {end.code} before it began: {end.complaint}")
     return _after_crash(end, max_requeues)
+
+
+def _lost(down: Sequence[str], back: Sequence[str]) -> str:
+    if down:
+        return f"node {', '.join(down)} is down"
+    return f"node {', '.join(back)} went down, and came back" if back else DUE["NODE FAILURE"]
+
+
+def _after_no_start(end: End, max_requeues: int) -> Verdict:
+    """Slurm takes a node that doesn't answer for a good one for a while, and may give it to the job once more."""
+    cause = f"node {', '.join(end.unreached)} can't be reached"
+    since = itertools.takewhile(lambda event: event.get("event") != "start", reversed(end.events))
+    tries = sum(event.get("event") == "requeue" and event.get("job") == end.identifier for event in since)
+    if tries < max_requeues:
+        return Verdict("requeue", "node", cause)
+    return Verdict("not_requeued", "node", f"{cause}; that was tried cluster.max_requeues={max_requeues} times")
 
 
 def _after_crash(end: End, max_requeues: int) -> Verdict:
     cause = end.said or "it ended without a word"
+    crashed = [event for event in end.events if event.get("event") in ("start", "crashed", "oom")][-1:]
+    if crashed and crashed[0].get("again") is False:
+        return Verdict("not_requeued", "crash", f"{cause}; it would crash again the same way")
     before = [event for event in end.events if event.get("event") == "requeue" and event.get("kind") == "crash"]
     furthest = max((int(event.get("step", 0)) for event in before), default=0)
     if end.step <= furthest:
@@ -154,6 +219,14 @@ def _after_crash(end: End, max_requeues: int) -> Verdict:
     else:
         return Verdict("requeue", "crash", cause)
     return Verdict("not_requeued", "crash", f"{cause}; {reason}")
+
+
+def _stops_here(end: End) -> int:
+    """How often in a row this job was put back at the step where it is now."""
+    before = [event for event in reversed(end.events) if event.get("event") == "requeue"]
+    here = (end.identifier, "stop", end.step)
+    same = itertools.takewhile(lambda event: (event.get("job"), event.get("kind"), event.get("step")) == here, before)
+    return len(list(same))
 
 
 def _cancelled(end: End) -> bool:
@@ -174,31 +247,14 @@ def _why(end: End, signal_s: int) -> str | None:
     return None
 
 
-def due_of(output: Path, since: datetime) -> str | None:
-    """What Slurm wrote into a job's output that it ends it for, at ``since`` or later; None: nothing."""
-    try:
-        with open(output, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            return parse_due(file.read().decode(errors="replace"), since)
-    except OSError:
-        return None
-
-
-def parse_due(text: str, since: datetime) -> str | None:
-    """Of lines such as ``… *** JOB 4 ON n4 CANCELLED AT 2026-11-26T00:36:37 DUE TO PREEMPTION ***``."""
-    found = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT (\S+) DUE TO ([A-Z ]+)", text)
-    late = [why.strip() for at, why in found if datetime.fromisoformat(at) >= since]
-    return next((known for known in DUE for why in late[-1:] if why.startswith(known)), None)
-
-
-def put_back(identifier: str) -> None:
+def put_back(end: End) -> None:
     """Put one's own job back into the queue, which ends this process soon.
 
     Raises:
         SlurmError: it can't be.
     """
     try:
-        ask("scontrol", "requeue", identifier)
-    except SlurmError as error:
-        if "pending" not in error.said.lower():  # Slurm has done it by itself
+        ask("scontrol", "requeue", end.identifier)
+    except SlurmError:
+        if job(end.identifier).restarts <= end.restart:  # else Slurm has done it, by itself or before it fell silent
             raise

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,7 +15,12 @@ from pathlib import Path
 from conf.explain import ConfigError
 
 ANSWER_S = 60.0  # for a busy controller
-DOWN = ("down", "fail", "error", "not_responding")  # how a node's state begins that won't be heard of
+PATIENCE_S = 300.0  # within a job, whose stop or start would be lost: as long as a controller may take to come back
+ASK_AGAIN_S = 3.0
+UNANSWERED = re.compile(
+    r"unable to contact|timed out|didn't answer|connection (refused|failure)|zero bytes", re.IGNORECASE
+)
+DOWN = ("down", "fail", "error")  # how a node's state begins that won't be heard of
 
 
 class SlurmError(ConfigError):
@@ -28,14 +35,25 @@ class SlurmError(ConfigError):
         self.said = said
 
 
-def ask(*words: str) -> str:
-    """What a command of Slurm's prints.
+def ask(*words: str, env: Mapping[str, str] = os.environ) -> str:
+    """What a command of Slurm's prints. Within a job a controller that doesn't answer is asked again, for a while.
 
     Raises:
         SlurmError: it isn't here, failed, or didn't answer.
     """
+    deadline = time.monotonic() + (PATIENCE_S if "SLURM_JOB_ID" in env else 0)
+    while True:
+        try:
+            return _ask(words, {**env, "SLURM_TIME_FORMAT": "standard"})
+        except SlurmError as error:
+            if not UNANSWERED.search(str(error)) or time.monotonic() > deadline:
+                raise
+        time.sleep(ASK_AGAIN_S)
+
+
+def _ask(words: Sequence[str], env: Mapping[str, str]) -> str:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace")
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace", env=env)
     except FileNotFoundError:
         raise SlurmError(
             f"there is no {words[0]} on this machine: give the command on a login node of the cluster; "
@@ -91,8 +109,7 @@ def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
         if "Invalid job id" in error.said:  # all of them are over, and forgotten
             return {}
         raise
-    found = parse_queue(text)
-    return {job: one for job, one in found.items() if one.state not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")}
+    return parse_queue(text)
 
 
 def parse_queue(text: str) -> dict[str, Queued]:
@@ -114,6 +131,7 @@ class Job:
         preempted: a job with a higher priority takes its place.
         ended: when it is or was to end at the latest; None without a limit, or where it waits again.
         limit: how long it may run; None: without a limit.
+        output: the file that it writes to; "" where that isn't told.
     """
 
     state: str
@@ -122,6 +140,7 @@ class Job:
     started: datetime | None
     ended: datetime | None
     limit: timedelta | None
+    output: str = ""
 
     @property
     def at_its_limit(self) -> bool:
@@ -149,20 +168,22 @@ def job_of(env: Mapping[str, str]) -> str:
 
 def job(identifier: str) -> Job:
     """The job with this id. Raises SlurmError."""
-    return parse_job(ask("scontrol", "--oneliner", "show", "job", identifier))
+    return parse_job(ask("scontrol", "show", "job", identifier))
 
 
 def parse_job(text: str) -> Job:
-    """A line of ``scontrol --oneliner show job``."""
+    """The lines of ``scontrol show job``."""
     found = re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text)
     fields = dict(reversed(found))  # the first of each: behind them come texts of the user's own
+    started, preempted = _time(fields.get("StartTime", "")), _time(fields.get("PreemptTime", ""))
     return Job(
         fields.get("JobState", "UNKNOWN"),
         int(fields.get("Restarts", "0")),
-        _time(fields.get("PreemptTime", "None")) is not None,
-        _time(fields.get("StartTime", "Unknown")),
+        preempted is not None and (started is None or preempted >= started),  # of this start
+        started,
         _time(fields.get("EndTime", "Unknown")),
         _limit(fields.get("TimeLimit", "")),
+        "".join(re.findall(r"^ *StdOut=(.*)$", text, re.MULTILINE)[-1:]),
     )
 
 
@@ -195,16 +216,27 @@ def parse_address(text: str, node: str) -> str:
     return match[1] if match else node
 
 
-def down_nodes(nodes: Iterable[str]) -> list[str]:
-    """Those of ``nodes`` that Slurm doesn't hear of any more, or has taken out."""
-    listed = ",".join(nodes)
-    return parse_down(ask("sinfo", "--noheader", "--Node", "--nodes", listed, "--format", "%N %T")) if listed else []
+def down_nodes(nodes: str) -> list[str]:
+    """Those of a list such as ``n[1-3],n7`` that Slurm doesn't hear of any more, or has taken out."""
+    return parse_down(ask("sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N %T"))
 
 
 def parse_down(text: str) -> list[str]:
     """Lines of ``sinfo --Node --format='%N %T'``; a ``*`` says that a node doesn't answer."""
     states = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
     return sorted(node for node, state in states.items() if state.lower().startswith(DOWN) or "*" in state)
+
+
+def restarted_nodes(nodes: str, since: datetime) -> list[str]:
+    """Those of ``nodes`` whose daemon has begun at ``since`` or later, as it does when a machine starts."""
+    began = parse_began(ask("scontrol", "--oneliner", "show", "node", nodes))
+    return sorted(node for node, when in began.items() if when >= since)
+
+
+def parse_began(text: str) -> dict[str, datetime]:
+    """Lines of ``scontrol --oneliner show node``."""
+    found = re.findall(r"^NodeName=(\S+) .*?SlurmdStartTime=(\d\S+)", text, re.MULTILINE)
+    return {node: datetime.fromisoformat(when) for node, when in found}
 
 
 def kill_wait_s() -> int | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.explain import ConfigError, override
 from conf.schema import RunConfig, Slurm
+from conf.stored import refuse_missing
 from scaling.report import events
 from slurm.render import render
 from slurm.state import SlurmError, ask, queued
+
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # of Slurm's variables; the others are of a job
 
 # What sbatch says → what would work.
 HELP = {
@@ -47,6 +52,8 @@ def refuse_unless_submittable(config: RunConfig) -> None:
             "cluster=slurm needs cluster.gpus_per_node=…, the worker processes of each node: what this machine has "
             "says nothing of those"
         )
+    if config.init_from is not None:
+        refuse_missing(config.init_from)
     if config.debug:
         raise ConfigError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
 
@@ -65,18 +72,24 @@ def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
 
 def refuse_if_queued(directory: Path) -> None:
     """Raises ConfigError, naming it, where a job that was submitted for a run isn't over yet."""
-    jobs = jobs_of(directory)
-    for one in queued(jobs).values() if jobs else ():
-        if one.job in jobs:
+    submitted, by_hand = jobs_of(directory, "submitted"), jobs_of(directory, "start")
+    for one in queued(submitted + by_hand).values() if submitted or by_hand else ():
+        # one that works has the lock; a shell within a job may have started it there, and may go on without it
+        if one.job in submitted or (one.job in by_hand and one.state == "PENDING"):
             raise ConfigError(
                 f"job {one.job} does the run in {directory} already ({one}): wait for it, `scancel {one.job}`, or "
                 "start another run beside it with run.new=true"
             )
 
 
-def jobs_of(directory: Path) -> list[str]:
-    """Ids of the jobs that were submitted for a run, the newest last."""
-    return [str(event.get("job")) for event in events(directory) if event.get("event") == "submitted"]
+def jobs_of(directory: Path, kind: str) -> list[str]:
+    """Ids of the jobs in events of a run, the newest last."""
+    return [str(event["job"]) for event in events(directory) if event.get("event") == kind and "job" in event]
+
+
+def outside(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` without what a job that this process is in has put there, which the new one would find."""
+    return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
 
 
 def sbatch(script: Path, options: Sequence[str]) -> str:
@@ -86,7 +99,7 @@ def sbatch(script: Path, options: Sequence[str]) -> str:
         SlurmError: Slurm refuses; the message quotes it, and says what would help.
     """
     try:
-        answer = ask("sbatch", "--parsable", *options, str(script))
+        answer = ask("sbatch", "--parsable", *options, str(script), env=outside(os.environ))
     except SlurmError as error:
         hints = [hint for pattern, hint in HELP.items() if re.search(pattern, error.said, re.IGNORECASE)]
         raise SlurmError(f"{error}" + (f"\n{hints[0]}" if hints else ""), error.said) from None
@@ -125,13 +138,13 @@ class Submission:
 
     def told(self, job: str) -> str:
         """What is said once Slurm has it."""
-        output = shlex.quote(str(self.output_of(job))).replace("'*'", "*")
+        output = self.output_of(job)
         return "\n".join(
             [
                 f"submitted job {job}" + f", an array of {len(self.configs)} runs" * self.array,
                 f"run     {self.script.parent.parent}",
                 f"output  {self.output_of(job)}",
-                f"follow  tail -F {output}",
+                f"follow  tail -F {shlex.quote(str(output.parent))}/{output.name}",
                 f"cancel  scancel {job}",
             ]
         )
@@ -152,6 +165,8 @@ class Submission:
         except BaseException:
             for file in files:
                 file.unlink(missing_ok=True)
+                with suppress(OSError):  # there is another one
+                    file.parent.rmdir()
             raise
 
 

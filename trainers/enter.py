@@ -73,7 +73,7 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
-    hold(run.lock(facts.get("job")))
+    hold(run.lock(facts.get("job", ""), int(facts.get("job_restart", "0"))))
     before = run.outcome()
     if before and before.state == "finished" and "extends" not in facts:
         return before

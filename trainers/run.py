@@ -205,14 +205,17 @@ def _train(
 
 
 def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -> None:
-    """Say once that a save took longer than a scheduler grants to a job that it ends without notice."""
+    """Say once that a stop may take longer than a scheduler grants to a job that it ends without notice.
+
+    It is a step, a save that may be under way, one more, and the job's own end.
+    """
     limit = facts.get("kill_wait_s")
-    if limit and seconds > float(limit):
+    if limit and seconds > float(limit) / 2:
         del facts["kill_wait_s"]
         metrics.warn(
-            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): "
-            "where that comes without notice, as by a preemption, the steps since the last checkpoint are done again; "
-            "checkpoint.every says how many those can be, and cluster.signal_s has to be longer than a save"
+            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): a "
+            "step, a save under way and one more may not fit. Where a stop comes without notice, as by a preemption, the "
+            "steps since the last checkpoint are then done again: checkpoint.every says how many those can be"
         )
 
 

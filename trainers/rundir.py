@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -116,13 +117,18 @@ class RunDir:
         except ValueError as error:
             raise Refused(f"{file} is damaged ({error}); move it away, or name another run.dir") from None
 
+    @property
+    def begun(self) -> bool:
+        """The folder holds a run, however far it came."""
+        return any((self.path / name).exists() for name in OF_RUNS)
+
     def refuse_foreign(self) -> None:
         """A run begins in an empty folder or in a run's own, so that nobody's files are taken for an old run's.
 
         Raises:
             Refused: the folder holds something, but no run.
         """
-        if any((self.path / name).exists() for name in OF_RUNS) or not self.path.is_dir():
+        if self.begun or not self.path.is_dir():
             return
         ours = (LOCK, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
         if foreign := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(ours)):
@@ -188,12 +194,12 @@ class RunDir:
             return False
         return False
 
-    def lock(self, job: str | None = None) -> IO[str]:
+    def lock(self, job: str = "", restart: int = 0) -> IO[str]:
         """Take the directory for this launch, until the returned file and those it was handed on from are closed.
 
         Args:
-            job: a scheduler's, that this launch is of. A start of the same job before this one isn't at work any more,
-                but the disk may not know that yet, if its machine was lost.
+            job: a scheduler's, that this launch is of, and how often that was restarted. A start of the same job before
+                this one isn't at work any more, but the disk may not know that yet, if its machine was lost.
 
         Raises:
             Refused: another launch has it, and which.
@@ -208,7 +214,8 @@ class RunDir:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip()
-                ours = job is not None and holder.endswith(f", job {job}")
+                before = re.search(rf", job {re.escape(job)} start (\d+)$", holder)
+                ours = before is not None and int(before[1]) < restart
                 if time.monotonic() - began > (LEASE_S if ours else DYING_S):
                     raise Refused(
                         f"another launch works in {self.path} ({holder or 'it just started'}); wait for it, stop it, "
@@ -217,6 +224,8 @@ class RunDir:
             time.sleep(0.02)
         pid, now = os.getppid() if handed_on else os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {pid}, since {now}" + (f", job {job}" if job else ""))
+        file.write(
+            f"host {socket.gethostname()}, pid {pid}, since {now}" + (f", job {job} start {restart}" if job else "")
+        )
         file.flush()
         return file

@@ -146,18 +146,18 @@ def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
     os.killpg(worker.pid, signal.SIGKILL)  # it was still there
 
 
-@pytest.mark.parametrize(("job", "code"), [("7", 0), ("8", 2), (None, 2)])
-def test_a_job_that_is_queued_again_waits_for_its_own_lock(tmp_path: Path, job: str | None, code: int) -> None:
+@pytest.mark.parametrize(("job", "code"), [(("7", 1), 0), (("7", 0), 2), (("8", 1), 2), ((), 2)])
+def test_a_job_that_is_queued_again_waits_for_its_own_lock(tmp_path: Path, job: tuple[Any, ...], code: int) -> None:
     """A disk of the network may keep the lock of a machine that was lost for a while."""
     run = RunDir(tmp_path / "run")
-    lost = run.lock("7")
+    lost = run.lock("7", 0)
     if (pid := os.fork()) == 0:
         lost.close()
         try:
-            run.lock(job)
+            run.lock(*job)
             os._exit(0)
         except Refused as error:
-            os._exit(2 if str(error).count(", job 7)") else 1)
+            os._exit(2 if str(error).count(", job 7 start 0)") else 1)
     time.sleep(DYING_S + 0.5)
     lost.close()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

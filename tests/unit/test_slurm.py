@@ -20,8 +20,9 @@ from conf.identity import identity
 from conf.schema import Slurm
 from conf.stored import frozen
 from slurm.allocation import Allocation, as_local, job_facts
+from slurm.output import parse_due
 from slurm.render import directive, render
-from slurm.requeue import End, judge, parse_due
+from slurm.requeue import End, judge
 from slurm.state import Job, parse_address, parse_down, parse_job, parse_queue
 from slurm.submit import common_cluster, prepare, refuse_unless_submittable
 
@@ -48,7 +49,9 @@ def script(found: Slurm, runs: int = 1, output: str = "/scratch/runs/a b/logs/sl
     made = render(
         found, words, name="digits-1", output=output, python="/opt/my python", launcher="/opt/isobatch/launch.py"
     )
-    assert made.options == ()
+    assert [directive(option) for option in made.options] == [
+        line for line in made.text.splitlines() if line.startswith("#SBATCH")
+    ]
     return made.text
 
 
@@ -95,7 +98,7 @@ def test_what_no_directive_can_hold_goes_beside_the_script() -> None:
     made = render(
         cluster("cluster.comment='two\nlines'"), [["x"]], name="n", output="o", python="python", launcher="launch.py"
     )
-    assert made.options == ("--comment=two\nlines",)
+    assert made.options[-1] == "--comment=two\nlines"
     assert "lines" not in made.text
 
 
@@ -248,7 +251,9 @@ def test_a_job_as_scontrol_shows_it() -> None:
     assert found.left_s(began + timedelta(hours=24)) == 3600
     over = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="2026-11-27T01:53:52", preempt="None"))
     assert over.at_its_limit
-    preempted = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="Unknown", preempt="2026-11-26T00:36:37"))
+    earlier = parse_job(SHOWN.format(state="RUNNING", restarts=1, end="Unknown", preempt="2026-11-26T00:36:37"))
+    assert not earlier.preempted  # another start was
+    preempted = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="Unknown", preempt="2026-11-26T01:36:37"))
     assert (preempted.preempted, preempted.ended, preempted.at_its_limit) == (True, None, False)
     assert parse_job("JobState=RUNNING TimeLimit=UNLIMITED StartTime=Unknown").left_s(began) is None
 
@@ -326,6 +331,10 @@ def crash(step: int, job: str = "7") -> dict[str, Any]:
     return {"event": "requeue", "kind": "crash", "job": job, "step": step}
 
 
+LATE = NOW + HOUR - timedelta(seconds=150)
+STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
+
+
 @pytest.mark.parametrize(
     ("ended", "event", "kind", "cause"),
     [
@@ -350,6 +359,19 @@ def crash(step: int, job: str = "7") -> dict[str, Any]:
             "stop",
             "its time limit; it ended before all",
         ),
+        (
+            end("stopped", "SIGUSR2", now=LATE, events=3 * (STOP,)),
+            "not_requeued",
+            "stop",
+            "its time limit, 4 times at st",
+        ),
+        (
+            end("stopped", "SIGUSR2", now=LATE, events=(STOP, STOP, crash(50), STOP)),
+            "requeue",
+            "stop",
+            "its time limit",
+        ),
+        (end("stopped", "SIGUSR2", now=LATE, events=3 * (STOP,), step=51), "requeue", "stop", "its time limit"),
         (end("refused", "no such module"), "not_requeued", None, "no such module"),
         (end("crashed", "no word from rank 1", down=("n2",)), "requeue", "node", "node n2 is down"),
         (end("running", due="NODE FAILURE"), "requeue", "node", "a node failed"),
@@ -374,7 +396,17 @@ def test_what_becomes_of_a_job(ended: End, event: str, kind: str | None, cause: 
     assert cause in verdict.cause
 
 
-@pytest.mark.parametrize(("code", "event"), [(75, "requeue"), (2, "not_requeued"), (1, "not_requeued")])
+def test_what_would_crash_again_the_same_way_is_not_queued_again() -> None:
+    ended = end("crashed", "loss nan")
+    for again, event in ((True, "requeue"), (False, "not_requeued")):
+        last = (*ended.events, {"event": "crashed", "again": again})
+        assert judge(replace(ended, events=last), max_requeues=2, signal_s=120).event == event
+
+
+STARTS = [(75, "requeue"), (2, "not_requeued"), (1, "not_requeued"), (0, "finished")]
+
+
+@pytest.mark.parametrize(("code", "event"), STARTS)
 def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
     """Another launch may have the run, whose outcome isn't this job's."""
     other = end("running", code=code, identifier="8")

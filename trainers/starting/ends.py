@@ -62,7 +62,7 @@ def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: T
     if run:
         try:
             run.write_outcome(end)
-            run.event(end.state, cause=cause, step=step, samples=samples)
+            run.event(end.state, cause=cause, step=step, samples=samples, again=bool(error["again"]))
         except OSError as full:
             say(f"isobatch: {run.path} can't be written: {full}", to)
     return end

@@ -80,7 +80,8 @@ def rendezvous(
     say(f"isobatch: meeting {cluster.nodes} machines at {cluster.rendezvous} …")
     with stop.interrupting():
         known = {"is_host": host == hosts[0]} if hosts else {}
-        address = first if known.get("is_host") else _address_towards(first, port, cluster.timeout_s)
+        name = hosts[0] if hosts else "that machine"
+        address = first if known.get("is_host") else _address_towards(first, port, cluster.timeout_s, name)
         run = f"{identity(config)}-{config.run.dir or config.run.name or config.task.name}"
         parameters = RendezvousParameters(
             "c10d", cluster.rendezvous, run, cluster.nodes, cluster.nodes, address,
@@ -107,8 +108,8 @@ def _sign_in(store: Store, hosts: Sequence[str], host: str, timeout_s: float) ->
         time.sleep(0.1)
 
 
-def _address_towards(host: str, port: int, timeout_s: float) -> str:
-    """This machine's address as the machine ``host`` sees it, once somebody listens there."""
+def _address_towards(host: str, port: int, timeout_s: float, name: str) -> str:
+    """This machine's address as the machine ``host``, called ``name``, sees it, once somebody listens there."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -121,7 +122,7 @@ def _address_towards(host: str, port: int, timeout_s: float) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RendezvousConnectionError(
-                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on that "
-                    "machine too, and the port be open"
+                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on "
+                    f"{name} too, and the port be open"
                 ) from None
             time.sleep(0.2)
