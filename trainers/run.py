@@ -213,8 +213,8 @@ def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -
     if limit and seconds > float(limit) / 2:
         del facts["kill_wait_s"]
         metrics.warn(
-            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): a "
-            "step, a save under way and one more may not fit. Where a stop comes without notice, as by a preemption, the "
+            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): "
+            "a step, a save under way and one more may not fit. Where a stop comes without notice, as by a preemption, "
             "steps since the last checkpoint are then done again: checkpoint.every says how many those can be"
         )
 

@@ -378,10 +378,11 @@ def test_what_is_of_the_whole_sweep_is_not_swept(override: str) -> None:
         places(override)
 
 
-def test_a_sweep_evaluates_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("action", ["evaluate", "runs", "requeue"])
+def test_a_sweep_trains_or_plans(tmp_path: Path, action: str) -> None:
     runs = [holding(tmp_path / name) for name in "ab"]
-    with pytest.raises(ConfigError, match="give action=evaluate for one at a time"):
-        places("action=evaluate", f"init_from={runs[0]},{runs[1]}")
+    with pytest.raises(ConfigError, match=f"give action={action} without it"):
+        places(f"action={action}", f"init_from={runs[0]},{runs[1]}")
 
 
 def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:
