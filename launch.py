@@ -148,6 +148,8 @@ def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path
     if cluster.dry_run:
         say(submission.text)
         return 0
+    for directory in runs:
+        refuse_if_queued(directory)  # its job has the lock once it runs
     with ExitStack() as locked:  # nobody else submits at the same time
         for directory in runs:
             locked.enter_context(RunDir(directory).lock())
@@ -159,9 +161,10 @@ def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path
             for directory in runs:
                 if not RunDir(directory).begun:
                     shutil.rmtree(directory, ignore_errors=True)
-            with suppress(OSError):  # other runs of the sweep are there
-                submission.output.parent.rmdir()
-                root.rmdir()
+            if not RunDir(root).begun:
+                with suppress(OSError):  # other runs of the sweep are there
+                    submission.output.parent.rmdir()
+                    root.rmdir()
             raise
         for number, directory in enumerate(runs):
             RunDir(directory).event("submitted", job=submission.job_of(job, number), script=str(submission.script))

@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
             )
     values = {override.key_or_group: override.value() for override in parsed}
     if values.get("run.config"):
-        return _frozen(Path(str(values["run.config"])), parsed, roots)
-    file = Path(os.path.expanduser(str(values.get("run.dir")))) / "config.yaml"
+        return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
+    file = Path(os.path.expanduser(_resolved(values.get("run.dir")))) / "config.yaml"
     science = {key.replace("/", ".").partition(".")[0] for key in values} - set(HOUSEKEEPING)
     holds = os.path.exists(file) and (begun(file.parent) or not science)
     if values.get("run.dir") and holds and values.get("action") != "evaluate":
@@ -72,6 +73,13 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
         return _going_on(load(its_own), its_own, parsed, roots, another=True)
     return validated(plain | {"given": sorted(given)})
+
+
+def _resolved(value: Any) -> str:
+    """A value as the config will have it, as far as that doesn't depend on other keys."""
+    with suppress(OmegaConfBaseException):
+        return str(OmegaConf.create({"value": value})["value"])
+    return str(value)
 
 
 def roots_with(config_dir: Path | str | None) -> list[Path]:

@@ -20,7 +20,7 @@ from slurm.state import SlurmError, ask, queued
 
 OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # of Slurm's variables; the others are of a job
 
-# What sbatch says → what would work.
+# What sbatch says → what would work; where it says several, the first of these.
 HELP = {
     "invalid partition": "`sinfo -s` lists the partitions: cluster.partition",
     "invalid account": "`sacctmgr show assoc user=$USER` lists the accounts: cluster.account, cluster.partition",
@@ -28,9 +28,7 @@ HELP = {
     "invalid feature": "`sinfo -o '%N %f'` lists the features of nodes: cluster.constraint",
     "invalid generic resource": "nodes have none of that kind: cluster.gres=none is for clusters without GPUs, "
     "cluster.gres=gres for those without --gpus-per-node",
-    "requested node configuration is not available": "no such nodes are there, so many or so large: "
-    "`sinfo -o '%P %D %c %m %G'` shows what there is: cluster.nodes, gpus_per_node, cpus_per_gpu, mem_gb",
-    "more processors requested": "cluster.nodes, cluster.cpus_per_gpu",
+    "more processors requested": "`sinfo -s` shows how many nodes a partition has: cluster.nodes, cluster.cpus_per_gpu",
     "node count specification invalid": "the partition has fewer nodes, or allows a job fewer: cluster.nodes",
     "invalid node name": "`sinfo -N` lists the nodes: cluster.nodelist, cluster.exclude",
     "memory specification": "`sinfo -o '%P %m'` shows a node's memory: cluster.mem_gb",
@@ -41,6 +39,8 @@ HELP = {
     "cluster.nodes",
     "job array": "the site allows arrays of fewer runs: `scontrol show config | grep MaxArraySize`",
     "unrecognized option": "cluster.extra holds options of sbatch: `sbatch --help` lists them",
+    "requested node configuration is not available": "no such nodes are there, so many or so large: "
+    "`sinfo -o '%P %D %c %m %G'` shows what there is: cluster.nodes, gpus_per_node, cpus_per_gpu, mem_gb",
     "unable to contact": "Slurm's controller doesn't answer; try again later",
 }
 
@@ -184,14 +184,15 @@ def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, la
         [override("run.dir", str(directory)), override("run.config", str(file))]
         for directory, file in zip(runs, configs, strict=True)
     ]
-    # a backslash in its path would keep Slurm from filling in the job
-    job = "slurm" if "\\" in str(root) else "slurm-%A_%a" if len(runs) > 1 else "slurm-%j"
+    folder, job = str(root).replace("%", "%%"), "slurm-%A_%a" if len(runs) > 1 else "slurm-%j"
+    if "\\" in folder:  # a path with one is taken as it is, and two of them for one
+        folder, job = str(root).replace("\\", "\\\\"), "slurm"
     output = root / f"logs/{job}.out"
     script = render(
         cluster,
         words,
         name=re.sub(r"[^\w.+-]", "_", root.name, flags=re.ASCII),
-        output=str(root).replace("%", "%%") + f"/logs/{job}.out",
+        output=f"{folder}/logs/{job}.out",
         python=sys.executable,
         launcher=str(launcher),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ ONE_THREAD = "cluster.environment.OMP_NUM_THREADS=1"  # so that sums are rounded
 WITHIN_S = 240.0
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 AT_ONCE = 2
-REFERENCES |= {
-    f"{ranks} ranks": partial(lambda ranks, case: case.goes_on(f"cluster.gpus_per_node={ranks}", ONE_THREAD), ranks)
-    for ranks in (2, 4)
-}
+
+
+def reference(*overrides: str) -> Callable[[Case], object]:
+    return lambda case: case.goes_on(ONE_THREAD, *overrides)
+
+
+REFERENCES |= {f"{ranks} ranks": reference(f"cluster.gpus_per_node={ranks}") for ranks in (2, 4)}
+REFERENCES |= {f"peak {peak}": reference(f"lr.peak={peak}") for peak in ("0.05", "0.04", "0.03")}
 
 
 @dataclass(kw_only=True)
@@ -72,12 +77,29 @@ class JobCase(Case):
         assert found
         return found[1]
 
+    def sbatch(self, script: str, *overrides: str, **env: str) -> str:
+        """Submit a script of slurm/ by hand; the id of the job."""
+        env |= {"FAULTS": "[]", "FETCHED": str(self.folder / "fetched")}
+        env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        options = (f"--nodelist={','.join(self.nodes)}", f"--output={self.folder}/slurm-%j.out")
+        words = ("sbatch", "--parsable", *options, f"slurm/{script}", *BASE, ONE_THREAD, f"run.dir={self.run}")
+        return run(*words, "device=cpu", *overrides, env={**os.environ, **env}, cwd=ROOT).strip()
+
     # ---- jobs
+
+    def over(self, job: str) -> bool:
+        return state_of(job) in OVER
+
+    def part(self, name: str) -> JobCase:
+        """A run of a sweep that this case is."""
+        part = dataclasses.replace(self)
+        part.run = self.run / name
+        return part
 
     def await_over(self, job: str) -> str:
         """The state of a job, once it is over for good."""
         try:
-            wait_until(lambda: state_of(job) in OVER, f"the end of job {job}", WITHIN_S, poll_s=0.1)
+            wait_until(lambda: self.over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{show(job)}\n{self.told}") from None
         return state_of(job)
@@ -91,7 +113,7 @@ class JobCase(Case):
     @property
     def told(self) -> str:
         """What its jobs wrote, and its events."""
-        files = [*sorted(self.run.glob("logs/slurm*")), self.run / "events.jsonl"]
+        files = [*sorted(self.folder.rglob("slurm*.out")), self.run / "events.jsonl"]
         return "\n".join(f"{file}:\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
     def same(self, reference: str) -> None:
@@ -108,8 +130,6 @@ class JobCase(Case):
 
 def launch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Give a command on the login node, so to speak."""
-    import os
-
     return subprocess.run(
         [sys.executable, "launch.py", *words], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True,
         timeout=60,
@@ -127,8 +147,9 @@ def show(job: str) -> str:
 
 
 def field(job: str, name: str) -> str:
-    found = re.search(rf"(?:^|\s){name}=(\S*)", show(job))
-    return found[1] if found else ""
+    """What Slurm shows of a job under this name."""
+    found = re.search(rf"(?:^|\s){name}=(.*?)(?: \w+=|$)", show(job), re.DOTALL)
+    return found[1].strip() if found else ""
 
 
 def state_of(job: str) -> str:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 NODES = 4
 CONF = """\
@@ -46,6 +47,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
+EnforcePartLimits=ALL
 JobRequeue=1
 MinJobAge=300
 KillWait=20
@@ -168,9 +170,9 @@ class Lab:
         return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def run(*words: str, check: bool = True) -> str:
+def run(*words: str, check: bool = True, **how: Any) -> str:
     """What a command of Slurm's prints."""
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=check).stdout
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=check, **how).stdout
 
 
 def install() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import trainers.run
+from slurm.state import job_of
 from tests.tasks import OneByOne, Slow
 
 SAMPLES = 500
@@ -147,5 +148,5 @@ class Rows(OneByOne):
 
 def start(env: Mapping[str, str]) -> str:
     """The name of this start of the workers: the elastic agent's number of it, after the job's in a job of Slurm's."""
-    job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}." if "SLURM_JOB_ID" in env else ""
+    job = f"{job_of(env)}.{env.get('SLURM_RESTART_COUNT', '0')}." if "SLURM_JOB_ID" in env else ""
     return job + env.get("TORCHELASTIC_RESTART_COUNT", "0")

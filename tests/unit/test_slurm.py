@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -85,6 +85,16 @@ def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
     assert compose([*words, "action=plan"]).run.dir == f"/{text}"
 
 
+@given(texts)
+@example("${HOME}")
+@settings(max_examples=20, deadline=None)
+def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
+    """As Hydra and OmegaConf read its path."""
+    with pytest.raises(ConfigError, match="can't be read") as error:
+        compose([override("run.config", f"/absent/{text}")])
+    assert str(Path(f"/absent/{text}")) in str(error.value)
+
+
 def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
     words = [f"run.dir={text}" for text in ("it's", "a  b", "two\nlines", "$(touch x);`touch y`", "\\", '"')]
     made = render(cluster(), [words], name="n", output="o", python="python", launcher="launch.py").text
@@ -145,7 +155,7 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
     percent = prepare(cluster(), {Path("/a%j"): ""}, Path("/a%j"), "stamp", Path("launch.py"))
     assert "#SBATCH --output=/a%%j/logs/slurm-%j.out" in percent.text
     backslash = prepare(cluster(), {Path("/a\\b"): ""}, Path("/a\\b"), "stamp", Path("launch.py"))
-    assert '#SBATCH --output="/a\\\\b/logs/slurm.out"' in backslash.text
+    assert '#SBATCH --output="/a\\\\\\\\b/logs/slurm.out"' in backslash.text
     assert backslash.output_of("7") == Path("/a\\b/logs/slurm.out")
 
 

@@ -1,0 +1,135 @@
+"""Submitting: what is refused, what is quoted, sweeps, other numbers of nodes, and the scripts to submit by hand."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from conf.explain import override
+from tests.cluster.jobs import JobCase, field, on_nodes
+from tests.cluster.lab import run
+from tests.cluster.test_stops import put_back, take_nodes
+from tests.faults.case import BASE, ROOT, check
+
+SLOWLY = {"DELAY_S": "0.15"}
+
+
+@on_nodes(4)
+def test_a_sweep_is_an_array(case: JobCase) -> None:
+    """Three runs on a node each, two at a time, one of which is preempted."""
+    peaks = ("0.05", "0.04", "0.03")
+    more = ("cluster.nodes=1", "cluster.gpus_per_node=2", "cluster.max_parallel=2", "cluster.extra=[--exclusive]")
+    job = case.submit("-m", f"lr.peak={','.join(peaks)}", "cluster.nodelist=null", *more, **SLOWLY)
+    elements = [case.part(f"lr.peak={peak}") for peak in peaks]
+    elements[1].await_step(12)
+    elements[1].nodes = (field(f"{job}_1", "NodeList"),)
+    take_nodes(elements[1])
+    at_once = 0
+    while any(not element.over(f"{job}_{number}") for number, element in enumerate(elements)):
+        at_once = max(at_once, len(run("squeue", "-h", "-j", job, "-t", "RUNNING", "-o", "%i").split()))
+    check(at_once == 2, f"{at_once} at a time")
+    for number, element in enumerate(elements):
+        element.finishes(f"{job}_{number}")
+        element.same(f"peak {peaks[number]}")
+        element.event("submitted", job=f"^{job}_{number}$")
+    put_back(elements[1], "^preempted: ")
+    check(len({element.outcome["attempt"] for element in elements}) == 3, "runs were mixed up")
+    check(not elements[0].events("requeue") + elements[2].events("requeue"), "another element was put back, too")
+
+
+@on_nodes(4)
+def test_other_numbers_of_nodes(case: JobCase) -> None:
+    """One, two, four: the same run, by the same command and by its directory."""
+    one, two = (f"cluster.nodelist={','.join(case.nodes[:count])}".replace(",", r"\,") for count in (1, 2))
+    for step, given, base in ((12, ("cluster.nodes=1", one), BASE), (24, ("cluster.nodes=2", two), ())):
+        job = case.submit(*given, base=base, **SLOWLY)
+        case.await_step(step)
+        run("scancel", job)
+        case.await_over(job)
+    case.finishes(case.submit(base=()))
+    case.exact = False
+    case.same("2 ranks")
+    check([event["world_size"] for event in case.events("start")] == [1, 2, 4], case.told)
+    check(len(case.events("cancelled")) == len(case.events("going_on")) == 2, case.told)
+
+
+@on_nodes(2)
+def test_twice(case: JobCase) -> None:
+    """Of two that are submitted at once, and later ones, all but one are refused, and name it."""
+    with ThreadPoolExecutor() as pool:
+        both = [one.result() for one in [pool.submit(case.command, **SLOWLY) for _ in range(2)]]
+    refused, submitted = sorted(both, key=lambda done: -done.returncode)
+    check((refused.returncode, submitted.returncode) == (2, 0), f"{refused}, {submitted}")
+    job = case.event("submitted")["job"]
+    named = f"isobatch: job {job} does the run in {case.run} already"
+    check(refused.stderr.startswith(named), f"it doesn't name the first: {refused.stderr}")
+    case.await_step(1)
+    third = case.command()
+    check(third.returncode == 2 and third.stderr.startswith(f"{named} (RUNNING on n"), f"{third}")
+    check(len(list(case.run.glob("submissions/*"))) == 2, "what was refused left something")
+    case.finishes(job)
+    case.same("2 ranks")
+
+
+@on_nodes(2)
+def test_refusals_are_quoted_and_explained(case: JobCase) -> None:
+    """sbatch's own; and nothing of what was refused stays."""
+    for given, said, hint in (
+        (("cluster.partition=nowhere",), "invalid partition specified: nowhere", "`sinfo -s` lists the partitions"),
+        (("cluster.nodes=9", "cluster.nodelist=null"), "More processors requested than permitted", "cluster.nodes"),
+        (("cluster.constraint=gold",), "Invalid feature specification", "cluster.constraint"),
+        (("cluster.mem_gb=9999",), "Memory specification can not be satisfied", "cluster.mem_gb"),
+        (("cluster.extra=[--nonsense]",), "unrecognized option '--nonsense'", "cluster.extra"),
+        (("cluster.time_min=600",), "Requested time limit is invalid", "cluster.time_min"),
+    ):
+        done = case.command(*given)
+        check(done.returncode == 2, f"{given}: exit code {done.returncode}: {done.stdout}{done.stderr}")
+        check(
+            done.stderr.startswith("isobatch: sbatch failed (") and said in done.stderr, f"{given}: {done.stderr}"
+        )
+        check(hint in done.stderr.splitlines()[-1], f"{given}: no hint in {done.stderr}")
+        check("Traceback" not in done.stderr, done.stderr)
+        check(not case.run.exists(), f"{given} left {list(case.run.rglob('*'))}")
+
+
+@on_nodes(2)
+def test_nothing_that_is_given_is_run(case: JobCase) -> None:
+    """What a shell, sbatch or Hydra might take as theirs reaches the program as it is."""
+    text = """it's "$(touch ran)" `touch ran`; touch ran # %j %%A é ${HOME} *\n&& touch ran"""
+    task = ("task=custom", "task._target_=tests.tasks.Tells", "batch.global_size=32", "lr.peak=0.05")
+    parts = [case.part(f"run {text}"), case.part(f"\\ {text}")]  # backslashes are special in paths of outputs
+    jobs, told = [], []
+    for part in parts:
+        told.append(case.folder / f"told {part.run.name}")
+        told[-1].mkdir()
+        texts = {"task.args.folder": str(told[-1]), "cluster.comment": text, "cluster.environment.NOTE": text}
+        words = [override(key, value) for key, value in texts.items()]
+        jobs.append(part.submit(override("run.dir", str(part.run)), *words, "duration=4st", base=task))
+    for part, job, folder in zip(parts, jobs, told, strict=True):
+        part.finishes(job)
+        rows = [row for file in folder.iterdir() for row in file.read_text().split()]
+        check(len(rows) >= 4 * 32, f"{len(rows)} rows were told")
+        check(field(job, "Comment").startswith(text.splitlines()[0]), field(job, "Comment"))
+    ran = [path for root in (ROOT, case.folder) for path in root.rglob("ran")]
+    check(not ran, f"it was run: {ran}")
+
+
+@on_nodes(2)
+def test_by_hand(case: JobCase) -> None:
+    by_hand(case, "train.sbatch")
+
+
+@on_nodes(2)
+def test_by_hand_with_torchrun(case: JobCase) -> None:
+    by_hand(case, "torchrun.sbatch")
+
+
+def by_hand(case: JobCase, script: str) -> None:
+    """The script as it is; its job is told to stop, and goes on."""
+    job = case.sbatch(script, **SLOWLY)
+    case.await_step(12)
+    run("scancel", "--signal=USR2", job)
+    case.finishes(job)
+    case.same("4 ranks")
+    stop = case.event("stopped", cause="SIGUSR2")
+    case.event("requeue", job=job, kind="stop", cause="^SIGUSR2, as by `scancel --signal`$", step=stop["step"])
+    case.event("going_on", step=stop["step"])
