@@ -110,16 +110,17 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
     """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
     run = RunDir(directory)
     run.refuse_foreign()
+    dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
     longer, before = extends(directory, config), run.outcome()
-    if before and before.state == "finished" and not longer:
+    if before and before.state == "finished" and not longer and not dry:
         say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
         return 0
+    if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
+        say(table(from_checkpoint(plan, config, run)))  # else rank 0 prints it, once the data is opened
     if isinstance(config.cluster, Slurm):
-        if not config.cluster.dry_run:
-            say(table(from_checkpoint(plan, config, run)))
         return submit([config], [directory], directory)
-    if config.task.train_samples is not None:  # else rank 0 prints it, once the data is opened
-        say(table(from_checkpoint(plan, config, run)))
+    if config.run.dir and not run.begun:
+        say(f"a new run, in {directory}")
     if first():
         with suppress(SlurmError):  # it is only to be told
             if before_this := put_back_by_slurm(directory):
@@ -129,7 +130,8 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
     after = run.outcome()
     if code in (0, 75) and after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
-            say(f"{result(directory)} · {directory}{' (the same command goes on)' * (code == 75)}")
+            how = f"run.dir={directory}" if config.run.new else "the same command"
+            say(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")
     return code
 
 
@@ -178,7 +180,7 @@ def listed(config: RunConfig) -> int:
     try:
         jobs = queued() if shutil.which("squeue") else {}
     except SlurmError as error:
-        print(f"isobatch: the queue can't be seen: {error}", file=sys.stderr)
+        print(f"isobatch: the queue can't be seen: {str(error).splitlines()[0]}", file=sys.stderr)
     roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     queue = {job.job: str(job) for job in jobs.values()}

@@ -23,7 +23,7 @@ ELSEWHERE = {
     for ours, names in {
         "duration=10ep": "epochs max_epochs num_train_epochs",
         "duration=5000st": "max_steps",
-        "lr.base or lr.peak": "learning_rate",
+        "lr.base or lr.peak": "learning_rate lr",
         "batch.global_size or batch.per_gpu": "batch_size",
         "batch.global_size": "train_batch_size",
         "batch.per_gpu": "per_device_train_batch_size",

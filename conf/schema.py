@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
-from scaling.units import Duration
+from scaling.units import EXAMPLES, Duration
 
 
 def _with_minutes(value: object) -> Duration:
     try:
         duration = value if isinstance(value, Duration) else Duration.parse(value)
     except ValueError as error:
-        raise ValueError(f"{error}, 10min (minutes)") from None
+        units = ", 10min (minutes)" if EXAMPLES in str(error) else ""
+        raise ValueError(f"{error}{units}") from None
     return _lasting(duration)
 
 

@@ -48,11 +48,12 @@ class Choice:
     why: str
 
 
-Source = Literal["peak", "given", "moved", "tuned", "usual"]
+Source = Literal["peak", "given", "paired", "moved", "tuned", "usual"]
 
 BASE_SOURCES: dict[Source, str] = {
     "peak": "lr.peak, given outright",
     "given": "given (lr.base)",
+    "paired": "given (lr.base), at the batch of the task's or the optimizer's own (lr.base_batch names another)",
     "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
     "tuned": "tuned for this task and optimizer",
     "usual": "a usual starting point of the optimizer, not tuned for this task",

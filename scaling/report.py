@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from scaling.plan import Plan
 
 
+WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """Where a run is, or how it ended.

@@ -173,7 +173,7 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, flo
             "(the LR and the global batch it was tuned at), or lr.peak outright"
         )
     if lr.base is not None:
-        return recipe, batch, "given", base
+        return recipe, batch, "given" if lr.base_batch is not None else "paired", base
     return recipe, batch, "moved" if lr.base_batch is not None else "tuned" if tuned else "usual", base
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling.report import events, last_step, measured, outcome, planned
+from scaling.report import WITHOUT_A_WORD, events, last_step, measured, outcome, planned
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
@@ -83,6 +83,7 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         state = "queued"
     elif state == "running" and not works:
         state = "died"
+        happened = [*happened, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # as its next start will note
     running, last = state == "running", logged[-1] if logged else {}
     pace = last.get("samples_per_s") if running else None
     left = plan["samples"] - last["samples"] if pace and {"samples"} <= plan.keys() & last.keys() else None

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conf.stored import begun, dump
+from scaling.report import WITHOUT_A_WORD, last_step
 from trainers.rundir import Outcome, Refused, RunDir, hold, write_atomic
 from trainers.starting.notes import restarts
+from trainers.terminal import say
 from trainers.world import World
 
 if TYPE_CHECKING:
@@ -83,8 +85,9 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     run.write_outcome(Outcome("running", "", *at, facts["attempt"], restarts()))
     run.logs.mkdir(exist_ok=True)
     if before and before.state == "running" and before.attempt != facts["attempt"]:
-        cause = "ended without a word: it was killed, or its machine went down"
-        run.event("crashed", cause=cause, attempt=before.attempt, step=before.step, samples=before.samples, found=True)
+        step = last_step(run.path)
+        say(f"the last attempt {WITHOUT_A_WORD}, after step {step} or later")
+        run.event("crashed", cause=WITHOUT_A_WORD, attempt=before.attempt, step=step, found=True)
     run.event(
         "start",
         command=facts["command"],

@@ -201,7 +201,10 @@ def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
         ]
     said = [f"it {has} {_listed(names)}" for has, names in misfits.items() if names]
     if said:
-        raise Refused(f"{what} doesn't fit the model: {'; '.join(said)}")
+        raise Refused(
+            f"{what} doesn't fit the model: {'; '.join(said)}; it brings weights alone: task, task.args and model have "
+            "to be given as they were"
+        )
 
 
 def _set(group: dict[str, Tensor], weights: _Weights) -> bool:

@@ -260,7 +260,7 @@ def test_the_derivation_of_the_peak() -> None:
     ("overrides", "base", "batch", "source"),
     [
         (["lr.base=0.1", "lr.base_batch=256"], 0.1, 256, "given"),
-        (["lr.base=0.1"], 0.1, 32, "given"),
+        (["lr.base=0.1"], 0.1, 32, "paired"),
         (["lr.base_batch=256"], 0.05, 256, "moved"),
         ([], 0.05, 32, "tuned"),
         (["optimizer=adamw"], 0.002, 64, "tuned"),
@@ -275,7 +275,7 @@ def test_where_the_base_comes_from_strongest_first(overrides: list[str], base: f
 def test_an_experiments_base_counts_as_given_on_the_command_line() -> None:
     config = composed("experiment=digits_large", "lr.base=0.1")
     assert "batch.global_size" in config.given
-    assert resolve(config, 2).base_source == "given"
+    assert resolve(config, 2).base_source == "paired"
 
 
 @pytest.mark.parametrize(

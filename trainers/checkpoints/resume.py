@@ -129,7 +129,8 @@ def newest_good(
         more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
         raise Refused(
             f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
-            "changed there: mend one, or start another run beside this with run.new=true"
+            "changed there: mend one, bring back the model that they are of, or start another run beside this with "
+            "run.new=true"
         )
     return None
 
