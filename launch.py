@@ -16,10 +16,8 @@ import json
 import shlex
 import shutil
 import subprocess
-import time
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,21 +29,23 @@ from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
 from conf.identity import run_directory
 from conf.schema import Slurm
-from conf.stored import extends, frozen
+from conf.stored import extends
 from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
-from scaling.report import grid, last_step, plan_row, result
+from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
 from scaling.runs import directories, row
 from scaling.table import table
+from slurm import jobs
 from slurm.allocation import Allocation, as_local, job_facts
-from slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
 from slurm.state import SlurmError, queued
-from slurm.submit import common_cluster, prepare, refuse_if_queued, refuse_unless_submittable
+from slurm.submit import refuse_unless_submittable
 from trainers.checkpoints.preview import from_checkpoint
 from trainers.rundir import Refused, RunDir, write_atomic
 from trainers.starting import workers
 from trainers.starting.child import guarded, in_turn, opened
+
+LAUNCHER = Path(__file__).resolve()
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -74,7 +74,9 @@ def main(arguments: list[str]) -> int:
     if config.action == "runs":
         return listed(config)
     if config.action == "requeue":
-        return requeue(config, run_directory(config))
+        code, why = jobs.end(RunDir(run_directory(config)), config)
+        say(why)
+        return code
     facts: dict[str, str] = {}
     to_start = isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run
     if to_start and (allocation := Allocation.within()):
@@ -118,14 +120,12 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
     if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
         say(table(from_checkpoint(plan, config, run)))  # else rank 0 prints it, once the data is opened
     if isinstance(config.cluster, Slurm):
-        return submit([config], [directory], directory)
+        say(jobs.submit([config], [run], run, LAUNCHER, write_atomic))
+        return 0
     if config.run.dir and not run.begun:
         say(f"a new run, in {directory}")
-    if first():
-        with suppress(SlurmError):  # it is only to be told
-            if before_this := put_back_by_slurm(directory):
-                note(directory, before_this)
-                say(f"isobatch: the job was queued again: {before_this.cause}")
+    if first() and (why := jobs.begin(run)):
+        say(why)
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}), **facts)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
@@ -142,82 +142,22 @@ def start(config: RunConfig, **facts: str) -> int:
     return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
 
 
-def submit(configs: Sequence[RunConfig], directories: Sequence[Path], root: Path) -> int:
-    """Give Slurm a job that does one run, or an array that does several, in directories below ``root``."""
-    cluster, stamp = common_cluster(configs), f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    runs = {there.absolute(): frozen(config, there) for config, there in zip(configs, directories, strict=True)}
-    submission = prepare(cluster, runs, root.absolute(), stamp, Path(__file__).resolve())
-    if cluster.dry_run:
-        say(submission.text)
-        return 0
-    for directory in runs:
-        refuse_if_queued(directory)  # its job has the lock once it runs
-    with ExitStack() as locked:  # nobody else submits at the same time
-        for directory in runs:
-            locked.enter_context(RunDir(directory).lock())
-        try:
-            for directory in runs:
-                refuse_if_queued(directory)
-            job = submission.give(write_atomic)
-        except BaseException:
-            for directory in runs:
-                if not RunDir(directory).begun:
-                    shutil.rmtree(directory, ignore_errors=True)
-            if not RunDir(root).begun:
-                with suppress(OSError):  # other runs of the sweep are there
-                    submission.output.parent.rmdir()
-                    root.rmdir()
-            raise
-        for number, directory in enumerate(runs):
-            RunDir(directory).event("submitted", job=submission.job_of(job, number), script=str(submission.script))
-    say(submission.told(job))
-    return 0
-
-
 def listed(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
-    jobs = {}
+    there = {}
     try:
-        jobs = queued() if shutil.which("squeue") else {}
+        there = queued() if shutil.which("squeue") else {}
     except SlurmError as error:
         print(f"isobatch: the queue can't be seen: {str(error).splitlines()[0]}", file=sys.stderr)
-    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in there.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
-    queue = {job.job: str(job) for job in jobs.values()}
+    queue = {job: str(one) for job, one in there.items()}
     rows = [row(run, RunDir(run).works(), queue) for run in found.values()]
     if config.output == "json":
         say(json.dumps([asdict(one) for one in rows], indent=1))
     else:
         say(grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}")
     return 0
-
-
-def requeue(config: RunConfig, directory: Path) -> int:
-    """What the script of a job does at its end: see why it ended, note that, and put the job back where it stopped."""
-    if not isinstance(config.cluster, Slurm):
-        raise ConfigError("action=requeue is for the script of a job: python launch.py cluster=slurm … action=requeue")
-    end = end_of_job(directory)
-    verdict = judge(end, config.cluster.max_requeues, config.cluster.signal_s)
-    if verdict.event != "finished":
-        note(directory, verdict)
-        say(f"isobatch: job {end.identifier} {verdict}")
-    if verdict.event == "requeue":
-        try:
-            put_back(end)
-        except SlurmError as error:
-            verdict = Verdict("not_requeued", verdict.kind, f"{verdict.cause}; the job can't be queued again: {error}")
-            note(directory, verdict)
-            say(f"isobatch: job {end.identifier} {verdict}; the same command goes on")
-    return 0 if verdict.event in ("finished", "requeue") else end.code or 1
-
-
-def note(directory: Path, verdict: Verdict) -> None:
-    """Keep what becomes of this job, or became of it."""
-    job, step = job_facts()["job"], last_step(directory)
-    run = RunDir(directory)
-    with suppress(OSError):  # a full disk is no reason not to go on
-        if run.begun:  # a refused start leaves a foreign folder alone
-            run.event(verdict.event, job=job, kind=verdict.kind, cause=verdict.cause, step=step)
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -246,10 +186,12 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         if not getattr(configs[0].cluster, "dry_run", False) and Allocation.within():
             raise ConfigError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
         left = [number for number, done in enumerate(finished) if not done]
-        chosen = [configs[number] for number in left], [directories[number] for number in left]
+        chosen = [configs[number] for number in left], [RunDir(directories[number]) for number in left]
         if not getattr(configs[0].cluster, "dry_run", False):
             say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
-        return submit(*chosen, directories[0].parent) if left else 0
+        if left:
+            say(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER, write_atomic))
+        return 0
     if not any(config.cluster.environment for config in configs):
         workers.import_torch(configs[0])  # once for all of them
     return in_turn(elements, directories, [partial(train, *run) for run in runs], STOP)
@@ -258,7 +200,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
 def commit() -> str:
     """The git commit of this checkout; empty outside one."""
     with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(LAUNCHER.parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return ""
 

@@ -70,15 +70,16 @@ def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
     return first
 
 
-def refuse_if_queued(directory: Path) -> None:
-    """Raises ConfigError, naming it, where a job that was submitted for a run isn't over yet."""
-    submitted, by_hand = jobs_of(directory, "submitted"), jobs_of(directory, "start")
-    for one in queued(submitted + by_hand).values() if submitted or by_hand else ():
+def refuse_if_queued(directories: Sequence[Path]) -> None:
+    """Raises ConfigError, naming it, where a job that was submitted for one of these runs isn't over yet."""
+    submitted = {job: directory for directory in directories for job in jobs_of(directory, "submitted")}
+    by_hand = {job: directory for directory in directories for job in jobs_of(directory, "start")}
+    for job, one in queued([*submitted, *by_hand]).items() if submitted or by_hand else ():
         # one that works has the lock; a shell within a job may have started it there, and may go on without it
-        if one.job in submitted or (one.job in by_hand and one.state == "PENDING"):
+        if job in submitted or (job in by_hand and one.state == "PENDING"):
             raise ConfigError(
-                f"job {one.job} does the run in {directory} already ({one}): wait for it, `scancel {one.job}`, or "
-                "start another run beside it with run.new=true"
+                f"job {job} does the run in {(submitted | by_hand)[job]} already ({one}): wait for it, `scancel {job}`, "
+                "or start another run beside it with run.new=true"
             )
 
 
