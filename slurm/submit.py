@@ -78,8 +78,8 @@ def refuse_if_queued(directories: Sequence[Path]) -> None:
         # one that works has the lock; a shell within a job may have started it there, and may go on without it
         if job in submitted or (job in by_hand and one.state == "PENDING"):
             raise ConfigError(
-                f"job {job} does the run in {(submitted | by_hand)[job]} already ({one}): wait for it, `scancel {job}`, "
-                "or start another run beside it with run.new=true"
+                f"job {job} does the run in {(submitted | by_hand)[job]} already ({one}): wait for it, "
+                f"`scancel {job}`, or start another run beside it with run.new=true"
             )
 
 
