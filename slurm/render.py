@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ def render(
     launch = f"{'python' if cluster.setup else shlex.quote(python)} {shlex.quote(launcher)}"
     cpus = _cpus_per_task(cluster)
     srun = ["srun", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else []), "--kill-on-bad-exit=0"]
+    srun.append(f"--wait={math.ceil(cluster.timeout_s)}")  # after the first task has ended, for one that hangs
     text = [
         "#!/bin/bash",
         f"# {counted(len(runs), 'run')} of Isobatch on {workers}, as `python launch.py cluster=slurm` submits it.",

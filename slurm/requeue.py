@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
 STOPPED = 75  # that of a launcher which a signal stopped
+SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # … which a signal met before it could heed one
 STOPS_IN_A_ROW = 3  # at the same step, by the time limit, after which it isn't tried again
 EARLY_S = 60  # that Slurm may signal before it was asked to
 
@@ -60,7 +62,9 @@ class End:
         """Of the run; where it never started, ``stopped`` or ``refused``."""
         if self.start:
             return str(self.outcome.get("state", "running"))
-        return {0: "finished", STOPPED: "stopped"}.get(self.code, "refused")  # it showed the result of a finished run
+        if self.code == 0:  # it showed the result of a finished run
+            return "finished"
+        return "stopped" if self.code in (STOPPED, *SIGNALLED) else "refused"
 
     @property
     def said(self) -> str:
@@ -172,6 +176,8 @@ def judge(end: End, max_requeues: int, signal_s: int) -> Verdict:
         return Verdict("finished", None, "")
     if _cancelled(end):
         return Verdict("cancelled", "stop", "`scancel`")
+    if end.unreached and end.start is None:
+        return _after_no_start(end, max_requeues)
     if end.state == "stopped":
         why = why or f"{end.said or 'a signal'}, as by `scancel --signal`"
         if why == DUE["TIME LIMIT"] and (stops := _stops_here(end)) >= STOPS_IN_A_ROW:
@@ -182,8 +188,6 @@ def judge(end: End, max_requeues: int, signal_s: int) -> Verdict:
         return Verdict("requeue", "node", _lost(end.down, end.back))
     if why:
         return Verdict("requeue", "stop", f"{why}; it ended before all was saved ({end.said or 'killed'})")
-    if end.unreached and end.start is None:
-        return _after_no_start(end, max_requeues)
     if end.state == "refused":
         return Verdict("not_requeued", None, end.said or f"it ended with {end.code} before it began: {end.complaint}")
     return _after_crash(end, max_requeues)

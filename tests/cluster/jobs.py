@@ -98,16 +98,13 @@ class JobCase(Case):
 
     def await_over(self, job: str) -> str:
         """The state of a job, once it is over for good."""
-        try:
-            wait_until(lambda: self.over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{show(job)}\n{self.told}") from None
+        wait_until(lambda: self.over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
         return state_of(job)
 
     def finishes(self, job: str) -> None:
         """The job comes to the end of the run, and leaves nothing behind."""
         state = self.await_over(job)
-        check((state, self.outcome["state"]) == ("COMPLETED", "finished"), f"{state}, {self.outcome}\n{self.told}")
+        check((state, self.outcome["state"]) == ("COMPLETED", "finished"), f"{state}, {self.outcome}")
         wait_until(lambda: not processes_of(self.run), "processes that are left", 10)
 
     @property
@@ -118,10 +115,7 @@ class JobCase(Case):
 
     def same(self, reference: str) -> None:
         """It is the run that nobody disturbed, and no sample was lost or repeated."""
-        try:
-            self.compared(self.references(reference))
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.told}") from None
+        self.compared(self.references(reference))
 
     def _files(self, event: dict[str, Any], first: int) -> list[Path]:
         start = f"{event['job']}.{event['job_restart']}.{event['restart']}"
@@ -183,6 +177,9 @@ class Cluster:
             case = JobCase(folder=self.folder / act.__name__, lab=self.lab, nodes=nodes, references=self.references)
             try:
                 act(case)
+            except Exception as error:
+                error.add_note(f"what Slurm says: {self.lab.log[-5000:]}\nwhat was written: {case.told}")
+                raise
             finally:
                 self.lab.clear(nodes)
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,16 @@ class Lab:
         self.folder = folder
         self.conf = folder / "slurm.conf"
         self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
+        self._gone: set[str] = set()
         self._slurmctld: subprocess.Popen[bytes] | None = None
 
     @property
     def nodes(self) -> list[str]:
         return [f"n{number}" for number in range(1, NODES + 1)]
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log/ctld.log").read_text()
 
     def start(self) -> None:
         if os.geteuid():
@@ -103,6 +108,7 @@ class Lab:
 
     def start_node(self, node: str) -> None:
         self._slurmds[node] = self._daemon("slurmd", "-D", "-N", node)
+        self._gone.discard(node)
 
     def kill_node(self, node: str) -> None:
         """As if the machine went down: its slurmd, and all that runs on it, at once, so that none tells of another."""
@@ -112,32 +118,30 @@ class Lab:
     def freeze_node(self, node: str) -> None:
         """As if the machine had no power, or no network: nobody hears of it any more, or that its connections ended."""
         self._send(node, signal.SIGSTOP)
+        self._gone.add(node)
 
     def clear(self, nodes: Iterable[str]) -> None:
         """Whatever was done to them: no job is on these nodes, and they work."""
         run("scancel", "--me", f"--nodelist={','.join(nodes)}", check=False)
-        for node in nodes:
-            if run("sinfo", "-h", "-N", "-n", node, "-p", "main", "-o", "%t").strip() not in ("idle", "comp"):
-                self.kill_node(node)
-                self.start_node(node)
+        for node in self._gone & set(nodes):
+            self.kill_node(node)
+            self.start_node(node)
         self.wait_for_idle(nodes)
 
     def _send(self, node: str, number: signal.Signals) -> None:
-        for pid in self.processes_of(node):
+        for pid in {self._slurmds[node].pid, *self.processes_of(node)}:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def processes_of(self, node: str) -> list[int]:
-        """A node's slurmd, its step daemons, which all have its log, and what they started, which have its name."""
-        found, log = [], self.folder / f"log/{node}.log"
+        """A node's slurmd and step daemons, which all have its log, and what they started."""
+        log = self.folder / f"log/{node}.log"
+        return [*_processes(lambda entry: log in _files(entry)), *self.tasks_of(node)]
+
+    def tasks_of(self, node: str) -> list[int]:
+        """What Slurm has started on a node: the jobs' scripts and tasks."""
         named = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError, ValueError):
-                pid = int(entry.name)
-                its_own = named <= set((entry / "environ").read_bytes().split(b"\0"))
-                if its_own or log in (file.readlink() for file in (entry / "fd").iterdir()):
-                    found.append(pid)
-        return found
+        return _processes(lambda entry: named <= set((entry / "environ").read_bytes().split(b"\0")))
 
     def wait_for_idle(self, nodes: Iterable[str], within_s: float = READY_S) -> None:
         deadline, listed = time.monotonic() + within_s, ",".join(nodes)
@@ -168,6 +172,19 @@ class Lab:
     def _daemon(self, *words: str) -> subprocess.Popen[bytes]:
         log = open(self.folder / f"log/{'-'.join(words)}.out", "ab")  # noqa: SIM115
         return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _processes(match: Callable[[Path], bool]) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if match(entry):
+                found.append(int(entry.name))
+    return found
+
+
+def _files(process: Path) -> set[Path]:
+    return {file.readlink() for file in (process / "fd").iterdir()}
 
 
 def run(*words: str, check: bool = True, **how: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from tests.cluster.jobs import JobCase, on_nodes
 from tests.cluster.lab import run
@@ -43,7 +44,7 @@ def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
 
 def comes_back(case: JobCase, node: str) -> None:
     """As a machine that was started again, once Slurm has noticed that it was gone."""
-    wait_until(lambda: "down" in run("sinfo", "-h", "-N", "-n", node, "-o", "%T"), f"the end of {node}", 60, 0.2)
+    wait_until(lambda: "down" in run("sinfo", "-h", "-N", "-n", node, "-o", "%T"), f"the end of {node}", 150, 0.2)
     case.lab.kill_node(node)
     case.lab.start_node(node)
 
@@ -58,9 +59,26 @@ def test_a_node_that_was_down_already(case: JobCase) -> None:
     case.finishes(job)
     case.same("2 ranks")
     tries = case.events("requeue")
-    check(tries, case.told)
+    check(tries, "it wasn't queued again")
     for event in tries:
         check((event["kind"], event["cause"]) == ("node", f"node {node} can't be reached"), f"{event}")
+
+
+@on_nodes(2)
+def test_a_node_that_does_not_sign_in(case: JobCase) -> None:
+    """It is named, nobody waits for it longer than is allowed, and nothing is left of it."""
+    node = case.nodes[1]
+    job = case.submit("cluster.timeout_s=10")
+    wait_until(lambda: case.lab.tasks_of(node), f"the launcher on {node}", poll_s=0.002)
+    for pid in case.lab.tasks_of(node):
+        os.kill(pid, signal.SIGSTOP)
+    state = case.await_over(job)
+    check(state == "FAILED", f"it is {state}")
+    missing = f"no word from {node} of {', '.join(case.nodes)} within 10 s"
+    case.event("not_requeued", job=job, cause=f"before it began: the machines didn't meet at .*: {missing}")
+    wait_until(lambda: not case.lab.tasks_of(node), f"processes that are left on {node}", 30)
+    case.finishes(case.submit())
+    case.same("2 ranks")
 
 
 @on_nodes(2)
@@ -72,7 +90,7 @@ def test_a_crash_does_not_loop(case: JobCase) -> None:
     boom = r"rank 1 crashed: ValueError: boom \(task\.py:\d+ in do\)"
     case.event("requeue", job=job, kind="crash", cause=f"^{boom}$", step=4)
     case.event("not_requeued", job=job, kind="crash", cause=f"^{boom}; it got no further than step 4, as before$")
-    check(len(case.events("crashed")) == len(case.events("start")) == 2, case.told)
+    check(len(case.events("crashed")) == len(case.events("start")) == 2, "it was tried more than twice")
     case.finishes(case.submit())
     case.same("2 ranks")
 

@@ -22,6 +22,11 @@ def test_submit_to_finish(case: JobCase) -> None:
     case.event("start", job=job, job_restart=0, hosts=list(case.nodes), world_size=4)
     case.event("finished", step=STEPS)
     check(field(job, "ExitCode") == "0:0", f"it ended with {field(job, 'ExitCode')}")
+    before, attempt = case.events(), case.outcome["attempt"]
+    run("scontrol", "requeue", job)
+    wait_until(lambda: field(job, "Restarts") == "1", "the job to begin again")
+    case.finishes(job)
+    check((case.events(), case.outcome["attempt"]) == (before, attempt), "it trained again")
 
 
 @on_nodes(2)
@@ -72,7 +77,7 @@ def take_nodes(case: JobCase) -> None:
 def put_back(case: JobCase, cause: str, times: int | None = 1) -> None:
     """The run stopped, all was saved, the job was queued again for this, and went on from there."""
     stops, requeues, goings_on = (case.events(name) for name in ("stopped", "requeue", "going_on"))
-    check(len(stops) == times or (times is None and stops), f"{len(stops)} stops\n{case.told}")
+    check(len(stops) == times or (times is None and stops), f"{len(stops)} stops")
     steps = [event["step"] for event in stops]
     check(steps == [event["step"] for event in requeues], f"stopped at {steps}, and queued again: {requeues}")
     check(steps == [event["step"] for event in goings_on], f"stopped at {steps}, and went on: {goings_on}")
@@ -121,13 +126,24 @@ def test_signal(case: JobCase) -> None:
 
 
 @on_nodes(2)
+def test_signal_before_there_is_anything_to_save(case: JobCase) -> None:
+    job = case.submit()
+    wait_until(lambda: len(case.lab.tasks_of(case.nodes[1])) == 1, "the other node's launcher", poll_s=0.002)
+    run("scancel", "--signal=USR2", job)
+    case.finishes(job)
+    case.same("2 ranks")
+    case.event("requeue", job=job, kind="stop", cause="^(a signal|SIGUSR2), as by `scancel --signal`$")
+    check(not case.events("crashed"), "it counts as a crash")
+
+
+@on_nodes(2)
 def test_cancel(case: JobCase) -> None:
     """What its user cancelled isn't queued again; given once more, the command goes on."""
     job = case.submit(**SLOWLY)
     case.await_step(12)
     run("scancel", job)
     state = case.await_over(job)
-    check(state == "CANCELLED", f"{state}\n{case.told}")
+    check(state == "CANCELLED", f"it is {state}")
     step = case.event("stopped")["step"]
     wait_until(lambda: case.events("cancelled"), "the event", 20)
     case.event("cancelled", job=job, cause="^`scancel`$", step=step)

@@ -48,8 +48,8 @@ def test_other_numbers_of_nodes(case: JobCase) -> None:
     case.finishes(case.submit(base=()))
     case.exact = False
     case.same("2 ranks")
-    check([event["world_size"] for event in case.events("start")] == [1, 2, 4], case.told)
-    check(len(case.events("cancelled")) == len(case.events("going_on")) == 2, case.told)
+    check([event["world_size"] for event in case.events("start")] == [1, 2, 4], "other worlds")
+    check(len(case.events("cancelled")) == len(case.events("going_on")) == 2, "it wasn't stopped twice")
 
 
 @on_nodes(2)
@@ -83,9 +83,7 @@ def test_refusals_are_quoted_and_explained(case: JobCase) -> None:
     ):
         done = case.command(*given)
         check(done.returncode == 2, f"{given}: exit code {done.returncode}: {done.stdout}{done.stderr}")
-        check(
-            done.stderr.startswith("isobatch: sbatch failed (") and said in done.stderr, f"{given}: {done.stderr}"
-        )
+        check(done.stderr.startswith("isobatch: sbatch failed (") and said in done.stderr, f"{given}: {done.stderr}")
         check(hint in done.stderr.splitlines()[-1], f"{given}: no hint in {done.stderr}")
         check("Traceback" not in done.stderr, done.stderr)
         check(not case.run.exists(), f"{given} left {list(case.run.rglob('*'))}")

@@ -20,10 +20,10 @@ from conf.identity import identity
 from conf.schema import Slurm
 from conf.stored import frozen
 from slurm.allocation import Allocation, as_local, job_facts
-from slurm.output import parse_due
+from slurm.output import parse_due, parse_unreached
 from slurm.render import directive, render
 from slurm.requeue import End, judge
-from slurm.state import Job, parse_address, parse_down, parse_job, parse_queue
+from slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from slurm.submit import common_cluster, prepare, refuse_unless_submittable
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -413,7 +413,14 @@ def test_what_would_crash_again_the_same_way_is_not_queued_again() -> None:
         assert judge(replace(ended, events=last), max_requeues=2, signal_s=120).event == event
 
 
-STARTS = [(75, "requeue"), (2, "not_requeued"), (1, "not_requeued"), (0, "finished")]
+STARTS = [
+    (75, "requeue"),
+    (140, "requeue"),
+    (143, "requeue"),
+    (2, "not_requeued"),
+    (1, "not_requeued"),
+    (0, "finished"),
+]
 
 
 @pytest.mark.parametrize(("code", "event"), STARTS)
@@ -423,3 +430,39 @@ def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
     assert judge(other, max_requeues=2, signal_s=120).event == event
     again = end("stopped", code=code, restart=1)
     assert judge(again, max_requeues=2, signal_s=120).event == event
+
+
+UNREACHED = {"event": "requeue", "kind": "node", "job": "8", "step": 0}
+
+
+@pytest.mark.parametrize(
+    ("events", "event"), [((), "requeue"), ((UNREACHED,), "requeue"), (2 * (UNREACHED,), "not_requeued")]
+)
+def test_a_node_that_cannot_be_reached_is_tried_so_many_times(events: Any, event: str) -> None:
+    """Whatever code srun ends with; since the last start that there was."""
+    ended = end("finished", identifier="8", code=140, unreached=("n2",), events=2 * (UNREACHED,))
+    verdict = judge(replace(ended, events=(*ended.events, *events)), max_requeues=2, signal_s=120)
+    assert (verdict.event, verdict.kind) == (event, "node")
+    assert verdict.cause.startswith("node n2 can't be reached")
+
+
+SRUN = "srun: error: Task launch for StepId=8.0 failed on node {}: Communication connection failure\n"
+
+
+def test_nodes_that_srun_did_not_reach() -> None:
+    """In this start; an earlier one's output ends with the end of its job."""
+    assert parse_unreached(SRUN.format("n2") + SRUN.format("n1")) == ["n1", "n2"]
+    earlier = SRUN.format("n2") + SAID.format(" DUE TO JOB REQUEUE")
+    assert parse_unreached(earlier) == []
+    assert parse_unreached(earlier + SRUN.format("n3")) == ["n3"]
+
+
+NODES = """\
+NodeName=n1 Arch=x86_64 CoresPerSocket=1 State=IDLE BootTime=2026-11-26T00:17:45 SlurmdStartTime=2026-11-26T01:18:41 \
+LastBusyTime=2026-11-26T01:19:05
+NodeName=n2 State=UNKNOWN BootTime=None SlurmdStartTime=None
+"""
+
+
+def test_when_a_node_began() -> None:
+    assert parse_began(NODES) == {"n1": datetime(2026, 11, 26, 1, 18, 41)}

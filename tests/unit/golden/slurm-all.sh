@@ -35,7 +35,7 @@ trap : TERM
 module load cuda
 source "my env/bin/activate"
 
-srun --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=0 python /opt/isobatch/launch.py "${run[@]}" &
+srun --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=0 --wait=600 python /opt/isobatch/launch.py "${run[@]}" &
 until wait "$!"; code=$?; ! kill -0 "$!" 2> /dev/null; do :; done
 trap '' TERM
 ISOBATCH_STEP_CODE=$code exec python /opt/isobatch/launch.py "${run[@]}" action=requeue
