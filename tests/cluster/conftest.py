@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -16,9 +18,13 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A Slurm on which all acts of the session are being done, in the order of their tests."""
     functions = [item.function for item in request.session.items if isinstance(item, pytest.Function)]
     acts = [(function.act, function.nodes) for function in functions if hasattr(function, "act")]
-    with running() as lab:
+    with ExitStack() as stack:
+        try:
+            lab = stack.enter_context(running())
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.exit(f"there can be no Slurm here: {error}", 1)
         pool = ThreadPoolExecutor(AT_ONCE)
+        stack.callback(pool.shutdown, cancel_futures=True)
         cluster = Cluster(lab, tmp_path_factory.mktemp("cluster"), pool)
         cluster.begin(acts)
         yield cluster
-        pool.shutdown(cancel_futures=True)

@@ -87,9 +87,6 @@ class JobCase(Case):
 
     # ---- jobs
 
-    def over(self, job: str) -> bool:
-        return state_of(job) in OVER
-
     def part(self, name: str) -> JobCase:
         """A run of a sweep that this case is."""
         part = dataclasses.replace(self)
@@ -98,8 +95,8 @@ class JobCase(Case):
 
     def await_over(self, job: str) -> str:
         """The state of a job, once it is over for good."""
-        wait_until(lambda: self.over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
-        return state_of(job)
+        wait_until(lambda: over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
+        return field(job, "JobState")
 
     def finishes(self, job: str) -> None:
         """The job comes to the end of the run, and leaves nothing behind."""
@@ -146,8 +143,8 @@ def field(job: str, name: str) -> str:
     return found[1].strip() if found else ""
 
 
-def state_of(job: str) -> str:
-    return field(job, "JobState")
+def over(job: str) -> bool:
+    return field(job, "JobState") in OVER
 
 
 # ---- tests that run at the same time
@@ -178,7 +175,7 @@ class Cluster:
             try:
                 act(case)
             except Exception as error:
-                error.add_note(f"what Slurm says: {self.lab.log[-5000:]}\nwhat was written: {case.told}")
+                error.add_note(f"{self.lab.told}\n{case.told}")
                 raise
             finally:
                 self.lab.clear(nodes)

@@ -85,8 +85,10 @@ class Lab:
         return [f"n{number}" for number in range(1, NODES + 1)]
 
     @property
-    def log(self) -> str:
-        return (self.folder / "log/ctld.log").read_text()
+    def told(self) -> str:
+        """What can be known of a failure."""
+        shown = run("scontrol", "--oneliner", "show", "node", check=False) + run("squeue", check=False)
+        return shown + (self.folder / "log/ctld.log").read_text()[-5000:]
 
     def start(self) -> None:
         if os.geteuid():

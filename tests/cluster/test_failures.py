@@ -44,7 +44,7 @@ def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
 
 def comes_back(case: JobCase, node: str) -> None:
     """As a machine that was started again, once Slurm has noticed that it was gone."""
-    wait_until(lambda: "down" in run("sinfo", "-h", "-N", "-n", node, "-o", "%T"), f"the end of {node}", 150, 0.2)
+    wait_until(lambda: "State=DOWN" in run("scontrol", "show", "node", node), f"the end of {node}", poll_s=0.2)
     case.lab.kill_node(node)
     case.lab.start_node(node)
 
