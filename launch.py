@@ -34,13 +34,7 @@ from conf.sweep import expand, sweep_directories
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
-from scaling.runs import directories, row
 from scaling.table import table
-from slurm import jobs
-from slurm.allocation import Allocation, as_local, job_facts
-from slurm.state import SlurmError, queued
-from slurm.submit import refuse_unless_submittable
-from trainers.checkpoints.preview import from_checkpoint
 from trainers.rundir import Refused, RunDir, write_atomic
 from trainers.starting import workers
 from trainers.starting.child import guarded, in_turn, opened
@@ -74,19 +68,23 @@ def main(arguments: list[str]) -> int:
     if config.action == "runs":
         return listed(config)
     if config.action == "requeue":
+        from slurm import jobs  # here and below: a plan, which has no use for it, answers at once
+
         code, why = jobs.end(RunDir(run_directory(config)), config)
         say(why)
         return code
     facts: dict[str, str] = {}
-    to_start = isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run
-    if to_start and (allocation := Allocation.within()):
-        config, facts = as_local(config, allocation), allocation.facts
+    if isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run:
+        from slurm.allocation import Allocation, as_local
+
+        if allocation := Allocation.within():
+            config, facts = as_local(config, allocation), allocation.facts
     if config.action == "evaluate":
         refuse_unless_startable(config)
         return start(config, **facts)
     plan, directory = planned(config), run_directory(config)
     if config.action == "plan":
-        plan = from_checkpoint(plan, config, RunDir(directory))
+        plan = foretold(plan, config, RunDir(directory))
         say(to_json(plan) if config.output == "json" else table(plan))
         return 0
     return train(config, plan, directory, **facts)
@@ -95,6 +93,8 @@ def main(arguments: list[str]) -> int:
 def planned(config: RunConfig) -> Plan:
     """The plan for the hardware that the config names."""
     if isinstance(config.cluster, Slurm):
+        from slurm.submit import refuse_unless_submittable
+
         refuse_unless_submittable(config)
     elif config.action == "train":
         refuse_unless_startable(config)
@@ -108,8 +108,19 @@ def planned(config: RunConfig) -> Plan:
         raise ConfigError(str(error)) from None
 
 
+def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
+    """``plan`` as it goes on from the checkpoints of ``run``, if it has any."""
+    if not run.checkpoints.is_dir():
+        return plan
+    from trainers.checkpoints.preview import from_checkpoint
+
+    return from_checkpoint(plan, config, run)
+
+
 def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
     """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
+    from slurm import jobs
+
     run = RunDir(directory)
     run.refuse_foreign()
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
@@ -118,7 +129,7 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
         say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
         return 0
     if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
-        say(table(from_checkpoint(plan, config, run)))  # else rank 0 prints it, once the data is opened
+        say(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
     if isinstance(config.cluster, Slurm):
         say(jobs.submit([config], [run], run, LAUNCHER, write_atomic))
         return 0
@@ -137,6 +148,8 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
 
 def start(config: RunConfig, **facts: str) -> int:
     """Start the workers, or be one; the exit code."""
+    from slurm.allocation import job_facts
+
     command = shlex.join(["python", *sys.argv])
     facts |= job_facts() | {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12]}
     return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
@@ -144,6 +157,9 @@ def start(config: RunConfig, **facts: str) -> int:
 
 def listed(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
+    from scaling.runs import directories, row
+    from slurm.state import SlurmError, queued
+
     there = {}
     try:
         there = queued() if shutil.which("squeue") else {}
@@ -183,6 +199,9 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         before, longer = RunDir(directory).outcome(), extends(directory, config)
         finished.append(before is not None and before.state == "finished" and not longer)
     if any(isinstance(config.cluster, Slurm) for config in configs):
+        from slurm import jobs
+        from slurm.allocation import Allocation
+
         if not getattr(configs[0].cluster, "dry_run", False) and Allocation.within():
             raise ConfigError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
         left = [number for number, done in enumerate(finished) if not done]
