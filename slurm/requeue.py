@@ -143,7 +143,8 @@ def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> V
     output, hosts = job(job_of(env)).output, ",".join(last["hosts"])
     due = parse_due(tail(Path(output)), _when(last)) if output else None
     if due and due != "NODE FAILURE":
-        return Verdict("requeue", "stop", f"{DUE[due]}; it was killed before all was saved")
+        lost = "" if outcome(directory).get("state") == "stopped" else "; it was killed before all was saved"
+        return Verdict("requeue", "stop", DUE[due] + lost)
     down, back = down_nodes(hosts), restarted_nodes(hosts, _when(last))
     if due or down or back:
         return Verdict("requeue", "node", _lost(down, back))

@@ -168,7 +168,7 @@ class Lab:
                 with suppress(subprocess.TimeoutExpired):
                     daemon.wait(10)
                 daemon.kill()
-        for node in self.nodes:
+        for node in self._slurmds:
             self._send(node, signal.SIGKILL)
 
     def _daemon(self, *words: str) -> subprocess.Popen[bytes]:
