@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from dataclasses import replace
@@ -22,7 +23,7 @@ from conf.stored import frozen
 from slurm.allocation import Allocation, as_local, job_facts
 from slurm.output import parse_due, parse_unreached
 from slurm.render import directive, render
-from slurm.requeue import End, judge
+from slurm.requeue import End, judge, put_back_by_slurm
 from slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from slurm.submit import common_cluster, prepare, refuse_unless_submittable
 
@@ -466,3 +467,47 @@ NodeName=n2 State=UNKNOWN BootTime=None SlurmdStartTime=None
 
 def test_when_a_node_began() -> None:
     assert parse_began(NODES) == {"n1": datetime(2026, 11, 26, 1, 18, 41)}
+
+
+# ---- what Slurm put back by itself
+
+AT = datetime(2026, 11, 26, 0, 36, 30).astimezone().strftime("%Y-%m-%dT%H:%M:%S%z")
+EVENT = {"event": "start", "job": "7", "time": AT, "hosts": ["n1", "n2"]}
+KILLED = "`scontrol requeue`; it was killed before"
+
+
+@pytest.mark.parametrize(
+    ("due", "state", "down", "began", "kind", "cause"),
+    [
+        (None, "running", ["n1"], "2026-11-26T00:00:00", "node", "node n1 is down"),
+        (None, "running", [], "2026-11-26T00:37:00", "node", "node n2 went down, and came back"),
+        (" DUE TO NODE FAILURE", "running", [], "2026-11-26T00:00:00", "node", "a node failed"),
+        (" DUE TO JOB REQUEUE", "running", [], "2026-11-26T00:37:00", "stop", KILLED),
+        (" DUE TO JOB REQUEUE", "stopped", [], "2026-11-26T00:37:00", "stop", "`scontrol requeue`"),
+        (None, "running", [], "2026-11-26T00:00:00", None, "Slurm queued it again by itself"),
+    ],
+)
+def test_what_slurm_put_back_by_itself(
+    due: str | None, state: str, down: list[str], began: str, kind: str | None, cause: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output = tmp_path / "an output"
+    output.write_text("" if due is None else SAID.format(due))
+    answers = {
+        "job": f"JobState=RUNNING\n   StdOut={output}\n",
+        "--nodes": "".join(f"{node} down*\n" for node in down),
+        "node": f"NodeName=n2 State=IDLE SlurmdStartTime={began}\n",
+    }
+    monkeypatch.setattr("slurm.state.ask", lambda *words: next(text for key, text in answers.items() if key in words))
+    (tmp_path / "outcome.json").write_text(json.dumps({"state": state}))
+    (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n")
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    found = put_back_by_slurm(tmp_path, env)
+    assert found is not None
+    assert (found.event, found.kind) == ("requeue", kind)
+    assert found.cause.startswith(cause)
+    assert ("killed" in found.cause) == ("killed" in cause)
+    assert put_back_by_slurm(tmp_path, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}) is None
+    assert put_back_by_slurm(tmp_path, {"SLURM_JOB_ID": "7"}) is None
+    (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n" + json.dumps(crash(5)) + "\n")
+    assert put_back_by_slurm(tmp_path, env) is None
