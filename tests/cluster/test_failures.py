@@ -109,14 +109,15 @@ def test_a_crash_that_gets_further_is_queued_again_so_many_times(case: JobCase) 
 
 @on_nodes(2)
 def test_a_later_start_that_is_refused_is_not_queued_again(case: JobCase) -> None:
-    """What was said of an earlier one isn't taken for its."""
+    """What Slurm said of an earlier one isn't taken for its."""
     job = case.submit(**SLOWLY)
     case.await_step(12)
-    (frozen,) = case.run.glob("submissions/*.yaml")
-    os.rename(frozen, case.folder / "away")
     run("scontrol", "requeue", job)
+    wait_until(lambda: case.events("requeue"), "the job to be queued again")
+    away = (case.run / "checkpoints").rename(case.folder / "away")
     state = case.await_over(job)
-    check((state, case.outcome["state"]) == ("FAILED", "stopped"), f"{state}, {case.outcome}")
-    os.rename(case.folder / "away", frozen)
+    check((state, case.outcome["state"]) == ("FAILED", "refused"), f"{state}, {case.outcome}")
+    case.event("not_requeued", job=job, cause="checkpoints has no checkpoint")
+    away.rename(case.run / "checkpoints")
     case.finishes(case.submit())
     case.same("2 ranks")
