@@ -34,7 +34,7 @@ from conf.explain import (
     unknown_key,
     validated,
 )
-from conf.identity import HOUSEKEEPING
+from conf.identity import housekeeping
 from conf.schema import RunConfig
 from conf.stored import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
 
@@ -65,7 +65,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     if values.get("run.config"):
         return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
     file = Path(os.path.expanduser(_resolved(values.get("run.dir")))) / "config.yaml"
-    science = {key.replace("/", ".").partition(".")[0] for key in values} - set(HOUSEKEEPING)
+    science = [key for key in values if not housekeeping(key.replace("/", "."))]
     holds = os.path.exists(file) and (begun(file.parent) or not science)
     if values.get("run.dir") and holds and values.get("action") != "evaluate":
         return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))

@@ -12,10 +12,17 @@ from conf.schema import RunConfig
 from scaling.units import Duration
 
 HOUSEKEEPING = (
-    "action", "output", "device", "debug", "engine", "cluster", "data", "evaluate", "checkpoint", "on_nonfinite", "log",
-    "run", "plan", "given",
+    "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "data.workers",
+    "data.fingerprint", "evaluate", "checkpoint", "on_nonfinite", "noise", "log", "run", "plan", "given",
 )  # fmt: skip
-FREE = ("task.args", "model.args", "optimizer.args")  # hashed as they are: whoever takes them knows what null means
+OFF = {"precision": "fp32"}  # defaults that are off without being null
+FREE = (
+    "task.args",
+    "model.args",
+    "data.args",
+    "data.val_args",
+    "optimizer.args",
+)  # hashed as they are: whoever takes them knows what null means
 
 
 def science(config: RunConfig) -> dict[str, Any]:
@@ -24,11 +31,17 @@ def science(config: RunConfig) -> dict[str, Any]:
     A key that is null, false or empty is left out, so that a key which is new, and off, changes no old identity. Where
     the global batch rules, how it is dealt is hardware; else it follows from the two that were given.
     """
-    plain = config.model_dump(mode="json", by_alias=True, exclude=set(HOUSEKEEPING))
+    plain = config.model_dump(mode="json", by_alias=True)
     dealt = {"batch.per_gpu", "batch.accumulation"}
     left_out = dealt if global_size_rules(config) else {"batch.global_size"}
     leaves = _leaves("", plain)
-    return {key: value for key, value in leaves.items() if key not in left_out and not _off(value)}
+    ours = {key: value for key, value in leaves.items() if key not in left_out and not housekeeping(key)}
+    return {key: value for key, value in ours.items() if not _off(value) and OFF.get(key) != value}
+
+
+def housekeeping(key: str) -> bool:
+    """Whether a key, or the section that it's in, is no science."""
+    return key in HOUSEKEEPING or key.partition(".")[0] in HOUSEKEEPING
 
 
 def global_size_rules(config: RunConfig) -> bool:

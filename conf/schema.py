@@ -120,6 +120,19 @@ class Batch(_Section):
     even: bool
 
 
+class BatchNorm(_Section):
+    mode: Literal["ghost", "sync"] | None
+    ghost_size: Annotated[int, Field(ge=2)] | None
+
+    @model_validator(mode="after")
+    def _ghosts_have_a_size(self) -> BatchNorm:
+        if self.mode == "ghost" and self.ghost_size is None:
+            raise ValueError("batchnorm.mode=ghost needs batchnorm.ghost_size, samples: batchnorm.ghost_size=32")
+        if self.mode != "ghost" and self.ghost_size is not None:
+            raise ValueError(f"batchnorm.ghost_size={self.ghost_size} is only used by batchnorm.mode=ghost")
+        return self
+
+
 class LearningRate(_Section):
     base: Positive | None
     base_batch: Size | None
@@ -268,8 +281,17 @@ class Slurm(_Cluster):
 
 
 class Data(_Section):
+    target: Target | None = Field(alias="_target_")
+    args: Free
+    val_args: Free | None
     workers: Count
     fingerprint: bool
+
+    @model_validator(mode="after")
+    def _args_are_someones(self) -> Data:
+        if self.target is None and (self.args or self.val_args is not None):
+            raise ValueError("data.args and data.val_args need data._target_; the task's own data takes task.args")
+        return self
 
 
 class Checkpoint(_Section):
@@ -282,6 +304,10 @@ class Checkpoint(_Section):
 
 
 class Evaluate(_Section):
+    every: Interval | None
+
+
+class Noise(_Section):
     every: Interval | None
 
 
@@ -317,12 +343,17 @@ class RunConfig(_Section):
     clip_norm: Positive | None
     ema: Annotated[Duration, PlainValidator(_half_life), PlainSerializer(str, return_type=str)] | None
     on_nonfinite: Literal["stop", "skip"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    compile: bool
+    recompute: tuple[Annotated[str, Field(min_length=1)], ...]
     batch: Batch
+    batchnorm: BatchNorm
     lr: LearningRate
     model: Model
     data: Data
     evaluate: Evaluate
     checkpoint: Checkpoint
+    noise: Noise
     log: Log
     run: Run
     plan: PlanOptions

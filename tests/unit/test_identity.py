@@ -41,6 +41,9 @@ OTHER_SCIENCE: dict[str, Any] = {
     "lr.gamma": 0.5,
     "lr.cooldown": "10%",
     "model._target_": "my.Model",
+    "data._target_": "my.Data",
+    "precision": "bf16",
+    "batchnorm.mode": "sync",
     "task.name": "other",
     "task._target_": "my.Task",
     "task.args": {"width": 64},
@@ -61,6 +64,9 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "debug": True,
     "batch.per_gpu": 4,
     "batch.accumulation": 4,
+    "compile": True,
+    "recompute": ["blocks.*"],
+    "noise.every": "1st",
     "data.workers": 2,
     "data.fingerprint": False,
     "evaluate.every": "3ep",
@@ -91,7 +97,15 @@ OF_SLURM = {
 }  # fmt: skip
 TRIED_ELSEWHERE = {
     *(f"cluster.{name}" for name in OF_SLURM),
-    *("model.args", "lr.power", "output", "cluster.rendezvous"),  # only with another key
+    *(
+        "model.args",
+        "lr.power",
+        "output",
+        "cluster.rendezvous",
+        "data.args",
+        "data.val_args",
+        "batchnorm.ghost_size",
+    ),  # only with another key
     *("optimizer.name", "optimizer._target_", "optimizer.betas", "optimizer.eps", "engine.name", "cluster.name"),
     *("optimizer.usual.lr", "optimizer.usual.batch"),
 }
