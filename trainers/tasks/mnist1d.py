@@ -88,12 +88,12 @@ def generate(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def _read(labels: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Heights of the labels' shapes at ``places`` [samples, points], between their points by a straight line."""
     heights = np.pad(SHAPES, ((0, 0), (1, 2)))
-    left = np.minimum(places.astype(int) + 1, heights.shape[1] - 2)
-    beyond = np.where(left > SHAPES.shape[1], 0.0, places % 1)
-    return heights[labels[:, None], left] * (1 - beyond) + heights[labels[:, None], left + 1] * beyond
+    left = np.minimum(places.astype(int) + 1, SHAPES.shape[1] + 1)
+    share = np.where(left > SHAPES.shape[1], 0.0, places % 1)
+    return np.asarray(heights[labels[:, None], left] * (1 - share) + heights[labels[:, None], left + 1] * share)
 
 
 def _smooth(noise: np.ndarray) -> np.ndarray:
     """A running mean of [samples, points + 8] by the binomial weights of 8, whose standard deviation is √2 points."""
     weights = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1]) / 256
-    return sum(weight * noise[:, start : start + POINTS] for start, weight in enumerate(weights))
+    return np.asarray(sum(weight * noise[:, start : start + POINTS] for start, weight in enumerate(weights)))
