@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 
+from scaling.noise import estimate
 from trainers.checkpoints.keeper import Keeper
 from trainers.engines import Engine
 from trainers.evaluate import Evaluate
 from trainers.keyed import Stream
 from trainers.loader import Loader
 from trainers.metrics import Metrics
+from trainers.noise import filled
 from trainers.rundir import Fatal, Refused
 from trainers.starting.watch import Watch
 from trainers.state import TrainState
@@ -41,6 +43,7 @@ def fit(
     save_every: int | None,
     must_save: bool,
     complain: Callable[[str], None],
+    noise_every: int | None = None,
 ) -> bool:
     """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
 
@@ -51,6 +54,7 @@ def fit(
         evaluate: gives None, on all ranks, where some rank was asked to stop meanwhile.
         must_save: the end counts as one only where it could be saved.
         complain: told of a checkpoint that couldn't be saved, on rank 0.
+        noise_every: samples between two measurements of the gradient noise, in a step of at least two micro-batches.
 
     Returns:
         True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
@@ -63,6 +67,7 @@ def fit(
     if evaluate and state.evaluation_owed:
         stopping = not evaluate_now(evaluate, state, metrics, keeper)
     while step and not stopping:
+        measuring = crossed(noise_every, step.start, step.stop) and filled(step.cut) > 1
         for micro in loader(step):
             watch.beat(state.steps, state.samples)
             stream.start(micro.start, micro.stop)
@@ -70,7 +75,8 @@ def fit(
                 loss, units = engine.loss(micro.batch)
                 stream.stop()
                 wishes = {"stop": stop.wanted is not None, "save": keeper.due()} if micro.last else {}
-                engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units, **wishes))
+                note = Note(loss, units, micro.expected_units, **wishes)
+                engine.backward(loss / step.expected_units, note, micro.stop - micro.start if measuring else None)
         total = engine.total(step.expected_units)
         update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)
 
@@ -78,7 +84,7 @@ def fit(
         watch.beat(state.steps, state.samples)
         state.skipped, skips = state.skipped + update.skipped, skips + 1 if update.skipped else 0
         following = state.plan.step_at(state.samples)
-        news = pulse.read(step, total, update.grad_norm)
+        news = pulse.read(step, total, update.grad_norm, update.parts_sq)
         heed(news, metrics, state, log_every, skip_nonfinite)
         stopping = news is not None and news.stop
         saving = crossed(save_every, step.start, step.stop) or (news is not None and news.save)
@@ -112,7 +118,7 @@ def fit(
 
 
 def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int, skip_nonfinite: bool) -> None:
-    """Refuse what can't be trained on, log what is due."""
+    """Refuse what can't be trained on, take in what was measured, log what is due."""
     if news is None:
         return
     step = news.step
@@ -124,6 +130,9 @@ def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int,
         if not skip_nonfinite:
             raise Fatal(f"{found}; on_nonfinite=skip leaves such steps out")
         metrics.event("skip", f"{found}; skipped", step=step.index + 1, samples=step.stop, skipped=state.skipped)
+    if state.noise and news.parts_sq is not None and math.isfinite(news.parts_sq):
+        new = estimate(news.parts_sq, news.grad_norm**2, step.cut.global_size, filled(step.cut))
+        state.noise = state.noise.and_(new)
     stated, found_units = state.plan.units_per_sample, news.units / (step.stop - step.start)
     if step.index == 0 and stated and abs(found_units / stated - 1) > UNITS_OFF:
         metrics.warn(f"task.units_per_sample={stated}, but the first step has {found_units:g} units a sample")

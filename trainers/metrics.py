@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from scaling.noise import Smoothed
 from trainers.rundir import RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.tally import News
@@ -49,7 +50,7 @@ class Metrics:
         now = time.perf_counter()
         rate = (news.step.stop - self._since_samples) / max(1e-9, now - self._since)
         self._since, self._since_samples = now, news.step.stop
-        line = {
+        line: dict[str, Any] = {
             "step": news.step.index + 1,
             "samples": news.step.stop,
             "epoch": self._state.epochs(news.step.stop),
@@ -61,6 +62,8 @@ class Metrics:
         }
         if self._state.skipped:
             line["skipped"] = self._state.skipped
+        if self._state.noise:
+            line |= noise_values(self._state.noise)
         self._write(line)
         if self._show:
             self._show.step(line)
@@ -114,6 +117,25 @@ class Metrics:
             if not self._told:
                 say(f"warning: metrics.jsonl can't be written now: {error}")
             self._told = True
+
+
+def noise_values(noise: Smoothed) -> dict[str, float | None]:
+    """The gradient noise scale for a line of metrics; None is what isn't known yet.
+
+    ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its interval of 95 %, in samples. ``noise/grad_sq``,
+    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py); that of |G|² can be below 0 while noise hides
+    it.
+    """
+    known = noise.scale()
+    scale, low, high = (known.scale, known.low, known.high) if known else (None, None, None)
+    grad_sq, trace = (noise.grad_sq, noise.trace) if noise.count else (None, None)
+    return {
+        "noise/scale": scale,
+        "noise/low": low,
+        "noise/high": high,
+        "noise/grad_sq": grad_sq,
+        "noise/trace": trace,
+    }
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:

@@ -28,6 +28,7 @@ from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model
+from trainers.noise import unmeasurable
 from trainers.optim import make_optimizer
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.starting.notes import restarts
@@ -151,6 +152,9 @@ def _train(
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
         metrics.warn(jump)
 
+    if config.noise.every and (why := unmeasurable(state.plan)):
+        metrics.warn(why)
+
     def complain(failure: str) -> None:
         metrics.warn(f"a checkpoint couldn't be saved: {failure}")
         if config.checkpoint.on_error == "stop":
@@ -177,6 +181,7 @@ def _train(
             evaluate=evaluate,
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
+            noise_every=in_samples(config.noise.every, state.plan) if config.noise.every else None,
             must_save=config.checkpoint.on_error == "stop",
             complain=complain,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scaling.noise import Smoothed
 from scaling.plan import Plan
 
 
@@ -16,6 +17,7 @@ class TrainState:
         steps: optimizer steps completed.
         skipped: how many of them changed no weights, as loss or gradient wasn't finite.
         evaluation_owed: an evaluation is due at this position and wasn't done yet.
+        noise: what is known of the gradient noise scale; None: it isn't measured.
     """
 
     plan: Plan
@@ -23,6 +25,7 @@ class TrainState:
     steps: int = 0
     skipped: int = 0
     evaluation_owed: bool = False
+    noise: Smoothed | None = None
 
     def epochs(self, samples: int) -> float:
         """``samples`` as passes over the data."""

@@ -50,7 +50,7 @@ class NoteCarrier(nn.Module):
 
     def attach(self, loss: Tensor) -> Tensor:
         """``loss`` unchanged; its backward leaves what was written last as the parameter's gradient."""
-        attached: Tensor = _Attach.apply(loss, self.note, self._outgoing)  # type: ignore[no-untyped-call]
+        attached: Tensor = Attach.apply(loss, self.note, self._outgoing)  # type: ignore[no-untyped-call]
         return attached
 
     def write(self, note: Note) -> None:
@@ -79,7 +79,7 @@ class NoteCarrier(nn.Module):
         return Total(loss, units if few else planned, stop, save)
 
 
-class _Attach(torch.autograd.Function):
+class Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, note: Tensor, outgoing: Tensor) -> Tensor:
         ctx.outgoing = outgoing
@@ -117,7 +117,12 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What the host knows of a completed step. ``loss`` is the mean over the units of the global batch."""
+    """What the host knows of a completed step.
+
+    Attributes:
+        loss: the mean over the units of the global batch.
+        parts_sq: of its micro-batches' gradients, where that was measured (see engines.Update).
+    """
 
     step: Step
     loss: float
@@ -125,6 +130,7 @@ class News:
     grad_norm: float
     stop: bool
     save: bool
+    parts_sq: float | None = None
 
 
 class Pulse:
@@ -134,9 +140,11 @@ class Pulse:
         self._device = device
         self._under_way: tuple[Step, Tensor, torch.Event] | None = None
 
-    def read(self, step: Step, total: Total, grad_norm: Number) -> News | None:
+    def read(self, step: Step, total: Total, grad_norm: Number, parts_sq: Number | None = None) -> News | None:
         """The news of ``step``, or, on an accelerator, of the step before it (None at the first)."""
-        found = (total.loss, total.units, total.stop, total.save, grad_norm)
+        found = [total.loss, total.units, total.stop, total.save, grad_norm]
+        if parts_sq is not None:
+            found.append(parts_sq)
         if self._device.type == "cpu":
             return _news(step, *map(float, found))
         numbers = torch.stack([torch.as_tensor(number) for number in found])
@@ -161,5 +169,7 @@ def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> News | None:
     return _news(step, *host.tolist())
 
 
-def _news(step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float) -> News:
-    return News(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0)
+def _news(
+    step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float, parts_sq: float | None = None
+) -> News:
+    return News(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0, parts_sq)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[
     about["plan"] = json.loads(to_json(header.plan))
     if header.evaluation is not None:
         about["evaluation"] = {key: finite(value) for key, value in header.evaluation.items()}
+    if header.noise is not None:
+        about["noise"] = asdict(header.noise)
     content = {"format": FORMAT, **about, "files": files, "tensors": tensors, "values": values}
     text = sealed(json.dumps(content).removeprefix("{").encode() + b"\n")
     parse(text, Path())

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, PlainValidator
 
+from scaling.noise import Smoothed
 from scaling.plan import Plan
 from scaling.record import from_json
 from trainers.checkpoints.tensorfile import HEADER_BYTES, ITEMSIZE, Size, entries, load_json, of_kind, sha256, strict
@@ -60,6 +61,7 @@ class Header:
         evaluation: the values of the evaluation at this step, if it was the best so far; None of those that weren't
             finite.
         plan: the one in force.
+        noise: what was known of the gradient noise scale; None where it wasn't measured (and in old checkpoints).
     """
 
     identity: str
@@ -72,6 +74,7 @@ class Header:
     fingerprint: str | None
     evaluation: dict[str, FiniteFloat | None] | None
     plan: Annotated[Plan, PlainValidator(_plan)]
+    noise: Smoothed | None = None
 
 
 @strict

@@ -12,6 +12,7 @@ import torch
 
 from conf.identity import identity
 from conf.stored import lengthened
+from scaling.noise import Smoothed
 from scaling.plan import Plan
 from scaling.resolve import continued
 from trainers.checkpoints.commit import clear_leftovers, link_best
@@ -51,8 +52,9 @@ def resume(
         Refused: there are checkpoints, but no good one; or the data isn't what it was.
     """
     found = newest_good(run, config, world, engine, tell, beat)
+    measured = config.noise.every is not None
     if found is None:
-        return TrainState(fresh), None
+        return TrainState(fresh, noise=Smoothed() if measured else None), None
     header = found.header
     _refuse_other_data(found, fresh, fingerprint)
     try:
@@ -66,7 +68,8 @@ def resume(
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise Refused(f"{found.path} doesn't fit the optimizer ({said:.200}): was the task changed?") from error
-    return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed), found
+    noise = header.noise or Smoothed() if measured else None
+    return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed, noise), found
 
 
 def header_of(
@@ -88,6 +91,7 @@ def header_of(
         fingerprint=fingerprint,
         evaluation=None if evaluation is None else dict(evaluation),
         plan=state.plan,
+        noise=state.noise,
     )
 
 

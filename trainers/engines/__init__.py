@@ -29,10 +29,12 @@ class Update:
     Attributes:
         grad_norm: of the whole normalised gradient, before clipping.
         skipped: it wasn't finite, and nothing was changed.
+        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None where it wasn't measured.
     """
 
     grad_norm: Number
     skipped: bool = False
+    parts_sq: Number | None = None
 
 
 class Engine(Protocol):
@@ -57,8 +59,13 @@ class Engine(Protocol):
             Refused: the task's loss isn't (sum, units).
         """
 
-    def backward(self, loss: Tensor, note: Note) -> None:
-        """Backward; ``note`` travels with the gradients."""
+    def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
+        """Backward; ``note`` travels with the gradients.
+
+        Args:
+            measured: samples of this micro-batch (0: a stand-in), where its gradient's norm is to be measured: in all
+                passes of a step on all ranks, or in none.
+        """
 
     def total(self, expected_units: int) -> Total:
         """The notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""

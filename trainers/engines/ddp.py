@@ -18,6 +18,7 @@ from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
 from trainers.model import distinct
+from trainers.noise import GradientSquares
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer, stored_optimizer
 from trainers.rundir import Refused
@@ -96,6 +97,7 @@ class DDP:
         self.layout()  # what can't be saved is refused now, and not when it would be lost
         self._stepped = False
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
+        self._squares = GradientSquares(self._parameters)
         self._bare = LossModule(task, model, world.device)
         self._carrier = self._bare.carrier
         self._wrapped: nn.Module = self._bare
@@ -131,10 +133,11 @@ class DDP:
             raise
         return loss, units
 
-    def backward(self, loss: Tensor, note: Note) -> None:
+    def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
         self._carrier.write(note)
-        # DDP divides by the ranks; the product undoes it where it costs nothing.
-        (loss * self._ranks).backward()
+        with nullcontext() if measured is None else self._squares.of(measured):
+            # DDP divides by the ranks; the product undoes it where it costs nothing.
+            (loss * self._ranks).backward()
 
     def total(self, expected_units: int) -> Total:
         return self._carrier.take(self._ranks, expected_units)
@@ -146,7 +149,8 @@ class DDP:
         gradients = [parameter.grad for parameter in self._parameters]
         wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
         total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide))).double()
-        norm: Number = (total_norm.item() if total_norm.is_cpu else total_norm) * scale
+        norm = _number(total_norm) * scale
+        squares = self._squares.take(self._world.sum)
         if self._skip_nonfinite and not math.isfinite(norm):  # on an accelerator this look waits for it
             self._discard()
             return Update(norm, skipped=True)
@@ -167,7 +171,7 @@ class DDP:
         if not self._stepped:
             self._stepped = True
             self.values()  # likewise
-        return Update(norm)
+        return Update(norm, parts_sq=None if squares is None else _number(squares) * (scale / self._ranks) ** 2)
 
     def _keep_buffers(self) -> None:
         if self._skip_nonfinite:
@@ -208,6 +212,10 @@ class DDP:
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return stored_optimizer(self._tuned.optimizer, self._names())
+
+
+def _number(scalar: Tensor) -> Number:
+    return scalar.item() if scalar.is_cpu else scalar
 
 
 def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:

@@ -1,0 +1,149 @@
+"""The gradient noise scale: by how much the gradients of samples differ, against the gradient that they share.
+
+Glossary: G is the mean of all samples' gradients, Σ the covariance of one sample's, B the global batch in samples. A
+step is cut into n micro-batches of b_j samples (Σ_j b_j = B) whose mean gradients are g_j; g_B is the whole step's. The
+simple noise scale is tr Σ / |G|², in samples: of a batch as large as that, half of |g_B|² is noise.
+
+It isn't the critical batch, and can be far from it: it says in which way that moves (Merrill et al. 2025).
+Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+MEMORY = 100  # measurements after which what was found weighs 1/e of what is found now
+FEWEST = 10  # measurements, before which nothing is said of how sure they are
+NORMAL = 1.959964  # the 0.975 quantile of the normal distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one step says; unbiased, and so noisy that ``grad_sq`` is often negative.
+
+    Attributes:
+        grad_sq: |G|².
+        trace: tr Σ, in the same unit (that of a squared gradient).
+    """
+
+    grad_sq: float
+    trace: float
+
+
+def estimate(parts_sq: float, whole_sq: float, batch: int, micro_batches: int) -> Estimate:
+    """The estimate of one step from squared norms of its gradient.
+
+    A mean of b gradients has E|g_b|² = |G|² + tr Σ / b. So, for micro-batches of any sizes,
+
+        tr Σ = (Σ_j b_j |g_j|² − B |g_B|²) / (n − 1),     |G|² = |g_B|² − tr Σ / B.
+
+    With n equal ones of b samples, Σ_j b_j |g_j|² is B times the mean of |g_j|², and these are the paper's formulas. As
+    gradients are accumulated, a micro-batch adds its part p_j = b_j g_j / B to g_B = Σ_j p_j.
+
+    Args:
+        parts_sq: Σ_j |p_j|² / b_j, over the micro-batches that have samples.
+        whole_sq: |g_B|², before clipping.
+        batch: B.
+        micro_batches: n, of those that have samples.
+
+    Raises:
+        ValueError: fewer than two micro-batches: between one and itself there is no difference.
+
+    Of 3 samples, 2 with the mean gradient 3 and 1 with 6:
+
+    >>> estimate(parts_sq=2.0**2 / 2 + 2.0**2 / 1, whole_sq=4.0**2, batch=3, micro_batches=2)
+    Estimate(grad_sq=14.0, trace=6.0)
+    """
+    if micro_batches < 2:
+        raise ValueError(f"the noise scale is measured between micro-batches, and there is {micro_batches} of them")
+    trace = max(0.0, batch * (batch * parts_sq - whole_sq) / (micro_batches - 1))  # below 0 by rounding alone
+    return Estimate(whole_sq - trace / batch, trace)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The noise scale in samples, and its interval of 95 %."""
+
+    scale: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """Moving averages of the estimates: numerator and denominator apart, as a mean of ratios is far off.
+
+    Debiased, so the first estimates weigh the same. The variances are those of the estimates among each other.
+
+    Attributes:
+        count: estimates taken in.
+        grad_sq, trace: their averages, |G|² and tr Σ.
+        grad_sq_var, trace_var, covariance: of single estimates, around these.
+        weight_sq: sum of the squares of the estimates' weights, whose sum is 1: the variance of an average against that
+            of one estimate.
+    """
+
+    count: int = 0
+    grad_sq: float = 0.0
+    trace: float = 0.0
+    grad_sq_var: float = 0.0
+    trace_var: float = 0.0
+    covariance: float = 0.0
+    weight_sq: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, astuple(self))) or min(self.count, self.grad_sq_var, self.trace_var) < 0:
+            raise ValueError(f"{self} is nothing that estimates add up to")
+
+    def and_(self, new: Estimate) -> Smoothed:
+        """With one more estimate."""
+        decay = math.exp(-1 / MEMORY)
+        weight = (1 - decay) / (1 - decay ** (self.count + 1))  # 1, 1/2, 1/3, … and in the end 1 - decay
+        off, off_trace = new.grad_sq - self.grad_sq, new.trace - self.trace
+
+        def spread(before: float, product: float) -> float:
+            return (1 - weight) * (before + weight * product)
+
+        return Smoothed(
+            count=self.count + 1,
+            grad_sq=self.grad_sq + weight * off,
+            trace=self.trace + weight * off_trace,
+            grad_sq_var=spread(self.grad_sq_var, off * off),
+            trace_var=spread(self.trace_var, off_trace * off_trace),
+            covariance=spread(self.covariance, off * off_trace),
+            weight_sq=(1 - weight) ** 2 * self.weight_sq + weight**2,
+        )
+
+    def scale(self) -> Scale | None:
+        """tr Σ / |G|² with its interval; None while that isn't known.
+
+        The interval holds every ratio θ that the averages T of tr Σ and D of |G|² don't contradict (Fieller 1954):
+
+            (T − θD)² ≤ t² (var T − 2θ cov(T, D) + θ² var D).
+
+        It has an end where D is positive beyond its error, D² > t² var D: only then the scale is known. t is Student's
+        for as many degrees of freedom as the weights leave.
+        """
+        if self.count < FEWEST:
+            return None
+        error_sq = student(1 / self.weight_sq - 1) ** 2 * self.weight_sq / (1 - self.weight_sq)
+        a = self.grad_sq**2 - error_sq * self.grad_sq_var
+        if self.grad_sq <= 0 or a <= 0:
+            return None
+        b = self.grad_sq * self.trace - error_sq * self.covariance
+        c = self.trace**2 - error_sq * self.trace_var
+        half = math.sqrt(max(0.0, b * b - a * c))
+        return Scale(self.trace / self.grad_sq, max(0.0, (b - half) / a), (b + half) / a)
+
+
+def student(freedom: float) -> float:
+    """The 0.975 quantile of Student's t distribution, to 0.3 % from 9 degrees of freedom on.
+
+    Source: Abramowitz & Stegun, 26.7.5, its first two terms.
+
+    >>> round(student(9), 2), round(student(100), 3)
+    (2.26, 1.984)
+    """
+    z = NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
