@@ -1,0 +1,132 @@
+"""Images and a small residual network with BatchNorm: MNIST's digits, or images of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from trainers.rundir import Refused
+from trainers.tasks.classify import measures, summed_loss
+from trainers.tasks.image_data import Labelled, from_arrays, mnist, read_npz
+from trainers.tasks.image_folder import from_folder
+
+Sample = tuple[Tensor, Tensor]
+
+
+class Images:
+    """Classify images by a ResNet (He et al. 2016, arXiv:1512.03385) that starts as Goyal et al. 2017 say.
+
+    Args:
+        data: null: 5,000 images of MNIST; a folder with a sub-folder for each class (or with train/ and val/, which
+            have them); or an .npz file with ``images`` (uint8 [images, height, width] or [images, height, width,
+            channels]), ``labels`` (integers from 0) and, if it has them, ``val_images`` and ``val_labels``. Without
+            validation data of its own, a fifth is held back, always the same.
+        size: height and width in pixels that the images of a folder are scaled to.
+        shift: by how many pixels, at most, a training image is moved along each axis; 0: not.
+        width: channels of the first of three stages; each has twice as many as the one before.
+        blocks: residual blocks of each stage.
+
+    Raises:
+        Refused: the data isn't there, or isn't as it has to be.
+    """
+
+    def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
+        if shift < 0:
+            raise Refused(f"task.args.shift={shift}: a number of pixels, 0 or more")
+        self.images, self.shift, self.width, self.blocks = open_images(data, size), shift, width, blocks
+        self.augment = self._moved if shift else None
+
+    def model(self) -> nn.Module:
+        return resnet(self.images.channels, self.images.classes, self.width, self.blocks)
+
+    def train_data(self) -> Dataset:
+        return self.images.train
+
+    def val_data(self) -> Dataset | None:
+        return self.images.val if len(self.images.val) else None  # type: ignore[arg-type]
+
+    def _moved(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """A sample moved at random, with black where nothing was."""
+        image, label = sample
+        down, right = torch.randint(2 * self.shift + 1, (2,), generator=generator).tolist()
+        bordered = F.pad(image, [self.shift] * 4)
+        return bordered[:, down : down + image.shape[1], right : right + image.shape[2]], label
+
+    def loss(self, model: nn.Module, batch: Sample) -> tuple[Tensor, int]:
+        images, labels = batch
+        return summed_loss(model(scaled(images)), labels)
+
+    def evaluate(self, model: nn.Module, batch: Sample) -> dict[str, tuple[Tensor, int]]:
+        images, labels = batch
+        return measures(model(scaled(images)), labels)
+
+
+def open_images(data: str | None, size: int | None) -> Labelled:
+    """MNIST where ``data`` is None, else an .npz file, or a folder whose images are scaled to ``size`` pixels.
+
+    Without validation data of its own, a fifth of it is drawn for that, always the same.
+
+    Raises:
+        Refused: it isn't there, or isn't as it has to be.
+    """
+    path = Path(data or "").expanduser()
+    if data is not None and path.is_dir():
+        return from_folder(path, size)
+    if size is not None:
+        raise Refused(f"task.args.size={size} is what the images of a folder are scaled to; these have their size")
+    if data is None:
+        return from_arrays("MNIST", mnist())
+    if path.suffix == ".npz" and path.is_file():
+        return from_arrays(f"task.args.data={data}", read_npz(path))
+    raise Refused(f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class")
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Pixels 0 to 255 as float32 from -1 to 1."""
+    return images.float() / 127.5 - 1
+
+
+def resnet(channels: int, classes: int, width: int, blocks: int) -> nn.Sequential:
+    """A ResNet of three stages. The stem, the second stage and the third halve height and width."""
+    layers: list[nn.Module] = [convolution(channels, width, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for stage in range(3):
+        for block in range(blocks):
+            outputs = width * 2**stage
+            layers.append(Block(inputs, outputs, stride=1 if stage == 0 or block else 2))
+            inputs = outputs
+    head = nn.Linear(inputs, classes)
+    nn.init.normal_(head.weight, std=0.01)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut. The last BatchNorm's γ starts at 0: the block starts as its shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(inputs, outputs, stride=stride),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            convolution(outputs, outputs),
+            nn.BatchNorm2d(outputs),
+        )
+        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.shortcut(images) + self.body(images))
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias, since BatchNorm follows it; initialised after He et al. 2015, arXiv:1502.01852."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
