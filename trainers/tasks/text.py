@@ -1,0 +1,132 @@
+"""Text, byte by byte, and a small GPT with dropout. The unit is the token."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainers.rundir import Refused
+from trainers.tasks.corpus import Windows, open_corpus
+
+BYTES = 256  # tokens there are
+
+
+class Text:
+    """Predict the next byte of a text by a GPT (Radford et al. 2019): norms before, tied embeddings, dropout.
+
+    It also takes another causal language model (``model._target_``) with at least 256 tokens, whose output are the
+    logits, or has them as ``.logits``.
+
+    Args:
+        data: a text file, mapped into memory; null: 1 MB of the source of Python's standard library, which isn't the
+            same text in each version of Python. The last tenth is for validation.
+        length: tokens of a sample.
+        width: of the residual stream.
+        depth: blocks.
+        heads: of the attention.
+        dropout: probability, after the embedding and at the end of each branch.
+
+    Raises:
+        Refused: the text can't be read or is too short, or the sizes don't fit each other.
+    """
+
+    def __init__(self, data: str | None, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
+        if min(length, width, depth, heads) < 1 or width % heads or not 0 <= dropout < 1:
+            raise Refused(
+                f"task.args.length={length}, width={width}, depth={depth}, heads={heads}, dropout={dropout}: sizes are "
+                "1 or more, heads have to divide width, and dropout is from 0 to below 1"
+            )
+        self.sizes = length, width, depth, heads, dropout
+        corpus = open_corpus(data)
+        size = len(corpus())
+        held_back = size - size // 10
+        self._train, self._val = Windows(corpus, 0, held_back, length), Windows(corpus, held_back, size, length)
+        if not len(self._train):
+            raise Refused(f"task.args.data={data} has {size:,} bytes; a sample of task.args.length={length} needs more")
+
+    def model(self) -> nn.Module:
+        return GPT(*self.sizes)
+
+    def train_data(self) -> Windows:
+        return self._train
+
+    def val_data(self) -> Windows | None:
+        return self._val if len(self._val) else None
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        tokens = batch.long()
+        output = model(tokens[:, :-1])
+        logits, targets = getattr(output, "logits", output), tokens[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
+
+    def summarise(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        loss, tokens = totals["loss"]
+        return {"bits_per_byte": loss / tokens / math.log(2)}
+
+
+class GPT(nn.Module):
+    """tokens int64 [samples, tokens] → logits [samples, tokens, 256]."""
+
+    def __init__(self, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(BYTES, width), nn.Embedding(length, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, BYTES, bias=False)
+        self.head.weight = self.tokens.weight
+        self._start()
+
+    def _start(self) -> None:
+        """GPT-2's initial weights: 0.02, divided by the root of the number of branches in what ends a branch."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                ends = name.endswith(("out.weight", "mlp.1.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if ends else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.drop(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        for block in self.blocks:
+            stream = block(stream)
+        logits: Tensor = self.head(self.norm(stream))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each a branch that is added to the stream [samples, tokens, width]."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), MLP(width), nn.Dropout(dropout))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        stream = stream + self.attention(stream)
+        stream = stream + self.mlp(stream)
+        return stream
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        query, key, value = self.qkv(stream).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class MLP(nn.Sequential):
+    """Two layers, four times as wide between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
