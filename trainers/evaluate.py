@@ -56,7 +56,7 @@ def make_evaluate(
     mine = range(first, first + share + (world.rank < more))
 
     def evaluate() -> dict[str, float] | None:
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         for buffer in model.buffers():
             world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
@@ -70,7 +70,8 @@ def make_evaluate(
                     before = totals.get(name, (0.0, 0.0))
                     totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
                 beat()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         found = _over_ranks(None if stop.wanted else totals, world)
         return None if found is None else _summarise(task, found)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scaling.geometry import counted
+from trainers.batchnorm import FORWARDS, Counting
 from trainers.locate import build
 from trainers.rundir import Refused
 from trainers.tasks import Task
@@ -27,15 +29,26 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
-    """What in ``model`` makes its training depend on how a global batch is cut, as far as its modules tell."""
-    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    """What in ``model``, in the mode that it is in, makes training depend on the cut, as far as its modules tell."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Counting) and m.training]
     dropping = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
     ]
-    reasons = [f"{counted(norms, 'BatchNorm layer')} with statistics of one micro-batch"] if norms else []
-    return reasons + ([f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else [])
+    return ([_of_norms(norms)] if norms else []) + (
+        [f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else []
+    )
+
+
+def _of_norms(norms: list[_BatchNorm]) -> str:
+    own = sorted({type(norm).__name__ for norm in norms if type(norm).forward not in FORWARDS})
+    instead = (
+        f", as {', '.join(own)} has a forward of its own, which batchnorm.mode doesn't reach"
+        if own
+        else ": batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
+    )
+    return f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch{instead}"
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
+from trainers.batchnorm import refuse_empty_passes, swap_batchnorm
 from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
@@ -106,7 +107,8 @@ def _train(
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
-    model = key_dropout(make_model(config, task), stream).to(world.device)
+    model = key_dropout(make_model(config, task), stream)
+    model = swap_batchnorm(model, config.batchnorm, stream, world.size).to(world.device)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
@@ -117,6 +119,8 @@ def _train(
     state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
+    if config.batchnorm.mode == "sync":
+        refuse_empty_passes(state.plan)
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
@@ -161,9 +165,10 @@ def _train(
             stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
 
     KEPT.extend((engine, loader, metrics, keeper))
+    if not model.training:  # what a task froze with eval() stays so
+        model.train()
     for reason in dependent_on_cut(model):
         stream.tell(reason)
-    model.train()
     try:
         done = fit(
             state,

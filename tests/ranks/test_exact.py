@@ -225,7 +225,10 @@ class Attention(Counted):
 
 def test_what_depends_on_the_cut_is_said(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     assert warnings_of(runs(1, *task("Counted"))) == []
-    assert warnings_of(runs(2, *task("Normed"))) == ["1 BatchNorm layer with statistics of one micro-batch"]
+    assert warnings_of(runs(2, *task("Normed"))) == [
+        "1 BatchNorm layer with statistics of one micro-batch: batchnorm.mode=ghost batchnorm.ghost_size=N takes them "
+        "from N samples on any hardware"
+    ]
     assert warnings_of(runs(2, *task("Attention"))) == [
         "dropout inside of 1, 2, which isn't an nn.Dropout",
         "the forward draws random numbers outside of nn.Dropout modules",

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling.rules import Recipe
 from trainers.average import Average
+from trainers.batchnorm import statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
@@ -34,11 +35,14 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.carrier = NoteCarrier(device)
+        self.statistics = statistics_of(model, device)
         self.task = task
 
     def forward(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
+        if self.statistics:
+            self.statistics.begin()
         loss, units = self._stand_in() if batch is None else checked(self.task.loss(self.model, batch))
-        return self.carrier.attach(loss), units
+        return self.carrier.attach(self.statistics.attach(loss) if self.statistics else loss), units
 
     def _stand_in(self) -> tuple[Tensor, float]:
         """A zero that gives every parameter a zero gradient, without data and without touching statistics."""
@@ -167,6 +171,8 @@ class DDP:
         self._tuned.optimizer.zero_grad(set_to_none=True)
         if self.average and recipe.ema is not None:
             self.average.update(recipe.ema)
+        if self._bare.statistics:
+            self._bare.statistics.update(self._ranks)
         self._keep_buffers()
         if not self._stepped:
             self._stepped = True
@@ -180,6 +186,8 @@ class DDP:
     def _discard(self) -> None:
         """Undo what the step did to the buffers, also where a module has made a new one."""
         self._tuned.optimizer.zero_grad(set_to_none=True)
+        if self._bare.statistics:
+            self._bare.statistics.drop()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self._buffers_before[name])
 

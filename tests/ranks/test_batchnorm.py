@@ -1,0 +1,109 @@
+"""BatchNorm: the same weights and running statistics however a global batch is cut."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from tests.ranks.harness import Runs, distance
+from tests.tasks import Counted
+
+NORMED = (
+    "task=custom", "task._target_=tests.ranks.test_batchnorm.Normed", "batch.global_size=24", "duration=8st",
+    "lr.peak=0.02", "evaluate.every=null", "log.every=1st",
+)  # fmt: skip
+GHOST = (*NORMED, "batchnorm.mode=ghost", "batchnorm.ghost_size=4")
+SYNC = (*NORMED, "batchnorm.mode=sync")
+
+
+class Normed(Counted):
+    """Images of 3 × 3, and BatchNorm of all kinds."""
+
+    def model(self) -> nn.Module:
+        return Net(self.width, self.dropout)
+
+    def train_data(self) -> Any:
+        images = torch.randn(len(self.inputs), 2, 3, 3, generator=torch.Generator().manual_seed(3)) * 2 + 5
+        return TensorDataset(images, self.targets, self.units)
+
+    def val_data(self) -> Any:
+        return TensorDataset(*self.train_data()[:37])
+
+
+class Net(nn.Module):
+    """Has norms that are frozen, called twice, without weights, without running statistics, and of a running mean."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, width, 2), nn.BatchNorm2d(width)
+        self.frozen = nn.BatchNorm2d(width).eval()
+        self.block = nn.Sequential(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width, affine=False), nn.Dropout(dropout))
+        self.twice = nn.BatchNorm1d(width, momentum=None)
+        self.bare = nn.BatchNorm1d(width, track_running_stats=False)
+        self.out = nn.Linear(width, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.block(self.frozen(self.norm(self.conv(images))).relu()).mean((2, 3))
+        x = self.twice(self.twice(x) * 2)
+        return self.out(self.bare(x) if self.training else x)
+
+
+class NaNOnce(Normed):
+    """One pass of the last rank finds what isn't a number."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        self.calls += model.training
+        images = batch[0] * float("nan") if self.calls == 4 and os.environ["RANK"] == "1" else batch[0]
+        return super().loss(model, (images, *batch[1:]))
+
+
+def test_ghosts_are_the_same_over_all_cuts(runs: Runs) -> None:
+    """Uneven shares, accumulation, a moving average, evaluations between: weights and running statistics."""
+    more = ("ema=30sa", "evaluate.every=3st")
+    first = runs(1, *GHOST, *more)
+    assert not [event for event in first.events() if event["event"] == "depends_on_cut"]
+    assert first.weights()["norm.num_batches_tracked"] == first.weights()["twice.num_batches_tracked"] == 8
+    assert first.weights()["frozen.num_batches_tracked"] == 0
+    for world, per_gpu in ((1, 8), (2, 4), (3, 12), (3, 4)):
+        other = runs(world, *GHOST, *more, f"batch.per_gpu={per_gpu}")
+        assert distance(first.weights(), other.weights()) < 1e-6, (world, per_gpu)
+        for name in ("val/loss", "ema/loss"):
+            assert other.metrics()[-1][name] == pytest.approx(first.metrics()[-1][name], rel=1e-5)
+
+
+def test_ghosts_go_on_elsewhere(runs: Runs) -> None:
+    """Stopped on one rank and going on with three: the running statistics, too."""
+    whole = runs(2, *GHOST)
+    begun = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
+    assert begun.ends[0]["step"] == 5
+    assert distance(runs(3, *GHOST, going_on=begun).weights(), whole.weights()) < 1e-6
+
+
+def test_a_skipped_step_moves_no_statistics(runs: Runs) -> None:
+    """A loss that isn't a number on one rank of two: no trace of it, nor of the step's other groups."""
+    skip = ("on_nonfinite=skip", "task._target_=tests.ranks.test_batchnorm.NaNOnce")
+    weights = runs(2, *GHOST, *skip).weights()
+    assert weights["norm.num_batches_tracked"] == 7
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
+    """Over one pass: any number of ranks, also with uneven shares; with accumulation it is another run."""
+    synced = (*SYNC, "batch.global_size=25", "duration=6st")
+    one = runs(1, *synced).weights()
+    assert distance(one, runs(3, *synced).weights()) < 1e-6
+    twice = [runs(ranks, *synced, "batch.accumulation=2").weights() for ranks in (1, 2)]
+    assert distance(*twice) < 1e-6 < 1e-4 < distance(twice[0], one)
+
+
+def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
+    end = runs(3, *SYNC, "batch.global_size=2").ends[0]
+    assert end["raised"] == "Refused"
+    assert "2 samples a step are fewer than 3 ranks × accumulation 1" in end["message"]
