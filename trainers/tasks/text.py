@@ -105,9 +105,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), MLP(width), nn.Dropout(dropout))
 
     def forward(self, stream: Tensor) -> Tensor:
-        stream = stream + self.attention(stream)
-        stream = stream + self.mlp(stream)
-        return stream
+        attended = stream + self.attention(stream)
+        result: Tensor = attended + self.mlp(attended)
+        return result
 
 
 class Attention(nn.Module):
