@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from scaling.rules import LAWS
+from scaling.stages import BatchSchedule
 from scaling.units import EXAMPLES, Duration
 
 
@@ -37,6 +39,10 @@ def _duration(value: object) -> Duration:
     return duration
 
 
+def _batch_schedule(value: object) -> BatchSchedule:
+    return value if isinstance(value, BatchSchedule) else BatchSchedule.parse(value)
+
+
 def _lasting(duration: Duration) -> Duration:
     if duration.value == 0:
         raise ValueError(f"{duration}: an interval has to be more than 0")
@@ -50,6 +56,12 @@ def _matching(pattern: str, like: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{list(bounds)} has to be [least, most]")
+    return bounds
 
 
 def _reachable(address: str) -> str:
@@ -66,6 +78,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Memory = Annotated[float, Field(ge=0, lt=1)]
+Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]
 Name = Annotated[str, _matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
 Target = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
 Variable = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
@@ -84,11 +97,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
-class Tuned(_Section):
+class Usual(_Section):
     """A learning rate with the global batch, in samples, that it goes with."""
 
     lr: Positive
     batch: Size
+
+
+class Tuned(Usual):
+    """The recipe of a tuning; of what it doesn't say, the optimizer's YAML holds."""
+
+    betas: tuple[Memory, ...] | None = None
+    eps: Positive | None = None
+    weight_decay: NotNegative | None = None
 
 
 class Task(_Section):
@@ -117,7 +138,17 @@ class Batch(_Section):
     per_gpu: Size | None
     accumulation: Size | None
     unit: Literal["samples", "tokens"]
+    schedule: Annotated[BatchSchedule, PlainValidator(_batch_schedule), PlainSerializer(str, return_type=str)] | None
     even: bool
+
+    @model_validator(mode="after")
+    def _a_schedule_leaves_accumulation_open(self) -> Batch:
+        if self.schedule is not None and self.accumulation is not None:
+            raise ValueError(
+                f"batch.schedule={self.schedule} changes the global batch, and batch.accumulation={self.accumulation} "
+                "with it: leave batch.accumulation out; batch.per_gpu bounds every stage"
+            )
+        return self
 
 
 class BatchNorm(_Section):
@@ -136,8 +167,10 @@ class BatchNorm(_Section):
 class LearningRate(_Section):
     base: Positive | None
     base_batch: Size | None
-    rule: Literal["auto", "linear", "sqrt", "power", "none"]
+    rule: Literal["auto", "linear", "sqrt", "legw", "power", "sde", "half-life", "noise", "surge", "none"]
     power: float | None
+    noise_scale: Positive | None
+    scale_weight_decay: bool
     peak: Positive | None
     warmup: Length
     warmup_from: NotNegative | None
@@ -150,10 +183,20 @@ class LearningRate(_Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LearningRate:
+        law = LAWS.get(self.rule)
         if self.rule == "power" and self.power is None:
             raise ValueError("lr.rule=power needs lr.power, its exponent: 1 is rule=linear, 0.5 is rule=sqrt")
-        if self.rule != "power" and self.power is not None:
-            raise ValueError(f"lr.power={self.power} is only used by lr.rule=power; lr.rule is {self.rule}")
+        if self.power is not None and not (law and law.powers):
+            users = " and ".join(name for name, law in LAWS.items() if law.powers)
+            raise ValueError(f"lr.power={self.power} is only used by lr.rule={users}; lr.rule is {self.rule}")
+        if law and law.measured and self.noise_scale is None:
+            raise ValueError(
+                f"lr.rule={self.rule} needs lr.noise_scale, in samples: noise.every=10st measures it, as noise/scale"
+            )
+        if self.noise_scale is not None and not (law and law.measured):
+            raise ValueError(
+                f"lr.noise_scale={self.noise_scale} is only used by lr.rule=noise and surge, not {self.rule}"
+            )
         if self.decay == "step" and not self.milestones:
             raise ValueError("lr.decay=step needs lr.milestones: lr.milestones=[50%,75%]")
         return self
@@ -163,13 +206,14 @@ class _Optimizer(_Section):
     name: str
     family: Literal["sgd", "adam"]
     weight_decay: NotNegative | None
-    usual: Tuned | None
+    usual: Usual | None
     args: Free
 
     @model_validator(mode="after")
     def _args_repeat_no_key(self) -> _Optimizer:
-        for name in ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps"):
-            if name in self.args and (name == "lr" or getattr(self, name, None) is not None):
+        keys = type(self).model_fields.keys() - {"name", "family", "usual", "args", "target"}
+        for name in self.args:
+            if name == "lr" or (name in keys and getattr(self, name) is not None):
                 key = "lr.base or lr.peak" if name == "lr" else f"optimizer.{name}"
                 raise ValueError(f"optimizer.args.{name} repeats a key of the config, which rules: use {key}")
         return self
@@ -184,13 +228,12 @@ class _Optimizer(_Section):
         return None
 
 
-class SGD(_Optimizer):
-    name: Literal["sgd"]
+class _WithMomentum(_Optimizer):
     momentum: Memory
     nesterov: bool
 
     @model_validator(mode="after")
-    def _nesterov_looks_along_momentum(self) -> SGD:
+    def _nesterov_looks_along_momentum(self) -> _WithMomentum:
         if self.nesterov and self.momentum == 0:
             raise ValueError("optimizer.nesterov=true needs optimizer.momentum above 0; or optimizer.nesterov=false")
         return self
@@ -200,8 +243,7 @@ class SGD(_Optimizer):
         return (self.momentum,)
 
 
-class AdamW(_Optimizer):
-    name: Literal["adamw"]
+class _WithBetas(_Optimizer):
     betas: tuple[Memory, Memory]
     eps: Positive
 
@@ -212,6 +254,44 @@ class AdamW(_Optimizer):
     @property
     def epsilon(self) -> float | None:
         return self.eps
+
+
+class SGD(_WithMomentum):
+    name: Literal["sgd"]
+
+
+class AdamW(_WithBetas):
+    name: Literal["adamw"]
+
+
+class LAMB(_WithBetas):
+    name: Literal["lamb"]
+    bias_correction: bool | Literal["after"]
+    trust_clip: Bounds | None
+    norm_clip: Bounds | None
+    always_adapt: bool
+
+
+class LARS(_WithMomentum):
+    name: Literal["lars"]
+    trust: Positive
+    eps: NotNegative
+    scaled_momentum: bool
+    trust_clip: bool
+    always_adapt: bool
+
+
+class Adafactor(_Optimizer):
+    name: Literal["adafactor"]
+    beta2_decay: Annotated[float, Field(le=0)]
+    eps: tuple[NotNegative | None, NotNegative]
+    d: Annotated[float, Field(ge=1)]
+
+
+class Muon(_WithMomentum):
+    name: Literal["muon"]
+    betas: tuple[Memory, Memory]
+    eps: Positive
 
 
 class CustomOptimizer(_Optimizer):
@@ -331,6 +411,7 @@ class RunConfig(_Section):
 
     Attributes:
         given: keys given on the command line or in an experiment, dotted; a group's choice by the group's name.
+        chosen: groups whose choice ``auto`` made, and why it is this one.
     """
 
     action: Literal["train", "plan", "evaluate", "runs", "requeue"]
@@ -358,10 +439,11 @@ class RunConfig(_Section):
     run: Run
     plan: PlanOptions
     task: Task
-    optimizer: Annotated[SGD | AdamW | CustomOptimizer, Field(discriminator="name")]
+    optimizer: Annotated[SGD | AdamW | LAMB | LARS | Adafactor | Muon | CustomOptimizer, Field(discriminator="name")]
     engine: Engine
     cluster: Annotated[Local | Slurm, Field(discriminator="name")]
     given: tuple[str, ...]
+    chosen: dict[str, str]
 
     @model_validator(mode="after")
     def _best_of_an_average_there_is(self) -> RunConfig:

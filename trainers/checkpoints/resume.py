@@ -192,11 +192,16 @@ def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> 
         parameter = layout.get(f"model/{rest.rpartition('/')[0]}")
         if kind != "optim" or parameter is None:
             raise Damaged(f"{name!r:.100} is nothing that the model or its optimizer has")
-        if not own and name in stored and stored[name].shape not in ((), parameter[1]):
+        if not own and name in stored and not _spreads(stored[name].shape, parameter[1]):
             raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter[1])}")
     groups = checkpoint.values.get(GROUPS)
     if not isinstance(groups, list) or any(not isinstance(g, dict) or not _names(g.get("params")) for g in groups):
         raise Damaged(f"{GROUPS} isn't what an optimizer's groups are")
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether it is one number, of the shape itself, or lacks dimensions of it, as Adafactor's rows and columns do."""
+    return shape == () or (len(shape) == len(over) and all(a in (1, b) for a, b in zip(shape, over, strict=True)))
 
 
 def _names(value: object) -> bool:

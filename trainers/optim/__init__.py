@@ -1,20 +1,30 @@
-"""torch's optimizers, built from the config and told the step's recipe."""
+"""Optimizers, built from the config and told the step's recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from trainers.locate import build
+from trainers.locate import build, locate
 from trainers.rundir import Refused
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
     from scaling.rules import Recipe
     from trainers.tasks import Task
+
+# Imported where they are chosen.
+CLASSES = {
+    "sgd": "torch.optim.SGD",
+    "adamw": "torch.optim.AdamW",
+    "lamb": "trainers.optim.lamb.LAMB",
+    "lars": "trainers.optim.lars.LARS",
+    "adafactor": "torch.optim.Adafactor",
+    "muon": "trainers.optim.muon.MuonAdamW",
+}
 
 
 @dataclass(slots=True)
@@ -34,12 +44,7 @@ class Tuned:
             group["lr"] = recipe.lr * factor
             if recipe.weight_decay is not None and not own_decay:
                 group["weight_decay"] = recipe.weight_decay
-            if len(recipe.betas) == 1:
-                group["momentum"] = recipe.betas[0]
-            elif recipe.betas:
-                group["betas"] = recipe.betas
-            if recipe.eps is not None:
-                group["eps"] = recipe.eps
+            group |= _moments(recipe)
 
 
 def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe) -> Tuned:
@@ -52,23 +57,37 @@ def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Reci
         Refused: ``task.param_groups`` leaves trainable parameters out, or the optimizer refuses its arguments.
     """
     chosen, groups = config.optimizer, _groups(task, model)
+    if chosen.name == "muon":
+        from trainers.optim.muon import parted
+
+        groups = parted(groups, model)
+    elif chosen.name in ("lamb", "lars"):
+        groups = [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
     factors = [float(group.pop("lr", 1.0)) for group in groups]
     own_decay = ["weight_decay" in group for group in groups]
-    told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
     try:
-        if chosen.name == "custom":
-            args = {**told, **chosen.args}
-            optimizer: Optimizer = build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer)
-        elif chosen.name == "sgd":
-            told |= {"momentum": chosen.momentum, "nesterov": chosen.nesterov}
-            optimizer = _fused(SGD, groups, {**told, **chosen.args})
-        else:
-            optimizer = _fused(AdamW, groups, {**told, "betas": recipe.betas, "eps": recipe.eps, **chosen.args})
+        optimizer = _construct(chosen, groups, recipe)
     except (TypeError, ValueError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(f"optimizer={chosen.name} with optimizer.args={chosen.args}: {error}") from error
     return Tuned(optimizer, factors, own_decay)
+
+
+def _construct(chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
+    told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
+    if chosen.name == "custom":
+        args = {**told, **chosen.args}
+        return cast(Optimizer, build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer))
+    own = chosen.model_dump(exclude={"name", "family", "usual", "args", "weight_decay"})
+    cls, args = locate("optimizer", CLASSES[chosen.name]), {**told, **own, **_moments(recipe), **chosen.args}
+    return _fused(cls, groups, args) if cls in (SGD, AdamW) else cast(Optimizer, cls(groups, **args))
+
+
+def _moments(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of the moments, by the names of torch's hyperparameters."""
+    memory = {"momentum": recipe.betas[0]} if len(recipe.betas) == 1 else {"betas": recipe.betas}
+    return (memory if recipe.betas else {}) | ({} if recipe.eps is None else {"eps": recipe.eps})
 
 
 def _fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -76,7 +77,10 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader:
         # torch's optimizers count steps on the CPU, but where the kernel counts
         group = groups[parameter]
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-        optimizer.state[parameter][key] = reader.whole(name).to("cpu" if stays else parameter.device)
+        whole = reader.whole(name).to("cpu" if stays else parameter.device)
+        if whole.shape == parameter.shape and whole.stride() != parameter.stride():  # as fused kernels need them
+            whole = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False).copy_(whole)
+        optimizer.state[parameter][key] = whole
 
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:

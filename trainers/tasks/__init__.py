@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from trainers.locate import check_call, locate
+from trainers.locate import build, check_call, locate
 from trainers.rundir import Refused
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class Task(Protocol):
 
     val_data() -> Dataset; evaluate(model, batch) -> {name: (sum, count)}; summarise(totals) -> {name: value};
     augment(sample, generator) -> sample; collate(samples) -> batch; param_groups(model) -> list of optimizer groups.
+
+    A group may have, beside ``params``: ``lr``, a factor of the plan's; ``weight_decay``, instead of the optimizer's;
+    ``trust``: whether LAMB and LARS scale its tensors by their norms (they do, unless its weight_decay is 0);
+    ``muon``: whether Muon takes it, or AdamW (without it, inner matrices are Muon's); and what its optimizer knows.
     """
 
     def model(self) -> nn.Module: ...
@@ -54,12 +58,25 @@ def make_task(config: RunConfig) -> Task:
         near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
         if near and name not in OPTIONAL and not hasattr(cls, near[0]):
             warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=2)
-    missing = [signature for name, signature in REQUIRED.items() if not callable(getattr(cls, name, None))]
+    elsewhere = {"model": config.model.target, "train_data": config.data.target}
+    missing = [
+        signature
+        for name, signature in REQUIRED.items()
+        if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None
+    ]
     if missing:
         raise Refused(f"task._target_={target} lacks {', '.join(missing)}")
     check_call("task.args", target, cls, (), config.task.args)
     task: Any = cls(**config.task.args)
+    if config.data.target is not None:
+        _with_data(task, config.data.target, config.data.args, config.data.val_args)
     return cast(Task, task)
+
+
+def _with_data(task: Any, target: str, args: dict[str, Any], val_args: dict[str, Any] | None) -> None:
+    """Give ``task`` the data that ``data._target_`` makes; its own validation data would be of other data."""
+    task.train_data = lambda: build("data", target, args)
+    task.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args})
 
 
 def open_data(task: Task, config: RunConfig) -> Any:

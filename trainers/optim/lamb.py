@@ -1,0 +1,114 @@
+"""LAMB: Adam whose step is scaled, tensor by tensor, to the size of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainers.optim.kernels import call
+from trainers.optim.layerwise import Layerwise, Part
+
+ANY = (0.0, math.inf)
+
+
+class LAMB(Layerwise):
+    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2); its variants are options.
+
+        m ← β1·m + (1 − β1)·g            v ← β2·v + (1 − β2)·g²
+        u = (m / (1 − β1ᵗ)) / (√(v / (1 − β2ᵗ)) + ε) + λ·w
+        w ← w − η · φ(‖w‖)/‖u‖ · u       per tensor; the ratio is 1 where a norm is 0
+
+    Tuned AdamW has been found to do as well at the batches of the paper (Nado et al. 2021, arXiv:2102.06356).
+
+    Args:
+        params: parameters or groups; a group's ``trust=False`` makes its ratio 1.
+        lr: η.
+        betas: β1, β2.
+        eps: ε.
+        weight_decay: λ.
+        bias_correction: ``"after"``: of the step and not of u, which the ratio sees (DeepSpeed); False: none.
+        trust_clip: least and most of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) are DeepSpeed's bounds.
+        norm_clip: φ: least and most of ‖w‖ in the ratio; (0, 10) is torch_optimizer's ``clamp_value``.
+        always_adapt: scale groups with ``trust=False``, too.
+        maximize: ascend.
+        native: use the C kernel for float32 on the CPU, where it can be built.
+
+    Raises:
+        ValueError: a number is out of its range.
+        Refused: in ``step``: a gradient is sparse, or a parameter complex.
+    """
+
+    keeps = ("exp_avg", "exp_avg_sq")
+    counts = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool | Literal["after"] = True,
+        trust_clip: tuple[float, float] | None = None,
+        norm_clip: tuple[float, float] | None = None,
+        always_adapt: bool = False,
+        maximize: bool = False,
+        native: bool = True,
+    ) -> None:
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"{lr=}, {eps=} and {weight_decay=} have to be 0 or more, and {betas=} in [0, 1)")
+        if bias_correction not in (True, False, "after"):
+            raise ValueError(f"{bias_correction=} has to be True, False or 'after'")
+        for name, clip in (("trust_clip", trust_clip), ("norm_clip", norm_clip)):
+            if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1]):
+                raise ValueError(f"{name}={clip} has to be (least, most), or None")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
+            "trust_clip": trust_clip, "norm_clip": norm_clip, "always_adapt": always_adapt, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults, native)
+
+    def _update(self, group: dict[str, Any], part: Part) -> None:
+        adapt, maximize = group["trust"] or group["always_adapt"], group["maximize"]
+        trust, phi = group["trust_clip"] or ANY, group["norm_clip"] or ANY
+        moments, steps = (part.state["exp_avg"], part.state["exp_avg_sq"]), part.state["step"]
+        numbers = [float(number) for number in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])]
+        if part.native:
+            correction = {True: 1, False: 0, "after": 2}[group["bias_correction"]]
+            tensors = (part.weights, part.gradients, *moments, steps)
+            call("lamb", tensors, *numbers, correction, adapt, maximize, *map(float, (*phi, *trust)))
+            return
+        lr, beta1, beta2, _, _ = numbers
+        directions = _directions(group, part)
+        rates = torch.full((len(steps),), lr, device=steps[0].device, dtype=part.weights[0].dtype)
+        if adapt:
+            weights, updates = part.norms(part.weights), part.norms(directions)
+            ratios = (weights.clamp(*phi) / updates).clamp(*trust)
+            rates = torch.where((weights > 0) & (updates > 0), rates * ratios, rates)
+        if group["bias_correction"] == "after":
+            step = torch.stack(steps).double()
+            rates = (rates * (1 - beta2**step).sqrt() / (1 - beta1**step)).to(rates.dtype)
+        torch._foreach_addcmul_(part.weights, directions, list(rates.unbind()), value=-1)
+
+
+def _directions(group: dict[str, Any], part: Part) -> list[Tensor]:
+    """Every u, and the moments moved on, by torch's fused AdamW, which at η = −1 and a decay of λ − 1 makes w to u.
+
+    Where u has no bias correction, it is told that infinitely many steps were made.
+    """
+    beta1, beta2 = group["betas"]
+    steps = part.state["step"]
+    if group["bias_correction"] is not True:
+        steps = [torch.full_like(step, math.inf) for step in steps]
+    directions = [weights.clone() for weights in part.weights]
+    torch._fused_adamw_(
+        directions, part.gradients, part.state["exp_avg"], part.state["exp_avg_sq"], [], steps, lr=-1.0, beta1=beta1,
+        beta2=beta2, weight_decay=group["weight_decay"] - 1, eps=group["eps"], amsgrad=False,
+        maximize=group["maximize"],
+    )  # fmt: skip
+    return directions

@@ -1,0 +1,163 @@
+"""What LAMB and LARS share: whose step is scaled by the norms of each whole tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainers.optim.kernels import kernels
+from trainers.rundir import Refused
+
+
+@dataclass(slots=True)
+class Part:
+    """Tensors of one group that are updated together: of one device and dtype, as plain, dense, wide tensors.
+
+    Attributes:
+        native: they may go to the C kernel.
+        owners: the parameters.
+        weights: what is updated: of each parameter, or of a copy in at least float32.
+        state: key → of each parameter.
+        copies: (original, copy) of what has to be copied back.
+    """
+
+    native: bool
+    owners: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    state: dict[str, list[Tensor]] = field(default_factory=dict)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def norms(self, tensors: list[Tensor]) -> Tensor:
+        """‖·‖ of each tensor, over all shards where its parameter is a DTensor."""
+        norms = torch._foreach_norm(tensors)
+        return torch.stack([_whole_norm(norm, owner) for norm, owner in zip(norms, self.owners, strict=True)])
+
+
+class Layerwise(Optimizer):
+    """State and updates in at least float32, whatever the parameters are in; a group with ``trust=False`` isn't scaled.
+
+    Args:
+        native: use the C kernel for float32 on the CPU, where it can be built.
+
+    Raises:
+        Refused: in ``step``: a gradient is sparse, or a parameter complex.
+    """
+
+    keeps: tuple[str, ...]
+    """Its state of a parameter, in the parameter's shape; beside it there may be a ``step``."""
+
+    counts = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], native: bool) -> None:
+        super().__init__(
+            params, {**defaults, "trust": True, "fused": True}
+        )  # fused: its steps are counted on the device
+        on_cpu = any(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"])
+        self._native = native and on_cpu and kernels() is not None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update; what ``closure`` returned, where it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for part in self._parts(group):
+                self._update(group, part)
+                for original, copy in part.copies:
+                    original.copy_(copy)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would cast the state to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for key in self.keeps if index in state_dict["state"] else ():
+                self.state[parameter][key] = _zeros(parameter).copy_(state_dict["state"][index][key])
+
+    def _update(self, group: dict[str, Any], part: Part) -> None:
+        raise NotImplementedError
+
+    def _parts(self, group: dict[str, Any]) -> Iterator[Part]:
+        parts: dict[Any, Part] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None or parameter.numel() == 0:
+                continue
+            self._check(parameter)
+            wide = _wide(parameter.dtype)
+            native = self._native and wide == torch.float32 and parameter.is_cpu and not hasattr(parameter, "to_local")
+            part = parts.setdefault((parameter.device, wide, native), Part(native))
+            self._add(parameter, part, wide)
+        yield from parts.values()
+
+    def _add(self, parameter: Tensor, part: Part, wide: torch.dtype) -> None:
+        state = self.state[parameter]
+        if not state:
+            if self.counts:
+                state["step"] = torch.zeros((), device=parameter.device)
+            for key in self.keeps:
+                state[key] = _zeros(parameter)
+        mine = _local(parameter)
+        strides = torch.empty_like(mine).stride() if not mine.is_contiguous() else mine.stride()
+        part.owners.append(parameter)
+        for original, to in (
+            (mine, part.weights),
+            *((_local(state[key]), part.state.setdefault(key, [])) for key in self.keeps),
+        ):
+            to.append(_as(original, strides, wide))
+            if to[-1] is not original:
+                part.copies.append((original, to[-1]))
+        assert parameter.grad is not None
+        part.gradients.append(_as(_local(parameter.grad), strides, wide))
+        if self.counts:
+            part.state.setdefault("step", []).append(state["step"].add_(1))
+
+    def _check(self, parameter: Tensor) -> None:
+        who = type(self).__name__
+        assert parameter.grad is not None
+        if parameter.grad.layout != torch.strided:
+            raise Refused(
+                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse: "
+                "give its nn.Embedding sparse=False, or take optimizer=custom optimizer._target_=torch.optim.SparseAdam"
+            )
+        if parameter.is_complex():
+            raise Refused(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=_wide(parameter.dtype), requires_grad=False)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor as it is."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _as(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor itself where it is so already, else a copy."""
+    if tensor.dtype == dtype and tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
+def _whole_norm(norm: Tensor, owner: Any) -> Tensor:
+    if not hasattr(owner, "to_local"):
+        return norm
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Partial() if placement.is_shard() else Replicate() for placement in owner.placements]
+    return DTensor.from_local(norm.square(), owner.device_mesh, parts, run_check=False).full_tensor().sqrt()

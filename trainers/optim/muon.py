@@ -1,0 +1,90 @@
+"""Muon for the matrices inside of a model and AdamW for all else, both torch's own, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from trainers.rundir import Refused
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon for groups with ``muon=True``, torch's AdamW for the others, at one learning rate.
+
+    Muon's step is scaled to the size of AdamW's, 0.2·√(longer side) (Liu et al. 2025, arXiv:2502.16982), so that one
+    learning rate fits both.
+
+    Args:
+        groups: parameter groups, each with ``muon``, a bool.
+        lr: of both.
+        momentum: Muon's.
+        nesterov: Muon's momentum looks ahead.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: of both.
+
+    Raises:
+        Refused: a parameter of a group with ``muon=True`` isn't a matrix.
+        ValueError: torch's optimizers refuse a number.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        groups = list(groups)
+        for shape in (list(p.shape) for group in groups if group["muon"] for p in group["params"] if p.ndim != 2):
+            raise Refused(f"Muon is for matrices, and a group with muon=True has a parameter of shape {shape}")
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        inner, rest = ([group for group in self.param_groups if group["muon"] is muon] for muon in (True, False))
+        # Each writes the rest of its hyperparameters into the groups, which it shares with this optimizer.
+        self._parts: dict[bool, Optimizer] = {}
+        if inner:
+            self._parts[True] = Muon(inner, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
+        if rest:
+            self._parts[False] = AdamW(rest, lr, betas, eps, weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update; what ``closure`` returned, where it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for muon, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def parted(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """The groups, each with ``muon``: those that don't say so themselves are parted into inner matrices and the rest.
+
+    The matrices of embeddings, and of the last ``nn.Linear`` that the model registers, which is its head as a rule, are
+    AdamW's, as Muon's author advises (https://kellerjordan.github.io/posts/muon/); so is what isn't a matrix.
+    """
+    modules = list(model.modules())
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    head = [module for module in modules if isinstance(module, nn.Linear)][-1:]
+    not_inner = {id(parameter) for module in (*embeddings, *head) for parameter in module.parameters()}
+    found = []
+    for group in groups:
+        if "muon" in group:
+            found.append({**group, "muon": bool(group["muon"])})
+            continue
+        inner = [parameter for parameter in group["params"] if parameter.ndim == 2 and id(parameter) not in not_inner]
+        inside = {id(parameter) for parameter in inner}
+        rest = [parameter for parameter in group["params"] if id(parameter) not in inside]
+        found += [{**group, "params": own, "muon": muon} for muon, own in ((True, inner), (False, rest)) if own]
+    return found
