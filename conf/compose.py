@@ -21,8 +21,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.automatic import choose_optimizer
 from conf.explain import (
     HERE,
+    RECORDED,
     ConfigError,
     choices_of,
     for_shell,
@@ -44,15 +46,35 @@ UNUSED = ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "out
 
 
 def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
+    """The config that ``overrides`` ask for; ``optimizer=auto`` is the optimizer that it chooses.
+
+    Raises:
+        ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
+    """
+    try:
+        return _compose(overrides, config_dir)
+    except _OptimizerIsAutoError:
+        others = [text for text in overrides if parse(text).key_or_group != "optimizer"]
+        if any(text.startswith("run.dir=") for text in others):
+            with suppress(_OptimizerIsAutoError):
+                return _compose(others, config_dir)  # it was chosen when the run began
+        shared = [text for text in others if not text.lstrip("+").startswith("optimizer.")]
+        choice = choose_optimizer(_compose([*shared, "optimizer=sgd"], config_dir), roots_with(config_dir))
+        config = _compose([*others, f"optimizer={choice.name}"], config_dir)
+        return config.model_copy(update={"chosen": {"optimizer": choice.why}})
+
+
+class _OptimizerIsAutoError(Exception):
+    """It can be chosen once the rest is known."""
+
+
+def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> RunConfig:
     """The config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
     Where ``run.dir`` is given and holds a run, its config takes the place of the defaults; with ``run.new`` it may be
     changed, as another run is made of it. Where that run never came to train, a command that says what to train takes
     its place. ``action=evaluate`` takes the config of the run whose weights it is about,
     and whatever else is given on top.
-
-    Raises:
-        ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
     """
     roots = roots_with(config_dir)
     parsed = [parse(text) for text in overrides]
@@ -72,7 +94,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     plain, given = _composed(parsed, roots)
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
         return _going_on(load(its_own), its_own, parsed, roots, another=True)
-    return validated(plain | {"given": sorted(given)})
+    return validated(plain | {"given": sorted(given), "chosen": {}})
 
 
 def _resolved(value: Any) -> str:
@@ -130,7 +152,7 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
     fresh, _ = _composed([*as_stored, *parsed], roots)
     plain = over(fresh, stored, but=("action", "output", "run"))
     try:
-        return validated(plain | {"given": stored["given"]})
+        return validated(plain | {"given": stored["given"], "chosen": stored["chosen"]})
     except ConfigError as error:
         raise ConfigError(f"{file} is damaged: {error}") from None
 
@@ -152,6 +174,8 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
         except (HydraException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(_short(error)) from None
     assert isinstance(plain, dict)
+    if isinstance(optimizer := plain.get("optimizer"), dict) and optimizer.get("name") == "auto":
+        raise _OptimizerIsAutoError
     return plain, given  # type: ignore[return-value]
 
 
@@ -164,7 +188,7 @@ def parse(text: str) -> Override:
     top = override.key_or_group.replace("/", ".").partition(".")[0]
     if top == "hydra":
         raise ConfigError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
-    if top in ("", "given"):
+    if top in ("", *RECORDED):
         raise ConfigError(unknown_key(override.key_or_group or text))
     if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
         return parse(text.replace(f"@{override.package}", "", 1))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from conf.schema import RunConfig
 
 HERE = Path(__file__).parent
+RECORDED = ("given", "chosen")  # of a config, but no keys
 
 # What other launchers call it, where the spelling is too far from ours to be guessed.
 ELSEWHERE = {
@@ -130,7 +131,7 @@ def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
     section, _, last = key.rpartition(".")
     if key.startswith("experiment."):
         return f"an experiment's YAML has to begin with the line '# @package _global_', else it sets {key}"
-    known = sorted(set(keys()) - {"given"})
+    known = sorted(set(keys()) - set(RECORDED))
     if key in known:
         return f"{key} isn't a key of this {section}, which has {', '.join(siblings)}"
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import yaml
 
-from conf.explain import ConfigError, nearest
+from conf.explain import RECORDED, ConfigError, nearest
 from conf.schema import RunConfig
 
 HERE = Path(__file__).parent
@@ -178,7 +178,7 @@ def meanings() -> dict[str, str]:
 
 def annotated(config: RunConfig) -> str:
     """The config as YAML, each key with its comment."""
-    plain = config.model_dump(mode="json", by_alias=True, exclude={"given"})
+    plain = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED))
     said, lines = meanings(), []
     path: list[str] = []
     for line in yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000).splitlines():

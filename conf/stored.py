@@ -46,7 +46,7 @@ def load(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} has format {version!r}, and this Isobatch reads format {FORMAT}; use the one that wrote it"
         )
-    return plain
+    return {"chosen": {}, **plain}
 
 
 def choices(stored: dict[str, Any], but: Collection[str] = OF_THE_MOMENT) -> dict[str, str]:

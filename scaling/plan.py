@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from scaling.geometry import Cut, counted, solve
-from scaling.rules import Recipe, Rule
+from scaling.rules import OutOfRange, Recipe, Rule
 from scaling.schedule import Schedule
 
 
@@ -16,8 +16,8 @@ from scaling.schedule import Schedule
 class Segment:
     """A stretch of the run with one global batch.
 
-    It starts at the first step boundary at or after ``start_sample``; ``rule`` carries the plan's base recipe to
-    ``global_size`` samples.
+    It starts at the first step boundary at or after ``start_sample``. ``rule`` carries to ``global_size`` samples what
+    the recipe is at the first segment's batch; in the first segment, the plan's base recipe.
     """
 
     start_sample: int
@@ -60,7 +60,10 @@ BASE_SOURCES: dict[Source, str] = {
 }
 
 
-class _Stretch(NamedTuple):
+TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # how scale_weight_decay is written
+
+
+class Stage(NamedTuple):
     """A segment as it runs: from which sample and step, with which cut and peak recipe."""
 
     start: int
@@ -116,15 +119,15 @@ class Plan:
                 raise ValueError(f"{name}={number}: has to be at least 1")
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
-        self._stretches  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
+        self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
 
     @cached_property
-    def _stretches(self) -> list[_Stretch]:
-        stretches: list[_Stretch] = []
+    def stages(self) -> list[Stage]:
+        stages: list[Stage] = []
         for segment in self.segments:
             start = first_step = 0
-            if stretches:
-                last = stretches[-1]
+            if stages:
+                last = stages[-1]
                 # None of the last segment's, where one step of the segment before it went past both starts.
                 steps = max(0, -(-(segment.start_sample - last.start) // last.cut.global_size))
                 start, first_step = last.start + steps * last.cut.global_size, last.first_step + steps
@@ -136,12 +139,22 @@ class Plan:
                 granule=self.granule,
                 even=self.even,
             )
-            peak = segment.rule.apply(self.base, segment.global_size / self.base_batch)
-            stretches.append(_Stretch(start, first_step, cut, peak))
-        return stretches
+            stages.append(Stage(start, first_step, cut, self._carried(segment, stages)))
+        return stages
 
-    def _stretch_at(self, sample: int) -> _Stretch:
-        return self._stretches[bisect_right(self._stretches, sample, key=lambda stretch: stretch.start) - 1]
+    def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
+        recipe, batch = (before[0].peak, before[0].cut.global_size) if before else (self.base, self.base_batch)
+        try:
+            return segment.rule.apply(recipe, batch, segment.global_size)
+        except OutOfRange as error:
+            raise ValueError(
+                f"a global batch of {self.size(segment.global_size)}: {error}; the largest at which it holds is "
+                f"{self.size(error.largest)}: use batch.global_size={self.sized(error.largest)}, lr.rule=sqrt, or give "
+                "optimizer.betas for this batch"
+            ) from None
+
+    def _stage_at(self, sample: int) -> Stage:
+        return self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.start) - 1]
 
     def step_at(self, sample: int) -> Step | None:
         """The step that starts at ``sample``; None where the run is over. O(log segments).
@@ -154,34 +167,44 @@ class Plan:
         assert sample >= 0, f"there is no sample {sample}"
         if sample >= self.samples:
             return None
-        stretch = self._stretch_at(sample)
-        steps, inside = divmod(sample - stretch.start, stretch.cut.global_size)
+        stage = self._stage_at(sample)
+        steps, inside = divmod(sample - stage.start, stage.cut.global_size)
         assert inside == 0, f"sample {sample} is {inside} samples inside a step"
         return Step(
-            index=stretch.first_step + steps,
+            index=stage.first_step + steps,
             start=sample,
-            stop=sample + stretch.cut.global_size,
-            expected_units=stretch.cut.global_size * (self.units_per_sample or 1),
-            recipe=replace(stretch.peak, lr=self.schedule.lr(sample, stretch.peak.lr)),
-            cut=stretch.cut,
+            stop=sample + stage.cut.global_size,
+            expected_units=stage.cut.global_size * (self.units_per_sample or 1),
+            recipe=replace(stage.peak, lr=self.schedule.lr(sample, stage.peak.lr)),
+            cut=stage.cut,
         )
 
     @property
     def cut(self) -> Cut:
         """The cut of the first segment."""
-        return self._stretches[0].cut
+        return self.stages[0].cut
 
     @property
     def peak(self) -> Recipe:
         """The recipe at the peak of the first segment."""
-        return self._stretches[0].peak
+        return self.stages[0].peak
+
+    @property
+    def temperature(self) -> float | None:
+        """SGD's noise ηN/(B(1−m)) at the peak, N being the samples of an epoch; None for other optimizers.
+
+        What a rule for SGD holds constant (Smith & Le 2018, arXiv:1710.06451), so two plans can be compared by it.
+        """
+        if self.optimizer.name != "sgd" or self.train_samples is None:
+            return None
+        return self.peak.lr * self.train_samples / (self.cut.global_size * (1 - self.peak.betas[0]))
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
         if self.samples is None:
             return None
-        last = self._stretch_at(max(0, self.samples - 1))
+        last = self._stage_at(max(0, self.samples - 1))
         return last.first_step - (-(self.samples - last.start) // last.cut.global_size)
 
     @property
@@ -189,7 +212,7 @@ class Plan:
         """Samples by which the whole last step exceeds ``samples``."""
         if self.samples is None:
             return None
-        last = self._stretch_at(max(0, self.samples - 1))
+        last = self._stage_at(max(0, self.samples - 1))
         return -(self.samples - last.start) % last.cut.global_size
 
     @property
@@ -220,9 +243,41 @@ class Plan:
     @property
     def lr_why(self) -> str:
         """The derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
-        rule, sizes = self.segments[0].rule, (self.cut.global_size, self.base_batch)
+        rule = self.segments[0].rule
         if self.base_source == "peak":
             return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']})"
-        factor = rule.law.factor.format(ratio="/".join(str(self.sized(size)) for size in sizes), power=rule.power or 0)
+        after, before = self.sized(self.cut.global_size), self.sized(self.base_batch)
+        noise = (rule.noise_scale or 0) * (self.sized(1))
+        numbers = {"ratio": f"{after}/{before}", "after": after, "before": before, "noise": f"{noise:g}"}
+        factor = rule.law.factor.format(**numbers, power=rule.power or 0)
         derived = f"peak {self.peak.lr:.6g} = {self.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
         return f"{derived}; base LR: {BASE_SOURCES[self.base_source]}"
+
+    @property
+    def moves(self) -> list[str]:
+        """What the first segment's rule does to the recipe beside its LR: ``β₁ 0.9 → 0.6 (1 − κ(1 − β))``.
+
+        Parts that were given for this batch, and so stay, are named.
+        """
+        rule, said = self.segments[0].rule, []
+        moves = rule.law.moves | ({"weight_decay": TIMESCALE} if rule.scale_weight_decay else {})
+        for part, how in moves.items():
+            pairs = zip(named(self.base, part), named(self.peak, part), strict=True)
+            changed = ", ".join(f"{name} {was:.6g} → {now:.6g}" for (name, was), (_, now) in pairs if was != now)
+            if part in rule.fixed:
+                changed = (
+                    " and ".join(name for name, _ in named(self.peak, part)) + " given for this batch, so not moved"
+                )
+                how = f"lr.rule={rule.name} would"
+            said += [f"{changed} ({how})"] if changed else []
+        if rule.law.stretches_warmup and self.cut.global_size != self.base_batch:
+            said.append(f"warmup × {self.cut.global_size / self.base_batch:.6g} (as much as the batch)")
+        return said
+
+
+def named(recipe: Recipe, part: str) -> list[tuple[str, float]]:
+    """The numbers of a part of a recipe, by the names that people know them by."""
+    value = getattr(recipe, part)
+    if part == "betas":
+        return list(zip(("momentum",) if len(value) == 1 else ("β₁", "β₂"), value, strict=False))
+    return [] if value is None else [({"eps": "ε", "weight_decay": "weight decay"}[part], value)]

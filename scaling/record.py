@@ -15,6 +15,7 @@ from scaling.plan import Plan
 def to_json(plan: Plan) -> str:
     """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
     fields = asdict(plan)
+    fields["optimizer"] |= {part: getattr(plan.peak, part) for part in ("betas", "eps", "weight_decay")}
     asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
     return json.dumps({**summary(plan), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -24,7 +25,7 @@ def from_json(text: str) -> Plan:
 
     Raises:
         ValueError: not JSON, a field is missing or of the wrong kind, or the summary's numbers aren't those that
-            follow from the fields (the file was edited or damaged).
+            follow from the fields (the file was edited or damaged). What an earlier version didn't write isn't missed.
     """
     try:
         stored = json.loads(text)
@@ -37,7 +38,7 @@ def from_json(text: str) -> Plan:
         raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
-    wrong = [name for name in now if now[name] != was.get(name)]
+    wrong = [name for name in now if name in was and not _agree(was[name], now[name])]
     if wrong:
         raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}: it was edited or damaged")
     return plan
@@ -63,13 +64,36 @@ def summary(plan: Plan) -> dict[str, Any]:
             "factor": None if outright else plan.peak.lr / plan.base.lr,
             "peak": plan.peak.lr,
             "warmup_samples": plan.schedule.warmup_samples if plan.schedule else None,
+            "noise_temperature": plan.temperature,
             "why": plan.lr_why,
+            "moves": plan.moves,
         },
+        "stages": [
+            {
+                "start_sample": stage.start,
+                "first_step": stage.first_step + 1,
+                "global_size": stage.cut.global_size,
+                "per_gpu": stage.cut.per_gpu,
+                "accumulation": stage.cut.accumulation,
+                "micro_batches": stage.cut.micro_batches,
+                "peak": stage.peak.lr,
+            }
+            for stage in plan.stages
+        ],
         "warnings": warnings(plan),
     }
+
+
+def _agree(was: Any, now: Any) -> bool:
+    """Whether two values are the same, as far as the first has keys of the second."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return all(_agree(was[name], now[name]) for name in now if name in was)
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_agree, was, now))
+    return bool(was == now) and type(was) is type(now)
 
 
 def _numbers(text: str) -> dict[str, Any]:
     """A plan's JSON without what only explains it, its floats to the digits that all machines agree on."""
     content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
-    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}
+    return {**content, "warnings": None, "lr": {**content["lr"], "why": None, "moves": None}}

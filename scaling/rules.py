@@ -1,7 +1,7 @@
 """Rules that carry a recipe from the global batch it was tuned at to another one.
 
-Each is a small function of the recipe and κ = B/B₀, the global batch over the batch of the tuning. A rule is a starting
-point, not a promise: none of them transfers everywhere (Shallue et al. 2018).
+Each is a small function of a recipe and a move from batch B₀ to B, with κ = B/B₀. A rule is a starting point, not a
+promise: none of them transfers everywhere (Shallue et al. 2018, arXiv:1811.03600).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 
@@ -31,83 +32,191 @@ class Recipe:
     ema: float | None = None
 
 
+class OutOfRange(ValueError):
+    """A rule doesn't hold at this batch; ``largest`` is the largest at which it does, in samples."""
+
+    def __init__(self, reason: str, largest: int) -> None:
+        super().__init__(reason)
+        self.largest = largest
+
+
+class Move(NamedTuple):
+    """From the batch ``before`` to the batch ``after``, in samples, with a rule's own numbers."""
+
+    before: int
+    after: int
+    power: float
+    noise_scale: float
+
+    @property
+    def kappa(self) -> float:
+        return self.after / self.before
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A rule as data, so that a plan is JSON.
 
-    >>> tuned = Recipe(lr=0.1, betas=(0.9,), eps=None, weight_decay=0.0)
-    >>> Rule("linear").apply(tuned, kappa=4).lr, Rule("power", 0.5).apply(tuned, kappa=4).lr
-    (0.4, 0.2)
+    >>> tuned = Recipe(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    >>> Rule("linear").apply(tuned, 256, 1024).lr, Rule("sde").apply(tuned, 256, 1024).betas
+    (0.4, (0.6, 0.8))
+
+    Attributes:
+        name: of LAWS.
+        power: the exponent α of the laws that have one.
+        noise_scale: B_noise in samples, of the laws that use it.
+        scale_weight_decay: move the weight decay, too, see ``timescale``.
+        fixed: parts of the recipe that were given for this very batch, and stay.
     """
 
     name: str
     power: float | None = None
+    noise_scale: float | None = None
+    scale_weight_decay: bool = False
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in LAWS:
             raise ValueError(f"lr.rule={self.name}: known rules are {', '.join(LAWS)}")
-        if (self.name == "power") is (self.power is None):
-            raise ValueError(f"lr.rule={self.name} with lr.power={self.power}: the rule power, and no other, needs it")
+        for key, value, used in (
+            ("lr.power", self.power, self.law.powers is not None),
+            ("lr.noise_scale", self.noise_scale, self.law.measured),
+        ):
+            if used is (value is None):
+                users = [name for name, law in LAWS.items() if (law.measured if "noise" in key else law.powers)]
+                raise ValueError(
+                    f"lr.rule={self.name} with {key}={value}: {', '.join(users)}, and no other rule, "
+                    f"{'needs' if len(users) == 1 else 'need'} it"
+                )
+        least, most = self.law.powers or (-math.inf, math.inf)
+        if self.power is not None and not least <= self.power <= most:
+            raise ValueError(f"lr.power={self.power:g}: the exponent of lr.rule={self.name} is {least:g} to {most:g}")
 
     @property
     def law(self) -> Law:
         return LAWS[self.name]
 
-    def apply(self, recipe: Recipe, kappa: float) -> Recipe:
-        """The recipe at κ times the batch that ``recipe`` was tuned at.
+    def apply(self, recipe: Recipe, before: int, after: int) -> Recipe:
+        """``recipe``, tuned at a global batch of ``before`` samples, at one of ``after`` samples.
 
         The EMA's half-life is a number of samples, so its decay per step is ρ^κ under every rule (Busbridge et al.
         2023, arXiv:2307.13813).
 
         Raises:
-            ValueError: the LR would be zero or endless.
+            OutOfRange: the rule doesn't hold there.
+            ValueError: it isn't for this optimizer, or the LR would be zero or endless.
         """
+        if before == after:
+            return recipe
+        move = Move(before, after, self.power or 0.0, self.noise_scale or 0.0)
         try:
-            carried = self.law.carry(recipe, kappa, self.power or 0.0)
+            carried = self.law.carry(recipe, move)
+            if self.scale_weight_decay:
+                carried = replace(carried, weight_decay=timescale(recipe, carried.lr, move))
         except OverflowError:
             carried = replace(recipe, lr=math.inf)
+        kept = {name: getattr(recipe, name) for name in self.fixed}
+        carried = replace(carried, **kept)
+        if "betas" not in kept:
+            _refuse_lost_memory(self.name, recipe, carried, move)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
             raise ValueError(
-                f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at {kappa:.4g} × "
-                "its batch; give lr.peak, the LR at this batch, outright"
+                f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at "
+                f"{move.kappa:.4g} × its batch; give lr.peak, the LR at this batch, outright"
             )
-        return carried if recipe.ema is None else replace(carried, ema=recipe.ema**kappa)
+        return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
+
+    def warmup(self, samples: int, before: int, after: int) -> int:
+        """The warmup at ``after`` samples a step, where it was ``samples`` long at ``before``; both in samples."""
+        return round(samples * after / before) if self.law.stretches_warmup else samples
 
 
-def linear(recipe: Recipe, kappa: float, _: float) -> Recipe:
+def linear(recipe: Recipe, move: Move) -> Recipe:
     """η = η₀·κ (Goyal et al. 2017, arXiv:1706.02677)."""
-    return replace(recipe, lr=recipe.lr * kappa)
+    return replace(recipe, lr=recipe.lr * move.kappa)
 
 
-def sqrt(recipe: Recipe, kappa: float, _: float) -> Recipe:
+def sqrt(recipe: Recipe, move: Move) -> Recipe:
     """η = η₀·√κ (Krizhevsky 2014; Hoffer et al. 2017; You et al. 2020)."""
-    return replace(recipe, lr=recipe.lr * math.sqrt(kappa))
+    return replace(recipe, lr=recipe.lr * math.sqrt(move.kappa))
 
 
-def power(recipe: Recipe, kappa: float, exponent: float) -> Recipe:
+def power(recipe: Recipe, move: Move) -> Recipe:
     """η = η₀·κ^α, α being ``lr.power``."""
-    return replace(recipe, lr=recipe.lr * kappa**exponent)
+    return replace(recipe, lr=recipe.lr * move.kappa**move.power)
 
 
-def none(recipe: Recipe, kappa: float, _: float) -> Recipe:
+def sde(recipe: Recipe, move: Move) -> Recipe:
+    """η = η₀·√κ, 1−β = κ(1−β₀) for both, ε = ε₀/√κ (Malladi et al. 2022, arXiv:2205.10287).
+
+    Holds while κ(1−β₀) < 1 for both, and while noise dominates the gradient. A β of 0 has no memory to move.
+    """
+    kappa, root = Fraction(move.after, move.before), math.sqrt(move.kappa)
+    betas = tuple(float(1 - kappa * (1 - _exact(beta))) if beta else 0.0 for beta in recipe.betas)
+    eps = None if recipe.eps is None else recipe.eps / root
+    return replace(recipe, lr=recipe.lr * root, betas=betas, eps=eps)
+
+
+def half_life(recipe: Recipe, move: Move) -> Recipe:
+    """β = β₀^κ, so that each moment's half-life stays the same number of samples (Marek et al. 2025).
+
+    η = η₀·κ^α with α = ½ unless ``lr.power`` says otherwise is our choice: the source tunes η.
+    """
+    betas = tuple(beta**move.kappa for beta in recipe.betas)
+    return replace(recipe, lr=recipe.lr * move.kappa**move.power, betas=betas)
+
+
+def noise(recipe: Recipe, move: Move) -> Recipe:
+    """η = η_max / (1 + B_noise/B)^α, so η = η₀ ((1 + B_noise/B₀)/(1 + B_noise/B))^α (McCandlish et al. 2018).
+
+    α is 1 for SGD, ½ to 1 for Adam (arXiv:1812.06162, section 2.2 and appendix E).
+    """
+    gain = (1 + move.noise_scale / move.before) / (1 + move.noise_scale / move.after)
+    return replace(recipe, lr=recipe.lr * gain**move.power)
+
+
+def surge(recipe: Recipe, move: Move) -> Recipe:
+    """η = η_max / ½(√(B_noise/B) + √(B/B_noise)), highest at B = B_noise (Adam; Li et al. 2024, arXiv:2405.14578)."""
+
+    def divisor(batch: int) -> float:
+        return math.sqrt(move.noise_scale / batch) + math.sqrt(batch / move.noise_scale)
+
+    return replace(recipe, lr=recipe.lr * divisor(move.before) / divisor(move.after))
+
+
+def none(recipe: Recipe, move: Move) -> Recipe:
     """η = η₀."""
     return recipe
+
+
+def timescale(recipe: Recipe, lr: float, move: Move) -> float | None:
+    """λ = λ₀·κ·η₀/η: decoupled weight decay forgets over B/(ηλ) samples, and that stays (Bergsma et al. 2025)."""
+    return None if recipe.weight_decay is None else recipe.weight_decay * move.kappa * recipe.lr / lr
 
 
 class Law(NamedTuple):
     """A rule's function with what the plan says about it.
 
     Attributes:
-        factor: how the factor is written, from B/B₀ and the exponent.
+        factor: how the LR's factor is written, from B/B₀, the exponent and the noise scale.
+        moves: what else of the recipe it moves, and how that is written.
+        powers: the least and largest exponent; None where it has none. ``usual_power``: by the optimizer's family.
+        measured: it uses the noise scale.
+        stretches_warmup: the warmup is κ times as many samples.
         kappa_tested: the largest κ at which its source saw it hold; infinite where nothing is claimed.
         batch_tested: likewise the largest global batch, in samples.
         beyond: what was seen, or isn't known, beyond that.
     """
 
-    carry: Callable[[Recipe, float, float], Recipe]
+    carry: Callable[[Recipe, Move], Recipe]
     factor: str
     source: str
+    moves: dict[str, str] = {}  # noqa: RUF012  read only
+    powers: tuple[float, float] | None = None
+    usual_power: dict[str, float] = {}  # noqa: RUF012  likewise
+    measured: bool = False
+    stretches_warmup: bool = False
     kappa_tested: float = math.inf
     batch_tested: float = math.inf
     beyond: str = ""
@@ -130,11 +239,88 @@ LAWS = {
         batch_tested=32768,
         beyond="LAMB's recipes use it from 512 to 32768, with a longer warmup at each doubling",
     ),
-    "power": Law(power, "({ratio})^{power:g}", "an exponent of your own, lr.power"),
+    "legw": Law(
+        sqrt,
+        "√({ratio})",
+        "You et al. 2019: linear-epoch gradual warmup",
+        stretches_warmup=True,
+        batch_tested=32768,
+        beyond="its source goes to 32768 on ImageNet",
+    ),
+    "power": Law(power, "({ratio})^{power:g}", "an exponent of your own, lr.power", powers=(-math.inf, math.inf)),
+    "sde": Law(
+        sde,
+        "√({ratio})",
+        "Malladi et al. 2022",
+        moves={"betas": "1 − κ(1 − β)", "eps": "ε/√κ"},
+    ),
+    "half-life": Law(
+        half_life,
+        "({ratio})^{power:g}",
+        "betas: Marek et al. 2025; the LR's exponent is our choice",
+        moves={"betas": "β^κ, the same half-life in samples"},
+        powers=(-math.inf, math.inf),
+        usual_power={"sgd": 0.5, "adam": 0.5},
+    ),
+    "noise": Law(
+        noise,
+        "((1 + {noise}/{before})/(1 + {noise}/{after}))^{power:g}",
+        "McCandlish et al. 2018",
+        powers=(0.5, 1.0),
+        usual_power={"sgd": 1.0, "adam": 0.5},
+        measured=True,
+    ),
+    "surge": Law(
+        surge,
+        "(√({noise}/{before}) + √({before}/{noise}))/(√({noise}/{after}) + √({after}/{noise}))",
+        "Li et al. 2024",
+        measured=True,
+    ),
     "none": Law(none, "1", "the LR isn't scaled"),
 }
 
 
-def automatic(family: str | None) -> Rule:
+def automatic(family: str | None) -> str:
     """``lr.rule=auto``: linear for the SGD family, sqrt for all others."""
-    return Rule("linear" if family == "sgd" else "sqrt")
+    return "linear" if family == "sgd" else "sqrt"
+
+
+def make_rule(
+    name: str,
+    family: str,
+    *,
+    power: float | None = None,
+    noise_scale: float | None = None,
+    scale_weight_decay: bool = False,
+    fixed: tuple[str, ...] = (),
+) -> Rule:
+    """The rule ``name``, or the automatic one, with its usual exponent for the optimizer's ``family`` if none is given.
+
+    Raises:
+        ValueError: no such rule, or numbers that don't go with it.
+    """
+    name = automatic(family) if name == "auto" else name
+    law = LAWS.get(name)
+    usual = law.usual_power.get(family) if law else None
+    return Rule(name, usual if power is None else power, noise_scale, scale_weight_decay, fixed)
+
+
+def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) -> None:
+    """Raises where a rule would move betas that aren't known, or to below 0."""
+    law = LAWS[name]
+    if "betas" in law.moves and len(recipe.betas) < (2 if name == "sde" else 1):
+        needs = "two betas, as adamw's and lamb's" if name == "sde" else "betas or a momentum that the plan knows"
+        raise ValueError(f"lr.rule={name} moves {needs}, which this optimizer hasn't: use lr.rule=sqrt or linear")
+    if all(beta > 0 or was == 0 for beta, was in zip(carried.betas, recipe.betas, strict=True)):
+        return
+    shortest = min(beta for beta in recipe.betas if beta)
+    raise OutOfRange(
+        f"lr.rule={name} doesn't hold at {move.kappa:.6g} × the batch of the tuning, as 1 − β would become "
+        f"{move.kappa:.6g} × (1 − {shortest:g}), which isn't below 1",
+        largest=math.ceil(move.before / (1 - _exact(shortest))) - 1,
+    )
+
+
+def _exact(beta: float) -> Fraction:
+    """A float as it was written: 10 × (1 − 0.9) is 1, and not a hair below."""
+    return Fraction(repr(beta))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,8 @@ class Schedule:
         exponent: of ``polynomial``.
         milestones: samples at which ``step`` multiplies the LR by ``gamma``.
         cooldown_samples: length of the falling part of ``wsd``.
+        held_until: sample of the last of the larger batches that stand in for the decay; 0: none do. Until it the LR
+            stays at the peak, from there on it falls as the decay does.
     """
 
     samples: int
@@ -32,6 +35,7 @@ class Schedule:
     milestones: tuple[int, ...]
     gamma: float
     cooldown_samples: int
+    held_until: int = 0
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -56,7 +60,18 @@ class Schedule:
         """LR at ``sample`` of a run whose peak LR is ``peak``."""
         if sample < self.warmup_samples:
             return self.warmup_from + (peak - self.warmup_from) * sample / self.warmup_samples
-        return peak * DECAYS[self.decay](self, sample)
+        if sample < self.held_until:
+            return peak
+        return peak * self.decayed(sample) / (self.decayed(self.held_until) if self.held_until else 1.0)
+
+    def decayed(self, sample: int) -> float:
+        """What the decay leaves of the peak at ``sample``, the warmup being over."""
+        return DECAYS[self.decay](self, sample)
+
+    def falls_to(self, share: float) -> int | None:
+        """The first sample after the warmup at which at most ``share`` of the peak is left, if there is one."""
+        there = bisect_left(range(self.samples), True, self.warmup_samples, key=lambda s: self.decayed(s) <= share)
+        return there if there < self.samples else None
 
     def _falling(self, sample: int, start: int) -> float:
         """Progress in [0, 1] of a fall that starts at ``start`` and ends with the run."""

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from scaling.advice import warnings
 from scaling.geometry import counted
+from scaling.plan import named
 
 if TYPE_CHECKING:
-    from scaling.plan import Plan
+    from scaling.geometry import Cut
+    from scaling.plan import Plan, Stage
 
 WIDTH = 110
 LABEL = 15
@@ -39,28 +41,41 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    yield "global batch", _batch(plan)
-    for segment in plan.segments[1:]:
-        yield "", f"from sample {segment.start_sample:,}: {plan.size(segment.global_size)}"
+    yield "global batch", _batch(plan, plan.cut)
     if not plan.cut.even:
         yield "micro-batches", _micro_batches(plan)
+    for number, stage in enumerate(plan.stages[1:]):
+        yield "" if number else "then", _stage(plan, stage)
     yield "duration", _duration(plan)
-    yield "optimizer", f"{plan.optimizer.name} ({plan.optimizer.why}){_recipe(plan)}"
+    chosen, _, why = plan.optimizer.why.partition(": ")
+    yield "optimizer", f"{plan.optimizer.name} ({chosen}){_recipe(plan)}"
+    if why:
+        yield "", why
     yield "learning rate", plan.lr_why
+    if moves := plan.moves:
+        yield "recipe", "; ".join(moves)
     yield "schedule", _schedule(plan)
+    if (noise := plan.temperature) is not None:
+        yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak (Smith & Le 2018)"
     if plan.peak.ema is not None:
         yield "weights' EMA", _ema(plan)
     yield "seed", str(plan.seed)
 
 
-def _batch(plan: Plan) -> str:
-    cut = plan.cut
+def _batch(plan: Plan, cut: Cut) -> str:
     largest = cut.micro_batches[0][0]
     most = f" (of at most {plan.sized(cut.per_gpu):,})" if cut.per_gpu > largest else ""
     dealt = f"{counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
     of_samples = f" ({counted(cut.global_size, 'sample')})" if plan.unit == "tokens" else ""
     equals = "=" if cut.even else "≤"
     return f"{plan.size(cut.global_size)}{of_samples} {equals} {plan.sized(largest):,}{most} per GPU × {dealt}"
+
+
+def _stage(plan: Plan, stage: Stage) -> str:
+    return (
+        f"from sample {stage.start:,}, step {stage.first_step + 1:,}: {_batch(plan, stage.cut)}, "
+        f"peak LR {stage.peak.lr:.6g}"
+    )
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -78,11 +93,12 @@ def _duration(plan: Plan) -> str:
 
 
 def _recipe(plan: Plan) -> str:
-    recipe = plan.base
-    names = ("momentum",) if len(recipe.betas) == 1 else ("β₁", "β₂")
-    parts = [f"{name} {beta:g}" for name, beta in zip(names, recipe.betas, strict=False)]
-    parts += [f"ε {recipe.eps:g}"] if recipe.eps is not None else []
-    parts += [f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay is not None else []
+    fixed = plan.segments[0].rule.fixed
+    parts = [
+        f"{name} {value:.6g}{' (given)' * (part in fixed)}"
+        for part in ("betas", "eps", "weight_decay")
+        for name, value in named(plan.peak, part)
+    ]
     return "".join(f", {part}" for part in parts)
 
 
@@ -97,7 +113,9 @@ def _schedule(plan: Plan) -> str:
     schedule = plan.schedule
     if schedule is None:
         return "unknown until the data is opened"
-    warmup = "no warmup"
+    warmup, held = "no warmup", ""
+    if schedule.held_until:
+        held = f", then constant to sample {schedule.held_until:,}, the batch growing in place of the decay"
     if schedule.warmup_samples:
         share = schedule.warmup_samples / schedule.samples
         warmup = (
@@ -110,4 +128,4 @@ def _schedule(plan: Plan) -> str:
         "constant": "constant",
         "wsd": f"constant, and linear decay to {end} over the last {plan.size(schedule.cooldown_samples)}",
     }
-    return f"{warmup}, then {falls.get(schedule.decay, f'{schedule.decay} decay to {end}')}"
+    return f"{warmup}{held}, then {falls.get(schedule.decay, f'{schedule.decay} decay to {end}')}"

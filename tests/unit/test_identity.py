@@ -12,11 +12,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose
-from conf.explain import ConfigError, keys, sections, validated
+from conf.explain import HERE, ConfigError, choices_of, keys, sections, validated
 from conf.identity import first_free, identity, run_directory, science
 from conf.schema import RunConfig
 from conf.stored import dump, extends, lengthened, run_of
 from conf.sweep import _folder, expand, sweep_directories
+
+
+def optimizer_yaml(choice: str) -> dict[str, Any]:
+    """The keys of an optimizer, with their defaults."""
+    content: dict[str, Any] = yaml.safe_load((HERE / "optimizer" / f"{choice}.yaml").read_text())
+    return content
+
 
 # Of every key another value than its default, so that a key which is new has to be thought of here.
 OTHER_SCIENCE: dict[str, Any] = {
@@ -28,6 +35,8 @@ OTHER_SCIENCE: dict[str, Any] = {
     "batch.global_size": 127,
     "batch.unit": "tokens",
     "batch.even": True,
+    "batch.schedule": "0sa:32 10ep:64",
+    "lr.scale_weight_decay": True,
     "lr.base": 0.5,
     "lr.base_batch": 8,
     "lr.rule": "sqrt",
@@ -81,6 +90,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "run.name": "other",
     "run.new": True,
     "plan.open_data": True,
+    "chosen": {"optimizer": "because"},
     "engine.config": {"bucket_cap_mb": 1},
     "cluster.nodes": 2,
     "cluster.gpus_per_node": 2,
@@ -95,19 +105,17 @@ OF_SLURM = {
     "dependency": "afterok:1", "mail": "me@example.org", "setup": "['module load a']", "extra": "['--exclusive']",
     "max_requeues": 1, "max_parallel": 2, "dry_run": "true",
 }  # fmt: skip
+ONLY_WITH_ANOTHER = {
+    "model.args", "data.args", "data.val_args", "lr.power", "lr.noise_scale", "batchnorm.ghost_size", "output",
+    "cluster.rendezvous",
+}  # fmt: skip
+OPTIMIZERS = [name for name in choices_of("optimizer") if name not in ("auto", "custom")]
+OF_OPTIMIZERS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}
 TRIED_ELSEWHERE = {
     *(f"cluster.{name}" for name in OF_SLURM),
-    *(
-        "model.args",
-        "lr.power",
-        "output",
-        "cluster.rendezvous",
-        "data.args",
-        "data.val_args",
-        "batchnorm.ghost_size",
-    ),  # only with another key
-    *("optimizer.name", "optimizer._target_", "optimizer.betas", "optimizer.eps", "engine.name", "cluster.name"),
-    *("optimizer.usual.lr", "optimizer.usual.batch"),
+    *ONLY_WITH_ANOTHER,
+    *OF_OPTIMIZERS,
+    *("optimizer._target_", "engine.name", "cluster.name", "optimizer.usual.lr", "optimizer.usual.batch"),
 }
 
 
@@ -139,6 +147,19 @@ def test_a_run_on_slurm_is_the_same_run(default: RunConfig) -> None:
 @pytest.mark.parametrize("key", OTHER_SCIENCE)
 def test_science_makes_another_run(default: RunConfig, key: str) -> None:
     assert identity(changed(default, key, OTHER_SCIENCE[key])) != identity(default)
+
+
+@pytest.mark.parametrize("choice", OPTIMIZERS)
+def test_every_key_of_an_optimizer_is_science(choice: str) -> None:
+    config = compose([f"optimizer={choice}"])
+    other = {
+        bool: lambda value: not value,
+        float: lambda value: (value or 1) / 2,
+        list: lambda values: [*values[:-1], values[-1] / 2],
+    }
+    for name, value in optimizer_yaml(choice).items():
+        if type(value) in other:
+            assert identity(changed(config, f"optimizer.{name}", other[type(value)](value))) != identity(config), name
 
 
 @pytest.mark.parametrize("key", OTHER_HOUSEKEEPING)

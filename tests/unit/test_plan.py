@@ -294,11 +294,10 @@ WHOLE = make(
     base_batch=16,
 )
 JUNK = [None, "x", True, -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}]
-TEXTS = ("warnings", "why")  # they only explain
 
 
 def numbers(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "warnings": None, "lr": {**content["lr"], "why": None}}
+    return {**content, "warnings": None, "lr": {**content["lr"], "why": None, "moves": None}}
 
 
 @given(st.sampled_from(list(places(json.loads(to_json(WHOLE))))), st.sampled_from(["remove", *JUNK]))
@@ -318,9 +317,8 @@ def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | i
         assert "plan" in plan
         assert "\n" not in plan
         return
-    if path[0] in TEXTS or path[-1] in TEXTS:
-        assert replace(plan, optimizer=WHOLE.optimizer) == WHOLE
-        return
+    if replace(plan, optimizer=WHOLE.optimizer) == WHOLE:
+        return  # it only explains, or is as an earlier version wrote it
     assert numbers(json.loads(to_json(plan))) == numbers(content)
     another_kind = type(junk) is not type(before) and (type(before), type(junk)) != (float, int)
     left_out = junk == "remove" and isinstance(path[-1], int)  # of a list: another plan, but a plan
@@ -383,7 +381,7 @@ def test_no_length_is_zero(name: str) -> None:
 def test_a_plan_of_100_000_ranks_is_as_small_as_one_of_two() -> None:
     large = make(10**12, world=100_000, batches=((0, 10**6 + 1),), per_gpu=3)
     assert large.cut.accumulation == 4
-    assert len(to_json(large)) < 4000
+    assert len(to_json(large)) < 5000
     assert len(table(large).splitlines()) < 30
     assert large.steps == -(-(10**12) // (10**6 + 1))
     last = large.step_at((large.steps - 1) * (10**6 + 1))

@@ -252,7 +252,9 @@ def test_the_derivation_of_the_peak() -> None:
         "factor": 4.0,
         "peak": 0.4,
         "warmup_samples": 500,
+        "noise_temperature": pytest.approx(0.4 * 1000 / (1024 * 0.1)),
         "why": plan.lr_why,
+        "moves": [],
     }
 
 
@@ -360,8 +362,14 @@ def test_the_schedule_is_the_configs_in_samples() -> None:
 
 
 def test_the_optimizer_and_why() -> None:
-    assert json.loads(to_json(plan_of()))["optimizer"] == {"name": "sgd", "why": "the default"}
-    assert json.loads(to_json(plan_of("optimizer=adamw")))["optimizer"] == {"name": "adamw", "why": "given"}
+    assert json.loads(to_json(plan_of()))["optimizer"] == {
+        "name": "sgd",
+        "why": "the default",
+        "betas": [0.9],
+        "eps": None,
+        "weight_decay": 0.0001,
+    }
+    assert json.loads(to_json(plan_of("optimizer=adamw")))["optimizer"]["why"] == "given"
     plan = plan_of("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-6", "optimizer.weight_decay=0.3")
     assert (plan.peak.betas, plan.peak.eps, plan.peak.weight_decay) == ((0.8, 0.9), 1e-6, 0.3)
 
@@ -375,7 +383,10 @@ def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
     assert said["micro_batches"] == [[15, 2], [14, 7]]
     named = ("global_size", "per_gpu", "accumulation", "world_size", "steps", "samples", "epochs", "unit")
     assert [said[name] for name in named] == [128, 20, 3, 3, 79, 10_000, 10.0, "samples"]
-    assert said["segments"] == [{"start_sample": 0, "global_size": 128, "rule": {"name": "linear", "power": None}}]
+    (segment,) = said["segments"]
+    assert (segment["start_sample"], segment["global_size"], segment["rule"]["name"]) == (0, 128, "linear")
+    (stage,) = said["stages"]
+    assert [stage[name] for name in ("first_step", "global_size", "per_gpu", "accumulation")] == [1, 128, 20, 3]
     assert said["units_per_sample"] is None
     assert said["identity"] == plan.identity
     assert isinstance(said["warnings"], list)

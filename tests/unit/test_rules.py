@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.rules import LAWS, Recipe, Rule, automatic
+from scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
 
 quick = settings(max_examples=50, deadline=None)
-kappas = st.floats(1e-3, 1e5)
+batches = st.integers(1, 100_000)
 SGD = Recipe(lr=0.1, betas=(0.9,), eps=None, weight_decay=1e-4)
 ADAM = Recipe(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, ema=0.999)
+OWN: dict[str, dict[str, Any]] = {
+    "power": {"power": 0.7}, "half-life": {"power": 0.5}, "noise": {"power": 1.0, "noise_scale": 500.0},
+    "surge": {"noise_scale": 500.0},
+}  # fmt: skip
+BY_BETAS = ("sde", "half-life")
 
 
-def rule(name: str, exponent: float = 0.7) -> Rule:
-    return Rule(name, exponent if name == "power" else None)
+def rule(name: str, **own: Any) -> Rule:
+    return Rule(name, **{**OWN.get(name, {}), **own})
 
 
 @pytest.mark.parametrize(
@@ -28,79 +35,158 @@ def rule(name: str, exponent: float = 0.7) -> Rule:
         (Rule("linear"), 0.1, 64, 256, 0.025),
         (Rule("sqrt"), 6.25e-4, 32768, 512, 5e-3),  # LAMB's BERT
         (Rule("sqrt"), 0.1, 64, 256, 0.05),
+        (Rule("legw"), 0.1, 4096, 256, 0.4),
         (Rule("power", 0.75), 0.1, 4096, 256, 0.8),
         (Rule("power", -0.5), 0.1, 1024, 256, 0.05),
         (Rule("power", 0.0), 0.1, 1024, 256, 0.1),
+        (Rule("half-life", 0.5), 0.1, 1024, 256, 0.2),
+        (Rule("half-life", 0.0), 0.1, 1024, 256, 0.1),
+        (Rule("noise", 1.0, 1000.0), 0.1, 1000, 250, 0.25),  # η_max = 0.5, half of it at B = B_noise
+        (Rule("noise", 0.5, 1000.0), 0.1, 1000, 250, 0.1 * math.sqrt(2.5)),
+        (Rule("surge", None, 1000.0), 0.1, 1000, 250, 0.125),  # ½(√4 + √¼) = 1.25 below the top, which is at B_noise
+        (Rule("surge", None, 1000.0), 0.1, 4000, 250, 0.1),  # as far above it as below
         (Rule("none"), 0.1, 1024, 256, 0.1),
     ],
 )
 def test_the_peak_by_hand(rule: Rule, base: float, batch: int, base_batch: int, peak: float) -> None:
     tuned = Recipe(lr=base, betas=(0.9,), eps=None, weight_decay=None)
-    assert rule.apply(tuned, batch / base_batch).lr == pytest.approx(peak, rel=1e-12)
+    assert rule.apply(tuned, base_batch, batch).lr == pytest.approx(peak, rel=1e-12)
+
+
+def test_the_sde_rule_by_hand() -> None:
+    """Malladi et al.'s: √κ, 1 − κ(1 − β), ε/√κ."""
+    tuned = Recipe(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    assert rule("sde").apply(tuned, 64, 256) == Recipe(lr=2e-3, betas=(0.6, 0.96), eps=5e-9, weight_decay=0.1)
+    smaller = rule("sde").apply(tuned, 64, 16)
+    assert smaller.betas == (0.975, 0.9975)
+    assert smaller.eps == pytest.approx(2e-8)
+
+
+@pytest.mark.parametrize(("beta", "before", "largest"), [(0.9, 256, 2559), (0.95, 4, 79), (0.5, 10, 19), (0.1, 10, 11)])
+def test_the_sde_rule_names_the_largest_batch_at_which_it_holds(beta: float, before: int, largest: int) -> None:
+    tuned = replace(ADAM, betas=(beta, 0.999))
+    assert min(rule("sde").apply(tuned, before, largest).betas) > 0
+    with pytest.raises(OutOfRange, match=rf"1 − {beta:g}\), which isn't below 1") as refusal:
+        rule("sde").apply(tuned, before, largest + 1)
+    assert refusal.value.largest == largest
+
+
+def test_a_half_life_stays_the_same_number_of_samples() -> None:
+    for batch in (1, 16, 4096):
+        carried = rule("half-life").apply(ADAM, 256, batch)
+        for beta, was in zip(carried.betas, ADAM.betas, strict=True):
+            assert batch / math.log2(beta) == pytest.approx(256 / math.log2(was))
 
 
 @pytest.mark.parametrize("name", LAWS)
-@given(kappa=kappas, recipe=st.sampled_from([SGD, ADAM]))
+@given(before=batches, after=batches, recipe=st.sampled_from([SGD, ADAM]))
 @quick
-def test_a_rule_moves_the_lr_and_the_ema_and_nothing_at_the_tuned_batch(
-    name: str, kappa: float, recipe: Recipe
+def test_a_rule_moves_what_it_speaks_of_and_nothing_at_the_tuned_batch(
+    name: str, before: int, after: int, recipe: Recipe
 ) -> None:
-    carried = rule(name).apply(recipe, kappa)
+    assert rule(name).apply(recipe, before, before) == recipe
+    if name in BY_BETAS:
+        return
+    carried = rule(name).apply(recipe, before, after)
     assert (carried.betas, carried.eps, carried.weight_decay) == (recipe.betas, recipe.eps, recipe.weight_decay)
-    assert carried.ema == (None if recipe.ema is None else recipe.ema**kappa)
-    assert rule(name).apply(recipe, 1.0) == recipe
+    assert carried.ema == (None if recipe.ema is None else recipe.ema ** (after / before))
 
 
-@given(kappas, kappas)
+@given(batches, batches, batches)
 @quick
-def test_two_moves_are_one(first: float, second: float) -> None:
+def test_two_moves_are_one(first: int, second: int, third: int) -> None:
     for name in LAWS:
-        once, twice = rule(name).apply(SGD, first * second), rule(name).apply(rule(name).apply(SGD, first), second)
-        assert once.lr == pytest.approx(twice.lr, rel=1e-9)
-
-
-@given(kappas)
-@quick
-def test_power_contains_linear_sqrt_and_none(kappa: float) -> None:
-    for exponent, name in ((1.0, "linear"), (0.5, "sqrt"), (0.0, "none")):
-        assert Rule("power", exponent).apply(SGD, kappa).lr == pytest.approx(Rule(name).apply(SGD, kappa).lr, rel=1e-12)
-
-
-def test_auto_is_linear_for_sgd_and_sqrt_for_the_rest() -> None:
-    assert automatic("sgd") == Rule("linear")
-    assert automatic("adam") == Rule("sqrt")
-    assert automatic(None) == Rule("sqrt")
-
-
-def test_an_unknown_rule_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"lr\.rule=cubic: known rules are linear, sqrt, power, none"):
-        Rule("cubic")
-
-
-@pytest.mark.parametrize(("name", "exponent"), [("power", None), ("linear", 0.5), ("none", 0.0)])
-def test_power_and_no_other_has_an_exponent(name: str, exponent: float | None) -> None:
-    with pytest.raises(ValueError, match=f"lr.rule={name} with lr.power={exponent}"):
-        Rule(name, exponent)
+        if name != "sde":
+            once = rule(name).apply(SGD, first, third)
+            twice = rule(name).apply(rule(name).apply(SGD, first, second), second, third)
+            assert once.lr == pytest.approx(twice.lr, rel=1e-9)
+            assert once.betas == pytest.approx(twice.betas, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("rule", "lr", "kappa", "found"),
+    ("name", "kappa", "decay"), [("sqrt", 4, 0.02), ("none", 4, 0.04), ("linear", 4, 0.01), ("sde", 4, 0.02)]
+)
+def test_weight_decay_keeps_its_timescale_where_that_is_asked_for(name: str, kappa: int, decay: float) -> None:
+    """λ ∝ √B where η ∝ √B, λ ∝ B at a fixed η: B/(ηλ) stays (Bergsma et al. 2025)."""
+    scaled = rule(name, scale_weight_decay=True).apply(ADAM, 256, 256 * kappa)
+    assert scaled.weight_decay == pytest.approx(decay)
+    assert scaled.lr * decay / kappa == pytest.approx(ADAM.lr * 0.01)
+    assert rule(name).apply(ADAM, 256, 256 * kappa).weight_decay == 0.01
+
+
+def test_what_was_given_for_this_batch_stays() -> None:
+    carried = rule("sde", fixed=("betas",)).apply(ADAM, 256, 256 * 100)  # beyond where its betas could go
+    assert (carried.betas, carried.lr, carried.eps) == (ADAM.betas, 0.01, 1e-9)
+    both = rule("sde", fixed=("eps", "weight_decay"), scale_weight_decay=True).apply(ADAM, 256, 1024)
+    assert (both.eps, both.weight_decay) == (ADAM.eps, ADAM.weight_decay)
+    assert both.betas != ADAM.betas
+
+
+@pytest.mark.parametrize(("name", "betas"), [("sde", (0.9,)), ("sde", ()), ("half-life", ())])
+def test_a_rule_of_betas_wants_some(name: str, betas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"lr\.rule={name} moves .*, which this optimizer hasn't"):
+        rule(name).apply(replace(ADAM, betas=betas), 256, 512)
+
+
+def test_a_moment_without_memory_gets_none() -> None:
+    none = replace(ADAM, betas=(0.0, 0.99))
+    assert rule("sde").apply(none, 64, 256).betas == (0.0, 0.96)
+    assert rule("half-life").apply(none, 64, 256).betas[0] == 0.0
+
+
+def test_warmup_is_stretched_by_one_rule() -> None:
+    assert rule("legw").warmup(1000, 256, 1024) == 4000
+    assert {rule(name).warmup(1000, 256, 1024) for name in LAWS if name != "legw"} == {1000}
+
+
+def test_power_of_one_is_linear_and_of_a_half_is_sqrt() -> None:
+    for name, exponent in (("linear", 1.0), ("sqrt", 0.5), ("none", 0.0)):
+        assert Rule("power", exponent).apply(SGD, 7, 99).lr == pytest.approx(Rule(name).apply(SGD, 7, 99).lr, rel=1e-12)
+
+
+def test_auto_is_linear_for_sgd_and_sqrt_for_the_rest() -> None:
+    assert make_rule("auto", "sgd") == Rule("linear")
+    assert make_rule("auto", "adam") == Rule("sqrt")
+    assert make_rule("noise", "sgd", noise_scale=9.0).power == 1.0
+    assert make_rule("noise", "adam", noise_scale=9.0).power == 0.5
+    assert make_rule("half-life", "adam", power=0.25).power == 0.25
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr\.rule=cubic: known rules are linear, sqrt, legw, power, sde"):
+        Rule("cubic")
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "says"),
     [
-        (Rule("power", 1e5), 0.1, 4.0, "inf"),  # Python's ** overflows by an exception,
-        (Rule("linear"), 1e308, 32.0, "inf"),  # its product doesn't
-        (Rule("power", 1e5), 0.1, 0.5, "0"),
-        (Rule("linear"), math.nan, 2.0, "nan"),
+        ("power", {}, "lr.power=None: power, half-life, noise, and no other rule, need it"),
+        ("linear", {"power": 0.5}, "lr.power=0.5: power, half-life, noise, and no other rule, need it"),
+        ("noise", {"power": 1.0}, "lr.noise_scale=None: noise, surge, and no other rule, need it"),
+        ("sqrt", {"noise_scale": 5.0}, "lr.noise_scale=5.0: noise, surge, and no other"),
+        ("noise", {"power": 2.0, "noise_scale": 5.0}, "lr.power=2: the exponent of lr.rule=noise is 0.5 to 1"),
     ],
 )
-def test_an_lr_of_zero_or_without_end_is_refused(rule: Rule, lr: float, kappa: float, found: str) -> None:
+def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  (looked at below)
+        Rule(name, **own)
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "base", "before", "after", "found"),
+    [
+        (Rule("power", 1e5), 0.1, 1, 4, "inf"),  # Python's ** overflows by an exception,
+        (Rule("linear"), 1e308, 1, 32, "inf"),  # its product doesn't
+        (Rule("power", 1e5), 0.1, 2, 1, "0"),
+        (Rule("linear"), math.nan, 1, 2, "nan"),
+    ],
+)
+def test_a_rule_that_leads_nowhere_is_refused(rule: Rule, base: float, before: int, after: int, found: str) -> None:
     with pytest.raises(ValueError, match=rf"lr\.rule={rule.name}.* into {found} at .*lr\.peak"):
-        rule.apply(Recipe(lr=lr, betas=(), eps=None, weight_decay=None), kappa)
+        rule.apply(replace(SGD, lr=base), before, after)
 
 
-def test_what_is_claimed_of_a_rule_has_a_source_and_a_limit() -> None:
+def test_tested_ranges_are_those_of_the_sources() -> None:
     assert LAWS["linear"].batch_tested == LAWS["linear"].kappa_tested * 256 == 8192
     assert LAWS["sqrt"].batch_tested == LAWS["sqrt"].kappa_tested * 512 == 32768
-    for law in LAWS.values():
-        assert law.source
-        assert bool(law.beyond) is (law.kappa_tested < math.inf)
-        assert law.factor.format(ratio="4/2", power=0.5)

@@ -47,6 +47,7 @@ def test_one_worker() -> None:
         optimizer      sgd (the default), momentum 0.9, weight decay 0.0001
         learning rate  peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)
         schedule       warmup from 0.1 over 1,437 samples (5%), then cosine decay to 0
+        SGD's noise    5.61328 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
         seed           0
         """,
     )
@@ -63,6 +64,7 @@ def test_uneven_and_worth_a_warning() -> None:
         learning rate  peak 0.820312 = 0.1 × 2100/256 (linear; Goyal et al. 2017); base LR: a usual starting point of
                        the optimizer, not tuned for this task
         schedule       no warmup, then × 0.1 after 8,622, 17,244, 25,866 samples
+        SGD's noise    5.61328 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
         seed           0
           ! warning    no warmup at a large batch (2,100 samples, 8.20312 × that of the base LR): large batches lost 1
                        to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%
@@ -87,9 +89,11 @@ def test_tokens_and_several_segments() -> None:
         replace(plan, segments=(*plan.segments, *later)),
         """
         global batch   524,288 tokens (1,024 samples) ≤ 58,368 (of at most 65,536) per GPU × 3 ranks × accumulation 3
-                       from sample 50,000: 1,048,576 tokens
-                       from sample 80,000: 2,097,152 tokens
         micro-batches  7 × 58,368 tokens and 2 × 57,856 tokens; 0.2% of the work idles
+        then           from sample 50,176, step 50: 1,048,576 tokens (2,048 samples) ≤ 58,368 (of at most 65,536) per
+                       GPU × 3 ranks × accumulation 6, peak LR 0.00282843
+                       from sample 80,896, step 65: 2,097,152 tokens (4,096 samples) ≤ 64,000 (of at most 65,536) per
+                       GPU × 3 ranks × accumulation 11, peak LR 0.004
         duration       533 steps = 1,024,000,000 tokens = 20 epochs of 51,200,000; the last step is whole, which adds
                        983,040 tokens
         optimizer      adamw (given), β₁ 0.9, β₂ 0.999, ε 1e-08, weight decay 0.01

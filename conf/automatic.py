@@ -1,0 +1,41 @@
+"""What ``auto`` stands for where the rest of the config decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from conf.explain import ConfigError
+from conf.hardware import world_size
+from conf.schema import RunConfig
+from scaling.choose import TABLE, choose
+from scaling.plan import Choice
+from scaling.resolve import largest_batch
+
+
+def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
+    """The optimizer for ``config``, whose own may be any.
+
+    Args:
+        roots: where YAML is looked for.
+
+    Raises:
+        ConfigError: the config has a learning rate of no named optimizer; the global batch isn't known; or no optimizer
+            has a base LR.
+    """
+    if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
+        raise ConfigError(f"{given[0]} is of one optimizer, and optimizer=auto of several: name the one that it is for")
+    try:
+        batch = largest_batch(config, world_size(config))
+        return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _with_usual(roots: Sequence[Path]) -> set[str]:
+    """Optimizers of the table whose YAML has a usual LR."""
+    names = {name for rows in TABLE.values() for row in rows for name in row}
+    files = {name: root / "optimizer" / f"{name}.yaml" for name in names for root in roots}
+    return {name for name, file in files.items() if file.is_file() and yaml.safe_load(file.read_text()).get("usual")}
