@@ -84,13 +84,15 @@ def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor,
             f"{what}: labels are {labels.dtype} {list(labels.shape)}; they have to be integers, [{len(images)}]: one "
             "for each image"
         )
-    channels_last = images.reshape(*images.shape[:3], -1)
+    channels_last = images if images.ndim == 4 else images[..., None]
     return torch.from_numpy(channels_last.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
 def _classes(what: str, labels: Tensor, val_labels: Tensor) -> int:
     """How many there are. Labels count them from 0, and each is there to be learnt."""
     seen = labels.unique().tolist()
+    if not seen:
+        raise Refused(f"{what} has no images")
     if seen != list(range(len(seen))):
         raise Refused(
             f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values; they have to count "
