@@ -12,6 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+from scaling.geometry import Cut, counted
+
+if TYPE_CHECKING:
+    from scaling.plan import Plan
 
 MEMORY = 100  # measurements after which what was found weighs 1/e of what is found now
 FEWEST = 10  # measurements, before which nothing is said of how sure they are
@@ -147,3 +153,22 @@ def student(freedom: float) -> float:
     """
     z = NORMAL
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def filled(cut: Cut) -> int:
+    """Micro-batches of a step that have samples."""
+    return sum(count for size, count in cut.micro_batches if size)
+
+
+def unmeasurable(plan: Plan) -> str | None:
+    """What to do where a step is one micro-batch, so that there is nothing to measure the noise from."""
+    cut = plan.cut
+    if filled(cut) > 1:
+        return None
+    half = -(-cut.global_size // cut.granule // 2) * cut.granule
+    instead = "" if plan.accumulation is None else " in place of batch.accumulation"
+    smaller = f"batch.per_gpu={plan.sized(half)}{instead}, or more ranks"
+    return (
+        f"noise.every measures by how much the micro-batches of a step differ, and on {counted(cut.world, 'rank')} a "
+        f"step is one: nothing is measured; give {smaller if half < cut.global_size else 'a larger global batch'}"
+    )

@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable
 
-from scaling.noise import estimate
+from scaling.noise import estimate, filled
 from trainers.checkpoints.keeper import Keeper
 from trainers.engines import Engine
 from trainers.evaluate import Evaluate
 from trainers.keyed import Stream
 from trainers.loader import Loader
 from trainers.metrics import Metrics
-from trainers.noise import filled
 from trainers.rundir import Fatal, Refused
 from trainers.starting.watch import Watch
 from trainers.state import TrainState

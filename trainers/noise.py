@@ -8,9 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from scaling.geometry import Cut, counted
-from scaling.plan import Plan
-
 
 class GradientSquares:
     """Sums |G_j|²/b_j over this rank's micro-batches of a step, G_j being the gradient that a backward gives.
@@ -54,25 +51,3 @@ class GradientSquares:
 
 def _wide(gradient: Tensor) -> torch.dtype | None:
     return torch.float32 if gradient.dtype.itemsize < 4 else None
-
-
-def filled(cut: Cut) -> int:
-    """Micro-batches of a step that have samples."""
-    return sum(count for size, count in cut.micro_batches if size)
-
-
-def unmeasurable(plan: Plan) -> str | None:
-    """What to do where a step is one micro-batch, so that there is nothing to measure the noise from."""
-    cut = plan.cut
-    if filled(cut) > 1:
-        return None
-    found = f"noise.every measures by how much the micro-batches of a step differ, and on {counted(cut.world, 'rank')} "
-    if cut.global_size == cut.granule:
-        return (
-            f"{found}{plan.size(cut.global_size)} are one that can't be parted: nothing is measured; use a larger batch"
-        )
-    half = -(-cut.global_size // cut.granule // 2) * cut.granule
-    instead = "" if plan.accumulation is None else ", in place of batch.accumulation"
-    return (
-        f"{found}a step is one: nothing is measured; give batch.per_gpu={plan.sized(half)}{instead}, or use more ranks"
-    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from conf.stored import dump
 from scaling.advice import lr_jump
 from scaling.geometry import counted
+from scaling.noise import unmeasurable
 from scaling.plan import Plan
 from scaling.record import to_json
 from scaling.resolve import resolve
@@ -29,7 +30,6 @@ from trainers.keyed import Stream, key_dropout, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model
-from trainers.noise import unmeasurable
 from trainers.optim import make_optimizer
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.starting.notes import restarts

@@ -1,0 +1,140 @@
+"""What measuring the gradient noise in every step takes, against the same steps without it, turn by turn.
+
+python -m benchmarks.noise
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from benchmarks.step import KeepsNothing, kept
+from tests.ranks.harness import in_ranks
+from trainers.world import World
+
+TURNS = 15
+SAMPLES, WIDTH, CLASSES = 1024, 1024, 10
+VOCABULARY, LENGTH = 256, 64
+PER_GPU = {"MLP": 128, "Transformer": 8}
+STEPS = {"MLP": 5, "Transformer": 2}  # in a turn
+
+
+class MLP:
+    """3.2 million parameters, 128 vectors in a micro-batch."""
+
+    def model(self) -> nn.Module:
+        hidden = [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+        return nn.Sequential(*hidden, nn.Linear(WIDTH, CLASSES))
+
+    def train_data(self) -> TensorDataset:
+        random = torch.Generator().manual_seed(0)
+        inputs = torch.randn(SAMPLES, WIDTH, generator=random)
+        return TensorDataset(inputs, torch.randint(CLASSES, (SAMPLES,), generator=random))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels, reduction="sum"), len(labels)
+
+
+class Transformer:
+    """3.3 million parameters in 52 tensors, 8 sequences of 64 tokens in a micro-batch."""
+
+    def model(self) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        return nn.Sequential(nn.Embedding(VOCABULARY, 256), encoder, nn.Linear(256, VOCABULARY))
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(
+            torch.randint(VOCABULARY, (SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        )
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, int]:
+        inputs, targets = batch[0][:, :-1], batch[0][:, 1:]
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
+
+
+def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
+    """Seconds a step, (measured, not measured), turn by turn."""
+    from conf.compose import compose
+    from scaling.noise import Smoothed
+    from scaling.resolve import resolve
+    from trainers.engines import make_engine
+    from trainers.fit import fit
+    from trainers.keyed import Stream
+    from trainers.loader import Loader
+    from trainers.metrics import Metrics
+    from trainers.optim import make_optimizer
+    from trainers.starting.watch import Watch
+    from trainers.state import TrainState
+    from trainers.stop import Stop
+    from trainers.tally import Pulse
+    from trainers.tasks import make_task
+
+    config = compose(
+        [
+            "task=custom", f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
+            f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
+        ]
+    )  # fmt: skip
+    task = make_task(config)
+    data = task.train_data()
+    plan = resolve(config, world.size, len(data))
+    model, nothing = task.model(), KeepsNothing()
+    engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
+    kept.append(engine)
+
+    def seconds(noise_every: int | None) -> float:
+        state: Any = TrainState(plan, noise=Smoothed())
+        loader, metrics = Loader(data, task, state, world, 0), Metrics(None, state, live=False)
+        world.gather("")
+        began = time.perf_counter()
+        fit(
+            state, engine, loader, Stream(0, world.device), Pulse(world.device), metrics, nothing, Stop(), Watch(),
+            clip_norm=1.0, skip_nonfinite=False, log_every=plan.cut.global_size, evaluate=None, evaluate_every=None,
+            save_every=None, noise_every=noise_every, must_save=False, complain=print,
+        )  # fmt: skip
+        return (time.perf_counter() - began) / STEPS[name]
+
+    both = plan.cut.global_size, None
+    seconds(both[0])
+    found = []
+    for turn in range(TURNS):  # each goes first as often
+        order = both if turn % 2 else both[::-1]
+        took = {every: seconds(every) for every in order}
+        found.append((took[both[0]], took[None]))
+    return found
+
+
+def rows() -> list[dict[str, Any]]:
+    """A row for each model and number of ranks and passes: medians in ms, and the median of the turns' ratios."""
+    found = []
+    for name in PER_GPU:
+        for ranks, passes in ((1, 2), (2, 1)):
+            with tempfile.TemporaryDirectory() as folder:
+                measured = in_ranks(ranks, partial(turns, name, passes), Path(folder), deadline_s=600)[0]
+            found.append(
+                {
+                    "model": name,
+                    "ranks × passes": f"{ranks} × {passes}",
+                    "step ms": 1e3 * statistics.median(without for _, without in measured),
+                    "measured ms": 1e3 * statistics.median(with_it for with_it, _ in measured),
+                    "measured / not": statistics.median(with_it / without for with_it, without in measured),
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(json.dumps(row, ensure_ascii=False))

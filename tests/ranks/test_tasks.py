@@ -1,0 +1,332 @@
+"""The tasks that come along: what their data is, what they refuse, and that they train the same on any ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import default_collate
+
+from conf.compose import compose
+from scaling.rules import Recipe
+from tests.ranks.harness import Runs, distance
+from trainers.optim import make_optimizer
+from trainers.rundir import Refused
+from trainers.tasks import make_task, open_data
+from trainers.tasks.corpus import LIBRARY, Windows, open_corpus
+from trainers.tasks.images import Images
+from trainers.tasks.mnist1d import generate
+from trainers.tasks.text import Text
+
+TASKS = ["images", "mnist1d", "text"]
+
+
+def task_of(*overrides: str) -> Any:
+    return make_task(compose(overrides))
+
+
+def images(data: Path, size: int | None = None, shift: int = 0) -> Images:
+    return Images(str(data), size, shift, width=4, blocks=1)
+
+
+def text(data: Path, length: int = 8) -> Text:
+    return Text(str(data), length, width=8, depth=1, heads=2, dropout=0.1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_yaml_is_right(name: str) -> None:
+    """Its train_samples are those there are, its arguments fit, and a model takes one batch of the data."""
+    config = compose([f"task={name}"])
+    task: Any = make_task(config)
+    assert len(open_data(task, config)) == config.task.train_samples
+    torch.manual_seed(0)
+    model = task.model()
+    batch = default_collate([task.val_data()[row] for row in range(4)])
+    loss, units = task.loss(model, batch)
+    assert units == 4 * (config.task.units_per_sample or 1)
+    guessing = {"text": 256}.get(name, 10)  # a model that knows nothing gives each as much
+    assert loss.item() / units == pytest.approx(np.log(guessing), rel=0.1)
+    assert set(config.task.tuned) >= {"sgd", "adamw"}
+
+
+def test_the_length_of_a_sample_is_its_units() -> None:
+    assert compose(["task=text", "task.args.length=32"]).task.units_per_sample == 32
+
+
+@pytest.mark.parametrize("name", ["mnist1d", "text"])
+def test_two_ranks_train_as_one(runs: Runs, name: str) -> None:
+    """Dropout, tied weights and uneven shares among them."""
+    short = (
+        f"task={name}",
+        "batch.global_size=15",
+        "duration=3st",
+        "lr.peak=0.1",
+        "lr.warmup=0",
+        "evaluate.every=null",
+    )
+    short += ("task.args.width=16", "task.args.length=16", "task.train_samples=null") if name == "text" else ()
+    one, two = runs(1, *short), runs(2, *short, "batch.per_gpu=4")
+    assert one.ends[0]["step"] == two.ends[1]["step"] == 3
+    assert distance(one.weights(), two.weights()) < 1e-6
+    assert not [event for event in two.events() if "warning" in event["event"]]
+
+
+def test_images_train(runs: Runs) -> None:
+    run = runs(2, "task=images", "batch.global_size=64", "duration=3st", "lr.peak=0.1", "task.args.width=4")
+    assert [end["state"] for end in run.ends] == ["finished"] * 2
+    assert 0 < run.metrics()[-1]["val/accuracy"] < 1
+
+
+def test_mnist() -> None:
+    """Each image once, all digits in both parts, the same parts each time."""
+    first, second = (task_of("task=images") for _ in range(2))
+    pixels, labels = first.train_data().tensors
+    held_back = first.val_data().tensors
+    assert pixels.shape == (4000, 1, 28, 28)
+    assert held_back[0].shape == (1000, 1, 28, 28)
+    assert pixels.dtype == torch.uint8
+    assert (labels.bincount() + held_back[1].bincount()).tolist() == [500] * 10
+    assert torch.equal(pixels, second.train_data().tensors[0])
+    assert not {image.numpy().tobytes() for image in pixels} & {image.numpy().tobytes() for image in held_back[0]}
+
+
+def test_a_moved_image_follows_the_generator() -> None:
+    image = torch.zeros(1, 9, 9, dtype=torch.uint8)
+    image[0, 4, 4] = 255
+    augment = task_of("task=images", "task.args.shift=2").augment
+
+    def place(seed: int) -> tuple[int, ...]:
+        moved, label = augment((image, torch.tensor(3)), torch.Generator().manual_seed(seed))
+        assert moved.shape == image.shape
+        assert moved.dtype == image.dtype
+        assert label == 3
+        return tuple(moved.nonzero()[0].tolist())
+
+    places = {place(seed) for seed in range(300)}
+    assert places == {(0, y, x) for y in range(2, 7) for x in range(2, 7)}
+    torch.manual_seed(99)
+    assert place(5) == place(5)
+    assert task_of("task=images", "task.args.shift=0").augment is None
+
+
+def save(folder: Path, **arrays: Any) -> Path:
+    np.savez(folder / "data.npz", **arrays)
+    return folder / "data.npz"
+
+
+def test_images_of_ones_own(tmp_path: Path) -> None:
+    """Colour, another size, and with validation data or without."""
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (10, 12, 20, 3), np.uint8), np.arange(10) % 3
+    task = images(save(tmp_path, images=pixels, labels=labels))
+    assert (len(task.train_data()), len(task.val_data())) == (8, 2)
+    assert task.model()(torch.zeros(2, 3, 12, 20)).shape == (2, 3)
+    with_val = images(save(tmp_path, images=pixels, labels=labels, val_images=pixels[:4], val_labels=labels[:4]))
+    image, label = with_val.train_data()[7]
+    assert torch.equal(image, torch.from_numpy(pixels[7]).permute(2, 0, 1))
+    assert label == 1
+    assert (len(with_val.train_data()), len(with_val.val_data())) == (10, 4)
+    alone = save(tmp_path, images=pixels, labels=labels, val_images=pixels[:0], val_labels=labels[:0])
+    assert images(alone).val_data() is None
+
+
+GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"images": GREY}, "has the arrays images; it needs images and labels"),
+        ({"images": GREY, "labels": LABELS, "val_images": GREY}, "val_images and val_labels"),
+        ({"images": GREY / 255, "labels": LABELS}, "images are float64 .6, 5, 5.; they have to be uint8"),
+        ({"images": GREY[0], "labels": LABELS}, "have to be uint8 .* .images, height, width."),
+        ({"images": np.zeros((6, 3, 5, 5), np.uint8), "labels": LABELS}, "with 1 to 4 channels"),
+        ({"images": GREY, "labels": LABELS[:4]}, "labels are int64 .4.; they have to be integers, .6."),
+        ({"images": GREY, "labels": LABELS / 1}, "labels are float64"),
+        ({"images": GREY, "labels": LABELS + 1}, "labels go from 1 to 2 and have 2 different values"),
+        ({"images": GREY, "labels": LABELS, "val_images": GREY, "val_labels": LABELS + 1}, "val_labels has 2"),
+        ({"images": GREY, "labels": LABELS, "val_images": GREY[:, 1:], "val_labels": LABELS}, r"\[1, 4, 5\]"),
+        ({"images": GREY[:0], "labels": LABELS[:0]}, "no images"),
+        ({"images": np.array([None] * 6), "labels": LABELS}, "can't be read as an .npz file: Object arrays"),
+    ],
+)
+def test_arrays_that_are_not_images(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        images(save(tmp_path, **arrays))
+
+
+def test_files_that_are_not_images(tmp_path: Path) -> None:
+    broken = save(tmp_path, images=GREY, labels=LABELS)
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(Refused, match=r"can't be read as an .npz file"):
+        images(broken)
+    with pytest.raises(Refused, match=r"is neither an .npz file nor a folder"):
+        images(tmp_path / "nothing.npz")
+    with pytest.raises(Refused, match="size=28 is what the images of a folder are scaled to"):
+        images(save(tmp_path, images=GREY, labels=LABELS), size=28)
+    with pytest.raises(Refused, match="shift=-1"):
+        task_of("task=images", "task.args.shift=-1")
+
+
+def folder_of(root: Path, **classes: int) -> Path:
+    """A folder of images whose red tells their class."""
+    for at, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (10 + number, 8), (at * 100, 7, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    both = folder_of(tmp_path / "both", cats=6, dogs=4)
+    (both / ".hidden").mkdir()
+    (both / "cats" / "notes.txt").write_text("no image")
+    task = images(both, size=6)
+    assert (len(task.train_data()), len(task.val_data()), task.images.classes) == (8, 2, 2)
+    assert not {file for file, _ in task.train_data().files} & {file for file, _ in task.val_data().files}
+    for image, label in (task.train_data()[row] for row in range(8)):
+        assert image.shape == (3, 6, 6)
+        assert image[:, 0, 0].tolist() == [100 * label, 7, 0]
+    apart = tmp_path / "apart"
+    folder_of(apart / "train", cats=2, dogs=3)
+    assert images(apart, size=6).val_data() is None
+    folder_of(apart / "val", cats=1, dogs=1)
+    assert (len(images(apart, size=6).train_data()), len(images(apart, size=6).val_data())) == (5, 2)
+
+
+def test_folders_that_are_not_images(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"give task.args.size"):
+        images(folder_of(tmp_path / "a", cats=5))
+    (tmp_path / "a" / "cats" / "0.png").write_bytes(b"no image")
+    with pytest.raises(Refused, match=r"the image .*0\.png can't be read"):
+        list(images(tmp_path / "a", size=6).train_data())
+    with pytest.raises(Refused, match="has no sub-folders"):
+        images(tmp_path / "a" / "cats", size=6)
+    with pytest.raises(Refused, match="dogs has no images"):
+        images(folder_of(tmp_path / "b", cats=1, dogs=0), size=6)
+    folder_of(tmp_path / "c" / "train", cats=1, dogs=1)
+    folder_of(tmp_path / "c" / "val", cats=1)
+    with pytest.raises(Refused, match="dogs has no images"):
+        images(tmp_path / "c", size=6)
+
+
+def test_windows_cover_the_text(tmp_path: Path) -> None:
+    """Each byte is predicted once, but for the first of each part and the few that fill no window."""
+    words = bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8))
+    (tmp_path / "words.txt").write_bytes(words)
+    task = text(tmp_path / "words.txt", length=9)
+    for data, part in ((task.train_data(), words[:900]), (task.val_data(), words[900:])):
+        windows = list(data)
+        assert all(window.shape == (10,) for window in windows)
+        read = bytes(windows[0][:1].tolist()) + b"".join(bytes(window[1:].tolist()) for window in windows)
+        assert read == part[: len(read)]
+        assert 0 <= len(part) - len(read) < 9
+
+
+def test_a_large_text_is_mapped(tmp_path: Path) -> None:
+    """A file that is larger than memory; what is sent to another process hasn't its bytes, either."""
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(1 << 40)
+        file.seek(-9, 2)
+        file.write(b"the  end.")
+    task = text(tmp_path / "huge.txt")
+    assert len(task.train_data()) > 1e11
+    windows = Windows(open_corpus(str(tmp_path / "huge.txt")), (1 << 40) - 9, 1 << 40, 8)
+    assert bytes(windows[0].tolist()) == b"the  end."
+    sent = pickle.dumps(windows)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent)[0], windows[0])  # noqa: S301  it was made here
+
+
+def test_the_standard_library_has_one_length() -> None:
+    corpus = open_corpus(None)()
+    assert corpus.shape == (LIBRARY,)
+    assert np.array_equal(corpus, open_corpus(None)())
+    assert b"import" in corpus.tobytes()
+
+
+def test_texts_that_are_none(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("")
+    with pytest.raises(Refused, match=r"short.txt can't be mapped into memory: .*empty"):
+        text(short)
+    short.write_text("too short")
+    with pytest.raises(Refused, match=r"has 9 bytes; a sample of task.args.length=9 needs more"):
+        text(short, length=9)
+    assert text(short, length=8).val_data() is None
+    with pytest.raises(Refused, match="No such file"):
+        text(tmp_path / "nothing.txt")
+    with pytest.raises(Refused, match="heads have to divide width"):
+        task_of("task=text", "task.args.heads=5")
+
+
+def test_a_model_of_others_takes_text(tmp_path: Path) -> None:
+    """What Hugging Face's models return holds the logits."""
+
+    class Output:
+        def __init__(self, logits: torch.Tensor) -> None:
+            self.logits = logits
+
+    (tmp_path / "words.txt").write_text("a word, and another word")
+    task = text(tmp_path / "words.txt")
+    model = task.model().eval()
+    batch = torch.stack(list(task.train_data()))
+    plain = task.loss(model, batch)
+    wrapped = task.loss(lambda tokens: Output(model(tokens)), batch)  # type: ignore[arg-type]
+    assert (plain[0].item(), plain[1]) == (wrapped[0].item(), wrapped[1])
+    assert task.summarise({"loss": (plain[1] * np.log(2) * 3, plain[1])}) == {"bits_per_byte": pytest.approx(3)}
+
+
+def test_a_text_is_what_comes_next(tmp_path: Path) -> None:
+    """A model that knows it has no loss, whatever the others have."""
+    (tmp_path / "abc.txt").write_text("abc" * 20)
+    task = text(tmp_path / "abc.txt")
+    batch = torch.stack(list(task.train_data()))
+
+    def says(shift: int) -> Any:
+        return lambda tokens: 50.0 * torch.nn.functional.one_hot((tokens - 97 + shift) % 3 + 97, 256)
+
+    assert task.loss(says(1), batch)[0] < 1e-6
+    assert task.loss(says(0), batch)[0].item() / task.loss(says(0), batch)[1] == pytest.approx(50)
+
+
+def test_the_gpt_sees_no_later_byte() -> None:
+    model = task_of("task=text").model().eval()
+    tokens = torch.arange(40)[None]
+    changed = tokens.clone()
+    changed[0, 25:] = 7
+    assert torch.equal(model(tokens)[:, :25], model(changed)[:, :25])
+    assert not torch.equal(model(tokens)[:, 25:], model(changed)[:, 25:])
+
+
+def test_tied_weights_are_trained_once() -> None:
+    task, config = task_of("task=text"), compose(["task=text"])
+    model = task.model()
+    assert model.head.weight is model.tokens.weight
+    optimizer = make_optimizer(config, task, model, Recipe(0.1, (0.9,), None, 0.0)).optimizer
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sum(parameter is model.tokens.weight for parameter in trained) == 1
+    assert len(trained) == len(list(model.parameters()))
+
+
+def test_mnist1d_is_the_same_everywhere() -> None:
+    lines, labels = generate(500)
+    digest = hashlib.sha256(lines.tobytes() + labels.tobytes()).hexdigest()
+    assert digest == "6e7ce58091053facd5c08f9b771d484a265a6958079a33db12b3c9f8e41d3e1e"
+    assert lines.shape == (500, 40)
+    assert np.bincount(labels).tolist() == [50] * 10
+    assert not np.array_equal(lines, generate(500, seed=1)[0])
+
+
+def test_mnist1d_holds_the_rest_back() -> None:
+    task = task_of("task=mnist1d")
+    lines, labels = generate(5000)
+    parts = [data.tensors for data in (task.train_data(), task.val_data())]
+    assert np.array_equal(np.concatenate([part[0][:, 0].numpy() for part in parts]), lines)
+    assert np.array_equal(np.concatenate([part[1].numpy() for part in parts]), labels)
+    assert len(np.unique(lines, axis=0)) == 5000
