@@ -231,6 +231,12 @@ def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
+def settled(model: nn.Module) -> bool:
+    """Whether every buffer of ``model`` is one that is moved alike on all ranks."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Counting)]
+    return {*map(id, model.buffers())} <= {id(buffer) for layer in layers for buffer in layer.buffers()}
+
+
 def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
     """For the layers of ``model``, on ``device`` already, that keep running statistics; None where there are none."""
     layers = [layer for layer in model.modules() if isinstance(layer, Counting) and layer.running_mean is not None]

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset, default_collate
 from trainers.average import Average
 from trainers.enter import refuse_unless_same
 from trainers.loader import to_device
+from trainers.precision import autocast
 from trainers.rundir import Refused
 from trainers.stop import Stop
 from trainers.tasks import Task, check_map_style
@@ -29,6 +30,7 @@ def make_evaluate(
     per_gpu: int,
     stop: Stop | None = None,
     beat: Callable[[], None] = lambda: None,
+    precision: str = "fp32",
 ) -> Evaluate | None:
     """A function that evaluates ``model`` on the task's validation data; None where it has none.
 
@@ -38,6 +40,7 @@ def make_evaluate(
     Args:
         per_gpu: samples per forward.
         beat: called after each forward.
+        precision: what it computes in.
 
     Raises:
         Refused: ``val_data()`` isn't a map-style dataset or is empty.
@@ -66,7 +69,10 @@ def make_evaluate(
                 if stop.wanted:
                     break
                 rows = range(start, min(start + per_gpu, mine.stop))
-                for name, (value, count) in _measure(task, model, to_device(_batch(data, rows, task), world.device)):
+                batch = to_device(_batch(data, rows, task), world.device)
+                with autocast(precision, world.device):
+                    measured = _measure(task, model, batch)
+                for name, (value, count) in measured:
                     before = totals.get(name, (0.0, 0.0))
                     totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
                 beat()

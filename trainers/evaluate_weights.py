@@ -12,6 +12,7 @@ from trainers.enter import refuse_other_commands
 from trainers.evaluate import make_evaluate
 from trainers.keyed import seed_generators
 from trainers.model import make_model
+from trainers.precision import check_precision
 from trainers.run import plan_of, stop_cause
 from trainers.rundir import Outcome, Refused
 from trainers.starting.notes import restarts
@@ -62,9 +63,10 @@ def measured(config: RunConfig, facts: dict[str, str], world: World, stop: Stop)
     seed_generators(config.seed)
     task = make_task(config)
     data = open_data(task, config)
+    check_precision(config.precision, world.device)
     per_gpu = plan_of(config, world.size, len(data), facts.get("per_gpu_limit")).cut.per_gpu
     model = make_model(config, task).to(world.device)
-    evaluate = make_evaluate(task, model, world, per_gpu, stop)
+    evaluate = make_evaluate(task, model, world, per_gpu, stop, precision=config.precision)
     if evaluate is None:
         raise Refused(f"task {config.task.name} has no validation data to evaluate on: its class needs val_data()")
     source = initialise(model, config.init_from, world)

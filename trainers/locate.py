@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -13,7 +14,9 @@ from trainers.rundir import Refused
 
 
 def locate(key: str, target: str) -> Any:
-    """Import the object that ``target`` (``package.module.Name``) names; ``key`` is the config key, for errors.
+    """Import the object that ``target`` names; ``key`` is the config key, for errors.
+
+    It is ``package.module.Name``, or what a class there has: ``package.module.Name.from_config``.
 
     Raises:
         Refused: the module or the name in it can't be found, or importing it failed (the real cause is shown).
@@ -22,22 +25,37 @@ def locate(key: str, target: str) -> Any:
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
         raise Refused(f"{key}={target}: write a dotted path such as my_package.my_module.MyClass")
     try:
-        module = importlib.import_module(module_name)
+        module: Any = importlib.import_module(module_name)
     except Exception as error:
+        if owner := _class(module_name):
+            return _attribute(key, target, owner, name)
         ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         where = f" (looked for in {os.getcwd()}, too)" if ours else ""
         said = f"{type(error).__name__}: {error}{where}"
         raise Refused(f"{key}={target}: importing {module_name} failed: {said}") from error
+    return _attribute(key, target, module, name)
+
+
+def _class(target: str) -> type | None:
+    """The class of that name, if its module is imported: importing what is below a module imports it first."""
+    module, _, name = target.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if inspect.isclass(found) else None
+
+
+def _attribute(key: str, target: str, owner: Any, name: str) -> Any:
     try:
-        return getattr(module, name)
+        return getattr(owner, name)
     except AttributeError:
-        near = get_close_matches(name, dir(module), n=1)
-        hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
-        raise Refused(f"{key}={target}: {module_name} has no {name}{hint}") from None
+        near, where = get_close_matches(name, dir(owner), n=1), target.removesuffix(f".{name}")
+        hint = f"; did you mean {where}.{near[0]}?" if near else ""
+        raise Refused(f"{key}={target}: {where} has no {name}{hint}") from None
 
 
 def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any, ...] = (), of: type = object) -> Any:
     """Call what ``target`` names with ``args`` (the mapping ``<key>.args``).
+
+    Within ``args``, a mapping with a ``_target_`` of its own stands for what that makes of the rest of the mapping.
 
     Args:
         positional: passed before ``args``.
@@ -46,13 +64,36 @@ def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any,
     Raises:
         Refused: not callable, not such a class, or its signature doesn't take ``args``.
     """
+    factory = _factory(key, target)
+    if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
+        raise Refused(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
+    args = {name: _made(f"{key}.args.{name}", value) for name, value in args.items()}
+    check_call(f"{key}.args", target, factory, positional, args)
+    return factory(*positional, **args)
+
+
+def _made(key: str, value: Any) -> Any:
+    """``value`` with the objects that its mappings stand for, the innermost made first."""
+    if isinstance(value, list):
+        return [_made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    made = {name: _made(f"{key}.{name}", inner) for name, inner in value.items() if name != "_target_"}
+    if "_target_" not in value:
+        return made
+    target = value["_target_"]
+    if not isinstance(target, str):
+        raise Refused(f"{key}._target_={target!r} is no dotted path such as my_package.my_module.MyClass")
+    factory = _factory(key, target)
+    check_call(key, target, factory, (), made)
+    return factory(**made)
+
+
+def _factory(key: str, target: str) -> Callable[..., Any]:
     factory = locate(f"{key}._target_", target)
     if not callable(factory):
         raise Refused(f"{key}._target_={target} is a {type(factory).__name__}, not a class")
-    if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
-        raise Refused(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
-    check_call(f"{key}.args", target, factory, positional, args)
-    return factory(*positional, **args)
+    return factory  # type: ignore[no-any-return]
 
 
 def check_call(

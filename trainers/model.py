@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from scaling.geometry import counted
-from trainers.batchnorm import FORWARDS, Counting
+from trainers.batchnorm import FORWARDS, Counting, swap_batchnorm
+from trainers.keyed import Stream, key_dropout
 from trainers.locate import build
 from trainers.rundir import Refused
 from trainers.tasks import Task
@@ -49,6 +55,39 @@ def _of_norms(norms: list[_BatchNorm]) -> str:
         else ": batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
     )
     return f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch{instead}"
+
+
+def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:
+    """``model`` as it is trained: what of it follows the sample does, and it is computed as the config says. In place.
+
+    Raises:
+        Refused: ``recompute`` matches no module.
+    """
+    model = swap_batchnorm(key_dropout(model, stream), config.batchnorm, stream, ranks)
+    recompute(model, config.recompute)
+    return model
+
+
+def recompute(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let modules compute their activations again in the backward: the outermost ones that a pattern matches.
+
+    Raises:
+        Refused: a pattern matches none.
+    """
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and _is_called(m)}
+    matched = {pattern: fnmatch.filter(modules, pattern) for pattern in patterns}
+    for pattern in (pattern for pattern, names in matched.items() if not names):
+        parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
+        near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
+        raise Refused(f"recompute={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
+    names = {name for found in matched.values() for name in found}
+    for module in {modules[name]: None for name in names if not any(name.startswith(f"{other}.") for other in names)}:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it has a forward; a ModuleList has none."""
+    return type(module).forward is not nn.Module.forward
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:

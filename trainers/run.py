@@ -15,7 +15,7 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
-from trainers.batchnorm import refuse_empty_passes, swap_batchnorm
+from trainers.batchnorm import refuse_empty_passes
 from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
@@ -26,10 +26,10 @@ from trainers.evaluate import make_evaluate, with_average
 from trainers.fingerprint import fingerprint
 from trainers.fit import fit
 from trainers.kept import KEPT
-from trainers.keyed import Stream, key_dropout, seed_generators
+from trainers.keyed import Stream, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
-from trainers.model import dependent_on_cut, make_model
+from trainers.model import dependent_on_cut, make_model, prepare
 from trainers.optim import make_optimizer
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.starting.notes import restarts
@@ -107,8 +107,7 @@ def _train(
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
-    model = key_dropout(make_model(config, task), stream)
-    model = swap_batchnorm(model, config.batchnorm, stream, world.size).to(world.device)
+    model = prepare(make_model(config, task), config, stream, world.size).to(world.device)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
@@ -126,7 +125,9 @@ def _train(
         watch.beat(state.steps, state.samples)
 
     loader = Loader(data, task, state, world, config.data.workers, stream.tell)
-    evaluate = with_average(make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat), engine.average)
+    evaluate = with_average(
+        make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat, config.precision), engine.average
+    )
     every, best = config.checkpoint.every, config.checkpoint.best
     if best and evaluate is None:
         raise Refused(f"checkpoint.best={best} needs validation data, and task {config.task.name} has no val_data()")
@@ -181,7 +182,7 @@ def _train(
             stop,
             watch,
             clip_norm=config.clip_norm,
-            skip_nonfinite=config.on_nonfinite == "skip",
+            skip_nonfinite=config.on_nonfinite == "skip" or config.precision == "fp16",  # its engine says when to end
             log_every=in_samples(config.log.every, state.plan),
             evaluate=evaluate,
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
@@ -192,7 +193,7 @@ def _train(
         )
     except Exception as error:
         error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
-        error.per_gpu = state.plan.cut.micro_batches[0][0]  # type: ignore[attr-defined]
+        error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
         raise
     finally:
         watch.unguard()

@@ -105,6 +105,11 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, tuned: Tuned, w
     """The engine that the config names. ``model`` is on the world's device already."""
     from trainers.average import Average
     from trainers.engines.ddp import DDP
+    from trainers.precision import check_precision
 
+    check_precision(config.precision, world.device)
     average = None if config.ema is None else Average(dict(model.named_parameters()))
-    return DDP(task, model, tuned, average, world, config.engine.config, skip_nonfinite=config.on_nonfinite == "skip")
+    skip = config.on_nonfinite == "skip"
+    return DDP(
+        task, model, tuned, average, world, config.engine.config, skip_nonfinite=skip, precision=config.precision
+    )

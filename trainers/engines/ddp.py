@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling.rules import Recipe
 from trainers.average import Average
-from trainers.batchnorm import statistics_of
+from trainers.batchnorm import settled, statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Update
 from trainers.locate import check_call
@@ -22,7 +22,8 @@ from trainers.model import distinct
 from trainers.noise import GradientSquares
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer, stored_optimizer
-from trainers.rundir import Refused
+from trainers.precision import LossScale, autocast, widened
+from trainers.rundir import Fatal, Refused
 from trainers.tally import Note, NoteCarrier, Number, Total
 from trainers.tasks import Task
 from trainers.world import World
@@ -31,17 +32,18 @@ from trainers.world import World
 class LossModule(nn.Module):
     """A module whose forward is the task's loss: so a task may call its model twice, or only a part of it."""
 
-    def __init__(self, task: Task, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, task: Task, model: nn.Module, device: torch.device, precision: str) -> None:
         super().__init__()
         self.model = model
         self.carrier = NoteCarrier(device)
         self.statistics = statistics_of(model, device)
-        self.task = task
+        self.task, self._device, self._precision = task, device, precision
 
     def forward(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
         if self.statistics:
             self.statistics.begin()
-        loss, units = self._stand_in() if batch is None else checked(self.task.loss(self.model, batch))
+        with autocast(self._precision, self._device):
+            loss, units = self._stand_in() if batch is None else checked(self.task.loss(self.model, batch))
         return self.carrier.attach(self.statistics.attach(loss) if self.statistics else loss), units
 
     def _stand_in(self) -> tuple[Tensor, float]:
@@ -58,12 +60,13 @@ def checked(result: Any) -> tuple[Tensor, float | Tensor]:
     loss, units = result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
+    loss = widened(loss.reshape(()))
     if isinstance(units, Tensor) and units.numel() == 1:
         if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
-            return loss.reshape(()), units.detach().reshape(())
+            return loss, units.detach().reshape(())
         units = units.item()
     if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
-        return loss.reshape(()), float(units)
+        return loss, float(units)
     raise Refused(f"{wanted}; its number of units is {_shown(units)}, not a number of 0 or more")
 
 
@@ -92,22 +95,25 @@ class DDP:
         config: dict[str, Any],
         *,
         skip_nonfinite: bool,
+        precision: str = "fp32",
     ) -> None:
         self.model, self.average = model, average
         self._tuned, self._world, self._ranks = tuned, world, world.size
         self._skip_nonfinite = skip_nonfinite
+        self._loss_scale = LossScale() if precision == "fp16" else None
         self._buffers_before: dict[str, Tensor] = {}
         self._keep_buffers()
         self.layout()  # what can't be saved is refused now, and not when it would be lost
         self._stepped = False
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._squares = GradientSquares(self._parameters)
-        self._bare = LossModule(task, model, world.device)
+        self._bare = LossModule(task, model, world.device, precision)
         self._carrier = self._bare.carrier
         self._wrapped: nn.Module = self._bare
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), config)
         if world.size > 1:
-            self._wrapped = DistributedDataParallel(self._bare, **{"gradient_as_bucket_view": True, **config})
+            ours = {"gradient_as_bucket_view": True, "broadcast_buffers": not settled(model)}
+            self._wrapped = DistributedDataParallel(self._bare, **{**ours, **config})
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
@@ -141,7 +147,11 @@ class DDP:
         self._carrier.write(note)
         with nullcontext() if measured is None else self._squares.of(measured):
             # DDP divides by the ranks; the product undoes it where it costs nothing.
-            (loss * self._ranks).backward()
+            (loss * (self._ranks * self._factor)).backward()
+
+    @property
+    def _factor(self) -> float:
+        return self._loss_scale.factor if self._loss_scale else 1.0
 
     def total(self, expected_units: int) -> Total:
         return self._carrier.take(self._ranks, expected_units)
@@ -153,9 +163,10 @@ class DDP:
         gradients = [parameter.grad for parameter in self._parameters]
         wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
         total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide))).double()
+        scale = scale / self._factor
         norm = _number(total_norm) * scale
         squares = self._squares.take(self._world.sum)
-        if self._skip_nonfinite and not math.isfinite(norm):  # on an accelerator this look waits for it
+        if self._may_skip and not math.isfinite(norm):  # on an accelerator this look waits for it
             self._discard()
             return Update(norm, skipped=True)
         factor = scale
@@ -173,18 +184,33 @@ class DDP:
             self.average.update(recipe.ema)
         if self._bare.statistics:
             self._bare.statistics.update(self._ranks)
+        if self._loss_scale:
+            self._loss_scale.kept()
         self._keep_buffers()
         if not self._stepped:
             self._stepped = True
             self.values()  # likewise
         return Update(norm, parts_sq=None if squares is None else _number(squares) * (scale / self._ranks) ** 2)
 
+    @property
+    def _may_skip(self) -> bool:
+        return self._skip_nonfinite or self._loss_scale is not None
+
     def _keep_buffers(self) -> None:
-        if self._skip_nonfinite:
+        if self._may_skip:
             self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def _discard(self) -> None:
-        """Undo what the step did to the buffers, also where a module has made a new one."""
+        """Undo what the step did to the buffers, also where a module has made a new one.
+
+        Raises:
+            Fatal: no lower loss scale can help.
+        """
+        if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
+            raise Fatal(
+                f"loss or gradient isn't finite, and the loss scale of precision=fp16 is at its lowest, "
+                f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
+            )
         self._tuned.optimizer.zero_grad(set_to_none=True)
         if self._bare.statistics:
             self._bare.statistics.drop()
@@ -211,9 +237,9 @@ class DDP:
 
     def _always(self) -> dict[str, Tensor]:
         found = {f"model/{name}": tensor for name, tensor in distinct(self.model).items()}
-        return found | {
-            f"ema/{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()
-        }
+        scale = {"precision/loss_scale": self._loss_scale.state} if self._loss_scale else {}
+        averages = self.average.tensors if self.average else {}
+        return found | {f"ema/{name}": tensor for name, tensor in averages.items()} | scale
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.model.named_parameters()}

@@ -1,0 +1,174 @@
+"""Lower precision, and activations that are computed again: what they change of a run, and what they don't."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import Runs, distance
+from tests.ranks.test_batchnorm import apart
+from tests.tasks import Counted
+from trainers.engines.ddp import DDP
+from trainers.model import recompute
+from trainers.optim import make_optimizer
+from trainers.precision import LossScale
+from trainers.rundir import Fatal, Refused
+from trainers.tally import Note
+from trainers.world import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
+BLOCKS = (
+    "task=custom", "task._target_=tests.ranks.test_precision.Blocks", "batch.global_size=24", "duration=8st",
+    "lr.peak=0.05", "evaluate.every=null", "log.every=1st", "batchnorm.mode=ghost", "batchnorm.ghost_size=12",
+)  # fmt: skip
+
+
+class Blocks(Counted):
+    """A stack of blocks with dropout and BatchNorm; of ``dtype``, if one is given."""
+
+    def __init__(self, dtype: str = "float32") -> None:
+        super().__init__()
+        self.dtype = getattr(torch, dtype)
+
+    def model(self) -> nn.Module:
+        return Stack(self.width).to(self.dtype)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        return super().loss(model, (inputs.to(self.dtype), targets, units))
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(8, width), nn.Linear(width, 7)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Tanh()) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inward(x)
+        for block in (*self.blocks, self.blocks[0]):
+            x = x + block(x)
+        return self.outward(x).float()  # type: ignore[no-any-return]
+
+
+def test_recomputing_changes_no_weight_and_no_statistics(runs: Runs) -> None:
+    """A block is called twice: its masks are two, and its statistics count once."""
+    again = "recompute=[blocks.*]"
+    plain = runs(1, *BLOCKS)
+    assert apart(plain, runs(1, *BLOCKS, again)) < 1e-6
+    assert apart(plain, runs(2, *BLOCKS, again)) < 1e-6
+
+
+def test_recomputing_keeps_less() -> None:
+    """Of each block, its input alone: a fifth of the bytes, or less."""
+
+    def kept(patterns: list[str]) -> int:
+        model, bytes_of = Stack(64), dict[int, int]()
+        recompute(model, patterns)
+
+        def note(tensor: Tensor) -> Tensor:
+            bytes_of[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(torch.randn(1000, 8))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(size for data, size in bytes_of.items() if data not in weights)
+
+    assert kept(["blocks.*"]) < 0.4 * kept([])
+
+
+def test_recompute_takes_the_outermost_that_match() -> None:
+    model = Stack(4)
+    recompute(model, ["blocks.*", "*ward"])
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == {
+        "inward", "outward", "blocks.0", "blocks.1", "blocks.2", "blocks.3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"), [("block.*", "blocks.*"), ("blocks", "blocks.*"), ("outwards", "outward")]
+)
+def test_recompute_of_nothing_is_refused(pattern: str, near: str) -> None:
+    with pytest.raises(Refused, match=f"recompute={pattern!r} is the name of no module.*{near}".replace("'", "")):
+        recompute(Stack(4), [pattern])
+
+
+def test_bf16_is_the_same_over_cuts(runs: Runs) -> None:
+    """Each pass rounds its gradient to 8 bits: after 20 steps cuts are within 2e-3, and fp32 is within 1e-2."""
+    counted = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=20st")
+    fp32, bf16 = (runs(1, *counted, "lr.peak=0.05", f"precision={precision}") for precision in ("fp32", "bf16"))
+    assert {weight.dtype for weight in bf16.weights().values()} == {torch.float32}
+    assert 1e-4 < distance(fp32.weights(), bf16.weights()) < 1e-2
+    parts = runs(3, *counted, "lr.peak=0.05", "precision=bf16", "batch.per_gpu=3")
+    assert distance(bf16.weights(), parts.weights()) < 2e-3
+    assert parts.metrics()[-1]["val/loss"] == pytest.approx(bf16.metrics()[-1]["val/loss"], rel=1e-3)
+
+
+def test_a_model_of_bf16_weights(runs: Runs) -> None:
+    """Its own dtype is kept; the sum of its losses is in fp32."""
+    run = runs(2, *BLOCKS, "task.args.dtype=bfloat16")
+    assert run.weights()["inward.weight"].dtype == torch.bfloat16
+    assert run.losses()[0] == pytest.approx(runs(1, *BLOCKS).losses()[0], rel=0.02)
+    assert run.losses()[-1] < run.losses()[0]
+
+
+def test_fp16_is_for_cuda(runs: Runs) -> None:
+    end = runs(1, *BLOCKS, "precision=fp16").ends[0]
+    assert end["raised"] == "Refused"
+    assert end["message"].startswith("precision=fp16 is for CUDA, and this runs on cpu: use precision=bf16")
+
+
+def fp16_engine(**options: Any) -> tuple[DDP, Any]:
+    """The engine, and a function that makes one step with the loss multiplied by so much."""
+    config = compose([*BLOCKS, "batchnorm.mode=null", "batchnorm.ghost_size=null"])
+    task, plan = Counted(dropout=0), resolve(config, 1, 500)
+    torch.manual_seed(0)
+    model = task.model()
+    tuned = make_optimizer(config, task, model, plan.peak)  # type: ignore[arg-type]
+    engine = DDP(task, model, tuned, None, ALONE, {}, skip_nonfinite=False, **options)  # type: ignore[arg-type]
+
+    def step(factor: float = 1.0) -> Any:
+        loss, units = engine.loss([tensor[:24] for tensor in task.train_data().tensors])
+        engine.backward(loss / 24 * factor, Note(loss, units, 24))
+        return engine.update(engine.total(24).scale(24), 1.0, plan.peak)
+
+    return engine, step
+
+
+def test_the_loss_scale_changes_nothing_but_rounding() -> None:
+    (plain, step), (scaled, scaled_step) = fp16_engine(), fp16_engine(precision="fp16")
+    for _ in range(5):
+        assert scaled_step().grad_norm == pytest.approx(step().grad_norm, rel=1e-2)
+    assert distance(plain.model.state_dict(), scaled.model.state_dict()) < 1e-2
+    assert scaled.layout()["precision/loss_scale"] == (torch.float64, (2,))
+
+
+def test_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
+    engine, step = fp16_engine(precision="fp16")
+    before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+    assert step(math.inf).skipped
+    assert next(piece.data.tolist() for piece in engine.slices() if piece.name == "precision/loss_scale") == [2**15, 0]
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.model.state_dict().items())
+    assert not step().skipped
+    for _ in range(15):
+        step(math.nan)
+    with pytest.raises(Fatal, match="lowest, 1: try precision=bf16"):
+        step(math.nan)
+
+
+def test_the_loss_scale_is_doubled_after_2000_steps() -> None:
+    scale = LossScale()
+    for _ in range(1999):
+        scale.kept()
+    assert scale.state.tolist() == [2**16, 1999]
+    scale.kept()
+    assert scale.state.tolist() == [2**17, 0]
