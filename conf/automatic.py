@@ -37,5 +37,5 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
 def _with_usual(roots: Sequence[Path]) -> set[str]:
     """Optimizers of the table whose YAML has a usual LR."""
     names = {name for rows in TABLE.values() for row in rows for name in row}
-    files = {name: root / "optimizer" / f"{name}.yaml" for name in names for root in roots}
-    return {name for name, file in files.items() if file.is_file() and yaml.safe_load(file.read_text()).get("usual")}
+    files = [root / "optimizer" / f"{name}.yaml" for name in names for root in roots]
+    return {file.stem for file in files if file.is_file() and yaml.safe_load(file.read_text()).get("usual")}

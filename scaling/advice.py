@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from scaling.geometry import counted, nearest_even
@@ -33,8 +34,8 @@ def check_family(family: str | None) -> None:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Everything about ``plan`` that people regretted later, a sentence each."""
-    return [text for check in (_rule, _warmup, _base, _idle, _wraps, _family) if (text := check(plan))]
+    """Everything about ``plan`` that people regretted later, a sentence each; of its stages, about the worst one."""
+    return [text for check in (_rule, _warmup, _base, _idle, _wraps, _family, _sync) if (text := check(plan))]
 
 
 def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
@@ -51,14 +52,18 @@ def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
 
 
 def _rule(plan: Plan) -> str | None:
-    rule, batch, base = plan.segments[0].rule, plan.cut.global_size, plan.base_batch
-    law = rule.law
-    if plan.base_source == "peak" or (batch <= law.kappa_tested * base and batch <= law.batch_tested):
+    claims = [segment for segment in plan.segments if segment.rule.law.beyond]
+    if plan.base_source == "peak" or not claims:
         return None
+    largest = max(claims, key=lambda segment: segment.global_size)
+    batch, base, law = largest.global_size, plan.base_batch, largest.rule.law
+    if batch <= law.kappa_tested * base and batch <= law.batch_tested:
+        return None
+    kappa = f"{law.kappa_tested:g} × and " if law.kappa_tested < math.inf else ""
     return (
-        f"lr.rule={rule.name} is far above its tested range: the global batch of {plan.size(batch)} is "
-        f"{batch / base:,.6g} × that of the base LR (tested to {law.kappa_tested:g} × and {law.batch_tested:g} "
-        f"samples: {law.beyond}); tune the LR at this batch and give it as lr.peak"
+        f"lr.rule={largest.rule.name} is far above its tested range: the global batch of {plan.size(batch)} is "
+        f"{batch / base:,.6g} × that of the base LR (tested to {kappa}{law.batch_tested:g} samples: {law.beyond}); "
+        "tune the LR at this batch and give it as lr.peak"
     )
 
 
@@ -84,7 +89,7 @@ def _base(plan: Plan) -> str | None:
 
 
 def _idle(plan: Plan) -> str | None:
-    cut = plan.cut
+    cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.idle)
     if cut.idle < IDLE:
         return None
     near = nearest_even(cut, plan.per_gpu, cut.accumulation)
@@ -96,10 +101,11 @@ def _idle(plan: Plan) -> str | None:
 
 
 def _wraps(plan: Plan) -> str | None:
-    if plan.train_samples is None or plan.cut.global_size <= plan.train_samples:
+    largest = max(segment.global_size for segment in plan.segments)
+    if plan.train_samples is None or largest <= plan.train_samples:
         return None
     return (
-        f"the global batch of {plan.size(plan.cut.global_size)} is larger than the data "
+        f"the global batch of {plan.size(largest)} is larger than the data "
         f"({plan.size(plan.train_samples)}): one step sees samples more than once; batch.global_size=all is "
         "full-batch descent"
     )
@@ -110,9 +116,21 @@ def _family(plan: Plan) -> str | None:
         return None
     least, most, unit = USUAL[plan.family]
     per_sample = 1 if unit == "sample" else plan.units_per_sample
-    if per_sample is None or least / FAR <= plan.cut.global_size * per_sample <= most * FAR:
+    sizes = [segment.global_size * (per_sample or 1) for segment in plan.segments]
+    far = [size for size in (max(sizes), min(sizes)) if not least / FAR <= size <= most * FAR]
+    if per_sample is None or not far:
         return None
     return (
-        f"a global batch of {counted(plan.cut.global_size * per_sample, unit)} is far from what people use for "
+        f"a global batch of {counted(far[0], unit)} is far from what people use for "
         f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
+    )
+
+
+def _sync(plan: Plan) -> str | None:
+    accumulation = max(stage.cut.accumulation for stage in plan.stages)
+    if not plan.sync or accumulation == 1:
+        return None
+    return (
+        f"batchnorm.mode=sync takes its statistics from one pass of all ranks, which is a part of the global batch at "
+        f"accumulation {accumulation}: the run changes with it; batchnorm.mode=ghost doesn't"
     )

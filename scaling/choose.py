@@ -22,7 +22,7 @@ TABLE = {
     None: (("adamw", "sgd"), ("lamb", "adamw")),
 }
 WHY = {
-    "sgd": "SGD with momentum is what {family} are tuned with at batches below {large}",
+    "sgd": "SGD with momentum is what {family} are tuned with{below}",
     "adamw": "AdamW is what {family} are tuned with{below}",
     "lars": "LARS holds each layer's LR to the size of its weights, for {family} from {large} on (You et al. 2017)",
     "lamb": "LAMB does that for Adam, for {family} from {large} on (You et al. 2020)",
@@ -52,7 +52,7 @@ def choose(family: str | None, global_size: int, with_base: Collection[str]) -> 
         )
     chosen, others = fit[0], fit[1:]
     what = f"tasks of the family {family}" if family else "tasks of no stated family"
-    why = WHY[chosen].format(family=what, large=f"{LARGE:,}", below="" if large else f" below {LARGE:,}")
+    why = WHY[chosen].format(family=what, large=f"{LARGE:,}", below="" if large else f" at batches below {LARGE:,}")
     alternatives = [f"optimizer={name}" for name in others] + ["optimizer=adafactor where memory is short"]
     text = f"auto, at {counted(global_size, 'sample')}: {why}; or {', '.join(alternatives)}"
     if large:

@@ -88,6 +88,7 @@ class Plan:
         base_source: where they come from, a key of BASE_SOURCES. ``peak``: lr.peak was given outright; it is then the
             base itself, at the first segment's batch.
         schedule: of the LR over samples; None until ``samples`` is known.
+        sync: BatchNorm takes its statistics from one pass of all ranks.
     """
 
     segments: tuple[Segment, ...]
@@ -109,6 +110,7 @@ class Plan:
     base_source: Source
     schedule: Schedule | None
     identity: str
+    sync: bool = False
 
     def __post_init__(self) -> None:
         starts = [segment.start_sample for segment in self.segments]
@@ -123,6 +125,7 @@ class Plan:
 
     @cached_property
     def stages(self) -> list[Stage]:
+        """The segments as they run: one after another, each from the first step boundary that its start allows."""
         stages: list[Stage] = []
         for segment in self.segments:
             start = first_step = 0
@@ -153,7 +156,8 @@ class Plan:
                 "optimizer.betas for this batch"
             ) from None
 
-    def _stage_at(self, sample: int) -> Stage:
+    def stage_at(self, sample: int) -> Stage:
+        """The stage that ``sample`` is in."""
         return self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.start) - 1]
 
     def step_at(self, sample: int) -> Step | None:
@@ -167,7 +171,7 @@ class Plan:
         assert sample >= 0, f"there is no sample {sample}"
         if sample >= self.samples:
             return None
-        stage = self._stage_at(sample)
+        stage = self.stage_at(sample)
         steps, inside = divmod(sample - stage.start, stage.cut.global_size)
         assert inside == 0, f"sample {sample} is {inside} samples inside a step"
         return Step(
@@ -204,7 +208,7 @@ class Plan:
         """Optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
         if self.samples is None:
             return None
-        last = self._stage_at(max(0, self.samples - 1))
+        last = self.stage_at(max(0, self.samples - 1))
         return last.first_step - (-(self.samples - last.start) // last.cut.global_size)
 
     @property
@@ -212,7 +216,7 @@ class Plan:
         """Samples by which the whole last step exceeds ``samples``."""
         if self.samples is None:
             return None
-        last = self._stage_at(max(0, self.samples - 1))
+        last = self.stage_at(max(0, self.samples - 1))
         return -(self.samples - last.start) % last.cut.global_size
 
     @property

@@ -30,7 +30,7 @@ def from_json(text: str) -> Plan:
     try:
         stored = json.loads(text)
         fields = {**stored, **stored["asked"]}
-        mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__})
+        mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
         plan = TypeAdapter(Plan).validate_json(mine, strict=True)
         was, now = _numbers(text), _numbers(to_json(plan))
     except ValidationError as error:

@@ -106,6 +106,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         base_source=source,
         schedule=None,
         identity=identity(config),
+        sync=config.batchnorm.mode == "sync",
     )
     schedule = _schedule(config.lr, lengths, plan, tuned_lr)
     laid = _laid(config, first, lengths, schedule) if wanted else Laid((first,), schedule)

@@ -154,7 +154,7 @@ def test_every_key_of_an_optimizer_is_science(choice: str) -> None:
     config = compose([f"optimizer={choice}"])
     other = {
         bool: lambda value: not value,
-        float: lambda value: (value or 1) / 2,
+        float: lambda value: (value or 1) * (0.5 if value < 1 else 2),
         list: lambda values: [*values[:-1], values[-1] / 2],
     }
     for name, value in optimizer_yaml(choice).items():

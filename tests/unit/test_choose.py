@@ -1,0 +1,99 @@
+"""``optimizer=auto``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conf.compose import compose
+from conf.explain import ConfigError
+from conf.identity import identity
+from conf.stored import dump
+from scaling.advice import USUAL
+from scaling.choose import LARGE, TABLE, choose
+from scaling.resolve import resolve
+
+ALL = {name for rows in TABLE.values() for row in rows for name in row}
+
+
+def test_every_family_has_a_row() -> None:
+    assert TABLE.keys() == {None, *USUAL}
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "chosen"),
+    [
+        ("images", 64, "sgd"), ("images", 1023, "sgd"), ("images", 1024, "lars"), ("images", 32768, "lars"),
+        ("language", 512, "adamw"), ("language", 4096, "adamw"), ("finetune", 32, "adamw"), ("finetune", 4096, "lamb"),
+        ("rl", 65536, "adamw"), (None, 32, "adamw"), (None, 8192, "lamb"),
+    ],
+)  # fmt: skip
+def test_the_table(family: str | None, batch: int, chosen: str) -> None:
+    choice = choose(family, batch, ALL)
+    assert choice.name == chosen
+    large = batch >= LARGE
+    for text in ("warmup", "regularisation", "Nado et al. 2021", "Shallue et al. 2018"):
+        assert (text in choice.why) is large
+    assert "or optimizer=" in choice.why
+
+
+def test_only_what_has_a_base_lr_is_chosen() -> None:
+    assert choose("images", 4096, {"sgd", "adamw"}).name == "sgd"
+    assert choose("images", 64, {"adamw"}).name == "adamw"
+    with pytest.raises(ValueError, match="of lars, lamb, sgd none has a base LR"):
+        choose("images", 4096, {"adamw"})
+
+
+def test_the_config_has_the_chosen_optimizer_and_the_plan_says_why() -> None:
+    config = compose(["optimizer=auto", "batch.global_size=2048"])
+    assert config.optimizer.name == "lars"
+    assert config.chosen.keys() == {"optimizer"}
+    plan = resolve(config, 1)
+    assert plan.optimizer.why.startswith("auto, at 2,048 samples: LARS")
+    named = compose(["optimizer=lars", "batch.global_size=2048"])
+    assert identity(config) == identity(named)
+    assert resolve(named, 1).optimizer.why == "given"
+
+
+def test_it_goes_by_the_largest_batch_of_the_run() -> None:
+    schedule = "batch.schedule='0sa:64 10ep:2048'"
+    assert compose(["optimizer=auto", schedule]).optimizer.name == "lars"
+    by_ranks = ["optimizer=auto", "batch.per_gpu=64", "batch.accumulation=4", "cluster.gpus_per_node=8"]
+    assert compose(by_ranks).optimizer.name == "lars"
+    assert compose([*by_ranks[:-1], "cluster.gpus_per_node=2"]).optimizer.name == "sgd"
+
+
+def test_its_other_keys_can_be_given() -> None:
+    config = compose(["optimizer.weight_decay=0.3", "optimizer=auto"])
+    assert (config.optimizer.name, config.optimizer.weight_decay) == ("sgd", 0.3)
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        compose(["optimizer=auto", "optimizer.betas=[0.9,0.9]"])
+
+
+def test_an_experiment_may_ask_for_it(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /optimizer: auto\nbatch:\n  global_size: 4096\n"
+    (tmp_path / "experiment/big.yaml").write_text(text)
+    assert compose(["experiment=big"], tmp_path).optimizer.name == "lars"
+    assert compose(["experiment=big", "batch.global_size=8"], tmp_path).optimizer.name == "sgd"
+
+
+@pytest.mark.parametrize("key", ["lr.peak", "lr.base"])
+def test_a_learning_rate_is_of_a_named_optimizer(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is of one optimizer"):
+        compose(["optimizer=auto", f"{key}=0.1"])
+
+
+def test_a_run_that_goes_on_keeps_what_was_chosen(tmp_path: Path) -> None:
+    began = compose(["optimizer=auto", "batch.global_size=2048"])
+    (tmp_path / "config.yaml").write_text(dump(began))
+    (tmp_path / "plan.json").write_text("{}")
+    again = compose([f"run.dir={tmp_path}"])
+    assert (again.optimizer, again.chosen) == (began.optimizer, began.chosen)
+    assert compose([f"run.dir={tmp_path}", "optimizer=auto"]).optimizer == began.optimizer
+    old = yaml.safe_load(dump(began))
+    del old["chosen"]  # as earlier versions wrote it
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert compose([f"run.dir={tmp_path}"]).chosen == {}
