@@ -1,0 +1,30 @@
+"""Others' optimizers, to be compared with: modules alone, as their packages import torchvision, or for seconds."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+
+def installed() -> bool:
+    """Whether timm, torch_optimizer and pytorch_optimizer are there; `make test` installs them."""
+    return all(importlib.util.find_spec(name) for name in ("timm", "torch_optimizer", "pytorch_optimizer"))
+
+
+def alone(name: str) -> ModuleType:
+    """The module ``name``, below packages that are empty but for their place."""
+    package, *parts = name.split(".")
+    for above in range(len(parts)):
+        dotted = ".".join((package, *parts[:above]))
+        if dotted not in sys.modules:
+            spec = importlib.util.find_spec(package)
+            assert spec is not None
+            assert spec.submodule_search_locations
+            empty = ModuleType(dotted)
+            empty.__spec__ = spec if above == 0 else None
+            empty.__path__ = [os.path.join(spec.submodule_search_locations[0], *parts[:above])]
+            sys.modules[dotted] = empty
+    return importlib.import_module(name)
