@@ -1,0 +1,48 @@
+"""A batch that changes while training: the same run on any hardware, and after a stop in the middle of a stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks.harness import Runs, distance
+
+MOVING = (
+    "task=custom", "task._target_=tests.tasks.Counted", "duration=960sa", "lr.base=0.05", "lr.base_batch=24",
+    "evaluate.every=null", "log.every=1sa", "lr.warmup=100sa",
+)  # fmt: skip
+STAGES = "batch.schedule='0sa:24 240sa:48 480sa:96'"
+
+
+@pytest.mark.parametrize("schedule", [STAGES, "batch.schedule='ramp from:16 to:100 over:700sa by:7'"])
+def test_stages_are_the_same_over_cuts(runs: Runs, schedule: str) -> None:
+    whole = runs(1, *MOVING, schedule)
+    parts = runs(3, *MOVING, schedule, "batch.per_gpu=7")
+    assert len({line["global_size"] for line in whole.metrics() if "loss" in line}) > 2
+    assert distance(whole.weights(), parts.weights()) < 1e-6
+    assert parts.losses() == pytest.approx(whole.losses(), rel=1e-5)
+
+
+@pytest.mark.parametrize("extra", [(), ("optimizer=adamw", "lr.base=0.003", "lr.rule=sde", "optimizer.args={}")])
+def test_a_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
+    """On 2 ranks to the middle of the second stage, then on 3: every step's samples, batch and LR as if nothing was."""
+    whole = runs(2, *MOVING, STAGES, *extra)
+    stopped = runs(2, *MOVING, STAGES, *extra, stop_at=12)
+    assert [stopped.ends[0][name] for name in ("state", "step", "samples")] == ["stopped", 12, 240 + 2 * 48]
+    went_on = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", going_on=stopped)
+    assert went_on.ends[0]["state"] == "finished"
+    told = [
+        [(line["step"], line["samples"], line["global_size"], line["lr"]) for line in run.metrics() if "loss" in line]
+        for run in (whole, went_on)
+    ]
+    assert told[0] == told[1]
+    assert [step[2] for step in told[0]] == [24] * 10 + [48] * 5 + [96] * 5
+    assert distance(whole.weights(), went_on.weights()) < (1e-5 if extra else 1e-6)
+
+
+def test_the_lr_of_a_stage_reaches_the_optimizer(runs: Runs) -> None:
+    moved = runs(1, *MOVING, STAGES, "lr.decay=constant")
+    held = runs(1, *MOVING, STAGES.replace("sa:96'", "sa:96 lr:hold'"), "lr.decay=constant")
+    rates = [line["lr"] for line in moved.metrics() if "loss" in line]
+    assert rates[5:] == pytest.approx([0.05] * 5 + [0.1] * 5 + [0.2] * 5)
+    assert {line["lr"] for line in held.metrics()[6:] if "loss" in line} == {0.05}
+    assert distance(moved.weights(), held.weights()) > 1e-3
