@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cache, reduce
 
@@ -392,3 +393,70 @@ def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
     assert isinstance(said["warnings"], list)
     assert set(said["lr"]) >= {"base", "base_batch", "rule", "factor", "peak", "warmup_samples", "why"}
     assert from_json(to_json(plan)) == plan
+
+
+# ---- whole recipes
+
+ADAMW = ("optimizer=adamw", "task.tuned={adamw: {lr: 0.001, batch: 64, betas: [0.95, 0.98], weight_decay: 0.1}}")
+
+
+def test_a_tuning_may_state_the_whole_recipe() -> None:
+    plan = plan_of(*ADAMW, "lr.rule=sde")  # at 128
+    assert plan.base.betas == (0.95, 0.98)
+    assert plan.peak.betas == (0.9, 0.96)
+    assert plan.peak.lr == pytest.approx(0.001 * math.sqrt(2))
+    assert (plan.peak.eps, plan.peak.weight_decay) == (pytest.approx(1e-8 / math.sqrt(2)), 0.1)
+    assert plan.moves == ["β₁ 0.95 → 0.9, β₂ 0.98 → 0.96 (1 − κ(1 − β))", "ε 1e-08 → 7.07107e-09 (ε/√κ)"]
+
+
+def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
+    plan = plan_of(*ADAMW, "lr.rule=sde", "optimizer.betas=[0.8,0.9]")
+    assert plan.base.betas == plan.peak.betas == (0.8, 0.9)
+    assert plan.moves[0] == "β₁ and β₂ given for this batch, so not moved (lr.rule=sde would)"
+    assert plan_of(*ADAMW, "optimizer.weight_decay=0.3").peak.weight_decay == 0.3
+    assert plan_of("optimizer=sgd", "optimizer.momentum=0.5").peak.betas == (0.5,)
+
+
+def test_a_refusal_names_the_largest_legal_batch_in_the_unit_that_was_asked_in() -> None:
+    said = refusal(*ADAMW, "lr.rule=sde", "batch.global_size=1280")
+    assert "the largest at which it holds is 1,279 samples: use batch.global_size=1279" in said
+    plan_of(*ADAMW, "lr.rule=sde", "batch.global_size=1279")
+    tokens = ("batch.unit=tokens", "task.units_per_sample=16", "batch.global_size=20480")
+    assert "the largest at which it holds is 20,464 tokens: use batch.global_size=20464" in refusal(
+        *ADAMW, "lr.rule=sde", *tokens
+    )
+
+
+def test_a_warmup_that_grows_with_the_batch() -> None:
+    plan = plan_of("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%")
+    assert plan.schedule
+    assert plan.schedule.warmup_samples == 4000
+    assert plan.moves == ["warmup × 4 (as much as the batch)"]
+    said = refusal("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%", "batch.global_size=321")
+    assert "the largest batch at which it fits is 320 samples" in said
+
+
+def test_weight_decay_moves_where_that_is_asked_for() -> None:
+    plan = plan_of(*ADAMW, "lr.scale_weight_decay=true")
+    assert plan.peak.weight_decay == pytest.approx(0.1 * math.sqrt(2))
+    assert plan.moves == ["weight decay 0.1 → 0.141421 (λ₀·κ·η₀/η; Bergsma et al. 2025)"]
+    assert "given for this batch (optimizer.weight_decay=0.2)" in refusal(
+        *ADAMW, "lr.scale_weight_decay=true", "optimizer.weight_decay=0.2"
+    )
+
+
+def test_a_rule_by_the_noise_scale() -> None:
+    plan = plan_of("lr.base=0.1", "lr.base_batch=64", "lr.rule=noise", "lr.noise_scale=128")
+    assert plan.peak.lr == pytest.approx(0.15)
+    assert "0.1 × ((1 + 128/64)/(1 + 128/128))^1 (noise; McCandlish et al. 2018)" in plan.lr_why
+
+
+def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
+    """ηN/(B(1−m)), Smith & Le 2018."""
+    first, second = (plan_of("lr.base=0.1", "lr.base_batch=64", f"batch.global_size={size}") for size in (64, 512))
+    assert first.temperature == pytest.approx(0.1 * 1000 / (64 * 0.1))
+    assert second.temperature == pytest.approx(first.temperature)
+    other = plan_of("lr.base=0.1", "lr.base_batch=64", "batch.global_size=512", "lr.rule=sqrt")
+    assert other.temperature == pytest.approx(first.temperature / math.sqrt(8))
+    assert plan_of("optimizer=adamw").temperature is None
+    assert plan_of("task.train_samples=null").temperature is None
