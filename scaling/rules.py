@@ -159,9 +159,10 @@ def sde(recipe: Recipe, move: Move) -> Recipe:
 
 
 def half_life(recipe: Recipe, move: Move) -> Recipe:
-    """β = β₀^κ, so that each moment's half-life stays the same number of samples (Marek et al. 2025).
+    """β = β₀^κ, so that each moment's half-life stays the same number of samples (Marek et al. 2025, arXiv:2507.07101).
 
-    η = η₀·κ^α with α = ½ unless ``lr.power`` says otherwise is our choice: the source tunes η.
+    The source says so of β₂ and tunes η: that β₁ follows, and η = η₀·κ^α with α = ½ unless ``lr.power`` says otherwise,
+    are our choice.
     """
     betas = tuple(beta**move.kappa for beta in recipe.betas)
     return replace(recipe, lr=recipe.lr * move.kappa**move.power, betas=betas)
@@ -257,7 +258,7 @@ LAWS = {
     "half-life": Law(
         half_life,
         "({ratio})^{power:g}",
-        "betas: Marek et al. 2025; the LR's exponent is our choice",
+        "β₂: Marek et al. 2025; β₁ and the LR's exponent are our choice",
         moves={"betas": "β^κ, the same half-life in samples"},
         powers=(-math.inf, math.inf),
         usual_power={"sgd": 0.5, "adam": 0.5},
