@@ -90,7 +90,8 @@ def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
     task = make_task(config)
     data = task.train_data()
     plan = resolve(config, world.size, len(data))
-    model, nothing = task.model(), KeepsNothing()
+    model = task.model()
+    nothing: Any = KeepsNothing()
     engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
     kept.append(engine)
 

@@ -166,8 +166,7 @@ def unmeasurable(plan: Plan) -> str | None:
     if filled(cut) > 1:
         return None
     half = -(-cut.global_size // cut.granule // 2) * cut.granule
-    instead = "" if plan.accumulation is None else " in place of batch.accumulation"
-    smaller = f"batch.per_gpu={plan.sized(half)}{instead}, or more ranks"
+    smaller = f"batch.per_gpu={plan.sized(half)}, or more ranks"
     return (
         f"noise.every measures by how much the micro-batches of a step differ, and on {counted(cut.world, 'rank')} a "
         f"step is one: nothing is measured; give {smaller if half < cut.global_size else 'a larger global batch'}"

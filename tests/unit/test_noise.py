@@ -149,7 +149,6 @@ def test_what_to_do_where_a_step_is_one_micro_batch() -> None:
     assert "give batch.per_gpu=17, or more ranks" in text
     assert unmeasurable(replace(plan, per_gpu=17)) is None
     assert unmeasurable(replace(plan, world=2)) is None
-    assert "batch.per_gpu=17 in place of batch.accumulation" in (unmeasurable(replace(plan, accumulation=1)) or "")
     whole = replace(make(1000, batches=((0, 32),), world=2), granule=32)
     assert "on 2 ranks a step is one: nothing is measured; give a larger global batch" in (unmeasurable(whole) or "")
 
