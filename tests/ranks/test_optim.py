@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.peers import alone, installed
+from tests.ranks.harness import in_ranks
 from trainers.optim import kernels
 from trainers.optim.lamb import LAMB
 from trainers.optim.lars import LARS
 from trainers.optim.layerwise import Layerwise
 from trainers.rundir import Refused
+from trainers.world import World
 
 PATHS = [True, False]  # native or not
 SHAPES = [(300, 300), (70, 130), (5,), (2, 3, 4), (), (3, 0), (4, 4), (6, 2)]
@@ -287,17 +287,17 @@ def test_many_processes_may_build_at_once(no_kernels_yet: Path) -> None:
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_threads_are_torchs_and_change_no_bit(tmp_path: Path) -> None:
     """In a process of its own: one that ran threads can't be forked. There is one OpenMP in it, torch's."""
-    program = (
-        "import torch; from tests.ranks.test_optim import *\n"
-        "found = []\n"
-        "for threads in (1, 2):\n"
-        "    torch.set_num_threads(threads)\n"
-        "    found.append(after_steps(LAMB) + after_steps(LARS))\n"
-        "assert all(torch.equal(a, b) for a, b in zip(*found))\n"
-        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1]}))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
+
+    def body(world: World) -> Any:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([*after_steps(LAMB), *after_steps(LARS)])
+        libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        return [same, len([name for name in libraries if "omp" in Path(name).name])]
+
+    assert in_ranks(1, body, tmp_path) == [[True, 1]]
 
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
