@@ -142,7 +142,7 @@ def _combined(x: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
         mine.copy_(torch.cat((mean, variance * count, mean.new_tensor([count]))))
     everyone = mine.new_empty(ranks * len(mine))
-    dist.all_gather_into_tensor(everyone, mine)
+    dist.all_gather_single(everyone, mine)
     means, squares, counts = everyone.view(ranks, -1).split((channels, channels, 1), 1)
     total = counts.sum()
     mean = (means * counts).sum(0) / total

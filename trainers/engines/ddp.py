@@ -112,7 +112,9 @@ class DDP:
         self._wrapped: nn.Module = self._bare
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._bare,), config)
         if world.size > 1:
-            ours = {"gradient_as_bucket_view": True, "broadcast_buffers": not settled(model)}
+            ours = {"gradient_as_bucket_view": True}
+            if settled(model) and "broadcast_buffers" not in config:
+                ours["forward_sync_buffers"] = False
             self._wrapped = DistributedDataParallel(self._bare, **{**ours, **config})
             self._settle_buckets()
 
