@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise Refused(f"task.args.data={path} can't be read as an .npz file: {error}") from None
     if not {"images", "labels"} <= arrays.keys() or ("val_images" in arrays) != ("val_labels" in arrays):
         raise Refused(
@@ -60,16 +61,21 @@ def from_arrays(what: str, arrays: dict[str, np.ndarray]) -> Labelled:
         Refused: they aren't that.
     """
     images, labels = _checked(what, arrays["images"], arrays["labels"])
-    if "val_images" in arrays:
-        val = _checked(what, arrays["val_images"], arrays["val_labels"])
-        if val[0].shape[1:] != images.shape[1:]:
-            raise Refused(f"{what}: images are {list(images.shape[1:])} and val_images {list(val[0].shape[1:])}")
-    else:
-        for_training, for_validation = split(len(labels))
-        val = images[for_validation], labels[for_validation]
-        images, labels = images[for_training], labels[for_training]
-    classes = _classes(what, labels, val[1])
-    return Labelled(TensorDataset(images, labels), TensorDataset(*val), classes, images.shape[1])
+    classes = _classes(what, labels)
+    if "val_images" not in arrays:
+        train, val = split(len(labels))
+        return Labelled(
+            TensorDataset(images[train], labels[train]),
+            TensorDataset(images[val], labels[val]),
+            classes,
+            images.shape[1],
+        )
+    val_images, val_labels = _checked(what, arrays["val_images"], arrays["val_labels"])
+    if val_images.shape[1:] != images.shape[1:]:
+        raise Refused(f"{what}: images are {list(images.shape[1:])} and val_images {list(val_images.shape[1:])}")
+    if unknown := sorted(set(val_labels.tolist()) - set(range(classes))):
+        raise Refused(f"{what}: val_labels has {unknown[0]}, a class that labels haven't")
+    return Labelled(TensorDataset(images, labels), TensorDataset(val_images, val_labels), classes, images.shape[1])
 
 
 def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -88,8 +94,8 @@ def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor,
     return torch.from_numpy(channels_last.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def _classes(what: str, labels: Tensor, val_labels: Tensor) -> int:
-    """How many there are. Labels count them from 0, and each is there to be learnt."""
+def _classes(what: str, labels: Tensor) -> int:
+    """How many there are. Labels count them from 0."""
     seen = labels.unique().tolist()
     if not seen:
         raise Refused(f"{what} has no images")
@@ -98,8 +104,6 @@ def _classes(what: str, labels: Tensor, val_labels: Tensor) -> int:
             f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values; they have to count "
             "the classes from 0, with images of each"
         )
-    if unknown := sorted(set(val_labels.unique().tolist()) - set(seen)):
-        raise Refused(f"{what}: val_labels has {unknown[0]}, a class that labels haven't")
     return len(seen)
 
 

@@ -35,8 +35,11 @@ class Images:
     """
 
     def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
-        if shift < 0:
-            raise Refused(f"task.args.shift={shift}: a number of pixels, 0 or more")
+        if shift < 0 or min(width, blocks, 1 if size is None else size) < 1:
+            raise Refused(
+                f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}: shift is 0 or more, and the "
+                "others are 1 or more"
+            )
         self.images, self.shift, self.width, self.blocks = open_images(data, size), shift, width, blocks
         self.augment = self._moved if shift else None
 
