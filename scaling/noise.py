@@ -161,9 +161,9 @@ def filled(cut: Cut) -> int:
 
 
 def unmeasurable(plan: Plan) -> str | None:
-    """What to do where a step is one micro-batch, so that there is nothing to measure the noise from."""
+    """What to do where every step is one micro-batch, so that there is nothing to measure the noise from."""
     cut = plan.cut
-    if filled(cut) > 1:
+    if any(filled(stage.cut) > 1 for stage in plan.stages):
         return None
     half = -(-cut.global_size // cut.granule // 2) * cut.granule
     smaller = f"batch.per_gpu={plan.sized(half)}, or more ranks"

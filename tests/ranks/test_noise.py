@@ -17,6 +17,7 @@ from tests.ranks.harness import Run, Runs
 from tests.steps import walk
 from tests.tasks import Counted
 from trainers.keyed import seed_generators
+from trainers.precision import autocast
 
 NAMES = ("noise/scale", "noise/low", "noise/high", "noise/grad_sq", "noise/trace")
 FROZEN = ("lr.peak=1e-12", "evaluate.every=null", "log.every=1st", "noise.every=1st")  # its weights stay what they are
@@ -50,8 +51,7 @@ class Kinds(Counted):
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         inputs, targets, units = batch
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.kind == "autocast"):
-            outputs = model(inputs.bfloat16() if self.kind == "bf16" else inputs)
+        outputs = model(inputs.bfloat16() if self.kind == "bf16" else inputs)
         mask = torch.arange(7) < units[:, None]
         return ((outputs.float() - targets)[mask] ** 2).sum(), units.sum()
 
@@ -81,7 +81,8 @@ def by_hand(world: int, overrides: tuple[str, ...]) -> list[Smoothed]:
         for number in range(world * step.cut.accumulation):
             start, stop = step.cut.micro(number % world, number // world)
             if start < stop:
-                loss, count = task.loss(model, tuple(tensor[rows[start:stop]] for tensor in data))
+                with autocast(config.precision, torch.device("cpu")):
+                    loss, count = task.loss(model, tuple(tensor[rows[start:stop]] for tensor in data))
                 sizes, gradients, units = [*sizes, stop - start], [*gradients, gradient(model, loss)], units + count
         means = [part * (step.cut.global_size / size / units) for part, size in zip(gradients, sizes, strict=True)]
         whole = sum(mean * size for mean, size in zip(means, sizes, strict=True)) / step.cut.global_size
@@ -110,12 +111,16 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
         (2, command("frozen", "batch.global_size=21", "batch.per_gpu=6"), 1e-5),
         (2, command("unused", "batch.global_size=21", "+engine.config.find_unused_parameters=true"), 1e-5),
         (2, command("mixed", "batch.global_size=21", "batch.per_gpu=6"), 1e-5),
-        (2, command("autocast", "batch.global_size=21", "batch.per_gpu=6"), 1e-2),
         (2, command("bf16", "batch.global_size=21", "batch.per_gpu=6"), 1e-2),
+        (2, command("plain", "batch.global_size=21", "batch.per_gpu=6", "precision=bf16"), 1e-2),
+        (2, command("plain", "batch.global_size=21", "batch.per_gpu=6", "precision=fp16", "clip_norm=0.01"), 1e-2),
     ],
 )
-def test_it_is_what_the_micro_batches_say(runs: Runs, world: int, overrides: tuple[str, ...], off: float) -> None:
+def test_it_is_what_the_micro_batches_say(
+    runs: Runs, world: int, overrides: tuple[str, ...], off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; whatever the dtype."""
+    monkeypatch.setattr("trainers.precision.check_precision", lambda precision, device: None)  # fp16, on the CPU, too
     some = (*overrides, "duration=3st")
     run = runs(world, *some)
     assert run.ends[0].get("step") == 3, run.ends

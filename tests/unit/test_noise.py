@@ -149,6 +149,7 @@ def test_what_to_do_where_a_step_is_one_micro_batch() -> None:
     assert "give batch.per_gpu=17, or more ranks" in text
     assert unmeasurable(replace(plan, per_gpu=17)) is None
     assert unmeasurable(replace(plan, world=2)) is None
+    assert unmeasurable(replace(make(1000, batches=((0, 32), (320, 64)), world=1), per_gpu=32)) is None
     whole = replace(make(1000, batches=((0, 32),), world=2), granule=32)
     assert "on 2 ranks a step is one: nothing is measured; give a larger global batch" in (unmeasurable(whole) or "")
 
