@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -274,6 +275,20 @@ def test_without_a_compiler_one_warning_says_so(no_kernels_yet: Path, monkeypatc
         warnings.simplefilter("error")
         LARS(weights())
     assert all(torch.equal(a, b) for a, b in zip(found, after_steps(LAMB, native=False), strict=True))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_ranks_take_the_kernel_together_or_not_at_all(no_kernels_yet: Path) -> None:
+    def body(world: World, lacking: int) -> list[bool]:
+        if world.rank == lacking:
+            os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(no_kernels_yet / "other")}
+        optimizer = LAMB(weights())
+        alone = optimizer._native
+        optimizer.agree()
+        return [alone, optimizer._native]
+
+    for lacking, found in ((1, [[True, False], [False, False]]), (2, [[True, True]] * 2)):
+        assert in_ranks(2, lambda world, who=lacking: body(world, who), no_kernels_yet / "ranks") == found
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")

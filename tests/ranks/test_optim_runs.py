@@ -144,7 +144,7 @@ def test_muons_state_is_loaded_for_both() -> None:
                 parameter.grad = torch.arange(parameter.numel()).reshape(parameter.shape).float().cos()
         for optimizer in optimizers:
             optimizer.step()
-    assert distance(dict(first.named_parameters()), dict(second.named_parameters())) == 0
+    assert distance(first.state_dict(), second.state_dict()) == 0
 
 
 def test_muon_refuses_what_is_no_matrix() -> None:

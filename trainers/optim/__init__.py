@@ -25,6 +25,7 @@ CLASSES = {
     "adafactor": "torch.optim.Adafactor",
     "muon": "trainers.optim.muon.MuonAdamW",
 }
+LAYERWISE = ("lamb", "lars")
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Reci
         from trainers.optim.muon import parted
 
         groups = parted(groups, model)
-    elif chosen.name in ("lamb", "lars"):
+    elif chosen.name in LAYERWISE:
         groups = [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
     factors = [float(group.pop("lr", 1.0)) for group in groups]
     own_decay = ["weight_decay" in group for group in groups]
@@ -81,7 +82,12 @@ def _construct(chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Opt
         return cast(Optimizer, build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer))
     own = chosen.model_dump(exclude={"name", "family", "usual", "args", "weight_decay"})
     cls, args = locate("optimizer", CLASSES[chosen.name]), {**told, **own, **_moments(recipe), **chosen.args}
-    return _fused(cls, groups, args) if cls in (SGD, AdamW) else cast(Optimizer, cls(groups, **args))
+    if cls in (SGD, AdamW):
+        return _fused(cls, groups, args)
+    optimizer = cls(groups, **args)
+    if chosen.name in LAYERWISE:
+        optimizer.agree()
+    return cast(Optimizer, optimizer)
 
 
 def _moments(recipe: Recipe) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def kernels() -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             "LAMB and LARS go on with torch's own operations, at about half the speed on a CPU, because their C kernel "
-            f"couldn't be built or loaded ({' '.join(said.split()):.300}): it takes a C compiler with OpenMP as cc, or "
-            "as what the variable CC names",
+            f"couldn't be built or loaded ({' '.join(said.split()):.300}): it takes a C compiler with OpenMP, as cc or "
+            "as CC names it, and a folder to keep it in, ~/.cache or what XDG_CACHE_HOME names",
             stacklevel=2,
         )
         return None

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.optim.kernels import kernels
 from trainers.rundir import Refused
+
+LARGE = 10_000  # elements
 
 
 @dataclass(slots=True)
@@ -58,8 +61,18 @@ class Layerwise(Optimizer):
         super().__init__(
             params, {**defaults, "trust": True, "fused": True}
         )  # fused: its steps are counted on the device
-        on_cpu = any(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"])
-        self._native = native and on_cpu and kernels() is not None
+        self._on_cpu = any(parameter.is_cpu for group in self.param_groups for parameter in group["params"])
+        self._native = native and self._on_cpu and kernels() is not None
+
+    def agree(self) -> None:
+        """Use the kernel where all ranks have it, and else nowhere: replicas that round otherwise drift apart.
+
+        Called by all ranks.
+        """
+        if self._on_cpu and dist.is_available() and dist.is_initialized():
+            have = torch.tensor(int(self._native))
+            dist.all_reduce(have, dist.ReduceOp.MIN)
+            self._native = bool(have)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -95,7 +108,9 @@ class Layerwise(Optimizer):
             self._check(parameter)
             wide = _wide(parameter.dtype)
             native = self._native and wide == torch.float32 and parameter.is_cpu and not hasattr(parameter, "to_local")
-            part = parts.setdefault((parameter.device, wide, native), Part(native))
+            # By torch's operations on a CPU large ones go one by one: so a pass finds in the cache what the last left.
+            alone = id(parameter) if parameter.is_cpu and not native and parameter.numel() > LARGE else None
+            part = parts.setdefault((parameter.device, wide, native, alone), Part(native))
             self._add(parameter, part, wide)
         yield from parts.values()
 

@@ -1,0 +1,125 @@
+"""Time of LAMB's and LARS's steps against torch's fused AdamW and SGD, and others' LAMB and LARS, turn by turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from tests.peers import alone
+from tests.ranks.harness import in_ranks
+from trainers.world import World
+
+LAYERS, HIDDEN, VOCABULARY, WARM, TURNS = 12, 256, 30522, 2, 15
+
+
+def shapes() -> list[tuple[int, ...]]:
+    """A small BERT's, as they are registered."""
+    block = [(HIDDEN, HIDDEN), (HIDDEN,)] * 4 + [(HIDDEN,)] * 2
+    block += [(4 * HIDDEN, HIDDEN), (4 * HIDDEN,), (HIDDEN, 4 * HIDDEN), *[(HIDDEN,)] * 3]
+    return [(VOCABULARY, HIDDEN), (512, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,), *block * LAYERS]
+
+
+def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """No decay on vectors, and no trust ratio, by what each takes for that."""
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) is many] for many in (True, False))
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0, "trust": False}]
+
+
+def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
+    """Name → (what it is compared with, how it is made)."""
+    from trainers.optim.lamb import LAMB
+    from trainers.optim.lars import LARS
+
+    adamw, sgd = "AdamW, fused", "SGD, fused"
+    decay: dict[str, Any] = {"weight_decay": 0.01}
+    momentum: dict[str, Any] = {"weight_decay": 1e-4, "momentum": 0.9}
+    lambs = {
+        "timm": "timm.optim",
+        "torch_optimizer": "torch_optimizer",
+        "pytorch_optimizer": "pytorch_optimizer.optimizer",
+    }
+    larses = {"timm": "timm.optim.lars.Lars", "torch_optimizer": "torch_optimizer.lars.LARS"}
+    larses["pytorch_optimizer"] = "pytorch_optimizer.optimizer.lars.LARS"
+
+    def peer(path: str, **options: Any) -> Callable[[Any], Optimizer]:
+        module, _, name = path.rpartition(".")
+        made: Callable[..., Optimizer] = getattr(alone(module), name)
+        return lambda own: made(own, lr=1e-4, **options)
+
+    return {
+        adamw: (adamw, lambda own: AdamW(own, lr=1e-4, fused=True, **decay)),
+        "AdamW, foreach": (adamw, lambda own: AdamW(own, lr=1e-4, foreach=True, **decay)),
+        "LAMB, ours": (adamw, lambda own: LAMB(own, lr=1e-4, **decay)),
+        "LAMB, ours without the kernel": (adamw, lambda own: LAMB(own, lr=1e-4, native=False, **decay)),
+        **{f"LAMB, {who}": (adamw, peer(f"{where}.lamb.Lamb", **decay)) for who, where in lambs.items()},
+        sgd: (sgd, lambda own: SGD(own, lr=1e-4, fused=True, **momentum)),
+        "LARS, ours": (sgd, lambda own: LARS(own, lr=1e-4, **momentum)),
+        "LARS, ours without the kernel": (sgd, lambda own: LARS(own, lr=1e-4, native=False, **momentum)),
+        **{f"LARS, {who}": (sgd, peer(path, **momentum)) for who, path in larses.items()},
+    }
+
+
+def turns(world: World) -> dict[str, tuple[float, list[float]]]:
+    """Name → seconds of making it with its first step, and of each step after that; one thread."""
+    random = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(0.02 * torch.randn(shape, generator=random)) for shape in shapes()]
+    gradients = [0.01 * torch.randn(shape, generator=random) for shape in shapes()]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def timed(body: Callable[[], Any]) -> float:
+        for parameter, gradient in zip(parameters, gradients, strict=True):  # some write into them
+            assert isinstance(parameter.grad, Tensor)
+            parameter.grad.copy_(gradient)
+        began = time.perf_counter()
+        body()
+        return time.perf_counter() - began
+
+    optimizers: dict[str, Optimizer] = {}
+    first: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as cache:  # so that the kernel is built here
+        os.environ["XDG_CACHE_HOME"] = cache
+        for name, (_, make) in makers().items():
+
+            def begin(name: str = name, make: Callable[[Any], Optimizer] = make) -> None:
+                optimizers[name] = make(groups(parameters))
+                optimizers[name].step()
+
+            first[name] = timed(begin)
+    every = [{name: timed(optimizer.step) for name, optimizer in optimizers.items()} for _ in range(WARM + TURNS)]
+    return {name: (first[name], [turn[name] for turn in every[WARM:]]) for name in optimizers}
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each optimizer: the median in ms, the median of the turns' ratios, and what the first step took."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = in_ranks(1, turns, Path(folder), deadline_s=600)[0]
+    found = []
+    for name, (against, _) in makers().items():
+        began, steps = measured[name]
+        ratios = [mine / other for mine, other in zip(steps, measured[against][1], strict=True)]
+        found.append(
+            {
+                "optimizer": name,
+                "ms a step": 1e3 * statistics.median(steps),
+                "ratio": statistics.median(ratios),
+                "to": against,
+                "made, with its first step, s": began,
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(json.dumps(row))
