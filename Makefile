@@ -31,5 +31,8 @@ soak: .venv/.installed
 	@echo "Installing into .venv what constraints.txt names (some minutes, once) …"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[tasks,test,lint]"
+	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		pytorch-optimizer timm torch-optimizer
 	@rm -rf build isobatch.egg-info  # what pip left beside it
 	@touch $@
