@@ -8,6 +8,7 @@ After the step all ranks move their running statistics alike, once, by the mean 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,8 +52,8 @@ class Counting(_BatchNorm):
     def tell(self, statistics: Tensor) -> None:
         """Take in means and unbiased variances: [groups, 2, C]."""
         if self.found is not None:
-            self.groups += len(statistics)
-            self.found += statistics.sum(0)
+            self.groups.add_(len(statistics))
+            self.found.add_(statistics.sum(0))
 
     def in_parts(self, input: Tensor, rows: int) -> Tensor:
         """Normalise every ``rows`` consecutive rows by themselves."""
@@ -78,7 +79,7 @@ class Ghosts(Counting):
     name: str
 
     def normalised(self, input: Tensor) -> Tensor:
-        rows, samples = len(input), len(self.stream.positions)
+        rows, samples = len(input), self.stream.samples
         if not samples or rows % samples:
             self.stream.tell(f"the rows of BatchNorm layer {self.name or 'model'} aren't a multiple of the samples")
             return self.in_parts(input, rows)
@@ -93,9 +94,14 @@ class Synced(Counting):
     def normalised(self, input: Tensor) -> Tensor:
         if self.ranks == 1:
             return self.in_parts(input, len(input))
-        output, statistics = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.ranks)  # type: ignore[no-untyped-call]
+        output, statistics = _over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
         self.tell(statistics)  # all ranks the same, which their mean is, too
-        return output  # type: ignore[no-any-return]
+        return output
+
+
+@torch.compiler.disable
+def _over_ranks(*args: Any) -> tuple[Tensor, Tensor]:
+    return _OverRanks.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _OverRanks(torch.autograd.Function):
@@ -251,9 +257,14 @@ def swap_batchnorm(model: nn.Module, config: BatchNorm, stream: Stream, ranks: i
         kind, state = Ghosts, {"found": None, "ghost_size": config.ghost_size, "stream": stream}
     for name, module in model.named_modules() if config.mode else ():
         if isinstance(module, _BatchNorm) and type(module).forward in FORWARDS:
-            module.__class__ = type(f"{kind.__name__}{type(module).__name__}", (kind, type(module)), {})
+            module.__class__ = _made_of(kind, type(module))
             vars(module).update(state, name=name)
     return model
+
+
+@cache
+def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {})
 
 
 def refuse_empty_passes(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -70,16 +71,24 @@ class Stream:
 
     Args:
         tell: called with what makes the run depend on its cut, once for each reason, when it is first seen.
+
+    Attributes:
+        samples: how many they are.
+        clock: int64, moves on with each draw, for compiled code: see ``mask_keys``.
     """
 
     def __init__(self, seed: int, device: torch.device, tell: Callable[[str], None] = print) -> None:
         self.seed = seed
-        self.positions = range(0)
+        self.positions, self.samples = range(0), 0
         self.draws = 0  # of keyed layers from torch's generator, in this forward
+        self.clock = torch.zeros((), dtype=torch.int64)
+        self.number = len(_STREAMS)
+        _STREAMS[self.number] = self
+        self._calls: dict[int, dict[int, int]] = {}
         self._told: set[str] = set()
         self._tell = tell
         self._forwards = self._key = 0
-        self._device = device
+        self.device = device
         self._accelerator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stream:
@@ -87,7 +96,8 @@ class Stream:
 
     def start(self, start: int, stop: int) -> None:
         """Begin the forward of the samples at positions [start, stop) of the run."""
-        self.positions, self.draws = range(start, stop), 0
+        self.positions, self.samples, self.draws = range(start, stop), stop - start, 0
+        self._calls.clear()
         self._key = key_generators(self.seed, start, FORWARD)
         if self._accelerator is not None:
             self._accelerator.manual_seed(self._key)
@@ -103,23 +113,49 @@ class Stream:
         expected = generators_state(untouched, random.Random(self._key), np.random.RandomState(self._key & 0xFFFFFFFF))
         drawn = generators_state() != expected
         if self._accelerator is not None:
-            still = torch.Generator(self._device).manual_seed(self._key)
+            still = torch.Generator(self.device).manual_seed(self._key)
             drawn = drawn or not torch.equal(self._accelerator.get_state(), still.get_state())
         if drawn:
             self.tell("the forward draws random numbers outside of nn.Dropout modules")
 
+    @torch.compiler.disable
     def tell(self, reason: str) -> None:
         """Say, once, why this run isn't the same on another cut."""
         if reason not in self._told:
             self._told.add(reason)
             self._tell(reason)
 
-    def keys(self, layer: int, call: int) -> Tensor:
-        """Two 32-bit keys for each sample: int32 [2, samples, 1]."""
+    def keys(self, layer: int) -> Tensor:
+        """Two 32-bit keys for each sample, for another call of a layer: int32 [2, samples, 1].
+
+        A layer that is called again in one forward needs another mask, a recomputed activation the same one. What tells
+        them apart is torch's own generator: checkpointing restores it before it recomputes.
+        """
+        self.draws += 1
+        calls = self._calls.setdefault(layer, {})
+        call = calls.setdefault(draw(torch.default_generator), len(calls))
         salt = mix(self.seed, layer, call, MASK)
         positions = torch.arange(self.positions.start, self.positions.stop, dtype=torch.int64)
         words = _finalise64(positions * -7046029254386353131 + (salt - (1 << 63)))
-        return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self._device, non_blocking=True)
+        return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self.device, non_blocking=True)
+
+
+_STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+
+
+@torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))
+def mask_keys(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor:
+    """``Stream.keys`` as a compiler sees it, which is to look at nothing that changes from one forward to the next.
+
+    It is told that the clock moves, so that calls stay as many as they are, and in their order.
+    """
+    clock += 1
+    return _STREAMS[stream].keys(int(layer))
+
+
+@mask_keys.register_fake
+def _(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor:
+    return torch.empty(2, samples, 1, dtype=torch.int32, device=_STREAMS[stream].device)
 
 
 def _finalise64(words: Tensor) -> Tensor:
@@ -161,25 +197,22 @@ class KeyedDropout(nn.Dropout):
 
     def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
         super().__init__(p, inplace)
-        self._stream, self._name, self._layer, self._channels = stream, name, layer, channels
-        self._calls: dict[int, int] = {}
-        self._of = range(0)
+        self._stream, self._name, self._channels = stream, name, channels
+        self._layer = torch.tensor(layer)  # a compiler takes a number for a constant, and makes code for each layer
 
     def forward(self, input: Tensor) -> Tensor:
-        stream, samples = self._stream, len(self._stream.positions)
+        stream, samples = self._stream, self._stream.samples
         if not self.training or self.p == 0 or input.numel() == 0:
             return input
         if not samples or input.shape[0] % samples or (self._channels and input.shape[0] != samples):
             stream.tell(f"the rows of dropout layer {self._name or 'model'} aren't a multiple of the samples")
             return nn.functional.dropout(input, self.p, True, self.inplace)
-        # A module that is called again in one forward needs another mask, a recomputed activation the same one. What
-        # tells them apart is torch's own generator: checkpointing restores it before it recomputes.
-        if self._of is not stream.positions:
-            self._calls, self._of = {}, stream.positions
-        stream.draws += 1
-        call = self._calls.setdefault(draw(torch.default_generator), len(self._calls))
+        if torch.compiler.is_compiling():
+            keys = mask_keys(stream.clock, self._layer, samples, stream.number)
+        else:
+            keys = stream.keys(int(self._layer))
         elements = input.shape[1] if self._channels else input.numel() // samples
-        bits = _uniform_bits(stream.keys(self._layer, call), elements)
+        bits = _uniform_bits(keys, elements)
         scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
         shape = (samples, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
         scale = scale.view(shape)

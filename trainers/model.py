@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING
+from shutil import which
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -61,15 +64,27 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     """``model`` as it is trained: what of it follows the sample does, and it is computed as the config says. In place.
 
     Raises:
-        Refused: ``recompute`` matches no module.
+        Refused: ``recompute`` matches no module, or there is no compiler.
     """
     model = swap_batchnorm(key_dropout(model, stream), config.batchnorm, stream, ranks)
-    recompute(model, config.recompute)
+    if config.compile:
+        _want_compiler(stream.device)
+        model.compile()
+    recompute(model, config.recompute, compiled=config.compile)
     return model
 
 
-def recompute(model: nn.Module, patterns: Sequence[str]) -> None:
+def _want_compiler(device: torch.device) -> None:
+    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(which, names)):
+        raise Refused(f"compile=true wants the compiler {names[0]}, which isn't here: install it, or leave compile out")
+
+
+def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False) -> None:
     """Let modules compute their activations again in the backward: the outermost ones that a pattern matches.
+
+    Args:
+        compiled: each of them is compiled, by itself.
 
     Raises:
         Refused: a pattern matches none.
@@ -82,7 +97,12 @@ def recompute(model: nn.Module, patterns: Sequence[str]) -> None:
         raise Refused(f"recompute={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
     names = {name for found in matched.values() for name in found}
     for module in {modules[name]: None for name in names if not any(name.startswith(f"{other}.") for other in names)}:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = partial(_again, torch.compile(module.forward) if compiled else module.forward)
+
+
+@torch.compiler.disable  # compiled code doesn't restore the generators by which masks are known again
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _is_called(module: nn.Module) -> bool:
