@@ -22,7 +22,7 @@ from benchmarks.step import KeepsNothing, kept
 from tests.ranks.harness import in_ranks
 from trainers.world import World
 
-TURNS = 15
+TURNS = 11
 SAMPLES, WIDTH, CLASSES = 1024, 1024, 10
 VOCABULARY, LENGTH = 256, 64
 PER_GPU = {"MLP": 128, "Transformer": 8}

@@ -102,7 +102,7 @@ class Smoothed:
         if not all(map(math.isfinite, astuple(self))) or min(self.count, self.grad_sq_var, self.trace_var) < 0:
             raise ValueError(f"{self} is nothing that estimates add up to")
 
-    def and_(self, new: Estimate) -> Smoothed:
+    def updated(self, new: Estimate) -> Smoothed:
         """With one more estimate."""
         decay = math.exp(-1 / MEMORY)
         weight = (1 - decay) / (1 - decay ** (self.count + 1))  # 1, 1/2, 1/3, … and in the end 1 - decay

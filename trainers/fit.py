@@ -131,7 +131,7 @@ def heed(news: News | None, metrics: Metrics, state: TrainState, log_every: int,
         metrics.event("skip", f"{found}; skipped", step=step.index + 1, samples=step.stop, skipped=state.skipped)
     if state.noise and news.parts_sq is not None and math.isfinite(news.parts_sq):
         new = estimate(news.parts_sq, news.grad_norm**2, step.cut.global_size, filled(step.cut))
-        state.noise = state.noise.and_(new)
+        state.noise = state.noise.updated(new)
     stated, found_units = state.plan.units_per_sample, news.units / (step.stop - step.start)
     if step.index == 0 and stated and abs(found_units / stated - 1) > UNITS_OFF:
         metrics.warn(f"task.units_per_sample={stated}, but the first step has {found_units:g} units a sample")

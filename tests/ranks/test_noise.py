@@ -88,7 +88,7 @@ def by_hand(world: int, overrides: tuple[str, ...]) -> list[Smoothed]:
         whole = sum(mean * size for mean, size in zip(means, sizes, strict=True)) / step.cut.global_size
         spread = sum(size * (mean - whole).square().sum() for mean, size in zip(means, sizes, strict=True))
         trace = float(spread) / (len(sizes) - 1)
-        known = known.and_(Estimate(float(whole.square().sum()) - trace / step.cut.global_size, trace))
+        known = known.updated(Estimate(float(whole.square().sum()) - trace / step.cut.global_size, trace))
         found.append(known)
     return found
 

@@ -43,7 +43,7 @@ def planted(scale: float, sizes: tuple[int, ...], runs: int, steps: int, seed: i
 def smoothed(estimates: list[Estimate]) -> Smoothed:
     found = Smoothed()
     for new in estimates:
-        found = found.and_(new)
+        found = found.updated(new)
     return found
 
 
@@ -121,7 +121,7 @@ def test_the_first_estimates_weigh_the_same_and_old_ones_are_forgotten() -> None
     assert (before.grad_sq, before.trace_var) == (pytest.approx(1), pytest.approx(0))
     after = before
     for _ in range(MEMORY):
-        after = after.and_(Estimate(2.0, 5.0))
+        after = after.updated(Estimate(2.0, 5.0))
     assert after.grad_sq == pytest.approx(2 - np.exp(-1), rel=1e-3)
     assert after.trace == pytest.approx(5 - 4 * np.exp(-1), rel=1e-3)
     assert after.weight_sq == pytest.approx(1 / (2 * MEMORY), rel=0.01)
@@ -175,7 +175,7 @@ def test_checkpoints_from_before_there_was_noise_are_read() -> None:
     "change", [{"count": -1}, {"trace": "much"}, {"trace_var": -1.0}, {"more": 1}, {"weight_sq": 1e999}, {"count": 0.5}]
 )
 def test_noise_that_cannot_be_is_damage(change: dict[str, object]) -> None:
-    fields = json.loads(manifest(Smoothed().and_(Estimate(1.0, 2.0))))
+    fields = json.loads(manifest(Smoothed().updated(Estimate(1.0, 2.0))))
     del fields["sha256"]
     fields["noise"] |= change
     with pytest.raises(Damaged, match="noise"):
