@@ -269,7 +269,7 @@ def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
 
 def refuse_empty_passes(plan: Plan) -> None:
     """Raises Refused where some rank has no samples in a pass that all have to take part in."""
-    cut = plan.cut
+    cut = min((stage.cut for stage in plan.stages), key=lambda cut: cut.micro_batches[-1][0])
     if not cut.micro_batches[-1][0]:
         raise Refused(
             f"batchnorm.mode=sync wants a sample on every rank in every pass, and {plan.size(cut.global_size)} a step "
