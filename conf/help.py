@@ -115,14 +115,14 @@ def help_text(config_dir: str | None = None) -> str:
         if default != "null":
             found |= entries(HERE / group / f"{default}.yaml", group)
     for key, entry in found.items():
-        lines += _row(f"{key}={entry.value}", said.get(key, ""), width)
+        lines += _row(f"{key}={entry.value}", entry.meaning or said.get(key, ""), width)
     for group, default in _defaults().items():
         for file in sorted((HERE / group).glob("*.yaml")):
             own = {} if group in WHOLE_RUNS or file.stem == default else entries(file, group)
             if own := {key: entry for key, entry in own.items() if key not in found}:
                 lines += ["", f"keys that come with {group}={file.stem}:"]
                 for key, entry in own.items():
-                    lines += _row(f"{key}={entry.value}", said.get(key, ""), width)
+                    lines += _row(f"{key}={entry.value}", entry.meaning or said.get(key, ""), width)
     lines += ["", "durations: 10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)", ""]
     lines.append("options:")
     for action in _parser()._actions:
@@ -168,7 +168,7 @@ def entries(file: Path, prefix: str = "") -> dict[str, Entry]:
 
 
 def meanings() -> dict[str, str]:
-    """Dotted key → its comment, whichever file of a group it stands in."""
+    """Dotted key → its comment, in whichever file of a group it stands: for keys whose own line has none."""
     found = {}
     for file in [HERE / "config.yaml", *sorted(HERE.glob("*/*.yaml"))]:
         prefix = "" if file.parent == HERE else file.parent.name
@@ -179,7 +179,9 @@ def meanings() -> dict[str, str]:
 def annotated(config: RunConfig) -> str:
     """The config as YAML, each key with its comment."""
     plain = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED))
-    said, lines = meanings(), []
+    chosen = HERE / "optimizer" / f"{config.optimizer.name}.yaml"
+    own = {key: entry.meaning for key, entry in entries(chosen, "optimizer").items() if entry.meaning}
+    said, lines = meanings() | own, []
     path: list[str] = []
     for line in yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000).splitlines():
         if match := re.match(r"( *)(\w+):", line):

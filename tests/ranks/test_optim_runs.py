@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.compose import compose
+from conf.explain import ConfigError
 from scaling.resolve import resolve
 from tests.ranks.harness import Run, Runs, distance, in_ranks
 from tests.tasks import Counted
@@ -43,6 +45,21 @@ def test_a_stopped_run_goes_on_exactly(runs: Runs, tmp_path: Path, name: str) ->
     # Muon works in bfloat16, where a rounding otherwise is one of 2^-8
     assert distance(whole.weights(), other.weights()) < (1e-3 if name == "muon" else 1e-6)
     assert whole.losses()[-1] < whole.losses()[0]
+
+
+def test_options_are_keys(runs: Runs) -> None:
+    deepspeed = ("optimizer.eps=1e-8", "optimizer.bias_correction=after", "optimizer.trust_clip=[0.01,10]")
+    overrides = (*COUNTED, "optimizer=lamb", *deepspeed)
+    run = runs(1, *overrides, stop_at=4)
+    assert runs(1, *overrides, going_on=run).ends[0]["state"] == "finished"
+    assert distance(run.weights(), runs(1, *COUNTED, "optimizer=lamb").weights()) > 1e-4
+    for wrong, said in (
+        ("optimizer.trust_clip=[2,1]", "has to be [least, most]"),
+        ("optimizer.bias_correction=before", "optimizer.bias_correction"),
+        ("optimizer.args.bias_correction=false", "use optimizer.bias_correction"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compose(["optimizer=lamb", wrong])
 
 
 class ChannelsLast(Counted):

@@ -101,10 +101,9 @@ def _directions(group: dict[str, Any], part: Part) -> list[Tensor]:
 
     Where u has no bias correction, it is told that infinitely many steps were made.
     """
-    beta1, beta2 = group["betas"]
-    steps = part.state["step"]
+    (beta1, beta2), steps = group["betas"], part.state["step"]
     if group["bias_correction"] is not True:
-        steps = [torch.full_like(step, math.inf) for step in steps]
+        steps = list(torch._foreach_add(steps, math.inf))
     directions = [weights.clone() for weights in part.weights]
     torch._fused_adamw_(
         directions, part.gradients, part.state["exp_avg"], part.state["exp_avg_sq"], [], steps, lr=-1.0, beta1=beta1,

@@ -53,14 +53,14 @@ class Layerwise(Optimizer):
     """
 
     keeps: tuple[str, ...]
-    """Its state of a parameter, in the parameter's shape; beside it there may be a ``step``."""
+    """Its state of a parameter, in the parameter's shape."""
 
     counts = False
+    """Whether it counts the ``step`` of each parameter, too."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], native: bool) -> None:
-        super().__init__(
-            params, {**defaults, "trust": True, "fused": True}
-        )  # fused: its steps are counted on the device
+        # fused: where steps are counted, they are counted on the device
+        super().__init__(params, {**defaults, "trust": True, "fused": True})
         self._on_cpu = any(parameter.is_cpu for group in self.param_groups for parameter in group["params"])
         self._native = native and self._on_cpu and kernels() is not None
 
@@ -83,6 +83,8 @@ class Layerwise(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for part in self._parts(group):
+                if self.counts:
+                    torch._foreach_add_(part.state["step"], 1)
                 self._update(group, part)
                 for original, copy in part.copies:
                     original.copy_(copy)
@@ -122,19 +124,17 @@ class Layerwise(Optimizer):
             for key in self.keeps:
                 state[key] = _zeros(parameter)
         mine = _local(parameter)
-        strides = torch.empty_like(mine).stride() if not mine.is_contiguous() else mine.stride()
+        strides = mine.stride() if mine.is_contiguous() else torch.empty_like(mine).stride()
         part.owners.append(parameter)
-        for original, to in (
-            (mine, part.weights),
-            *((_local(state[key]), part.state.setdefault(key, [])) for key in self.keeps),
-        ):
-            to.append(_as(original, strides, wide))
-            if to[-1] is not original:
-                part.copies.append((original, to[-1]))
+        kept = [(_local(state[key]), part.state.setdefault(key, [])) for key in self.keeps]
+        for original, whole in ((mine, part.weights), *kept):
+            whole.append(_as(original, strides, wide))
+            if whole[-1] is not original:
+                part.copies.append((original, whole[-1]))
         assert parameter.grad is not None
         part.gradients.append(_as(_local(parameter.grad), strides, wide))
         if self.counts:
-            part.state.setdefault("step", []).append(state["step"].add_(1))
+            part.state.setdefault("step", []).append(state["step"])
 
     def _check(self, parameter: Tensor) -> None:
         who = type(self).__name__
