@@ -80,11 +80,12 @@ class GPT(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        """GPT-2's initial weights: 0.02, divided by the root of the number of branches in what ends a branch."""
+        """Initial weights: 0.1 in embeddings, 1/√inputs in layers; as in GPT-2, less in those that end a branch."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
+                std = 0.1 if name in ("tokens.weight", "positions.weight") else parameter.shape[1] ** -0.5
                 ends = name.endswith(("out.weight", "mlp.1.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if ends else 0.02)
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.blocks)) if ends else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
