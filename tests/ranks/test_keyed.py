@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from trainers.keyed import Stream, generator_for, key_dropout, mix
@@ -147,6 +148,35 @@ def test_recomputed_activations_get_the_same_masks() -> None:
         return weight
 
     assert torch.equal(gradient(recompute=True), gradient(recompute=False))
+
+
+class Twice(nn.Module):
+    """One layer that is called twice on the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack((self.drop(x), self.drop(x)))
+
+
+def test_compiled_masks_are_those_of_eager_code() -> None:
+    """For whatever positions there is one piece of code for each number of samples; calls stay apart."""
+    counters.clear()
+    stream = Stream(0, CPU)
+    plain = key_dropout(Twice(), stream)
+    compiled = torch.compile(plain, backend="aot_eager")
+    for start, samples in ((0, 17), (17, 16), (33, 17), (50, 16), (66, 16), (82, 17)):
+        masks = []
+        for model in (plain, compiled):
+            stream.start(start, start + samples)
+            masks.append(model(torch.ones(samples, 40)))
+            stream.stop()
+        assert torch.equal(*masks)
+        assert not torch.equal(*masks[1])
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
 
 
 def test_dropout_is_off_in_evaluation() -> None:

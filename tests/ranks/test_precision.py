@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +33,12 @@ BLOCKS = (
 class Blocks(Counted):
     """A stack of blocks with dropout and BatchNorm; of ``dtype``, if one is given."""
 
-    def __init__(self, dtype: str = "float32") -> None:
+    def __init__(self, dtype: str = "float32", blocks: int = 4) -> None:
         super().__init__()
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.blocks = getattr(torch, dtype), blocks
 
     def model(self) -> nn.Module:
-        return Stack(self.width).to(self.dtype)
+        return Stack(self.width, self.blocks).to(self.dtype)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         inputs, targets, units = batch
@@ -45,11 +46,12 @@ class Blocks(Counted):
 
 
 class Stack(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, blocks: int = 4) -> None:
         super().__init__()
         self.inward, self.outward = nn.Linear(8, width), nn.Linear(width, 7)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Tanh()) for _ in range(4)
+            nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Tanh())
+            for _ in range(blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,3 +174,26 @@ def test_the_loss_scale_is_doubled_after_2000_steps() -> None:
     assert scale.state.tolist() == [2**16, 1999]
     scale.kept()
     assert scale.state.tolist() == [2**17, 0]
+
+
+@pytest.fixture
+def eager_backend() -> Iterator[None]:
+    """Traced and differentiated as ever; but C++ is not made of it, which takes half a minute."""
+    torch.compiler.set_default_backend("aot_eager")
+    yield
+    torch.compiler.set_default_backend("inductor")
+
+
+@pytest.mark.usefixtures("eager_backend")
+def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
+    """Dropout, BatchNorm, a block that is recomputed, passes of 24 and 12 samples: weights, statistics and names."""
+    uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
+    compiled = runs(1, *uneven, "compile=true", "recompute=[blocks.1]", "batch.per_gpu=24")
+    assert apart(runs(1, *uneven), compiled) < 1e-6
+    assert not [event for event in compiled.events() if event["event"] == "depends_on_cut"]
+
+
+def test_compiling_without_a_compiler_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    end = runs(1, *BLOCKS, "compile=true").ends[0]
+    assert end["message"].startswith("compile=true wants the compiler no-such-compiler, which isn't here")
