@@ -12,36 +12,43 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from scaling.plan import Plan
 from trainers.keyed import Stream
+from trainers.over_ranks import normalise_over_ranks, wide
 from trainers.rundir import Refused
 from trainers.tally import Attach
 
 if TYPE_CHECKING:
     from conf.schema import BatchNorm
 
-FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that are replaced
+FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
 
 
 class Counting(_BatchNorm):
     """A BatchNorm that tells ``Statistics`` what it finds, and leaves its running statistics alone.
 
     Attributes:
+        name: in the model.
+        does_more: its class has a forward of its own, say with an activation: in it the normalising alone is replaced.
         found: sums over ``groups`` (0-dim) of their means and unbiased variances, [2, C], in this pass; None: not kept.
     """
 
+    name: str
+    does_more: bool
     found: Tensor | None
     groups: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
+        if self.does_more:
+            with _Instead(self):
+                return super().forward(input)
         self._check_input_dim(input)
         return self.normalised(input)
 
@@ -68,6 +75,30 @@ class Counting(_BatchNorm):
         return done[0] if len(done) == 1 else torch.cat(done)
 
 
+class _Instead(TorchFunctionMode):
+    """Within, ``F.batch_norm`` is what ``layer`` does, and its steps aren't counted."""
+
+    def __init__(self, layer: Counting) -> None:
+        super().__init__()
+        self._layer, self._used = layer, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            self._used = True
+            return self._layer.normalised(args[0] if args else kwargs["input"])  # here the mode is off
+        if func is Tensor.add_ and args[0] is self._layer.num_batches_tracked:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if not self._used and error[0] is None:
+            raise Refused(
+                f"batchnorm.mode doesn't reach {self._layer.name}, a {type(self._layer).__bases__[1].__name__}: its "
+                "forward doesn't call torch.nn.functional.batch_norm"
+            )
+
+
 class Ghosts(Counting):
     """Normalises ghosts, ``ghost_size`` consecutive samples each, which no cut parts.
 
@@ -76,7 +107,6 @@ class Ghosts(Counting):
 
     ghost_size: int
     stream: Stream
-    name: str
 
     def normalised(self, input: Tensor) -> Tensor:
         rows, samples = len(input), self.stream.samples
@@ -94,78 +124,9 @@ class Synced(Counting):
     def normalised(self, input: Tensor) -> Tensor:
         if self.ranks == 1:
             return self.in_parts(input, len(input))
-        output, statistics = _over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
+        output, statistics = normalise_over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
         self.tell(statistics)  # all ranks the same, which their mean is, too
         return output
-
-
-@torch.compiler.disable
-def _over_ranks(*args: Any) -> tuple[Tensor, Tensor]:
-    return _OverRanks.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _OverRanks(torch.autograd.Function):
-    """Normalise by mean and variance over all ranks; one message forward, one backward.
-
-    The ranks' means and sums of squares about them are combined as in Chan et al. 1979 ("Updating Formulae and a
-    Pairwise Algorithm for Computing Sample Variances"); a difference of sums would cancel.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: int
-    ) -> tuple[Tensor, Tensor]:
-        x = _wide(input)
-        mean, squares, count = _combined(x, ranks)
-        scale = torch.rsqrt(squares / count + eps)
-        ctx.save_for_backward(input, weight, mean.to(x), scale.to(x), count.to(x))
-        output = (x - _along(mean, x)) * _along(scale if weight is None else scale * weight, x)
-        output = output if bias is None else output + _along(bias, x)
-        statistics = torch.stack((mean, squares / (count - 1).clamp(min=1)))[None].to(x)
-        ctx.mark_non_differentiable(statistics)
-        return output.to(input), statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        entered, weight, mean, scale, count = ctx.saved_tensors
-        x, g = _wide(entered), _wide(grad)
-        unit = (x - _along(mean, x)) * _along(scale, x)
-        own = torch.stack((g.sum(_but_channels(g)), (g * unit).sum(_but_channels(g))))
-        sums = own / count
-        dist.all_reduce(sums)
-        back = g - _along(sums[0], x) - unit * _along(sums[1], x)
-        back *= _along(scale if weight is None else scale * weight, x)
-        by_weight, by_bias = (None, None) if weight is None else (own[1].to(weight), own[0].to(weight))
-        return back.to(entered), by_weight, by_bias, None, None
-
-
-def _combined(x: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squares about it (both [C]) and number of the values of all ranks, float64."""
-    channels, count = x.shape[1], x.numel() // x.shape[1]
-    mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
-    if count:  # a rank that has no values takes part with zeros
-        variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
-        mine.copy_(torch.cat((mean, variance * count, mean.new_tensor([count]))))
-    everyone = mine.new_empty(ranks * len(mine))
-    dist.all_gather_single(everyone, mine)
-    means, squares, counts = everyone.view(ranks, -1).split((channels, channels, 1), 1)
-    total = counts.sum()
-    mean = (means * counts).sum(0) / total
-    return mean, (squares + counts * (means - mean) ** 2).sum(0), total
-
-
-def _but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
-
-
-def _along(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` [C] as they are broadcast over ``x`` [rows, C, …]."""
-    return values.to(x).view(-1, *[1] * (x.dim() - 2))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 class Statistics(nn.Module):
@@ -230,7 +191,7 @@ class Statistics(nn.Module):
 
 
 def _width_of(layer: Counting) -> torch.dtype:
-    return torch.float32 if layer.running_mean is None else _wide(layer.running_mean).dtype
+    return torch.float32 if layer.running_mean is None else wide(layer.running_mean).dtype
 
 
 def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -250,21 +211,21 @@ def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
 
 
 def swap_batchnorm(model: nn.Module, config: BatchNorm, stream: Stream, ranks: int) -> nn.Module:
-    """Make every BatchNorm of ``model`` (but those that have a forward of their own) normalise as ``config`` says."""
+    """Make every BatchNorm of ``model`` normalise as ``config`` says."""
     kind: type[Counting] = Synced
     state: dict[str, Any] = {"found": None, "ranks": ranks}
     if config.mode == "ghost":
         kind, state = Ghosts, {"found": None, "ghost_size": config.ghost_size, "stream": stream}
     for name, module in model.named_modules() if config.mode else ():
-        if isinstance(module, _BatchNorm) and type(module).forward in FORWARDS:
-            module.__class__ = _made_of(kind, type(module))
+        if isinstance(module, _BatchNorm):
+            module.__class__ = _made_of(kind, type(module))  # type: ignore[arg-type]
             vars(module).update(state, name=name)
     return model
 
 
 @cache
 def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
-    return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {})
+    return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {"does_more": cls.forward not in FORWARDS})
 
 
 def refuse_empty_passes(plan: Plan) -> None:

@@ -118,7 +118,7 @@ class Stream:
         if drawn:
             self.tell("the forward draws random numbers outside of nn.Dropout modules")
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tell(self, reason: str) -> None:
         """Say, once, why this run isn't the same on another cut."""
         if reason not in self._told:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from scaling.geometry import counted
-from trainers.batchnorm import FORWARDS, Counting, swap_batchnorm
+from trainers.batchnorm import Counting, swap_batchnorm
 from trainers.keyed import Stream, key_dropout
 from trainers.locate import build
 from trainers.rundir import Refused
@@ -40,24 +40,15 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
 def dependent_on_cut(model: nn.Module) -> list[str]:
     """What in ``model``, in the mode that it is in, makes training depend on the cut, as far as its modules tell."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Counting) and m.training]
+    statistics = f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: batchnorm.mode=ghost "
     dropping = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
     ]
-    return ([_of_norms(norms)] if norms else []) + (
+    return ([statistics + "batchnorm.ghost_size=N takes them from N samples on any hardware"] if norms else []) + (
         [f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else []
     )
-
-
-def _of_norms(norms: list[_BatchNorm]) -> str:
-    own = sorted({type(norm).__name__ for norm in norms if type(norm).forward not in FORWARDS})
-    instead = (
-        f", as {', '.join(own)} has a forward of its own, which batchnorm.mode doesn't reach"
-        if own
-        else ": batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
-    )
-    return f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch{instead}"
 
 
 def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:
@@ -100,8 +91,9 @@ def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False)
         module.forward = partial(_again, torch.compile(module.forward) if compiled else module.forward)
 
 
-@torch.compiler.disable  # compiled code doesn't restore the generators by which masks are known again
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # not compiled itself: such code doesn't restore the generator by which masks are known again
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 

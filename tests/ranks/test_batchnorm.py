@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -10,8 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from conf.schema import BatchNorm
 from tests.ranks.harness import Run, Runs, distance
 from tests.tasks import Counted
+from trainers.batchnorm import statistics_of, swap_batchnorm
+from trainers.keyed import Stream
+from trainers.rundir import Refused
+
+CPU = torch.device("cpu")
 
 NORMED = (
     "task=custom", "task._target_=tests.ranks.test_batchnorm.Normed", "batch.global_size=24", "duration=8st",
@@ -36,11 +43,11 @@ class Normed(Counted):
 
 
 class Net(nn.Module):
-    """Has norms that are frozen, called twice, without weights, without running statistics, and of a running mean."""
+    """Norms: with an activation, frozen, without weights, called twice, without running statistics."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, width, 2), nn.BatchNorm2d(width)
+        self.conv, self.norm = nn.Conv2d(2, width, 2), Activated(width)
         self.frozen = nn.BatchNorm2d(width).eval()
         self.block = nn.Sequential(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width, affine=False), nn.Dropout(dropout))
         self.twice = nn.BatchNorm1d(width, momentum=None)
@@ -51,6 +58,17 @@ class Net(nn.Module):
         x = self.block(self.frozen(self.norm(self.conv(images))).relu()).mean((2, 3))
         x = self.twice(self.twice(x) * 2)
         return self.out(self.bare(x) if self.training else x)
+
+
+class Activated(nn.BatchNorm2d):
+    """BatchNorm and an activation in one module, as some libraries have them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        out = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, self.training, momentum, self.eps)
+        return nn.functional.silu(out)
 
 
 class NaNOnce(Normed):
@@ -117,3 +135,85 @@ def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
     assert end["raised"] == "Refused"
     assert "2 samples a step are fewer than 3 ranks × accumulation 1" in end["message"]
+
+
+def swapped(layer: nn.Module, size: int = 4) -> tuple[nn.Module, Stream]:
+    stream = Stream(0, CPU)
+    return swap_batchnorm(layer, BatchNorm(mode="ghost", ghost_size=size), stream, 1), stream
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(5), (12, 5)),
+        (nn.BatchNorm1d(5, affine=False), (12, 5, 3)),
+        (nn.BatchNorm2d(5, track_running_stats=False).double(), (12, 5, 2, 2)),
+        (nn.BatchNorm3d(5, eps=0.1).bfloat16(), (12, 5, 2, 2, 2)),
+        (nn.SyncBatchNorm(5), (12, 5, 2, 2)),
+        (Activated(5), (12, 5, 2, 2)),
+    ],
+)
+def test_a_ghost_is_what_torch_makes_of_it_alone(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Output and all gradients; in eval mode it is torch's own."""
+    plain, ghosts = copy.deepcopy(layer), copy.deepcopy(layer)
+    ghosts, stream = swapped(ghosts)
+    dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(shape, dtype=dtype) * 3 + 7 for _ in range(2))
+    found = []
+    for model in (ghosts, plain):
+        stream.start(0, 12)
+        at = x.clone().requires_grad_()
+        out = model(at) if model is ghosts else torch.cat([model(part) for part in at.split(4)])
+        out.backward(gradient)
+        found.append([out, at.grad, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ghosts.eval()(x), copy.deepcopy(layer).eval()(x))
+    assert ghosts.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -> None:
+    """Against the formula, in two steps of two passes each: one move a step, by all of its ghosts."""
+    layer, stream = swapped(nn.BatchNorm1d(3, momentum=momentum).double())
+    statistics, x = statistics_of(layer, CPU), torch.randn(2, 12, 3).double()
+    assert isinstance(layer, nn.BatchNorm1d)
+    assert statistics
+    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
+    for number, step in enumerate(x, 1):
+        for part in step.split([8, 4]):
+            stream.start(0, len(part))
+            statistics.begin()
+            statistics.attach(layer(part).sum()).backward()
+        statistics.update(1)
+        share = 1 / number if momentum is None else momentum
+        ghosts = step.view(3, 4, 3)
+        mean = (1 - share) * mean + share * ghosts.mean((0, 1))
+        variance = (1 - share) * variance + share * ghosts.var(1).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var, variance, rtol=1e-6, atol=1e-6)
+    assert layer.num_batches_tracked == 2
+
+
+def test_rows_may_be_a_multiple_of_the_samples_and_others_are_told() -> None:
+    told: list[str] = []
+    stream = Stream(0, CPU, told.append)
+    layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), BatchNorm(mode="ghost", ghost_size=2), stream, 1)
+    stream.start(0, 4)
+    x = torch.randn(20, 3)
+    out = layer(x)
+    assert not told
+    torch.testing.assert_close(out[10:], (x[10:] - x[10:].mean(0)) / (x[10:].var(0, correction=0) + 1e-5).sqrt())
+    layer(torch.randn(7, 3))
+    assert told == ["the rows of BatchNorm layer 0 aren't a multiple of the samples"]
+
+
+def test_what_normalises_by_itself_is_refused() -> None:
+    class Own(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return input - input.mean(0)
+
+    layer, _ = swapped(nn.Sequential(Own(3)))
+    with pytest.raises(Refused, match=r"batchnorm.mode doesn't reach 0, a Own: its forward doesn't call"):
+        layer(torch.randn(4, 3))
