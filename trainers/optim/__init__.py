@@ -83,7 +83,7 @@ def _construct(chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Opt
     own = chosen.model_dump(exclude={"name", "family", "usual", "args", "weight_decay"})
     cls, args = locate("optimizer", CLASSES[chosen.name]), {**told, **own, **_moments(recipe), **chosen.args}
     if cls in (SGD, AdamW):
-        return _fused(cls, groups, args)
+        return fused(cls, groups, args)
     optimizer = cls(groups, **args)
     if chosen.name in LAYERWISE:
         optimizer.agree()
@@ -96,7 +96,8 @@ def _moments(recipe: Recipe) -> dict[str, Any]:
     return (memory if recipe.betas else {}) | ({} if recipe.eps is None else {"eps": recipe.eps})
 
 
-def _fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
+def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
+    """One of torch's optimizers, with its fused kernel where ``args`` don't choose and the device has one."""
     if "fused" in args or "foreach" in args:
         return cls(groups, **args)
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from trainers.optim import fused
 from trainers.rundir import Refused
 
 
@@ -52,7 +53,8 @@ class MuonAdamW(Optimizer):
         if inner:
             self._parts[True] = Muon(inner, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
         if rest:
-            self._parts[False] = AdamW(rest, lr, betas, eps, weight_decay)
+            args = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            self._parts[False] = fused(AdamW, rest, args)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
