@@ -274,7 +274,7 @@ class LAMB(_WithBetas):
 
 class LARS(_WithMomentum):
     name: Literal["lars"]
-    trust: Positive
+    trust_coefficient: Positive
     eps: NotNegative
     scaled_momentum: bool
     trust_clip: bool

@@ -1,110 +1,29 @@
-"""LAMB and LARS against their papers' formulas in float64, by the C kernel and by torch's operations."""
+"""LAMB and LARS against their papers' formulas, by the C kernel and by torch's operations."""
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.peers import alone, installed
-from tests.ranks.harness import in_ranks
-from trainers.optim import kernels
+from tests.papers import (
+    PATHS,
+    SHAPES,
+    STEPS,
+    after_steps,
+    close,
+    gradients,
+    lamb_by_the_paper,
+    lars_by_the_paper,
+    weights,
+)
 from trainers.optim.lamb import LAMB
 from trainers.optim.lars import LARS
 from trainers.optim.layerwise import Layerwise
 from trainers.rundir import Refused
-from trainers.world import World
-
-PATHS = [True, False]  # native or not
-SHAPES = [(300, 300), (70, 130), (5,), (2, 3, 4), (), (3, 0), (4, 4), (6, 2)]
-ZERO_WEIGHTS, ZERO_GRADIENT = 6, 7
-STEPS = 4
-EVERYTHING = (0.0, float("inf"))
-
-
-def weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
-    random = torch.Generator().manual_seed(seed)
-    made = [torch.randn(shape, generator=random).to(dtype) for shape in SHAPES]
-    made[ZERO_WEIGHTS].zero_()
-    return [nn.Parameter(each) for each in made]
-
-
-def gradients(step: int) -> list[Tensor]:
-    made = [each.detach() for each in weights(seed=step)]
-    made[ZERO_WEIGHTS] += 1
-    made[ZERO_GRADIENT].zero_()
-    return made
-
-
-def lamb_by_the_paper(
-    w: Tensor, gs: list[Tensor], *, lr: float, decay: float, eps: float, betas: tuple[float, float] = (0.9, 0.99),
-    correction: Any = True, trust: tuple[float, float] = EVERYTHING, phi: tuple[float, float] = EVERYTHING,
-    adapt: bool = True,
-) -> Tensor:  # fmt: skip
-    w, m, v = w.double(), 0.0, 0.0
-    for t, g in enumerate((g.double() for g in gs), start=1):
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g**2
-        c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
-        r = (m / c1) / ((v / c2) ** 0.5 + eps) if correction is True else m / (v**0.5 + eps)
-        u = r + decay * w
-        ratio = 1.0
-        if adapt and w.norm() > 0 and u.norm() > 0:
-            ratio = min(max(min(max(float(w.norm()), phi[0]), phi[1]) / float(u.norm()), trust[0]), trust[1])
-        w = w - lr * ratio * (c2**0.5 / c1 if correction == "after" else 1.0) * u
-    return w
-
-
-def lars_by_the_paper(
-    w: Tensor, gs: list[Tensor], *, lr: float, decay: float, eps: float = 0.0, momentum: float = 0.9,
-    trust: float = 0.01, nesterov: bool = False, scaled: bool = True, clip: bool = False, adapt: bool = True,
-) -> Tensor:  # fmt: skip
-    w, v = w.double(), 0.0
-    for step, g in enumerate(g.double() for g in gs):
-        eta = lr / (1 + step)  # a rate that falls tells momentum of steps from momentum of gradients
-        local = 1.0
-        if adapt and w.norm() > 0 and g.norm() > 0:
-            local = trust * float(w.norm()) / (float(g.norm()) + decay * float(w.norm()) + eps)
-            local = min(local / eta, 1.0) if clip else local
-        d = local * (g + decay * w) * (eta if scaled else 1.0)
-        v = momentum * v + d
-        w = w - (d + momentum * v if nesterov else v) * (1.0 if scaled else eta)
-    return w
-
-
-def after_steps(
-    make: Callable[..., torch.optim.Optimizer],
-    *,
-    falling: bool = False,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> list[Tensor]:
-    parameters = weights(dtype)
-    optimizer = make(parameters, **options)
-    first = [group["lr"] for group in optimizer.param_groups]
-    for step in range(STEPS):
-        for parameter, gradient in zip(parameters, gradients(1 + step), strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
-        for group, lr in zip(optimizer.param_groups, first, strict=True):
-            group["lr"] = lr / (1 + step) if falling else lr
-        optimizer.step()
-    return [parameter.detach() for parameter in parameters]
-
-
-def close(found: Tensor, wanted: Tensor, within: float = 1e-6) -> bool:
-    return wanted.numel() == 0 or float((found.double() - wanted).abs().max()) <= within * (
-        1 + float(wanted.abs().max())
-    )
-
 
 LAMBS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -120,7 +39,7 @@ LARSES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"nesterov": True}, {"nesterov": True}),
     ({"scaled_momentum": False}, {"scaled": False}),
     ({"scaled_momentum": False, "nesterov": True, "eps": 0.5}, {"scaled": False, "nesterov": True, "eps": 0.5}),
-    ({"trust_clip": True, "trust": 1.0}, {"clip": True, "trust": 1.0}),
+    ({"trust_clip": True, "trust_coefficient": 1.0}, {"clip": True, "trust": 1.0}),
     ({"momentum": 0.0, "weight_decay": 0.0}, {"momentum": 0.0, "decay": 0.0}),
 ]
 
@@ -142,7 +61,7 @@ def test_lamb_is_the_papers(options: dict[str, Any], terms: dict[str, Any], nati
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize(("options", "terms"), LARSES)
 def test_lars_is_the_papers(options: dict[str, Any], terms: dict[str, Any], native: bool) -> None:
-    given = {"lr": 2.0, "trust": 0.01, "weight_decay": 0.1, **options}
+    given = {"lr": 2.0, "trust_coefficient": 0.01, "weight_decay": 0.1, **options}
     found = after_steps(LARS, falling=True, **given, native=native)
     for k, (start, end) in enumerate(zip(weights(), found, strict=True)):
         wanted = lars_by_the_paper(
@@ -240,7 +159,7 @@ def test_what_cannot_be_is_refused() -> None:
         LARS([parameter]).step()
     for cls, options in (
         (LAMB, {"lr": -1}), (LAMB, {"betas": (0.9, 1.0)}), (LAMB, {"trust_clip": (2.0, 1.0)}),
-        (LAMB, {"bias_correction": "before"}), (LARS, {"trust": 0.0}), (LARS, {"momentum": 1.0}),
+        (LAMB, {"bias_correction": "before"}), (LARS, {"trust_coefficient": 0.0}), (LARS, {"momentum": 1.0}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             cls([nn.Parameter(torch.zeros(2))], **options)
@@ -257,100 +176,3 @@ def test_a_closure_is_called_with_gradients() -> None:
 
     assert optimizer.step(closure).item() == 3.0
     assert float(parameter.detach().max()) < 1.0
-
-
-@pytest.fixture
-def no_kernels_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernels.kernels.cache_clear()
-    yield tmp_path
-    kernels.kernels.cache_clear()
-
-
-def test_without_a_compiler_one_warning_says_so(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.warns(UserWarning, match="LAMB and LARS go on with torch's own operations.*no-such-compiler"):
-        found = after_steps(LAMB)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        LARS(weights())
-    assert all(torch.equal(a, b) for a, b in zip(found, after_steps(LAMB, native=False), strict=True))
-
-
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_ranks_take_the_kernel_together_or_not_at_all(no_kernels_yet: Path) -> None:
-    def body(world: World, lacking: int) -> list[bool]:
-        if world.rank == lacking:
-            os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(no_kernels_yet / "other")}
-        optimizer = LAMB(weights())
-        alone = optimizer._native
-        optimizer.agree()
-        return [alone, optimizer._native]
-
-    for lacking, found in ((1, [[True, False], [False, False]]), (2, [[True, True]] * 2)):
-        assert in_ranks(2, lambda world, who=lacking: body(world, who), no_kernels_yet / "ranks") == found
-
-
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_many_processes_may_build_at_once(no_kernels_yet: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(lambda _: kernels._built(), range(4)))
-    assert [path.name for path in no_kernels_yet.rglob("*")] == ["isobatch", libraries[0].name]
-    assert kernels.kernels() is not None
-
-
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_threads_are_torchs_and_change_no_bit(tmp_path: Path) -> None:
-    """In a process of its own: one that ran threads can't be forked. There is one OpenMP in it, torch's."""
-
-    def body(world: World) -> Any:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append([*after_steps(LAMB), *after_steps(LARS)])
-        libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        return [same, len([name for name in libraries if "omp" in Path(name).name])]
-
-    assert in_ranks(1, body, tmp_path) == [[True, 1]]
-
-
-@pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
-@pytest.mark.parametrize("native", PATHS)
-def test_the_lambs_of_others_are_options(native: bool) -> None:
-    """timm's with its clip off, torch_optimizer's, and pytorch_optimizer's with the decay in the step."""
-    timm, ranger, kozistr = (
-        alone(f"{package}.lamb").Lamb for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
-    )
-    phi: Any = {"norm_clip": (0.0, 10.0)}
-    pairs: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = [
-        (timm, {"max_grad_norm": None}, {}),
-        (timm, {"max_grad_norm": None, "trust_clip": True, "bias_correction": False},
-         {"trust_clip": (0.0, 1.0), "bias_correction": False}),
-        (ranger, {"debias": True}, {"bias_correction": "after", **phi}),
-        (ranger, {}, {"bias_correction": False, **phi}),
-        (kozistr, {"weight_decouple": False, "adam_debias": True}, {"bias_correction": False, **phi}),
-    ]  # fmt: skip
-    for peer, theirs, ours in pairs:
-        shared: dict[str, Any] = {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.1}
-        a = after_steps(peer, **shared, **theirs)
-        b = after_steps(LAMB, **shared, **ours, native=native)
-        assert all(close(x, y.double(), 2e-6) for x, y in zip(a, b, strict=True)), (peer, theirs)
-
-
-@pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
-@pytest.mark.parametrize("native", PATHS)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_the_lars_of_others_are_options(native: bool, nesterov: bool) -> None:
-    timm, ranger = alone("timm.optim.lars").Lars, alone("torch_optimizer.lars").LARS
-    for peer, theirs, ours in (
-        (timm, {"trust_coeff": 0.01}, {}),
-        (timm, {"trust_coeff": 0.5, "trust_clip": True}, {"trust": 0.5, "trust_clip": True}),
-        (ranger, {"trust_coefficient": 0.01}, {}),
-    ):
-        shared: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov, "eps": 1e-8}
-        mine: dict[str, Any] = {"trust": 0.01, "scaled_momentum": False, "native": native, **ours}
-        a = after_steps(peer, falling=True, **shared, **theirs)
-        b = after_steps(LARS, falling=True, **shared, **mine)
-        whole = range(ZERO_WEIGHTS)  # where a norm is 0, torch_optimizer leaves out the decay
-        assert all(close(a[k], b[k].double()) for k in whole), (peer, theirs)

@@ -33,7 +33,7 @@ COUNTED = (
 @pytest.mark.parametrize("name", ["lamb", "lars", "adafactor", "muon"])
 def test_a_stopped_run_goes_on_exactly(runs: Runs, tmp_path: Path, name: str) -> None:
     """Bit by bit on the same number of ranks, to rounding on another; and it does train."""
-    overrides = (*COUNTED, f"optimizer={name}", *(["optimizer.trust=1"] if name == "lars" else []))
+    overrides = (*COUNTED, f"optimizer={name}", *(["optimizer.trust_coefficient=1"] if name == "lars" else []))
     whole = runs(2, *overrides)
     stopped = runs(2, *overrides, stop_at=4)
     assert stopped.ends[0]["state"] == "stopped"

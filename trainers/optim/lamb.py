@@ -74,26 +74,38 @@ class LAMB(Layerwise):
         super().__init__(params, defaults, native)
 
     def _update(self, group: dict[str, Any], part: Part) -> None:
-        adapt, maximize = group["trust"] or group["always_adapt"], group["maximize"]
-        trust, phi = group["trust_clip"] or ANY, group["norm_clip"] or ANY
-        moments, steps = (part.state["exp_avg"], part.state["exp_avg_sq"]), part.state["step"]
-        numbers = [float(number) for number in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])]
-        if part.native:
-            correction = {True: 1, False: 0, "after": 2}[group["bias_correction"]]
-            tensors = (part.weights, part.gradients, *moments, steps)
-            call("lamb", tensors, *numbers, correction, adapt, maximize, *map(float, (*phi, *trust)))
+        if not part.native:
+            directions = _directions(group, part)
+            rates = _rates(group, part, directions)
+            torch._foreach_addcmul_(part.weights, directions, list(rates.unbind()), value=-1)
             return
-        lr, beta1, beta2, _, _ = numbers
-        directions = _directions(group, part)
-        rates = torch.full((len(steps),), lr, device=steps[0].device, dtype=part.weights[0].dtype)
-        if adapt:
-            weights, updates = part.norms(part.weights), part.norms(directions)
-            ratios = (weights.clamp(*phi) / updates).clamp(*trust)
-            rates = torch.where((weights > 0) & (updates > 0), rates * ratios, rates)
-        if group["bias_correction"] == "after":
-            step = torch.stack(steps).double()
-            rates = (rates * (1 - beta2**step).sqrt() / (1 - beta1**step)).to(rates.dtype)
-        torch._foreach_addcmul_(part.weights, directions, list(rates.unbind()), value=-1)
+        lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
+        correction = {True: 1, False: 0, "after": 2}[group["bias_correction"]]
+        bounds = map(float, (*(group["norm_clip"] or ANY), *(group["trust_clip"] or ANY)))
+        moments = (part.state["exp_avg"], part.state["exp_avg_sq"])
+        call(
+            "lamb", (part.weights, part.gradients, *moments, part.state["step"]), lr, *map(float, group["betas"]), eps,
+            decay, correction, _adapted(group), bool(group["maximize"]), *bounds,
+        )  # fmt: skip
+
+
+def _adapted(group: dict[str, Any]) -> bool:
+    return bool(group["trust"] or group["always_adapt"])
+
+
+def _rates(group: dict[str, Any], part: Part, directions: list[Tensor]) -> Tensor:
+    """What each tensor takes of its u: η times the ratio, and the bias correction that u lacks."""
+    steps, like = torch.stack(part.state["step"]), part.weights[0]
+    rates = torch.full_like(steps, group["lr"], dtype=like.dtype)
+    if _adapted(group):
+        weights, updates = part.norms(part.weights), part.norms(directions)
+        ratios = weights.clamp(*(group["norm_clip"] or ANY)) / updates
+        ratios = ratios.clamp(*(group["trust_clip"] or ANY))
+        rates = torch.where((weights > 0) & (updates > 0), rates * ratios, rates)
+    if group["bias_correction"] == "after":
+        (beta1, beta2), counted = group["betas"], steps.double()
+        rates = (rates * (1 - beta2**counted).sqrt() / (1 - beta1**counted)).to(like.dtype)
+    return rates
 
 
 def _directions(group: dict[str, Any], part: Part) -> list[Tensor]:

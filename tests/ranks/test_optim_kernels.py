@@ -1,0 +1,77 @@
+"""The C kernel of LAMB and LARS: built once, by whoever is first, and not needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.papers import after_steps, weights
+from tests.ranks.harness import in_ranks
+from trainers.optim import kernels
+from trainers.optim.lamb import LAMB
+from trainers.optim.lars import LARS
+from trainers.world import World
+
+
+@pytest.fixture
+def no_kernels_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.kernels.cache_clear()
+    yield tmp_path
+    kernels.kernels.cache_clear()
+
+
+def test_without_a_compiler_one_warning_says_so(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.warns(UserWarning, match="LAMB and LARS go on with torch's own operations.*no-such-compiler"):
+        found = after_steps(LAMB)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LARS(weights())
+    assert all(torch.equal(a, b) for a, b in zip(found, after_steps(LAMB, native=False), strict=True))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_ranks_take_the_kernel_together_or_not_at_all(no_kernels_yet: Path) -> None:
+    def body(world: World, lacking: int) -> list[bool]:
+        if world.rank == lacking:
+            os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(no_kernels_yet / "other")}
+        optimizer = LAMB(weights())
+        alone = optimizer._native
+        optimizer.agree()
+        return [alone, optimizer._native]
+
+    for lacking, found in ((1, [[True, False], [False, False]]), (2, [[True, True]] * 2)):
+        assert in_ranks(2, lambda world, who=lacking: body(world, who), no_kernels_yet / "ranks") == found
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_many_processes_may_build_at_once(no_kernels_yet: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(lambda _: kernels._built(), range(4)))
+    assert [path.name for path in no_kernels_yet.rglob("*")] == ["isobatch", libraries[0].name]
+    assert kernels.kernels() is not None
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_threads_are_torchs_and_change_no_bit(tmp_path: Path) -> None:
+    """In a process of its own: one that ran threads can't be forked. There is one OpenMP in it, torch's."""
+
+    def body(world: World) -> Any:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([*after_steps(LAMB), *after_steps(LARS)])
+        libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        return [same, len([name for name in libraries if "omp" in Path(name).name])]
+
+    assert in_ranks(1, body, tmp_path) == [[True, 1]]

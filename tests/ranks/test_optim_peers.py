@@ -1,0 +1,54 @@
+"""What timm, torch_optimizer and pytorch_optimizer call LAMB and LARS is ours with options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.papers import PATHS, ZERO_WEIGHTS, after_steps, close
+from tests.peers import alone, installed
+from trainers.optim.lamb import LAMB
+from trainers.optim.lars import LARS
+
+
+@pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
+@pytest.mark.parametrize("native", PATHS)
+def test_the_lambs_of_others_are_options(native: bool) -> None:
+    """timm's with its clip off, torch_optimizer's, and pytorch_optimizer's with the decay in the step."""
+    timm, ranger, kozistr = (
+        alone(f"{package}.lamb").Lamb for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
+    )
+    phi: Any = {"norm_clip": (0.0, 10.0)}
+    pairs: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = [
+        (timm, {"max_grad_norm": None}, {}),
+        (timm, {"max_grad_norm": None, "trust_clip": True, "bias_correction": False},
+         {"trust_clip": (0.0, 1.0), "bias_correction": False}),
+        (ranger, {"debias": True}, {"bias_correction": "after", **phi}),
+        (ranger, {}, {"bias_correction": False, **phi}),
+        (kozistr, {"weight_decouple": False, "adam_debias": True}, {"bias_correction": False, **phi}),
+    ]  # fmt: skip
+    for peer, theirs, ours in pairs:
+        shared: dict[str, Any] = {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.1}
+        a = after_steps(peer, **shared, **theirs)
+        b = after_steps(LAMB, **shared, **ours, native=native)
+        assert all(close(x, y.double(), 2e-6) for x, y in zip(a, b, strict=True)), (peer, theirs)
+
+
+@pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
+@pytest.mark.parametrize("native", PATHS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_lars_of_others_are_options(native: bool, nesterov: bool) -> None:
+    timm, ranger = alone("timm.optim.lars").Lars, alone("torch_optimizer.lars").LARS
+    for peer, theirs, ours in (
+        (timm, {"trust_coeff": 0.01}, {}),
+        (timm, {"trust_coeff": 0.5, "trust_clip": True}, {"trust_coefficient": 0.5, "trust_clip": True}),
+        (ranger, {"trust_coefficient": 0.01}, {}),
+    ):
+        shared: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov, "eps": 1e-8}
+        mine: dict[str, Any] = {"trust_coefficient": 0.01, "scaled_momentum": False, "native": native, **ours}
+        a = after_steps(peer, falling=True, **shared, **theirs)
+        b = after_steps(LARS, falling=True, **shared, **mine)
+        whole = range(ZERO_WEIGHTS)  # where a norm is 0, torch_optimizer leaves out the decay
+        assert all(close(a[k], b[k].double()) for k in whole), (peer, theirs)
