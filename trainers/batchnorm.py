@@ -168,21 +168,21 @@ class Statistics(nn.Module):
         self.sums.grad = None
 
     @torch.no_grad()
-    def update(self, ranks: int) -> None:
+    def update(self) -> None:
         """Move the running statistics by the mean over all groups of the step; a layer that had none stays.
 
-        Args:
-            ranks: by which the reduction divided.
+        Sums and their numbers may have been divided by the ranks, both.
         """
         assert self.sums.grad is not None, "no backward since the last update"
-        groups, found = (self.sums.grad * ranks).split([len(self._layers), len(self.sums) - len(self._layers)])
+        groups, found = self.sums.grad.split([len(self._layers), len(self.sums) - len(self._layers)])
+        any_there = groups > 0
         self.drop()
         counts = _there(layer.num_batches_tracked for layer in self._layers)
         buffers = _there(buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var))
-        tracked = torch.stack(counts) + (groups > 0)
-        momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * (groups > 0)
-        groups, momentum = (self._each(values) for values in (groups.clamp(min=1), momentum.to(found)))
-        moved = torch.cat(buffers).to(found).lerp(found / groups, momentum)
+        tracked = torch.stack(counts) + any_there
+        momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * any_there
+        means = found / self._each(torch.where(any_there, groups, 1.0))
+        moved = torch.cat(buffers).to(found).lerp(means, self._each(momentum.to(found)))
         torch._foreach_copy_(counts, list(tracked))
         torch._foreach_copy_(buffers, list(moved.split([len(buffer) for buffer in buffers])))
 

@@ -175,7 +175,7 @@ def test_a_ghost_is_what_torch_makes_of_it_alone(layer: nn.Module, shape: tuple[
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -> None:
-    """Against the formula, in two steps of two passes each: one move a step, by all of its ghosts."""
+    """Against the formula, in two steps of two passes of two calls: one move a step, by all of its ghosts."""
     layer, stream = swapped(nn.BatchNorm1d(3, momentum=momentum).double())
     statistics, x = statistics_of(layer, CPU), torch.randn(2, 12, 3).double()
     assert isinstance(layer, nn.BatchNorm1d)
@@ -185,8 +185,8 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
         for part in step.split([8, 4]):
             stream.start(0, len(part))
             statistics.begin()
-            statistics.attach(layer(part).sum()).backward()
-        statistics.update(1)
+            statistics.attach((layer(part) + layer(part)).sum()).backward()
+        statistics.update()
         share = 1 / number if momentum is None else momentum
         ghosts = step.view(3, 4, 3)
         mean = (1 - share) * mean + share * ghosts.mean((0, 1))

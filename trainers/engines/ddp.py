@@ -185,7 +185,7 @@ class DDP:
         if self.average and recipe.ema is not None:
             self.average.update(recipe.ema)
         if self._bare.statistics:
-            self._bare.statistics.update(self._ranks)
+            self._bare.statistics.update()
         if self._loss_scale:
             self._loss_scale.kept()
         self._keep_buffers()
