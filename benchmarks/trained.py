@@ -1,0 +1,70 @@
+"""Whole trainings for the benchmarks of what is learned: many short runs, one on each core."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.ranks.harness import Runs
+
+CONSTANT = ("evaluate.every=null", "checkpoint.every=null", "data.fingerprint=false", "log.every=1st")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run that has ended: its lines of metrics (none where it broke down), and its time."""
+
+    lines: list[dict[str, Any]]
+    seconds: float
+
+    def last(self, name: str) -> float:
+        """The last value of ``name``; infinite where the run broke down."""
+        values = [line[name] for line in self.lines if line.get(name) is not None]
+        return float(values[-1]) if values and values[-1] == values[-1] else float("inf")
+
+
+def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
+    """The run of each command (overrides), as many at a time as there are cores, one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        cores = os.cpu_count() or 1
+        drivers = [_drive(commands, first, cores, Path(folder)) for first in range(min(cores, len(commands)))]
+        for pid in drivers:
+            os.waitpid(pid, 0)
+        found = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(len(commands))]
+    return [Trained(*one) for one in found]
+
+
+def _drive(commands: Sequence[Sequence[str]], first: int, stride: int, folder: Path) -> int:
+    """A process that runs every ``stride``-th command."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        for index in range(first, len(commands), stride):
+            began = time.perf_counter()
+            run = Runs(folder / f"run-{index}")(1, *CONSTANT, *commands[index])
+            lines = run.metrics() if run.ends[0].get("state") == "finished" else []
+            (folder / f"{index}.json").write_text(json.dumps([lines, time.perf_counter() - began]))
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not all(value < float("inf") for value in values):
+        return "diverged"
+    return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values) if len(values) > 1 else 0:.2g}"
