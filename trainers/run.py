@@ -166,8 +166,7 @@ def _train(
             stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
 
     KEPT.extend((engine, loader, metrics, keeper))
-    if not model.training:  # what a task froze with eval() stays so
-        model.train()
+    model.train()
     for reason in dependent_on_cut(model):
         stream.tell(reason)
     try:
@@ -238,7 +237,7 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
     """
     try:
         plan = resolve(config, world, train_samples)
-        if per_gpu_limit is not None and int(per_gpu_limit) < plan.cut.per_gpu:
+        if per_gpu_limit is not None and int(per_gpu_limit) < max(stage.cut.per_gpu for stage in plan.stages):
             return plan.dealt(world, int(per_gpu_limit))
         return plan
     except ValueError as error:

@@ -48,11 +48,16 @@ class Net(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(2, width, 2), Activated(width)
-        self.frozen = nn.BatchNorm2d(width).eval()
+        self.frozen = nn.BatchNorm2d(width)
         self.block = nn.Sequential(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width, affine=False), nn.Dropout(dropout))
         self.twice = nn.BatchNorm1d(width, momentum=None)
         self.bare = nn.BatchNorm1d(width, track_running_stats=False)
         self.out = nn.Linear(width, 7)
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        self.frozen.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.block(self.frozen(self.norm(self.conv(images))).relu()).mean((2, 3))
