@@ -125,6 +125,7 @@ class Stream:
             self._told.add(reason)
             self._tell(reason)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keys(self, layer: int) -> Tensor:
         """Two 32-bit keys for each sample, for another call of a layer: int32 [2, samples, 1].
 
@@ -150,7 +151,8 @@ def mask_keys(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor
     It is told that the clock moves, so that calls stay as many as they are, and in their order.
     """
     clock += 1
-    return _STREAMS[stream].keys(int(layer))
+    keys: Tensor = _STREAMS[stream].keys(int(layer))
+    return keys
 
 
 @mask_keys.register_fake

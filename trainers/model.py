@@ -60,7 +60,7 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     model = swap_batchnorm(key_dropout(model, stream), config.batchnorm, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
-        model.compile()
+        model.forward = torch.compile(model.forward)  # model.compile() leaves out torch's own, as nn.Sequential
     recompute(model, config.recompute, compiled=config.compile)
     return model
 

@@ -161,6 +161,7 @@ class Twice(nn.Module):
         return torch.stack((self.drop(x), self.drop(x)))
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_masks_are_those_of_eager_code() -> None:
     """For whatever positions there is one piece of code for each number of samples; calls stay apart."""
     counters.clear()

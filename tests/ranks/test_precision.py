@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from conf.compose import compose
@@ -16,7 +17,8 @@ from tests.ranks.harness import Runs, distance
 from tests.ranks.test_batchnorm import apart
 from tests.tasks import Counted
 from trainers.engines.ddp import DDP
-from trainers.model import recompute
+from trainers.keyed import Stream
+from trainers.model import prepare, recompute
 from trainers.optim import make_optimizer
 from trainers.precision import LossScale
 from trainers.rundir import Fatal, Refused
@@ -182,14 +184,29 @@ def test_the_loss_scale_is_doubled_after_2000_steps() -> None:
 
 
 @pytest.fixture
-def eager_backend() -> Iterator[None]:
-    """Traced and differentiated as ever; but C++ is not made of it, which takes half a minute."""
-    torch.compiler.set_default_backend("aot_eager")
-    yield
-    torch.compiler.set_default_backend("inductor")
+def graphs() -> Iterator[list[str]]:
+    """What is compiled: traced as ever, but C++ is not made of it, which takes half a minute."""
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.set_default_backend(backend)
+    yield found
+    torch.compiler.set_default_backend(None)
 
 
-@pytest.mark.usefixtures("eager_backend")
+def test_a_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
+    stream = Stream(0, ALONE.device)
+    model = prepare(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), compose([*BLOCKS, "compile=true"]), stream, 1)
+    stream.start(0, 12)
+    model(torch.ones(12, 4)).sum().backward()
+    assert [("linear" in code, "mask_keys" in code) for code in graphs] == [(True, True)]
+    assert model.state_dict().keys() == {"0.weight", "0.bias"}
+
+
+@pytest.mark.usefixtures("graphs")
 def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
     """Dropout, BatchNorm, a block that is recomputed, passes of 24 and 12 samples: weights, statistics and names."""
     uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
