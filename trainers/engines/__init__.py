@@ -74,9 +74,10 @@ class Engine(Protocol):
         """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient.
 
         Where ``on_nonfinite`` is skip, a gradient or scale that isn't finite is dropped, on all ranks, and with it what
-        the step did to the model's buffers.
+        the step did to the model's buffers. So it is in fp16, and the loss scale is halved.
 
         Raises:
+            Fatal: in fp16, it wasn't finite at the lowest loss scale.
             Refused: after the first step: the optimizer keeps what a checkpoint can't hold.
         """
 
