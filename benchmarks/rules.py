@@ -1,4 +1,4 @@
-"""Which rule keeps a language model's loss when its batch grows: AdamW, tuned at a small batch, short and long betas."""
+"""Which rule keeps a language model's loss when its batch grows: AdamW, tuned at a small batch, by its betas."""
 
 from __future__ import annotations
 
