@@ -13,12 +13,14 @@ TARGET = 0.30  # validation loss
 SEEDS = (0, 1)
 # Batch: the LRs tried, and how many samples a run gets for them.
 TRIED = {
-    16: ((0.005, 0.01, 0.02), 100_000),
-    64: ((0.02, 0.04, 0.08), 100_000),
-    256: ((0.04, 0.08, 0.16), 160_000),
-    1024: ((0.08, 0.16, 0.32), 400_000),
+    16: ((0.02, 0.04, 0.08), 30_000),
+    32: ((0.04, 0.08, 0.16), 40_000),
+    64: ((0.04, 0.08, 0.16), 50_000),
+    128: ((0.04, 0.08, 0.16), 60_000),
+    256: ((0.08, 0.16, 0.32), 110_000),
+    512: ((0.08, 0.16, 0.32), 220_000),
 }
-TASK = ("task=mnist1d", "lr.decay=constant", "optimizer.weight_decay=0", "lr.warmup=2000sa", "noise.every=1st")
+TASK = ("task=mnist1d", "lr.decay=constant", "optimizer.weight_decay=0", "noise.every=4st")
 
 
 def command(batch: int, lr: float, seed: int) -> tuple[str, ...]:

@@ -36,8 +36,9 @@ def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
     with tempfile.TemporaryDirectory() as folder:
         cores = os.cpu_count() or 1
         drivers = [_drive(commands, first, cores, Path(folder)) for first in range(min(cores, len(commands)))]
-        for pid in drivers:
-            os.waitpid(pid, 0)
+        codes = [os.waitpid(pid, 0)[1] for pid in drivers]
+        if any(codes):
+            raise RuntimeError("".join(file.read_text() for file in Path(folder).glob("*.log")))
         found = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(len(commands))]
     return [Trained(*one) for one in found]
 
@@ -48,12 +49,12 @@ def _drive(commands: Sequence[Sequence[str]], first: int, stride: int, folder: P
         return pid
     code = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+        said = os.open(folder / f"{first}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         for index in range(first, len(commands), stride):
             began = time.perf_counter()
-            run = Runs(folder / f"run-{index}")(1, *CONSTANT, *commands[index])
+            run = Runs(folder / f"run-{index}", deadline_s=600)(1, *CONSTANT, *commands[index])
             lines = run.metrics() if run.ends[0].get("state") == "finished" else []
             (folder / f"{index}.json").write_text(json.dumps([lines, time.perf_counter() - began]))
         code = 0

@@ -76,8 +76,8 @@ def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder:
 class Runs:
     """Trains in forked ranks, a run directory for each call."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, deadline_s: float = DEADLINE_S) -> None:
+        self.folder, self.deadline_s = folder, deadline_s
         self.count = 0
 
     def __call__(
@@ -108,7 +108,8 @@ class Runs:
             end = train(config, about, ranks, wish, entered=lambda run: None, watch=watch)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
-        return Run(run, in_ranks(world, body, self.folder / f"ranks-{self.count}"))
+        ends = in_ranks(world, body, self.folder / f"ranks-{self.count}", deadline_s=self.deadline_s)
+        return Run(run, ends)
 
 
 class AskedAt(Watch):
