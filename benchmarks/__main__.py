@@ -48,73 +48,74 @@ PARTS = {
     "step": Part(
         "A training step",
         step.rows,
-        "784-128-10 MLP, 32 samples per process, SGD with Nesterov momentum, clipping, a schedule; against the loop of "
-        "[plain.py](plain.py) in the same processes, turn by turn. At most 1.0 is the aim.",
+        "784-128-10 MLP, 32 samples per process, SGD with Nesterov momentum, clipping, a schedule; against the "
+        "loop of [plain.py](plain.py) in the same processes, turn by turn. At most 1.0 is the aim.",
     ),
     "start": Part(
         "Whole commands",
         start.rows,
-        "From start to exit. Two ranks and two steps against `torchrun` with [plain.py](plain.py) (at most 0.75 is the "
-        "aim); a plan against the imports that it can't do without (at most 2). The last column counts runs that "
-        "failed, ours / the other's, and weren't timed.",
+        "From start to exit. Two ranks and two steps against `torchrun` with [plain.py](plain.py) (at most 0.75 "
+        "is the aim); a plan against the imports that it can't do without (at most 2). The last column counts "
+        "runs that failed, ours / the other's, and weren't timed.",
     ),
     "sample_order": Part("The sample order", sample_order.rows, "One core."),
     "optimizers": Part(
         "A step of the optimizer",
         optimizers.rows,
-        "The tensors of a small BERT (12 layers, hidden 256, 17.4 million numbers), one thread, turn by turn: medians, and "
-        "medians of the turns' ratios. The kernel is built in C on first use; without a compiler torch's own operations "
-        "do the work. For LAMB at most 2 × fused AdamW is the aim, and 2.5 × faster than the fastest of the others.",
+        "The tensors of a small BERT (12 layers, hidden 256, 17.4 million numbers), one thread, turn by turn: "
+        "medians, and medians of the turns' ratios. The kernel is built in C on first use; without a compiler "
+        "torch's own operations do the work. For LAMB at most 2 × fused AdamW is the aim, and 2.5 × faster than "
+        "the fastest of the others.",
     ),
     "noise": Part(
         "Measuring the gradient noise",
         noise.rows,
-        "A step in which it is measured against one in which it isn't, turn by turn; `noise.every` says how many are. At "
-        "most 1.02 is the aim.",
+        "A step in which it is measured against one in which it isn't, turn by turn; `noise.every` says how many "
+        "are. At most 1.02 is the aim.",
     ),
     "checkpoints": Part(
         "Saving and going on",
         checkpoints.rows,
-        "Weights in layers of 1 MiB with AdamW's state, so three times as much; in the same processes, turn by turn "
-        "with what plain torch does. *copy*: what the training waits for; the first one goes to fresh memory. Against "
-        "a mere copy of as many bytes, and against `torch.save` of the whole by rank 0 (neither checksums nor fsync), "
-        "for which all wait. *write*: what follows in the background, with both. *taken in all*: how much longer that "
-        "many steps take with a save than without, where the training has all cores at work already. *resume*: reading "
-        "and checking included.",
+        "Weights in layers of 1 MiB with AdamW's state, so three times as much; in the same processes, turn by "
+        "turn with what plain torch does. *copy*: what the training waits for; the first one goes to fresh "
+        "memory. Against a mere copy of as many bytes, and against `torch.save` of the whole by rank 0 (neither "
+        "checksums nor fsync), for which all wait. *write*: what follows in the background, with both. *taken in "
+        "all*: how much longer that many steps take with a save than without, where the training has all cores at "
+        "work already. *resume*: reading and checking included.",
     ),
     "far": Part(
         "Going on in the middle of an epoch",
         checkpoints.far_rows,
-        "10^9 samples, from a checkpoint in the middle, against a run from the beginning. Nothing is skipped by going "
-        "through it: 1 is the aim.",
+        "10^9 samples, from a checkpoint in the middle, against a run from the beginning. Nothing is skipped by "
+        "going through it: 1 is the aim.",
     ),
     "invariance": Part(
         "One global batch, cut in six ways",
         invariance.rows,
-        "A small model with dropout and unequal numbers of units, SGD, 20 steps, global batch 96: "
-        "Δ = max |Δ| / max |w| over all weights, against the first. 1e-6 is the aim.",
+        "A small model with dropout and unequal numbers of units, SGD, 20 steps, global batch 96: Δ = max |Δ| / "
+        "max |w| over all weights, against the first. 1e-6 is the aim.",
     ),
     "rules": Part(
         "Rules, by the betas",
         rules.rows,
-        "A small GPT on bytes (`task=text`, 32 tokens a sample, 6,000 samples, no weight decay), AdamW, its LR tuned at a "
-        "batch of 4 for each pair of betas; then at larger batches, with the same number of samples, by each rule. "
-        "Validation loss in nats, mean ± standard deviation over 3 seeds.",
+        "A small GPT on bytes (`task=text`, 32 tokens a sample, 6,000 samples, no weight decay), AdamW, its LR "
+        "tuned at a batch of 4 for each pair of betas; then at larger batches, with the same number of samples, "
+        "by each rule. Validation loss in nats, mean ± standard deviation over 3 seeds.",
     ),
     "critical": Part(
         "Steps to a target, by batch",
         critical.rows,
-        f"`task=mnist1d`, SGD with momentum, a constant LR after 5 % of warmup, the best of three at each batch: steps "
-        f"until the validation loss is {critical.TARGET}, means over 2 seeds. Linear scaling holds while the best LR is "
-        "that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the same runs, at the "
-        "step at which the target was reached.",
+        "`task=mnist1d`, SGD with momentum, a constant LR after 5 % of warmup, the best of three at each batch: "
+        f"steps until the validation loss is {critical.TARGET}, means over 2 seeds. Linear scaling holds while the "
+        "best LR is that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the "
+        "same runs, at the step at which the target was reached.",
     ),
     "large": Part(
         "A large batch, without and with a rule",
         large.rows,
-        "`task=images` (width 8, ghosts of 32), 15 epochs, base LR tuned at 32: validation accuracy, mean ± standard "
-        "deviation over 3 seeds, and how much of the gap to a batch of 64 a rule and a warmup close. Times are of a run "
-        "on one core, all else included.",
+        "`task=images` (width 8, ghosts of 32), 15 epochs, base LR tuned at 32: validation accuracy, mean ± "
+        "standard deviation over 3 seeds, and how much of the gap to a batch of 64 a rule and a warmup close. "
+        "Times are of a run on one core, all else included.",
     ),
 }
 
