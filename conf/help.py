@@ -31,6 +31,9 @@ examples:
   python launch.py batch.global_size=128                    with a larger batch; the learning rate follows
   python launch.py action=plan cluster.nodes=16 cluster.gpus_per_node=8 batch.global_size=65536
                                                             what it would be on 128 GPUs, which needn't be here
+  python launch.py action=plan task=images batch.global_size=2048 optimizer=auto
+                                                            which optimizer suits family and batch, and why
+  python launch.py batch.schedule="0sa:64 50%:256"          a batch that moves while training
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
   python launch.py -m batch.global_size=32,64,128 duration=5ep
