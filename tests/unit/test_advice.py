@@ -134,3 +134,26 @@ def test_an_unknown_family_is_refused_with_those_there_are() -> None:
         check_family("vision")
     for family in (None, *USUAL):
         check_family(family)
+
+
+def test_every_stage_is_looked_at() -> None:
+    def staged(*sizes: int, rule: str = "none", **changes: Any) -> list[str]:
+        segments = tuple(Segment(1000 * number, size, Rule(rule)) for number, size in enumerate(sizes))
+        return warnings(replace(quiet(), segments=segments, **changes))
+
+    assert staged(64, 128) == []
+    (idles,) = staged(64, 3, 128)
+    assert idles.startswith("25% of the work idles: 2 ranks × accumulation 1 can't share 3 samples evenly")
+    (wraps,) = staged(64, 5000, train_samples=4000)
+    assert wraps.startswith("the global batch of 5,000 samples is larger than the data")
+    (far,) = staged(64, 4096, rule="linear")
+    assert far.startswith("lr.rule=linear is far above its tested range: the global batch of 4,096 samples")
+    (unusual,) = staged(64, 4096, family="images")
+    assert unusual.startswith("a global batch of 4,096 samples is far from what people use")
+
+
+def test_statistics_of_a_pass_change_with_accumulation() -> None:
+    assert said(64, sync=True) == []
+    (warning,) = said(64, sync=True, per_gpu=16)
+    assert warning.startswith("batchnorm.mode=sync takes its statistics from one pass of all ranks")
+    assert "accumulation 2" in warning
