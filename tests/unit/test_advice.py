@@ -154,6 +154,6 @@ def test_every_stage_is_looked_at() -> None:
 
 def test_statistics_of_a_pass_change_with_accumulation() -> None:
     assert said(64, sync=True) == []
-    (warning,) = said(64, sync=True, per_gpu=16)
+    (warning,) = said(64, sync=True, accumulation=2)
     assert warning.startswith("batchnorm.mode=sync takes its statistics from one pass of all ranks")
     assert "accumulation 2" in warning
