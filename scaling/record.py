@@ -76,7 +76,7 @@ def summary(plan: Plan) -> dict[str, Any]:
                 "per_gpu": stage.cut.per_gpu,
                 "accumulation": stage.cut.accumulation,
                 "micro_batches": stage.cut.micro_batches,
-                "peak": stage.peak.lr,
+                "peak": asdict(stage.peak),
             }
             for stage in plan.stages
         ],

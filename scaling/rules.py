@@ -312,7 +312,7 @@ def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) 
     if "betas" in law.moves and len(recipe.betas) < (2 if name == "sde" else 1):
         needs = "two betas, as adamw's and lamb's" if name == "sde" else "betas or a momentum that the plan knows"
         raise ValueError(f"lr.rule={name} moves {needs}, which this optimizer hasn't: use lr.rule=sqrt or linear")
-    if all(beta > 0 or was == 0 for beta, was in zip(carried.betas, recipe.betas, strict=True)):
+    if name != "sde" or all(beta > 0 or was == 0 for beta, was in zip(carried.betas, recipe.betas, strict=True)):
         return
     shortest = min(beta for beta in recipe.betas if beta)
     raise OutOfRange(
