@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from scaling.geometry import counted, nearest_even
@@ -24,6 +25,8 @@ USUAL = {
 
 FAR = 4  # times outside the usual range
 IDLE = 0.05  # share of the work
+FEW = 5  # steps: a warmup of fewer is a jump
+SHORT = 0.5  # of a beta that a rule moved
 SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which on a missing warmup is worth a word
 
 
@@ -35,7 +38,11 @@ def check_family(family: str | None) -> None:
 
 def warnings(plan: Plan) -> list[str]:
     """Everything about ``plan`` that people regretted later, a sentence each; of its stages, about the worst one."""
-    return [text for check in (_rule, _warmup, _base, _idle, _wraps, _family, _sync) if (text := check(plan))]
+    return [
+        text
+        for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
+        if (text := check(plan))
+    ]
 
 
 def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
@@ -70,12 +77,39 @@ def _rule(plan: Plan) -> str | None:
 def _warmup(plan: Plan) -> str | None:
     batch = plan.cut.global_size
     kappa = batch / plan.base_batch
-    if plan.schedule is None or plan.schedule.warmup_samples or (kappa < SCALED and batch < LARGE):
+    if plan.schedule is None or (kappa < SCALED and batch < LARGE):
+        return None
+    steps = plan.schedule.warmup_samples / batch
+    if steps >= FEW:
         return None
     scaled = f", {kappa:,.6g} × that of the base LR" if kappa >= SCALED else ""
+    longer = min(30, max(5, math.ceil(100 * FEW * batch / plan.schedule.samples)))
+    found = f"a warmup of {steps:.2g} steps" if steps else "no warmup"
     return (
-        f"no warmup at a large batch ({plan.size(batch)}{scaled}): "
-        "large batches lost 1 to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%"
+        f"{found} at a large batch ({plan.size(batch)}{scaled}): large batches lost 1 to 2 points of accuracy without "
+        f"one (Goyal et al. 2017); try lr.warmup={longer}%"
+    )
+
+
+def _jump(plan: Plan) -> str | None:
+    rises = [(after.peak.lr / before.peak.lr, after) for before, after in pairwise(plan.stages)]
+    times, stage = max(rises, default=(0, plan.stages[0]), key=lambda rise: rise[0])
+    if times < SCALED:
+        return None
+    return (
+        f"the learning rate becomes {times:.3g} × as large in one step, at sample {stage.start:,}, as the batch does: "
+        "a run has one warmup, at its start; take more stages on the way (curriculum, ramp), lr.rule=sqrt, or lr:hold"
+    )
+
+
+def _memory(plan: Plan) -> str | None:
+    pairs = [zip(plan.base.betas, stage.peak.betas, strict=True) for stage in plan.stages]
+    short = [beta for pair in pairs for was, beta in pair if beta < SHORT <= was]
+    if not short:
+        return None
+    return (
+        f"lr.rule={plan.segments[0].rule.name} leaves a beta of {min(short):.3g}, which is hardly any memory: that is "
+        "the end of the range in which the rule holds; compare with lr.rule=sqrt"
     )
 
 
@@ -116,7 +150,14 @@ def _family(plan: Plan) -> str | None:
         return None
     least, most, unit = USUAL[plan.family]
     per_sample = 1 if unit == "sample" else plan.units_per_sample
-    sizes = [segment.global_size * (per_sample or 1) for segment in plan.segments]
+    known = plan.base_source == "tuned"  # somebody has been there with this very task
+    sizes = [
+        segment.global_size * (per_sample or 1)
+        for segment in plan.segments
+        if not (known and plan.base_batch / FAR <= segment.global_size <= plan.base_batch * FAR)
+    ]
+    if not sizes:
+        return None
     far = [size for size in (max(sizes), min(sizes)) if not least / FAR <= size <= most * FAR]
     if per_sample is None or not far:
         return None

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 
+TOGETHER = "which have to stay together (batchnorm.ghost_size)"
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -107,7 +109,7 @@ def solve(
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
     if per_gpu is not None and per_gpu < granule:
-        raise ValueError(f"batch.per_gpu={per_gpu} is below {granule}, which have to stay together; use {granule}")
+        raise ValueError(f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}; use {granule}")
     if global_size is None:
         if per_gpu is None:
             raise ValueError("of batch.global_size and batch.per_gpu at least one has to be given")
@@ -116,8 +118,7 @@ def solve(
     if rest:
         near = [count * granule for count in (granules, granules + 1) if count]
         raise ValueError(
-            f"batch.global_size={global_size} isn't a multiple of {granule}, which have to stay together; "
-            f"nearest: {_or(near)}"
+            f"a global batch of {global_size} isn't a multiple of {granule}, {TOGETHER}; nearest: {_or(near)}"
         )
     passes = _passes(world, granules, per_gpu and per_gpu // granule, accumulation)
     cut = Cut(global_size, per_gpu or _ceil(granules, world * passes) * granule, world, passes, granule)

@@ -48,7 +48,7 @@ class Choice:
     why: str
 
 
-Source = Literal["peak", "given", "paired", "moved", "tuned", "usual"]
+Source = Literal["peak", "given", "paired", "moved", "tuned", "adapted", "usual"]
 
 BASE_SOURCES: dict[Source, str] = {
     "peak": "lr.peak, given outright",
@@ -56,6 +56,7 @@ BASE_SOURCES: dict[Source, str] = {
     "paired": "given (lr.base), at the batch of the task's or the optimizer's own (lr.base_batch names another)",
     "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
     "tuned": "tuned for this task and optimizer",
+    "adapted": "tuned for this task and optimizer, with another model, data or arguments",
     "usual": "a usual starting point of the optimizer, not tuned for this task",
 }
 
@@ -150,10 +151,10 @@ class Plan:
         try:
             return segment.rule.apply(recipe, batch, segment.global_size)
         except OutOfRange as error:
+            use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
             raise ValueError(
                 f"a global batch of {self.size(segment.global_size)}: {error}; the largest at which it holds is "
-                f"{self.size(error.largest)}: use batch.global_size={self.sized(error.largest)}, lr.rule=sqrt, or give "
-                "optimizer.betas for this batch"
+                f"{self.size(error.largest)}: use {use}, lr.rule=sqrt, or give optimizer.betas for this batch"
             ) from None
 
     def stage_at(self, sample: int) -> Stage:
@@ -199,7 +200,7 @@ class Plan:
 
         What a rule for SGD holds constant (Smith & Le 2018, arXiv:1710.06451), so two plans can be compared by it.
         """
-        if self.optimizer.name != "sgd" or self.train_samples is None:
+        if self.optimizer.name != "sgd" or self.train_samples is None or not self.peak.betas:
             return None
         return self.peak.lr * self.train_samples / (self.cut.global_size * (1 - self.peak.betas[0]))
 
@@ -249,7 +250,8 @@ class Plan:
         """The derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
         rule = self.segments[0].rule
         if self.base_source == "peak":
-            return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']})"
+            of = " for the first stage" if len(self.segments) > 1 else ""
+            return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']}{of})"
         after, before = self.sized(self.cut.global_size), self.sized(self.base_batch)
         noise = (rule.noise_scale or 0) * (self.sized(1))
         numbers = {"ratio": f"{after}/{before}", "after": after, "before": before, "noise": f"{noise:g}"}

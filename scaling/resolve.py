@@ -175,10 +175,11 @@ def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple
     batch, per_sample = config.batch, _size_of_a_sample(config)
     global_size = _asked(config, train_samples)
     if batch.schedule and (start := batch.schedule.start):
-        if batch.schedule.kind == "stages" and "batch.global_size" in config.given and global_size != start:
+        unused = batch.schedule.kind != "ramp" or batch.schedule.last is not None
+        if unused and "batch.global_size" in config.given and global_size != start:
             raise ValueError(
-                f"batch.global_size={global_size} and batch.schedule={batch.schedule}, which begins with {start}, "
-                "contradict each other: leave batch.global_size out"
+                f"batch.global_size={global_size} and batch.schedule={batch.schedule}, which begins with {start} and "
+                "says itself what follows, contradict each other: leave batch.global_size out"
             )
         global_size = start
     # Solved in the unit that was asked in, so that a refusal's numbers are, too; what can't be parted is then a sample.
@@ -277,6 +278,11 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, flo
     batch = given_batch // _size_of_a_sample(config) if given_batch else stated.batch if stated else None
     recipe = Recipe(base or 0.0, optimizer.memory, optimizer.epsilon, optimizer.weight_decay)
     if tuned:
+        if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
+            raise ValueError(
+                f"task.tuned.{optimizer.name}.betas={list(tuned.betas)}: {optimizer.name} has {len(optimizer.memory)}, "
+                f"as {list(optimizer.memory)}"
+            )
         said = {
             name: getattr(tuned, name) for name in ("betas", "eps", "weight_decay") if name not in segment.rule.fixed
         }
@@ -292,7 +298,9 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, flo
         )
     if lr.base is not None:
         return recipe, batch, "given" if lr.base_batch is not None else "paired", base
-    return recipe, batch, "moved" if lr.base_batch is not None else "tuned" if tuned else "usual", base
+    of_another = any(key.startswith(("model.", "data._target_", "data.args", "task.args")) for key in config.given)
+    there: Source = "usual" if not tuned else "adapted" if of_another else "tuned"
+    return recipe, batch, "moved" if lr.base_batch is not None else there, base
 
 
 def _schedule(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float | None) -> Schedule | None:

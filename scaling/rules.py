@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
+from scaling.geometry import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -316,7 +318,7 @@ def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) 
         return
     shortest = min(beta for beta in recipe.betas if beta)
     raise OutOfRange(
-        f"lr.rule={name} doesn't hold at {move.kappa:.6g} × the batch of the tuning, as 1 − β would become "
+        f"lr.rule={name} doesn't hold from {counted(move.before, 'sample')} to {move.after:,}, as 1 − β would become "
         f"{move.kappa:.6g} × (1 − {shortest:g}), which isn't below 1",
         largest=math.ceil(move.before / (1 - _exact(shortest))) - 1,
     )

@@ -203,6 +203,11 @@ def _starts(
     else:
         assert wanted.last is not None
         doublings = int(math.log2(whole(wanted.last) / size))
+        if size << doublings != whole(wanted.last):
+            raise ValueError(
+                f"batch.schedule={wanted}: doublings of {wanted.first} come to {wanted.first << doublings} and "  # type: ignore[operator]
+                f"{wanted.first << doublings + 1}, and not to {wanted.last}"  # type: ignore[operator]
+            )
         for doubling in range(doublings + 1):
             start = None if run_samples is None else -(-run_samples * doubling // (doublings + 1))
             yield start, size << doubling

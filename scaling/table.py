@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from scaling.advice import warnings
+from scaling.advice import FEW, warnings
 from scaling.geometry import counted
 from scaling.plan import named
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 LABEL = 15
+PARTS = ("betas", "eps", "weight_decay")  # of a recipe, beside the LR
 
 
 def table(plan: Plan) -> str:
@@ -59,6 +60,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak (Smith & Le 2018)"
     if plan.peak.ema is not None:
         yield "weights' EMA", _ema(plan)
+    if plan.granule > 1 or plan.sync:
+        yield "BatchNorm", "over one pass of all ranks" if plan.sync else f"over ghosts of {plan.granule} samples"
     yield "seed", str(plan.seed)
 
 
@@ -72,9 +75,15 @@ def _batch(plan: Plan, cut: Cut) -> str:
 
 
 def _stage(plan: Plan, stage: Stage) -> str:
+    moved = "".join(
+        f", {name} {value:.6g}"
+        for part in PARTS
+        if getattr(stage.peak, part) != getattr(plan.peak, part)
+        for name, value in named(stage.peak, part)
+    )
     return (
         f"from sample {stage.start:,}, step {stage.first_step + 1:,}: {_batch(plan, stage.cut)}, "
-        f"peak LR {stage.peak.lr:.6g}"
+        f"peak LR {stage.peak.lr:.6g}{moved}"
     )
 
 
@@ -95,9 +104,7 @@ def _duration(plan: Plan) -> str:
 def _recipe(plan: Plan) -> str:
     fixed = plan.segments[0].rule.fixed
     parts = [
-        f"{name} {value:.6g}{' (given)' * (part in fixed)}"
-        for part in ("betas", "eps", "weight_decay")
-        for name, value in named(plan.peak, part)
+        f"{name} {value:.6g}{' (given)' * (part in fixed)}" for part in PARTS for name, value in named(plan.peak, part)
     ]
     return "".join(f", {part}" for part in parts)
 
@@ -117,9 +124,10 @@ def _schedule(plan: Plan) -> str:
     if schedule.held_until:
         held = f", then constant to sample {schedule.held_until:,}, the batch growing in place of the decay"
     if schedule.warmup_samples:
-        share = schedule.warmup_samples / schedule.samples
+        share, steps = schedule.warmup_samples / schedule.samples, schedule.warmup_samples / plan.cut.global_size
         warmup = (
-            f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({100 * share:.3g}%)"
+            f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({100 * share:.3g}%"
+            f"{f', {steps:.2g} steps' if steps < FEW else ''})"
         )
     end = f"{schedule.final * plan.peak.lr:.6g}"
     falls = {

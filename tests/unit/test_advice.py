@@ -21,7 +21,14 @@ from scaling.rules import Rule
 @cache
 def quiet() -> Plan:
     """A plan that nothing can be said against."""
-    overrides = ["lr.base=0.1", "lr.base_batch=64", "batch.global_size=64", "lr.warmup=5%", "task.family=null"]
+    overrides = [
+        "lr.base=0.1",
+        "lr.base_batch=64",
+        "batch.global_size=64",
+        "lr.warmup=5%",
+        "task.family=null",
+        "duration=100ep",
+    ]
     plan = resolve(compose(["task=custom", "task._target_=a.B", "task.train_samples=100000", *overrides]), world=2)
     assert warnings(plan) == []
     return plan
@@ -146,7 +153,7 @@ def test_every_stage_is_looked_at() -> None:
     assert idles.startswith("25% of the work idles: 2 ranks × accumulation 1 can't share 3 samples evenly")
     (wraps,) = staged(64, 5000, train_samples=4000)
     assert wraps.startswith("the global batch of 5,000 samples is larger than the data")
-    (far,) = staged(64, 4096, rule="linear")
+    (far,) = staged(64, 250, 990, 3900, 4096, rule="linear")
     assert far.startswith("lr.rule=linear is far above its tested range: the global batch of 4,096 samples")
     (unusual,) = staged(64, 4096, family="images")
     assert unusual.startswith("a global batch of 4,096 samples is far from what people use")
@@ -157,3 +164,30 @@ def test_statistics_of_a_pass_change_with_accumulation() -> None:
     (warning,) = said(64, sync=True, accumulation=2)
     assert warning.startswith("batchnorm.mode=sync takes its statistics from one pass of all ranks")
     assert "accumulation 2" in warning
+
+
+def test_a_warmup_of_a_step_or_two_is_none() -> None:
+    schedule = quiet().schedule
+    assert schedule
+    short = replace(schedule, warmup_samples=5 * 256 - 1)
+    (warning,) = said(256, schedule=short)
+    assert warning.startswith("a warmup of 5 steps at a large batch (256 samples, 4 × that of the base LR)")
+    assert said(254, schedule=short) == []  # 5.04 steps, and not 4 × the base
+    assert said(256, schedule=replace(schedule, warmup_samples=5 * 256)) == []
+
+
+def test_a_learning_rate_that_jumps_within_a_run() -> None:
+    def staged(*sizes: int, rule: str) -> list[str]:
+        segments = tuple(Segment(1000 * number, size, Rule(rule)) for number, size in enumerate(sizes))
+        return warnings(replace(quiet(), segments=segments))
+
+    (jumps,) = staged(64, 128, 512, rule="linear")
+    assert jumps.startswith("the learning rate becomes 4 × as large in one step, at sample 2,048, as the batch does")
+    assert staged(64, 128, 510, rule="linear") == staged(64, 128, 512, rule="sqrt") == []
+
+
+def test_a_rule_that_leaves_hardly_any_memory() -> None:
+    adam = replace(quiet().base, betas=(0.9, 0.99), eps=1e-8)
+    (short,) = said(576, Rule("sde"), base=adam)  # 1 − 9 × 0.1
+    assert short.startswith("lr.rule=sde leaves a beta of 0.1, which is hardly any memory")
+    assert said(320, Rule("sde"), base=adam) == []

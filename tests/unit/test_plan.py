@@ -296,8 +296,6 @@ WHOLE = make(
 JUNK = [None, "x", True, -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}]
 
 
-
-
 @given(st.sampled_from(list(places(json.loads(to_json(WHOLE))))), st.sampled_from(["remove", *JUNK]))
 @settings(max_examples=150, deadline=None)
 def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | int, ...], junk: Any) -> None:

@@ -46,9 +46,11 @@ def test_one_worker() -> None:
         duration       29 steps = 28,740 samples = 20 epochs of 1,437; the last step is whole, which adds 956 samples
         optimizer      sgd (the default), momentum 0.9, weight decay 0.0001
         learning rate  peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)
-        schedule       warmup from 0.1 over 1,437 samples (5%), then cosine decay to 0
+        schedule       warmup from 0.1 over 1,437 samples (5%, 1.4 steps), then cosine decay to 0
         SGD's noise    5.61328 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
         seed           0
+          ! warning    a warmup of 1.4 steps at a large batch (1,024 samples, 4 × that of the base LR): large batches
+                       lost 1 to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=18%
         """,
     )
 
@@ -67,7 +69,7 @@ def test_uneven_and_worth_a_warning() -> None:
         SGD's noise    5.61328 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
         seed           0
           ! warning    no warmup at a large batch (2,100 samples, 8.20312 × that of the base LR): large batches lost 1
-                       to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=5%
+                       to 2 points of accuracy without one (Goyal et al. 2017); try lr.warmup=30%
           ! warning    the base LR 0.1 at a batch of 256 samples is only a usual starting point for sgd, nobody tuned
                        it for faces; tune it and give lr.base and lr.base_batch
           ! warning    6% of the work idles: 160 ranks × accumulation 2 can't share 2,100 samples evenly; nearest
