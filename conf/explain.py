@@ -155,6 +155,9 @@ def explain(error: ValidationError, data: dict[str, Any]) -> str:
     lacking: dict[str, list[str]] = {}  # group → its keys that aren't there
     for fault in error.errors(include_url=False):
         key, beside = _place(fault, data)
+        if fault["type"] == "missing" and isinstance(place := fault["loc"][-1], int):
+            wanted[key] = (fault["input"], [f"a list of {place + 1}"])  # the last that is missing tells its length
+            continue
         group, _, name = key.partition(".")
         missing = fault["type"] == "missing" and key.count(".") == 1 and choices_of(group)
         if missing or fault["type"] == "union_tag_not_found":
@@ -194,7 +197,7 @@ def _place(fault: Any, data: Any) -> tuple[str, list[str]]:
     path, beside = [], []
     for part in fault["loc"]:
         inside = isinstance(data, dict) and (part in data or (fault["type"] == "missing" and part == fault["loc"][-1]))
-        if inside or (isinstance(data, list) and isinstance(part, int)):
+        if inside or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             beside = [name for name in data if name != part] if isinstance(data, dict) else []
             data = data[part] if isinstance(data, list) else data.get(part)
             path.append(str(part))
@@ -223,8 +226,9 @@ def _line(key: str, value: Any, choices: list[str]) -> str:
     if isinstance(value, float) and value.is_integer() and "a whole number" in choices:
         hint = f"; did you mean {int(value)}?"
     elif "text" in choices and isinstance(value, bool | int | float):
-        quoted = f"{key}='{shown(value)}'"
-        hint = f"; as text: {for_shell(quoted)}"
+        text = f"'{shown(value)}'"
+        in_a_list = key.rpartition(".")[2].isdecimal()  # whose places can't be given one by one
+        hint = f"; in quotes it is text: {text}" if in_a_list else f"; as text: {for_shell(f'{key}={text}')}"
     return f"{key}={shown(value)} can't be: it has to be {', or '.join(choices)}{hint}"
 
 

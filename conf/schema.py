@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from scaling.rules import LAWS
 from scaling.stages import BatchSchedule
@@ -56,6 +65,11 @@ def _matching(pattern: str, like: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _with_numbers(name: object) -> object:
+    """The modules of a Sequential are named by their places, which need no quotes."""
+    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -426,7 +440,7 @@ class RunConfig(_Section):
     on_nonfinite: Literal["stop", "skip"]
     precision: Literal["fp32", "bf16", "fp16"]
     compile: bool
-    recompute: tuple[Annotated[str, Field(min_length=1)], ...]
+    recompute: tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]
     batch: Batch
     batchnorm: BatchNorm
     lr: LearningRate

@@ -94,6 +94,7 @@ def test_values_arrive_with_their_types() -> None:
     assert config.lr.warmup == Duration(500, "st")
     assert config.lr.milestones == (Duration(1, "ep"), Duration(50, "%"))
     assert config.given == ("batch.global_size", "clip_norm", "lr.base", "lr.milestones", "lr.warmup")
+    assert compose(["recompute=[1,blocks.*]"]).recompute == ("1", "blocks.*")
 
 
 def test_free_mappings_take_new_keys_without_a_plus() -> None:
@@ -282,6 +283,11 @@ REFUSED = [
     (["optimizer=adamw", "optimizer.args.eps=1"], ["use optimizer.eps"]),
     ([*CUSTOM, "optimizer.args.lr=1"], ["use lr.base or lr.peak"]),
     ([*CUSTOM, "optimizer.weight_decay=0", "optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
+    (["optimizer=adamw", "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9] can't be: it has to be a list of 2"]),
+    (["optimizer=adamw", "optimizer.betas=[]"], ["optimizer.betas=[] can't be: it has to be a list of 2"]),
+    (["optimizer=lamb", "optimizer.trust_clip=[0]"], ["optimizer.trust_clip=[0] can't be: it has to be a list of 2"]),
+    (["optimizer=adafactor", "optimizer.eps=[1e-3]"], ["optimizer.eps=[0.001] can't be: it has to be a list of 2"]),
+    (["recompute=[true]"], ["recompute.0=true can't be: it has to be text; in quotes it is text: 'true'"]),
     (["cluster.rendezvous=a:29500"], ["cluster.rendezvous=a:29500", "where several machines meet", "cluster.nodes"]),
     (["output=json"], ["output=json", "action=plan"]),
     (["action=evaluate"], ["action=evaluate needs init_from="]),
