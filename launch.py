@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """
     args = command_line(arguments)
     if args.help:
-        print(help_text(args.config_dir), end="")
+        print(help_text(args.overrides, args.config_dir), end="")
         return 0
     if args.multirun:
         if args.cfg or under_torchrun():
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         return sweep(args.overrides, args.config_dir)
     config = compose(args.overrides, args.config_dir)
     if args.cfg:
-        print(annotated(config))
+        print(annotated(config, args.overrides, args.config_dir))
         return 0
     if config.action == "runs":
         return listed(config)

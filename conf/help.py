@@ -6,14 +6,16 @@ import argparse
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import yaml
 
+from conf.compose import roots_with
 from conf.explain import RECORDED, ConfigError, nearest
 from conf.schema import RunConfig
+from conf.stored import choices
 
 HERE = Path(__file__).parent
 WHOLE_RUNS = ("task", "experiment")  # groups whose choices give keys of the whole run, or none of their own
@@ -101,8 +103,9 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def help_text(config_dir: str | None = None) -> str:
-    roots = [HERE, *([Path(config_dir)] if config_dir else [])]
+def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
+    """The command line, and every key: those of the choices that ``overrides`` name, with what they mean there."""
+    roots = roots_with(config_dir)
     width = max(80, min(140, shutil.get_terminal_size((120, 0)).columns))
     lines = ["usage: python launch.py [key=value …] [options]", "", WHAT, EXAMPLES]
     lines.append("choices (a group's own keys come with its choice; --config-dir adds more):")
@@ -112,16 +115,16 @@ def help_text(config_dir: str | None = None) -> str:
             usual = " (the default)" if file.stem == default else ""
             lines += _row(f"{group}={file.stem}", _title(file) + usual, width)
     lines += ["", "keys, with their defaults:"]
-    said = meanings()
+    chosen = _files(_defaults() | _named(overrides, roots) | {"experiment": ""}, roots)
+    said = meanings(chosen)
     found = entries(HERE / "config.yaml")
-    for group, default in _defaults().items():
-        if default != "null":
-            found |= entries(HERE / group / f"{default}.yaml", group)
+    for file in chosen:
+        found |= {key: entry for key, entry in entries(file, file.parent.name).items() if key not in found}
     for key, entry in found.items():
         lines += _row(f"{key}={entry.value}", entry.meaning or said.get(key, ""), width)
-    for group, default in _defaults().items():
+    for group in _defaults():
         for file in sorted((HERE / group).glob("*.yaml")):
-            own = {} if group in WHOLE_RUNS or file.stem == default else entries(file, group)
+            own = {} if group in WHOLE_RUNS or file in chosen else entries(file, group)
             if own := {key: entry for key, entry in own.items() if key not in found}:
                 lines += ["", f"keys that come with {group}={file.stem}:"]
                 for key, entry in own.items():
@@ -161,7 +164,7 @@ def entries(file: Path, prefix: str = "") -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     path: list[tuple[int, str]] = []
     for line in file.read_text().splitlines():
-        if match := re.fullmatch(r"( *)(\w+):(?: (.*?))?(?:  # (.*))?", line):
+        if match := re.fullmatch(r"(?!defaults:)( *)(\w+):(?: ([^ #].*?))?(?:  # (.*))?", line):
             indent, name, value, meaning = len(match[1]), match[2], match[3], match[4]
             path = [(depth, above) for depth, above in path if depth < indent] + [(indent, name)]
             if value is not None or meaning:
@@ -170,21 +173,44 @@ def entries(file: Path, prefix: str = "") -> dict[str, Entry]:
     return found
 
 
-def meanings() -> dict[str, str]:
-    """Dotted key → its comment, in whichever file of a group it stands: for keys whose own line has none."""
+def meanings(chosen: Sequence[Path] = ()) -> dict[str, str]:
+    """Dotted key → its comment: in config.yaml, in the first of the ``chosen`` files of its group that has one, else
+    in whichever other file of the group. Of tasks, whose arguments are their own, custom alone speaks for others.
+    """
+    others = [file for file in sorted(HERE.glob("*/*.yaml")) if file.parent.name != "task" or file.stem == "custom"]
     found = {}
-    for file in [HERE / "config.yaml", *sorted(HERE.glob("*/*.yaml"))]:
+    for file in [HERE / "config.yaml", *others, *reversed(chosen)]:
         prefix = "" if file.parent == HERE else file.parent.name
         found.update({key: entry.meaning for key, entry in entries(file, prefix).items() if entry.meaning})
     return found
 
 
-def annotated(config: RunConfig) -> str:
-    """The config as YAML, each key with its comment."""
-    plain = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED))
-    chosen = HERE / "optimizer" / f"{config.optimizer.name}.yaml"
-    own = {key: entry.meaning for key, entry in entries(chosen, "optimizer").items() if entry.meaning}
-    said, lines = meanings() | own, []
+def _named(overrides: Sequence[str], roots: Sequence[Path]) -> dict[str, str]:
+    """Group → the choice that overrides name, or their experiments; what is no choice is passed over."""
+    pairs = [text.partition("=") for text in overrides]
+    named = {key: choice for key, _, choice in pairs if key in _defaults() and _files({key: choice}, roots)}
+    texts = [file.read_text() for file in _files({"experiment": named.get("experiment", "")}, roots)]
+    return dict(re.findall(r"^  - override /(\w+): (\w+)$", "\n".join(texts), re.MULTILINE)) | named
+
+
+def _files(chosen: Mapping[str, str], roots: Sequence[Path]) -> list[Path]:
+    """The files of these choices, as far as there are any; after each those of its group that it begins with."""
+    found = []
+    for group, choice in chosen.items():
+        names = [choice]
+        for name in names:
+            for file in [root / group / f"{name}.yaml" for root in roots if (root / group / f"{name}.yaml").is_file()]:
+                found.append(file)
+                above = re.search(r"^defaults: *\[(.*)\]", file.read_text(), re.MULTILINE)
+                names += [name for name in re.findall(r"\w+", above[1] if above else "") if name not in names]
+    return found
+
+
+def annotated(config: RunConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
+    """The config as YAML, each key with its comment in the files that ``overrides`` or the config's names choose."""
+    plain, roots = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED)), roots_with(config_dir)
+    named = {group: choice for group, choice in _named(overrides, roots).items() if choice != "auto"}
+    said, lines = meanings(_files(choices(plain, but=()) | named, roots)), []
     path: list[str] = []
     for line in yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000).splitlines():
         if match := re.match(r"( *)(\w+):", line):

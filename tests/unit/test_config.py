@@ -660,13 +660,41 @@ def test_printed_config_is_the_config() -> None:
 
 def test_help_names_every_key_and_choice(tmp_path: Path) -> None:
     write(tmp_path / "task/mine.yaml", "# my very own\nname: mine\n")
-    text = help_text(str(tmp_path))
+    text = help_text([], str(tmp_path))
     for key in set(keys()) - sections_of_schema() - {*RECORDED, "optimizer.usual.lr", "optimizer.usual.batch"}:
         assert f"  {key}" in text
     for file in HERE.glob("*/*.yaml"):
         assert f"{file.parent.name}={file.stem}" in text
     assert re.search(r"task=mine +my very own", text)
     assert max(map(len, text.splitlines())) <= 140
+
+
+def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> None:
+    """Not by another task's; a task of one's own by its YAML, and by the one that it begins with."""
+    write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: a.B\nargs:\n  data: x  # my own\n")
+
+    def line(key: str, *overrides: str) -> str:
+        text = annotated(compose(overrides, tmp_path), overrides, str(tmp_path))
+        return next(line for line in text.splitlines() if line.startswith(f"{key}:"))
+
+    def helped(key: str, *overrides: str) -> str:
+        text = help_text(overrides, str(tmp_path))
+        return re.sub(r"\s+", " ", text.partition(f"\n  {key}=")[2])[:60]
+
+    assert "an .npz file with images" in line("    data", "task=images")
+    assert "a text file of any size" in line("    data", "experiment=text_large")
+    assert "the best of a grid" in line("  tuned", "task=images")
+    assert "samples of one epoch" in line("  train_samples", "task=images")
+    assert line("    sgd", "task=digits") == "    sgd:"
+    assert line("    data", "task=mine") == "    data: x  # my own"
+    assert "which usual batches apply" in line("  family", "task=mine")
+    assert "root of the mean square" in line("  eps", "optimizer=auto", "task=text")
+    assert helped("task.args.data", "task=images").startswith("null an .npz file")
+    assert helped("task.args.data", "experiment=text_large").startswith("null a text file of any size")
+    assert helped("task.args.data", "task=mine").startswith("x my own")
+    assert helped("task.train_samples", "task=mine").startswith("null samples of one epoch")
+    assert helped("task.args", "task=nosuch").startswith("{width: 128,")
+    assert "task.defaults" not in help_text(["task=mine"], str(tmp_path))
 
 
 @pytest.mark.parametrize("arguments", [["--confg-dir", "."], ["--cfg", "all"], ["--config-dir", "/nowhere"], ["--n=3"]])
