@@ -136,6 +136,12 @@ def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
     assert apart(*twice) < 1e-6 < 1e-4 < apart(twice[0], one)
 
 
+def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
+    end = runs(1, *NORMED, "batch.per_gpu=1").ends[0]
+    assert end["raised"] == "Refused"
+    assert "larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost" in end["message"]
+
+
 def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
     assert end["raised"] == "Refused"

@@ -143,6 +143,14 @@ class DDP:
                     "requires_grad=False, or give engine.config.find_unused_parameters=true"
                 ) from error
             raise
+        except ValueError as error:
+            if "Expected more than 1 value per channel" in str(error):
+                raise Refused(
+                    "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
+                    "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
+                    "them from N samples on any hardware"
+                ) from error
+            raise
         return loss, units
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
