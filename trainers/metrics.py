@@ -164,10 +164,10 @@ class PlainLines:
     def __init__(self, state: TrainState) -> None:
         self._state, self._started, self._begun_at = state, time.perf_counter(), state.samples
         self._next = self._started  # the first step is shown: it's where things go wrong
-        self._loss = ""
+        self._last: dict[str, Any] = {}
 
     def step(self, line: dict[str, Any]) -> None:
-        now, self._loss = time.perf_counter(), f"loss {line['loss']:.4f}  "
+        now, self._last = time.perf_counter(), line
         if now < self._next and line["step"] != self._state.plan.steps:
             return
         self._next = now + PLAIN_EVERY_S
@@ -177,7 +177,8 @@ class PlainLines:
         )
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        self._print(line, self._loss + _values(line))
+        loss = f"loss {self._last['loss']:.4f}  " if self._last.get("step") == line["step"] else ""
+        self._print(line, loss + _values(line))
 
     def close(self) -> None:
         pass

@@ -25,6 +25,7 @@ from trainers.engines.ddp import checked
 from trainers.evaluate import make_evaluate
 from trainers.loader import Fetch, Loader, to_device
 from trainers.locate import build, locate
+from trainers.metrics import PlainLines
 from trainers.optim import make_optimizer
 from trainers.rundir import Refused
 from trainers.state import TrainState
@@ -296,6 +297,19 @@ def test_find_unused_parameters(runs: Runs) -> None:
 def test_metrics_are_json_where_values_are_not_finite(runs: Runs) -> None:
     run = runs(1, *TASK, "task._target_=tests.ranks.test_parts.NotFinite", "duration=2st")
     assert json.loads((run.run.path / "metrics.jsonl").read_text().splitlines()[-1])["val/odd"] is None
+
+
+def test_plain_lines_show_a_loss_beside_an_evaluation_of_the_same_step(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = PlainLines(TrainState(plan()))
+    for step in (3, 4):
+        logged = {"step": step, "samples": 64 * step, "epoch": 0.4, "loss": 0.5, "lr": 0.1, "samples_per_s": 1.0}
+        lines.step(logged)
+        lines.evaluation({"step": 4, "samples": 256, "epoch": 0.5, "val/loss": 0.25})
+    evaluations = [line for line in capsys.readouterr().out.splitlines() if "val/loss" in line]
+    assert [line.partition("  ")[2] for line in evaluations] == [
+        "epoch 0.50  val/loss 0.2500",
+        "epoch 0.50  loss 0.5000  val/loss 0.2500",
+    ]
 
 
 class NotFinite(Counted):
