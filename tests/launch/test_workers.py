@@ -214,7 +214,7 @@ def test_rank_0_has_the_terminal_and_the_others_have_logs(folder: Path) -> None:
 
 def test_cores_are_shared_by_the_workers(folder: Path) -> None:
     cores = len(os.sched_getaffinity(0))
-    run = launch(folder, "duration=1st", ranks=1, OMP_NUM_THREADS="1")
+    run = launch(folder, "duration=1st", ranks=1, OMP_NUM_THREADS="")
     assert run.end() == 0
     assert f"task of rank 0 threads {cores}" in run.out
 
@@ -229,9 +229,10 @@ def test_spawned_workers_do_the_same(folder: Path) -> None:
 
 def test_environment_reaches_the_workers(folder: Path) -> None:
     (folder / "faulty.py").write_text(FAULTY + "\nprint('MINE is', os.environ.get('MINE'), flush=True)\n")
-    run = launch(folder, "cluster.environment.MINE=7", "duration=1st")
+    run = launch(folder, "cluster.environment.MINE=7", "duration=1st", OMP_NUM_THREADS="3")
     assert run.end() == 0
     assert "MINE is 7" in run.out
+    assert "task of rank 0 threads 3" in run.out
     assert "MINE is 7" in run.log(1)
 
 

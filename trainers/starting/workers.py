@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
     from trainers.starting.agent import Agent
 
+THREADS = "ISOBATCH_THREADS"  # in the environment: what OMP_NUM_THREADS was before the launcher's own 1 took its place
 HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
 
 _store: Store | None = None  # where this worker leaves notes
@@ -115,6 +116,7 @@ def as_worker(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
     torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and who wants to know
     more reads ``outcome.json``.
     """
+    os.environ.pop("OMP_NUM_THREADS", None)  # which torchrun sets to 1 where nobody has said anything
     stop.hurry, watch = False, Watch()
     watch.beat()
     return _exit_code(_attempt(config, facts, stop, watch, _end_under_torchrun))
@@ -195,8 +197,7 @@ def _attempt(
 
         _store = meeting_point(config.cluster.timeout_s)
         world = World.join(config.device, config.cluster.timeout_s)
-        threads = config.cluster.environment.get("OMP_NUM_THREADS", _cores() // world.local_size)
-        torch.set_num_threads(max(1, int(threads)))
+        torch.set_num_threads(_threads(world.local_size))
         gc.freeze()
         gc.enable()
         if limit := read_note(lasting(_store), "per_gpu_limit"):
@@ -271,6 +272,12 @@ def _exit_code(end: Outcome | dict[str, Any]) -> int:
     return 0 if isinstance(end, Outcome) else EXIT_CODE[end["kind"]]
 
 
+def _threads(local_size: int) -> int:
+    """What OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of this machine's cores."""
+    asked = os.environ.get(THREADS, "").partition(",")[0]
+    return max(1, int(asked) if asked.isdecimal() else _cores() // local_size)
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
@@ -278,6 +285,7 @@ def _cores() -> int:
 def import_torch(config: RunConfig) -> None:
     """Import torch, with all that training imports later, once for all workers that are forked from here."""
     os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
+    os.environ.setdefault(THREADS, os.environ.get("OMP_NUM_THREADS", ""))
     os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
