@@ -252,6 +252,8 @@ def test_the_standard_library_has_one_length() -> None:
 
 def test_texts_that_are_none(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
+    with pytest.raises(Refused, match=r"short.txt: there is no such file"):
+        text(short)
     short.write_text("")
     with pytest.raises(Refused, match=r"short.txt can't be mapped into memory: .*empty"):
         text(short)

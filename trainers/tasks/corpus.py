@@ -28,6 +28,8 @@ def mapped(file: Path) -> np.ndarray:
     """The bytes of ``file``, of which only those are read that are asked for. Raises Refused."""
     try:
         return np.memmap(file, np.uint8, "r")
+    except FileNotFoundError:
+        raise Refused(f"task.args.data={file}: there is no such file") from None
     except (OSError, ValueError) as error:
         raise Refused(f"task.args.data={file} can't be mapped into memory: {error}") from None
 
