@@ -15,7 +15,6 @@ from scaling.record import to_json
 from scaling.resolve import resolve
 from scaling.table import table
 from scaling.units import Duration
-from trainers.batchnorm import refuse_empty_passes
 from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
@@ -118,8 +117,6 @@ def _train(
     state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
-    if config.batchnorm.mode == "sync":
-        refuse_empty_passes(state.plan)
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
@@ -159,6 +156,8 @@ def _train(
 
     if config.noise.every and (why := unmeasurable(state.plan)):
         metrics.warn(why)
+    if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
+        metrics.warn(f"batchnorm.mode={config.batchnorm.mode}, but the model has no BatchNorm layer: leave it out")
 
     def complain(failure: str) -> None:
         metrics.warn(f"a checkpoint couldn't be saved: {failure}")

@@ -142,6 +142,13 @@ def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
     assert "larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost" in end["message"]
 
 
+def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
+    run = runs(2, *GHOST, "task._target_=tests.tasks.Counted", "duration=1st")
+    warnings = [event["text"] for event in run.events() if event["event"] == "warning"]
+    assert warnings == ["batchnorm.mode=ghost, but the model has no BatchNorm layer: leave it out"]
+    assert not [event for event in runs(2, *GHOST, "duration=1st").events() if event["event"] == "warning"]
+
+
 def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
     assert end["raised"] == "Refused"
