@@ -27,6 +27,11 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
     """
     if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
         raise ConfigError(f"{given[0]} is of one optimizer, and optimizer=auto of several: name the one that it is for")
+    if config.batch.global_size == "all" and config.task.train_samples is None:
+        raise ConfigError(
+            "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is: state "
+            "task.train_samples=N, or name an optimizer"
+        )
     try:
         batch = largest_batch(config, world_size(config))
         return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})

@@ -60,7 +60,10 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
                 return _compose(others, config_dir)  # it was chosen when the run began
         shared = [text for text in others if not text.lstrip("+").startswith("optimizer.")]
         choice = choose_optimizer(_compose([*shared, "optimizer=sgd"], config_dir), roots_with(config_dir))
-        config = _compose([*others, f"optimizer={choice.name}"], config_dir)
+        try:
+            config = _compose([*others, f"optimizer={choice.name}"], config_dir)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (optimizer=auto chose {choice.name})") from None
         return config.model_copy(update={"chosen": {"optimizer": choice.why}})
 
 

@@ -92,7 +92,8 @@ def going_on(was: RunConfig, given: set[str], fresh: dict[str, Any], another: bo
     if another and not resized and {"batch.per_gpu", "batch.accumulation"} <= given:
         kept.discard("batch.global_size")  # their product takes its place
     elif resized or global_size_rules(was):
-        kept.add("batch.global_size")
+        if plain["batch"]["schedule"] is None:  # which says itself how large the batch is
+            kept.add("batch.global_size")
         if plain["batch"]["per_gpu"] is not None and "batch.accumulation" not in given:
             plain["batch"]["accumulation"] = None
             kept.discard("batch.accumulation")

@@ -143,8 +143,21 @@ class Plan:
                 granule=self.granule,
                 even=self.even,
             )
-            stages.append(Stage(start, first_step, cut, self._carried(segment, stages)))
+            self._refuse_empty_passes(cut)
+            stage = Stage(start, first_step, cut, self._carried(segment, stages))
+            if stages and start == stages[-1].start:
+                stages.pop()  # it has no step
+            if not stages or self.samples is None or start < self.samples:
+                stages.append(stage)
         return stages
+
+    def _refuse_empty_passes(self, cut: Cut) -> None:
+        if self.sync and not cut.micro_batches[-1][0]:
+            raise ValueError(
+                f"batchnorm.mode=sync wants a sample on every rank in every pass, and {self.size(cut.global_size)} a "
+                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}: use a larger "
+                "batch.global_size, fewer of both, or batchnorm.mode=ghost"
+            )
 
     def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
         recipe, batch = (before[0].peak, before[0].cut.global_size) if before else (self.base, self.base_batch)
@@ -194,15 +207,14 @@ class Plan:
         """The recipe at the peak of the first segment."""
         return self.stages[0].peak
 
-    @property
-    def temperature(self) -> float | None:
-        """SGD's noise ηN/(B(1−m)) at the peak, N being the samples of an epoch; None for other optimizers.
+    def temperature(self, stage: Stage) -> float | None:
+        """SGD's noise ηN/(B(1−m)) at a stage's peak, N being the samples of an epoch; None for other optimizers.
 
         What a rule for SGD holds constant (Smith & Le 2018, arXiv:1710.06451), so two plans can be compared by it.
         """
-        if self.optimizer.name != "sgd" or self.train_samples is None or not self.peak.betas:
+        if self.optimizer.name != "sgd" or self.train_samples is None or not stage.peak.betas:
             return None
-        return self.peak.lr * self.train_samples / (self.cut.global_size * (1 - self.peak.betas[0]))
+        return stage.peak.lr * self.train_samples / (stage.cut.global_size * (1 - stage.peak.betas[0]))
 
     @property
     def steps(self) -> int | None:

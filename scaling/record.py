@@ -64,7 +64,7 @@ def summary(plan: Plan) -> dict[str, Any]:
             "factor": None if outright else plan.peak.lr / plan.base.lr,
             "peak": plan.peak.lr,
             "warmup_samples": plan.schedule.warmup_samples if plan.schedule else None,
-            "noise_temperature": plan.temperature,
+            "noise_temperature": plan.temperature(plan.stages[0]),
             "why": plan.lr_why,
             "moves": plan.moves,
         },

@@ -13,7 +13,7 @@ from scaling.geometry import counted, solve
 from scaling.plan import Choice, Plan, Segment, Source
 from scaling.rules import Recipe, Rule, make_rule
 from scaling.schedule import Schedule
-from scaling.stages import Laid, lay, samples_after
+from scaling.stages import Laid, growth_of, lay, most_of, samples_after, sizes_up_to
 
 if TYPE_CHECKING:
     from conf.schema import LearningRate, RunConfig
@@ -48,7 +48,7 @@ class Lengths:
                 run_samples=self.run_samples,
             )
         except ValueError as error:
-            raise ValueError(f"{key}={error}") from None
+            raise ValueError(f"{key}{'' if key.endswith(' ') else '='}{error}") from None
 
 
 def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> Plan:
@@ -72,6 +72,8 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         lengths = replace(lengths, segments=_laid(config, first, lengths).segments)
     samples = _duration(config, lengths)
     lengths = replace(lengths, run_samples=samples)
+    if wanted and wanted.of_the_run and not wanted.for_decay:
+        lengths = replace(lengths, segments=_laid(config, first, lengths).segments)
     for key, every in (
         ("log.every", config.log.every),
         ("evaluate.every", config.evaluate.every),
@@ -183,9 +185,10 @@ def _geometry(config: RunConfig, world: int, train_samples: int | None) -> tuple
             )
         global_size = start
     # Solved in the unit that was asked in, so that a refusal's numbers are, too; what can't be parted is then a sample.
+    key = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size"
     cut = solve(
         world,
-        global_size=_whole(config, "batch.global_size", global_size),
+        global_size=_whole(config, key, global_size),
         per_gpu=_whole(config, "batch.per_gpu", batch.per_gpu),
         accumulation=batch.accumulation,
         granule=per_sample * (config.batchnorm.ghost_size or 1),
@@ -200,8 +203,15 @@ def largest_batch(config: RunConfig, world: int) -> int:
     """The largest global batch of the run, in samples. Raises ValueError where it can't be, or isn't known yet."""
     first, _, _ = _geometry(config, world, config.task.train_samples)
     moving, per_sample = config.batch.schedule, _size_of_a_sample(config)
-    later = [size for _, size in moving.stages] + [moving.last or 0] if moving else []
-    return max(first.global_size, *(size // per_sample for size in later), 0)
+    if not moving:
+        return first.global_size
+    if moving.for_decay:
+        most = most_of(moving, lambda size: size // per_sample, config.task.train_samples)
+        return max(
+            [first.global_size, *sizes_up_to(first.global_size, growth_of(config.lr.decay, config.lr.gamma), most)]
+        )
+    top = _asked(config, config.task.train_samples) if moving.kind == "ramp" and moving.last is None else moving.last
+    return max(first.global_size, *(size // per_sample for size in (top or 0, *(size for _, size in moving.stages))))
 
 
 def _asked(config: RunConfig, train_samples: int | None) -> int | None:
@@ -223,6 +233,12 @@ def _rule(config: RunConfig) -> Rule:
     lr, decay = config.lr, "optimizer.weight_decay"
     keys = {"betas": ("optimizer.betas", "optimizer.momentum"), "eps": ("optimizer.eps",), "weight_decay": (decay,)}
     fixed = tuple(part for part, names in keys.items() if set(names) & set(config.given))
+    if lr.peak is not None:
+        fixed += ("lr",)
+        if lr.scale_weight_decay:
+            raise ValueError(
+                "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of"
+            )
     if lr.scale_weight_decay and (decay in config.given or config.optimizer.weight_decay is None):
         what = (
             f"given for this batch ({decay}={config.optimizer.weight_decay:g})" if decay in config.given else "unknown"
@@ -259,7 +275,8 @@ def _whole(config: RunConfig, key: str, size: int | None) -> int | None:
     if size is not None and size % per_sample:
         near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]
         raise ValueError(
-            f"{key}={size} tokens isn't a whole number of samples of {per_sample} tokens; nearest: "
+            f"{key}{'' if key.endswith(' ') else '='}{size} tokens isn't a whole number of samples of {per_sample} "
+            "tokens; nearest: "
             f"{' or '.join(map(str, near))}"
         )
     return size
@@ -283,13 +300,22 @@ def _base(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, flo
                 f"task.tuned.{optimizer.name}.betas={list(tuned.betas)}: {optimizer.name} has {len(optimizer.memory)}, "
                 f"as {list(optimizer.memory)}"
             )
+        if tuned.eps is not None and optimizer.epsilon is None:
+            raise ValueError(f"task.tuned.{optimizer.name}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}")
         said = {
             name: getattr(tuned, name) for name in ("betas", "eps", "weight_decay") if name not in segment.rule.fixed
         }
         recipe = replace(recipe, **{name: value for name, value in said.items() if value is not None})
     if lr.peak is not None:
+        law = segment.rule.law
+        if (law.moves or law.stretches_warmup) and batch is None:
+            raise ValueError(
+                f"lr.rule={segment.rule.name} moves more than the LR, which lr.peak={lr.peak:g} gives, and doesn't "
+                "know from which batch: give lr.base_batch, that of the tuning, or lr.rule=none"
+            )
+        tuned_at = batch if batch and (law.moves or law.stretches_warmup) else segment.global_size
         # Nobody chose the optimizer's usual LR for this run: a warmup to a given peak doesn't start there.
-        return replace(recipe, lr=lr.peak), segment.global_size, "peak", lr.base or (tuned.lr if tuned else None)
+        return replace(recipe, lr=lr.peak), tuned_at, "peak", lr.base or (tuned.lr if tuned else None)
     if base is None or batch is None:
         missing = "lr.base" if base is None else "lr.base_batch"
         raise ValueError(

@@ -264,6 +264,8 @@ LAWS = {
         moves={"betas": "β^κ, the same half-life in samples"},
         powers=(-math.inf, math.inf),
         usual_power={"sgd": 0.5, "adam": 0.5},
+        batch_tested=4096,
+        beyond="its source goes from a batch of 1 to 4096 sequences",
     ),
     "noise": Law(
         noise,

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from typing import NamedTuple
 
+from scaling.geometry import counted
 from scaling.plan import Segment
 from scaling.rules import Rule
 from scaling.schedule import Schedule
@@ -110,6 +111,11 @@ class BatchSchedule:
         return self.kind not in ("stages", "ramp") or any(length.unit == "%" for length in lengths)
 
     @property
+    def for_decay(self) -> bool:
+        """Whether its larger batches stand in for the decay of the LR."""
+        return self.kind in ("doubling", "seesaw")
+
+    @property
     def start(self) -> int | None:
         """The size it begins with; None: the global batch of the run."""
         return self.stages[0][1] if self.stages else self.first
@@ -153,9 +159,10 @@ def lay(
             )
         return size // per_sample
 
-    if wanted.kind in ("doubling", "seesaw"):
+    if wanted.for_decay:
         return _in_place_of_decay(wanted, first, whole, train_samples, schedule)
-    rule = Rule("none", fixed=first.rule.fixed) if wanted.hold else first.rule
+    fixed = tuple(part for part in first.rule.fixed if part != "lr")  # lr.peak is of the first stage
+    rule = Rule("none", fixed=fixed) if wanted.hold else replace(first.rule, fixed=fixed)
     starts = list(_starts(wanted, first, last, in_samples, whole, run_samples))
     if None in [start for start, _ in starts]:
         return Laid(None, schedule)
@@ -195,15 +202,17 @@ def _starts(
         assert wanted.over is not None
         over, top = in_samples(wanted.over), last if wanted.last is None else whole(wanted.last)
         by = whole(wanted.by) if wanted.by else size
-        if top is None or top < size:
-            raise ValueError(f"batch.schedule={wanted} climbs to {top}, which is below its from:{wanted.first}")
+        if top is None or top <= size:
+            raise ValueError(
+                f"batch.schedule={wanted} climbs from {size} to {top} samples: give a larger to:…, or batch.global_size"
+            )
         climbs = -(-(top - size) // by)
         for climb in range(min(climbs, SEGMENTS) + 1):
             yield None if over is None else -(-over * climb // max(1, climbs)), min(top, size + climb * by)
     else:
         assert wanted.last is not None
         doublings = int(math.log2(whole(wanted.last) / size))
-        if size << doublings != whole(wanted.last):
+        if doublings == 0 or size << doublings != whole(wanted.last):
             raise ValueError(
                 f"batch.schedule={wanted}: doublings of {wanted.first} come to {wanted.first << doublings} and "  # type: ignore[operator]
                 f"{wanted.first << doublings + 1}, and not to {wanted.last}"  # type: ignore[operator]
@@ -226,26 +235,49 @@ def _in_place_of_decay(
     """
     if schedule is None or (wanted.last is None and train_samples is None):
         return Laid(None, schedule)
-    factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
-    most = whole(wanted.last) if wanted.last is not None else (train_samples or 0) // OF_THE_DATA
-    power = (
-        Rule("power", -0.5, fixed=first.rule.fixed) if wanted.kind == "seesaw" else Rule("none", fixed=first.rule.fixed)
-    )
+    factor, most = growth_of(schedule.decay, schedule.gamma), most_of(wanted, whole, train_samples)
+    fixed = tuple(part for part in first.rule.fixed if part != "lr")
+    rule = Rule("power", -0.5, fixed=fixed) if wanted.kind == "seesaw" else Rule("none", fixed=fixed)
     segments = [first]
-    for growth in count(1):
-        size, start = round(first.global_size * factor**growth), schedule.falls_to(factor**-growth * (1 + 1e-9))
-        if size > most or start is None:
+    for size in sizes_up_to(first.global_size, factor, most):
+        start = schedule.falls_to(first.global_size / size * (1 + 1e-9))
+        if start is None:
             break
         if start == segments[-1].start_sample > 0:
             segments.pop()
-        segments.append(Segment(start, size, power))
+        segments.append(Segment(start, size, rule))
     if len(segments) == 1:
-        raise ValueError(
-            f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} "
-            f"never comes to 1/{factor:g} of the peak with a batch of at most {most} samples: give a larger to:…, or "
-            "another lr.decay"
-        )
+        raise ValueError(_nothing_laid(wanted, first, factor, most, schedule))
     return Laid(tuple(segments), replace(schedule, held_until=segments[-1].start_sample))
+
+
+def growth_of(decay: str, gamma: float) -> float:
+    """By how much a batch grows where it stands in for the decay of the LR."""
+    return 1 / gamma if decay == "step" and gamma < 1 else 2.0
+
+
+def most_of(wanted: BatchSchedule, whole: Callable[[int], int], train_samples: int | None) -> int:
+    """The largest batch, in samples, that may stand in for the decay of the LR."""
+    return whole(wanted.last) if wanted.last is not None else (train_samples or 0) // OF_THE_DATA
+
+
+def sizes_up_to(first: int, factor: float, most: int) -> Iterator[int]:
+    """Batches that are ``factor``, ``factor``², … times ``first``, as long as they aren't above ``most``."""
+    return takewhile(lambda size: size <= most, (round(first * factor**growth) for growth in count(1)))
+
+
+def _nothing_laid(wanted: BatchSchedule, first: Segment, factor: float, most: int, schedule: Schedule) -> str:
+    grown = round(first.global_size * factor)
+    if grown > most:
+        limit = "its to:…" if wanted.last is not None else "a tenth of the training data"
+        return (
+            f"batch.schedule={wanted}: {counted(first.global_size, 'sample')} × {factor:g} are more than {most:,}, "
+            f"which is {limit}: give a larger to:…, or a smaller batch.global_size"
+        )
+    return (
+        f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} with "
+        f"lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak: choose another lr.decay"
+    )
 
 
 def _refuse_disorder(wanted: BatchSchedule, segments: Sequence[Segment], run_samples: int | None) -> None:

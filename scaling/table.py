@@ -56,8 +56,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if moves := plan.moves:
         yield "recipe", "; ".join(moves)
     yield "schedule", _schedule(plan)
-    if (noise := plan.temperature) is not None:
-        yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak (Smith & Le 2018)"
+    if (noise := plan.temperature(plan.stages[0])) is not None:
+        later = f", {plan.temperature(plan.stages[-1]):.6g} in the last stage" if len(plan.stages) > 1 else ""
+        yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak{later} (Smith & Le 2018)"
     if plan.peak.ema is not None:
         yield "weights' EMA", _ema(plan)
     if plan.granule > 1 or plan.sync:
@@ -129,10 +130,11 @@ def _schedule(plan: Plan) -> str:
             f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({100 * share:.3g}%"
             f"{f', {steps:.2g} steps' if steps < FEW else ''})"
         )
-    end = f"{schedule.final * plan.peak.lr:.6g}"
+    end = f"{schedule.lr(schedule.samples, plan.stages[-1].peak.lr):.6g}"
+    milestones = [f"{milestone:,}" for milestone in schedule.milestones if milestone > schedule.held_until]
     falls = {
         "polynomial": f"polynomial decay (exponent {schedule.exponent:g}) to {end}",
-        "step": f"× {schedule.gamma:g} after {', '.join(f'{each:,}' for each in schedule.milestones)} samples",
+        "step": f"× {schedule.gamma:g} after {', '.join(milestones)} samples" if milestones else "constant",
         "constant": "constant",
         "wsd": f"constant, and linear decay to {end} over the last {plan.size(schedule.cooldown_samples)}",
     }

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from scaling.plan import Plan
 from trainers.keyed import Stream
 from trainers.over_ranks import normalise_over_ranks, wide
 from trainers.rundir import Refused
@@ -227,14 +226,3 @@ def swap_batchnorm(model: nn.Module, config: BatchNorm, stream: Stream, ranks: i
 @cache
 def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
     return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {"does_more": cls.forward not in FORWARDS})
-
-
-def refuse_empty_passes(plan: Plan) -> None:
-    """Raises Refused where some rank has no samples in a pass that all have to take part in."""
-    cut = min((stage.cut for stage in plan.stages), key=lambda cut: cut.micro_batches[-1][0])
-    if not cut.micro_batches[-1][0]:
-        raise Refused(
-            f"batchnorm.mode=sync wants a sample on every rank in every pass, and {plan.size(cut.global_size)} a step "
-            f"are fewer than {cut.world} ranks × accumulation {cut.accumulation}: use a larger batch.global_size, "
-            "fewer of both, or batchnorm.mode=ghost"
-        )

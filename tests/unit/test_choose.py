@@ -60,6 +60,9 @@ def test_the_config_has_the_chosen_optimizer_and_the_plan_says_why() -> None:
 def test_it_goes_by_the_largest_batch_of_the_run() -> None:
     schedule = "batch.schedule='0sa:64 10ep:2048'"
     assert compose(["optimizer=auto", schedule]).optimizer.name == "lars"
+    doubling = ["optimizer=auto", "batch.schedule=doubling", "task.train_samples=1281167", "batch.global_size=512"]
+    assert compose(doubling).optimizer.name == "lars"
+    assert compose(["optimizer=auto", "batch.schedule='ramp from:32 over:20%'", "batch.global_size=2048"]).chosen
     by_ranks = ["optimizer=auto", "batch.per_gpu=64", "batch.accumulation=4", "cluster.gpus_per_node=8"]
     assert compose(by_ranks).optimizer.name == "lars"
     assert compose([*by_ranks[:-1], "cluster.gpus_per_node=2"]).optimizer.name == "sgd"
@@ -68,7 +71,7 @@ def test_it_goes_by_the_largest_batch_of_the_run() -> None:
 def test_its_other_keys_can_be_given() -> None:
     config = compose(["optimizer.weight_decay=0.3", "optimizer=auto"])
     assert (config.optimizer.name, config.optimizer.weight_decay) == ("sgd", 0.3)
-    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+    with pytest.raises(ConfigError, match=r"optimizer\.betas.* \(optimizer=auto chose sgd\)"):
         compose(["optimizer=auto", "optimizer.betas=[0.9,0.9]"])
 
 
@@ -97,3 +100,8 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(tmp_path: Path) -> None:
     del old["chosen"]  # as earlier versions wrote it
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     assert compose([f"run.dir={tmp_path}"]).chosen == {}
+
+
+def test_as_large_as_data_that_nobody_has_counted() -> None:
+    with pytest.raises(ConfigError, match=r"state task\.train_samples=N, or name an optimizer"):
+        compose(["optimizer=auto", "batch.global_size=all", "task.train_samples=null"])

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from functools import cache, reduce
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -453,10 +454,48 @@ def test_a_rule_by_the_noise_scale() -> None:
 
 def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
     """ηN/(B(1−m)), Smith & Le 2018."""
+
+    def noise(plan: Plan) -> Any:
+        return plan.temperature(plan.stages[0])
+
     first, second = (plan_of("lr.base=0.1", "lr.base_batch=64", f"batch.global_size={size}") for size in (64, 512))
-    assert first.temperature == pytest.approx(0.1 * 1000 / (64 * 0.1))
-    assert second.temperature == pytest.approx(first.temperature)
+    assert noise(first) == pytest.approx(0.1 * 1000 / (64 * 0.1))
+    assert noise(second) == pytest.approx(noise(first))
     other = plan_of("lr.base=0.1", "lr.base_batch=64", "batch.global_size=512", "lr.rule=sqrt")
-    assert other.temperature == pytest.approx(first.temperature / math.sqrt(8))
-    assert plan_of("optimizer=adamw").temperature is None
-    assert plan_of("task.train_samples=null").temperature is None
+    assert noise(other) == pytest.approx(noise(first) / math.sqrt(8))
+    assert noise(plan_of("optimizer=adamw")) is None
+    assert noise(plan_of("task.train_samples=null")) is None
+
+
+def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
+    plan = plan_of(*ADAMW, "lr.rule=sde", "lr.peak=0.03")
+    assert (plan.peak.lr, plan.peak.betas) == (0.03, (0.9, 0.96))
+    assert plan.lr_why == "peak 0.03 (lr.peak, given outright)"
+    assert "the largest at which it holds is 1,279 samples" in refusal(
+        *ADAMW, "lr.rule=sde", "lr.peak=0.03", "batch.global_size=1280"
+    )
+    assert plan_of("lr.peak=0.3", "lr.rule=legw", "lr.base_batch=64").moves == ["warmup × 2 (as much as the batch)"]
+    said = refusal("optimizer=adamw", "optimizer.usual=null", "~task.tuned.adamw", "lr.rule=sde", "lr.peak=0.03")
+    assert "give lr.base_batch, that of the tuning" in said
+    assert "which lr.peak takes the place of" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
+
+
+def test_a_tuning_of_other_shape_is_refused() -> None:
+    said = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
+    assert said.startswith("task.tuned.adamw.betas=[0.9]: adamw has 2")
+    assert "no rule knows an ε of sgd" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
+
+
+def test_a_tuning_of_another_model_isn_t_called_one_of_this() -> None:
+    assert plan_of("model._target_=a.B").base_source == "adapted"
+    assert plan_of("data._target_=a.B").base_source == "adapted"
+    assert (
+        plan_of("optimizer.usual={lr: 0.1, batch: 8}", "~task.tuned.sgd", "model._target_=a.B").base_source == "usual"
+    )
+
+
+def test_every_rank_of_synced_statistics_needs_a_sample() -> None:
+    sync = ("batchnorm.mode=sync", "batch.global_size=2")
+    assert plan_of(*sync, world=2).sync
+    said = refusal(*sync, world=3)
+    assert said.startswith("batchnorm.mode=sync wants a sample on every rank in every pass, and 2 samples a step")

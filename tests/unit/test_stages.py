@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conf.compose import compose
 from conf.explain import ConfigError
+from conf.identity import identity
+from conf.stored import dump
 from scaling.plan import Plan
 from scaling.record import from_json, to_json
 from scaling.resolve import continued, resolve
 from scaling.stages import BatchSchedule, samples_after
+from scaling.table import table
 
 TASK = (
     "task.train_samples=10000", "task.tuned={sgd: {lr: 0.1, batch: 64}, adamw: {lr: 0.001, batch: 64}}",
@@ -135,6 +139,29 @@ def test_doubling_stands_in_for_the_decay(decay: str) -> None:
     assert plan.steps < 0.7 * usual.steps
 
 
+def test_what_the_plan_says_of_the_end_is_what_is_trained() -> None:
+    plan = plan_of("doubling to:512", "lr.final=0.1")
+    assert "then cosine decay to 0.0800" in " ".join(table(plan).split())
+    assert walk(plan)[-1][2] == pytest.approx(0.08, rel=1e-2)
+    milestones = ("lr.decay=step", "lr.milestones=[30%,60%,90%]")
+    assert "then × 0.1 after 60,000, 90,000 samples" in " ".join(table(plan_of("doubling to:700", *milestones)).split())
+
+
+def test_stages_without_a_step_are_none() -> None:
+    plan = plan_of("0sa:64 100sa:128 101sa:256", "lr.decay=constant")
+    assert [(stage.start, stage.cut.global_size) for stage in plan.stages] == [(0, 64), (128, 256)]
+    plan = plan_of("0sa:1000 1100sa:1400", "duration=1500sa", "lr.decay=constant")
+    assert [stage.start for stage in plan.stages] == [0]
+    assert plan.steps == 2
+
+
+def test_warmup_in_steps_is_of_the_steps_that_run() -> None:
+    for schedule in ("0sa:32 20%:64", "0sa:32 2ep:64"):
+        plan = plan_of(schedule, "lr.warmup=700st")
+        assert plan.schedule
+        assert plan.schedule.warmup_samples == 20_000 + 75 * 64
+
+
 def test_doubling_ends_at_a_tenth_of_the_data() -> None:
     assert [size for _, size in sizes(plan_of("doubling"))] == [64, 128, 256, 512]  # of 10,000
 
@@ -194,9 +221,9 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("curriculum", ["duration=100st"], "duration=100st depends on the batch"),
         ("0sa:32 2ep:64", ["batch.global_size=48"], "batch.global_size=48 and batch.schedule=0sa:32 2ep:64"),
         ("0sa:32 2ep:64", ["batch.accumulation=2"], "leave batch.accumulation out"),
-        ("doubling to:100", [], "never comes to 1/2 of the peak with a batch of at most 100 samples"),
+        ("doubling to:100", [], "64 samples × 2 are more than 100, which is its to:…"),
         ("doubling", ["lr.decay=constant"], "never comes to 1/2 of the peak"),
-        ("ramp from:128 over:10%", [], "climbs to 64, which is below its from:128"),
+        ("ramp from:128 over:10%", [], "climbs from 128 to 64 samples: give a larger to:…"),
         ("0sa:64 2ep:100", ["batch.unit=tokens", "task.units_per_sample=32"], "100 tokens isn't a whole number of"),
     ],
 )
@@ -215,3 +242,15 @@ def test_it_is_stored_as_it_was_written(text: str) -> None:
 def test_junk_is_no_schedule(junk: Any) -> None:
     with pytest.raises(ValueError, match="is no batch schedule; write"):
         BatchSchedule.parse(junk)
+
+
+@pytest.mark.parametrize("schedule", ["0sa:32 2ep:64", "curriculum", "ramp from:16 to:128 over:20%", "doubling"])
+def test_a_run_goes_on_by_its_folder(tmp_path: Path, schedule: str) -> None:
+    began = compose([*TASK, f"batch.schedule='{schedule}'"])
+    (tmp_path / "config.yaml").write_text(dump(began))
+    (tmp_path / "plan.json").write_text("{}")
+    again = compose([f"run.dir={tmp_path}", "batch.per_gpu=8"])
+    assert identity(again) == identity(began)
+    assert sizes(resolve(again, 3)) == sizes(resolve(began, 1))
+    longer = compose([f"run.dir={tmp_path}", "duration=20ep"])
+    assert resolve(longer, 2).samples == 200_000

@@ -101,7 +101,7 @@ def test_tokens_and_several_segments() -> None:
         optimizer      adamw (given), β₁ 0.9, β₂ 0.999, ε 1e-08, weight decay 0.01
         learning rate  peak 0.002 = 0.001 × √(524288/131072) (sqrt; Krizhevsky 2014; Hoffer et al. 2017); base LR:
                        given (lr.base)
-        schedule       warmup from 0.001 over 51,200,000 tokens (5%), then constant, and linear decay to 0.0002 over
+        schedule       warmup from 0.001 over 51,200,000 tokens (5%), then constant, and linear decay to 0.0004 over
                        the last 204,800,000 tokens
         seed           0
         """,
