@@ -259,7 +259,7 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"has 9 bytes; a sample of task.args.length=9 needs more"):
         text(short, length=9)
     assert text(short, length=8).val_data() is None
-    with pytest.raises(Refused, match="nothing.txt: there is no such file"):
+    with pytest.raises(Refused, match=r"nothing.txt: there is no such file"):
         text(tmp_path / "nothing.txt")
     with pytest.raises(Refused, match="heads have to divide width"):
         task_of("task=text", "task.args.heads=5")
