@@ -70,8 +70,9 @@ PARTS = {
     "noise": Part(
         "Measuring the gradient noise",
         noise.rows,
-        "A step in which it is measured against one in which it isn't, turn by turn; `noise.every` says how many "
-        "are. At most 1.02 is the aim.",
+        "A step in which it is measured against one in which it isn't, turn by turn: what it takes is one more read "
+        "of the gradient in each pass. `noise.every` says how many steps are measured: with 10st all of them "
+        "together take a tenth of that longer, and at most 1.02 is the aim.",
     ),
     "checkpoints": Part(
         "Saving and going on",
