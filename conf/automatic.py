@@ -12,7 +12,7 @@ from conf.hardware import world_size
 from conf.schema import RunConfig
 from scaling.choose import TABLE, choose
 from scaling.plan import Choice
-from scaling.resolve import largest_batch
+from scaling.sizes import largest_batch
 
 
 def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
