@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-cluster lint bench faults soak
+.PHONY: train test test-commands test-rest test-cluster lint bench faults soak
 
 train: .venv/.installed
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
+# Two halves at a time: each waits for processes, and for time to pass, most of the while.
 test: .venv/.installed
-	$(BIN)/python -m pytest -q
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-commands test-rest
+
+test-commands:
+	$(BIN)/python -m pytest -q tests/launch
+
+test-rest:
+	$(BIN)/python -m pytest -q tests/faults tests/ranks tests/unit
 
 test-cluster: .venv/.installed
 	$(BIN)/python -m pytest -q tests/cluster

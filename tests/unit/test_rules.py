@@ -92,7 +92,7 @@ def test_a_rule_moves_what_it_speaks_of_and_nothing_at_the_tuned_batch(
     assert carried.ema == (None if recipe.ema is None else recipe.ema ** (after / before))
 
 
-@given(batches, batches, batches)
+@given(*[st.integers(1, 1000)] * 3)  # from betas that are next to nothing there is no way back
 @quick
 def test_two_moves_are_one(first: int, second: int, third: int) -> None:
     for name in LAWS:
@@ -100,7 +100,7 @@ def test_two_moves_are_one(first: int, second: int, third: int) -> None:
             once = rule(name).apply(SGD, first, third)
             twice = rule(name).apply(rule(name).apply(SGD, first, second), second, third)
             assert once.lr == pytest.approx(twice.lr, rel=1e-9)
-            assert once.betas == pytest.approx(twice.betas, rel=1e-4, abs=1e-12)
+            assert once.betas == pytest.approx(twice.betas, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize(
