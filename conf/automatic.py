@@ -12,7 +12,7 @@ from conf.hardware import world_size
 from conf.schema import RunConfig
 from scaling.choose import TABLE, choose
 from scaling.plan import Choice
-from scaling.sizes import largest_batch
+from scaling.resolve import resolve
 
 
 def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
@@ -32,8 +32,12 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
             "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is: state "
             "task.train_samples=N, or name an optimizer"
         )
+    # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
+    neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
+    lr = config.lr.model_copy(update={**neutral, "warmup_from": None})
     try:
-        batch = largest_batch(config, world_size(config))
+        plan = resolve(config.model_copy(update={"lr": lr}), world_size(config))
+        batch = max(stage.cut.global_size for stage in plan.stages)
         return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
     except ValueError as error:
         raise ConfigError(str(error)) from None

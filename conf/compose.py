@@ -55,9 +55,10 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
         return _compose(overrides, config_dir)
     except _OptimizerIsAutoError:
         others = [text for text in overrides if parse(text).key_or_group != "optimizer"]
-        if any(text.startswith("run.dir=") for text in others):
-            with suppress(_OptimizerIsAutoError):
-                return _compose(others, config_dir)  # it was chosen when the run began
+        if any(parse(text).key_or_group == "run.dir" for text in others):
+            with suppress(_OptimizerIsAutoError, ConfigError):
+                if (config := _compose(others, config_dir)).chosen and not config.run.new:
+                    return config  # it goes on, and the optimizer was chosen when it began
         shared = [text for text in others if not text.lstrip("+").startswith("optimizer.")]
         choice = choose_optimizer(_compose([*shared, "optimizer=sgd"], config_dir), roots_with(config_dir))
         try:

@@ -50,7 +50,7 @@ def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
     old, new = before.schedule, after.schedule
     if old is None or new is None or old == new:
         return None
-    was, now = (schedule.lr(sample, after.peak.lr) for schedule in (old, new))
+    was, now = (schedule.lr(sample, after.stage_at(sample).peak.lr) for schedule in (old, new))
     return (
         f"the run is extended from {before.size(old.samples)} to {after.size(new.samples)}, and its schedule with it: "
         f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run of this length from its start "

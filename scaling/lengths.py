@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scaling.plan import Plan, Segment
+from scaling.plan import Plan, Segment, samples_after
 from scaling.schedule import Schedule
-from scaling.stages import samples_after
 
 if TYPE_CHECKING:
     from conf.schema import LearningRate
@@ -28,8 +27,8 @@ class Lengths:
     units_per_sample: int | None
     run_samples: int | None = None
 
-    def samples(self, key: str, duration: Duration) -> int | None:
-        """See Duration.samples; a refusal names the key."""
+    def samples(self, said: str, duration: Duration) -> int | None:
+        """See Duration.samples; ``said`` (``lr.warmup=``) stands before the duration in a refusal."""
         if self.segments is None and duration.unit == "st":
             return None
         if self.segments and len(self.segments) > 1 and duration.unit == "st":
@@ -43,15 +42,15 @@ class Lengths:
                 run_samples=self.run_samples,
             )
         except ValueError as error:
-            raise ValueError(f"{key}{'' if key.endswith(' ') else '='}{error}") from None
+            raise ValueError(f"{said}{error}") from None
 
 
 def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float | None) -> Schedule | None:
     """The LR over samples, or None where the run's length isn't known yet."""
-    warmup = lengths.samples("lr.warmup", lr.warmup)
+    warmup = lengths.samples("lr.warmup=", lr.warmup)
     # What another decay would use isn't looked at: it may not fit this run, or not be known yet.
-    cooldown = lengths.samples("lr.cooldown", lr.cooldown) if lr.decay == "wsd" else 0
-    milestones = [lengths.samples("lr.milestones", each) for each in lr.milestones] if lr.decay == "step" else []
+    cooldown = lengths.samples("lr.cooldown=", lr.cooldown) if lr.decay == "wsd" else 0
+    milestones = [lengths.samples("lr.milestones=", each) for each in lr.milestones] if lr.decay == "step" else []
     if lengths.run_samples is None or warmup is None or cooldown is None or None in milestones:
         return None
     peak, warmup_from = plan.peak.lr, lr.warmup_from

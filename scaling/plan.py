@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from scaling.geometry import Cut, counted, solve
@@ -23,6 +25,27 @@ class Segment:
     start_sample: int
     global_size: int
     rule: Rule
+
+
+def boundaries(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First sample and first step of segments (start, global batch): each from the step boundary that its start allows.
+
+    One that a step of those before it leaps over has no step: the next one begins where it would.
+    """
+    found = [(0, 0)]
+    for (_, size), (wanted, _) in pairwise(segments):
+        start, step = found[-1]
+        steps = max(0, -(-(wanted - start) // size))
+        found.append((start + steps * size, step + steps))
+    return found
+
+
+def samples_after(steps: int, segments: Sequence[tuple[int, int]]) -> int:
+    """Samples seen after ``steps`` steps of segments (start, global batch)."""
+    found = boundaries(segments)
+    index = bisect_right(found, steps, key=lambda place: place[1]) - 1
+    start, first_step = found[index]
+    return start + (steps - first_step) * segments[index][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +109,8 @@ class Plan:
         train_samples: samples of one epoch, None until the data is opened.
         units_per_sample: tokens per sample; None where the unit is the sample. ``unit`` is how sizes are printed.
         base, base_batch: the recipe, and the global batch it is for, from which the rules start.
-        base_source: where they come from, a key of BASE_SOURCES. ``peak``: lr.peak was given outright; it is then the
-            base itself, at the first segment's batch.
+        base_source: where they come from, a key of BASE_SOURCES. ``peak``: lr.peak was given outright, and is the LR
+            of the base; the batch is then the first segment's, unless the rule moves more than the LR.
         schedule: of the LR over samples; None until ``samples`` is known.
         sync: BatchNorm takes its statistics from one pass of all ranks.
     """
@@ -128,13 +151,8 @@ class Plan:
     def stages(self) -> list[Stage]:
         """The segments as they run: one after another, each from the first step boundary that its start allows."""
         stages: list[Stage] = []
-        for segment in self.segments:
-            start = first_step = 0
-            if stages:
-                last = stages[-1]
-                # None of the last segment's, where one step of the segment before it went past both starts.
-                steps = max(0, -(-(segment.start_sample - last.start) // last.cut.global_size))
-                start, first_step = last.start + steps * last.cut.global_size, last.first_step + steps
+        begins = boundaries([(segment.start_sample, segment.global_size) for segment in self.segments])
+        for segment, (start, first_step) in zip(self.segments, begins, strict=True):
             cut = solve(
                 self.world,
                 global_size=segment.global_size,

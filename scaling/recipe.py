@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scaling.plan import Segment, Source
-from scaling.rules import Recipe, Rule, make_rule
-from scaling.sizes import size_of_a_sample, whole
+from scaling.rules import PARTS, Recipe, Rule, make_rule
+from scaling.sizes import in_samples
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -51,8 +51,9 @@ def base_of(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, f
     tuned = config.task.tuned.get(optimizer.name)
     stated = tuned or optimizer.usual
     base = lr.base or (stated.lr if stated else None)
-    given_batch = whole(config, "lr.base_batch", lr.base_batch)
-    batch = given_batch // size_of_a_sample(config) if given_batch else stated.batch if stated else None
+    batch = stated.batch if stated else None
+    if lr.base_batch is not None:
+        batch = in_samples(config, "lr.base_batch=", lr.base_batch)
     recipe = Recipe(base or 0.0, optimizer.memory, optimizer.epsilon, optimizer.weight_decay)
     if tuned:
         if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
@@ -62,9 +63,7 @@ def base_of(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, f
             )
         if tuned.eps is not None and optimizer.epsilon is None:
             raise ValueError(f"task.tuned.{optimizer.name}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}")
-        said = {
-            name: getattr(tuned, name) for name in ("betas", "eps", "weight_decay") if name not in segment.rule.fixed
-        }
+        said = {name: getattr(tuned, name) for name in PARTS if name not in segment.rule.fixed}
         recipe = replace(recipe, **{name: value for name, value in said.items() if value is not None})
     if lr.peak is not None:
         law = segment.rule.law

@@ -10,12 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from scaling.advice import warnings
 from scaling.plan import Plan
+from scaling.rules import PARTS
 
 
 def to_json(plan: Plan) -> str:
     """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
     fields = asdict(plan)
-    fields["optimizer"] |= {part: getattr(plan.peak, part) for part in ("betas", "eps", "weight_decay")}
+    fields["optimizer"] |= {part: getattr(plan.peak, part) for part in PARTS}
     asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
     return json.dumps({**summary(plan), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
 

@@ -13,8 +13,8 @@ from scaling.lengths import Lengths, schedule_of
 from scaling.plan import Choice, Plan, Segment
 from scaling.recipe import base_of, rule_of
 from scaling.schedule import Schedule
-from scaling.sizes import asked, first_size, size_of_a_sample, whole
-from scaling.stages import Laid, lay
+from scaling.sizes import asked, first_size, in_samples
+from scaling.stages import OF_THE_DATA, in_place_of_decay, lay
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -39,20 +39,20 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     base, base_batch, source, tuned_lr = base_of(config, first)
     lengths = Lengths((first,), train_samples, config.task.units_per_sample)
     if wanted and not wanted.of_the_run:
-        lengths = replace(lengths, segments=_laid(config, first, lengths).segments)
+        lengths = replace(lengths, segments=_laid(config, first, lengths))
     samples = _duration(config, lengths)
     lengths = replace(lengths, run_samples=samples)
-    if wanted and wanted.of_the_run and not wanted.for_decay:
-        lengths = replace(lengths, segments=_laid(config, first, lengths).segments)
+    if wanted and not wanted.for_decay:
+        lengths = replace(lengths, segments=_laid(config, first, lengths))
     for key, every in (
-        ("log.every", config.log.every),
-        ("evaluate.every", config.evaluate.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("noise.every", config.noise.every),
+        ("log.every=", config.log.every),
+        ("evaluate.every=", config.evaluate.every),
+        ("checkpoint.every=", config.checkpoint.every),
+        ("noise.every=", config.noise.every),
     ):
         if every is not None and every.unit != "min":
             lengths.samples(key, every)  # training uses them, but what they can't be is said before a worker starts
-    half_life = None if config.ema is None else lengths.samples("ema", config.ema)
+    half_life = None if config.ema is None else lengths.samples("ema=", config.ema)
     if half_life:
         base = replace(base, ema=0.5 ** (base_batch / half_life))
     automatic = config.chosen.get("optimizer")
@@ -80,9 +80,14 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         identity=identity(config),
         sync=config.batchnorm.mode == "sync",
     )
-    schedule = schedule_of(config.lr, lengths, plan, tuned_lr)
-    laid = _laid(config, first, lengths, schedule) if wanted else Laid((first,), schedule)
-    return replace(plan, segments=laid.segments or (first,), schedule=laid.schedule)
+    segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
+    if wanted and wanted.for_decay:
+        segments = _grown(config, first, train_samples, schedule)
+        if segments and schedule:
+            schedule = replace(schedule, held_until=segments[-1].start_sample)
+    if segments is None:  # not before the data is opened; until then nothing is said of the steps
+        return replace(plan, samples=None)
+    return replace(plan, segments=segments, schedule=schedule)
 
 
 def _duration(config: RunConfig, lengths: Lengths) -> int | None:
@@ -95,25 +100,36 @@ def _duration(config: RunConfig, lengths: Lengths) -> int | None:
             f"duration={duration} depends on the batch, which batch.schedule={moving} lays over the duration: give the "
             "duration in ep, sa or tok"
         )
-    samples = lengths.samples("duration", duration)
+    samples = lengths.samples("duration=", duration)
     if samples == 0:
         raise ValueError(f"duration={duration} is no training at all; it has to be more than 0")
     return samples
 
 
-def _laid(config: RunConfig, first: Segment, lengths: Lengths, schedule: Schedule | None = None) -> Laid:
-    wanted = config.batch.schedule
+def _laid(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segment, ...] | None:
+    """The segments of a batch schedule that says itself when the batch moves; None: not known yet."""
+    wanted, last = config.batch.schedule, asked(config, lengths.train_samples)
     assert wanted
     return lay(
         wanted,
         first,
-        last=whole(config, "batch.global_size", asked(config, lengths.train_samples)),
-        per_sample=size_of_a_sample(config),
+        last=None if last is None else in_samples(config, "batch.global_size=", last),
+        batch=partial(in_samples, config, f"batch.schedule={wanted}: "),
         in_samples=partial(lengths.samples, f"batch.schedule={wanted}: "),
         run_samples=lengths.run_samples,
-        train_samples=lengths.train_samples,
-        schedule=schedule,
     )
+
+
+def _grown(
+    config: RunConfig, first: Segment, train_samples: int | None, schedule: Schedule | None
+) -> tuple[Segment, ...] | None:
+    """Those of one whose larger batches stand in for the decay of the LR, up to a tenth of the data if to no size."""
+    wanted = config.batch.schedule
+    assert wanted
+    most = None if train_samples is None else train_samples // OF_THE_DATA
+    if wanted.last is not None:
+        most = in_samples(config, f"batch.schedule={wanted}: ", wanted.last)
+    return None if schedule is None or most is None else in_place_of_decay(wanted, first, most, schedule)
 
 
 def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:

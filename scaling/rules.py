@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from scaling.geometry import counted
 
+PARTS = ("betas", "eps", "weight_decay")  # of a recipe, which may be given for one batch, beside the LR
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from conf.identity import global_size_rules
 from scaling.geometry import solve
-from scaling.stages import growth_of, most_of, sizes_up_to
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -28,11 +27,11 @@ def first_size(config: RunConfig, world: int, train_samples: int | None) -> tupl
             )
         global_size = start
     # Solved in the unit that was asked in, so that a refusal's numbers are, too; what can't be parted is then a sample.
-    key = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size"
+    said = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size="
     cut = solve(
         world,
-        global_size=whole(config, key, global_size),
-        per_gpu=whole(config, "batch.per_gpu", batch.per_gpu),
+        global_size=_whole(config, said, global_size),
+        per_gpu=_whole(config, "batch.per_gpu=", batch.per_gpu),
         accumulation=batch.accumulation,
         granule=per_sample * (config.batchnorm.ghost_size or 1),
         even=batch.even,
@@ -40,19 +39,6 @@ def first_size(config: RunConfig, world: int, train_samples: int | None) -> tupl
     first = cut.global_size // per_sample
     # per_gpu bounds every later segment, too; an accumulation that was given without it stays what it is.
     return (first, None, cut.accumulation) if batch.per_gpu is None else (first, batch.per_gpu // per_sample, None)
-
-
-def largest_batch(config: RunConfig, world: int) -> int:
-    """The largest global batch of the run, in samples. Raises ValueError where it can't be, or isn't known yet."""
-    first, _, _ = first_size(config, world, config.task.train_samples)
-    moving, per_sample = config.batch.schedule, size_of_a_sample(config)
-    if not moving:
-        return first
-    if moving.for_decay:
-        most = most_of(moving, lambda size: size // per_sample, config.task.train_samples)
-        return max([first, *sizes_up_to(first, growth_of(config.lr.decay, config.lr.gamma), most)])
-    top = asked(config, config.task.train_samples) if moving.kind == "ramp" and moving.last is None else moving.last
-    return max(first, *(size // per_sample for size in (top or 0, *(size for _, size in moving.stages))))
 
 
 def asked(config: RunConfig, train_samples: int | None) -> int | None:
@@ -81,14 +67,18 @@ def size_of_a_sample(config: RunConfig) -> int:
     return config.task.units_per_sample
 
 
-def whole(config: RunConfig, key: str, size: int | None) -> int | None:
+def in_samples(config: RunConfig, said: str, size: int) -> int:
+    """A size that was given in ``batch.unit``; ``said`` (``lr.base_batch=``) stands before it in a refusal."""
+    return (_whole(config, said, size) or 0) // size_of_a_sample(config)
+
+
+def _whole(config: RunConfig, said: str, size: int | None) -> int | None:
     """``size``, which has to be a whole number of samples."""
     per_sample = size_of_a_sample(config)
     if size is not None and size % per_sample:
         near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]
         raise ValueError(
-            f"{key}{'' if key.endswith(' ') else '='}{size} tokens isn't a whole number of samples of {per_sample} "
-            "tokens; nearest: "
+            f"{said}{size} tokens isn't a whole number of samples of {per_sample} tokens; nearest: "
             f"{' or '.join(map(str, near))}"
         )
     return size

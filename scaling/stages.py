@@ -6,11 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
-from typing import NamedTuple
+from itertools import count
 
 from scaling.geometry import counted
-from scaling.plan import Segment
+from scaling.plan import Segment, samples_after
 from scaling.rules import Rule
 from scaling.schedule import Schedule
 from scaling.units import Duration
@@ -121,65 +120,41 @@ class BatchSchedule:
         return self.stages[0][1] if self.stages else self.first
 
 
-class Laid(NamedTuple):
-    """A batch schedule laid over a run: its segments (None: not known yet), and the LR's schedule beside them."""
-
-    segments: tuple[Segment, ...] | None
-    schedule: Schedule | None
-
-
 def lay(
     wanted: BatchSchedule,
     first: Segment,
     *,
     last: int | None,
-    per_sample: int,
+    batch: Callable[[int], int],
     in_samples: Callable[[Duration], int | None],
     run_samples: int | None,
-    train_samples: int | None,
-    schedule: Schedule | None,
-) -> Laid:
-    """The segments of ``wanted`` in a run that begins with ``first``.
+) -> tuple[Segment, ...] | None:
+    """The segments of ``wanted`` in a run that begins with ``first``; None: not known yet.
 
     Args:
         last: the run's global batch in samples, to which a ramp climbs that says nothing else.
-        per_sample: what one sample counts in a size.
+        batch: a size of ``wanted`` in samples.
         in_samples: lengths in samples, of all units but steps; None where they aren't known yet.
-        schedule: of the LR, whose decay larger batches may stand in for.
 
     Raises:
         ValueError: a stage doesn't come after the one before it, or not within the run; a size isn't a whole number of
-            samples; or there is nothing to lay.
+            samples; or the batch wouldn't move.
     """
-
-    def whole(size: int) -> int:
-        if size % per_sample:
-            raise ValueError(
-                f"batch.schedule={wanted}: {size} tokens isn't a whole number of samples of {per_sample} tokens"
-            )
-        return size // per_sample
-
-    if wanted.for_decay:
-        return _in_place_of_decay(wanted, first, whole, train_samples, schedule)
-    fixed = tuple(part for part in first.rule.fixed if part != "lr")  # lr.peak is of the first stage
-    rule = Rule("none", fixed=fixed) if wanted.hold else replace(first.rule, fixed=fixed)
-    starts = list(_starts(wanted, first, last, in_samples, whole, run_samples))
+    assert not wanted.for_decay
+    rule = _later(first, Rule("none") if wanted.hold else first.rule)
+    starts = list(_starts(wanted, first, last, in_samples, batch, run_samples))
     if None in [start for start, _ in starts]:
-        return Laid(None, schedule)
+        return None
     if len(starts) > SEGMENTS:
         raise ValueError(f"batch.schedule={wanted} makes more than {SEGMENTS:,} steps of the batch; use a larger by:…")
     segments = (first, *(Segment(start or 0, size, rule) for start, size in starts[1:]))
     _refuse_disorder(wanted, segments, run_samples)
-    return Laid(segments, schedule)
+    return segments
 
 
-def samples_after(steps: int, segments: Sequence[tuple[int, int]]) -> int:
-    """Samples seen after ``steps`` steps, where ``segments`` are (start, global batch), as ``Plan`` runs them."""
-    at = 0
-    for (_, size), following in zip(segments, [*segments[1:], None], strict=True):
-        here = steps if following is None else min(steps, max(0, -(-(following[0] - at) // size)))
-        at, steps = at + here * size, steps - here
-    return at
+def _later(first: Segment, rule: Rule) -> Rule:
+    """``rule`` for the segments after ``first``: what was given for the run stays, but lr.peak is of the first."""
+    return replace(rule, fixed=tuple(part for part in first.rule.fixed if part != "lr"))
 
 
 def _starts(
@@ -187,7 +162,7 @@ def _starts(
     first: Segment,
     last: int | None,
     in_samples: Callable[[Duration], int | None],
-    whole: Callable[[int], int],
+    batch: Callable[[int], int],
     run_samples: int | None,
 ) -> Iterator[tuple[int | None, int]]:
     """From which sample, how many samples a step."""
@@ -195,13 +170,13 @@ def _starts(
     if wanted.kind == "stages":
         laid: list[tuple[int, int]] = []
         for when, wants in wanted.stages:
-            start = samples_after(round(when.value), laid) if when.unit == "st" and laid else in_samples(when)
-            laid.append((start or 0, whole(wants)))
+            start = samples_after(math.ceil(when.value), laid) if when.unit == "st" and laid else in_samples(when)
+            laid.append((start or 0, batch(wants)))
             yield start, laid[-1][1]
     elif wanted.kind == "ramp":
         assert wanted.over is not None
-        over, top = in_samples(wanted.over), last if wanted.last is None else whole(wanted.last)
-        by = whole(wanted.by) if wanted.by else size
+        over, top = in_samples(wanted.over), last if wanted.last is None else batch(wanted.last)
+        by = batch(wanted.by) if wanted.by else size
         if top is None or top <= size:
             raise ValueError(
                 f"batch.schedule={wanted} climbs from {size} to {top} samples: give a larger to:…, or batch.global_size"
@@ -211,8 +186,8 @@ def _starts(
             yield None if over is None else -(-over * climb // max(1, climbs)), min(top, size + climb * by)
     else:
         assert wanted.last is not None
-        doublings = int(math.log2(whole(wanted.last) / size))
-        if doublings == 0 or size << doublings != whole(wanted.last):
+        doublings = int(math.log2(batch(wanted.last) / size))
+        if doublings == 0 or size << doublings != batch(wanted.last):
             raise ValueError(
                 f"batch.schedule={wanted}: doublings of {wanted.first} come to {wanted.first << doublings} and "  # type: ignore[operator]
                 f"{wanted.first << doublings + 1}, and not to {wanted.last}"  # type: ignore[operator]
@@ -222,62 +197,41 @@ def _starts(
             yield start, size << doubling
 
 
-def _in_place_of_decay(
-    wanted: BatchSchedule,
-    first: Segment,
-    whole: Callable[[int], int],
-    train_samples: int | None,
-    schedule: Schedule | None,
-) -> Laid:
+def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule: Schedule) -> tuple[Segment, ...]:
     """B × f where the LR's decay would come to η/f: f = 2, or 1/gamma of a decay by steps.
 
-    ``doubling`` holds the LR (Smith et al. 2018, arXiv:1711.00489), ``seesaw`` divides it by √f (for Adam).
+    ``doubling`` holds the LR (Smith et al. 2018, arXiv:1711.00489), ``seesaw`` divides it by √f (for Adam; Meterez et
+    al. 2025, arXiv:2510.14717).
+
+    Args:
+        most: the largest batch, in samples.
+        schedule: of the LR, which then holds it until the last of these segments starts.
+
+    Raises:
+        ValueError: there is no place, or no larger batch, for even one.
     """
-    if schedule is None or (wanted.last is None and train_samples is None):
-        return Laid(None, schedule)
-    factor, most = growth_of(schedule.decay, schedule.gamma), most_of(wanted, whole, train_samples)
-    fixed = tuple(part for part in first.rule.fixed if part != "lr")
-    rule = Rule("power", -0.5, fixed=fixed) if wanted.kind == "seesaw" else Rule("none", fixed=fixed)
+    factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
+    rule = _later(first, Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"))
+    if not first.global_size * factor <= most:
+        raise ValueError(
+            f"batch.schedule={wanted}: {counted(first.global_size, 'sample')} × {factor:g} are more than {most:,}, "
+            f"which is {'its to:…' if wanted.last else 'a tenth of the training data'}: give a larger to:…, or a "
+            "smaller batch.global_size"
+        )
     segments = [first]
-    for size in sizes_up_to(first.global_size, factor, most):
-        start = schedule.falls_to(first.global_size / size * (1 + 1e-9))
-        if start is None:
+    for growth in count(1):
+        size, start = first.global_size * factor**growth, schedule.falls_to(factor**-growth * (1 + 1e-9))
+        if size > most or start is None:
             break
         if start == segments[-1].start_sample > 0:
             segments.pop()
-        segments.append(Segment(start, size, rule))
+        segments.append(Segment(start, round(size), rule))
     if len(segments) == 1:
-        raise ValueError(_nothing_laid(wanted, first, factor, most, schedule))
-    return Laid(tuple(segments), replace(schedule, held_until=segments[-1].start_sample))
-
-
-def growth_of(decay: str, gamma: float) -> float:
-    """By how much a batch grows where it stands in for the decay of the LR."""
-    return 1 / gamma if decay == "step" and gamma < 1 else 2.0
-
-
-def most_of(wanted: BatchSchedule, whole: Callable[[int], int], train_samples: int | None) -> int:
-    """The largest batch, in samples, that may stand in for the decay of the LR."""
-    return whole(wanted.last) if wanted.last is not None else (train_samples or 0) // OF_THE_DATA
-
-
-def sizes_up_to(first: int, factor: float, most: int) -> Iterator[int]:
-    """Batches that are ``factor``, ``factor``², … times ``first``, as long as they aren't above ``most``."""
-    return takewhile(lambda size: size <= most, (round(first * factor**growth) for growth in count(1)))
-
-
-def _nothing_laid(wanted: BatchSchedule, first: Segment, factor: float, most: int, schedule: Schedule) -> str:
-    grown = round(first.global_size * factor)
-    if grown > most:
-        limit = "its to:…" if wanted.last is not None else "a tenth of the training data"
-        return (
-            f"batch.schedule={wanted}: {counted(first.global_size, 'sample')} × {factor:g} are more than {most:,}, "
-            f"which is {limit}: give a larger to:…, or a smaller batch.global_size"
+        raise ValueError(
+            f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} "
+            f"with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak: choose another lr.decay"
         )
-    return (
-        f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} with "
-        f"lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak: choose another lr.decay"
-    )
+    return tuple(segments)
 
 
 def _refuse_disorder(wanted: BatchSchedule, segments: Sequence[Segment], run_samples: int | None) -> None:

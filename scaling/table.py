@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from scaling.advice import FEW, warnings
 from scaling.geometry import counted
 from scaling.plan import named
+from scaling.rules import PARTS
 
 if TYPE_CHECKING:
     from scaling.geometry import Cut
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 LABEL = 15
-PARTS = ("betas", "eps", "weight_decay")  # of a recipe, beside the LR
 
 
 def table(plan: Plan) -> str:

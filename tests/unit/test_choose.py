@@ -102,6 +102,14 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(tmp_path: Path) -> None:
     assert compose([f"run.dir={tmp_path}"]).chosen == {}
 
 
+def test_it_is_chosen_for_a_run_that_is_new_in_its_folder(tmp_path: Path) -> None:
+    large = ["optimizer=auto", "batch.global_size=2048"]
+    assert compose([*large, f"run.dir={tmp_path / 'new'}"]).optimizer.name == "lars"
+    (tmp_path / "config.yaml").write_text(dump(compose(["optimizer=auto"])))
+    (tmp_path / "plan.json").write_text("{}")
+    assert compose([*large, f"run.dir={tmp_path}", "run.new=true"]).optimizer.name == "lars"
+
+
 def test_as_large_as_data_that_nobody_has_counted() -> None:
     with pytest.raises(ConfigError, match=r"state task\.train_samples=N, or name an optimizer"):
         compose(["optimizer=auto", "batch.global_size=all", "task.train_samples=null"])

@@ -12,10 +12,10 @@ from conf.compose import compose
 from conf.explain import ConfigError
 from conf.identity import identity
 from conf.stored import dump
-from scaling.plan import Plan
+from scaling.plan import Plan, samples_after
 from scaling.record import from_json, to_json
 from scaling.resolve import continued, resolve
-from scaling.stages import BatchSchedule, samples_after
+from scaling.stages import BatchSchedule
 from scaling.table import table
 
 TASK = (
@@ -254,3 +254,24 @@ def test_a_run_goes_on_by_its_folder(tmp_path: Path, schedule: str) -> None:
     assert sizes(resolve(again, 3)) == sizes(resolve(began, 1))
     longer = compose([f"run.dir={tmp_path}", "duration=20ep"])
     assert resolve(longer, 2).samples == 200_000
+
+
+def test_a_ramp_in_tokens_climbs_to_the_global_batch() -> None:
+    tokens = ("batch.unit=tokens", "task.units_per_sample=16", "batch.global_size=1024")
+    plan = plan_of("ramp from:256 over:30%", *tokens)
+    assert sizes(plan) == [(0, 16), (10_000, 32), (20_000, 48), (30_000, 64)]
+
+
+def test_every_milestone_is_a_larger_batch_where_the_growth_is_no_whole_number() -> None:
+    plan = plan_of("doubling to:1000", "lr.decay=step", "lr.gamma=0.9")
+    assert sizes(plan) == [(0, 64), (30_000, 71), (60_000, 79), (90_000, 88)]
+    assert [lr for _, _, lr in walk(plan)] == pytest.approx([0.1] * (plan.steps or 0))
+
+
+def test_a_factor_beyond_all_numbers_is_refused() -> None:
+    assert "× inf are more than 1,000" in refusal("doubling", "lr.decay=step", "lr.gamma=1e-320")
+
+
+def test_a_plan_whose_stages_are_not_known_yet_says_nothing_of_its_steps() -> None:
+    plan = resolve(compose([*TASK, "task.train_samples=null", "duration=1e6sa", "batch.schedule='0sa:32 2ep:64'"]), 1)
+    assert (plan.samples, plan.steps, plan.schedule) == (None, None, None)
