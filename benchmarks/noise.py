@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.step import KeepsNothing, kept
+from benchmarks.step import fitting
 from tests.ranks.harness import in_ranks
 from trainers.world import World
 
@@ -66,53 +65,16 @@ class Transformer:
 
 def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
     """Seconds a step, (measured, not measured), turn by turn."""
-    from conf.compose import compose
-    from scaling.noise import Smoothed
-    from scaling.resolve import resolve
-    from trainers.engines import make_engine
-    from trainers.fit import fit
-    from trainers.keyed import Stream
-    from trainers.loader import Loader
-    from trainers.metrics import Metrics
-    from trainers.optim import make_optimizer
-    from trainers.starting.watch import Watch
-    from trainers.state import TrainState
-    from trainers.stop import Stop
-    from trainers.tally import Pulse
-    from trainers.tasks import make_task
-
-    config = compose(
-        [
-            "task=custom", f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
-            f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
-        ]
+    seconds = fitting(
+        world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
+        f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
     )  # fmt: skip
-    task = make_task(config)
-    data = task.train_data()
-    plan = resolve(config, world.size, len(data))
-    model = task.model()
-    nothing: Any = KeepsNothing()
-    engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
-    kept.append(engine)
-
-    def seconds(noise_every: int | None) -> float:
-        state: Any = TrainState(plan, noise=Smoothed())
-        loader, metrics = Loader(data, task, state, world, 0), Metrics(None, state, live=False)
-        world.gather("")
-        began = time.perf_counter()
-        fit(
-            state, engine, loader, Stream(0, world.device), Pulse(world.device), metrics, nothing, Stop(), Watch(),
-            clip_norm=1.0, skip_nonfinite=False, log_every=plan.cut.global_size, evaluate=None, evaluate_every=None,
-            save_every=None, noise_every=noise_every, must_save=False, complain=print,
-        )  # fmt: skip
-        return (time.perf_counter() - began) / STEPS[name]
-
-    both = plan.cut.global_size, None
+    both = PER_GPU[name] * passes * world.size, None  # in every step, in none
     seconds(both[0])
     found = []
     for turn in range(TURNS):  # each goes first as often
         order = both if turn % 2 else both[::-1]
-        took = {every: seconds(every) for every in order}
+        took = {every: seconds(every) / STEPS[name] for every in order}
         found.append((took[both[0]], took[None]))
     return found
 

@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from trainers.world import World
 STEPS, WARM, TURNS = 300, 30, 9
 
 
-def ours(world: World, steps: int) -> float:
-    """Seconds of ``steps`` steps of our loop; neither it nor the loop by hand writes files or lines meanwhile."""
+def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
+    """A function that runs our loop over a task's whole plan, and gives the seconds that it took.
+
+    Its argument says how often the gradient noise is measured, in samples. Nothing writes files or lines meanwhile.
+    """
     from conf.compose import compose
+    from scaling.noise import Smoothed
     from scaling.resolve import resolve
     from trainers.engines import make_engine
     from trainers.fit import fit
-    from trainers.keyed import Stream, key_dropout
+    from trainers.keyed import Stream
     from trainers.loader import Loader
     from trainers.metrics import Metrics
     from trainers.optim import make_optimizer
@@ -34,28 +39,36 @@ def ours(world: World, steps: int) -> float:
     from trainers.tally import Pulse
     from trainers.tasks import make_task
 
-    config = compose(
-        [
-            "task=custom", "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
-            f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "clip_norm=1.0", "optimizer.weight_decay=0",
-        ]
-    )  # fmt: skip
+    config = compose(["task=custom", *overrides])
     task = make_task(config)
     data = task.train_data()
     plan = resolve(config, world.size, len(data))
-    state, stream = TrainState(plan), Stream(0, world.device)
-    model = key_dropout(task.model(), stream)
+    model = task.model()
     engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
-    loader = Loader(data, task, state, world, 0)
-    nothing: Any = KeepsNothing()
-    began = time.perf_counter()
-    fit(
-        state, engine, loader, stream, Pulse(world.device), Metrics(None, state, live=False), nothing, Stop(), Watch(),
-        clip_norm=1.0, skip_nonfinite=False, log_every=10 * plan.cut.global_size, evaluate=None, evaluate_every=None,
-        save_every=None, must_save=False, complain=print,
-    )  # fmt: skip
     kept.append(engine)
-    return time.perf_counter() - began
+    nothing: Any = KeepsNothing()
+
+    def seconds(noise_every: int | None) -> float:
+        state = TrainState(plan, noise=Smoothed() if noise_every else None)
+        loader, metrics = Loader(data, task, state, world, 0), Metrics(None, state, live=False)
+        world.gather("")  # all start together
+        began = time.perf_counter()
+        fit(
+            state, engine, loader, Stream(0, world.device), Pulse(world.device), metrics, nothing, Stop(), Watch(),
+            clip_norm=1.0, skip_nonfinite=False, log_every=10 * plan.cut.global_size, evaluate=None,
+            evaluate_every=None, save_every=None, noise_every=noise_every, must_save=False, complain=print,
+        )  # fmt: skip
+        return time.perf_counter() - began
+
+    return seconds
+
+
+def ours(world: World, steps: int) -> float:
+    """Seconds of ``steps`` steps of our loop."""
+    return fitting(
+        world, "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
+        f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
+    )(None)  # fmt: skip
 
 
 kept: list[Any] = []

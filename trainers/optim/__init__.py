@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -104,6 +106,14 @@ def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, An
         return cls(groups, **args, fused=True)  # type: ignore[call-arg]
     except RuntimeError:  # this device has no fused kernel
         return cls(groups, **args)
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What the closure that an optimizer's ``step`` got gives, with gradients; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:

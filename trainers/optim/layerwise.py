@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainers.optim import evaluated
 from trainers.optim.kernels import kernels
 from trainers.rundir import Refused
 
@@ -77,10 +78,7 @@ class Layerwise(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update; what ``closure`` returned, where it is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for part in self._parts(group):
                 if self.counts:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from trainers.optim import fused
+from trainers.optim import evaluated, fused
 from trainers.rundir import Refused
 
 
@@ -59,10 +59,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update; what ``closure`` returned, where it is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for muon, part in self._parts.items():
             part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
             part.state = self.state
