@@ -17,13 +17,8 @@ HOUSEKEEPING = (
     "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32"}  # defaults that are off without being null
-FREE = (
-    "task.args",
-    "model.args",
-    "data.args",
-    "data.val_args",
-    "optimizer.args",
-)  # hashed as they are: whoever takes them knows what null means
+# Hashed as they are: whoever takes them knows what null means.
+FREE = ("task.args", "model.args", "data.args", "data.val_args", "optimizer.args")
 
 
 def science(config: RunConfig) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def train(
     Raises:
         Refused: what the user gave can't work.
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
-            the samples of the largest micro-batch (1: it can't be smaller), where it was training already.
+            the samples of the largest micro-batch, and ``granule``, of which it is a multiple, where it was training
+            already.
     """
     if config.action == "evaluate":
         from trainers.evaluate_weights import evaluate_weights
@@ -192,8 +193,8 @@ def _train(
         )
     except Exception as error:
         error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
-        largest = state.plan.stage_at(state.samples).cut.micro_batches[0][0]
-        error.per_gpu = largest if largest > state.plan.granule else 1  # type: ignore[attr-defined]
+        error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
+        error.granule = state.plan.granule  # type: ignore[attr-defined]
         raise
     finally:
         watch.unguard()

@@ -12,6 +12,8 @@ from conf.compose import compose
 from tests.ranks.harness import Runs, in_ranks
 from trainers.run import train
 from trainers.rundir import Outcome, RunDir
+from trainers.starting.ends import bury, judged
+from trainers.starting.notes import others_word
 from trainers.starting.watch import Watch
 from trainers.stop import Stop
 from trainers.world import World
@@ -193,3 +195,15 @@ def test_texts_travel_between_ranks(runs: Runs) -> None:
     for agreed, gathered in in_ranks(3, body, runs.folder / "texts"):
         assert agreed
         assert gathered == ["rank 0 ü", "rank 1 ü", "rank 2 ü"]
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "granule", "half"), [(96, 32, 32), (64, 32, 32), (32, 32, 0), (33, 1, 16), (1, 1, 0)]
+)
+def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: int, half: int) -> None:
+    error = others_word(0, "no memory", {"step": 3, "samples": 96}, 0.0, kind="oom", per_gpu=per_gpu, granule=granule)
+    verdict = judged(error, furthest=-1)
+    assert (verdict["limit"], verdict["retry"]) == (half, half > 0)
+    cause = bury(error, None, "attempt").cause
+    assert cause.endswith(f"; batch.per_gpu={half} needs less") is (half > 0)
+    assert ("there is no smaller batch.per_gpu" in cause) is (half == 0)

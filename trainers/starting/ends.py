@@ -20,7 +20,7 @@ def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = F
     """An error with ``retry``, whether the workers are to be started again; and where memory ran out with ``limit``.
 
     Not where that can't help, nor where the last start got no further than one before it. ``limit``, half the samples
-    of a micro-batch, is for the next start, which doesn't count as a restart then.
+    of a micro-batch, in whole granules, is for the next start, which doesn't count as a restart then.
 
     Args:
         furthest: the step that a start before reached; -1: there was none.
@@ -28,7 +28,7 @@ def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = F
     """
     retry = bool(error["again"] and not over)
     if error["kind"] == "oom":
-        limit = error["per_gpu"] // 2
+        limit = _half(error)
         return error | {"limit": limit, "retry": retry and limit > 0}
     if retry and restarts_left > 0 and error["step"] <= furthest:
         cause = f"{error['cause']}; not started again, since the last start got no further than one before"
@@ -51,7 +51,7 @@ def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: T
     """Say once what ended the run, and write it down where the run directory is this launch's."""
     cause, where = said(error), ""
     if error["kind"] == "oom":
-        cause += f"; {_advice(error['per_gpu'])}"
+        cause += f"; {_advice(error)}"
     if error["again"]:
         where = f"; traceback in {error['log']}" if "log" in error else ""
         if not where:
@@ -77,8 +77,14 @@ def note_restart(error: Note, run: RunDir, restart: int) -> None:
         run.event("restart", **fields, restart=restart)
 
 
-def _advice(per_gpu: int) -> str:
-    """What would work where memory ran out with so many samples in a pass."""
-    if per_gpu > 1:
-        return f"batch.per_gpu={per_gpu // 2} needs less"
-    return f"{'there is no smaller batch.per_gpu: ' if per_gpu else ''}a smaller model or more memory would do"
+def _half(error: Note) -> int:
+    """Half the samples of a micro-batch, of which some have to stay together; 0: there is no half."""
+    return int(error["per_gpu"] // 2 // error["granule"] * error["granule"])
+
+
+def _advice(error: Note) -> str:
+    """What would work where memory ran out."""
+    if half := _half(error):
+        return f"batch.per_gpu={half} needs less"
+    smallest = "there is no smaller batch.per_gpu: " if error["per_gpu"] else ""
+    return f"{smallest}a smaller model or more memory would do"

@@ -87,7 +87,7 @@ def await_words(store: Store | None, size: int, own: set[int] | None = None) -> 
 
 def others_word(rank: int, cause: str, reached: dict[str, int], at: float, **more: Any) -> dict[str, Any]:
     """What an agent notes of a rank that can't say itself what became of it."""
-    plain = {"kind": "crashed", "again": True, "lost": False, "silent": False, "per_gpu": 0}
+    plain = {"kind": "crashed", "again": True, "lost": False, "silent": False, "per_gpu": 0, "granule": 1}
     return {"time": at, "rank": rank, "cause": cause, **plain, **reached, **more}
 
 
@@ -103,7 +103,7 @@ def error_note(
 
     ``kind`` is refused, oom or crashed; ``again``: another try may end otherwise; ``lost``: it only says that another
     rank is gone or late; ``silent``: it isn't the rank's own word; ``per_gpu``: samples of the largest micro-batch, 0
-    before the first.
+    before the first; ``granule``: samples that stay together in one.
 
     Args:
         reached: ``step`` and ``samples`` completed, where the error doesn't say it.
@@ -124,6 +124,7 @@ def error_note(
         "step": getattr(error, "step", reached["step"]),
         "samples": getattr(error, "samples", reached["samples"]),
         "per_gpu": getattr(error, "per_gpu", 0),
+        "granule": getattr(error, "granule", 1),
     }
     if run:
         with suppress(OSError):
