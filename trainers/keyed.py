@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -142,6 +143,7 @@ class Stream:
 
 
 _STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+_NUMBERS = count()  # never one that was another's
 
 
 @torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))

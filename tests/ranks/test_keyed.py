@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from trainers.keyed import Stream, generator_for, key_dropout, mix
+from trainers.keyed import _STREAMS, Stream, generator_for, key_dropout, mix
 from trainers.loader import Fetch
 
 CPU = torch.device("cpu")
@@ -225,3 +225,10 @@ def test_what_draws_at_one_position_draws_other_numbers() -> None:
 def test_mix_tells_words_and_their_order_apart() -> None:
     words = [(0,), (0, 0), (1, 0), (0, 1), (-1, 0), (2**64 - 2, 0)]
     assert len({mix(*w) for w in words}) == len(words)
+
+
+def test_compiled_code_finds_its_own_stream_when_others_have_gone() -> None:
+    first, second = (Stream(seed, torch.device("cpu")) for seed in (1, 2))
+    del first
+    third = Stream(3, torch.device("cpu"))
+    assert [_STREAMS[stream.number] for stream in (second, third)] == [second, third]
