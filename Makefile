@@ -37,7 +37,9 @@ soak: .venv/.installed
 .venv/.installed: constraints.txt pyproject.toml
 	@echo "Installing into .venv what constraints.txt names (some minutes, once) …"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[tasks,test,lint]"
+	@# DeepSpeed builds what it can compile when that is first used: nothing now.
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		".[tasks,accelerate,deepspeed,peers,test,lint]"
 	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring.
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
 		pytorch-optimizer timm torch-optimizer
