@@ -44,6 +44,12 @@ ELSEWHERE = {
         "evaluate.every=500st": "eval_steps eval_every",
         "ema=2000sa (its half-life)": "ema_decay use_ema",
         "on_nonfinite=skip": "skip_nan",
+        "engine=ddp, fsdp, accelerate or deepspeed": "strategy backend",
+        "engine.stage, with engine=deepspeed": "zero_stage",
+        "engine.shard, with engine=fsdp": "auto_wrap_policy transformer_layer_cls_to_wrap",
+        "engine.offload, with engine=fsdp or deepspeed": "cpu_offload offload_optimizer",
+        "precision": "mixed_precision",
+        "numerics=bitwise": "deterministic use_deterministic_algorithms",
     }.items()
     for name in names.split()
 }
@@ -133,7 +139,9 @@ def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
         return f"an experiment's YAML has to begin with the line '# @package _global_', else it sets {key}"
     known = sorted(set(keys()) - set(RECORDED))
     if key in known:
-        return f"{key} isn't a key of this {section}, which has {', '.join(siblings)}"
+        choices = " or ".join(f"{section}={choice}" for choice in _choices_with(section, last))
+        comes = f"; it comes with {choices}" if choices else ""
+        return f"{key} isn't a key of this {section}, which has {', '.join(siblings)}{comes}"
 
     def likeness(other: str) -> float:
         names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
@@ -146,6 +154,15 @@ def unknown_key(key: str, siblings: Iterable[str] = ()) -> str:
         return f"unknown key {key}; did you mean {hint}?"
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
     return f"unknown key {key}; " + (f"there are {', '.join(inside)}" if inside else "--help lists the keys there are")
+
+
+def _choices_with(group: str, name: str) -> list[str]:
+    """Choices of a group that have a key of this name."""
+    return [
+        choice
+        for choice in choices_of(group)
+        if re.search(rf"^{re.escape(name)}:", (HERE / group / f"{choice}.yaml").read_text(), re.MULTILINE)
+    ]
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> str:

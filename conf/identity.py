@@ -16,7 +16,7 @@ HOUSEKEEPING = (
     "data.fingerprint", "evaluate", "checkpoint", "on_nonfinite", "noise", "log", "run", "plan", "given",
     "chosen",
 )  # fmt: skip
-OFF = {"precision": "fp32"}  # defaults that are off without being null
+OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
 # Hashed as they are: whoever takes them knows what null means.
 FREE = ("task.args", "model.args", "data.args", "data.val_args", "optimizer.args")
 
@@ -25,10 +25,11 @@ def science(config: RunConfig) -> dict[str, Any]:
     """What makes the run this one: dotted key → value, without what is off.
 
     A key that is null, false or empty is left out, so that a key which is new, and off, changes no old identity. Where
-    the global batch rules, how it is dealt is hardware; else it follows from the two that were given.
+    the global batch rules, how it is dealt is hardware; else it follows from the two that were given. With
+    ``numerics=bitwise`` its micro-batches are science, too, and ``batch.per_gpu`` says how large they are.
     """
     plain = config.model_dump(mode="json", by_alias=True)
-    dealt = {"batch.per_gpu", "batch.accumulation"}
+    dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
     left_out = dealt if global_size_rules(config) else {"batch.global_size"}
     leaves = _leaves("", plain)
     ours = {key: value for key, value in leaves.items() if key not in left_out and not housekeeping(key)}

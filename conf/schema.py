@@ -7,19 +7,12 @@ never changed: ``5%`` stays a Duration until the plan knows the run.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, model_validator
 
+from conf.engines import Engine
+from conf.section import Free, Modules, Section
 from scaling.rules import LAWS
 from scaling.stages import BatchSchedule
 from scaling.units import EXAMPLES, Duration
@@ -67,11 +60,6 @@ def _matching(pattern: str, like: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _with_numbers(name: object) -> object:
-    """The modules of a Sequential are named by their places, which need no quotes."""
-    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
-
-
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"{list(bounds)} has to be [least, most]")
@@ -104,14 +92,9 @@ Text = Annotated[str, _matching(r"[^\0]+", "text that isn't empty")]
 Flag = Annotated[
     str, _matching(r"--\w[^\0\n]*|-\w[^\0\n]*", "an option of sbatch, as --exclusive or --gres=gpu:a100:4")
 ]
-Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
-
-class Usual(_Section):
+class Usual(Section):
     """A learning rate with the global batch, in samples, that it goes with."""
 
     lr: Positive
@@ -126,7 +109,7 @@ class Tuned(Usual):
     weight_decay: NotNegative | None = None
 
 
-class Task(_Section):
+class Task(Section):
     name: Name
     target: Target = Field(alias="_target_")
     args: Free
@@ -136,7 +119,7 @@ class Task(_Section):
     tuned: dict[str, Tuned]
 
 
-class Model(_Section):
+class Model(Section):
     target: Target | None = Field(alias="_target_")
     args: Free
 
@@ -147,7 +130,7 @@ class Model(_Section):
         return self
 
 
-class Batch(_Section):
+class Batch(Section):
     global_size: Size | Literal["all"]
     per_gpu: Size | None
     accumulation: Size | None
@@ -165,7 +148,7 @@ class Batch(_Section):
         return self
 
 
-class BatchNorm(_Section):
+class BatchNorm(Section):
     mode: Literal["ghost", "sync"] | None
     ghost_size: Annotated[int, Field(ge=2)] | None
 
@@ -178,7 +161,7 @@ class BatchNorm(_Section):
         return self
 
 
-class LearningRate(_Section):
+class LearningRate(Section):
     base: Positive | None
     base_batch: Size | None
     rule: Literal["auto", "linear", "sqrt", "legw", "power", "sde", "half-life", "noise", "surge", "none"]
@@ -216,7 +199,7 @@ class LearningRate(_Section):
         return self
 
 
-class _Optimizer(_Section):
+class _Optimizer(Section):
     name: str
     family: Literal["sgd", "adam"]
     weight_decay: NotNegative | None
@@ -313,12 +296,7 @@ class CustomOptimizer(_Optimizer):
     target: Target = Field(alias="_target_")
 
 
-class Engine(_Section):
-    name: Literal["ddp"]
-    config: Free
-
-
-class _Cluster(_Section):
+class _Cluster(Section):
     nodes: Size
     gpus_per_node: Size | Literal["auto"]
     max_restarts: Count
@@ -374,7 +352,7 @@ class Slurm(_Cluster):
         return self
 
 
-class Data(_Section):
+class Data(Section):
     target: Target | None = Field(alias="_target_")
     args: Free
     val_args: Free | None
@@ -388,7 +366,7 @@ class Data(_Section):
         return self
 
 
-class Checkpoint(_Section):
+class Checkpoint(Section):
     every: Annotated[Duration, PlainValidator(_with_minutes), PlainSerializer(str, return_type=str)] | None
     keep: Size
     best: (
@@ -397,30 +375,30 @@ class Checkpoint(_Section):
     on_error: Literal["continue", "stop"]
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     every: Interval | None
 
 
-class Noise(_Section):
+class Noise(Section):
     every: Interval | None
 
 
-class Log(_Section):
+class Log(Section):
     every: Interval
 
 
-class Run(_Section):
+class Run(Section):
     dir: Annotated[str, Field(min_length=1)] | None
     config: Annotated[str, Field(min_length=1)] | None
     name: Name | None
     new: bool
 
 
-class PlanOptions(_Section):
+class PlanOptions(Section):
     open_data: bool
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run, whole.
 
     Attributes:
@@ -439,8 +417,9 @@ class RunConfig(_Section):
     ema: Annotated[Duration, PlainValidator(_half_life), PlainSerializer(str, return_type=str)] | None
     on_nonfinite: Literal["stop", "skip"]
     precision: Literal["fp32", "bf16", "fp16"]
+    numerics: Literal["fast", "bitwise"]
     compile: bool
-    recompute: tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]
+    recompute: Modules
     batch: Batch
     batchnorm: BatchNorm
     lr: LearningRate
@@ -454,7 +433,7 @@ class RunConfig(_Section):
     plan: PlanOptions
     task: Task
     optimizer: Annotated[SGD | AdamW | LAMB | LARS | Adafactor | Muon | CustomOptimizer, Field(discriminator="name")]
-    engine: Engine
+    engine: Annotated[Engine, Field(discriminator="name")]
     cluster: Annotated[Local | Slurm, Field(discriminator="name")]
     given: tuple[str, ...]
     chosen: dict[str, str]

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from conf.explain import ConfigError, sections, shown
-from conf.identity import global_size_rules, identity, science
+from conf.identity import OFF, global_size_rules, identity, science
 from conf.schema import RunConfig
 from scaling.units import Duration
 
@@ -116,7 +116,8 @@ def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None
             "leave it out, or start a new run without run.dir"
         )
     if changed:
-        values = ", ".join(f"{key}={shown(after.get(key))} (there {shown(before.get(key))})" for key in changed)
+        sides = [(key, *(shown(side.get(key, OFF.get(key))) for side in (after, before))) for key in changed]
+        values = ", ".join(f"{key}={value} (there {there})" for key, value, there in sides)
         raise ConfigError(
             f"run.dir={directory} holds another run; it can't go on with {values}: leave these keys out, "
             "or start a new run without run.dir"

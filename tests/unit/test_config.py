@@ -388,7 +388,17 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
     "optimizer.family": [("lamb", "sgd or adam")],
     "optimizer.momentum": [(1, "less than 1"), (-0.1, "0 or more")],
     "optimizer.weight_decay": [(-1, "0 or more")],
-    "engine.name": [("fsdp", "ddp")],
+    "numerics": [("exact", "fast or bitwise")],
+    "engine.name": [("fsdb", "ddp, fsdp, accelerate, deepspeed; did you mean fsdp?")],
+    "engine": [
+        (
+            {"name": "ddp", "config": {}, "stage": 1},
+            "isn't a key of this engine, which has name, config; it comes with engine=deepspeed",
+        ),
+        ({"name": "ddp"}, "engine has no config: engine=ddp brings every key"),
+        ({"name": "deepspeed"}, "engine has no config, stage, offload: engine=deepspeed brings every key"),
+    ],
+    "engine.config": [(3, "a mapping")],
     "cluster.nodes": [(0, "1 or more"), (1.5, "a whole number")],
     "cluster.gpus_per_node": [(0, "1 or more, or auto"), ("aut", "did you mean auto?")],
     "cluster.rendezvous": [
@@ -523,6 +533,19 @@ def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> Non
     assert "evaluate" not in said
     assert "optimizer.name=adamw (there sgd)" in message(f"run.dir='{tmp_path}'", "optimizer=adamw")
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
+
+
+def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
+    was = stored(tmp_path, "engine=fsdp", "engine.shard=[blocks.*]", "engine.config.reshard_after_forward=false")
+    named = f"run.dir='{tmp_path}'"
+    assert compose([named]).engine == was.engine
+    assert compose([named, "engine.shard=auto"]).engine == was.engine.model_copy(update={"shard": "auto"})
+    assert (
+        compose([named, "engine=deepspeed", "engine.stage=3"]).engine
+        == compose(["engine=deepspeed", "engine.stage=3"]).engine
+    )
+    said = message(named, "engine=ddp", "numerics=bitwise", "batch.per_gpu=8")
+    assert "it can't go on with batch.per_gpu=8 (there null), numerics=bitwise (there fast): leave" in said
 
 
 def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ OTHER_SCIENCE: dict[str, Any] = {
     "model._target_": "my.Model",
     "data._target_": "my.Data",
     "precision": "bf16",
+    "numerics": "bitwise",
     "batchnorm.mode": "sync",
     "task.name": "other",
     "task._target_": "my.Task",
@@ -115,6 +116,7 @@ TRIED_ELSEWHERE = {
     *(f"cluster.{name}" for name in OF_SLURM),
     *ONLY_WITH_ANOTHER,
     *OF_OPTIMIZERS,
+    *("engine.shard", "engine.param_dtype", "engine.reduce_dtype", "engine.offload", "engine.stage"),
     *("optimizer._target_", "engine.name", "cluster.name", "optimizer.usual.lr", "optimizer.usual.batch"),
 }
 
@@ -241,6 +243,22 @@ def test_dealing_is_science_only_where_it_makes_the_global_batch() -> None:
     product, other = compose(dealt), compose(["batch.per_gpu=4", "batch.accumulation=16"])
     assert len({identity(product), identity(other), identity(compose([]))}) == 3
     assert not {"batch.global_size"} & science(product).keys()
+
+
+def test_no_engine_is_science() -> None:
+    engines = [
+        ["engine=fsdp", "engine.shard=[blocks.*]", "engine.param_dtype=bf16", "engine.offload=true"],
+        ["engine=deepspeed", "engine.stage=3", "engine.offload=true", "engine.config.zero_optimization.stage=3"],
+        ["engine=accelerate", "engine.config.even_batches=false"],
+    ]
+    assert {identity(compose(engine)) for engine in engines} == {identity(compose([]))}
+
+
+def test_the_per_gpu_batch_is_science_where_numerics_are_bitwise() -> None:
+    runs = [["numerics=bitwise", f"batch.per_gpu={size}", "batch.global_size=64"] for size in (8, 16)]
+    assert len({identity(compose(run)) for run in [*runs, []]}) == 3
+    assert identity(compose([*runs[0], "batch.accumulation=8"])) == identity(compose(runs[0]))
+    assert identity(compose(["numerics=fast", "batch.per_gpu=8"])) == identity(compose([]))
 
 
 def test_identity_survives_the_run_directory(tmp_path: Path) -> None:
