@@ -40,8 +40,9 @@ soak: .venv/.installed
 	@# DeepSpeed builds what it can compile when that is first used: nothing now.
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		".[tasks,accelerate,deepspeed,peers,test,lint]"
-	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring.
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
-		pytorch-optimizer timm torch-optimizer
+	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring, and so not
+	@# where others look for them (see tests/peers.py).
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target .venv/peers pytorch-optimizer timm torch-optimizer
 	@rm -rf build isobatch.egg-info  # what pip left beside it
 	@touch $@

@@ -1,17 +1,26 @@
-"""Others' optimizers, to be compared with: modules alone, as their packages import torchvision, or for seconds."""
+"""Others' optimizers, to be compared with: modules alone, as their packages import torchvision, or for seconds.
+
+They lie beside site-packages: who looks whether timm is there finds one that can't be imported.
+"""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+PLACE = os.path.join(sys.prefix, "peers")
 
 
 def installed() -> bool:
     """Whether timm, torch_optimizer and pytorch_optimizer are there; `make test` installs them."""
-    return all(importlib.util.find_spec(name) for name in ("timm", "torch_optimizer", "pytorch_optimizer"))
+    return all(_spec(name) for name in ("timm", "torch_optimizer", "pytorch_optimizer"))
+
+
+def _spec(package: str) -> ModuleSpec | None:
+    return PathFinder.find_spec(package, [PLACE])
 
 
 def alone(name: str) -> ModuleType:
@@ -20,7 +29,7 @@ def alone(name: str) -> ModuleType:
     for above in range(len(parts)):
         dotted = ".".join((package, *parts[:above]))
         if dotted not in sys.modules:
-            spec = importlib.util.find_spec(package)
+            spec = _spec(package)
             assert spec is not None
             assert spec.submodule_search_locations
             empty = ModuleType(dotted)
