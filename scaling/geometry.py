@@ -1,7 +1,8 @@
 """How one global batch is dealt to ranks and micro-batches: global = per-GPU × world size × accumulation.
 
 Glossary: a *granule* is the fewest samples that may not be parted (1, or BatchNorm's ghost size); a *pass* is one
-forward/backward of every rank at once; micro-batch j of a step is pass j // world of rank j % world.
+forward/backward of every rank at once; micro-batch j of a step is pass j // world of rank j % world. Where numerics are
+bitwise, *pieces* is how many micro-batches there are, whatever the world, and each rank has a *block* of them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,21 @@ class Cut:
     >>> cut.micro_batches, [cut.share(rank) for rank in range(3)]
     (((17, 4), (16, 2)), [34, 33, 33])
 
+    With ``pieces`` the batch is cut into so many instead, the same on any world, and dealt in blocks of consecutive
+    ones which differ by at most one, the larger ones first. So sums over a fixed tree of them can begin on the ranks.
+    Where a block is shorter than ``accumulation``, the rank's last pass is empty.
+
+    >>> cut = Cut(global_size=100, per_gpu=20, world=3, accumulation=2, pieces=5)
+    >>> cut.micro_batches, [cut.block(rank) for rank in range(3)]
+    (((20, 5), (0, 1)), [range(0, 2), range(2, 4), range(4, 5)])
+    >>> [cut.share(rank) for rank in range(3)], list(cut.passes(2))
+    ([40, 40, 20], [(80, 100), (100, 100)])
+
     Attributes:
         global_size, per_gpu: samples; ``per_gpu`` is the most that a micro-batch may hold.
         world, accumulation: ranks; passes of each rank per optimizer step.
         granule: samples that stay together; divides ``global_size``.
+        pieces: micro-batches of a step where their number isn't world × accumulation.
     """
 
     global_size: int
@@ -36,30 +48,46 @@ class Cut:
     world: int
     accumulation: int
     granule: int = 1
+    pieces: int | None = None
 
     def __post_init__(self) -> None:
         assert min(self.global_size, self.per_gpu, self.world, self.accumulation, self.granule) >= 1, self
         assert self.global_size % self.granule == 0, self
+        assert self.pieces is None or self.accumulation == _ceil(self.pieces, self.world), self
         assert self.micro_batches[0][0] <= self.per_gpu, self
 
     def _dealt(self) -> tuple[int, int]:
         """Granules that every micro-batch has, and how many micro-batches have one more."""
-        return divmod(self.global_size // self.granule, self.world * self.accumulation)
+        return divmod(self.global_size // self.granule, self.pieces or self.world * self.accumulation)
 
     @property
     def micro_batches(self) -> tuple[tuple[int, int], ...]:
-        """Sizes in samples, in the order j, as run-lengths ((size, how many), …)."""
+        """Sizes in samples, in the order j, as run-lengths ((size, how many), …); then the passes without one."""
         base, larger = self._dealt()
-        smaller = self.world * self.accumulation - larger
-        runs = (((base + 1) * self.granule, larger), (base * self.granule, smaller))
+        passes = self.world * self.accumulation
+        pieces = self.pieces or passes
+        runs = ((base + 1) * self.granule, larger), (base * self.granule, pieces - larger), (0, passes - pieces)
         return tuple(run for run in runs if run[1])
+
+    def block(self, rank: int) -> range:
+        """The micro-batches j of ``rank``, one a pass: in turns with the other ranks, or with ``pieces`` in a row."""
+        if self.pieces is None:
+            return range(rank, self.world * self.accumulation, self.world)
+        base, larger = divmod(self.pieces, self.world)
+        start = rank * base + min(rank, larger)
+        return range(start, start + base + (rank < larger))
+
+    def _start(self, j: int) -> int:
+        """Samples of a step before its micro-batch j."""
+        base, larger = self._dealt()
+        return (j * base + min(j, larger)) * self.granule
 
     def micro(self, rank: int, index: int) -> tuple[int, int]:
         """The range [start, stop) of pass ``index`` of ``rank``, in samples from the start of the step."""
-        base, larger = self._dealt()
-        j = index * self.world + rank
-        start = j * base + min(j, larger)
-        return start * self.granule, (start + base + (j < larger)) * self.granule
+        block = self.block(rank)
+        if index < len(block):
+            return self._start(block[index]), self._start(block[index] + 1)
+        return self._start(block.stop), self._start(block.stop)
 
     def passes(self, rank: int) -> Iterator[tuple[int, int]]:
         """The ranges of all passes of ``rank``: always exactly ``accumulation`` of them."""
@@ -68,8 +96,9 @@ class Cut:
     def share(self, rank: int) -> int:
         """Samples of ``rank`` in one step."""
         base, larger = self._dealt()
-        more = max(0, _ceil(larger - rank, self.world))
-        return (self.accumulation * base + more) * self.granule
+        block = self.block(rank)
+        more = len(range(block.start, min(larger, block.stop), block.step))
+        return (len(block) * base + more) * self.granule
 
     @property
     def even(self) -> bool:
@@ -89,6 +118,7 @@ def solve(
     accumulation: int | None = None,
     granule: int = 1,
     even: bool = False,
+    bitwise: bool = False,
 ) -> Cut:
     """Solve whatever isn't given of global batch = per-GPU batch × world size × accumulation.
 
@@ -99,15 +129,21 @@ def solve(
     Args:
         global_size, per_gpu, granule: samples.
         even: refuse a cut whose micro-batches aren't all of one size.
+        bitwise: ``pieces`` follows from the global and the per-GPU batch alone: ⌈granules / ⌊per_gpu / granule⌋⌉.
 
     Raises:
-        ValueError: a size below 1, three sizes that contradict each other, a granule that doesn't fit, or an uneven
-            cut under ``even``; with the nearest sizes that would do.
+        ValueError: a size below 1, three sizes that contradict each other, a granule that doesn't fit, no ``per_gpu``
+            under ``bitwise``, or an uneven cut under ``even``; with the nearest sizes that would do.
     """
     sizes = {"batch.global_size": global_size, "batch.per_gpu": per_gpu, "batch.accumulation": accumulation}
     for name, size in {**sizes, "the world size": world}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
+    if bitwise and per_gpu is None:
+        raise ValueError(
+            "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes: give batch.per_gpu, "
+            "which is then part of what the run is"
+        )
     if per_gpu is not None and per_gpu < granule:
         raise ValueError(f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}; use {granule}")
     if global_size is None:
@@ -121,7 +157,8 @@ def solve(
             f"a global batch of {global_size} isn't a multiple of {granule}, {TOGETHER}; nearest: {_or(near)}"
         )
     passes = _passes(world, granules, per_gpu and per_gpu // granule, accumulation)
-    cut = Cut(global_size, per_gpu or _ceil(granules, world * passes) * granule, world, passes, granule)
+    pieces = _ceil(granules, per_gpu // granule) if bitwise and per_gpu else None
+    cut = Cut(global_size, per_gpu or _ceil(granules, world * passes) * granule, world, passes, granule, pieces)
     if accumulation not in (None, passes):
         raise ValueError(_contradiction(cut, accumulation, even))
     if even and not cut.even:
@@ -134,7 +171,8 @@ def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> lis
     most, stride = per_gpu and per_gpu // cut.granule, cut.world * (accumulation or 1)
     first, reach = cut.global_size // cut.granule // stride * stride, 100_000 * stride
     ways = range(first, max(0, first - reach), -stride), range(first + stride, first + reach, stride)
-    near = [next((n for n in way if _fits(cut.world, n, most, accumulation, True)), None) for way in ways]
+    bitwise = cut.pieces is not None
+    near = [next((n for n in way if _fits(cut.world, n, most, accumulation, True, bitwise)), None) for way in ways]
     return [granules * cut.granule for granules in near if granules]
 
 
@@ -143,10 +181,11 @@ def _passes(world: int, granules: int, most: int | None, accumulation: int | Non
     return accumulation or 1 if most is None else _ceil(granules, world * most)
 
 
-def _fits(world: int, granules: int, most: int | None, accumulation: int | None, even: bool) -> bool:
+def _fits(world: int, granules: int, most: int | None, accumulation: int | None, even: bool, bitwise: bool) -> bool:
     """Whether these don't contradict each other, and are even where they have to be."""
     passes = _passes(world, granules, most, accumulation)
-    return accumulation in (None, passes) and not (even and granules % (world * passes))
+    pieces = _ceil(granules, most) if bitwise and most else world * passes
+    return accumulation in (None, passes) and not (even and (granules % pieces or pieces % world))
 
 
 def _divisors(number: int) -> set[int]:
@@ -165,7 +204,7 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
         f"batch.per_gpu={smaller * granule}": (granules, smaller, accumulation),
         f"batch.global_size={larger * granule}": (larger, most, accumulation),
     }
-    fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even)]
+    fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even, cut.pieces is not None)]
     return (
         f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation} "
         f"contradict each other: on {counted(world, 'rank')} the first two take "
@@ -176,7 +215,8 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
 def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> str:
     granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
     ranks = counted(cut.world, "rank")
-    worlds = sorted(world for world in _divisors(granules) if _fits(world, granules, most, accumulation, True))
+    asked = (granules, most, accumulation, True, cut.pieces is not None)
+    worlds = sorted(world for world in _divisors(granules) if _fits(world, *asked))
     above = bisect(worlds, cut.world)
     near = worlds[max(0, above - 1) : above + 1]
     parts = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)

@@ -113,6 +113,7 @@ class Plan:
             of the base; the batch is then the first segment's, unless the rule moves more than the LR.
         schedule: of the LR over samples; None until ``samples`` is known.
         sync: BatchNorm takes its statistics from one pass of all ranks.
+        numerics: bitwise: each step is cut by ``per_gpu`` alone, the same on any world.
     """
 
     segments: tuple[Segment, ...]
@@ -135,6 +136,7 @@ class Plan:
     schedule: Schedule | None
     identity: str
     sync: bool = False
+    numerics: Literal["fast", "bitwise"] = "fast"
 
     def __post_init__(self) -> None:
         starts = [segment.start_sample for segment in self.segments]
@@ -145,6 +147,11 @@ class Plan:
                 raise ValueError(f"{name}={number}: has to be at least 1")
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
+        if self.numerics == "bitwise" and self.sync:
+            raise ValueError(
+                "numerics=bitwise doesn't go with batchnorm.mode=sync, whose statistics are of one pass of all ranks, "
+                "however many: use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same"
+            )
         self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
 
     @cached_property
@@ -160,6 +167,7 @@ class Plan:
                 accumulation=self.accumulation,
                 granule=self.granule,
                 even=self.even,
+                bitwise=self.numerics == "bitwise",
             )
             self._refuse_empty_passes(cut)
             stage = Stage(start, first_step, cut, self._carried(segment, stages))
@@ -264,7 +272,8 @@ class Plan:
         return replace(self, segments=(*self.segments, segment))
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
-        """The same run on other hardware: nothing of a step changes but its cut."""
+        """The same run on other hardware: nothing of a step changes but its cut, and of a bitwise one only its deal."""
+        assert self.numerics == "fast" or per_gpu == self.per_gpu, "batch.per_gpu is science here"
         return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
 
     def sized(self, samples: int) -> int:

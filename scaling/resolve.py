@@ -79,6 +79,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         schedule=None,
         identity=identity(config),
         sync=config.batchnorm.mode == "sync",
+        numerics=config.numerics,
     )
     segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
     if wanted and wanted.for_decay:

@@ -35,6 +35,7 @@ def first_size(config: RunConfig, world: int, train_samples: int | None) -> tupl
         accumulation=batch.accumulation,
         granule=per_sample * (config.batchnorm.ghost_size or 1),
         even=batch.even,
+        bitwise=config.numerics == "bitwise",
     )
     first = cut.global_size // per_sample
     # per_gpu bounds every later segment, too; an accumulation that was given without it stays what it is.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from scaling.advice import FEW, warnings
+from scaling.engines import BITWISE_COST
 from scaling.geometry import counted
 from scaling.plan import named
 from scaling.rules import PARTS
@@ -63,6 +64,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "weights' EMA", _ema(plan)
     if plan.granule > 1 or plan.sync:
         yield "BatchNorm", "over one pass of all ranks" if plan.sync else f"over ghosts of {plan.granule} samples"
+    if plan.numerics == "bitwise":
+        yield "numerics", _bitwise()
     yield "seed", str(plan.seed)
 
 
@@ -100,6 +103,11 @@ def _duration(plan: Plan) -> str:
     if plan.epochs is not None and plan.train_samples is not None:
         text += f" = {plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'} of {plan.sized(plan.train_samples):,}"
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
+
+
+def _bitwise() -> str:
+    cost = f"; a step takes {BITWISE_COST:g} × as long as a fast one" if BITWISE_COST else ""
+    return f"bitwise: the same weights, bit by bit, on any number of processes of one machine type{cost}"
 
 
 def _recipe(plan: Plan) -> str:

@@ -69,8 +69,8 @@ def train(
     Raises:
         Refused: what the user gave can't work.
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
-            the samples of the largest micro-batch, and ``granule``, of which it is a multiple, where it was training
-            already.
+            the samples of the largest micro-batch, ``granule``, of which it is a multiple, and ``fixed``, whether it is
+            part of what the run is, where it was training already.
     """
     if config.action == "evaluate":
         from trainers.evaluate_weights import evaluate_weights
@@ -195,6 +195,7 @@ def _train(
         error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
         error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
         error.granule = state.plan.granule  # type: ignore[attr-defined]
+        error.fixed = state.plan.numerics == "bitwise"  # type: ignore[attr-defined]
         raise
     finally:
         watch.unguard()

@@ -207,3 +207,13 @@ def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: in
     cause = bury(error, None, "attempt").cause
     assert cause.endswith(f"; batch.per_gpu={half} needs less") is (half > 0)
     assert ("there is no smaller batch.per_gpu" in cause) is (half == 0)
+
+
+def test_where_memory_runs_out_a_bitwise_run_ends() -> None:
+    """With a smaller micro-batch it would be another run."""
+    error = others_word(0, "no memory", {"step": 3, "samples": 96}, 0.0, kind="oom", per_gpu=64, fixed=True)
+    verdict = judged(error, furthest=-1)
+    assert (verdict["kind"], verdict["limit"], verdict["retry"]) == ("oom", 0, False)
+    cause = bury(error, None, "attempt").cause
+    assert "numerics=bitwise can't go on with fewer samples in a pass" in cause
+    assert cause.endswith("as a run of its own batch.per_gpu=32 needs less")

@@ -32,14 +32,26 @@ def asked(draw: st.DrawFn, worlds: st.SearchStrategy[int] = worlds, ways: str = 
         wanted["global_size"] = global_size
     if "p" in given:
         wanted["per_gpu"] = per_gpu
+        wanted["bitwise"] = draw(st.booleans())
     if "a" in given:
         wanted["accumulation"] = solve(**wanted).accumulation if given == "gpa" else passes
     return wanted
 
 
+def place(cut: Cut, j: int) -> tuple[int, int]:
+    """Rank and pass of micro-batch j: pass j div world of rank j mod world; of ``pieces``, the next of a block."""
+    if cut.pieces is None:
+        return j % cut.world, j // cut.world
+    shorter, longer = divmod(cut.pieces, cut.world)
+    if j < longer * (shorter + 1):
+        return divmod(j, shorter + 1)
+    rank, index = divmod(j - longer * (shorter + 1), shorter)
+    return longer + rank, index
+
+
 def ranges(cut: Cut) -> list[tuple[int, int]]:
-    """Of all micro-batches, in the order j: pass j div world of rank j mod world."""
-    return [cut.micro(rank, index) for index in range(cut.accumulation) for rank in range(cut.world)]
+    """Of all micro-batches, in the order j."""
+    return [cut.micro(*place(cut, j)) for j in range(cut.pieces or cut.world * cut.accumulation)]
 
 
 # ---- every cut
@@ -53,8 +65,11 @@ def test_sizes_sum_to_the_global_batch_and_none_is_above_per_gpu(wanted: dict[st
     assert sum(size * count for size, count in runs) == cut.global_size
     assert sum(count for _, count in runs) == cut.world * cut.accumulation
     assert all(count > 0 and 0 <= size <= cut.per_gpu and size % cut.granule == 0 for size, count in runs)
-    assert all(before[0] - after[0] == cut.granule for before, after in pairwise(runs))
     assert cut.even is (len(runs) == 1)
+    if cut.pieces:
+        assert cut.pieces == sum(count for size, count in runs if size)
+        runs = tuple(run for run in runs if run[0])
+    assert all(before[0] - after[0] == cut.granule for before, after in pairwise(runs))
 
 
 @given(asked(st.integers(1, 40)))
@@ -62,13 +77,16 @@ def test_sizes_sum_to_the_global_batch_and_none_is_above_per_gpu(wanted: dict[st
 def test_ranges_are_consecutive_and_tile_the_batch(wanted: dict[str, Any]) -> None:
     cut = solve(**wanted)
     assume(cut.world * cut.accumulation < 2000)
-    lengths = [size for size, count in cut.micro_batches for _ in range(count)]
+    pieces = cut.pieces or cut.world * cut.accumulation
+    lengths = [size for size, count in cut.micro_batches for _ in range(count)][:pieces]
     stops = list(accumulate(lengths))
     assert ranges(cut) == list(zip([0, *stops[:-1]], stops, strict=True))
+    assert sorted(j for rank in range(cut.world) for j in cut.block(rank)) == list(range(pieces))
     for rank in range(cut.world):
-        passes = list(cut.passes(rank))
+        passes, block = list(cut.passes(rank)), cut.block(rank)
         assert len(passes) == cut.accumulation
-        assert passes == ranges(cut)[rank :: cut.world]
+        assert passes[: len(block)] == [ranges(cut)[j] for j in block]
+        assert all(start == stop == cut._start(block.stop) for start, stop in passes[len(block) :])
         assert cut.share(rank) == sum(stop - start for start, stop in passes)
 
 
@@ -76,14 +94,15 @@ def test_ranges_are_consecutive_and_tile_the_batch(wanted: dict[str, Any]) -> No
 @quick
 def test_a_single_range_is_right_among_100_000_ranks(wanted: dict[str, Any], data: st.DataObject) -> None:
     cut = solve(**wanted)
-    count = cut.world * cut.accumulation
+    count = cut.pieces or cut.world * cut.accumulation
     j = data.draw(st.integers(0, count - 1))
-    start, stop = cut.micro(j % cut.world, j // cut.world)
+    start, stop = cut.micro(*place(cut, j))
+    assert cut.block(place(cut, j)[0])[place(cut, j)[1]] == j
     assert start == sum(
         size * max(0, min(run, j - before))
         for before, (size, run) in zip([0, cut.micro_batches[0][1]], cut.micro_batches, strict=False)
     )
-    following = cut.micro((j + 1) % cut.world, (j + 1) // cut.world)[0] if j + 1 < count else cut.global_size
+    following = cut.micro(*place(cut, j + 1))[0] if j + 1 < count else cut.global_size
     assert stop == following
 
 
@@ -94,7 +113,9 @@ def test_shares_differ_by_at_most_one_granule_and_the_rest_idles(wanted: dict[st
     ranks = sorted(data.draw(st.sets(st.integers(0, cut.world - 1), min_size=1, max_size=20)) | {0, cut.world - 1})
     shares = [cut.share(rank) for rank in ranks]
     assert shares == sorted(shares, reverse=True)
-    assert shares[0] - shares[-1] in (0, cut.granule)
+    if cut.pieces is None:
+        assert shares[0] - shares[-1] in (0, cut.granule)
+    assert shares[0] <= cut.accumulation * cut.micro_batches[0][0]
     assert 0 <= cut.idle < 1
     assert cut.idle == pytest.approx(1 - cut.global_size / (cut.world * max(shares)))
 
@@ -114,12 +135,37 @@ def test_the_order_of_the_sizes_by_hand() -> None:
     assert [cut.share(rank) for rank in range(2)] == [24, 16]
 
 
+def test_blocks_by_hand() -> None:
+    cut = solve(3, global_size=100, per_gpu=16, bitwise=True)
+    assert (cut.pieces, cut.accumulation, cut.micro_batches) == (7, 3, ((15, 2), (14, 5), (0, 2)))
+    assert [list(cut.block(rank)) for rank in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert list(cut.passes(0)) == [(0, 15), (15, 30), (30, 44)]
+    assert list(cut.passes(1)) == [(44, 58), (58, 72), (72, 72)]
+    assert [cut.share(rank) for rank in range(3)] == [44, 28, 28]
+    assert cut.idle == pytest.approx(1 - 100 / 132)
+    cut = solve(4, global_size=40, per_gpu=30, granule=8, bitwise=True)
+    assert [list(cut.passes(rank)) for rank in range(4)] == [[(0, 24)], [(24, 40)], [(40, 40)], [(40, 40)]]
+
+
+@given(asked(ways="gp"), worlds)
+@quick
+def test_what_is_bitwise_is_cut_alike_on_any_world(wanted: dict[str, Any], world: int) -> None:
+    here, there = (solve(**{**wanted, "bitwise": True, "world": each}) for each in (wanted["world"], world))
+    assert here.pieces == there.pieces
+    assert [run for run in here.micro_batches if run[0]] == [run for run in there.micro_batches if run[0]]
+    assert solve(**{**wanted, "bitwise": False}).accumulation == here.accumulation
+
+
 def test_nothing_takes_longer_on_more_ranks() -> None:
     cut = solve(10**12, global_size=10**18 + 1, per_gpu=10**3)  # a loop over ranks or passes would never come back
     assert cut.accumulation == 10**3 + 1
     assert cut.micro(10**12 - 1, 10**3)[1] == 10**18 + 1
     assert cut.share(0) - cut.share(10**12 - 1) in (0, 1)
     assert cut.idle < 1e-3
+    cut = solve(10**12, global_size=10**18 + 1, per_gpu=10**3, bitwise=True)
+    assert (cut.accumulation, cut.pieces) == (10**3 + 1, 10**15 + 1)
+    assert cut.micro(10**12 - 1, 10**3) == (10**18 + 1, 10**18 + 1)
+    assert cut.share(0) - cut.share(10**12 - 1) <= 2 * 10**3 + 1
 
 
 # ---- what isn't given is solved
@@ -129,7 +175,7 @@ def test_nothing_takes_longer_on_more_ranks() -> None:
 @quick
 def test_what_is_not_given_is_solved(wanted: dict[str, Any]) -> None:
     cut = solve(**wanted)
-    assert all(getattr(cut, name) == value for name, value in wanted.items())
+    assert all(getattr(cut, name) == value for name, value in wanted.items() if name != "bitwise")
     granules, most = cut.global_size // cut.granule, cut.per_gpu // cut.granule
     if "global_size" not in wanted:
         assert granules == most * cut.world * cut.accumulation
@@ -186,6 +232,7 @@ def test_sizes_below_one_are_refused(name: str, size: int) -> None:
 def test_no_ranks_and_no_sizes_are_refused() -> None:
     assert "world size=0" in refusal(world=0, global_size=8)
     assert "batch.global_size and batch.per_gpu" in refusal(world=2, accumulation=3)
+    assert "give batch.per_gpu" in refusal(world=2, global_size=64, bitwise=True)
 
 
 @given(asked(ways="gp"), st.integers(1, 40))
@@ -196,7 +243,8 @@ def test_a_contradiction_names_sizes_that_agree(wanted: dict[str, Any], other: i
     message = refusal(**wanted)
     for name in ("global_size", "per_gpu", "accumulation"):
         assert f"batch.{name}={wanted[name]}" in message
-        solve(**{**wanted, name: None})  # two of the three
+        if name != "per_gpu" or not wanted["bitwise"]:
+            solve(**{**wanted, name: None})  # two of the three
     alternatives = re.findall(r"batch\.(\w+)=(\d+)", message.split("change one:")[1])
     assert {"accumulation", "global_size"} <= {name for name, _ in alternatives}
     for name, size in alternatives:
@@ -234,14 +282,15 @@ def test_even_refuses_exactly_the_uneven_and_names_sizes_and_worlds_that_are_eve
     st.none() | st.integers(1, 30),
     st.none() | st.integers(1, 6),
     st.sampled_from([1, 4]),
+    st.booleans(),
 )
 @quick
 def test_the_named_even_sizes_are_the_nearest(
-    world: int, granules: int, per_gpu: int | None, passes: int | None, granule: int
+    world: int, granules: int, per_gpu: int | None, passes: int | None, granule: int, bitwise: bool
 ) -> None:
     def dealt(world: int, granules: int) -> Cut | None:
         try:
-            return solve(world, global_size=granules * granule, per_gpu=most, accumulation=passes, granule=granule)
+            return solve(world, global_size=granules * granule, **others)
         except ValueError:
             return None
 
@@ -250,15 +299,14 @@ def test_the_named_even_sizes_are_the_nearest(
         return cut is not None and cut.even
 
     most = per_gpu and per_gpu * granule
+    others: dict[str, Any] = {"per_gpu": most, "accumulation": passes, "granule": granule, "bitwise": bitwise}
     cut = dealt(world, granules)
     assume(cut is not None and not cut.even)
     assert cut is not None
     below = [size * granule for size in range(granules - 1, 0, -1) if even(world, size)][:1]
     above = next(size for size in range(granules + 1, 10**5) if even(world, size)) * granule
     assert nearest_even(cut, most, passes) == [*below, above]
-    message = refusal(
-        world=world, global_size=cut.global_size, per_gpu=most, accumulation=passes, granule=granule, even=True
-    )
+    message = refusal(world=world, global_size=cut.global_size, **others, even=True)
     fewer = [other for other in range(world - 1, 0, -1) if even(other, granules)][:1]
     more = [other for other in range(world + 1, granules + 1) if even(other, granules)][:1]
     assert numbers(message, f"world sizes for {cut.global_size}:") == [*fewer, *more]

@@ -17,7 +17,7 @@ from conf.identity import identity
 from conf.schema import RunConfig
 from scaling.plan import Plan
 from scaling.record import from_json, to_json
-from scaling.resolve import resolve
+from scaling.resolve import continued, resolve
 from scaling.rules import Rule
 from scaling.table import table
 
@@ -499,3 +499,38 @@ def test_every_rank_of_synced_statistics_needs_a_sample() -> None:
     assert plan_of(*sync, world=2).sync
     said = refusal(*sync, world=3)
     assert said.startswith("batchnorm.mode=sync wants a sample on every rank in every pass, and 2 samples a step")
+
+
+# ---- numerics=bitwise
+
+
+def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
+    sizes = ("batch.global_size=100", "batch.per_gpu=16", "numerics=bitwise")
+    plans = [plan_of(*sizes, world=world) for world in (1, 2, 3, 4, 8)]
+    assert {plan.cut.pieces for plan in plans} == {7}
+    assert [plan.cut.accumulation for plan in plans] == [7, 4, 3, 2, 1]
+    assert len({plan.identity for plan in plans}) == 1
+    assert from_json(to_json(plans[2])) == plans[2]
+    assert continued(plans[0], plans[2], extends=False) == plans[0]
+    assert plan_of(*sizes, "batch.accumulation=3", world=3).cut.pieces == 7
+    growing = plan_of("numerics=bitwise", "batch.per_gpu=16", "batch.schedule='0sa:128 2000sa:200'", world=3)
+    assert [stage.cut.pieces for stage in growing.stages] == [8, 13]
+    ghosts = ("batchnorm.mode=ghost", "batchnorm.ghost_size=8", "batch.global_size=96", "batch.per_gpu=20")
+    assert plan_of(*ghosts, "numerics=bitwise", world=5).cut.pieces == 6
+    in_tokens = plan_of(*TOKENS, "batch.global_size=4096", "batch.per_gpu=1024", "numerics=bitwise", world=3)
+    assert in_tokens.cut.pieces == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "give batch.per_gpu"),
+        (["batch.accumulation=2"], "give batch.per_gpu"),
+        (["batch.per_gpu=8", "batchnorm.mode=sync"], "use batchnorm.mode=ghost, or null"),
+        (["batch.per_gpu=16", "batch.global_size=100", "batch.accumulation=2"], "batch.accumulation=4"),
+        (["batch.per_gpu=16", "batch.global_size=64", "batch.even=true"], "nearest even global batches on 3 ranks: "),
+        (["batch.per_gpu=16", "batch.global_size=100", "batch.even=true"], "nearest world sizes for 100: none"),
+    ],
+)
+def test_what_is_not_bitwise_is_refused(overrides: list[str], said: str) -> None:
+    assert said in refusal("numerics=bitwise", *overrides, world=2 if "batch.accumulation=2" in overrides else 3)

@@ -108,6 +108,25 @@ def test_tokens_and_several_segments() -> None:
     )
 
 
+def test_bitwise_numerics() -> None:
+    check(
+        plan_of("lr.peak=0.3", "batch.global_size=100", "batch.per_gpu=24", "numerics=bitwise", world=3),
+        """
+        global batch   100 samples ≤ 20 (of at most 24) per GPU × 3 ranks × accumulation 2
+        micro-batches  5 × 20 samples and 1 empty; 16.7% of the work idles
+        duration       288 steps = 28,740 samples = 20 epochs of 1,437; the last step is whole, which adds 60 samples
+        optimizer      sgd (the default), momentum 0.9, weight decay 0.0001
+        learning rate  peak 0.3 (lr.peak, given outright)
+        schedule       warmup from 0 over 1,437 samples (5%), then cosine decay to 0
+        SGD's noise    43.11 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
+        numerics       bitwise: the same weights, bit by bit, on any number of processes of one machine type
+        seed           0
+          ! warning    17% of the work idles: 3 ranks × accumulation 2 can't share 100 samples evenly; nearest global
+                       batches that are even: 126
+        """,
+    )
+
+
 def test_before_the_data_is_opened() -> None:
     check(
         plan_of("task.train_samples=null", "lr.peak=0.3", "batch.global_size=2", world=3),

@@ -20,7 +20,8 @@ def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = F
     """An error with ``retry``, whether the workers are to be started again; and where memory ran out with ``limit``.
 
     Not where that can't help, nor where the last start got no further than one before it. ``limit``, half the samples
-    of a micro-batch, in whole granules, is for the next start, which doesn't count as a restart then.
+    of a micro-batch, in whole granules, is for the next start, which doesn't count as a restart then; 0: there is no
+    half, or it would be another run.
 
     Args:
         furthest: the step that a start before reached; -1: there was none.
@@ -28,7 +29,7 @@ def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = F
     """
     retry = bool(error["again"] and not over)
     if error["kind"] == "oom":
-        limit = _half(error)
+        limit = 0 if error["fixed"] else _half(error)
         return error | {"limit": limit, "retry": retry and limit > 0}
     if retry and restarts_left > 0 and error["step"] <= furthest:
         cause = f"{error['cause']}; not started again, since the last start got no further than one before"
@@ -85,6 +86,9 @@ def _half(error: Note) -> int:
 def _advice(error: Note) -> str:
     """What would work where memory ran out."""
     if half := _half(error):
-        return f"batch.per_gpu={half} needs less"
+        alone = (
+            "numerics=bitwise can't go on with fewer samples in a pass; as a run of its own " if error["fixed"] else ""
+        )
+        return f"{alone}batch.per_gpu={half} needs less"
     smallest = "there is no smaller batch.per_gpu: " if error["per_gpu"] else ""
     return f"{smallest}a smaller model or more memory would do"

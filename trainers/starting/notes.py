@@ -87,8 +87,9 @@ def await_words(store: Store | None, size: int, own: set[int] | None = None) -> 
 
 def others_word(rank: int, cause: str, reached: dict[str, int], at: float, **more: Any) -> dict[str, Any]:
     """What an agent notes of a rank that can't say itself what became of it."""
-    plain = {"kind": "crashed", "again": True, "lost": False, "silent": False, "per_gpu": 0, "granule": 1}
-    return {"time": at, "rank": rank, "cause": cause, **plain, **reached, **more}
+    plain = {"kind": "crashed", "again": True, "lost": False, "silent": False}
+    sizes = {"per_gpu": 0, "granule": 1, "fixed": False}
+    return {"time": at, "rank": rank, "cause": cause, **plain, **sizes, **reached, **more}
 
 
 def lasting(store: Store | None) -> Store | None:
@@ -103,7 +104,7 @@ def error_note(
 
     ``kind`` is refused, oom or crashed; ``again``: another try may end otherwise; ``lost``: it only says that another
     rank is gone or late; ``silent``: it isn't the rank's own word; ``per_gpu``: samples of the largest micro-batch, 0
-    before the first; ``granule``: samples that stay together in one.
+    before the first; ``granule``: samples that stay together in one; ``fixed``: it can't be smaller in the same run.
 
     Args:
         reached: ``step`` and ``samples`` completed, where the error doesn't say it.
@@ -125,6 +126,7 @@ def error_note(
         "samples": getattr(error, "samples", reached["samples"]),
         "per_gpu": getattr(error, "per_gpu", 0),
         "granule": getattr(error, "granule", 1),
+        "fixed": getattr(error, "fixed", False),
     }
     if run:
         with suppress(OSError):
