@@ -58,7 +58,8 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
     from scaling.resolve import resolve
     from trainers.checkpoints.keeper import Keeper
     from trainers.checkpoints.resume import header_of, resume
-    from trainers.engines import make_engine
+    from trainers.engines import Parts
+    from trainers.engines.ddp import DDP
     from trainers.loader import Loader
     from trainers.optim import make_optimizer
     from trainers.rundir import RunDir
@@ -77,7 +78,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
     plan = resolve(config, world.size, len(data))
     state, model = TrainState(plan), task.model()
     tuned = make_optimizer(config, task, model, plan.peak)
-    engine = make_engine(config, task, model, tuned, world)
+    engine = DDP(Parts(task, model, lambda: tuned, world), {})
     loader = Loader(data, task, state, world, 0)
     run, torchs = RunDir(folder), folder / "torch.pt"
     folder.mkdir(exist_ok=True)
@@ -92,7 +93,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             assert step
             for micro in loader(step):
                 with engine.micro(last=micro.last):
-                    loss, units = engine.loss(micro.batch)
+                    loss, units = engine.loss(micro.batch, micro.samples)
                     engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units))
             scale = engine.total(step.expected_units).scale(step.expected_units)
             engine.update(scale, 1.0, step.recipe)

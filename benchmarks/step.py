@@ -32,7 +32,6 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     from trainers.keyed import Stream
     from trainers.loader import Loader
     from trainers.metrics import Metrics
-    from trainers.optim import make_optimizer
     from trainers.starting.watch import Watch
     from trainers.state import TrainState
     from trainers.stop import Stop
@@ -44,13 +43,16 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     data = task.train_data()
     plan = resolve(config, world.size, len(data))
     model = task.model()
-    engine = make_engine(config, task, model, make_optimizer(config, task, model, plan.peak), world)
+    engine = make_engine(config, task, model, plan.peak, world)
     kept.append(engine)
     nothing: Any = KeepsNothing()
 
     def seconds(noise_every: int | None) -> float:
         state = TrainState(plan, noise=Smoothed() if noise_every else None)
-        loader, metrics = Loader(data, task, state, world, 0), Metrics(None, state, live=False)
+        loader, metrics = (
+            Loader(data, task, state, world, 0, stand_ins=engine.lockstep),
+            Metrics(None, state, live=False),
+        )
         world.gather("")  # all start together
         began = time.perf_counter()
         fit(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainers.shards import local
+
 
 class Average:
     """The moving average of ``named`` parameters; at the start it is what they are.
@@ -27,8 +29,8 @@ class Average:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Take in what the parameters are now."""
-        averages = list(self.tensors.values())
-        weights = [p.to(average.dtype) for p, average in zip(self._parameters, averages, strict=True)]
+        averages = [local(average) for average in self.tensors.values()]
+        weights = [local(p).to(average.dtype) for p, average in zip(self._parameters, averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
@@ -37,16 +39,16 @@ class Average:
 
         Takes as much memory again as the parameters have: between two steps, when there are no gradients.
         """
-        kept = [parameter.detach().clone() for parameter in self._parameters]
+        kept = [local(parameter).clone() for parameter in self._parameters]
         try:
-            self._set(list(self.tensors.values()))
+            self._set([local(average) for average in self.tensors.values()])
             yield
         finally:
             self._set(kept)
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._parameters, values)
+        torch._foreach_copy_([local(parameter) for parameter in self._parameters], values)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def make_evaluate(
     stop: Stop | None = None,
     beat: Callable[[], None] = lambda: None,
     precision: str = "fp32",
+    call: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    lockstep: bool = False,
 ) -> Evaluate | None:
     """A function that evaluates ``model`` on the task's validation data; None where it has none.
 
@@ -41,6 +44,7 @@ def make_evaluate(
         per_gpu: samples per forward.
         beat: called after each forward.
         precision: what it computes in.
+        call: what calls the model; with ``lockstep``, all ranks have to do so equally often.
 
     Raises:
         Refused: ``val_data()`` isn't a map-style dataset or is empty.
@@ -56,7 +60,7 @@ def make_evaluate(
     # A contiguous share for each rank, the larger ones first: rank 0 always has at least one sample.
     share, more = divmod(samples, world.size)
     first = world.rank * share + min(world.rank, more)
-    mine = range(first, first + share + (world.rank < more))
+    mine, longest = range(first, first + share + (world.rank < more)), share + (more > 0)
 
     def evaluate() -> dict[str, float] | None:
         modes = [(module, module.training) for module in model.modules()]
@@ -65,14 +69,16 @@ def make_evaluate(
             world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
         totals: Totals = {}
         with torch.no_grad():
-            for start in range(mine.start, mine.stop, per_gpu):
-                if stop.wanted:
+            for start in range(mine.start, mine.start + longest, per_gpu):
+                if world.any(stop.wanted is not None) if lockstep else stop.wanted:
                     break
                 rows = range(start, min(start + per_gpu, mine.stop))
-                batch = to_device(_batch(data, rows, task), world.device)
+                if not (rows or lockstep):
+                    break
+                batch = to_device(_batch(data, rows or range(1), task), world.device)
                 with autocast(precision, world.device):
-                    measured = _measure(task, model, batch)
-                for name, (value, count) in measured:
+                    measured = call(partial(_measure, task, model, batch))
+                for name, (value, count) in measured if rows else ():
                     before = totals.get(name, (0.0, 0.0))
                     totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
                 beat()

@@ -71,11 +71,11 @@ def fit(
             watch.beat(state.steps, state.samples)
             stream.start(micro.start, micro.stop)
             with engine.micro(last=micro.last):
-                loss, units = engine.loss(micro.batch)
+                loss, units = engine.loss(micro.batch, micro.samples)
                 stream.stop()
                 wishes = {"stop": stop.wanted is not None, "save": keeper.due()} if micro.last else {}
                 note = Note(loss, units, micro.expected_units, **wishes)
-                engine.backward(loss / step.expected_units, note, micro.stop - micro.start if measuring else None)
+                engine.backward(loss / step.expected_units, note, micro.samples if measuring else None)
         total = engine.total(step.expected_units)
         update = engine.update(total.scale(step.expected_units), clip_norm, step.recipe)
 

@@ -83,7 +83,7 @@ class Stream:
         self.positions, self.samples = range(0), 0
         self.draws = 0  # of keyed layers from torch's generator, in this forward
         self.clock = torch.zeros((), dtype=torch.int64)
-        self.number = len(_STREAMS)
+        self.number = next(_NUMBERS)
         _STREAMS[self.number] = self
         self._calls: dict[int, dict[int, int]] = {}
         self._told: set[str] = set()

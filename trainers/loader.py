@@ -29,12 +29,16 @@ LOADER_DEATH_S = 0.2  # from the first that is seen of a DataLoader worker's dea
 class Micro:
     """One rank's part of one pass: the samples at positions [start, stop) of the run.
 
-    ``expected_units`` is its part of the step's; ``batch`` is None where the range is empty; ``last`` marks the step's
-    last pass.
+    Attributes:
+        samples: how many of them are this rank's: all of them, or none, where they are only there to stand in.
+        expected_units: its part of the step's.
+        last: pass of the step.
+        batch: None where the range is empty.
     """
 
     start: int
     stop: int
+    samples: int
     expected_units: int
     last: bool
     batch: Any | None
@@ -128,19 +132,30 @@ class Loader:
 
     With ``workers``, DataLoader's processes fetch ahead of the loop, across the ends of steps and epochs: they follow
     the plan, not an epoch.
+
+    Args:
+        stand_ins: where a rank's part of a pass is empty, give it the first granule of the step.
     """
 
     def __init__(
-        self, data: Any, task: Task, state: TrainState, world: World, workers: int, tell: Callable[[str], None] = print
+        self,
+        data: Any,
+        task: Task,
+        state: TrainState,
+        world: World,
+        workers: int,
+        tell: Callable[[str], None] = print,
+        *,
+        stand_ins: bool = False,
     ) -> None:
         self._state, self._rank, self._device, self._tell = state, world.rank, world.device, tell
         self._fetch = (Remote if workers else Fetch)(data, task, state.plan.seed)
-        self._pin = world.device.type == "cuda"
+        self._pin, self._stand_ins = world.device.type == "cuda", stand_ins
         self._batches = self._ahead(workers) if workers else None
 
     def __call__(self, step: Step) -> Iterator[Micro]:
         for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
-            positions = (step.start + start, step.start + stop)
+            positions = self._positions(step, start, stop)
             fetched = self._fetch[positions] if self._batches is None else self._next(self._batches)
             if fetched.error is not None:
                 raise fetched.error from RuntimeError(fetched.traceback)
@@ -151,7 +166,13 @@ class Loader:
                 fetched = fetched.pin_memory()
             expected = step.expected_units * (stop - start) // step.cut.global_size
             last = index == step.cut.accumulation - 1
-            yield Micro(*positions, expected, last, to_device(fetched.batch, self._device))
+            yield Micro(*positions, stop - start, expected, last, to_device(fetched.batch, self._device))
+
+    def _positions(self, step: Step, start: int, stop: int) -> tuple[int, int]:
+        """The range of the run that is fetched for [start, stop) of a step."""
+        if start == stop and self._stand_ins:
+            return step.start, step.start + step.cut.granule
+        return step.start + start, step.start + stop
 
     def _next(self, batches: Iterator[Fetched]) -> Fetched:
         try:
@@ -167,7 +188,7 @@ class Loader:
         sample = self._state.samples
         while step := self._state.plan.step_at(sample):
             for start, stop in step.cut.passes(self._rank):
-                yield step.start + start, step.start + stop
+                yield self._positions(step, start, stop)
             sample = step.stop
 
     def _ahead(self, workers: int) -> Iterator[Any]:

@@ -80,15 +80,29 @@ def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False)
     Raises:
         Refused: a pattern matches none.
     """
+    modules = matching(model, patterns, "recompute")
+    names = modules.keys()
+    for module in {m: None for name, m in modules.items() if not any(name.startswith(f"{other}.") for other in names)}:
+        module.forward = partial(_again, torch.compile(module.forward) if compiled else module.forward)
+
+
+def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
+    """The modules of ``model`` whose names one of ``patterns`` matches, in the order in which they are registered.
+
+    Args:
+        key: of the config, for errors.
+
+    Raises:
+        Refused: a pattern matches none.
+    """
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and _is_called(m)}
     matched = {pattern: fnmatch.filter(modules, pattern) for pattern in patterns}
     for pattern in (pattern for pattern, names in matched.items() if not names):
         parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
         near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
-        raise Refused(f"recompute={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
-    names = {name for found in matched.values() for name in found}
-    for module in {modules[name]: None for name in names if not any(name.startswith(f"{other}.") for other in names)}:
-        module.forward = partial(_again, torch.compile(module.forward) if compiled else module.forward)
+        raise Refused(f"{key}={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
+    wanted = {name for names in matched.values() for name in names}
+    return {name: module for name, module in modules.items() if name in wanted}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -83,7 +83,7 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, note: Tensor, outgoing: Tensor) -> Tensor:
         ctx.outgoing = outgoing
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP warns of a view
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]

@@ -3,52 +3,66 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainers.average import Average
 from trainers.checkpoints.commit import sync
 from trainers.checkpoints.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
-from trainers.checkpoints.slices import DTYPES, Reader
+from trainers.checkpoints.slices import DTYPES, Reader, write_whole
 from trainers.model import tied
 from trainers.rundir import Fatal, Refused, RunDir
 from trainers.world import World
 
+if TYPE_CHECKING:
+    from trainers.engines import Engine
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 SHOWN = 5  # names of each kind of mismatch
 
 
-def save_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
+def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
     """The model's weights and buffers in ``final/``, and the same with its average; all or nothing.
+
+    Called by all ranks, which bring together one tensor at a time; one of them ``writes``.
 
     Raises:
         Fatal: they can't be written.
     """
+    layout = engine.layout()
+    names = [name.removeprefix("model/") for name in layout if name.startswith("model/")]
+    names.sort(key=lambda name: -layout[f"model/{name}"][0].itemsize)
+    files = {WEIGHTS: [f"model/{name}" for name in names]}
+    if engine.average:
+        files[AVERAGED] = [f"ema/{name}" if f"ema/{name}" in layout else f"model/{name}" for name in names]
+    tensors = (engine.whole(source) for sources in files.values() for source in sources)
     try:
-        _save_final(run, model, average)
-    except (OSError, SafetensorError) as error:
+        if writes:
+            _save_final(run, list(files), {name: layout[f"model/{name}"] for name in names}, tensors)
+    except OSError as error:
         raise Fatal(
             f"the trained weights can't be written to {run.final} ({error}); once they can, the same command does"
         ) from error
+    finally:
+        for _ in tensors:  # also where nobody writes them
+            pass
 
 
-def _save_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
+def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator[Tensor]) -> None:
     aside, old = run.path / ".final.tmp", run.path / ".final.old"
     for left in (aside, old):
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
-    _write(model, aside / WEIGHTS)
-    if average:
-        with average.swapped():
-            _write(model, aside / AVERAGED)
+    for file in files:
+        write_whole(aside / file, layout, islice(tensors, len(layout)))
     sync(aside)
     if run.final.exists():
         run.final.rename(old)
@@ -236,19 +250,6 @@ def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
             world.share(flat)
             tensor.copy_(flat.view(tensor.dtype).reshape(tensor.shape))
     return done
-
-
-def _write(model: nn.Module, file: Path) -> None:
-    save_file({next(iter(group)): _apart(next(iter(group.values()))) for group in tied(model)}, file, {"format": "pt"})
-    os.umask(umask := os.umask(0))
-    file.chmod(0o666 & ~umask)  # as any other file here; safetensors keeps it to its owner
-    sync(file)
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """``tensor`` contiguous and in memory of its own, as safetensors wants it."""
-    apart = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if apart else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:

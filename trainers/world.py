@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trainers.kept import KEPT
@@ -68,6 +68,13 @@ class World:
             KEPT.append(dist.group.WORLD)
         return world
 
+    def connect(self) -> None:
+        """A process group, also for a world of one, which does without where it can."""
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(self.device)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            KEPT.append(dist.group.WORLD)
+
     def agree(self, text: str) -> str:
         """Rank 0's text, on all ranks."""
         return self.gather(text if self.rank == 0 else "")[0]
@@ -96,6 +103,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, wish: bool) -> bool:
+        """Whether some rank has it, on all ranks."""
+        return bool(self.sum(torch.tensor(int(wish), device=self.device)))
+
     def wait_patiently(self) -> None:
         """From now on collectives don't time out: what hangs is noticed by the ranks' watches (starting/watch.py).
 
@@ -106,7 +117,7 @@ class World:
 
     def leave(self) -> None:
         """End the process group; the process is expected to end by ``os._exit`` (see trainers/kept.py)."""
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -15,12 +15,17 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch import nn
 
 from conf.compose import compose
+from trainers.average import Average
+from trainers.engines.base import Base
+from trainers.model import tied
 from trainers.run import train
 from trainers.rundir import RunDir
 from trainers.starting.watch import Watch
 from trainers.stop import Stop
+from trainers.weights import save_final
 from trainers.world import World
 
 DEADLINE_S = 60.0
@@ -153,3 +158,14 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """max |Δ| / max |w| over all weights."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(w.abs().max()) for w in a.values())
+
+
+def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:
+    """Write ``final/`` as the end of a run with this model does."""
+
+    class Holding(Base):
+        def __init__(self) -> None:
+            self.model, self.average, self._loss_scale = model, average, None
+            self._names = [next(iter(group)) for group in tied(model)]
+
+    save_final(run, Holding(), writes=True)

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from conf.compose import compose
-from tests.ranks.harness import Run, Runs, in_ranks
+from tests.ranks.harness import Run, Runs, in_ranks, leave
 from tests.tasks import Counted
 from trainers.evaluate import make_evaluate
 from trainers.evaluate_weights import evaluate_weights, measured
 from trainers.stop import Stop
-from trainers.weights import initialise, save_final
+from trainers.weights import initialise
 from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
@@ -110,7 +110,7 @@ def test_json_is_alone_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.Cap
     initialise(model, str(trained.run.path), World(0, 1, 0, 1, torch.device("cpu"), None))
     nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[index]
     run = trained.run.__class__(tmp_path)
-    save_final(run, model, None)
+    leave(run, model, None)
     target = TASK[1].replace("Normed", "Chatty")
     acted(2, tmp_path / "ranks", target, f"init_from={tmp_path}", "output=json")
     out, err = capfd.readouterr()

@@ -21,7 +21,7 @@ from tests.ranks.harness import Runs, in_ranks
 from tests.steps import walk
 from tests.tasks import Counted, Many, OneByOne
 from trainers.engines import make_engine
-from trainers.engines.ddp import checked
+from trainers.engines.root import checked
 from trainers.evaluate import make_evaluate
 from trainers.loader import Fetch, Loader, to_device
 from trainers.locate import build, locate
@@ -267,7 +267,7 @@ def test_note_adds_no_collective(runs: Runs) -> None:
         config = compose([*TASK, "batch.global_size=40", "batch.per_gpu=7"])
         whole = resolve(config, ranks.size)
         model = task.model()
-        engine = make_engine(config, task, model, make_optimizer(config, task, model, whole.peak), ranks)
+        engine = make_engine(config, task, model, whole.peak, ranks)
         state = TrainState(whole)
         loader = Loader(task.train_data(), task, state, ranks, 0)
         collectives = []
@@ -275,7 +275,7 @@ def test_note_adds_no_collective(runs: Runs) -> None:
             with torch.profiler.profile() as profile:
                 for micro in loader(step):
                     with engine.micro(micro.last):
-                        loss, units = engine.loss(micro.batch)
+                        loss, units = engine.loss(micro.batch, micro.samples)
                         engine.backward(loss, Note(loss, units, micro.expected_units, ranks.rank == 1))
                 total = engine.total(step.expected_units)
             collectives.append(sum(event.name == "gloo:all_reduce" for event in profile.events()))

@@ -16,6 +16,7 @@ from scaling.resolve import resolve
 from tests.ranks.harness import Runs, distance
 from tests.ranks.test_batchnorm import apart
 from tests.tasks import Counted
+from trainers.engines import Parts
 from trainers.engines.ddp import DDP
 from trainers.keyed import Stream
 from trainers.model import prepare, recompute
@@ -137,11 +138,10 @@ def fp16_engine(**options: Any) -> tuple[DDP, Any]:
     task, plan = Counted(dropout=0), resolve(config, 1, 500)
     torch.manual_seed(0)
     model = task.model()
-    tuned = make_optimizer(config, task, model, plan.peak)  # type: ignore[arg-type]
-    engine = DDP(task, model, tuned, None, ALONE, {}, skip_nonfinite=False, **options)  # type: ignore[arg-type]
+    engine = DDP(Parts(task, model, lambda: make_optimizer(config, task, model, plan.peak), ALONE, **options), {})
 
     def step(factor: float = 1.0) -> Any:
-        loss, units = engine.loss([tensor[:24] for tensor in task.train_data().tensors])
+        loss, units = engine.loss([tensor[:24] for tensor in task.train_data().tensors], 24)
         engine.backward(loss / 24 * factor, Note(loss, units, 24))
         return engine.update(engine.total(24).scale(24), 1.0, plan.peak)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from conf.compose import compose
 from scaling.resolve import resolve
-from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.harness import Run, Runs, distance, in_ranks, leave
 from tests.ranks.test_parts import ALONE
 from tests.tasks import Counted
 from trainers.average import Average
 from trainers.rundir import Refused, RunDir
-from trainers.weights import find, initialise, load_average, save_final
+from trainers.weights import find, initialise, load_average
 from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
@@ -136,7 +136,7 @@ def test_final_holds_every_tensor_once_and_loads_as_plain_torch(tmp_path: Path) 
     run, model = RunDir(tmp_path), Shared()
     average = Average(dict(model.named_parameters()))
     nn.init.constant_(model.part, 7.0)
-    save_final(run, model, average)
+    leave(run, model, average)
     file = run.final / "model.safetensors"
     assert sorted(path.name for path in run.final.iterdir()) == ["ema.safetensors", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -153,7 +153,7 @@ def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path
     model, again = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)) for _ in range(2))
     for tied in (model, again):
         tied[2].weight = tied[0].weight
-    save_final(RunDir(tmp_path), model, None)
+    leave(RunDir(tmp_path), model, None)
     load_model(again, tmp_path / "final" / "model.safetensors")
     assert alike(again, model)
 
@@ -163,7 +163,7 @@ def test_final_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     for left in (".final.tmp", ".final.old", "final"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "ema.safetensors").write_bytes(b"older")
-    save_final(run, Shared(), None)
+    leave(run, Shared(), None)
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "model.safetensors"]
 
 
@@ -296,7 +296,7 @@ def test_floats_are_converted(tmp_path: Path) -> None:
 
 def test_of_shared_tensors_one_name_is_enough(tmp_path: Path) -> None:
     file, model = tmp_path / "tied.safetensors", Shared()
-    save_final(RunDir(tmp_path), model, None)
+    leave(RunDir(tmp_path), model, None)
     plain = load_file(tmp_path / "final" / "model.safetensors")
     for names in (["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]):
         save_file({**plain, **{name: plain["embed.weight"].clone() for name in names}}, file)
@@ -319,14 +319,14 @@ class Remembering(nn.Linear):
 
 def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
     model, again = Remembering(2, 2), Remembering(2, 2)
-    save_final(RunDir(tmp_path), model, None)
+    leave(RunDir(tmp_path), model, None)
     initialise(again, str(tmp_path), ALONE)
     assert torch.equal(model.weight, again.weight)
 
 
 def test_only_rank_0_reads_and_all_have_the_same(tmp_path: Path) -> None:
     """Tensors of every dtype; the others needn't even see the file."""
-    save_final(RunDir(tmp_path), Shared(), None)
+    leave(RunDir(tmp_path), Shared(), None)
 
     def body(world: World) -> Any:
         model = Shared(seed=world.rank + 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -75,23 +76,11 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
         OSError: the disk is full, or gone.
         TypeError: a dtype that safetensors doesn't have.
     """
-    # the larger elements first, so that all are aligned, as safetensors does it
     pieces = sorted(slices, key=lambda piece: -piece.data.element_size())
-    header, end = {}, 0
-    for piece in pieces:
-        if piece.data.dtype not in _NAMES:
-            raise TypeError(f"{piece.name} is {piece.data.dtype}, which a checkpoint can't hold")
-        if piece.data.numel():
-            assert piece.name not in header, f"two slices of {piece.name}"
-            span = (end, end := end + piece.data.nbytes)
-            shape = [piece.data.numel()]  # len() of a tensor is slow
-            header[piece.name] = {"dtype": _NAMES[piece.data.dtype], "shape": shape, "data_offsets": span}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    heading = heading_of([(p.name, p.data.dtype, (p.data.numel(),)) for p in pieces if p.data.numel()])
     digest, unsynced = hashlib.sha256(), 0
     with open(folder / file_of(rank), "wb") as file:
-        heading = memoryview(len(text).to_bytes(8, "little") + text)
-        for whole in (heading, *(_bytes(piece.data) for piece in pieces)):
+        for whole in (memoryview(heading), *(_bytes(piece.data) for piece in pieces)):
             for begin in range(0, len(whole), CHUNK_BYTES):
                 chunk = whole[begin : begin + CHUNK_BYTES]
                 file.write(chunk)
@@ -103,13 +92,55 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
                 beat()
         _flush(file)
     return {
-        "bytes": 8 + len(text) + end,
+        "bytes": len(heading) + sum(piece.data.nbytes for piece in pieces),
         "sha256": digest.hexdigest(),
         "slices": {
             piece.name: [_NAMES[piece.data.dtype], list(piece.shape), piece.start, piece.start + piece.data.numel()]
             for piece in pieces
         },
     }
+
+
+def heading_of(kinds: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], **metadata: str) -> bytes:
+    """What a safetensors file begins with: the length of a JSON header, and the header, padded to a multiple of 8.
+
+    Args:
+        kinds: name, dtype and shape of each tensor that follows, the larger elements first, so that all are aligned.
+
+    Raises:
+        TypeError: a dtype that safetensors doesn't have.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape in kinds:
+        if dtype not in _NAMES:
+            raise TypeError(f"{name} is {dtype}, which a checkpoint can't hold")
+        assert name not in header, f"two slices of {name}"
+        span = (end, end := end + math.prod(shape) * dtype.itemsize)
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_whole(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
+) -> None:
+    """Write whole tensors, one after another, so that no more than one of them is needed at a time.
+
+    Args:
+        layout: their names, dtypes and shapes, in the order of ``tensors``, the larger elements first.
+
+    Raises:
+        OSError: the disk is full, or gone.
+        TypeError: a dtype that safetensors doesn't have.
+    """
+    with open(path, "wb") as file:
+        file.write(heading_of([(name, *kind) for name, kind in layout.items()], format="pt"))
+        for (dtype, _), tensor in zip(layout.values(), tensors, strict=False):
+            plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+            file.write(_bytes(plain))
+        _flush(file)
 
 
 def _bytes(data: Tensor) -> memoryview:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from trainers.optim import Tuned
     from trainers.tasks import Task
     from trainers.world import World
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,18 @@ class Engine(Protocol):
     average: Average | None
     """The moving average of its weights."""
 
-    def micro(self, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass; gradients are reduced in the ``last`` one of a step only."""
+    lockstep: bool
+    """A forward sends messages, so all ranks run as many: one that has no samples runs a stand-in, of other samples."""
 
-    def loss(self, batch: Any | None) -> tuple[Tensor, float | Tensor]:
-        """The task's sum of losses and number of units; a zero of both for None, a rank's empty micro-batch.
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
+        """Around one pass; ``last`` of a step."""
+
+    def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        """The task's sum of losses and number of units.
+
+        Args:
+            samples: of the batch; 0: a stand-in, which adds nothing to any sum and touches no statistics. Its batch is
+                None, but where ranks go in lockstep.
 
         Raises:
             Refused: the task's loss isn't (sum, units).
@@ -81,6 +90,9 @@ class Engine(Protocol):
             Refused: after the first step: the optimizer keeps what a checkpoint can't hold.
         """
 
+    def call(self, work: Callable[[], Found]) -> Found:
+        """What ``work`` returns, which calls the model outside of a step; in lockstep, on all ranks."""
+
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``.
 
@@ -101,16 +113,56 @@ class Engine(Protocol):
     def restore(self, reader: Reader) -> None:
         """Go on from a checkpoint, of any engine and number of ranks."""
 
+    def whole(self, name: str) -> Tensor:
+        """A tensor of ``layout`` on all ranks, which call this alike."""
 
-def make_engine(config: RunConfig, task: Task, model: nn.Module, tuned: Tuned, world: World) -> Engine:
-    """The engine that the config names. ``model`` is on the world's device already."""
-    from trainers.average import Average
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of.
+
+    Attributes:
+        model: on the CPU, the same on all ranks; the engine brings it to its device.
+        make_optimizer: called once the model has the parameters that are trained.
+        ema: keep a moving average of the weights.
+        skip_nonfinite: a step whose gradient isn't finite changes nothing.
+        precision: fp32, bf16 or fp16.
+    """
+
+    task: Task
+    model: nn.Module
+    make_optimizer: Callable[[], Tuned]
+    world: World
+    ema: bool = False
+    skip_nonfinite: bool = False
+    precision: str = "fp32"
+
+
+def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe, world: World) -> Engine:
+    """The engine that the config names.
+
+    Args:
+        recipe: what the optimizer is made with.
+
+    Raises:
+        Refused: it can't train this model, or the package that it needs isn't installed.
+    """
     from trainers.engines.ddp import DDP
+    from trainers.engines.fsdp import FSDP
+    from trainers.optim import make_optimizer
     from trainers.precision import check_precision
 
     check_precision(config.precision, world.device)
-    average = None if config.ema is None else Average(dict(model.named_parameters()))
-    skip = config.on_nonfinite == "skip"
-    return DDP(
-        task, model, tuned, average, world, config.engine.config, skip_nonfinite=skip, precision=config.precision
+    parts = Parts(
+        task,
+        model,
+        lambda: make_optimizer(config, task, model, recipe),
+        world,
+        ema=config.ema is not None,
+        skip_nonfinite=config.on_nonfinite == "skip",
+        precision=config.precision,
     )
+    engine: Any = config.engine
+    if engine.name == "fsdp":
+        return FSDP(parts, engine)
+    return DDP(parts, engine.config)

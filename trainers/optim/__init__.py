@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from trainers.locate import build, locate
 from trainers.rundir import Refused
+from trainers.shards import sharded
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -99,8 +100,9 @@ def _moments(recipe: Recipe) -> dict[str, Any]:
 
 
 def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
-    """One of torch's optimizers, with its fused kernel where ``args`` don't choose and the device has one."""
-    if "fused" in args or "foreach" in args:
+    """One of torch's optimizers, with its fused kernel where ``args`` don't choose and there is one."""
+    unfused = cls is SGD and any(sharded(parameter) for group in groups for parameter in group["params"])
+    if "fused" in args or "foreach" in args or unfused:  # torch 2.13 has none for SGD of DTensors
         return cls(groups, **args)
     try:
         return cls(groups, **args, fused=True)  # type: ignore[call-arg]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trainers.optim import evaluated
 from trainers.optim.kernels import kernels
 from trainers.rundir import Refused
+from trainers.shards import local, sharded
 
 LARGE = 10_000  # elements
 
@@ -107,7 +108,7 @@ class Layerwise(Optimizer):
                 continue
             self._check(parameter)
             wide = _wide(parameter.dtype)
-            native = self._native and wide == torch.float32 and parameter.is_cpu and not hasattr(parameter, "to_local")
+            native = self._native and wide == torch.float32 and parameter.is_cpu and not sharded(parameter)
             # By torch's operations on a CPU large ones go one by one: so a pass finds in the cache what the last left.
             alone = id(parameter) if parameter.is_cpu and not native and parameter.numel() > LARGE else None
             part = parts.setdefault((parameter.device, wide, native, alone), Part(native))
@@ -121,16 +122,16 @@ class Layerwise(Optimizer):
                 state["step"] = torch.zeros((), device=parameter.device)
             for key in self.keeps:
                 state[key] = _zeros(parameter)
-        mine = _local(parameter)
+        mine = local(parameter)
         strides = mine.stride() if mine.is_contiguous() else torch.empty_like(mine).stride()
         part.owners.append(parameter)
-        kept = [(_local(state[key]), part.state.setdefault(key, [])) for key in self.keeps]
+        kept = [(local(state[key]), part.state.setdefault(key, [])) for key in self.keeps]
         for original, whole in ((mine, part.weights), *kept):
             whole.append(_as(original, strides, wide))
             if whole[-1] is not original:
                 part.copies.append((original, whole[-1]))
         assert parameter.grad is not None
-        part.gradients.append(_as(_local(parameter.grad), strides, wide))
+        part.gradients.append(_as(local(parameter.grad), strides, wide))
         if self.counts:
             part.state.setdefault("step", []).append(state["step"])
 
@@ -154,12 +155,6 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=_wide(parameter.dtype), requires_grad=False)
 
 
-def _local(tensor: Any) -> Tensor:
-    """This rank's shard of a DTensor; a plain tensor as it is."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
 def _as(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor itself where it is so already, else a copy."""
     if tensor.dtype == dtype and tensor.stride() == strides:
@@ -168,7 +163,7 @@ def _as(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _whole_norm(norm: Tensor, owner: Any) -> Tensor:
-    if not hasattr(owner, "to_local"):
+    if not sharded(owner):
         return norm
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

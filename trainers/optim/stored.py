@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.rundir import Refused
+from trainers.shards import read_like
 
 if TYPE_CHECKING:
     from trainers.checkpoints.slices import Reader
@@ -46,7 +46,7 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
 
 
 def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader: Reader) -> None:
-    """Put back what ``stored_optimizer`` gave, whole on this rank.
+    """Put back what ``stored_optimizer`` gave: of a sharded parameter's state, this rank's part.
 
     Raises:
         Refused: it isn't of this optimizer: groups, or the parameters in them, are others.
@@ -77,10 +77,8 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader:
         # torch's optimizers count steps on the CPU, but where the kernel counts
         group = groups[parameter]
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-        whole = reader.whole(name).to("cpu" if stays else parameter.device)
-        if whole.shape == parameter.shape and whole.stride() != parameter.stride():  # as fused kernels need them
-            whole = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False).copy_(whole)
-        optimizer.state[parameter][key] = whole
+        value = read_like(parameter, reader, name)
+        optimizer.state[parameter][key] = value.to("cpu" if stays else parameter.device)
 
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:

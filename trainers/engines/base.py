@@ -1,0 +1,269 @@
+"""What all engines do alike: the loss of a pass, what is made of a summed gradient, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from scaling.rules import Recipe
+from trainers.average import Average
+from trainers.batchnorm import statistics_of
+from trainers.checkpoints.slices import Reader, Slice
+from trainers.engines import Found, Parts, Update
+from trainers.engines.root import Root, checked
+from trainers.model import distinct
+from trainers.noise import GradientSquares
+from trainers.optim import Tuned
+from trainers.optim.stored import restore_optimizer, stored_optimizer
+from trainers.precision import LossScale, autocast
+from trainers.rundir import Fatal, Refused
+from trainers.shards import fill, gathered, local, slices_of
+from trainers.tally import Note, NoteCarrier, Number, Total
+
+
+class Base:
+    """An engine without a reduction: what its subclasses add is how ranks bring their gradients together.
+
+    A subclass's constructor wraps ``self._root``, and then calls ``_begin``.
+
+    Attributes:
+        mean_over: by how many its reduction divides the sum over ranks; the loss is multiplied by it.
+    """
+
+    lockstep = False
+    mean_over = 1
+
+    def __init__(self, parts: Parts) -> None:
+        self.model, self._task, self._world, self._precision = parts.model, parts.task, parts.world, parts.precision
+        self._names = list(distinct(parts.model))  # what can't be saved is refused now, and not when it would be lost
+        self._place(parts.model)
+        self._carrier = NoteCarrier(self._device)
+        self._statistics = statistics_of(parts.model, self._device)
+        self._root = Root(parts.model)
+        self._wrapped: nn.Module = self._root
+        self._skip_nonfinite, self._ema = parts.skip_nonfinite, parts.ema
+        self._loss_scale = LossScale() if parts.precision == "fp16" else None
+        self._buffers_before: dict[str, Tensor] = {}
+        self._stepped = False
+
+    def _begin(self, tuned: Tuned) -> None:
+        """Take over the optimizer of the parameters that are trained."""
+        self._tuned = tuned
+        self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
+        self._squares = GradientSquares(self._parameters)
+        self.average = Average(dict(self.model.named_parameters())) if self._ema else None
+        self._keep_buffers()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._world.device
+
+    def _place(self, model: nn.Module) -> None:
+        model.to(self._device)
+
+    # ---- a pass
+
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        with _explained():
+            return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
+
+    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        if self._statistics:
+            self._statistics.begin()
+        with autocast(self._precision, self._device):
+            loss, units = checked(self._task.loss(self.model, batch)) if samples else self._stand_in(batch)
+        return self._carrier.attach(self._statistics.attach(loss) if self._statistics else loss), units
+
+    def _stand_in(self, batch: Any | None) -> tuple[Tensor, float]:
+        """A zero that gives every parameter a zero gradient, and leaves the statistics as they are."""
+        if batch is None:
+            parts = [p.reshape(-1)[:0].sum() for p in self.model.parameters() if p.requires_grad]
+            return torch.stack([part.float() for part in parts]).sum(), 0.0
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        loss, _ = checked(self._task.loss(self.model, batch))
+        for buffer, before in zip(self.model.buffers(), kept, strict=True):
+            if not torch.equal(buffer, before):  # autograd minds, where one that is saved for the backward is written
+                buffer.copy_(before)
+        if self._statistics:
+            self._statistics.begin()
+        return loss * 0, 0.0
+
+    def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
+        self._carrier.write(note)
+        with nullcontext() if measured is None else self._squares.of(measured):
+            self._backward(loss * (self.mean_over * self._factor))
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def call(self, work: Callable[[], Found]) -> Found:
+        return work()
+
+    @property
+    def _factor(self) -> float:
+        return self._loss_scale.factor if self._loss_scale else 1.0
+
+    # ---- a step
+
+    def total(self, expected_units: int) -> Total:
+        return self._carrier.take(self.mean_over, expected_units)
+
+    def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
+        scale = scale / self._factor
+        norm = self._norm() * scale
+        squares = self._squares.take(self._world.sum)
+        if self._may_skip and not math.isfinite(norm):  # on an accelerator this look waits for it
+            self._discard()
+            return Update(norm, skipped=True)
+        self._tuned.tell(recipe)
+        self._step(clipped(scale, norm, clip_norm))
+        if self.average and recipe.ema is not None:
+            self.average.update(recipe.ema)
+        if self._statistics:
+            self._statistics.update()
+        if self._loss_scale:
+            self._loss_scale.kept()
+        self._keep_buffers()
+        if not self._stepped:
+            self._stepped = True
+            self.values()  # what can't be saved is refused now, and not when it would be lost
+        return Update(norm, parts_sq=None if squares is None else number(squares) * (scale / self.mean_over) ** 2)
+
+    def _gradients(self) -> list[Tensor]:
+        """Those that this rank holds of all parameters, in its own memory."""
+        for parameter in self._parameters:
+            if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
+                parameter.grad = torch.zeros_like(parameter)
+        return [local(parameter.grad) for parameter in self._parameters]
+
+    def _norm(self) -> Number:
+        """Of the summed gradient."""
+        return number(norm_of(self._gradients()))
+
+    def _step(self, factor: Number) -> None:
+        """Multiply the gradient, step the optimizer, drop the gradient."""
+        gradients = self._gradients()
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(gradients, factor.float())
+        elif factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self._tuned.optimizer.step()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget the gradient."""
+        self._tuned.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _may_skip(self) -> bool:
+        return self._skip_nonfinite or self._loss_scale is not None
+
+    def _keep_buffers(self) -> None:
+        if self._may_skip:
+            self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def _discard(self) -> None:
+        """Undo what the step did to the buffers, also where a module has made a new one.
+
+        Raises:
+            Fatal: no lower loss scale can help.
+        """
+        if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
+            raise Fatal(
+                f"loss or gradient isn't finite, and the loss scale of precision=fp16 is at its lowest, "
+                f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
+            )
+        self._drop()
+        if self._statistics:
+            self._statistics.drop()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers_before[name])
+
+    # ---- a checkpoint
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._always().items()}
+
+    def slices(self) -> Iterator[Slice]:
+        for buffer in self.model.buffers():
+            self._world.share(buffer)  # rank 0's running statistics are those of the run
+        return slices_of({**self._always(), **self._optimizer_state()[0]}, self._world.rank, self._world.size)
+
+    def values(self) -> dict[str, Any]:
+        return self._optimizer_state()[1]
+
+    def restore(self, reader: Reader) -> None:
+        with torch.no_grad():
+            for name, tensor in self._always().items():
+                fill(tensor, reader, name)
+        restore_optimizer(self._tuned.optimizer, self._by_parameter(), reader)
+        self._keep_buffers()
+
+    def whole(self, name: str) -> Tensor:
+        return gathered(self._always()[name])
+
+    def _always(self) -> dict[str, Tensor]:
+        state = self.model.state_dict(keep_vars=True)
+        scale = {"precision/loss_scale": self._loss_scale.state} if self._loss_scale else {}
+        averages = self.average.tensors if self.average else {}
+        return (
+            {f"model/{name}": state[name].detach() for name in self._names}
+            | {f"ema/{name}": tensor for name, tensor in averages.items()}
+            | scale
+        )
+
+    def _by_parameter(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return stored_optimizer(self._tuned.optimizer, self._by_parameter())
+
+
+def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
+    """``scale``, with what clips a gradient whose norm is then ``norm``."""
+    if clip_norm is None:
+        return scale
+    limit = clip_norm / (norm + 1e-6)
+    return scale * (limit.clamp(max=1.0) if isinstance(limit, Tensor) else min(limit, 1.0))
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The norm of all of them together, 0-dim float64."""
+    wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+    norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
+    return cast(Tensor, torch.linalg.vector_norm(norms)).double()
+
+
+def number(scalar: Tensor) -> Number:
+    """A float, where a look at it doesn't wait for a device."""
+    return scalar.item() if scalar.is_cpu else scalar
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Around a forward: what torch says of it in its own words is said in ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "find_unused_parameters" in str(error):
+            raise Refused(
+                "some parameters have no part in the loss, so their gradient never comes: freeze them with "
+                "requires_grad=False, or give engine.config.find_unused_parameters=true"
+            ) from error
+        raise
+    except ValueError as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise Refused(
+                "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
+                "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
+                "them from N samples on any hardware"
+            ) from error
+        raise

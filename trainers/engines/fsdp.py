@@ -1,0 +1,182 @@
+"""torch's FSDP2 (``fully_shard``) behind the protocol: each rank holds a part of every tensor, its rows.
+
+A forward gathers the weights of one group of modules after another, a backward parts its gradients. What FSDP doesn't
+reduce (notes, statistics, parameters without dimensions) travels with the norm of the gradient, which is a message
+anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from trainers.engines import Found, Parts
+from trainers.engines.base import Base, norm_of
+from trainers.locate import check_call
+from trainers.model import matching
+from trainers.noise import GradientSquares
+from trainers.precision import DTYPES
+from trainers.rundir import Refused
+from trainers.shards import sharded
+from trainers.tally import Number, Total
+
+if TYPE_CHECKING:
+    import conf.engines
+
+
+class FSDP(Base):
+    """The engine ``fsdp``. Gradients are sums over ranks."""
+
+    lockstep = True
+
+    def __init__(self, parts: Parts, config: conf.engines.FSDP) -> None:
+        if config.offload and parts.world.device.type == "cpu":
+            raise Refused("engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU")
+        self._offload = config.offload
+        parts.world.connect()
+        super().__init__(parts)
+        self._shard(config)
+        self._begin(parts.make_optimizer())
+        self._replicated = [p for p in self._parameters if not sharded(p)]
+        self._norm_found: Tensor | None = None
+        self._seen_unsharded()
+
+    def _place(self, model: nn.Module) -> None:
+        """The parts alone are brought to the device, group by group; what isn't parted goes there whole."""
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self._device)
+        for parameter in model.parameters():
+            self._world.share(parameter.data)  # the same on all ranks, as DDP makes it
+            if parameter.ndim == 0:  # FSDP doesn't take these
+                parameter.data = parameter.data.to(self._device)
+
+    def _shard(self, config: conf.engines.FSDP) -> None:
+        mesh = init_device_mesh(self._device.type, (self._world.size,))
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": _policy(config),
+            "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+            "ignored_params": {p for p in self.model.parameters() if p.ndim == 0},
+        }
+        check_call("engine.config", "fully_shard", fully_shard, (self._root,), {**options, **config.config})
+        for module in (*groups(self.model, config.shard), self._root):
+            fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
+        for one in self._sharded_modules():
+            one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+            one.set_gradient_divide_factor(1.0)
+            one.set_reduce_scatter_unused_params(True, recurse=False)
+
+    def _sharded_modules(self) -> list[FSDPModule]:
+        return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+
+    def _seen_unsharded(self) -> None:
+        """From the first forward on, measure the gradients of whole parameters: parts get theirs reduced."""
+        found, hooks = list[nn.Parameter](), list[Any]()
+        trained = {p for p in self._replicated if p.requires_grad}
+
+        def look(module: nn.Module, args: Any) -> None:
+            found.extend(p for p in module.parameters() if p.requires_grad and not sharded(p) and p not in trained)
+
+        def done(module: nn.Module, args: Any, output: Any) -> None:
+            self._squares = GradientSquares([*trained, *dict.fromkeys(found)])
+            for hook in hooks:
+                hook.remove()
+
+        for module in self._sharded_modules():
+            assert isinstance(module, nn.Module)
+            hooks.append(module.register_forward_pre_hook(look))
+        hooks.append(self._root.register_forward_hook(done))
+
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self._root, FSDPModule)
+        self._root.set_is_last_backward(last)
+        return nullcontext()
+
+    def call(self, work: Callable[[], Found]) -> Found:
+        try:
+            return self._wrapped(work)  # type: ignore[no-any-return]
+        finally:
+            for module in self._sharded_modules():
+                module.reshard()  # else what was gathered is used again, whatever becomes of the parts
+
+    def total(self, expected_units: int) -> Total:
+        """One message: the notes, the statistics, gradients that FSDP left alone, and the norm of the rest."""
+        gradients = self._gradients()
+        own = [g for g, p in zip(gradients, self._parameters, strict=True) if sharded(p)]
+        square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
+        riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else []), *self._replicated]
+        riding = [_gradient(rider) for rider in riders]
+        message = torch.cat([square.double().reshape(1), *(one.reshape(-1).double() for one in riding)])
+        dist.all_reduce(message)
+        offset = 1
+        for one in riding:
+            one.copy_(message[offset : offset + one.numel()].view(one.shape))
+            offset += one.numel()
+        apart = [_gradient(parameter) for parameter in self._replicated]
+        self._norm_found = (message[0] + (norm_of(apart).square() if apart else 0)).sqrt()
+        return super().total(expected_units)
+
+    def _norm(self) -> Number:
+        assert self._norm_found is not None, "no total since the last update"
+        return self._norm_found.item() if self._norm_found.is_cpu else self._norm_found
+
+    def _step(self, factor: Number) -> None:
+        if self._offload and isinstance(factor, Tensor):
+            factor = factor.cpu()
+        super()._step(factor)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _policy(config: conf.engines.FSDP) -> MixedPrecisionPolicy:
+    wide = DTYPES | {None: None, "fp32": torch.float32}
+    dtype = wide[config.param_dtype]
+    reduced = torch.float32 if dtype and config.reduce_dtype is None else wide[config.reduce_dtype]
+    # inputs are cast by autocast, which knows what may be
+    return MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
+
+
+def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
+    """The modules whose parameters are gathered together, inner ones first; what is left goes with the root.
+
+    Args:
+        shard: patterns of their names; ``auto``: the elements of the outermost ModuleLists.
+
+    Raises:
+        Refused: a pattern matches none, or one of them shares a parameter with what is outside of it.
+    """
+    chosen = set(_elements(model) if shard == "auto" else matching(model, shard, "engine.shard").values())
+    inner_first = [module for module in reversed(list(model.modules())) if module in chosen]
+    owners: dict[nn.Parameter, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(id(module))
+    apart = []
+    for module in inner_first:
+        inside = {id(one) for one in module.modules()}
+        shared = any(not owners[parameter] <= inside for parameter in module.parameters())
+        if shared and shard != "auto":
+            name = next(name for name, one in model.named_modules() if one is module)
+            raise Refused(f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart")
+        if not shared and any(parameter.ndim for parameter in module.parameters()):
+            apart.append(module)
+    return apart
+
+
+def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _elements(child)

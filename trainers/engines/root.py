@@ -1,0 +1,56 @@
+"""The module that engines wrap, and what may come back from a task's loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from trainers.precision import widened
+from trainers.rundir import Refused
+
+Found = TypeVar("Found")
+
+
+class Root(nn.Module):
+    """A module whose forward is whatever is to be done with the model: so a task may call it twice, or only a part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Found]) -> Found:
+        return work()
+
+
+def checked(result: Any) -> tuple[Tensor, float | Tensor]:
+    """What a task's loss returned, if it is (sum, units). Raises Refused if not."""
+    wanted = "task.loss has to return (sum of the losses over units, number of units)"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise Refused(f"{wanted}; it returned {_shown(result)}")
+    loss, units = result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
+    loss = widened(loss.reshape(()))
+    if isinstance(units, Tensor) and units.numel() == 1:
+        if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
+            return loss, units.detach().reshape(())
+        units = units.item()
+    if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
+        return loss, float(units)
+    raise Refused(f"{wanted}; its number of units is {_shown(units)}, not a number of 0 or more")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return (
+        f"{value!r:.60}, a {type(value).__name__}"
+        if isinstance(value, Real | str | None)
+        else f"a {type(value).__name__}"
+    )

@@ -1,0 +1,83 @@
+"""Tensors of which a rank holds a part: DTensors, sharded by their first dimension. Plain ones all ranks have whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from trainers.checkpoints.slices import DTYPES, Reader, Slice
+
+
+def sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, in the memory of its own and without a gradient; a plain tensor as it is."""
+    if not sharded(tensor):
+        return cast(Tensor, tensor)
+    with torch.no_grad():
+        return cast(Tensor, tensor.to_local())
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The tensor on all ranks, which have to call this alike."""
+    return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())
+
+
+def range_of(tensor: Any) -> tuple[int, int]:
+    """Which elements [start, stop) of the flattened tensor this rank holds."""
+    if not sharded(tensor):
+        return 0, tensor.numel()
+    (placement,) = tensor.placements
+    assert placement.is_shard(0), f"{placement}: parts have to be contiguous"
+    # rows are parted as torch.chunk parts them
+    ranks, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
+    row, rows = tensor[:1].numel() if len(tensor) else 0, -(-len(tensor) // ranks)
+    start = min(rank * rows, len(tensor)) * row
+    return start, start + local(tensor).numel()
+
+
+def slices_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:
+    """This rank's part of ``tensors``: what it holds of sharded ones, and its share of the rest."""
+    for name, tensor in tensors.items():
+        if sharded(tensor):
+            start, stop = range_of(tensor)
+            if start < stop or (tensor.numel() == 0 and rank == 0):
+                yield Slice(name, tuple(tensor.shape), start, local(tensor).reshape(-1))
+    yield from share_of({name: tensor for name, tensor in tensors.items() if not sharded(tensor)}, rank, ranks)
+
+
+def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:
+    """A rank's part of tensors that all ranks have whole: laid end to end, they are parted equally, by bytes."""
+    total, end = sum(tensor.nbytes for tensor in tensors.values()), 0
+    first, last = (total * bound // ranks for bound in (rank, rank + 1))
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        # an element belongs to the rank in whose part its first byte lies
+        start, stop = (
+            min(tensor.numel(), max(0, -((begin - bound) // tensor.element_size()))) for bound in (first, last)
+        )
+        if start < stop or (tensor.numel() == 0 and rank == 0):
+            yield Slice(name, tuple(tensor.shape), start, tensor.detach().reshape(-1)[start:stop])
+
+
+def fill(tensor: Tensor, reader: Reader, name: str) -> None:
+    """Set what this rank holds of ``tensor`` to what a checkpoint has as ``name``; only that is read."""
+    part = local(tensor)
+    part.copy_(reader(name, *range_of(tensor)).view(part.shape))
+
+
+def read_like(parameter: Tensor, reader: Reader, name: str) -> Tensor:
+    """What a checkpoint has as ``name``, sharded as ``parameter`` where it has its shape."""
+    stored = reader.tensors[name]
+    if stored.shape != parameter.shape:
+        return reader.whole(name)
+    # the strides, too, are those of the parameter, as fused kernels need them
+    value = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+    fill(value, reader, name)
+    return value
