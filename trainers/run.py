@@ -30,7 +30,6 @@ from trainers.keyed import Stream, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model, prepare
-from trainers.optim import make_optimizer
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.starting.notes import restarts
 from trainers.starting.watch import Watch
@@ -108,13 +107,12 @@ def _train(
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
-    model = prepare(make_model(config, task), config, stream, world.size).to(world.device)
+    model = prepare(make_model(config, task), config, stream, world.size)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
         source = initialise(model, config.init_from, world) if config.init_from and begins else None
-    tuned = make_optimizer(config, task, model, plan.peak)
-    engine = make_engine(config, task, model, tuned, world)
+    engine = make_engine(config, task, model, plan.peak, world)
     watch.beat()
     state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
@@ -123,9 +121,20 @@ def _train(
     def beat() -> None:
         watch.beat(state.steps, state.samples)
 
-    loader = Loader(data, task, state, world, config.data.workers, stream.tell)
+    loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
     evaluate = with_average(
-        make_evaluate(task, model, world, state.plan.cut.per_gpu, stop, beat, config.precision), engine.average
+        make_evaluate(
+            task,
+            model,
+            world,
+            state.plan.cut.per_gpu,
+            stop,
+            beat,
+            config.precision,
+            call=engine.call,
+            lockstep=engine.lockstep,
+        ),
+        engine.average,
     )
     every, best = config.checkpoint.every, config.checkpoint.best
     if best and evaluate is None:
@@ -208,10 +217,10 @@ def _train(
     outcome = Outcome(
         "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
     )
+    if done:
+        with watch.excused():
+            save_final(run, engine, writes=ours is not None)
     if ours:
-        if done:
-            with watch.excused():
-                save_final(run, model, engine.average)
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
         run.write_outcome(outcome)
     return outcome
