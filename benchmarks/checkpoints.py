@@ -92,7 +92,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             step = plan.step_at(state.samples)
             assert step
             for micro in loader(step):
-                with engine.micro(last=micro.last):
+                with engine.micro(step.cut, last=micro.last):
                     loss, units = engine.loss(micro.batch, micro.samples)
                     engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units))
             scale = engine.total(step.expected_units).scale(step.expected_units)

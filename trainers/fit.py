@@ -70,7 +70,7 @@ def fit(
         for micro in loader(step):
             watch.beat(state.steps, state.samples)
             stream.start(micro.start, micro.stop)
-            with engine.micro(last=micro.last):
+            with engine.micro(step.cut, last=micro.last):
                 loss, units = engine.loss(micro.batch, micro.samples)
                 stream.stop()
                 wishes = {"stop": stop.wanted is not None, "save": keeper.due()} if micro.last else {}

@@ -274,7 +274,7 @@ def test_note_adds_no_collective(runs: Runs) -> None:
         for step in list(walk(whole))[:3]:
             with torch.profiler.profile() as profile:
                 for micro in loader(step):
-                    with engine.micro(micro.last):
+                    with engine.micro(step.cut, micro.last):
                         loss, units = engine.loss(micro.batch, micro.samples)
                         engine.backward(loss, Note(loss, units, micro.expected_units, ranks.rank == 1))
                 total = engine.total(step.expected_units)

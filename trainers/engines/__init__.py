@@ -14,6 +14,7 @@ from trainers.tally import Note, Number, Total
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
+    from scaling.geometry import Cut
     from scaling.rules import Recipe
     from trainers.average import Average
     from trainers.checkpoints.slices import Reader, Slice
@@ -54,8 +55,8 @@ class Engine(Protocol):
     lockstep: bool
     """A forward sends messages, so all ranks run as many: one that has no samples runs a stand-in, of other samples."""
 
-    def micro(self, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass; ``last`` of a step."""
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
+        """Around one pass, perhaps the ``last``, of a step that is cut so."""
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
         """The task's sum of losses and number of units.

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from scaling.geometry import Cut
 from scaling.rules import Recipe
 from trainers.average import Average
 from trainers.batchnorm import statistics_of
@@ -56,8 +57,11 @@ class Base:
         self._tuned = tuned
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._squares = GradientSquares(self._parameters)
-        self.average = Average(dict(self.model.named_parameters())) if self._ema else None
+        self.average = self._averaged() if self._ema else None
         self._keep_buffers()
+
+    def _averaged(self) -> Average:
+        return Average(dict(self.model.named_parameters()))
 
     @property
     def _device(self) -> torch.device:
@@ -68,7 +72,7 @@ class Base:
 
     # ---- a pass
 
-    def micro(self, last: bool) -> AbstractContextManager[Any]:
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -150,11 +154,7 @@ class Base:
 
     def _step(self, factor: Number) -> None:
         """Multiply the gradient, step the optimizer, drop the gradient."""
-        gradients = self._gradients()
-        if isinstance(factor, Tensor):
-            torch._foreach_mul_(gradients, factor.float())
-        elif factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
+        multiply(self._gradients(), factor)
         self._tuned.optimizer.step()
         self._drop()
 
@@ -204,8 +204,11 @@ class Base:
         with torch.no_grad():
             for name, tensor in self._always().items():
                 fill(tensor, reader, name)
-        restore_optimizer(self._tuned.optimizer, self._by_parameter(), reader)
+        self._restore_optimizer(reader)
         self._keep_buffers()
+
+    def _restore_optimizer(self, reader: Reader) -> None:
+        restore_optimizer(self._tuned.optimizer, self._by_parameter(), reader)
 
     def whole(self, name: str) -> Tensor:
         return gathered(self._always()[name])
@@ -233,6 +236,14 @@ def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
         return scale
     limit = clip_norm / (norm + 1e-6)
     return scale * (limit.clamp(max=1.0) if isinstance(limit, Tensor) else min(limit, 1.0))
+
+
+def multiply(gradients: list[Tensor], factor: Number) -> None:
+    """Multiply all of them by ``factor``, in place."""
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(gradients, factor.float())
+    elif factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

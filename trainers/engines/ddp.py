@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scaling.geometry import Cut
 from trainers.batchnorm import settled
 from trainers.engines import Parts
 from trainers.engines.base import Base
@@ -50,7 +51,7 @@ class DDP(Base):
         self.backward(loss, Note(loss, units, 0))
         self._root.zero_grad(set_to_none=True)
 
-    def micro(self, last: bool) -> AbstractContextManager[Any]:
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         if last or self._wrapped is self._root:
             return nullcontext()
         assert isinstance(self._wrapped, DistributedDataParallel)

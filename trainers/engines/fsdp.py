@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from scaling.geometry import Cut
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base, norm_of
 from trainers.locate import check_call
@@ -95,7 +96,7 @@ class FSDP(Base):
             hooks.append(module.register_forward_pre_hook(look))
         hooks.append(self._root.register_forward_hook(done))
 
-    def micro(self, last: bool) -> AbstractContextManager[Any]:
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self._root, FSDPModule)
         self._root.set_is_last_backward(last)
         return nullcontext()
