@@ -1,18 +1,61 @@
-"""Tensors of which a rank holds a part: DTensors, sharded by their first dimension. Plain ones all ranks have whole."""
+"""Tensors of which a rank holds a part: DTensors, sharded by their first dimension, and Parts. Plain ones are whole."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainers.checkpoints.slices import DTYPES, Reader, Slice
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this rank holds of a tensor: a range of it, flattened. The ranks' parts are all of it, once.
+
+    Attributes:
+        shape: of the whole tensor.
+        start: place of the first element in the flattened tensor.
+        data: 1-D.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.start, self.start + self.data.numel()
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def detach(self) -> Part:
+        return self
+
+    def to_local(self) -> Tensor:
+        return self.data
+
+    def full_tensor(self) -> Tensor:
+        """The whole tensor on all ranks, which call this alike; bit by bit, since only one of them has an element."""
+        whole = torch.zeros(self.numel(), dtype=self.dtype, device=self.data.device)
+        whole[slice(*self.span)] = self.data
+        if dist.get_world_size() > 1:
+            dist.all_reduce(whole.view(torch.uint8))
+        return whole.view(self.shape)
+
+
 def sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
+    """Whether it is a DTensor or a Part."""
     return hasattr(tensor, "to_local")
 
 
@@ -33,6 +76,8 @@ def range_of(tensor: Any) -> tuple[int, int]:
     """Which elements [start, stop) of the flattened tensor this rank holds."""
     if not sharded(tensor):
         return 0, tensor.numel()
+    if isinstance(tensor, Part):
+        return tensor.span
     (placement,) = tensor.placements
     assert placement.is_shard(0), f"{placement}: parts have to be contiguous"
     # rows are parted as torch.chunk parts them

@@ -148,8 +148,6 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
     Raises:
         Refused: it can't train this model, or the package that it needs isn't installed.
     """
-    from trainers.engines.ddp import DDP
-    from trainers.engines.fsdp import FSDP
     from trainers.optim import make_optimizer
     from trainers.precision import check_precision
 
@@ -164,6 +162,18 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
         precision=config.precision,
     )
     engine: Any = config.engine
+    if config.numerics == "bitwise":
+        from trainers.engines.bitwise import Bitwise
+
+        return Bitwise(parts)
     if engine.name == "fsdp":
+        from trainers.engines.fsdp import FSDP
+
         return FSDP(parts, engine)
+    if engine.name == "deepspeed":
+        from trainers.engines.deepspeed import Replicated, ZeRO
+
+        return (ZeRO if engine.stage else Replicated)(parts, engine)
+    from trainers.engines.ddp import DDP
+
     return DDP(parts, engine.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.average import Average
@@ -49,7 +50,7 @@ class Flat:
 
     master: Tensor
     group: int
-    spans: dict[nn.Parameter, Span]
+    spans: dict[Tensor, Span]
 
 
 def flats_of(zero: Any, stage: int) -> list[Flat]:
@@ -60,7 +61,7 @@ def flats_of(zero: Any, stage: int) -> list[Flat]:
 def _by_group(zero: Any) -> Iterator[Flat]:
     """Stages 1 and 2 lay a group's parameters end to end, and part that equally."""
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        begin, spans = dist.get_rank() * master.numel(), {}
+        begin, spans = dist.get_rank() * master.numel(), dict[Tensor, Span]()
         parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
         for parameter, offset in zip(parameters, offsets, strict=True):
             start, stop = (min(max(at - offset, 0), parameter.numel()) for at in (begin, begin + master.numel()))
@@ -71,7 +72,7 @@ def _by_group(zero: Any) -> Iterator[Flat]:
 def _by_parameter(zero: Any) -> Iterator[Flat]:
     """Stage 3 parts every parameter equally, and lays the parts end to end."""
     for index, master in enumerate(zero.fp32_partitioned_groups_flat):
-        offset, spans = 0, {}
+        offset, spans = 0, dict[Tensor, Span]()
         for parameter in zero.fp16_groups[index]:
             spans[parameter] = span_of(parameter, offset)
             offset += parameter.partition_numel()
@@ -92,7 +93,7 @@ class Unflattened:
         groups: the parameters of its groups, before they were made flat.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Sequence[list[nn.Parameter]], flats: Sequence[Flat]) -> None:
+    def __init__(self, optimizer: Optimizer, groups: Sequence[list[Tensor]], flats: Sequence[Flat]) -> None:
         self._optimizer, self._groups, self._flats = optimizer, groups, flats
         self._spans = {parameter: span for flat in flats for parameter, span in flat.spans.items()}
 
@@ -106,7 +107,7 @@ class Unflattened:
         optimizer = self._optimizer
         flat, groups = optimizer.state, [group["params"] for group in optimizer.param_groups]
         try:
-            optimizer.state = self._unflattened(flat)  # type: ignore[assignment]
+            optimizer.state = defaultdict(dict, self._unflattened(flat))
             self._exchange(self._groups)
             yield
         finally:
@@ -125,7 +126,7 @@ class Unflattened:
             for key in dict.fromkeys(key for state in states for key in state):
                 self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
 
-    def read(self, parameter: nn.Parameter, reader: Reader, name: str) -> Tensor:
+    def read(self, parameter: Tensor, reader: Reader, name: str) -> Tensor:
         """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar."""
         span = self._spans[parameter]
         if reader.tensors[name].shape == span.shape and not name.endswith("/step"):
@@ -161,7 +162,7 @@ class Unflattened:
         if not isinstance(first, Tensor) or first.ndim == 0:
             if any(value != first for value in values.values()):
                 raise Refused(f"the checkpoint has different {key} for parameters of a group: DeepSpeed keeps one")
-            return first
+            return first.cpu() if isinstance(first, Tensor) and flat.master.is_cpu else first
         whole = torch.zeros_like(flat.master, dtype=first.dtype, requires_grad=False)
         for parameter, value in values.items():
             flat.spans[parameter].of(whole).data.copy_(value)
@@ -178,12 +179,13 @@ class PartsAverage(Average):
 
     def __init__(self, named: Mapping[str, Part | Tensor], refresh: Callable[[], None]) -> None:
         self._parameters = list(named.values())  # type: ignore[arg-type]
-        self.tensors = {
-            name: Part(one.shape, one.start, one.data.clone()) if isinstance(one, Part) else one.detach().clone()
-            for name, one in named.items()
-        }  # type: ignore[assignment]
+        self.tensors = {name: _copy(one) for name, one in named.items()}
         self._refresh = refresh
 
     def _set(self, values: list[Tensor]) -> None:
         super()._set(values)
         self._refresh()
+
+
+def _copy(one: Part | Tensor) -> Any:
+    return Part(one.shape, one.start, one.data.clone()) if isinstance(one, Part) else one.detach().clone()

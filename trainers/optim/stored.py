@@ -8,14 +8,14 @@ hyperparameters of the groups, some of which an optimizer may move by itself, wi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.rundir import Refused
-from trainers.shards import read_like
+from trainers.shards import Part, read_like
 
 if TYPE_CHECKING:
     from trainers.checkpoints.slices import Reader
@@ -34,7 +34,7 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
         if parameter not in names:
             raise Refused(f"the optimizer {who} keeps state of what is no parameter of the model")
         for key, value in state.items():
-            (tensors if isinstance(value, Tensor) else values)[f"optim/{names[parameter]}/{key}"] = value
+            (tensors if isinstance(value, Tensor | Part) else values)[f"optim/{names[parameter]}/{key}"] = value
     values[GROUPS] = [_stored_group(group, names) for group in optimizer.param_groups]
     if more := {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}:
         values[MORE] = more
@@ -45,8 +45,16 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
     return tensors, values
 
 
-def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader: Reader) -> None:
+def restore_optimizer(
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+    reader: Reader,
+    read: Callable[[Tensor, Reader, str], Tensor] = read_like,
+) -> None:
     """Put back what ``stored_optimizer`` gave: of a sharded parameter's state, this rank's part.
+
+    Args:
+        read: what a rank holds of the state of a parameter, by its name in the checkpoint.
 
     Raises:
         Refused: it isn't of this optimizer: groups, or the parameters in them, are others.
@@ -77,7 +85,7 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], reader:
         # torch's optimizers count steps on the CPU, but where the kernel counts
         group = groups[parameter]
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-        value = read_like(parameter, reader, name)
+        value = read(parameter, reader, name)
         optimizer.state[parameter][key] = value.to("cpu" if stays else parameter.device)
 
 

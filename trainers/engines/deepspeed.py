@@ -1,0 +1,263 @@
+"""DeepSpeed's ZeRO behind the protocol: stage 1 parts the optimizer's state, 2 the gradients, 3 the parameters, too.
+
+DeepSpeed steps flat tensors (trainers/engines/zero.py), of which each rank has a part. Its gradient is scaled and
+clipped where it lies before DeepSpeed's own step, which is told of neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scaling.geometry import Cut
+from trainers.average import Average
+from trainers.checkpoints.slices import Reader
+from trainers.engines import Parts
+from trainers.engines.base import Base, multiply, norm_of, number
+from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
+from trainers.optim import Tuned
+from trainers.optim.stored import restore_optimizer
+from trainers.rundir import Refused
+from trainers.shards import Part
+from trainers.tally import Number, Total
+from trainers.world import World
+
+if TYPE_CHECKING:
+    import conf.engines
+
+
+class Replicated(Base):
+    """The engine ``deepspeed`` at stage 0: gradients are means over ranks, all else is whole on each."""
+
+    def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
+        self._deepspeed = imported(parts.world)
+        parts.world.connect()
+        self._settings = settings_of(config)
+        super().__init__(parts)
+        self.mean_over = parts.world.size
+        tuned = parts.make_optimizer()
+        refuse_untrainable(self.model, tuned, config.stage)
+        self._wrap(tuned)
+
+    def _wrap(self, tuned: Tuned) -> None:
+        # what rides with the gradients has to be among the parameters that DeepSpeed reduces
+        self._root.add_module("carrier", self._carrier)
+        self._root.add_module("statistics", self._statistics)
+        self._initialise(tuned)
+        self._begin(tuned)
+
+    def _initialise(self, tuned: Tuned) -> None:
+        os.environ.setdefault("LOCAL_RANK", str(self._world.local_rank))  # it asks for it there
+        scalars = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
+        for parameter in scalars:  # it can't share them
+            self._world.share(parameter.data)
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+        try:
+            self._engine, *_ = self._deepspeed.initialize(
+                model=self._root, optimizer=tuned.optimizer, config=self._settings, dist_init_required=False
+            )
+        finally:
+            for parameter in scalars:
+                del parameter.ds_optim_param  # type: ignore[attr-defined]
+        self._wrapped = self._engine
+
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _step(self, factor: Number) -> None:
+        multiply(self._gradients(), factor)
+        self._engine.step()
+
+
+class ZeRO(Replicated):
+    """The engine ``deepspeed`` from stage 1 on."""
+
+    lockstep = True
+
+    def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
+        self._stage, self._offload = config.stage, config.offload
+        self._norm_found: Tensor | None = None
+        super().__init__(parts, config)
+
+    def _place(self, model: nn.Module) -> None:
+        if self._stage < 3:
+            super()._place(model)
+        else:  # the parameters follow one by one, as they are parted
+            place_buffers(model, self._device)
+
+    def _wrap(self, tuned: Tuned) -> None:
+        groups = [group["params"] for group in tuned.optimizer.param_groups]
+        if self._stage == 3:
+            os.environ.setdefault("LOCAL_RANK", str(self._world.local_rank))
+            self._deepspeed.zero.Init(module=self.model, config_dict_or_path=self._settings)
+        self._initialise(tuned)
+        self._zero = self._engine.optimizer
+        self._flats = flats_of(self._zero, self._stage)
+        self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
+        with self._unflattened.seen():
+            self._begin(tuned)
+
+    def _averaged(self) -> Average:
+        return PartsAverage(self._parts(), self._refresh)
+
+    def total(self, expected_units: int) -> Total:
+        """One message: the notes, the statistics, and the norm of the gradient."""
+        riding = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
+        sums = [rider.grad for rider in riding if rider.grad is not None]
+        square = norm_of(self._gradients()).to(self._device).square()
+        message = torch.cat([square.reshape(1), *(one.double() for one in sums)])
+        dist.all_reduce(message)
+        for one, whole in zip(sums, message[1:].split([len(one) for one in sums]), strict=True):
+            one.copy_(whole)
+        self._norm_found = message[0].sqrt()
+        return self._carrier.take(1, expected_units)
+
+    def _norm(self) -> Number:
+        assert self._norm_found is not None, "no total since the last update"
+        return number(self._norm_found)
+
+    def _gradients(self) -> list[Tensor]:
+        if self._offload:
+            return [_there(flat.master.grad) for flat in self._flats]
+        if self._stage == 3:
+            return [self._zero.grad_partitions_flat_buffer]
+        return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+
+    def _step(self, factor: Number) -> None:
+        if self._offload and isinstance(factor, Tensor):
+            factor = factor.cpu()
+        super()._step(factor)
+        self._clear()
+
+    def _drop(self) -> None:
+        # what isn't finite DeepSpeed drops itself, wherever it keeps some of it
+        for gradient in self._gradients():
+            gradient.fill_(torch.nan)
+        if self._offload:  # whose norms it has taken already
+            self._zero.norm_for_param_grads = {
+                key: torch.full_like(norm, torch.nan) for key, norm in self._zero.norm_for_param_grads.items()
+            }
+        self._engine.step()
+        self._clear()
+
+    def _clear(self) -> None:
+        """Zero what is kept for the next gradient: of a parameter that has none, it would be that of this step."""
+        if self._offload or self._stage == 3:
+            torch._foreach_zero_(self._gradients())
+        if self._offload and self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+
+    def _always(self) -> dict[str, Any]:
+        return super()._always() | {f"model/{name}": part for name, part in self._parts().items()}
+
+    def _parts(self) -> dict[str, Part | Tensor]:
+        """Of each parameter what this rank holds; whole where DeepSpeed leaves it so."""
+        trained = {p: span.of(flat.master) for flat in self._flats for p, span in flat.spans.items()}
+        return {name: trained.get(p) or self._frozen(p) for name, p in self.model.named_parameters()}
+
+    def _frozen(self, parameter: Any) -> Part | Tensor:
+        return span_of(parameter).of(parameter.ds_tensor) if self._stage == 3 else parameter.detach()
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with self._unflattened.seen():
+            return super()._optimizer_state()
+
+    def restore(self, reader: Reader) -> None:
+        super().restore(reader)
+        self._refresh()
+
+    def _restore_optimizer(self, reader: Reader) -> None:
+        with self._unflattened.restored():
+            restore_optimizer(self._tuned.optimizer, self._by_parameter(), reader, self._unflattened.read)
+
+    def _refresh(self) -> None:
+        """Let the weights that are computed with be those that are stepped."""
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero.checkpoint_event_prologue()
+        for index in range(len(self._flats)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        self._zero.checkpoint_event_epilogue()
+
+
+def imported(world: World) -> Any:
+    """The package, quiet, on the world's device.
+
+    Raises:
+        Refused: it isn't installed.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    logger.disabled = True  # it warns of every device that isn't there
+    try:
+        deepspeed = import_module("deepspeed")
+    except ImportError as error:
+        raise Refused(f"engine=deepspeed needs the package deepspeed ({error}): pip install '.[deepspeed]'") from error
+    finally:
+        logger.disabled = False
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
+    # of its inference, and compiled as it starts on a CPU, where there is a compiler
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+        import_module("deepspeed.accelerator").set_accelerator(cpu())
+    return deepspeed
+
+
+def settings_of(config: conf.engines.DeepSpeed) -> dict[str, Any]:
+    """What DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict."""
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # passes are made, and counted, by the plan
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.stage, **offload},
+    }
+    return _merged(config.config, ours)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if isinstance(above[key], dict)}
+    return {**below, **above, **both}
+
+
+def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
+    """Raises Refused for a model or an optimizer that DeepSpeed can't take."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise Refused(
+                f"{name} is {parameter.dtype}; DeepSpeed steps in torch.float32 alone: use engine=ddp or fsdp"
+            )
+        if stage == 3 and parameter.ndim == 0:
+            raise Refused(f"{name} has no dimensions, by which stage 3 could part it: engine.stage=2, or engine=fsdp")
+    if stage and any(not any(p.requires_grad for p in group["params"]) for group in tuned.optimizer.param_groups):
+        raise Refused("the optimizer has a group without a trained parameter, which DeepSpeed doesn't take")
+    if stage and tuned.optimizer.state:
+        who = type(tuned.optimizer).__name__
+        raise Refused(f"the optimizer {who} keeps state from the start, and DeepSpeed makes it anew: use engine=ddp")
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers of ``model`` to ``device``."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def _there(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient
