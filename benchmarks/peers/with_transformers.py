@@ -1,0 +1,106 @@
+"""transformers' Trainer, with a model whose forward returns its loss: a mean; or one that takes num_items_in_batch.
+
+torchrun --nproc-per-node=2 -m benchmarks.peers.with_transformers --steps 2
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from benchmarks.peers.work import SEED, Job, cross_entropy, main, note_seen
+
+
+class WithLoss(nn.Module):
+    """The usual way: the Trainer sees no more than a mean."""
+
+    def __init__(self, bare: nn.Module) -> None:
+        super().__init__()
+        self.bare = bare
+
+    def forward(self, inputs: Tensor, labels: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        if index is not None:
+            note_seen(index)
+        logits = self.bare(inputs)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class WithCount(WithLoss):
+    """As the library's own models: the Trainer tells how many labels all ranks and passes of the step have."""
+
+    def forward(self, inputs: Tensor, labels: Tensor, index: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        if index is not None:
+            note_seen(index)
+        logits = self.bare(inputs)
+        return {"loss": cross_entropy(logits, labels, "sum") / kwargs["num_items_in_batch"], "logits": logits}
+
+
+class Named(Dataset):
+    """Samples as the Trainer wants them: what its model's forward is called with, by name."""
+
+    NAMES = ("inputs", "labels", "index")
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return dict(zip(self.NAMES, self.data[index], strict=False))
+
+
+class Clock(TrainerCallback):
+    """When each step ended; and the stop, with a checkpoint, after ``stop_at``."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.ends, self.stop_at = list[float](), stop_at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+        if state.global_step == self.stop_at:
+            control.should_save = control.should_training_stop = True
+
+
+def train(job: Job) -> list[float]:
+    """When each step ended."""
+    bare, data = job.begin()
+    model = (WithCount if job.best else WithLoss)(bare)
+    optimizer, clock = job.optimizer(model), Clock(job.stop_at)
+    with tempfile.TemporaryDirectory() as nowhere:
+        folder = str(job.folder or nowhere)
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=job.steps,
+            per_device_train_batch_size=job.per_gpu,
+            gradient_accumulation_steps=job.accumulation,
+            max_grad_norm=1.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=job.best,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False if job.best else None,  # as torch then advises
+            seed=SEED,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=Named(data),
+            optimizers=(optimizer, job.schedule(optimizer, job.steps)),
+            callbacks=[clock],
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if job.resume else None)
+    job.keep(bare)
+    return clock.ends
+
+
+if __name__ == "__main__":
+    main(train)
