@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from trainers.keyed import Stream
 from trainers.over_ranks import normalise_over_ranks, wide
 from trainers.rundir import Refused
 from trainers.tally import Attach
-
-if TYPE_CHECKING:
-    from conf.schema import BatchNorm
 
 FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
 
@@ -210,13 +207,13 @@ def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
     return Statistics(layers, device) if layers else None
 
 
-def swap_batchnorm(model: nn.Module, config: BatchNorm, stream: Stream, ranks: int) -> nn.Module:
-    """Make every BatchNorm of ``model`` normalise as ``config`` says."""
+def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, stream: Stream, ranks: int) -> nn.Module:
+    """Make every BatchNorm of ``model`` normalise as ``mode`` says: ghost, sync, or as it does (None)."""
     kind: type[Counting] = Synced
     state: dict[str, Any] = {"found": None, "ranks": ranks}
-    if config.mode == "ghost":
-        kind, state = Ghosts, {"found": None, "ghost_size": config.ghost_size, "stream": stream}
-    for name, module in model.named_modules() if config.mode else ():
+    if mode == "ghost":
+        kind, state = Ghosts, {"found": None, "ghost_size": ghost_size, "stream": stream}
+    for name, module in model.named_modules() if mode else ():
         if isinstance(module, _BatchNorm):
             module.__class__ = _made_of(kind, type(module))  # type: ignore[arg-type]
             vars(module).update(state, name=name)

@@ -57,7 +57,10 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     Raises:
         Refused: ``recompute`` matches no module, or there is no compiler.
     """
-    model = swap_batchnorm(key_dropout(model, stream), config.batchnorm, stream, ranks)
+    mode = config.batchnorm.mode
+    if mode is None and config.numerics == "bitwise":
+        mode, ranks = "sync", 1  # statistics of one micro-batch, which no number of ranks changes
+    model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
         model.forward = torch.compile(model.forward)  # model.compile() leaves out torch's own, as nn.Sequential

@@ -106,7 +106,7 @@ def _train(
     looks = ours is not None and config.data.fingerprint
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
-    stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, reason))
+    stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, config, reason))
     model = prepare(make_model(config, task), config, stream, world.size)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
@@ -291,6 +291,8 @@ def stop_cause(stop: Stop, world: World) -> str:
     return next(name for name in world.gather(stop.wanted or "") if name)
 
 
-def _depends_on_cut(run: RunDir | None, reason: str) -> None:
+def _depends_on_cut(run: RunDir | None, config: RunConfig, reason: str) -> None:
+    if config.numerics == "bitwise":
+        return  # no hardware changes the cut
     text = f"this run isn't the same on other hardware or another batch.per_gpu: {reason}"
     tell(run, "depends_on_cut", text, reason=reason)

@@ -53,14 +53,15 @@ class NoteCarrier(nn.Module):
         attached: Tensor = Attach.apply(loss, self.note, self._outgoing)  # type: ignore[no-untyped-call]
         return attached
 
-    def write(self, note: Note) -> None:
-        """Set the note of the coming backward."""
+    def write(self, note: Note) -> Tensor:
+        """Set the note of the coming backward, and give it as it will travel."""
         loss, rest = note.loss.detach(), (note.units, note.units - note.expected_units, note.stop, note.save)
         if self._outgoing.is_cpu:
             self._outgoing.copy_(torch.tensor((loss.item(), *rest)))
         else:  # without a wait for the device
             for index, number in enumerate((loss, *rest)):
                 self._outgoing[index] = number
+        return self._outgoing
 
     def take(self, ranks: int, expected_units: int) -> Total:
         """The notes of a step; leaves none behind.

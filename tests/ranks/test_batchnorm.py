@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from conf.schema import BatchNorm
 from tests.ranks.harness import Run, Runs, distance
 from tests.tasks import Counted
 from trainers.batchnorm import statistics_of, swap_batchnorm
@@ -157,7 +156,7 @@ def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
 
 def swapped(layer: nn.Module, size: int = 4) -> tuple[nn.Module, Stream]:
     stream = Stream(0, CPU)
-    return swap_batchnorm(layer, BatchNorm(mode="ghost", ghost_size=size), stream, 1), stream
+    return swap_batchnorm(layer, "ghost", size, stream, 1), stream
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
 def test_rows_may_be_a_multiple_of_the_samples_and_others_are_told() -> None:
     told: list[str] = []
     stream = Stream(0, CPU, told.append)
-    layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), BatchNorm(mode="ghost", ghost_size=2), stream, 1)
+    layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), "ghost", 2, stream, 1)
     stream.start(0, 4)
     x = torch.randn(20, 3)
     out = layer(x)

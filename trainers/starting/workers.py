@@ -197,7 +197,7 @@ def _attempt(
 
         _store = meeting_point(config.cluster.timeout_s)
         world = World.join(config.device, config.cluster.timeout_s)
-        torch.set_num_threads(_threads(world.local_size))
+        torch.set_num_threads(_threads(config, world.local_size))
         gc.freeze()
         gc.enable()
         if limit := read_note(lasting(_store), "per_gpu_limit"):
@@ -272,10 +272,16 @@ def _exit_code(end: Outcome | dict[str, Any]) -> int:
     return 0 if isinstance(end, Outcome) else EXIT_CODE[end["kind"]]
 
 
-def _threads(local_size: int) -> int:
-    """What OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of this machine's cores."""
+def _threads(config: RunConfig, local_size: int) -> int:
+    """What OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of this machine's cores.
+
+    Sums within an operation are rounded by their number, so that where numerics are bitwise it doesn't follow the
+    number of workers.
+    """
     asked = os.environ.get(THREADS, "").partition(",")[0]
-    return max(1, int(asked) if asked.isdecimal() else _cores() // local_size)
+    if asked.isdecimal():
+        return max(1, int(asked))
+    return 1 if config.numerics == "bitwise" else max(1, _cores() // local_size)
 
 
 def _cores() -> int:
@@ -287,6 +293,8 @@ def import_torch(config: RunConfig) -> None:
     os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
     os.environ.setdefault(THREADS, os.environ.get("OMP_NUM_THREADS", ""))
     os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
+    if config.numerics == "bitwise":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS isn't deterministic
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
     gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
