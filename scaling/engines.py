@@ -1,7 +1,168 @@
-"""What each engine can do, as data."""
+"""What each engine shards, and what it can't have: data, asked before any worker starts.
+
+An engine changes nothing of what a run is: neither its identity nor ``optimizer=auto`` asks for it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conf.engines import Engine
+    from conf.schema import RunConfig
 
 BITWISE_COST: float | None = (
     None  # how long a step takes with numerics=bitwise, as a multiple of fast; None: not measured
 )
+
+PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer state"
+OPTIMIZERS = ("sgd", "adamw", "lamb", "lars", "muon", "adafactor", "custom")
+# Those of torch that treat each number by itself, whatever tensor it is in.
+ELEMENTWISE = tuple(
+    f"torch.optim.{name}"
+    for name in (
+        *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"),
+        *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"),
+    )
+)
+FLAT = "its optimizer sees a part of one flat tensor, where only one that treats each number by itself does the same"
+BITWISE = {"numerics=bitwise": "only engine=ddp adds up gradients in an order that no number of processes changes"}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How an engine holds a run's tensors, as the plan says it.
+
+    Attributes:
+        stage: of DeepSpeed's ZeRO.
+        shards: what is in parts, one a rank; of the rest each rank holds the whole.
+        offloads: what is in the host's memory.
+    """
+
+    name: str
+    stage: int | None = None
+    shards: tuple[str, ...] = ()
+    offloads: tuple[str, ...] = ()
+
+
+WHOLE = Held("ddp")
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """What an engine can do.
+
+    Attributes:
+        stage: of DeepSpeed's ZeRO.
+        shards: what is in parts, one a rank.
+        offloads: what ``engine.offload=true`` moves to the host's memory.
+        optimizers: that it carries; ``why_not`` says why it doesn't carry the others.
+        custom: targets of ``optimizer=custom`` that it carries; None: all, but for ``not_custom``.
+        cannot: ``key=value``, or a key that is on, → why not.
+    """
+
+    name: str
+    stage: int | None = None
+    shards: tuple[str, ...] = ()
+    offloads: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    why_not: str = ""
+    custom: tuple[str, ...] | None = None
+    not_custom: tuple[str, ...] = ()
+    cannot: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def choice(self) -> str:
+        """What names it on the command line."""
+        return f"engine={self.name}" + ("" if self.stage is None else f" engine.stage={self.stage}")
+
+
+ALL = (PARAMETERS, GRADIENTS, OPTIMIZER_STATE)
+ABILITIES = (
+    Ability("ddp"),
+    Ability("accelerate", cannot=BITWISE),
+    Ability(
+        "fsdp",
+        shards=ALL,
+        offloads=ALL,
+        optimizers=tuple(name for name in OPTIMIZERS if name != "adafactor"),
+        why_not="torch's Adafactor doesn't work on tensors that are in parts",
+        not_custom=("torch.optim.Adafactor",),
+        cannot=BITWISE,
+    ),
+    Ability("deepspeed", 0, cannot=BITWISE),
+    *(
+        Ability(
+            "deepspeed",
+            stage,
+            shards=ALL[3 - stage :],
+            offloads=(OPTIMIZER_STATE,),
+            optimizers=("sgd", "adamw", "custom"),
+            why_not=FLAT,
+            custom=ELEMENTWISE,
+            cannot=BITWISE,
+        )
+        for stage in (1, 2, 3)
+    ),
+)
+
+
+def ability(engine: Engine) -> Ability:
+    """That of the engine which a config names."""
+    stage = engine.stage if engine.name == "deepspeed" else None
+    return next(one for one in ABILITIES if (one.name, one.stage) == (engine.name, stage))
+
+
+def held(engine: Engine) -> Held:
+    """How the engine that a config names holds a run's tensors."""
+    its = ability(engine)
+    offload = engine.name in ("fsdp", "deepspeed") and engine.offload
+    return Held(its.name, its.stage, its.shards, its.offloads if offload else ())
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raises ValueError where the config asks for what its engine can't have, with what would work."""
+    its = ability(config.engine)
+    for asked, why, instead in _lacking(its, config):
+        able = [one.choice for one in ABILITIES if not any(_lacking(one, config))]
+        others = f"use {either(able)}, or " if able else ""
+        raise ValueError(f"{its.choice} can't have {asked}: {why}; {others}{instead}")
+    if config.engine.name == "fsdp" and config.engine.param_dtype not in (None, config.precision):
+        raise ValueError(
+            f"engine.param_dtype={config.engine.param_dtype} and precision={config.precision} contradict each other: "
+            f"give precision={config.engine.param_dtype}, or leave engine.param_dtype out"
+        )
+
+
+def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """What is asked for and can't be had, why, and what to do about it with the same engine."""
+    optimizer = config.optimizer
+    if not _carries(its, optimizer.name, getattr(optimizer, "target", None)):
+        target = f" optimizer._target_={optimizer.target}" if optimizer.name == "custom" else ""
+        chosen = " (optimizer=auto chose it)" if "optimizer" in config.chosen else ""
+        carried = (
+            either(its.custom) if its.custom and target else either(name for name in its.optimizers if name != "custom")
+        )
+        instead = f"optimizer{'._target_' if its.custom and target else ''}={carried}"
+        yield f"optimizer={optimizer.name}{target}{chosen}", its.why_not, instead
+    for asked, why in its.cannot.items():
+        key, _, value = asked.partition("=")
+        now: Any = config
+        for name in key.split("."):
+            now = getattr(now, name)
+        if now == value if value else now not in (None, False, ()):
+            yield asked, why, f"leave {key} out"
+
+
+def either(names: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _carries(its: Ability, name: str, target: Any) -> bool:
+    if name != "custom":
+        return name in its.optimizers
+    return target not in its.not_custom if its.custom is None else target in its.custom

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from scaling.engines import WHOLE, Held
 from scaling.geometry import Cut, counted, solve
 from scaling.rules import OutOfRange, Recipe, Rule
 from scaling.schedule import Schedule
@@ -114,6 +115,7 @@ class Plan:
         schedule: of the LR over samples; None until ``samples`` is known.
         sync: BatchNorm takes its statistics from one pass of all ranks.
         numerics: bitwise: each step is cut by ``per_gpu`` alone, the same on any world.
+        engine: how it holds the run's tensors; of today's hardware, as ``world`` is.
     """
 
     segments: tuple[Segment, ...]
@@ -137,6 +139,7 @@ class Plan:
     identity: str
     sync: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
+    engine: Held = WHOLE
 
     def __post_init__(self) -> None:
         starts = [segment.start_sample for segment in self.segments]

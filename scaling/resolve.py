@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from conf.identity import identity
 from scaling.advice import check_family
+from scaling.engines import check_engine, held
 from scaling.geometry import counted
 from scaling.lengths import Lengths, schedule_of
 from scaling.plan import Choice, Plan, Segment
 from scaling.recipe import base_of, rule_of
+from scaling.reserved import check_engine_config
 from scaling.schedule import Schedule
 from scaling.sizes import asked, first_size, in_samples
 from scaling.stages import OF_THE_DATA, in_place_of_decay, lay
@@ -33,6 +35,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     if train_samples == 0:
         raise ValueError("the training data has 0 samples; a run needs at least 1")
     check_family(config.task.family)
+    check_engine(config)
     wanted = config.batch.schedule
     size, per_gpu, accumulation = first_size(config, world, train_samples)
     first = Segment(0, size, rule_of(config))
@@ -80,7 +83,9 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         identity=identity(config),
         sync=config.batchnorm.mode == "sync",
         numerics=config.numerics,
+        engine=held(config.engine),
     )
+    check_engine_config(config, plan)
     segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
     if wanted and wanted.for_decay:
         segments = _grown(config, first, train_samples, schedule)
@@ -134,7 +139,7 @@ def _grown(
 
 
 def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
-    """The run of ``stored`` on the hardware that ``fresh``, the same config's plan of today, is for.
+    """The run of ``stored`` on the hardware and with the engine of ``fresh``, the same config's plan of today.
 
     Args:
         extends: ``fresh`` has a longer duration, which holds, with its schedule.
@@ -142,7 +147,8 @@ def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
     Raises:
         ValueError: it can't be dealt there, or is extended by another global batch.
     """
-    there = replace(stored, world=fresh.world, per_gpu=fresh.per_gpu, accumulation=fresh.accumulation)
+    hardware = {name: getattr(fresh, name) for name in ("world", "per_gpu", "accumulation", "engine")}
+    there = replace(stored, **hardware)
     if not extends:
         return there
     if fresh.cut.global_size != stored.cut.global_size:

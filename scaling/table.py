@@ -14,6 +14,7 @@ from scaling.plan import named
 from scaling.rules import PARTS
 
 if TYPE_CHECKING:
+    from scaling.engines import Held
     from scaling.geometry import Cut
     from scaling.plan import Plan, Stage
 
@@ -64,6 +65,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "weights' EMA", _ema(plan)
     if plan.granule > 1 or plan.sync:
         yield "BatchNorm", "over one pass of all ranks" if plan.sync else f"over ghosts of {plan.granule} samples"
+    if plan.engine.name != "ddp":
+        yield "engine", _engine(plan.engine, plan.world)
     if plan.numerics == "bitwise":
         yield "numerics", _bitwise()
     yield "seed", str(plan.seed)
@@ -103,6 +106,18 @@ def _duration(plan: Plan) -> str:
     if plan.epochs is not None and plan.train_samples is not None:
         text += f" = {plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'} of {plan.sized(plan.train_samples):,}"
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
+
+
+def _engine(engine: Held, world: int) -> str:
+    name = engine.name if engine.stage is None else f"{engine.name} (ZeRO {engine.stage})"
+    if not engine.shards:
+        return f"{name}: parameters, gradients and optimizer state whole on each rank"
+    offloads = f"; {_list(engine.offloads)} in the host's memory" if engine.offloads else ""
+    return f"{name}: {_list(engine.shards)} in {counted(world, 'part')}, one a rank{offloads}"
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[:-1] else names)
 
 
 def _bitwise() -> str:

@@ -1,0 +1,263 @@
+"""What an engine can't have is refused before anything starts, by name, and what is named instead works."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from itertools import product
+
+import pytest
+
+from conf.compose import compose
+from conf.schema import RunConfig
+from scaling.engines import ELEMENTWISE, Held
+from scaling.plan import Plan
+from scaling.record import from_json, to_json
+from scaling.resolve import continued, resolve
+from scaling.table import table
+
+ENGINES = {
+    "ddp": ["engine=ddp"],
+    "accelerate": ["engine=accelerate"],
+    "fsdp": ["engine=fsdp"],
+    **{f"zero{stage}": ["engine=deepspeed", f"engine.stage={stage}"] for stage in range(4)},
+}
+PARTED = ("fsdp", "zero1", "zero2", "zero3")
+CUSTOM = ("optimizer=custom", "lr.peak=0.1")
+
+
+@cache
+def config_of(*overrides: str) -> RunConfig:
+    return compose(overrides)
+
+
+def plan_of(*overrides: str, world: int = 2) -> Plan:
+    return resolve(config_of(*overrides), world)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the callers look at the message)
+        plan_of(*overrides)
+    return str(error.value)
+
+
+def named(message: str) -> list[list[str]]:
+    """The overrides of each way out that a refusal names: ``engine=a, engine=b or engine=deepspeed engine.stage=0``."""
+    ways = message.rpartition("; use ")[2]
+    key, found = "", []
+    for text in re.split(r", or |, | or ", ways):
+        if text.startswith("leave "):
+            continue
+        key = text.partition("=")[0] if "=" in text else key
+        found.append(text.split() if "=" in text else [f"{key}={text}"])
+    return found
+
+
+def with_way(overrides: list[str], way: list[str]) -> list[str]:
+    """What was refused, done as a refusal says."""
+    keys = {text.partition("=")[0] for text in way}
+    dropped = {*keys, "engine.stage"} if "engine" in keys else keys
+    return [*(text for text in overrides if text.partition("=")[0] not in dropped), *way]
+
+
+# ---- engine and optimizer
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer"), list(product(ENGINES, ["sgd", "adamw", "lamb", "lars", "muon", "adafactor"])), ids=str
+)
+def test_engine_and_optimizer(engine: str, optimizer: str) -> None:
+    overrides = [*ENGINES[engine], f"optimizer={optimizer}"]
+    elementwise = optimizer in ("sgd", "adamw")
+    if engine not in PARTED or elementwise or (engine == "fsdp" and optimizer != "adafactor"):
+        assert plan_of(*overrides).engine.name == config_of(*overrides).engine.name
+        return
+    message = refusal(*overrides)
+    assert message.startswith(f"{' '.join(ENGINES[engine])} can't have optimizer={optimizer}: ")
+    ways = named(message)
+    assert ["engine=ddp"] in ways
+    assert ["optimizer=adamw"] in ways
+    for way in ways:
+        plan_of(*with_way(overrides, way))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_and_an_optimizer_of_ones_own(engine: str) -> None:
+    for name in ("Adam", "RMSprop", "Rprop", "SGD", "NAdam"):
+        plan_of(*ENGINES[engine], *CUSTOM, f"optimizer._target_=torch.optim.{name}")
+    mine = [*ENGINES[engine], *CUSTOM, "optimizer._target_=my_package.Mine"]
+    if not engine.startswith("zero") or engine == "zero0":
+        plan_of(*mine)
+        return
+    message = refusal(*mine)
+    assert "can't have optimizer=custom optimizer._target_=my_package.Mine: " in message
+    for way in named(message):
+        plan_of(*with_way(mine, way))
+    assert [f"optimizer._target_={target}" for target in ELEMENTWISE] == [way[0] for way in named(message)[-11:]]
+
+
+def test_an_adafactor_by_its_target_is_one() -> None:
+    adafactor = (*CUSTOM, "optimizer._target_=torch.optim.Adafactor")
+    plan_of("engine=accelerate", *adafactor)
+    for engine in PARTED:
+        assert "_target_=torch.optim.Adafactor: " in refusal(*ENGINES[engine], *adafactor)
+
+
+def test_the_engine_chooses_no_optimizer() -> None:
+    auto = ("optimizer=auto", "task=images", "batch.global_size=2048")
+    plan_of("engine=fsdp", *auto)
+    assert "optimizer=lars (optimizer=auto chose it): " in refusal("engine=deepspeed", *auto)
+
+
+# ---- engine and what else is asked for
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
+def test_only_ddp_is_bitwise(engine: str) -> None:
+    bitwise = ("numerics=bitwise", "batch.per_gpu=8")
+    plan_of("engine=ddp", *bitwise)
+    message = refusal(*ENGINES[engine], *bitwise)
+    assert "can't have numerics=bitwise: " in message
+    assert message.endswith("; use engine=ddp, or leave numerics out")
+
+
+def test_a_dtype_other_than_the_precision_is_refused() -> None:
+    plan_of("engine=fsdp", "engine.param_dtype=bf16", "engine.reduce_dtype=bf16", "precision=bf16")
+    plan_of("engine=fsdp", "precision=bf16")
+    for precision in ("fp32", "fp16"):
+        message = refusal("engine=fsdp", "engine.param_dtype=bf16", f"precision={precision}")
+        assert (
+            f"engine.param_dtype=bf16 and precision={precision} contradict each other: give precision=bf16" in message
+        )
+
+
+# ---- engine.config
+
+
+ZERO = "engine.config.zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("config", "rules"),
+    [
+        ("engine.config.train_batch_size=32", "batch.global_size says that (here 64 or auto)"),
+        ("engine.config.train_micro_batch_size_per_gpu=16", "batch.per_gpu says that (here 32 or auto)"),
+        ("engine.config.gradient_accumulation_steps=2", "batch.accumulation says that (here 1 or auto)"),
+        ("engine.config.gradient_clipping=1.0", "clip_norm says that (here 0 or auto)"),
+        ("engine.config.optimizer={type: Adam}", "optimizer=… says that"),
+        ("engine.config.scheduler={type: WarmupLR}", "lr.warmup, lr.decay"),
+        ("engine.config.fp16.enabled=true", "precision says that (here false)"),
+        ("engine.config.bf16={enabled: true}", "precision says that"),
+        ("engine.config.torch_autocast.enabled=true", "precision says that"),
+        ("engine.config.amp.enabled=true", "precision says that"),
+        (f"{ZERO}.stage=2", "engine.stage says that (here 1 or auto)"),
+        (f"{ZERO}.stage=true", "engine.stage says that (here 1 or auto)"),
+        (f"{ZERO}=true", "engine.stage says that"),
+        (f"{ZERO}.offload_optimizer.device=cpu", "engine.offload says that"),
+        (f"{ZERO}.offload_param={{device: cpu}}", "engine.offload says that, and moves no parameters"),
+        (f"{ZERO}.round_robin_gradients=true", "in the order of the parameters"),
+        (f"{ZERO}.parameter_alignment=true", "in the order of the parameters"),
+        (f"{ZERO}.zero_quantized_gradients=true", "fewer bits"),
+        ("engine.config.communication_data_type=fp16", "fewer bits"),
+        ("engine.config.prescale_gradients=true", "how gradients are added up"),
+        ("engine.config.gradient_predivide_factor=2.0", "how gradients are added up"),
+        ("engine.config.sparse_gradients=true", "how gradients are added up"),
+        ("engine.config.checkpoint.load_universal=true", "run.dir=…"),
+        ("engine.config.tensor_parallel={autotp_size: 2}", "data-parallel"),
+    ],
+)
+def test_deepspeeds_own_keys_that_contradict_the_plan(config: str, rules: str) -> None:
+    message = refusal("engine=deepspeed", config)
+    assert message.startswith(re.split(r"=|(?<=offload_optimizer)\.", config)[0])
+    assert rules in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ["engine.config.train_batch_size=64", "engine.config.gradient_accumulation_steps=1"],
+        ["engine.config.train_batch_size=auto", "engine.config.train_micro_batch_size_per_gpu=auto"],
+        ["clip_norm=1.0", "engine.config.gradient_clipping=1.0"],
+        [f"{ZERO}.stage=1", f"{ZERO}.reduce_bucket_size=1000", f"{ZERO}.offload_optimizer=null"],
+        ["engine.config.fp16.enabled=false", "engine.config.communication_data_type=fp32"],
+        ["engine.config.wall_clock_breakdown=true", f"{ZERO}.round_robin_gradients=false"],
+    ],
+)
+def test_deepspeeds_own_keys_that_do_not(config: list[str]) -> None:
+    plan_of("engine=deepspeed", *config)
+
+
+def test_a_batch_that_moves_has_no_one_size() -> None:
+    moving = ("engine=deepspeed", "batch.schedule='0sa:64 10ep:128'")
+    plan_of(*moving, "engine.config.train_batch_size=auto")
+    message = refusal(*moving, "engine.config.train_batch_size=64")
+    assert "batch.global_size says that (here auto)" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rules"),
+    [
+        (["engine=accelerate", "engine.config.gradient_accumulation_steps=4"], "batch.accumulation says that (here 1"),
+        (["engine=accelerate", "engine.config.mixed_precision=bf16"], "precision says that (here no)"),
+        (["engine=accelerate", "engine.config.split_batches=true"], "the plan deals the samples"),
+        (["engine=accelerate", "engine.config.step_scheduler_with_optimizer=false"], "lr.warmup, lr.decay"),
+        (["engine=accelerate", "engine.config.cpu=true"], "device says that"),
+        (["engine=accelerate", "engine.config.dynamo_backend=inductor"], "compile=true says that"),
+        (["engine=fsdp", "engine.config.mp_policy=bf16"], "engine.param_dtype and engine.reduce_dtype say that"),
+    ],
+)
+def test_the_others_own_keys_that_contradict_the_plan(overrides: list[str], rules: str) -> None:
+    assert rules in refusal(*overrides)
+
+
+def test_the_others_own_keys_that_do_not() -> None:
+    plan_of("engine=fsdp", "engine.config.reshard_after_forward=false")
+    plan_of("engine=accelerate", "engine.config.mixed_precision=bf16", "precision=bf16")
+    plan_of("engine=accelerate", "engine.config.cpu=true", "device=cpu", "engine.config.log_with=tensorboard")
+
+
+# ---- what the plan says of it
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        (["engine=ddp"], None),
+        (["engine=accelerate"], "accelerate: parameters, gradients and optimizer state whole on each rank"),
+        (["engine=fsdp"], "fsdp: parameters, gradients and optimizer state in 8 parts, one a rank"),
+        (["engine=deepspeed", "engine.stage=0"], "deepspeed (ZeRO 0): parameters, gradients and optimizer state whole"),
+        (["engine=deepspeed"], "deepspeed (ZeRO 1): optimizer state in 8 parts, one a rank"),
+        (
+            ["engine=deepspeed", "engine.stage=2", "engine.offload=true"],
+            "deepspeed (ZeRO 2): gradients and optimizer state in 8 parts, one a rank; optimizer state in the host's",
+        ),
+    ],
+)
+def test_the_plan_shows_what_is_sharded(overrides: list[str], row: str | None) -> None:
+    text = " ".join(table(plan_of(*overrides, world=8)).split())
+    assert ("engine" in text) is (row is not None)
+    assert row is None or f" engine {row}" in text
+
+
+def test_the_plan_as_json_says_what_is_sharded() -> None:
+    said = json.loads(to_json(plan_of("engine=fsdp", "engine.offload=true")))["engine"]
+    everything = ["parameters", "gradients", "optimizer state"]
+    assert said == {"name": "fsdp", "stage": None, "shards": everything, "offloads": everything}
+    said = json.loads(to_json(plan_of("engine=deepspeed", "engine.stage=2")))["engine"]
+    assert said == {"name": "deepspeed", "stage": 2, "shards": everything[1:], "offloads": []}
+
+
+def test_a_plan_goes_on_with_todays_engine() -> None:
+    before = plan_of("engine=deepspeed", "engine.stage=3", world=4)
+    assert from_json(to_json(before)) == before
+    today = plan_of("engine=fsdp", world=3)
+    assert continued(today, before, extends=False) == today
+    assert before.dealt(3, None).engine == before.engine
+
+
+def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
+    content = json.loads(to_json(plan_of()))
+    del content["engine"], content["numerics"]
+    assert from_json(json.dumps(content)) == plan_of()
+    assert plan_of().engine == Held("ddp")
