@@ -68,25 +68,25 @@ def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any,
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
         raise Refused(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
     check_call(f"{key}.args", target, factory, positional, args)
-    return factory(*positional, **{name: _made(f"{key}.args.{name}", value) for name, value in args.items()})
+    return factory(*positional, **{name: made(f"{key}.args.{name}", value) for name, value in args.items()})
 
 
-def _made(key: str, value: Any) -> Any:
+def made(key: str, value: Any) -> Any:
     """``value`` with the objects that its mappings stand for, the innermost made first."""
     if isinstance(value, list):
-        return [_made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
+        return [made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
     args = {name: inner for name, inner in value.items() if name != "_target_"}
-    made = {name: _made(f"{key}.{name}", inner) for name, inner in args.items()}
+    found = {name: made(f"{key}.{name}", inner) for name, inner in args.items()}
     if "_target_" not in value:
-        return made
+        return found
     target = value["_target_"]
     if not isinstance(target, str):
         raise Refused(f"{key}._target_={target!r} is no dotted path such as my_package.my_module.MyClass")
     factory = _factory(key, target)
     check_call(key, target, factory, (), args)
-    return factory(**made)
+    return factory(**found)
 
 
 def _factory(key: str, target: str) -> Callable[..., Any]:

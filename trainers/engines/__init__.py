@@ -174,6 +174,10 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
         from trainers.engines.deepspeed import Replicated, ZeRO
 
         return (ZeRO if engine.stage else Replicated)(parts, engine)
+    if engine.name == "accelerate":
+        from trainers.engines.accelerate import Accelerate
+
+        return Accelerate(parts, engine, config.compile)
     from trainers.engines.ddp import DDP
 
     return DDP(parts, engine.config)
