@@ -223,6 +223,7 @@ def settings_of(config: conf.engines.DeepSpeed) -> dict[str, Any]:
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # passes are made, and counted, by the plan
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": config.stage, **offload},
