@@ -43,7 +43,14 @@ def workers_here(config: RunConfig) -> int:
         return 1
     if config.cluster.gpus_per_node != "auto":
         return config.cluster.gpus_per_node
-    return 1 if config.device == "cpu" else max(1, visible_gpus(environment(config)))
+    if config.device == "cpu" or (config.engine.name == "accelerate" and by_accelerate()):
+        return 1
+    return max(1, visible_gpus(environment(config)))
+
+
+def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` started this process as the only one: several it starts as torchrun does."""
+    return "ACCELERATE_MIXED_PRECISION" in env and not under_torchrun(env)
 
 
 def world_size(config: RunConfig) -> int:
@@ -89,6 +96,12 @@ def refuse_unless_startable(config: RunConfig) -> None:
         nodes, gpus = cluster.nodes, cluster.gpus_per_node
         asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
         raise ConfigError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
+    several = by_accelerate() and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+    if config.engine.name == "accelerate" and several and cluster.gpus_per_node == "auto":
+        raise ConfigError(
+            "accelerate launch was asked for several processes on the CPU, and starts one, or what mpirun starts: give "
+            "it --multi_gpu instead of --cpu, and device=cpu here; or cluster.gpus_per_node=N, which starts N"
+        )
     if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
         raise ConfigError(
             f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "

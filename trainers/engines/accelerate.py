@@ -36,6 +36,11 @@ class Accelerate(DDP):
         compiled: whether the model is compiled already.
     """
 
+    for_unused = (
+        "'engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,"
+        "find_unused_parameters:true}]'"
+    )
+
     def __init__(self, parts: Parts, config: conf.engines.Accelerate, compiled: bool) -> None:
         refuse_contradictions(os.environ, parts.precision, compiled, parts.world.device.type)
         self._accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -150,11 +155,8 @@ def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: boo
         raise Refused(f"accelerate launch says cpu, and device={device}: give device=cpu, or leave out its cpu")
     wanted = said.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
     if wanted not in ("no", precision):
-        instead = f"precision={wanted}" if wanted in ("bf16", "fp16") else "precision=bf16 or fp16"
-        raise Refused(
-            f"accelerate launch says mixed_precision={wanted}, and precision={precision}: give {instead}, and with it "
-            "mixed_precision=no or the same"
-        )
+        instead = f"give precision={wanted} with it" if wanted in ("bf16", "fp16") else "give precision=bf16 instead"
+        raise Refused(f"accelerate launch says mixed_precision={wanted}, and precision={precision}: {instead}")
     backend, mode = said.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), said.get("ACCELERATE_DYNAMO_MODE", "default")
     if backend != "no" and (not compiled or backend != "inductor" or mode != "default"):
         raise Refused(
@@ -167,8 +169,10 @@ def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: boo
 def _fsdp(said: Mapping[str, str]) -> str:
     """What does here what its environment asks for."""
     version = said.get("FSDP_VERSION", "1")
-    offload = said.get("FSDP_OFFLOAD_PARAMS", "false").lower()
-    again = said.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    kept = f" engine.config.reshard_after_forward={again}" if version == "2" and again in ("true", "false") else ""
-    first = "" if version == "2" else f"fsdp_version={version} isn't here, and fsdp_version=2 is engine=fsdp: "
-    return f"{first}give engine=fsdp engine.offload={offload}{kept} with it"
+    asked = ["engine=fsdp"]
+    if said.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        asked.append("engine.offload=true")
+    if version == "2" and said.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
+        asked.append("engine.config.reshard_after_forward=false")
+    first = "" if version == "2" else f"fsdp_version={version} isn't here, and 2 is engine=fsdp: "
+    return f"{first}give {' '.join(asked)} with it"

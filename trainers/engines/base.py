@@ -34,10 +34,12 @@ class Base:
 
     Attributes:
         mean_over: by how many its reduction divides the sum over ranks; the loss is multiplied by it.
+        for_unused: what is to be given where parameters have no part in the loss.
     """
 
     lockstep = False
     mean_over = 1
+    for_unused = "engine.config.find_unused_parameters=true"
 
     def __init__(self, parts: Parts) -> None:
         self.model, self._task, self._world, self._precision = parts.model, parts.task, parts.world, parts.precision
@@ -76,7 +78,7 @@ class Base:
         return nullcontext()
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        with _explained():
+        with _explained(self.for_unused):
             return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -259,7 +261,7 @@ def number(scalar: Tensor) -> Number:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(for_unused: str) -> Iterator[None]:
     """Around a forward: what torch says of it in its own words is said in ours."""
     try:
         yield
@@ -267,7 +269,7 @@ def _explained() -> Iterator[None]:
         if "find_unused_parameters" in str(error):
             raise Refused(
                 "some parameters have no part in the loss, so their gradient never comes: freeze them with "
-                "requires_grad=False, or give engine.config.find_unused_parameters=true"
+                f"requires_grad=False, or give {for_unused}"
             ) from error
         raise
     except ValueError as error:

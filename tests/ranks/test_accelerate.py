@@ -1,0 +1,150 @@
+"""The engine ``accelerate``: the same run as ``ddp``, and what its launcher may say beside the plan."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import accelerate  # noqa: F401  once for all ranks, which are forked from here
+import pytest
+
+from tests.ranks.harness import Run, Runs, distance
+from tests.ranks.test_exact import task
+from trainers.engines.accelerate import refuse_contradictions
+from trainers.rundir import Refused
+
+HANDLER = "engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,%s}]"
+COUNTED = task("Counted", "clip_norm=0.5")  # dropout, unequal units
+
+
+def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
+    """By ``ddp`` and by ``accelerate``."""
+    return runs(world, *overrides), runs(world, *overrides, "engine=accelerate")
+
+
+@pytest.mark.parametrize(
+    ("world", "asked"),
+    [
+        (1, ("batch.per_gpu=7",)),
+        (3, ("batch.per_gpu=5",)),  # three passes, the last of them uneven
+        (4, ("batch.global_size=2", "task.args.samples=50")),  # stand-ins
+        (2, ("ema=50sa", "optimizer=adamw", "lr.peak=0.01")),
+        (2, ("precision=bf16",)),
+    ],
+)
+def test_the_same_run_as_by_ddp(runs: Runs, world: int, asked: tuple[str, ...]) -> None:
+    """Bit for bit on the same cut: it reduces the same sums in the same buckets."""
+    ddp, ours = both(runs, world, *COUNTED, *asked)
+    assert distance(ddp.weights(), ours.weights()) == 0
+    assert ours.losses() == ddp.losses()
+
+
+def test_the_same_run_on_another_cut(runs: Runs) -> None:
+    whole = runs(1, *COUNTED)
+    assert distance(whole.weights(), runs(3, *COUNTED, "batch.per_gpu=5", "engine=accelerate").weights()) < 1e-6
+
+
+def test_running_statistics(runs: Runs) -> None:
+    """A buffer that a module makes anew is rank 0's at every forward, as by ddp."""
+    odd = ("task=custom", "task._target_=tests.tasks.Odd", "lr.peak=0.05", "duration=5st", "evaluate.every=null")
+    ddp, ours = both(runs, 2, *odd)
+    assert distance(ddp.weights(), ours.weights()) == 0
+
+
+def test_a_step_that_is_not_finite_is_skipped(runs: Runs) -> None:
+    nan = (*COUNTED, "task._target_=tests.tasks.BecomesNaN", "on_nonfinite=skip")
+    ddp, ours = both(runs, 2, *nan)
+    assert any(event["event"] == "skip" for event in ours.events())
+    assert distance(ddp.weights(), ours.weights()) == 0
+
+
+def test_stopped_on_three_ranks_it_goes_on_under_ddp_on_two(runs: Runs) -> None:
+    adamw = (*COUNTED, "optimizer=adamw", "lr.peak=0.01")
+    stopped = runs(3, *adamw, "engine=accelerate", stop_at=5)
+    assert [end["state"] for end in stopped.ends] == ["stopped"] * 3
+    rest = runs(2, *adamw, going_on=stopped)
+    assert distance(rest.weights(), runs(1, *adamw).weights()) < 1e-5
+
+
+def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
+    partial = task("Partial", "batch.global_size=4", "engine=accelerate")
+    refused = runs(2, *partial)
+    assert all(HANDLER % "find_unused_parameters:true" in end["message"] for end in refused.ends)
+    unused = runs(2, *partial, HANDLER % "find_unused_parameters:true,broadcast_buffers:false")
+    assert distance(unused.weights(), runs(1, *partial).weights()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (HANDLER % "comm_hook:fp16", "comm_hook=fp16 compresses gradients"),
+        ("engine.config.kwargs_handlers=[{_target_:accelerate.utils.GradScalerKwargs}]", "has a GradScalerKwargs"),
+        ("engine.config.bucket_cap_mb=50", "don't fit accelerate.Accelerator"),
+        ("engine.config.log_with=no-such-tracker", "accelerate.Accelerator can't be made"),
+    ],
+)
+def test_what_its_config_may_not_say(runs: Runs, asked: str, said: str) -> None:
+    for end in runs(2, *COUNTED, "engine=accelerate", asked).ends:
+        assert end["raised"] == "Refused"
+        assert said in end["message"]
+
+
+def test_without_the_package(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert "pip install '.[accelerate]'" in runs(1, *COUNTED, "engine=accelerate").ends[0]["message"]
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default"}
+
+
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "give precision=bf16 with it"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "give precision=bf16 instead"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "deepspeed engine.stage=3"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1 isn't here, and 2 is engine=fsdp"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true",
+             "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            "engine=fsdp engine.offload=true engine.config.reshard_after_forward=false",
+        ),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "engine=fsdp and engine=deepspeed share a model"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "runs are data-parallel"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "compile=true compiles"),
+    ],
+)  # fmt: skip
+def test_what_its_launcher_says_against_the_plan(said: dict[str, str], instead: str) -> None:
+    with pytest.raises(Refused, match="accelerate launch says") as refused:
+        refuse_contradictions(LAUNCHED | said, "fp32", compiled=False, device="cpu")
+    assert instead in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "plan"),
+    [
+        ({}, {"precision": "bf16"}),  # "no" is also what it says where it was told nothing
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "bf16"}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compiled": True}),
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "false"}, {}),
+    ],
+)
+def test_what_its_launcher_says_with_the_plan(said: dict[str, str], plan: dict[str, Any]) -> None:
+    refuse_contradictions(LAUNCHED | said, **{"precision": "fp32", "compiled": False, "device": "cpu"} | plan)
+
+
+def test_a_cpu_that_its_launcher_wants_against_a_gpu() -> None:
+    with pytest.raises(Refused, match="give device=cpu"):
+        refuse_contradictions({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False, device="cuda")
+
+
+def test_its_launcher_is_heard_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accumulation that is the plan's changes nothing; another one is refused; and so is the rest."""
+    three = (*COUNTED, "batch.per_gpu=14", "engine=accelerate")
+    plain = runs(1, *three)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert distance(runs(1, *three).weights(), plain.weights()) == 0
+    refused = runs(1, *three, "batch.per_gpu=41").ends[0]["message"]
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=3 contradicts batch.accumulation=1" in refused
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "give precision=fp16" in runs(1, *three).ends[0]["message"]
