@@ -38,6 +38,8 @@ examples:
   python launch.py batch.schedule="0sa:64 50%:256"          a batch that moves while training
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
+  python launch.py engine=deepspeed engine.stage=2          the same run, gradients and optimizer state in parts
+  python launch.py batch.per_gpu=16 numerics=bitwise        the same weights, bit by bit, on any number of processes
   python launch.py -m batch.global_size=32,64,128 duration=5ep
                                                             a sweep: one run after another, then a table
   python launch.py run.dir=runs/digits-0123456789ab         goes on with that run; shows its result if finished

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 LABEL = 15
+MOST = 12  # lines about stages
 
 
 def table(plan: Plan) -> str:
@@ -47,8 +48,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "global batch", _batch(plan, plan.cut)
     if not plan.cut.even:
         yield "micro-batches", _micro_batches(plan)
-    for number, stage in enumerate(plan.stages[1:]):
-        yield "" if number else "then", _stage(plan, stage)
+    for number, stage in enumerate(_stages(plan)):
+        yield "" if number else "then", stage
     yield "duration", _duration(plan)
     chosen, _, why = plan.optimizer.why.partition(": ")
     yield "optimizer", f"{plan.optimizer.name} ({chosen}){_recipe(plan)}"
@@ -79,6 +80,14 @@ def _batch(plan: Plan, cut: Cut) -> str:
     of_samples = f" ({counted(cut.global_size, 'sample')})" if plan.unit == "tokens" else ""
     equals = "=" if cut.even else "≤"
     return f"{plan.size(cut.global_size)}{of_samples} {equals} {plan.sized(largest):,}{most} per GPU × {dealt}"
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Those after the first; of many, the first ones and the last."""
+    later = [_stage(plan, stage) for stage in plan.stages[1:]]
+    if len(later) > MOST:
+        later[MOST - 2 : -1] = [f"… {len(later) - MOST + 1:,} stages between, which plan.json and output=json list …"]
+    return later
 
 
 def _stage(plan: Plan, stage: Stage) -> str:
