@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scaling.geometry import Cut
 from trainers.average import Average
 from trainers.checkpoints.slices import Reader
-from trainers.engines import Parts
+from trainers.engines import Found, Parts
 from trainers.engines.base import Base, multiply, norm_of, number
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
 from trainers.optim import Tuned
@@ -41,6 +43,7 @@ class Replicated(Base):
         self._deepspeed = imported(parts.world)
         parts.world.connect()
         self._settings = settings_of(config)
+        refuse_settings(self._settings)
         super().__init__(parts)
         self.mean_over = parts.world.size
         tuned = parts.make_optimizer()
@@ -76,9 +79,15 @@ class Replicated(Base):
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def call(self, work: Callable[[], Found]) -> Found:
+        return self._wrapped(work)  # type: ignore[no-any-return]
+
     def _step(self, factor: Number) -> None:
         multiply(self._gradients(), factor)
+        kept = self._statistics.sums.grad if self._statistics else None
         self._engine.step()
+        if self._statistics:
+            self._statistics.sums.grad = kept  # DeepSpeed clears all gradients of the module
 
 
 class ZeRO(Replicated):
@@ -236,13 +245,22 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **both}
 
 
+def refuse_settings(settings: dict[str, Any]) -> None:
+    """Raises Refused where DeepSpeed doesn't take ``settings``."""
+    config = import_module("deepspeed.runtime.config")
+    try:
+        config.DeepSpeedConfig(settings)
+    except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
+        said = error.errors() if isinstance(error, ValidationError) else []
+        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
+        raise Refused(f"engine.config: DeepSpeed doesn't take it: {why}") from error
+
+
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
     """Raises Refused for a model or an optimizer that DeepSpeed can't take."""
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
-            raise Refused(
-                f"{name} is {parameter.dtype}; DeepSpeed steps in torch.float32 alone: use engine=ddp or fsdp"
-            )
+            raise Refused(f"{name} is {parameter.dtype}; DeepSpeed steps in torch.float32: use engine=ddp or fsdp")
         if stage == 3 and parameter.ndim == 0:
             raise Refused(f"{name} has no dimensions, by which stage 3 could part it: engine.stage=2, or engine=fsdp")
     if stage and any(not any(p.requires_grad for p in group["params"]) for group in tuned.optimizer.param_groups):

@@ -1,0 +1,233 @@
+"""The engine ``deepspeed`` against one rank of ``ddp``: the same run on ZeRO 0 to 3, on any number of ranks."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from functools import partial
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conf.compose import compose
+from scaling.plan import Plan
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.test_batchnorm import GHOST
+from tests.ranks.test_checkpoint import same_bits
+from tests.tasks import Counted
+from trainers.checkpoints.manifest import checkpoints, read
+from trainers.checkpoints.slices import Reader
+from trainers.engines import Engine, make_engine
+from trainers.engines.deepspeed import imported
+from trainers.model import make_model
+from trainers.tasks import make_task
+from trainers.world import World
+
+STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 3)
+COUNTED = (
+    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
+    "evaluate.every=null", "log.every=1st",
+)  # fmt: skip
+# BatchNorm, dropout, unequal units; a batch that grows, clipping that bites, a moving average, the noise scale
+EVERYTHING = (
+    *(option for option in GHOST if not option.startswith("batch.global_size")),
+    "batch.schedule=0sa:8 40sa:24", "clip_norm=0.5", "ema=30sa", "noise.every=1st", "evaluate.every=5st",
+)  # fmt: skip
+ODD = ("task._target_=tests.ranks.test_deepspeed.Odd", "batch.global_size=10", "evaluate.every=4st")
+
+
+class Odd(Counted):
+    """A model with tied weights, one that is called twice, a frozen one, one without a part in the loss, small ones."""
+
+    def __init__(self, scalar: bool = False, double: bool = False, **args: Any) -> None:
+        super().__init__(**args)
+        self.scalar, self.double = scalar, double
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 7))
+        assert isinstance(model[2], nn.Linear)
+        model[2].weight = model[0].weight
+        model[4].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+        model.register_parameter("spare", nn.Parameter(torch.ones(5)))
+        model.register_parameter("scale", nn.Parameter(torch.ones(() if self.scalar else 1)))
+        return model.double() if self.double else model
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        mask = torch.arange(7) < units[:, None]
+        outputs = (model(inputs) + model(-inputs)) * model.scale  # type: ignore[operator]
+        return ((outputs - targets)[mask] ** 2).sum(), units.sum()
+
+
+def zero(stage: int, *more: str) -> tuple[str, ...]:
+    return ("engine=deepspeed", f"engine.stage={stage}", *more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed() -> None:
+    """In the parent, so that ranks needn't import it; it starts no thread."""
+    pytest.importorskip("deepspeed")
+    imported(World(0, 1, 0, 1, torch.device("cpu"), None))
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    gc.freeze()  # stage 3 collects as it begins
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One rank of ``ddp``, cut into so many micro-batches that the noise can be measured."""
+    return Runs(tmp_path_factory.mktemp("truth"))(1, *EVERYTHING, "batch.per_gpu=4")
+
+
+def averages(run: Run) -> dict[str, Tensor]:
+    return load_file(run.run.final / "ema.safetensors")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_everything_is_the_same(runs: Runs, truth: Run, stage: int, world: int) -> None:
+    """Weights, running statistics, moving averages, losses, norms and the noise, with ranks that have no sample."""
+    run = runs(world, *EVERYTHING, "batch.per_gpu=4", *zero(stage))
+    assert distance(run.weights(), truth.weights()) < 1e-6
+    assert distance(averages(run), averages(truth)) < 1e-6
+    for line, true in zip(run.metrics(), truth.metrics(), strict=True):
+        for name in line.keys() & {"loss", "grad_norm", "val/loss", "ema/loss", "noise/trace", "noise/grad_sq"}:
+            assert line[name] == pytest.approx(true[name], rel=1e-4, abs=1e-6), (line["step"], name)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
+def test_odd_models_are_the_same(runs: Runs, stage: int, offload: bool) -> None:
+    """Tied, frozen, unused and small parameters, a model called twice, AdamW: to 1e-6 of the largest weight."""
+    options = (
+        *COUNTED,
+        *ODD,
+        f"task.args.scalar={str(stage < 3).lower()}",
+        "optimizer=adamw",
+        "lr.peak=0.01",
+        "ema=40sa",
+    )
+    one = runs(1, *options)
+    three = runs(3, *options, "batch.per_gpu=3", *zero(stage, f"engine.offload={str(offload).lower()}"))
+    assert three.ends[0]["state"] == "finished", three.ends[0]
+    assert distance(three.weights(), one.weights()) < 1e-6
+    assert distance(averages(three), averages(one)) < 1e-6
+    assert three.metrics()[-1]["ema/loss"] == pytest.approx(one.metrics()[-1]["ema/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16(runs: Runs, stage: int) -> None:
+    """On the same cut as fp32 is; weights are fp32, and DeepSpeed isn't told."""
+    options = (*COUNTED, "precision=bf16", "batch.per_gpu=24", "optimizer=adamw", "lr.peak=0.003")
+    whole, parts = runs(2, *options), runs(2, *options, *zero(stage))
+    assert distance(parts.weights(), whole.weights()) < 1e-6
+    assert distance(parts.weights(), runs(2, *options, "precision=fp32").weights()) > 1e-6
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
+def test_a_step_that_is_not_finite_is_skipped(runs: Runs, stage: int, offload: bool) -> None:
+    """A NaN on one rank of two: nothing is left of it, nor of the other gradients of the step."""
+    skip = (*GHOST, "on_nonfinite=skip", "task._target_=tests.ranks.test_batchnorm.NaNOnce", "batch.per_gpu=4")
+    ours = runs(2, *skip, *zero(stage, f"engine.offload={str(offload).lower()}"))
+    assert ours.weights()["norm.num_batches_tracked"] == 7
+    assert [event["step"] for event in ours.events() if event["event"] == "skip"] == [2]
+    assert distance(ours.weights(), runs(2, *skip).weights()) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_goes_on_is_the_same_bit_by_bit(runs: Runs, stage: int) -> None:
+    options = (*GHOST, "ema=30sa", "optimizer=adamw", "lr.peak=0.01", "clip_norm=0.5", "batch.per_gpu=4", *zero(stage))
+    begun = runs(2, *options, stop_at=3)
+    assert begun.ends[0]["step"] == 3
+    whole, resumed = runs(2, *options), runs(2, *options, going_on=begun)
+    assert all(same_bits(tensor, resumed.weights()[name]) for name, tensor in whole.weights().items())
+    assert all(same_bits(tensor, averages(resumed)[name]) for name, tensor in averages(whole).items())
+
+
+def test_one_run_on_all_of_them(runs: Runs) -> None:
+    """Begun by ``ddp`` on one rank, then ZeRO 1 on three, ZeRO 3 on two, ZeRO 2 on three, and ``ddp`` on two."""
+    options = (*GHOST, "ema=30sa", "clip_norm=0.5", "batch.per_gpu=4", "duration=10st")
+    whole = runs(1, *options)
+    run = runs(1, *options, stop_at=2)
+    for stop_at, (world, stage) in zip((4, 6, 8), ((3, 1), (2, 3), (3, 2)), strict=True):
+        run = runs(world, *options, *zero(stage), stop_at=stop_at, going_on=run)
+        assert run.ends[0]["step"] == stop_at
+    run = runs(2, *options, going_on=run)
+    assert run.ends[0]["state"] == "finished"
+    assert distance(run.weights(), whole.weights()) < 1e-6
+    assert distance(averages(run), averages(whole)) < 1e-6
+
+
+def test_a_checkpoint_comes_back_bit_by_bit(runs: Runs, tmp_path: Path) -> None:
+    """What ``ddp`` has saved, every engine on any number of ranks would save again: weights, averages, optimizer."""
+    options = (*COUNTED, *ODD, "optimizer=adamw", "lr.peak=0.01", "ema=40sa", "duration=3st")
+    saved = runs(1, *options).run
+    reader = Reader(read(checkpoints(saved)[0]))
+    for stage, world in product(STAGES, WORLDS):
+        body = partial(again, options=[*options, *zero(stage)], reader=reader)
+        ranks = in_ranks(world, body, tmp_path / f"{stage}-{world}")
+        spans = [span for rank in ranks for span in rank["spans"]]
+        assert {name for name, *_ in spans} == reader.tensors.keys()
+        for name, stored in reader.tensors.items():
+            parts = sorted(span for found, *span in spans if found == name)
+            assert [0, *(stop for _, stop in parts)] == [*(start for start, _ in parts), stored.numel]
+        assert all(rank["values"] == reader.values for rank in ranks)
+
+
+def again(world: World, options: list[str], reader: Reader) -> dict[str, Any]:
+    """Restore, and give the ranges of what would be saved, each compared with what is stored."""
+    engine = made(world, options)
+    engine.restore(reader)
+    spans = []
+    for name, shape, start, data in engine.slices():
+        assert (shape, data.dtype) == (reader.tensors[name].shape, reader(name, 0, 0).dtype), name
+        assert same_bits(data, reader(name, start, start + data.numel())), name
+        spans.append([name, start, start + data.numel()])
+    return {"spans": spans, "values": engine.values()}
+
+
+def made(world: World, options: list[str]) -> Engine:
+    config = compose(options)
+    task = make_task(config)
+    plan: Plan = resolve(config, world.size, 500)
+    return make_engine(config, task, make_model(config, task), plan.peak, world)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (zero(2, "task.args.double=true"), "spare is torch.float64; DeepSpeed steps in torch.float32"),
+        (zero(3, "task.args.scalar=true"), "scale has no dimensions, by which stage 3 could part it: engine.stage=2"),
+        (
+            zero(1, "engine.config.zero_optimization.stages=2"),
+            "engine.config: DeepSpeed doesn't take it: stages: Extra inputs are not permitted",
+        ),
+    ],
+)
+def test_what_it_cannot_have_is_refused(runs: Runs, options: tuple[str, ...], message: str) -> None:
+    end = runs(1, *COUNTED, *ODD, *options).ends[0]
+    assert end["raised"] == "Refused"
+    assert message in end["message"]
+
+
+def test_without_the_package(tmp_path: Path) -> None:
+    def body(world: World) -> None:
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]
+        made(world, [*COUNTED, *zero(1)])
+
+    (end,) = in_ranks(1, body, tmp_path)
+    assert end["raised"] == "Refused"
+    assert "pip install '.[deepspeed]'" in end["message"]
+
+
+def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    runs(2, *COUNTED, *zero(3), "duration=2st")
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.count("\n") < 20
+    assert "[" not in out
