@@ -9,20 +9,18 @@ from pydantic import model_validator
 from conf.section import Free, Modules, Section
 
 
-class _Engine(Section):
+class DDP(Section):
+    name: Literal["ddp"]
     config: Free
 
 
-class DDP(_Engine):
-    name: Literal["ddp"]
-
-
-class FSDP(_Engine):
+class FSDP(Section):
     name: Literal["fsdp"]
     shard: Literal["auto"] | Modules
     param_dtype: Literal["bf16", "fp16"] | None
     reduce_dtype: Literal["bf16", "fp16"] | None
     offload: bool
+    config: Free
 
     @model_validator(mode="after")
     def _gradients_are_reduced_as_they_are_computed(self) -> FSDP:
@@ -34,14 +32,16 @@ class FSDP(_Engine):
         return self
 
 
-class Accelerate(_Engine):
+class Accelerate(Section):
     name: Literal["accelerate"]
+    config: Free
 
 
-class DeepSpeed(_Engine):
+class DeepSpeed(Section):
     name: Literal["deepspeed"]
     stage: Literal[0, 1, 2, 3]
     offload: bool
+    config: Free
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> DeepSpeed:

@@ -396,7 +396,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {
             "isn't a key of this engine, which has name, config; it comes with engine=deepspeed",
         ),
         ({"name": "ddp"}, "engine has no config: engine=ddp brings every key"),
-        ({"name": "deepspeed"}, "engine has no config, stage, offload: engine=deepspeed brings every key"),
+        ({"name": "deepspeed"}, "engine has no stage, offload, config: engine=deepspeed brings every key"),
     ],
     "engine.config": [(3, "a mapping")],
     "cluster.nodes": [(0, "1 or more"), (1.5, "a whole number")],
