@@ -8,10 +8,15 @@ from typing import Any
 import accelerate  # noqa: F401  once for all ranks, which are forked from here
 import pytest
 
-from tests.ranks.harness import Run, Runs, distance
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance, in_ranks
 from tests.ranks.test_exact import task
+from trainers.engines import make_engine
 from trainers.engines.accelerate import refuse_contradictions
 from trainers.rundir import Refused
+from trainers.tasks import make_task
+from trainers.world import World
 
 HANDLER = "engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,%s}]"
 COUNTED = task("Counted", "clip_norm=0.5")  # dropout, unequal units
@@ -64,6 +69,19 @@ def test_stopped_on_three_ranks_it_goes_on_under_ddp_on_two(runs: Runs) -> None:
     assert [end["state"] for end in stopped.ends] == ["stopped"] * 3
     rest = runs(2, *adamw, going_on=stopped)
     assert distance(rest.weights(), runs(1, *adamw).weights()) < 1e-5
+
+
+def test_what_it_is_wrapped_with_is_what_ddp_is(runs: Runs) -> None:
+    """Gradients that are views of the buckets, and no message about buffers that none has."""
+
+    def wrapped(world: World) -> list[bool]:
+        config = compose([*COUNTED, "engine=accelerate", "device=cpu"])
+        counted = make_task(config)
+        model = counted.model()
+        engine = make_engine(config, counted, model, resolve(config, world.size, 500).peak, world)
+        return [engine._wrapped.gradient_as_bucket_view, engine._wrapped.forward_sync_buffers]
+
+    assert in_ranks(2, wrapped, runs.folder) == [[True, False]] * 2
 
 
 def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:

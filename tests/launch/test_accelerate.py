@@ -1,0 +1,55 @@
+"""`accelerate launch launch.py`, with a config file of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak import LAUNCH
+from benchmarks.start import BIN
+from conf.compose import compose
+from conf.hardware import workers_here
+from tests.launch.test_workers import BASE, LONG, Run, folder  # noqa: F401  a fixture
+
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+main_process_port: 0
+"""
+ALONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}  # what it tells the one process it starts
+
+
+def test_its_processes_are_workers_as_torchruns_are(folder: Path) -> None:  # noqa: F811
+    """As many as its config file says, and a stop is a good end."""
+    config = folder / "accelerate.yaml"
+    config.write_text(CONFIG)
+    command = [str(BIN / "accelerate"), "launch", "--config_file", str(config), str(LAUNCH), "engine=accelerate"]
+    run = Run(folder, [*command, *BASE, "task.args.fault=SIGTERM", *LONG])
+    assert run.end() == 0, run.err
+    assert "training on 2 ranks (cpu)" in run.out
+    assert (run.outcome["state"], run.outcome["step"]) == ("stopped", 3)
+
+
+def test_several_on_the_cpu_are_refused_as_it_starts_one(folder: Path) -> None:  # noqa: F811
+    several = ALONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    run = Run(folder, [sys.executable, str(LAUNCH), "engine=accelerate", *BASE], **several)
+    assert run.end() == 2
+    assert run.said[0].startswith("isobatch: accelerate launch was asked for several processes on the CPU")
+    assert not run.dir.exists()
+
+
+def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several are visible, unless it is told otherwise."""
+    monkeypatch.setattr("conf.hardware.visible_gpus", lambda env: 8)
+    assert workers_here(compose(["engine=accelerate"])) == 8
+    for name, value in ALONE.items():
+        monkeypatch.setitem(os.environ, name, value)
+    assert workers_here(compose(["engine=accelerate"])) == 1
+    assert workers_here(compose(["engine=accelerate", "cluster.gpus_per_node=4"])) == 4
+    assert workers_here(compose([])) == 8
