@@ -13,21 +13,20 @@ if TYPE_CHECKING:
     from conf.engines import Engine
     from conf.schema import RunConfig
 
-BITWISE_COST: float | None = (
-    None  # how long a step takes with numerics=bitwise, as a multiple of fast; None: not measured
-)
+BITWISE_COST: float | None = None  # a step's time with numerics=bitwise, as a multiple of fast; None: not measured
 
 PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer state"
 OPTIMIZERS = ("sgd", "adamw", "lamb", "lars", "muon", "adafactor", "custom")
-# Those of torch that treat each number by itself, whatever tensor it is in.
+# Those of torch that treat each number by itself, whatever tensor it is in, and keep no state before the first step, as
+# Adagrad does, which DeepSpeed makes anew.
 ELEMENTWISE = tuple(
     f"torch.optim.{name}"
-    for name in (
-        *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"),
-        *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"),
-    )
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "ASGD")
 )
-FLAT = "its optimizer sees a part of one flat tensor, where only one that treats each number by itself does the same"
+FLAT = (
+    "its optimizer sees a part of one flat tensor, and only one that treats each number by itself, and begins without "
+    "state, does the same there"
+)
 BITWISE = {"numerics=bitwise": "only engine=ddp adds up gradients in an order that no number of processes changes"}
 
 
