@@ -119,6 +119,13 @@ def _is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers of ``model`` to ``device``; its parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:
     """The tensors of the model's state_dict by their names; those that share all of their memory are together."""
     groups: dict[tuple[int, ...], dict[str, Tensor]] = {}

@@ -6,17 +6,13 @@ clipped where it lies before DeepSpeed's own step, which is told of neither.
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scaling.geometry import Cut
@@ -24,13 +20,14 @@ from trainers.average import Average
 from trainers.checkpoints.slices import Reader
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base, multiply, norm_of, number
+from trainers.engines.package import imported, refuse_settings, settings_of
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
+from trainers.model import place_buffers
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer
 from trainers.rundir import Refused
 from trainers.shards import Part
 from trainers.tally import Number, Total
-from trainers.world import World
 
 if TYPE_CHECKING:
     import conf.engines
@@ -80,7 +77,9 @@ class Replicated(Base):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def call(self, work: Callable[[], Found]) -> Found:
-        return self._wrapped(work)  # type: ignore[no-any-return]
+        found = list[Found]()
+        self._wrapped(lambda: found.append(work()))  # DeepSpeed would look into what a forward gives
+        return found[0]
 
     def _step(self, factor: Number) -> None:
         multiply(self._gradients(), factor)
@@ -202,60 +201,6 @@ class ZeRO(Replicated):
         self._zero.checkpoint_event_epilogue()
 
 
-def imported(world: World) -> Any:
-    """The package, quiet, on the world's device.
-
-    Raises:
-        Refused: it isn't installed.
-    """
-    logger = logging.getLogger("DeepSpeed")
-    logger.disabled = True  # it warns of every device that isn't there
-    try:
-        deepspeed = import_module("deepspeed")
-    except ImportError as error:
-        raise Refused(f"engine=deepspeed needs the package deepspeed ({error}): pip install '.[deepspeed]'") from error
-    finally:
-        logger.disabled = False
-    logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
-    # of its inference, and compiled as it starts on a CPU, where there is a compiler
-    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    if world.device.type == "cpu":
-        cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
-        import_module("deepspeed.accelerator").set_accelerator(cpu())
-    return deepspeed
-
-
-def settings_of(config: conf.engines.DeepSpeed) -> dict[str, Any]:
-    """What DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict."""
-    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
-    ours = {
-        "train_micro_batch_size_per_gpu": 1,  # passes are made, and counted, by the plan
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.stage, **offload},
-    }
-    return _merged(config.config, ours)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if isinstance(above[key], dict)}
-    return {**below, **above, **both}
-
-
-def refuse_settings(settings: dict[str, Any]) -> None:
-    """Raises Refused where DeepSpeed doesn't take ``settings``."""
-    config = import_module("deepspeed.runtime.config")
-    try:
-        config.DeepSpeedConfig(settings)
-    except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
-        said = error.errors() if isinstance(error, ValidationError) else []
-        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
-        raise Refused(f"engine.config: DeepSpeed doesn't take it: {why}") from error
-
-
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
     """Raises Refused for a model or an optimizer that DeepSpeed can't take."""
     for name, parameter in model.named_parameters():
@@ -268,13 +213,6 @@ def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
     if stage and tuned.optimizer.state:
         who = type(tuned.optimizer).__name__
         raise Refused(f"the optimizer {who} keeps state from the start, and DeepSpeed makes it anew: use engine=ddp")
-
-
-def place_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers of ``model`` to ``device``."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 def _there(gradient: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from scaling.geometry import Cut
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base, norm_of
 from trainers.locate import check_call
-from trainers.model import matching
+from trainers.model import matching, place_buffers
 from trainers.noise import GradientSquares
 from trainers.precision import DTYPES
 from trainers.rundir import Refused
@@ -51,9 +51,7 @@ class FSDP(Base):
 
     def _place(self, model: nn.Module) -> None:
         """The parts alone are brought to the device, group by group; what isn't parted goes there whole."""
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self._device)
+        place_buffers(model, self._device)
         for parameter in model.parameters():
             self._world.share(parameter.data)  # the same on all ranks, as DDP makes it
             if parameter.ndim == 0:  # FSDP doesn't take these

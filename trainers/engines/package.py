@@ -1,0 +1,74 @@
+"""The package deepspeed, as the engine of that name uses it: quiet, and told what it has to be."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from trainers.rundir import Refused
+from trainers.world import World
+
+if TYPE_CHECKING:
+    import conf.engines
+
+
+def imported(world: World) -> Any:
+    """The package, quiet, on the world's device.
+
+    Raises:
+        Refused: it isn't installed.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    logger.disabled = True  # it warns of every device that isn't there
+    try:
+        deepspeed = import_module("deepspeed")
+    except ImportError as error:
+        raise Refused(f"engine=deepspeed needs the package deepspeed ({error}): pip install '.[deepspeed]'") from error
+    finally:
+        logger.disabled = False
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
+    # of its inference, and compiled as it starts on a CPU, where there is a compiler
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+        import_module("deepspeed.accelerator").set_accelerator(cpu())
+    return deepspeed
+
+
+def settings_of(config: conf.engines.DeepSpeed) -> dict[str, Any]:
+    """What DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
+
+    DeepSpeed's sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last.
+    """
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
+    ours = {
+        "train_batch_size": None,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.stage, **offload},
+    }
+    return _merged(config.config, ours)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if isinstance(above[key], dict)}
+    return {**below, **above, **both}
+
+
+def refuse_settings(settings: dict[str, Any]) -> None:
+    """Raises Refused where DeepSpeed doesn't take ``settings``."""
+    config = import_module("deepspeed.runtime.config")
+    try:
+        config.DeepSpeedConfig(settings)
+    except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
+        said = error.errors() if isinstance(error, ValidationError) else []
+        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
+        raise Refused(f"engine.config: DeepSpeed doesn't take it: {why}") from error
