@@ -109,8 +109,8 @@ PARTS = {
         "max |Δ| / max |w| of the final weights against its own run on 1 × 96 × 1; *can't*: its batch is always the "
         "product of the three. *Lost / repeated*: samples of an epoch of 960 that were never trained on, and "
         "trainings beyond a sample's first, where the run is stopped in mid-epoch, with a checkpoint, on 2 × 16 × "
-        "3, and goes on on 3 ranks. To keep the global batch, the others are told 3 × 16 × 2; ours finds that "
-        "itself.",
+        "3, and goes on on 3 ranks (of what it does then, Lightning warns). To keep the global batch, the others "
+        "are told 3 × 16 × 2; ours finds that itself.",
     ),
     "rules": Part(
         "Rules, by the betas",

@@ -86,17 +86,18 @@ def train(peer: Peer, job: Job) -> list[float]:
     return ends
 
 
-def trained(peer: Peer, job: Job, world: int, folder: Path) -> None:
-    """Train on ``world`` forked ranks.
+def in_all(world: int, body: Callable[[World], Any], folder: Path, deadline_s: float) -> list[Any]:
+    """What ``body`` returns on each of ``world`` forked ranks.
 
     Raises:
         RuntimeError: it failed on one of them.
     """
     with hushed():
-        ended = in_ranks(world, lambda _: train(peer, job), folder, deadline_s=120)
+        ended = in_ranks(world, body, folder, deadline_s=deadline_s)
     for rank, end in enumerate(ended):
-        if isinstance(end, dict):
-            raise RuntimeError(f"{peer.name}, rank {rank} of {world}: {end}")
+        if isinstance(end, dict) and "raised" in end:
+            raise RuntimeError(f"rank {rank} of {world}: {end['raised']}: {end['message']}")
+    return ended
 
 
 def ms_of_steps(world: int) -> dict[str, list[float]]:
@@ -118,8 +119,8 @@ def ms_of_steps(world: int) -> dict[str, list[float]]:
         measured = [{name: way(STEPS) for name, way in ways.items()} for _ in range(TURNS)]
         return {name: [turn[name] for turn in measured] for name in ways}
 
-    with tempfile.TemporaryDirectory() as folder, hushed():
-        found: dict[str, list[float]] = in_ranks(world, turns, Path(folder), deadline_s=600)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, list[float]] = in_all(world, turns, Path(folder), 600)[0]
     return found
 
 
@@ -149,11 +150,12 @@ def differences(peer: Peer | None) -> list[float]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if peer is None:
-                run = Runs(folder)(world, *overrides(per_gpu, CUT_STEPS)).run
+                with hushed():
+                    run = Runs(folder)(world, *overrides(per_gpu, CUT_STEPS)).run
                 found.append(load_file(run.final / "model.safetensors"))
             else:
                 job = Job(Tokens(), CUT_STEPS, per_gpu, accumulation, peer.best, folder)
-                trained(peer, job, world, folder / "ranks")
+                in_all(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
                 found.append(load_file(weights(folder)))
     first, *others = found
     largest = max(abs(tensor).max() for tensor in first.values())
@@ -180,13 +182,14 @@ def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
         os.environ[SEEN] = str(seen)
         try:
             if peer is None:
-                runs = Runs(folder)
-                stopped = runs(BEFORE[0], *overrides(BEFORE[1], LAST), stop_at=STOP_AT)
-                runs(AFTER[0], *overrides(AFTER[1], LAST), going_on=stopped)
+                with hushed():
+                    runs = Runs(folder)
+                    stopped = runs(BEFORE[0], *overrides(BEFORE[1], LAST), stop_at=STOP_AT)
+                    runs(AFTER[0], *overrides(AFTER[1], LAST), going_on=stopped)
             else:
                 for (world, per_gpu, accumulation), stop_at in ((BEFORE, STOP_AT), (AFTER, None)):
                     job = Job(Tokens(), LAST, per_gpu, accumulation, peer.best, folder, stop_at, resume=stop_at is None)
-                    trained(peer, job, world, folder / "ranks")
+                    in_all(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
         finally:
             del os.environ[SEEN]
         counted = Counter(line for file in seen.iterdir() for line in file.read_text().split())
