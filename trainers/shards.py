@@ -72,6 +72,13 @@ def gathered(tensor: Any) -> Tensor:
     return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())
 
 
+def keep(tensor: Any, whole: Tensor) -> None:
+    """Set what this rank holds of ``tensor`` to what ``whole`` has there."""
+    part = local(tensor)
+    with torch.no_grad():
+        part.copy_(whole.detach().reshape(-1)[slice(*range_of(tensor))].view(part.shape))
+
+
 def range_of(tensor: Any) -> tuple[int, int]:
     """Which elements [start, stop) of the flattened tensor this rank holds."""
     if not sharded(tensor):
@@ -82,7 +89,7 @@ def range_of(tensor: Any) -> tuple[int, int]:
     assert placement.is_shard(0), f"{placement}: parts have to be contiguous"
     # rows are parted as torch.chunk parts them
     ranks, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
-    row, rows = tensor[:1].numel() if len(tensor) else 0, -(-len(tensor) // ranks)
+    row, rows = math.prod(tensor.shape[1:]), -(-len(tensor) // ranks)
     start = min(rank * rows, len(tensor)) * row
     return start, start + local(tensor).numel()
 

@@ -136,10 +136,10 @@ class Run:
     def __init__(self, run: RunDir, ends: list[Any]) -> None:
         self.run, self.ends = run, ends
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
-        return load_file(self.run.final / "model.safetensors")
+        return load_file(self.run.final / name)
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]

@@ -33,7 +33,7 @@ class Base:
     A subclass's constructor wraps ``self._root``, and then calls ``_begin``.
 
     Attributes:
-        mean_over: by how many its reduction divides the sum over ranks; the loss is multiplied by it.
+        mean_over: by how many its reduction divides the sum over ranks.
         for_unused: what is to be given where parameters have no part in the loss.
     """
 
@@ -105,13 +105,18 @@ class Base:
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
         self._carrier.write(note)
         with nullcontext() if measured is None else self._squares.of(measured):
-            self._backward(loss * (self.mean_over * self._factor))
+            self._backward(loss * (self._lift * self._factor))
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def call(self, work: Callable[[], Found]) -> Found:
         return work()
+
+    @property
+    def _lift(self) -> int:
+        """What the loss is multiplied by against ``mean_over``: a power of two, which rounds nothing."""
+        return 1 << (self.mean_over - 1).bit_length()
 
     @property
     def _factor(self) -> float:
@@ -123,9 +128,9 @@ class Base:
         return self._carrier.take(self.mean_over, expected_units)
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        scale = scale / self._factor
+        scale = scale * (self.mean_over / self._lift) / self._factor
         norm = self._norm() * scale
-        squares = self._squares.take(self._world.sum)
+        squares = self._measured_squares()
         if self._may_skip and not math.isfinite(norm):  # on an accelerator this look waits for it
             self._discard()
             return Update(norm, skipped=True)
@@ -142,6 +147,10 @@ class Base:
             self._stepped = True
             self.values()  # what can't be saved is refused now, and not when it would be lost
         return Update(norm, parts_sq=None if squares is None else number(squares) * (scale / self.mean_over) ** 2)
+
+    def _measured_squares(self) -> Tensor | None:
+        """What GradientSquares found in this step, over all ranks."""
+        return self._squares.take(self._world.sum)
 
     def _gradients(self) -> list[Tensor]:
         """Those that this rank holds of all parameters, in its own memory."""

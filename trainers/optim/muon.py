@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from trainers.optim import evaluated, fused
 from trainers.rundir import Refused
+from trainers.shards import gathered, keep, sharded
 
 
 class MuonAdamW(Optimizer):
@@ -61,10 +63,28 @@ class MuonAdamW(Optimizer):
         """One update; what ``closure`` returned, where it is given."""
         loss = evaluated(closure)
         for muon, part in self._parts.items():
-            part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
-            part.state = self.state
+            groups = [group for group in self.param_groups if group["muon"] is muon]
+            if muon and any(sharded(matrix) for group in groups for matrix in group["params"]):
+                for group in groups:
+                    for matrix in group["params"]:
+                        self._step_whole(part, group, matrix)
+                continue
+            part.param_groups, part.state = groups, self.state
             part.step()
         return loss
+
+    def _step_whole(self, part: Optimizer, group: dict[str, Any], matrix: Tensor) -> None:
+        """Muon's step of a sharded matrix, brought together: in parts, its products would be rounded to bf16."""
+        if matrix.grad is None:
+            return
+        whole, state = nn.Parameter(gathered(matrix)), self.state[matrix]
+        whole.grad = gathered(matrix.grad)
+        part.param_groups = [{**group, "params": [whole]}]
+        part.state = defaultdict(dict, {whole: {key: gathered(value) for key, value in state.items()}})
+        part.step()
+        keep(matrix, whole)
+        for key, value in part.state[whole].items():
+            keep(state.setdefault(key, torch.zeros_like(matrix, requires_grad=False)), value)
 
 
 def parted(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:

@@ -1,0 +1,42 @@
+"""The second promise over engines: one plan, the same run, whoever reduces the gradients and holds the weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import accelerate  # noqa: F401  once, for all ranks that are forked
+import deepspeed  # noqa: F401
+import pytest
+
+import trainers.engines.fsdp  # noqa: F401
+from tests.ranks.harness import Run, Runs, distance
+from tests.same import CASES, overrides, pairs
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of a case by DDP on one rank, made once."""
+    runs = Runs(tmp_path_factory.mktemp("truth"))
+    return cache(lambda case: runs(1, *overrides(case, "DDP")))
+
+
+@pytest.mark.parametrize(("case", "engine"), pairs())
+def test_the_same_run(runs: Runs, truth: Any, case: str, engine: str) -> None:
+    expected, run = truth(case), runs(3, *overrides(case, engine))
+    assert run.ends[0]["state"] == "finished", run.ends[0]
+    same(run, expected, CASES[case].apart)
+
+
+def same(run: Run, expected: Run, apart: float) -> None:
+    """Weights, their average and every line of metrics."""
+    assert distance(run.weights(), expected.weights()) < apart
+    if (averaged := Path(expected.run.final / "ema.safetensors")).exists():
+        assert distance(run.weights(averaged.name), expected.weights(averaged.name)) < apart
+    lines, wanted = run.metrics(), expected.metrics()
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    for line, there in zip(lines, wanted, strict=True):
+        for key in ("loss", "grad_norm", "lr", "val/loss", "ema/loss"):
+            if (value := there.get(key)) is not None:
+                assert line[key] == pytest.approx(value, rel=max(10 * apart, 1e-5)), (line, there)

@@ -1,0 +1,159 @@
+"""What has to be the same on every engine: cases, each with what goes wrong where it isn't handled exactly."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.tasks import Slow
+
+TASK = (
+    "task=custom", "task._target_=tests.same.Blocks", "duration=12st", "lr.peak=0.05", "evaluate.every=null",
+    "log.every=1st", "clip_norm=0.5", "batch.per_gpu=7",
+)  # fmt: skip
+
+
+class Block(nn.Module):
+    """A residual block with dropout and, where wanted, a BatchNorm."""
+
+    def __init__(self, width: int, dropout: float, norm: bool) -> None:
+        super().__init__()
+        self.norm: nn.Module = nn.BatchNorm1d(width) if norm else nn.LayerNorm(width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout))
+        self.outer = nn.Linear(2 * width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.outer(self.inner(self.norm(inputs)))
+
+
+class Net(nn.Module):
+    """Blocks between two layers; with a frozen parameter, and one that two layers share."""
+
+    def __init__(self, width: int, blocks: int, dropout: float, norm: bool, gain: bool) -> None:
+        super().__init__()
+        self.enter = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(Block(width, dropout, norm) for _ in range(blocks))
+        self.again = nn.Linear(8, width)
+        self.again.weight = self.enter.weight
+        self.leave = nn.Linear(width, 7)
+        self.gain = nn.Parameter(torch.tensor(1.0)) if gain else 1.0
+        self.shift = nn.Parameter(torch.full((7,), 0.1), requires_grad=False)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        hidden = self.enter(inputs) + self.again(inputs.flip(1))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.leave(self.encode(inputs)) * self.gain + self.shift
+
+
+class Blocks(Slow):
+    """A task with unequal numbers of units, augmentation and dropout.
+
+    Args:
+        call: how the loss uses the model: whole, twice (in one forward), or parts (never its own forward).
+        odd: a sample whose input isn't a number, or -1.
+        gain: the model has a parameter without dimensions.
+    """
+
+    def __init__(
+        self,
+        norm: bool = False,
+        call: str = "whole",
+        odd: int = -1,
+        double: bool = False,
+        gain: bool = False,
+        width: int = 15,
+        **args: Any,
+    ) -> None:
+        super().__init__(width=width, **args)
+        self.norm, self.call, self.double, self.gain = norm, call, double, gain
+        if odd >= 0:
+            self.inputs[odd] = float("nan")
+
+    def model(self) -> nn.Module:
+        net = Net(self.width, 2, self.dropout, self.norm, self.gain)
+        return net.double() if self.double else net
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        inputs = inputs.double() if self.double else inputs
+        return super().loss(lambda x: self.called(model, x), (inputs, targets, units))  # type: ignore[arg-type]
+
+    def called(self, model: Any, inputs: Tensor) -> Tensor:
+        if self.call == "twice":
+            return model(inputs) + model(-inputs)
+        if self.call == "parts":
+            return model.leave(model.blocks[0](model.enter(inputs)) + model.blocks[1](model.again(inputs)))
+        return model(inputs)
+
+
+class Case(NamedTuple):
+    """What is set, how far apart (max |Δ| / max |w|) runs may be that round otherwise, and where it can't be.
+
+    ``exempt`` are beginnings of engines' names.
+    """
+
+    overrides: tuple[str, ...]
+    apart: float = 1e-6
+    exempt: tuple[str, ...] = ()
+
+
+FLAT = ("ZeRO-1", "ZeRO-2", "ZeRO-3")  # whose optimizer sees one flat tensor
+
+CASES: dict[str, Case] = {
+    "SGD, dropout, augmentation, unequal units, uneven cuts, clipping": Case(()),
+    "a schedule of batches": Case(("batch.schedule='0sa:16 160sa:41'",)),
+    "ranks without samples": Case(("batch.global_size=2",)),
+    "the model is called twice in a pass": Case(("task.args.call=twice",)),
+    "its forward is never called, only parts of it": Case(("task.args.call=parts",)),
+    "a parameter without dimensions": Case(("task.args.gain=true",), exempt=("ZeRO-3",)),
+    "ghost BatchNorm": Case(
+        ("task.args.norm=true", "batchnorm.mode=ghost", "batchnorm.ghost_size=8", "batch.global_size=40",
+         "batch.per_gpu=8"), 1e-5,
+    ),
+    "ghost BatchNorm, ranks without samples": Case(
+        ("task.args.norm=true", "batchnorm.mode=ghost", "batchnorm.ghost_size=8", "batch.global_size=8",
+         "batch.per_gpu=8"), 1e-5,
+    ),
+    "a moving average of the weights": Case(("ema=60sa",)),
+    "a step that isn't finite, skipped": Case(("task.args.odd=77", "on_nonfinite=skip")),
+    "float64": Case(("task.args.double=true",), 1e-14),
+    "AdamW": Case(("optimizer=adamw", "lr.peak=0.01"), 1e-5),
+    "LARS": Case(("optimizer=lars", "lr.peak=0.5"), 1e-6, FLAT),
+    "LAMB": Case(("optimizer=lamb", "lr.peak=0.02"), 1e-5, FLAT),
+    # its Newton-Schulz iteration is in bf16, and so rounds anew what was rounded otherwise
+    "Muon": Case(("optimizer=muon", "lr.peak=0.02"), 1e-2, FLAT),
+    "Adafactor": Case(("optimizer=adafactor", "lr.peak=0.02"), 1e-4, (*FLAT, "FSDP")),
+    "RMSprop": Case(("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.002"), 1e-5),
+    "bf16": Case(("precision=bf16",), 1e-2),
+    "recomputed activations": Case(("recompute=[blocks.*]",)),
+}  # fmt: skip
+
+ENGINES: dict[str, tuple[str, ...]] = {
+    "DDP": (),
+    "FSDP": ("engine=fsdp",),
+    "Accelerate": ("engine=accelerate",),
+    **{f"ZeRO-{stage}": ("engine=deepspeed", f"engine.stage={stage}") for stage in range(4)},
+}
+
+
+def overrides(case: str, engine: str) -> tuple[str, ...]:
+    """The command line of a case on an engine, but for the number of ranks."""
+    own = CASES[case].overrides
+    size = () if any(one.startswith("batch.schedule") for one in own) else ("batch.global_size=41",)
+    return (*TASK, *size, *own, *ENGINES[engine])
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every case and engine that can be."""
+    return [
+        (case, engine)
+        for case, (_, _, exempt) in CASES.items()
+        for engine in ENGINES
+        if not engine.startswith(exempt or ("none",))
+    ]
