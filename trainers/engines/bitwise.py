@@ -1,28 +1,37 @@
 """``numerics=bitwise``: the same weights, bit by bit, on any number of processes of one machine type.
 
-The step's micro-batches follow from the global and the per-GPU batch alone. Each one's gradient is computed from zero,
-from the same numbers, by the same deterministic code on as many threads; they are summed by a tree that knows nothing
-of ranks (tree.py, with the argument). From there on all ranks compute the same from the same.
+The argument, link by link:
+
+- The step's micro-batches follow from the global and the per-GPU batch alone, and so does what is random in them.
+- Each one's gradient is computed from zero, from the same numbers, by the same deterministic code on as many threads.
+- They are summed by a tree that knows nothing of ranks (tree.py, with the argument); and with them the notes and what
+  BatchNorm found. What is measured of the gradient's noise is summed in the order of the micro-batches.
+- From there on all ranks compute the same from the same: norm, clipping, optimizer, average, running statistics. A
+  gradient even lies as it would by itself, on a boundary of the allocator, for code that looks at addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scaling.geometry import Cut
 from scaling.rules import Recipe
 from trainers.batchnorm import Counting
+from trainers.checkpoints.slices import Reader
 from trainers.engines import Parts, Update
 from trainers.engines.base import Base
-from trainers.engines.tree import Growing, nodes_in, over_ranks
+from trainers.engines.tree import Growing, Node, dealt, over_ranks
 from trainers.rundir import Refused
 from trainers.tally import Note, Number, Total
+
+BOUNDARY = 512  # bytes: of torch's allocators, that of CUDA
 
 
 class Bitwise(Base):
@@ -35,16 +44,18 @@ class Bitwise(Base):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False  # it chooses by the clock, among algorithms that round otherwise
         for tensor in chain(parts.model.parameters(), parts.model.buffers()):
             parts.world.share(tensor.data)  # the same on all ranks, as DDP makes them
         self._begin(parts.make_optimizer())
         riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
-        self._summed: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in (*riders, *self._parameters):
-            self._summed.setdefault(tensor.dtype, []).append(tensor)
-        self._tree, self._passes = Growing(), 0
-        self._apart = torch.zeros_like(self._carrier.note)  # notes of passes without samples, which are no leaves
-        self._buffers_first = {name: buffer.clone() for name, buffer in self._own_buffers()}
+        self._summed = [*riders, *self._parameters]
+        self._tree, self._passes = Growing[Gradients](), 0
+        self._sheets: list[Sheet] = []
+        self._wishes = torch.zeros_like(self._carrier.note)  # of a rank that has no leaf for them to go with
+        self._squares_by_pass: list[Tensor] = []
+        self._nothing = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._remember_buffers()
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert cut.pieces
@@ -52,57 +63,84 @@ class Bitwise(Base):
         return super().micro(cut, last)
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        return super().loss(batch, samples) if samples else (torch.zeros((), device=self._device), 0.0)
+        with _explained():
+            return super().loss(batch, samples) if samples else (torch.zeros((), device=self._device), 0.0)
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
-        if not loss.requires_grad:  # a stand-in
-            self._apart += self._carrier.write(note)
-            if measured is not None:
-                with self._squares.of(0):
-                    pass
-            return
-        super().backward(loss, note, measured)
-        self._tree.add(self._cut.block(self._world.rank)[self._passes], self._taken(), self._leaves)
-        self._passes += 1
+        if loss.requires_grad:
+            with _explained():
+                super().backward(loss, note, measured)
+            self._tree.add(self._cut.block(self._world.rank)[self._passes], self._taken(), self._leaves)
+            self._passes += 1
+        else:  # a stand-in: it has wishes alone, whole numbers, which may be added in any order
+            wishes = self._tree.sums[-1][1][0] if self._tree.sums else self._wishes
+            wishes += self._carrier.write(note)
+        if measured is not None:
+            square = self._squares.take(lambda own: own)
+            self._squares_by_pass.append(self._nothing if square is None else square)
 
-    def _taken(self) -> list[Tensor]:
-        """The gradients of a pass, those of a dtype laid end to end."""
-        taken = []
-        for tensors in self._summed.values():
-            taken.append(torch.cat([_gradient(tensor).reshape(-1) for tensor in tensors]))
-            for tensor in tensors:
-                tensor.grad = None
+    def _taken(self) -> Gradients:
+        """What the backward left."""
+        taken = Gradients(torch.zeros_like(t) if t.grad is None else t.grad for t in self._summed)
+        for tensor in self._summed:
+            tensor.grad = None
         return taken
 
     def total(self, expected_units: int) -> Total:
-        held = [list(nodes_in(self._cut.block(rank), (0, self._leaves))) for rank in range(self._cut.world)]
-        assert [node for node, _ in self._tree.sums] == held[self._world.rank]
-        for index, (dtype, tensors) in enumerate(self._summed.items()):
-            mine = [sums[index] for _, sums in self._tree.sums]
-            like = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=self._device)
-            noted = self._apart if index == 0 else self._apart[:0].to(dtype)
-            root, said = over_ranks(mine, held, self._leaves, like, noted)
-            for tensor, part in zip(tensors, root.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.grad = part.view(tensor.shape)
-            if index == 0:
-                _gradient(self._carrier.note).add_(said.sum(0))  # wishes alone: whole numbers, in any order
+        held, mine = dealt(self._cut), [sums for _, sums in self._tree.sums]
+        assert [node for node, _ in self._tree.sums] == [*held[self._world.rank]]
+        root = mine[0] if self._world.size == 1 else self._over_ranks(mine, held)
+        if self._world.size > self._leaves:
+            root[0].add_(self._world.sum(self._wishes))
+            self._wishes.zero_()
+        for tensor, gradient in zip(self._summed, root, strict=True):
+            tensor.grad = gradient
         self._tree, self._passes = Growing(), 0
-        self._apart.zero_()
         return super().total(expected_units)
+
+    def _over_ranks(self, mine: Sequence[Gradients], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
+        """The root of the tree, in the first sheet."""
+        while len(self._sheets) < max(1, len(mine)):
+            self._sheets.append(Sheet(self._summed, self._world.size))
+        for sheet, gradients in zip(self._sheets, mine, strict=False):
+            torch._foreach_copy_(sheet.views, gradients)
+        for index, flat in enumerate(self._sheets[0].flats):
+            over_ranks([sheet.flats[index] for sheet in self._sheets[: len(mine)]], held, self._leaves, flat)
+        return self._sheets[0].views
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         if not self._stepped:
             self._refuse_moved_buffers()
-        return super().update(scale, clip_norm, recipe)
+        with _explained():
+            return super().update(scale, clip_norm, recipe)
+
+    def _measured_squares(self) -> Tensor | None:
+        if not self._squares_by_pass:
+            return None
+        own, self._squares_by_pass = torch.stack(self._squares_by_pass), []
+        everyone = own
+        if self._world.size > 1:
+            everyone = own.new_empty(self._world.size * len(own))
+            dist.all_gather_single(everyone, own)
+        rows = everyone.view(self._world.size, -1)
+        return torch.cat([row[: len(self._cut.block(rank))] for rank, row in enumerate(rows)]).sum()
+
+    def restore(self, reader: Reader) -> None:
+        super().restore(reader)
+        self._remember_buffers()
+
+    def _remember_buffers(self) -> None:
+        self._buffers_first = {name: buffer.clone() for name, buffer in self._own_buffers()}
 
     def _refuse_moved_buffers(self) -> None:
-        for name, buffer in self._own_buffers():
-            if not torch.equal(buffer, self._buffers_first[name]):
-                raise Refused(
-                    f"numerics=bitwise: the model's forward moves its buffer {name}, on each rank by what that rank "
-                    "has seen, so it isn't the same on any number of processes; only BatchNorm's statistics are "
-                    "brought together. Use numerics=fast, or a model that doesn't"
-                )
+        moved = [name for name, buffer in self._own_buffers() if not _same(buffer, self._buffers_first.get(name))]
+        said = next(filter(None, self._world.gather(", ".join(moved[:3]))), "")  # a rank without samples moves none
+        if said:
+            raise Refused(
+                f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank "
+                "has seen, so it isn't the same on any number of processes; only BatchNorm's statistics are "
+                "brought together. Use numerics=fast, or a model that doesn't"
+            )
         self._buffers_first.clear()
 
     def _own_buffers(self) -> Iterable[tuple[str, Tensor]]:
@@ -112,5 +150,52 @@ class Bitwise(Base):
         return ((name, buffer) for name, buffer in self.model.named_buffers() if id(buffer) not in moved)
 
 
-def _gradient(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+class Gradients(list[Tensor]):
+    """Those of all that is summed, one by one."""
+
+    def add_(self, other: Gradients) -> None:
+        torch._foreach_add_(self, other)
+
+
+class Sheet:
+    """Room for the gradients of ``tensors``: those of one dtype one after another, each in the order of its own memory.
+
+    Args:
+        ranks: each flat tensor's length is a multiple of them.
+
+    Attributes:
+        flats: 1-D, one for each dtype.
+        views: of them, like ``tensors``, and in their order.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], ranks: int) -> None:
+        self.flats, views = list[Tensor](), dict[int, Tensor]()
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            step = BOUNDARY // dtype.itemsize
+            *starts, size = accumulate((-(-tensor.numel() // step) * step for tensor in alike), initial=0)
+            flat = torch.zeros(-(-size // ranks) * ranks, dtype=dtype, device=tensors[0].device)
+            for tensor, start in zip(alike, starts, strict=True):
+                strides = torch.empty_like(tensor, device="meta").stride()  # which fused optimizers take for granted
+                views[id(tensor)] = flat.as_strided(tensor.shape, strides, start)
+            self.flats.append(flat)
+        self.views = [views[id(tensor)] for tensor in tensors]
+
+
+def _same(tensor: Tensor, before: Tensor | None) -> bool:
+    if before is None or tensor.shape != before.shape:
+        return False
+    return bool(((tensor == before) | (tensor.isnan() & before.isnan())).all())
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What torch says of an operation that rounds as it likes is said in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" in str(error):
+            raise Refused(
+                f"numerics=bitwise: {str(error).partition(',')[0]}; leave it out, or use numerics=fast"
+            ) from error
+        raise

@@ -10,15 +10,27 @@ The tree halves, as the blocks do: on 2, 4, 8, … ranks most have one node to s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
+
+from scaling.geometry import Cut
 
 Node = tuple[int, int]
 """The micro-batches [start, stop) that it sums."""
+
+
+class Added(Protocol):
+    """What can be added to in place, as a tensor can."""
+
+    def add_(self, other: Any, /) -> Any: ...
+
+
+Sum = TypeVar("Sum", bound=Added)
 
 
 def middle(node: Node) -> int:
@@ -38,7 +50,7 @@ def halves(left: Node, right: Node, leaves: int) -> bool:
 
 
 def nodes_in(block: range, node: Node) -> Iterator[Node]:
-    """The largest nodes, of those below ``node``, that lie in ``block``."""
+    """The largest nodes, of those from ``node`` down, that lie in ``block``."""
     if node[1] <= block.start or block.stop <= node[0] or not block:
         return
     if block.start <= node[0] and node[1] <= block.stop:
@@ -48,54 +60,49 @@ def nodes_in(block: range, node: Node) -> Iterator[Node]:
     yield from nodes_in(block, (middle(node), node[1]))
 
 
-class Growing:
+@lru_cache
+def dealt(cut: Cut) -> tuple[tuple[Node, ...], ...]:
+    """The nodes that each rank adds up by itself."""
+    assert cut.pieces
+    return tuple(tuple(nodes_in(cut.block(rank), (0, cut.pieces))) for rank in range(cut.world))
+
+
+class Growing(Generic[Sum]):
     """This rank's nodes, while its leaves come one after another. At most some 2·log₂(leaves) are held at a time."""
 
     def __init__(self) -> None:
-        self.sums: list[tuple[Node, list[Tensor]]] = []
+        self.sums: list[tuple[Node, Sum]] = []
 
-    def add(self, leaf: int, tensors: list[Tensor], leaves: int) -> None:
-        """Take in, and keep, the tensors of the next leaf."""
-        self.sums.append(((leaf, leaf + 1), tensors))
+    def add(self, leaf: int, new: Sum, leaves: int) -> None:
+        """Take in the next leaf, and keep it."""
+        self.sums.append(((leaf, leaf + 1), new))
         while len(self.sums) > 1 and halves(self.sums[-2][0], self.sums[-1][0], leaves):
-            (left, into), (right, tensors) = self.sums[-2:]
-            torch._foreach_add_(into, tensors)
+            (left, into), (right, other) = self.sums[-2:]
+            into.add_(other)
             self.sums[-2:] = [((left[0], right[1]), into)]
 
 
-def over_ranks(
-    mine: Sequence[Tensor], held: Sequence[Sequence[Node]], leaves: int, like: Tensor, beside: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The root of the tree, on all ranks, and what each of them says ``beside`` it.
+def over_ranks(mine: Sequence[Tensor], held: Sequence[Sequence[Node]], leaves: int, root: Tensor) -> None:
+    """Bring the tree's nodes together.
 
     Args:
-        mine: this rank's nodes, 1-D.
+        mine: this rank's nodes, 1-D, as long as a multiple of the ranks.
         held: the nodes of every rank.
-        like: a tensor of their shape and dtype.
-        beside: 1-D, of that dtype.
-
-    Returns:
-        The root, and [ranks, elements beside].
+        root: becomes the sum of all leaves, on all ranks; may be one of ``mine``.
     """
-    ranks, size = len(held), len(like)
-    if ranks == 1:
-        return mine[0], beside[None]
-    share = -(-size // ranks)
-    sent = [pad(node, (0, ranks * share - size)).view(ranks, share) for node in mine]
-    message = torch.stack(sent, 1).reshape(-1) if sent else like[:0]
-    received = like.new_empty(sum(map(len, held)) * share)
-    dist.all_to_all_single(received, message, [len(nodes) * share for nodes in held], [len(mine) * share for _ in held])
+    ranks, share = len(held), len(root) // len(held)
+    by_rank = [node.view(ranks, share) for node in mine]
+    message = mine[0] if len(mine) == 1 else torch.cat(by_rank, 1).view(-1) if mine else root[:0]
+    received = root.new_empty(sum(map(len, held)) * share)
+    dist.all_to_all_single(received, message, [len(nodes) * share for nodes in held], [len(mine) * share] * ranks)
     found = dict(zip(chain.from_iterable(held), received.view(-1, share), strict=True))
-    own = torch.cat((added((0, leaves), found), beside))
-    everyone = own.new_empty(ranks * len(own))
-    dist.all_gather_single(everyone, own)
-    shares, said = everyone.view(ranks, -1).split((share, len(beside)), 1)
-    return shares.reshape(-1)[:size], said
+    dist.all_gather_single(root, added((0, leaves), found))
 
 
-def added(node: Node, found: Mapping[Node, Tensor]) -> Tensor:
+def added(node: Node, found: Mapping[Node, Sum]) -> Sum:
     """A node, in place, of those below it that were found."""
     if node in found:
         return found[node]
     left, right = (added(half, found) for half in ((node[0], middle(node)), (middle(node), node[1])))
-    return left.add_(right)
+    left.add_(right)
+    return left
