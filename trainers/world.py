@@ -107,13 +107,16 @@ class World:
         """Whether some rank has it, on all ranks."""
         return bool(self.sum(torch.tensor(int(wish), device=self.device)))
 
-    def wait_patiently(self) -> None:
+    def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
         """From now on collectives don't time out: what hangs is noticed by the ranks' watches (starting/watch.py).
 
         The time that a job was suspended counts in a collective's timeout, and not in a watch's.
+
+        Args:
+            group: whose; None: of all ranks together.
         """
         if self.size > 1:
-            _set_pg_timeout(timedelta(days=365))
+            _set_pg_timeout(timedelta(days=365), group)
 
     def leave(self) -> None:
         """End the process group; the process is expected to end by ``os._exit`` (see trainers/kept.py)."""

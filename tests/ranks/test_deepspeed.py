@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from functools import partial
 from importlib import import_module
@@ -19,7 +20,7 @@ from conf.compose import compose
 from scaling.plan import Plan
 from scaling.resolve import resolve
 from tests.ranks.harness import Run, Runs, distance, in_ranks
-from tests.ranks.test_batchnorm import GHOST
+from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
 from tests.tasks import Counted
 from trainers.checkpoints.manifest import checkpoints, read
@@ -44,11 +45,15 @@ ODD = ("task._target_=tests.ranks.test_deepspeed.Odd", "batch.global_size=10", "
 
 
 class Odd(Counted):
-    """A model with tied weights, one that is called twice, a frozen one, one without a part in the loss, small ones."""
+    """A model that is called twice, with tied, frozen and small weights, and one without a part in the loss at times.
 
-    def __init__(self, scalar: bool = False, double: bool = False, **args: Any) -> None:
+    Args:
+        passes: of a rank in a step.
+    """
+
+    def __init__(self, passes: int = 1, scalar: bool = False, double: bool = False, **args: Any) -> None:
         super().__init__(**args)
-        self.scalar, self.double = scalar, double
+        self.passes, self.scalar, self.double, self.calls = passes, scalar, double, 0
 
     def model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 7))
@@ -63,10 +68,22 @@ class Odd(Counted):
         inputs, targets, units = batch
         mask = torch.arange(7) < units[:, None]
         outputs = (model(inputs) + model(-inputs)) * model.scale  # type: ignore[operator]
+        if model.training and self.calls // self.passes not in (2, 3, 6):
+            outputs = outputs + model.spare.sum()  # type: ignore[union-attr, operator]
+        self.calls += model.training
         return ((outputs - targets)[mask] ** 2).sum(), units.sum()
 
     def evaluate(self, model: nn.Module, batch: Any) -> Any:
         return {"loss": self.loss(model, batch), "size": (model(batch[0]).abs().sum(), len(batch[0]))}
+
+
+class NaNLoss(Normed):
+    """One pass of the last rank has a loss that isn't a number, and a gradient that is one."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        loss, units = super().loss(model, batch)
+        self.calls = getattr(self, "calls", 0) + model.training
+        return (loss + torch.nan if self.calls == 4 and os.environ["RANK"] == "1" else loss), units
 
 
 def zero(stage: int, *more: str) -> tuple[str, ...]:
@@ -116,7 +133,8 @@ def test_odd_models_are_the_same(runs: Runs, stage: int, offload: bool) -> None:
         "ema=40sa",
     )
     one = runs(1, *options)
-    three = runs(3, *options, "batch.per_gpu=3", *zero(stage, f"engine.offload={str(offload).lower()}"))
+    cut = ("batch.per_gpu=2", "task.args.passes=2")
+    three = runs(3, *options, *cut, *zero(stage, f"engine.offload={str(offload).lower()}"))
     assert three.ends[0]["state"] == "finished", three.ends[0]
     assert distance(three.weights(), one.weights()) < 1e-6
     assert distance(averages(three), averages(one)) < 1e-6
@@ -135,8 +153,9 @@ def test_bf16(runs: Runs, stage: int) -> None:
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
 def test_a_step_that_is_not_finite_is_skipped(runs: Runs, stage: int, offload: bool) -> None:
-    """A NaN on one rank of two: nothing is left of it, nor of the other gradients of the step."""
-    skip = (*GHOST, "on_nonfinite=skip", "task._target_=tests.ranks.test_batchnorm.NaNOnce", "batch.per_gpu=4")
+    """A loss or a gradient on one rank of two: nothing is left of it, nor of the other gradients of the step."""
+    task = "test_deepspeed.NaNLoss" if stage == 2 or offload else "test_batchnorm.NaNOnce"
+    skip = (*GHOST, "on_nonfinite=skip", f"task._target_=tests.ranks.{task}", "batch.per_gpu=4")
     ours = runs(2, *skip, *zero(stage, f"engine.offload={str(offload).lower()}"))
     assert ours.weights()["norm.num_batches_tracked"] == 7
     assert [event["step"] for event in ours.events() if event["event"] == "skip"] == [2]

@@ -67,6 +67,7 @@ class Replicated(Base):
         finally:
             for parameter in scalars:
                 del parameter.ds_optim_param  # type: ignore[attr-defined]
+        self._world.wait_patiently(self._engine.data_parallel_group)  # a group of its own
         self._wrapped = self._engine
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
@@ -195,10 +196,9 @@ class ZeRO(Replicated):
         if self._stage < 3:
             self._zero.update_lp_params()
             return
-        self._zero.checkpoint_event_prologue()
+        self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
         for index in range(len(self._flats)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        self._zero.checkpoint_event_epilogue()
 
 
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
