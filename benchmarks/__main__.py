@@ -20,6 +20,7 @@ import torch
 from benchmarks import (
     checkpoints,
     critical,
+    engines,
     invariance,
     large,
     noise,
@@ -51,6 +52,13 @@ PARTS = {
         step.rows,
         "784-128-10 MLP, 32 samples per process, SGD with Nesterov momentum, clipping, a schedule; against the "
         "loop of [plain.py](plain.py) in the same processes, turn by turn. At most 1.0 is the aim.",
+    ),
+    "engines": Part(
+        "A training step, by engine",
+        engines.rows,
+        "The same work as above, on each engine against that engine by hand, as its own documentation has it "
+        "([by_hand.py](by_hand.py)), in the same processes, turn by turn; *MLP* is the one above, *blocks* has four "
+        "residual blocks of 0.5 million parameters. At most 1.05 is the aim.",
     ),
     "start": Part(
         "Whole commands",

@@ -37,23 +37,23 @@ class Yardstick:
         return F.cross_entropy(model(images), labels, reduction="sum"), len(labels)
 
 
-def loop(steps: int) -> Iterator[float]:
+def batches(data: TensorDataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's, epoch after epoch, without end."""
+    sampler: Any = DistributedSampler(data, shuffle=True)
+    loader = DataLoader(data, batch_size=PER_GPU, sampler=sampler, drop_last=True)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
+def loop(steps: int, task: Yardstick | None = None) -> Iterator[float]:
     """Train ``steps`` steps in the process group that is there; gives each step's loss."""
     torch.manual_seed(0)
-    task = Yardstick()
+    task = task or Yardstick()
     model = DistributedDataParallel(task.model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
-    data = task.train_data()
-    sampler: Any = DistributedSampler(data, shuffle=True)
-    loader = DataLoader(data, batch_size=PER_GPU, sampler=sampler, drop_last=True)
-
-    def batches() -> Iterator[Any]:
-        for epoch in itertools.count():
-            sampler.set_epoch(epoch)
-            yield from loader
-
-    for images, labels in itertools.islice(batches(), steps):
+    for images, labels in itertools.islice(batches(task.train_data()), steps):
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,95 @@
+"""Time of a training step by engine against that engine used by hand, in the same ranks, turn by turn.
+
+python -m benchmarks.engines fsdp    # one of them
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks import by_hand
+from benchmarks.plain import PER_GPU, Yardstick
+from benchmarks.step import fitting
+from tests.ranks.harness import in_ranks
+from trainers.world import World
+
+TURNS = 9
+STEPS = {"MLP": 100, "blocks": 40}  # in a turn
+TASKS: dict[str, tuple[type[Yardstick], str]] = {
+    "MLP": (Yardstick, "benchmarks.plain.Yardstick"),
+    "blocks": (by_hand.Blocks, "benchmarks.by_hand.Blocks"),
+}
+RANKS = (1, 2)
+ENGINES: dict[str, tuple[str, ...]] = {
+    "ddp": (),
+    "fsdp": ("engine=fsdp",),
+    "accelerate": ("engine=accelerate",),
+    **{f"deepspeed {stage}": ("engine=deepspeed", f"engine.stage={stage}") for stage in range(4)},
+}
+
+
+def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Two functions that train as many steps as a turn has, and give the seconds that it took: ours, and by hand."""
+    task, target = TASKS[model]
+    seconds = fitting(
+        world, *ENGINES[name], f"task._target_={target}", f"batch.global_size={PER_GPU * world.size}",
+        f"duration={STEPS[model]}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
+    )  # fmt: skip
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="env://")
+    losses = by_hand.LOOPS[name](STEPS[model] * (TURNS + 2), task())
+
+    def other() -> float:
+        world.gather("")
+        began = time.perf_counter()
+        for _ in itertools.islice(losses, STEPS[model]):
+            pass
+        return time.perf_counter() - began
+
+    return partial(seconds, None), other
+
+
+def turns(name: str, model: str, world: World) -> list[tuple[float, float]]:
+    """Seconds a step, (ours, by hand), turn by turn; each goes first as often."""
+    ours, other = ways(name, model, world)
+    ours(), other()
+    found = []
+    for turn in range(TURNS):
+        order = (ours, other) if turn % 2 else (other, ours)
+        took = {way: way() / STEPS[model] for way in order}
+        found.append((took[ours], took[other]))
+    return found
+
+
+def rows(names: Sequence[str] = tuple(ENGINES)) -> list[dict[str, Any]]:
+    """One row for each engine and model: medians in ms, and medians of the turns' ratios."""
+    found = []
+    for name, model in itertools.product(names, TASKS):
+        row: dict[str, Any] = {"engine, model": f"{name}, {model}"}
+        for size in RANKS:
+            with tempfile.TemporaryDirectory() as folder:
+                measured = in_ranks(size, partial(turns, name, model), Path(folder), deadline_s=600)[0]
+            row |= {
+                f"on {size}: ours ms": 1e3 * statistics.median(mine for mine, _ in measured),
+                f"on {size}: by hand ms": 1e3 * statistics.median(other for _, other in measured),
+                f"on {size}: ours / by hand": statistics.median(mine / other for mine, other in measured),
+            }
+        found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ENGINES:
+        for row in rows([name]):
+            print(json.dumps(row), flush=True)
