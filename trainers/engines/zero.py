@@ -125,6 +125,8 @@ class Unflattened:
             states = [found[parameter] for parameter in flat.spans if parameter in found]
             for key in dict.fromkeys(key for state in states for key in state):
                 self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
+                for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
+                    state.pop(key, None)
 
     def read(self, parameter: Tensor, reader: Reader, name: str) -> Tensor:
         """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar."""

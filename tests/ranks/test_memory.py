@@ -1,0 +1,168 @@
+"""No rank needs the whole model to save it or to go on with it, where an engine parts it: by peaks of its memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import in_ranks
+from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
+from trainers.checkpoints.keeper import Keeper
+from trainers.checkpoints.resume import header_of, resume
+from trainers.checkpoints.slices import Reader, Slice
+from trainers.engines import Engine, make_engine
+from trainers.rundir import RunDir
+from trainers.shards import gathered, slices_of
+from trainers.state import TrainState
+from trainers.tally import Note
+from trainers.tasks import make_task
+from trainers.weights import save_final
+from trainers.world import World
+
+RANKS, WIDTH, LAYERS = 4, 1024, 25
+WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 100
+STATE_MB = 3 * WEIGHTS_MB  # with what AdamW keeps
+SOME_MB = 20  # a few layers, and what is on its way
+MOST_MB = {"save": STATE_MB / RANKS + SOME_MB, "final": SOME_MB, "restore": STATE_MB / RANKS + SOME_MB}
+MMAP_THRESHOLD = -3  # for mallopt
+TASK = (
+    "task=custom", "task._target_=tests.ranks.test_memory.Deep", "batch.global_size=8", "duration=10st",
+    "optimizer=adamw", "lr.peak=1e-4", "evaluate.every=null",
+)  # fmt: skip
+ENGINES = {"ddp": (), "fsdp": ("engine=fsdp",), "zero3": ("engine=deepspeed", "engine.stage=3")}
+
+
+class Deep:
+    """Many layers of one size."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.ModuleList(Layer() for _ in range(LAYERS)))
+
+    def train_data(self) -> Any:
+        return TensorDataset(torch.zeros(80, 1))
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        hidden = torch.ones(len(batch[0]), WIDTH)
+        for layer in model[0]:  # type: ignore[index]
+            hidden = hidden + layer(hidden)
+        return (hidden**2).mean(1).sum(), len(hidden)
+
+
+class Layer(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1e-4)
+
+
+def peak_mb(work: Callable[[], object]) -> float:
+    """By how much this process's memory grows, at most, in ``work``."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mb("VmRSS")
+    work()
+    return _status_mb("VmHWM") - before
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, float]:
+    """The peaks of a save after a step, of what makes ``final/``, and of going on in a new engine.
+
+    Args:
+        naive: all that is parted is brought together for each of them.
+    """
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that what is freed is seen to be
+    config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
+    task, run = make_task(config), RunDir(folder / "run")
+    plan = resolve(config, world.size, 80)
+
+    def made() -> Engine:
+        found = make_engine(config, task, task.model(), plan.peak, world)
+        if naive:
+            bring_together(found, world)
+        return found
+
+    trained, state = made(), TrainState(plan)
+    step(trained, state)
+    keeper = Keeper(
+        run, world, trained, partial(header_of, config, None), every_s=None, keep=1, best=None, best_before=None,
+        beat=lambda: None,
+    )  # fmt: skip
+    found = {"save": peak_mb(lambda: (keeper.save(state), keeper.wait()))}
+    assert keeper.wait() is None
+    found["final"] = peak_mb(lambda: save_final(run, trained, writes=world.rank == 0))
+    fresh = made()
+    found["restore"] = peak_mb(lambda: resume(run, config, world, fresh, plan, None, print, lambda: None))
+    step(fresh, state)
+    return found
+
+
+def step(engine: Engine, state: TrainState) -> None:
+    step = state.plan.step_at(state.samples)
+    assert step
+    with engine.micro(step.cut, last=True):
+        loss, units = engine.loss((torch.zeros(2, 1),), 2)
+        engine.backward(loss / step.expected_units, Note(loss, units, 2))
+    engine.update(engine.total(step.expected_units).scale(step.expected_units), None, step.recipe)
+    state.samples, state.steps = step.stop, step.index + 1
+
+
+def bring_together(engine: Any, world: World) -> None:
+    """Let it save, restore and give whole tensors as many do: each rank has all of them at once."""
+    kept, whole, restore = list[Tensor](), engine.whole, engine.restore
+
+    def slices() -> Iterator[Slice]:
+        tensors = {**engine._always(), **engine._optimizer_state()[0]}
+        together = {name: gathered(tensor) for name, tensor in tensors.items()}
+        return slices_of(together, world.rank, world.size)
+
+    def keeping(name: str) -> Tensor:
+        kept.append(whole(name).clone())
+        return kept[-1]
+
+    def reading(reader: Reader) -> None:
+        together = {name: reader.whole(name) for name in reader.tensors}
+        restore(reader)
+        together.clear()
+
+    engine.slices, engine.whole, engine.restore = slices, keeping, reading
+
+
+def largest(engine: str, folder: Path, naive: bool = False) -> dict[str, float]:
+    """The peaks of the rank that needs most, in MB."""
+    ranks = in_ranks(RANKS, partial(phases, engine=engine, folder=folder, naive=naive), folder)
+    assert all("raised" not in rank for rank in ranks), ranks
+    return {phase: max(rank[phase] for rank in ranks) for phase in ranks[0]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measurable() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this kernel doesn't count peaks anew")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
+    found = largest(engine, tmp_path)
+    assert all(found[phase] < most for phase, most in MOST_MB.items()), found
+
+
+def test_a_rank_that_has_all_at_once_would_be_seen(tmp_path: Path) -> None:
+    found = largest("fsdp", tmp_path, naive=True)
+    assert all(found[phase] > WEIGHTS_MB > most for phase, most in MOST_MB.items()), found
