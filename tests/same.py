@@ -122,6 +122,7 @@ CASES: dict[str, Case] = {
     ),
     "a moving average of the weights": Case(("ema=60sa",)),
     "a step that isn't finite, skipped": Case(("task.args.odd=77", "on_nonfinite=skip")),
+    "the gradient noise scale": Case(("noise.every=1st", "batch.global_size=42")),
     "float64": Case(("task.args.double=true",), 1e-14),
     "AdamW": Case(("optimizer=adamw", "lr.peak=0.01"), 1e-5),
     "LARS": Case(("optimizer=lars", "lr.peak=0.5"), 1e-6, FLAT),

@@ -37,6 +37,6 @@ def same(run: Run, expected: Run, apart: float) -> None:
     lines, wanted = run.metrics(), expected.metrics()
     assert [line["step"] for line in lines] == [line["step"] for line in wanted]
     for line, there in zip(lines, wanted, strict=True):
-        for key in ("loss", "grad_norm", "lr", "val/loss", "ema/loss"):
+        for key in ("loss", "grad_norm", "lr", "val/loss", "ema/loss", "noise/scale"):
             if (value := there.get(key)) is not None:
                 assert line[key] == pytest.approx(value, rel=max(10 * apart, 1e-5)), (line, there)

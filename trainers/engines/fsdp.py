@@ -7,7 +7,7 @@ anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,8 @@ class FSDP(Base):
         place_buffers(model, self._device)
         for parameter in model.parameters():
             self._world.share(parameter.data)  # the same on all ranks, as DDP makes it
-            if parameter.ndim == 0:  # FSDP doesn't take these
-                parameter.data = parameter.data.to(self._device)
+            # FSDP takes no others, and leaves alone what has no dimensions
+            parameter.data = parameter.data.to(self._device) if parameter.ndim == 0 else parameter.data.contiguous()
 
     def _shard(self, config: conf.engines.FSDP) -> None:
         mesh = init_device_mesh(self._device.type, (self._world.size,))
@@ -66,7 +66,9 @@ class FSDP(Base):
             "ignored_params": {p for p in self.model.parameters() if p.ndim == 0},
         }
         check_call("engine.config", "fully_shard", fully_shard, (self._root,), {**options, **config.config})
-        for module in (*groups(self.model, config.shard), self._root):
+        chosen = (*groups(self.model, config.shard), self._root)
+        refuse_mixed(chosen)
+        for module in chosen:
             fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
         for one in self._sharded_modules():
             one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
@@ -171,6 +173,19 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         if not shared and any(parameter.ndim for parameter in module.parameters()):
             apart.append(module)
     return apart
+
+
+def refuse_mixed(modules: Iterable[nn.Module]) -> None:
+    """Raises Refused where a group's gradients, which are reduced as one, have several dtypes."""
+    seen = set[nn.Parameter]()
+    for module in modules:
+        own = [p for p in module.parameters() if p.requires_grad and p.ndim and p not in seen]
+        seen.update(own)
+        if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
+            raise Refused(
+                f"engine=fsdp reduces the gradients of a group of modules as one, and those of a "
+                f"{type(module).__name__} are {' and '.join(dtypes)}: part them by engine.shard, or use engine=ddp"
+            )
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:

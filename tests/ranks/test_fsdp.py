@@ -1,0 +1,111 @@
+"""What is FSDP's own: which modules are gathered together, what a rank holds, and that nothing gathered is stale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import Runs, distance, in_ranks
+from tests.ranks.test_engines import same
+from tests.same import Net, overrides
+from trainers.engines import make_engine
+from trainers.engines.fsdp import groups, refuse_mixed
+from trainers.rundir import Refused
+from trainers.shards import local
+from trainers.tasks import make_task
+from trainers.world import World
+
+PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
+
+
+def net() -> Net:
+    return Net(8, 3, 0.0, False, False)
+
+
+def test_the_elements_of_module_lists_are_gathered_one_by_one() -> None:
+    model = net()
+    assert set(groups(model, "auto")) == set(model.blocks)
+    assert groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "auto") == []
+
+
+def test_patterns_say_what_is_gathered_together() -> None:
+    model = net()
+    assert groups(model, ["blocks.*.inner", "blocks.1"]) == [
+        model.blocks[2].inner, model.blocks[1].inner, model.blocks[1], model.blocks[0].inner,
+    ]  # fmt: skip
+    with pytest.raises(Refused, match=r"engine.shard=block.\* is the name of no module .* did you mean blocks.\*"):
+        groups(model, ["block.*"])
+
+
+def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
+    model = net()
+    with pytest.raises(Refused, match=r"engine.shard: again shares a parameter with a module outside of it"):
+        groups(model, ["again"])
+    lists = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
+    lists[1].weight = lists[0].weight
+    assert groups(nn.Sequential(lists), "auto") == [lists[2]]
+
+
+def test_a_group_has_one_dtype() -> None:
+    model = net()
+    model.leave.double()
+    with pytest.raises(Refused, match=r"those of a Net are torch.float32 and torch.float64: part them by engine.shard"):
+        refuse_mixed([*model.blocks, model])
+    refuse_mixed([*model.blocks, model.leave, model])
+
+
+def test_a_rank_holds_its_part_alone(runs: Runs) -> None:
+    """Of parameters and of the optimizer's state, also after a step; in groups that are freed after the forward."""
+    config = compose([*overrides("AdamW", "FSDP"), "optimizer=adamw", "task.args.width=64"])
+    task = make_task(config)
+    everything = sum(p.numel() for p in task.model().parameters())
+
+    def body(ranks: World) -> Any:
+        plan = resolve(config, ranks.size, 500)
+        model = task.model()
+        engine: Any = make_engine(config, task, model, plan.peak, ranks)
+        batch = [tensor[:8] for tensor in task.train_data().task.__dict__.values() if isinstance(tensor, torch.Tensor)]
+        engine.call(lambda: model(batch[0]))
+        held = [local(p).numel() for p in model.parameters()]
+        state = sum(piece.data.numel() for piece in engine.slices())
+        return [sum(held), state, len(engine._sharded_modules())]
+
+    found = in_ranks(3, body, runs.folder / "held")
+    for held, _, modules in found:
+        assert abs(held / everything - 1 / 3) < 0.05
+        assert modules == 3
+
+
+def test_evaluating_leaves_no_stale_weights(runs: Runs) -> None:
+    """The average is swapped in and out around evaluations, between which weights are gathered."""
+    often = ("evaluate.every=1st", "ema=60sa")
+    there = runs(1, *overrides(PLAIN, "DDP"), *often)
+    here = runs(3, *overrides(PLAIN, "FSDP"), *often)
+    same(here, there, 1e-6)
+    assert distance(here.weights(), runs(1, *overrides(PLAIN, "DDP")).weights()) < 1e-6
+
+
+@pytest.mark.parametrize("more", [("engine.shard=[blocks.0.inner]",), ("engine.config.reshard_after_forward=false",)])
+def test_groups_change_nothing(runs: Runs, more: tuple[str, ...]) -> None:
+    often = "evaluate.every=3st"
+    same(runs(2, *overrides(PLAIN, "FSDP"), *more, often), runs(1, *overrides(PLAIN, "DDP"), often), 1e-6)
+
+
+def test_weights_in_bf16_are_those_of_autocast_to_its_rounding(runs: Runs) -> None:
+    half = ("precision=bf16", "engine.param_dtype=bf16")
+    there = runs(1, *overrides("bf16", "DDP"))
+    apart = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), there.weights())
+    assert 1e-7 < apart < 2e-2
+
+
+def test_offload_is_for_gpus(runs: Runs) -> None:
+    end = runs(1, *overrides(PLAIN, "FSDP"), "engine.offload=true").ends[0]
+    assert end == {
+        "raised": "Refused",
+        "message": "engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU",
+    }
