@@ -17,7 +17,7 @@ from conf.explain import ConfigError
 from scaling.resolve import resolve
 from tests.ranks.harness import Run, Runs, distance, in_ranks
 from tests.tasks import Counted
-from trainers.optim import Tuned, make_optimizer
+from trainers.optim import Tuned, fused, make_optimizer
 from trainers.optim.lamb import LAMB
 from trainers.optim.lars import LARS
 from trainers.optim.layerwise import Layerwise
@@ -75,6 +75,18 @@ def test_state_comes_back_in_the_memory_order_of_its_parameter(runs: Runs) -> No
     whole = runs(1, *overrides)
     again = runs(1, *overrides, going_on=runs(1, *overrides, stop_at=4))
     assert distance(whole.weights(), again.weights()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sgd_moves_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    """The fused kernel of torch 2.13 leaves those that fill a vector as they are, on the CPU."""
+    ours, plain = (nn.Parameter(torch.ones(67, dtype=dtype)) for _ in range(2))
+    optimizers = fused(torch.optim.SGD, [{"params": [ours]}], {"lr": 0.5}), torch.optim.SGD([plain], 0.5, fused=False)
+    for parameter, optimizer in zip((ours, plain), optimizers, strict=True):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert torch.equal(ours, plain)
+    assert not ours.eq(1).any()
 
 
 class Tied(nn.Module):

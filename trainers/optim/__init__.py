@@ -101,8 +101,10 @@ def _moments(recipe: Recipe) -> dict[str, Any]:
 
 def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
     """One of torch's optimizers, with its fused kernel where ``args`` don't choose and there is one."""
-    unfused = cls is SGD and any(sharded(parameter) for group in groups for parameter in group["params"])
-    if "fused" in args or "foreach" in args or unfused:  # torch 2.13 has none for SGD of DTensors
+    # that of torch 2.13 for SGD can't do DTensors, and leaves 16-bit numbers on the CPU as they are (pytorch #191763)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    unfused = cls is SGD and any(sharded(p) or (p.is_cpu and p.dtype.itemsize < 4) for p in parameters)
+    if "fused" in args or "foreach" in args or unfused:
         return cls(groups, **args)
     try:
         return cls(groups, **args, fused=True)  # type: ignore[call-arg]
