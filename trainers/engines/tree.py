@@ -4,7 +4,8 @@ Why the result is the same, and isn't only seen to be: adding floating-point num
 associative, so a sum is the same bit by bit wherever the same additions make it. These follow a binary tree over the
 micro-batches 0 … M−1, which knows nothing of ranks. A rank adds up the nodes that lie in its own block (see Cut.block).
 What others have is moved, not added, to the rank that owns an element, added there as the tree says, and copied to all.
-The tree halves, as the blocks do: on 2, 4, 8, … ranks most have one node to send, as many bytes as an all-reduce takes.
+The tree halves, as the blocks do: where 2, 4, 8, … ranks share the micro-batches evenly each of them has one node to
+send, so no more bytes move than in an all-reduce.
 """
 
 from __future__ import annotations

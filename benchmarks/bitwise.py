@@ -1,0 +1,67 @@
+"""What ``numerics=bitwise`` costs: a step of it against a fast one, in the same ranks, turn by turn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import fitting
+from tests.ranks.harness import in_ranks
+from trainers.world import World
+
+TURNS = 9
+WORK = {  # overrides, steps of a turn, samples of a micro-batch
+    "MLP 784-128-10": (("task._target_=benchmarks.plain.Yardstick", "lr.peak=0.05"), 200, 32),
+    "GPT, 0.8 million weights": (
+        (
+            "task._target_=trainers.tasks.text.Text", "task.args.data=null", "task.args.length=64",
+            "task.args.width=128", "task.args.depth=4", "task.args.heads=4", "task.args.dropout=0", "optimizer=adamw",
+            "lr.peak=0.001",
+        ), 12, 4,
+    ),
+}  # fmt: skip
+
+
+def turns(overrides: tuple[str, ...], steps: int, per_gpu: int, passes: int, world: World) -> list[tuple[float, float]]:
+    """Seconds a step, (bitwise, fast), turn by turn."""
+    sizes = f"batch.global_size={per_gpu * passes * world.size}", f"batch.per_gpu={per_gpu}", f"duration={steps}st"
+    fit = {numerics: fitting(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
+
+    def seconds(numerics: str) -> float:
+        torch.use_deterministic_algorithms(numerics == "bitwise")
+        return fit[numerics](None) / steps
+
+    seconds("bitwise"), seconds("fast")
+    return [(seconds("bitwise"), seconds("fast")) for _ in range(TURNS)]
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each work, number of processes and of passes: medians in ms, and the median of the turns' ratios."""
+    found = []
+    for name, (overrides, steps, per_gpu) in WORK.items():
+        for size, passes in ((1, 1), (1, 4), (2, 1), (2, 4)):
+            with tempfile.TemporaryDirectory() as folder:
+                body = partial(turns, overrides, max(4, steps // passes), per_gpu, passes)
+                measured = in_ranks(size, body, Path(folder), deadline_s=600)[0]
+            found.append(
+                {
+                    "model": name,
+                    "processes": size,
+                    "passes": passes,
+                    "bitwise ms": 1e3 * statistics.median(ours for ours, _ in measured),
+                    "fast ms": 1e3 * statistics.median(other for _, other in measured),
+                    "bitwise / fast": statistics.median(ours / other for ours, other in measured),
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(json.dumps(row))

@@ -1,0 +1,255 @@
+"""``numerics=bitwise``: every bit of what a run leaves is the same on any number of processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conf.compose import compose
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance
+from tests.tasks import Counted, Odd
+from trainers.checkpoints.manifest import checkpoints, read
+from trainers.checkpoints.slices import Reader
+from trainers.rundir import RunDir
+
+ROOT = Path(__file__).parents[2]
+TASK = (
+    "task=custom", "task._target_=tests.ranks.test_bitwise.Everything", "lr.peak=0.05", "lr.warmup=0",
+    "evaluate.every=null", "log.every=1st", "duration=5st",
+)  # fmt: skip
+SEVEN = ("batch.global_size=41", "batch.per_gpu=6")  # 7 micro-batches: 6 of 6 samples, and one of 5
+BITWISE = (*TASK, *SEVEN, "numerics=bitwise")
+WORLDS = (1, 2, 3, 4, 8)
+
+
+class Everything(Counted):
+    """What a model may have that could depend on ranks: see its parts. ``norms`` and ``dtypes`` are the odder ones."""
+
+    def __init__(self, norms: bool = True, dtypes: bool = True, **args: Any) -> None:
+        super().__init__(**args)
+        self.norms, self.dtypes = norms, dtypes
+
+    def model(self) -> nn.Module:
+        return Net(self.width, self.dropout, self.norms, self.dtypes)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        outputs = (model(inputs) + model(inputs.flip(1))) / 2  # twice in one forward
+        return ((outputs - targets)[torch.arange(7) < units[:, None]] ** 2).sum(), units.sum()
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout of samples, channels and by a function, three dtypes, a frozen parameter and an unused one."""
+
+    def __init__(self, width: int, dropout: float, norms: bool, dtypes: bool) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, width), nn.Linear(width, 7)
+        self.norm = nn.BatchNorm1d(width) if norms else nn.LayerNorm(width)
+        self.dropout, self.channels, self.p = nn.Dropout(dropout), nn.Dropout1d(dropout), dropout
+        self.narrow = nn.Linear(width, width, dtype=torch.bfloat16 if dtypes else None)
+        self.wide = nn.Linear(width, width, dtype=torch.float64 if dtypes else None)
+        self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(3), requires_grad=dtypes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.dropout(self.norm(self.into(inputs)).tanh())
+        x = self.channels(x.view(len(x), 4, -1)).flatten(1) * self.frozen
+        x = x + self.narrow(x.to(self.narrow.weight.dtype)).to(x)
+        x = F.dropout(x, self.p, self.training)
+        x = x + self.wide(x.to(self.wide.weight.dtype)).to(x)
+        return self.out(x)
+
+
+def tensors(run: Run) -> dict[str, bytes]:
+    """Every bit of the newest checkpoint (weights, statistics, average, optimizer's state) and of what is in final/."""
+    reader = Reader(checkpoint := read(checkpoints(run.run)[0]))
+    stored = {name: reader.whole(name) for name in checkpoint.tensors}
+    final = {f"final/{name}": tensor for name, tensor in run.weights().items()}
+    return {name: bits(tensor) for name, tensor in {**stored, **final}.items()}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    """All that is said of steps but how fast they were. Evaluations aren't compared: ranks sum up shares of theirs."""
+    return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in run.metrics() if "loss" in line]
+
+
+def assert_same(one: Run, other: Run) -> None:
+    assert {end["state"] for end in (*one.ends, *other.ends)} == {"finished"}
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, content in ours.items() if theirs[name] != content] == []
+    assert lines(one) == lines(other)
+
+
+FEATURES = {
+    "sgd": ("ema=100sa", "clip_norm=0.5", "noise.every=1st", "evaluate.every=2st"),
+    "ghosts, a schedule, AdamW": (
+        "batch.global_size=24", "batch.per_gpu=9", "batchnorm.mode=ghost", "batchnorm.ghost_size=4",
+        "batch.schedule='0sa:24 48sa:44'", "optimizer=adamw", "lr.peak=0.003",
+    ),
+    "lamb": ("optimizer=lamb", "task.args.dtypes=false"),
+    "muon": ("optimizer=muon", "task.args.dtypes=false", "clip_norm=1.0"),
+    "adafactor": ("optimizer=adafactor", "task.args.dtypes=false", "recompute=[into]"),
+    "bf16": ("precision=bf16", "optimizer=adamw", "lr.peak=0.003"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_bit_is_the_same_on_any_number_of_processes(runs: Runs, feature: str) -> None:
+    """Eight processes are more than there are micro-batches."""
+    one = runs(1, *BITWISE, *FEATURES[feature])
+    assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
+    for world in WORLDS[1:] if feature in ("sgd", "ghosts, a schedule, AdamW") else (3,):
+        assert_same(one, runs(world, *BITWISE, *FEATURES[feature]))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 8, 12, 41])
+def test_any_number_of_micro_batches(runs: Runs, pieces: int) -> None:
+    sizes = (f"batch.global_size={3 * pieces - 1}", "batch.per_gpu=3", "duration=2st")
+    same = (*BITWISE, *sizes, "optimizer=adamw", "task.args.dtypes=false", "task.args.norms=false")
+    assert resolve(compose(list(same)), 3, 500).cut.pieces == pieces
+    one = runs(1, *same)
+    for world in (2, 3):
+        assert_same(one, runs(world, *same))
+
+
+def test_plain_ddp_is_not_the_same(runs: Runs) -> None:
+    """Else none of the tests here could fail: these numbers show in which order they were added."""
+    fast = (*TASK, *SEVEN, "task.args.norms=false", "task.args.dtypes=false", "optimizer=adamw", "lr.peak=0.003")
+    one = tensors(runs(1, *fast))
+    for world in (2, 3):
+        other = tensors(runs(world, *fast))
+        assert any(other[name] != content for name, content in one.items()), world
+    assert tensors(runs(1, *fast, "numerics=bitwise")) != one
+
+
+def test_a_stopped_run_goes_on_elsewhere(runs: Runs, tmp_path: Path) -> None:
+    """Stopped on three processes, and again on eight, by one that has no samples: bit by bit what was never stopped."""
+    same = (*BITWISE, "ema=100sa", "optimizer=adamw", "lr.peak=0.003", "noise.every=1st")
+    run = runs(3, *same, stop_at=2, by_rank=2)
+    assert run.ends[0] == {"state": "stopped", "step": 2, "samples": 82, "cause": "SIGTERM"}
+    run = runs(8, *same, stop_at=3, by_rank=7, going_on=run)
+    assert [end["step"] for end in run.ends] == [3] * 8
+    assert_same(runs(2, *same, going_on=run), runs(1, *same))
+
+
+class SometimesNaN(Everything):
+    """Sample 7 of every epoch is none."""
+
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**args)
+        self.inputs[7] = float("nan")
+
+
+def test_what_is_not_finite_is_skipped_alike(runs: Runs) -> None:
+    skips = (
+        *BITWISE, "task._target_=tests.ranks.test_bitwise.SometimesNaN", "task.args.samples=60",
+        "task.args.dtypes=false", "on_nonfinite=skip", "duration=8st",
+    )  # fmt: skip
+    one = runs(1, *skips)
+    assert 0 < lines(one)[-1]["skipped"] < 8
+    for world in (3, 8):
+        assert_same(one, runs(world, *skips))
+
+
+# ---- what is refused
+
+
+def refusals(run: Run) -> list[str]:
+    assert {end["raised"] for end in run.ends} == {"Refused"}
+    return [end["message"] for end in run.ends]
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_a_buffer_that_the_forward_moves_is_refused(runs: Runs, world: int) -> None:
+    """By all ranks, also by those that had no samples, and so didn't move it."""
+    for message in refusals(runs(world, *BITWISE, "task._target_=tests.tasks.Odd")):
+        assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
+
+
+class Buffered(Odd):
+    """Its buffer isn't moved, and is another in each process that makes the model."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model[3] = nn.Linear(self.width, 7)
+        model.register_buffer("table", torch.tensor([float(os.getpid()), float("nan")]))
+        return model
+
+
+def test_a_buffer_that_stays_is_not(runs: Runs) -> None:
+    """Also where a run that goes on has made another one before it read its checkpoint."""
+    same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered")
+    run = runs(2, *same, going_on=runs(1, *same, stop_at=2))
+    assert run.ends[0]["state"] == "finished"
+
+
+class Undetermined(Everything):
+    """Uses an operation that rounds, or orders, as it likes."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        batch[0].put_(torch.tensor([0]), torch.zeros(1))
+        return super().loss(model, batch)
+
+
+def test_an_operation_that_is_not_deterministic_is_refused(runs: Runs) -> None:
+    for message in refusals(runs(2, *BITWISE, "task._target_=tests.ranks.test_bitwise.Undetermined")):
+        assert message == (
+            "numerics=bitwise: put_ does not have a deterministic implementation; leave it out, or use numerics=fast"
+        )
+
+
+# ---- it trains what fast trains
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_have_the_strides_of_their_parameters(runs: Runs, optimizer: str) -> None:
+    """Fused optimizers go through both as they lie in memory."""
+    last = (*TASK, *SEVEN, "task._target_=tests.ranks.test_optim_runs.ChannelsLast", f"optimizer={optimizer}")
+    fast = runs(1, *last).weights()
+    for world in (1, 3):
+        assert distance(fast, runs(world, *last, "numerics=bitwise").weights()) < 1e-5
+
+
+def test_the_noise_is_that_of_fast(runs: Runs) -> None:
+    noisy = (*TASK, "batch.global_size=48", "batch.per_gpu=12", "noise.every=1st", "task.args.dtypes=false")
+    names = ("noise/grad_sq", "noise/trace", "loss", "grad_norm")
+    fast, ours = (
+        [[line[name] for name in names] for line in lines(runs(2, *noisy, f"numerics={numerics}"))]
+        for numerics in ("fast", "bitwise")
+    )
+    for one, other in zip(fast, ours, strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+
+
+# ---- through the launcher
+
+
+def test_threads_do_not_follow_the_number_of_workers(tmp_path: Path) -> None:
+    """One worker on several cores has as many as each of two: by them the sums of convolutions are rounded."""
+    found = []
+    for workers in (1, 2):
+        directory = tmp_path / str(workers)
+        command = [
+            sys.executable, str(ROOT / "launch.py"), f"run.dir='{directory}'", f"cluster.gpus_per_node={workers}",
+            "device=cpu", "task=images", "task.args.width=8", "batch.global_size=32", "batch.per_gpu=16",
+            "duration=3st", "evaluate.every=null", "numerics=bitwise", "log.every=1st",
+        ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(Run(RunDir(directory), [{"state": "finished"}]))
+    assert_same(*found)
