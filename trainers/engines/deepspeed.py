@@ -6,6 +6,7 @@ clipped where it lies before DeepSpeed's own step, which is told of neither.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -98,6 +99,7 @@ class ZeRO(Replicated):
     def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
         self._stage, self._offload = config.stage, config.offload
         self._norm_found: Tensor | None = None
+        self._told = 0.0
         super().__init__(parts, config)
 
     def _place(self, model: nn.Module) -> None:
@@ -113,10 +115,18 @@ class ZeRO(Replicated):
             self._deepspeed.zero.Init(module=self.model, config_dict_or_path=self._settings)
         self._initialise(tuned)
         self._zero = self._engine.optimizer
+        self._tell_norm()
         self._flats = flats_of(self._zero, self._stage)
         self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
         with self._unflattened.seen():
             self._begin(tuned)
+
+    def _tell_norm(self) -> None:
+        """Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite."""
+        if self._stage == 3:
+            self._zero._get_norm_groups = lambda: [self._told]
+        else:
+            self._zero.scaled_global_norm = lambda: self._told
 
     def _averaged(self) -> Average:
         return PartsAverage(self._parts(), self._refresh)
@@ -127,7 +137,8 @@ class ZeRO(Replicated):
         sums = [rider.grad for rider in riding if rider.grad is not None]
         square = norm_of(self._gradients()).to(self._device).square()
         message = torch.cat([square.reshape(1), *(one.double() for one in sums)])
-        dist.all_reduce(message)
+        if self._world.size > 1:
+            dist.all_reduce(message)
         for one, whole in zip(sums, message[1:].split([len(one) for one in sums]), strict=True):
             one.copy_(whole)
         self._norm_found = message[0].sqrt()
@@ -151,22 +162,18 @@ class ZeRO(Replicated):
         self._clear()
 
     def _drop(self) -> None:
-        # what isn't finite DeepSpeed drops itself, wherever it keeps some of it
-        for gradient in self._gradients():
-            gradient.fill_(torch.nan)
-        if self._offload:  # whose norms it has taken already
-            self._zero.norm_for_param_grads = {
-                key: torch.full_like(norm, torch.nan) for key, norm in self._zero.norm_for_param_grads.items()
-            }
+        self._told = math.inf  # so it drops the gradient itself, wherever it keeps some of it
         self._engine.step()
+        self._told = 0.0
         self._clear()
 
     def _clear(self) -> None:
         """Zero what is kept for the next gradient: of a parameter that has none, it would be that of this step."""
-        if self._offload or self._stage == 3:
-            torch._foreach_zero_(self._gradients())
-        if self._offload and self._stage == 3:
-            self._zero.grad_partitions_flat_buffer.zero_()
+        kept = self._gradients() if self._offload else []
+        if self._stage == 3:
+            kept.append(self._zero.grad_partitions_flat_buffer)
+        if kept:
+            torch._foreach_zero_(kept)
 
     def _always(self) -> dict[str, Any]:
         return super()._always() | {f"model/{name}": part for name, part in self._parts().items()}
