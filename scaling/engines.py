@@ -133,6 +133,16 @@ def check_engine(config: RunConfig) -> None:
             f"engine.param_dtype={config.engine.param_dtype} and precision={config.precision} contradict each other: "
             f"give precision={config.engine.param_dtype}, or leave engine.param_dtype out"
         )
+    if config.numerics == "bitwise" and config.compile:
+        raise ValueError(
+            "numerics=bitwise doesn't go with compile=true: what a process compiles depends on the sizes of "
+            "micro-batches that it has met, and so on the number of processes; leave one of them out"
+        )
+    if config.numerics == "bitwise" and config.engine.config:
+        raise ValueError(
+            f"engine.config.{next(iter(config.engine.config))} is for DistributedDataParallel, which numerics=bitwise "
+            "does without: leave one of them out"
+        )
 
 
 def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str]]:

@@ -123,6 +123,13 @@ def test_only_ddp_is_bitwise(engine: str) -> None:
     assert message.endswith("; use engine=ddp, or leave numerics out")
 
 
+def test_what_bitwise_does_without() -> None:
+    bitwise = ("numerics=bitwise", "batch.per_gpu=8")
+    assert "doesn't go with compile=true: what a process compiles" in refusal(*bitwise, "compile=true")
+    message = refusal(*bitwise, "engine.config.static_graph=true")
+    assert "engine.config.static_graph is for DistributedDataParallel, which numerics=bitwise does without" in message
+
+
 def test_a_dtype_other_than_the_precision_is_refused() -> None:
     plan_of("engine=fsdp", "engine.param_dtype=bf16", "engine.reduce_dtype=bf16", "precision=bf16")
     plan_of("engine=fsdp", "precision=bf16")
