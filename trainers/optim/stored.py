@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainers.checkpoints.slices import Reader
 
 GROUPS, MORE = "optim/groups", "optim/more"
+# How an optimizer of torch's computes, not what: as fits the tensors and the device of the engine at hand.
+KERNELS = ("fused", "foreach", "capturable")
 
 
 def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,7 +72,7 @@ def restore_optimizer(
     if more := reader.values.get(MORE):
         optimizer.load_state_dict({**optimizer.state_dict(), **more})
     for group, was in zip(optimizer.param_groups, then, strict=True):
-        for key in was.keys() - {"params"}:
+        for key in was.keys() - {"params", *KERNELS}:
             group[key] = tuple(was[key]) if isinstance(group.get(key), tuple) else was[key]
     optimizer.state.clear()
     for name in (*reader.tensors, *reader.values):
@@ -91,7 +93,8 @@ def restore_optimizer(
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
     """A group's hyperparameters, its tuples as lists, and the names of its parameters."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    what = {key: value for key, value in group.items() if key not in KERNELS}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in what.items()}
     return plain | {"params": [names[parameter] for parameter in group["params"]]}
 
 

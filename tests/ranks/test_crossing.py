@@ -1,0 +1,173 @@
+"""One checkpoint for all engines and world sizes: what one of them wrote is what the others go on from."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import pairwise, permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from conf.compose import compose
+from scaling.order import indices
+from scaling.resolve import resolve
+from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
+from tests.same import ENGINES, Blocks
+from tests.tasks import Tells
+from trainers.checkpoints.keeper import Keeper
+from trainers.checkpoints.manifest import checkpoints, read
+from trainers.checkpoints.resume import header_of, resume
+from trainers.checkpoints.slices import Reader
+from trainers.engines import make_engine
+from trainers.keyed import Stream
+from trainers.model import make_model, prepare
+from trainers.rundir import RunDir
+from trainers.tasks import make_task
+from trainers.world import World
+
+ROOT = Path(__file__).parents[2]
+SAMPLES, GLOBAL, STEPS = 500, 48, 12
+# dropout, augmentation, unequal units, BatchNorm, clipping that bites, a moving average; on four ranks some have none
+TASK = (
+    "task=custom", "task._target_=tests.ranks.test_crossing.Told", "task.args.norm=true", "batchnorm.mode=ghost",
+    "batchnorm.ghost_size=8", "batch.per_gpu=8", "log.every=1st",
+    f"batch.global_size={GLOBAL}", f"duration={STEPS}st", "evaluate.every=null",
+    "clip_norm=0.5", "ema=60sa", "data.fingerprint=false",
+)  # fmt: skip
+SGD, ADAMW = ("optimizer=sgd", "lr.peak=0.05"), ("optimizer=adamw", "lr.peak=0.01")
+SMALL = (
+    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=40", "duration=4st", *ADAMW,
+    "evaluate.every=null", "log.every=1st", "clip_norm=0.5", "ema=60sa",
+)  # fmt: skip
+ROUNDING = {SGD: 1e-6, ADAMW: 1e-5}  # Adam divides by the size of the gradient
+
+
+class Told(Blocks, Tells):
+    """It writes down which samples are fetched."""
+
+
+class Stage(NamedTuple):
+    """A part of a run: on which engine and how many ranks, and the last of its steps."""
+
+    engine: str
+    ranks: int
+    until: int
+
+
+CHAIN = (
+    Stage("DDP", 4, 3),
+    Stage("FSDP", 2, 6),
+    Stage("ZeRO-3", 3, 8),
+    Stage("Accelerate", 2, 10),
+    Stage("DDP", 1, 12),
+)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_one_run_on_all_engines(runs: Runs, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
+    """Every checkpoint comes back bit by bit from the next engine; the samples are those of the order."""
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    options, run = (*TASK, *optimizer, f"task.args.folder={fetched}"), None
+    for before, stage in pairwise((Stage("", 0, 0), *CHAIN)):
+        own = (*options, *ENGINES[stage.engine])
+        if run:
+            assert saved_again(run.run, stage.ranks, own, tmp_path / f"again-{stage.until}") == stored(run.run)
+        run = runs(stage.ranks, *own, stop_at=stage.until if stage.until < STEPS else None, going_on=run)
+        assert run.ends[0]["step"] == stage.until, run.ends[0]
+        due = indices(0, SAMPLES, before.until * GLOBAL, stage.until * GLOBAL).tolist()
+        assert sorted(taken(fetched)) == sorted(due)
+    assert run
+    whole = runs(1, *options)
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert distance(run.weights(name), whole.weights(name)) < ROUNDING[optimizer]
+
+
+def taken(folder: Path) -> list[int]:
+    """The rows that were written down there, which are removed."""
+    rows = [int(row) for file in folder.iterdir() for row in file.read_text().split()]
+    for file in folder.iterdir():
+        file.unlink()
+    return rows
+
+
+def saved_again(run: RunDir, ranks: int, options: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """What ranks that go on from the last checkpoint of a run save, with no step in between."""
+    config, other = compose(["data.workers=0", *options]), RunDir(folder)
+
+    def body(world: World) -> str | None:
+        task = make_task(config)
+        plan = resolve(config, world.size, SAMPLES)
+        stream = Stream(config.seed, world.device, tell=lambda _: None)
+        engine = make_engine(
+            config, task, prepare(make_model(config, task), config, stream, world.size), plan.peak, world
+        )
+        state, _ = resume(run, config, world, engine, plan, None, print, lambda: None)
+        keeper = Keeper(
+            other, world, engine, partial(header_of, config, None), every_s=None, keep=1, best=None, best_before=None,
+            beat=lambda: None,
+        )  # fmt: skip
+        keeper.save(state)
+        return keeper.wait()
+
+    assert in_ranks(ranks, body, folder) == [None] * ranks
+    return stored(other)
+
+
+def stored(run: RunDir) -> dict[str, Any]:
+    """Dtype, shape and bytes of each tensor of its last checkpoint, and what isn't a tensor."""
+    reader = Reader(read(checkpoints(run)[0]))
+    tensors = {
+        name: (one.dtype, one.shape, reader(name).view(torch.uint8).numpy().tobytes())
+        for name, one in reader.tensors.items()
+    }
+    return {**tensors, **reader.values}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """By an engine, on two ranks, and stopped; made once."""
+    runs = Runs(tmp_path_factory.mktemp("begun"))
+    return cache(lambda engine: runs(2, *SMALL, *ENGINES[engine], stop_at=2))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Runs(tmp_path_factory.mktemp("uninterrupted"))(1, *SMALL)
+
+
+@pytest.mark.parametrize(("first", "then"), list(permutations(ENGINES, 2)))
+def test_from_each_to_each(runs: Runs, begun: Callable[[str], Run], uninterrupted: Run, first: str, then: str) -> None:
+    shutil.copytree(begun(first).run.path, runs.folder / "run")
+    run = runs(3, *SMALL, *ENGINES[then], going_on=Run(RunDir(runs.folder / "run"), []))
+    assert (run.ends[0]["state"], run.events()[-2]["event"]) == ("finished", "going_on")
+    assert distance(run.weights(), uninterrupted.weights()) < ROUNDING[ADAMW]
+
+
+def test_what_an_optimizer_counts_goes_along(runs: Runs) -> None:
+    """State of its own, which its state_dict has, on engines that leave it the parameters."""
+    options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.tasks.Counting", "duration=5st")
+    whole, run = runs(1, *options), None
+    for number, engine in enumerate(("DDP", "FSDP", "ZeRO-0", "Accelerate", "DDP"), 1):
+        run = runs(1 + number % 3, *options, *ENGINES[engine], stop_at=number if number < 5 else None, going_on=run)
+        assert run.ends[0].get("step") == number, run.ends[0]
+        assert stored(run.run)["optim/more"] == {"count": number}
+    assert run
+    assert distance(run.weights(), whole.weights()) < ROUNDING[SGD]
+
+
+def test_an_optimizer_that_the_next_engine_cannot_carry_is_refused(runs: Runs) -> None:
+    run = runs(2, "duration=2ep", "optimizer=lamb", "lr.peak=0.01", stop_at=2).run.path
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = [sys.executable, "launch.py", f"run.dir={run}", "engine=deepspeed", "engine.stage=2", "device=cpu"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "engine=deepspeed engine.stage=2 can't have optimizer=lamb" in ended.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
