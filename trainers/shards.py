@@ -124,12 +124,12 @@ def fill(tensor: Tensor, reader: Reader, name: str) -> None:
     part.copy_(reader(name, *range_of(tensor)).view(part.shape))
 
 
-def read_like(parameter: Tensor, reader: Reader, name: str) -> Tensor:
-    """What a checkpoint has as ``name``, sharded as ``parameter`` where it has its shape."""
+def read_like(parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
+    """What a checkpoint has as ``name``, on ``device``; sharded as ``parameter`` where it has its shape."""
     stored = reader.tensors[name]
     if stored.shape != parameter.shape:
-        return reader.whole(name)
+        return reader.whole(name).to(device)
     # the strides, too, are those of the parameter, as fused kernels need them
     value = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
     fill(value, reader, name)
-    return value
+    return value.to(device)

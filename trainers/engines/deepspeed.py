@@ -49,7 +49,7 @@ class Replicated(Base):
         self._wrap(tuned)
 
     def _wrap(self, tuned: Tuned) -> None:
-        # what rides with the gradients has to be among the parameters that DeepSpeed reduces
+        self.rides = True  # so it has to be among the parameters that DeepSpeed reduces
         self._root.add_module("carrier", self._carrier)
         self._root.add_module("statistics", self._statistics)
         self._initialise(tuned)
@@ -133,6 +133,8 @@ class ZeRO(Replicated):
 
     def total(self, expected_units: int) -> Total:
         """One message: the notes, the statistics, and the norm of the gradient."""
+        if self._offload and self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # the gradient is on its way to the host
         riding = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
         sums = [rider.grad for rider in riding if rider.grad is not None]
         square = norm_of(self._gradients()).to(self._device).square()

@@ -128,12 +128,15 @@ class Unflattened:
                 for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
                     state.pop(key, None)
 
-    def read(self, parameter: Tensor, reader: Reader, name: str) -> Tensor:
-        """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar."""
+    def read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
+        """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar.
+
+        Elements stay on the CPU until they are made flat, which may be where they belong.
+        """
         span = self._spans[parameter]
         if reader.tensors[name].shape == span.shape and not name.endswith("/step"):
             return reader(name, span.start, span.start + span.size)
-        return reader.whole(name)
+        return reader.whole(name).to(device)
 
     def _exchange(self, groups: Sequence[list[Any]]) -> None:
         for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):

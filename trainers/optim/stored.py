@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,12 +52,12 @@ def restore_optimizer(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
     reader: Reader,
-    read: Callable[[Tensor, Reader, str], Tensor] = read_like,
+    read: Callable[[Tensor, Reader, str, torch.device], Tensor] = read_like,
 ) -> None:
     """Put back what ``stored_optimizer`` gave: of a sharded parameter's state, this rank's part.
 
     Args:
-        read: what a rank holds of the state of a parameter, by its name in the checkpoint.
+        read: what a rank holds of the state of a parameter, by its name in the checkpoint, for a device.
 
     Raises:
         Refused: it isn't of this optimizer: groups, or the parameters in them, are others.
@@ -87,8 +88,8 @@ def restore_optimizer(
         # torch's optimizers count steps on the CPU, but where the kernel counts
         group = groups[parameter]
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-        value = read(parameter, reader, name)
-        optimizer.state[parameter][key] = value.to("cpu" if stays else parameter.device)
+        device = torch.device("cpu") if stays else parameter.device
+        optimizer.state[parameter][key] = read(parameter, reader, name, device)
 
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
