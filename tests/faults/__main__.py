@@ -1,18 +1,21 @@
 """`make faults`: every fault of the table for real, in some minutes on two cores; written into trainers/README.md.
 
-    python -m tests.faults [WORD …]
+    python -m tests.faults [--whole] [--engine NAME …] [WORD …]
 
-With words, only the rows that have one of them, and nothing is written.
+All rows run on DDP, some on the other engines, too; with ``--whole`` all on all. With words only the rows that have one
+of them, with engines only these, on which all rows run; then nothing is written.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,55 +24,81 @@ import torch
 
 from benchmarks.__main__ import markdown
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
-from tests.faults.case import Broken
+from tests.faults.case import APART, Broken
 from tests.faults.table import ROWS, References, Row
+from tests.same import ENGINES
 
 PAGE = Path(__file__).parents[2] / "trainers/README.md"
 BEGIN, END = "<!-- what follows is written by `make faults` -->", "<!-- to here -->"
 AT_ONCE = 2
+DETAILED = "DDP"  # whose rows are shown with all cells
+
+Cells = dict[str, str]
+Found = dict[tuple[str, Row], Cells | str]  # by engine and row: its cells, or why it doesn't hold
 
 
-def attempt(folder: Path, references: References, numbered: tuple[int, Row]) -> dict[str, str] | str:
-    """The cells of a row, or why it doesn't hold."""
-    number, row = numbered
+def attempt(folder: Path, references: dict[str, References], numbered: tuple[int, tuple[str, Row]]) -> Cells | str:
+    """The cells of a row on an engine, or why it doesn't hold."""
+    number, (engine, row) = numbered
     began = time.monotonic()
     try:
-        cells: dict[str, str] | str = row(folder / str(number), references)
+        cells: Cells | str = row(folder / str(number), references[engine])
     except Broken as error:
         cells = str(error)
     except Exception:
         cells = traceback.format_exc()
     broken = f"\n  BROKEN: {cells}" if isinstance(cells, str) else ""
-    sys.stdout.write(f"{time.monotonic() - began:5.1f} s  {row.fault} ({row.ranks}){broken}\n")
+    sys.stdout.write(f"{time.monotonic() - began:5.1f} s  {engine}  {row.fault} ({row.ranks}){broken}\n")
     sys.stdout.flush()
     return cells
 
 
-def main(words: list[str]) -> int:
-    sections = {
-        title: [row for row in rows if not words or any(word in row.fault for word in words)]
-        for title, rows in ROWS.items()
-    }
-    chosen = [row for rows in sections.values() for row in rows]
+def cause(chosen: list[tuple[str, Row]]) -> Found:
+    """Cause them all, some at once."""
     with tempfile.TemporaryDirectory(prefix="isobatch-faults-") as name, ThreadPoolExecutor(AT_ONCE) as pool:
-        folder = Path(name)
-        work = partial(attempt, folder, References(folder / "references"))
-        found = dict(zip(chosen, pool.map(work, enumerate(chosen)), strict=True))
-    broken = [row.fault for row, cells in found.items() if isinstance(cells, str)]
-    tables = []
-    for title, rows in sections.items():
-        good = [cells for row in rows if isinstance(cells := found[row], dict)]
-        tables.append(f"### {title}\n\n{markdown(good)}\n" if good else "")
-    text = "\n".join(filter(None, tables))
-    if words or broken:
+        references = {engine: References(Path(name) / engine, words) for engine, words in ENGINES.items()}
+        work = partial(attempt, Path(name), references)
+        return dict(zip(chosen, pool.map(work, enumerate(chosen)), strict=True))
+
+
+def main(arguments: argparse.Namespace) -> int:
+    words, engines = arguments.words, arguments.engine or list(ENGINES)
+    rows = [row for rows in ROWS.values() for row in rows if not words or any(word in row.fault for word in words)]
+    whole = {*(arguments.engine or [DETAILED]), *(ENGINES if arguments.whole else [])}
+    found = cause([(engine, row) for engine in engines for row in rows if engine in whole or row.everywhere])
+    broken = [f"{row.fault}, on {engine}" for (engine, row), cells in found.items() if isinstance(cells, str)]
+    text = "\n".join([*details(found), *compact(found, engines)])
+    if words or arguments.engine or broken:
         print(text)
     else:
         head, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{head}{BEGIN}\n\nCaused on {machine()}.\n\n{text}\n{END}{rest.partition(END)[2]}")
     for fault in broken:
         print(f"doesn't hold: {fault}", file=sys.stderr)
-    print(f"{len(chosen) - len(broken)} of {len(chosen)} rows hold")
+    print(f"{len(found) - len(broken)} of {len(found)} rows hold")
     return int(bool(broken))
+
+
+def details(found: Found) -> Iterable[str]:
+    """A table for each section, of one engine."""
+    for title, rows in ROWS.items():
+        if good := [cells for row in rows if isinstance(cells := found.get((DETAILED, row)), dict)]:
+            yield f"### {title}\n\n{markdown(good)}\n"
+
+
+def compact(found: Found, engines: list[str]) -> Iterable[str]:
+    """One table of all engines."""
+    others = {row: None for engine, row in found if engine != DETAILED}
+    lines = [
+        {"fault": row.fault, "ranks": row.ranks} | {engine: apart(found.get((engine, row))) for engine in engines}
+        for row in others
+    ]
+    if lines:
+        yield f"### On every engine: {APART}\n\n{markdown(lines)}\n"
+
+
+def apart(cells: Cells | str | None) -> str:
+    return cells[APART] if isinstance(cells, dict) else "doesn't hold" if cells else ""
 
 
 def machine() -> str:
@@ -79,5 +108,13 @@ def machine() -> str:
     )
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("words", nargs="*", metavar="WORD", help="only rows that have one of these words")
+    found.add_argument("--engine", action="append", choices=ENGINES, help="only this one, and all rows on it")
+    found.add_argument("--whole", action="store_true", help="all rows on all engines")
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(parser().parse_args()))

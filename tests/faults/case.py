@@ -35,6 +35,7 @@ LAUNCH = (sys.executable, "launch.py")
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # torchrun
 DEADLINE_S = 120.0
 ROUNDING = 1e-6  # what max |Δ| / max |w| may be with SGD where sums are rounded otherwise
+APART = "max \\|Δ\\| / max \\|w\\|"  # a column of the table
 SLOWLY = {"DELAY_S": "0.03"}  # each pass
 AHEAD = 4 * GLOBAL  # samples that may have been fetched beyond the step that a start had come to
 
@@ -102,12 +103,14 @@ class Case:
     """One run and all that is done to it.
 
     Attributes:
+        engine: what names it on the command line.
         exact: it has to be the other run bit by bit; else by ``rounding``, the largest max |Δ| / max |w|.
         ends: (state, exit code) of its commands that didn't end well, and ``causes`` that were named.
         orphans: processes that were left by a command.
     """
 
     folder: Path
+    engine: tuple[str, ...] = ()
     exact: bool = True
     rounding: float = ROUNDING
     counted: bool = True
@@ -135,17 +138,17 @@ class Case:
         base: Iterable[str] = BASE,
         **env: str,
     ) -> Command:
-        """Give a command of this run; by default two ranks and no faults."""
+        """Give a command of this run; by default two ranks and no faults. A ``base`` brings the engine, too."""
         fetched = self.folder / f"fetched-{len(self._started)}"
         fetched.mkdir()
         self._started.append((fetched, len(self.events("start"))))
         env |= {"FAULTS": json.dumps(list(faults)), "FETCHED": str(fetched), "OMP_NUM_THREADS": "1"}
-        words = list(by)
+        words, engine = list(by), self.engine if base else ()
         if "launch.py" not in words:
             words.append("launch.py")
         elif not any(one.startswith("cluster.gpus_per_node=") for one in overrides):
             overrides = ("cluster.gpus_per_node=2", *overrides)
-        return Command([*words, *base, f"run.dir={self.run}", "device=cpu", *overrides], self.run, env)
+        return Command([*words, *base, *engine, f"run.dir={self.run}", "device=cpu", *overrides], self.run, env)
 
     def ended(self, command: Command, state: str | None, code: int, cause: str = "") -> Command:
         """Wait for its end, which has to be this one.
@@ -304,7 +307,7 @@ class Case:
         check(not lost and not repeated, f"{lost} samples lost, {repeated} repeated")
         check(not self.orphans, f"{self.orphans} orphans")
         return {
-            "max \\|Δ\\| / max \\|w\\|": "0 (bitwise)" if same else f"{apart:.1e}",
+            APART: "0 (bitwise)" if same else f"{apart:.1e}",
             "lost": str(lost) if self.counted else "",
             "repeated": str(repeated) if self.counted else "",
             "done again": str(again) if self.counted else "",

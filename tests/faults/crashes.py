@@ -49,7 +49,7 @@ def restarts(faults: list[Fault], causes: list[str], *overrides: str) -> Act:
     return act
 
 
-row("rank 1 raises an exception")(ends([fault("raise", "step", 25, 1)], f"^rank 1 crashed: {BOOM}$"))
+row("rank 1 raises an exception", everywhere=True)(ends([fault("raise", "step", 25, 1)], f"^rank 1 crashed: {BOOM}$"))
 row("rank 0 raises an exception; restarted")(restarts([fault("raise", "step", 25)], [f"^{BOOM}$"]))
 row("rank 1 raises an exception 15 steps after each of three starts; restarted 3 ×")(
     restarts([fault("raise", "step", 15, 1, restart) for restart in range(3)], [f"^{BOOM}$"] * 3)
@@ -66,7 +66,7 @@ def no_progress(case: Case, _: References) -> None:
 
 
 row("SIGKILL of rank 1")(ends([fault("SIGKILL", "step", 25, 1)], "^rank 1 crashed: killed by SIGKILL"))
-row("SIGKILL of rank 0; restarted")(restarts([fault("SIGKILL", "step", 25)], ["^killed by SIGKILL"]))
+row("SIGKILL of rank 0; restarted", everywhere=True)(restarts([fault("SIGKILL", "step", 25)], ["^killed by SIGKILL"]))
 row("SIGSEGV of rank 1; restarted")(restarts([fault("SIGSEGV", "step", 25, 1)], ["^killed by SIGSEGV"]))
 row("SIGKILL of a DataLoader's worker of rank 1")(
     ends([fault("SIGKILL", "fetch", 200, 1)], f"^rank 1 crashed: {LOADER_KILLED}", "data.workers=1")
@@ -98,7 +98,7 @@ def torchrun_killed(case: Case, _: References) -> None:
     case.goes_on()
 
 
-@row("SIGKILL of the launcher")
+@row("SIGKILL of the launcher", everywhere=True)
 def launcher_killed(case: Case, _: References) -> None:
     command = case.start(DELAY_S="0.2")  # so that an orphan would still be there when they are counted
     case.await_step(12)
@@ -130,7 +130,7 @@ def killed_before_it_trained(case: Case, _: References) -> None:
     case.found_dead()
 
 
-@row("SIGKILL of all processes", "3 → 2")
+@row("SIGKILL of all processes", "3 → 2", everywhere=True)
 def all_killed(case: Case, _: References) -> None:
     command = case.start("cluster.gpus_per_node=3", **SLOWLY)
     case.await_step(25)
@@ -237,7 +237,7 @@ for at, call, step, where in (
     ("evaluation", 5, 21, "in an evaluation"),
     ("data", 1, 0, "while the data is opened"),
 ):
-    row(f"rank 1 hangs (sleeps) {where}, cluster.timeout_s={TIMEOUT_S}; restarted")(
+    row(f"rank 1 hangs (sleeps) {where}, cluster.timeout_s={TIMEOUT_S}; restarted", everywhere=at == "step")(
         partial(hangs, fault("hang", at, call, 1), step, HUNG)
     )
 row(f"SIGSTOP of rank 1, cluster.timeout_s={TIMEOUT_S}; restarted")(
@@ -266,7 +266,7 @@ for by, at, call, where in (
     (LAUNCH, "evaluation", 5, " in an evaluation"),
     ((*TWO, "--max-restarts=1"), "step", 25, " of torchrun, --max-restarts=1"),
 ):
-    row(f"memory runs out on rank 1{where} (RLIMIT_AS); restarted with half the per-GPU batch")(
+    row(f"memory runs out on rank 1{where} (RLIMIT_AS); restarted with half the per-GPU batch", everywhere=not where)(
         partial(out_of_memory, by, at, call)
     )
 
@@ -290,7 +290,7 @@ row("the loss of rank 1 is NaN, on_nonfinite=stop, max_restarts=3: not restarted
 )
 
 
-@row("the loss of rank 1 is NaN, on_nonfinite=skip; then TERM", reference="skipping")
+@row("the loss of rank 1 is NaN, on_nonfinite=skip; then TERM", reference="skipping", everywhere=True)
 def skips(case: Case, references: References) -> None:
     """Compared with a run on one rank in which the same step was skipped; and is no run in which none was."""
     case.exact = False
@@ -305,6 +305,7 @@ def skips(case: Case, references: References) -> None:
 @row(
     "the inputs of rank 0 are NaN, on_nonfinite=skip, a model with BatchNorm; then TERM",
     reference="skipping with BatchNorm",
+    everywhere=True,
 )
 def skips_with_statistics(case: Case, _: References) -> None:
     """Compared with a run in which the loss of rank 1 was NaN there: rank 0's statistics are those of the run."""

@@ -45,7 +45,7 @@ def filling(case: Case, leave: int, at: str = "step", call: int = 18) -> Iterato
     (case.folder / "kept").rename(disk)
 
 
-@row("the disk is full but for 1 MB, in two saves; checkpoint.on_error=continue; then SIGKILL of all")
+@row("the disk is full but for 1 MB, in two saves; checkpoint.on_error=continue; then SIGKILL of all", everywhere=True)
 def full(case: Case, _: References) -> None:
     with filling(case, 1 << 20) as faults:
         command = case.start(faults=faults, **SLOWLY)
@@ -91,6 +91,9 @@ def full_in_the_last_save(case: Case, _: References) -> None:
 section("Checkpoints that can't be used")
 
 
+EVERYWHERE = ("one bit of a tensor is flipped", "a rank's file is missing")
+
+
 def damaged(done: str, case: Case, references: References) -> None:
     damage, said = DAMAGES[done]
     case.begin_as(references("stopped"))
@@ -103,7 +106,7 @@ def damaged(done: str, case: Case, references: References) -> None:
 
 
 for done in DAMAGES:
-    row(f"the newest one: {done}")(partial(damaged, done))
+    row(f"the newest one: {done}", everywhere=done in EVERYWHERE)(partial(damaged, done))
 
 
 @row("the newest one: a rank's file is missing for one start, which is killed, and is there again for the next")

@@ -35,7 +35,7 @@ def by_the_task(at: str, call: int, case: Case, _: References) -> None:
 
 
 row("TERM, INT, USR2 while the data is opened: three stops in a row")(partial(by_the_task, "data", 1))
-row("TERM, INT, USR2 in mid-step: three stops in a row")(partial(by_the_task, "step", 10))
+row("TERM, INT, USR2 in mid-step: three stops in a row", everywhere=True)(partial(by_the_task, "step", 10))
 row("TERM, INT, USR2 in an evaluation: three stops in a row")(partial(by_the_task, "evaluation", 3))
 
 
@@ -44,7 +44,7 @@ def send_in_a_save(case: Case, send: Callable[[], None]) -> None:
     send()
 
 
-@row("TERM, INT, USR2 in a save: three stops in a row")
+@row("TERM, INT, USR2 in a save: three stops in a row", everywhere=True)
 def in_a_save(case: Case, _: References) -> None:
     for name in SIGNALS:
         command = case.start(**SLOWLY)
@@ -122,14 +122,16 @@ def elsewhere(name: str, before: int, overrides: tuple[str, ...], case: Case, _:
     case.goes_on_elsewhere(*overrides)
 
 
-row("TERM in mid-epoch; goes on on fewer ranks", "3 → 2")(partial(elsewhere, "SIGTERM", 3, ()))
-row("USR2 in mid-epoch; goes on on more ranks, 5 samples at a time", "2 → 3")(
+row("TERM in mid-epoch; goes on on fewer ranks", "3 → 2", everywhere=True)(partial(elsewhere, "SIGTERM", 3, ()))
+row("USR2 in mid-epoch; goes on on more ranks, 5 samples at a time", "2 → 3", everywhere=True)(
     partial(elsewhere, "SIGUSR2", 2, ("cluster.gpus_per_node=3", "batch.per_gpu=5"))
 )
 row("INT in mid-epoch; goes on on one", "4 → 1")(partial(elsewhere, "SIGINT", 4, ("cluster.gpus_per_node=1",)))
 
 
-@row("TERM in mid-epoch; goes on on fewer ranks; AdamW and the average of the weights", "3 → 2", "adamw")
+@row(
+    "TERM in mid-epoch; goes on on fewer ranks; AdamW and the average of the weights", "3 → 2", "adamw", everywhere=True
+)
 def adamw_elsewhere(case: Case, _: References) -> None:
     case.rounding = ADAM_ROUNDING
     there = ("cluster.gpus_per_node=3", "optimizer=adamw", "ema=100sa")
@@ -169,7 +171,9 @@ def lost_machine(case: Case, _: References) -> None:
     case.goes_on_elsewhere("cluster.gpus_per_node=1")
 
 
-@row("the machine with rank 0 is lost (SIGKILL of its launcher); goes on on the other", "2 × 1 → 1 × 1")
+@row(
+    "the machine with rank 0 is lost (SIGKILL of its launcher); goes on on the other", "2 × 1 → 1 × 1", everywhere=True
+)
 def lost_first_machine(case: Case, _: References) -> None:
     first, other = machines_by_rank(case)
     first.send("SIGKILL")

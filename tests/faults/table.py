@@ -34,17 +34,21 @@ REFERENCES: dict[str, Callable[[Case], object]] = {
 
 
 class References:
-    """Runs to compare with or to begin from, each made once, when it is first asked for."""
+    """Runs of one engine to compare with or to begin from, each made once, when it is first asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        engine: what names it on the command line.
+    """
+
+    def __init__(self, folder: Path, engine: tuple[str, ...] = ()) -> None:
+        self._folder, self.engine = folder, engine
         self._locks = {name: threading.Lock() for name in REFERENCES}
         self._made: dict[str, Case] = {}
 
     def __call__(self, name: str) -> Case:
         with self._locks[name]:
             if name not in self._made:
-                case = Case(self._folder / name)
+                case = Case(self._folder / name, self.engine)
                 REFERENCES[name](case)
                 self._made[name] = case
         return self._made[name]
@@ -60,12 +64,14 @@ class Row:
     Attributes:
         fault: what is done, and how; ``ranks``: before and after.
         reference: the uninterrupted run that it has to be.
+        everywhere: `make faults` has it on every engine.
     """
 
     fault: str
     ranks: str
     act: Act
     reference: str
+    everywhere: bool = False
 
     def __call__(self, folder: Path, references: References) -> dict[str, str]:
         """Its cells.
@@ -73,7 +79,7 @@ class Row:
         Raises:
             Broken: it doesn't hold.
         """
-        case = Case(folder)
+        case = Case(folder, references.engine)
         self.act(case, references)
         compared = case.compared(references(self.reference))
         case.remove()
@@ -105,11 +111,11 @@ def section(title: str) -> None:
     ROWS[title] = []
 
 
-def row(fault: str, ranks: str = "2 → 2", reference: str = "plain") -> Callable[[Act], Act]:
+def row(fault: str, ranks: str = "2 → 2", reference: str = "plain", everywhere: bool = False) -> Callable[[Act], Act]:
     """Add a row to the section at hand."""
 
     def add(act: Act) -> Act:
-        list(ROWS.values())[-1].append(Row(fault, ranks, act, reference))
+        list(ROWS.values())[-1].append(Row(fault, ranks, act, reference, everywhere))
         return act
 
     return add

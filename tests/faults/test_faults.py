@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,27 +11,37 @@ import torch
 from safetensors.torch import save_file
 
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
-from tests.faults.case import Broken, Case
+from tests.faults.case import APART, Broken, Case
 from tests.faults.table import ROWS, References
+from tests.same import ENGINES
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> References:
-    return References(tmp_path_factory.mktemp("references"))
+def on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], References]:
+    """The references of an engine."""
+    return cache(lambda engine: References(tmp_path_factory.mktemp("references"), ENGINES[engine]))
+
+
+@pytest.fixture(scope="module")
+def references(on: Callable[[str], References]) -> References:
+    return on("DDP")
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("engine", "fault"),
     [
-        "TERM in mid-epoch; goes on on fewer ranks",
-        "SIGKILL of the launcher",
-        "rank 0 raises an exception; restarted",
-        "the newest one: a pickle named as safetensors, its checksum right",
+        ("DDP", "TERM in mid-epoch; goes on on fewer ranks"),
+        ("FSDP", "TERM in mid-epoch; goes on on fewer ranks"),
+        ("DDP", "SIGKILL of the launcher"),
+        ("DDP", "rank 0 raises an exception; restarted"),
+        ("ZeRO-3", "SIGKILL of rank 0; restarted"),
+        ("DDP", "the newest one: a pickle named as safetensors, its checksum right"),
+        ("FSDP", "the newest one: a rank's file is missing"),
     ],
 )
-def test_row(fault: str, references: References, tmp_path: Path) -> None:
+def test_row(engine: str, fault: str, on: Callable[[str], References], tmp_path: Path) -> None:
     (row,) = (row for rows in ROWS.values() for row in rows if row.fault == fault)
-    cells = row(tmp_path / "row", references)
+    cells = row(tmp_path / "row", on(engine))
     assert (cells["lost"], cells["repeated"], cells["orphans"]) == ("0", "0", "0")
 
 
@@ -38,7 +50,7 @@ def whole(references: References, tmp_path: Path) -> Case:
     """A run that nothing happened to."""
     case = Case(tmp_path / "whole")
     case.begin_as(references("plain"))
-    assert case.compared(references("plain"))["max \\|Δ\\| / max \\|w\\|"] == "0 (bitwise)"
+    assert case.compared(references("plain"))[APART] == "0 (bitwise)"
     return case
 
 
@@ -58,7 +70,7 @@ def test_weights_are_compared_bit_by_bit_or_to_rounding(whole: Case, references:
     with pytest.raises(Broken, match=r"max \|Δ\|"):
         whole.compared(references("plain"))
     whole.exact = False
-    assert whole.compared(references("plain"))["max \\|Δ\\| / max \\|w\\|"] != "0 (bitwise)"
+    assert whole.compared(references("plain"))[APART] != "0 (bitwise)"
     weights["model/0.weight"][0, 0] += 1e-4
     save(weights, whole)
     with pytest.raises(Broken, match=r"max \|Δ\|"):
