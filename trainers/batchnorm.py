@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from trainers.keyed import Stream
 from trainers.over_ranks import normalise_over_ranks, wide
 from trainers.rundir import Refused
-from trainers.tally import Attach
+from trainers.tally import Attach, accumulate
 
 FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
 
@@ -153,6 +153,10 @@ class Statistics(nn.Module):
         """``loss`` unchanged; its backward leaves what this pass found as the parameter's gradient."""
         attached: Tensor = Attach.apply(loss, self.sums, self._of_this_pass())  # type: ignore[no-untyped-call]
         return attached
+
+    def add(self) -> None:
+        """Leave what this pass found as the parameter's gradient, where that doesn't ride on a backward."""
+        accumulate(self.sums, self._of_this_pass())
 
     def _of_this_pass(self) -> Tensor:
         """The numbers of groups, then means and variances, layer by layer."""

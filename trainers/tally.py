@@ -53,13 +53,21 @@ class NoteCarrier(nn.Module):
         attached: Tensor = Attach.apply(loss, self.note, self._outgoing)  # type: ignore[no-untyped-call]
         return attached
 
+    def add(self) -> None:
+        """Leave what was written last as the parameter's gradient, where that doesn't ride on a backward."""
+        accumulate(self.note, self._outgoing)
+
     def write(self, note: Note) -> Tensor:
         """Set the note of the coming backward, and give it as it will travel."""
         loss, rest = note.loss.detach(), (note.units, note.units - note.expected_units, note.stop, note.save)
         if self._outgoing.is_cpu:
             self._outgoing.copy_(torch.tensor((loss.item(), *rest)))
-        else:  # without a wait for the device
-            for index, number in enumerate((loss, *rest)):
+            return self._outgoing
+        # without a wait for the device, and in as few operations as can be
+        known = [0.0 if isinstance(number, Tensor) else float(number) for number in rest]
+        self._outgoing[1:].copy_(torch.tensor(known), non_blocking=True)
+        for index, number in enumerate((loss, *rest)):
+            if isinstance(number, Tensor):
                 self._outgoing[index] = number
         return self._outgoing
 
@@ -78,6 +86,11 @@ class NoteCarrier(nn.Module):
         if isinstance(few, Tensor):
             return Total(loss, torch.where(few, units, planned), stop, save)
         return Total(loss, units if few else planned, stop, save)
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """What a backward does with a gradient."""
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 class Attach(torch.autograd.Function):

@@ -33,11 +33,14 @@ class Base:
     A subclass's constructor wraps ``self._root``, and then calls ``_begin``.
 
     Attributes:
+        rides: what ranks tell each other of a pass rides on its backward, as the gradient of parameters that are
+            reduced with the model's.
         mean_over: by how many its reduction divides the sum over ranks.
         for_unused: what is to be given where parameters have no part in the loss.
     """
 
     lockstep = False
+    rides = False
     mean_over = 1
     for_unused = "engine.config.find_unused_parameters=true"
 
@@ -86,7 +89,11 @@ class Base:
             self._statistics.begin()
         with autocast(self._precision, self._device):
             loss, units = checked(self._task.loss(self.model, batch)) if samples else self._stand_in(batch)
-        return self._carrier.attach(self._statistics.attach(loss) if self._statistics else loss), units
+        if self.rides:
+            return self._carrier.attach(self._statistics.attach(loss) if self._statistics else loss), units
+        if self._statistics:
+            self._statistics.add()
+        return loss, units
 
     def _stand_in(self, batch: Any | None) -> tuple[Tensor, float]:
         """A zero that gives every parameter a zero gradient, and leaves the statistics as they are."""
@@ -104,6 +111,8 @@ class Base:
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
         self._carrier.write(note)
+        if not self.rides:
+            self._carrier.add()
         with nullcontext() if measured is None else self._squares.of(measured):
             self._backward(loss * (self._lift * self._factor))
 

@@ -25,18 +25,18 @@ class DDP(Base):
 
     def __init__(self, parts: Parts, config: dict[str, Any]) -> None:
         super().__init__(parts)
-        self.mean_over = parts.world.size
+        self.mean_over, self.rides = parts.world.size, parts.world.size > 1
         # what rides with the gradients has to be among the parameters that DDP reduces
         self._root.add_module("carrier", self._carrier)
         self._root.add_module("statistics", self._statistics)
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._root,), config)
-        if parts.world.size > 1:
+        if self.rides:
             ours = {"gradient_as_bucket_view": True}
             if settled(parts.model) and "broadcast_buffers" not in config:
                 ours["forward_sync_buffers"] = False
             self._wrapped = self._wrap(self._root, {**ours, **config})
         self._begin(parts.make_optimizer())
-        if parts.world.size > 1:
+        if self.rides:
             self._settle_buckets()
 
     def _wrap(self, root: nn.Module, config: dict[str, Any]) -> nn.Module:

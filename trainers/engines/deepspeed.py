@@ -115,6 +115,7 @@ class ZeRO(Replicated):
             self._deepspeed.zero.Init(module=self.model, config_dict_or_path=self._settings)
         self._initialise(tuned)
         self._zero = self._engine.optimizer
+        self._zero.compute_grad_norm = False  # again
         self._tell_norm()
         self._flats = flats_of(self._zero, self._stage)
         self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
