@@ -106,7 +106,7 @@ class Faulty(Slow):
                     os._exit(0)
             case "slow":
                 save_final = trainers.run.save_final
-                trainers.run.save_final = lambda *args: (time.sleep(one["seconds"]), save_final(*args))
+                trainers.run.save_final = lambda *args, **more: (time.sleep(one["seconds"]), save_final(*args, **more))
             case "fill":
                 fill(Path(one["path"]), one["leave"])
             case "limit":
