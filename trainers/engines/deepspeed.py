@@ -43,6 +43,7 @@ class Replicated(Base):
         self._settings = settings_of(config)
         refuse_settings(self._settings)
         super().__init__(parts)
+        self._settings["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(self.model))
         self.mean_over = parts.world.size
         tuned = parts.make_optimizer()
         refuse_untrainable(self.model, tuned, config.stage)
@@ -115,7 +116,6 @@ class ZeRO(Replicated):
             self._deepspeed.zero.Init(module=self.model, config_dict_or_path=self._settings)
         self._initialise(tuned)
         self._zero = self._engine.optimizer
-        self._zero.compute_grad_norm = False  # again
         self._tell_norm()
         self._flats = flats_of(self._zero, self._stage)
         self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
@@ -209,6 +209,11 @@ class ZeRO(Replicated):
         self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
         for index in range(len(self._flats)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
+
+
+def bucket_size(model: nn.Module) -> int:
+    """Elements of the buffer in which gradients are reduced: DeepSpeed's own number, of 2 GB, but no more than there are."""
+    return min(500_000_000, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
