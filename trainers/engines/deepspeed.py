@@ -212,7 +212,7 @@ class ZeRO(Replicated):
 
 
 def bucket_size(model: nn.Module) -> int:
-    """Elements of the buffer in which gradients are reduced: DeepSpeed's own number, of 2 GB, but no more than there are."""
+    """Elements of the buffer in which gradients are reduced: DeepSpeed's own number, 2 GB, or as many as there are."""
     return min(500_000_000, sum(parameter.numel() for parameter in model.parameters()))
 
 
