@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +54,18 @@ def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers_here(compose(["engine=accelerate"])) == 1
     assert workers_here(compose(["engine=accelerate", "cluster.gpus_per_node=4"])) == 4
     assert workers_here(compose([])) == 8
+
+
+ENGINES = """
+import os, torch, trainers.run
+from conf.compose import compose
+from trainers.engines import import_engine
+for engine in ("ddp", "fsdp", "accelerate", "deepspeed"):
+    import_engine(compose([f"engine={engine}"]))
+print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())
+"""
+
+
+def test_a_process_that_has_imported_the_engines_can_be_forked() -> None:
+    found = subprocess.run([sys.executable, "-c", ENGINES], capture_output=True, text=True, cwd=LAUNCH.parent)
+    assert found.stdout.split() == ["1", "False"], found

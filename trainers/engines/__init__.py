@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -181,3 +182,21 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
     from trainers.engines.ddp import DDP
 
     return DDP(parts, engine.config)
+
+
+def import_engine(config: RunConfig) -> None:
+    """Import what ``make_engine`` and the first step import, once for all workers that are forked from here.
+
+    It starts no thread, and no CUDA. A package that can't be imported is the workers' to refuse.
+    """
+    engine: Any = config.engine
+    import_module(f"trainers.engines.{engine.name}")
+    with suppress(Exception):
+        if engine.name == "accelerate":
+            import_module("accelerate")
+        if engine.name == "deepspeed":
+            from trainers.engines.package import deepspeed_package
+
+            deepspeed_package()
+            if engine.stage:
+                import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it asks whether the optimizer is one

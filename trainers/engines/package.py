@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import conf.engines
 
 
-def imported(world: World) -> Any:
-    """The package, quiet, on the world's device.
+def deepspeed_package() -> Any:
+    """The package, quiet.
 
     Raises:
         Refused: it isn't installed.
@@ -34,6 +34,16 @@ def imported(world: World) -> Any:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
     # of its inference, and compiled as it starts on a CPU, where there is a compiler
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def imported(world: World) -> Any:
+    """The package, quiet, on the world's device.
+
+    Raises:
+        Refused: it isn't installed.
+    """
+    deepspeed = deepspeed_package()
     if world.device.type == "cpu":
         cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
         import_module("deepspeed.accelerator").set_accelerator(cpu())

@@ -68,9 +68,11 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
 
     import trainers.run  # noqa: F401  the workers are forked with it
     from conf.hardware import workers_here
+    from trainers.engines import import_engine
     from trainers.starting.agent import Agent
     from trainers.starting.rendezvous import rendezvous
 
+    import_engine(config)
     cluster, handler, agent = config.cluster, None, None
     cause = "rank 0 ended without a result"
     stopped = ""
