@@ -26,6 +26,7 @@ from benchmarks import (
     noise,
     optimizers,
     rules,
+    same,
     sample_order,
     start,
     step,
@@ -39,11 +40,12 @@ Rows = list[dict[str, Any]]
 
 
 class Part(NamedTuple):
-    """A table: its title, what makes its rows, and what they mean."""
+    """A table: its title, what makes its rows, what they mean, and what else is done with it."""
 
     title: str
     rows: Callable[[], Rows]
     about: str
+    publish: Callable[[str], None] | None = None
 
 
 PARTS = {
@@ -104,6 +106,14 @@ PARTS = {
         invariance.rows,
         "A small model with dropout and unequal numbers of units, SGD, 20 steps, global batch 96: Δ = max |Δ| / "
         "max |w| over all weights, against the first. 1e-6 is the aim.",
+    ),
+    "same": Part(
+        "The same, by engine and feature",
+        same.rows,
+        "The cases of [tests/same.py](../tests/same.py): a small model with a shared and a frozen parameter, SGD "
+        "unless the row says otherwise, 12 steps, global batch 41, at most 7 samples in a micro-batch. max |Δ| / max "
+        "|w| over all weights against `ddp` on one rank, the largest of 2 and 3 ranks.",
+        same.publish,
     ),
     "peers": Part(
         "What people use instead",
@@ -168,12 +178,14 @@ def main(names: Sequence[str]) -> None:
     head, _, measured = PAGE.read_text().partition(MARK)
     kept = {section.partition("\n")[0]: f"## {section.strip()}\n" for section in measured.split("\n## ")[1:]}
     for name in names or PARTS:
-        title, rows, about = PARTS[name]
+        title, rows, about, publish = PARTS[name]
         print(f"{title} …", flush=True)
         began = time.perf_counter()
         table = markdown(rows())
         took = f"Measured in {time.perf_counter() - began:.0f} s by `python -m benchmarks {name}`."
         kept[title] = f"## {title}\n\n{about} {took}\n\n{table}\n"
+        if publish:
+            publish(table)
         print(kept[title], flush=True)
     sections = [kept[part.title] for part in PARTS.values() if part.title in kept]
     PAGE.write_text(f"{head}{MARK}\n\nMeasured on {machine()}.\n\n" + "\n".join(sections))

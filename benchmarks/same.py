@@ -1,0 +1,71 @@
+"""The same run, by engine and feature: how far the weights of each are from those of DDP on one rank.
+
+python -m benchmarks.same
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.compare import hushed
+from conf.compose import compose
+from tests.ranks.harness import Run, Runs, distance
+from tests.same import CASES, ENGINES, TASK, overrides, pairs
+from trainers.engines import import_engine
+
+WORLDS = (2, 3)
+DEADLINE_S = 300.0
+PAGE = Path(__file__).parent.parent / "trainers" / "README.md"
+MARKS = "<!-- what follows is written by `python -m benchmarks same` -->", "<!-- to here, too -->"
+
+
+def differences(case: str, folder: Path) -> Iterator[str]:
+    """The cells of a row: max |Δ| / max |w|, or whatever else it came to."""
+    runs = Runs(folder, DEADLINE_S)
+    truth = finished(runs(1, *overrides(case, "DDP")))
+    for engine in ENGINES:
+        if (case, engine) not in pairs():
+            yield "refused" if refused(runs, case, engine) else "not refused"
+            continue
+        found = [finished(runs(world, *overrides(case, engine))) for world in WORLDS]
+        yield f"{max(distance(run.weights(), truth.weights()) for run in found):.1g}"
+
+
+def finished(run: Run) -> Run:
+    """Raises RuntimeError for one that isn't."""
+    if any(end.get("state") != "finished" for end in run.ends):
+        raise RuntimeError(f"{run.run.path}: {run.ends}")
+    return run
+
+
+def refused(runs: Runs, case: str, engine: str) -> bool:
+    """Whether all ranks refuse it."""
+    return all(end.get("raised") == "Refused" for end in runs(WORLDS[0], *overrides(case, engine)).ends)
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each case, one column for each engine."""
+    found = []
+    with hushed():
+        for engine in ENGINES.values():  # once for all that are forked from here
+            import_engine(compose([*TASK, *engine]))
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder, hushed():
+            found.append({"feature": case, **dict(zip(ENGINES, differences(case, Path(folder)), strict=True))})
+    return found
+
+
+def publish(table: str) -> None:
+    """Put the table where it is said what the same means."""
+    first, last = MARKS
+    head, _, rest = PAGE.read_text().partition(first)
+    _, _, tail = rest.partition(last)
+    PAGE.write_text(f"{head}{first}\n\n{table}\n\n{last}{tail}")
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row)
