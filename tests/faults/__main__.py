@@ -32,6 +32,8 @@ PAGE = Path(__file__).parents[2] / "trainers/README.md"
 BEGIN, END = "<!-- what follows is written by `make faults` -->", "<!-- to here -->"
 AT_ONCE = 2
 DETAILED = "DDP"  # whose rows are shown with all cells
+ABOUT = f"""{APART}, where a row holds in all else as above; each engine is compared with an uninterrupted run of its
+own. `python -m tests.faults --whole` causes the other rows on them, too."""
 
 Cells = dict[str, str]
 Found = dict[tuple[str, Row], Cells | str]  # by engine and row: its cells, or why it doesn't hold
@@ -94,7 +96,7 @@ def compact(found: Found, engines: list[str]) -> Iterable[str]:
         for row in others
     ]
     if lines:
-        yield f"### On every engine: {APART}\n\n{markdown(lines)}\n"
+        yield f"### On every engine\n\n{ABOUT}\n\n{markdown(lines)}\n"
 
 
 def apart(cells: Cells | str | None) -> str:

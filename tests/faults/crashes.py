@@ -252,9 +252,9 @@ def slow_end(case: Case, _: References) -> None:
 
 
 def out_of_memory(by: Iterable[str], at: str, call: int, case: Case, _: References) -> None:
-    """From that call on there isn't enough for 16 samples at once."""
+    """From that call on there isn't enough for 16 samples at once; nor later, when imports have taken theirs."""
     case.exact = False  # another cut
-    limits = [fault("memory", at, call, 1), fault("memory", "data", 1, 1, restart=1)]
+    limits = [fault("memory", at, call, 1), fault("memory", "step", 1, 1, restart=1)]
     command = case.finished(case.start(by=by, faults=limits))
     restart = case.event("restart", kind="oom", rank=1, per_gpu_before=16, per_gpu=8, cause="an't allocate memory")
     case.causes.append(restart["cause"])
@@ -276,7 +276,7 @@ def no_memory_at_all(case: Case, _: References) -> None:
     case.exact = False  # another cut
     limits = [
         fault("memory", "step", 24 * 8 + 1, 1, sample=1 << 30),
-        fault("memory", "data", 1, 1, restart=1, sample=1 << 30),
+        fault("memory", "step", 1, 1, restart=1, sample=1 << 30),
     ]
     command = case.start("batch.per_gpu=2", faults=limits)
     cause = "^rank 1 ran out of memory with 1 sample in a pass: .*there is no smaller batch.per_gpu"
