@@ -21,6 +21,7 @@ from benchmarks import (
     checkpoints,
     critical,
     engines,
+    far,
     invariance,
     large,
     noise,
@@ -66,8 +67,8 @@ PARTS = {
         "Whole commands",
         start.rows,
         "From start to exit. Two ranks and two steps against `torchrun` with [plain.py](plain.py) (at most 0.75 "
-        "is the aim); a plan against the imports that it can't do without (at most 2). The last column counts "
-        "runs that failed, ours / the other's, and weren't timed.",
+        "is the aim), and with an engine against [by_hand.py](by_hand.py); a plan against the imports that it can't do "
+        "without (at most 2). The last column counts runs that failed, ours / the other's, and weren't timed.",
     ),
     "sample_order": Part("The sample order", sample_order.rows, "One core."),
     "optimizers": Part(
@@ -95,9 +96,15 @@ PARTS = {
         "all*: how much longer that many steps take with a save than without, where the training has all cores at "
         "work already. *resume*: reading and checking included.",
     ),
+    "saving": Part(
+        "Saving and going on, by engine",
+        checkpoints.engine_rows,
+        "The same weights and optimizer, so that all engines save as many bytes; ranks hold and write parts of them, "
+        "or, where each has all, as much each. Of each time that of the slowest rank.",
+    ),
     "far": Part(
         "Going on in the middle of an epoch",
-        checkpoints.far_rows,
+        far.rows,
         "10^9 samples, from a checkpoint in the middle, against a run from the beginning. Nothing is skipped by "
         "going through it: 1 is the aim.",
     ),

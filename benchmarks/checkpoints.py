@@ -1,19 +1,16 @@
-"""What a save takes from training, and what going on takes: by size and ranks, and in the middle of 10^9 samples.
+"""What a save takes from training, and what going on takes: by size and ranks, and by engine.
 
 python -m benchmarks.checkpoints
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import shutil
-import signal
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.start import LAUNCH, ROOT, seconds
-from tests.faults.hostile import edit
+from benchmarks.engines import ENGINES
 from tests.ranks.harness import in_ranks
 from trainers.starting.watch import Watch
 from trainers.world import World
 
 TURNS = {1: 9, 10: 5, 100: 3}  # by MiB of weights
 RANKS = (1, 2, 4)
+BY_ENGINE = ((10, 2), (100, 2), (100, 4))  # MiB of weights, ranks
+SAVED_BY = ("ddp", "fsdp", "deepspeed 1", "deepspeed 3")
 WIDTH = 512  # of a layer, whose weights are then 1 MiB
-
-SAMPLES, MIDDLE, GLOBAL = 10**9, 500_000_000, 32
-COMMANDS = 4  # after the first, which reads from the disk
 
 
 class Layers:
@@ -52,74 +47,91 @@ class Layers:
         return model(batch[0]).square().sum(), len(batch[0])
 
 
-def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
-    """Medians of seconds on this rank, turn by turn with plain torch."""
-    from conf.compose import compose
-    from scaling.resolve import resolve
-    from trainers.checkpoints.keeper import Keeper
-    from trainers.checkpoints.resume import header_of, resume
-    from trainers.engines import Parts
-    from trainers.engines.ddp import DDP
-    from trainers.loader import Loader
-    from trainers.optim import make_optimizer
-    from trainers.rundir import RunDir
-    from trainers.state import TrainState
-    from trainers.tally import Note
-    from trainers.tasks import make_task
+class Saving:
+    """A run of ``layers`` that can train, save and go on; without its files but for checkpoints."""
 
-    config = compose(
-        [
-            "task=custom", "task._target_=benchmarks.checkpoints.Layers", f"task.args.layers={layers}",
-            "optimizer=adamw", "lr.peak=0.0001", f"batch.global_size={8 * world.size}", "duration=1000000st",
-        ]
-    )  # fmt: skip
-    task = make_task(config)
-    data = task.train_data()
-    plan = resolve(config, world.size, len(data))
-    state, model = TrainState(plan), task.model()
-    tuned = make_optimizer(config, task, model, plan.peak)
-    engine = DDP(Parts(task, model, lambda: tuned, world), {})
-    loader = Loader(data, task, state, world, 0)
-    run, torchs = RunDir(folder), folder / "torch.pt"
-    folder.mkdir(exist_ok=True)
-    keeper = Keeper(
-        run, world, engine, partial(header_of, config, None), every_s=None, keep=1, best=None, best_before=None,
-        beat=lambda: None,
-    )  # fmt: skip
+    def __init__(self, layers: int, options: Sequence[str], folder: Path, world: World) -> None:
+        from conf.compose import compose
+        from scaling.resolve import resolve
+        from trainers.checkpoints.keeper import Keeper
+        from trainers.checkpoints.resume import header_of
+        from trainers.engines import make_engine
+        from trainers.loader import Loader
+        from trainers.rundir import RunDir
+        from trainers.state import TrainState
+        from trainers.tasks import make_task
 
-    def train(steps: int) -> None:
+        self.config = compose(
+            [
+                "task=custom", "task._target_=benchmarks.checkpoints.Layers", f"task.args.layers={layers}",
+                "optimizer=adamw", "lr.peak=0.0001", f"batch.global_size={8 * world.size}", "duration=1000000st",
+                *options,
+            ]
+        )  # fmt: skip
+        task = make_task(self.config)
+        data = task.train_data()
+        self.world, self.plan = world, resolve(self.config, world.size, len(data))
+        self.state = TrainState(self.plan)
+        self.engine: Any = make_engine(self.config, task, task.model(), self.plan.peak, world)
+        self._loader = Loader(data, task, self.state, world, 0, stand_ins=self.engine.lockstep)
+        self._run = RunDir(folder)
+        folder.mkdir(exist_ok=True)
+        self.keeper = Keeper(
+            self._run, world, self.engine, partial(header_of, self.config, None), every_s=None, keep=1, best=None,
+            best_before=None, beat=lambda: None,
+        )  # fmt: skip
+
+    def train(self, steps: int) -> None:
+        from trainers.tally import Note
+
+        engine = self.engine
         for _ in range(steps):
-            step = plan.step_at(state.samples)
+            step = self.plan.step_at(self.state.samples)
             assert step
-            for micro in loader(step):
+            for micro in self._loader(step):
                 with engine.micro(step.cut, last=micro.last):
                     loss, units = engine.loss(micro.batch, micro.samples)
                     engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units))
             scale = engine.total(step.expected_units).scale(step.expected_units)
             engine.update(scale, 1.0, step.recipe)
-            state.samples, state.steps = step.stop, step.index + 1
+            self.state.samples, self.state.steps = step.stop, step.index + 1
 
-    def timed(work: Callable[[], object]) -> float:
-        world.gather("")
+    def save(self) -> None:
+        self.keeper.save(self.state)
+
+    def resume(self) -> None:
+        from trainers.checkpoints.resume import resume
+
+        resume(self._run, self.config, self.world, self.engine, self.plan, None, print, Watch().beat)
+
+    def timed(self, work: Callable[[], object]) -> float:
+        self.world.gather("")
         began = time.perf_counter()
         work()
         return time.perf_counter() - began
 
+
+def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
+    """Medians of seconds on this rank, turn by turn with plain torch."""
+    one = Saving(layers, (), folder, world)
+    model, optimizer, torchs = one.engine.model, one.engine._tuned.optimizer, folder / "torch.pt"
+    keeper, timed, train = one.keeper, one.timed, one.train
+
     def saved_by_torch() -> None:
         if world.rank == 0:
-            torch.save({"model": model.state_dict(), "optimizer": tuned.optimizer.state_dict()}, torchs)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, torchs)
         world.gather("")
 
     def loaded_by_torch() -> None:
         found = torch.load(torchs, weights_only=True)
         model.load_state_dict(found["model"])
-        tuned.optimizer.load_state_dict(found["optimizer"])
+        optimizer.load_state_dict(found["optimizer"])
 
     def saved(steps: int) -> None:
-        keeper.save(state)
+        one.save()
         train(steps)
 
-    share = [piece.data for piece in _slices(train, engine)]
+    share = [piece.data for piece in _slices(train, one.engine)]
     copies = [torch.zeros_like(tensor) for tensor in share]
 
     def copied() -> None:
@@ -127,17 +139,17 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             copy.copy_(tensor)
 
     found: dict[str, list[float]] = {}
-    first = timed(lambda: keeper.save(state))
+    first = timed(one.save)
     keeper.wait()
     step_s, steps = timed(lambda: train(3)) / 3, 0
     for turn in range(TURNS[layers] + 1):
         train(1)
         once = {
-            "copy": timed(lambda: keeper.save(state)),
+            "copy": timed(one.save),
             "write": timed(keeper.wait),
             "torch.save": timed(saved_by_torch),
             "memcpy": timed(copied),
-            "resume": timed(lambda: resume(run, config, world, engine, plan, None, print, Watch().beat)),
+            "resume": timed(one.resume),
             "torch.load": timed(loaded_by_torch),
         }
         if turn == 0:  # a warm-up, by which it is known how many steps the writing takes
@@ -185,63 +197,29 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-class Far:
-    """A dataset of 10^9 samples, none of which is stored; a run of it that asks for a stop at its second step."""
-
-    def __init__(self) -> None:
-        self.passes = 0
-
-    def model(self) -> nn.Module:
-        return nn.Linear(4, 1)
-
-    def train_data(self) -> Any:
-        return Computed()
-
-    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-        self.passes += 1
-        if self.passes == 2 and "STOPS" in os.environ:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return model(batch).square().sum(), len(batch)
+def by_engine(name: str, layers: int, folder: Path, world: World) -> dict[str, float]:
+    """Medians of seconds on this rank."""
+    one, found = Saving(layers, ENGINES[name], folder, world), dict[str, list[float]]()
+    for _ in range(TURNS[layers] + 1):
+        one.train(2)
+        for what, work in {"copy": one.save, "write": one.keeper.wait, "resume": one.resume}.items():
+            found.setdefault(what, []).append(one.timed(work))
+    one.keeper.close()
+    return {what: statistics.median(values[1:]) for what, values in found.items()}
 
 
-class Computed(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.full((4,), index / SAMPLES)
-
-
-def far_rows() -> list[dict[str, Any]]:
-    """Two steps in the middle of an epoch of 10^9 samples against two at its beginning, from start to exit."""
-    task = ("task=custom", "task._target_=benchmarks.checkpoints.Far", "lr.peak=0.05", f"batch.global_size={GLOBAL}")
-    ranks = ("device=cpu", "cluster.gpus_per_node=2")
-    measured = []
-    with tempfile.TemporaryDirectory() as name:
-        run, begun = Path(name) / "run", Path(name) / "begun"
-        command = [*LAUNCH, *task, *ranks, f"duration={MIDDLE + 2 * GLOBAL}sa", f"run.dir={begun}"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "STOPS": "1"}
-        stopped = subprocess.run(command, cwd=name, env=env, capture_output=True, text=True)
-        if stopped.returncode != 75:
-            raise RuntimeError(f"{' '.join(command)} didn't stop: {stopped.stderr}")
-        _move_to_the_middle(begun / "checkpoints/step-00000002")
-        for _ in range(COMMANDS + 1):
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(begun, run)
-            there = seconds([*LAUNCH, *ranks, f"run.dir={run}"], name, [])
-            fresh = [*LAUNCH, *task, *ranks, "duration=2st", "run.new=true"]
-            measured.append((there, seconds(fresh, name, [])))
-    there, anew = (statistics.median(values) for values in zip(*measured[1:], strict=True))
-    ratio = statistics.median(a / b for a, b in measured[1:])
-    return [{"command": "2 ranks, 2 steps", "in the middle s": there, "from the beginning s": anew, "ratio": ratio}]
-
-
-def _move_to_the_middle(checkpoint: Path) -> None:
-    step = MIDDLE // GLOBAL
-    edit(checkpoint, lambda manifest: manifest.update(step=step, samples=step * GLOBAL))
-    checkpoint.rename(checkpoint.with_name(f"step-{step:08d}"))
+def engine_rows() -> list[dict[str, Any]]:
+    """One row for each size, number of ranks and engine; of each time that of the slowest rank."""
+    found = []
+    for (size, ranks), name in itertools.product(BY_ENGINE, SAVED_BY):
+        with tempfile.TemporaryDirectory() as folder:
+            body = partial(by_engine, name, size, Path(folder) / "run")
+            measured = in_ranks(ranks, body, Path(folder), deadline_s=600)
+        slowest = {f"{what} ms": 1e3 * max(one[what] for one in measured) for what in measured[0]}
+        found.append({"weights, ranks, engine": f"{size} MiB, {ranks}, {name}", **slowest})
+    return found
 
 
 if __name__ == "__main__":
-    for row in (*rows(), *far_rows()):
+    for row in (*rows(), *engine_rows()):
         print(row)
