@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from benchmarks import (
+    bitwise,
     checkpoints,
     critical,
     engines,
@@ -62,6 +63,11 @@ PARTS = {
         "The same work as above, on each engine against that engine by hand, as its own documentation has it "
         "([by_hand.py](by_hand.py)), in the same processes, turn by turn; *MLP* is the one above, *blocks* has four "
         "residual blocks of 0.5 million parameters. At most 1.05 is the aim.",
+    ),
+    "bitwise": Part(
+        "A training step with numerics=bitwise",
+        bitwise.rows,
+        "Against one with numerics=fast, of as many micro-batches, in the same processes, turn by turn.",
     ),
     "start": Part(
         "Whole commands",
