@@ -57,6 +57,7 @@ DEEPSPEED = {
     "zero_optimization.zero_quantized_weights": Reserved(BITS, (False,)),
     "zero_optimization.zero_quantized_nontrainable_weights": Reserved(BITS, (False,)),
     "zero_optimization.zero_quantized_gradients": Reserved(BITS, (False,)),
+    "zero_optimization.compute_grad_norm": Reserved("clipping, metrics and skipped steps need it", (True,)),
     "zero_optimization.elastic_checkpoint": Reserved(RESUME, (False,)),
     "zero_optimization.load_from_fp32_weights": Reserved(RESUME, (True,)),
     "checkpoint.load_universal": Reserved(RESUME, (False,)),

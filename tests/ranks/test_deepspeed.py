@@ -231,6 +231,10 @@ def made(world: World, options: list[str]) -> Engine:
             zero(1, "engine.config.zero_optimization.stages=2"),
             "engine.config: DeepSpeed doesn't take it: stages: Extra inputs are not permitted",
         ),
+        (
+            zero(1, "engine.config.steps_per_print=5", "engine.config.wall_clock_breakdwn=true"),
+            "engine.config.wall_clock_breakdwn is no key of DeepSpeed's; did you mean wall_clock_breakdown?",
+        ),
     ],
 )
 def test_what_it_cannot_have_is_refused(runs: Runs, options: tuple[str, ...], message: str) -> None:

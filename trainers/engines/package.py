@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,36 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_settings(settings: dict[str, Any]) -> None:
     """Raises Refused where DeepSpeed doesn't take ``settings``."""
-    config = import_module("deepspeed.runtime.config")
+    config, asked = import_module("deepspeed.runtime.config"), Asked(settings)
     try:
-        config.DeepSpeedConfig(settings)
+        config.DeepSpeedConfig(asked)
     except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
         said = error.errors() if isinstance(error, ValidationError) else []
         why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
         raise Refused(f"engine.config: DeepSpeed doesn't take it: {why}") from error
+    for key in settings.keys() - asked.seen:
+        near = get_close_matches(key, asked.seen, n=1)
+        raise Refused(f"engine.config.{key} is no key of DeepSpeed's" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+class Asked(dict[str, Any]):
+    """Settings that remember for which keys they were asked: DeepSpeed passes over those that it doesn't know."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.seen = set[str]()
+
+    def __contains__(self, key: object) -> bool:
+        self.seen.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # where a key is looked for among them
