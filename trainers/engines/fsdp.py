@@ -47,6 +47,7 @@ class FSDP(Base):
         self._begin(parts.make_optimizer())
         self._replicated = [p for p in self._parameters if not sharded(p)]
         self._norm_found: Tensor | None = None
+        self._found: list[Tensor] | None = None
         self._seen_unsharded()
 
     def _place(self, model: nn.Module) -> None:
@@ -101,6 +102,10 @@ class FSDP(Base):
         self._root.set_is_last_backward(last)
         return nullcontext()
 
+    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        loss, units = super()._forward(batch, samples)
+        return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+
     def call(self, work: Callable[[], Found]) -> Found:
         try:
             return self._wrapped(work)  # type: ignore[no-any-return]
@@ -116,7 +121,8 @@ class FSDP(Base):
         riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else []), *self._replicated]
         riding = [_gradient(rider) for rider in riders]
         message = torch.cat([square.double().reshape(1), *(one.reshape(-1).double() for one in riding)])
-        dist.all_reduce(message)
+        if self._world.size > 1:
+            dist.all_reduce(message)
         offset = 1
         for one in riding:
             one.copy_(message[offset : offset + one.numel()].view(one.shape))
@@ -124,6 +130,16 @@ class FSDP(Base):
         apart = [_gradient(parameter) for parameter in self._replicated]
         self._norm_found = (message[0] + (norm_of(apart).square() if apart else 0)).sqrt()
         return super().total(expected_units)
+
+    def _gradients(self) -> list[Tensor]:
+        """Looked for once a step."""
+        if self._found is None:
+            self._found = super()._gradients()
+        return self._found
+
+    def _drop(self) -> None:
+        self._found = None
+        super()._drop()
 
     def _norm(self) -> Number:
         assert self._norm_found is not None, "no total since the last update"

@@ -34,7 +34,7 @@ def checked(result: Any) -> tuple[Tensor, float | Tensor]:
     loss, units = result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
-    loss = widened(loss.reshape(()))
+    loss = widened(loss.reshape(()) if loss.ndim else loss)
     if isinstance(units, Tensor) and units.numel() == 1:
         if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
             return loss, units.detach().reshape(())
