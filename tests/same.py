@@ -58,6 +58,7 @@ class Blocks(Slow):
         call: how the loss uses the model: whole, twice (in one forward), or parts (never its own forward).
         odd: a sample whose input isn't a number, or -1.
         gain: the model has a parameter without dimensions.
+        strided: its weights lie in memory column by column, as those of channels_last do in their way.
     """
 
     def __init__(
@@ -67,16 +68,19 @@ class Blocks(Slow):
         odd: int = -1,
         double: bool = False,
         gain: bool = False,
+        strided: bool = False,
         width: int = 15,
         **args: Any,
     ) -> None:
         super().__init__(width=width, **args)
-        self.norm, self.call, self.double, self.gain = norm, call, double, gain
+        self.norm, self.call, self.double, self.gain, self.strided = norm, call, double, gain, strided
         if odd >= 0:
             self.inputs[odd] = float("nan")
 
     def model(self) -> nn.Module:
         net = Net(self.width, 2, self.dropout, self.norm, self.gain)
+        for parameter in (p for p in net.parameters() if p.ndim > 1 and self.strided):
+            parameter.data = parameter.data.t().contiguous().t()
         return net.double() if self.double else net
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -112,6 +116,7 @@ CASES: dict[str, Case] = {
     "the model is called twice in a pass": Case(("task.args.call=twice",)),
     "its forward is never called, only parts of it": Case(("task.args.call=parts",)),
     "a parameter without dimensions": Case(("task.args.gain=true",), exempt=("ZeRO-3",)),
+    "weights that aren't contiguous": Case(("task.args.strided=true", "optimizer=adamw", "lr.peak=0.01"), 1e-5),
     "ghost BatchNorm": Case(
         ("task.args.norm=true", "batchnorm.mode=ghost", "batchnorm.ghost_size=8", "batch.global_size=40",
          "batch.per_gpu=8"), 1e-5,

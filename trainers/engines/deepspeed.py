@@ -49,6 +49,14 @@ class Replicated(Base):
         refuse_untrainable(self.model, tuned, config.stage)
         self._wrap(tuned)
 
+    def _place(self, model: nn.Module) -> None:
+        if self._settings["zero_optimization"]["stage"] < 3:
+            super()._place(model)
+        else:  # the parameters follow one by one, as they are parted
+            place_buffers(model, self._device)
+        for parameter in model.parameters():  # DeepSpeed takes no others
+            parameter.data = parameter.data.contiguous()
+
     def _wrap(self, tuned: Tuned) -> None:
         self.rides = True  # so it has to be among the parameters that DeepSpeed reduces
         self._root.add_module("carrier", self._carrier)
@@ -102,12 +110,6 @@ class ZeRO(Replicated):
         self._norm_found: Tensor | None = None
         self._told = 0.0
         super().__init__(parts, config)
-
-    def _place(self, model: nn.Module) -> None:
-        if self._stage < 3:
-            super()._place(model)
-        else:  # the parameters follow one by one, as they are parted
-            place_buffers(model, self._device)
 
     def _wrap(self, tuned: Tuned) -> None:
         groups = [group["params"] for group in tuned.optimizer.param_groups]
