@@ -165,4 +165,4 @@ def test_a_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
 
 def test_a_rank_that_has_all_at_once_would_be_seen(tmp_path: Path) -> None:
     found = largest("fsdp", tmp_path, naive=True)
-    assert all(found[phase] > WEIGHTS_MB > most for phase, most in MOST_MB.items()), found
+    assert all(found[phase] > 2 * most for phase, most in MOST_MB.items()), found
