@@ -17,6 +17,7 @@ from conf.compose import compose
 from scaling.resolve import resolve
 from tests.ranks.harness import in_ranks
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
+from tests.same import ENGINES
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.resume import header_of, resume
 from trainers.checkpoints.slices import Reader, Slice
@@ -39,7 +40,6 @@ TASK = (
     "task=custom", "task._target_=tests.ranks.test_memory.Deep", "batch.global_size=8", "duration=10st",
     "optimizer=adamw", "lr.peak=1e-4", "evaluate.every=null",
 )  # fmt: skip
-ENGINES = {"ddp": (), "fsdp": ("engine=fsdp",), "zero3": ("engine=deepspeed", "engine.stage=3")}
 
 
 class Deep:
@@ -157,12 +157,12 @@ def measurable() -> None:
         pytest.skip("this kernel doesn't count peaks anew")
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
 def test_a_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
     found = largest(engine, tmp_path)
     assert all(found[phase] < most for phase, most in MOST_MB.items()), found
 
 
 def test_a_rank_that_has_all_at_once_would_be_seen(tmp_path: Path) -> None:
-    found = largest("fsdp", tmp_path, naive=True)
+    found = largest("FSDP", tmp_path, naive=True)
     assert all(found[phase] > 2 * most for phase, most in MOST_MB.items()), found
