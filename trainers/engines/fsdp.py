@@ -73,7 +73,8 @@ class FSDP(Base):
             fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
         for one in self._sharded_modules():
             one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
-            one.set_gradient_divide_factor(1.0)
+            if self._world.size > 1:  # by 1 it would divide, too
+                one.set_gradient_divide_factor(1.0)
             one.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _sharded_modules(self) -> list[FSDPModule]:
