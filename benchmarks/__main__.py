@@ -62,7 +62,8 @@ PARTS = {
         engines.rows,
         "The same work as above, on each engine against that engine by hand, as its own documentation has it "
         "([by_hand.py](by_hand.py)), in the same processes, turn by turn; *MLP* is the one above, *blocks* has four "
-        "residual blocks of 0.5 million parameters. At most 1.05 is the aim.",
+        "residual blocks of 0.5 million parameters; each with one parameter group, as by hand (where biases decay "
+        "otherwise, ZeRO sends one message more). At most 1.05 is the aim.",
     ),
     "bitwise": Part(
         "A training step with numerics=bitwise",

@@ -53,7 +53,14 @@ class Tower(nn.Module):
         return hidden
 
 
-class Blocks(Yardstick):
+class OneGroup(Yardstick):
+    """All parameters in one group of the optimizer, as they are by hand: ZeRO sends each group by itself."""
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters())}]
+
+
+class Blocks(OneGroup):
     """The yardstick's data, and a model in which there is something to shard."""
 
     def model(self) -> nn.Module:

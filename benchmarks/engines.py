@@ -27,7 +27,7 @@ from trainers.world import World
 TURNS = 9
 STEPS = {"MLP": 100, "blocks": 40}  # in a turn
 TASKS: dict[str, tuple[type[Yardstick], str]] = {
-    "MLP": (Yardstick, "benchmarks.plain.Yardstick"),
+    "MLP": (by_hand.OneGroup, "benchmarks.by_hand.OneGroup"),
     "blocks": (by_hand.Blocks, "benchmarks.by_hand.Blocks"),
 }
 RANKS = (1, 2)
