@@ -26,7 +26,7 @@ from tests.tasks import Counted
 from trainers.checkpoints.manifest import checkpoints, read
 from trainers.checkpoints.slices import Reader
 from trainers.engines import Engine, make_engine
-from trainers.engines.package import imported
+from trainers.engines.deepspeed_setup import import_deepspeed
 from trainers.model import make_model
 from trainers.tasks import make_task
 from trainers.world import World
@@ -94,7 +94,7 @@ def zero(stage: int, *more: str) -> tuple[str, ...]:
 def deepspeed() -> None:
     """In the parent, so that ranks needn't import it; it starts no thread."""
     pytest.importorskip("deepspeed")
-    imported(World(0, 1, 0, 1, torch.device("cpu"), None))
+    import_deepspeed(torch.device("cpu"))
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # stage 3 collects as it begins
 

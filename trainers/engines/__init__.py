@@ -195,8 +195,8 @@ def import_engine(config: RunConfig) -> None:
         if engine.name == "accelerate":
             import_module("accelerate")
         if engine.name == "deepspeed":
-            from trainers.engines.package import deepspeed_package
+            from trainers.engines.deepspeed_setup import import_deepspeed
 
-            deepspeed_package()
+            import_deepspeed()
             if engine.stage:
                 import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it asks whether the optimizer is one

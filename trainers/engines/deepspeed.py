@@ -21,7 +21,7 @@ from trainers.average import Average
 from trainers.checkpoints.slices import Reader
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base, multiply, norm_of, number
-from trainers.engines.package import imported, refuse_settings, settings_of
+from trainers.engines.deepspeed_setup import import_deepspeed, refuse_settings, settings_of
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
 from trainers.model import place_buffers
 from trainers.optim import Tuned
@@ -38,7 +38,7 @@ class Replicated(Base):
     """The engine ``deepspeed`` at stage 0: gradients are means over ranks, all else is whole on each."""
 
     def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
-        self._deepspeed = imported(parts.world)
+        self._deepspeed = import_deepspeed(parts.world.device)
         parts.world.connect()
         self._settings = settings_of(config)
         refuse_settings(self._settings)

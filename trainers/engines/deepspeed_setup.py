@@ -1,4 +1,4 @@
-"""The package deepspeed, as the engine of that name uses it: quiet, and told what it has to be."""
+"""What comes before DeepSpeed is begun: its package is imported, quiet, and what it is to be told is checked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 
 from trainers.rundir import Refused
-from trainers.world import World
 
 if TYPE_CHECKING:
     import conf.engines
 
 
-def deepspeed_package() -> Any:
+def import_deepspeed(device: torch.device | None = None) -> Any:
     """The package, quiet.
+
+    Args:
+        device: that it is to use; None: it is only imported, for processes that are forked from here.
 
     Raises:
         Refused: it isn't installed.
@@ -35,17 +38,7 @@ def deepspeed_package() -> Any:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
     # of its inference, and compiled as it starts on a CPU, where there is a compiler
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def imported(world: World) -> Any:
-    """The package, quiet, on the world's device.
-
-    Raises:
-        Refused: it isn't installed.
-    """
-    deepspeed = deepspeed_package()
-    if world.device.type == "cpu":
+    if device and device.type == "cpu":
         cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
         import_module("deepspeed.accelerator").set_accelerator(cpu())
     return deepspeed
