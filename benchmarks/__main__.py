@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -34,11 +34,10 @@ from benchmarks import (
     step,
 )
 from benchmarks.peers import compare
+from benchmarks.tables import Rows, markdown
 
 PAGE = Path(__file__).parent / "README.md"
 MARK = "<!-- everything below is written by `make bench` -->"
-
-Rows = list[dict[str, Any]]
 
 
 class Part(NamedTuple):
@@ -167,16 +166,6 @@ PARTS = {
         "Times are of a run on one core, all else included.",
     ),
 }
-
-
-def cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: Rows) -> str:
-    """A table of rows with the same keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine() -> str:

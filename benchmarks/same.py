@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.compare import hushed
+from benchmarks.tables import hushed
 from conf.compose import compose
 from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, ENGINES, TASK, overrides, pairs

@@ -9,12 +9,10 @@ import importlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from benchmarks.peers.work import GLOBAL, SEEN, Job, Tokens, weights
 from benchmarks.plain import PER_GPU, Yardstick, loop
 from benchmarks.start import BIN, PLAIN_TWO_STEPS, TORCHRUN, TWO_STEPS, seconds
 from benchmarks.step import ours
+from benchmarks.tables import hushed
 from tests.ranks.harness import Runs, in_ranks
 from trainers.world import World
 
@@ -42,41 +41,33 @@ MEASURED = (*("Δ, " + " × ".join(map(str, cut)) for cut in (*CUTS[1:], UNEVEN)
 
 
 class Peer(NamedTuple):
-    """One row: which script, how it is used there, and by which command it is started."""
+    """One row: which script, how it is used there, and by which command it is started.
 
-    name: str
+    Attributes:
+        title: of the row, perhaps with ``{}`` for the version of ``package``.
+    """
+
+    title: str
+    package: str
     module: str
     best: bool
     launcher: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.title.format(version(self.package))
 
 
 TORCHRUN_2 = (TORCHRUN, "--nproc-per-node=2")
 ACCELERATE_2 = (str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes=2")
 PEERS = (
-    Peer(f"Accelerate {version('accelerate')}", "with_accelerate", False, ACCELERATE_2),
-    Peer("… its recipe for unequal samples, a seedable sampler", "with_accelerate", True, ACCELERATE_2),
-    Peer(f"transformers {version('transformers')}'s Trainer", "with_transformers", False, TORCHRUN_2),
-    Peer("… the loss takes `num_items_in_batch`", "with_transformers", True, TORCHRUN_2),
-    Peer(f"Lightning {version('lightning')}", "with_lightning", False, TORCHRUN_2),
-    Peer("… manual optimization, a sampler and a loader of one's own", "with_lightning", True, TORCHRUN_2),
+    Peer("Accelerate {}", "accelerate", "with_accelerate", False, ACCELERATE_2),
+    Peer("… its recipe for unequal samples, a seedable sampler", "accelerate", "with_accelerate", True, ACCELERATE_2),
+    Peer("transformers {}'s Trainer", "transformers", "with_transformers", False, TORCHRUN_2),
+    Peer("… the loss takes `num_items_in_batch`", "transformers", "with_transformers", True, TORCHRUN_2),
+    Peer("Lightning {}", "lightning", "with_lightning", False, TORCHRUN_2),
+    Peer("… manual optimization, a sampler and a loader of one's own", "lightning", "with_lightning", True, TORCHRUN_2),
 )
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Nothing is said by this process nor by what it forks."""
-    sys.stdout.flush()
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    kept = [os.dup(stream) for stream in (1, 2)]
-    try:
-        for stream in (1, 2):
-            os.dup2(nothing, stream)
-        yield
-    finally:
-        for stream, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, stream)
-        for one in (nothing, *kept):
-            os.close(one)
 
 
 def train(peer: Peer, job: Job) -> list[float]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import markdown
+from benchmarks.tables import markdown
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
 from tests.faults.case import APART, Broken
 from tests.faults.table import ROWS, References, Row
