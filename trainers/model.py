@@ -60,6 +60,10 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     mode = config.batchnorm.mode
     if mode is None and config.numerics == "bitwise":
         mode, ranks = "sync", 1  # statistics of one micro-batch, which no number of ranks changes
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if 0 in buffer.stride():  # expanded: ranks can't write to its elements one by one
+                module._buffers[name] = buffer.contiguous()
     model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
@@ -98,7 +102,7 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
     Raises:
         Refused: a pattern matches none.
     """
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and _is_called(m)}
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and is_called(m)}
     matched = {pattern: fnmatch.filter(modules, pattern) for pattern in patterns}
     for pattern in (pattern for pattern, names in matched.items() if not names):
         parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
@@ -114,7 +118,7 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _is_called(module: nn.Module) -> bool:
+def is_called(module: nn.Module) -> bool:
     """Whether it has a forward; a ModuleList has none."""
     return type(module).forward is not nn.Module.forward
 

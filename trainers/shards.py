@@ -72,6 +72,11 @@ def gathered(tensor: Any) -> Tensor:
     return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())
 
 
+def in_one_part(tensor: Any) -> bool:
+    """Whether a rank's part of it is a range of the flattened tensor, as checkpoints have them."""
+    return not sharded(tensor) or isinstance(tensor, Part) or all(one.is_shard(0) for one in tensor.placements)
+
+
 def keep(tensor: Any, whole: Tensor) -> None:
     """Set what this rank holds of ``tensor`` to what ``whole`` has there."""
     part = local(tensor)

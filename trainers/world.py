@@ -93,9 +93,14 @@ class World:
         return [bytes(one.tolist()[:length]).decode() for one, length in zip(texts, map(int, lengths), strict=True)]
 
     def share(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values, in place on all ranks."""
-        if self.size > 1:
-            dist.broadcast(tensor, 0)
+        """Rank 0's values, in place on all ranks, whatever their dtype and strides."""
+        if self.size == 1:
+            return
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = plain.contiguous().reshape(-1).view(torch.uint8)
+        dist.broadcast(flat, 0)
+        if flat.data_ptr() != plain.data_ptr():
+            plain.copy_(flat.view(plain.dtype).reshape(plain.shape))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""

@@ -14,6 +14,8 @@ import trainers.engines.fsdp  # noqa: F401
 from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, overrides, pairs
 
+PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
+
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -40,3 +42,12 @@ def same(run: Run, expected: Run, apart: float) -> None:
         for key in ("loss", "grad_norm", "lr", "val/loss", "ema/loss", "noise/scale"):
             if (value := there.get(key)) is not None:
                 assert line[key] == pytest.approx(value, rel=max(10 * apart, 1e-5)), (line, there)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", *(f"ZeRO-{stage}" for stage in range(4)), "Accelerate"])
+def test_a_buffer_that_the_forward_moves_is_rank_0_s(runs: Runs, engine: str) -> None:
+    """On every engine alike, and however often it is saved: on the same number of ranks, as each sees other samples."""
+    moved = ("task.args.moved=true", "duration=6st")
+    expected = runs(2, *overrides(PLAIN, "DDP"), *moved)
+    for more in ((), ("checkpoint.every=1st",)):
+        same(runs(2, *overrides(PLAIN, engine), *moved, *more), expected, 1e-6)

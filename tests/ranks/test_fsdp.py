@@ -11,16 +11,14 @@ from torch import nn
 from conf.compose import compose
 from scaling.resolve import resolve
 from tests.ranks.harness import Runs, distance, in_ranks
-from tests.ranks.test_engines import same
-from tests.same import Net, overrides
+from tests.ranks.test_engines import PLAIN, same
+from tests.same import Blocks, Net, overrides
 from trainers.engines import make_engine
 from trainers.engines.fsdp import groups, refuse_mixed
 from trainers.rundir import Refused
 from trainers.shards import local
 from trainers.tasks import make_task
 from trainers.world import World
-
-PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
 
 
 def net() -> Net:
@@ -31,6 +29,12 @@ def test_the_elements_of_module_lists_are_gathered_one_by_one() -> None:
     model = net()
     assert set(groups(model, "auto")) == set(model.blocks)
     assert groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "auto") == []
+
+
+def test_containers_within_module_lists_are_not_called() -> None:
+    inner = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model = nn.Sequential(nn.ModuleList([inner, nn.ModuleDict({"a": nn.Sequential(nn.ModuleList([nn.Tanh()]))})]))
+    assert set(groups(model, "auto")) == set(inner)
 
 
 def test_patterns_say_what_is_gathered_together() -> None:
@@ -109,3 +113,60 @@ def test_offload_is_for_gpus(runs: Runs) -> None:
         "raised": "Refused",
         "message": "engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU",
     }
+
+
+def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    runs(2, *overrides(PLAIN, "FSDP"), "duration=2st")
+    out, err = capfd.readouterr()
+    assert (err, "Warning" in out) == ("", False)
+
+
+@pytest.mark.parametrize("call", ["method", "weight"])
+def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
+    """Refused with what would do, which does."""
+    odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
+    end = runs(2, *odd).ends[0]
+    assert end["raised"] == "Refused"
+    assert end["message"].endswith("or none of them, engine.shard=[]")
+    assert runs(2, *odd, "engine.shard=[]").ends[0]["state"] == "finished"
+
+
+class Uncalled(Blocks):
+    """The loss uses the first block by a method, or its weight."""
+
+    def called(self, model: Any, inputs: torch.Tensor) -> torch.Tensor:
+        hidden, block = model.enter(inputs), model.blocks[0]
+        hidden = block.forward(hidden) if self.call == "method" else hidden @ block.outer.weight @ block.inner[0].weight
+        return model.leave(model.blocks[1](hidden))
+
+
+def test_state_that_is_not_in_parts_is_refused_after_the_first_step(runs: Runs) -> None:
+    """And not at the first checkpoint, when ten minutes of training would be lost."""
+    columns = ("optimizer=custom", "optimizer._target_=tests.ranks.test_fsdp.Columns", "checkpoint.every=null")
+    end = runs(2, *overrides(PLAIN, "FSDP"), *columns, "duration=3st").ends[0]
+    assert end["raised"] == "Refused"
+    assert (
+        "the optimizer Columns keeps a columns of enter.weight that isn't in parts as the parameter is"
+        in end["message"]
+    )
+
+
+class Columns(torch.optim.Optimizer):
+    """Keeps a mean of each column."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim > 1:
+                    self.state[parameter]["columns"] = parameter.grad.mean(0)
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD"])
+def test_torch_s_optimizers_step_tensors_in_parts(runs: Runs, name: str) -> None:
+    chosen = ("optimizer=custom", f"optimizer._target_=torch.optim.{name}", "lr.peak=0.002", "duration=3st")
+    same(runs(2, *overrides(PLAIN, "FSDP"), *chosen), runs(1, *overrides(PLAIN, "DDP"), *chosen), 1e-5)

@@ -214,3 +214,23 @@ def test_norms_are_of_the_whole_tensor_where_it_is_sharded(cls: type[Layerwise],
         assert isinstance(found, list), found
         for sharded, whole in zip(found, plain, strict=True):
             torch.testing.assert_close(torch.tensor(sharded), whole, rtol=1e-6, atol=1e-7)
+
+
+class Frozen(Counted):
+    """A task whose groups list a parameter that is frozen."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model[0].weight.requires_grad_(False)
+        return model
+
+    def param_groups(self, model: nn.Module) -> Any:
+        return [{"params": [model[0].weight]}, {"params": [model[0].bias, *model[3].parameters()]}]
+
+
+def test_frozen_parameters_in_a_group_stay(runs: Runs) -> None:
+    """Neither weight decay nor momentum moves them."""
+    frozen = ("task=custom", "task._target_=tests.ranks.test_optim_runs.Frozen", "duration=3st", "lr.peak=0.1")
+    run = runs(2, *frozen, "optimizer.weight_decay=0.5", "lr.warmup=0st")
+    torch.manual_seed(0)
+    assert torch.equal(run.weights()["0.weight"], Frozen().model()[0].weight)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaling.geometry import Cut
 from scaling.rules import Recipe
 from trainers.average import Average
-from trainers.batchnorm import statistics_of
+from trainers.batchnorm import settled, statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Found, Parts, Update
 from trainers.engines.root import Root, checked
@@ -56,6 +56,8 @@ class Base:
         self._loss_scale = LossScale() if parts.precision == "fp16" else None
         self._buffers_before: dict[str, Tensor] = {}
         self._stepped = False
+        # DDP's wrapper does so, for itself
+        self._shares_buffers, self._begun = not settled(parts.model), False
 
     def _begin(self, tuned: Tuned) -> None:
         """Take over the optimizer of the parameters that are trained."""
@@ -81,6 +83,9 @@ class Base:
         return nullcontext()
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        if self._shares_buffers and not self._begun:
+            self._share_buffers()  # a step begins with those of rank 0, on every engine
+        self._begun = True
         with _explained(self.for_unused):
             return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
 
@@ -131,12 +136,17 @@ class Base:
     def _factor(self) -> float:
         return self._loss_scale.factor if self._loss_scale else 1.0
 
+    def _share_buffers(self) -> None:
+        for buffer in self.model.buffers():
+            self._world.share(buffer)
+
     # ---- a step
 
     def total(self, expected_units: int) -> Total:
         return self._carrier.take(self.mean_over, expected_units)
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
+        self._begun = False
         scale = scale * (self.mean_over / self._lift) / self._factor
         norm = self._norm() * scale
         squares = self._measured_squares()
@@ -213,8 +223,7 @@ class Base:
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._always().items()}
 
     def slices(self) -> Iterator[Slice]:
-        for buffer in self.model.buffers():
-            self._world.share(buffer)  # rank 0's running statistics are those of the run
+        self._share_buffers()  # rank 0's running statistics are those of the run
         return slices_of({**self._always(), **self._optimizer_state()[0]}, self._world.rank, self._world.size)
 
     def values(self) -> dict[str, Any]:
@@ -268,6 +277,7 @@ def multiply(gradients: list[Tensor], factor: Number) -> None:
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """The norm of all of them together, 0-dim float64."""
+    gradients = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
     return cast(Tensor, torch.linalg.vector_norm(norms)).double()
@@ -284,6 +294,11 @@ def _explained(for_unused: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise Refused(
+                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
+                "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
+            ) from error
         if "find_unused_parameters" in str(error):
             raise Refused(
                 "some parameters have no part in the loss, so their gradient never comes: freeze them with "

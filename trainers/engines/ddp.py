@@ -35,6 +35,7 @@ class DDP(Base):
             if settled(parts.model) and "broadcast_buffers" not in config:
                 ours["forward_sync_buffers"] = False
             self._wrapped = self._wrap(self._root, {**ours, **config})
+            self._shares_buffers = False
         self._begin(parts.make_optimizer())
         if self.rides:
             self._settle_buckets()

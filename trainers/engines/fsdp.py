@@ -21,7 +21,7 @@ from scaling.geometry import Cut
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base, norm_of
 from trainers.locate import check_call
-from trainers.model import matching, place_buffers
+from trainers.model import is_called, matching, place_buffers
 from trainers.noise import GradientSquares
 from trainers.precision import DTYPES
 from trainers.rundir import Refused
@@ -55,8 +55,8 @@ class FSDP(Base):
         place_buffers(model, self._device)
         for parameter in model.parameters():
             self._world.share(parameter.data)  # the same on all ranks, as DDP makes it
-            # FSDP takes no others, and leaves alone what has no dimensions
-            parameter.data = parameter.data.to(self._device) if parameter.ndim == 0 else parameter.data.contiguous()
+            # FSDP takes no others
+            parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(self._device)
 
     def _shard(self, config: conf.engines.FSDP) -> None:
         mesh = init_device_mesh(self._device.type, (self._world.size,))
@@ -64,7 +64,7 @@ class FSDP(Base):
             "mesh": mesh,
             "mp_policy": _policy(config),
             "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
-            "ignored_params": {p for p in self.model.parameters() if p.ndim == 0},
+            "ignored_params": {p for p in self.model.parameters() if not partable(p)},
         }
         check_call("engine.config", "fully_shard", fully_shard, (self._root,), {**options, **config.config})
         chosen = (*groups(self.model, config.shard), self._root)
@@ -187,7 +187,7 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         if shared and shard != "auto":
             name = next(name for name, one in model.named_modules() if one is module)
             raise Refused(f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart")
-        if not shared and any(parameter.ndim for parameter in module.parameters()):
+        if not shared and any(map(partable, module.parameters())):
             apart.append(module)
     return apart
 
@@ -196,7 +196,7 @@ def refuse_mixed(modules: Iterable[nn.Module]) -> None:
     """Raises Refused where a group's gradients, which are reduced as one, have several dtypes."""
     seen = set[nn.Parameter]()
     for module in modules:
-        own = [p for p in module.parameters() if p.requires_grad and p.ndim and p not in seen]
+        own = [p for p in module.parameters() if p.requires_grad and partable(p) and p not in seen]
         seen.update(own)
         if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
             raise Refused(
@@ -205,9 +205,15 @@ def refuse_mixed(modules: Iterable[nn.Module]) -> None:
             )
 
 
+def partable(parameter: Tensor) -> bool:
+    """Whether FSDP takes it: what has no dimensions, or no elements, all ranks have whole."""
+    return parameter.ndim > 0 and parameter.numel() > 0
+
+
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    """Those of the outermost ModuleLists that are called themselves."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        if isinstance(module, nn.ModuleList) and is_called(child):
+            yield child
         else:
             yield from _elements(child)

@@ -135,7 +135,9 @@ def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
                 f"task.param_groups leaves out {', '.join(left_out[:5])}{' …' * (len(left_out) > 5)}: put them into a "
                 "group, or set requires_grad=False to freeze them"
             )
-        return groups
+        # frozen ones would be moved by weight decay and momentum
+        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        return [group for group in groups if group["params"]]
     decayed = [parameter for parameter in trainable.values() if parameter.ndim > 1]
     exempt = [parameter for parameter in trainable.values() if parameter.ndim <= 1]
     groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.rundir import Refused
-from trainers.shards import Part, read_like
+from trainers.shards import Part, in_one_part, read_like
 
 if TYPE_CHECKING:
     from trainers.checkpoints.slices import Reader
@@ -37,6 +37,11 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
         if parameter not in names:
             raise Refused(f"the optimizer {who} keeps state of what is no parameter of the model")
         for key, value in state.items():
+            if not in_one_part(value):
+                raise Refused(
+                    f"the optimizer {who} keeps a {key} of {names[parameter]} that isn't in parts as the parameter is "
+                    f"({value.placements}), which a checkpoint can't hold: use engine=ddp"
+                )
             (tensors if isinstance(value, Tensor | Part) else values)[f"optim/{names[parameter]}/{key}"] = value
     values[GROUPS] = [_stored_group(group, names) for group in optimizer.param_groups]
     if more := {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}:
