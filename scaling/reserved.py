@@ -23,6 +23,7 @@ class Reserved(NamedTuple):
 LR = "lr.warmup, lr.decay and the like say that"
 OPTIMIZER = "optimizer=… says that"
 PRECISION = "precision says that"
+AUTOCAST = "precision=… computes by autocast over fp32 weights, and DeepSpeed's own sections for that stay off"
 OFFLOAD = "engine.offload says that"
 RESUME = "checkpoints are Isobatch's own, of any engine: run.dir=… goes on from them"
 DATA = "no data goes through it: the plan deals the samples, and data.workers loads them"
@@ -30,6 +31,9 @@ SUMS = "it changes how gradients are added up, and so the run"
 BITS = "gradients and weights travel in fp32, and with fewer bits the run is another one"
 ORDER = "checkpoints hold the parts of tensors in the order of the parameters, which it changes"
 OTHER = "runs are data-parallel, and each sample is trained on as it is"
+
+PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
+"""DeepSpeed's sections for what precision says."""
 
 _OTHERS = ("autotuning", "hybrid_engine", "pipeline", "tensor_parallel", "expert_parallel", "sequence_parallel_size",
            "use_data_before_expert_parallelism", "data_efficiency", "weight_quantization")  # fmt: skip
@@ -39,11 +43,7 @@ DEEPSPEED = {
     "scheduler": Reserved(LR),
     "zero_force_ds_cpu_optimizer": Reserved(OPTIMIZER, (False,)),
     "zero_allow_untested_optimizer": Reserved(OPTIMIZER, (True,)),
-    "fp16.enabled": Reserved(PRECISION, (False,)),
-    "bf16.enabled": Reserved(PRECISION, (False,)),
-    "bfloat16.enabled": Reserved(PRECISION, (False,)),
-    "amp.enabled": Reserved(PRECISION, (False,)),
-    "torch_autocast.enabled": Reserved(PRECISION, (False,)),
+    **{f"{section}.enabled": Reserved(AUTOCAST, (False, "auto")) for section in PRECISIONS},
     "data_types": Reserved(PRECISION),
     "zero_optimization.offload_optimizer": Reserved(OFFLOAD, (None,)),
     "zero_optimization.cpu_offload": Reserved(OFFLOAD, (None, False)),

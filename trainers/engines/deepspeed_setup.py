@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
+from scaling.reserved import PRECISIONS
 from trainers.rundir import Refused
 
 if TYPE_CHECKING:
@@ -58,13 +59,15 @@ def settings_of(config: conf.engines.DeepSpeed) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": config.stage, **offload},
+        **{section: {"enabled": False} for section in PRECISIONS if section in config.config},
     }
-    return _merged(config.config, ours)
+    return dict(_merged(config.config, ours))
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if isinstance(above[key], dict)}
-    return {**below, **above, **both}
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def refuse_settings(settings: dict[str, Any]) -> None:
