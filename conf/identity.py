@@ -26,7 +26,7 @@ def science(config: RunConfig) -> dict[str, Any]:
 
     A key that is null, false or empty is left out, so that a key which is new, and off, changes no old identity. Where
     the global batch rules, how it is dealt is hardware; else it follows from the two that were given. With
-    ``numerics=bitwise`` its micro-batches are science, too, and ``batch.per_gpu`` says how large they are.
+    ``numerics=bitwise`` it has to rule; its micro-batches are science, too, and ``batch.per_gpu`` says how large.
     """
     plain = config.model_dump(mode="json", by_alias=True)
     dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}

@@ -43,8 +43,18 @@ def first_size(config: RunConfig, world: int, train_samples: int | None) -> tupl
 
 
 def asked(config: RunConfig, train_samples: int | None) -> int | None:
-    """The global batch that is asked for, in ``batch.unit``; None where it follows from the others."""
+    """The global batch that is asked for, in ``batch.unit``; None where it follows from the others.
+
+    Raises:
+        ValueError: it isn't known, or follows the number of processes though numerics are bitwise.
+    """
     if not global_size_rules(config):
+        if config.numerics == "bitwise":
+            raise ValueError(
+                f"numerics=bitwise: batch.per_gpu={config.batch.per_gpu} and "
+                f"batch.accumulation={config.batch.accumulation} make another global batch on another number of "
+                "processes: give batch.global_size, or leave batch.accumulation out"
+            )
         return None
     if config.batch.global_size != "all":
         return config.batch.global_size

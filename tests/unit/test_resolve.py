@@ -534,3 +534,12 @@ def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
 )
 def test_what_is_not_bitwise_is_refused(overrides: list[str], said: str) -> None:
     assert said in refusal("numerics=bitwise", *overrides, world=2 if "batch.accumulation=2" in overrides else 3)
+
+
+def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes() -> None:
+    """Else one identity is of many runs."""
+    sizes = ("task=digits", "batch.per_gpu=4", "batch.accumulation=2")
+    assert resolve(compose(sizes), 2).cut.global_size == 16
+    with pytest.raises(ValueError, match=r"another global batch on .*: give batch\.global_size, or leave"):
+        resolve(compose([*sizes, "numerics=bitwise"]), 2)
+    resolve(compose([*sizes, "numerics=bitwise", "batch.global_size=16"]), 2)
