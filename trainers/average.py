@@ -41,14 +41,21 @@ class Average:
         """
         kept = [local(parameter).clone() for parameter in self._parameters]
         try:
-            self._set([local(average) for average in self.tensors.values()])
+            self._put([local(average) for average in self.tensors.values()])
+            self._refresh()
             yield
-        finally:
-            self._set(kept)
+        except BaseException:
+            self._put(kept)  # and no message: other ranks may be elsewhere
+            raise
+        self._put(kept)
+        self._refresh()
 
     @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
+    def _put(self, values: list[Tensor]) -> None:
         torch._foreach_copy_([local(parameter) for parameter in self._parameters], values)
+
+    def _refresh(self) -> None:
+        """Let what is computed with be what was put, where that isn't one thing; called by all ranks."""
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from functools import partial
 from importlib import import_module
 from itertools import product
@@ -221,6 +222,21 @@ def made(world: World, options: list[str]) -> Engine:
     task = make_task(config)
     plan: Plan = resolve(config, world.size, 500)
     return make_engine(config, task, make_model(config, task), plan.peak, world)
+
+
+def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: Path) -> None:
+    """On the rank that has it, whatever the others are at."""
+
+    def body(world: World) -> None:
+        average = made(world, [*COUNTED, *zero(1), "ema=40sa"]).average
+        assert average is not None
+        with average.swapped():
+            while world.rank == 0 and not (tmp_path / "rank-1.json").exists():
+                time.sleep(0.01)
+            raise ZeroDivisionError
+
+    ends = in_ranks(2, body, tmp_path, deadline_s=20)
+    assert [end["raised"] for end in ends] == ["ZeroDivisionError"] * 2
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,10 @@ class PartsAverage(Average):
     def __init__(self, named: Mapping[str, Part | Tensor], refresh: Callable[[], None]) -> None:
         self._parameters = list(named.values())  # type: ignore[arg-type]
         self.tensors = {name: _copy(one) for name, one in named.items()}
-        self._refresh = refresh
+        self._bring = refresh
 
-    def _set(self, values: list[Tensor]) -> None:
-        super()._set(values)
-        self._refresh()
+    def _refresh(self) -> None:
+        self._bring()
 
 
 def _copy(one: Part | Tensor) -> Any:
