@@ -224,6 +224,19 @@ def made(world: World, options: list[str]) -> Engine:
     return make_engine(config, task, make_model(config, task), plan.peak, world)
 
 
+@pytest.mark.parametrize("optimizer", ["NAdam", "ASGD"])
+def test_scalars_of_an_optimizer_for_a_parameter_that_is_one(runs: Runs, optimizer: str) -> None:
+    """What it keeps once for all elements is told from what it keeps for the only one."""
+    options = (
+        *COUNTED, *ODD, "task.args.scalar=true", "optimizer=custom", f"optimizer._target_=torch.optim.{optimizer}",
+        "lr.peak=0.003",
+    )  # fmt: skip
+    resumed = runs(3, *options, *zero(1), going_on=runs(2, *options, *zero(1), stop_at=3))
+    assert resumed.ends[0]["state"] == "finished", resumed.ends[0]
+    whole = runs(1, *options, going_on=runs(1, *options, stop_at=3))
+    assert distance(resumed.weights(), whole.weights()) < 1e-5
+
+
 def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: Path) -> None:
     """On the rank that has it, whatever the others are at."""
 

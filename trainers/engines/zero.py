@@ -134,7 +134,7 @@ class Unflattened:
         Elements stay on the CPU until they are made flat, which may be where they belong.
         """
         span = self._spans[parameter]
-        if reader.tensors[name].shape == span.shape and not name.endswith("/step"):
+        if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
             return reader(name, span.start, span.start + span.size)
         return reader.whole(name).to(device)
 
@@ -172,6 +172,14 @@ class Unflattened:
         for parameter, value in values.items():
             flat.spans[parameter].of(whole).data.copy_(value)
         return whole
+
+
+def _one_for_all(reader: Reader, name: str) -> bool:
+    """Whether the state ``name`` of a parameter without dimensions is a scalar for those that have some, too."""
+    key = name.rpartition("/")[2]
+    scalars = [other for other, stored in reader.tensors.items() if other.endswith(f"/{key}") and not stored.shape]
+    of = [other.removeprefix("optim/").removesuffix(f"/{key}") for other in scalars if other.startswith("optim/")]
+    return key == "step" or any(reader.tensors[f"model/{one}"].shape for one in of)
 
 
 class PartsAverage(Average):
