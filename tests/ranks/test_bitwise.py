@@ -180,6 +180,40 @@ def test_a_buffer_that_the_forward_moves_is_refused(runs: Runs, world: int) -> N
         assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
 
 
+class Late(Odd):
+    """Its buffer moves once a rank had 14 micro-batches: it is made anew, or, ``kind=inside``, written to."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model[3] = Moving(self.width, self.kind == "inside")
+        return model
+
+
+class Moving(nn.Linear):
+    def __init__(self, width: int, inside: bool) -> None:
+        super().__init__(width, 7)
+        self.register_buffer("mean", torch.zeros(width))
+        self.inside, self.calls = inside, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls > 14 and self.inside:
+            self.mean.copy_(inputs.detach().mean(0))
+        elif self.calls > 14:
+            self.mean = inputs.detach().mean(0)
+        return super().forward(inputs - self.mean)
+
+
+@pytest.mark.parametrize(("world", "kind", "steps"), [(1, "", 2), (1, "inside", 2), (3, "inside", 4)])
+def test_a_buffer_that_moves_later_is_refused(runs: Runs, world: int, kind: str, steps: int) -> None:
+    """Once it does on one rank, by all; also beside saves and evaluations, which write to buffers what is in them."""
+    late = ("task._target_=tests.ranks.test_bitwise.Late", f"+task.args.kind='{kind}'", "duration=9st")
+    run = runs(world, *BITWISE, *late, "evaluate.every=1st", "checkpoint.every=1st")
+    for message in refusals(run):
+        assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
+    assert [line["step"] for line in lines(run)] == [*range(1, steps + 1)]
+
+
 class Buffered(Odd):
     """Its buffer isn't moved, and is another in each process that makes the model."""
 
@@ -192,9 +226,17 @@ class Buffered(Odd):
 
 def test_a_buffer_that_stays_is_not(runs: Runs) -> None:
     """Also where a run that goes on has made another one before it read its checkpoint."""
-    same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered")
-    run = runs(2, *same, going_on=runs(1, *same, stop_at=2))
+    same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered", "evaluate.every=2st")
+    run = runs(8, *same, going_on=runs(1, *same, stop_at=2))
     assert run.ends[0]["state"] == "finished"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_nor_where_the_first_step_is_skipped(runs: Runs, world: int) -> None:
+    nan = ("task._target_=tests.ranks.test_bitwise.Buffered", "+task.args.call=1", "on_nonfinite=skip")
+    run = runs(world, *BITWISE, *nan)
+    assert {end["state"] for end in run.ends} == {"finished"}
+    assert [line["skipped"] for line in lines(run)] == [1] * 5
 
 
 class Undetermined(Everything):
@@ -238,18 +280,19 @@ def test_the_noise_is_that_of_fast(runs: Runs) -> None:
 # ---- through the launcher
 
 
-def test_threads_do_not_follow_the_number_of_workers(tmp_path: Path) -> None:
-    """One worker on several cores has as many as each of two: by them the sums of convolutions are rounded."""
+def test_threads_are_the_same_everywhere(tmp_path: Path) -> None:
+    """By them the sums of convolutions are rounded: a worker on several cores has one, whatever it is asked to have."""
     found = []
-    for workers in (1, 2):
-        directory = tmp_path / str(workers)
+    for workers, threads in ((1, {}), (2, {}), (1, {"OMP_NUM_THREADS": "2"})):
+        directory = tmp_path / f"{workers}{len(threads)}"
         command = [
             sys.executable, str(ROOT / "launch.py"), f"run.dir='{directory}'", f"cluster.gpus_per_node={workers}",
             "device=cpu", "task=images", "task.args.width=8", "batch.global_size=32", "batch.per_gpu=16",
             "duration=3st", "evaluate.every=null", "numerics=bitwise", "log.every=1st",
         ]  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment | threads, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(Run(RunDir(directory), [{"state": "finished"}]))
-    assert_same(*found)
+    for other in found[1:]:
+        assert_same(found[0], other)

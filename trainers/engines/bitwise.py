@@ -12,10 +12,10 @@ The argument, link by link:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,11 +38,12 @@ class Bitwise(Base):
     """The engine ``ddp`` where numerics are bitwise.
 
     Raises:
-        Refused: an operation has no deterministic implementation; after the first step: a buffer was moved.
+        Refused: an operation has no deterministic implementation; after a step: the forward moved a buffer.
     """
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
+        self._shares_buffers = False  # they are the same on all ranks, or the run is refused
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False  # it chooses by the clock, among algorithms that round otherwise
         for tensor in chain(parts.model.parameters(), parts.model.buffers()):
@@ -55,6 +56,8 @@ class Bitwise(Base):
         self._wishes = torch.zeros_like(self._carrier.note)  # of a rank that has no leaf for them to go with
         self._squares_by_pass: list[Tensor] = []
         self._nothing = torch.zeros((), dtype=torch.float64, device=self._device)
+        modules = self.model.named_modules()  # but those whose buffers are brought together over ranks
+        self._layers = [(name, module) for name, module in modules if not isinstance(module, Counting)]
         self._remember_buffers()
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
@@ -89,6 +92,9 @@ class Bitwise(Base):
     def total(self, expected_units: int) -> Total:
         held, mine = dealt(self._cut), [sums for _, sums in self._tree.sums]
         assert [node for node, _ in self._tree.sums] == [*held[self._world.rank]]
+        moved = self._moved_buffers()
+        count = torch.tensor(len(moved))  # on the CPU everywhere: no look at it waits for a device
+        told = dist.all_reduce(count, async_op=True) if self._world.size > 1 else None
         root = mine[0] if self._world.size == 1 else self._over_ranks(mine, held)
         if self._world.size > self._leaves:
             root[0].add_(self._world.sum(self._wishes))
@@ -96,6 +102,10 @@ class Bitwise(Base):
         for tensor, gradient in zip(self._summed, root, strict=True):
             tensor.grad = gradient
         self._tree, self._passes = Growing(), 0
+        if told:
+            told.wait()
+        if count:
+            self._refuse(moved)
         return super().total(expected_units)
 
     def _over_ranks(self, mine: Sequence[Gradients], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
@@ -109,8 +119,6 @@ class Bitwise(Base):
         return self._sheets[0].views
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        if not self._stepped:
-            self._refuse_moved_buffers()
         with _explained():
             return super().update(scale, clip_norm, recipe)
 
@@ -131,23 +139,34 @@ class Bitwise(Base):
 
     def _remember_buffers(self) -> None:
         self._buffers_first = {name: buffer.clone() for name, buffer in self._own_buffers()}
+        self._buffers_seen: dict[str, tuple[Tensor, int]] = {}  # with the versions in which they were looked at
 
-    def _refuse_moved_buffers(self) -> None:
-        moved = [name for name, buffer in self._own_buffers() if not _same(buffer, self._buffers_first.get(name))]
-        said = next(filter(None, self._world.gather(", ".join(moved[:3]))), "")  # a rank without samples moves none
-        if said:
-            raise Refused(
-                f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank "
-                "has seen, so it isn't the same on any number of processes; only BatchNorm's statistics are "
-                "brought together. Use numerics=fast, or a model that doesn't"
-            )
-        self._buffers_first.clear()
+    def _moved_buffers(self) -> list[str]:
+        """Those that aren't what they were at the start; values are compared where one was made anew or written to."""
+        moved = []
+        for name, buffer in self._own_buffers():
+            before, version = self._buffers_seen.get(name, (None, 0))
+            if buffer is before and buffer._version == version:
+                continue
+            if not _same(buffer, self._buffers_first.get(name)):
+                moved.append(name)
+            self._buffers_seen[name] = buffer, buffer._version
+        return moved
 
-    def _own_buffers(self) -> Iterable[tuple[str, Tensor]]:
+    def _refuse(self, moved: list[str]) -> NoReturn:
+        said = next(filter(None, self._world.gather(", ".join(moved[:3]))))  # a rank without samples moves none
+        raise Refused(
+            f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank "
+            "has seen, so it isn't the same on any number of processes; only BatchNorm's statistics are "
+            "brought together. Use numerics=fast, or a model that doesn't"
+        )
+
+    def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that nobody here brings together over ranks."""
-        layers = (layer for layer in self.model.modules() if isinstance(layer, Counting))
-        moved = {id(buffer) for layer in layers for buffer in layer.buffers()}
-        return ((name, buffer) for name, buffer in self.model.named_buffers() if id(buffer) not in moved)
+        for prefix, layer in self._layers:
+            for name, buffer in layer._buffers.items():
+                if buffer is not None:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 class Gradients(list[Tensor]):

@@ -277,13 +277,13 @@ def _exit_code(end: Outcome | dict[str, Any]) -> int:
 def _threads(config: RunConfig, local_size: int) -> int:
     """What OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of this machine's cores.
 
-    Sums within an operation are rounded by their number, so that where numerics are bitwise it doesn't follow the
-    number of workers.
+    Sums within an operation are rounded by their number. So where numerics are bitwise it is 1 everywhere, whatever
+    OMP_NUM_THREADS asks for, which can't be heard under torchrun.
     """
+    if config.numerics == "bitwise":
+        return 1
     asked = os.environ.get(THREADS, "").partition(",")[0]
-    if asked.isdecimal():
-        return max(1, int(asked))
-    return 1 if config.numerics == "bitwise" else max(1, _cores() // local_size)
+    return max(1, int(asked) if asked.isdecimal() else _cores() // local_size)
 
 
 def _cores() -> int:
