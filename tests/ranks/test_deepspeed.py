@@ -52,9 +52,11 @@ class Odd(Counted):
         passes: of a rank in a step.
     """
 
-    def __init__(self, passes: int = 1, scalar: bool = False, double: bool = False, **args: Any) -> None:
+    def __init__(
+        self, passes: int = 1, scalar: bool = False, double: bool = False, hollow: bool = False, **args: Any
+    ) -> None:
         super().__init__(**args)
-        self.passes, self.scalar, self.double, self.calls = passes, scalar, double, 0
+        self.passes, self.scalar, self.double, self.hollow, self.calls = passes, scalar, double, hollow, 0
 
     def model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 7))
@@ -63,6 +65,8 @@ class Odd(Counted):
         model[4].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
         model.register_parameter("spare", nn.Parameter(torch.ones(5)))
         model.register_parameter("scale", nn.Parameter(torch.ones(() if self.scalar else 1)))
+        if self.hollow:
+            model.register_parameter("hollow", nn.Parameter(torch.ones(3, 0)))
         return model.double() if self.double else model
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -224,6 +228,24 @@ def made(world: World, options: list[str]) -> Engine:
     return make_engine(config, task, make_model(config, task), plan.peak, world)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_parameter_without_elements(runs: Runs, stage: int) -> None:
+    """It has nothing to be trained, and is in the way of none that has; so also in a checkpoint."""
+    options = (*COUNTED, *ODD, "task.args.hollow=true", "ema=40sa")
+    begun = runs(2, *options, *zero(stage), stop_at=3)
+    resumed = runs(3, *options, *zero(stage), going_on=begun)
+    assert resumed.ends[0]["state"] == "finished", resumed.ends[0]
+    assert (
+        distance(
+            *(
+                {name: tensor for name, tensor in run.weights().items() if name != "hollow"}
+                for run in (resumed, runs(1, *options, going_on=runs(1, *options, stop_at=3)))
+            )
+        )
+        < 1e-6
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["NAdam", "ASGD"])
 def test_scalars_of_an_optimizer_for_a_parameter_that_is_one(runs: Runs, optimizer: str) -> None:
     """What it keeps once for all elements is told from what it keeps for the only one."""
@@ -257,6 +279,7 @@ def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: 
     [
         (zero(2, "task.args.double=true"), "spare is torch.float64; DeepSpeed steps in torch.float32"),
         (zero(3, "task.args.scalar=true"), "scale has no dimensions, by which stage 3 could part it: engine.stage=2"),
+        (zero(3, "task.args.hollow=true"), "hollow has no elements, and stage 3 takes no such parameter"),
         (
             zero(1, "engine.config.zero_optimization.stages=2"),
             "engine.config: DeepSpeed doesn't take it: stages: Extra inputs are not permitted",

@@ -225,6 +225,8 @@ def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
             raise Refused(f"{name} is {parameter.dtype}; DeepSpeed steps in torch.float32: use engine=ddp or fsdp")
         if stage == 3 and parameter.ndim == 0:
             raise Refused(f"{name} has no dimensions, by which stage 3 could part it: engine.stage=2, or engine=fsdp")
+        if stage == 3 and parameter.numel() == 0:
+            raise Refused(f"{name} has no elements, and stage 3 takes no such parameter: engine.stage=2, or engine=ddp")
     if stage and any(not any(p.requires_grad for p in group["params"]) for group in tuned.optimizer.param_groups):
         raise Refused("the optimizer has a group without a trained parameter, which DeepSpeed doesn't take")
     if stage and tuned.optimizer.state:
