@@ -20,7 +20,7 @@ from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
 from trainers.checkpoints.resume import find_best, header_of, resume
-from trainers.engines import make_engine
+from trainers.engines import make_engine, refuse_environment
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate, with_average
 from trainers.fingerprint import fingerprint
@@ -106,6 +106,7 @@ def _train(
     looks = ours is not None and config.data.fingerprint
     known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
+    refuse_environment(config, plan)
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, config, reason))
     model = prepare(make_model(config, task), config, stream, world.size)
     watch.beat()

@@ -163,6 +163,10 @@ def test_its_launcher_is_heard_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     assert distance(runs(1, *three).weights(), plain.weights()) == 0
     refused = runs(1, *three, "batch.per_gpu=41").ends[0]["message"]
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=3 contradicts batch.accumulation=1" in refused
+    assert "STEPS=3, and the plan has batch.accumulation=1: give 1 or auto there, or leave it out" in refused
+    moves = (option for option in three if not option.startswith("batch.global_size"))
+    moving = runs(1, *moves, "batch.schedule=0sa:42 42sa:84")
+    assert "has batch.accumulation=3, 6: give 1 or auto there" in moving.ends[0]["message"]
+    assert not (moving.run.path / "metrics.jsonl").exists()  # nothing was trained before
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "give precision=fp16" in runs(1, *three).ends[0]["message"]

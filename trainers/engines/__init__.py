@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from trainers.tally import Note, Number, Total
 if TYPE_CHECKING:
     from conf.schema import RunConfig
     from scaling.geometry import Cut
+    from scaling.plan import Plan
     from scaling.rules import Recipe
     from trainers.average import Average
     from trainers.checkpoints.slices import Reader, Slice
@@ -106,7 +108,6 @@ class Engine(Protocol):
         """This rank's part of what a checkpoint holds; the parts of all ranks are everything, once.
 
         Called by all ranks after the same step: ranks may talk to each other.
-
         """
 
     def values(self) -> dict[str, Any]:
@@ -182,6 +183,14 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
     from trainers.engines.ddp import DDP
 
     return DDP(parts, engine.config)
+
+
+def refuse_environment(config: RunConfig, plan: Plan) -> None:
+    """Raises Refused where what the engine is launched with contradicts the plan."""
+    if config.engine.name == "accelerate":
+        from trainers.engines.accelerate import refuse_accumulation
+
+        refuse_accumulation(os.environ, {stage.cut.accumulation for stage in plan.stages})
 
 
 def import_engine(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from scaling.engines import either
 from scaling.geometry import Cut
 from trainers.engines import Parts
 from trainers.engines.ddp import DDP
@@ -43,7 +44,6 @@ class Accelerate(DDP):
 
     def __init__(self, parts: Parts, config: conf.engines.Accelerate, compiled: bool) -> None:
         refuse_contradictions(os.environ, parts.precision, compiled, parts.world.device.type)
-        self._accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
         self._accelerator = accelerator(parts.world, config.config)
         super().__init__(parts, {})
 
@@ -53,11 +53,6 @@ class Accelerate(DDP):
         return wrapped
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        if self._accumulation not in ("1", "auto", str(cut.accumulation)):
-            raise Refused(
-                f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={self._accumulation} contradicts "
-                f"batch.accumulation={cut.accumulation}: give that {self._accumulation}, or unset the other"
-            )
         return nullcontext() if last else self._accelerator.no_sync(self._wrapped)
 
     def _backward(self, loss: Tensor) -> None:
@@ -164,6 +159,24 @@ def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: boo
             f"{str(compiled).lower()}: compile=true compiles with inductor, in its default mode; give that, and leave "
             "the others out"
         )
+
+
+def refuse_accumulation(said: Mapping[str, str], planned: set[int]) -> None:
+    """Raises Refused where ``accelerate launch`` asks for another accumulation than the plan has.
+
+    Args:
+        said: the environment.
+        planned: the accumulations of the plan's stages.
+    """
+    given = said.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if given in ("1", "auto") or {given} == {str(one) for one in planned}:
+        return
+    numbers = sorted(planned)
+    may = ["1", "auto"] if len(numbers) > 1 or numbers == [1] else [str(numbers[0]), "1", "auto"]
+    raise Refused(
+        f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given}, and the plan has batch.accumulation="
+        f"{', '.join(map(str, numbers))}: give {either(may)} there, or leave it out"
+    )
 
 
 def _fsdp(said: Mapping[str, str]) -> str:
