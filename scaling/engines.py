@@ -6,7 +6,7 @@ An engine changes nothing of what a run is: neither its identity nor ``optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FLAT = (
     "its optimizer sees a part of one flat tensor, and only one that treats each number by itself, and begins without "
     "state, does the same there"
 )
-BITWISE = {"numerics=bitwise": "only engine=ddp adds up gradients in an order that no number of processes changes"}
+NOT_BITWISE = "only engine=ddp adds up gradients in an order that no number of processes changes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Ability:
         offloads: what ``engine.offload=true`` moves to the host's memory.
         optimizers: that it carries; ``why_not`` says why it doesn't carry the others.
         custom: targets of ``optimizer=custom`` that it carries; None: all, but for ``not_custom``.
-        cannot: ``key=value``, or a key that is on, → why not.
+        bitwise: it carries ``numerics=bitwise``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Ability:
     why_not: str = ""
     custom: tuple[str, ...] | None = None
     not_custom: tuple[str, ...] = ()
-    cannot: dict[str, str] = field(default_factory=dict)
+    bitwise: bool = False
 
     @property
     def choice(self) -> str:
@@ -80,8 +80,8 @@ class Ability:
 
 ALL = (PARAMETERS, GRADIENTS, OPTIMIZER_STATE)
 ABILITIES = (
-    Ability("ddp"),
-    Ability("accelerate", cannot=BITWISE),
+    Ability("ddp", bitwise=True),
+    Ability("accelerate"),
     Ability(
         "fsdp",
         shards=ALL,
@@ -89,9 +89,8 @@ ABILITIES = (
         optimizers=tuple(name for name in OPTIMIZERS if name != "adafactor"),
         why_not="torch's Adafactor doesn't work on tensors that are in parts",
         not_custom=("torch.optim.Adafactor",),
-        cannot=BITWISE,
     ),
-    Ability("deepspeed", 0, cannot=BITWISE),
+    Ability("deepspeed", 0),
     *(
         Ability(
             "deepspeed",
@@ -101,7 +100,6 @@ ABILITIES = (
             optimizers=("sgd", "adamw", "custom"),
             why_not=FLAT,
             custom=ELEMENTWISE,
-            cannot=BITWISE,
         )
         for stage in (1, 2, 3)
     ),
@@ -156,13 +154,8 @@ def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str]]:
         )
         instead = f"optimizer{'._target_' if its.custom and target else ''}={carried}"
         yield f"optimizer={optimizer.name}{target}{chosen}", its.why_not, instead
-    for asked, why in its.cannot.items():
-        key, _, value = asked.partition("=")
-        now: Any = config
-        for name in key.split("."):
-            now = getattr(now, name)
-        if now == value if value else now not in (None, False, ()):
-            yield asked, why, f"leave {key} out"
+    if config.numerics == "bitwise" and not its.bitwise:
+        yield "numerics=bitwise", NOT_BITWISE, "leave numerics out"
 
 
 def either(names: Iterable[str]) -> str:
