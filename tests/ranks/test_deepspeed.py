@@ -82,6 +82,31 @@ class Odd(Counted):
         return {"loss": self.loss(model, batch), "size": (model(batch[0]).abs().sum(), len(batch[0]))}
 
 
+class InOnePass(Counted):
+    """A parameter is used in one pass of a step alone: the first, the second and the last, in turn.
+
+    Args:
+        passes: of a rank in a step.
+    """
+
+    def __init__(self, passes: int = 1, **args: Any) -> None:
+        super().__init__(dropout=0.0, **args)
+        self.passes, self.calls = passes, 0
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_parameter("spare", nn.Parameter(torch.ones(7)))
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        inputs, targets, units = batch
+        outputs, (step, number) = model(inputs), divmod(self.calls, self.passes)
+        if number == step % self.passes:
+            outputs = outputs + model.spare  # type: ignore[operator]
+        self.calls += model.training
+        return ((outputs - targets)[torch.arange(7) < units[:, None]] ** 2).sum(), units.sum()
+
+
 class NaNLoss(Normed):
     """One pass of the last rank has a loss that isn't a number, and a gradient that is one."""
 
@@ -145,6 +170,18 @@ def test_odd_models_are_the_same(runs: Runs, stage: int, offload: bool) -> None:
     assert distance(averages(three), averages(one)) < 1e-6
     for name in ("val/loss", "val/size", "ema/loss", "ema/size"):
         assert three.metrics()[-1][name] == pytest.approx(one.metrics()[-1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [*product((0, 1, 2, 3), ["false"]), *product((1, 2, 3), ["true"])])
+def test_a_parameter_that_not_all_passes_use(runs: Runs, stage: int, offload: str) -> None:
+    """None of its gradients is lost, and none is left for the next step."""
+    options = (
+        *COUNTED, "task._target_=tests.ranks.test_deepspeed.InOnePass", "task.args.passes=3", "batch.global_size=12",
+        "batch.per_gpu=2",
+    )  # fmt: skip
+    ddp = runs(2, *options, "engine.config.find_unused_parameters=true")
+    ours = runs(2, *options, *zero(stage, f"engine.offload={offload}"))
+    assert distance(ours.weights(), ddp.weights()) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -108,7 +108,7 @@ class ZeRO(Replicated):
     def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
         self._stage, self._offload = config.stage, config.offload
         self._norm_found: Tensor | None = None
-        self._told = 0.0
+        self._told, self._late = 0.0, False
         super().__init__(parts, config)
 
     def _wrap(self, tuned: Tuned) -> None:
@@ -134,8 +134,19 @@ class ZeRO(Replicated):
     def _averaged(self) -> Average:
         return PartsAverage(self._parts(), self._refresh)
 
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
+        """Where the gradient goes to the host, DeepSpeed is told of a step's end after its last pass.
+
+        Told before, it would bring there only the gradients of what that pass uses.
+        """
+        self._late = self._offload and self._stage > 1 and cut.accumulation > 1
+        return super().micro(cut, last and not self._late)
+
     def total(self, expected_units: int) -> Total:
         """One message: the notes, the statistics, and the norm of the gradient."""
+        if self._late:
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._zero.finalize_gradient_accumulation_boundary()
         if self._offload and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)  # the gradient is on its way to the host
         riding = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
@@ -173,10 +184,12 @@ class ZeRO(Replicated):
         self._clear()
 
     def _clear(self) -> None:
-        """Zero what is kept for the next gradient: of a parameter that has none, it would be that of this step."""
+        """Zero what is kept for the next gradient: where a parameter isn't in all passes, this one would be in it."""
         kept = self._gradients() if self._offload else []
         if self._stage == 3:
             kept.append(self._zero.grad_partitions_flat_buffer)
+        elif self._offload:
+            kept.extend(self._zero.accumulated_grads_in_cpu.values())
         if kept:
             torch._foreach_zero_(kept)
 
