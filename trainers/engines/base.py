@@ -145,6 +145,16 @@ class Base:
     def total(self, expected_units: int) -> Total:
         return self._carrier.take(self.mean_over, expected_units)
 
+    def _all_summed(self, square: Tensor, *more: Tensor) -> Tensor:
+        """``square`` (0-dim) over all ranks, by one message; the notes, statistics and ``more`` are summed in place."""
+        riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
+        riding = [*(rider.grad for rider in riders if rider.grad is not None), *more]
+        message = torch.cat([square.reshape(1).double(), *(one.reshape(-1).double() for one in riding)])
+        self._world.sum(message)
+        for one, whole in zip(riding, message[1:].split([one.numel() for one in riding]), strict=True):
+            one.copy_(whole.view(one.shape))
+        return message[0]
+
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         self._begun = False
         scale = scale * (self.mean_over / self._lift) / self._factor

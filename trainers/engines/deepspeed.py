@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling.geometry import Cut
@@ -149,20 +148,13 @@ class ZeRO(Replicated):
             self._zero.finalize_gradient_accumulation_boundary()
         if self._offload and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)  # the gradient is on its way to the host
-        riding = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
-        sums = [rider.grad for rider in riding if rider.grad is not None]
-        square = norm_of(self._gradients()).to(self._device).square()
-        message = torch.cat([square.reshape(1), *(one.double() for one in sums)])
-        if self._world.size > 1:
-            dist.all_reduce(message)
-        for one, whole in zip(sums, message[1:].split([len(one) for one in sums]), strict=True):
-            one.copy_(whole)
-        self._norm_found = message[0].sqrt()
+        self._norm_found = self._all_summed(norm_of(self._gradients()).to(self._device).square()).sqrt()
         return self._carrier.take(1, expected_units)
 
     def _norm(self) -> Number:
-        assert self._norm_found is not None, "no total since the last update"
-        return number(self._norm_found)
+        found, self._norm_found = self._norm_found, None
+        assert found is not None, "no total since the last update"
+        return number(found)
 
     def _gradients(self) -> list[Tensor]:
         if self._offload:

@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from scaling.geometry import Cut
 from trainers.engines import Found, Parts
-from trainers.engines.base import Base, norm_of
+from trainers.engines.base import Base, norm_of, number
 from trainers.locate import check_call
 from trainers.model import is_called, matching, place_buffers
 from trainers.noise import GradientSquares
@@ -119,17 +118,9 @@ class FSDP(Base):
         gradients = self._gradients()
         own = [g for g, p in zip(gradients, self._parameters, strict=True) if sharded(p)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
-        riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else []), *self._replicated]
-        riding = [_gradient(rider) for rider in riders]
-        message = torch.cat([square.double().reshape(1), *(one.reshape(-1).double() for one in riding)])
-        if self._world.size > 1:
-            dist.all_reduce(message)
-        offset = 1
-        for one in riding:
-            one.copy_(message[offset : offset + one.numel()].view(one.shape))
-            offset += one.numel()
         apart = [_gradient(parameter) for parameter in self._replicated]
-        self._norm_found = (message[0] + (norm_of(apart).square() if apart else 0)).sqrt()
+        square = self._all_summed(square, *apart)
+        self._norm_found = (square + (norm_of(apart).square() if apart else 0)).sqrt()
         return super().total(expected_units)
 
     def _gradients(self) -> list[Tensor]:
@@ -143,8 +134,9 @@ class FSDP(Base):
         super()._drop()
 
     def _norm(self) -> Number:
-        assert self._norm_found is not None, "no total since the last update"
-        return self._norm_found.item() if self._norm_found.is_cpu else self._norm_found
+        found, self._norm_found = self._norm_found, None
+        assert found is not None, "no total since the last update"
+        return number(found)
 
     def _step(self, factor: Number) -> None:
         if self._offload and isinstance(factor, Tensor):
