@@ -87,8 +87,8 @@ ABILITIES = (
         shards=ALL,
         offloads=ALL,
         optimizers=tuple(name for name in OPTIMIZERS if name != "adafactor"),
-        why_not="torch's Adafactor doesn't work on tensors that are in parts",
-        not_custom=("torch.optim.Adafactor",),
+        why_not="torch's Adafactor and Rprop don't work on tensors that are in parts",
+        not_custom=("torch.optim.Adafactor", "torch.optim.Rprop"),
     ),
     Ability("deepspeed", 0),
     *(
@@ -131,6 +131,10 @@ def check_engine(config: RunConfig) -> None:
             f"engine.param_dtype={config.engine.param_dtype} and precision={config.precision} contradict each other: "
             f"give precision={config.engine.param_dtype}, or leave engine.param_dtype out"
         )
+    if config.device == "cpu" and config.precision == "fp16":
+        raise ValueError("precision=fp16 is for CUDA, and device=cpu: use precision=bf16, or fp32")
+    if config.device == "cpu" and config.engine.name == "fsdp" and config.engine.offload:
+        raise ValueError("engine.offload=true moves what a GPU holds to the host's memory, and device=cpu: leave it out")
     if config.numerics == "bitwise" and config.compile:
         raise ValueError(
             "numerics=bitwise doesn't go with compile=true: what a process compiles depends on the sizes of "

@@ -121,7 +121,7 @@ def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     assert (err, "Warning" in out) == ("", False)
 
 
-@pytest.mark.parametrize("call", ["method", "weight"])
+@pytest.mark.parametrize("call", ["method", "weight", "penalty"])
 def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
     """Refused with what would do, which does."""
     odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
@@ -132,10 +132,16 @@ def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
 
 
 class Uncalled(Blocks):
-    """The loss uses the first block by a method, or its weight."""
+    """The loss uses the first block by a method, or its weight, or has a penalty on that."""
+
+    def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+        loss, units = super().loss(model, batch)
+        return (loss + model.blocks[0].outer.weight.pow(2).sum() if self.call == "penalty" else loss), units
 
     def called(self, model: Any, inputs: torch.Tensor) -> torch.Tensor:
         hidden, block = model.enter(inputs), model.blocks[0]
+        if self.call == "penalty":
+            return super().called(model, inputs)
         hidden = block.forward(hidden) if self.call == "method" else hidden @ block.outer.weight @ block.inner[0].weight
         return model.leave(model.blocks[1](hidden))
 

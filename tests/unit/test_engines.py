@@ -84,7 +84,7 @@ def test_engine_and_optimizer(engine: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engine_and_an_optimizer_of_ones_own(engine: str) -> None:
-    for name in ("Adam", "RMSprop", "Rprop", "SGD", "NAdam"):
+    for name in ("Adam", "RMSprop", "SGD", "NAdam"):
         plan_of(*ENGINES[engine], *CUSTOM, f"optimizer._target_=torch.optim.{name}")
     assert "torch.optim.Adagrad" not in ELEMENTWISE
     mine = [*ENGINES[engine], *CUSTOM, "optimizer._target_=my_package.Mine"]
@@ -273,3 +273,11 @@ def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
     del content["engine"], content["numerics"]
     assert from_json(json.dumps(content)) == plan_of()
     assert plan_of().engine == Held("ddp")
+
+
+@pytest.mark.parametrize("gpus_only", ["precision=fp16", "engine=fsdp engine.offload=true"])
+def test_what_is_for_gpus_is_refused_where_the_cpu_is_asked_for(gpus_only: str) -> None:
+    asked = gpus_only.split()
+    resolve(compose([*asked, "device=auto"]), 2)
+    with pytest.raises(ValueError, match="and device=cpu: "):
+        resolve(compose([*asked, "device=cpu"]), 2)

@@ -118,7 +118,7 @@ class Base:
         self._carrier.write(note)
         if not self.rides:
             self._carrier.add()
-        with nullcontext() if measured is None else self._squares.of(measured):
+        with _explained(), nullcontext() if measured is None else self._squares.of(measured):
             self._backward(loss * (self._lift * self._factor))
 
     def _backward(self, loss: Tensor) -> None:
@@ -300,7 +300,7 @@ def number(scalar: Tensor) -> Number:
 
 @contextmanager
 def _explained(for_unused: str) -> Iterator[None]:
-    """Around a forward: what torch says of it in its own words is said in ours."""
+    """Around a forward or a backward: what torch says of it in its own words is said in ours."""
     try:
         yield
     except RuntimeError as error:
