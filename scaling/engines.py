@@ -134,7 +134,7 @@ def check_engine(config: RunConfig) -> None:
     if config.device == "cpu" and config.precision == "fp16":
         raise ValueError("precision=fp16 is for CUDA, and device=cpu: use precision=bf16, or fp32")
     if config.device == "cpu" and config.engine.name == "fsdp" and config.engine.offload:
-        raise ValueError("engine.offload=true moves what a GPU holds to the host's memory, and device=cpu: leave it out")
+        raise ValueError("engine.offload=true is for what a GPU holds, and device=cpu: leave it out")
     if config.numerics == "bitwise" and config.compile:
         raise ValueError(
             "numerics=bitwise doesn't go with compile=true: what a process compiles depends on the sizes of "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from trainers.average import Average
 from trainers.batchnorm import settled, statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Found, Parts, Update
-from trainers.engines.root import Root, checked
+from trainers.engines.gradients import clipped, multiply, norm_of, number
+from trainers.engines.root import Root, checked, explained
 from trainers.model import distinct
 from trainers.noise import GradientSquares
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer, stored_optimizer
 from trainers.precision import LossScale, autocast
-from trainers.rundir import Fatal, Refused
+from trainers.rundir import Fatal
 from trainers.shards import fill, gathered, local, slices_of
 from trainers.tally import Note, NoteCarrier, Number, Total
 
@@ -86,7 +87,7 @@ class Base:
         if self._shares_buffers and not self._begun:
             self._share_buffers()  # a step begins with those of rank 0, on every engine
         self._begun = True
-        with _explained(self.for_unused):
+        with explained(self.for_unused):
             return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -118,7 +119,7 @@ class Base:
         self._carrier.write(note)
         if not self.rides:
             self._carrier.add()
-        with _explained(), nullcontext() if measured is None else self._squares.of(measured):
+        with explained(self.for_unused), nullcontext() if measured is None else self._squares.of(measured):
             self._backward(loss * (self._lift * self._factor))
 
     def _backward(self, loss: Tensor) -> None:
@@ -267,59 +268,3 @@ class Base:
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return stored_optimizer(self._tuned.optimizer, self._by_parameter())
-
-
-def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
-    """``scale``, with what clips a gradient whose norm is then ``norm``."""
-    if clip_norm is None:
-        return scale
-    limit = clip_norm / (norm + 1e-6)
-    return scale * (limit.clamp(max=1.0) if isinstance(limit, Tensor) else min(limit, 1.0))
-
-
-def multiply(gradients: list[Tensor], factor: Number) -> None:
-    """Multiply all of them by ``factor``, in place."""
-    if isinstance(factor, Tensor):
-        torch._foreach_mul_(gradients, factor.float())
-    elif factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
-
-
-def norm_of(gradients: list[Tensor]) -> Tensor:
-    """The norm of all of them together, 0-dim float64."""
-    gradients = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
-    wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
-    norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
-    return cast(Tensor, torch.linalg.vector_norm(norms)).double()
-
-
-def number(scalar: Tensor) -> Number:
-    """A float, where a look at it doesn't wait for a device."""
-    return scalar.item() if scalar.is_cpu else scalar
-
-
-@contextmanager
-def _explained(for_unused: str) -> Iterator[None]:
-    """Around a forward or a backward: what torch says of it in its own words is said in ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "mixed torch.Tensor and DTensor" in str(error):
-            raise Refused(
-                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
-                "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
-            ) from error
-        if "find_unused_parameters" in str(error):
-            raise Refused(
-                "some parameters have no part in the loss, so their gradient never comes: freeze them with "
-                f"requires_grad=False, or give {for_unused}"
-            ) from error
-        raise
-    except ValueError as error:
-        if "Expected more than 1 value per channel" in str(error):
-            raise Refused(
-                "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
-                "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
-                "them from N samples on any hardware"
-            ) from error
-        raise

@@ -19,8 +19,9 @@ from scaling.geometry import Cut
 from trainers.average import Average
 from trainers.checkpoints.slices import Reader
 from trainers.engines import Found, Parts
-from trainers.engines.base import Base, multiply, norm_of, number
+from trainers.engines.base import Base
 from trainers.engines.deepspeed_setup import import_deepspeed, refuse_settings, settings_of
+from trainers.engines.gradients import multiply, norm_of, number
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
 from trainers.model import place_buffers
 from trainers.optim import Tuned

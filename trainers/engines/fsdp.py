@@ -18,7 +18,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from scaling.geometry import Cut
 from trainers.engines import Found, Parts
-from trainers.engines.base import Base, norm_of, number
+from trainers.engines.base import Base
+from trainers.engines.gradients import norm_of, number
 from trainers.locate import check_call
 from trainers.model import is_called, matching, place_buffers
 from trainers.noise import GradientSquares

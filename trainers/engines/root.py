@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -54,3 +55,30 @@ def _shown(value: Any) -> str:
         if isinstance(value, Real | str | None)
         else f"a {type(value).__name__}"
     )
+
+
+@contextmanager
+def explained(for_unused: str) -> Iterator[None]:
+    """Around a forward or a backward: what torch says of it in its own words is said in ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise Refused(
+                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
+                "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
+            ) from error
+        if "find_unused_parameters" in str(error):
+            raise Refused(
+                "some parameters have no part in the loss, so their gradient never comes: freeze them with "
+                f"requires_grad=False, or give {for_unused}"
+            ) from error
+        raise
+    except ValueError as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise Refused(
+                "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
+                "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
+                "them from N samples on any hardware"
+            ) from error
+        raise
