@@ -14,8 +14,9 @@ import trainers.engines.fsdp  # noqa: F401
 from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, overrides, pairs
 
-# The others share their code with these; `python -m benchmarks same` has every case on every engine.
-THROUGHOUT, SOMETIMES = ("DDP", "FSDP", "ZeRO-3"), ("AdamW", "the model is called twice in a pass")
+# The others share their code with these, and have tests of their own; `python -m benchmarks same` has all on all.
+THROUGHOUT = ("DDP", "FSDP")
+SOMETIMES = ("the model is called twice in a pass", "its forward is never called, only parts of it")
 PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
 
 
