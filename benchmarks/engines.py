@@ -24,8 +24,8 @@ from benchmarks.step import fitting
 from tests.ranks.harness import in_ranks
 from trainers.world import World
 
-TURNS = 9
-STEPS = {"MLP": 100, "blocks": 40}  # in a turn
+TURNS = 5
+STEPS = {"MLP": 60, "blocks": 20}  # in a turn
 TASKS: dict[str, tuple[type[Yardstick], str]] = {
     "MLP": (by_hand.OneGroup, "benchmarks.by_hand.OneGroup"),
     "blocks": (by_hand.Blocks, "benchmarks.by_hand.Blocks"),

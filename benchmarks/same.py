@@ -16,7 +16,7 @@ from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, ENGINES, TASK, overrides, pairs
 from trainers.engines import import_engine
 
-WORLDS = (2, 3)
+RANKS = 3
 DEADLINE_S = 300.0
 PAGE = Path(__file__).parent.parent / "trainers" / "README.md"
 MARKS = "<!-- what follows is written by `python -m benchmarks same` -->", "<!-- to here, too -->"
@@ -30,8 +30,8 @@ def differences(case: str, folder: Path) -> Iterator[str]:
         if (case, engine) not in pairs():
             yield "refused" if refused(runs, case, engine) else "not refused"
             continue
-        found = [finished(runs(world, *overrides(case, engine))) for world in WORLDS]
-        yield f"{max(distance(run.weights(), truth.weights()) for run in found):.1g}"
+        run = finished(runs(RANKS, *overrides(case, engine)))
+        yield f"{distance(run.weights(), truth.weights()):.1g}"
 
 
 def finished(run: Run) -> Run:
@@ -43,7 +43,7 @@ def finished(run: Run) -> Run:
 
 def refused(runs: Runs, case: str, engine: str) -> bool:
     """Whether all ranks refuse it."""
-    return all(end.get("raised") == "Refused" for end in runs(WORLDS[0], *overrides(case, engine)).ends)
+    return all(end.get("raised") == "Refused" for end in runs(RANKS, *overrides(case, engine)).ends)
 
 
 def rows() -> list[dict[str, Any]]:

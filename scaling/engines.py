@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from conf.engines import Engine
     from conf.schema import RunConfig
 
-BITWISE_COST: float | None = None  # a step's time with numerics=bitwise, as a multiple of fast; None: not measured
+# A step's time with numerics=bitwise as a multiple of fast, on two processes: of a small GPT, and of an MLP whose step
+# is mostly messages; see benchmarks/README.md.
+BITWISE_COST = 1.17, 1.52
 
 PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer state"
 OPTIMIZERS = ("sgd", "adamw", "lamb", "lars", "muon", "adafactor", "custom")

@@ -130,8 +130,11 @@ def _list(names: tuple[str, ...]) -> str:
 
 
 def _bitwise() -> str:
-    cost = f"; a step takes {BITWISE_COST:g} × as long as a fast one" if BITWISE_COST else ""
-    return f"bitwise: the same weights, bit by bit, on any number of processes of one machine type{cost}"
+    usual, most = BITWISE_COST
+    return (
+        "bitwise: the same weights, bit by bit, on any number of processes of one machine type; a step took "
+        f"{usual:g} × as long as a fast one, up to {most:g} × where it is mostly messages (benchmarks/README.md)"
+    )
 
 
 def _recipe(plan: Plan) -> str:
