@@ -97,7 +97,7 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, note: Tensor, outgoing: Tensor) -> Tensor:
         ctx.outgoing = outgoing
-        return loss.clone()  # FSDP warns of a view
+        return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]

@@ -56,9 +56,21 @@ class Base:
         self._skip_nonfinite, self._ema = parts.skip_nonfinite, parts.ema
         self._loss_scale = LossScale() if parts.precision == "fp16" else None
         self._buffers_before: dict[str, Tensor] = {}
+        self._held: list[Tensor] | None = None
         self._stepped = False
         # DDP's wrapper does so, for itself
         self._shares_buffers, self._begun = not settled(parts.model), False
+
+    def _ride(self) -> None:
+        """Let what ranks tell each other ride: it is then among the parameters of what is wrapped."""
+        self.rides = True
+        self._root.add_module("carrier", self._carrier)
+        self._root.add_module("statistics", self._statistics)
+
+    @property
+    def _riders(self) -> list[nn.Parameter]:
+        """Whose gradients are what ranks tell each other."""
+        return [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
 
     def _begin(self, tuned: Tuned) -> None:
         """Take over the optimizer of the parameters that are trained."""
@@ -87,7 +99,7 @@ class Base:
         if self._shares_buffers and not self._begun:
             self._share_buffers()  # a step begins with those of rank 0, on every engine
         self._begun = True
-        with explained(self.for_unused):
+        with self._explained():
             return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -119,8 +131,12 @@ class Base:
         self._carrier.write(note)
         if not self.rides:
             self._carrier.add()
-        with explained(self.for_unused), nullcontext() if measured is None else self._squares.of(measured):
+        with self._explained(), nullcontext() if measured is None else self._squares.of(measured):
             self._backward(loss * (self._lift * self._factor))
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Within, what torch says in its own words is said in ours."""
+        return explained(self.for_unused)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -148,8 +164,7 @@ class Base:
 
     def _all_summed(self, square: Tensor, *more: Tensor) -> Tensor:
         """``square`` (0-dim) over all ranks, by one message; the notes, statistics and ``more`` are summed in place."""
-        riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
-        riding = [*(rider.grad for rider in riders if rider.grad is not None), *more]
+        riding = [*(rider.grad for rider in self._riders if rider.grad is not None), *more]
         message = torch.cat([square.reshape(1).double(), *(one.reshape(-1).double() for one in riding)])
         self._world.sum(message)
         for one, whole in zip(riding, message[1:].split([one.numel() for one in riding]), strict=True):
@@ -166,6 +181,7 @@ class Base:
             return Update(norm, skipped=True)
         self._tuned.tell(recipe)
         self._step(clipped(scale, norm, clip_norm))
+        self._held = None
         if self.average and recipe.ema is not None:
             self.average.update(recipe.ema)
         if self._statistics:
@@ -183,11 +199,13 @@ class Base:
         return self._squares.take(self._world.sum)
 
     def _gradients(self) -> list[Tensor]:
-        """Those that this rank holds of all parameters, in its own memory."""
-        for parameter in self._parameters:
-            if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
-                parameter.grad = torch.zeros_like(parameter)
-        return [local(parameter.grad) for parameter in self._parameters]
+        """Those that this rank holds of all parameters, in its own memory; looked for once a step."""
+        if self._held is None:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
+                    parameter.grad = torch.zeros_like(parameter)
+            self._held = [local(parameter.grad) for parameter in self._parameters]
+        return self._held
 
     def _norm(self) -> Number:
         """Of the summed gradient."""
@@ -223,6 +241,7 @@ class Base:
                 f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
             )
         self._drop()
+        self._held = None
         if self._statistics:
             self._statistics.drop()
         for name, buffer in self.model.named_buffers():

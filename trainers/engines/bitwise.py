@@ -49,8 +49,7 @@ class Bitwise(Base):
         for tensor in chain(parts.model.parameters(), parts.model.buffers()):
             parts.world.share(tensor.data)  # the same on all ranks, as DDP makes them
         self._begin(parts.make_optimizer())
-        riders = [self._carrier.note, *([self._statistics.sums] if self._statistics else [])]
-        self._summed = [*riders, *self._parameters]
+        self._summed = [*self._riders, *self._parameters]
         self._tree, self._passes = Growing[Gradients](), 0
         self._sheets: list[Sheet] = []
         self._wishes = torch.zeros_like(self._carrier.note)  # of a rank that has no leaf for them to go with
@@ -66,13 +65,11 @@ class Bitwise(Base):
         return super().micro(cut, last)
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        with _explained():
-            return super().loss(batch, samples) if samples else (torch.zeros((), device=self._device), 0.0)
+        return super().loss(batch, samples) if samples else (torch.zeros((), device=self._device), 0.0)
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
         if loss.requires_grad:
-            with _explained():
-                super().backward(loss, note, measured)
+            super().backward(loss, note, measured)
             self._tree.add(self._cut.block(self._world.rank)[self._passes], self._taken(), self._leaves)
             self._passes += 1
         else:  # a stand-in: it has wishes alone, whole numbers, which may be added in any order
@@ -81,6 +78,18 @@ class Bitwise(Base):
         if measured is not None:
             square = self._squares.take(lambda own: own)
             self._squares_by_pass.append(self._nothing if square is None else square)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        with super()._explained():
+            try:
+                yield
+            except RuntimeError as error:
+                if "does not have a deterministic implementation" in str(error):
+                    raise Refused(
+                        f"numerics=bitwise: {str(error).partition(',')[0]}; leave it out, or use numerics=fast"
+                    ) from error
+                raise
 
     def _taken(self) -> Gradients:
         """What the backward left."""
@@ -119,7 +128,7 @@ class Bitwise(Base):
         return self._sheets[0].views
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        with _explained():
+        with self._explained():
             return super().update(scale, clip_norm, recipe)
 
     def _measured_squares(self) -> Tensor | None:
@@ -205,16 +214,3 @@ def _same(tensor: Tensor, before: Tensor | None) -> bool:
     if before is None or tensor.shape != before.shape:
         return False
     return bool(((tensor == before) | (tensor.isnan() & before.isnan())).all())
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """What torch says of an operation that rounds as it likes is said in our words."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" in str(error):
-            raise Refused(
-                f"numerics=bitwise: {str(error).partition(',')[0]}; leave it out, or use numerics=fast"
-            ) from error
-        raise

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaling.geometry import Cut
-from trainers.batchnorm import settled
 from trainers.engines import Parts
 from trainers.engines.base import Base
 from trainers.locate import check_call
@@ -25,14 +24,12 @@ class DDP(Base):
 
     def __init__(self, parts: Parts, config: dict[str, Any]) -> None:
         super().__init__(parts)
-        self.mean_over, self.rides = parts.world.size, parts.world.size > 1
-        # what rides with the gradients has to be among the parameters that DDP reduces
-        self._root.add_module("carrier", self._carrier)
-        self._root.add_module("statistics", self._statistics)
+        self.mean_over = parts.world.size
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (self._root,), config)
-        if self.rides:
+        if parts.world.size > 1:
+            self._ride()
             ours = {"gradient_as_bucket_view": True}
-            if settled(parts.model) and "broadcast_buffers" not in config:
+            if not self._shares_buffers and "broadcast_buffers" not in config:
                 ours["forward_sync_buffers"] = False
             self._wrapped = self._wrap(self._root, {**ours, **config})
             self._shares_buffers = False

@@ -21,7 +21,7 @@ from trainers.checkpoints.slices import Reader
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base
 from trainers.engines.deepspeed_setup import import_deepspeed, refuse_settings, settings_of
-from trainers.engines.gradients import multiply, norm_of, number
+from trainers.engines.gradients import gradient_of, multiply, norm_of, number
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
 from trainers.model import place_buffers
 from trainers.optim import Tuned
@@ -58,9 +58,7 @@ class Replicated(Base):
             parameter.data = parameter.data.contiguous()
 
     def _wrap(self, tuned: Tuned) -> None:
-        self.rides = True  # so it has to be among the parameters that DeepSpeed reduces
-        self._root.add_module("carrier", self._carrier)
-        self._root.add_module("statistics", self._statistics)
+        self._ride()
         self._initialise(tuned)
         self._begin(tuned)
 
@@ -159,14 +157,12 @@ class ZeRO(Replicated):
 
     def _gradients(self) -> list[Tensor]:
         if self._offload:
-            return [_there(flat.master.grad) for flat in self._flats]
+            return [gradient_of(flat.master) for flat in self._flats]
         if self._stage == 3:
             return [self._zero.grad_partitions_flat_buffer]
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
 
     def _step(self, factor: Number) -> None:
-        if self._offload and isinstance(factor, Tensor):
-            factor = factor.cpu()
         super()._step(factor)
         self._clear()
 
@@ -238,8 +234,3 @@ def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
     if stage and tuned.optimizer.state:
         who = type(tuned.optimizer).__name__
         raise Refused(f"the optimizer {who} keeps state from the start, and DeepSpeed makes it anew: use engine=ddp")
-
-
-def _there(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return gradient

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from scaling.geometry import Cut
 from trainers.engines import Found, Parts
 from trainers.engines.base import Base
-from trainers.engines.gradients import norm_of, number
+from trainers.engines.gradients import gradient_of, norm_of, number
 from trainers.locate import check_call
 from trainers.model import is_called, matching, place_buffers
 from trainers.noise import GradientSquares
@@ -40,14 +40,12 @@ class FSDP(Base):
     def __init__(self, parts: Parts, config: conf.engines.FSDP) -> None:
         if config.offload and parts.world.device.type == "cpu":
             raise Refused("engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU")
-        self._offload = config.offload
         parts.world.connect()
         super().__init__(parts)
         self._shard(config)
         self._begin(parts.make_optimizer())
         self._replicated = [p for p in self._parameters if not sharded(p)]
         self._norm_found: Tensor | None = None
-        self._found: list[Tensor] | None = None
         self._seen_unsharded()
 
     def _place(self, model: nn.Module) -> None:
@@ -119,35 +117,15 @@ class FSDP(Base):
         gradients = self._gradients()
         own = [g for g, p in zip(gradients, self._parameters, strict=True) if sharded(p)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
-        apart = [_gradient(parameter) for parameter in self._replicated]
+        apart = [gradient_of(parameter) for parameter in self._replicated]
         square = self._all_summed(square, *apart)
         self._norm_found = (square + (norm_of(apart).square() if apart else 0)).sqrt()
         return super().total(expected_units)
-
-    def _gradients(self) -> list[Tensor]:
-        """Looked for once a step."""
-        if self._found is None:
-            self._found = super()._gradients()
-        return self._found
-
-    def _drop(self) -> None:
-        self._found = None
-        super()._drop()
 
     def _norm(self) -> Number:
         found, self._norm_found = self._norm_found, None
         assert found is not None, "no total since the last update"
         return number(found)
-
-    def _step(self, factor: Number) -> None:
-        if self._offload and isinstance(factor, Tensor):
-            factor = factor.cpu()
-        super()._step(factor)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _policy(config: conf.engines.FSDP) -> MixedPrecisionPolicy:

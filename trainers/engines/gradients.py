@@ -1,4 +1,4 @@
-"""Arithmetic on gradients, which waits for no device."""
+"""Arithmetic on gradients."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
 
 
 def multiply(gradients: list[Tensor], factor: Number) -> None:
-    """Multiply all of them by ``factor``, in place."""
+    """Multiply all of them by ``factor``, in place; for those that are in the host's memory it is brought there."""
     if isinstance(factor, Tensor):
-        torch._foreach_mul_(gradients, factor.float())
+        torch._foreach_mul_(gradients, factor.float().to(gradients[0].device))
     elif factor != 1.0:
         torch._foreach_mul_(gradients, factor)
 
@@ -32,6 +32,12 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
     return cast(Tensor, torch.linalg.vector_norm(norms)).double()
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient, which has to be there."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def number(scalar: Tensor) -> Number:

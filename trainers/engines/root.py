@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
+from trainers.engines import Found
 from trainers.precision import widened
 from trainers.rundir import Refused
-
-Found = TypeVar("Found")
 
 
 class Root(nn.Module):
