@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.step import fitting
-from tests.ranks.harness import in_ranks
+from benchmarks.step import compared, fitting
 from trainers.world import World
 
 TURNS = 9
@@ -46,19 +42,9 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for name, (overrides, steps, per_gpu) in WORK.items():
         for size, passes in ((1, 1), (1, 4), (2, 1), (2, 4)):
-            with tempfile.TemporaryDirectory() as folder:
-                body = partial(turns, overrides, max(4, steps // passes), per_gpu, passes)
-                measured = in_ranks(size, body, Path(folder), deadline_s=600)[0]
-            found.append(
-                {
-                    "model": name,
-                    "processes": size,
-                    "passes": passes,
-                    "bitwise ms": 1e3 * statistics.median(ours for ours, _ in measured),
-                    "fast ms": 1e3 * statistics.median(other for _, other in measured),
-                    "bitwise / fast": statistics.median(ours / other for ours, other in measured),
-                }
-            )
+            body = partial(turns, overrides, max(4, steps // passes), per_gpu, passes)
+            cells = compared(size, body, "bitwise ms", "fast ms", "bitwise / fast")
+            found.append({"model": name, "processes": size, "passes": passes, **cells})
     return found
 
 

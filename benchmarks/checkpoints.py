@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.engines import ENGINES
+from benchmarks.start import ENGINES
 from tests.ranks.harness import in_ranks
 from trainers.starting.watch import Watch
 from trainers.world import World

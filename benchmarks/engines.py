@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks import by_hand
 from benchmarks.plain import PER_GPU, Yardstick
-from benchmarks.step import fitting
-from tests.ranks.harness import in_ranks
+from benchmarks.start import ENGINES
+from benchmarks.step import compared, fitting
 from trainers.world import World
 
 TURNS = 5
@@ -31,12 +28,6 @@ TASKS: dict[str, tuple[type[Yardstick], str]] = {
     "blocks": (by_hand.Blocks, "benchmarks.by_hand.Blocks"),
 }
 RANKS = (1, 2)
-ENGINES: dict[str, tuple[str, ...]] = {
-    "ddp": (),
-    "fsdp": ("engine=fsdp",),
-    "accelerate": ("engine=accelerate",),
-    **{f"deepspeed {stage}": ("engine=deepspeed", f"engine.stage={stage}") for stage in range(4)},
-}
 
 
 def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Callable[[], float]]:
@@ -78,13 +69,8 @@ def rows(names: Sequence[str] = tuple(ENGINES)) -> list[dict[str, Any]]:
     for name, model in itertools.product(names, TASKS):
         row: dict[str, Any] = {"engine, model": f"{name}, {model}"}
         for size in RANKS:
-            with tempfile.TemporaryDirectory() as folder:
-                measured = in_ranks(size, partial(turns, name, model), Path(folder), deadline_s=600)[0]
-            row |= {
-                f"on {size}: ours ms": 1e3 * statistics.median(mine for mine, _ in measured),
-                f"on {size}: by hand ms": 1e3 * statistics.median(other for _, other in measured),
-                f"on {size}: ours / by hand": statistics.median(mine / other for mine, other in measured),
-            }
+            columns = (f"on {size}: {what}" for what in ("ours ms", "by hand ms", "ours / by hand"))
+            row |= compared(size, partial(turns, name, model), *columns)
         found.append(row)
     return found
 

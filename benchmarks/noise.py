@@ -6,10 +6,7 @@ python -m benchmarks.noise
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.step import fitting
-from tests.ranks.harness import in_ranks
+from benchmarks.step import compared, fitting
 from trainers.world import World
 
 TURNS = 11
@@ -84,17 +80,8 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for name in PER_GPU:
         for ranks, passes in ((1, 2), (2, 1)):
-            with tempfile.TemporaryDirectory() as folder:
-                measured = in_ranks(ranks, partial(turns, name, passes), Path(folder), deadline_s=600)[0]
-            found.append(
-                {
-                    "model": name,
-                    "ranks × passes": f"{ranks} × {passes}",
-                    "step ms": 1e3 * statistics.median(without for _, without in measured),
-                    "measured ms": 1e3 * statistics.median(with_it for with_it, _ in measured),
-                    "measured / not": statistics.median(with_it / without for with_it, without in measured),
-                }
-            )
+            cells = compared(ranks, partial(turns, name, passes), "measured ms", "step ms", "measured / not")
+            found.append({"model": name, "ranks × passes": f"{ranks} × {passes}", **cells})
     return found
 
 

@@ -28,18 +28,23 @@ IMPORTS = [PYTHON, "-c", "import hydra; from pydantic import BaseModel"]
 BIG_PLAN = [*PLAN, "cluster.nodes=12500", "cluster.gpus_per_node=8", "batch.global_size=1000003", "output=json"]
 
 BY_HAND = [TORCHRUN, "--nproc-per-node=2", "-m", "benchmarks.by_hand"]
-ENGINES = {
-    "fsdp": ["engine=fsdp"],
-    "accelerate": ["engine=accelerate"],
-    "deepspeed 2": ["engine=deepspeed", "engine.stage=2"],
-    "deepspeed 3": ["engine=deepspeed", "engine.stage=3"],
+ENGINES: dict[str, tuple[str, ...]] = {
+    "ddp": (),
+    "fsdp": ("engine=fsdp",),
+    "accelerate": ("engine=accelerate",),
+    **{f"deepspeed {stage}": ("engine=deepspeed", f"engine.stage={stage}") for stage in range(4)},
 }
+STARTED = ("fsdp", "accelerate", "deepspeed 2", "deepspeed 3")
 
 PAIRS = {
     "python launch.py, 2 ranks, 2 steps / torchrun plain.py": (TWO_STEPS, PLAIN_TWO_STEPS, 7),
     **{
-        f"the same with {name} / torchrun by_hand.py": ([*TWO_STEPS, *options], [*BY_HAND, name, "--steps", "2"], 3)
-        for name, options in ENGINES.items()
+        f"the same with {name} / torchrun by_hand.py": (
+            [*TWO_STEPS, *ENGINES[name]],
+            [*BY_HAND, name, "--steps", "2"],
+            3,
+        )
+        for name in STARTED
     },
     "action=plan / import hydra, pydantic": (PLAN, IMPORTS, 15),
     "action=plan on 100,000 ranks / import hydra, pydantic": (BIG_PLAN, IMPORTS, 15),

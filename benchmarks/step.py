@@ -65,6 +65,23 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     return seconds
 
 
+def compared(
+    ranks: int, turns: Callable[[World], list[tuple[float, float]]], ours: str, other: str, ratio: str
+) -> dict[str, float]:
+    """Cells of a row, by their columns: medians in ms of both, and the median of the turns' ratios.
+
+    Args:
+        turns: called on each rank; gives the seconds of (ours, other), turn by turn.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        measured = in_ranks(ranks, turns, Path(folder), deadline_s=600)[0]
+    return {
+        ours: 1e3 * statistics.median(mine for mine, _ in measured),
+        other: 1e3 * statistics.median(theirs for _, theirs in measured),
+        ratio: statistics.median(mine / theirs for mine, theirs in measured),
+    }
+
+
 def ours(world: World, steps: int) -> float:
     """Seconds of ``steps`` steps of our loop."""
     return fitting(
@@ -109,19 +126,7 @@ def turns(world: World) -> list[tuple[float, float]]:
 
 def rows() -> list[dict[str, Any]]:
     """One row for each number of processes: medians in ms, and the median of the turns' ratios."""
-    found = []
-    for size in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            measured = in_ranks(size, turns, Path(folder), deadline_s=600)[0]
-        found.append(
-            {
-                "processes": size,
-                "ours ms": 1e3 * statistics.median(mine for mine, _ in measured),
-                "plain DDP ms": 1e3 * statistics.median(other for _, other in measured),
-                "ours / plain": statistics.median(mine / other for mine, other in measured),
-            }
-        )
-    return found
+    return [{"processes": size, **compared(size, turns, "ours ms", "plain DDP ms", "ours / plain")} for size in (1, 2)]
 
 
 if __name__ == "__main__":
