@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # A step's time with numerics=bitwise as a multiple of fast, on two processes: of a small GPT, and of an MLP whose step
 # is mostly messages; see benchmarks/README.md.
-BITWISE_COST = 1.17, 1.52
+BITWISE_COST = 1.14, 1.53
 
 PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer state"
 OPTIMIZERS = ("sgd", "adamw", "lamb", "lars", "muon", "adafactor", "custom")

@@ -120,7 +120,7 @@ def test_bitwise_numerics() -> None:
         schedule       warmup from 0 over 1,437 samples (5%), then cosine decay to 0
         SGD's noise    43.11 = ηN/(B(1−m)) at the peak (Smith & Le 2018)
         numerics       bitwise: the same weights, bit by bit, on any number of processes of one machine type; a step
-                       took 1.17 × as long as a fast one, up to 1.52 × where it is mostly messages
+                       took 1.14 × as long as a fast one, up to 1.53 × where it is mostly messages
                        (benchmarks/README.md)
         seed           0
           ! warning    17% of the work idles: 3 ranks × accumulation 2 can't share 100 samples evenly; nearest global

@@ -17,7 +17,7 @@ from trainers.batchnorm import settled, statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Found, Parts, Update
 from trainers.engines.gradients import clipped, multiply, norm_of, number
-from trainers.engines.root import Root, checked, explained
+from trainers.engines.root import Explained, Root, checked, reworded
 from trainers.model import distinct
 from trainers.noise import GradientSquares
 from trainers.optim import Tuned
@@ -57,7 +57,7 @@ class Base:
         self._loss_scale = LossScale() if parts.precision == "fp16" else None
         self._buffers_before: dict[str, Tensor] = {}
         self._held: list[Tensor] | None = None
-        self._stepped = False
+        self._stepped, self._explained = False, Explained(self._reworded)
         # DDP's wrapper does so, for itself
         self._shares_buffers, self._begun = not settled(parts.model), False
 
@@ -99,7 +99,7 @@ class Base:
         if self._shares_buffers and not self._begun:
             self._share_buffers()  # a step begins with those of rank 0, on every engine
         self._begun = True
-        with self._explained():
+        with self._explained:
             return self._wrapped(lambda: self._forward(batch, samples))  # type: ignore[no-any-return]
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -131,12 +131,12 @@ class Base:
         self._carrier.write(note)
         if not self.rides:
             self._carrier.add()
-        with self._explained(), nullcontext() if measured is None else self._squares.of(measured):
+        with self._explained, nullcontext() if measured is None else self._squares.of(measured):
             self._backward(loss * (self._lift * self._factor))
 
-    def _explained(self) -> AbstractContextManager[None]:
-        """Within, what torch says in its own words is said in ours."""
-        return explained(self.for_unused)
+    def _reworded(self, text: str) -> str | None:
+        """What is to be said of an error of torch's; None: nothing better."""
+        return reworded(text, self.for_unused)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()

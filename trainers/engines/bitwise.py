@@ -13,7 +13,7 @@ The argument, link by link:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import accumulate, chain
 from typing import Any, NoReturn
 
@@ -79,17 +79,10 @@ class Bitwise(Base):
             square = self._squares.take(lambda own: own)
             self._squares_by_pass.append(self._nothing if square is None else square)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        with super()._explained():
-            try:
-                yield
-            except RuntimeError as error:
-                if "does not have a deterministic implementation" in str(error):
-                    raise Refused(
-                        f"numerics=bitwise: {str(error).partition(',')[0]}; leave it out, or use numerics=fast"
-                    ) from error
-                raise
+    def _reworded(self, text: str) -> str | None:
+        if "does not have a deterministic implementation" in text:
+            return f"numerics=bitwise: {text.partition(',')[0]}; leave it out, or use numerics=fast"
+        return super()._reworded(text)
 
     def _taken(self) -> Gradients:
         """What the backward left."""
@@ -128,7 +121,7 @@ class Bitwise(Base):
         return self._sheets[0].views
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        with self._explained():
+        with self._explained:
             return super().update(scale, clip_norm, recipe)
 
     def _measured_squares(self) -> Tensor | None:

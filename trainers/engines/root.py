@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -56,28 +55,43 @@ def _shown(value: Any) -> str:
     )
 
 
-@contextmanager
-def explained(for_unused: str) -> Iterator[None]:
-    """Around a forward or a backward: what torch says of it in its own words is said in ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "mixed torch.Tensor and DTensor" in str(error):
-            raise Refused(
-                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
-                "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
-            ) from error
-        if "find_unused_parameters" in str(error):
-            raise Refused(
-                "some parameters have no part in the loss, so their gradient never comes: freeze them with "
-                f"requires_grad=False, or give {for_unused}"
-            ) from error
-        raise
-    except ValueError as error:
-        if "Expected more than 1 value per channel" in str(error):
-            raise Refused(
-                "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
-                "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
-                "them from N samples on any hardware"
-            ) from error
-        raise
+class Explained:
+    """Within, what torch says in its own words is said in ours.
+
+    Args:
+        reword: what is to be said of an error's text; None: nothing better.
+    """
+
+    def __init__(self, reword: Callable[[str], str | None]) -> None:
+        self._reword = reword
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError | ValueError) and (said := self._reword(str(error))):
+            raise Refused(said) from error
+
+
+def reworded(text: str, for_unused: str) -> str | None:
+    """What is to be said of an error of a forward or a backward; None: nothing better.
+
+    Args:
+        for_unused: what is to be given where parameters have no part in the loss.
+    """
+    if "mixed torch.Tensor and DTensor" in text:
+        return (
+            "a module whose weights are gathered when it is called is used otherwise, by another method or its "
+            "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
+        )
+    if "find_unused_parameters" in text:
+        return (
+            "some parameters have no part in the loss, so their gradient never comes: freeze them with "
+            f"requires_grad=False, or give {for_unused}"
+        )
+    if "Expected more than 1 value per channel" in text:
+        return (
+            "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
+            "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
+            "them from N samples on any hardware"
+        )
+    return None
