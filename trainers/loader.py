@@ -80,23 +80,33 @@ class Fetch:
         if self._tensors is not None:
             at = torch.from_numpy(where)
             return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
-        rows, unkeyed = where.tolist(), None
-        if fetches_many(self.data):
-            key_generators(self.seed, start, SAMPLES)
-            before = generators_state()
-            samples = list(self.data.__getitems__(rows))
-            unkeyed = "__getitems__ draws random numbers; draw in augment()" if generators_state() != before else None
-            for number, sample in enumerate(samples):
-                key_generators(self.seed, start + number, SAMPLE)
-                samples[number] = self._augmented(start + number, sample)
-        else:
-            samples = [self._one(position, row) for position, row in enumerate(rows, start)]
+        samples, unkeyed = self.samples(start, where.tolist())
+        batch, collate_draws = self.collated(start, samples)
+        return Fetched(positions, batch, unkeyed or collate_draws)
+
+    def samples(self, start: int, rows: list[int]) -> tuple[list[Any], str | None]:
+        """Fetch the samples of ``rows``, which are at positions from ``start`` of the run, and augment them.
+
+        Returns:
+            The samples, and what in fetching them depends on the cut.
+        """
+        if not fetches_many(self.data):
+            return [self._one(position, row) for position, row in enumerate(rows, start)], None
+        key_generators(self.seed, start, SAMPLES)
+        before = generators_state()
+        samples = list(self.data.__getitems__(rows))
+        unkeyed = "__getitems__ draws random numbers; draw in augment()" if generators_state() != before else None
+        for number, sample in enumerate(samples):
+            key_generators(self.seed, start + number, SAMPLE)
+            samples[number] = self._augmented(start + number, sample)
+        return samples, unkeyed
+
+    def collated(self, start: int, samples: list[Any]) -> tuple[Any, str | None]:
+        """Collate samples at positions from ``start`` into a batch; the second value is as of ``samples``."""
         key_generators(self.seed, start, COLLATE)
         before = generators_state()
         batch = self.collate(samples)
-        if generators_state() != before:
-            unkeyed = "collate draws random numbers; draw in augment()"
-        return Fetched(positions, batch, unkeyed)
+        return batch, "collate draws random numbers; draw in augment()" if generators_state() != before else None
 
     def _one(self, position: int, row: int) -> Any:
         key_generators(self.seed, position, SAMPLE)
