@@ -123,7 +123,6 @@ def zero(stage: int, *more: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed() -> None:
     """In the parent, so that ranks needn't import it; it starts no thread."""
-    pytest.importorskip("deepspeed")
     import_deepspeed(torch.device("cpu"))
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # stage 3 collects as it begins

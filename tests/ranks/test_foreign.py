@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from tests.ranks.harness import Runs, distance
 from trainers.locate import build
 from trainers.rundir import Refused
 
-transformers = pytest.importorskip("transformers")
 GPT2 = transformers.GPT2LMHeadModel  # imported here, and not in every rank
 
 HERE = "tests.ranks.test_foreign"
