@@ -1,48 +1,62 @@
-# Everything runs in .venv, made from constraints.txt on first use.
+# Everything runs in VENV, made from constraints.txt on first use.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: train test test-commands test-rest test-cluster lint bench faults soak
+.PHONY: install train test test-commands test-rest test-unit test-cluster lint fuzz bench faults soak
 
-train: .venv/.installed
+install: $(VENV)/.installed
+
+train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
 # Two halves at a time: each waits for processes, and for time to pass, most of the while.
-test: .venv/.installed
+test: install
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-commands test-rest
 
 test-commands:
-	$(BIN)/python -m pytest -q tests/launch
+	$(PYTEST) tests/launch
 
-test-rest:
-	$(BIN)/python -m pytest -q tests/faults tests/ranks tests/unit
+test-rest: test-unit
+	$(PYTEST) tests/faults tests/ranks
 
-test-cluster: .venv/.installed
-	$(BIN)/python -m pytest -q tests/cluster
+test-unit: install
+	$(PYTEST) -p tests.no_torch tests/unit
 
-lint: .venv/.installed
+test-cluster: install
+	$(PYTEST) tests/cluster
+
+# `make fuzz EXAMPLES_SEED=N` tries the examples of an earlier run again.
+fuzz: install
+	@echo "To reproduce: make fuzz EXAMPLES_SEED=$(EXAMPLES_SEED)"
+	$(PYTEST) -p tests.no_torch -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(EXAMPLES_SEED) tests/unit || \
+		{ echo "To reproduce: make fuzz EXAMPLES_SEED=$(EXAMPLES_SEED)"; exit 1; }
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed
+bench: install
 	$(BIN)/python -m benchmarks
 
-faults: .venv/.installed
+faults: install
 	$(BIN)/python -m tests.faults
 
-soak: .venv/.installed
+soak: install
 	$(BIN)/python -m benchmarks.soak
 
-.venv/.installed: constraints.txt pyproject.toml
-	@echo "Installing into .venv what constraints.txt names (some minutes, once) …"
-	@$(PYTHON) -m venv .venv
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@echo "Installing into $(VENV) what constraints.txt names (some minutes, once) …"
+	@$(PYTHON) -m venv $(VENV)
 	@# DeepSpeed builds what it can compile when that is first used: nothing now.
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		".[tasks,accelerate,deepspeed,peers,test,lint]"
 	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring, and so not
 	@# where others look for them (see tests/peers.py).
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
-		--target .venv/peers pytorch-optimizer timm torch-optimizer
+		--target $(VENV)/peers pytorch-optimizer timm torch-optimizer
 	@rm -rf build isobatch.egg-info  # what pip left beside it
 	@touch $@

@@ -1,6 +1,31 @@
-"""For all tests: nothing here may start a second thread before ranks are forked."""
+"""Settings of all tests: no second thread before ranks are forked, and the same examples on every machine."""
 
 import os
+from collections.abc import Generator
+
+import pytest
+from hypothesis import HealthCheck, settings
 
 # A process that ever ran a multi-threaded tensor op can't be forked: its children hang. So it never runs one.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Health checks that look at the clock fail on a slow machine; a fixture of a function may be shared by its examples.
+ALIKE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("test", derandomize=True, database=None, **ALIKE)
+settings.register_profile("fuzz", max_examples=2000, database=None, print_blob=True, **ALIKE)
+settings.load_profile("test")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail on a skipped test that isn't marked `gpu`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skipped test into a failed one where `--no-skips` asks for it."""
+    report = yield
+    if report.skipped and item.config.getoption("no_skips") and not item.get_closest_marker("gpu"):
+        report.outcome, report.longrepr = "failed", f"skipped, which --no-skips forbids: {report.longrepr}"
+    return report

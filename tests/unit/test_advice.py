@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -16,6 +16,7 @@ from scaling.advice import USUAL, check_family, warnings
 from scaling.plan import Plan, Segment
 from scaling.resolve import resolve
 from scaling.rules import Rule
+from tests.examples import examples
 
 
 @cache
@@ -93,7 +94,7 @@ def test_work_that_idles() -> None:
 
 
 @given(st.integers(2, 60), st.integers(1, 400), st.none() | st.integers(1, 30), st.none() | st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_the_batches_named_against_idling_do_not_idle(
     world: int, batch: int, per_gpu: int | None, passes: int | None
 ) -> None:

@@ -7,12 +7,13 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scaling.geometry import Cut, nearest_even, solve
+from tests.examples import examples
 
-quick = settings(max_examples=75, deadline=None)
+quick = examples(75)
 
 worlds = st.integers(1, 9) | st.integers(1, 100_000)
 granule_counts = st.integers(1, 300) | st.integers(1, 10**7)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -17,6 +17,7 @@ from conf.identity import first_free, identity, run_directory, science
 from conf.schema import RunConfig
 from conf.stored import dump, extends, lengthened, run_of
 from conf.sweep import _folder, expand, sweep_directories
+from tests.examples import examples
 
 
 def optimizer_yaml(choice: str) -> dict[str, Any]:
@@ -275,7 +276,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(args=st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_whatever_a_task_takes_is_stored_and_hashed(default: RunConfig, args: dict[str, Any]) -> None:
     try:
@@ -454,7 +455,7 @@ def test_folder_names_of_a_sweep_stay_folders() -> None:
     assert names[0].startswith("task._target_=a.B,task.args.path=_.._.._x_-")
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.text(max_size=300), st.text(max_size=300))
 @example("é" * 100, "è" * 100)
 def test_any_text_is_one_folder(text: str, other: str) -> None:

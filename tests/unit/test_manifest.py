@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.plan import Plan
+from tests.examples import examples
 from tests.unit.test_plan import make
 from trainers.checkpoints.commit import compose
 from trainers.checkpoints.manifest import (
@@ -388,7 +389,7 @@ def test_what_is_said_has_no_control_characters(folder: Path) -> None:
     assert why(folder).isprintable()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100)
 @given(data=st.data())
 def test_any_value_anywhere_is_damage_or_harmless(folder: Path, data: st.DataObject) -> None:
     """Nothing but Damaged comes out; and what is read nonetheless has tensors that are all there."""
@@ -417,7 +418,7 @@ def _places(value: Any, *path: Any) -> Any:
         yield from _places(inside, *path, key)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100)
 @given(data=st.data())
 def test_any_bit_of_a_manifest_that_flips_is_found(folder: Path, data: st.DataObject) -> None:
     text = bytearray((folder / NAME).read_bytes())

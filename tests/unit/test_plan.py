@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.order import indices
@@ -19,9 +19,10 @@ from scaling.record import _numbers, from_json, to_json
 from scaling.rules import Recipe, Rule
 from scaling.schedule import Schedule
 from scaling.table import table
+from tests.examples import examples
 from tests.steps import walk
 
-quick = settings(max_examples=25, deadline=None)
+quick = examples(25)
 
 
 def make(samples: int | None = 1000, *, batches: tuple[tuple[int, int], ...] = ((0, 32),), **changes: Any) -> Plan:
@@ -237,7 +238,7 @@ def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_every_sample_exactly_once_an_epoch_whatever_the_batches_and_resizes(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 120))
     epochs = data.draw(st.integers(1, 3))
@@ -303,7 +304,7 @@ JUNK = [None, "x", True, -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}]
 
 
 @given(st.sampled_from(list(places(json.loads(to_json(WHOLE))))), st.sampled_from(["remove", *JUNK]))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | int, ...], junk: Any) -> None:
     content = json.loads(to_json(WHOLE))
     inner = content

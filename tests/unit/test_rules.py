@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
+from tests.examples import examples
 
-quick = settings(max_examples=50, deadline=None)
+quick = examples(50)
 batches = st.integers(1, 100_000)
 SGD = Recipe(lr=0.1, betas=(0.9,), eps=None, weight_decay=1e-4)
 ADAM = Recipe(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, ema=0.999)

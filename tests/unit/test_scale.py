@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -22,10 +22,11 @@ from scaling.plan import Plan
 from scaling.record import from_json, to_json
 from scaling.resolve import resolve
 from scaling.table import table
+from tests.examples import examples
 from tests.steps import walk
 
 WORLDS = (1, 2, 3, 7, 64, 1000, 99_999, 100_000)
-quick = settings(max_examples=60, deadline=None)
+quick = examples(60)
 
 # ---- one step: samples dealt one by one
 

@@ -6,12 +6,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.schedule import DECAYS, Schedule
+from tests.examples import examples
 
-quick = settings(max_examples=50, deadline=None)
+quick = examples(50)
 PEAK = 0.4
 
 

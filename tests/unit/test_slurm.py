@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -26,6 +26,7 @@ from slurm.render import directive, render
 from slurm.requeue import End, judge, put_back_by_slurm
 from slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from slurm.submit import common_cluster, prepare, refuse_unless_submittable
+from tests.examples import examples
 
 GOLDEN = Path(__file__).parent / "golden"
 ON_SLURM = ("cluster=slurm", "cluster.gpus_per_node=2")
@@ -78,7 +79,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 @given(texts)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
     """Through Hydra's grammar; and through the shell of the script, which runs nothing of it."""
     words = [override("run.dir", f"/{text}")]
@@ -88,7 +89,7 @@ def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
 
 @given(texts)
 @example("${HOME}")
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
     """As Hydra and OmegaConf read its path."""
     with pytest.raises(ConfigError, match="can't be read") as error:

@@ -6,12 +6,13 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.units import MEANING, Duration
+from tests.examples import examples
 
-quick = settings(max_examples=50, deadline=None)
+quick = examples(50)
 
 
 @pytest.mark.parametrize(
