@@ -13,7 +13,7 @@ from scaling.units import Duration
 
 HOUSEKEEPING = (
     "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "data.workers",
-    "data.fingerprint", "evaluate", "checkpoint", "on_nonfinite", "noise", "log", "run", "plan", "given",
+    "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run", "plan", "given",
     "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null

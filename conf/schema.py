@@ -387,6 +387,10 @@ class Log(Section):
     every: Interval
 
 
+class Check(Section):
+    contract: bool
+
+
 class Run(Section):
     dir: Annotated[str, Field(min_length=1)] | None
     config: Annotated[str, Field(min_length=1)] | None
@@ -429,6 +433,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint
     noise: Noise
     log: Log
+    check: Check
     run: Run
     plan: PlanOptions
     task: Task

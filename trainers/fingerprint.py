@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
 from typing import Any
@@ -13,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from scaling.order import indices
 from trainers.keyed import SAMPLE, SAMPLES, key_generators
-from trainers.loader import as_it_is, begin_worker, fetches_many
+from trainers.loader import fetches_many
 
 LOOKS = 16  # samples that are looked at
 WHOLE_BYTES = 1 << 28  # a TensorDataset of no more than this, a fraction of a second's work, is looked at as a whole
 
 
-def fingerprint(data: Any, seed: int, workers: int = 0) -> str | None:
-    """16 hexadecimal digits of the length of ``data`` and of some of its samples, the same in every process.
+def fingerprint(data: Any, seed: int) -> str | None:
+    """Return 16 hexadecimal digits of the length of ``data`` and of some of its samples, the same in every process.
 
     A TensorDataset is looked at as a whole, if it isn't too large. Of others some samples are, each fetched twice, with
     the default generators keyed alike. A part that still differs from itself (it draws from a generator of its own, or
@@ -32,71 +30,44 @@ def fingerprint(data: Any, seed: int, workers: int = 0) -> str | None:
     a path only the file's name.
 
     Args:
-        data: a map-style dataset of at least one sample.
+        data: a map-style dataset of at least one sample. It is fetched from: see trainers/look.py.
         seed: of the sample order, whose first samples are looked at.
-        workers: how many processes will load the data. Where there are any, one of them looks: a file that a dataset
-            opens when it is first asked must not be open yet when they are forked, or they share their place in it.
 
     Returns:
         None where nothing could be told: every part differs, or a sample can't be fetched (training will say why).
     """
-    look = _Look(data, seed)
-    if not workers:
-        with _generators_as_found():
-            return look[0]
-    loader: Any = DataLoader(
-        look,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=1,
-        collate_fn=as_it_is,
-        worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # else it draws from the default one
-    )
-    found: str | None = next(iter(loader))
-    return found
+    if type(data) is TensorDataset and sum(tensor.nbytes for tensor in data.tensors) <= WHOLE_BYTES:
+        return _short(digests(data.tensors))
+    length = len(data)
+    rows = indices(seed, length, 0, min(LOOKS, length)).tolist()
+    try:
+        first, again = ([digests(sample) for sample in _fetched(data, seed, rows)] for _ in range(2))
+    except Exception:
+        return None
+    drawn = {name for a, b in zip(first, again, strict=True) for name in a | b if a.get(name) != b.get(name)}
+    kept = sorted({name for sample in first for name in sample} - drawn)
+    if not kept:
+        return None
+    content = [[(name, sample.get(name)) for name in kept] for sample in first]
+    return _short((length, content))
 
 
-class _Look:
-    """A dataset of one entry: the fingerprint of another one."""
-
-    def __init__(self, data: Any, seed: int) -> None:
-        self._data, self._seed = data, seed
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, _: int) -> str | None:
-        if type(self._data) is TensorDataset and sum(tensor.nbytes for tensor in self._data.tensors) <= WHOLE_BYTES:
-            return _short(_digests(self._data.tensors))
-        length = len(self._data)
-        rows = indices(self._seed, length, 0, min(LOOKS, length)).tolist()
-        try:
-            first, again = ([_digests(sample) for sample in self._fetched(rows)] for _ in range(2))
-        except Exception:
-            return None
-        drawn = {name for a, b in zip(first, again, strict=True) for name in a | b if a.get(name) != b.get(name)}
-        kept = sorted({name for sample in first for name in sample} - drawn)
-        if not kept:
-            return None
-        content = [[(name, sample.get(name)) for name in kept] for sample in first]
-        return _short((length, content))
-
-    def _fetched(self, rows: list[int]) -> Iterator[Any]:
-        if fetches_many(self._data):
-            key_generators(self._seed, 0, SAMPLES)
-            yield from self._data.__getitems__(rows)
-            return
-        for position, row in enumerate(rows):
-            key_generators(self._seed, position, SAMPLE)
-            yield self._data[row]
+def _fetched(data: Any, seed: int, rows: list[int]) -> Iterator[Any]:
+    if fetches_many(data):
+        key_generators(seed, 0, SAMPLES)
+        yield from data.__getitems__(rows)
+        return
+    for position, row in enumerate(rows):
+        key_generators(seed, position, SAMPLE)
+        yield data[row]
 
 
 def _short(content: Any) -> str:
     return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
-def _digests(sample: Any) -> dict[str, str]:
-    """A digest for each part of a sample: each entry of a dict or tuple, else the whole."""
+def digests(sample: Any) -> dict[str, str]:
+    """Return a digest for each part of a sample: each entry of a dict or tuple, else the whole."""
     if isinstance(sample, dict):
         parts = {repr(key): value for key, value in sample.items()}
     elif isinstance(sample, tuple):
@@ -139,14 +110,3 @@ def _entries(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [part for item in value.items() for part in item]
     return list(value) if isinstance(value, list | tuple) else [getattr(value, field.name) for field in fields(value)]
-
-
-@contextmanager
-def _generators_as_found() -> Iterator[None]:
-    pythons, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)
-        torch.set_rng_state(torchs)

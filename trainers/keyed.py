@@ -8,7 +8,8 @@ What a dataset draws while it fetches one sample is keyed by that sample.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -48,6 +49,22 @@ def key_generators(seed: int, position: int, use: int) -> int:
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
     return key
+
+
+@contextmanager
+def generators_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Put the default generators of Python, numpy and torch back; also that of an accelerator ``device``."""
+    accelerator = torch.cuda.default_generators[device.index or 0] if device and device.type == "cuda" else None
+    pythons, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerators = accelerator.get_state() if accelerator else None
+    try:
+        yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
+        if accelerator and accelerators is not None:
+            accelerator.set_state(accelerators)
 
 
 def seed_generators(seed: int) -> None:

@@ -23,7 +23,6 @@ from trainers.checkpoints.resume import find_best, header_of, resume
 from trainers.engines import make_engine, refuse_environment
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import make_evaluate, with_average
-from trainers.fingerprint import fingerprint
 from trainers.fit import fit
 from trainers.kept import KEPT
 from trainers.keyed import Stream, seed_generators
@@ -37,6 +36,7 @@ from trainers.state import TrainState
 from trainers.stop import SIGNALS, Stop
 from trainers.tally import Pulse
 from trainers.tasks import make_task, open_data
+from trainers.tasks.contract import Looked, look_and_try
 from trainers.terminal import say
 from trainers.weights import initialise, save_final
 from trainers.world import World
@@ -103,19 +103,21 @@ def _train(
     data = open_data(task, config)
     watch.beat()
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
-    looks = ours is not None and config.data.fingerprint
-    known_by = world.agree((fingerprint(data, config.seed, config.data.workers) or "") if looks else "") or None
     plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
     refuse_environment(config, plan)
     stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, config, reason))
-    model = prepare(make_model(config, task), config, stream, world.size)
+    model = make_model(config, task)
+    looked = look_and_try(config, task, data, model, plan, world, watch.beat)
+    model = prepare(model, config, stream, world.size)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
         source = initialise(model, config.init_from, world) if config.init_from and begins else None
     engine = make_engine(config, task, model, plan.peak, world)
     watch.beat()
-    state, found = resume(run, config, world, engine, plan, known_by, partial(tell, ours, "skipped"), watch.beat)
+    state, found = resume(
+        run, config, world, engine, plan, looked.fingerprint, partial(tell, ours, "skipped"), watch.beat
+    )
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
 
@@ -153,7 +155,7 @@ def _train(
         run,
         world,
         engine,
-        partial(header_of, config, known_by),
+        partial(header_of, config, looked.fingerprint),
         every_s=every.value * 60 if every and every.unit == "min" else None,
         keep=config.checkpoint.keep,
         best=best,
@@ -180,6 +182,7 @@ def _train(
     model.train()
     for reason in dependent_on_cut(model):
         stream.tell(reason)
+    say_looked(ours, looked, stream.tell)
     try:
         done = fit(
             state,
@@ -292,8 +295,21 @@ def stop_cause(stop: Stop, world: World) -> str:
     return next(name for name in world.gather(stop.wanted or "") if name)
 
 
+def say_looked(run: RunDir | None, looked: Looked, tell_of_cut: Callable[[str], None]) -> None:
+    """Say what was found before step 1."""
+    for reason in looked.depends_on_hardware:
+        _tell_depends(run, reason)
+    for reason in looked.depends_on_cut:
+        tell_of_cut(reason)
+    for reason in looked.skipped:
+        tell(run, "trial_skipped", f"the task wasn't tried before step 1: {reason}", reason=reason)
+
+
 def _depends_on_cut(run: RunDir | None, config: RunConfig, reason: str) -> None:
-    if config.numerics == "bitwise":
-        return  # no hardware changes the cut
+    if config.numerics != "bitwise":  # where no hardware changes the cut
+        _tell_depends(run, reason)
+
+
+def _tell_depends(run: RunDir | None, reason: str) -> None:
     text = f"this run isn't the same on other hardware or another batch.per_gpu: {reason}"
     tell(run, "depends_on_cut", text, reason=reason)

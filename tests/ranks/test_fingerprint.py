@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from array import array
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from scaling.order import indices
 from tests.tasks import Counted, Many, OneByOne
 from trainers.fingerprint import LOOKS, fingerprint
 from trainers.keyed import generators_state
+from trainers.look import Unseen, look
 
 
 @dataclass
@@ -144,9 +147,10 @@ def test_what_default_generators_give_is_the_same_each_time(draw: Any) -> None:
 
 def test_generators_are_left_as_they_were() -> None:
     """So a run draws the same weights with and without it."""
-    for workers in (0, 1):
+    for data in (Counted().train_data(), OneByOne(Counted())):
         before = generators_state()
-        fingerprint(Counted().train_data(), seed=0, workers=workers)
+        look([partial(fingerprint, data, seed=0)])
+        look([partial(fingerprint, data, seed=0)], here=True)
         assert generators_state() == before
 
 
@@ -154,7 +158,6 @@ def test_a_sample_that_cannot_be_fetched_is_for_training_to_complain_of() -> Non
     broken = Made([1] * 20)
     broken[3] = lambda: 1 / 0
     assert fingerprint(broken, seed=0) is None
-    assert fingerprint(broken, seed=0, workers=1) is None
 
 
 def test_many_at_once_and_through_a_subset() -> None:
@@ -179,10 +182,41 @@ class Opening:
         return index
 
 
-def test_where_workers_load_the_data_it_stays_unopened_here() -> None:
+def test_data_that_is_looked_at_stays_unopened_here() -> None:
     there, here = Opening(), Opening()
-    assert fingerprint(there, seed=0, workers=2) == fingerprint(here, seed=0)
+    assert look([partial(fingerprint, there, seed=0)]) == [fingerprint(here, seed=0)]
     assert (there.opened_by, here.opened_by) == (None, os.getpid())
+
+
+class Records:
+    """Reads them one after another from a file that is opened at once, as its caller asks for them."""
+
+    def __init__(self, file: Path) -> None:
+        file.write_bytes(bytes(range(100)))
+        self.file = open(file, "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.file.read(1)
+
+
+def test_a_look_moves_no_place_in_an_open_file(tmp_path: Path) -> None:
+    data = Records(tmp_path / "records")
+    look([partial(fingerprint, data, seed=0)])
+    assert data[0] == b"\0"
+
+
+def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.look.LOOK_S", 0.5)
+    works = [lambda: 1 / 0, lambda: 3, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 4]
+    first, second, *lost = look(works)
+    assert first == Unseen("ZeroDivisionError: division by zero")
+    assert second == 3
+    assert [type(one) for one in lost] == [Unseen, Unseen]
+    (late,) = look([lambda: time.sleep(60)])
+    assert "timed out" in late.why
 
 
 def test_the_same_in_another_process() -> None:

@@ -106,7 +106,7 @@ class Base:
         if self._statistics:
             self._statistics.begin()
         with autocast(self._precision, self._device):
-            loss, units = checked(self._task.loss(self.model, batch)) if samples else self._stand_in(batch)
+            loss, units = checked(self._task.loss(self.model, batch), samples) if samples else self._stand_in(batch)
         if self.rides:
             return self._carrier.attach(self._statistics.attach(loss) if self._statistics else loss), units
         if self._statistics:

@@ -25,9 +25,22 @@ class Root(nn.Module):
         return work()
 
 
-def checked(result: Any) -> tuple[Tensor, float | Tensor]:
-    """What a task's loss returned, if it is (sum, units). Raises Refused if not."""
-    wanted = "task.loss has to return (sum of the losses over units, number of units)"
+def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
+    """Return the sum of losses (0-dim) and the number of units that a task's loss stands for.
+
+    Args:
+        result: what the loss returned: (sum over units, number of units), or one loss per sample, [samples].
+        samples: of the batch; None: not known.
+
+    Raises:
+        Refused: it is neither.
+    """
+    wanted = "task.loss has to return (sum of the losses over units, number of units), or one loss per sample"
+    if isinstance(result, Tensor):
+        if result.ndim != 1 or (samples is not None and len(result) != samples) or not result.requires_grad:
+            many = "" if samples is None else f" of {samples} samples"
+            raise Refused(f"{wanted}; for a batch{many} it returned {_shown(result)}")
+        return widened(result).sum(), float(len(result))
     if not isinstance(result, tuple) or len(result) != 2:
         raise Refused(f"{wanted}; it returned {_shown(result)}")
     loss, units = result

@@ -110,7 +110,7 @@ def error_note(
         reached: ``step`` and ``samples`` completed, where the error doesn't say it.
     """
     told = isinstance(error, Refused | Fatal)  # in the message, and the same on all ranks
-    kind = "refused" if isinstance(error, Refused) else "oom" if not told and _is_oom(error) else "crashed"
+    kind = "refused" if isinstance(error, Refused) else "oom" if not told and is_oom(error) else "crashed"
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,
@@ -137,8 +137,8 @@ def error_note(
     return note
 
 
-def _is_oom(error: BaseException) -> bool:
-    """Memory ran out, of whichever kind."""
+def is_oom(error: BaseException) -> bool:
+    """Return whether memory ran out, of whichever kind."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None

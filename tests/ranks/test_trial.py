@@ -1,0 +1,315 @@
+"""The trial of a task's contract before step 1: what it tells apart, and that nothing remains of it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from scaling.geometry import solve
+from tests.tasks import Counted, OneByOne
+from trainers.keyed import generators_state
+from trainers.loader import Fetch
+from trainers.tasks.halves import halves, own_generators
+from trainers.tasks.trial import DRAWS, Found, LossTrial, batches_of
+
+CPU = torch.device("cpu")
+
+
+class Base:
+    """Classification of noise into five classes; a subclass says by which loss."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 5))
+
+    def train_data(self) -> Any:
+        random = torch.Generator().manual_seed(1)
+        return TensorDataset(torch.randn(200, 8, generator=random), torch.randint(5, (200,), generator=random))
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return self.of(model(batch[0]), batch[1], model)
+
+    def of(self, logits: Tensor, labels: Tensor, model: nn.Module) -> Any:
+        raise NotImplementedError
+
+
+def task_of(function: Any, model: Any = None) -> Any:
+    """A task with this loss of logits, labels and model."""
+    made = Base()
+    made.of = function  # type: ignore[method-assign]
+    if model is not None:
+        made.model = model  # type: ignore[method-assign]
+    return made
+
+
+def tried(task: Any, per_gpu: int = 32) -> Found:
+    fetch = Fetch(task.train_data(), task, seed=0)
+    model = task.model()
+    batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
+    trial = LossTrial(task, model, model.train, CPU, 0, lambda: None)
+    return trial.run([halves(fetch, *batch) for batch in batches])
+
+
+def ce(logits: Tensor, labels: Tensor, **how: Any) -> Tensor:
+    return F.cross_entropy(logits, labels, **how)
+
+
+def info_nce(z: Tensor) -> Tensor:
+    z = F.normalize(z, dim=-1)
+    return ce(z @ (z + 0.1).T / 0.1, torch.arange(len(z)), reduction="sum")
+
+
+def triplet(z: Tensor, labels: Tensor) -> Tensor:
+    far, same = torch.cdist(z, z), labels[:, None] == labels
+    return F.relu((far * same).amax(1) - (far + 9 * same).amin(1) + 0.2).sum()
+
+
+def entropy(p: Tensor) -> Tensor:
+    return -(p.mean(0) * p.mean(0).log()).sum()
+
+
+def signed(logits: Tensor, labels: Tensor) -> Tensor:
+    return ce(logits, labels, reduction="none") * torch.where(labels % 2 == 0, 1.0, -1.0)
+
+
+SOUND = {
+    "sum": lambda x, y, m: (ce(x, y, reduction="sum"), len(y)),
+    "one loss per sample": lambda x, y, m: ce(x, y, reduction="none"),
+    "signed advantages": lambda x, y, m: signed(x, y),
+    "units of the sample": lambda x, y, m: ((ce(x, y, reduction="none") * y).sum(), y.sum()),
+    "masked": lambda x, y, m: (ce(x, y.where(y != 2, -100), reduction="sum", ignore_index=-100), (y != 2).sum()),
+    "class weights": lambda x, y, m: (ce(x, y, reduction="sum", weight=torch.arange(1.0, 6)), len(y)),
+    "zero": lambda x, y, m: (0 * x.sum(), len(y)),
+    "not a number": lambda x, y, m: (x.sum() * float("nan"), len(y)),
+    "functional dropout": lambda x, y, m: ce(F.dropout(x, 0.5, m.training), y, reduction="none"),
+    "a sum of noisy samples": lambda x, y, m: ce(x + 0.1 * torch.randn_like(x), y, reduction="none"),
+    "a sum in bf16": lambda x, y, m: ce(x.bfloat16() * 1.0, y, reduction="none").float(),
+}
+MEANS = {
+    "mean and samples": lambda x, y, m: (ce(x, y), len(y)),
+    "mean and 1": lambda x, y, m: (ce(x, y), 1),
+    "masked mean": lambda x, y, m: (ce(x, y.where(y > 1, -100), ignore_index=-100), (y > 1).sum()),
+    "half a mean": lambda x, y, m: (0.5 * ce(x, y), len(y)),
+    "mean of noisy samples": lambda x, y, m: (ce(x + 0.1 * torch.randn_like(x), y), len(y)),
+    "mean under functional dropout": lambda x, y, m: (ce(F.dropout(x, 0.5, m.training), y), len(y)),
+}
+COUPLED = {
+    "negatives of the batch": lambda x, y, m: (info_nce(x), len(y)),
+    "mean over negatives of the batch": lambda x, y, m: (info_nce(x) / len(y), len(y)),
+    "triplets": lambda x, y, m: (triplet(x, y), len(y)),
+    "masked mean times samples": lambda x, y, m: (ce(x, y.where(y > 1, -100), ignore_index=-100) * len(y), len(y)),
+    "entropy of the batch": lambda x, y, m: (ce(x, y, reduction="sum") + len(y) * 0.1 * entropy(x.softmax(1)), len(y)),
+    "a penalty once per call": lambda x, y, m: (
+        ce(x, y, reduction="sum") + 1e-3 * sum(p.square().sum() for p in m.parameters()), len(y),
+    ),
+    "hardest quarter": lambda x, y, m: (ce(x, y, reduction="none").topk(max(1, len(y) // 4))[0].sum(), len(y) // 4),
+    "weights by frequency": lambda x, y, m: (
+        (ce(x, y, reduction="none") / torch.bincount(y, minlength=5)[y]).sum() * len(y), len(y),
+    ),
+    "normalised over the batch": lambda x, y, m: ce((x - x.mean(0)) / x.std(0), y, reduction="none"),
+    "only in the gradient": lambda x, y, m: ce(x, y, reduction="none") * (1 + (x.mean(0) - x.mean(0).detach()).sum()),
+    "units that aren't those of samples": lambda x, y, m: (ce(x, y, reduction="sum"), 1),
+    "fails on half": lambda x, y, m: (ce(x, y, reduction="none").topk(12)[0].sum(), len(y)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_loss_is_left_alone(name: str) -> None:
+    assert tried(task_of(SOUND[name])) == Found()
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_is_rejected(name: str) -> None:
+    assert "returns a mean" in tried(task_of(MEANS[name])).rejected
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("per_gpu", [32, 24])
+def test_samples_that_look_at_each_other_are_reported(name: str, per_gpu: int) -> None:
+    found = tried(task_of(COUPLED[name]), per_gpu)
+    assert not found.rejected
+    assert len(found.depends) == 1, found
+
+
+def test_two_samples_are_enough() -> None:
+    for per_gpu in (2, 3, 5):
+        assert tried(task_of(SOUND["masked"]), per_gpu) == Found()
+        assert tried(task_of(MEANS["mean and samples"]), per_gpu).rejected
+        assert tried(task_of(COUPLED["negatives of the batch"]), per_gpu).depends
+
+
+LAYERS = {
+    "BatchNorm": lambda: nn.BatchNorm1d(16),
+    "BatchNorm without running statistics": lambda: nn.BatchNorm1d(16, track_running_stats=False),
+    "frozen BatchNorm": lambda: nn.BatchNorm1d(16).eval(),
+    "LayerNorm": lambda: nn.LayerNorm(16),
+    "alpha dropout": lambda: nn.AlphaDropout(0.5),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_couples_by_design_is_switched_off(name: str) -> None:
+    """It is recognised by its type, and reported in words of its own."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), LAYERS[name](), nn.Linear(16, 5))
+
+    assert tried(task_of(SOUND["sum"], model)) == Found()
+    assert tried(task_of(MEANS["mean and samples"], model)).rejected
+
+
+class Recurrent(nn.Module):
+    """Attention and an LSTM, both with dropout inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.lstm = nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None].expand(-1, 3, -1)
+        return self.head(self.lstm(self.attention(x, x, x)[0])[0][:, -1])  # type: ignore[no-any-return]
+
+
+def test_dropout_inside_of_layers_is_switched_off() -> None:
+    task = task_of(SOUND["sum"], Recurrent)
+    model = task.model()
+    assert tried(task) == Found()
+    assert (model.attention.dropout, model.lstm.dropout) == (0.5, 0.5)
+
+
+class Annealed(nn.Module):
+    """Numbers that move with every call, of every kind that can be seen, and caches, which move once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 5)
+        self.calls, self.seen, self.plain = 0, {"samples": 0}, torch.zeros(1)
+        self.register_buffer("ticks", torch.zeros((), dtype=torch.int64))
+        self.longest, self.cache = 0, torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen["samples"] += len(x)
+        self.plain += 1
+        self.ticks = self.ticks + 1
+        if self.longest < 64:
+            self.longest, self.cache = 64, torch.ones(64)
+        return self.linear(x) * (1 - 0.9**self.calls)  # type: ignore[no-any-return]
+
+
+def test_counters_are_named_and_put_back() -> None:
+    model = Annealed()
+    task = task_of(SOUND["sum"], lambda: model)
+    task.count, task.kinds, task.annealing = 0, Counter(), type("Annealing", (), {})()
+    task.annealing.steps = np.int64(0)
+
+    def loss(x: Tensor, y: Tensor, m: nn.Module) -> Any:
+        task.count += 1
+        task.kinds["calls"] += 1
+        task.annealing.steps += 1
+        task.new = itertools.count()
+        return ce(x, y, reduction="none")
+
+    task.of = loss
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = tried(task)
+    moved = [
+        "task.count",
+        "task.kinds",
+        "task.annealing.steps",
+        "model.calls",
+        "model.seen",
+        "model.plain",
+        "model.ticks",
+    ]
+    assert sorted(reason.split()[0] for reason in found.counters) == sorted(moved)
+    assert not found.depends, "what counts is put back before each call, so the losses can be compared"
+    assert (model.calls, model.seen, float(model.plain), model.longest) == (0, {"samples": 0}, 0.0, 0)
+    assert (task.count, task.kinds, int(task.annealing.steps), hasattr(task, "new")) == (0, Counter(), 0, False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_remains_of_it() -> None:
+    """Weights, also where the forward writes to them; buffers; modes; gradients; generators."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5).eval(), nn.Dropout())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.body[0].weight.data.mul_(1.5)  # type: ignore[union-attr, operator]
+            return self.body(torch.nn.functional.dropout(x))  # type: ignore[no-any-return]
+
+    model = Model()
+    task = task_of(SOUND["sum"], lambda: model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = [value.data_ptr() for value in model.state_dict().values()]
+    batches = [halves(Fetch(task.train_data(), task, seed=0), 0, 8, 16)]
+    generators, modes = generators_state(), [module.training for module in model.modules()]
+    LossTrial(task, model, model.train, CPU, 0, lambda: None).run(batches)
+    assert generators_state() == generators
+    assert [module.training for module in model.modules()] == modes
+    assert [value.data_ptr() for value in model.state_dict().values()] == places
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Drawing(OneByOne):
+    """Samples with noise of a generator of the dataset's own, of one kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(Counted())
+        own: dict[str, Any] = {"numpy": np.random.default_rng(0).normal, "python": random.Random(0).random}
+        torchs = torch.Generator().manual_seed(0)
+        own["torch"] = lambda: torch.rand((), generator=torchs)
+        own["default"] = np.random.normal
+        self.draw = own[kind]
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, *rest = super().__getitem__(index)
+        return inputs + np.float32(self.draw()), *rest
+
+
+@pytest.mark.parametrize("kind", ["numpy", "python", "torch", "default"])
+def test_a_generator_of_the_datasets_own_is_reported(kind: str) -> None:
+    found = own_generators(Fetch(Drawing(kind), Counted(), seed=0))
+    assert [("the dataset's [index]" in reason) for reason in found] == ([] if kind == "default" else [True])
+
+
+def test_generators_of_augment_and_collate_are_told_apart() -> None:
+    own = np.random.default_rng(0)
+
+    class Augmenting(Counted):
+        def augment(self, sample: Any, generator: torch.Generator) -> Any:
+            return sample[0] + float(own.normal()), *sample[1:]
+
+    class Collating(Counted):
+        def collate(self, samples: list[Any]) -> Any:
+            batch = torch.utils.data.default_collate(samples)
+            return batch[0] + float(own.normal()), *batch[1:]
+
+    for task, name in ((Augmenting(), "augment()"), (Collating(), "collate()")):
+        (reason,) = own_generators(Fetch(task.train_data(), task, seed=0))
+        assert reason.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "granule", "samples"), [(1, 1, 0), (2, 1, 2), (7, 1, 3), (64, 1, 16), (64, 8, 32), (8, 8, 0)]
+)
+def test_it_takes_as_long_as_a_few_steps(per_gpu: int, granule: int, samples: int) -> None:
+    batches = batches_of(solve(1, global_size=64, per_gpu=per_gpu, granule=granule), 500)
+    assert [stop - start for start, _, stop in batches] == [samples] * (DRAWS if samples else 0)
+    assert all((middle - start) % granule == 0 for start, middle, _ in batches)

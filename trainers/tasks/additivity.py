@@ -1,0 +1,83 @@
+"""Decide from a few losses whether a task's loss is a sum over samples. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+LOSS_TOLERANCE = 1e-5  # of |L₁| + |L₂|; sound losses in fp32 stay below 1e-6
+GRADIENT_TOLERANCE = 3e-5  # of |g₁| + |g₂|; sound ones stay below 2e-6
+NOISY_MEAN = (0.35, 0.65)  # L / (L₁ + L₂) of a mean, where noise hides its exact value; a sum has about 1
+
+Verdict = Literal["sum", "mean", "coupled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The losses of some samples and of the same samples in two halves.
+
+    Attributes:
+        whole, first, second: (sum of losses, units) of all samples and of each half.
+        gradient_off: |g − g₁ − g₂| / (|g₁| + |g₂|); 0 where no gradient was taken.
+        samples: how many there were, and how many in each half.
+    """
+
+    whole: tuple[float, float]
+    first: tuple[float, float]
+    second: tuple[float, float]
+    samples: tuple[int, int, int]
+    gradient_off: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(number) for pair in (self.whole, self.first, self.second) for number in pair)
+
+    @property
+    def size(self) -> float:
+        return abs(self.first[0]) + abs(self.second[0])
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether loss, units and gradient of the whole are the sums of those of the halves."""
+        units = self.first[1] + self.second[1]
+        loss_off = abs(self.whole[0] - self.first[0] - self.second[0])
+        return (
+            loss_off <= LOSS_TOLERANCE * self.size
+            and abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
+            and self.gradient_off <= GRADIENT_TOLERANCE
+        )
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss of the whole is the mean of those of the halves, by samples or by units."""
+        (_, first, second), units = self.samples, self.first[1] + self.second[1]
+        weights = [(first, second), *([(self.first[1], self.second[1])] if units else [])]
+        means = [(a * self.first[0] + b * self.second[0]) / (a + b) for a, b in weights]
+        return any(abs(self.whole[0] - mean) <= LOSS_TOLERANCE * self.size for mean in means)
+
+    def __str__(self) -> str:
+        by = 0 if abs(self.whole[0] - self.first[0] - self.second[0]) > LOSS_TOLERANCE * self.size else 1
+        whole, first, second = (f"{pair[by]:.6g}" for pair in (self.whole, self.first, self.second))
+        if by and self.gradient_off > GRADIENT_TOLERANCE:
+            return f"the gradient of {self.samples[0]} samples is {self.gradient_off:.1g} off the sum over their halves"
+        unit = " units" if by else ""
+        return f"{self.samples[0]} samples give {whole}{unit}, and their halves {first} and {second}"
+
+
+def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | None]:
+    """Return what the loss is, and the draw that shows it.
+
+    Args:
+        noisy: rounding in few bits, or random numbers, hide everything but the factor of two between sum and mean.
+    """
+    told = [draw for draw in draws if draw.finite and abs(draw.whole[0]) + draw.size > 0]
+    if noisy:
+        ratios = [draw.whole[0] / sum_of_halves for draw in told if (sum_of_halves := draw.first[0] + draw.second[0])]
+        low, high = NOISY_MEAN
+        return ("mean", told[0]) if ratios and all(low < ratio < high for ratio in ratios) else ("sum", None)
+    off = [draw for draw in told if not draw.is_sum]
+    if not off:
+        return "sum", None
+    return ("mean" if all(draw.is_mean for draw in off) else "coupled"), off[0]

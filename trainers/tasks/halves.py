@@ -1,0 +1,74 @@
+"""Fetch a few batches of a task's training data, each as a whole and in two halves, for the trial of its contract."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from scaling.order import indices
+from trainers.fingerprint import digests
+from trainers.keyed import SAMPLE, SAMPLES, key_generators
+from trainers.loader import Fetch, fetches_many
+
+OWN = "draws from a generator of its own, or from a clock: use the default generators of torch, numpy or Python"
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """The same samples, collated as one batch and as two.
+
+    Attributes:
+        start, middle, stop: their positions; [start, middle) is the first half.
+        whole, first, second: the batches.
+        unkeyed: collate drew random numbers, so the batches may differ in more than their samples.
+    """
+
+    start: int
+    middle: int
+    stop: int
+    whole: Any
+    first: Any
+    second: Any
+    unkeyed: bool
+
+
+def halves(fetch: Fetch, start: int, middle: int, stop: int) -> Halves:
+    """Fetch the samples at [start, stop) once, so that a generator of the dataset's own makes no difference."""
+    samples, _ = fetch.samples(start, indices(fetch.seed, fetch.length, start, stop).tolist())
+    whole, unkeyed = fetch.collated(start, _again(samples))
+    first, _ = fetch.collated(start, _again(samples[: middle - start]))
+    second, _ = fetch.collated(middle, samples[middle - start :])
+    return Halves(start, middle, stop, whole, first, second, unkeyed is not None)
+
+
+def _again(samples: list[Any]) -> list[Any]:
+    """A copy, where samples can be copied: collate may change them in place."""
+    try:
+        return copy.deepcopy(samples)
+    except Exception:
+        return samples
+
+
+def own_generators(fetch: Fetch) -> list[str]:
+    """Fetch one sample twice under the same key, and say what in fetching it isn't a function of that key."""
+    row = int(indices(fetch.seed, fetch.length, 0, 1)[0])
+    raw = [_keyed(fetch, row) for _ in range(2)]
+    if _differ(*raw):
+        return [f"the dataset's {'__getitems__' if fetches_many(fetch.data) else '[index]'} {OWN}, or augment()"]
+    augmented = [fetch.samples(0, [row])[0] for _ in range(2)]
+    if _differ(*augmented):
+        return [f"augment() {OWN}, or the generator that it gets"]
+    collated = [fetch.collated(0, _again(augmented[0]))[0] for _ in range(2)]
+    return [f"collate() {OWN}"] if _differ(*([batch] for batch in collated)) else []
+
+
+def _keyed(fetch: Fetch, row: int) -> list[Any]:
+    """The sample of a row as the dataset gives it."""
+    many = fetches_many(fetch.data)
+    key_generators(fetch.seed, 0, SAMPLES if many else SAMPLE)
+    return list(fetch.data.__getitems__([row])) if many else [fetch.data[row]]
+
+
+def _differ(one: list[Any], other: list[Any]) -> bool:
+    return list(map(digests, one)) != list(map(digests, other))

@@ -1,0 +1,183 @@
+"""Call a task and its model and leave no trace: tensors and attributes are put back bit by bit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+MODULES_OWN = ("training", "_parameters", "_buffers", "_modules")  # on_copies puts them back
+COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
+COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # at most, of a list or mapping of numbers
+
+
+class Copies:
+    """Within, ``module`` computes on copies of its parameters and buffers; afterwards it has the originals again.
+
+    Args:
+        device: where the copies are; None: each where its original is.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
+        self._device = device
+        self._parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+        self._buffers = [(one, dict(one._buffers)) for one in module.modules()]
+        self._modes = [(one, one.training) for one in module.modules()]
+
+    def __enter__(self) -> Copies:
+        for parameter, original in self._parameters:
+            parameter.data = original.to(self._device, copy=True)
+        self.reset_buffers()
+        return self
+
+    def reset_buffers(self) -> None:
+        """Copy the original buffers once more."""
+        copies = dict[int, Tensor]()  # a buffer that two modules share stays one
+        for one, originals in self._buffers:
+            self._put(one, {name: self._copy(buffer, copies) for name, buffer in originals.items()})
+
+    def buffers(self) -> dict[tuple[str, str], Any]:
+        """Return copies of the buffers as they are now, by the number of their module and their name."""
+        found = [(index, name, b) for index, (one, _) in enumerate(self._buffers) for name, b in one._buffers.items()]
+        return {(str(index), name): b.detach().clone() for index, name, b in found if b is not None}
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, original in self._parameters:
+            parameter.data = original
+        for one, originals in self._buffers:
+            self._put(one, originals)
+        for one, training in self._modes:
+            one.training = training
+
+    def _copy(self, buffer: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
+        if buffer is None:
+            return None
+        return copies.setdefault(id(buffer), buffer.to(self._device, copy=True))
+
+    def _put(self, one: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+        one._buffers.clear()
+        one._buffers.update(buffers)
+
+
+class Attributes:
+    """The plain attributes of a task, of its modules and of the objects that they hold.
+
+    Args:
+        model: whose modules' attributes count as well.
+    """
+
+    def __init__(self, task: Any, model: nn.Module) -> None:
+        self._objects = dict(_objects(task, model))
+        self._before = {name: dict(_plain(one)) for name, one in self._objects.items()}
+        self._numbers = self.numbers()
+
+    def numbers(self) -> dict[tuple[str, str], Any]:
+        """Return a copy of the numbers in every attribute, by the object's name and the attribute's."""
+        copies = {
+            (name, key): _copied(value) for name, one in self._objects.items() for key, value in _plain(one).items()
+        }
+        return {place: copy for place, copy in copies.items() if copy is not None}
+
+    def restore(self) -> None:
+        """Put back every attribute that was set, added or deleted, and the numbers that changed in place."""
+        for name, one in self._objects.items():
+            attributes, before = vars(one), self._before[name]
+            for key in dict(_plain(one)).keys() - before.keys():
+                del attributes[key]
+            for key, value in before.items():
+                attributes[key] = value
+                if (name, key) in self._numbers:
+                    _put_back(value, self._numbers[name, key])
+
+
+def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> list[str]:
+    """Return the names of the attributes whose numbers differ."""
+    return [".".join(place) for place in after if place in before and not _equal(before[place], after[place])]
+
+
+def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The task, the modules of the model and of the task, and what these hold one level down, by name."""
+    roots = [("task", task), *_modules("model", model)]
+    for key, value in vars(task).items() if hasattr(task, "__dict__") else ():
+        roots += _modules(f"task.{key}", value) if isinstance(value, nn.Module) else []
+    seen = set[int]()
+    for name, one in roots:
+        inner = [(f"{name}.{key}", value) for key, value in _plain(one).items() if _is_plain_object(value)]
+        for place, found in [(name, one), *inner]:
+            if id(found) not in seen and hasattr(found, "__dict__"):
+                seen.add(id(found))
+                yield place, found
+
+
+def _modules(prefix: str, module: nn.Module) -> list[tuple[str, Any]]:
+    return [(f"{prefix}.{name}" if name else prefix, one) for name, one in module.named_modules()]
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether it is an instance of a class of somebody's own: data is looked at elsewhere, and libraries know."""
+    foreign = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy", *sys.stdlib_module_names)
+    return not foreign and not isinstance(value, type | nn.Module | Dataset)
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    if not hasattr(one, "__dict__"):
+        return {}
+    module = isinstance(one, nn.Module)
+    return {k: v for k, v in vars(one).items() if not (module and (k in MODULES_OWN or k.endswith("_hooks")))}
+
+
+def _copied(value: Any, depth: int = COPIED_DEPTH) -> Any:
+    """Return a copy of the numbers in ``value``; None where there are none, or too many."""
+    if isinstance(value, bool | int | float | complex | np.generic):
+        return value
+    if isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
+        return value.detach().clone()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
+        return np.array(value)
+    if isinstance(value, dict | list) and depth and len(value) <= COPIED_ENTRIES:
+        if isinstance(value, dict):
+            return {key: _copied(inner, depth - 1) for key, inner in value.items()}
+        return [_copied(inner, depth - 1) for inner in value]
+    return None
+
+
+def _put_back(value: Any, copy: Any) -> Any:
+    """Return ``value`` with the numbers of ``copy``, in place where that can be."""
+    if copy is None or _equal(_copied(value), copy):
+        return value
+    if isinstance(copy, dict) and isinstance(value, dict):
+        for key in value.keys() - copy.keys():
+            del value[key]
+        value.update({key: _put_back(value.get(key), inner) for key, inner in copy.items()})
+    elif isinstance(copy, list) and isinstance(value, list):
+        value[:] = [_put_back(inner, one) for inner, one in zip_longest(value[: len(copy)], copy)]
+    elif isinstance(copy, Tensor) and isinstance(value, Tensor):
+        with torch.no_grad():
+            value.copy_(copy)
+    elif isinstance(copy, np.ndarray) and isinstance(value, np.ndarray):
+        value[...] = copy
+    else:
+        return copy
+    return value
+
+
+def _equal(before: Any, after: Any) -> bool:
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(_equal(before[key], after[key]) for key in before)
+    if isinstance(before, list):
+        return len(before) == len(after) and all(map(_equal, before, after))
+    if isinstance(before, Tensor):
+        return torch.equal(before, after) or bool(
+            before.shape == after.shape and ((before == after) | before.isnan()).all()
+        )
+    if isinstance(before, np.ndarray):
+        return np.array_equal(before, after) or repr(before) == repr(after)
+    return bool(before == after or before != before)
