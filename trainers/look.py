@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ def look(
         with generators_kept():
             return [_Works(works)[index] for index in range(len(works))]
     found: list[Any] = []
-    with _places_in_files_kept(), closing(_Forked(works)) as results:
+    with _places_in_files_kept(), closing(_forked(works)) as results:
         try:
             for _ in works:
                 found.append(next(results))
@@ -59,31 +59,23 @@ def has_no_state(data: Any, task: Any) -> bool:
     )
 
 
-class _Forked:
-    """The results of a DataLoader's worker, one by one."""
-
-    def __init__(self, works: Sequence[Callable[[], Any]]) -> None:
-        self._works, self._results = works, None
-
-    def __next__(self) -> Any:
-        if self._results is None:
-            self._results: Any = iter(
-                DataLoader(
-                    _Works(self._works),  # type: ignore[arg-type]
-                    batch_size=None,
-                    num_workers=1,
-                    timeout=LOOK_S,
-                    collate_fn=as_it_is,
-                    worker_init_fn=begin_worker,
-                    multiprocessing_context="fork",
-                    generator=torch.Generator(),  # else it draws from the default one
-                )
-            )
-        return next(self._results)
-
-    def close(self) -> None:
-        if self._results is not None:
-            self._results._shutdown_workers()
+def _forked(works: Sequence[Callable[[], Any]]) -> Generator[Any, None, None]:
+    """Yield the results of a DataLoader's worker, one by one."""
+    loader: Any = DataLoader(
+        _Works(works),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=1,
+        timeout=LOOK_S,
+        collate_fn=as_it_is,
+        worker_init_fn=begin_worker,
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # else it draws from the default one
+    )
+    results = iter(loader)
+    try:
+        yield from results
+    finally:
+        results._shutdown_workers()
 
 
 class _Works:

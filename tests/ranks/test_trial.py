@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from scaling.geometry import solve
+from tests.ranks.harness import Runs, distance
 from tests.tasks import Counted, OneByOne
 from trainers.keyed import generators_state
 from trainers.loader import Fetch
@@ -65,7 +67,7 @@ def ce(logits: Tensor, labels: Tensor, **how: Any) -> Tensor:
 
 def info_nce(z: Tensor) -> Tensor:
     z = F.normalize(z, dim=-1)
-    return ce(z @ (z + 0.1).T / 0.1, torch.arange(len(z)), reduction="sum")
+    return ce(z @ (z + 0.1).T / 0.1, torch.arange(len(z), device=z.device), reduction="sum")
 
 
 def triplet(z: Tensor, labels: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ SOUND = {
     "signed advantages": lambda x, y, m: signed(x, y),
     "units of the sample": lambda x, y, m: ((ce(x, y, reduction="none") * y).sum(), y.sum()),
     "masked": lambda x, y, m: (ce(x, y.where(y != 2, -100), reduction="sum", ignore_index=-100), (y != 2).sum()),
-    "class weights": lambda x, y, m: (ce(x, y, reduction="sum", weight=torch.arange(1.0, 6)), len(y)),
+    "class weights": lambda x, y, m: (ce(x, y, reduction="sum", weight=torch.arange(1.0, 6).to(x)), len(y)),
     "zero": lambda x, y, m: (0 * x.sum(), len(y)),
     "not a number": lambda x, y, m: (x.sum() * float("nan"), len(y)),
     "functional dropout": lambda x, y, m: ce(F.dropout(x, 0.5, m.training), y, reduction="none"),
@@ -313,3 +315,48 @@ def test_it_takes_as_long_as_a_few_steps(per_gpu: int, granule: int, samples: in
     batches = batches_of(solve(1, global_size=64, per_gpu=per_gpu, granule=granule), 500)
     assert [stop - start for start, _, stop in batches] == [samples] * (DRAWS if samples else 0)
     assert all((middle - start) % granule == 0 for start, middle, _ in batches)
+
+
+ENGINES = {
+    "ddp": [],
+    "fsdp": ["engine=fsdp"],
+    "accelerate": ["engine=accelerate"],
+    "zero-0": ["engine=deepspeed", "engine.stage=0"],
+    "zero-3": ["engine=deepspeed", "engine.stage=3"],
+    "bf16": ["precision=bf16"],
+    "bitwise": ["numerics=bitwise", "batch.per_gpu=8"],
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
+    """On two ranks: what couples is reported before step 1, and a mean is rejected there."""
+    how = ["task=custom", "task._target_=tests.tasks.Coupled", "duration=2st", "lr.peak=0.1", *ENGINES[engine]]
+    events = runs(2, *how).events()
+    about = [event["reason"].split()[0] for event in events if event["event"] == "depends_on_cut"]
+    assert about == ["the", "task.calls", *(["task.loss"] if engine != "bitwise" else [])]
+    ends = runs(2, *how, "task.args.mean=true").ends
+    assert all(end["raised"] == "Refused" and "returns a mean" in end["message"] for end in ends)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_is_the_same_bit_by_bit_without_it(runs: Runs, world: int) -> None:
+    """Dropout, augmentation, a dataset's own generator and a counter in the loss find no trace of it."""
+    how = ["task=custom", "task._target_=tests.tasks.Coupled", "duration=5st", "lr.peak=0.1", "batch.global_size=32"]
+    tried, untried = runs(world, *how), runs(world, *how, "check.contract=false", "data.fingerprint=false")
+    assert distance(tried.weights(), untried.weights()) == 0
+    assert tried.losses() == untried.losses()
+    assert not [event for event in untried.events() if event["event"] == "depends_on_cut"]
+
+
+def test_what_cannot_be_tried_is_said(runs: Runs) -> None:
+    """A single sample in a micro-batch; and a loss that fails, which training will complain of by itself."""
+    how = ["task=custom", "task._target_=tests.tasks.Counted", "duration=2st", "lr.peak=0.1"]
+    (event,) = [e for e in runs(1, *how, "batch.per_gpu=1").events() if e["event"] == "trial_skipped"]
+    assert "one sample" in event["reason"]
+    assert not [e for e in runs(1, *how).events() if e["event"] == "trial_skipped"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from scaling.geometry import counted
 from trainers.engines import Found
 from trainers.precision import widened
 from trainers.rundir import Refused
@@ -25,7 +26,22 @@ class Root(nn.Module):
         return work()
 
 
+WANTED = "task.loss has to return (sum of the losses over units, number of units), or one loss per sample"
+
+
 def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
+    """Return what ``summed`` does, for a loss that is to be trained on.
+
+    Raises:
+        Refused: it is no loss, or has no gradient.
+    """
+    loss, units = summed(result, samples)
+    if not loss.requires_grad:
+        raise Refused(f"{WANTED}; it returned {_shown(result)} without a gradient")
+    return loss, units
+
+
+def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
     """Return the sum of losses (0-dim) and the number of units that a task's loss stands for.
 
     Args:
@@ -35,17 +51,13 @@ def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Te
     Raises:
         Refused: it is neither.
     """
-    wanted = "task.loss has to return (sum of the losses over units, number of units), or one loss per sample"
     if isinstance(result, Tensor):
-        if result.ndim != 1 or (samples is not None and len(result) != samples) or not result.requires_grad:
-            many = "" if samples is None else f" of {samples} samples"
-            raise Refused(f"{wanted}; for a batch{many} it returned {_shown(result)}")
-        return widened(result).sum(), float(len(result))
+        return _summed_samples(result, samples), float(len(result))
     if not isinstance(result, tuple) or len(result) != 2:
-        raise Refused(f"{wanted}; it returned {_shown(result)}")
+        raise Refused(f"{WANTED}; it returned {_shown(result)}")
     loss, units = result
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise Refused(f"{wanted}; its sum is {_shown(loss)}, not a scalar tensor with a gradient")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise Refused(f"{WANTED}; its sum is {_shown(loss)}, not a scalar tensor")
     loss = widened(loss.reshape(()) if loss.ndim else loss)
     if isinstance(units, Tensor) and units.numel() == 1:
         if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
@@ -53,12 +65,22 @@ def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Te
         units = units.item()
     if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
         return loss, float(units)
-    raise Refused(f"{wanted}; its number of units is {_shown(units)}, not a number of 0 or more")
+    raise Refused(f"{WANTED}; its number of units is {_shown(units)}, not a number of 0 or more")
+
+
+def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
+    if losses.ndim == 1 and samples in (None, len(losses)):
+        return widened(losses).sum()
+    fix = "return the sum with the number of units, or use reduction='none'"
+    if losses.ndim:
+        fix = "add up the losses of each sample, as losses.flatten(1).sum(1) does"
+    batch = "" if samples is None else f" for {counted(samples, 'sample')}"
+    raise Refused(f"{WANTED}; it returned {_shown(losses)}{batch}: {fix}")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
+        return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
     return (

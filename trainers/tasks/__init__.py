@@ -34,8 +34,11 @@ class Task(Protocol):
     def train_data(self) -> Any:
         """A map-style dataset: ``len()`` and ``[index]``."""
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor]:
-        """The sum of the losses over the batch's units, and the number of units. Never a mean."""
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor] | Tensor:
+        """Return the sum of the losses over the batch's units with the number of units, or one loss per sample.
+
+        Never a mean: the loss of a step is divided once, by the number of units in its whole global batch.
+        """
 
 
 REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}

@@ -91,10 +91,7 @@ def _agreed(world: World, known_by: str | None, own: list[str], found: Found) ->
     everyone = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
     if rejected := next((one.rejected for one in everyone if one.rejected), ""):
         raise Refused(rejected)
+    first = next((one for one in everyone if one.depends), found)  # the numbers in it may be others on each rank
     counters = dict.fromkeys(reason for one in everyone for reason in one.counters)
-    return Looked(
-        known_by,
-        [*own, *counters],
-        list(dict.fromkeys(reason for one in everyone for reason in one.depends)),
-        list(dict.fromkeys(one.skipped for one in everyone if one.skipped)),
-    )
+    skipped = dict.fromkeys(one.skipped for one in everyone if one.skipped)
+    return Looked(known_by, [*own, *counters], first.depends, list(skipped))

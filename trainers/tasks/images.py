@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from trainers.rundir import Refused
-from trainers.tasks.classify import measures, summed_loss
+from trainers.tasks.classify import measures
 from trainers.tasks.image_data import Labelled, from_arrays, mnist, read_npz
 from trainers.tasks.image_folder import from_folder
 
@@ -59,9 +59,9 @@ class Images:
         bordered = F.pad(image, [self.shift] * 4)
         return bordered[:, down : down + image.shape[1], right : right + image.shape[2]], label
 
-    def loss(self, model: nn.Module, batch: Sample) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: Sample) -> Tensor:
         images, labels = batch
-        return summed_loss(model(scaled(images)), labels)
+        return F.cross_entropy(model(scaled(images)), labels, reduction="none")
 
     def evaluate(self, model: nn.Module, batch: Sample) -> dict[str, tuple[Tensor, int]]:
         images, labels = batch

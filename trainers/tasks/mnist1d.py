@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from trainers.tasks.classify import measures, summed_loss
+from trainers.tasks.classify import measures
 
 TRAIN, VALIDATION = 4000, 1000  # samples
 POINTS = 40
@@ -57,9 +58,9 @@ class Mnist1D:
     def val_data(self) -> TensorDataset:
         return self._val
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         lines, labels = batch
-        return summed_loss(model(lines), labels)
+        return F.cross_entropy(model(lines), labels, reduction="none")
 
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
         lines, labels = batch

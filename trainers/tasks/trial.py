@@ -6,6 +6,7 @@ are found here, in some forwards of the bare model in fp32, of which nothing rem
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class LossTrial:
         self,
         task: Task,
         model: nn.Module,
-        to_training_mode: Callable[[], None],
+        to_training_mode: Callable[[], Any],
         device: torch.device,
         seed: int,
         beat: Callable[[], None],
@@ -113,6 +114,7 @@ class LossTrial:
             self._copies = [stack.enter_context(Copies(self._model, self._device))]
             self._copies += [stack.enter_context(Copies(module)) for module in modules if module is not self._model]
             stack.enter_context(exact_fp32())
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             hook = register_module_forward_hook(self._note_narrow)
             stack.callback(hook.remove)

@@ -136,6 +136,8 @@ def _copied(value: Any, depth: int = COPIED_DEPTH) -> Any:
     """Return a copy of the numbers in ``value``; None where there are none, or too many."""
     if isinstance(value, bool | int | float | complex | np.generic):
         return value
+    if isinstance(value, nn.Parameter):
+        return None  # as an LSTM lists its own
     if isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
         return value.detach().clone()
     if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
@@ -175,9 +177,8 @@ def _equal(before: Any, after: Any) -> bool:
     if isinstance(before, list):
         return len(before) == len(after) and all(map(_equal, before, after))
     if isinstance(before, Tensor):
-        return torch.equal(before, after) or bool(
-            before.shape == after.shape and ((before == after) | before.isnan()).all()
-        )
+        alike = before.shape == after.shape and before.device == after.device
+        return alike and bool(((before == after) | (before.isnan() & after.isnan())).all())
     if isinstance(before, np.ndarray):
         return np.array_equal(before, after) or repr(before) == repr(after)
     return bool(before == after or before != before)

@@ -1,0 +1,133 @@
+"""The trial of a task's contract on a GPU: `python -m pytest tests/gpu` where there is one, no part of `make test`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scaling.geometry import solve
+from tests.ranks.test_trial import COUPLED, MEANS, SOUND, Recurrent, task_of
+from trainers.keyed import generators_kept
+from trainers.loader import Fetch
+from trainers.tasks.halves import halves
+from trainers.tasks.images import resnet
+from trainers.tasks.text import GPT
+from trainers.tasks.trial import Found, LossTrial, batches_of
+
+CUDA = torch.device("cuda", 0)
+torch.cuda.init()
+LAUNCHER = Path(__file__).parents[2] / "launch.py"
+
+
+def tried(task: Any, per_gpu: int = 32) -> Found:
+    fetch = Fetch(task.train_data(), task, seed=0)
+    model = task.model()
+    batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
+    trial = LossTrial(task, model, model.train, CUDA, 0, lambda: None)
+    return trial.run([halves(fetch, *batch) for batch in batches])
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_loss_is_left_alone(name: str) -> None:
+    assert tried(task_of(SOUND[name])) == Found()
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_is_rejected(name: str) -> None:
+    assert "returns a mean" in tried(task_of(MEANS[name])).rejected
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_samples_that_look_at_each_other_are_reported(name: str) -> None:
+    found = tried(task_of(COUPLED[name]))
+    assert not found.rejected
+    assert len(found.depends) == 1
+
+
+class Images:
+    """A convolutional network with BatchNorm, where TF32 would round."""
+
+    def model(self) -> nn.Module:
+        return resnet(3, 10, 32, 2)
+
+    def train_data(self) -> Any:
+        random = torch.Generator().manual_seed(0)
+        return torch.utils.data.TensorDataset(
+            torch.randn(256, 3, 64, 64, generator=random), torch.randint(10, (256,), generator=random)
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Tokens:
+    """GPT-2 of 124M parameters."""
+
+    def model(self) -> nn.Module:
+        return GPT(1024, 768, 12, 12, 0.1)
+
+    def train_data(self) -> Any:
+        random = torch.Generator().manual_seed(0)
+        return torch.utils.data.TensorDataset(torch.randint(256, (64, 1025), generator=random))
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        (tokens,) = batch
+        logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
+
+
+@pytest.mark.parametrize("task", [Images, Tokens])
+def test_large_models_are_sound(task: Any) -> None:
+    assert tried(task(), per_gpu=16) == Found()
+    torch.cuda.empty_cache()
+
+
+def test_recurrent_layers_need_training_mode() -> None:
+    assert tried(task_of(SOUND["sum"], Recurrent)) == Found()
+    assert tried(task_of(MEANS["mean and samples"], Recurrent)).rejected
+
+
+def test_nothing_remains_on_the_gpu() -> None:
+    with generators_kept(CUDA):
+        task = task_of(SOUND["functional dropout"])
+        model = task.model()
+        task.model = lambda: model
+        state, taken = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+        tried(task)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        assert torch.cuda.memory_allocated() <= taken + (32 << 20), "cuBLAS keeps a workspace"
+
+
+def command(folder: Path, *overrides: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, events and output of a run on the GPU."""
+    done = subprocess.run(
+        [sys.executable, str(LAUNCHER), f"run.dir={folder}", "device=cuda", *overrides],
+        capture_output=True, text=True, cwd=LAUNCHER.parent,
+    )  # fmt: skip
+    events = folder / "events.jsonl"
+    lines = events.read_text().splitlines() if events.exists() else []
+    return done.returncode, [json.loads(line) for line in lines], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=digits", "precision=bf16", "compile=true"],
+        ["task=images", "precision=fp16", "data.workers=2"],
+        ["task=text", "precision=bf16", "batch.per_gpu=24", "evaluate.every=20st"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_shipped_tasks_pass(tmp_path: Path, overrides: list[str]) -> None:
+    code, events, output = command(tmp_path / "run", *overrides, "duration=40st")
+    assert code == 0, output
+    reasons = [event.get("reason", "") for event in events if event["event"] in ("depends_on_cut", "trial_skipped")]
+    assert not [reason for reason in reasons if "BatchNorm" not in reason]
