@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from conf.compose import compose
 from scaling.rules import Recipe
 from tests.ranks.harness import Runs, distance
+from trainers.engines.root import checked
 from trainers.optim import make_optimizer
 from trainers.rundir import Refused
 from trainers.tasks import make_task, open_data
@@ -48,7 +49,7 @@ def test_the_yaml_is_right(name: str) -> None:
     torch.manual_seed(0)
     model = task.model()
     batch = default_collate([task.val_data()[row] for row in range(4)])
-    loss, units = task.loss(model, batch)
+    loss, units = checked(task.loss(model, batch), 4)
     assert units == 4 * (config.task.units_per_sample or 1)
     guessing = {"text": 256}.get(name, 10)  # a model that knows nothing gives each as much
     assert loss.item() / units == pytest.approx(np.log(guessing), rel=0.1)

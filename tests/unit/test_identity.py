@@ -79,6 +79,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "recompute": ["blocks.*"],
     "noise.every": "1st",
     "data.workers": 2,
+    "check.contract": False,
     "data.fingerprint": False,
     "evaluate.every": "3ep",
     "checkpoint.every": "5min",
