@@ -377,6 +377,10 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     every: Interval | None
+    first: bool
+    last: bool
+    per_gpu: Size | None
+    samples: Size | None
 
 
 class Noise(Section):
@@ -449,6 +453,18 @@ class RunConfig(Section):
             raise ValueError(
                 f"checkpoint.best={self.checkpoint.best} is of the weights' average, and there is none: give ema=1ep, "
                 "or the like"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_have_data(self) -> RunConfig:
+        asked = {f"checkpoint.best={self.checkpoint.best}": self.checkpoint.best is not None}
+        asked["evaluate.first=true"] = self.evaluate.first
+        wanting = [key for key, wanted in asked.items() if wanted]
+        if wanting and self.data.target is not None and self.data.val_args is None:
+            raise ValueError(
+                f"{wanting[0]} needs validation data, and data._target_={self.data.target} makes none: give "
+                f"data.val_args={{split: test}}, or the like, or leave {wanting[0].partition('=')[0]} out"
             )
         return self
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from conf.identity import identity
 from scaling.advice import check_family
 from scaling.engines import check_engine, held
+from scaling.evaluations import check_evaluations
 from scaling.geometry import counted
 from scaling.lengths import Lengths, schedule_of
 from scaling.plan import Choice, Plan, Segment
@@ -91,9 +92,11 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
         segments = _grown(config, first, train_samples, schedule)
         if segments and schedule:
             schedule = replace(schedule, held_until=segments[-1].start_sample)
-    if segments is None:  # not before the data is opened; until then nothing is said of the steps
-        return replace(plan, samples=None)
-    return replace(plan, segments=segments, schedule=schedule)
+    # not before the data is opened; until then nothing is said of the steps
+    known = {"samples": None} if segments is None else {"segments": segments, "schedule": schedule}
+    plan = replace(plan, **known)
+    check_evaluations(config, plan, lengths)
+    return plan
 
 
 def _duration(config: RunConfig, lengths: Lengths) -> int | None:

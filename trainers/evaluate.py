@@ -3,91 +3,178 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset, default_collate
+from torch import Tensor, nn
 
 from trainers.average import Average
-from trainers.enter import refuse_unless_same
+from trainers.engines.root import summed
+from trainers.keyed import Stream
 from trainers.loader import to_device
 from trainers.precision import autocast
 from trainers.rundir import Refused
 from trainers.stop import Stop
-from trainers.tasks import Task, check_map_style
+from trainers.tasks import Task
+from trainers.validation import Validation
 from trainers.world import World
+
+if TYPE_CHECKING:
+    from trainers.engines import Engine
 
 Totals = dict[str, tuple[float, float]]
 Evaluate = Callable[[], dict[str, float] | None]
 
 
-def make_evaluate(
-    task: Task,
-    model: nn.Module,
-    world: World,
-    per_gpu: int,
-    stop: Stop | None = None,
-    beat: Callable[[], None] = lambda: None,
-    precision: str = "fp32",
-    call: Callable[[Callable[[], Any]], Any] = lambda work: work(),
-    lockstep: bool = False,
-) -> Evaluate | None:
-    """A function that evaluates ``model`` on the task's validation data; None where it has none.
+@dataclass(slots=True)
+class Evaluator:
+    """Evaluate ``model`` on the rows of ``data``, a contiguous share of them on each rank.
 
-    It gives the same values on all ranks; None, on all of them, where some rank was asked to stop meanwhile: that rank
-    leaves off at once.
-
-    Args:
-        per_gpu: samples per forward.
+    Attributes:
+        stream: that the model's dropout layers follow, and by which draws of a forward are keyed.
+        per_gpu: the most samples per forward.
+        precision: what a forward computes in.
+        engine: that calls the model; None: it is called as it is.
+        stop: where some rank is asked to stop, all of them leave off.
         beat: called after each forward.
-        precision: what it computes in.
-        call: what calls the model; with ``lockstep``, all ranks have to do so equally often.
+    """
+
+    task: Task
+    model: nn.Module
+    data: Validation
+    world: World
+    stream: Stream
+    per_gpu: int
+    precision: str = "fp32"
+    engine: Engine | None = None
+    stop: Stop = field(default_factory=Stop)
+    beat: Callable[[], None] = lambda: None
+
+    def __call__(self) -> dict[str, float] | None:
+        """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop.
+
+        An exception has the attributes that let the ranks be started again with fewer samples per forward.
+        """
+        mine, longest = self._share()
+        for buffer in self.model.buffers():
+            self.world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
+        try:
+            with evaluating(self.model, self.stream):
+                totals = self._totals(mine, longest)
+        except Exception as error:
+            error.per_gpu, error.granule, error.fixed = min(self.per_gpu, longest), 1, False  # type: ignore[attr-defined]
+            raise
+        found = _over_ranks(None if self.stop.wanted else totals, self.world)
+        return None if found is None else summarise(self.task, found)
+
+    def chunk(self, start: int, stop: int) -> Totals:
+        """Return sums and counts of one forward, of rows [start, stop) of those that are evaluated.
+
+        In lockstep all ranks call this alike.
+        """
+        fetched = self.data[start, stop]
+        batch = to_device(fetched.batch, self.world.device)
+        work: Callable[[], Totals] = partial(measure, self.task, self.model, batch)
+        with self.stream.evaluating(self.data.rows[start:stop]), autocast(self.precision, self.world.device):
+            if fetched.unkeyed:
+                self.stream.tell(fetched.unkeyed)
+            totals = self.engine.call(work) if self.engine else work()
+        self.beat()
+        return totals
+
+    def _totals(self, mine: range, longest: int) -> Totals:
+        """The totals of this rank, up to where it is asked to stop."""
+        totals: Totals = {}
+        lockstep = self.engine is not None and self.engine.lockstep
+        for start in range(mine.start, mine.start + longest, self.per_gpu):
+            wanted = self.stop.wanted is not None
+            if self.world.any(wanted) if lockstep else wanted:
+                break
+            stop = min(start + self.per_gpu, mine.stop)
+            if start < stop:
+                add(totals, self.chunk(start, stop))
+            elif lockstep:
+                self.chunk(0, 1)  # as many forwards as the other ranks have
+            else:
+                break
+        return totals
+
+    def _share(self) -> tuple[range, int]:
+        """This rank's share, and the size of the largest: rank 0's, which has at least one."""
+        share, more = divmod(len(self.data.rows), self.world.size)
+        rank = self.world.rank
+        first = rank * share + min(rank, more)
+        return range(first, first + share + (rank < more)), share + (more > 0)
+
+
+@contextmanager
+def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
+    """Put ``model`` in eval mode, without gradients; then restore modes and buffers, so that training sees no trace."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    with torch.no_grad():
+        yield
+        if changed := _put_back(model, buffers):
+            stream.tell_of_evaluation(f"evaluate changes {', '.join(changed)} of the model, which is put back after it")
+    for module, training in modes:
+        module.training = training
+
+
+def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> list[str]:
+    """Give buffers the values that they had, and return the names of those that had others.
+
+    One that has another shape now is a cache that has grown, and stays.
+    """
+    changed = []
+    for name, buffer in model.named_buffers():
+        before = buffers.get(name)
+        if before is not None and before.shape == buffer.shape and not torch.equal(before, buffer):
+            buffer.copy_(before)
+            changed.append(name)
+    return changed
+
+
+def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
+    """Return {name: (sum, count)} of one batch: what the task's ``evaluate`` gives, else its loss.
 
     Raises:
-        Refused: ``val_data()`` isn't a map-style dataset or is empty.
+        Refused: it gives something else.
     """
-    stop = stop or Stop()
-    data = task.val_data() if hasattr(task, "val_data") else None
-    samples = -1 if data is None else check_map_style(data, "val_data()")
-    refuse_unless_same(world, "the number of samples that val_data() has (-1: there is none)", samples)
-    if data is None:
-        return None
-    if samples == 0:
-        raise Refused("val_data() has 0 samples; return None where there is nothing to evaluate on")
-    # A contiguous share for each rank, the larger ones first: rank 0 always has at least one sample.
-    share, more = divmod(samples, world.size)
-    first = world.rank * share + min(world.rank, more)
-    mine, longest = range(first, first + share + (world.rank < more)), share + (more > 0)
+    if not hasattr(task, "evaluate"):
+        loss, units = summed(task.loss(model, batch))
+        return {"loss": (float(loss), float(units))}
+    result = task.evaluate(model, batch)
+    pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
+    if not pairs:
+        raise Refused(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
+    return {name: _numbers(name, pair) for name, pair in result.items()}
 
-    def evaluate() -> dict[str, float] | None:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        for buffer in model.buffers():
-            world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
-        totals: Totals = {}
-        with torch.no_grad():
-            for start in range(mine.start, mine.start + longest, per_gpu):
-                if world.any(stop.wanted is not None) if lockstep else stop.wanted:
-                    break
-                rows = range(start, min(start + per_gpu, mine.stop))
-                if not (rows or lockstep):
-                    break
-                batch = to_device(_batch(data, rows or range(1), task), world.device)
-                with autocast(precision, world.device):
-                    measured = call(partial(_measure, task, model, batch))
-                for name, (value, count) in measured if rows else ():
-                    before = totals.get(name, (0.0, 0.0))
-                    totals[name] = before[0] + _number(name, value), before[1] + _number(name, count)
-                beat()
-        for module, training in modes:
-            module.training = training
-        found = _over_ranks(None if stop.wanted else totals, world)
-        return None if found is None else _summarise(task, found)
 
-    return evaluate
+def add(totals: Totals, more: Totals) -> None:
+    """Add the sums and counts of ``more`` to ``totals``."""
+    for name, (value, count) in more.items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = before[0] + value, before[1] + count
+
+
+def summarise(task: Task, totals: Totals) -> dict[str, float]:
+    """Return each sum over its count, and what the task's ``summarise`` makes of all totals.
+
+    Raises:
+        Refused: ``summarise`` doesn't return {name: value}.
+    """
+    ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
+    if not hasattr(task, "summarise"):
+        return ratios
+    made = task.summarise(totals)
+    if not isinstance(made, dict):
+        raise Refused(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
+    return {**ratios, **{name: float(value) for name, value in made.items()}}
 
 
 def with_average(evaluate: Evaluate | None, average: Average | None) -> Evaluate | None:
@@ -110,29 +197,11 @@ def with_average(evaluate: Evaluate | None, average: Average | None) -> Evaluate
     return both
 
 
-def _batch(data: Any, rows: range, task: Task) -> Any:
-    if type(data) is TensorDataset and not hasattr(task, "collate"):
-        return data[rows.start : rows.stop]
-    samples = data.__getitems__(list(rows)) if hasattr(data, "__getitems__") else [data[row] for row in rows]
-    return getattr(task, "collate", default_collate)(samples)
-
-
-def _measure(task: Task, model: nn.Module, batch: Any) -> Any:
-    """Pairs of name and (sum, count) of one batch: the task's ``evaluate``, else its loss."""
-    if not hasattr(task, "evaluate"):
-        return [("loss", task.loss(model, batch))]
-    result = task.evaluate(model, batch)
-    pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
-    if not pairs:
-        raise Refused(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
-    return result.items()
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise Refused(f"task.evaluate has to return sums and counts, numbers both; {name} has {value!r:.100}") from None
+def _numbers(name: str, pair: Any) -> tuple[float, float]:
+    with suppress(TypeError, ValueError):
+        value, count = (one for one in pair if not isinstance(one, Tensor) or one.numel() == 1)
+        return float(value), float(count)
+    raise Refused(f"task.evaluate has to return sums and counts, numbers both; {name} has {pair!r:.100}")
 
 
 def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
@@ -146,14 +215,3 @@ def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
     flat = torch.tensor([totals.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64, device=world.device)
     world.sum(flat)
     return {name: (value, count) for name, (value, count) in zip(names, flat.tolist(), strict=True)}
-
-
-def _summarise(task: Task, totals: Totals) -> dict[str, float]:
-    """The task's ``summarise`` over all totals; without one, each sum over its count."""
-    ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
-    if not hasattr(task, "summarise"):
-        return ratios
-    made = task.summarise(totals)
-    if not isinstance(made, dict):
-        raise Refused(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
-    return {**ratios, **{name: float(value) for name, value in made.items()}}

@@ -8,16 +8,19 @@ import sys
 from contextlib import nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING
 
+from scaling.evaluations import evaluation_batch
 from trainers.enter import refuse_other_commands
-from trainers.evaluate import make_evaluate
-from trainers.keyed import seed_generators
-from trainers.model import make_model
+from trainers.evaluate import Evaluator
+from trainers.keyed import Stream, seed_generators
+from trainers.model import make_model, prepare
 from trainers.precision import check_precision
-from trainers.run import plan_of, stop_cause
+from trainers.run import evaluation_depends_on_cut, plan_of, stop_cause
 from trainers.rundir import Outcome, Refused
 from trainers.starting.notes import restarts
 from trainers.stop import Stop
 from trainers.tasks import make_task, open_data
+from trainers.terminal import say
+from trainers.validation import open_validation
 from trainers.weights import initialise, load_average
 from trainers.world import World
 
@@ -52,6 +55,11 @@ def evaluate_weights(config: RunConfig, facts: dict[str, str], world: World, sto
     return Outcome("finished", "", 0, 0, facts["attempt"], restarts())
 
 
+def _warn(world: World, reason: str) -> None:
+    if world.rank == 0:
+        say(f"warning: {evaluation_depends_on_cut(reason)}")
+
+
 def measured(config: RunConfig, facts: dict[str, str], world: World, stop: Stop) -> tuple[str, dict[str, float] | None]:
     """Where the weights are from, and their values as ``val/<name>``, those of their moving average as ``ema/<name>``.
 
@@ -64,22 +72,25 @@ def measured(config: RunConfig, facts: dict[str, str], world: World, stop: Stop)
     task = make_task(config)
     data = open_data(task, config)
     check_precision(config.precision, world.device)
-    per_gpu = plan_of(config, world.size, len(data), facts.get("per_gpu_limit")).cut.per_gpu
-    model = make_model(config, task).to(world.device)
-    evaluate = make_evaluate(task, model, world, per_gpu, stop, precision=config.precision)
-    if evaluate is None:
+    limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
+    per_gpu = evaluation_batch(config, plan_of(config, world.size, len(data), limit), limit)
+    said = print if world.rank == 0 else lambda _: None
+    stream = Stream(
+        config.seed, world.device, tell=lambda reason: said(f"warning: {evaluation_depends_on_cut(reason)}")
+    )
+    as_trained = config.model_copy(update={"compile": False, "recompute": ()})
+    model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)
+    validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    if validation is None:
         raise Refused(f"task {config.task.name} has no validation data to evaluate on: its class needs val_data()")
+    evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, stop=stop)
     source = initialise(model, config.init_from, world)
     found: dict[str, float] = {}
-    try:
-        for kind in ("val", "ema"):
-            if kind == "ema" and not load_average(model, source, world):
-                break
-            values = evaluate()
-            if values is None:
-                return source, None
-            found |= {f"{kind}/{name}": value for name, value in values.items()}
-    except Exception as error:
-        error.per_gpu = per_gpu  # type: ignore[attr-defined]  # with fewer samples at once, memory may suffice
-        raise
+    for kind in ("val", "ema"):
+        if kind == "ema" and not load_average(model, source, world):
+            break
+        values = evaluate()
+        if values is None:
+            return source, None
+        found |= {f"{kind}/{name}": value for name, value in values.items()}
     return source, found

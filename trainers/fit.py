@@ -43,17 +43,19 @@ def fit(
     must_save: bool,
     complain: Callable[[str], None],
     noise_every: int | None = None,
+    evaluate_last: bool = True,
 ) -> bool:
     """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
 
     Args:
         skip_nonfinite: a step whose loss or gradient isn't finite changes nothing, instead of ending the run.
-        log_every, evaluate_every, save_every: in samples. In any case the first and the last step are logged and the
-            end is evaluated; and a checkpoint is saved where the keeper says that it's time, or the run stops or ends.
+        log_every, evaluate_every, save_every: in samples. In any case the first and the last step are logged; and a
+            checkpoint is saved where the keeper says that it's time, or the run stops or ends.
         evaluate: gives None, on all ranks, where some rank was asked to stop meanwhile.
         must_save: the end counts as one only where it could be saved.
         complain: told of a checkpoint that couldn't be saved, on rank 0.
         noise_every: samples between two measurements of the gradient noise, in a step of at least two micro-batches.
+        evaluate_last: evaluate at the end of the run; False: not there, even where ``evaluate_every`` says so.
 
     Returns:
         True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
@@ -63,6 +65,7 @@ def fit(
         Refused: the task's loss isn't (sum, units), or a whole step had no units.
     """
     step, stopping, skips = state.plan.step_at(state.samples), False, 0
+    state.evaluation_owed = state.evaluation_owed and evaluate is not None and (step is not None or evaluate_last)
     if evaluate and state.evaluation_owed:
         stopping = not evaluate_now(evaluate, state, metrics, keeper)
     while step and not stopping:
@@ -87,7 +90,9 @@ def fit(
         heed(news, metrics, state, log_every, skip_nonfinite)
         stopping = news is not None and news.stop
         saving = crossed(save_every, step.start, step.stop) or (news is not None and news.save)
-        evaluating = evaluate is not None and (following is None or crossed(evaluate_every, step.start, step.stop))
+        evaluating = evaluate is not None and (
+            crossed(evaluate_every, step.start, step.stop) if following else evaluate_last
+        )
         if stopping or saving or evaluating or following is None:
             last = pulse.last()
             heed(last, metrics, state, log_every, skip_nonfinite)
@@ -107,8 +112,10 @@ def fit(
             complain(failure)
         step = following
     done = step is None and not state.evaluation_owed
-    if evaluate is None or not done:
+    if evaluate is None or not (done and evaluate_last):  # else it was saved before the last evaluation
         keeper.save(state)
+    if done and (never := keeper.best.never()):
+        metrics.warn(never)
     if failure := keeper.wait():
         if must_save or not done:
             raise Fatal(f"step {state.steps}, at which to {'end' if done else 'stop'}, can't be saved: {failure}")
@@ -156,6 +163,8 @@ def evaluate_now(evaluate: Evaluate, state: TrainState, metrics: Metrics, keeper
         return False
     state.evaluation_owed = False
     metrics.evaluation(values, time.perf_counter() - began)
-    if keeper.improves(values):
+    if missing := keeper.best.missing(values):
+        metrics.warn(missing)
+    if keeper.best.improves(values):
         keeper.save(state, values)
     return True

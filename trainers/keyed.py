@@ -8,8 +8,9 @@ What a dataset draws while it fetches one sample is keyed by that sample.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 _MASK64 = (1 << 64) - 1
 
-AUGMENT, FORWARD, MASK, SAMPLE, SAMPLES, COLLATE = range(1, 7)  # what random numbers are for: part of every key
+# What random numbers are for: part of every key.
+AUGMENT, FORWARD, MASK, SAMPLE, SAMPLES, COLLATE, EVALUATION = range(1, 8)
 
 
 def mix(*words: int) -> int:
@@ -84,28 +86,61 @@ def generators_state(
     return bytes(torchs.get_state().numpy()), pythons.getstate(), np.asarray(words).tobytes() + str(place).encode()
 
 
+def evaluation_seed(seed: int) -> int:
+    """Return the seed of all random numbers in evaluations: none of them is one of training's."""
+    return mix(seed, EVALUATION) >> 1
+
+
+@dataclass(slots=True)
+class _Use:
+    """What a stream is used for: training or evaluation.
+
+    Attributes:
+        tell: called with what makes the result depend on the cut; ``told``: the reasons that were told.
+        forwards: how many there were.
+    """
+
+    seed: int
+    tell: Callable[[str], None]
+    told: set[str] = field(default_factory=set)
+    forwards: int = 0
+
+    def tell_once(self, reason: str) -> None:
+        if reason not in self.told:
+            self.told.add(reason)
+            self.tell(reason)
+
+
 class Stream:
     """Which samples the current forward is about; shared by all keyed layers of a model.
 
     Args:
         tell: called with what makes the run depend on its cut, once for each reason, when it is first seen.
+        tell_of_evaluation: called likewise with what makes the values of evaluations depend on it; None: ``tell``.
 
     Attributes:
         samples: how many they are.
         clock: int64, moves on with each draw, for compiled code: see ``mask_keys``.
     """
 
-    def __init__(self, seed: int, device: torch.device, tell: Callable[[str], None] = print) -> None:
-        self.seed = seed
-        self.positions, self.samples = range(0), 0
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        tell: Callable[[str], None] = print,
+        tell_of_evaluation: Callable[[str], None] | None = None,
+    ) -> None:
+        self._training = _Use(seed, tell)
+        self._evaluation = _Use(evaluation_seed(seed), tell_of_evaluation or tell)
+        self._use = self._training
+        self.positions: Sequence[int] = range(0)
+        self.samples = 0
         self.draws = 0  # of keyed layers from torch's generator, in this forward
         self.clock = torch.zeros((), dtype=torch.int64)
         self.number = next(_NUMBERS)
         _STREAMS[self.number] = self
         self._calls: dict[int, dict[int, int]] = {}
-        self._told: set[str] = set()
-        self._tell = tell
-        self._forwards = self._key = 0
+        self._key = 0
         self.device = device
         self._accelerator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
 
@@ -114,16 +149,33 @@ class Stream:
 
     def start(self, start: int, stop: int) -> None:
         """Begin the forward of the samples at positions [start, stop) of the run."""
-        self.positions, self.samples, self.draws = range(start, stop), stop - start, 0
+        self._begin(start, range(start, stop))
+
+    @contextmanager
+    def evaluating(self, rows: Sequence[int]) -> Iterator[None]:
+        """Key what is drawn within by ``rows`` of the validation data (at least one), which a forward evaluates.
+
+        Training doesn't notice: it keys its own forwards by ``start``.
+        """
+        self._use = self._evaluation
+        try:
+            self._begin(rows[0], rows)
+            yield
+            self.stop()
+        finally:
+            self._use = self._training
+
+    def _begin(self, first: int, positions: Sequence[int]) -> None:
+        self.positions, self.samples, self.draws = positions, len(positions), 0
         self._calls.clear()
-        self._key = key_generators(self.seed, start, FORWARD)
+        self._key = key_generators(self._use.seed, first, FORWARD)
         if self._accelerator is not None:
             self._accelerator.manual_seed(self._key)
 
     def stop(self) -> None:
         """End of the forward. Now and then: tell if anything but keyed layers has drawn random numbers in it."""
-        self._forwards += 1
-        if self._forwards & (self._forwards - 1):  # a look takes as long as a small layer: at the 1st, 2nd, 4th, 8th, …
+        self._use.forwards = forwards = self._use.forwards + 1
+        if forwards & (forwards - 1):  # a look takes as long as a small layer: at the 1st, 2nd, 4th, 8th, …
             return
         untouched = torch.Generator().manual_seed(self._key)
         for _ in range(self.draws):
@@ -138,10 +190,12 @@ class Stream:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tell(self, reason: str) -> None:
-        """Say, once, why this run isn't the same on another cut."""
-        if reason not in self._told:
-            self._told.add(reason)
-            self._tell(reason)
+        """Report, once, why this run (while an evaluation runs: its values) isn't the same on another cut."""
+        self._use.tell_once(reason)
+
+    def tell_of_evaluation(self, reason: str) -> None:
+        """Report, once, why the values of evaluations aren't the same on another cut."""
+        self._evaluation.tell_once(reason)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keys(self, layer: int) -> Tensor:
@@ -153,9 +207,8 @@ class Stream:
         self.draws += 1
         calls = self._calls.setdefault(layer, {})
         call = calls.setdefault(draw(torch.default_generator), len(calls))
-        salt = mix(self.seed, layer, call, MASK)
-        positions = torch.arange(self.positions.start, self.positions.stop, dtype=torch.int64)
-        words = _finalise64(positions * -7046029254386353131 + (salt - (1 << 63)))
+        salt = mix(self._use.seed, layer, call, MASK)
+        words = _finalise64(_int64(self.positions) * -7046029254386353131 + (salt - (1 << 63)))
         return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self.device, non_blocking=True)
 
 
@@ -177,6 +230,12 @@ def mask_keys(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor
 @mask_keys.register_fake
 def _(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor:
     return torch.empty(2, samples, 1, dtype=torch.int32, device=_STREAMS[stream].device)
+
+
+def _int64(positions: Sequence[int]) -> Tensor:
+    if isinstance(positions, range):
+        return torch.arange(positions.start, positions.stop, positions.step, dtype=torch.int64)
+    return torch.tensor(positions, dtype=torch.int64)
 
 
 def _finalise64(words: Tensor) -> Tensor:

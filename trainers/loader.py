@@ -6,10 +6,11 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
@@ -63,11 +64,18 @@ class Fetched:
 
 
 class Fetch:
-    """Ranges of positions in, micro-batches out. Also what DataLoader's workers run."""
+    """Ranges of positions in, micro-batches out. Also what DataLoader's workers run.
 
-    def __init__(self, data: Any, task: Task, seed: int) -> None:
+    Attributes:
+        instead: where to draw random numbers, so that they follow the sample.
+    """
+
+    instead = "draw in augment()"
+
+    def __init__(self, data: Any, task: Task, seed: int, *, augments: bool = True) -> None:
         self.data, self.seed, self.length = data, seed, len(data)
         self.augment: Callable[[Any, torch.Generator], Any] | None = getattr(task, "augment", None)
+        self.augment = self.augment if augments else None
         self.collate: Callable[[list[Any]], Any] = getattr(task, "collate", default_collate)
         in_memory = type(data) is TensorDataset and self.augment is None and self.collate is default_collate
         self._tensors: tuple[Tensor, ...] | None = data.tensors if in_memory else None
@@ -76,37 +84,44 @@ class Fetch:
         start, stop = positions
         if start == stop:
             return Fetched(positions, None)
-        where = indices(self.seed, self.length, start, stop)
+        return self._fetched(positions, start, indices(self.seed, self.length, start, stop))
+
+    def _fetched(self, positions: tuple[int, int], first: int, where: np.ndarray) -> Fetched:
+        """The batch of the rows ``where``, at least one; ``first`` is what the first of them is known by."""
         if self._tensors is not None:
             at = torch.from_numpy(where)
             return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
-        samples, unkeyed = self.samples(start, where.tolist())
-        batch, collate_draws = self.collated(start, samples)
+        samples, unkeyed = self.samples(first, where.tolist())
+        batch, collate_draws = self.collated(first, samples)
         return Fetched(positions, batch, unkeyed or collate_draws)
 
-    def samples(self, start: int, rows: list[int]) -> tuple[list[Any], str | None]:
-        """Fetch the samples of ``rows``, which are at positions from ``start`` of the run, and augment them.
+    def samples(self, first: int, rows: list[int]) -> tuple[list[Any], str | None]:
+        """Fetch the samples of ``rows``, which are at positions from ``first`` of the run, and augment them.
 
         Returns:
             The samples, and what in fetching them depends on the cut.
         """
         if not fetches_many(self.data):
-            return [self._one(position, row) for position, row in enumerate(rows, start)], None
-        key_generators(self.seed, start, SAMPLES)
+            return [self._one(key, row) for key, row in zip(self._keys(first, rows), rows, strict=True)], None
+        key_generators(self.seed, first, SAMPLES)
         before = generators_state()
         samples = list(self.data.__getitems__(rows))
-        unkeyed = "__getitems__ draws random numbers; draw in augment()" if generators_state() != before else None
-        for number, sample in enumerate(samples):
-            key_generators(self.seed, start + number, SAMPLE)
-            samples[number] = self._augmented(start + number, sample)
+        unkeyed = f"__getitems__ draws random numbers; {self.instead}" if generators_state() != before else None
+        for number, sample in enumerate(samples if self.augment else ()):
+            key_generators(self.seed, first + number, SAMPLE)
+            samples[number] = self._augmented(first + number, sample)
         return samples, unkeyed
 
-    def collated(self, start: int, samples: list[Any]) -> tuple[Any, str | None]:
-        """Collate samples at positions from ``start`` into a batch; the second value is as of ``samples``."""
-        key_generators(self.seed, start, COLLATE)
+    def collated(self, first: int, samples: list[Any]) -> tuple[Any, str | None]:
+        """Collate samples at positions from ``first`` into a batch; the second value is as of ``samples``."""
+        key_generators(self.seed, first, COLLATE)
         before = generators_state()
         batch = self.collate(samples)
-        return batch, "collate draws random numbers; draw in augment()" if generators_state() != before else None
+        return batch, f"collate draws random numbers; {self.instead}" if generators_state() != before else None
+
+    def _keys(self, first: int, rows: list[int]) -> Sequence[int]:
+        """What the draws of each sample are keyed by: its position in the run."""
+        return range(first, first + len(rows))
 
     def _one(self, position: int, row: int) -> Any:
         key_generators(self.seed, position, SAMPLE)

@@ -145,7 +145,7 @@ def lines_until(file: Path, state: TrainState) -> list[bytes]:
         with suppress(ValueError, TypeError, KeyError):
             content = json.loads(line)
             again = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
-            if 0 < content["step"] <= state.steps and not again and line.endswith(b"\n"):
+            if 0 <= content["step"] <= state.steps and not again and line.endswith(b"\n"):
                 kept.append(line)
     return kept
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from conf.stored import dump
 from scaling.advice import lr_jump
+from scaling.evaluations import evaluation_batch
 from scaling.geometry import counted
 from scaling.noise import unmeasurable
 from scaling.plan import Plan
@@ -22,7 +23,7 @@ from trainers.checkpoints.manifest import Checkpoint, checkpoints
 from trainers.checkpoints.resume import find_best, header_of, resume
 from trainers.engines import make_engine, refuse_environment
 from trainers.enter import enter, refuse_unless_same
-from trainers.evaluate import make_evaluate, with_average
+from trainers.evaluate import Evaluator, with_average
 from trainers.fit import fit
 from trainers.kept import KEPT
 from trainers.keyed import Stream, seed_generators
@@ -38,6 +39,7 @@ from trainers.tally import Pulse
 from trainers.tasks import make_task, open_data
 from trainers.tasks.contract import Looked, look_and_try
 from trainers.terminal import say
+from trainers.validation import open_validation
 from trainers.weights import initialise, save_final
 from trainers.world import World
 
@@ -103,9 +105,17 @@ def _train(
     data = open_data(task, config)
     watch.beat()
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
-    plan = plan_of(config, world.size, len(data), facts.get("per_gpu_limit"))
+    limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
+    plan = plan_of(config, world.size, len(data), limit)
     refuse_environment(config, plan)
-    stream = Stream(config.seed, world.device, tell=lambda reason: _depends_on_cut(ours, config, reason))
+    stream = Stream(
+        config.seed,
+        world.device,
+        tell=lambda reason: _depends_on_cut(ours, config, reason),
+        tell_of_evaluation=lambda reason: tell(
+            ours, "depends_on_cut", evaluation_depends_on_cut(reason), reason=reason
+        ),
+    )
     model = make_model(config, task)
     looked = look_and_try(config, task, data, model, plan, world, watch.beat)
     model = prepare(model, config, stream, world.size)
@@ -120,28 +130,22 @@ def _train(
     )
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
+    if found is None and config.evaluate.first:
+        state.evaluation_owed = True
 
     def beat() -> None:
         watch.beat(state.steps, state.samples)
 
     loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
-    evaluate = with_average(
-        make_evaluate(
-            task,
-            model,
-            world,
-            state.plan.cut.per_gpu,
-            stop,
-            beat,
-            config.precision,
-            call=engine.call,
-            lockstep=engine.lockstep,
-        ),
-        engine.average,
-    )
+    validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    per_gpu = evaluation_batch(config, state.plan, limit)
+    evaluate = None
+    if validation:
+        evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, engine, stop, beat)
     every, best = config.checkpoint.every, config.checkpoint.best
-    if best and evaluate is None:
-        raise Refused(f"checkpoint.best={best} needs validation data, and task {config.task.name} has no val_data()")
+    for key, asks in ((f"checkpoint.best={best}", best), ("evaluate.first=true", config.evaluate.first)):
+        if asks and evaluate is None:
+            raise Refused(f"{key} needs validation data, and task {config.task.name} has no val_data()")
     if ours:  # from here on it isn't the attempt before any more
         write_atomic(run.path / "config.yaml", dump(config))
         write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
@@ -197,8 +201,9 @@ def _train(
             clip_norm=config.clip_norm,
             skip_nonfinite=config.on_nonfinite == "skip" or config.precision == "fp16",  # its engine says when to end
             log_every=in_samples(config.log.every, state.plan),
-            evaluate=evaluate,
+            evaluate=with_average(evaluate, engine.average),
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
+            evaluate_last=config.evaluate.last,
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
             noise_every=in_samples(config.noise.every, state.plan) if config.noise.every else None,
             must_save=config.checkpoint.on_error == "stop",
@@ -206,9 +211,10 @@ def _train(
         )
     except Exception as error:
         error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
-        error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
-        error.granule = state.plan.granule  # type: ignore[attr-defined]
-        error.fixed = state.plan.numerics == "bitwise"  # type: ignore[attr-defined]
+        if not hasattr(error, "per_gpu"):  # else an evaluation has said how many samples it had at once
+            error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
+            error.granule = state.plan.granule  # type: ignore[attr-defined]
+            error.fixed = state.plan.numerics == "bitwise"  # type: ignore[attr-defined]
         raise
     finally:
         watch.unguard()
@@ -245,16 +251,18 @@ def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -
         )
 
 
-def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: str | None = None) -> Plan:
+def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: int | None = None) -> Plan:
     """``resolve``, whose refusals are the user's to hear.
 
     Args:
-        per_gpu_limit: the most samples in one micro-batch, where memory asks for fewer than the config.
+        per_gpu_limit: the most samples at once, where memory asks for fewer than the config. It may be of an
+            evaluation, and then below what a micro-batch can be.
     """
     try:
         plan = resolve(config, world, train_samples)
-        if per_gpu_limit is not None and int(per_gpu_limit) < max(stage.cut.per_gpu for stage in plan.stages):
-            return plan.dealt(world, int(per_gpu_limit))
+        most = max(per_gpu_limit, plan.granule) if per_gpu_limit else None
+        if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
+            return plan.dealt(world, most)
         return plan
     except ValueError as error:
         raise Refused(str(error)) from None
@@ -303,6 +311,11 @@ def say_looked(run: RunDir | None, looked: Looked, tell_of_cut: Callable[[str], 
         tell_of_cut(reason)
     for reason in looked.skipped:
         tell(run, "trial_skipped", f"the task wasn't tried before step 1: {reason}", reason=reason)
+
+
+def evaluation_depends_on_cut(reason: str) -> str:
+    """What is said of evaluations whose draws don't follow the row."""
+    return f"the values of evaluations aren't the same on other hardware or another evaluate.per_gpu: {reason}"
 
 
 def _depends_on_cut(run: RunDir | None, config: RunConfig, reason: str) -> None:

@@ -20,11 +20,14 @@ from torch import nn
 from conf.compose import compose
 from trainers.average import Average
 from trainers.engines.base import Base
+from trainers.evaluate import Evaluator
+from trainers.keyed import Stream
 from trainers.model import tied
 from trainers.run import train
 from trainers.rundir import RunDir
 from trainers.starting.watch import Watch
 from trainers.stop import Stop
+from trainers.validation import open_validation
 from trainers.weights import save_final
 from trainers.world import World
 
@@ -158,6 +161,13 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """max |Δ| / max |w| over all weights."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(w.abs().max()) for w in a.values())
+
+
+def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: Any) -> Evaluator:
+    """What evaluates ``model`` on the validation data of ``task``."""
+    data = open_validation(task, world, seed=0, samples=more.pop("samples", None))
+    assert data
+    return Evaluator(task, model, data, world, more.pop("stream", None) or Stream(0, world.device), per_gpu, **more)
 
 
 def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:

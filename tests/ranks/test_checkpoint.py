@@ -400,7 +400,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         keep, found = keeper(run, world, {"w": torch.zeros(9)}, best="val/accuracy:max"), []
         for step, accuracy in enumerate(accuracies, 1):
             values = {"val/accuracy": accuracy, "val/loss": 0.0}
-            found.append(keep.improves(values))
+            found.append(keep.best.improves(values))
             keep.save(state(step), values)
         return found, keep.wait()
 
@@ -411,34 +411,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (best.step, best.evaluation) == (2, {"val/accuracy": 0.7, "val/loss": 0.0})
 
 
-def test_what_is_best(tmp_path: Path) -> None:
-    def body(world: World) -> Any:
-        lowest = keeper(RunDir(tmp_path), world, {}, best="val/loss:min", best_before=0.5)
-        none = keeper(RunDir(tmp_path), world, {})
-        found = [lowest.improves({"val/loss": value}) for value in (0.6, 0.5, 0.4, float("-inf"), None)]
-        found.append(none.improves({"val/loss": 0.0}))
-        lowest.improves({"val/accuracy": 0.6, "val/f1": 1.0})
-        return found
-
-    (end,) = in_ranks(1, body, tmp_path / "ranks")
-    assert end["raised"] == "Refused"
-    assert "checkpoint.best=val/loss:min: an evaluation has no val/loss, but val/accuracy, val/f1" in end["message"]
-
-    def known(world: World) -> Any:
-        lowest = keeper(RunDir(tmp_path), world, {}, best="val/loss:min", best_before=0.5)
-        found = [lowest.improves({"val/loss": value}) for value in (0.6, 0.5, 0.4, float("-inf"), None)]
-        return [*found, keeper(RunDir(tmp_path), world, {}).improves({})]
-
-    assert in_ranks(1, known, tmp_path / "ranks") == [[False, False, True, False, False, False]]
-
-
 def test_a_best_one_that_could_not_be_saved_is_none(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         keep, found = keeper(RunDir(tmp_path), world, {"w": torch.zeros(100_000)}, best="val/accuracy:max"), []
         for step, accuracy, limit in ((1, 0.5, -1), (2, 0.9, 50_000), (3, 0.7, -1)):
             if world.rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            found.append(keep.improves({"val/accuracy": accuracy}))
+            found.append(keep.best.improves({"val/accuracy": accuracy}))
             keep.save(state(step), {"val/accuracy": accuracy})
             keep.wait()
         return found

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from conf.compose import compose
-from tests.ranks.harness import Run, Runs, in_ranks, leave
+from tests.ranks.harness import Run, Runs, evaluator, in_ranks, leave
 from tests.tasks import Counted
-from trainers.evaluate import make_evaluate
 from trainers.evaluate_weights import evaluate_weights, measured
 from trainers.stop import Stop
 from trainers.weights import initialise
@@ -178,8 +177,7 @@ def broken_off(told: Callable[[World], bool]) -> Callable[[World], Any]:
         stop, beats = Stop(), []
         task = Interrupted(stop, told(ranks))
         model = task.model().train()
-        evaluate = make_evaluate(task, model, ranks, 1, stop, lambda: beats.append(None))
-        assert evaluate
+        evaluate = evaluator(task, model, ranks, 1, stop=stop, beat=lambda: beats.append(None))
         broken, batches = evaluate(), task.batches
         assert len(beats) == batches
         stop.wanted = None

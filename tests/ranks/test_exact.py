@@ -19,11 +19,10 @@ from scaling.order import indices
 from scaling.plan import Segment
 from scaling.resolve import resolve
 from scaling.rules import Rule
-from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.harness import Run, Runs, distance, evaluator, in_ranks
 from tests.ranks.test_parts import ALONE
 from tests.steps import walk
 from tests.tasks import Counted, OneByOne
-from trainers.evaluate import make_evaluate
 from trainers.fit import crossed
 from trainers.loader import Loader
 from trainers.rundir import Outcome, RunDir
@@ -166,7 +165,7 @@ def test_names_of_metrics_may_come_from_any_rank(runs: Runs) -> None:
     counted = SomeClasses()
     names = {f"units{n}" for n in range(1, 8)}
     for world in (1, 2, 5):
-        values = in_ranks(world, lambda ranks: make_evaluate(counted, counted.model(), ranks, 3)(), runs.folder / "n")  # type: ignore[misc]
+        values = in_ranks(world, lambda ranks: evaluator(counted, counted.model(), ranks, 3)(), runs.folder / "n")
         assert [set(value) for value in values] == [names] * world
 
 

@@ -17,12 +17,11 @@ from conf.compose import compose
 from scaling.order import indices
 from scaling.plan import Plan
 from scaling.resolve import resolve
-from tests.ranks.harness import Runs, in_ranks
+from tests.ranks.harness import Runs, evaluator, in_ranks
 from tests.steps import walk
 from tests.tasks import Counted, Many, OneByOne
 from trainers.engines import make_engine
 from trainers.engines.root import checked
-from trainers.evaluate import make_evaluate
 from trainers.loader import Fetch, Loader, to_device
 from trainers.locate import build, locate
 from trainers.metrics import PlainLines
@@ -111,9 +110,7 @@ def test_evaluation_counts_every_sample_once(runs: Runs, world: int, per_gpu: in
     task = Tables()
 
     def body(ranks: World) -> Any:
-        evaluate = make_evaluate(task, task.model(), ranks, per_gpu)
-        assert evaluate
-        return evaluate()
+        return evaluator(task, task.model(), ranks, per_gpu)()
 
     expected = {
         "units": pytest.approx(float(task.units[:37].sum()) / 37),
@@ -129,15 +126,14 @@ def test_evaluation_with_more_ranks_than_samples(runs: Runs) -> None:
             return TensorDataset(self.inputs[:2], self.targets[:2], self.units[:2])
 
     task = Few()
-    values = in_ranks(4, lambda ranks: make_evaluate(task, task.model(), ranks, 8)(), runs.folder / "few")  # type: ignore[misc]
+    values = in_ranks(4, lambda ranks: evaluator(task, task.model(), ranks, 8)(), runs.folder / "few")
     assert values == [{"units": 1.5, "sevens": 0.0, "share": 0.0}] * 4
 
 
 def test_evaluation_leaves_the_model_in_training() -> None:
     task = Counted()
     model = task.model().train()
-    evaluate = make_evaluate(task, model, ALONE, 10)
-    assert evaluate
+    evaluate = evaluator(task, model, ALONE, 10)
     first = evaluate()
     assert model.training
     assert evaluate() == first  # no dropout in it

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
@@ -16,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch._C._distributed_c10d import HashStore, Store
 
+from trainers.checkpoints.best import Best, Evaluation
 from trainers.checkpoints.commit import aside_of, commit, compose, drop_older
 from trainers.checkpoints.manifest import Header
 from trainers.checkpoints.slices import Copies, Slice, write_part
-from trainers.rundir import Refused, RunDir
+from trainers.rundir import RunDir
 from trainers.state import TrainState
 from trainers.world import World
 
 if TYPE_CHECKING:
     from trainers.engines import Engine
-
-Evaluation = Mapping[str, float | None]
 
 POLL_S = 0.005  # between two looks for what other ranks have to say
 TELL_S = 1.0  # between two signs of a rank that it is still writing
@@ -62,7 +60,7 @@ class _Save:
 class Keeper:
     """Saves the state of a run, and keeps the newest checkpoints and the best.
 
-    ``save``, ``wait`` and ``improves`` are called by all ranks at the same places. Each rank writes its part; what they
+    ``save`` and ``wait`` are called by all ranks at the same places. Each rank writes its part; what they
     wrote meets in the world's store, and rank 0 commits it. The memory for the copy stays taken from the first save on.
 
     Args:
@@ -73,6 +71,9 @@ class Keeper:
         beat: called for every few MB that are written, and for what other ranks are seen to write.
         resumed: of the checkpoint that this start went on from.
         took: told on rank 0, in the thread, how many seconds a save took in all.
+
+    Attributes:
+        best: which evaluation is the best so far.
     """
 
     def __init__(
@@ -92,8 +93,7 @@ class Keeper:
     ) -> None:
         self._run, self._world, self._engine, self._header = run, world, engine, header
         self._every_s, self._keep, self._beat, self._took = every_s, keep, beat, took
-        self._best_name, _, self._direction = (best or "").rpartition(":")
-        self._best, self._best_before = best_before, best_before
+        self.best, self._best_before = Best(best, best_before), best_before
         self._store: Store = world.store or HashStore()
         self._copies = Copies()
         self._number, self._began = 0, time.monotonic()
@@ -118,18 +118,15 @@ class Keeper:
 
         Args:
             evaluation: the values of an evaluation at this step.
-
-        Raises:
-            Refused: ``best`` isn't among them.
         """
         if self._last == (state.steps, state.evaluation_owed) and evaluation is None and not self._failed:
             return
         self._settle()
         self._last, self._failed = (state.steps, state.evaluation_owed), None
         self._number, self._began = self._number + 1, time.monotonic()
-        best, self._best_before = evaluation is not None and self.improves(evaluation), self._best
+        best, self._best_before = evaluation is not None and self.best.improves(evaluation), self.best.value
         if evaluation is not None and best:
-            self._best = evaluation[self._best_name]
+            self.best.value = evaluation[self.best.name]
         save = _Save(self._number, state.steps, best)
         try:
             save.slices, save.ready = self._copies.take(self._engine.slices())
@@ -156,24 +153,6 @@ class Keeper:
             self._untold = None
         return failure
 
-    def improves(self, values: Evaluation) -> bool:
-        """Whether an evaluation is the best so far; one that isn't finite never is.
-
-        Raises:
-            Refused: it has no such value.
-        """
-        if not self._best_name:
-            return False
-        if self._best_name not in values:
-            raise Refused(
-                f"checkpoint.best={self._best_name}:{self._direction}: an evaluation has no {self._best_name}, but "
-                f"{', '.join(values)}"
-            )
-        value, best = values[self._best_name], self._best
-        if value is None or not math.isfinite(value):
-            return False
-        return best is None or (value > best if self._direction == "max" else value < best)
-
     def close(self) -> None:
         """Drop what is under way."""
         self._dropped.set()
@@ -199,7 +178,7 @@ class Keeper:
             for done in (key, self._progress):
                 self._store.delete_key(done)
         if self._failed:
-            self._best = self._best_before
+            self.best.value = self._best_before
 
     @property
     def _progress(self) -> str:

@@ -1,0 +1,252 @@
+"""Evaluation is keyed: equal on any cut, by action=evaluate and after a resume; and training sees no trace."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from conf.compose import compose
+from tests.ranks.harness import Run, Runs, evaluator, in_ranks
+from tests.tasks import Counted
+from trainers.checkpoints.best import Best
+from trainers.evaluate_weights import measured
+from trainers.keyed import Stream, key_dropout
+from trainers.loader import Fetch
+from trainers.stop import Stop
+from trainers.validation import Validation, spread
+from trainers.world import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
+TASK = (
+    "task=custom", "task._target_=tests.ranks.test_evaluation.Noisy", "batch.global_size=20", "duration=6st",
+    "lr.peak=0.05", "evaluate.every=2st", "evaluate.first=true", "log.every=1st",
+)  # fmt: skip
+
+
+class Drawing(Dataset):
+    """Adds to each row what all three default generators give."""
+
+    def __init__(self, task: Counted, rows: int) -> None:
+        self.task, self.rows = task, rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> Any:
+        drawn = random.gauss(0, 1) + np.random.normal() + float(torch.randn(()))
+        return self.task.inputs[row] + drawn, self.task.targets[row], self.task.units[row]
+
+
+class DrawingMany(Drawing):
+    def __getitems__(self, rows: list[int]) -> Any:
+        return [self[row] for row in rows]
+
+
+class Noisy(Counted):
+    """Its validation draws in ``[index]``, and the dropout of its model stays on there."""
+
+    def __init__(self, draws: str = "", dropout: float = 0.2) -> None:
+        super().__init__(dropout=dropout)
+        self.draws = draws
+        if draws == "collate":
+            self.collate = self._collate
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(*([nn.BatchNorm1d(8)] if self.draws == "modes" else []), *super().model())
+
+    def val_data(self) -> Any:
+        return (DrawingMany if self.draws == "__getitems__" else Drawing)(self, 37)
+
+    def _collate(self, samples: Any) -> Any:
+        inputs, *others = default_collate(samples)
+        return inputs + torch.randn(()), *others
+
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        assert len(sample) == 3, "only training augments"
+        return (*sample[:2], sample[2], torch.zeros(()))
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        return super().loss(model, batch[:3])
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        assert len(batch) == 3, "nothing is augmented here"
+        for module in model.modules():
+            module.train(isinstance(module, nn.Dropout) or (self.draws == "modes" and not list(module.children())))
+        if self.draws == "forward":
+            batch = (batch[0] + torch.rand(()), *batch[1:])
+        return {"loss": self.loss(model, batch)}
+
+
+def values(run: Run) -> dict[int, dict[str, float]]:
+    """What evaluations found, by step."""
+    return {
+        line["step"]: {name: line[name] for name in line if "/" in name} for line in run.metrics() if "loss" not in line
+    }
+
+
+def close(found: Any) -> Any:
+    return {step: {name: pytest.approx(value, rel=1e-5) for name, value in at.items()} for step, at in found.items()}
+
+
+def told(run: Run) -> list[str]:
+    return [event["reason"] for event in run.events() if event["event"] == "depends_on_cut"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Runs(tmp_path_factory.mktemp("whole"))(1, *TASK, "ema=100sa", "evaluate.per_gpu=64")
+
+
+CUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one at a time": (2, ("evaluate.per_gpu=1",)),
+    "fsdp, uneven": (3, ("engine=fsdp", "evaluate.per_gpu=7")),
+    "zero 3": (2, ("engine=deepspeed", "engine.stage=3", "batch.per_gpu=3")),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
+    """Draws of the dataset and masks of a dropout that stays on follow the row; step 0 is evaluated, too."""
+    world, overrides = CUTS[cut]
+    run = runs(world, *TASK, "ema=100sa", *overrides)
+    assert values(run) == close(values(whole))
+    assert list(values(run)) == [0, 2, 4, 6]
+    assert told(run) == []
+
+
+def test_the_same_values_by_action_evaluate(whole: Run, tmp_path: Path) -> None:
+    config = compose(["action=evaluate", f"init_from={whole.run.path}", "evaluate.per_gpu=5"])
+    found = in_ranks(3, lambda ranks: measured(config, {"attempt": "a"}, ranks, Stop())[1], tmp_path)
+    assert found == [close(values(whole))[6]] * 3
+
+
+DRAWS = {
+    "__getitems__": "__getitems__ draws random numbers; draw in [index] of the validation data",
+    "collate": "collate draws random numbers; draw in [index] of the validation data",
+    "forward": "the forward draws random numbers outside of nn.Dropout modules",
+    "modes": "evaluate changes 0.running_mean, 0.running_var, 0.num_batches_tracked of the model",
+}
+
+
+@pytest.mark.parametrize("draws", DRAWS)
+def test_what_follows_the_batch_is_reported_and_leaves_no_trace(tmp_path: Path, draws: str) -> None:
+    """Once, however often; it is the same in the same batches, and another one in others; buffers are put back."""
+    task, said, trained = Noisy(draws), list[str](), list[str]()
+    stream = Stream(0, ALONE.device, trained.append, said.append)
+    model = key_dropout(task.model(), stream).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate, others = (evaluator(task, model, ALONE, size, stream=stream) for size in (5, 37))
+    first = evaluate()
+    assert evaluate() == first
+    assert others() != first
+    assert len(said) == 1
+    assert said[0].startswith(DRAWS[draws])
+    assert not trained
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_training_does_not_notice(runs: Runs) -> None:
+    """Whatever is drawn and changed in evaluations: bit by bit the weights of a run without any."""
+    task = (*TASK, "task.args.draws=modes")
+    without = runs(1, *task, "evaluate.every=null", "evaluate.last=false", "evaluate.first=false")
+    weights, others = runs(1, *task).weights(), without.weights()
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+    assert values(without) == {}
+
+
+@pytest.mark.parametrize(("stop_at", "step"), [(1, 0), (4, 4)])
+def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: int) -> None:
+    """The first one, too, which is at step 0; after the resume it finds what it would have found."""
+    overrides = (*TASK, "checkpoint.best=val/loss:max", "task.args.dropout=0")
+    whole = runs(2, *overrides)
+    run = runs(2, *overrides, stop_at=stop_at)
+    assert (run.ends[0]["state"], run.ends[0]["step"]) == ("stopped", step)
+    assert list(values(run)) == [done for done in (0, 2, 4) if done < step]
+    run = runs(2, *overrides, going_on=run)
+    assert values(run) == values(whole)
+    assert [line for line in run.metrics() if line["step"] == 0] == [run.metrics()[0]]
+    assert (run.run.checkpoints / "best").resolve().name == (whole.run.checkpoints / "best").resolve().name
+
+
+@pytest.mark.parametrize(("length", "samples"), [(97, 10), (97, 96), (97, 97), (97, 500), (3, 1), (97, None)])
+def test_rows_are_spread(length: int, samples: int | None) -> None:
+    rows = list(spread(length, samples))
+    assert len(rows) == len(set(rows)) == min(length, samples or length)
+    assert rows == sorted(rows)
+    gaps = np.diff([*rows, length])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
+    """And draw what they draw where all are evaluated."""
+    task = Noisy()
+    one, three = (
+        in_ranks(world, lambda ranks: evaluator(task, task.model().double(), ranks, 4, samples=11)(), runs.folder / "s")
+        for world in (1, 3)
+    )
+    assert three == [pytest.approx(one[0])] * 3
+
+
+def test_draws_follow_the_row_and_are_not_those_of_training() -> None:
+    task: Any = Noisy()
+    data = task.val_data()
+    every, some = Validation(data, task, 3), Validation(data, task, 3, samples=5)
+    for number, row in enumerate(some.rows):
+        assert torch.equal(some[number, number + 1].batch[0], every[row, row + 1].batch[0])
+    trained = Fetch(data, task, 3)
+    drawn = {float(fetched.batch[0][0, 0]) for fetched in (every[0, 1], every[1, 2], trained[0, 1], trained[1, 2])}
+    assert len(drawn) == 4
+
+
+class Rare(Counted):
+    """Its loss has another name, but in every second evaluation."""
+
+    evaluations = 0
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
+        Rare.evaluations += 1
+        name = "iou" if Rare.evaluations > 2 else "other"
+        return {name: self.loss(model, batch), "empty": (0, 0)}
+
+
+def test_an_evaluation_without_the_best_value(runs: Runs) -> None:
+    """Isn't the best; it is said the first time."""
+    rare = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/iou:max")
+    run = runs(1, *rare, "evaluate.per_gpu=37")
+    assert run.ends[0]["state"] == "finished"
+    warned = [event["text"] for event in run.events() if event["event"] == "warning"]
+    assert warned == [
+        "checkpoint.best=val/iou:max: this evaluation has no val/iou, so it isn't the best; it has val/other, val/empty"
+    ]
+    assert (run.run.checkpoints / "best").exists()
+
+
+def test_a_best_value_that_never_comes(runs: Runs) -> None:
+    never = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/empty:max")
+    run = runs(1, *never)
+    assert [event["text"] for event in run.events() if event["event"] == "warning"] == [
+        "checkpoint.best=val/empty:max: no evaluation of this run had a finite val/empty, so there is no "
+        "checkpoints/best"
+    ]
+
+
+def test_what_is_best() -> None:
+    lowest, none = Best("val/loss:min", 0.5), Best(None)
+    assert [lowest.improves({"val/loss": value}) for value in (0.6, 0.5, 0.4, float("-inf"), None)] == [
+        False, False, True, False, False,
+    ]  # fmt: skip
+    assert not none.improves({"val/loss": 0.0})
+    assert none.missing({}) is none.never() is None
+    assert lowest.never() is None
+    assert not lowest.improves({"ema/loss": 0.0})
+    said = Best("val/acuracy:max").missing({"val/accuracy": 0.6, "ema/acuracy": 1.0})
+    assert said
+    assert said.endswith("it has val/accuracy, ema/acuracy; did you mean val/accuracy?")
