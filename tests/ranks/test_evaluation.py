@@ -162,10 +162,12 @@ def test_training_does_not_notice(runs: Runs) -> None:
     assert values(without) == {}
 
 
-@pytest.mark.parametrize(("stop_at", "step"), [(1, 0), (4, 4)])
-def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: int) -> None:
+@pytest.mark.parametrize(
+    ("stop_at", "step", "engine"), [(4, 4, ()), (1, 0, ("engine=fsdp",)), (1, 0, CUTS["zero 3"][1])]
+)
+def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: int, engine: tuple[str, ...]) -> None:
     """The first one, too, which is at step 0; after the resume it finds what it would have found."""
-    overrides = (*TASK, "checkpoint.best=val/loss:max", "task.args.dropout=0")
+    overrides = (*TASK, "checkpoint.best=val/loss:max", *engine)
     whole = runs(2, *overrides)
     run = runs(2, *overrides, stop_at=stop_at)
     assert (run.ends[0]["state"], run.ends[0]["step"]) == ("stopped", step)

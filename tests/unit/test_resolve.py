@@ -15,6 +15,7 @@ from conf.compose import compose
 from conf.explain import validated
 from conf.identity import identity
 from conf.schema import RunConfig
+from scaling.evaluations import evaluation_batch
 from scaling.plan import Plan
 from scaling.record import from_json, to_json
 from scaling.resolve import continued, resolve
@@ -543,3 +544,30 @@ def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes(
     with pytest.raises(ValueError, match=r"another global batch on .*: give batch\.global_size, or leave"):
         resolve(compose([*sizes, "numerics=bitwise"]), 2)
     resolve(compose([*sizes, "numerics=bitwise", "batch.global_size=16"]), 2)
+
+
+NEVER = ("checkpoint.best=val/loss:min", "evaluate.last=false", "duration=10st", "batch.global_size=64")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (("evaluate.every=null",), "evaluate.every=1ep"),
+        (("evaluate.every=10st",), "sample 576, before the first evaluation is due (sample 640)"),
+        (("evaluate.every=577sa",), "a shorter evaluate.every"),
+    ],
+)
+def test_the_best_of_no_evaluation_is_rejected(overrides: tuple[str, ...], named: str) -> None:
+    assert named in refusal(*NEVER, *overrides)
+    plan_of(*NEVER, *overrides, "evaluate.first=true")
+
+
+def test_an_evaluation_before_the_last_step_is_one() -> None:
+    plan_of(*NEVER, "evaluate.every=576sa")
+
+
+def test_evaluations_count_as_batches_do() -> None:
+    config = config_of(*TOKENS, "batch.per_gpu=10240", "evaluate.per_gpu=1024")
+    assert evaluation_batch(config, resolve(config, 1)) == 2
+    assert evaluation_batch(config, resolve(config, 1), limit=1) == 1
+    assert "evaluate.per_gpu=700 tokens" in refusal(*TOKENS, "evaluate.per_gpu=700")
