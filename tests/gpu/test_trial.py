@@ -19,6 +19,7 @@ from trainers.keyed import generators_kept
 from trainers.loader import Fetch
 from trainers.tasks.halves import halves
 from trainers.tasks.images import resnet
+from trainers.tasks.sandbox import Sandbox
 from trainers.tasks.text import GPT
 from trainers.tasks.trial import Found, LossTrial, batches_of
 
@@ -31,7 +32,7 @@ def tried(task: Any, per_gpu: int = 32) -> Found:
     fetch = Fetch(task.train_data(), task, seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(task, model, model.train, CUDA, 0, lambda: None)
+    trial = LossTrial(Sandbox(task, model, CUDA, 0, lambda: None), model.train)
     return trial.run([halves(fetch, *batch) for batch in batches])
 
 

@@ -21,6 +21,7 @@ from tests.tasks import Counted, OneByOne
 from trainers.keyed import generators_state
 from trainers.loader import Fetch
 from trainers.tasks.halves import halves, own_generators
+from trainers.tasks.sandbox import Sandbox
 from trainers.tasks.trial import DRAWS, Found, LossTrial, batches_of
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def tried(task: Any, per_gpu: int = 32) -> Found:
     fetch = Fetch(task.train_data(), task, seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(task, model, model.train, CPU, 0, lambda: None)
+    trial = LossTrial(Sandbox(task, model, CPU, 0, lambda: None), model.train)
     return trial.run([halves(fetch, *batch) for batch in batches])
 
 
@@ -261,7 +262,7 @@ def test_nothing_remains_of_it() -> None:
     places = [value.data_ptr() for value in model.state_dict().values()]
     batches = [halves(Fetch(task.train_data(), task, seed=0), 0, 8, 16)]
     generators, modes = generators_state(), [module.training for module in model.modules()]
-    LossTrial(task, model, model.train, CPU, 0, lambda: None).run(batches)
+    LossTrial(Sandbox(task, model, CPU, 0, lambda: None), model.train).run(batches)
     assert generators_state() == generators
     assert [module.training for module in model.modules()] == modes
     assert [value.data_ptr() for value in model.state_dict().values()] == places

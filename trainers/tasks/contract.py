@@ -18,6 +18,7 @@ from trainers.rundir import Refused
 from trainers.starting.notes import is_oom
 from trainers.tasks import Task
 from trainers.tasks.halves import Halves, halves, own_generators
+from trainers.tasks.sandbox import Sandbox
 from trainers.tasks.trial import Found, LossTrial, batches_of
 from trainers.world import World
 
@@ -70,7 +71,7 @@ def look_and_try(
     if any(world.gather(unseen)):
         return Looked(known_by, [], [], [f"a sample couldn't be fetched: {unseen}"])
     own, *batches = seen
-    found = _tried(LossTrial(task, model, model.train, world.device, config.seed, beat), batches)
+    found = _tried(LossTrial(Sandbox(task, model, world.device, config.seed, beat), model.train), batches)
     return _agreed(world, known_by, own, found)
 
 

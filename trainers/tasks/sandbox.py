@@ -1,0 +1,119 @@
+"""Call a task and its model before step 1 in a sandbox: every call finds the same state, and nothing remains of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from trainers.keyed import FORWARD, generators_kept, generators_state, key_generators
+from trainers.loader import to_device
+from trainers.tasks import Task
+from trainers.tasks.untouched import Attributes, Copies, moved
+
+Result = TypeVar("Result")
+
+
+class Sandbox:
+    """Within, the model computes on copies of its tensors; afterwards all is as it was, bit by bit.
+
+    Args:
+        seed: of the run, by which what a forward draws is keyed.
+        beat: called after every call.
+
+    Attributes:
+        drew: some call drew random numbers.
+        narrow: some module computed in fewer than 32 bits.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, device: torch.device, seed: int, beat: Callable[[], None]) -> None:
+        self.task, self.model = task, model
+        self._device, self._seed, self._beat = device, seed, beat
+        self._attributes = Attributes(task, model)
+        held = [
+            one for one in getattr(task, "__dict__", {}).values() if isinstance(one, nn.Module) and one is not model
+        ]
+        self._copies = [Copies(model, device), *(Copies(one) for one in held if one is not model)]
+        self.drew = self.narrow = False
+
+    def __enter__(self) -> Sandbox:
+        self._stack = ExitStack()
+        self._stack.enter_context(generators_kept(self._device))
+        self._stack.callback(self._attributes.restore)
+        for copies in self._copies:
+            self._stack.enter_context(copies)
+        self._stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.callback(register_module_forward_hook(self._note_narrow).remove)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if self._device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def call(self, work: Callable[[Any], Result], batch: Any, start: int) -> Result:
+        """Return what ``work`` gives for a copy of ``batch``, whose first sample is at position ``start``."""
+        before = self._key(start)
+        result = work(to_device(_copied(batch), self._device))
+        self.drew = self.drew or self._generators() != before
+        self._beat()
+        return result
+
+    def reset(self) -> None:
+        """Let the next call find the attributes and buffers that the first one found."""
+        self._attributes.restore()
+        for copies in self._copies:
+            copies.reset_buffers()
+
+    def moved_by(self, call: Callable[[], Any]) -> list[str]:
+        """Call it twice and return the names of the numbers that the second call moves; the first may fill caches."""
+        names = {str(index): name for index, (name, _) in enumerate(self.model.named_modules())}
+        states = []
+        for _ in range(2):
+            call()
+            states.append((self._attributes.numbers(), self._copies[0].buffers()))
+        (numbers, buffers), (numbers_then, buffers_then) = states
+        places = [place.split(".", 1) for place in moved(buffers, buffers_then)]
+        return moved(numbers, numbers_then) + [".".join(filter(None, ("model", names[i], b))) for i, b in places]
+
+    def _note_narrow(self, module: nn.Module, args: Any, output: Any) -> None:
+        for one in output if isinstance(output, tuple) else (output,):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.dtype.itemsize < 4:
+                self.narrow = True
+
+    def _key(self, start: int) -> Any:
+        key = key_generators(self._seed, start, FORWARD)
+        if self._device.type == "cuda":
+            torch.cuda.default_generators[self._device.index or 0].manual_seed(key)
+        return self._generators()
+
+    def _generators(self) -> Any:
+        accelerator = self._device.type == "cuda" and torch.cuda.default_generators[self._device.index or 0].get_state()
+        return generators_state(), bytes(accelerator.numpy()) if isinstance(accelerator, Tensor) else b""
+
+
+def _copied(batch: Any) -> Any:
+    """A copy, where it can be copied: the loss may write to its inputs."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Compute in fp32 without the shortcuts of GPUs, whose rounding would hide what is looked for."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
