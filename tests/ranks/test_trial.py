@@ -54,7 +54,7 @@ def task_of(function: Any, model: Any = None) -> Any:
     return made
 
 
-def tried(task: Any, per_gpu: int = 32) -> Found:
+def tried(task: Any, per_gpu: int = 64) -> Found:
     fetch = Fetch(task.train_data(), task, seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
@@ -121,7 +121,7 @@ COUPLED = {
     "normalised over the batch": lambda x, y, m: ce((x - x.mean(0)) / x.std(0), y, reduction="none"),
     "only in the gradient": lambda x, y, m: ce(x, y, reduction="none") * (1 + (x.mean(0) - x.mean(0).detach()).sum()),
     "units that aren't those of samples": lambda x, y, m: (ce(x, y, reduction="sum"), 1),
-    "fails on half": lambda x, y, m: (ce(x, y, reduction="none").topk(12)[0].sum(), len(y)),
+    "fails on half": lambda x, y, m: (ce(x, y, reduction="none").topk(5)[0].sum(), len(y)),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_mean_is_rejected(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUPLED)
-@pytest.mark.parametrize("per_gpu", [32, 24])
+@pytest.mark.parametrize("per_gpu", [64, 24])
 def test_samples_that_look_at_each_other_are_reported(name: str, per_gpu: int) -> None:
     found = tried(task_of(COUPLED[name]), per_gpu)
     assert not found.rejected
@@ -310,7 +310,8 @@ def test_generators_of_augment_and_collate_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_gpu", "granule", "samples"), [(1, 1, 0), (2, 1, 2), (7, 1, 3), (64, 1, 16), (64, 8, 32), (8, 8, 0)]
+    ("per_gpu", "granule", "samples"),
+    [(1, 1, 0), (2, 1, 2), (7, 1, 4), (32, 1, 8), (64, 1, 16), (64, 8, 32), (8, 8, 0)],
 )
 def test_it_takes_as_long_as_a_few_steps(per_gpu: int, granule: int, samples: int) -> None:
     batches = batches_of(solve(1, global_size=64, per_gpu=per_gpu, granule=granule), 500)

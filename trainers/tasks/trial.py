@@ -24,7 +24,7 @@ from trainers.tasks.halves import Halves
 from trainers.tasks.sandbox import Sandbox, exact_fp32
 
 DRAWS = 4  # batches; a single one can be balanced by luck
-GRANULES = 16  # at most, of a batch
+LEAST, GRANULES = 4, 16  # of a batch, where a micro-batch has as many; granules are samples that stay together
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Found:
 
 
 def batches_of(cut: Cut, train_samples: int) -> list[tuple[int, int, int]]:
-    """Return start, middle and stop of the batches to try: whole granules, half of a micro-batch at most.
+    """Return start, middle and stop of the batches to try, in whole granules; none where a batch would have one alone.
 
-    Together they take as many samples through a backward as a few steps do. None where there is one granule alone.
+    A batch is a quarter of a micro-batch, so that all of them together cost as much as a few steps.
     """
     most = min(cut.per_gpu, train_samples) // cut.granule
-    granules = max(min(GRANULES, most // 2), min(2, most))
+    granules = min(most, max(LEAST, min(GRANULES, most // DRAWS)))
     if granules < 2:
         return []
     samples, half = granules * cut.granule, granules // 2 * cut.granule
