@@ -117,7 +117,9 @@ def _train(
         ),
     )
     model = make_model(config, task)
-    looked = look_and_try(config, task, data, model, plan, world, watch.beat)
+    validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    per_gpu = evaluation_batch(config, plan, limit)
+    looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch.beat)
     model = prepare(model, config, stream, world.size)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
@@ -137,7 +139,6 @@ def _train(
         watch.beat(state.steps, state.samples)
 
     loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
-    validation = open_validation(task, world, config.seed, config.evaluate.samples)
     per_gpu = evaluation_batch(config, state.plan, limit)
     evaluate = None
     if validation:
@@ -186,7 +187,7 @@ def _train(
     model.train()
     for reason in dependent_on_cut(model):
         stream.tell(reason)
-    say_looked(ours, looked, stream.tell)
+    say_looked(ours, looked, stream)
     try:
         done = fit(
             state,
@@ -303,14 +304,16 @@ def stop_cause(stop: Stop, world: World) -> str:
     return next(name for name in world.gather(stop.wanted or "") if name)
 
 
-def say_looked(run: RunDir | None, looked: Looked, tell_of_cut: Callable[[str], None]) -> None:
+def say_looked(run: RunDir | None, looked: Looked, stream: Stream) -> None:
     """Say what was found before step 1."""
     for reason in looked.depends_on_hardware:
         _tell_depends(run, reason)
     for reason in looked.depends_on_cut:
-        tell_of_cut(reason)
+        stream.tell(reason)
+    for reason in looked.evaluation_depends:
+        stream.tell_of_evaluation(reason)
     for reason in looked.skipped:
-        tell(run, "trial_skipped", f"the task wasn't tried before step 1: {reason}", reason=reason)
+        tell(run, "trial_skipped", f"before step 1 the task could only be tried in part: {reason}", reason=reason)
 
 
 def evaluation_depends_on_cut(reason: str) -> str:

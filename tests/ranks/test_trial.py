@@ -362,3 +362,61 @@ def test_what_cannot_be_tried_is_said(runs: Runs) -> None:
     (event,) = [e for e in runs(1, *how, "batch.per_gpu=1").events() if e["event"] == "trial_skipped"]
     assert "one sample" in event["reason"]
     assert not [e for e in runs(1, *how).events() if e["event"] == "trial_skipped"]
+
+
+class Evaluated(Counted):
+    """Evaluates as its argument says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        loss, count = self.loss(model, batch)
+        if self.how == "typo" and len(batch[0]):
+            return {"loss": (losss, count)}  # type: ignore[name-defined]  # noqa: F821
+        if self.how == "no such method":
+            model.predict(batch)  # type: ignore[operator]
+        if self.how == "this batch alone":
+            raise ValueError("only one class in this batch")
+        values = {
+            "mean": (float(loss / count), int(count)),
+            "mean and 1": (float(loss / count), 1),
+            "sum": (float(loss), int(count)),
+            "missing": (float(loss), int(count)),
+        }
+        made = {"loss": values.get(self.how, values["sum"])}
+        return made | ({"rare": (1.0, 1)} if self.how == "missing" and len(batch[0]) > 30 else {})
+
+    def summarise(self, totals: Any) -> Any:
+        if self.how == "summarise: typo":
+            return {"loss": totals.loss}
+        return {"loss": 1 / 0} if self.how == "summarise: this batch alone" else {}
+
+
+@pytest.mark.parametrize(
+    ("how", "rejected", "event", "said"),
+    [
+        ("sum", False, "", ""),
+        ("typo", True, "", "losss"),
+        ("no such method", True, "", "predict"),
+        ("summarise: typo", True, "", "task.summarise"),
+        ("mean", True, "", "'loss'"),
+        ("mean and 1", False, "depends_on_cut", "'loss'"),
+        ("missing", False, "depends_on_cut", "'rare'"),
+        ("summarise: this batch alone", False, "trial_skipped", "ZeroDivisionError"),
+        ("this batch alone", False, "trial_skipped", "ValueError"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_costs_nothing(runs: Runs, how: str, rejected: bool, event: str, said: str) -> None:
+    task = ("task=custom", "task._target_=tests.ranks.test_trial.Evaluated", f"task.args.how='{how}'", "lr.peak=0.1")
+    run = runs(1, *task, "duration=1st", "evaluate.last=false", "evaluate.per_gpu=37")
+    (end,) = run.ends
+    assert (end.get("raised") == "Refused") == rejected
+    if rejected:
+        assert said in end["message"]
+        assert not (run.run.path / "metrics.jsonl").exists()
+    else:
+        told = [one for one in run.events() if one["event"] in ("depends_on_cut", "trial_skipped")]
+        assert [one["event"] for one in told] == ([event] if event else [])
+        assert all(said in one["reason"] for one in told)

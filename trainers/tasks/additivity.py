@@ -39,15 +39,17 @@ class Draw:
         return abs(self.first[0]) + abs(self.second[0])
 
     @property
+    def counts_samples(self) -> bool:
+        """Whether the units of the whole are those of the halves together."""
+        units = self.first[1] + self.second[1]
+        return abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
+
+    @property
     def is_sum(self) -> bool:
         """Whether loss, units and gradient of the whole are the sums of those of the halves."""
-        units = self.first[1] + self.second[1]
         loss_off = abs(self.whole[0] - self.first[0] - self.second[0])
-        return (
-            loss_off <= LOSS_TOLERANCE * self.size
-            and abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
-            and self.gradient_off <= GRADIENT_TOLERANCE
-        )
+        near = loss_off <= LOSS_TOLERANCE * self.size
+        return near and self.counts_samples and self.gradient_off <= GRADIENT_TOLERANCE
 
     @property
     def is_mean(self) -> bool:

@@ -17,13 +17,18 @@ from trainers.look import Unseen, has_no_state, look
 from trainers.rundir import Refused
 from trainers.starting.notes import is_oom
 from trainers.tasks import Task
-from trainers.tasks.halves import Halves, halves, own_generators
+from trainers.tasks.evaluate_trial import EvaluationTrial, own_generators_of_validation, validation_halves
+from trainers.tasks.halves import halves, own_generators
 from trainers.tasks.sandbox import Sandbox
 from trainers.tasks.trial import Found, LossTrial, batches_of
+from trainers.validation import Validation
 from trainers.world import World
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
+
+
+TOO_FEW = Found(skipped="a micro-batch has one sample, so there is nothing to compare; a larger batch.per_gpu has more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,65 +39,100 @@ class Looked:
         fingerprint: of the data; None: not to be compared.
         depends_on_hardware: why the run isn't the same on another number of ranks.
         depends_on_cut: why it isn't where its micro-batches have other sizes.
+        evaluation_depends: why the values of its evaluations aren't.
         skipped: why something couldn't be tried.
     """
 
     fingerprint: str | None
     depends_on_hardware: list[str]
     depends_on_cut: list[str]
+    evaluation_depends: list[str]
     skipped: list[str]
 
 
 def look_and_try(
-    config: RunConfig, task: Task, data: Any, model: nn.Module, plan: Plan, world: World, beat: Callable[[], None]
+    config: RunConfig,
+    task: Task,
+    data: Any,
+    validation: Validation | None,
+    model: nn.Module,
+    plan: Plan,
+    evaluation_batch: int,
+    world: World,
+    beat: Callable[[], None],
 ) -> Looked:
-    """Look at the training data, and try the contract of ``task`` where ``check.contract`` says so.
+    """Look at the data, and try the contract of ``task`` where ``check.contract`` says so.
 
     Args:
         model: bare, as it will be trained.
+        evaluation_batch: samples of an evaluation's forward, at most.
         beat: called after every look and forward.
 
     Raises:
         Refused: the task breaks the contract; on all ranks.
     """
-    fetch = Fetch(data, task, plan.seed)
-    looks = world.rank == 0 and config.data.fingerprint
-    works: list[Callable[[], Any]] = [partial(fingerprint, data, config.seed)] if looks else []
-    if config.check.contract:
-        cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
-        works += [partial(own_generators, fetch)]
-        works += [partial(halves, fetch, *batch) for batch in batches_of(cut, len(data))]
-    seen = look(works, beat, here=has_no_state(data, task))
-    digits = seen.pop(0) if looks else None
+    seen = _seen(config, task, data, validation, plan, evaluation_batch, world, beat)
+    digits = seen.pop("fingerprint", None)
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
-    if not config.check.contract:
-        return Looked(known_by, [], [], [])
-    unseen = next((one.why for one in seen if isinstance(one, Unseen)), "")
-    if any(world.gather(unseen)):
-        return Looked(known_by, [], [], [f"a sample couldn't be fetched: {unseen}"])
-    own, *batches = seen
-    found = _tried(LossTrial(Sandbox(task, model, world.device, config.seed, beat), model.train), batches)
-    return _agreed(world, known_by, own, found)
+    unseen = next((one.why for one in seen.values() if isinstance(one, Unseen)), "")
+    if any(reasons := world.gather(unseen)) or not config.check.contract:
+        return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
+    sandbox = Sandbox(task, model, world.device, config.seed, beat)
+    batches = [seen[name] for name in seen if name.startswith("batch ")]
+    loss, evaluation = LossTrial(sandbox, model.train), EvaluationTrial(sandbox, config.precision, world.device)
+    of_loss = _agreed(world, _tried("loss", lambda: loss.run(batches)) if batches else TOO_FEW)
+    of_evaluation = Found()
+    if validation:
+        what = "evaluate or task.summarise"
+        of_evaluation = _agreed(world, _tried(what, lambda: evaluation.run(seen["validation"])))
+    return Looked(
+        known_by,
+        depends_on_hardware=[*seen["own"], *of_loss.counters],
+        depends_on_cut=of_loss.depends,
+        evaluation_depends=[*seen.get("own of validation", []), *of_evaluation.depends],
+        skipped=[found.skipped for found in (of_loss, of_evaluation) if found.skipped],
+    )
 
 
-def _tried(trial: LossTrial, batches: list[Halves]) -> Found:
-    if not batches:
-        return Found(skipped="a micro-batch has one sample, so there is nothing to compare; a larger batch.per_gpu has")
+def _seen(
+    config: RunConfig,
+    task: Task,
+    data: Any,
+    validation: Validation | None,
+    plan: Plan,
+    evaluation_batch: int,
+    world: World,
+    beat: Callable[[], None],
+) -> dict[str, Any]:
+    """Look at the data, in one process for all looks; what each of them saw, or why it saw nothing, by name."""
+    works: dict[str, Callable[[], Any]] = {}
+    if world.rank == 0 and config.data.fingerprint:
+        works["fingerprint"] = partial(fingerprint, data, config.seed)
+    if config.check.contract:
+        fetch = Fetch(data, task, plan.seed)
+        cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
+        works["own"] = partial(own_generators, fetch)
+        works |= {f"batch {batch[0]}": partial(halves, fetch, *batch) for batch in batches_of(cut, len(data))}
+        if validation:
+            works["own of validation"] = partial(own_generators_of_validation, validation)
+            works["validation"] = partial(validation_halves, validation, evaluation_batch)
+    here = has_no_state(data, task) and (validation is None or has_no_state(validation.data, task))
+    return dict(zip(works, look(list(works.values()), beat, here=here), strict=True))
+
+
+def _tried(what: str, trial: Callable[[], Found]) -> Found:
     try:
-        return trial.run(batches)
+        return trial()
     except Refused as error:
         return Found(rejected=str(error))
     except Exception as error:
-        why = "memory ran out" if is_oom(error) else f"task.loss failed: {type(error).__name__}: {error}"
-        return Found(skipped=why)
+        why = "memory ran out" if is_oom(error) else f"{type(error).__name__}: {error}"
+        return Found(skipped=f"task.{what} failed, as it may when it is needed: {why}")
 
 
-def _agreed(world: World, known_by: str | None, own: list[str], found: Found) -> Looked:
+def _agreed(world: World, found: Found) -> Found:
     """What all ranks found. Raises Refused, on all of them, where one rejects the task."""
     everyone = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
     if rejected := next((one.rejected for one in everyone if one.rejected), ""):
         raise Refused(rejected)
-    first = next((one for one in everyone if one.depends), found)  # the numbers in it may be others on each rank
-    counters = dict.fromkeys(reason for one in everyone for reason in one.counters)
-    skipped = dict.fromkeys(one.skipped for one in everyone if one.skipped)
-    return Looked(known_by, [*own, *counters], first.depends, list(skipped))
+    return next((one for one in everyone if one != Found()), found)  # numbers in it may be others on each rank

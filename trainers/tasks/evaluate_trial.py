@@ -1,0 +1,111 @@
+"""Try a task's ``evaluate`` and ``summarise`` on one batch before step 1, so that a mistake in them costs nothing."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trainers.evaluate import Totals, measure, summarise
+from trainers.fingerprint import digests
+from trainers.precision import autocast
+from trainers.rundir import Refused
+from trainers.starting.notes import place
+from trainers.tasks.additivity import Draw, judge
+from trainers.tasks.halves import OWN, Halves
+from trainers.tasks.sandbox import Sandbox, exact_fp32
+from trainers.tasks.trial import Found
+from trainers.validation import Validation
+
+NOTHING = (0.0, 0.0)
+MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # that no other data and no training would cure
+
+
+def validation_halves(validation: Validation, most: int) -> Halves:
+    """Fetch the first ``most`` rows that are evaluated, as one batch and as two."""
+    stop = min(most, len(validation.rows))
+    middle = stop // 2
+    whole, second = validation[0, stop], validation[middle, stop]
+    first = validation[0, middle].batch if middle else None
+    return Halves(0, middle, stop, whole.batch, first, second.batch, whole.unkeyed is not None)
+
+
+def own_generators_of_validation(validation: Validation) -> list[str]:
+    """Fetch one row twice, and say what in fetching it isn't a function of the row."""
+    one, other = (digests(validation[0, 1].batch) for _ in range(2))
+    return [f"[index] of the validation data, or collate(), {OWN}"] if one != other else []
+
+
+class EvaluationTrial:
+    """Calls ``evaluate`` on a batch of validation data and on its halves, in eval mode.
+
+    Args:
+        precision: of the run.
+    """
+
+    def __init__(self, sandbox: Sandbox, precision: str, device: torch.device) -> None:
+        self._sandbox, self._task, self._model = sandbox, sandbox.task, sandbox.model
+        self._precision, self._device = precision, device
+
+    def run(self, batch: Halves) -> Found:
+        """Return what ``evaluate`` and ``summarise`` make of ``batch``.
+
+        Raises:
+            Refused: one of them returns something else than the contract says, or has a mistake.
+            Exception: memory ran out.
+        """
+        own = hasattr(self._task, "evaluate")
+        with self._sandbox, torch.no_grad(), exact_fp32():
+            self._model.eval()
+            with _told_of("evaluate" if own else "loss, in eval mode,"):
+                whole = self._measure(batch.whole, batch.start)
+            with _told_of("summarise"):
+                summarise(self._task, whole)
+            if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
+                return Found()
+            first, second = self._measure(batch.first, batch.start), self._measure(batch.second, batch.middle)
+        samples = (batch.stop - batch.start, batch.middle - batch.start, batch.stop - batch.middle)
+        draws = {
+            name: Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), samples)
+            for name, pair in whole.items()
+        }
+        return _judged(draws, noisy=self._sandbox.drew or self._sandbox.narrow)
+
+    def _measure(self, inputs: Any, start: int) -> Totals:
+        self._sandbox.reset()
+
+        def work(batch: Any) -> Totals:
+            with autocast(self._precision, self._device):
+                return measure(self._task, self._model, batch)
+
+        return self._sandbox.call(work, inputs, start)
+
+
+@contextmanager
+def _told_of(what: str) -> Iterator[None]:
+    """Reject a mistake; another error may be of this batch alone."""
+    try:
+        yield
+    except MISTAKES as error:
+        raise Refused(
+            f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
+            f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"
+        ) from error
+
+
+def _judged(draws: dict[str, Draw], noisy: bool) -> Found:
+    depends = []
+    for name, draw in draws.items():
+        verdict, _ = judge([draw], noisy)
+        if verdict == "mean" and draw.counts_samples:
+            return Found(
+                f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples; return "
+                "the sum with the count, or the mean with 1"
+            )
+        constant = draw.whole[0] == draw.first[0] == draw.second[0]
+        if verdict != "sum" and not constant:
+            depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")
+    return Found(depends=depends)
