@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaling.geometry import Cut
@@ -54,3 +56,24 @@ class DDP(Base):
             return nullcontext()
         assert isinstance(self._wrapped, DistributedDataParallel)
         return self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
+        super().backward(loss, note, measured)
+        if self._wrapped is not self._root:
+            self._add_unused()
+
+    def _add_unused(self) -> None:
+        """Add a zero gradient for each parameter that this rank's pass didn't use.
+
+        DDP reduces a bucket once each of its parameters has a gradient, and leaves the rest as they are. Which
+        parameters have none, only this rank knows; the other ranks wait for its buckets.
+        """
+        assert isinstance(self._wrapped, DistributedDataParallel)
+        try:
+            self._wrapped._check_reducer_finalized()
+        except RuntimeError as error:
+            if (listed := re.search(r"indices which did not receive grad for rank \d+:([\d ]+)", str(error))) is None:
+                raise
+            reduced = [p for p in self._wrapped._module_parameters if p.requires_grad]
+            unused = [reduced[int(index)] for index in listed[1].split()]
+            torch.autograd.backward(unused, [torch.zeros_like(p) for p in unused])

@@ -23,6 +23,7 @@ from trainers.engines.base import Base
 from trainers.engines.deepspeed_setup import import_deepspeed, refuse_settings, settings_of
 from trainers.engines.gradients import gradient_of, multiply, norm_of, number
 from trainers.engines.zero import PartsAverage, Unflattened, flats_of, span_of
+from trainers.engines.zero_order import InOrder
 from trainers.model import place_buffers
 from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer
@@ -117,6 +118,8 @@ class ZeRO(Replicated):
         self._initialise(tuned)
         self._zero = self._engine.optimizer
         self._tell_norm()
+        if self._world.size > 1:
+            InOrder(self._zero, self._stage, self.model.parameters())
         self._flats = flats_of(self._zero, self._stage)
         self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
         with self._unflattened.seen():
