@@ -126,6 +126,7 @@ def _train(
     with watch.excused():
         source = initialise(model, config.init_from, world) if config.init_from and begins else None
     engine = make_engine(config, task, model, plan.peak, world)
+    watch.parting = engine.parting
     watch.beat()
     state, found = resume(
         run, config, world, engine, plan, looked.fingerprint, partial(tell, ours, "skipped"), watch.beat

@@ -97,6 +97,9 @@ class Engine(Protocol):
     def call(self, work: Callable[[], Found]) -> Found:
         """What ``work`` returns, which calls the model outside of a step; in lockstep, on all ranks."""
 
+    def parting(self) -> str | None:
+        """Say what this rank, which makes no progress, ran otherwise than rank 0; None: nothing shows that it did."""
+
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``.
 

@@ -37,11 +37,6 @@ class Accelerate(DDP):
         compiled: whether the model is compiled already.
     """
 
-    for_unused = (
-        "'engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,"
-        "find_unused_parameters:true}]'"
-    )
-
     def __init__(self, parts: Parts, config: conf.engines.Accelerate, compiled: bool) -> None:
         refuse_contradictions(os.environ, parts.precision, compiled, parts.world.device.type)
         self._accelerator = accelerator(parts.world, config.config)

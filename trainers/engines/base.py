@@ -17,6 +17,7 @@ from trainers.batchnorm import settled, statistics_of
 from trainers.checkpoints.slices import Reader, Slice
 from trainers.engines import Found, Parts, Update
 from trainers.engines.gradients import clipped, multiply, norm_of, number
+from trainers.engines.lockstep import Lockstep
 from trainers.engines.root import Explained, Root, checked, reworded
 from trainers.model import distinct
 from trainers.noise import GradientSquares
@@ -37,19 +38,22 @@ class Base:
         rides: what ranks tell each other of a pass rides on its backward, as the gradient of parameters that are
             reduced with the model's.
         mean_over: by how many its reduction divides the sum over ranks.
-        for_unused: what is to be given where parameters have no part in the loss.
+        for_all_ranks: what to use where ranks run different modules, and this engine can't train that; empty: it
+            can.
     """
 
     lockstep = False
     rides = False
     mean_over = 1
-    for_unused = "engine.config.find_unused_parameters=true"
+    for_all_ranks = ""
 
     def __init__(self, parts: Parts) -> None:
         self.model, self._task, self._world, self._precision = parts.model, parts.task, parts.world, parts.precision
         self._names = list(distinct(parts.model))  # what can't be saved is refused now, and not when it would be lost
         self._place(parts.model)
         self._carrier = NoteCarrier(self._device)
+        wanted = parts.world.size > 1 and self.for_all_ranks
+        self._lockstep = Lockstep(parts.world, self.for_all_ranks) if wanted else None
         self._statistics = statistics_of(parts.model, self._device)
         self._root = Root(parts.model)
         self._wrapped: nn.Module = self._root
@@ -93,7 +97,7 @@ class Base:
     # ---- a pass
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return self._lockstep.trail.begin("training") if self._lockstep else nullcontext()
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
         if self._shares_buffers and not self._begun:
@@ -136,7 +140,7 @@ class Base:
 
     def _reworded(self, text: str) -> str | None:
         """What is to be said of an error of torch's; None: nothing better."""
-        return reworded(text, self.for_unused)
+        return reworded(text)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -165,14 +169,20 @@ class Base:
     def _all_summed(self, square: Tensor, *more: Tensor) -> Tensor:
         """``square`` (0-dim) over all ranks, by one message; the notes, statistics and ``more`` are summed in place."""
         riding = [*(rider.grad for rider in self._riders if rider.grad is not None), *more]
+        riding += self._lockstep.ride() if self._lockstep else []
         message = torch.cat([square.reshape(1).double(), *(one.reshape(-1).double() for one in riding)])
         self._world.sum(message)
         for one, whole in zip(riding, message[1:].split([one.numel() for one in riding]), strict=True):
             one.copy_(whole.view(one.shape))
         return message[0]
 
+    def parting(self) -> str | None:
+        return self._lockstep.trail.parting() if self._lockstep else None
+
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         self._begun = False
+        if self._lockstep:
+            self._lockstep.check()
         scale = scale * (self.mean_over / self._lift) / self._factor
         norm = self._norm() * scale
         squares = self._measured_squares()

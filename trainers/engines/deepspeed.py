@@ -29,6 +29,7 @@ from trainers.optim import Tuned
 from trainers.optim.stored import restore_optimizer
 from trainers.rundir import Refused
 from trainers.shards import Part
+from trainers.starting.trails import BACKWARD, Trail
 from trainers.tally import Number, Total
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Replicated(Base):
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
-        return nullcontext()
+        return super().micro(cut, last)
 
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -106,6 +107,7 @@ class ZeRO(Replicated):
 
     def __init__(self, parts: Parts, config: conf.engines.DeepSpeed) -> None:
         self._stage, self._offload = config.stage, config.offload
+        self.for_all_ranks = "engine.stage=2 or engine=ddp" if config.stage == 3 else ""
         self._norm_found: Tensor | None = None
         self._told, self._late = 0.0, False
         super().__init__(parts, config)
@@ -120,10 +122,28 @@ class ZeRO(Replicated):
         self._tell_norm()
         if self._world.size > 1:
             InOrder(self._zero, self._stage, self.model.parameters())
+        if self._lockstep:
+            self._record(self._lockstep.trail)
         self._flats = flats_of(self._zero, self._stage)
         self._unflattened = Unflattened(tuned.optimizer, groups, self._flats)
         with self._unflattened.seen():
             self._begin(tuned)
+
+    def _record(self, trail: Trail) -> None:
+        """Record the modules for which stage 3 gathers weights: its messages follow from their order."""
+        coordinator = self._zero.parameter_offload.get_param_coordinator()
+        fetch, names = coordinator.fetch_sub_module, {one: name for name, one in self.model.named_modules()}
+
+        def fetched(module: nn.Module, forward: bool) -> None:
+            name = names.get(module) or "the model"
+            trail.ran(name if forward else name + BACKWARD)
+            fetch(module, forward)
+
+        coordinator.fetch_sub_module = fetched
+
+    def call(self, work: Callable[[], Found]) -> Found:
+        with self._lockstep.evaluating() if self._lockstep else nullcontext():
+            return super().call(work)
 
     def _tell_norm(self) -> None:
         """Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite."""

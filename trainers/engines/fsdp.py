@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from scaling.geometry import Cut
 from trainers.engines import Found, Parts
@@ -26,6 +27,7 @@ from trainers.noise import GradientSquares
 from trainers.precision import DTYPES
 from trainers.rundir import Refused
 from trainers.shards import sharded
+from trainers.starting.trails import BACKWARD, Trail
 from trainers.tally import Number, Total
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class FSDP(Base):
     """The engine ``fsdp``. Gradients are sums over ranks."""
 
     lockstep = True
+    for_all_ranks = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
 
     def __init__(self, parts: Parts, config: conf.engines.FSDP) -> None:
         if config.offload and parts.world.device.type == "cpu":
@@ -74,6 +77,16 @@ class FSDP(Base):
             if self._world.size > 1:  # by 1 it would divide, too
                 one.set_gradient_divide_factor(1.0)
             one.set_reduce_scatter_unused_params(True, recurse=False)
+        if self._lockstep:
+            self._record(self._lockstep.trail)
+
+    def _record(self, trail: Trail) -> None:
+        """Record each message in which weights are gathered, or gradients reduced."""
+        for name, module in self.model.named_modules(prefix=""):
+            if isinstance(module, FSDPModule):
+                _record(module, trail, name or "the model")
+        assert isinstance(self._root, FSDPModule)
+        _record(self._root, trail, "the rest of the model")
 
     def _sharded_modules(self) -> list[FSDPModule]:
         return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
@@ -99,7 +112,7 @@ class FSDP(Base):
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self._root, FSDPModule)
         self._root.set_is_last_backward(last)
-        return nullcontext()
+        return super().micro(cut, last)
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
         loss, units = super()._forward(batch, samples)
@@ -107,7 +120,8 @@ class FSDP(Base):
 
     def call(self, work: Callable[[], Found]) -> Found:
         try:
-            return self._wrapped(work)  # type: ignore[no-any-return]
+            with self._lockstep.evaluating() if self._lockstep else nullcontext():
+                return self._wrapped(work)  # type: ignore[no-any-return]
         finally:
             for module in self._sharded_modules():
                 module.reshard()  # else what was gathered is used again, whatever becomes of the parts
@@ -126,6 +140,33 @@ class FSDP(Base):
         found, self._norm_found = self._norm_found, None
         assert found is not None, "no total since the last update"
         return number(found)
+
+
+class Gather(DefaultAllGather):
+    """Record the message."""
+
+    def __init__(self, trail: Trail, name: str) -> None:
+        self._trail, self._name = trail, name
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        self._trail.ran(self._name)
+        return super().__call__(*args, **keywords)
+
+
+class Reduce(DefaultReduceScatter):
+    """Record the message."""
+
+    def __init__(self, trail: Trail, name: str) -> None:
+        self._trail, self._name = trail, name + BACKWARD
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        self._trail.ran(self._name)
+        return super().__call__(*args, **keywords)
+
+
+def _record(module: FSDPModule, trail: Trail, name: str) -> None:
+    module.set_custom_all_gather(Gather(trail, name))
+    module.set_custom_reduce_scatter(Reduce(trail, name))
 
 
 def _policy(config: conf.engines.FSDP) -> MixedPrecisionPolicy:

@@ -107,21 +107,12 @@ class Explained:
             raise Refused(said) from error
 
 
-def reworded(text: str, for_unused: str) -> str | None:
-    """What is to be said of an error of a forward or a backward; None: nothing better.
-
-    Args:
-        for_unused: what is to be given where parameters have no part in the loss.
-    """
+def reworded(text: str) -> str | None:
+    """What is to be said of an error of a forward or a backward; None: nothing better."""
     if "mixed torch.Tensor and DTensor" in text:
         return (
             "a module whose weights are gathered when it is called is used otherwise, by another method or its "
             "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
-        )
-    if "find_unused_parameters" in text:
-        return (
-            "some parameters have no part in the loss, so their gradient never comes: freeze them with "
-            f"requires_grad=False, or give {for_unused}"
         )
     if "Expected more than 1 value per channel" in text:
         return (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.rundir import Fatal, Refused, RunDir, write_atomic
+from trainers.starting.trails import parting
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 GRACE_S = 3.0  # for workers to end, and to say why, after one has failed
 KILLED_HINT = " (Linux does that where memory runs out)"
+ABORTED = "killed by SIGABRT"  # gloo does so to a process that gets a longer message than it waits for
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
 _LOADER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: (?P<signal>[\w ]+\w)|exited .*)")
@@ -60,7 +62,8 @@ def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
     """The earliest error that any of the ranks has noted, with how far any of them had come.
 
     That a rank lost another is never the first, where there is anything else. Where there isn't, the ranks that left
-    no word of their own are named, and listed as ``silent``.
+    no word of their own are named, and listed as ``silent``. Where ranks lost each other because they ran different
+    modules, that is the error.
     """
     notes = {rank: note for rank in range(size) if (note := read_note(store, f"error/{rank}"))}
     said = {rank: note for rank, note in notes.items() if not note["silent"]}
@@ -72,6 +75,8 @@ def first_error(store: Store | None, size: int) -> dict[str, Any] | None:
         ranks = ", ".join(map(str, first["silent"]))
         why = f"no word from rank {ranks} (hanging, killed, or its machine is gone)"
         first |= {"rank": first["silent"][0], "cause": f"{why}; rank {first['rank']}: {first['cause']}"}
+    if (first["lost"] or ABORTED in first["cause"]) and (cause := parting(store, range(size))):
+        first |= {"kind": "refused", "again": False, "cause": cause}
     return first | {key: max(note[key] for note in notes.values()) for key in ("step", "samples")}
 
 

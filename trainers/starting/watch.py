@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainers.rundir import Refused
 from trainers.starting.notes import Hangs, place
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
+STALLED = [2**n for n in range(1, 16)]  # looks without a beat at which ranks compare what they ran
 LOOK_S = 0.5  # at most, between the looks of the watching thread
 
 # where the main thread stands while it waits for other ranks, or for a device that does
@@ -44,6 +46,7 @@ class Watch:
         self._row: Any = shared.RawArray(ctypes.c_int64, 4) if shared else [0, 0, 0, 0]
         self._seen = self._looks = 0
         self._guarding = False
+        self.parting: Callable[[], str | None] = lambda: None  # why no more progress can come, where that is known
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         """Say that this worker gets on, and how far the run has come. The first beat only says that it has started."""
@@ -88,7 +91,7 @@ class Watch:
         self._looks = 0
 
     def guard(
-        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Hangs], None], log: TextIO
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
     ) -> None:
         """From now on, look after this process's main thread, in a thread, which does what is to be done, too.
 
@@ -105,7 +108,7 @@ class Watch:
         self._guarding = False
 
     def _guard(
-        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Hangs], None], log: TextIO
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
     ) -> None:
         look_s = min(LOOK_S, timeout_s / 20)
         stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
@@ -116,6 +119,9 @@ class Watch:
             time.sleep(look_s)
             looks = self.look()
             if not self._guarding:
+                return
+            if looks in STALLED and (why := self.parting()):
+                on_hang(Refused(why))
                 return
             if looks == stacks_at:
                 with suppress(OSError):

@@ -19,7 +19,6 @@ from trainers.kept import KEPT
 from trainers.rundir import EXIT_CODE, Outcome, RunDir
 from trainers.starting.ends import Note, bury, judged, note_restart, said
 from trainers.starting.notes import (
-    Hangs,
     await_words,
     error_note,
     lasting,
@@ -183,7 +182,7 @@ def _attempt(
         KEPT.append(error)  # its traceback holds what must not be destroyed
         return failed(error_note(error, rank, facts["attempt"], _entered, watch.reached), facts)
 
-    def give_up(error: Hangs) -> None:
+    def give_up(error: Exception) -> None:
         saying = threading.Thread(target=fail, args=(error,), daemon=True)
         saying.start()
         saying.join(HANG_S)
