@@ -1,0 +1,169 @@
+"""Ranks that use different parts of a model: trained as on one rank, or rejected before a weight moves."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import accelerate  # noqa: F401  once, for all ranks that are forked
+import deepspeed  # noqa: F401
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import HashStore
+from torch.utils.data import TensorDataset
+
+import trainers.engines.fsdp  # noqa: F401
+from tests.ranks.harness import Runs, distance
+from tests.same import ENGINES
+from trainers.rundir import Refused
+from trainers.starting.trails import Trail, parting
+
+FLAGS = (0, 0, 1, 0, 1, 1, 2, 0, 0, 1, 1, 0)
+OVERLAPPING = (*ENGINES["ZeRO-1"], "engine.config.zero_optimization.overlap_comm=true")
+FINDING = ("engine.config.find_unused_parameters=true",)
+
+
+class Experts(nn.Module):
+    """Three branches; the flag of a sample says which one it takes."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.call, self.stem = call, nn.Linear(3, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)) for _ in range(3))
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor, flags: Tensor) -> Tensor:
+        hidden, first, second = self.stem(inputs), *self.experts[:2]
+        if self.call == "order":
+            return first(hidden) + second(hidden) if flags[0] else second(hidden) + first(hidden)
+        if self.call == "evaluated" and self.training:
+            return first(hidden) + second(hidden)
+        if self.call == "plain":
+            return first(hidden) + second(hidden)
+        return torch.cat([expert(hidden[flags == at]) for at, expert in enumerate(self.experts) if at in flags])
+
+
+class Routed:
+    """Squares of what the experts give.
+
+    Args:
+        call: ``flags``, ``order`` of two experts by the first sample's flag, ``plain``, or ``evaluated``: by flags in
+            evaluations alone.
+    """
+
+    def __init__(self, call: str = "flags") -> None:
+        self.call = call
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Experts(self.call)
+
+    def train_data(self) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return TensorDataset(torch.randn(len(FLAGS), 3, generator=generator), torch.tensor(FLAGS))
+
+    def val_data(self) -> Any:
+        return (
+            TensorDataset(*self.train_data()[:4][:1], torch.tensor([0, 0, 1, 1])) if self.call == "evaluated" else None
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        return (model(*batch) - 1).square().sum(), len(batch[0])
+
+
+def command(*more: str, call: str = "flags") -> tuple[str, ...]:
+    """Momentum and decay also move what gets a zero gradient; a step has three passes on 2 ranks, two on 3."""
+    return (
+        "task=custom", "task._target_=tests.ranks.test_branches.Routed", f"task.args.call={call}", "lr.peak=0.05",
+        "optimizer.weight_decay=0.1", "batch.global_size=6", "batch.per_gpu=1", "duration=5st", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The weights on one rank, by the least samples of a pass, which is what bitwise follows."""
+    return cache(lambda: Runs(tmp_path_factory.mktemp("truth"))(1, *command()).weights())
+
+
+@pytest.mark.parametrize(
+    ("world", "engine"),
+    [
+        *((2, engine) for engine in (ENGINES["DDP"], FINDING, ("numerics=bitwise",), OVERLAPPING)),
+        *((3, ENGINES[engine]) for engine in ("DDP", "Accelerate", "ZeRO-0", "ZeRO-1")),
+        *((world, ENGINES["ZeRO-2"]) for world in (2, 3)),
+        (2, (*ENGINES["ZeRO-2"], "engine.config.zero_optimization.reduce_bucket_size=8")),
+        (3, (*ENGINES["FSDP"], "engine.shard=[]")),
+    ],
+)
+def test_trained_as_on_one_rank(runs: Runs, truth: Any, world: int, engine: tuple[str, ...]) -> None:
+    """The last step too; what no rank uses in a step gets a zero gradient, on any cut."""
+    assert distance(runs(world, *command(*engine)).weights(), truth()) < 1e-6
+
+
+SPLIT = (*ENGINES["FSDP"], "engine.shard=['experts.0','experts.1','experts.2']")
+
+
+@pytest.mark.parametrize(
+    ("engine", "call", "named"),
+    [
+        (ENGINES["FSDP"], "flags", "experts.0"),
+        (SPLIT, "order", "ran experts.0, rank"),
+        (ENGINES["ZeRO-3"], "flags", "experts.0"),
+        (ENGINES["FSDP"], "evaluated", "one evaluation: only rank 0 ran experts.0, only rank 1 ran experts.1"),
+    ],
+)
+def test_rejected_before_a_weight_moves(runs: Runs, engine: tuple[str, ...], call: str, named: str) -> None:
+    run = runs(2, *command(*engine, "batch.global_size=2", call=call))
+    for end in run.ends:
+        assert end["raised"] == "Refused"
+        assert named in end["message"]
+        assert "engine=ddp" in end["message"]
+    if call != "evaluated":
+        assert not run.run.checkpoints.exists() or not list(run.run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
+def test_other_models_tell_the_store_nothing(runs: Runs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(trail: Trail) -> None:
+        assert trail._number == 0
+
+    monkeypatch.setattr(Trail, "tell", tell)
+    assert runs(2, *command(*ENGINES[engine], call="plain")).ends[0]["state"] == "finished"
+
+
+def passes(store: HashStore, rank: int, *steps: str) -> Trail:
+    """A rank that has run steps of one pass, whose modules are letters."""
+    trail = Trail(store, rank, 2, "do better")
+    for step in steps:
+        trail.begin("training")
+        for name in step:
+            trail.ran(name)
+        number, square = trail.numbers()
+        trail.check(2 * number, 2 * square)
+    return trail
+
+
+def test_trails_part_where_modules_differ() -> None:
+    store = HashStore()
+    one, two = passes(store, 0, "abc"), passes(store, 1, "abc")
+    for trail, names in ((one, "abc"), (two, "axbc")):
+        trail.begin("training")
+        for name in names:
+            trail.ran(name)
+    assert two.parting() is None  # rank 0 may not have come that far
+    said = "the ranks ran different modules in one step: rank 0 ran b, rank 1 ran x; do better"
+    assert parting(store, range(2)) == said
+    assert one.parting() is None
+    assert two.parting() == said
+    with pytest.raises(Refused, match="only rank 1 ran x; do better"):
+        two.check(sum(trail.numbers()[0] for trail in (one, two)), sum(trail.numbers()[1] for trail in (one, two)))
+
+
+def test_a_rank_that_is_behind_parts_from_none() -> None:
+    store = HashStore()
+    one, two = passes(store, 0, "abc", "xyz"), passes(store, 1, "abc", "xyz")
+    two.begin("training")
+    two.ran("x")
+    one.tell()
+    assert two.parting() is None
