@@ -64,9 +64,8 @@ class Routed:
         return TensorDataset(torch.randn(len(FLAGS), 3, generator=generator), torch.tensor(FLAGS))
 
     def val_data(self) -> Any:
-        return (
-            TensorDataset(*self.train_data()[:4][:1], torch.tensor([0, 0, 1, 1])) if self.call == "evaluated" else None
-        )
+        apart = TensorDataset(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))  # each rank evaluates one half
+        return apart if self.call == "evaluated" else None
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         return (model(*batch) - 1).square().sum(), len(batch[0])
@@ -90,8 +89,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("world", "engine"),
     [
         *((2, engine) for engine in (ENGINES["DDP"], FINDING, ("numerics=bitwise",), OVERLAPPING)),
-        *((3, ENGINES[engine]) for engine in ("DDP", "Accelerate", "ZeRO-0", "ZeRO-1")),
-        *((world, ENGINES["ZeRO-2"]) for world in (2, 3)),
+        *((3, ENGINES[engine]) for engine in ("Accelerate", "ZeRO-0", "ZeRO-1", "ZeRO-2")),
         (2, (*ENGINES["ZeRO-2"], "engine.config.zero_optimization.reduce_bucket_size=8")),
         (3, (*ENGINES["FSDP"], "engine.shard=[]")),
     ],
@@ -107,9 +105,9 @@ SPLIT = (*ENGINES["FSDP"], "engine.shard=['experts.0','experts.1','experts.2']")
 @pytest.mark.parametrize(
     ("engine", "call", "named"),
     [
-        (ENGINES["FSDP"], "flags", "experts.0"),
+        (ENGINES["FSDP"], "flags", "ran experts.1"),
         (SPLIT, "order", "ran experts.0, rank"),
-        (ENGINES["ZeRO-3"], "flags", "experts.0"),
+        (ENGINES["ZeRO-3"], "flags", "ran experts.1"),
         (ENGINES["FSDP"], "evaluated", "one evaluation: only rank 0 ran experts.0, only rank 1 ran experts.1"),
     ],
 )
