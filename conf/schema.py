@@ -13,9 +13,13 @@ from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, mod
 
 from conf.engines import Engine
 from conf.section import Free, Modules, Section
+from scaling.limits import LARGEST, Count, Memory, NotNegative, Number, Positive, Seed, Share, Size
 from scaling.rules import LAWS
 from scaling.stages import BatchSchedule
 from scaling.units import EXAMPLES, Duration
+
+WORKERS = 1024  # processes that load data, of each rank
+NAME_BYTES, PATH_BYTES = 255, 3800  # Linux allows 4,096, of which what Isobatch puts below needs some
 
 
 def _with_minutes(value: object) -> Duration:
@@ -54,7 +58,7 @@ def _lasting(duration: Duration) -> Duration:
 def _matching(pattern: str, like: str) -> AfterValidator:
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} has to be {like}")
+            raise ValueError(f"{text!r:.200} has to be {like}")
         return text
 
     return AfterValidator(check)
@@ -72,14 +76,22 @@ def _reachable(address: str) -> str:
     return address
 
 
+def _nameable(path: str) -> str:
+    """Reject a path that no file system can hold; ``~`` may still grow."""
+    longest = max((len(part.encode()) for part in path.split("/")), default=0)
+    if "\0" in path:
+        raise ValueError(f"{path!r:.100}: a path can't hold NUL")
+    if longest > NAME_BYTES or len(path.encode()) > PATH_BYTES:
+        raise ValueError(
+            f"{path[:60]}…: a path has at most {PATH_BYTES} bytes, and each name in it at most {NAME_BYTES}; this one "
+            f"has {len(path.encode()):,}, and a name of {longest:,}"
+        )
+    return path
+
+
 Length = Annotated[Duration, PlainValidator(_duration), PlainSerializer(str, return_type=str)]
 Interval = Annotated[Length, AfterValidator(_lasting)]
-Size = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Memory = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # what clocks can count
 Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]
 Name = Annotated[str, _matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
 Target = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
@@ -89,6 +101,7 @@ HostAndPort = Annotated[
 ]
 Word = Annotated[str, _matching(r"\S+", "a word without spaces")]
 Text = Annotated[str, _matching(r"[^\0]+", "text that isn't empty")]
+Path = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
 Flag = Annotated[
     str, _matching(r"--\w[^\0\n]*|-\w[^\0\n]*", "an option of sbatch, as --exclusive or --gres=gpu:a100:4")
 ]
@@ -150,7 +163,7 @@ class Batch(Section):
 
 class BatchNorm(Section):
     mode: Literal["ghost", "sync"] | None
-    ghost_size: Annotated[int, Field(ge=2)] | None
+    ghost_size: Annotated[int, Field(ge=2, le=LARGEST)] | None
 
     @model_validator(mode="after")
     def _ghosts_have_a_size(self) -> BatchNorm:
@@ -165,7 +178,7 @@ class LearningRate(Section):
     base: Positive | None
     base_batch: Size | None
     rule: Literal["auto", "linear", "sqrt", "legw", "power", "sde", "half-life", "noise", "surge", "none"]
-    power: float | None
+    power: Number | None
     noise_scale: Positive | None
     scale_weight_decay: bool
     peak: Positive | None
@@ -280,9 +293,9 @@ class LARS(_WithMomentum):
 
 class Adafactor(_Optimizer):
     name: Literal["adafactor"]
-    beta2_decay: Annotated[float, Field(le=0)]
+    beta2_decay: Annotated[Number, Field(le=0)]
     eps: tuple[NotNegative | None, NotNegative]
-    d: Annotated[float, Field(ge=1)]
+    d: Annotated[Number, Field(ge=1)]
 
 
 class Muon(_WithMomentum):
@@ -300,8 +313,8 @@ class _Cluster(Section):
     nodes: Size
     gpus_per_node: Size | Literal["auto"]
     max_restarts: Count
-    timeout_s: Positive
-    environment: dict[Variable, str | int]
+    timeout_s: Seconds
+    environment: dict[Variable, Annotated[str, _matching(r"[^\0]*", "text without NUL")] | int]
 
 
 class Local(_Cluster):
@@ -356,7 +369,7 @@ class Data(Section):
     target: Target | None = Field(alias="_target_")
     args: Free
     val_args: Free | None
-    workers: Count
+    workers: Annotated[int, Field(ge=0, le=WORKERS)]
     fingerprint: bool
 
     @model_validator(mode="after")
@@ -396,8 +409,8 @@ class Check(Section):
 
 
 class Run(Section):
-    dir: Annotated[str, Field(min_length=1)] | None
-    config: Annotated[str, Field(min_length=1)] | None
+    dir: Path | None
+    config: Path | None
     name: Name | None
     new: bool
 
@@ -417,10 +430,10 @@ class RunConfig(Section):
     action: Literal["train", "plan", "evaluate", "runs", "requeue"]
     output: Literal["text", "json"]
     duration: Length
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Seed
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
-    init_from: Annotated[str, Field(min_length=1)] | None
+    init_from: Path | None
     clip_norm: Positive | None
     ema: Annotated[Duration, PlainValidator(_half_life), PlainSerializer(str, return_type=str)] | None
     on_nonfinite: Literal["stop", "skip"]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scaling.limits import Text
+
 if TYPE_CHECKING:
     from conf.engines import Engine
     from conf.schema import RunConfig
@@ -42,13 +44,17 @@ class Held:
         offloads: what is in the host's memory.
     """
 
-    name: str
+    name: Text
     stage: int | None = None
-    shards: tuple[str, ...] = ()
-    offloads: tuple[str, ...] = ()
+    shards: tuple[Text, ...] = ()
+    offloads: tuple[Text, ...] = ()
 
-
-WHOLE = Held("ddp")
+    def __post_init__(self) -> None:
+        its = next((it for it in ABILITIES if (it.name, it.stage) == (self.name, self.stage)), None)
+        if its is None:
+            raise ValueError(f"there is no engine={self.name} with engine.stage={self.stage}")
+        if self.shards != its.shards or self.offloads not in ((), its.offloads):
+            raise ValueError(f"{its.choice} doesn't shard {self.shards} and offload {self.offloads}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ ABILITIES = (
         for stage in (1, 2, 3)
     ),
 )
+WHOLE = Held("ddp")
 
 
 def ability(engine: Engine) -> Ability:

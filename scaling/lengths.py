@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scaling.limits import LARGEST
 from scaling.plan import Plan, Segment, samples_after
 from scaling.schedule import Schedule
 
@@ -31,6 +32,12 @@ class Lengths:
         """See Duration.samples; ``said`` (``lr.warmup=``) stands before the duration in a refusal."""
         if self.segments is None and duration.unit == "st":
             return None
+        samples = self._counted(said, duration)
+        if samples is not None and samples > LARGEST:
+            raise ValueError(f"{said}{duration} is {samples:.3g} samples, and can be at most {LARGEST:.0e}")
+        return samples
+
+    def _counted(self, said: str, duration: Duration) -> int | None:
         if self.segments and len(self.segments) > 1 and duration.unit == "st":
             steps, stages = math.ceil(duration.value), [(one.start_sample, one.global_size) for one in self.segments]
             return samples_after(steps, stages)

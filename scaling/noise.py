@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from scaling.geometry import Cut, counted
+from scaling.limits import Count
 
 if TYPE_CHECKING:
     from scaling.plan import Plan
@@ -90,7 +91,7 @@ class Smoothed:
             of one estimate.
     """
 
-    count: int = 0
+    count: Count = 0
     grad_sq: float = 0.0
     trace: float = 0.0
     grad_sq_var: float = 0.0
@@ -101,6 +102,8 @@ class Smoothed:
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, astuple(self))) or min(self.count, self.grad_sq_var, self.trace_var) < 0:
             raise ValueError(f"{self} is nothing that estimates add up to")
+        if self.count > 1 and not 0 < self.weight_sq < 1:
+            raise ValueError(f"{self}: the weights of {self.count} estimates don't add up so")
 
     def updated(self, new: Estimate) -> Smoothed:
         """With one more estimate."""
@@ -134,11 +137,11 @@ class Smoothed:
         if self.count < FEWEST:
             return None
         error_sq = student(1 / self.weight_sq - 1) ** 2 * self.weight_sq / (1 - self.weight_sq)
-        a = self.grad_sq**2 - error_sq * self.grad_sq_var
+        a = self.grad_sq * self.grad_sq - error_sq * self.grad_sq_var
         if self.grad_sq <= 0 or a <= 0:
             return None
         b = self.grad_sq * self.trace - error_sq * self.covariance
-        c = self.trace**2 - error_sq * self.trace_var
+        c = self.trace * self.trace - error_sq * self.trace_var
         half = math.sqrt(max(0.0, b * b - a * c))
         return Scale(self.trace / self.grad_sq, max(0.0, (b - half) / a), (b + half) / a)
 

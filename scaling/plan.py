@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from annotated_types import Len
 
 from scaling.engines import WHOLE, Held
 from scaling.geometry import Cut, counted, solve
+from scaling.limits import Count, Identity, Seed, Size, Text
 from scaling.rules import OutOfRange, Recipe, Rule
 from scaling.schedule import Schedule
 
@@ -23,8 +26,8 @@ class Segment:
     the recipe is at the first segment's batch; in the first segment, the plan's base recipe.
     """
 
-    start_sample: int
-    global_size: int
+    start_sample: Count
+    global_size: Size
     rule: Rule
 
 
@@ -68,8 +71,8 @@ class Step:
 class Choice:
     """A name and the reason for it."""
 
-    name: str
-    why: str
+    name: Text
+    why: Text
 
 
 Source = Literal["peak", "given", "paired", "moved", "tuned", "adapted", "usual"]
@@ -101,6 +104,9 @@ class Stage(NamedTuple):
 class Plan:
     """A run by its global batch.
 
+    The types state the range of each field; ``record.from_json`` checks them when a stored plan is read. What fields
+    have to be to each other is checked here.
+
     Attributes:
         segments: at least one, by rising ``start_sample``, the first at 0.
         world: data-parallel ranks. ``per_gpu`` and ``accumulation`` are as asked (None: solved by ``Cut``).
@@ -118,25 +124,25 @@ class Plan:
         engine: how it holds the run's tensors; of today's hardware, as ``world`` is.
     """
 
-    segments: tuple[Segment, ...]
-    world: int
-    per_gpu: int | None
-    accumulation: int | None
-    granule: int
+    segments: Annotated[tuple[Segment, ...], Len(1)]
+    world: Size
+    per_gpu: Size | None
+    accumulation: Size | None
+    granule: Size
     even: bool
-    seed: int
-    samples: int | None
-    train_samples: int | None
+    seed: Seed
+    samples: Size | None
+    train_samples: Size | None
     unit: Literal["samples", "tokens"]
-    units_per_sample: int | None
-    task: str
-    family: str | None
+    units_per_sample: Size | None
+    task: Text
+    family: Text | None
     optimizer: Choice
     base: Recipe
-    base_batch: int
+    base_batch: Size
     base_source: Source
     schedule: Schedule | None
-    identity: str
+    identity: Identity
     sync: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
     engine: Held = WHOLE
@@ -148,6 +154,10 @@ class Plan:
         for name in ("samples", "train_samples", "units_per_sample", "base_batch"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number}: has to be at least 1")
+        if self.base.lr <= 0:
+            raise ValueError(f"the base LR is {self.base.lr:g}: has to be more than 0")
+        if self.schedule and self.schedule.samples != self.samples:
+            raise ValueError(f"the schedule is of {self.schedule.samples} samples, and the run has {self.samples}")
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         if self.numerics == "bitwise" and self.sync:

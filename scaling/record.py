@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from scaling.advice import warnings
+from scaling.advice import check_family, warnings
+from scaling.engines import OPTIMIZERS
 from scaling.plan import Plan
+from scaling.reading import parse_json
 from scaling.rules import PARTS
 
 
@@ -29,20 +32,28 @@ def from_json(text: str) -> Plan:
             follow from the fields (the file was edited or damaged). What an earlier version didn't write isn't missed.
     """
     try:
-        stored = json.loads(text)
+        stored = parse_json(text)
         fields = {**stored, **stored["asked"]}
         mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
-        plan = TypeAdapter(Plan).validate_json(mine, strict=True)
+        plan = _adapter().validate_json(mine, strict=True)
+        check_family(plan.family)
+        if plan.optimizer.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer={plan.optimizer.name}: known are {', '.join(OPTIMIZERS)}")
         was, now = _numbers(text), _numbers(to_json(plan))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"not a plan: {type(error).__name__}: {error}") from None
+        raise ValueError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']:.300}") from None
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"not a plan: {type(error).__name__}: {' '.join(str(error).split()):.300}") from None
     wrong = [name for name in now if name in was and not _agree(was[name], now[name])]
     if wrong:
         raise ValueError(f"the plan contradicts itself in {', '.join(wrong)}: it was edited or damaged")
     return plan
+
+
+@cache
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
 
 
 def summary(plan: Plan) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from annotated_types import Len
 
 from scaling.geometry import counted
+from scaling.limits import Memory, NotNegative, Number, Positive, Share, Text
 
 PARTS = ("betas", "eps", "weight_decay")  # of a recipe, which may be given for one batch, beside the LR
 
@@ -29,11 +32,11 @@ class Recipe:
         ema: decay per step of the weights' moving average; None: there is none.
     """
 
-    lr: float
-    betas: tuple[float, ...]
-    eps: float | None
-    weight_decay: float | None
-    ema: float | None = None
+    lr: NotNegative
+    betas: Annotated[tuple[Memory, ...], Len(0, 2)]
+    eps: NotNegative | None
+    weight_decay: NotNegative | None
+    ema: Share | None = None
 
 
 class OutOfRange(ValueError):
@@ -73,11 +76,11 @@ class Rule:
         fixed: parts of the recipe that were given for this very batch, and stay.
     """
 
-    name: str
-    power: float | None = None
-    noise_scale: float | None = None
+    name: Text
+    power: Number | None = None
+    noise_scale: Positive | None = None
     scale_weight_decay: bool = False
-    fixed: tuple[str, ...] = ()
+    fixed: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in LAWS:
@@ -92,6 +95,9 @@ class Rule:
                     f"lr.rule={self.name} with {key}={value}: {', '.join(users)}, and no other rule, "
                     f"{'needs' if len(users) == 1 else 'need'} it"
                 )
+        known = ("lr", *PARTS)
+        if set(self.fixed) - set(known) or len(set(self.fixed)) < len(self.fixed):
+            raise ValueError(f"a rule can leave alone each of {', '.join(known)}, not {', '.join(self.fixed)}")
         least, most = self.law.powers or (-math.inf, math.inf)
         if self.power is not None and not least <= self.power <= most:
             raise ValueError(f"lr.power={self.power:g}: the exponent of lr.rule={self.name} is {least:g} to {most:g}")
@@ -115,7 +121,7 @@ class Rule:
         move = Move(before, after, self.power or 0.0, self.noise_scale or 0.0)
         try:
             carried = self.law.carry(recipe, move)
-            if self.scale_weight_decay:
+            if self.scale_weight_decay and carried.lr > 0:
                 carried = replace(carried, weight_decay=timescale(recipe, carried.lr, move))
         except OverflowError:
             carried = replace(recipe, lr=math.inf)

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from scaling.limits import Count, NotNegative, Positive, Share, Size, Text
+
+LARGEST_POWER = 30  # of ten, by which milestones may multiply the LR
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -26,16 +30,16 @@ class Schedule:
             stays at the peak, from there on it falls as the decay does.
     """
 
-    samples: int
-    warmup_samples: int
-    warmup_from: float
-    decay: str
-    final: float
-    exponent: float
-    milestones: tuple[int, ...]
-    gamma: float
-    cooldown_samples: int
-    held_until: int = 0
+    samples: Size
+    warmup_samples: Count
+    warmup_from: NotNegative
+    decay: Text
+    final: Share
+    exponent: Positive
+    milestones: tuple[Count, ...]
+    gamma: Positive
+    cooldown_samples: Count
+    held_until: Count = 0
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -54,6 +58,14 @@ class Schedule:
             raise ValueError(
                 f"lr.milestones have to rise, and not to come within lr.warmup ({self.warmup_samples} samples); they "
                 f"are at samples {list(self.milestones)}"
+            )
+
+        if self.held_until > self.samples:
+            raise ValueError(f"the LR is held until sample {self.held_until}, and the run has {self.samples}")
+        if self.decay == "step" and len(self.milestones) * math.log10(self.gamma) > LARGEST_POWER:
+            raise ValueError(
+                f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones multiplies the LR by more than "
+                f"1e{LARGEST_POWER}: use a smaller lr.gamma"
             )
 
     def lr(self, sample: int, peak: float) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from scaling.limits import LARGEST
+
 Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
 
 MEANING: dict[str, str] = {
@@ -42,17 +44,18 @@ class Duration:
             ValueError: no number, no unit, an unknown unit, a negative or an endless number.
         """
         match = _NUMBER_THEN_UNIT.fullmatch(str(text)) if isinstance(text, str | int | float) else None
+        shown = f"{text!r:.100}"
         if match is None or isinstance(text, bool):
-            raise ValueError(f"{text!r} is not a duration; write a number and its unit: {EXAMPLES}")
+            raise ValueError(f"{shown} is not a duration; write a number and its unit: {EXAMPLES}")
         value, unit = float(match[1]), match[2].lower()
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{text!r} is not a duration: the number has to be 0 or more, and finite")
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"{shown} is not a duration: the number has to be 0 or more, and at most {LARGEST:.0e}")
         if not unit and value == 0:
             unit = "sa"
         if not unit:
-            raise ValueError(f"{text!r} has no unit; write {match[1]} with one of: {EXAMPLES}")
+            raise ValueError(f"{shown} has no unit; write {match[1]:.100} with one of: {EXAMPLES}")
         if unit not in MEANING:
-            raise ValueError(f"{text!r} has the unknown unit {unit!r}; known are: {EXAMPLES}")
+            raise ValueError(f"{shown} has the unknown unit {unit!r:.20}; known are: {EXAMPLES}")
         return cls(value, unit)  # type: ignore[arg-type]
 
     def __str__(self) -> str:

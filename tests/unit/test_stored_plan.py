@@ -1,0 +1,145 @@
+"""Every field of a stored plan is validated when it is read: its kind, its range, its set of values."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+
+from scaling.engines import ABILITIES, Held
+from scaling.plan import Plan, Segment
+from scaling.record import from_json, to_json
+from scaling.rules import Rule
+from tests.unit.test_plan import WHOLE
+
+ENGINE = next(it for it in ABILITIES if it.offloads and it.stage)
+assert WHOLE.schedule
+# Every field has a value here, so that none is passed over.
+FULL = replace(
+    WHOLE,
+    accumulation=2,
+    segments=(
+        Segment(0, 32, Rule("noise", 0.75, 100.0, True, ("betas",))),
+        Segment(512, 48, Rule("noise", 1.0, 100.0)),
+    ),
+    schedule=replace(WHOLE.schedule, milestones=(500, 700)),
+    engine=Held(ENGINE.name, ENGINE.stage, ENGINE.shards, ENGINE.offloads),
+)
+ASKED = ("world", "per_gpu", "accumulation")
+
+WRONG: dict[Any, list[Any]] = {
+    int: [True, 1.5, "1", [], {}, -1, -(10**30), 2**64, 10**30, 10**400, float("nan"), float("inf"), "1e3"],
+    float: [True, "0.1", "nan", [], {}, -(10**30), 10**30, 10**400, float("nan"), float("inf"), float("-inf")],
+    str: ["", "a" * 10_000, "a\0b", "a\x1b[2Jb", "a\nb", "a\u202eb", 1, True, [], {}, ["a"]],
+    bool: [0, 1, -1, "true", "", [], {}, None],
+    tuple: ["", "ab", 1, True, {}, {"0": 1}, [None], [[]], [{}]],
+    dict: ["", "ab", 1, True, [], {}, {"a": 1}, [[]]],
+}
+
+
+def kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types that an annotation allows."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from kinds(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for inner in get_args(annotation):
+            yield from kinds(inner)
+    elif origin is Literal:
+        yield str
+    elif origin is tuple:
+        yield tuple
+    else:
+        yield dict if is_dataclass(annotation) else annotation
+
+
+def leaves(
+    value: Any, annotation: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield the path to every value of a dataclass, with its annotation."""
+    if path:
+        yield path, annotation
+    if is_dataclass(value):
+        hints = get_type_hints(type(value), include_extras=True)
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name), hints[field.name], (*path, field.name))
+    elif isinstance(value, tuple):
+        while get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        for index, inner in enumerate(value):
+            yield from leaves(inner, get_args(annotation)[0], (*path, index))
+
+
+LEAVES = list(leaves(FULL, Plan))
+
+
+def changed(path: tuple[str | int, ...], value: Any) -> str:
+    """Return the plan's JSON with another value at ``path``."""
+    content = inner = json.loads(to_json(FULL))
+    path = ("asked", *path) if path[0] in ASKED else path
+    for name in path[:-1]:
+        inner = inner[name]
+    assert inner[path[-1]] is not None, f"{path} has no value to be replaced"
+    inner[path[-1]] = value
+    return json.dumps(content)
+
+
+def test_the_plan_of_this_file_is_read_back_and_has_a_value_in_every_field() -> None:
+    assert from_json(to_json(FULL)) == FULL
+    classes = {Plan, Segment, Rule, Held, type(FULL.base), type(FULL.schedule), type(FULL.optimizer)}
+    named = {name for path, _ in LEAVES for name in path if isinstance(name, str)}
+    assert named == {field.name for one in classes for field in fields(one)}
+
+
+@pytest.mark.parametrize(("path", "annotation"), LEAVES, ids=[".".join(map(str, path)) for path, _ in LEAVES])
+def test_no_field_takes_a_value_of_another_kind_or_out_of_its_range(
+    path: tuple[str | int, ...], annotation: Any
+) -> None:
+    allowed = set(kinds(annotation))
+    wrong = WRONG[next(iter(allowed - {type(None)}))] + ([] if type(None) in allowed else [None])
+    for value in wrong:
+        with pytest.raises(ValueError, match=r"not a plan|contradicts itself") as raised:
+            from_json(changed(path, value))
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("engine", "stage"), -1),
+        (("engine", "stage"), 4),
+        (("engine", "name"), "ddp"),
+        (("engine", "name"), "horovod"),
+        (("engine", "shards"), []),
+        (("engine", "offloads"), ["parameters"]),
+        (("optimizer", "name"), "adamx"),
+        (("family", ), "poetry"),
+        (("identity",), "0123456789aB"),
+        (("base_source",), "guessed"),
+        (("numerics",), "exact"),
+        (("unit",), "boxes"),
+        (("schedule", "decay"), "sine"),
+        (("schedule", "final"), 1.5),
+        (("schedule", "held_until"), 1001),
+        (("schedule", "samples"), 999),
+        (("base", "betas"), [0.9, 1.0]),
+        (("base", "betas"), [0.9, 0.9, 0.9]),
+        (("base", "lr"), 0.0),
+        (("base", "ema"), 1.5),
+        (("segments",), []),
+        (("segments", 0, "rule", "name"), "cubic"),
+        (("segments", 0, "rule", "fixed"), ["milestones"]),
+        (("segments", 0, "rule", "fixed"), ["betas", "betas"]),
+        (("segments", 0, "start_sample"), 5),
+        (("samples",), 0),
+        (("seed",), 2**63),
+    ],
+)  # fmt: skip
+def test_values_come_from_the_registries_and_fit_each_other(path: tuple[str | int, ...], value: Any) -> None:
+    with pytest.raises(ValueError, match=r"not a plan|contradicts itself"):
+        from_json(changed(path, value))
