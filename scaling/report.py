@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.geometry import counted
+from scaling.printable import one_line
+from scaling.run_files import read_run
 
 if TYPE_CHECKING:
     from scaling.plan import Plan
@@ -42,7 +42,9 @@ class Result:
 
     def __str__(self) -> str:
         values = [
-            f"{name} {value:.4g}" for name, value in ({"loss": self.loss} | self.val).items() if value is not None
+            f"{one_line(name)} {value:.4g}"
+            for name, value in ({"loss": self.loss} | self.val).items()
+            if value is not None
         ]
         done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
         return " · ".join([done, *self._mishaps(), *values])
@@ -70,39 +72,13 @@ class Result:
         }
 
 
-def events(directory: Path) -> list[dict[str, Any]]:
-    """What happened to the run in ``directory``, in order."""
-    return _lines(directory / "events.jsonl")
-
-
-def outcome(directory: Path) -> dict[str, Any]:
-    """How the run in ``directory`` ended, or that it is running; empty where that isn't told."""
-    return _json(directory / "outcome.json")
-
-
-def planned(directory: Path) -> dict[str, Any]:
-    """The plan of the run in ``directory``; empty where there is none yet."""
-    return _json(directory / "plan.json")
-
-
-def measured(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics of the run in ``directory`` that are of training steps."""
-    return [line for line in _lines(directory / "metrics.jsonl") if "loss" in line]
-
-
-def last_step(directory: Path) -> int:
-    """The last step that the run in ``directory`` is known to have completed."""
-    told = [outcome(directory), *_lines(directory / "metrics.jsonl")[-1:]]
-    return max(int(line.get("step", 0)) for line in told)
-
-
 def result(directory: Path) -> Result:
     """The result of the run in ``directory``; what is missing or damaged there is None."""
-    ended = outcome(directory)
-    lr = planned(directory).get("lr", {})
+    files = read_run(directory)
+    ended = files.outcome
     loss: float | None = None
     val: dict[str, float] = {}
-    for line in _lines(directory / "metrics.jsonl"):
+    for line in files.metrics:
         loss = loss if line.get("loss") is None else line["loss"]
         val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
     return Result(
@@ -111,15 +87,16 @@ def result(directory: Path) -> Result:
         ended.get("samples", 0),
         loss,
         val,
-        lr.get("peak"),
-        *_mishaps(events(directory)),
+        files.plan.get("lr", {}).get("peak"),
+        *_mishaps(files.events),
     )
 
 
 def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
     """Restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
     restarts = [event for event in events if event.get("event") == "restart"]
-    halved = [(event["per_gpu_before"], event["per_gpu"]) for event in restarts if event.get("kind") == "oom"]
+    sizes = [(event.get("per_gpu_before"), event.get("per_gpu")) for event in restarts if event.get("kind") == "oom"]
+    halved = [(before, after) for before, after in sizes if before is not None and after is not None]
     skipped: set[int] = set()
     for event in events:
         if event.get("event") == "skip":
@@ -146,7 +123,7 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 def grid(rows: Sequence[dict[str, Any]]) -> str:
     """Columns under their names, in the order in which the names first come up; numbers to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
+    cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
     return "\n".join(
@@ -160,29 +137,6 @@ def grid(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "—"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The mapping that a file holds; empty where it holds none."""
-    return next(iter(_mappings([_text(file)])), {})
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; the last one may be half written."""
-    return _mappings(_text(file).splitlines())
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _mappings(texts: Sequence[str]) -> list[dict[str, Any]]:
-    found = []
-    for text in texts:
-        with suppress(ValueError):
-            found.append(json.loads(text))
-    return [content for content in found if isinstance(content, dict)]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling.report import WITHOUT_A_WORD, events, last_step, measured, outcome, planned
+from scaling.report import WITHOUT_A_WORD
+from scaling.run_files import holds_a_run, read_run
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
@@ -20,7 +22,8 @@ class Row:
     """A run, as far as its directory tells.
 
     Attributes:
-        state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't.
+        state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't;
+            ``damaged`` where a file isn't what a run writes, and ``cause`` says which.
         step, steps: completed, and of the whole run.
         samples_per_s, eta_s: where it is running: of the last logged step, and seconds to the end at that pace.
         job: of Slurm, the last one that was submitted for it, or worked on it; ``queue``: what Slurm says of it; None:
@@ -60,12 +63,13 @@ def directories(root: Path) -> list[Path]:
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
-    if any((folder / name).exists() for name in ("outcome.json", "events.jsonl")):
+    if holds_a_run(folder):
         yield folder
-    elif depth and folder.is_dir():
-        for inner in folder.iterdir():
-            if inner.is_dir() and not inner.is_symlink():
-                yield from _runs_in(inner, depth - 1)
+    elif depth:
+        with suppress(OSError):  # it isn't a folder, or one that can't be listed
+            for inner in folder.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    yield from _runs_in(inner, depth - 1)
 
 
 def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
@@ -75,10 +79,11 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         works: some launch has it now.
         queue: what Slurm says of the jobs that aren't over, by id.
     """
-    happened, ended, plan, logged = events(directory), outcome(directory), planned(directory), measured(directory)
+    files = read_run(directory)
+    happened, logged = files.events, [line for line in files.metrics if "loss" in line]
     jobs = [str(event["job"]) for event in happened if event.get("event") in ("submitted", "start") and "job" in event]
     told = queue.get(jobs[-1]) if jobs else None
-    state = str(ended.get("state", "—"))
+    state = files.outcome.get("state", "—")
     if told and told.startswith("PENDING"):
         state = "queued"
     elif state == "running" and not works:
@@ -86,19 +91,20 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         happened = [*happened, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # as its next start will note
     running, last = state == "running", logged[-1] if logged else {}
     pace = last.get("samples_per_s") if running else None
-    left = plan["samples"] - last["samples"] if pace and {"samples"} <= plan.keys() & last.keys() else None
-    causes = [str(event["cause"]) for event in happened if event.get("event") in ENDS and event.get("cause")]
+    whole, at = files.plan.get("samples"), last.get("samples")
+    left = None if whole is None or at is None else whole - at
+    causes = [event["cause"] for event in happened if event.get("event") in ENDS and event.get("cause")]
     return Row(
         run=str(directory),
-        state=state,
-        step=last_step(directory),
-        steps=plan.get("steps"),
+        state="damaged" if files.damage else state,
+        step=max(line.get("step", 0) for line in (files.outcome, *files.metrics[-1:])),
+        steps=files.plan.get("steps"),
         loss=next((line["loss"] for line in reversed(logged) if line.get("loss") is not None), None),
         samples_per_s=pace,
-        eta_s=None if left is None or not pace else max(0.0, left / pace),
+        eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
         job=jobs[-1] if jobs else None,
         queue=told,
-        cause=causes[-1] if causes else None,
+        cause=files.damage or (causes[-1] if causes else None),
     )
 
 

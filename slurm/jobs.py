@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from conf.explain import ConfigError
 from conf.schema import RunConfig, Slurm
 from conf.stored import frozen
-from scaling.report import last_step
+from scaling.run_files import last_step
 from slurm.allocation import job_facts
 from slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
 from slurm.state import SlurmError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.explain import ConfigError
-from scaling.report import events, last_step, outcome
+from scaling.run_files import events, last_step, outcome
 from slurm.output import DUE, parse_complaint, parse_due, parse_unreached, tail
 from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted_nodes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from conf.explain import ConfigError, override
 from conf.schema import RunConfig, Slurm
 from conf.stored import refuse_missing
-from scaling.report import events
+from scaling.run_files import events
 from slurm.render import render
 from slurm.state import SlurmError, ask, queued
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conf.stored import begun, dump
-from scaling.report import WITHOUT_A_WORD, last_step
+from scaling.report import WITHOUT_A_WORD
+from scaling.run_files import last_step
 from trainers.rundir import Outcome, Refused, RunDir, hold, write_atomic
 from trainers.starting.notes import restarts
 from trainers.terminal import say

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from scaling.noise import Smoothed
+from scaling.printable import one_line
+from scaling.reading import parse_json, read_bytes
 from trainers.rundir import RunDir, write_atomic
 from trainers.state import TrainState
 from trainers.tally import News
@@ -141,9 +143,9 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
 def lines_until(file: Path, state: TrainState) -> list[bytes]:
     """The lines of a metrics file up to a state; of later ones another attempt had made more than it saved."""
     kept = []
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+    for line in read_bytes(file).splitlines(keepends=True) if file.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
-            content = json.loads(line)
+            content = parse_json(line)
             again = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
             if 0 <= content["step"] <= state.steps and not again and line.endswith(b"\n"):
                 kept.append(line)
@@ -213,7 +215,7 @@ class LiveLine:
 
     def evaluation(self, line: dict[str, Any]) -> None:
         self._progress.console.print(
-            f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}", highlight=False
+            f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}", highlight=False, markup=False
         )
 
     def close(self) -> None:
@@ -225,7 +227,9 @@ def _figures(line: dict[str, Any]) -> str:
 
 
 def _values(line: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "ema/")))
+    return "  ".join(
+        f"{one_line(name)} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "ema/"))
+    )
 
 
 def _clock(seconds: float) -> str:

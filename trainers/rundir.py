@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
+from scaling.reading import read_json
+
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
 OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
@@ -56,9 +58,11 @@ class Outcome:
         """Checked reading. Raises ValueError for anything but what ``outcome.json`` holds."""
         kinds = {"state": str, "cause": str, "step": int, "samples": int, "attempt": str, "restarts": int}
         if not isinstance(fields, dict) or any(type(fields.get(key)) is not kind for key, kind in kinds.items()):
-            raise ValueError(f"not an outcome: {fields!r}")
+            raise ValueError(f"not an outcome: {fields!r:.200}")
         if fields["state"] not in get_args(State):
-            raise ValueError(f"not a state of a run: {fields['state']!r}")
+            raise ValueError(f"not a state of a run: {fields['state']!r:.200}")
+        if not all(0 <= fields[key] < 2**63 for key in ("step", "samples", "restarts")):
+            raise ValueError(f"not an outcome: a count in {fields!r:.200}")
         return cls(**{key: fields[key] for key in kinds})
 
 
@@ -111,7 +115,7 @@ class RunDir:
         """
         file = self.path / "outcome.json"
         try:
-            return Outcome.of(json.loads(file.read_text()))
+            return Outcome.of(read_json(file))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -120,7 +124,7 @@ class RunDir:
     @property
     def begun(self) -> bool:
         """The folder holds a run, however far it came."""
-        return any((self.path / name).exists() for name in OF_RUNS)
+        return any(os.path.exists(self.path / name) for name in OF_RUNS)
 
     def refuse_foreign(self) -> None:
         """A run begins in an empty folder or in a run's own, so that nobody's files are taken for an old run's.

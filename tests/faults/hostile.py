@@ -147,3 +147,13 @@ def lying(checkpoint: Path) -> None:
 @damage("it is of another run", "it is of another run")
 def foreign(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest.update(identity="0123456789ab"))
+
+
+@damage("text stands for a number in the optimizer's groups", "optim/groups has lr='x' in group 0")
+def text_for_lr(checkpoint: Path) -> None:
+    edit(checkpoint, lambda manifest: manifest["values"]["optim/groups"][0].update(lr="x"))
+
+
+@damage("the plan in the manifest has an engine that there isn't", "not a plan")
+def no_such_engine(checkpoint: Path) -> None:
+    edit(checkpoint, lambda manifest: manifest["plan"]["engine"].update(stage=-1))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scaling.report import grid
+from scaling.report import grid, result
+from scaling.run_files import last_step
 from scaling.runs import directories, row
 
 PLAN = {"steps": 100, "samples": 6400}
@@ -63,6 +66,69 @@ def test_a_run_that_waits_in_the_queue(tmp_path: Path, state: str | None, queue:
     assert found.job == "7"
     assert found.queue == queue.get("7")
     assert (f"7 {queue['7']}" if "7" in queue else "7 over") in grid([found.cells()])
+
+
+DEEP = "[" * 100_000
+DAMAGE: dict[str, Any] = {
+    "deep": lambda file: file.write_text(DEEP),
+    "deep but parsed": lambda file: file.write_text('{"a":' * 200 + "1" + "}" * 200 + "\n"),
+    "binary": lambda file: file.write_bytes(bytes(range(256)) * 4),
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": lambda file: os.mkfifo(file),
+    "a device": lambda file: file.symlink_to("/dev/zero"),
+    "a link to itself": lambda file: file.symlink_to(file),
+    "a list": lambda file: file.write_text("[1, 2]\n"),
+    "text": lambda file: file.write_text('"finished"\n'),
+    "a key twice": lambda file: file.write_text('{"step": 1, "step": 2}\n'),
+    "10,000 digits": lambda file: file.write_text('{"step": %s, "steps": %s}\n' % (("1" * 10_000,) * 2)),
+    "NaN": lambda file: file.write_text('{"loss": NaN, "samples": NaN, "lr": NaN}\n'),
+}  # fmt: skip
+VALUES = ["x", [], {}, True, -1, 1.5, 10**30, 1e999, [[[1]]]]
+NAMES = ("outcome.json", "plan.json", "events.jsonl", "metrics.jsonl")
+# Of each file a name, and what is right there
+FIELDS = {"outcome.json": "step", "plan.json": "samples", "events.jsonl": "step", "metrics.jsonl": "samples"}
+
+
+def whole(folder: Path) -> Path:
+    events = [{"event": "start"}, {"event": "stopped", "cause": "SIGTERM", "step": 40}]
+    return make(folder, "stopped", events, [{"step": 40, "samples": 2560, "loss": 0.5, "val/loss": 0.25}])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_said_in_its_runs_row_and_the_list_is_whole(tmp_path: Path, name: str, damage: str) -> None:
+    for run in "abc":
+        whole(tmp_path / run)
+    file = tmp_path / "b" / name
+    file.unlink()
+    DAMAGE[damage](file)
+    found = [row(run, works=False, queue={}) for run in directories(tmp_path)]
+    assert [one.state for one in found] == ["stopped", "damaged", "stopped"]
+    assert name in (found[1].cause or "")
+    assert "damaged" in grid([one.cells() for one in found])
+    json.loads(json.dumps([asdict(one) for one in found], allow_nan=False))
+    str(result(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_a_value_of_another_kind_is_damage(tmp_path: Path, name: str, value: Any) -> None:
+    run = whole(tmp_path / "a")
+    line = json.loads((run / name).read_text().splitlines()[-1])
+    (run / name).write_text(json.dumps(line | {FIELDS[name]: value}).replace("Infinity", "1e999") + "\n")
+    found = row(run, works=True, queue={})
+    assert found.state == "damaged"
+    assert found.cause
+    assert FIELDS[name] in found.cause
+    str(result(run))
+    assert last_step(run) in (0, 40)
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+    run = whole(tmp_path / "a")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "sam')
+    assert row(run, works=False, queue={}).state == "stopped"
 
 
 def test_why_it_stopped_last_is_said(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,12 @@ from conf.stored import lengthened
 from scaling.noise import Smoothed
 from scaling.plan import Plan
 from scaling.resolve import continued
+from scaling.run_files import events
 from trainers.checkpoints.commit import clear_leftovers, link_best
 from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
 from trainers.checkpoints.slices import DTYPES, Reader
 from trainers.engines import Engine
-from trainers.optim.stored import GROUPS, MORE
+from trainers.optim.stored import GROUPS, MORE, misfit
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
 from trainers.world import World
@@ -116,12 +117,13 @@ def newest_good(
             f"{run.checkpoints} has no checkpoint, but step {saved} was saved there: bring it back, or start another "
             "run beside this with run.new=true"
         )
+    groups = engine.values()[GROUPS] if names else []
     skipped = []
     for name in names:
         reason, checkpoint = "", None
         try:
             checkpoint = read(run.checkpoints / name)
-            refuse_misfit(checkpoint, config, engine)
+            refuse_misfit(checkpoint, config, engine, groups)
             verify(checkpoint, sorted(checkpoint.files)[world.rank :: world.size], beat)
         except (Damaged, OSError) as error:
             reason = str(error)
@@ -141,14 +143,8 @@ def newest_good(
 
 def last_saved(run: RunDir) -> int:
     """The last step at which the run stopped, ended or went on, and so had a checkpoint, by its events; 0: none yet."""
-    steps = [0]
-    with suppress(FileNotFoundError):
-        for line in (run.path / "events.jsonl").read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                event = json.loads(line)
-                if event["event"] in ("stopped", "finished", "going_on"):
-                    steps.append(int(event["step"]))
-    return steps[-1]
+    saved = [event for event in events(run.path) if event.get("event") in ("stopped", "finished", "going_on")]
+    return next((event["step"] for event in reversed(saved) if "step" in event), 0)
 
 
 def find_best(run: RunDir, best: str | None, world: World) -> float | None:
@@ -172,8 +168,10 @@ def find_best(run: RunDir, best: str | None, world: World) -> float | None:
     return agreed
 
 
-def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> None:
-    """Raises Damaged where a checkpoint isn't of this run, or doesn't fit its model."""
+def refuse_misfit(
+    checkpoint: Checkpoint, config: RunConfig, engine: Engine, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises Damaged where a checkpoint isn't of this run, or doesn't fit its model, or the optimizer's ``groups``."""
     header, ours = checkpoint.header, identity(config)
     if header.identity != ours and not lengthened(config, header.identity, header.duration):
         raise Damaged(f"it is of another run (identity {header.identity} with duration={header.duration}, not {ours})")
@@ -194,18 +192,13 @@ def refuse_misfit(checkpoint: Checkpoint, config: RunConfig, engine: Engine) -> 
             raise Damaged(f"{name!r:.100} is nothing that the model or its optimizer has")
         if not own and name in stored and not _spreads(stored[name].shape, parameter[1]):
             raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter[1])}")
-    groups = checkpoint.values.get(GROUPS)
-    if not isinstance(groups, list) or any(not isinstance(g, dict) or not _names(g.get("params")) for g in groups):
-        raise Damaged(f"{GROUPS} isn't what an optimizer's groups are")
+    if said := misfit(checkpoint.values, groups, own=own):
+        raise Damaged(said)
 
 
 def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
     """Whether it is one number, of the shape itself, or lacks dimensions of it, as Adafactor's rows and columns do."""
     return shape == () or (len(shape) == len(over) and all(a in (1, b) for a, b in zip(shape, over, strict=True)))
-
-
-def _names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from functools import cache
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from scaling.reading import Unreadable, parse_json
 
 # bytes per element, by safetensors' names of dtypes
 ITEMSIZE: dict[str, int] = {
@@ -86,17 +87,10 @@ def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
 
 def load_json(text: bytes, what: str) -> Any:
     """``text`` as JSON. Raises Damaged where it isn't any, or too deep, or a key stands there twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key stands there twice")
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{what} isn't JSON: {error!s:.100}") from None
+        return parse_json(text)
+    except Unreadable as error:
+        raise Damaged(f"{what}: {error!s:.200}".replace(": it ", " ", 1)) from None
 
 
 def of_kind(kind: Any, text: bytes, what: str) -> Any:

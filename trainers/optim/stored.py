@@ -8,13 +8,14 @@ hyperparameters of the groups, some of which an optimizer may move by itself, wi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from scaling.limits import LARGEST
 from trainers.rundir import Refused
 from trainers.shards import Part, in_one_part, read_like
 
@@ -95,6 +96,46 @@ def restore_optimizer(
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if stays else parameter.device
         optimizer.state[parameter][key] = read(parameter, reader, name, device)
+
+
+def misfit(values: Mapping[str, Any], present: Sequence[Mapping[str, Any]], *, own: bool) -> str | None:
+    """Return what in a checkpoint's values would break the optimizer in a later step; None: nothing.
+
+    Args:
+        present: the optimizer's groups as it was made, in the form of ``stored_optimizer``.
+        own: it is a user's, which may keep any JSON, but in the hyperparameters that it was made with.
+    """
+    groups, more = values.get(GROUPS), values.get(MORE, {})
+    if not isinstance(groups, list) or any(not isinstance(g, dict) or not _names(g.get("params")) for g in groups):
+        return f"{GROUPS} isn't what an optimizer's groups are"
+    if not isinstance(more, dict) or {"state", "param_groups"} & more.keys() or (more and not own):
+        return f"{MORE} isn't what this optimizer keeps"
+    for index, (was, now) in enumerate(zip(groups, present, strict=False)):
+        for key in was.keys() & now.keys() - {"params"}:
+            if not _alike(was[key], now[key]):
+                there, here = f"{was[key]!r:.100}", f"{now[key]!r:.100}"
+                return f"{GROUPS} has {key}={there} in group {index}, and the optimizer was made with {here}"
+    for name, value in values.items():
+        if not own and name not in (GROUPS, MORE) and not (value is None or _alike(value, 0)):
+            return f"{name:.100} is {value!r:.100}"
+    return None
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _alike(was: Any, now: Any) -> bool:
+    """Tell whether a hyperparameter is of the kind it was made with; of None anything may become."""
+    if now is None:
+        return True
+    if isinstance(now, bool) or isinstance(was, bool):
+        return isinstance(was, bool) and isinstance(now, bool | str)
+    if isinstance(now, int | float):
+        return isinstance(was, int | float) and -LARGEST <= was <= LARGEST
+    if isinstance(now, list | tuple):
+        return isinstance(was, list) and (not now or (len(was) == len(now) and all(map(_alike, was, now))))
+    return isinstance(was, type(now))
 
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
