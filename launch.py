@@ -31,6 +31,7 @@ from conf.identity import run_directory
 from conf.schema import Slurm
 from conf.stored import extends
 from conf.sweep import expand, sweep_directories
+from scaling.printable import one_line, printable
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
     """
     args = command_line(arguments)
     if args.help:
-        print(help_text(args.overrides, args.config_dir), end="")
+        print(printable(help_text(args.overrides, args.config_dir)), end="")
         return 0
     if args.multirun:
         if args.cfg or under_torchrun():
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return sweep(args.overrides, args.config_dir)
     config = compose(args.overrides, args.config_dir)
     if args.cfg:
-        print(annotated(config, args.overrides, args.config_dir))
+        print(printable(annotated(config, args.overrides, args.config_dir)))
         return 0
     if config.action == "runs":
         return listed(config)
@@ -164,7 +165,7 @@ def listed(config: RunConfig) -> int:
     try:
         there = queued() if shutil.which("squeue") else {}
     except SlurmError as error:
-        print(f"isobatch: the queue can't be seen: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", file=sys.stderr)
     roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in there.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     queue = {job: str(one) for job, one in there.items()}
@@ -232,7 +233,7 @@ def first() -> bool:
 def say(text: str) -> None:
     """Print it once, however many give this command."""
     if first():
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from conf.explain import ConfigError
 from conf.hardware import world_size
 from conf.schema import RunConfig
 from scaling.choose import TABLE, choose
 from scaling.plan import Choice
+from scaling.reading import Unreadable, read_yaml
 from scaling.resolve import resolve
 
 
@@ -47,4 +46,12 @@ def _with_usual(roots: Sequence[Path]) -> set[str]:
     """Optimizers of the table whose YAML has a usual LR."""
     names = {name for rows in TABLE.values() for row in rows for name in row}
     files = [root / "optimizer" / f"{name}.yaml" for name in names for root in roots]
-    return {file.stem for file in files if file.is_file() and yaml.safe_load(file.read_text()).get("usual")}
+    return {file.stem for file in files if file.is_file() and _has_usual(file)}
+
+
+def _has_usual(file: Path) -> bool:
+    try:
+        content = read_yaml(file)
+    except Unreadable as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return isinstance(content, dict) and bool(content.get("usual"))

@@ -13,10 +13,13 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,10 +42,28 @@ from conf.explain import (
 from conf.identity import housekeeping
 from conf.schema import RunConfig
 from conf.stored import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
+from scaling.reading import MOST_DEPTH, YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
 
 PRIMARY = "config"
+MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
 # Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
 UNUSED = ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
+
+
+class Checked(FileConfigSource):
+    """Hydra's source of YAML files, which checks that loading one takes little time and memory."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "checked"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        try:
+            check_yaml(read_text(file, YAML_BYTES))
+        except Unreadable as error:
+            raise Unreadable(f"{file}: {error}") from None
+        return super().load_config(config_path)
 
 
 def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
@@ -85,14 +106,15 @@ def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> RunConf
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(
-                f"{override.input_line} is a sweep; did you mean -m? (a list is written [a,b], text in quotes 'a,b')"
+                f"{shown(str(override.input_line))} is a sweep; did you mean -m? (a list is written [a,b], text in "
+                "quotes 'a,b')"
             )
     values = {override.key_or_group: override.value() for override in parsed}
     if values.get("run.config"):
         return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
     file = Path(os.path.expanduser(_resolved(values.get("run.dir")))) / "config.yaml"
     science = [key for key in values if not housekeeping(key.replace("/", "."))]
-    holds = os.path.exists(file) and (begun(file.parent) or not science)
+    holds = os.path.lexists(file) and (begun(file.parent) or not science)
     if values.get("run.dir") and holds and values.get("action") != "evaluate":
         return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = _composed(parsed, roots)
@@ -164,7 +186,8 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
 def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str, Any], set[str]]:
     """What Hydra makes of the overrides, as plain values, and the keys that they and their experiments give."""
     overrides = [_for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
-    overrides += [f"hydra.searchpath=[{quoted(f'file://{root}')}]" for root in roots[1:]]
+    overrides += [f"hydra.searchpath=[{quoted(f'{Checked.scheme()}://{root}')}]" for root in roots[1:]]
+    SourcesRegistry.instance().register(Checked)
     with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
         try:
             plain = OmegaConf.to_container(hydra_compose(PRIMARY, overrides), resolve=True)
@@ -175,7 +198,9 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
             raise ConfigError(_no_such_option(error)) from None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key}: {_short(error)}" if error.full_key else _short(error)) from None
-        except (HydraException, yaml.YAMLError, ValueError) as error:
+        except RecursionError:
+            raise ConfigError("values are nested too deep, or interpolations ${…} stand for each other") from None
+        except (HydraException, yaml.YAMLError, ValueError, OSError) as error:
             raise ConfigError(_short(error)) from None
     assert isinstance(plain, dict)
     if isinstance(optimizer := plain.get("optimizer"), dict) and optimizer.get("name") == "auto":
@@ -185,10 +210,13 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
 
 def parse(text: str) -> Override:
     """``key=value`` as Hydra reads it. Raises ConfigError."""
+    _refuse_unending(text)
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise ConfigError(_unparsable(text, error)) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits
+        raise ConfigError(f"{shown(text)!r} can't be read: {error!s:.200}") from None
     top = override.key_or_group.replace("/", ".").partition(".")[0]
     if top == "hydra":
         raise ConfigError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
@@ -199,16 +227,31 @@ def parse(text: str) -> Override:
     return override
 
 
+def _refuse_unending(text: str) -> None:
+    """Raise ConfigError where Hydra's parser would recurse too deep, or take minutes."""
+    depth = commas = 0
+    for sign in re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", text):
+        depth += (sign in "[{(") - (sign in "]})")
+        commas += sign == "," and depth > 0
+        if depth > MOST_DEPTH:
+            raise ConfigError(f"{shown(text)!r} can't be read: its brackets are nested more than {MOST_DEPTH} deep")
+        if commas > MOST_VALUES:
+            raise ConfigError(
+                f"{shown(text)!r} can't be read: a list on the command line has at most {MOST_VALUES:,} values; give "
+                "it in a YAML of your own (--config-dir)"
+            )
+
+
 def _unparsable(text: str, error: HydraException) -> str:
     key, equals, value = text.partition("=")
     if not equals:
-        return f"{text!r} isn't key=value (or ~key); --help shows the command line"
+        return f"{shown(text)!r} isn't key=value (or ~key); --help shows the command line"
     as_text = f"{key}={quoted(value)}"
     try:
         OverridesParser.create().parse_override(as_text)
     except HydraException:
-        return f"{text!r} can't be read: {_short(error)}"
-    return f"{text!r} can't be read as it stands; with quotes it is text: {for_shell(as_text)}"
+        return f"{shown(text)!r} can't be read: {_short(error)}"
+    return f"{shown(text)!r} can't be read as it stands; with quotes it is text: {shown(for_shell(as_text))}"
 
 
 def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
@@ -235,7 +278,7 @@ def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
         return f"~{override.get_key_element()}"
     for name in value if isinstance(value, list) else [value]:
         files = [root / group / f"{name}.yaml" for root in roots]
-        if ".." in str(name) or not any(file.is_file() for file in files):
+        if ".." in str(name) or not any(os.path.isfile(file) for file in files):
             raise ConfigError(_no_such_choice(group, shown(name), options))
     return text
 
@@ -259,7 +302,7 @@ def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterat
                 yield default.package
             else:
                 files = [root / f"{default.config_path}.yaml" for root in roots]
-                content = yaml.safe_load(next(file for file in files if file.is_file()).read_text()) or {}
+                content = read_yaml(next(file for file in files if file.is_file())) or {}
                 content.pop("defaults", None)
                 yield from leaves(default.package or "", content)
     for group, override in found.overrides.override_metadata.items():

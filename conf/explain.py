@@ -14,9 +14,13 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from conf.schema import RunConfig
+from scaling.reading import MOST_DEPTH as READ_DEPTH
 
 HERE = Path(__file__).parent
 RECORDED = ("given", "chosen")  # of a config, but no keys
+DEEPEST = READ_DEPTH // 2  # lists and mappings in a value: what is written here is read back
+BITS = 64  # of a whole number; tools that read the config hold no longer one
+SHOWN = 400  # characters of a value in a message
 
 # What other launchers call it, where the spelling is too far from ours to be guessed.
 ELSEWHERE = {
@@ -94,22 +98,26 @@ def validated(plain: dict[str, Any]) -> RunConfig:
         raise ConfigError(explain(error, plain)) from None
 
 
-def _check_values(key: str, value: Any) -> None:
+def _check_values(key: str, value: Any, depth: int = 0) -> None:
     """Nothing but what JSON can say without a loss: free mappings may hold anything, and all of it is hashed."""
+    if depth > DEEPEST:
+        raise ConfigError(f"{key:.100}… can't be: it is nested more than {DEEPEST} deep")
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise ConfigError(f"{key} has the key {name!r}; keys have to be text, as '{name}' in quotes")
-            _check_values(f"{key}.{name}" if key else name, inner)
+            _check_values(f"{key}.{name}" if key else name, inner, depth + 1)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            _check_values(f"{key}.{index}", inner)
+            _check_values(f"{key}.{index}", inner, depth + 1)
     elif value == "???":
         raise ConfigError(f"{key} has to be given: {key}=…")
     elif isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
-        raise ConfigError(f"{key}={value!r} can't be: it isn't Unicode text")
+        raise ConfigError(f"{key}={value!r:.200} can't be: it isn't Unicode text")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value} can't be: numbers have to be finite")
+    elif isinstance(value, int) and value.bit_length() > BITS:
+        raise ConfigError(f"{key} can't be a whole number of {value.bit_length():,} bits: it has at most {BITS}")
     elif not isinstance(value, str | int | float | None):
         raise ConfigError(f"{key}={value!r} can't be: a {type(value).__name__} isn't a value that JSON knows")
 
@@ -253,8 +261,9 @@ def _line(key: str, value: Any, choices: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as the command line takes it, its middle left out where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
 
 
 def quoted(text: str) -> str:

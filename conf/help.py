@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import textwrap
@@ -13,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import yaml
 
 from conf.compose import roots_with
-from conf.explain import RECORDED, ConfigError, nearest
+from conf.explain import RECORDED, ConfigError, nearest, shown
 from conf.schema import RunConfig
 from conf.stored import choices
 
@@ -96,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     """``overrides``, ``help``, ``cfg``, ``config_dir``, ``multirun``. Raises ConfigError."""
     parsed = _parser().parse_intermixed_args(arguments)
-    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-        raise ConfigError(f"--config-dir={parsed.config_dir} isn't a folder")
+    if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
+        raise ConfigError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
     for ours in HERE.glob("**/*.yaml") if parsed.config_dir is not None else ():
         theirs = Path(parsed.config_dir) / ours.relative_to(HERE)
         if theirs.exists() and not theirs.samefile(ours):

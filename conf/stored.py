@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -15,6 +14,7 @@ import yaml
 from conf.explain import ConfigError, sections, shown
 from conf.identity import OFF, global_size_rules, identity, science
 from conf.schema import RunConfig
+from scaling.reading import Unreadable, read_json, read_yaml
 from scaling.units import Duration
 
 FORMAT = 1
@@ -35,16 +35,15 @@ def load(file: Path) -> dict[str, Any]:
         ConfigError: it can't be read, or isn't what ``dump`` writes.
     """
     try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first = " ".join(str(error).split())
-        raise ConfigError(f"{file} can't be read ({first}); mend it, or name another run.dir") from None
+        plain = read_yaml(file)
+    except (FileNotFoundError, Unreadable) as error:
+        raise ConfigError(f"{shown(str(file))} can't be read ({error}); mend it, or name another run.dir") from None
     if not isinstance(plain, dict) or not isinstance(plain.get("given"), list) or "format" not in plain:
         raise ConfigError(f"{file} is damaged: it isn't the config of a run; mend it, or name another run.dir")
     version = plain.pop("format")
     if version != FORMAT:
         raise ConfigError(
-            f"{file} has format {version!r}, and this Isobatch reads format {FORMAT}; use the one that wrote it"
+            f"{file} has format {version!r:.20}, and this Isobatch reads format {FORMAT}; use the one that wrote it"
         )
     return {"chosen": {}, **plain}
 
@@ -139,7 +138,7 @@ def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> b
 
 def begun(directory: Path) -> bool:
     """Whether a run there came to train; one that failed before may be put right, and is another one then."""
-    return (directory / "plan.json").exists()
+    return os.path.exists(directory / "plan.json")
 
 
 def extends(directory: Path, config: RunConfig) -> bool:
@@ -154,9 +153,14 @@ def extends(directory: Path, config: RunConfig) -> bool:
     if named and begun(directory) and (length := _length(directory)):
         return length != config.duration  # they were compared when the config was composed from the one there
     try:
-        there = json.loads((directory / "plan.json").read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+        there = read_json(directory / "plan.json")["identity"]
+    except FileNotFoundError:
         return False  # no run yet, or one that got nowhere
+    except (Unreadable, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{directory / 'plan.json'} is damaged ({error}): move it away, and the same command resumes from the "
+            "checkpoints"
+        ) from None
     if there == identity(config):
         return False
     if (length := _length(directory)) and there == identity(config, length):
@@ -185,7 +189,7 @@ def _length(directory: Path) -> Duration | None:
     """The duration of the run that a directory holds; None where that can't be read."""
     file = directory / "config.yaml"
     with suppress(ValueError):
-        return Duration.parse(load(file).get("duration")) if file.exists() else None
+        return Duration.parse(load(file).get("duration")) if os.path.exists(file) else None
     return None
 
 
@@ -206,7 +210,7 @@ def run_of(weights: Path) -> Path | None:
         folder = path.parent if path.is_file() else path
         inside = folder.parent if folder.name == "final" else folder.parent.parent
         run = inside if folder.name == "final" or folder.parent.name == "checkpoints" else path
-        if (run / "config.yaml").is_file():
+        if os.path.isfile(run / "config.yaml"):
             return run
     return None
 

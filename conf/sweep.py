@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+from hydra.core.override_parser.types import Override, RangeSweep
+
 from conf.compose import parse, roots_with
-from conf.explain import ConfigError, choices_of
+from conf.explain import ConfigError, choices_of, shown
 from conf.identity import digest, first_free, science
 from conf.schema import RunConfig
 
+MOST_RUNS = 10_000
 OF_THE_WHOLE = ("action", "output", "debug", "run.dir", "run.name", "run.new")
 
 
@@ -48,17 +52,35 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
             continue
         if not override.is_discrete_sweep():
             raise ConfigError(
-                f"{text}: an interval has no end of values; name them with commas, or range(from,to,step)"
+                f"{shown(text)}: an interval has no end of values; name them with commas, or range(from,to,step)"
             )
         override.config_loader = cast(Any, loader)  # all that glob() asks of it
-        values = dict.fromkeys(override.sweep_string_iterator())
-        if not values:
-            raise ConfigError(f"{text} stands for no value at all")
+        values = _values(override, text)
         ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
+    if (runs := math.prod(map(len, ways))) > MOST_RUNS:
+        raise ConfigError(f"the sweep stands for {runs:,} runs, and can be of at most {MOST_RUNS:,}: give fewer values")
     return [
         Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
         for way in itertools.product(*ways)
     ]
+
+
+def _values(override: Override, text: str) -> list[str]:
+    """Return the values that a sweep of one key stands for, each once."""
+    too_many = f"{shown(text)} stands for more than {MOST_RUNS:,} runs: give fewer values"
+    values = override.value()
+    if isinstance(values, RangeSweep):  # counted first, as a shuffled one is made whole
+        start, stop, step = (float(number or 0) for number in (values.start, values.stop, values.step))
+        if step == 0 or not all(map(math.isfinite, (start, stop, step))):
+            raise ConfigError(f"{shown(text)} has no end of values: give range(from,to,step) with another step")
+        if (stop - start) / step > MOST_RUNS:
+            raise ConfigError(too_many)
+    found = list(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1)))
+    if not found:
+        raise ConfigError(f"{text} stands for no value at all")
+    if len(found) > MOST_RUNS:
+        raise ConfigError(too_many)
+    return found
 
 
 def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
@@ -93,7 +115,7 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{digest(shared)}"
     )
     root = first_free(root) if run.new else root
-    if (root / "config.yaml").exists():
+    if os.path.exists(root / "config.yaml"):
         raise ConfigError(f"run.dir={root} holds a run, and a sweep needs a folder of its own; name another run.dir")
     return [root / _folder(",".join(overrides)) for overrides in swept]
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING
 
 from scaling.evaluations import evaluation_batch
+from scaling.printable import printable
 from trainers.enter import refuse_other_commands
 from trainers.evaluate import Evaluator
 from trainers.keyed import Stream, seed_generators
@@ -51,7 +52,7 @@ def evaluate_weights(config: RunConfig, facts: dict[str, str], world: World, sto
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = " · ".join([*(f"{name} {value:.4f}" for name, value in values.items()), source])
         with suppress(BrokenPipeError):
-            print(json.dumps({"source": source, **finite}) if as_json else line, flush=True)
+            print(json.dumps({"source": source, **finite}) if as_json else printable(line), flush=True)
     return Outcome("finished", "", 0, 0, facts["attempt"], restarts())
 
 

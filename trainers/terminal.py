@@ -6,8 +6,10 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from scaling.printable import printable
+
 
 def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
     """Print it, by default to stdout; where that can't be, the work goes on."""
     with suppress(OSError, ValueError):
-        print(text, end=end, file=to or sys.stdout, flush=True)
+        print(printable(text), end=end, file=to or sys.stdout, flush=True)

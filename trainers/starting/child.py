@@ -29,17 +29,17 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except (ConfigError, Refused) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"isobatch: {error}", file=sys.stderr)
+            say(f"isobatch: {error}", sys.stderr)
         return 2
     except Stopped as wish:
-        print(f"isobatch: {wish}, before anything was started", file=sys.stderr)
+        say(f"isobatch: {wish}, before anything was started", sys.stderr)
         return 75
     except SystemExit as end:
         return int(end.code or 0)
     except BrokenPipeError:  # whoever read this has left
         return 1
     except BaseException:
-        traceback.print_exc()
+        say(traceback.format_exc(), sys.stderr, end="")
         return 1
 
 
