@@ -27,6 +27,7 @@ class Result:
         loss: of the last step that was logged and had one; ``val`` holds the values of the last evaluation by name.
         peak: the plan's peak learning rate.
         restarts: of the workers, in all attempts at the run; ``skipped``: steps whose loss or gradient wasn't finite.
+        damage: what is wrong in the run's files; it counts for nothing above.
         per_gpu: the largest micro-batch before memory ran out first, and since it ran out last; None: it never did.
     """
 
@@ -39,6 +40,7 @@ class Result:
     restarts: int = 0
     skipped: int = 0
     per_gpu: tuple[int, int] | None = None
+    damage: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         values = [
@@ -51,6 +53,8 @@ class Result:
 
     def _mishaps(self) -> Iterator[str]:
         """What went otherwise than planned."""
+        if self.damage:
+            yield f"damaged: {one_line(self.damage)}"
         if self.restarts:
             yield counted(self.restarts, "restart")
         if self.per_gpu:
@@ -89,6 +93,7 @@ def result(directory: Path) -> Result:
         val,
         files.plan.get("lr", {}).get("peak"),
         *_mishaps(files.events),
+        damage=files.damage,
     )
 
 

@@ -107,7 +107,7 @@ def test_a_damaged_file_is_said_in_its_runs_row_and_the_list_is_whole(tmp_path: 
     assert name in (found[1].cause or "")
     assert "damaged" in grid([one.cells() for one in found])
     json.loads(json.dumps([asdict(one) for one in found], allow_nan=False))
-    str(result(tmp_path / "b"))
+    assert f"damaged: {name}" in str(result(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("name", NAMES)
