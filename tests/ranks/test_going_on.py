@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults.hostile import edit
 from tests.ranks.harness import Run, Runs, distance
 from trainers.checkpoints.commit import commit
 from trainers.rundir import RunDir
@@ -174,16 +175,19 @@ def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.C
 
 
 def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
-    run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
+    run = runs(2, *TASK, "checkpoint.every=10st", "checkpoint.keep=3", stop_at=25)
     uninterrupted = runs(2, *TASK)
     part = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
+    # Sealed again, so that only what it says is wrong
+    edit(run.run.checkpoints / "step-00000020", lambda saved: saved["values"]["optim/groups"][0].update(momentum="x"))
     run = runs(2, *TASK, going_on=run)
     out = capfd.readouterr().out
     assert "checkpoint step-00000025 is skipped: rank-00001.safetensors" in out
-    assert "goes on from step 20 of 75" in out
+    assert "checkpoint step-00000020 is skipped: optim/groups has momentum='x' in group 0" in out
+    assert "goes on from step 10 of 75" in out
     assert bitwise(run, uninterrupted)
     assert lines(run) == lines(uninterrupted)
 
