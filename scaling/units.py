@@ -49,7 +49,9 @@ class Duration:
             raise ValueError(f"{shown} is not a duration; write a number and its unit: {EXAMPLES}")
         value, unit = float(match[1]), match[2].lower()
         if not 0 <= value <= LARGEST:
-            raise ValueError(f"{shown} is not a duration: the number has to be 0 or more, and at most {LARGEST:.0e}")
+            raise ValueError(
+                f"{shown} is not a duration: the number has to be 0 or more, and finite: at most {LARGEST:.0e}"
+            )
         if not unit and value == 0:
             unit = "sa"
         if not unit:

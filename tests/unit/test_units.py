@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scaling.limits import LARGEST
 from scaling.units import MEANING, Duration
 from tests.examples import examples
 
@@ -63,7 +64,7 @@ def test_what_is_no_duration_is_refused_with_its_value_and_examples(text: object
     assert repr(text) in str(refusal.value)
 
 
-@given(st.floats(0, allow_infinity=False, allow_nan=False), st.sampled_from(list(MEANING)))
+@given(st.floats(0, LARGEST), st.sampled_from(list(MEANING)))
 @quick
 def test_text_reads_back_as_the_same_duration(value: float, unit: str) -> None:
     duration = Duration(value, unit)  # type: ignore[arg-type]
@@ -99,7 +100,7 @@ def test_a_decimal_number_is_what_was_written() -> None:
     assert math.ceil(0.07 * 100) == 8  # what binary fractions make of it
     assert Duration.parse("0.07ep").samples(global_size=1, train_samples=100) == 7
     assert Duration.parse("7%").samples(global_size=1, run_samples=100) == 7
-    assert Duration.parse("1e17sa").samples(global_size=1) == 10**17
+    assert Duration.parse("1e15sa").samples(global_size=1) == 10**15
 
 
 @given(st.decimals(0, 10**6, places=3), st.integers(1, 10**9))
