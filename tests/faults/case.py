@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from benchmarks.soak import processes_of
 from scaling.order import indices
 from tests.faults.task import SAMPLES, Fault
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 GLOBAL, STEPS = 32, 47  # three epochs of 500 samples; the last step is whole
@@ -36,6 +37,7 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 DEADLINE_S = 120.0
 ROUNDING = 1e-6  # what max |Δ| / max |w| may be with SGD where sums are rounded otherwise
 APART = "max \\|Δ\\| / max \\|w\\|"  # a column of the table
+WARM = "ISOBATCH_TEST_WARM"  # in the environment of `make test`; `make faults` starts all as users do
 SLOWLY = {"DELAY_S": "0.03"}  # each pass
 AHEAD = 4 * GLOBAL  # samples that may have been fetched beyond the step that a start had come to
 
@@ -62,6 +64,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def started(words: list[str], env: dict[str, str], output: IO[Any]) -> subprocess.Popen[bytes] | Warm:
+    """Start a command; launch.py from a process that has torch already, where WARM says so."""
+    if WARM in env and words[:2] == list(LAUNCH):
+        return Warm(words[2:], ROOT, env, output)
+    return subprocess.Popen(
+        words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
 class Command:
     """A command that works in ``directory``."""
 
@@ -69,10 +81,7 @@ class Command:
         self.directory, self.env = directory, env
         self.output = directory.parent / f"output-{time.monotonic_ns()}"
         with open(self.output, "w") as output:
-            self.process = subprocess.Popen(
-                list(words), cwd=ROOT, env={**os.environ, **env}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            self.process = started(list(words), {**os.environ, **env}, output)
 
     @property
     def said(self) -> str:

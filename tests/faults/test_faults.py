@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
-from tests.faults.case import APART, Broken, Case
+from tests.faults.case import APART, WARM, Broken, Case
 from tests.faults.table import ROWS, References
 from tests.same import ENGINES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WARM, "1")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from conf.identity import identity
 from conf.stored import dump
 from scaling.record import to_json
 from scaling.resolve import resolve
+from tests.warm import Warm
 from trainers.checkpoints.commit import compose as manifest_of
 from trainers.checkpoints.manifest import NAME, Header, file_of, folder_of
 from trainers.rundir import Outcome, RunDir
@@ -52,13 +53,20 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *arguments]
 
 
-def launch(*arguments: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+def launch(*arguments: str, code: int = 0, cold: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; ``cold``: in a process that imports all itself."""
+    env = {**os.environ, **env}
+    if cold:
+        done = subprocess.run(command(*arguments), env=env, capture_output=True, text=True, timeout=120)
+    else:
+        process = Warm(list(arguments), Path.cwd(), env)
+        out, err = process.communicate(timeout=120)
+        done = subprocess.CompletedProcess(arguments, process.wait(), out, err)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def refused(*arguments: str, **env: str) -> str:
+def refused(*arguments: str, **env: Any) -> str:
     """The message of a refusal: the only thing printed, and nothing is written."""
     done = launch(*arguments, code=2, **env)
     assert done.stdout == ""
@@ -72,7 +80,7 @@ def refused(*arguments: str, **env: str) -> str:
 
 
 def test_plan_is_a_table_or_json_alone() -> None:
-    assert "global batch" in launch("action=plan").stdout
+    assert "global batch" in launch("action=plan", cold=True).stdout
     plan = json.loads(launch("action=plan", "output=json", "cluster.nodes=16", "cluster.gpus_per_node=8").stdout)
     assert plan["world_size"] == 128
     assert sum(size * count for size, count in plan["micro_batches"]) == plan["global_size"]
@@ -187,7 +195,10 @@ def test_plan_of_an_extension_is_that_of_the_whole_run() -> None:
 
 
 def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
-    assert "global batch   64 samples = 64 per GPU ? 1 rank" in launch("action=plan", PYTHONIOENCODING="ascii").stdout
+    assert (
+        "global batch   64 samples = 64 per GPU ? 1 rank"
+        in launch("action=plan", cold=True, PYTHONIOENCODING="ascii").stdout
+    )
 
 
 # ---- what is refused before anything starts
@@ -245,7 +256,7 @@ def test_refused_with_one_message(arguments: list[str], said: str) -> None:
 
 
 def test_sweep_under_torchrun_is_refused() -> None:
-    assert "torchrun" in refused("-m", "seed=1,2", TORCHELASTIC_RUN_ID="x", RANK="0", WORLD_SIZE="1")
+    assert "torchrun" in refused("-m", "seed=1,2", cold=True, TORCHELASTIC_RUN_ID="x", RANK="0", WORLD_SIZE="1")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -485,13 +496,8 @@ def test_a_sweep_whose_runs_are_all_refused_is_refused() -> None:
 
 @pytest.mark.parametrize("ctrl_c", [False, True], ids=["TERM", "Ctrl-C"])
 def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
-    sweep = subprocess.Popen(
-        command("-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    arguments = ["-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"]
+    sweep = Warm(arguments, Path.cwd(), dict(os.environ))
     deadline = time.monotonic() + 60
     while not [file for file in Path().glob("runs/*/seed=1/metrics.jsonl") if file.stat().st_size]:
         assert time.monotonic() < deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from conf.help import EXAMPLES
 from tests.ranks.harness import free_port
+from tests.warm import Warm
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,13 +45,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / FINISHED
 
 
-def run(command: str, folder: Path) -> subprocess.Popen[str]:
-    """Start a README's command in a folder that has the checkout's launch.py and the README's own task."""
+def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Popen[str]:
+    """Start a README's command in a folder that has the checkout's launch.py and the README's own task.
+
+    ``cold``: by a shell in any case, and not in a process that has torch already.
+    """
     (folder / "launch.py").unlink(missing_ok=True)
     (folder / "launch.py").symlink_to(ROOT / "launch.py")
     task = next(block for kind, block in BLOCKS if kind == "python")
     (folder / re.findall(r"# (\w+\.py)", task)[0]).write_text(task)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if command.startswith("python launch.py") and not cold:
+        return Warm(shlex.split(command)[2:], folder, env)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, shell=True, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -84,7 +91,7 @@ def test_examples_of_help(command: str, tmp_path: Path) -> None:
 def test_own_task_and_its_weights(tmp_path: Path) -> None:
     """The lines that load final/ work after the command above them."""
     command = next(command for command in LAUNCHES if "my_task" in command)
-    _, err = run(command, tmp_path).communicate(timeout=120)
+    _, err = run(command, tmp_path, cold=True).communicate(timeout=120)
     (directory,) = (tmp_path / "runs").iterdir()
     _, load = (block for kind, block in BLOCKS if kind == "python")
     script = f"from my_task import MyTask\n{load}\nprint(model(__import__('torch').zeros(1, 2)).shape)"
@@ -103,7 +110,7 @@ def test_output_is_real(tmp_path: Path) -> None:
     """The plan to the letter; lines with times and losses up to their figures; the accuracy that is promised."""
     train = re.search(r"^train:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert train
-    process = run(train[1], tmp_path)
+    process = run(train[1], tmp_path, cold=True)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     shown = next(block for kind, block in BLOCKS if kind == "text").splitlines()

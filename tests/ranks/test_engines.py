@@ -12,28 +12,50 @@ import pytest
 
 import trainers.engines.fsdp  # noqa: F401
 from tests.ranks.harness import Run, Runs, distance
-from tests.same import CASES, overrides, pairs
+from tests.same import CASES, ENGINES, TASK, overrides, pairs
 
 # The others share their code with these, and have tests of their own; `python -m benchmarks same` has all on all.
-THROUGHOUT = ("DDP", "FSDP")
-SOMETIMES = ("the model is called twice in a pass", "its forward is never called, only parts of it")
+EVERYWHERE = ("the model is called twice in a pass", "its forward is never called, only parts of it")
+# What is missing here of DDP's, test_invariance.py has, in float64; of FSDP's, the test of all that goes together.
+HERE = {
+    "DDP": (
+        "a parameter without dimensions", "weights that aren't contiguous", "ghost BatchNorm, ranks without samples",
+        "RMSprop", "bf16",
+    ),
+    "FSDP": (
+        "a parameter without dimensions", "weights that aren't contiguous", "a step that isn't finite, skipped",
+        "LARS", "LAMB", "Muon", "RMSprop", "bf16", "recomputed activations",
+    ),
+}  # fmt: skip
+# A batch that grows, at first with ranks that have no samples, ghosts, an average, the noise scale, evaluations: in
+# float64, where rounding is 1e-16 a step, so that it may be amplified 10,000 times.
+TOGETHER = (
+    "task.args.double=true", "task.args.norm=true", "batchnorm.mode=ghost", "batchnorm.ghost_size=4", "batch.per_gpu=4",
+    "batch.schedule=0sa:8 40sa:24", "ema=30sa", "noise.every=1st", "evaluate.every=5st",
+)  # fmt: skip
 PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of a case by DDP on one rank, made once."""
+    """The run of a case by DDP, on one rank unless another number is given, made once."""
     runs = Runs(tmp_path_factory.mktemp("truth"))
-    return cache(lambda case: runs(1, *overrides(case, "DDP")))
+    return cache(lambda case, ranks=1, *more: runs(ranks, *overrides(case, "DDP"), *more))
 
 
 @pytest.mark.parametrize(
-    ("case", "engine"), [(case, engine) for case, engine in pairs() if engine in THROUGHOUT or case in SOMETIMES]
+    ("case", "engine"),
+    [(case, engine) for case, engine in pairs() if case in EVERYWHERE or case in HERE.get(engine, ())],
 )
 def test_the_same_run(runs: Runs, truth: Any, case: str, engine: str) -> None:
-    expected, run = truth(case), runs(3, *overrides(case, engine))
+    expected, run = truth(case), runs(3 if engine == "DDP" else 2, *overrides(case, engine))
     assert run.ends[0]["state"] == "finished", run.ends[0]
     same(run, expected, CASES[case].apart)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_what_goes_together(runs: Runs, engine: str) -> None:
+    same(runs(3, *TASK, *TOGETHER, *ENGINES[engine]), runs(1, *TASK, *TOGETHER), 1e-12)
 
 
 def same(run: Run, expected: Run, apart: float) -> None:
@@ -50,9 +72,9 @@ def same(run: Run, expected: Run, apart: float) -> None:
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-0", "ZeRO-2", "ZeRO-3", "Accelerate"])
-def test_a_buffer_that_the_forward_moves_is_rank_0_s(runs: Runs, engine: str) -> None:
+def test_a_buffer_that_the_forward_moves_is_rank_0_s(runs: Runs, truth: Any, engine: str) -> None:
     """On every engine alike, and however often it is saved: on the same number of ranks, as each sees other samples."""
     moved = ("task.args.moved=true", "duration=6st")
-    expected = runs(2, *overrides(PLAIN, "DDP"), *moved)
+    expected = truth(PLAIN, 2, *moved)
     for more in ((), ("checkpoint.every=1st",)):
         same(runs(2, *overrides(PLAIN, engine), *moved, *more), expected, 1e-6)

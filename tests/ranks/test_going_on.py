@@ -24,16 +24,18 @@ TASK = (
     "evaluate.every=7st", "log.every=1st",
 )  # fmt: skip
 STEPS = 75  # 3 epochs of 500 samples
+FEWER = (*TASK, "task.args.samples=200")  # 10 steps an epoch
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run]:
-    """Runs that nobody interrupted, by (world, overrides)."""
+    """Runs by (world, *overrides), and those stopped at a step by (world, *overrides, step), each made once."""
     runs, found = Runs(tmp_path_factory.mktemp("whole")), {}
 
     class Whole(dict):  # type: ignore[type-arg]
         def __missing__(self, key: Any) -> Run:
-            self[key] = runs(*key)
+            *given, stop_at = key if isinstance(key[-1], int) else (*key, None)
+            self[key] = runs(*given, stop_at=stop_at)
             return self[key]
 
     return Whole(found)
@@ -52,10 +54,10 @@ def bitwise(a: Run, b: Run) -> bool:
 @pytest.mark.parametrize("world", [1, 3])
 def test_on_the_same_world_nothing_shows_of_a_stop(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
     """Weights, averages and every line of metrics, bit by bit, in mid-epoch, stopped twice."""
-    overrides = (*TASK, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
+    overrides = (*FEWER, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
     run = runs(world, *overrides, stop_at=13)
     assert run.ends[0] == {"state": "stopped", "step": 13, "samples": 260, "cause": "SIGTERM"}
-    run = runs(world, *overrides, stop_at=42, by_rank=world - 1, going_on=run)
+    run = runs(world, *overrides, stop_at=22, by_rank=world - 1, going_on=run)
     run = runs(world, *overrides, going_on=run)
     assert run.ends[0]["state"] == "finished"
     uninterrupted = whole[(world, *overrides)]
@@ -68,9 +70,10 @@ CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2"
 
 @pytest.mark.parametrize(("world", "overrides"), CUTS, ids=lambda value: str(value))
 def test_on_other_hardware_it_is_the_same_but_for_rounding(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
-    run = runs(3, *TASK, stop_at=31)
-    run = runs(world, *TASK, *overrides, going_on=run)
-    uninterrupted = whole[(3, *TASK)]
+    begun = whole[(3, *FEWER, 13)]
+    shutil.copytree(begun.run.path, runs.folder / "run")
+    run = runs(world, *FEWER, *overrides, going_on=Run(RunDir(runs.folder / "run"), []))
+    uninterrupted = whole[(3, *FEWER)]
     assert distance(run.weights(), uninterrupted.weights()) < 1e-6
     ours, theirs = lines(run), lines(uninterrupted)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

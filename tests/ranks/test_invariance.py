@@ -14,10 +14,10 @@ from tests.ranks.harness import Run, Runs, distance
 from tests.tasks import Counted, OneByOne
 
 COUNTED = (
-    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=20st", "lr.peak=0.05",
+    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
     "evaluate.every=null", "log.every=1st",
 )  # fmt: skip
-CUTS = [(1, 32), (2, 16), (2, 7), (3, 32), (3, 7), (4, 25), (4, 1)]  # ranks, per-GPU batch at most; the first is 1 × 96
+CUTS = [(1, 32), (2, 7), (3, 32), (4, 25), (4, 2)]  # ranks, per-GPU batch at most; the first is 1 × 96
 
 
 def cut(per_gpu: int) -> tuple[str, ...]:
@@ -78,15 +78,15 @@ class Twice(nn.Module):
 
 
 ALL = (
-    "task=custom", "task._target_=tests.ranks.test_invariance.All", "batch.global_size=48", "duration=20st",
+    "task=custom", "task._target_=tests.ranks.test_invariance.All", "batch.global_size=48", "duration=12st",
     "lr.peak=0.02", "evaluate.every=null", "log.every=1st", "batchnorm.mode=ghost", "batchnorm.ghost_size=4",
     "ema=96sa", "clip_norm=1.0",
 )  # fmt: skip
 # Rounding in float64 is 1e-16 a step; this leaves a factor of 10,000 for what amplifies it. Whatever is summed over
 # another set of samples, or in float32, is above 1e-8.
 EXACT = 1e-12
-# ranks, per-GPU batch at most: even, uneven, with passes that are empty (12 ghosts on 4 × 4, 3 × 5, …), of one ghost
-ALL_CUTS = [(1, 8), (2, 12), (2, 10), (3, 16), (3, 4), (4, 12), (4, 4)]
+# ranks, per-GPU batch at most; 12 ghosts are dealt evenly, unevenly (5 passes for 2 ranks), and one by one
+ALL_CUTS = [(1, 8), (2, 10), (3, 4), (4, 12)]
 
 
 def same(one: Run, other: Run, within: float) -> float:
@@ -106,9 +106,9 @@ def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_weights_are_the_same_over_all_cuts(runs: Runs) -> None:
-    """Dropout, unequal units, uneven shares: 1e-6 with SGD after 20 steps."""
+    """Dropout, unequal units, uneven shares: in the second epoch, too."""
     first = runs(1, *cut(96))
-    assert first.ends[0]["step"] == 20
+    assert first.ends[0]["step"] == 8
     for world, per_gpu in CUTS:
         other = runs(world, *cut(per_gpu))
         assert distance(first.weights(), other.weights()) < 1e-6, (world, per_gpu)
@@ -131,7 +131,7 @@ def test_all_that_follows_the_sample_at_once(runs: Runs) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("batch.global_size=24", "batch.schedule='0sa:24 240sa:60'"),
+        ("batch.global_size=24", "batch.schedule='0sa:24 120sa:60'"),
         ("task.args.weight=0.37",),
         ("batch.global_size=8", "batchnorm.ghost_size=2", "task.args.samples=56"),  # some passes have no units at all
         ("recompute=[channels,norm]", "data.workers=1"),
@@ -140,7 +140,7 @@ def test_all_that_follows_the_sample_at_once(runs: Runs) -> None:
 def test_other_batches_and_units(runs: Runs, overrides: tuple[str, ...]) -> None:
     """A batch schedule, float weights, few units, activations computed again."""
     first = runs(1, *ALL, *overrides)
-    for world, per_gpu in ((2, 4), (3, 8), (4, 4)):
+    for world, per_gpu in ((2, 4), (3, 8)):
         same(first, runs(world, *ALL, *overrides, f"batch.per_gpu={per_gpu}"), EXACT)
 
 
@@ -154,13 +154,13 @@ def test_every_optimizer(runs: Runs, optimizer: str) -> None:
 def test_what_adam_amplifies_is_rounding_and_nothing_else(runs: Runs) -> None:
     """A bias before BatchNorm has no gradient but rounding, which AdamW takes for as much as any other.
 
-    So these biases walk at random, at most the learning rate each step and in each of the two runs: 20 × 2 × 0.003, or
-    0.12. In float64 rounding is 1e-8 of Adam's ε, so that a step of a bias is at most 1e-8 of the learning rate.
+    So these biases walk at random, at most the learning rate each step and in each of the two runs: 12 × 2 × 0.003, or
+    0.072. In float64 rounding is 1e-8 of Adam's ε, so that a step of a bias is at most 1e-8 of the learning rate.
     """
     adam = (*ALL, "optimizer=adamw", "lr.peak=0.003", "task.args.bias=true")
     single = (*adam, "task.args.double=false")
-    assert same(runs(1, *single), runs(4, *single, "batch.per_gpu=4"), 0.12) > 1e-5
-    same(runs(1, *adam), runs(4, *adam, "batch.per_gpu=4"), 0.12 * 1e-8)
+    assert same(runs(1, *single), runs(4, *single, "batch.per_gpu=4"), 0.072) > 1e-5
+    same(runs(1, *adam), runs(4, *adam, "batch.per_gpu=4"), 0.072 * 1e-8)
 
 
 def test_clipping_sees_the_whole_gradient(runs: Runs) -> None:

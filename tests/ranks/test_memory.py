@@ -30,8 +30,8 @@ from trainers.tasks import make_task
 from trainers.weights import save_final
 from trainers.world import World
 
-RANKS, WIDTH, LAYERS = 4, 1024, 25
-WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 100
+RANKS, WIDTH, LAYERS = 4, 1024, 16
+WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 64
 STATE_MB = 3 * WEIGHTS_MB  # with what AdamW keeps
 SOME_MB = 20  # a few layers, and what is on its way
 MOST_MB = {"save": STATE_MB / RANKS + SOME_MB, "final": SOME_MB, "restore": STATE_MB / RANKS + SOME_MB}

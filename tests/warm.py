@@ -1,0 +1,151 @@
+"""Commands of launch.py in processes that are forked with torch imported, which is most of what a start costs.
+
+All else is as in a process of its own: arguments, environment, folder, session, signal handlers and output. What is
+imported when, and what a signal does meanwhile, is for tests that start a real one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+LAUNCH = Path(__file__).parents[1] / "launch.py"
+ROOM = 4096  # bytes of the server's command line, which the commands' own replace
+POLL_S = 0.005
+
+
+class Warm:
+    """A process that runs launch.py, with the methods of ``subprocess.Popen`` that tests use.
+
+    Args:
+        output: a file for its stdout and stderr, instead of what ``communicate`` returns.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, env: dict[str, str], output: IO[Any] | None = None) -> None:
+        self._output = [output or tempfile.TemporaryFile() for _ in ("stdout", "stderr")]  # noqa: SIM115
+        ours, theirs = os.pipe()
+        request = json.dumps({"arguments": arguments, "folder": str(folder), "env": env}).encode()
+        server = _server()
+        socket.send_fds(server, [request], [*(file.fileno() for file in self._output), theirs])
+        os.close(theirs)
+        self.pid = int(server.recv(64))
+        self._end = ours
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the process runs."""
+        if self.returncode is None and select.select([self._end], [], [], 0)[0]:
+            self.returncode = int(os.read(self._end, 16))
+            os.close(self._end)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or 1e9)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("launch.py", timeout or 0.0)
+            time.sleep(POLL_S)
+        return code
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end, and return what it wrote to stdout and stderr."""
+        self.wait(timeout)
+        for file in self._output:
+            file.seek(0)
+        out, err = (file.read().decode(errors="replace") for file in self._output)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_SERVERS: list[socket.socket] = []  # one, once it is needed; it ends with this process, which holds the other end
+
+
+def _server() -> socket.socket:
+    """Return the socket of the process that forks, started on first use."""
+    if not _SERVERS:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "tests.warm", str(theirs.fileno()), "-" * ROOM]
+        subprocess.Popen(command, cwd=LAUNCH.parent, pass_fds=[theirs.fileno()])
+        theirs.close()
+        _SERVERS.append(ours)
+    return _SERVERS[0]
+
+
+def serve(requests: socket.socket) -> None:
+    """Fork a process for each request, and write its exit code where the request says, until nobody asks any more."""
+    running: dict[int, int] = {}  # by pid: where its exit code is written
+    while True:
+        if select.select([requests], [], [], POLL_S)[0]:
+            message, fds, *_ = socket.recv_fds(requests, 1 << 20, 3)
+            if not message:
+                return
+            if (pid := os.fork()) == 0:
+                _become(json.loads(message), fds)
+            running[pid] = fds[2]
+            for fd in fds[:2]:
+                os.close(fd)
+            requests.send(str(pid).encode())
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                os.write(running[ended[0]], str(os.waitstatus_to_exitcode(ended[1])).encode())
+                os.close(running.pop(ended[0]))
+
+
+def _become(request: dict[str, Any], fds: list[int]) -> None:
+    """Run launch.py in this process as a shell would start it there; never returns."""
+    try:
+        os.setsid()
+        for fd, own in zip((os.open(os.devnull, os.O_RDONLY), *fds[:2]), range(3), strict=True):
+            os.dup2(fd, own)
+        os.closerange(3, 1 << 16)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.argv = [str(LAUNCH), *request["arguments"]]
+        _show([sys.executable, *sys.argv])
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.path[0] = str(LAUNCH.parent)
+        runpy.run_path(str(LAUNCH), run_name="__main__")
+    finally:
+        os._exit(99)
+
+
+def _show(words: list[str]) -> None:
+    """Put a command line in place of the server's, which is how tests find a run's processes."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    line = b"\0".join(os.fsencode(word) for word in words)[: end - start - 1]
+    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
+
+
+if __name__ == "__main__":
+    from conf.compose import compose
+    from trainers.starting import workers
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    workers.import_torch(compose([]))
+    import trainers.run  # noqa: F401
+
+    serve(socket.socket(fileno=int(sys.argv[1])))
