@@ -332,7 +332,7 @@ ENGINES = {
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
-    return Runs(tmp_path)
+    return Runs(tmp_path, trial=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
