@@ -15,6 +15,13 @@ settings.register_profile("test", derandomize=True, database=None, **ALIKE)
 settings.register_profile("fuzz", max_examples=2000, database=None, print_blob=True, **ALIKE)
 settings.load_profile("test")
 
+# What a cluster, a launcher or a terminal has left in the environment isn't part of a test.
+for name in list(os.environ):
+    if name.startswith(("SLURM_", "TORCHELASTIC_", "ACCELERATE_")) or name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES",
+    ):  # fmt: skip
+        del os.environ[name]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail on a skipped test that isn't marked `gpu`")

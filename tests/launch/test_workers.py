@@ -199,6 +199,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def two_machines(folder: Path, *overrides: str) -> list[Run]:
     meeting = f"cluster.rendezvous=127.0.0.1:{free_port()}"
     return [launch(folder, "cluster.nodes=2", meeting, *overrides, ranks=1) for _ in range(2)]
@@ -636,8 +641,9 @@ def test_machines_of_other_runs_do_not_meet(folder: Path) -> None:
 
 
 def test_waiting_for_a_machine_can_be_stopped(folder: Path) -> None:
-    run = launch(folder, "cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{free_port()}", ranks=1)
-    time.sleep(5)
+    port = free_port()
+    run = launch(folder, "cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{port}", ranks=1)
+    wait_until(lambda: listens(port))
     run.process.terminate()
     began = time.monotonic()
     assert run.end() == 75

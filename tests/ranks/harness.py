@@ -32,6 +32,11 @@ from trainers.weights import save_final
 from trainers.world import World
 
 DEADLINE_S = 60.0
+# How far apart runs in float32 may be whose sums are rounded otherwise. A step rounds a weight by 2^-24 of its size, in
+# either run: √(2 · 30) · 2^-24 = 5e-7 after 30 steps, where nothing amplifies it. Adam does, as it divides by the size
+# of a gradient: one that is 1/1000 of the terms it is the sum of is off by 1000 · 2^-24, and so is each step of it; in
+# 12 steps of 0.01 that is 7e-6.
+ROUNDING, ADAM_ROUNDING = 1e-6, 1e-5
 
 
 def free_port() -> int:
@@ -162,7 +167,7 @@ class Run:
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """max |Δ| / max |w| over all weights."""
+    """max |Δ| / max |w| over all weights, to be compared with ``ROUNDING``."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(w.abs().max()) for w in a.values())
 

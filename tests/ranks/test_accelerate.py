@@ -10,7 +10,7 @@ import pytest
 
 from conf.compose import compose
 from scaling.resolve import resolve
-from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_exact import task
 from trainers.engines import make_engine
 from trainers.engines.accelerate import refuse_contradictions
@@ -46,7 +46,7 @@ def test_the_same_run_as_by_ddp(runs: Runs, world: int, asked: tuple[str, ...]) 
 
 def test_the_same_run_on_another_cut(runs: Runs) -> None:
     whole = runs(1, *COUNTED)
-    assert distance(whole.weights(), runs(3, *COUNTED, "batch.per_gpu=5", "engine=accelerate").weights()) < 1e-6
+    assert distance(whole.weights(), runs(3, *COUNTED, "batch.per_gpu=5", "engine=accelerate").weights()) < ROUNDING
 
 
 def test_running_statistics(runs: Runs) -> None:
@@ -87,7 +87,7 @@ def test_what_it_is_wrapped_with_is_what_ddp_is(runs: Runs) -> None:
 def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
     partial = task("Partial", "batch.global_size=4", "engine=accelerate")
     unused = runs(2, *partial, HANDLER % "find_unused_parameters:true,broadcast_buffers:false")
-    assert distance(unused.weights(), runs(1, *partial).weights()) < 1e-6
+    assert distance(unused.weights(), runs(1, *partial).weights()) < ROUNDING
 
 
 @pytest.mark.parametrize(

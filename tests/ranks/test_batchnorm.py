@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tests.ranks.harness import Run, Runs, distance
+from tests.ranks.harness import ROUNDING, Run, Runs, distance
 from tests.tasks import Counted
 from trainers.batchnorm import statistics_of, swap_batchnorm
 from trainers.keyed import Stream
@@ -105,7 +105,7 @@ def test_ghosts_are_the_same_over_all_cuts(runs: Runs) -> None:
     assert first.weights()["frozen.num_batches_tracked"] == 0
     for world, per_gpu in ((1, 8), (2, 4), (3, 12), (3, 4)):
         other = runs(world, *GHOST, *more, f"batch.per_gpu={per_gpu}")
-        assert apart(first, other) < 1e-6, (world, per_gpu)
+        assert apart(first, other) < ROUNDING, (world, per_gpu)
         for name in ("val/loss", "ema/loss"):
             assert other.metrics()[-1][name] == pytest.approx(first.metrics()[-1][name], rel=1e-5)
 
@@ -115,7 +115,7 @@ def test_ghosts_go_on_elsewhere(runs: Runs) -> None:
     whole = runs(2, *GHOST)
     begun = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
     assert begun.ends[0]["step"] == 5
-    assert apart(runs(3, *GHOST, going_on=begun), whole) < 1e-6
+    assert apart(runs(3, *GHOST, going_on=begun), whole) < ROUNDING
 
 
 def test_a_skipped_step_moves_no_statistics(runs: Runs) -> None:
@@ -130,9 +130,9 @@ def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
     """Over one pass: any number of ranks, also with uneven shares; with accumulation it is another run."""
     synced = (*SYNC, "batch.global_size=25", "duration=6st")
     one = runs(1, *synced)
-    assert apart(one, runs(3, *synced)) < 1e-6
+    assert apart(one, runs(3, *synced)) < ROUNDING
     twice = [runs(ranks, *synced, "batch.accumulation=2") for ranks in (1, 2)]
-    assert apart(*twice) < 1e-6 < 1e-4 < apart(twice[0], one)
+    assert apart(*twice) < ROUNDING < 1e-4 < apart(twice[0], one)
 
 
 def test_a_single_sample_has_no_statistics(runs: Runs) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from conf.compose import compose
 from scaling.plan import Plan
 from scaling.resolve import resolve
-from tests.ranks.harness import Run, Runs, distance, in_ranks
+from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
 from tests.tasks import Counted
@@ -150,8 +150,8 @@ def averages(run: Run) -> dict[str, Tensor]:
 def test_everything_is_the_same(runs: Runs, truth: Run, stage: int, world: int) -> None:
     """Weights, running statistics, moving averages, losses, norms and the noise, with ranks that have no sample."""
     run = runs(world, *EVERYTHING, "batch.per_gpu=4", *zero(stage))
-    assert distance(run.weights(), truth.weights()) < 1e-6
-    assert distance(averages(run), averages(truth)) < 1e-6
+    assert distance(run.weights(), truth.weights()) < ROUNDING
+    assert distance(averages(run), averages(truth)) < ROUNDING
     for line, true in zip(run.metrics(), truth.metrics(), strict=True):
         for name in line.keys() & {"loss", "grad_norm", "val/loss", "ema/loss", "noise/trace", "noise/grad_sq"}:
             assert line[name] == pytest.approx(true[name], rel=1e-4, abs=1e-6), (line["step"], name)
@@ -172,8 +172,8 @@ def test_odd_models_are_the_same(runs: Runs, once: Callable[..., Run], stage: in
     cut = ("batch.per_gpu=2", "task.args.passes=2")
     three = runs(3, *options, *cut, *zero(stage, f"engine.offload={str(offload).lower()}"))
     assert three.ends[0]["state"] == "finished", three.ends[0]
-    assert distance(three.weights(), one.weights()) < 1e-6
-    assert distance(averages(three), averages(one)) < 1e-6
+    assert distance(three.weights(), one.weights()) < ROUNDING
+    assert distance(averages(three), averages(one)) < ROUNDING
     for name in ("val/loss", "val/size", "ema/loss", "ema/size"):
         assert three.metrics()[-1][name] == pytest.approx(one.metrics()[-1][name], rel=1e-5)
 
@@ -187,7 +187,7 @@ def test_a_parameter_that_not_all_passes_use(runs: Runs, once: Callable[..., Run
     )  # fmt: skip
     ddp = once(2, *options, "engine.config.find_unused_parameters=true")
     ours = runs(2, *options, *zero(stage, f"engine.offload={offload}"))
-    assert distance(ours.weights(), ddp.weights()) < 1e-6
+    assert distance(ours.weights(), ddp.weights()) < ROUNDING
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -196,7 +196,7 @@ def test_bf16(runs: Runs, stage: int) -> None:
     options = (*COUNTED, "precision=bf16", "batch.per_gpu=24", "optimizer=adamw", "lr.peak=0.003")
     left = ("engine.config.bf16.enabled=auto", "engine.config.fp16=auto", "engine.config.zero_optimization.stage=auto")
     whole, parts = runs(2, *options), runs(2, *options, *zero(stage, *left))
-    assert distance(parts.weights(), whole.weights()) < 1e-6
+    assert distance(parts.weights(), whole.weights()) < ROUNDING
     assert distance(parts.weights(), runs(2, *options, "precision=fp32").weights()) > 1e-6
 
 
@@ -208,7 +208,7 @@ def test_a_step_that_is_not_finite_is_skipped(runs: Runs, once: Callable[..., Ru
     ours = runs(2, *skip, *zero(stage, f"engine.offload={str(offload).lower()}"))
     assert ours.weights()["norm.num_batches_tracked"] == 7
     assert [event["step"] for event in ours.events() if event["event"] == "skip"] == [2]
-    assert distance(ours.weights(), once(2, *skip).weights()) < 1e-6
+    assert distance(ours.weights(), once(2, *skip).weights()) < ROUNDING
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -231,8 +231,8 @@ def test_one_run_on_all_of_them(runs: Runs) -> None:
         assert run.ends[0]["step"] == stop_at
     run = runs(2, *options, going_on=run)
     assert run.ends[0]["state"] == "finished"
-    assert distance(run.weights(), whole.weights()) < 1e-6
-    assert distance(averages(run), averages(whole)) < 1e-6
+    assert distance(run.weights(), whole.weights()) < ROUNDING
+    assert distance(averages(run), averages(whole)) < ROUNDING
 
 
 @pytest.mark.parametrize(("stages", "scalar"), [((0, 1, 2), "true"), ((3,), "false")])
@@ -285,7 +285,7 @@ def test_a_parameter_without_elements(runs: Runs, stage: int) -> None:
                 for run in (resumed, runs(1, *options, going_on=runs(1, *options, stop_at=3)))
             )
         )
-        < 1e-6
+        < ROUNDING
     )
 
 

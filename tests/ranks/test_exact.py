@@ -19,7 +19,7 @@ from scaling.order import indices
 from scaling.plan import Segment
 from scaling.resolve import resolve
 from scaling.rules import Rule
-from tests.ranks.harness import Run, Runs, distance, evaluator, in_ranks
+from tests.ranks.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks
 from tests.ranks.test_parts import ALONE
 from tests.steps import walk
 from tests.tasks import Counted, OneByOne
@@ -61,7 +61,7 @@ def test_the_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None
         plain.zero_grad()
     for world, per_gpu in ((1, 41), (3, 7)):
         run = runs(world, *clipped, f"batch.per_gpu={per_gpu}")
-        assert distance(dict(model.state_dict()), run.weights()) < 1e-6
+        assert distance(dict(model.state_dict()), run.weights()) < ROUNDING
         assert run.losses() == pytest.approx(losses, rel=1e-5)
         assert [line["grad_norm"] for line in run.metrics() if "loss" in line] == pytest.approx(norms, rel=1e-5)
 
@@ -83,7 +83,7 @@ class Weighted(Counted):
 def test_units_of_any_size(runs: Runs, weight: float) -> None:
     """Units that are nothing like what the plan expects are counted as well."""
     same = task("Weighted", f"task.args.weight={weight}")
-    assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < 1e-6
+    assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < ROUNDING
 
 
 @pytest.mark.parametrize("world", [1, 3, 6, 7])
@@ -123,8 +123,8 @@ class Drawing(OneByOne):
 def test_what_a_dataset_draws_follows_the_sample(runs: Runs, split: bool) -> None:
     same = task("Random", f"task.args.split={split}")
     here = runs(1, *same)
-    assert distance(here.weights(), runs(3, *same, "batch.per_gpu=6").weights()) < 1e-6
-    assert distance(here.weights(), runs(2, *same, "data.workers=2").weights()) < 1e-6
+    assert distance(here.weights(), runs(3, *same, "batch.per_gpu=6").weights()) < ROUNDING
+    assert distance(here.weights(), runs(2, *same, "data.workers=2").weights()) < ROUNDING
     assert distance(here.weights(), runs(1, *same, "seed=1").weights()) > 1e-3
 
 
@@ -150,7 +150,7 @@ def test_parameters_without_a_part_in_the_loss(runs: Runs) -> None:
     same = task("Partial", "batch.global_size=4", "optimizer.weight_decay=0.1")
     one = runs(1, *same).weights()
     for more in ((), ("engine.config.find_unused_parameters=true",)):
-        assert distance(one, runs(5, *same, *more).weights()) < 1e-6
+        assert distance(one, runs(5, *same, *more).weights()) < ROUNDING
 
 
 class SomeClasses(Counted):
@@ -269,7 +269,7 @@ def test_data_of_a_kind_that_is_no_tensor(runs: Runs) -> None:
     """A TensorDataset is fetched whole; the same samples one by one give the same weights."""
     assert isinstance(Counted().train_data(), TensorDataset)
     slow = task("OneAtATime")
-    assert distance(runs(1, *task("Counted")).weights(), runs(2, *slow).weights()) < 1e-6
+    assert distance(runs(1, *task("Counted")).weights(), runs(2, *slow).weights()) < ROUNDING
 
 
 class OneAtATime(Counted):
@@ -364,7 +364,7 @@ def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, said: str) -> 
     for run in (here, there):
         (reason,) = warnings_of(run)
         assert reason.startswith(said)
-    assert distance(here.weights(), there.weights()) < 1e-6
+    assert distance(here.weights(), there.weights()) < ROUNDING
     assert distance(here.weights(), runs(1, *task(name, "batch.per_gpu=7")).weights()) > 1e-3
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.compose import compose
 from scaling.resolve import resolve
-from tests.ranks.harness import Runs, distance
+from tests.ranks.harness import ROUNDING, Runs, distance
 from tests.ranks.test_batchnorm import apart
 from tests.tasks import Counted
 from trainers.engines import Parts
@@ -68,8 +68,8 @@ def test_recomputing_changes_no_weight_and_no_statistics(runs: Runs) -> None:
     """A block is called twice: its masks are two, and its statistics count once."""
     again = "recompute=[blocks.*]"
     plain = runs(1, *BLOCKS)
-    assert apart(plain, runs(1, *BLOCKS, again)) < 1e-6
-    assert apart(plain, runs(2, *BLOCKS, again)) < 1e-6
+    assert apart(plain, runs(1, *BLOCKS, again)) < ROUNDING
+    assert apart(plain, runs(2, *BLOCKS, again)) < ROUNDING
 
 
 def test_recomputing_keeps_less() -> None:
@@ -211,7 +211,7 @@ def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
     """Dropout, BatchNorm, a block that is recomputed, passes of 24 and 12 samples: weights, statistics and names."""
     uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
     compiled = runs(1, *uneven, "compile=true", "recompute=[blocks.1]", "batch.per_gpu=24")
-    assert apart(runs(1, *uneven), compiled) < 1e-6
+    assert apart(runs(1, *uneven), compiled) < ROUNDING
     assert not [event for event in compiled.events() if event["event"] == "depends_on_cut"]
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from conf.compose import compose
 from scaling.rules import Recipe
-from tests.ranks.harness import Runs, distance
+from tests.ranks.harness import ROUNDING, Runs, distance
 from trainers.engines.root import checked
 from trainers.optim import make_optimizer
 from trainers.rundir import Refused
@@ -74,7 +74,7 @@ def test_two_ranks_train_as_one(runs: Runs, name: str) -> None:
     short += ("task.args.width=16", "task.args.length=16", "task.train_samples=null") if name == "text" else ()
     one, two = runs(1, *short), runs(2, *short, "batch.per_gpu=4")
     assert one.ends[0]["step"] == two.ends[1]["step"] == 3
-    assert distance(one.weights(), two.weights()) < 1e-6
+    assert distance(one.weights(), two.weights()) < ROUNDING
     assert not [event for event in two.events() if "warning" in event["event"]]
 
 
