@@ -5,22 +5,22 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-commands test-rest test-unit test-cluster lint fuzz bench faults soak
+.PHONY: install train test test-ranks test-launch test-unit test-cluster lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# Two halves at a time: each waits for processes, and for time to pass, most of the while.
+# Several at a time, as each waits for processes, and for time to pass, much of the while.
 test: install
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-commands test-rest
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-ranks test-launch test-unit
 
-test-commands:
-	$(PYTEST) tests/launch
+test-ranks: install
+	$(PYTEST) tests/ranks
 
-test-rest: test-unit
-	$(PYTEST) tests/faults tests/ranks
+test-launch: install
+	$(PYTEST) tests/launch tests/faults
 
 test-unit: install
 	$(PYTEST) -p tests.no_torch tests/unit
