@@ -102,7 +102,7 @@ def test_own_task_and_its_weights(tmp_path: Path) -> None:
 
 def test_the_two_commands_are_the_makefile_s() -> None:
     assert [command for command in COMMANDS if command.startswith("make")] == ["make train", "make test"]
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
 
 
