@@ -46,7 +46,7 @@ class Watch:
         self._row: Any = shared.RawArray(ctypes.c_int64, 4) if shared else [0, 0, 0, 0]
         self._seen = self._looks = 0
         self._guarding = False
-        self.parting: Callable[[], str | None] = lambda: None  # why no more progress can come, where that is known
+        self.parting: Callable[[], str | None] | None = None  # says why no more progress can come, if it can't
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         """Say that this worker gets on, and how far the run has come. The first beat only says that it has started."""
@@ -120,7 +120,7 @@ class Watch:
             looks = self.look()
             if not self._guarding:
                 return
-            if looks in STALLED and (why := self.parting()):
+            if looks in STALLED and self.parting and (why := self.parting()):
                 on_hang(Refused(why))
                 return
             if looks == stacks_at:
