@@ -36,6 +36,7 @@ REFUSALS = {
     "model._target_=builtins.dict": "not a torch.nn.Module",
     "engine.config.bucket_cap=3": "bucket_cap",
     "checkpoint.best=val/loss:min task._target_=tests.ranks.test_evaluate_action.Unvalidated": "has no val_data()",
+    "evaluate.first=true task._target_=tests.ranks.test_evaluate_action.Unvalidated": "evaluate.first=true needs",
     "data.workers=1 task._target_=tests.tasks.Streamed": "IterableDataset",
 }
 

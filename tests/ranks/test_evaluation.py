@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from conf.compose import compose
+from scaling.evaluations import evaluation_batch
 from tests.ranks.harness import Run, Runs, evaluator, in_ranks
 from tests.tasks import Counted
 from trainers.checkpoints.best import Best
 from trainers.evaluate_weights import measured
 from trainers.keyed import Stream, key_dropout
 from trainers.loader import Fetch
+from trainers.run import plan_of
 from trainers.stop import Stop
 from trainers.validation import Validation, spread
 from trainers.world import World
@@ -178,6 +180,17 @@ def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: 
     assert (run.run.checkpoints / "best").resolve().name == (whole.run.checkpoints / "best").resolve().name
 
 
+def test_memory_that_runs_out_in_an_evaluation_leaves_a_step_what_it_has_to_be() -> None:
+    """Its limit may be below what a micro-batch can be."""
+    bitwise = (*TASK, "batch.per_gpu=8", "numerics=bitwise", "evaluate.per_gpu=30")
+    ghosts = (*TASK, "batch.per_gpu=8", "batchnorm.mode=ghost", "batchnorm.ghost_size=4")
+    for overrides, micro, before in ((bitwise, 8, 30), (ghosts, 4, 8)):
+        config = compose(list(overrides))
+        plan = plan_of(config, 1, 500, per_gpu_limit=3)
+        assert plan.cut.per_gpu == micro
+        assert [evaluation_batch(config, plan_of(config, 1, 500), limit) for limit in (None, 3)] == [before, 3]
+
+
 @pytest.mark.parametrize(("length", "samples"), [(97, 10), (97, 96), (97, 97), (97, 500), (3, 1), (97, None)])
 def test_rows_are_spread(length: int, samples: int | None) -> None:
     rows = list(spread(length, samples))
@@ -232,8 +245,11 @@ def test_an_evaluation_without_the_best_value(runs: Runs) -> None:
 
 
 def test_a_best_value_that_never_comes(runs: Runs) -> None:
+    """Nor is the end evaluated, which is saved all the same."""
     never = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/empty:max")
-    run = runs(1, *never)
+    run = runs(1, *never, "evaluate.last=false")
+    assert list(values(run)) == [0, 2, 4]
+    assert (run.run.checkpoints / "step-00000006").exists()
     assert [event["text"] for event in run.events() if event["event"] == "warning"] == [
         "checkpoint.best=val/empty:max: no evaluation of this run had a finite val/empty, so there is no "
         "checkpoints/best"
