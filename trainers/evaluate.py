@@ -120,9 +120,13 @@ def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
     with torch.no_grad():
         yield
         if changed := _put_back(model, buffers):
-            stream.tell_of_evaluation(f"evaluate changes {', '.join(changed)} of the model, which is put back after it")
+            stream.tell_of_evaluation(f"evaluate changes {_some(changed)} of the model, which is put back after it")
     for module, training in modes:
         module.training = training
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> list[str]:

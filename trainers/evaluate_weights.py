@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext, redirect_stdout, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from scaling.evaluations import evaluation_batch
@@ -75,10 +76,7 @@ def measured(config: RunConfig, facts: dict[str, str], world: World, stop: Stop)
     check_precision(config.precision, world.device)
     limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
     per_gpu = evaluation_batch(config, plan_of(config, world.size, len(data), limit), limit)
-    said = print if world.rank == 0 else lambda _: None
-    stream = Stream(
-        config.seed, world.device, tell=lambda reason: said(f"warning: {evaluation_depends_on_cut(reason)}")
-    )
+    stream = Stream(config.seed, world.device, tell=partial(_warn, world))
     as_trained = config.model_copy(update={"compile": False, "recompute": ()})
     model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)
     validation = open_validation(task, world, config.seed, config.evaluate.samples)

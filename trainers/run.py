@@ -140,7 +140,6 @@ def _train(
         watch.beat(state.steps, state.samples)
 
     loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
-    per_gpu = evaluation_batch(config, state.plan, limit)
     evaluate = None
     if validation:
         evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, engine, stop, beat)
