@@ -12,7 +12,7 @@ from trainers.shards import local
 
 
 class Average:
-    """The moving average of ``named`` parameters; at the start it is what they are.
+    """The moving average of ``named`` parameters, those that are trained; at the start it is what they are.
 
     After each step: average ← decay × average + (1 − decay) × weights. The decay of a step is 0.5^(global batch /
     half-life), both in samples, so that the average forgets at the same pace whatever the batch.

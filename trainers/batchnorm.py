@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from trainers.keyed import Stream
+from trainers.modes import Modes
 from trainers.over_ranks import normalise_over_ranks, wide
 from trainers.rundir import Refused
 from trainers.tally import Attach, accumulate
@@ -212,13 +213,17 @@ def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
 
 
 def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, stream: Stream, ranks: int) -> nn.Module:
-    """Make every BatchNorm of ``model`` normalise as ``mode`` says: ghost, sync, or as it does (None)."""
+    """Make every BatchNorm of ``model`` normalise as ``mode`` says: ghost, sync, or as it does (None).
+
+    Those that stay in eval mode are left as they are.
+    """
     kind: type[Counting] = Synced
     state: dict[str, Any] = {"found": None, "ranks": ranks}
     if mode == "ghost":
         kind, state = Ghosts, {"found": None, "ghost_size": ghost_size, "stream": stream}
+    frozen = Modes(model)
     for name, module in model.named_modules() if mode else ():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and module not in frozen:
             module.__class__ = _made_of(kind, type(module))  # type: ignore[arg-type]
             vars(module).update(state, name=name)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from trainers.average import Average
 from trainers.engines.root import summed
 from trainers.keyed import Stream
 from trainers.loader import to_device
+from trainers.modes import in_eval_mode
 from trainers.precision import autocast
 from trainers.rundir import Refused
 from trainers.stop import Stop
@@ -114,15 +115,11 @@ class Evaluator:
 @contextmanager
 def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
     """Put ``model`` in eval mode, without gradients; then restore modes and buffers, so that training sees no trace."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
-    with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         yield
         if changed := _put_back(model, buffers):
             stream.tell_of_evaluation(f"evaluate changes {_some(changed)} of the model, which is put back after it")
-    for module, training in modes:
-        module.training = training
 
 
 def _some(names: list[str]) -> str:
@@ -181,13 +178,23 @@ def summarise(task: Task, totals: Totals) -> dict[str, float]:
     return {**ratios, **{name: float(value) for name, value in made.items()}}
 
 
-def with_average(evaluate: Evaluate | None, average: Average | None) -> Evaluate | None:
-    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``."""
+def with_average(
+    evaluate: Evaluate | None,
+    average: Average | None,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Evaluate | None:
+    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``.
+
+    Args:
+        weights: within it the model has the weights to evaluate, where the optimizer steps others.
+    """
     if evaluate is None:
         return None
 
     def both() -> dict[str, float] | None:
-        if (values := evaluate()) is None:
+        with weights():
+            values = evaluate()
+        if values is None:
             return None
         found = {f"val/{name}": value for name, value in values.items()}
         if average:

@@ -44,7 +44,7 @@ def dependent_on_cut(model: nn.Module) -> list[str]:
     dropping = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0 and module.training
     ]
     return ([statistics + "batchnorm.ghost_size=N takes them from N samples on any hardware"] if norms else []) + (
         [f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else []

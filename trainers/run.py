@@ -30,6 +30,7 @@ from trainers.keyed import Stream, seed_generators
 from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model, prepare
+from trainers.modes import Modes
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
 from trainers.starting.notes import restarts
 from trainers.starting.watch import Watch
@@ -40,7 +41,7 @@ from trainers.tasks import make_task, open_data
 from trainers.tasks.contract import Looked, look_and_try
 from trainers.terminal import say
 from trainers.validation import open_validation
-from trainers.weights import initialise, save_final
+from trainers.weights import initialise, listed, save_final
 from trainers.world import World
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def _train(
     per_gpu = evaluation_batch(config, plan, limit)
     looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch.beat)
     model = prepare(model, config, stream, world.size)
+    modes = Modes(model)
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
@@ -155,6 +157,7 @@ def _train(
         for path in pass_over(run, state.steps):
             tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
         say_where(run, state, found, before, source)
+        say_frozen(run, modes)
         say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
     keeper = Keeper(
         run,
@@ -176,7 +179,7 @@ def _train(
     if config.noise.every and (why := unmeasurable(state.plan)):
         metrics.warn(why)
     if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
-        metrics.warn(f"batchnorm.mode={config.batchnorm.mode}, but the model has no BatchNorm layer: leave it out")
+        metrics.warn(f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out")
 
     def complain(failure: str) -> None:
         metrics.warn(f"a checkpoint couldn't be saved: {failure}")
@@ -184,7 +187,7 @@ def _train(
             stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
 
     KEPT.extend((engine, loader, metrics, keeper))
-    model.train()
+    modes.train()
     for reason in dependent_on_cut(model):
         stream.tell(reason)
     say_looked(ours, looked, stream)
@@ -202,7 +205,7 @@ def _train(
             clip_norm=config.clip_norm,
             skip_nonfinite=config.on_nonfinite == "skip" or config.precision == "fp16",  # its engine says when to end
             log_every=in_samples(config.log.every, state.plan),
-            evaluate=with_average(evaluate, engine.average),
+            evaluate=with_average(evaluate, engine.average, engine.eval_weights),
             evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
             evaluate_last=config.evaluate.last,
             save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
@@ -229,7 +232,7 @@ def _train(
         "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
     )
     if done:
-        with watch.excused():
+        with watch.excused(), engine.eval_weights():
             save_final(run, engine, writes=ours is not None)
     if ours:
         run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
@@ -281,6 +284,14 @@ def say_where(
     if source:
         run.event("initialised", source=source)
         say(f"weights from {source}")
+
+
+def say_frozen(run: RunDir, modes: Modes) -> None:
+    """Say which submodules stay in eval mode, and keep it in the events."""
+    if modes.frozen:
+        names = list(modes.frozen)
+        run.event("frozen", eval_mode=names)
+        say(f"stays in eval mode, as model() returned it: {listed(names)}")
 
 
 def count_samples(config: RunConfig) -> int:

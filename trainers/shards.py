@@ -67,6 +67,13 @@ def local(tensor: Any) -> Tensor:
         return cast(Tensor, tensor.to_local())
 
 
+def copied(tensor: Any) -> Any:
+    """Return a copy of what this rank holds of ``tensor``, of its kind."""
+    if isinstance(tensor, Part):
+        return Part(tensor.shape, tensor.start, tensor.data.clone())
+    return tensor.detach().clone()
+
+
 def gathered(tensor: Any) -> Tensor:
     """The tensor on all ranks, which have to call this alike."""
     return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())

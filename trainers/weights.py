@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainers.checkpoints.commit import sync
 from trainers.checkpoints.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
-from trainers.checkpoints.slices import DTYPES, Reader, write_whole
+from trainers.checkpoints.slices import DTYPES, EVAL, Layout, Reader, write_whole
 from trainers.model import tied
 from trainers.rundir import Fatal, Refused, RunDir
 from trainers.world import World
@@ -24,7 +24,6 @@ from trainers.world import World
 if TYPE_CHECKING:
     from trainers.engines import Engine
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 SHOWN = 5  # names of each kind of mismatch
 
@@ -137,7 +136,7 @@ def find(source: str) -> Path:
         except Damaged as error:
             damaged.append(f"{folder.name}: {error}")
     if damaged:
-        raise Refused(f"init_from={source} has no good weights: {_listed(damaged, '; ')}")
+        raise Refused(f"init_from={source} has no good weights: {listed(damaged, '; ')}")
     what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
     raise Refused(f"init_from={source} {what}; name a run directory, a checkpoint of one, or a .safetensors file")
 
@@ -160,7 +159,7 @@ def _open(path: Path) -> _Weights:
     """What ``find`` found."""
     if path.is_dir():
         checkpoint = read(path)
-        return _of_checkpoint(checkpoint, _names(checkpoint, "model/"))
+        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | _names(checkpoint, f"{EVAL}/"))
     return _of_file(path)
 
 
@@ -213,7 +212,7 @@ def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
         misfits["has apart what the model has as one:"] = [
             "/".join(group) for group in groups if not _set(group, weights)
         ]
-    said = [f"it {has} {_listed(names)}" for has, names in misfits.items() if names]
+    said = [f"it {has} {listed(names)}" for has, names in misfits.items() if names]
     if said:
         raise Refused(
             f"{what} doesn't fit the model: {'; '.join(said)}; it brings weights alone: task, task.args and model have "
@@ -249,6 +248,7 @@ def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
     return done
 
 
-def _listed(names: list[str], separator: str = ", ") -> str:
+def listed(names: list[str], separator: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
     more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return separator.join(names[:SHOWN]) + more

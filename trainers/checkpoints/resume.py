@@ -17,8 +17,8 @@ from scaling.plan import Plan
 from scaling.resolve import continued
 from scaling.run_files import events
 from trainers.checkpoints.commit import clear_leftovers, link_best
-from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, checkpoints, read, verify
-from trainers.checkpoints.slices import DTYPES, Reader
+from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, Stored, checkpoints, read, verify
+from trainers.checkpoints.slices import DTYPES, EVAL, Layout, Reader
 from trainers.engines import Engine
 from trainers.optim.stored import GROUPS, MORE, misfit
 from trainers.rundir import Refused, RunDir
@@ -185,7 +185,8 @@ def refuse_misfit(
         if there != (dtype, shape):
             raise Damaged(f"{name} is {_kind(*there)} there, and {_kind(dtype, shape)} in the model")
     own = config.optimizer.name == "custom"
-    for name in (*(stored.keys() - layout.keys()), *(checkpoint.values.keys() - {GROUPS, MORE})):
+    left = {name for name in stored.keys() - layout.keys() if not _is_version(name, stored, layout)}
+    for name in (*left, *(checkpoint.values.keys() - {GROUPS, MORE})):
         kind, _, rest = name.partition("/")
         parameter = layout.get(f"model/{rest.rpartition('/')[0]}")
         if kind != "optim" or parameter is None:
@@ -194,6 +195,17 @@ def refuse_misfit(
             raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter[1])}")
     if said := misfit(checkpoint.values, groups, own=own):
         raise Damaged(said)
+
+
+def _is_version(name: str, stored: Mapping[str, Stored], layout: Layout) -> bool:
+    """Return whether a tensor is another version of one of the model's parameters.
+
+    It is the average of a frozen one, which older checkpoints have, or what an optimizer's ``eval()`` gives.
+    """
+    kind, _, parameter = name.partition("/")
+    averaged = kind == "ema" and any(other.startswith("ema/") for other in layout)
+    own = layout.get(f"model/{parameter}")
+    return own is not None and (averaged or kind == EVAL) and stored[name].shape == own[1]
 
 
 def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:

@@ -38,6 +38,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape by name."""
+
+EVAL = "eval"  # of the names of weights that an optimizer evaluates, where it steps others
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SYNC_BYTES = 256 << 20  # written between two waits for the disk, so that what counts as progress is on it

@@ -100,6 +100,9 @@ class Engine(Protocol):
     def parting(self) -> str | None:
         """Say what this rank, which makes no progress, ran otherwise than rank 0; None: nothing shows that it did."""
 
+    def eval_weights(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that the optimizer evaluates; called by all ranks, between two steps."""
+
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``.
 

@@ -14,7 +14,7 @@ from scaling.geometry import Cut
 from scaling.rules import Recipe
 from trainers.average import Average
 from trainers.batchnorm import settled, statistics_of
-from trainers.checkpoints.slices import Reader, Slice
+from trainers.checkpoints.slices import EVAL, Reader, Slice
 from trainers.engines import Found, Parts, Update
 from trainers.engines.gradients import clipped, multiply, norm_of, number
 from trainers.engines.lockstep import Lockstep
@@ -22,10 +22,11 @@ from trainers.engines.root import Explained, Root, checked, reworded
 from trainers.model import distinct
 from trainers.noise import GradientSquares
 from trainers.optim import Tuned
+from trainers.optim.eval_weights import eval_weights, has_modes
 from trainers.optim.stored import restore_optimizer, stored_optimizer
 from trainers.precision import LossScale, autocast
 from trainers.rundir import Fatal
-from trainers.shards import fill, gathered, local, slices_of
+from trainers.shards import copied, fill, gathered, local, slices_of
 from trainers.tally import Note, NoteCarrier, Number, Total
 
 
@@ -81,11 +82,24 @@ class Base:
         self._tuned = tuned
         self._parameters = [p for group in tuned.optimizer.param_groups for p in group["params"]]
         self._squares = GradientSquares(self._parameters)
+        if has_modes(tuned.optimizer):
+            tuned.optimizer.train()  # type: ignore[attr-defined]  # some begin in eval mode
         self.average = self._averaged() if self._ema else None
         self._keep_buffers()
 
     def _averaged(self) -> Average:
-        return Average(dict(self.model.named_parameters()))
+        return Average(self._trained())
+
+    def _trained(self) -> dict[str, Any]:
+        """What this rank holds of the parameters that are trained."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def eval_weights(self) -> AbstractContextManager[None]:
+        optimizer = self._tuned.optimizer
+        return eval_weights(optimizer, self._refresh) if has_modes(optimizer) else nullcontext()
+
+    def _refresh(self) -> None:
+        """Let the weights that are computed with be those that are stepped; called by all ranks."""
 
     @property
     def _device(self) -> torch.device:
@@ -264,7 +278,15 @@ class Base:
 
     def slices(self) -> Iterator[Slice]:
         self._share_buffers()  # rank 0's running statistics are those of the run
-        return slices_of({**self._always(), **self._optimizer_state()[0]}, self._world.rank, self._world.size)
+        state = {**self._always(), **self._optimizer_state()[0], **self._evaluated()}
+        return slices_of(state, self._world.rank, self._world.size)
+
+    def _evaluated(self) -> dict[str, Tensor]:
+        """The weights that the optimizer evaluates, where these are others; nothing restores them."""
+        if not has_modes(self._tuned.optimizer):
+            return {}
+        with self.eval_weights():
+            return {f"{EVAL}/{name}": copied(tensor) for name, tensor in self._trained().items()}
 
     def values(self) -> dict[str, Any]:
         return self._optimizer_state()[1]

@@ -153,7 +153,11 @@ class ZeRO(Replicated):
             self._zero.scaled_global_norm = lambda: self._told
 
     def _averaged(self) -> Average:
-        return PartsAverage(self._parts(), self._refresh)
+        return PartsAverage(self._trained(), self._refresh)
+
+    def _trained(self) -> dict[str, Any]:
+        names = super()._trained()
+        return {name: part for name, part in self._parts().items() if name in names}
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         """Where the gradient goes to the host, DeepSpeed is told of a step's end after its last pass.
@@ -229,7 +233,6 @@ class ZeRO(Replicated):
             restore_optimizer(self._tuned.optimizer, self._by_parameter(), reader, self._unflattened.read)
 
     def _refresh(self) -> None:
-        """Let the weights that are computed with be those that are stepped."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from trainers.average import Average
 from trainers.checkpoints.slices import Reader
 from trainers.rundir import Refused
-from trainers.shards import Part
+from trainers.shards import Part, copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +192,8 @@ class PartsAverage(Average):
 
     def __init__(self, named: Mapping[str, Part | Tensor], refresh: Callable[[], None]) -> None:
         self._parameters = list(named.values())  # type: ignore[arg-type]
-        self.tensors = {name: _copy(one) for name, one in named.items()}
+        self.tensors = {name: copied(one) for name, one in named.items()}
         self._bring = refresh
 
     def _refresh(self) -> None:
         self._bring()
-
-
-def _copy(one: Part | Tensor) -> Any:
-    return Part(one.shape, one.start, one.data.clone()) if isinstance(one, Part) else one.detach().clone()
