@@ -20,7 +20,7 @@ from trainers.batchnorm import Counting
 from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
 from trainers.checkpoints.manifest import Checkpoint, checkpoints
-from trainers.checkpoints.resume import find_best, header_of, resume
+from trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
 from trainers.engines import make_engine, refuse_environment
 from trainers.enter import enter, refuse_unless_same
 from trainers.evaluate import Evaluator, with_average
@@ -127,7 +127,8 @@ def _train(
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
         source = initialise(model, config.init_from, world) if config.init_from and begins else None
-    engine = make_engine(config, task, model, plan.peak, world)
+    stored = () if begins else stored_groups(run, world)
+    engine = make_engine(config, task, model, plan.peak, world, stored, partial(tell, ours, "groups_kept"))
     watch.parting = engine.parting
     watch.beat()
     state, found = resume(

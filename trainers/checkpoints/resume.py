@@ -20,6 +20,7 @@ from trainers.checkpoints.commit import clear_leftovers, link_best
 from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, Stored, checkpoints, read, verify
 from trainers.checkpoints.slices import DTYPES, EVAL, Layout, Reader
 from trainers.engines import Engine
+from trainers.optim.groups import Groups, are_groups
 from trainers.optim.stored import GROUPS, MORE, misfit
 from trainers.rundir import Refused, RunDir
 from trainers.state import TrainState
@@ -139,6 +140,17 @@ def newest_good(
             "run.new=true"
         )
     return None
+
+
+def stored_groups(run: RunDir, world: World) -> Groups:
+    """Return the optimizer's groups of the newest checkpoint that can be read, the same on all ranks."""
+    found: Any = None
+    for path in checkpoints(run) if world.rank == 0 else []:
+        with suppress(Damaged, OSError):
+            found = read(path).values.get(GROUPS)
+            break
+    agreed = json.loads(world.agree(json.dumps(found)))
+    return agreed if are_groups(agreed) else ()
 
 
 def last_saved(run: RunDir) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainers.average import Average
     from trainers.checkpoints.slices import Reader, Slice
     from trainers.optim import Tuned
+    from trainers.optim.groups import Groups
     from trainers.tasks import Task
     from trainers.world import World
 
@@ -147,11 +148,19 @@ class Parts:
     precision: str = "fp32"
 
 
-def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe, world: World) -> Engine:
+def make_engine(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    recipe: Recipe,
+    world: World,
+    stored: Groups = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Engine:
     """The engine that the config names.
 
     Args:
-        recipe: what the optimizer is made with.
+        recipe: what the optimizer is made with; so are ``stored`` and ``tell``.
 
     Raises:
         Refused: it can't train this model, or the package that it needs isn't installed.
@@ -163,7 +172,7 @@ def make_engine(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe,
     parts = Parts(
         task,
         model,
-        lambda: make_optimizer(config, task, model, recipe),
+        lambda: make_optimizer(config, task, model, recipe, stored, tell),
         world,
         ema=config.ema is not None,
         skip_nonfinite=config.on_nonfinite == "skip",

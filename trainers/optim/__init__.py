@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from trainers.locate import build, locate
+from trainers.optim.decay import undecayed
+from trainers.optim.groups import Groups, as_stored, moved, same
 from trainers.rundir import Refused
 from trainers.shards import sharded
 
@@ -51,22 +53,26 @@ class Tuned:
             group |= _moments(recipe)
 
 
-def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Recipe) -> Tuned:
-    """The optimizer of the config over the model's parameters; no weight decay on biases and norms.
+def make_optimizer(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    recipe: Recipe,
+    stored: Groups = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Tuned:
+    """The optimizer of the config over the model's parameters; no weight decay where ``undecayed`` says so.
 
     Args:
         recipe: what it is constructed with; ``tell`` replaces it step by step.
+        stored: the groups of the checkpoint that the run resumes; none where it starts from step 0.
+        tell: told where these aren't the groups of a new run, and are kept.
 
     Raises:
         Refused: ``task.param_groups`` leaves trainable parameters out, or the optimizer refuses its arguments.
     """
-    chosen, groups = config.optimizer, _groups(task, model)
-    if chosen.name == "muon":
-        from trainers.optim.muon import parted
-
-        groups = parted(groups, model)
-    elif chosen.name in LAYERWISE:
-        groups = [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
+    chosen = config.optimizer
+    groups = _resumed(chosen.name, task, model, stored, tell)
     factors = [float(group.pop("lr", 1.0)) for group in groups]
     own_decay = ["weight_decay" in group for group in groups]
     try:
@@ -76,6 +82,41 @@ def make_optimizer(config: RunConfig, task: Task, model: nn.Module, recipe: Reci
             raise
         raise Refused(f"optimizer={chosen.name} with optimizer.args={chosen.args}: {error}") from error
     return Tuned(optimizer, factors, own_decay)
+
+
+def _resumed(
+    optimizer: str, task: Task, model: nn.Module, stored: Groups, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The groups of a new run, or where they are others those of the checkpoint, if they fit task and model."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = _parted(optimizer, _groups(task, model), model)
+    if same(stored, groups, names):
+        return groups
+    kept = as_stored(groups, stored, names)
+    if hasattr(task, "param_groups"):  # these are the task's, except for what Muon takes of them
+        matrices = {parameter for group in kept if group.get("muon") for parameter in group["params"]}
+        kept = _parted(optimizer, _groups(task, model), model, matrices)
+    if not same(stored, kept, names):
+        return groups
+    tell(f"the optimizer keeps the checkpoint's groups: {moved(groups, kept, names)}")
+    return kept
+
+
+def _parted(
+    optimizer: str, groups: list[dict[str, Any]], model: nn.Module, matrices: set[Tensor] | None = None
+) -> list[dict[str, Any]]:
+    """The groups with what some optimizers want to know of each.
+
+    Args:
+        matrices: those that Muon takes; None: as it chooses.
+    """
+    if optimizer == "muon":
+        from trainers.optim.muon import inner_matrices, parted
+
+        return parted(groups, inner_matrices(model) if matrices is None else matrices)
+    if optimizer in LAYERWISE:
+        return [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
+    return groups
 
 
 def _construct(chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
@@ -138,7 +179,8 @@ def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
         # frozen ones would be moved by weight decay and momentum
         groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
         return [group for group in groups if group["params"]]
-    decayed = [parameter for parameter in trainable.values() if parameter.ndim > 1]
-    exempt = [parameter for parameter in trainable.values() if parameter.ndim <= 1]
+    without = undecayed(model)
+    decayed = [parameter for parameter in trainable.values() if parameter not in without]
+    exempt = [parameter for parameter in trainable.values() if parameter in without]
     groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from trainers.optim import evaluated, fused
+from trainers.optim.decay import gains_and_biases
 from trainers.rundir import Refused
 from trainers.shards import gathered, keep, sharded
 
@@ -87,23 +88,29 @@ class MuonAdamW(Optimizer):
             keep(state.setdefault(key, torch.zeros_like(matrix, requires_grad=False)), value)
 
 
-def parted(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """The groups, each with ``muon``: those that don't say so themselves are parted into inner matrices and the rest.
+def inner_matrices(model: nn.Module) -> set[Tensor]:
+    """Return the matrices that Muon takes.
 
-    The matrices of embeddings, and of the last ``nn.Linear`` that the model registers, which is its head as a rule, are
-    AdamW's, as Muon's author advises (https://kellerjordan.github.io/posts/muon/); so is what isn't a matrix.
+    Those of embeddings, and of the last ``nn.Linear`` that the model registers, which is its head as a rule, are
+    AdamW's, as Muon's author advises (https://kellerjordan.github.io/posts/muon/); so are gains and biases of two
+    dimensions.
     """
     modules = list(model.modules())
     embeddings = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     head = [module for module in modules if isinstance(module, nn.Linear)][-1:]
-    not_inner = {id(parameter) for module in (*embeddings, *head) for parameter in module.parameters()}
+    outer: set[Tensor] = {parameter for module in (*embeddings, *head) for parameter in module.parameters()}
+    outer.update(gains_and_biases(model))
+    return {parameter for parameter in model.parameters() if parameter.ndim == 2 and parameter not in outer}
+
+
+def parted(groups: list[dict[str, Any]], matrices: set[Tensor]) -> list[dict[str, Any]]:
+    """The groups, each with ``muon``: those that don't say so themselves are parted into ``matrices`` and the rest."""
     found = []
     for group in groups:
         if "muon" in group:
             found.append({**group, "muon": bool(group["muon"])})
             continue
-        inner = [parameter for parameter in group["params"] if parameter.ndim == 2 and id(parameter) not in not_inner]
-        inside = {id(parameter) for parameter in inner}
-        rest = [parameter for parameter in group["params"] if id(parameter) not in inside]
+        inner = [parameter for parameter in group["params"] if parameter in matrices]
+        rest = [parameter for parameter in group["params"] if parameter not in matrices]
         found += [{**group, "params": own, "muon": muon} for muon, own in ((True, inner), (False, rest)) if own]
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scaling.limits import LARGEST
+from trainers.optim.groups import are_groups
 from trainers.rundir import Refused
 from trainers.shards import Part, in_one_part, read_like
 
@@ -106,7 +107,7 @@ def misfit(values: Mapping[str, Any], present: Sequence[Mapping[str, Any]], *, o
         own: it is a user's, which may keep any JSON, but in the hyperparameters that it was made with.
     """
     groups, more = values.get(GROUPS), values.get(MORE, {})
-    if not isinstance(groups, list) or any(not isinstance(g, dict) or not _names(g.get("params")) for g in groups):
+    if not are_groups(groups):
         return f"{GROUPS} isn't what an optimizer's groups are"
     if not isinstance(more, dict) or {"state", "param_groups"} & more.keys() or (more and not own):
         return f"{MORE} isn't what this optimizer keeps"
@@ -119,10 +120,6 @@ def misfit(values: Mapping[str, Any], present: Sequence[Mapping[str, Any]], *, o
         if not own and name not in (GROUPS, MORE) and not (value is None or _alike(value, 0)):
             return f"{name:.100} is {value!r:.100}"
     return None
-
-
-def _names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _alike(was: Any, now: Any) -> bool:
