@@ -98,7 +98,10 @@ def _resumed(
         kept = _parted(optimizer, _groups(task, model), model, matrices)
     if not same(stored, kept, names):
         return groups
-    tell(f"the optimizer keeps the checkpoint's groups: {moved(groups, kept, names)}")
+    tell(
+        "the optimizer keeps the checkpoint's groups, also for what a new run would decay, or give to Muon, otherwise: "
+        f"{moved(groups, kept, names)}"
+    )
     return kept
 
 

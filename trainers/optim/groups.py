@@ -23,8 +23,17 @@ def _names(value: object) -> bool:
 
 
 def same(stored: Groups, groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> bool:
-    """Return whether `groups` have the parameters of the `stored` ones; True where there are no stored ones."""
-    return not stored or [group["params"] for group in stored] == [_named(group, names) for group in groups]
+    """Return whether `groups` are the `stored` ones; True where there are no stored ones.
+
+    They are where they have the same parameters, go to the same part of Muon, and have weight decay or none.
+    """
+    decays = any(group.get("weight_decay") for group in stored)  # else it makes no difference which groups have it
+
+    def kind(group: Mapping[str, Any], params: list[str]) -> tuple[Any, ...]:
+        return params, bool(group.get("muon")), decays and group.get("weight_decay") == 0
+
+    then = [kind(group, group["params"]) for group in stored]
+    return not stored or then == [kind(group, _named(group, names)) for group in groups]
 
 
 def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
@@ -46,17 +55,19 @@ def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tenso
 
 
 def moved(groups: list[dict[str, Any]], kept: list[dict[str, Any]], names: Mapping[Tensor, str]) -> str:
-    """Say which parameters would be in another group in a new run."""
-    if len(groups) != len(kept):
-        return f"a new run would have {len(groups)}, not {len(kept)}"
-    found = [
-        name
-        for new, old in zip(groups, kept, strict=True)
-        for name in _named(old, names)
-        if name not in set(_named(new, names))
-    ]
+    """Return the names of the parameters that a new run would treat otherwise."""
+    new, old = _treatment(groups, names), _treatment(kept, names)
+    found = [name for name in old if old[name] != new[name]]
     more = f" and {len(found) - SHOWN} more" * (len(found) > SHOWN)
-    return f"a new run would put {', '.join(found[:SHOWN])}{more} into another one"
+    return f"{', '.join(found[:SHOWN])}{more}"
+
+
+def _treatment(groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> dict[str, tuple[bool, bool]]:
+    return {
+        name: (bool(group.get("muon")), group.get("weight_decay") == 0)
+        for group in groups
+        for name in _named(group, names)
+    }
 
 
 def _named(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str]:

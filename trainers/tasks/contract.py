@@ -14,6 +14,7 @@ from scaling.plan import Plan
 from trainers.fingerprint import fingerprint
 from trainers.loader import Fetch
 from trainers.look import Unseen, has_no_state, look
+from trainers.modes import Modes
 from trainers.rundir import Refused
 from trainers.starting.notes import is_oom
 from trainers.tasks import Task
@@ -79,7 +80,7 @@ def look_and_try(
         return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
     sandbox = Sandbox(task, model, world.device, config.seed, beat)
     batches = [seen[name] for name in seen if name.startswith("batch ")]
-    loss, evaluation = LossTrial(sandbox, model.train), EvaluationTrial(sandbox, config.precision, world.device)
+    loss, evaluation = LossTrial(sandbox, Modes(model).train), EvaluationTrial(sandbox, config.precision, world.device)
     of_loss = _agreed(world, _tried("loss", lambda: loss.run(batches)) if batches else TOO_FEW)
     of_evaluation = Found()
     if validation:
