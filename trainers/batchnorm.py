@@ -41,8 +41,11 @@ class Counting(_BatchNorm):
     groups: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+        return self._normalise(input) if self.training else super().forward(input)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalise(self, input: Tensor) -> Tensor:
+        # not compiled: the loop over ghosts would be compiled again for each number of samples
         if self.does_more:
             with _Instead(self):
                 return super().forward(input)

@@ -137,6 +137,7 @@ class Stream:
         self.samples = 0
         self.draws = 0  # of keyed layers from torch's generator, in this forward
         self.clock = torch.zeros((), dtype=torch.int64)
+        self.names: dict[int, str] = {}  # of keyed layers
         self.number = next(_NUMBERS)
         _STREAMS[self.number] = self
         self._calls: dict[int, dict[int, int]] = {}
@@ -211,25 +212,47 @@ class Stream:
         words = _finalise64(_int64(self.positions) * -7046029254386353131 + (salt - (1 << 63)))
         return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self.device, non_blocking=True)
 
+    def row_keys(self, layer: int, rows: int, elements: int, channels: bool) -> Tensor:
+        """``keys`` for each row of an input, and where in its sample's mask a row begins: int32 [3, rows, 1].
+
+        Args:
+            elements: of a row.
+            channels: each sample has to be one row.
+        """
+        if self.misfits(layer, rows, channels):
+            keys, each = torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(self.device), rows
+        else:
+            keys, each = self.keys(layer), rows // self.samples
+        begin = (torch.arange(each) * elements).to(torch.int32).to(self.device).view(1, -1, 1)
+        keys = keys.repeat_interleave(each, 1) if each > 1 else keys
+        return torch.cat((keys, begin.repeat(1, rows // each, 1)))
+
+    def misfits(self, layer: int, rows: int, channels: bool) -> bool:
+        """Whether the rows of a layer's input aren't a multiple of the samples, which is told."""
+        misfit = not self.samples or bool(rows % self.samples) or (channels and rows != self.samples)
+        if misfit:
+            self.tell(f"the rows of dropout layer {self.names.get(layer) or 'model'} aren't a multiple of the samples")
+        return misfit
+
 
 _STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 _NUMBERS = count()  # never one that was another's
 
 
 @torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))
-def mask_keys(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor:
-    """``Stream.keys`` as a compiler sees it, which is to look at nothing that changes from one forward to the next.
+def mask_keys(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
+    """``Stream.row_keys`` as a compiler sees it, which is to look at nothing that changes between two forwards.
 
-    It is told that the clock moves, so that calls stay as many as they are, and in their order.
+    The number of samples does: code that looked at it would be compiled again for each. The compiler is told that the
+    clock moves, so that calls stay as many as they are, and in their order.
     """
     clock += 1
-    keys: Tensor = _STREAMS[stream].keys(int(layer))
-    return keys
+    return _STREAMS[stream].row_keys(int(layer), rows, elements, channels)
 
 
 @mask_keys.register_fake
-def _(clock: Tensor, layer: Tensor, samples: int, stream: int) -> Tensor:
-    return torch.empty(2, samples, 1, dtype=torch.int32, device=_STREAMS[stream].device)
+def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
+    return torch.empty(3, rows, 1, dtype=torch.int32, device=_STREAMS[stream].device)
 
 
 def _int64(positions: Sequence[int]) -> Tensor:
@@ -246,11 +269,17 @@ def _finalise64(words: Tensor) -> Tensor:
 
 
 def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
-    """31 uniform bits for each element of each sample: int32 [samples, elements], from keys int32 [2, samples, 1].
+    """31 uniform bits for each element of each row: int32 [rows, elements].
 
     murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
+
+    Args:
+        keys: of ``Stream.keys``, where a row is a sample, or of ``Stream.row_keys``.
     """
-    words = torch.arange(elements, dtype=torch.int32, device=keys.device).mul_(-1640531527) ^ keys[0]
+    places = torch.arange(elements, dtype=torch.int32, device=keys.device)
+    if len(keys) == 3:
+        places = places + keys[2]
+    words = places.mul_(-1640531527) ^ keys[0]
     shifted = torch.empty_like(words)
     for key in (keys[1], None):
         words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
@@ -277,24 +306,27 @@ class KeyedDropout(nn.Dropout):
 
     def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
         super().__init__(p, inplace)
-        self._stream, self._name, self._channels = stream, name, channels
+        self._stream, self._channels = stream, channels
+        stream.names[layer] = name
         self._layer = torch.tensor(layer)  # a compiler takes a number for a constant, and makes code for each layer
 
     def forward(self, input: Tensor) -> Tensor:
-        stream, samples = self._stream, self._stream.samples
+        stream = self._stream
         if not self.training or self.p == 0 or input.numel() == 0:
             return input
-        if not samples or input.shape[0] % samples or (self._channels and input.shape[0] != samples):
-            stream.tell(f"the rows of dropout layer {self._name or 'model'} aren't a multiple of the samples")
-            return nn.functional.dropout(input, self.p, True, self.inplace)
         if torch.compiler.is_compiling():
-            keys = mask_keys(stream.clock, self._layer, samples, stream.number)
+            rows = input.shape[0]
+            elements = input.shape[1] if self._channels else input.numel() // rows
+            keys = mask_keys(stream.clock, self._layer, rows, elements, self._channels, stream.number)
         else:
-            keys = stream.keys(int(self._layer))
-        elements = input.shape[1] if self._channels else input.numel() // samples
+            layer, rows = int(self._layer), stream.samples
+            if stream.misfits(layer, input.shape[0], self._channels):
+                return nn.functional.dropout(input, self.p, True, self.inplace)
+            elements = input.shape[1] if self._channels else input.numel() // rows
+            keys = stream.keys(layer)
         bits = _uniform_bits(keys, elements)
         scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
-        shape = (samples, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
+        shape = (rows, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
         scale = scale.view(shape)
         return input.mul_(scale) if self.inplace else input * scale
 

@@ -102,7 +102,6 @@ class Grouped(Normed):
         (1, "muon", "Normed"),
         (1, "muon", "Grouped"),
         (2, "lamb engine=fsdp", "Normed"),
-        (2, "adamw engine=deepspeed engine.stage=2", "Normed"),
     ],
 )
 def test_a_resumed_run_keeps_the_groups_of_its_checkpoint(

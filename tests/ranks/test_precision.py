@@ -206,6 +206,33 @@ def test_a_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
     assert model.state_dict().keys() == {"0.weight", "0.bias"}
 
 
+@pytest.mark.parametrize("mode", ["batchnorm.mode=null", "batchnorm.mode=ghost batchnorm.ghost_size=4"])
+def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str) -> None:
+    """For the first one, for all others, and for a single sample; each with the masks that it has without compiling."""
+
+    def made(compiled: bool) -> tuple[nn.Module, Stream]:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4) if "ghost" in mode else nn.Identity()
+        tokens = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten(0, 1), nn.Dropout(0.3), nn.Unflatten(0, (-1, 2)))
+        channels = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Dropout1d(0.3), nn.Flatten())
+        parts = (nn.Linear(4, 4), norm, nn.Dropout(0.5), tokens, nn.Flatten(), channels)
+        stream = Stream(0, ALONE.device)
+        return prepare(
+            nn.Sequential(*parts), compose([*BLOCKS, f"compile={compiled}", *mode.split()]), stream, 1
+        ), stream
+
+    pairs, counted = [made(compiled) for compiled in (True, False)], []
+    for samples in (8, 12, 20, 4, *((1,) if "null" in mode else ())):
+        outputs = []
+        for model, stream in pairs:
+            stream.start(100, 100 + samples)
+            outputs.append(model(torch.linspace(0, 1, samples * 4).view(samples, 4)))
+        torch.testing.assert_close(*outputs)
+        counted.append(len(graphs))
+    pieces = 2 if "ghost" in mode else 1  # before and after the norm
+    assert counted == [pieces, 2 * pieces, 2 * pieces, 2 * pieces, 3][: len(counted)]
+
+
 @pytest.mark.usefixtures("graphs")
 def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
     """Dropout, BatchNorm, a block that is recomputed, passes of 24 and 12 samples: weights, statistics and names."""
