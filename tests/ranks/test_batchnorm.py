@@ -144,7 +144,7 @@ def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
 def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
     run = runs(2, *GHOST, "task._target_=tests.tasks.Counted", "duration=1st")
     warnings = [event["text"] for event in run.events() if event["event"] == "warning"]
-    assert warnings == ["batchnorm.mode=ghost, but the model has no BatchNorm layer: leave it out"]
+    assert warnings == ["batchnorm.mode=ghost, but the model trains no BatchNorm layer: leave it out"]
     assert not [event for event in runs(2, *GHOST, "duration=1st").events() if event["event"] == "warning"]
 
 
