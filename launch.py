@@ -28,6 +28,7 @@ from conf.explain import ConfigError
 from conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from conf.help import annotated, command_line, help_text
 from conf.identity import run_directory
+from conf.run_dir import refuse_typo
 from conf.schema import Slurm
 from conf.stored import extends
 from conf.sweep import expand, sweep_directories
@@ -63,6 +64,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
         return sweep(args.overrides, args.config_dir)
     config = compose(args.overrides, args.config_dir)
+    refuse_typo(args.overrides, config)
     if args.cfg:
         print(printable(annotated(config, args.overrides, args.config_dir)))
         return 0
@@ -131,11 +133,11 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
         return 0
     if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
         say(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
+    if config.run.dir and not run.begun and not dry:
+        say(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):
         say(jobs.submit([config], [run], run, LAUNCHER, write_atomic))
         return 0
-    if config.run.dir and not run.begun:
-        say(f"a new run, in {directory}")
     if first() and (why := jobs.begin(run)):
         say(why)
     code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}), **facts)

@@ -62,7 +62,7 @@ def _one(way: str, run: Path, *, stopped: bool, deadline_s: float, tally: Tally)
     length = "100000st" if stopped else "2st"
     began = time.monotonic()
     process = subprocess.Popen(
-        [*command, "device=cpu", f"duration={length}", f"run.dir={run}"],
+        [*command, "task=digits", "device=cpu", f"duration={length}", f"run.dir={run}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,15 +112,25 @@ def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> RunConf
     values = {override.key_or_group: override.value() for override in parsed}
     if values.get("run.config"):
         return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
-    file = Path(os.path.expanduser(_resolved(values.get("run.dir")))) / "config.yaml"
-    science = [key for key in values if not housekeeping(key.replace("/", "."))]
-    holds = os.path.lexists(file) and (begun(file.parent) or not science)
-    if values.get("run.dir") and holds and values.get("action") != "evaluate":
+    if values.get("action") != "evaluate" and (file := config_in_run_dir(values)):
         return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = _composed(parsed, roots)
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
         return _going_on(load(its_own), its_own, parsed, roots, another=True)
     return validated(plain | {"given": sorted(given), "chosen": {}})
+
+
+def config_in_run_dir(values: Mapping[str, Any]) -> Path | None:
+    """Return the file in ``run.dir`` that takes the place of the defaults; None where there is none.
+
+    Args:
+        values: of the overrides, by key.
+    """
+    if not values.get("run.dir"):
+        return None
+    file = Path(os.path.expanduser(_resolved(values["run.dir"]))) / "config.yaml"
+    science = [key for key in values if not housekeeping(key.replace("/", "."))]
+    return file if os.path.lexists(file) and (begun(file.parent) or not science) else None
 
 
 def _resolved(value: Any) -> str:

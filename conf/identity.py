@@ -12,13 +12,13 @@ from conf.schema import RunConfig
 from scaling.units import Duration
 
 HOUSEKEEPING = (
-    "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "data.workers",
-    "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run", "plan", "given",
-    "chosen",
+    "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "task.local", "data.local",
+    "data.workers", "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run",
+    "plan", "given", "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
-# Hashed as they are: whoever takes them knows what null means.
-FREE = ("task.args", "model.args", "data.args", "data.val_args", "optimizer.args")
+# Taken whole: whoever takes them knows what null means.
+FREE = ("task.args", "task.local", "model.args", "data.args", "data.val_args", "data.local", "optimizer.args")
 
 
 def science(config: RunConfig) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def science(config: RunConfig) -> dict[str, Any]:
 
 
 def housekeeping(key: str) -> bool:
-    """Whether a key, or the section that it's in, is no science."""
-    return key in HOUSEKEEPING or key.partition(".")[0] in HOUSEKEEPING
+    """Return whether a key, or a section or mapping that it's in, is no science."""
+    return f"{key}.".startswith(tuple(f"{name}." for name in HOUSEKEEPING))
 
 
 def global_size_rules(config: RunConfig) -> bool:

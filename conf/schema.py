@@ -122,14 +122,28 @@ class Tuned(Usual):
     weight_decay: NotNegative | None = None
 
 
+def _refuse_repeated(section: str, args: str, given: Free | None, local: Free) -> None:
+    """Raise ValueError where a keyword argument is given both as science and as local; null isn't given."""
+    if repeated := [name for name in local if (given or {}).get(name) is not None]:
+        names = ", ".join(f"{section}.local.{name}" for name in repeated)
+        science = ", ".join(f"{section}.{args}.{name}" for name in repeated)
+        raise ValueError(f"{names} repeats {science}: leave out one of the two")
+
+
 class Task(Section):
     name: Name
     target: Target = Field(alias="_target_")
     args: Free
+    local: Free
     train_samples: Size | None
     units_per_sample: Size | None
     family: str | None
     tuned: dict[str, Tuned]
+
+    @model_validator(mode="after")
+    def _an_argument_is_given_once(self) -> Task:
+        _refuse_repeated("task", "args", self.args, self.local)
+        return self
 
 
 class Model(Section):
@@ -369,13 +383,23 @@ class Data(Section):
     target: Target | None = Field(alias="_target_")
     args: Free
     val_args: Free | None
+    local: Free
     workers: Annotated[int, Field(ge=0, le=WORKERS)]
     fingerprint: bool
 
     @model_validator(mode="after")
     def _args_are_someones(self) -> Data:
-        if self.target is None and (self.args or self.val_args is not None):
-            raise ValueError("data.args and data.val_args need data._target_; the task's own data takes task.args")
+        if self.target is None and (self.args or self.val_args is not None or self.local):
+            raise ValueError(
+                "data.args, data.val_args and data.local need data._target_; the task's own data takes task.args and "
+                "task.local"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_argument_is_given_once(self) -> Data:
+        _refuse_repeated("data", "args", self.args, self.local)
+        _refuse_repeated("data", "val_args", self.val_args, self.local)
         return self
 
 

@@ -57,8 +57,12 @@ def refuse_unless_same(world: World, what: str, number: int) -> None:
 
 
 def refuse_other_commands(config: RunConfig, world: World) -> None:
-    """Raises Refused, on all ranks, where one was started for another run than rank 0 was."""
-    plain = config.model_dump(mode="json", by_alias=True, exclude={"cluster", "run", "given"})
+    """Raise Refused, on all ranks, where one was started for another run than rank 0 was.
+
+    ``task.local`` and ``data.local`` may differ: paths and caches are a machine's own.
+    """
+    left_out = {"cluster": True, "run": True, "given": True, "task": {"local"}, "data": {"local"}}
+    plain = config.model_dump(mode="json", by_alias=True, exclude=left_out)  # type: ignore[arg-type]
     mine = {f"{name}.{key}": value for name, section in plain.items() for key, value in _items(section)}
     theirs = json.loads(world.agree(json.dumps(mine)))
     other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
@@ -95,6 +99,7 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
         commit=facts["commit"],
         attempt=facts["attempt"],
         restart=restarts(),
+        new=before is None,
         hosts=facts["hosts"].split() if "hosts" in facts else hosts,
         **({"job": facts["job"], "job_restart": int(facts["job_restart"])} if "job" in facts else {}),
         world_size=world.size,

@@ -6,8 +6,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 from trainers.rundir import Refused
@@ -52,10 +53,18 @@ def _attribute(key: str, target: str, owner: Any, name: str) -> Any:
         raise Refused(f"{key}={target}: {where} has no {name}{hint}") from None
 
 
-def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any, ...] = (), of: type = object) -> Any:
-    """Call what ``target`` names with ``args`` (the mapping ``<key>.args``).
+def build(
+    key: str,
+    target: str,
+    args: dict[str, Any],
+    *,
+    local: Mapping[str, Any] = MappingProxyType({}),
+    positional: tuple[Any, ...] = (),
+    of: type = object,
+) -> Any:
+    """Call what ``target`` names with ``args`` (the mapping ``<key>.args``) and ``local`` (``<key>.local``).
 
-    Within ``args``, a mapping with a ``_target_`` of its own stands for what that makes of the rest of the mapping.
+    Within both, a mapping with a ``_target_`` of its own stands for what that makes of the rest of the mapping.
 
     Args:
         positional: passed before ``args``.
@@ -67,8 +76,15 @@ def build(key: str, target: str, args: dict[str, Any], *, positional: tuple[Any,
     factory = _factory(key, target)
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
         raise Refused(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
-    check_call(f"{key}.args", target, factory, positional, args)
-    return factory(*positional, **{name: made(f"{key}.args.{name}", value) for name, value in args.items()})
+    args = science_of(args, local)
+    check_call(f"{key}.args", target, factory, positional, args, local)
+    found = {name: made(f"{key}.args.{name}", value) for name, value in args.items()}
+    return factory(*positional, **found, **{name: made(f"{key}.local.{name}", value) for name, value in local.items()})
+
+
+def science_of(args: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``args`` without the ones that are null there and given in ``local``."""
+    return {name: value for name, value in args.items() if name not in local}
 
 
 def made(key: str, value: Any) -> Any:
@@ -97,15 +113,22 @@ def _factory(key: str, target: str) -> Callable[..., Any]:
 
 
 def check_call(
-    key: str, target: str, factory: Callable[..., Any], positional: tuple[Any, ...], args: dict[str, Any]
+    key: str,
+    target: str,
+    factory: Callable[..., Any],
+    positional: tuple[Any, ...],
+    args: dict[str, Any],
+    local: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Raises Refused where ``factory(*positional, **args)`` doesn't fit its signature (as far as that is known)."""
+    """Raise Refused where ``args`` and ``local`` don't fit the signature of ``factory``, as far as it is known."""
     try:
         signature = inspect.signature(factory)
     except ValueError:
         return
     try:
-        signature.bind(*positional, **args)
+        signature.bind(*positional, **args, **local)
     except TypeError as error:
+        if local:
+            key, args = f"{key} and {key.removesuffix('args')}local", {**args, **local}
         names = [name for name in signature.parameters if name != "self"][len(positional) :]
         raise Refused(f"{key}={args} don't fit {target}: {error}; it takes {', '.join(names) or 'nothing'}") from None

@@ -39,7 +39,7 @@ class Task(Digits):
     def train_data(self):
         return range(123)
 """
-QUICK = ("duration=2st", "task.args.width=8", "evaluate.every=null", "device=cpu")
+QUICK = ("task=digits", "duration=2st", "task.args.width=8", "evaluate.every=null", "device=cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def test_plan_of_a_run_that_goes_on_has_its_global_batch() -> None:
     for again in ([f"run.dir={run}"], product):
         plan = planned(*again, "cluster.gpus_per_node=3")
         assert (plan["global_size"], plan["per_gpu"], plan["accumulation"], plan["world_size"]) == (64, 16, 2, 3)
-    assert planned(*product, "run.dir=other", "cluster.gpus_per_node=3")["global_size"] == 96
+    assert planned(*product, "task=digits", "run.dir=other", "cluster.gpus_per_node=3")["global_size"] == 96
     checkpoint(run, 20, 3, *product)  # damaged below: the one before it counts
     (folder_of(RunDir(run), 20) / NAME).write_text("{")
     assert planned(*product)["global_size"] == 64
@@ -241,8 +241,10 @@ def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
         (["cluster.nodes=2"], "cluster.rendezvous=host:port"),
         (["debug=true", "cluster.gpus_per_node=2"], "debug=true"),
         (["device=cuda", "cluster.environment.CUDA_VISIBLE_DEVICES=''"], "no GPU is visible"),
-        (["run.dir=/proc/version"], "/proc/version isn't a folder"),
-        (["run.dir=/proc/version/below"], "/proc/version isn't a folder"),
+        (["run.dir=typo", "seed=3"], "run.dir=typo holds no run to resume; a new run there needs its task"),
+        (["run.dir=typo", "action=plan"], "run.dir=typo holds no run"),
+        (["task=digits", "run.dir=/proc/version"], "/proc/version isn't a folder"),
+        (["task=digits", "run.dir=/proc/version/below"], "/proc/version isn't a folder"),
         (["task.args.x=nan"], "task.args.x=nan"),
         (["run.name=a b("], "\"run.name='a b('\""),
         (["task.name=caf\udce9"], "task.name"),
@@ -265,7 +267,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     else:
         folder = str(tmp_path / "closed")
         Path(folder).mkdir(mode=0o555)
-    assert f"{folder} isn't a folder that can be written to" in refused(f"run.dir={folder}/run")
+    assert f"{folder} isn't a folder that can be written to" in refused("task=digits", f"run.dir={folder}/run")
 
 
 # ---- help and config
@@ -321,7 +323,7 @@ def test_the_same_command_finds_its_run() -> None:
     assert first.splitlines()[-1].startswith("finished after 2 steps")
     assert first.splitlines()[-1].endswith(str(run))
     event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
-    assert event["command"].startswith(f"python {ROOT / 'launch.py'} duration=2st")
+    assert event["command"].startswith(f"python {ROOT / 'launch.py'} task=digits")
     assert re.fullmatch(r"[0-9a-f]{40}|", event["commit"])
     before = state(run)
 
@@ -334,6 +336,9 @@ def test_the_same_command_finds_its_run() -> None:
     said = launch(f"run.dir={run}", "seed=3", "batch.global_size=8", code=2).stderr
     assert "seed=3 (there 0)" in said
     assert "batch.global_size=8 (there " in said
+
+    said = launch(f"run.dir=runs/{run.name[:-1]}", code=2).stderr
+    assert f"holds no run to resume; did you mean {run}?" in said
 
     launch(*QUICK, "run.new=true")
     assert {path.name for path in Path("runs").iterdir()} == {run.name, f"{run.name}-2"}

@@ -170,7 +170,7 @@ def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "task/short.yaml", "name: short\n")
     said = message("task=short", config_dir=tmp_path)
     assert said.startswith(
-        "task has no _target_, args, train_samples, units_per_sample, family, tuned: task=custom brings"
+        "task has no _target_, args, local, train_samples, units_per_sample, family, tuned: task=custom brings"
     )
     assert said.endswith("begins with 'defaults: [custom, _self_]'")
     write(tmp_path / "task/typo.yaml", "name: typo\n_target_: a.B\ntrain_sample: 3\n")

@@ -78,6 +78,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "compile": True,
     "recompute": ["blocks.*"],
     "noise.every": "1st",
+    "task.local": {"folder": "/data/x"},
     "data.workers": 2,
     "check.contract": False,
     "data.fingerprint": False,
@@ -113,8 +114,8 @@ OF_SLURM = {
     "max_requeues": 1, "max_parallel": 2, "dry_run": "true",
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {
-    "model.args", "data.args", "data.val_args", "lr.power", "lr.noise_scale", "batchnorm.ghost_size", "output",
-    "cluster.rendezvous",
+    "model.args", "data.args", "data.val_args", "data.local", "lr.power", "lr.noise_scale", "batchnorm.ghost_size",
+    "output", "cluster.rendezvous",
 }  # fmt: skip
 OPTIMIZERS = [name for name in choices_of("optimizer") if name not in ("auto", "custom")]
 OF_OPTIMIZERS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from trainers.locate import build, check_call, locate
+from trainers.locate import build, check_call, locate, made, science_of
 from trainers.rundir import Refused
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
+    from conf.schema import Data, RunConfig
 
 
 class Task(Protocol):
@@ -59,6 +59,8 @@ def make_task(config: RunConfig) -> Task:
         raise Refused(f"task._target_={target} is a {type(cls).__name__}, not a class")
     for name in vars(cls):
         near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
+        if name.startswith("_"):  # the task's own
+            continue
         if near and name not in OPTIONAL and not hasattr(cls, near[0]):
             warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=2)
     elsewhere = {"model": config.model.target, "train_data": config.data.target}
@@ -69,17 +71,20 @@ def make_task(config: RunConfig) -> Task:
     ]
     if missing:
         raise Refused(f"task._target_={target} lacks {', '.join(missing)}")
-    check_call("task.args", target, cls, (), config.task.args)
-    task: Any = cls(**config.task.args)
+    local = config.task.local
+    args = science_of(config.task.args, local)
+    check_call("task.args", target, cls, (), args, local)
+    task: Any = cls(**args, **made("task.local", local))
     if config.data.target is not None:
-        _with_data(task, config.data.target, config.data.args, config.data.val_args)
+        _with_data(task, config.data.target, config.data)
     return cast(Task, task)
 
 
-def _with_data(task: Any, target: str, args: dict[str, Any], val_args: dict[str, Any] | None) -> None:
+def _with_data(task: Any, target: str, data: Data) -> None:
     """Give ``task`` the data that ``data._target_`` makes; its own validation data would be of other data."""
-    task.train_data = lambda: build("data", target, args)
-    task.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args})
+    args, val_args, local = data.args, data.val_args, data.local
+    task.train_data = lambda: build("data", target, args, local=local)
+    task.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args}, local=local)
 
 
 def open_data(task: Task, config: RunConfig) -> Any:

@@ -1,0 +1,104 @@
+"""Keyword arguments that aren't science: ``task.local`` and ``data.local``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.compose import compose
+from conf.explain import ConfigError
+from conf.identity import identity
+from conf.stored import dump
+from tests.ranks.harness import World, in_ranks
+from trainers.enter import refuse_other_commands
+from trainers.rundir import Refused
+from trainers.tasks import make_task
+
+HERE = "tests.ranks.test_local"
+TASK = ("task=custom", f"task._target_={HERE}.Placed", "lr.peak=0.1")
+DATA = (*TASK, f"data._target_={HERE}.Rows", "data.args.rows=3", "data.val_args.rows=1")
+
+
+class Rows:
+    def __init__(self, rows: int, cache: Any = None) -> None:
+        self.rows, self.cache = rows, cache
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class Placed:
+    def __init__(self, width: int = 1, folder: str = "here", cache: Any = None) -> None:
+        self.width, self.folder, self.cache = width, folder, cache
+
+    def _collate(self) -> None: ...
+
+    def __augment(self) -> None: ...
+
+    def model(self) -> None: ...
+
+    def train_data(self) -> None: ...
+
+    def loss(self) -> None: ...
+
+
+def task_of(*overrides: str) -> Any:
+    return make_task(compose(overrides))
+
+
+def test_they_reach_the_constructors_beside_args() -> None:
+    cache = f"{{_target_: {HERE}.Rows, rows: 7}}"
+    task = task_of(
+        *TASK, "task.args.width=2", "task.args.folder=null", "task.local.folder=/x", f"task.local.cache={cache}"
+    )
+    assert (task.width, task.folder, task.cache.rows) == (2, "/x", 7)
+    task = task_of(*DATA, f"data.local.cache={cache}")
+    assert [(data.rows, data.cache.rows) for data in (task.train_data(), task.val_data())] == [(3, 7), (1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((*TASK, "task.args.folder=/x", "task.local.folder=/y"), "task.local.folder repeats task.args.folder"),
+        (("task.local.width=8",), "task.local.width repeats task.args.width"),
+        ((*DATA, "data.local.rows=2"), "data.local.rows repeats data.args.rows"),
+        ((*TASK, "data.local.cache=/x"), "data.local need data._target_"),
+    ],
+)
+def test_an_argument_is_given_once_and_to_somebody(overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(overrides)
+
+
+def test_what_the_constructor_does_not_take_is_rejected() -> None:
+    with pytest.raises(Refused, match=r"task.args and task.local=.*'foldr'.*width, folder, cache"):
+        task_of(*TASK, "task.local.foldr=/x")
+
+
+def test_they_are_free_to_change_on_a_resume(tmp_path: Path) -> None:
+    """What isn't given again is kept, one by one; and a run that is evaluated elsewhere takes another path."""
+    before = compose([*DATA, "task.local={folder: /x, cache: 1}", "data.local.cache=/x"])
+    assert identity(before) == identity(compose(DATA))
+    (tmp_path / "config.yaml").write_text(dump(before))
+    (tmp_path / "plan.json").touch()
+    again = [compose([f"run.dir={tmp_path}", "task.local.folder=/y"])]
+    again.append(compose(["action=evaluate", f"init_from={tmp_path}", "task.local.folder=/y"]))
+    for config in again:
+        assert (config.task.local, config.data.local) == ({"folder": "/y", "cache": 1}, {"cache": "/x"})
+    assert identity(again[0]) == identity(before)
+
+
+def test_they_may_differ_between_machines(tmp_path: Path) -> None:
+    def body(world: World) -> Any:
+        local = f"task.local.folder=/scratch/{world.rank}"
+        refuse_other_commands(compose([*DATA, local, f"data.local.cache={world.rank}"]), world)
+        refuse_other_commands(compose([*TASK, f"task.args.width={world.rank}"]), world)
+
+    assert all("rank 1 was started with task.args" in end["message"] for end in in_ranks(2, body, tmp_path))
+
+
+def test_a_private_method_is_not_taken_for_a_misspelt_one(recwarn: pytest.WarningsRecorder) -> None:
+    task_of(*TASK)
+    assert not recwarn.list
