@@ -15,13 +15,12 @@ gc.disable()  # what is imported stays; workers turn it on again
 import json
 import shlex
 import shutil
-import subprocess
 import uuid
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose
 from conf.explain import ConfigError
@@ -37,7 +36,10 @@ from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
 from scaling.table import table
+from trainers.repository import commit_of, repository_of
 from trainers.rundir import Refused, RunDir, write_atomic
+from trainers.shown import differences
+from trainers.source import folder_of
 from trainers.starting import workers
 from trainers.starting.child import guarded, in_turn, opened
 
@@ -129,7 +131,9 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
     longer, before = extends(directory, config), run.outcome()
     if before and before.state == "finished" and not longer and not dry:
-        say(f"{result(directory)} · {directory} (run.new=true trains again, as after a change of your code)")
+        say(f"{result(directory)} · {directory} (run.new=true trains again)")
+        for difference in differences(run, config, code_now(config)) if first() else ():
+            say(difference)
         return 0
     if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
         say(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
@@ -154,7 +158,9 @@ def start(config: RunConfig, **facts: str) -> int:
     from slurm.allocation import job_facts
 
     command = shlex.join(["python", *sys.argv])
-    facts |= job_facts() | {"command": command, "commit": commit(), "attempt": uuid.uuid4().hex[:12]}
+    code = code_now(config)
+    facts |= job_facts() | {"command": command, "attempt": uuid.uuid4().hex[:12]}
+    facts |= {"commit": code["commit"], "repository": json.dumps(code["repository"])}
     return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
 
 
@@ -219,12 +225,9 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     return in_turn(elements, directories, [partial(train, *run) for run in runs], STOP)
 
 
-def commit() -> str:
-    """The git commit of this checkout; empty outside one."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(LAUNCHER.parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    return ""
+def code_now(config: RunConfig) -> dict[str, Any]:
+    """Return the commit of this checkout, and the state of the repository that the user's code is in."""
+    return {"commit": commit_of(LAUNCHER.parent), "repository": repository_of(folder_of(config))}
 
 
 def first() -> bool:

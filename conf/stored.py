@@ -176,6 +176,24 @@ def extends(directory: Path, config: RunConfig) -> bool:
     )
 
 
+def not_applied(config: RunConfig, directory: Path) -> list[str]:
+    """Return ``key=value`` of the given keys that are other than those of the finished run in ``directory``.
+
+    On other hardware it would be the same result; so that isn't among them.
+    """
+    now, then = config.model_dump(mode="json", by_alias=True), load(directory / "config.yaml")
+    keys = [key for key in config.given if key.partition(".")[0] not in (*OF_THE_MOMENT, "given")]
+    pairs = [(key, _value(key, now), _value(key, then)) for key in [*keys, *{"debug"} & {*config.given}]]
+    return [f"{key}={shown(value)}" for key, value, before in pairs if value != before and (value or before)]
+
+
+def _value(key: str, plain: Any) -> Any:
+    """Return the value at a dotted key, of a group the name of its choice; None where there is none."""
+    for name in key.split("."):
+        plain = plain.get(name) if isinstance(plain, dict) else None
+    return plain.get("name") if isinstance(plain, dict) and "name" in plain else plain
+
+
 def refuse_unwritable(directory: Path) -> None:
     """Raises ConfigError where ``directory`` neither is a folder that can be written to, nor can become one."""
     there = directory.absolute()

@@ -48,12 +48,30 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDi
     return run, before if world.rank == 0 else run.outcome()
 
 
+def code_of(facts: dict[str, str]) -> dict[str, Any]:
+    """Return ``commit`` of Isobatch and ``repository`` of the user, as they were when the command was given."""
+    return {"commit": facts["commit"], "repository": json.loads(facts.get("repository", "null"))}
+
+
 def refuse_unless_same(world: World, what: str, number: int) -> None:
     """Raises Refused, on all ranks, where ``number`` isn't the same on all of them."""
     found = world.gather(str(number))
     if len(set(found)) > 1:
         said = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(found))
         raise Refused(f"{what} differs between ranks: {said}; every rank has to open the whole data")
+
+
+def refuse_other_source(files: dict[str, str], world: World) -> None:
+    """Raise Refused, on all ranks, where one imported another version of a source file than rank 0 did.
+
+    Args:
+        files: path → hash.
+    """
+    theirs = json.loads(world.agree(json.dumps(files)))
+    other = ", ".join(sorted(path for path in files.keys() & theirs.keys() if files[path] != theirs[path]))
+    for rank, text in enumerate(world.gather(other)):
+        if text:
+            raise Refused(f"{text} on rank {rank} isn't what rank 0 has: use the same code on every machine")
 
 
 def refuse_other_commands(config: RunConfig, world: World) -> None:
@@ -96,7 +114,7 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     run.event(
         "start",
         command=facts["command"],
-        commit=facts["commit"],
+        **code_of(facts),
         attempt=facts["attempt"],
         restart=restarts(),
         new=before is None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conf.stored import dump
 from scaling.advice import lr_jump
@@ -19,10 +20,10 @@ from scaling.units import Duration
 from trainers.batchnorm import Counting
 from trainers.checkpoints.commit import pass_over
 from trainers.checkpoints.keeper import Keeper
-from trainers.checkpoints.manifest import Checkpoint, checkpoints
+from trainers.checkpoints.manifest import Checkpoint, Header, checkpoints
 from trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
 from trainers.engines import make_engine, refuse_environment
-from trainers.enter import enter, refuse_unless_same
+from trainers.enter import code_of, enter, refuse_other_source, refuse_unless_same
 from trainers.evaluate import Evaluator, with_average
 from trainers.fit import fit
 from trainers.kept import KEPT
@@ -32,6 +33,7 @@ from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model, prepare
 from trainers.modes import Modes
 from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
+from trainers.source import Source, changes
 from trainers.starting.notes import restarts
 from trainers.starting.watch import Watch
 from trainers.state import TrainState
@@ -102,7 +104,9 @@ def _train(
     ours = run if world.rank == 0 else None  # what rank 0 writes and says, it does for all
     watch.beat(*((before.step, before.samples) if before else (0, 0)))  # from now on a rank that hangs is noticed
     seed_generators(config.seed)
+    source = Source(config)
     task = make_task(config)
+    source.look()
     data = open_data(task, config)
     watch.beat()
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
@@ -118,7 +122,10 @@ def _train(
         ),
     )
     model = make_model(config, task)
-    validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    source.look()
+    refuse_other_source(source.files, world)
+    with watch.excused():  # val_data() may take its time
+        validation = open_validation(task, world, config.seed, config.evaluate.samples)
     per_gpu = evaluation_batch(config, plan, limit)
     looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch.beat)
     model = prepare(model, config, stream, world.size)
@@ -126,7 +133,7 @@ def _train(
     watch.beat()
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
-        source = initialise(model, config.init_from, world) if config.init_from and begins else None
+        weights_from = initialise(model, config.init_from, world) if config.init_from and begins else None
     stored = () if begins else stored_groups(run, world)
     engine = make_engine(config, task, model, plan.peak, world, stored, partial(tell, ours, "groups_kept"))
     watch.parting = engine.parting
@@ -157,14 +164,25 @@ def _train(
             say(table(state.plan))
         for path in pass_over(run, state.steps):
             tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
-        say_where(run, state, found, before, source)
+        changed = changes(run, config, code_of(facts), source.files)
+        if found and changed:
+            tell(run, "changed", f"changed since the run was last trained: {changed}", **changed.fields)
+        run.event("source", files=source.files | changed.files)
+        say_where(run, state, found, before, weights_from)
         say_frozen(run, modes)
         say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
+
+    def described(*reached: Any) -> Header:
+        if ours and (late := source.look()):  # a checkpoint is of all that was imported when it was saved
+            with suppress(OSError):
+                ours.event("source", files=late)
+        return header_of(config, looked.fingerprint, *reached)
+
     keeper = Keeper(
         run,
         world,
         engine,
-        partial(header_of, config, looked.fingerprint),
+        described,
         every_s=every.value * 60 if every and every.unit == "min" else None,
         keep=config.checkpoint.keep,
         best=best,

@@ -327,7 +327,7 @@ def test_the_same_command_finds_its_run() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}|", event["commit"])
     before = state(run)
 
-    again = launch(*QUICK, "log.every=3st").stdout
+    again = launch(*QUICK, "evaluate.every=null").stdout
     assert again.startswith("finished after 2 steps")
     by_name = launch(f"run.dir={run}").stdout
     assert by_name.startswith("finished after 2 steps")
@@ -342,6 +342,34 @@ def test_the_same_command_finds_its_run() -> None:
 
     launch(*QUICK, "run.new=true")
     assert {path.name for path in Path("runs").iterdir()} == {run.name, f"{run.name}-2"}
+
+
+def test_what_a_finished_run_is_not_of_is_said_once_and_kept() -> None:
+    """Keys that aren't applied, the task's source, and the repository; also where the run is then extended."""
+    who = "git -c user.name=A -c user.email=a@example.org"
+    subprocess.run(f"git init -q && touch a && git add a && {who} commit -qm 1", shell=True, check=True)
+    Path("mine.py").write_text("from helper import Task\n")
+    Path("helper.py").write_text(OWN_TASK.partition("    def train_data")[0])
+    launch(*QUICK, "task._target_=mine.Task", "run.dir=run")
+
+    Path("helper.py").write_text(Path("helper.py").read_text() + "# edited\n")
+    Path("a").write_text("edited")
+    keys = ("compile=true", "checkpoint.best=val/loss:min", "batch.per_gpu=16", "device=auto", "evaluate.every=null")
+    for _ in range(2):
+        result, *said = launch("run.dir=run", *keys).stdout.splitlines()
+        assert result.startswith("finished after 2 steps")
+        assert len(said) == 2
+        assert said[0].endswith(": batch.per_gpu=16, checkpoint.best=val/loss:min, compile=true")
+        assert re.search(r": helper.py, the repository \((\w{7}), now \1 with uncommitted changes\)$", said[1])
+
+    longer = launch("run.dir=run", "duration=3st").stdout
+    assert "changed since the run was last trained: helper.py, the repository" in longer
+    events = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] in ("not_applied", "changed")] == [
+        "not_applied", "changed", "changed"
+    ]  # fmt: skip
+    assert {event["new"] for event in events[:1]} == {True}
+    assert len(launch("run.dir=run").stdout.splitlines()) == 1
 
 
 def test_another_run_beside_one_has_its_config() -> None:
