@@ -87,16 +87,22 @@ def main(arguments: list[str]) -> int:
     if config.action == "evaluate":
         refuse_unless_startable(config)
         return start(config, **facts)
+    if config.action == "plan" and not first():
+        return 0  # the first of the ranks prints it
     plan, directory = planned(config), run_directory(config)
-    if config.action == "plan":
+    if config.action == "plan" and plan:
         plan = foretold(plan, config, RunDir(directory))
         say(to_json(plan) if config.output == "json" else table(plan))
         return 0
     return train(config, plan, directory, **facts)
 
 
-def planned(config: RunConfig) -> Plan:
-    """The plan for the hardware that the config names."""
+def planned(config: RunConfig) -> Plan | None:
+    """Return the plan for the hardware that the config names; None where only its ranks can make it.
+
+    They do where several processes are given this command and the data is to be counted: it is opened after the
+    machines have prepared it, one after another.
+    """
     if isinstance(config.cluster, Slurm):
         from slurm.submit import refuse_unless_submittable
 
@@ -105,6 +111,8 @@ def planned(config: RunConfig) -> Plan:
         refuse_unless_startable(config)
     if config.action == "train":
         to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
+        if to_open and not isinstance(config.cluster, Slurm) and (under_torchrun() or config.cluster.nodes > 1):
+            return None
     else:
         to_open = config.plan.open_data
     try:
@@ -122,7 +130,7 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     return from_checkpoint(plan, config, run)
 
 
-def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
+def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -> int:
     """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
     from slurm import jobs
 
@@ -135,7 +143,7 @@ def train(config: RunConfig, plan: Plan, directory: Path, **facts: str) -> int:
         for difference in differences(run, config, code_now(config)) if first() else ():
             say(difference)
         return 0
-    if not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
+    if plan and not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
         say(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
     if config.run.dir and not run.begun and not dry:
         say(f"a new run, in {directory}")
@@ -187,7 +195,8 @@ def listed(config: RunConfig) -> int:
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
     """One run after another, each in a child of its own; all are planned before the first one starts."""
-    elements, configs, plans = expand(overrides, config_dir), [], []
+    elements, configs = expand(overrides, config_dir), []
+    plans: list[Any] = []
     for element in elements:
         try:
             configs.append(compose(element.overrides, config_dir))

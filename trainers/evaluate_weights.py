@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from scaling.evaluations import evaluation_batch
 from scaling.printable import printable
-from trainers.enter import refuse_other_commands
+from trainers.enter import refuse_other_commands, refuse_unless_same
 from trainers.evaluate import Evaluator
 from trainers.keyed import Stream, seed_generators
 from trainers.model import make_model, prepare
+from trainers.patience import prepare_data, without_hurry
 from trainers.precision import check_precision
 from trainers.run import evaluation_depends_on_cut, plan_of, stop_cause
 from trainers.rundir import Outcome, Refused
@@ -71,15 +72,21 @@ def measured(config: RunConfig, facts: dict[str, str], world: World, stop: Stop)
     assert config.init_from is not None
     refuse_other_commands(config, world)
     seed_generators(config.seed)
-    task = make_task(config)
-    data = open_data(task, config)
+    task, timeout_s = make_task(config), config.cluster.timeout_s
+    with world.patient(timeout_s):
+        if prepare_data(task, world, stop, timeout_s):
+            return config.init_from, None
+        data = open_data(task, config)
+        refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     check_precision(config.precision, world.device)
     limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
     per_gpu = evaluation_batch(config, plan_of(config, world.size, len(data), limit), limit)
     stream = Stream(config.seed, world.device, tell=partial(_warn, world))
     as_trained = config.model_copy(update={"compile": False, "recompute": ()})
     model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)
-    validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    without_hurry(task, world, partial(world.patient, timeout_s))
+    with world.patient(timeout_s):
+        validation = open_validation(task, world, config.seed, config.evaluate.samples)
     if validation is None:
         raise Refused(f"task {config.task.name} has no validation data to evaluate on: its class needs val_data()")
     evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, stop=stop)

@@ -32,7 +32,8 @@ from trainers.loader import Loader
 from trainers.metrics import Metrics, tell
 from trainers.model import dependent_on_cut, make_model, prepare
 from trainers.modes import Modes
-from trainers.rundir import Fatal, Outcome, Refused, RunDir, write_atomic
+from trainers.patience import prepare_data, without_hurry
+from trainers.rundir import Fatal, Outcome, Refused, RunDir, State, write_atomic
 from trainers.source import Source, changes
 from trainers.starting.notes import restarts
 from trainers.starting.watch import Watch
@@ -107,9 +108,13 @@ def _train(
     source = Source(config)
     task = make_task(config)
     source.look()
-    data = open_data(task, config)
+    with watch.excused():  # until all ranks have it
+        world.wait_patiently()
+        if signal := prepare_data(task, world, stop, config.cluster.timeout_s):
+            return stopped_early(run, signal, before, facts, world)
+        data = open_data(task, config)
+        refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     watch.beat()
-    refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
     plan = plan_of(config, world.size, len(data), limit)
     refuse_environment(config, plan)
@@ -150,6 +155,7 @@ def _train(
         watch.beat(state.steps, state.samples)
 
     loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
+    without_hurry(task, world, watch.excused)
     evaluate = None
     if validation:
         evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, engine, stop, beat)
@@ -247,16 +253,25 @@ def _train(
     cause = "" if done else stop_cause(stop, world)
     if cause and cause not in {number.name for number in SIGNALS}:
         raise Fatal(cause)
-    outcome = Outcome(
-        "finished" if done else "stopped", cause, state.steps, state.samples, facts["attempt"], restarts()
-    )
     if done:
         with watch.excused(), engine.eval_weights():
             save_final(run, engine, writes=ours is not None)
-    if ours:
-        run.event(outcome.state, cause=cause, step=state.steps, samples=state.samples)
+    return ended(run, "finished" if done else "stopped", cause, (state.steps, state.samples), facts, world)
+
+
+def ended(run: RunDir, how: State, cause: str, at: tuple[int, int], facts: dict[str, str], world: World) -> Outcome:
+    """Return the outcome of a run that ended after ``at``, steps and samples; rank 0 writes it down."""
+    outcome = Outcome(how, cause, *at, facts["attempt"], restarts())
+    if world.rank == 0:
+        run.event(outcome.state, cause=cause, step=outcome.step, samples=outcome.samples)
         run.write_outcome(outcome)
     return outcome
+
+
+def stopped_early(run: RunDir, signal: str, before: Outcome | None, facts: dict[str, str], world: World) -> Outcome:
+    """Return the outcome of an attempt that was stopped before it trained: the run is where it was."""
+    at = (before.step, before.samples) if before and checkpoints(run) else (0, 0)
+    return ended(run, "stopped", signal, at, facts, world)
 
 
 def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -> None:
@@ -314,8 +329,10 @@ def say_frozen(run: RunDir, modes: Modes) -> None:
 
 
 def count_samples(config: RunConfig) -> int:
-    """Open the task's training data and count it, for a plan that wants to know."""
-    return len(open_data(make_task(config), config))
+    """Prepare and open the task's training data and count it, for a plan that wants to know."""
+    task = make_task(config)
+    prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
+    return len(open_data(task, config))
 
 
 def in_samples(every: Duration, plan: Plan) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -68,6 +70,11 @@ class World:
             KEPT.append(dist.group.WORLD)
         return world
 
+    @classmethod
+    def alone(cls) -> World:
+        """A world of one on the CPU, whatever the environment speaks of."""
+        return cls(0, 1, 0, 1, torch.device("cpu"), None)
+
     def connect(self) -> None:
         """A process group, also for a world of one, which does without where it can."""
         if not dist.is_initialized():
@@ -122,6 +129,16 @@ class World:
         """
         if self.size > 1:
             _set_pg_timeout(timedelta(days=365), group)
+
+    @contextmanager
+    def patient(self, timeout_s: float) -> Iterator[None]:
+        """Within, collectives don't time out; afterwards they do after ``timeout_s`` seconds, as before."""
+        self.wait_patiently()
+        try:
+            yield
+        finally:
+            if self.size > 1:
+                _set_pg_timeout(timedelta(seconds=timeout_s), None)
 
     def leave(self) -> None:
         """End the process group; the process is expected to end by ``os._exit`` (see trainers/kept.py)."""

@@ -235,7 +235,7 @@ for at, call, step, where in (
     ("step", 25, 24, "in mid-step"),
     ("fetch", 24 * 16 + 1, 24, "in its dataset's [index]"),
     ("evaluation", 5, 21, "in an evaluation"),
-    ("data", 1, 0, "while the data is opened"),
+    ("model", 1, 0, "while its model is made"),
 ):
     row(f"rank 1 hangs (sleeps) {where}, cluster.timeout_s={TIMEOUT_S}; restarted", everywhere=at == "step")(
         partial(hangs, fault("hang", at, call, 1), step, HUNG)
@@ -249,6 +249,16 @@ row(f"SIGSTOP of rank 1, cluster.timeout_s={TIMEOUT_S}; restarted")(
 def slow_end(case: Case, _: References) -> None:
     slow = fault("slow", "data", seconds=3 * TIMEOUT_S)
     case.finished(case.start(f"cluster.timeout_s={TIMEOUT_S}", faults=[slow]))
+
+
+@row(
+    f"prepare(), train_data(), val_data() and summarise() take {2 * TIMEOUT_S} s each on one rank: not taken for hangs"
+)
+def slow_data(case: Case, _: References) -> None:
+    places = {"prepare": 0, "data": 1, "validation": 0, "summarise": 1}
+    slow = [fault("wait", at, rank=rank, seconds=2 * TIMEOUT_S) for at, rank in places.items()]
+    case.counted = False  # a value more in each evaluation
+    case.finished(case.start(f"cluster.timeout_s={TIMEOUT_S}", faults=slow))
 
 
 def out_of_memory(by: Iterable[str], at: str, call: int, case: Case, _: References) -> None:

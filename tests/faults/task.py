@@ -36,12 +36,13 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
     """What to do at which call of something in a process of ``rank``.
 
     Args:
-        do: a signal's name; raise, hang, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that lives on
-            for a minute) or slow (the writing of final/, later on).
-        at: data (when it is opened), fetch (of a sample), step (the loss in training), evaluation (the loss in one).
+        do: a signal's name; raise, hang, wait, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that
+            lives on for a minute) or slow (the writing of final/, later on).
+        at: prepare, data and validation (when they are opened), model, summarise, fetch (of a sample), step (the loss in
+            training), evaluation (the loss in one).
         restart: of the agent, by its number; None: of any.
         more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill; ``sample`` (bytes)
-            of memory; ``seconds`` of slow.
+            of memory; ``seconds`` of wait and slow.
     """
     return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
 
@@ -59,8 +60,14 @@ class Faulty(Slow):
         self.delay_s = float(os.environ.get("DELAY_S", "0"))
         self.calls: Counter[str] = Counter()
         self.scratch = 0  # bytes a sample
+        places = {one["at"] for one in self.faults}
+        if "prepare" in places:
+            self.prepare = lambda: self.meet("prepare")
+        if "summarise" in places:
+            self.summarise = lambda totals: dict.fromkeys(self.meet("summarise"), 0.0)
 
     def model(self) -> nn.Module:
+        self.meet("model")
         model = super().model()
         if self.norm:
             model.insert(1, nn.BatchNorm1d(self.width))
@@ -70,6 +77,10 @@ class Faulty(Slow):
     def train_data(self) -> Any:
         self.meet("data")
         return Rows(self)
+
+    def val_data(self) -> Any:
+        self.meet("validation")
+        return super().val_data()
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         time.sleep(self.delay_s)
@@ -96,6 +107,8 @@ class Faulty(Slow):
                 raise ValueError("boom")
             case "hang":
                 time.sleep(1e6)
+            case "wait":
+                time.sleep(one["seconds"])
             case "memory":
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))

@@ -43,11 +43,11 @@ class Task:
             raise Refused("not with me")
 
     def model(self):
+        if self.fault == "hangs early" and self.here:
+            time.sleep(1000)
         return torch.nn.Linear(4, 1)
 
     def train_data(self):
-        if self.fault == "hangs early" and self.here:
-            time.sleep(1000)
         inputs = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
         return TensorDataset(inputs, inputs.sum(1, keepdim=True))
 
@@ -370,10 +370,10 @@ def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(folder: Path, 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hang_before_the_first_step_is_found(folder: Path, ranks: int) -> None:
-    """While the data is opened: also where there is nobody to wait for."""
+    """While the model is made: also where there is nobody to wait for."""
     run = launch(folder, "task.args.fault='hangs early'", "task.args.rank=0", "cluster.timeout_s=4", ranks=ranks)
     assert run.end() == 1
-    assert re.search(r"it hung: no progress within .* \(faulty\.py:\d+ in train_data\)", run.said[0]), run.said
+    assert re.search(r"it hung: no progress within .* \(faulty\.py:\d+ in model\)", run.said[0]), run.said
 
 
 def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,9 @@ def opened(config: RunConfig, stop: Stop) -> int:
     def count() -> int:
         from trainers.run import count_samples
 
-        os.write(reply, str(count_samples(config)).encode())
+        with redirect_stdout(sys.stderr):  # stdout is the plan's
+            samples = count_samples(config)
+        os.write(reply, str(samples).encode())
         return 0
 
     code = in_child(count, stop, signal.SIGKILL)

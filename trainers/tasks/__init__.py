@@ -22,7 +22,8 @@ class Task(Protocol):
     """The three methods that every task has. It may have these, too:
 
     val_data() -> Dataset; evaluate(model, batch) -> {name: (sum, count)}; summarise(totals) -> {name: value};
-    augment(sample, generator) -> sample; collate(samples) -> batch; param_groups(model) -> list of optimizer groups.
+    augment(sample, generator) -> sample; collate(samples) -> batch; param_groups(model) -> list of optimizer groups;
+    prepare(), which fetches the data: on one process of each machine, before any rank opens it.
 
     A group may have, beside ``params``: ``lr``, a factor of the plan's; ``weight_decay``, instead of the optimizer's;
     ``trust``: whether LAMB and LARS scale its tensors by their norms (they do, unless its weight_decay is 0);
@@ -44,7 +45,7 @@ class Task(Protocol):
 REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}
 
 
-OPTIONAL = ("val_data", "evaluate", "summarise", "augment", "collate", "param_groups")
+OPTIONAL = ("val_data", "evaluate", "summarise", "augment", "collate", "param_groups", "prepare")
 
 
 def make_task(config: RunConfig) -> Task:

@@ -1,0 +1,199 @@
+"""``task.prepare()``: one process of each machine in turn, before any rank opens the data; and what may be slow."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tests.ranks import harness
+from tests.ranks.harness import Runs, World, in_ranks
+from trainers.patience import prepare_data
+from trainers.rundir import Refused
+from trainers.starting.watch import Watch
+from trainers.stop import Stop
+
+MACHINES_OF = 2  # ranks
+
+
+def on_machines(world: World, ranks: int = MACHINES_OF) -> World:
+    """The same ranks as if each few of them had a machine of their own."""
+    return replace(world, local_rank=world.rank % ranks, local_size=ranks)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+class Downloads:
+    """Writes down when each prepare() began and ended, and draws random numbers meanwhile."""
+
+    def __init__(self, folder: Path, rank: int = 0, fails_on: int = -1, sleeps_s: float = 0.0) -> None:
+        self.folder, self.rank, self.fails_on, self.sleeps_s = folder, rank, fails_on, sleeps_s
+
+    def prepare(self) -> None:
+        self.note("begins")
+        torch.rand(3)
+        if self.rank == self.fails_on:
+            raise ValueError("the mirror is down")
+        time.sleep(self.sleeps_s)
+        self.note("ends")
+
+    def note(self, what: str) -> None:
+        with open(self.folder / "turns", "a") as file:
+            file.write(f"{self.rank} {what}\n")
+
+
+def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path: Path) -> None:
+    def body(world: World) -> Any:
+        torch.manual_seed(7)
+        stopped = prepare_data(Downloads(tmp_path, world.rank, sleeps_s=0.1), on_machines(world), Stop(), 5.0)
+        return stopped, (tmp_path / "turns").read_text().split("\n"), torch.rand(1).item()
+
+    (first, *others) = in_ranks(4, body, tmp_path / "ranks")
+    assert first[:2] == ["", ["0 begins", "0 ends", "2 begins", "2 ends", ""]]
+    assert others == [first] * 3  # and the generators of all stand where they stood
+
+
+def test_an_exception_ends_all_ranks(tmp_path: Path) -> None:
+    """The rank's own is the cause: the others only say that they lost it."""
+
+    def body(world: World) -> Any:
+        try:
+            prepare_data(Downloads(tmp_path, world.rank, fails_on=2), on_machines(world), Stop(), 5.0)
+        finally:
+            (tmp_path / f"out-{world.rank}").touch()
+            for rank in range(4) if world.rank == 0 else ():  # which keeps the store
+                wait_for(tmp_path / f"out-{rank}")
+
+    ends = in_ranks(4, body, tmp_path / "ranks")
+    assert ends[2] == {"raised": "ValueError", "message": "the mirror is down"}
+    assert ends[:2] + ends[3:] == [{"raised": "Hangs", "message": "rank 2 failed in prepare()"}] * 3
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
+    """Rank 0's prepare() is interrupted: the rank asked is itself, one of its machine, or of another machine."""
+
+    def body(world: World) -> Any:
+        stop = Stop().install()
+
+        def ask() -> None:
+            wait_for(tmp_path / "turns")
+            os.kill(os.getpid(), 15)
+
+        if world.rank == asked or (asked == 1 and world.rank == 0):  # a launcher tells all of its own
+            threading.Thread(target=ask, daemon=True).start()
+        return prepare_data(Downloads(tmp_path, world.rank, sleeps_s=1000), on_machines(world), stop, 30.0)
+
+    assert in_ranks(3, body, tmp_path / "ranks") == ["SIGTERM"] * 3
+    assert (tmp_path / "turns").read_text() == "0 begins\n"
+
+
+def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
+    def body(world: World) -> Any:
+        if world.rank == 1:  # it comes, and is never heard of again
+            world.gather("0")
+            wait_for(tmp_path / "noticed")
+            return None
+        try:
+            return prepare_data(Downloads(tmp_path), on_machines(world, 1), Stop(), 0.5)
+        finally:
+            (tmp_path / "noticed").touch()
+
+    end = in_ranks(2, body, tmp_path / "ranks")[0]
+    assert end["message"] == "no sign of life of rank 1, which prepares the data, for 0.5 s"
+
+
+def test_a_method_that_takes_arguments_is_rejected() -> None:
+    class Task:
+        def prepare(self, folder: str) -> None: ...
+
+    with pytest.raises(Refused, match=r"Task.prepare\(\) is called without arguments.*'folder'"):
+        prepare_data(Task(), World.alone(), Stop(), 5.0)
+
+
+class Unhurried:
+    """Each of these may be slow on any rank: while it works, its rank isn't taken for hanging."""
+
+    watch: Watch
+
+    def check(self, what: str) -> None:
+        self.watch.look()
+        assert self.watch.look() == 0, f"{what} would be taken for a hang"
+
+    def prepare(self) -> None:
+        self.check("prepare()")
+
+    def model(self) -> nn.Module:
+        return nn.Linear(2, 1)
+
+    def train_data(self) -> Any:
+        self.check("train_data()")
+        return TensorDataset(torch.ones(20, 2))
+
+    def val_data(self) -> Any:
+        self.check("val_data()")
+        return TensorDataset(torch.ones(3, 2))
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.watch.look()
+        assert not model.training or self.watch.look(), "a step isn't excused"
+        return model(batch[0]).square().sum(), len(batch[0])
+
+    def summarise(self, totals: Any) -> dict[str, float]:
+        self.check("summarise()")
+        return {"seen": 1.0}
+
+
+class Shown(harness.AskedAt):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        Unhurried.watch = self
+
+
+def test_what_may_be_slow_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "AskedAt", Shown)
+    own = ("task=custom", "task._target_=tests.ranks.test_prepare.Unhurried", "lr.peak=0.01")
+    run = Runs(tmp_path)(2, *own, "batch.global_size=4", "duration=2st")
+    assert [end.get("message") for end in run.ends] == [None, None]
+    assert run.metrics()[-1]["val/seen"] == 1.0
+
+
+def test_a_stop_in_prepare_leaves_the_run_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checkpoint of it, too, the same command resumes."""
+    own = ("task=custom", "task._target_=tests.ranks.test_prepare.Interrupted", "lr.peak=0.01", "duration=4st")
+    runs = Runs(tmp_path)
+    monkeypatch.setattr(harness, "AskedAt", Shown)
+    monkeypatch.setenv("INTERRUPTED", "yes")
+    first = runs(2, *own)
+    assert [(end["state"], end["step"], end["cause"]) for end in first.ends] == [("stopped", 0, "SIGTERM")] * 2
+    monkeypatch.setenv("INTERRUPTED", "")
+    second = runs(2, *own, going_on=first, stop_at=3)
+    monkeypatch.setenv("INTERRUPTED", "yes")
+    third = runs(2, *own, going_on=second)
+    assert second.ends[0]["step"] > 0
+    assert third.ends == second.ends
+    monkeypatch.setenv("INTERRUPTED", "")
+    assert [end["state"] for end in runs(2, *own, going_on=third).ends] == ["finished"] * 2
+
+
+class Interrupted(Unhurried):
+    def check(self, what: str) -> None: ...
+
+    def prepare(self) -> None:
+        if os.environ["INTERRUPTED"]:
+            self.watch._stop.wanted = "SIGTERM"  # type: ignore[attr-defined]
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0]).square().sum(), len(batch[0])
