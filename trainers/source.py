@@ -2,7 +2,7 @@
 
 Hashed are the imported files below the folder that the task's top-level package or module is in, keyed by their path
 from there, so that another checkout gives the same keys. The same goes for whatever else the config has as a
-``_target_``. Isobatch's own files aren't among them, but for the modules of a shipped task.
+``_target_``. Of Isobatch's own files only a shipped task's module is among them: its commit says the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ SHOWN = 8  # files that are named
 
 @dataclass(frozen=True)
 class Place:
-    """Where source files are looked for: in ``within``; their keys are relative to ``root``."""
+    """Where source files are looked for: below ``within``; their keys are relative to ``root``.
+
+    Attributes:
+        ours: it is a module of Isobatch's, ``within`` itself.
+        installed: it is a package in ``site-packages``.
+    """
 
     root: str
     within: str
@@ -40,9 +45,11 @@ class Place:
     installed: bool
 
     def holds(self, file: str) -> bool:
+        if self.ours:
+            return file == self.within
         if not file.startswith(self.within + os.sep) or file.startswith(_STDLIB):
             return False
-        return _is_ours(file) == self.ours and _is_installed(file) == self.installed
+        return not _is_ours(file) and _is_installed(file) == self.installed
 
 
 def _is_ours(file: str) -> bool:
@@ -127,7 +134,7 @@ def _place(module: str, file: str, of_task: bool) -> Place | None:
     if file.startswith(_STDLIB) and not installed:
         return None
     if ours:
-        return Place(str(ISOBATCH), os.path.dirname(file), ours=True, installed=installed)
+        return Place(str(ISOBATCH), file, ours=True, installed=installed)
     package = os.path.basename(file) == "__init__.py"
     above = Path(file).parents
     root = str(above[min(module.count(".") + package, len(above) - 1)])

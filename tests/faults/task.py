@@ -38,8 +38,8 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
     Args:
         do: a signal's name; raise, hang, wait, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that
             lives on for a minute) or slow (the writing of final/, later on).
-        at: prepare, data and validation (when they are opened), model, summarise, fetch (of a sample), step (the loss in
-            training), evaluation (the loss in one).
+        at: prepare, data and validation (when they are opened), model, summarise, fetch (of a sample), step (the loss
+            in training), evaluation (the loss in one).
         restart: of the agent, by its number; None: of any.
         more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill; ``sample`` (bytes)
             of memory; ``seconds`` of wait and slow.

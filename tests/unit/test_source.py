@@ -104,7 +104,7 @@ def test_a_library_is_no_source_of_the_users_and_nothing_is_gone_where_nothing_i
     config = compose(["optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.1"])
     source = Source(config)
     source.look()
-    assert not source.files.keys() - {f"trainers/tasks/{name}.py" for name in ("__init__", "classify", "digits")}
+    assert not source.files.keys() - {"trainers/tasks/digits.py"}
     missing = compose([*TASK, "task._target_=not_here.Task"])
     assert not changes(trained(tmp_path, {"not_here.py": "0"}), missing, CODE)
     assert folder_of(missing) == Path.cwd()
