@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from conf.stored import not_applied
-from scaling.report import events
+from scaling.run_files import events
 from trainers.rundir import RunDir
 from trainers.source import changes
 

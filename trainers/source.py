@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling.report import events
+from scaling.run_files import events
 from trainers.rundir import RunDir
 
 if TYPE_CHECKING:

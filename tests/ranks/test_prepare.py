@@ -43,6 +43,7 @@ class Downloads:
 
     def prepare(self) -> None:
         self.note("begins")
+        (self.folder / "began").touch()
         torch.rand(3)
         if self.rank == self.fails_on:
             raise ValueError("the mirror is down")
@@ -89,7 +90,7 @@ def test_a_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
         stop = Stop().install()
 
         def ask() -> None:
-            wait_for(tmp_path / "turns")
+            wait_for(tmp_path / "began")
             os.kill(os.getpid(), 15)
 
         if world.rank == asked or (asked == 1 and world.rank == 0):  # a launcher tells all of its own
@@ -147,8 +148,6 @@ class Unhurried:
         return TensorDataset(torch.ones(3, 2))
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        self.watch.look()
-        assert not model.training or self.watch.look(), "a step isn't excused"
         return model(batch[0]).square().sum(), len(batch[0])
 
     def summarise(self, totals: Any) -> dict[str, float]:
