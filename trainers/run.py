@@ -197,6 +197,7 @@ def _train(
         beat=beat,
         resumed=found.header if found else None,
         took=lambda seconds: warn_of_slow_save(seconds, facts, metrics),
+        warn=lambda text: metrics.warn(text),
     )
     metrics = Metrics(ours, state, live=not config.debug)
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,21 +17,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainers.checkpoints.commit import sync
-from trainers.checkpoints.manifest import NAME, Checkpoint, Damaged, checkpoints, read, verify
+from trainers.checkpoints.manifest import NAME, Checkpoint, Damaged, checkpoints, followed, read, verify
 from trainers.checkpoints.slices import DTYPES, EVAL, Layout, Reader, write_whole
 from trainers.model import tied
 from trainers.rundir import Fatal, Refused, RunDir
+from trainers.terminal import say
 from trainers.world import World
 
 if TYPE_CHECKING:
     from trainers.engines import Engine
 
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
+ASIDE = ".tmp"  # the folder in ``final/`` in which its files are written
 SHOWN = 5  # names of each kind of mismatch
 
 
 def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
-    """The model's weights and buffers in ``final/``, and the same with its average; all or nothing.
+    """Write the model's weights and buffers to ``final/``, and the same with its average; all or nothing.
 
     Called by all ranks, which bring together one tensor at a time; one of them ``writes``.
 
@@ -56,18 +60,32 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
 
 
 def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator[Tensor]) -> None:
-    aside, old = run.path / ".final.tmp", run.path / ".final.old"
-    for left in (aside, old):
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
-    for file in files:
-        write_whole(aside / file, layout, islice(tensors, len(layout)))
-    sync(aside)
-    if run.final.exists():
-        run.final.rename(old)
-    aside.rename(run.final)
-    sync(run.path)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write all files aside, then let each take its name. ``final/`` stays the folder, link or mount that it is."""
+    for left in (run.path / ".final.tmp", run.path / ".final.old"):  # of earlier versions
+        left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
+    folder = Path(os.path.realpath(run.final))
+    if made := not folder.is_dir():
+        folder.mkdir()
+    aside = folder / ASIDE
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for file in files:
+            write_whole(aside / file, layout, islice(tensors, len(layout)))
+        sync(aside)
+        for file in files:
+            if (run.final / file).is_symlink():
+                say(f"warning: {run.final / file} was a link to {os.readlink(run.final / file)}, and is a file now")
+            (aside / file).replace(run.final / file)
+        for stale in {WEIGHTS, AVERAGED}.difference(files):
+            (run.final / stale).unlink(missing_ok=True)
+        sync(run.final)
+        sync(run.path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it isn't empty
+                folder.rmdir()
 
 
 def initialise(model: nn.Module, source: str, world: World) -> str:
@@ -125,8 +143,7 @@ def find(source: str) -> Path:
         if file.is_file() and not (file.parent == run.final and _goes_on(run)):
             return file
     # the link checkpoints/best is a checkpoint, too
-    of_its_own = path.resolve() if path.is_symlink() else path
-    candidates = [of_its_own] if (path / NAME).exists() else checkpoints(run)
+    candidates = [followed(path)] if (path / NAME).exists() else checkpoints(run)
     damaged = []
     for folder in candidates:
         try:

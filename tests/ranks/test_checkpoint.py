@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.disks import mounted
 from tests.ranks.harness import in_ranks
 from tests.steps import walk
 from tests.unit.test_manifest import PLAN, header_of, verified
@@ -424,6 +425,30 @@ def test_a_best_one_that_could_not_be_saved_is_none(tmp_path: Path) -> None:
 
     assert in_ranks(2, body, tmp_path / "ranks") == [[True, True, True]] * 2
     assert read(tmp_path / "checkpoints" / "best").header.step == 3
+
+
+def test_a_committed_one_counts_though_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
+    """The best stays the best, nothing is reported as failed, and it is told once."""
+    run = RunDir(tmp_path)
+
+    def body(world: World) -> Any:
+        told: list[str] = []
+        keep = keeper(run, world, {"w": torch.zeros(9)}, keep=1, best="val/accuracy:max", warn=told.append)
+        failures = []
+        for step in (2, 3, 4):
+            keep.save(state(step), {"val/accuracy": step / 10})
+            failures.append(keep.wait())
+        return failures, keep.best.improves({"val/accuracy": 0.35}), told
+
+    first = run.checkpoints / "step-00000001"
+    first.mkdir(parents=True)
+    with mounted(first):
+        zero, one = in_ranks(2, body, tmp_path / "ranks")
+    assert zero[:2] == one[:2] == [[None] * 3, False]
+    assert one[2] == []
+    assert len(zero[2]) == 1
+    assert str(first) in zero[2][0]
+    assert read(run.checkpoints / "best").header.step == 4
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:

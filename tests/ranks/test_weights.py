@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from conf.compose import compose
 from scaling.resolve import resolve
+from tests.disks import mounted
 from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks, leave
 from tests.ranks.test_parts import ALONE
 from tests.tasks import Counted
 from trainers.average import Average
-from trainers.rundir import Refused, RunDir
+from trainers.rundir import Fatal, Refused, RunDir
 from trainers.weights import find, initialise, load_average
 from trainers.world import World
 
@@ -165,6 +166,46 @@ def test_final_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
         (tmp_path / left / "ema.safetensors").write_bytes(b"older")
     leave(run, Shared(), None)
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "model.safetensors"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "nothing yet"])
+def test_final_may_be_a_link_to_another_disk(tmp_path: Path, there: bool) -> None:
+    """It is written through, as often as the run is extended; an earlier version left the link as .final.old."""
+    run, disk = RunDir(tmp_path / "run"), tmp_path / "disk"
+    run.path.mkdir()
+    run.final.symlink_to("../disk")
+    (run.path / ".final.old").symlink_to("../disk")
+    if there:
+        disk.mkdir()
+        (disk / "mine").write_text("")
+    for seed in range(3):
+        model, again = Shared(seed), Shared(seed=9)
+        leave(run, model, None)
+        assert [path.name for path in run.path.iterdir()] == ["final"]
+        assert run.final.readlink() == Path("../disk")
+        assert sorted(path.name for path in disk.iterdir()) == ["mine"] * there + ["model.safetensors"]
+        again.load_state_dict(load_file(disk / "model.safetensors"), strict=False)
+        assert alike(again, model)
+
+
+def test_final_may_be_a_disk_of_its_own(tmp_path: Path) -> None:
+    """A mount can't be renamed, and its neighbour is on another disk."""
+    run = RunDir(tmp_path)
+    run.final.mkdir()
+    with mounted(run.final):
+        for _ in range(2):
+            leave(run, Shared(), None)
+        assert [path.name for path in run.final.iterdir()] == ["model.safetensors"]
+
+
+def test_a_final_whose_disk_is_gone_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.final.symlink_to(tmp_path / "gone/final")
+    with pytest.raises(Fatal, match="gone/final"):
+        leave(run, Shared(), None)
+    assert run.final.is_symlink()
+    assert not (tmp_path / "gone").exists()
 
 
 # init_from

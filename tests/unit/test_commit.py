@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.disks import mounted
 from tests.unit.test_manifest import header_of, save, verified, write_files
-from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older, pass_over
-from trainers.checkpoints.manifest import NAME, checkpoints
+from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older, link_best, pass_over
+from trainers.checkpoints.manifest import NAME, Damaged, checkpoints, read
 from trainers.rundir import RunDir
 
 
-def commit_step(run: RunDir, step: int, *, best: bool = False, **header: Any) -> None:
+def commit_step(run: RunDir, step: int, *, best: bool = False, **header: Any) -> list[str]:
     """Write and commit a checkpoint, as ranks do."""
     parts = write_files(aside_of(run, step))
-    commit(run, step, compose(header_of(step, **header), parts, {}), best=best)
+    return commit(run, step, compose(header_of(step, **header), parts, {}), best=best)
 
 
 def names(run: RunDir) -> list[str]:
@@ -92,18 +92,93 @@ def test_what_cannot_be_replaced_stays(tmp_path: Path) -> None:
     save(run, 3)
     aside = aside_of(run, 3)
     aside.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "none", str(aside)], capture_output=True)
-    if mount.returncode:
-        pytest.skip(f"no right to mount: {mount.stderr.decode().strip()}")
-    try:
+    with mounted(aside):
         manifest = compose(header_of(3, skipped=1), write_files(aside), {})
         with pytest.raises(OSError, match="busy"):
             commit(run, 3, manifest, best=True)
-    finally:
-        subprocess.run(["umount", str(aside)], check=True)
     clear_leftovers(run)
     assert names(run) == ["step-00000003"]
     assert verified(checkpoints(run)[0]).header.skipped == 0
+
+
+def test_one_that_cannot_be_removed_is_named_and_the_others_go(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (1, 2, 3, 4):
+        commit_step(run, step)
+    stuck = run.checkpoints / "step-00000002"
+    with mounted(stuck):
+        (warning,) = drop_older(run, 4, keep=1)
+    assert "busy" in warning
+    assert str(stuck) in warning
+    assert names(run) == ["step-00000002", "step-00000004"]
+
+
+def test_what_fails_after_it_has_its_name_is_a_warning(tmp_path: Path) -> None:
+    """A folder in the place of the link can't be replaced."""
+    run = RunDir(tmp_path)
+    (run.checkpoints / "best").mkdir(parents=True)
+    parts = write_files(aside_of(run, 3))
+    (warning,) = commit(run, 3, compose(header_of(3), parts, {}), best=True)
+    assert "best" in warning
+    assert verified(checkpoints(run)[0]).header == header_of(3)
+
+
+def linked(run: RunDir, step: int, to: Path) -> Path:
+    """Move a checkpoint away, under another name, and link it back by a relative path."""
+    path = run.checkpoints / f"step-{step:08d}"
+    shutil.move(path, to)
+    path.symlink_to(os.path.relpath(to, path.parent))
+    return path
+
+
+def test_one_that_was_moved_away_and_linked_back_is_a_checkpoint(tmp_path: Path) -> None:
+    run, away = RunDir(tmp_path / "run"), tmp_path / "away"
+    for step in (1, 2, 3):
+        commit_step(run, step, best=step == 2)
+    link = linked(run, 2, away)
+    assert [verified(path).header.step for path in checkpoints(run)] == [3, 2, 1]
+    assert verified(run.checkpoints / "best").header.step == 2  # a link to a link
+    link_best(run, run.checkpoints / "step-00000003")
+    assert drop_older(run, 3, keep=1) == []  # what its user made stays, and what it leads to
+    assert names(run) == ["best", "step-00000002", "step-00000003"]
+    (moved,) = pass_over(run, 2)[:1]
+    assert moved.name == "step-00000003"
+    (moved,) = pass_over(run, 1)
+    assert verified(moved).header.step == 2  # also from there, one folder deeper
+    assert not link.is_symlink()
+
+
+def test_a_link_that_leads_nowhere_is_damaged_and_not_overlooked(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    commit_step(run, 2)
+    linked(run, 2, tmp_path / "away").parent.joinpath("step-00000009").symlink_to(tmp_path / "gone")
+    found = checkpoints(run)
+    assert [path.name for path in found] == ["step-00000009", "step-00000002"]
+    with pytest.raises(Damaged, match=r"it is a link to .*gone, which isn't there"):
+        read(found[0])
+    assert verified(found[1]).header.step == 2
+
+
+def test_a_link_that_is_replaced_is_told(tmp_path: Path) -> None:
+    run, away = RunDir(tmp_path / "run"), tmp_path / "away"
+    commit_step(run, 3)
+    linked(run, 3, away)
+    (warning,) = commit(run, 3, compose(header_of(3), write_files(aside_of(run, 3)), {}), best=False)
+    assert "step-00000003 was a link" in warning
+    assert (away / NAME).exists()
+    assert names(run) == ["step-00000003"]
+
+
+def test_the_folder_of_checkpoints_may_be_a_link(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    (tmp_path / "away").mkdir()
+    run.path.mkdir()
+    run.checkpoints.symlink_to("../away")
+    for step in (1, 2, 3):
+        assert commit_step(run, step, best=True) == drop_older(run, step, keep=2) == []
+    clear_leftovers(run)
+    assert names(run) == ["best", "step-00000002", "step-00000003"]
+    assert run.checkpoints.is_symlink()
 
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree")

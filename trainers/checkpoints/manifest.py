@@ -29,6 +29,8 @@ from trainers.rundir import RunDir
 
 FORMAT = 1
 NAME = "manifest.json"
+STEP = re.compile("step-[0-9]{8,}")  # the name of a checkpoint's folder
+LINKS = 40  # one after another, which are followed; the kernel follows as many
 
 MANIFEST_BYTES = 256 << 20  # some five million slices
 
@@ -130,17 +132,29 @@ class Checkpoint:
 
 
 def checkpoints(run: RunDir) -> list[Path]:
-    """The folders of checkpoints, newest step first; none that is a link, half-written or on its way out."""
+    """List the folders of checkpoints and links with such names, newest step first; none that is half-written.
+
+    A link may lead nowhere: ``read`` then says so.
+    """
     try:
-        found = [path for path in run.checkpoints.iterdir() if re.fullmatch("step-[0-9]{8,}", path.name)]
+        found = [path for path in run.checkpoints.iterdir() if STEP.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
+    return sorted((path for path in found if path.is_dir() or path.is_symlink()), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder is named after."""
     return int(path.name.removeprefix("step-"))
+
+
+def followed(path: Path) -> Path:
+    """Follow a link such as ``best`` to what is named after a step, which may be a link in turn."""
+    for _ in range(LINKS):
+        if STEP.fullmatch(path.name) or not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    return path
 
 
 def read(path: Path) -> Checkpoint:
@@ -150,7 +164,9 @@ def read(path: Path) -> Checkpoint:
     Raises:
         Damaged: it can't be used.
     """
-    path = Path(os.path.realpath(path))
+    path = followed(path)
+    if path.is_symlink() and not path.exists():
+        raise Damaged(f"it can't be read: it is a link to {os.readlink(path)}, which isn't there")
     try:
         if _file_size(path / NAME) > MANIFEST_BYTES:
             raise Damaged(f"{NAME} is larger than {MANIFEST_BYTES} bytes")
