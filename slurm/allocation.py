@@ -12,6 +12,7 @@ from conf.schema import Local, RunConfig, Slurm
 from slurm.state import SlurmError, address, hostnames, job_of, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
+STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so that they meet no neighbouring job's
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Allocation:
 
     Attributes:
         job: its number; each element of an array has one of its own.
+        step: the number of its step in the job; several may run at once.
         hosts: its machines, as Slurm names them; ``host``: this one.
         gpus: of this machine that are the job's; None: Slurm doesn't say.
     """
@@ -28,6 +30,7 @@ class Allocation:
     hosts: tuple[str, ...]
     host: str
     gpus: int | None
+    step: int = 0
 
     @classmethod
     def within(cls, env: Mapping[str, str] = os.environ) -> Allocation | None:
@@ -56,11 +59,12 @@ class Allocation:
             hosts,
             env.get("SLURMD_NODENAME", hosts[0]),
             int(gpus) if gpus.isdecimal() else None,
+            int(env["SLURM_STEP_ID"]),
         )
 
     def rendezvous(self) -> str:
-        """Where the machines meet: the first one, by the address that Slurm has of it, at a port of this job's."""
-        return f"{address(self.hosts[0])}:{PORTS[int(self.job) % len(PORTS)]}"
+        """Return where the machines meet: the first one, by Slurm's address of it, at a port of this job step."""
+        return f"{address(self.hosts[0])}:{PORTS[(int(self.job) + STEP_STRIDE * self.step) % len(PORTS)]}"
 
     @property
     def facts(self) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from conf.explain import override
-from tests.cluster.jobs import JobCase, field, on_nodes, over
+from tests.cluster.jobs import ONE_THREAD, JobCase, field, on_nodes, over
 from tests.cluster.lab import run
 from tests.cluster.test_stops import put_back, take_nodes
 from tests.faults.case import BASE, ROOT, check, wait_until
@@ -137,3 +139,36 @@ def by_hand(case: JobCase, script: str) -> None:
     stop = case.event("stopped", cause="SIGUSR2")
     case.event("requeue", job=job, kind="stop", cause="^SIGUSR2, as by `scancel --signal`$", step=stop["step"])
     case.event("going_on", step=stop["step"])
+
+
+@on_nodes(2)
+def test_steps_at_once_in_one_job(case: JobCase) -> None:
+    """Each meets at a port of its own, trains, and has its outcome; of two in one directory one is rejected."""
+    parts = [case.part("a"), case.part("b")]
+    usual = ("cluster=slurm", "cluster.gpus_per_node=1", "device=cpu", ONE_THREAD, *BASE)
+    lines = ["#!/bin/bash"]
+    for number, part in enumerate([*parts, parts[0]]):
+        (case.folder / f"fetched-{number}").mkdir()
+        words = [sys.executable, "launch.py", *usual, f"run.dir={part.run}"]
+        srun = ["srun", "--overlap", f"--nodes={len(case.nodes)}", "--ntasks-per-node=1", *words]
+        env = {"FAULTS": "[]", "FETCHED": str(case.folder / f"fetched-{number}"), **SLOWLY}
+        given = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
+        done = case.folder / f"step-{number}"
+        lines.append(f"({given} {shlex.join(srun)} > {done}.out 2>&1; echo $? > {done}.code) &")
+    script = case.folder / "steps.sh"
+    script.write_text("\n".join([*lines, "wait", ""]))
+    options = (
+        f"--nodes={len(case.nodes)}",
+        f"--nodelist={','.join(case.nodes)}",
+        f"--output={case.folder}/slurm-%j.out",
+    )
+    job = run("sbatch", "--parsable", *options, str(script), cwd=ROOT).strip()
+    check(case.await_over(job) == "COMPLETED", f"{field(job, 'JobState')}")
+    said = [(case.folder / f"step-{number}.out").read_text() for number in range(3)]
+    codes = [int((case.folder / f"step-{number}.code").read_text()) for number in range(3)]
+    check(codes[1] == 0 and sorted(codes) == [0, 0, 2], f"exit codes {codes}: {said}")
+    check("another launch works in" in said[codes.index(2)], f"{said}")
+    for part in parts:
+        check(part.outcome["state"] == "finished", f"{part.outcome}")
+        part.event("start", job=f"^{job}$", world_size=2)
+        check(part.apart(case.references("2 ranks")) == 0, "it isn't the same run")

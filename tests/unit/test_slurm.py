@@ -234,6 +234,8 @@ def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: py
     local = as_local(compose(["cluster=slurm", "cluster.max_restarts=2"]), here).cluster
     assert (local.nodes, local.gpus_per_node, local.max_restarts) == (2, 4, 2)
     assert local.rendezvous == "gpu-b21-ib0:10042"  # type: ignore[union-attr]
+    beside = [replace(here, job=job, step=step).rendezvous() for job in ("20042", "20043") for step in range(9)]
+    assert len({here.rendezvous(), *beside}) == len(beside)  # steps at once, in this job and the next, meet apart
     assert as_local(compose([*ON_SLURM]), here).cluster.gpus_per_node == 2
     assert as_local(compose([*ON_SLURM]), replace(here, hosts=("gpu-b21",))).cluster.rendezvous is None  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"cluster\.nodes=3, but job 20042 has 2"):
