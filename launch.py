@@ -31,17 +31,19 @@ from conf.run_dir import refuse_typo
 from conf.schema import Slurm
 from conf.stored import extends
 from conf.sweep import expand, sweep_directories
-from scaling.printable import one_line, printable
+from scaling.printable import one_line
 from scaling.record import to_json
 from scaling.report import grid, plan_row, result
 from scaling.resolve import resolve
 from scaling.table import table
+from trainers import terminal
 from trainers.repository import commit_of, repository_of
 from trainers.rundir import Refused, RunDir, write_atomic
 from trainers.shown import differences
 from trainers.source import folder_of
 from trainers.starting import workers
 from trainers.starting.child import guarded, in_turn, opened
+from trainers.terminal import answer, secure_streams
 
 LAUNCHER = Path(__file__).resolve()
 
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
     """
     args = command_line(arguments)
     if args.help:
-        print(printable(help_text(args.overrides, args.config_dir)), end="")
+        answer(help_text(args.overrides, args.config_dir), end="")
         return 0
     if args.multirun:
         if args.cfg or under_torchrun():
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
     config = compose(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
     if args.cfg:
-        print(printable(annotated(config, args.overrides, args.config_dir)))
+        answer(annotated(config, args.overrides, args.config_dir))
         return 0
     if config.action == "runs":
         return listed(config)
@@ -92,7 +94,7 @@ def main(arguments: list[str]) -> int:
     plan, directory = planned(config), run_directory(config)
     if config.action == "plan" and plan:
         plan = foretold(plan, config, RunDir(directory))
-        say(to_json(plan) if config.output == "json" else table(plan))
+        show(to_json(plan) if config.output == "json" else table(plan))
         return 0
     return train(config, plan, directory, **facts)
 
@@ -187,9 +189,9 @@ def listed(config: RunConfig) -> int:
     queue = {job: str(one) for job, one in there.items()}
     rows = [row(run, RunDir(run).works(), queue) for run in found.values()]
     if config.output == "json":
-        say(json.dumps([asdict(one) for one in rows], indent=1))
+        show(json.dumps([asdict(one) for one in rows], indent=1))
     else:
-        say(grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}")
+        show(grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}")
     return 0
 
 
@@ -206,9 +208,9 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     directories = sweep_directories(configs, [element.swept for element in elements])
     if configs[0].action == "plan":
         if configs[0].output == "json":
-            say("[" + ",\n".join(map(to_json, plans)) + "]")
+            show("[" + ",\n".join(map(to_json, plans)) + "]")
         else:
-            say(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+            show(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
     runs = list(zip(configs, plans, directories, strict=True))
     finished = []
@@ -247,13 +249,27 @@ def first() -> bool:
 def say(text: str) -> None:
     """Print it once, however many give this command."""
     if first():
-        print(printable(text), flush=True)
+        terminal.say(text)
+
+
+def show(text: str) -> None:
+    """Print the answer to a command once. Raises Unwritable where it can't be."""
+    if first():
+        answer(text)
+
+
+def begin() -> int:
+    """Run the command from the folder in which it is given, where a user's own module is found."""
+    try:
+        sys.path.insert(1, os.getcwd())
+    except FileNotFoundError:
+        raise ConfigError("the working directory was deleted: change to one that exists") from None
+    return main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may not know every sign
+    secure_streams()
     if not under_torchrun():  # what another launcher left isn't ours
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-    sys.path.insert(1, os.getcwd())  # a user's own module is found where the command is given
-    workers.leave(guarded(lambda: main(sys.argv[1:])))
+    workers.leave(guarded(begin))

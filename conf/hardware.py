@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
 from conf.explain import ConfigError
 from conf.schema import RunConfig, Slurm
+
+FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
 
 def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
@@ -84,8 +87,21 @@ def _ranks(name: str, default: str) -> int:
     return int(said)
 
 
+def _allow_files() -> None:
+    """Raise the limit of open files to ``FILES``. Raises ConfigError where that isn't allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= FILES:
+        return
+    if hard != resource.RLIM_INFINITY and hard < FILES:
+        raise ConfigError(
+            f"a process may have {hard} files open here, and training needs {FILES}: raise it, ulimit -n {FILES}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+
+
 def refuse_unless_startable(config: RunConfig) -> None:
     """Raises ConfigError where training can't start on this machine."""
+    _allow_files()
     cluster, torchrun = config.cluster, under_torchrun()
     if isinstance(cluster, Slurm):
         raise ConfigError(

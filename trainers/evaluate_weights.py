@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING
 
 from scaling.evaluations import evaluation_batch
-from scaling.printable import printable
 from trainers.enter import refuse_other_commands, refuse_unless_same
 from trainers.evaluate import Evaluator
 from trainers.keyed import Stream, seed_generators
@@ -18,11 +17,11 @@ from trainers.model import make_model, prepare
 from trainers.patience import prepare_data, without_hurry
 from trainers.precision import check_precision
 from trainers.run import evaluation_depends_on_cut, plan_of, stop_cause
-from trainers.rundir import Outcome, Refused
+from trainers.rundir import Fatal, Outcome, Refused
 from trainers.starting.notes import restarts
 from trainers.stop import Stop
 from trainers.tasks import make_task, open_data
-from trainers.terminal import say
+from trainers.terminal import Unwritable, answer, say
 from trainers.validation import open_validation
 from trainers.weights import initialise, load_average
 from trainers.world import World
@@ -53,8 +52,11 @@ def evaluate_weights(config: RunConfig, facts: dict[str, str], world: World, sto
     if world.rank == 0:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = " · ".join([*(f"{name} {value:.4f}" for name, value in values.items()), source])
-        with suppress(BrokenPipeError):
-            print(json.dumps({"source": source, **finite}) if as_json else printable(line), flush=True)
+        try:
+            answer(json.dumps({"source": source, **finite}) if as_json else line)
+        except Unwritable as error:
+            if str(error):  # else whoever read this has left
+                raise Fatal(str(error)) from None
     return Outcome("finished", "", 0, 0, facts["attempt"], restarts())
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -57,8 +57,9 @@ class Stop:
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self.hurry and self._interrupts > 1:
-            show_cursor()
-            os.write(2, b"isobatch: ended at once; what was done since the last checkpoint isn't saved\n")
+            with suppress(OSError):  # a terminal that is gone
+                show_cursor()
+                os.write(2, b"isobatch: ended at once; what was done since the last checkpoint isn't saved\n")
             os._exit(130)
         self.wanted = self.wanted or signal.Signals(number).name
         if self._raises:

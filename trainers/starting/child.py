@@ -18,7 +18,7 @@ from scaling.report import grid, result
 from trainers.rundir import Refused
 from trainers.starting.workers import leave
 from trainers.stop import Stop, Stopped, die_with_parent
-from trainers.terminal import say
+from trainers.terminal import Unwritable, say
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -35,10 +35,12 @@ def guarded(work: Callable[[], int]) -> int:
     except Stopped as wish:
         say(f"isobatch: {wish}, before anything was started", sys.stderr)
         return 75
+    except Unwritable as error:
+        if str(error):  # else whoever read this has left
+            say(f"isobatch: {error}", sys.stderr)
+        return 1
     except SystemExit as end:
         return int(end.code or 0)
-    except BrokenPipeError:  # whoever read this has left
-        return 1
     except BaseException:
         say(traceback.format_exc(), sys.stderr, end="")
         return 1
