@@ -42,6 +42,8 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDi
             before = _begin(run, config, facts, world, sorted(set(hosts)))
         except (Refused, OSError) as error:
             refusal = str(error) if isinstance(error, Refused) else f"run.dir={run.path} can't be written: {error}"
+            if run.held:
+                run.held.release()
     if refusal := world.agree(refusal):
         raise Refused(refusal)
     run.await_attempt(facts["attempt"])
@@ -98,7 +100,8 @@ def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, 
     """Rank 0's part; gives the outcome of the attempt before."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
-    hold(run.lock(facts.get("job", ""), int(facts.get("job_restart", "0"))))
+    launches = facts.get("launches", "").split()
+    hold(run.lock(facts.get("job", ""), int(facts.get("job_restart", "0")), facts["attempt"], launches).file)
     before = run.outcome()
     if before and before.state == "finished" and "extends" not in facts:
         return before

@@ -8,18 +8,22 @@ import os
 import re
 import socket
 import time
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from scaling.reading import read_json
+from trainers.lock import BEAT_S, LOCK, LOOKS, Lock, Watched, flocked, remove
+from trainers.owner import OWNER, Owner, Seen
 
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
 
 OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
-LOCK = "lock"
 LOCK_FD = "ISOBATCH_LOCK_FD"  # in the environment of forked workers: what ``open_lock`` gave their launcher
 DYING_S = 1.0  # for the processes of a launch that was just killed to be gone
+SHOWN_S = 60.0  # since its last sign of life, by this machine's clock, that an owner elsewhere is shown as running
 LEASE_S = 180.0  # after which a network disk gives up the locks of a machine that is gone; NFS takes 90
 
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
@@ -94,6 +98,7 @@ class RunDir:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.held: Lock | None = None  # by this process, or the launcher of it
 
     @property
     def logs(self) -> Path:
@@ -134,8 +139,9 @@ class RunDir:
         """
         if self.begun or not self.path.is_dir():
             return
-        ours = (LOCK, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
-        if foreign := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(ours)):
+        ours = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
+        links = {path for path in (self.checkpoints, self.final) if path.is_symlink()}  # to another disk
+        if foreign := sorted(path.name for path in {*self.path.iterdir()} - links if not path.name.startswith(ours)):
             shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)
             raise Refused(f"run.dir={self.path} holds no run, but {shown}; name an empty folder or a new one")
 
@@ -188,48 +194,104 @@ class RunDir:
         return open(self.path / LOCK, "a+")
 
     def works(self) -> bool:
-        """Whether some launch has the directory now."""
+        """Return whether some launch has the directory now, as far as this machine can tell."""
         try:
             with open(self.path / LOCK) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                seen = Seen.of(self.path)
+                if seen is None or seen.owner is None or self._is_over(seen.owner):
+                    return False
+                asking = Lock(self.path, file, Owner.here(self.path, file, os.getpid(), "", "", 0))
+                lives = seen.owner.lives(asking.known())
+                return abs(time.time() - seen.time_ns / 1e9) < SHOWN_S if lives is None else lives
         except BlockingIOError:
             return True
-        except OSError:
+        except (OSError, Refused):
             return False
-        return False
 
-    def lock(self, job: str = "", restart: int = 0) -> IO[str]:
-        """Take the directory for this launch, until the returned file and those it was handed on from are closed.
+    def lock(self, job: str = "", restart: int = 0, attempt: str = "", launches: Collection[str] = ()) -> Lock:
+        """Take the directory for this launch, until the returned lock and those it was handed on from are closed.
 
         Args:
             job: a scheduler's, that this launch is of, and how often that was restarted. A start of the same job before
                 this one isn't at work any more, but the disk may not know that yet, if its machine was lost.
+            attempt: of this launch; ``launches``: those of all machines of it, of which any may have had it.
 
         Raises:
             Refused: another launch has it, and which.
         """
         handed_on = os.environ.get(LOCK_FD)
         file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else self.open_lock()
-        began = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                before = re.search(rf", job {re.escape(job)} start (\d+)$", holder)
-                ours = before is not None and int(before[1]) < restart
-                if time.monotonic() - began > (LEASE_S if ours else DYING_S):
-                    raise Refused(
-                        f"another launch works in {self.path} ({holder or 'it just started'}); wait for it, stop it, "
-                        "or start another run beside it with run.new=true"
-                    ) from None
+        owner = Owner.here(self.path, file, os.getppid() if handed_on else os.getpid(), attempt, job, restart)
+        lock, watched, began = Lock(self.path, file, owner), Watched(), time.monotonic()
+        while not self._taken(lock, launches, watched, began):
             time.sleep(0.02)
-        pid, now = os.getppid() if handed_on else os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate(0)
-        file.write(
-            f"host {socket.gethostname()}, pid {pid}, since {now}" + (f", job {job} start {restart}" if job else "")
-        )
+        file.write(str(owner))
         file.flush()
-        return file
+        self.held = lock
+        return lock
+
+    @property
+    def gone(self) -> str:
+        """Why the directory isn't this launch's any more, as far as this process can tell; else ""."""
+        if self.held:
+            return self.held.beat()
+        return "" if self.path.is_dir() else f"run directory {self.path} was moved or deleted during the run"
+
+    @property
+    def now(self) -> RunDir | None:
+        """This directory where it is now, if it was moved during the run; None where it is gone."""
+        place = self.held.place if self.held else self.path
+        return RunDir(place) if place else None
+
+    def _taken(self, lock: Lock, launches: Collection[str], watched: Watched, began: float) -> bool:
+        """Take the directory if it is free. Raises Refused once it is known that it won't be."""
+        waited_s = time.monotonic() - began
+        if not flocked(lock.file):
+            lock.file.seek(0)
+            holder = lock.file.read().strip()
+            before = re.search(rf", job {re.escape(lock.owner.job)} start (\d+)$", holder)
+            ours = before is not None and int(before[1]) < lock.owner.job_restart
+            if waited_s > (LEASE_S if ours else DYING_S):
+                raise self._refusal(holder or "it just started")
+            return False
+        seen, mine = Seen.of(self.path), lock.known()
+        if seen is None:
+            if self._attempt_at_work() and not watched.met and waited_s < LOOKS * BEAT_S:
+                return False  # its owner names itself again, where somebody removed the file
+            return lock.claim()
+        watched.met, there = True, seen.owner
+        if there and (there.attempt in launches or there.same_launch(mine) or self._is_over(there, mine)):
+            lives: bool | None = False
+        else:
+            lives = there.lives(mine) if there else None
+        if lives is None:
+            lives = watched.lives(seen)
+            if lives:
+                raise self._refusal(f"{seen}; its heartbeat was seen")
+        if lives is False:
+            remove(self.path, seen)
+        elif lives and waited_s > DYING_S:
+            raise self._refusal(str(seen))
+        return False
+
+    def _refusal(self, holder: str) -> Refused:
+        return Refused(
+            f"another launch works in {self.path} ({holder}); wait for it, stop it, or start another run beside it "
+            "with run.new=true"
+        )
+
+    def _attempt_at_work(self) -> bool:
+        with suppress(Refused):
+            return (outcome := self.outcome()) is not None and outcome.state == "running"
+        return False
+
+    def _is_over(self, owner: Owner, mine: Owner | None = None) -> bool:
+        """Whether an owner has said how it ended, or was an earlier start of the job that ``mine`` is of."""
+        if mine and mine.job and owner.job == mine.job and owner.job_restart < mine.job_restart:
+            return True
+        with suppress(Refused):
+            outcome = self.outcome()
+            return outcome is not None and outcome.attempt == owner.attempt and outcome.state != "running"
+        return False

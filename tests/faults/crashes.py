@@ -14,6 +14,7 @@ from tests.faults.case import LAUNCH, SLOWLY, STEPS, TWO, Case, Command, check, 
 from tests.faults.stops import send_in_a_save, two_machines
 from tests.faults.table import NORM, Act, References, row, section, signalled
 from tests.faults.task import Fault, fault
+from tests.noflock import without_flock
 
 TIMEOUT_S = 4
 HUNG = rf"^it hung: no progress within cluster\.timeout_s={TIMEOUT_S} \(task\.py:\d+ in do\)"
@@ -176,9 +177,36 @@ def second_launch_between_starts(case: Case, _: References) -> None:
     case.causes.append(case.event("restart", cause="^killed by SIGKILL")["cause"])
 
 
-def refused_beside(case: Case, first: Command) -> None:
+@row("a second launch where flock excludes nobody (LD_PRELOAD), and another once `lock` is removed, too")
+def second_launch_without_flock(case: Case, _: References) -> None:
+    env = without_flock(case.folder)
+    first = case.start(DELAY_S="1", **env)
+    case.await_step(12)
+    refused_beside(case, first, **env)
+    (case.run / "lock").unlink()
+    refused_beside(case, first, **env)
+    first.send("SIGKILL")
+    case.ended(first, None, -9)
+    case.goes_on(**env)
+    case.found_dead()
+
+
+@row("the run directory is renamed in mid-run, and gets its name back once the run has ended")
+def renamed(case: Case, _: References) -> None:
+    command, away = case.start(**SLOWLY), case.folder / "away"
+    case.await_step(25)
+    case.run.rename(away)
+    command.code()
+    check(not case.run.exists(), "the run directory was made anew")
+    away.rename(case.run)
+    case.crashed(command, f"^run directory {case.run} was moved to {away} during the run$")
+    case.causes[-1] = case.causes[-1].replace(str(away), "AWAY")
+    case.goes_on()
+
+
+def refused_beside(case: Case, first: Command, **env: str) -> None:
     """A second launch is refused, and names the first."""
-    second = case.start()
+    second = case.start(**env)
     check(second.code() == 2, f"the second launch wasn't refused: {second.said}")
     named = re.search(r"another launch works in .*\(host (\S+), pid (\d+), since [\d-]+ [\d:]+\)", second.said)
     true = named and named[1] == os.uname().nodename and int(named[2]) == first.process.pid

@@ -125,6 +125,20 @@ def missing_for_a_while(case: Case, references: References) -> None:
     check([event["step"] for event in case.events("going_on")] == [40, 40], "it went back to it")
 
 
+@row("the newest one was moved away and linked back, and final/ is a link: both are used, and stay links")
+def linked(case: Case, references: References) -> None:
+    case.begin_as(references("stopped"))
+    newest, final = case.checkpoints()[-1], case.run / "final"
+    for link, away in ((newest, case.folder / "away"), (final, case.folder / "weights")):
+        if link == newest:
+            newest.rename(away)
+        link.symlink_to(os.path.relpath(away, link.parent))
+    case.goes_on()
+    check(case.event("going_on")["step"] == 45, "it wasn't used")
+    check(newest.is_symlink() and (newest / "manifest.json").exists(), "it was removed")
+    check(final.is_symlink() and any(final.iterdir()), "final/ isn't the link any more")
+
+
 @row("all of them are damaged: refused; then one is mended")
 def none_good(case: Case, references: References) -> None:
     case.begin_as(references("stopped"))

@@ -29,6 +29,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from trainers.lock import identity_of, place_of
 from trainers.rundir import LOCK_FD, Outcome, RunDir
 from trainers.starting.ends import judged
 from trainers.starting.notes import (
@@ -100,6 +101,7 @@ class Agent(SimpleElasticAgent):
         self._run = run
         self._entered: str | None = None  # the run directory, where a start before had it
         self._lock: IO[str] | None = None
+        self._identity: tuple[int, int] | None = None  # of the run directory
         self._workers: list[WorkerProcess] = []
 
     @property
@@ -111,6 +113,9 @@ class Agent(SimpleElasticAgent):
     def run_dir(self) -> RunDir | None:
         """The run directory, once rank 0 has it for this launch, in this start of the workers or in one before."""
         path = read_note(self.notes, "entered") or self._entered
+        if path and self._run and self._lock:
+            place = self._identity and place_of(self._lock, self._identity)  # it may have been moved
+            return RunDir(place) if place else None
         return RunDir(path) if path else None
 
     @property
@@ -163,6 +168,7 @@ class Agent(SimpleElasticAgent):
         if self._run and self.leads:
             with suppress(OSError):  # the worker will say so
                 self._lock = self._lock or self._run.open_lock()
+                self._identity = self._identity or identity_of(self._run.path)
         return {LOCK_FD: self._lock.fileno()} if self._lock else {}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from trainers.kept import KEPT
-from trainers.rundir import EXIT_CODE, Outcome, RunDir
+from trainers.rundir import EXIT_CODE, Fatal, Outcome, Refused, RunDir
 from trainers.starting.ends import Note, bury, judged, note_restart, said
 from trainers.starting.notes import (
     await_words,
@@ -56,11 +56,8 @@ def launch(config: RunConfig, facts: dict[str, str], stop: Stop) -> int:
         Refused: it can't work, and nothing was started.
     """
     if config.debug:
-        result = _attempt(config, facts, stop, Watch(), _leave_word, guarded=False)
-        if isinstance(result, Outcome):
-            return result.exit_code
-        result.pop("log", None)  # where errors are looked for, the traceback is wanted here
-        return bury(result, _entered, facts["attempt"]).exit_code
+        result = _attempt(config, facts, stop, Watch(), _say_at_once, guarded=False)
+        return result.exit_code if isinstance(result, Outcome) else EXIT_CODE[result["kind"]]
     import_torch(config)
     import torch
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
@@ -138,10 +135,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _enter(run: RunDir, guard: Callable[[TextIO], None] | None) -> None:
+def _enter(run: RunDir, guard: Callable[[TextIO], None] | None, lost: Callable[[str], None]) -> None:
     """What a worker does once the run directory is its launch's: errors, stacks and other ranks' output go there."""
     global _entered, _terminal
     _entered = run
+    if run.held:
+        run.held.keep(lost)
     rank = os.environ.get("RANK", "0")
     log = open(log_of(run, rank), "a")  # noqa: SIM115  as long as this process lives
     if guard:
@@ -179,14 +178,23 @@ def _attempt(
     global _store
 
     def fail(error: BaseException) -> Note:
+        global _entered
         KEPT.append(error)  # its traceback holds what must not be destroyed
+        if isinstance(error, Refused) and _entered and _entered.held:
+            _entered.held.release()
+        elif _entered and (gone := _entered.gone):
+            error, _entered = Fatal(gone), _entered.now  # it explains whatever it has led to
         return failed(error_note(error, rank, facts["attempt"], _entered, watch.reached), facts)
 
     def give_up(error: Exception) -> None:
         saying = threading.Thread(target=fail, args=(error,), daemon=True)
         saying.start()
         saying.join(HANG_S)
-        os._exit(EXIT_CODE["crashed"])
+        leave(EXIT_CODE["crashed"])
+
+    def lose(cause: str) -> None:
+        with watch.excused():
+            give_up(Fatal(cause))
 
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -203,17 +211,20 @@ def _attempt(
         gc.enable()
         if limit := read_note(lasting(_store), "per_gpu_limit"):
             facts = facts | {"per_gpu_limit": str(limit)}
-        facts = json.loads(world.agree(json.dumps(facts)))
+        launches = " ".join(world.gather(facts["attempt"]))
+        facts = json.loads(world.agree(json.dumps(facts))) | {"launches": launches}
         guard = partial(watch.guard, config.cluster.timeout_s, world.wait_patiently, give_up)
         end = train(
             config,
             facts,
             world,
             stop,
-            partial(_enter, guard=guard if guarded else None),
+            partial(_enter, guard=guard if guarded else None, lost=lose),
             watch,
         )
         watch.unguard()
+        if _entered and _entered.held:
+            _entered.held.release()
         if rank == 0:
             write_note(_store, "end", asdict(end))
         world.leave()
@@ -221,6 +232,13 @@ def _attempt(
     except BaseException as error:
         watch.unguard()
         return fail(error)
+
+
+def _say_at_once(note: Note, facts: dict[str, str]) -> Note:
+    """Be the only worker: nobody else says what went wrong."""
+    note.pop("log", None)  # where errors are looked for, the traceback is wanted here
+    bury(note, _entered, facts["attempt"])
+    return note
 
 
 def _leave_word(note: Note, facts: dict[str, str]) -> Note:

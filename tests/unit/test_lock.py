@@ -1,0 +1,340 @@
+"""Who has a run directory: with flock and without, on this machine and on others, moved, removed or taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.disks import mounted
+from tests.noflock import without_flock
+from trainers import lock as lock_module
+from trainers.lock import BEAT_S, LOOKS, remove
+from trainers.owner import OWNER, Seen
+from trainers.rundir import DYING_S, Outcome, Refused, RunDir
+
+ROOT = Path(__file__).parents[2]
+TAKES = """
+import sys, time
+from trainers.rundir import Refused, RunDir
+try:
+    lock = RunDir(sys.argv[1]).lock()
+except Refused as error:
+    sys.exit(print(error) or 2)
+print("has it", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+OUTCOME = Outcome("running", "", 3, 96, "a1")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run directory."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "config.yaml").write_text("")
+    return run
+
+
+@pytest.fixture
+def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An owner on another machine, whose locks aren't seen here."""
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    disown(run, boot="another")
+    yield
+    assert not list(run.path.glob(f"{OWNER}?*"))  # no litter
+
+
+def start(folder: Path, stays_s: float = 60, **env: str) -> subprocess.Popen[str]:
+    """A process that takes the directory and stays, or is rejected."""
+    command = [sys.executable, "-c", TAKES, str(folder), str(stays_s)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def disown(run: RunDir, **changes: Any) -> None:
+    """Leave an owner that was this process, but for these fields, and holds nothing any more."""
+    run.lock(attempt="a1").file.close()
+    run.write_outcome(OUTCOME)
+    change(run, **changes)
+
+
+def change(run: RunDir, **changes: Any) -> None:
+    seen = Seen.of(run.path)
+    assert seen
+    assert seen.owner
+    (run.path / OWNER).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(seen.owner, **changes))))
+
+
+# ---- without flock
+
+
+def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
+    env = without_flock(tmp_path)
+    many = [start(tmp_path / "run", **env) for _ in range(6)]
+    said = []
+    try:
+        for process in many:
+            assert process.stdout
+            said.append(process.stdout.readline())
+    finally:
+        for process in many:
+            end(process)
+    assert sum(line == "has it\n" for line in said) == 1, said
+    assert sum("another launch works in" in line for line in said) == 5, said
+
+
+def test_one_that_died_is_followed_at_once(tmp_path: Path) -> None:
+    """Though its process wasn't waited for: it is a zombie then."""
+    env = without_flock(tmp_path)
+    first = start(tmp_path / "run", **env)
+    assert first.stdout
+    assert first.stdout.readline() == "has it\n"
+    second = start(tmp_path / "run", **env)
+    assert second.wait() == 2
+    first.kill()
+    began = time.monotonic()
+    RunDir(tmp_path / "run").lock().close()
+    assert time.monotonic() - began < DYING_S
+    end(first)
+
+
+@pytest.mark.parametrize("removed", [("lock",), (OWNER,), ("lock", OWNER)])
+def test_files_that_were_removed(run: RunDir, removed: tuple[str, ...]) -> None:
+    lock = run.lock(attempt="a1")
+    run.write_outcome(OUTCOME)
+    lost: list[str] = []
+    lock.keep(lost.append)
+    for name in removed:
+        (run.path / name).unlink()
+    other = start(run.path)
+    assert other.wait() == 2, "another launch has it, too"
+    lock.release()
+    assert not lost
+    assert not (run.path / OWNER).exists()
+
+
+# ---- on other machines
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_owner_elsewhere_that_is_silent_is_dead(run: RunDir) -> None:
+    """Whatever the clocks say."""
+    os.utime(run.path / OWNER, (time.time() + 3600,) * 2)
+    began = time.monotonic()
+    run.lock().close()
+    assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_owner_elsewhere_that_shows_signs_of_life_is_named(run: RunDir) -> None:
+    seen, over = Seen.of(run.path), threading.Event()
+    assert seen
+    os.utime(run.path / OWNER, (9, 9))  # its clock is wrong
+
+    def beats() -> None:
+        for beat in range(10, 1000):
+            if over.wait(0.1):
+                return
+            os.utime(run.path / OWNER, (beat, beat))
+
+    thread = threading.Thread(target=beats)
+    thread.start()
+    try:
+        with pytest.raises(Refused, match=rf"another launch works in .*\({seen.owner}; its heartbeat was seen\)"):
+            run.lock()
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", '{"host": 3}', "[" * 4000, json.dumps({"host": 1, "pid": "x"}), "\0" * 9]
+)
+def test_an_owner_that_cannot_be_read_is_watched(run: RunDir, text: str) -> None:
+    (run.path / OWNER).write_text(text)
+    began = time.monotonic()
+    run.lock().close()
+    assert time.monotonic() - began > 0.5
+
+
+def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container of this machine whose flock isn't seen."""
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    disown(run, namespace="pid:[1]", pid=1 << 30, lock=0)
+    began = time.monotonic()
+    run.lock().close()
+    assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.parametrize("way", ["ended", "job", "launch", "pid", "flock"])
+def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str) -> None:
+    """Init is at work, but doesn't have this flock."""
+    changes = {"pid": {"pid": 1 << 30, "lock": 0}, "flock": {"pid": 1}}.get(way, {"boot": "another"})
+    disown(run, job="7", job_restart=1, **changes)
+    if way == "ended":
+        run.write_outcome(dataclasses.replace(OUTCOME, state="stopped"))
+    began = time.monotonic()
+    run.lock("7" if way == "job" else "", 2, launches=["a1"] if way == "launch" else []).close()
+    assert time.monotonic() - began < DYING_S
+
+
+def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its owner is at work, in the other one."""
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    lock = run.lock(attempt="a1")
+    shutil.copytree(run.path, run.path.with_name("copy"))
+    RunDir(run.path.with_name("copy")).lock().close()
+    lock.close()
+
+
+def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
+    """Two have judged the same one; the first has taken its place when the second removes it."""
+    disown(run, boot="another")
+    seen = Seen.of(run.path)
+    assert seen
+    change(run, token="another")
+    remove(run.path, seen)
+    now = Seen.of(run.path)
+    assert now
+    assert now.owner
+    assert now.owner.token == "another"
+
+
+def test_it_is_shown_whether_one_works(run: RunDir, tmp_path: Path) -> None:
+    """Also where the one can't see the other's flock."""
+    assert not run.works()
+    first = start(run.path, **without_flock(tmp_path))
+    assert first.stdout
+    first.stdout.readline()
+    assert run.works()
+    end(first)
+    assert not run.works()
+    change(run, boot="another")
+    assert run.works()
+    os.utime(run.path / OWNER, (9, 9))
+    assert not run.works()
+
+
+# ---- what becomes of the directory
+
+
+def moved(run: RunDir) -> None:
+    run.path.rename(run.path.with_name("there"))
+
+
+def replaced(run: RunDir) -> None:
+    moved(run)
+    other = RunDir(run.path)
+    other.path.mkdir()
+    other.write_outcome(dataclasses.replace(OUTCOME, attempt="b2"))
+    other.lock(attempt="b2")
+
+
+def deleted(run: RunDir) -> None:
+    shutil.rmtree(run.path)
+
+
+def emptied(run: RunDir) -> None:
+    for path in run.path.iterdir():
+        path.unlink()
+
+
+def taken(run: RunDir) -> None:
+    change(run, token="another", host="elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "place"),
+    [
+        (moved, r"was moved to \S+/there during the run", "there"),
+        (replaced, r"was moved to \S+/there during the run", "there"),
+        (deleted, "was deleted during the run", None),
+        (emptied, "was emptied during the run", "run"),
+        (taken, r"another launch has taken run directory \S+ \(host elsewhere, pid", "run"),
+    ],
+)
+def test_a_directory_that_is_lost(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, what: Callable[[RunDir], None], cause: str, place: str | None
+) -> None:
+    """It is told within some looks, once, and nothing is made again."""
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.1)
+    lock, lost, told = run.lock(attempt="a1"), [], threading.Event()
+
+    def tell(cause: str) -> None:
+        lost.append(cause)
+        told.set()
+
+    assert lock.beat() == ""
+    lock.keep(tell)
+    what(run)
+    assert told.wait(3 * LOOKS * BEAT_S)
+    (said,) = lost
+    assert re.search(cause, said), said
+    assert lock.place == (run.path.with_name(place) if place else None)
+    assert run.path.exists() == (what not in (moved, deleted))
+    lock.close()
+    if what is replaced:
+        seen = Seen.of(run.path)
+        assert seen
+        assert seen.owner
+        assert seen.owner.attempt == "b2"
+
+
+def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    with mounted(tmp_path, "size=64k"):
+        run = RunDir(tmp_path / "run")
+        run.path.mkdir()
+        (run.path / "lock").write_text("x")
+        filler = tmp_path / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        lock = run.lock()
+        assert not (run.path / OWNER).exists()
+        filler.unlink()
+        run.write_outcome(OUTCOME)
+        assert lock.beat() == ""
+        assert Seen.of(run.path)
+        lock.close()
+
+
+def test_an_owner_is_only_released_by_the_process_that_took_it(run: RunDir) -> None:
+    lock = run.lock()
+    if (pid := os.fork()) == 0:
+        lock.close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert Seen.of(run.path)
+    lock.close()
+    assert Seen.of(run.path) is None
+
+
+def test_a_new_run_may_have_links_to_another_disk(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to("elsewhere")
+    (tmp_path / "final").symlink_to("elsewhere")
+    run.lock()
+    run.refuse_foreign()
+    (tmp_path / "final").unlink()
+    (tmp_path / "final").mkdir()
+    with pytest.raises(Refused, match="holds no run, but final"):
+        run.refuse_foreign()

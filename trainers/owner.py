@@ -1,0 +1,155 @@
+"""The owner of a run directory, as ``.owner`` there names it, and whether it is still at work. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+OWNER = ".owner"
+READ_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What ``.owner`` says of the launch that has a directory.
+
+    Attributes:
+        pid: of the launcher; ``started``: when, in the kernel's ticks, since process ids are used again.
+        job, job_restart: of a scheduler's job, and how often that was restarted; "" outside of one.
+        boot, namespace: of the machine and of its process ids.
+        folder, lock: inodes of the run directory and of its lock file; ``lock`` is 0 where flock excludes nobody.
+        attempt: as in ``outcome.json``; ``token``: of this start alone.
+    """
+
+    host: str
+    pid: int
+    since: str
+    job: str
+    job_restart: int
+    started: int
+    boot: str
+    namespace: str
+    folder: int
+    lock: int
+    attempt: str
+    token: str
+
+    @classmethod
+    def here(cls, folder: Path, file: IO[str], pid: int, attempt: str, job: str, job_restart: int) -> Owner:
+        """Describe the launch ``pid`` of this machine, which has opened ``file`` as the lock of ``folder``."""
+        now, token = time.strftime("%Y-%m-%d %H:%M:%S"), uuid.uuid4().hex
+        inodes = folder.stat().st_ino, os.fstat(file.fileno()).st_ino
+        mine = socket.gethostname(), pid, now, job, job_restart, _started(pid) or 0, *_machine()
+        return cls(*mine, *inodes, attempt, token)
+
+    def __str__(self) -> str:
+        job = f", job {self.job} start {self.job_restart}" if self.job else ""
+        return f"host {self.host}, pid {self.pid}, since {self.since}{job}"
+
+    def same_launch(self, other: Owner) -> bool:
+        return (self.boot, self.namespace, self.pid, self.started) == (
+            other.boot, other.namespace, other.pid, other.started,
+        )  # fmt: skip
+
+    def lives(self, mine: Owner) -> bool | None:
+        """Tell whether this owner is at work; None where that can't be told from here.
+
+        Args:
+            mine: the launch that asks, which has the flock: on this machine an owner that lives would still have it.
+        """
+        if self.boot != mine.boot:
+            return None
+        here = self.folder == mine.folder  # else it was copied with the directory
+        if here and mine.lock and self.lock == mine.lock:
+            return False
+        if self.namespace != mine.namespace or (started := _started(self.pid)) == 0:
+            return None
+        if started != self.started:
+            return False
+        return True if here else None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """``.owner`` as it was found: its text and time, and what it says; None: that can't be read."""
+
+    text: str
+    time_ns: int
+    owner: Owner | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Seen | None:
+        """Look at the owner of ``folder``; None where there is none. Raises OSError."""
+        try:
+            descriptor = os.open(folder / OWNER, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            text = os.read(descriptor, READ_BYTES).decode(errors="replace")
+            return cls(text, os.fstat(descriptor).st_mtime_ns, _parsed(text))
+        finally:
+            os.close(descriptor)
+
+    def __str__(self) -> str:
+        return str(self.owner) if self.owner else "it just started"
+
+
+def create(path: Path, text: str) -> bool:
+    """Write a file that wasn't there; False where it was. Of all who try, also over a network, one succeeds."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, text.encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _parsed(text: str) -> Owner | None:
+    try:
+        fields: Any = json.loads(text)
+        found = Owner(**fields)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = {"int": int, "str": str}
+    sound = all(
+        type(getattr(found, name)) is kinds[str(kind.type)] for name, kind in Owner.__dataclass_fields__.items()
+    )
+    return found if sound else None
+
+
+def _machine() -> tuple[str, str]:
+    """This start of this machine, and the namespace in which a process id means something."""
+    boot, namespace = socket.gethostname(), ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return boot, namespace
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks; 0 where that isn't told; None: there is no such process."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18])
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return 0
