@@ -183,7 +183,7 @@ def listed(config: RunConfig) -> int:
     try:
         there = queued() if shutil.which("squeue") else {}
     except SlurmError as error:
-        print(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", file=sys.stderr)
+        terminal.say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
     roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in there.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     queue = {job: str(one) for job, one in there.items()}
