@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BACKWARD = " (backward)"  # behind a module's name, where a message is for its gradients
 SHOWN = 6  # modules or ranks that an error names
+READ = "trail/read"  # how many ranks have read all trails
 TOLD_S = 3.0  # for all ranks to tell their trails, once a difference has been found
 
 
@@ -112,10 +113,19 @@ class Trail:
         while time.monotonic() < deadline:
             told = _told(self._store, range(self._size))
             if len(told) == self._size and all(one.number == self._number for one in told.values()):
+                self._await_readers(deadline)
                 trails = {rank: one.names for rank, one in told.items()}
                 return _sentence(self._kind, _only(trails) or _first(trails, whole=True), self._instead)
             time.sleep(0.02)
         return parting(self._store, range(self._size))
+
+    def _await_readers(self, deadline: float) -> None:
+        """Let all ranks read the trails before rank 0, whose process may keep the store, ends."""
+        with suppress(RuntimeError):
+            read = self._store.add(READ, 1) if self._store else self._size
+            while self._store and self._rank == 0 and read < self._size and time.monotonic() < deadline:
+                time.sleep(0.02)
+                read = self._store.add(READ, 0)
 
 
 @dataclass(frozen=True, slots=True)
