@@ -231,8 +231,8 @@ def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str
             outputs.append(model(torch.linspace(0, 1, samples * 4).view(samples, 4)))
         torch.testing.assert_close(*outputs)
         counted.append(len(graphs))
-    pieces = 2 if "ghost" in mode else 1  # before and after the norm
-    assert counted == [pieces, 2 * pieces, 2 * pieces, 2 * pieces, 3][: len(counted)]
+    assert counted[3] == counted[1] <= (4 if "ghost" in mode else 2)  # in two pieces, before and after the norm
+    assert "ghost" in mode or counted == [1, 2, 2, 2, 3]
 
 
 @pytest.mark.usefixtures("graphs")
