@@ -540,8 +540,8 @@ def test_a_second_interrupt_ends_at_once(folder: Path) -> None:
     time.sleep(0.5)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(timeout=3) == 130
-    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    assert run.process.wait(timeout=15) == 130  # and not the 30 s that its step takes
+    wait_until(lambda: not processes_of(run.dir), within_s=15)
     run.end()
 
 
@@ -553,7 +553,7 @@ def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder
     assert len(everyone) == 3
     assert len({os.getsid(pid) for pid in everyone}) == 3  # Ctrl-C reaches the launcher alone
     run.process.kill()
-    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    wait_until(lambda: not processes_of(run.dir), within_s=15)
     assert run.end() == -signal.SIGKILL
     assert run.outcome["state"] == "running"
     same = launch(folder, *LONG, "checkpoint.every=1st")
@@ -571,7 +571,7 @@ def test_counting_the_data_ends_with_the_launcher(folder: Path, name: str, code:
     run = launch(folder, "batch.global_size=all", "task.args.fault='hangs early'", "task.args.rank=0")
     wait_until(lambda: len(processes_of(run.dir)) == 2)
     run.process.send_signal(signal.Signals[name])
-    wait_until(lambda: not processes_of(run.dir), within_s=3)
+    wait_until(lambda: not processes_of(run.dir), within_s=15)
     assert run.end() == code
     assert run.said == ["isobatch: SIGTERM, before anything was started"] * (code == 75)
     assert not run.dir.exists()
@@ -647,7 +647,7 @@ def test_waiting_for_a_machine_can_be_stopped(folder: Path) -> None:
     run.process.terminate()
     began = time.monotonic()
     assert run.end() == 75
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # and not the 600 s of cluster.timeout_s
 
 
 # ---- torchrun
