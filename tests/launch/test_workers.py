@@ -48,6 +48,8 @@ class Task:
         return torch.nn.Linear(4, 1)
 
     def train_data(self):
+        if self.fault == "opens for ever":
+            time.sleep(1000)
         inputs = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
         return TensorDataset(inputs, inputs.sum(1, keepdim=True))
 
@@ -568,7 +570,7 @@ def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -signal.SIGKILL)])
 def test_counting_the_data_ends_with_the_launcher(folder: Path, name: str, code: int) -> None:
     """It is counted by a process of its own, before there is a plan; here it would take for ever."""
-    run = launch(folder, "batch.global_size=all", "task.args.fault='hangs early'", "task.args.rank=0")
+    run = launch(folder, "batch.global_size=all", "task.args.fault='opens for ever'", "task.args.rank=0")
     wait_until(lambda: len(processes_of(run.dir)) == 2)
     run.process.send_signal(signal.Signals[name])
     wait_until(lambda: not processes_of(run.dir), within_s=15)
