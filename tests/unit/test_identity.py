@@ -321,10 +321,13 @@ def test_first_free_skips_files_too(tmp_path: Path) -> None:
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     config = compose([])
-    for content in (None, "", "{}", "[]", f'{{"identity": "{identity(config)}"}}'):
-        if content is not None:
-            (tmp_path / "plan.json").write_text(content)
-        assert not extends(tmp_path, config)
+    assert not extends(tmp_path, config)
+    for content in ("", "[]", "{}"):
+        (tmp_path / "plan.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"plan\.json is damaged"):
+            extends(tmp_path, config)
+    (tmp_path / "plan.json").write_text(f'{{"identity": "{identity(config)}"}}')
+    assert not extends(tmp_path, config)
     (tmp_path / "plan.json").write_text('{"identity": "abc"}')
     with pytest.raises(ConfigError, match=f"another run .identity abc, not {identity(config)}"):
         extends(tmp_path, config)
