@@ -41,9 +41,12 @@ def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
         # a pipe that nobody writes to would block without O_NONBLOCK
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
                 raise Unreadable("it isn't a regular file")
-            content = opened.read(most + 1)
+            if about.st_size > most:
+                raise Unreadable(f"it has more than {most:,} bytes")
+            return opened.read()  # as long as it is: with a length, Python takes memory for all of that at once
     except NotADirectoryError as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
     except OSError as error:
@@ -52,9 +55,6 @@ def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
         raise Unreadable(f"it can't be read: {error.strerror}") from None
     except ValueError as error:  # NUL in the name
         raise error if isinstance(error, Unreadable) else Unreadable(f"it can't be read: {error}") from None
-    if len(content) > most:
-        raise Unreadable(f"it has more than {most:,} bytes")
-    return content
 
 
 def read_text(file: Path | str, most: int = MOST_BYTES) -> str:

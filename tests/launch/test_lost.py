@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import LAUNCH
-from tests.launch.test_workers import BASE, LONG, Run, folder, launch, torchrun, wait_until
+from tests.launch.test_workers import BASE, LONG, Run, folder, launch, launch_cold, torchrun, wait_until
 from tests.noflock import without_flock
 
 __all__ = ["folder"]  # a fixture
@@ -34,7 +34,7 @@ def lost(run: Run, cause: str) -> None:
 def test_without_flock_one_of_two_trains(folder: Path) -> None:
     """Started at once; then the lock is removed, and another one comes."""
     env = without_flock(folder)
-    both = [launch(folder, *LONG, **env) for _ in range(2)]
+    both = [launch_cold(folder, *LONG, **env) for _ in range(2)]
     wait_until(lambda: any(run.process.poll() is not None for run in both))
     second, first = sorted(both, key=lambda run: run.process.poll() is None)
     assert second.end() == 2
@@ -42,7 +42,7 @@ def test_without_flock_one_of_two_trains(folder: Path) -> None:
     assert f"pid {first.process.pid}" in second.said[0]
     first.await_training()
     (first.dir / "lock").unlink()
-    third = launch(folder, *LONG, **env)
+    third = launch_cold(folder, *LONG, **env)
     assert third.end() == 2
     assert f"pid {first.process.pid}" in third.said[0]
     assert len(first.events("start")) == 1
