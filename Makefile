@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-ranks test-launch test-unit test-cluster lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-cluster lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
@@ -14,10 +14,16 @@ train: install
 
 # Several at a time, as each waits for processes, and for time to pass, much of the while.
 test: install
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-ranks test-launch test-unit
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-launch test-engines test-ranks test-unit
+
+# Half of the time that tests/ranks takes.
+ENGINES := $(patsubst %,tests/ranks/test_%.py,accelerate bitwise branches crossing deepspeed engines fsdp memory)
+
+test-engines: install
+	$(PYTEST) $(ENGINES)
 
 test-ranks: install
-	$(PYTEST) tests/ranks
+	$(PYTEST) tests/ranks $(addprefix --ignore=,$(ENGINES))
 
 test-launch: install
 	$(PYTEST) tests/launch tests/faults
