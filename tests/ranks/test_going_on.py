@@ -229,10 +229,10 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
     """With on_error=stop the run has crashed, and the same command makes up for it."""
     task = (*TASK, "checkpoint.every=60st", "checkpoint.on_error=stop")
 
-    def full(run: RunDir, step: int, *_: Any, **options: Any) -> None:
+    def full(run: RunDir, step: int, *_: Any, **options: Any) -> list[str]:
         if step == STEPS:
             raise OSError(errno.ENOSPC, "No space left on device")
-        commit(run, step, *_, **options)
+        return commit(run, step, *_, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr("trainers.checkpoints.keeper.commit", full)
@@ -258,7 +258,7 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     advice = "mend one, bring back the model that they are of, or start another run beside this with run.new=true"
     assert advice in again.ends[0]["message"]
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert changed <= {"outcome.json", "events.jsonl", "lock"}
+    assert changed <= {"outcome.json", "events.jsonl", "lock", ".owner"}
 
 
 def test_checkpoints_that_are_gone_are_missed(runs: Runs) -> None:

@@ -89,6 +89,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
     config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
     task, run = make_task(config), RunDir(folder / "run")
     plan = resolve(config, world.size, 80)
+    run.path.mkdir(exist_ok=True)
 
     def made() -> Engine:
         found = make_engine(config, task, task.model(), plan.peak, world)
