@@ -101,6 +101,9 @@ MEANS = {
     "mean and samples": lambda x, y, m: (ce(x, y), len(y)),
     "mean and 1": lambda x, y, m: (ce(x, y), 1),
     "masked mean": lambda x, y, m: (ce(x, y.where(y > 1, -100), ignore_index=-100), (y > 1).sum()),
+    "masked mean and samples": lambda x, y, m: (ce(x, y.where(y > 1, -100), ignore_index=-100), len(y)),
+    "mean with class weights": lambda x, y, m: (ce(x, y, weight=torch.arange(1.0, 6).to(x)), len(y)),
+    "root of a mean square": lambda x, y, m: (ce(x, y, reduction="none").square().mean().sqrt(), len(y)),
     "half a mean": lambda x, y, m: (0.5 * ce(x, y), len(y)),
     "mean of noisy samples": lambda x, y, m: (ce(x + 0.1 * torch.randn_like(x), y), len(y)),
     "mean under functional dropout": lambda x, y, m: (ce(F.dropout(x, 0.5, m.training), y), len(y)),
@@ -115,6 +118,8 @@ COUPLED = {
         ce(x, y, reduction="sum") + 1e-3 * sum(p.square().sum() for p in m.parameters()), len(y),
     ),
     "hardest quarter": lambda x, y, m: (ce(x, y, reduction="none").topk(max(1, len(y) // 4))[0].sum(), len(y) // 4),
+    "largest loss": lambda x, y, m: (ce(x, y, reduction="none").max(), len(y)),
+    "root of a sum of squares": lambda x, y, m: (ce(x, y, reduction="none").square().sum().sqrt(), len(y)),
     "weights by frequency": lambda x, y, m: (
         (ce(x, y, reduction="none") / torch.bincount(y, minlength=5)[y]).sum() * len(y), len(y),
     ),

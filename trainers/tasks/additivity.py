@@ -59,6 +59,18 @@ class Draw:
         means = [(a * self.first[0] + b * self.second[0]) / (a + b) for a, b in weights]
         return any(abs(self.whole[0] - mean) <= LOSS_TOLERANCE * self.size for mean in means)
 
+    @property
+    def lies_between(self) -> bool:
+        """Whether the loss of the whole lies between those of the halves, as a mean over any weights does.
+
+        Such are a mean over tokens that are counted otherwise than the units, and one with class weights. Losses with
+        both signs tell nothing, and nor does the largest loss of the batch, which is that of one of its halves.
+        """
+        low, high = sorted((abs(self.first[0]), abs(self.second[0])))
+        margin, same_sign = LOSS_TOLERANCE * self.size, self.first[0] * self.second[0] > 0
+        inside = low + margin < abs(self.whole[0]) < high - margin
+        return same_sign and inside and self.whole[0] * self.first[0] > 0 and self.counts_samples
+
     def __str__(self) -> str:
         by = 0 if abs(self.whole[0] - self.first[0] - self.second[0]) > LOSS_TOLERANCE * self.size else 1
         whole, first, second = (f"{pair[by]:.6g}" for pair in (self.whole, self.first, self.second))
@@ -82,4 +94,6 @@ def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | N
     off = [draw for draw in told if not draw.is_sum]
     if not off:
         return "sum", None
-    return ("mean" if all(draw.is_mean for draw in off) else "coupled"), off[0]
+    exact = all(draw.is_mean for draw in off)
+    weighted = len(off) > 1 and all(draw.is_mean or draw.lies_between for draw in off)  # one alone may be by chance
+    return ("mean" if exact or weighted else "coupled"), off[0]
