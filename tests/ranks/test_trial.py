@@ -297,6 +297,24 @@ def test_a_generator_of_the_datasets_own_is_reported(kind: str) -> None:
     assert [("the dataset's [index]" in reason) for reason in found] == ([] if kind == "default" else [True])
 
 
+class Flipping(OneByOne):
+    """Flips every second sample, as its own generator says."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(Counted())
+        self.own = random.Random(seed)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, *rest = super().__getitem__(index)
+        return (inputs.flip(-1) if self.own.random() < 0.5 else inputs), *rest
+
+
+def test_a_generator_that_decides_between_two_is_reported() -> None:
+    """Two looks at one sample would miss it as often as not."""
+    for seed in range(20):
+        assert own_generators(Fetch(Flipping(seed), Counted(), seed=0)), seed
+
+
 def test_generators_of_augment_and_collate_are_told_apart() -> None:
     own = np.random.default_rng(0)
 

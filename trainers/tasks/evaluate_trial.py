@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from trainers.evaluate import Totals, measure, summarise
-from trainers.fingerprint import digests
 from trainers.precision import autocast
 from trainers.rundir import Refused
 from trainers.starting.notes import place
 from trainers.tasks.additivity import Draw, judge
-from trainers.tasks.halves import OWN, Halves
+from trainers.tasks.halves import OWN, TWICE, Halves, differ
 from trainers.tasks.sandbox import Sandbox, exact_fp32
 from trainers.tasks.trial import Found
 from trainers.validation import Validation
@@ -34,9 +33,10 @@ def validation_halves(validation: Validation, most: int) -> Halves:
 
 
 def own_generators_of_validation(validation: Validation) -> list[str]:
-    """Fetch one row twice, and say what in fetching it isn't a function of the row."""
-    one, other = (digests(validation[0, 1].batch) for _ in range(2))
-    return [f"[index] of the validation data, or collate(), {OWN}"] if one != other else []
+    """Fetch a few rows twice, and say what in fetching them isn't a function of the row."""
+    number = min(TWICE, len(validation.rows))
+    one, other = ([validation[row, row + 1].batch for row in range(number)] for _ in range(2))
+    return [f"[index] of the validation data, or collate(), {OWN}"] if differ(one, other) else []
 
 
 class EvaluationTrial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainers.fingerprint import digests
 from trainers.keyed import SAMPLE, SAMPLES, key_generators
 from trainers.loader import Fetch, fetches_many
 
+TWICE = 8  # samples, at most, that are fetched twice: one that is only flipped now and then may be equal by chance
 OWN = "draws from a generator of its own, or from a clock: use the default generators of torch, numpy or Python"
 
 
@@ -51,24 +53,26 @@ def _again(samples: list[Any]) -> list[Any]:
 
 
 def own_generators(fetch: Fetch) -> list[str]:
-    """Fetch one sample twice under the same key, and say what in fetching it isn't a function of that key."""
-    row = int(indices(fetch.seed, fetch.length, 0, 1)[0])
-    raw = [_keyed(fetch, row) for _ in range(2)]
-    if _differ(*raw):
+    """Fetch a few samples twice under the same keys, and say what in fetching them isn't a function of these."""
+    rows = indices(fetch.seed, fetch.length, 0, min(TWICE, fetch.length)).tolist()
+    samples, again = ([_keyed(fetch, row) for row in rows] for _ in range(2))
+    if differ(samples, again):
         return [f"the dataset's {'__getitems__' if fetches_many(fetch.data) else '[index]'} {OWN}, or augment()"]
-    augmented = [fetch.samples(0, [row])[0] for _ in range(2)]
-    if _differ(*augmented):
-        return [f"augment() {OWN}, or the generator that it gets"]
-    collated = [fetch.collated(0, _again(augmented[0]))[0] for _ in range(2)]
-    return [f"collate() {OWN}"] if _differ(*([batch] for batch in collated)) else []
+    if fetch.augment:
+        samples, again = (fetch.samples(0, rows)[0] for _ in range(2))
+        if differ(samples, again):
+            return [f"augment() {OWN}, or the generator that it gets"]
+    one, other = ([fetch.collated(0, _again([sample]))[0] for sample in samples] for _ in range(2))
+    return [f"collate() {OWN}"] if differ(one, other) else []
 
 
-def _keyed(fetch: Fetch, row: int) -> list[Any]:
+def _keyed(fetch: Fetch, row: int) -> Any:
     """The sample of a row as the dataset gives it."""
     many = fetches_many(fetch.data)
     key_generators(fetch.seed, 0, SAMPLES if many else SAMPLE)
-    return list(fetch.data.__getitems__([row])) if many else [fetch.data[row]]
+    return next(iter(fetch.data.__getitems__([row]))) if many else fetch.data[row]
 
 
-def _differ(one: list[Any], other: list[Any]) -> bool:
+def differ(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Return whether samples, or batches, differ in what they hold."""
     return list(map(digests, one)) != list(map(digests, other))
