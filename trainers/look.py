@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import stat
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -38,12 +39,14 @@ def look(
     """
     if here or sys.platform != "linux":
         with generators_kept():
-            return [_Works(works)[index] for index in range(len(works))]
+            return [_seen(work) for work in works]
+    if not works:
+        return []
     found: list[Any] = []
     with _places_in_files_kept(), closing(_forked(works)) as results:
         try:
             for _ in works:
-                found.append(next(results))
+                found.append(_unpacked(next(results)))
                 beat()
         except (OSError, RuntimeError) as error:  # the process died, was too slow, or couldn't be had
             found += [Unseen(str(error).splitlines()[0])] * (len(works) - len(found))
@@ -87,11 +90,31 @@ class _Works:
     def __len__(self) -> int:
         return len(self._works)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> bytes:
+        """Return what was seen, pickled here: what can't be pickled would be lost on the way, and waited for."""
+        seen = _seen(self._works[index])
         try:
-            return self._works[index]()
+            return pickle.dumps(seen)
         except Exception as error:
-            return Unseen(f"{type(error).__name__}: {error}")
+            return pickle.dumps(Unseen(f"a sample or batch can't be pickled: {_said(error)}"))
+
+
+def _seen(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        return Unseen(_said(error))
+
+
+def _unpacked(packed: bytes) -> Any:
+    try:
+        return pickle.loads(packed)  # noqa: S301  of this process's own child
+    except Exception as error:
+        return Unseen(f"a sample or batch can't be unpickled: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -211,12 +211,14 @@ def test_a_look_moves_no_place_in_an_open_file(tmp_path: Path) -> None:
 def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.look.LOOK_S", 0.5)
     works = [lambda: 1 / 0, lambda: 3, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 4]
-    first, second, *lost = look(works)
+    first, second, *rest = look(works)
     assert first == Unseen("ZeroDivisionError: division by zero")
     assert second == 3
-    assert [type(one) for one in lost] == [Unseen, Unseen]
+    assert [type(one) for one in rest] == [Unseen, Unseen]
     (late,) = look([lambda: time.sleep(60)])
     assert "timed out" in late.why
+    lost, kept = look([lambda: lambda: 1, lambda: 3])  # a process can't hand on a function that has no name
+    assert ("pickled" in lost.why, kept) == (True, 3)
 
 
 def test_the_same_in_another_process() -> None:

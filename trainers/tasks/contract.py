@@ -73,7 +73,7 @@ def look_and_try(
         Refused: the task breaks the contract; on all ranks.
     """
     seen = _seen(config, task, data, validation, plan, evaluation_batch, world, beat)
-    digits = seen.pop("fingerprint", None)
+    digits = seen.get("fingerprint")
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
     unseen = next((one.why for one in seen.values() if isinstance(one, Unseen)), "")
     if any(reasons := world.gather(unseen)) or not config.check.contract:
