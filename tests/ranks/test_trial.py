@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.tasks import Counted, OneByOne
 from trainers.keyed import generators_state
 from trainers.loader import Fetch
 from trainers.tasks.halves import halves, own_generators
-from trainers.tasks.sandbox import Sandbox
+from trainers.tasks.sandbox import Sandbox, exact_fp32
 from trainers.tasks.trial import DRAWS, Found, LossTrial, batches_of
 
 CPU = torch.device("cpu")
@@ -273,6 +274,61 @@ def test_nothing_remains_of_it() -> None:
     assert [value.data_ptr() for value in model.state_dict().values()] == places
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_the_device_has_no_room_for_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, copied = task_of(SOUND["sum"]), list[Tensor]()
+    model = task.model()
+    before, generators = [parameter.data_ptr() for parameter in model.parameters()], generators_state()
+
+    def to(tensor: Tensor, *args: Any, **how: Any) -> Tensor:
+        copied.append(tensor)
+        if len(copied) > 2:
+            raise torch.OutOfMemoryError
+        return tensor.clone()
+
+    sandbox = Sandbox(task, model, CPU, 0, lambda: None)
+    monkeypatch.setattr(Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError), sandbox:
+        pass
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+    assert generators_state() == generators
+
+
+PRECISIONS: dict[str, tuple[Any, str, Any]] = {
+    "the newer interface": (torch.backends, "fp32_precision", "tf32"),
+    "the newer interface, for matrices": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "the older interface": (torch.backends.cuda.matmul, "allow_tf32", True),
+}
+
+
+def seen_precisions() -> list[Any]:
+    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
+    places: list[Any] = [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+    try:
+        older = (torch.get_float32_matmul_precision(), cuda.allow_tf32)
+    except RuntimeError:
+        older = ("", False)
+    return [*(place.fp32_precision for place in places), *older]
+
+
+@pytest.mark.parametrize("name", [*PRECISIONS, "high", "medium"])
+def test_shortcuts_of_fp32_are_off_and_put_back(name: str) -> None:
+    """In a process each: one that has used both of torch's interfaces can't go back to the older one."""
+
+    def check() -> None:
+        setattr(*PRECISIONS[name]) if name in PRECISIONS else torch.set_float32_matmul_precision(name)
+        before = seen_precisions()
+        with exact_fp32():
+            assert set(seen_precisions()[:6]) == {"ieee"}
+            with torch.backends.cudnn.flags(enabled=False):  # as a loss may do
+                pass
+        assert seen_precisions() == before
+
+    process = multiprocessing.get_context("fork").Process(target=check)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 class Drawing(OneByOne):

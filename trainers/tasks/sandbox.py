@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -43,18 +43,22 @@ class Sandbox:
         self.drew = self.narrow = False
 
     def __enter__(self) -> Sandbox:
-        self._stack = ExitStack()
-        self._stack.enter_context(generators_kept(self._device))
-        self._stack.callback(self._attributes.restore)
-        for copies in self._copies:
-            self._stack.enter_context(copies)
-        self._stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.callback(register_module_forward_hook(self._note_narrow).remove)
+        with ExitStack() as stack:  # which undoes all of it where the device has no room for the copies
+            stack.callback(self._free)
+            stack.enter_context(generators_kept(self._device))
+            stack.callback(self._attributes.restore)
+            for copies in self._copies:
+                stack.enter_context(copies)
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(register_module_forward_hook(self._note_narrow).remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def _free(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()
 
@@ -109,11 +113,26 @@ def _copied(batch: Any) -> Any:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Compute in fp32 without the shortcuts of GPUs, whose rounding would hide what is looked for."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+    """Compute in fp32 without the shortcuts that a user may allow: their rounding would hide what is looked for.
+
+    torch has two interfaces to them. The older one can't be read where a task has used the newer one, and is then left.
+    """
+    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
+    places: list[Any] = [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+    before, benchmark = [place.fp32_precision for place in places], cuda.benchmark
+    older = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
+    ]
+    with ExitStack() as stack:
+        for place, precision in zip(places, before, strict=True):
+            stack.callback(setattr, place, "fp32_precision", precision)
+        for get, put, exact in older:
+            with suppress(RuntimeError):
+                stack.callback(put, get())
+                put(exact)
+        stack.callback(setattr, cuda, "benchmark", benchmark)
+        cuda.benchmark = False
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield

@@ -31,9 +31,13 @@ class Copies:
         self._modes = [(one, one.training) for one in module.modules()]
 
     def __enter__(self) -> Copies:
-        for parameter, original in self._parameters:
-            parameter.data = original.to(self._device, copy=True)
-        self.reset_buffers()
+        try:
+            for parameter, original in self._parameters:
+                parameter.data = original.to(self._device, copy=True)
+            self.reset_buffers()
+        except BaseException:  # the device has no room for all of them
+            self.__exit__()
+            raise
         return self
 
     def reset_buffers(self) -> None:
