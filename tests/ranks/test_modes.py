@@ -105,6 +105,7 @@ def test_train_of_a_module_is_called_after_an_evaluation() -> None:
         (nn.SyncBatchNorm(3), True),
         *((type(name, (nn.Module,), {})(), True) for name in ("LlamaRMSNorm", "LayerNorm2d", "BatchNormAct2d")),
         *((type(name, (nn.Module,), {})(), True) for name in ("T5LayerNorm", "MambaRMSNormGated", "rmsnorm")),
+        *((type(name, (nn.Module,), {})(), True) for name in ("BatchNormalization", "LayerNormalisation")),
         (type("Scaled", (type("ScaleNorm", (nn.Module,), {}),), {})(), True),
         (type("Own", (nn.GroupNorm,), {})(1, 2), True),
         *((type(name, (nn.Module,), {})(), False) for name in ("NormalizedLinear", "PreNormBlock", "WeightNormConv")),
