@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import random
 import signal
 import threading
 import time
@@ -12,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-import numpy as np
-import torch
 from torch._C._distributed_c10d import Store
 
+from trainers.keyed import generators_kept
 from trainers.rundir import Refused
 from trainers.starting.notes import Hangs
 from trainers.stop import Stop, Stopped
@@ -74,25 +72,13 @@ def refuse_arguments(task: Any) -> None:
 
 def _prepare(task: Any, store: Store | None, stop: Stop) -> None:
     try:
-        with suppress(Stopped), stop.interrupting(), _untouched_generators():
+        with suppress(Stopped), stop.interrupting(), generators_kept():  # only some ranks draw
             task.prepare()
     except BaseException:
         if store:
             with suppress(RuntimeError):  # whoever keeps it is gone
                 store.set(FAILED, "")
         raise
-
-
-@contextmanager
-def _untouched_generators() -> Iterator[None]:
-    """Put the default generators back: only some ranks draw from them here."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @contextmanager
