@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,10 @@ def exact_fp32() -> Iterator[None]:
 
     torch has two interfaces to them. The older one can't be read where a task has used the newer one, and is then left.
     """
-    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
+    cuda, cpu = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
     places: list[Any] = [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
     before, benchmark = [place.fp32_precision for place in places], cuda.benchmark
-    older = [
+    older: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
     ]
