@@ -150,12 +150,15 @@ class Lock:
         return seen is not None and seen.text == self._text
 
 
-def flocked(file: IO[str]) -> bool:
-    """Whether this process gets, or has, the flock."""
+def flocked(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+    """Return whether this process gets, or has, the flock; or the disk has none, and excludes nobody."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     return True
 
 

@@ -86,9 +86,9 @@ class Seen:
 
     @classmethod
     def of(cls, folder: Path) -> Seen | None:
-        """Look at the owner of ``folder``; None where there is none. Raises OSError."""
+        """Look at the owner of ``folder``; None where there is none. Raises OSError, also where it is a link."""
         try:
-            descriptor = os.open(folder / OWNER, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = os.open(folder / OWNER, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any 
 LOCK_FD = "ISOBATCH_LOCK_FD"  # in the environment of forked workers: what ``open_lock`` gave their launcher
 DYING_S = 1.0  # for the processes of a launch that was just killed to be gone
 SHOWN_S = 60.0  # since its last sign of life, by this machine's clock, that an owner elsewhere is shown as running
+UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # None: a pipe can't be read back
 LEASE_S = 180.0  # after which a network disk gives up the locks of a machine that is gone; NFS takes 90
 
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
@@ -197,15 +199,14 @@ class RunDir:
         """Return whether some launch has the directory now, as far as this machine can tell."""
         try:
             with open(self.path / LOCK) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if not flocked(file, fcntl.LOCK_SH):
+                    return True
                 seen = Seen.of(self.path)
                 if seen is None or seen.owner is None or self._is_over(seen.owner):
                     return False
                 asking = Lock(self.path, file, Owner.here(self.path, file, os.getpid(), "", "", 0))
                 lives = seen.owner.lives(asking.known())
                 return abs(time.time() - seen.time_ns / 1e9) < SHOWN_S if lives is None else lives
-        except BlockingIOError:
-            return True
         except (OSError, Refused):
             return False
 
@@ -218,14 +219,22 @@ class RunDir:
             attempt: of this launch; ``launches``: those of all machines of it, of which any may have had it.
 
         Raises:
-            Refused: another launch has it, and which.
+            Refused: another launch has it, and which; or its files can't be used.
         """
         handed_on = os.environ.get(LOCK_FD)
-        file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else self.open_lock()
-        owner = Owner.here(self.path, file, os.getppid() if handed_on else os.getpid(), attempt, job, restart)
-        lock, watched, began = Lock(self.path, file, owner), Watched(), time.monotonic()
-        while not self._taken(lock, launches, watched, began):
-            time.sleep(0.02)
+        try:
+            file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else self.open_lock()
+            owner = Owner.here(self.path, file, os.getppid() if handed_on else os.getpid(), attempt, job, restart)
+            lock, watched, began = Lock(self.path, file, owner), Watched(), time.monotonic()
+            while not self._taken(lock, launches, watched, began):
+                time.sleep(0.02)
+        except OSError as error:
+            if error.errno not in UNUSABLE:
+                raise
+            raise Refused(
+                f"{LOCK} or {OWNER} in {self.path} can't be used ({error}): they have to be files that can be written; "
+                "remove them where no launch works there"
+            ) from error
         file.truncate(0)
         file.write(str(owner))
         file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import pytest
 from tests.disks import mounted
 from tests.noflock import without_flock
 from trainers import lock as lock_module
-from trainers.lock import BEAT_S, LOOKS, remove
+from trainers.lock import BEAT_S, LOCK, LOOKS, remove
 from trainers.owner import OWNER, Seen
 from trainers.rundir import DYING_S, Outcome, Refused, RunDir
 
@@ -338,3 +339,33 @@ def test_a_new_run_may_have_links_to_another_disk(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(Refused, match="holds no run, but final"):
         run.refuse_foreign()
+
+
+UNUSABLE: dict[str, Callable[[Path], object]] = {
+    "a folder as owner": lambda folder: (folder / OWNER).mkdir(),
+    "a link to nothing as owner": lambda folder: (folder / OWNER).symlink_to(folder / "nowhere"),
+    "a link to itself as owner": lambda folder: (folder / OWNER).symlink_to(OWNER),
+    "a folder as lock": lambda folder: (folder / LOCK).mkdir(),
+    "a pipe as lock": lambda folder: os.mkfifo(folder / LOCK),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_cannot_be_a_lock_is_rejected(run: RunDir, name: str) -> None:
+    UNUSABLE[name](run.path)
+    with pytest.raises(Refused, match="can't be used"):
+        run.lock()
+
+
+def test_a_disk_without_flock_is_like_one_whose_flock_excludes_nobody(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: object, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with run.lock(attempt="a1"):
+        assert run.works()
+        other = start(run.path)
+        assert "another launch works" in str(other.communicate()[0])
+    assert not run.works()
