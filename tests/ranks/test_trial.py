@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,45 @@ def test_counters_are_named_and_put_back() -> None:
     assert (model.calls, model.seen, float(model.plain), model.longest) == (0, {"samples": 0}, 0.0, 0)
     assert (task.count, task.kinds, int(task.annealing.steps), hasattr(task, "new")) == (0, Counter(), 0, False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Holder:
+    """Some numbers, and whatever else."""
+
+    def __init__(self, **held: Any) -> None:
+        self.calls = 0
+        vars(self).update(held)
+
+
+def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put_back() -> None:
+    task, torchs = task_of(SOUND["sum"]), torch.Generator().manual_seed(0)
+    task.torchs, task.numpys, task.pythons = torchs, np.random.default_rng(0), random.Random(0)
+    task.older, task.last, task.pair = np.random.RandomState(0), deque([1.0], maxlen=2), (0, 1.0)
+    task.holder, task.holders = Holder(inner=Holder()), [Holder(), Holder()]
+    task.trained = 0
+
+    def loss(x: Tensor, y: Tensor, model: nn.Module) -> Any:
+        noise = float(torch.rand((), generator=torchs)) + task.numpys.random() + task.pythons.random()
+        task.last.append(noise + task.older.random())
+        task.pair = (task.pair[0] + 1, 1.0)
+        for one in (task.holder.inner, task.holders[1]):
+            one.calls += 1
+        task.trained += torch.is_grad_enabled()
+        return ce(x, y, reduction="none") * sum(task.last)
+
+    task.of = loss
+    found = tried(task)
+    moved = ["torchs", "numpys", "pythons", "older", "last", "pair", "holder.inner.calls", "holders.1.calls", "trained"]
+    assert sorted(reason.split()[0] for reason in found.counters) == sorted(f"task.{name}" for name in moved)
+    assert not found.depends
+    first = float(torch.rand((), generator=torch.Generator().manual_seed(0)))
+    assert float(torch.rand((), generator=torchs)) == first
+    assert task.numpys.random() == np.random.default_rng(0).random()
+    assert (task.pythons.random(), task.older.random()) == (
+        random.Random(0).random(),
+        np.random.RandomState(0).random(),
+    )
+    assert (list(task.last), task.pair, task.holder.inner.calls, task.trained) == ([1.0], (0, 1.0), 0, 0)
 
 
 def test_nothing_remains_of_it() -> None:

@@ -92,7 +92,6 @@ class LossTrial:
                 return Found("", counters, [str(failure)])
         return _said(*judge(draws, noisy=sandbox.drew or sandbox.narrow), counters)
 
-    @torch.no_grad()
     def _counters(self, batch: Halves) -> list[str]:
         switch_off(self._model)
         return self._sandbox.moved_by(

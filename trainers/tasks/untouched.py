@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from collections import deque
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import zip_longest
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 MODULES_OWN = ("training", "_parameters", "_buffers", "_modules")  # on_copies puts them back
 COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
+OBJECTS_DEPTH = 2  # of objects that are held by objects
 COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # at most, of a list or mapping of numbers
 
 
@@ -106,17 +111,30 @@ def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any])
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The task, the modules of the model and of the task, and what these hold one level down, by name."""
+    """The task, the modules of the model and of the task, and what these hold two levels down, by name."""
     roots = [("task", task), *_modules("model", model)]
     for key, value in vars(task).items() if hasattr(task, "__dict__") else ():
         roots += _modules(f"task.{key}", value) if isinstance(value, nn.Module) else []
     seen = set[int]()
-    for name, one in roots:
-        inner = [(f"{name}.{key}", value) for key, value in _plain(one).items() if _is_plain_object(value)]
-        for place, found in [(name, one), *inner]:
-            if id(found) not in seen and hasattr(found, "__dict__"):
-                seen.add(id(found))
-                yield place, found
+    level = roots
+    for _ in range(OBJECTS_DEPTH + 1):
+        new = [(name, one) for name, one in level if hasattr(one, "__dict__")]
+        level = []
+        for name, one in new:
+            if id(one) not in seen:
+                seen.add(id(one))
+                yield name, one
+                level += [(f"{name}.{place}", held) for place, held in _held(_plain(one))]
+
+
+def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The plain objects among some attributes, and in small lists and mappings there, by name."""
+    for key, value in attributes.items():
+        if _is_plain_object(value):
+            yield key, value
+        elif isinstance(value, dict | list | tuple) and len(value) <= COPIED_ENTRIES:
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{key}.{place}", held) for place, held in inside if _is_plain_object(held))
 
 
 def _modules(prefix: str, module: nn.Module) -> list[tuple[str, Any]]:
@@ -146,23 +164,48 @@ def _copied(value: Any, depth: int = COPIED_DEPTH) -> Any:
         return value.detach().clone()
     if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
         return np.array(value)
-    if isinstance(value, dict | list) and depth and len(value) <= COPIED_ENTRIES:
+    if isinstance(value, GENERATORS):
+        return _state(value)
+    if isinstance(value, dict | list | tuple | deque) and depth and len(value) <= COPIED_ENTRIES:
         if isinstance(value, dict):
             return {key: _copied(inner, depth - 1) for key, inner in value.items()}
         return [_copied(inner, depth - 1) for inner in value]
     return None
 
 
+def _state(generator: Any) -> Any:
+    """Return a copy of the state of a generator of random numbers."""
+    if isinstance(generator, np.random.Generator):
+        return deepcopy(generator.bit_generator.state)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
 def _put_back(value: Any, copy: Any) -> Any:
     """Return ``value`` with the numbers of ``copy``, in place where that can be."""
     if copy is None or _equal(_copied(value), copy):
         return value
-    if isinstance(copy, dict) and isinstance(value, dict):
+    if isinstance(value, GENERATORS):
+        _set_state(value, copy)
+    elif isinstance(copy, dict) and isinstance(value, dict):
         for key in value.keys() - copy.keys():
             del value[key]
         value.update({key: _put_back(value.get(key), inner) for key, inner in copy.items()})
-    elif isinstance(copy, list) and isinstance(value, list):
-        value[:] = [_put_back(inner, one) for inner, one in zip_longest(value[: len(copy)], copy)]
+    elif isinstance(copy, list) and isinstance(value, list | deque):
+        before = [_put_back(inner, one) for inner, one in zip_longest([*value][: len(copy)], copy)]
+        value.clear()
+        value.extend(before)
+    elif isinstance(copy, list) and isinstance(value, tuple):
+        for inner, one in zip(value, copy, strict=True):
+            _put_back(inner, one)
     elif isinstance(copy, Tensor) and isinstance(value, Tensor):
         with torch.no_grad():
             value.copy_(copy)
@@ -178,7 +221,7 @@ def _equal(before: Any, after: Any) -> bool:
         return False
     if isinstance(before, dict):
         return before.keys() == after.keys() and all(_equal(before[key], after[key]) for key in before)
-    if isinstance(before, list):
+    if isinstance(before, list | tuple):
         return len(before) == len(after) and all(map(_equal, before, after))
     if isinstance(before, Tensor):
         alike = before.shape == after.shape and before.device == after.device
