@@ -228,7 +228,7 @@ class Stream:
         return torch.cat((keys, begin.repeat(1, rows // each, 1)))
 
     def misfits(self, layer: int, rows: int, channels: bool) -> bool:
-        """Whether the rows of a layer's input aren't a multiple of the samples, which is told."""
+        """Return whether the rows of a layer's input aren't a multiple of the samples; report it if so."""
         misfit = not self.samples or bool(rows % self.samples) or (channels and rows != self.samples)
         if misfit:
             self.tell(f"the rows of dropout layer {self.names.get(layer) or 'model'} aren't a multiple of the samples")

@@ -120,7 +120,7 @@ class Fetch:
         return batch, f"collate draws random numbers; {self.instead}" if generators_state() != before else None
 
     def _keys(self, first: int, rows: list[int]) -> Sequence[int]:
-        """What the draws of each sample are keyed by: its position in the run."""
+        """Return what the draws of each sample are keyed by: its position in the run."""
         return range(first, first + len(rows))
 
     def _one(self, position: int, row: int) -> Any:

@@ -116,7 +116,7 @@ class Lock:
 
     @property
     def place(self) -> Path | None:
-        """Where the run directory is now; None where it is nowhere."""
+        """Return where the run directory is now; None if it is gone."""
         return self.folder if self._is_there() else place_of(self.file, self._identity)
 
     def release(self) -> None:
@@ -139,7 +139,7 @@ class Lock:
         self.close()
 
     def _is_there(self) -> bool:
-        """The path still leads to the directory that was taken."""
+        """Return whether the path still leads to the directory that was taken."""
         try:
             there = self.folder.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -163,7 +163,7 @@ def flocked(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def excludes(path: Path) -> bool:
-    """Whether the flock on ``path``, which this process has, keeps another out."""
+    """Return whether the flock on ``path``, which this process has, keeps another out."""
     try:
         with open(path, "r+") as again:  # NFS locks only what can be written
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,5 +200,5 @@ def place_of(file: IO[str], identity: tuple[int, int]) -> Path | None:
 
 
 def _has_files(folder: Path) -> bool:
-    """Whether there is more of a run than its lock."""
+    """Return whether ``folder`` has more of a run than its lock."""
     return any((folder / name).exists() for name in ("outcome.json", "config.yaml", "plan.json", "submissions"))

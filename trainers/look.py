@@ -23,7 +23,7 @@ LOOK_S = 60.0  # at most, for one look: a dataset that can't be used after a for
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Why a look saw nothing."""
+    """Say why a look saw nothing."""
 
     why: str
 
@@ -82,7 +82,7 @@ def _forked(works: Sequence[Callable[[], Any]]) -> Generator[Any, None, None]:
 
 
 class _Works:
-    """What is to be done, as a dataset."""
+    """Do one piece of work for each index, as a dataset."""
 
     def __init__(self, works: Sequence[Callable[[], Any]]) -> None:
         self._works = works

@@ -11,7 +11,7 @@ from trainers.norms import is_norm
 
 
 class Modes:
-    """The modes that ``model()`` gave a model's modules, and what of them training keeps.
+    """Put a model into train mode, except for the submodules that stay in eval mode.
 
     Of the outermost submodules in eval mode, one stays in eval mode, with all that is in it, if it is a normalisation
     layer, or has parameters of which none is trained. Everything else is trained. So is all of a model that is in eval
@@ -36,7 +36,7 @@ class Modes:
             module.training = training
 
     def __contains__(self, module: nn.Module) -> bool:
-        """Whether it stays in the mode that it has."""
+        """Tell whether ``module`` keeps its mode in training."""
         return module in self._kept
 
 
@@ -55,7 +55,7 @@ def _stays(module: nn.Module) -> bool:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, ``model`` is in eval mode; afterwards each of its modules is in the mode that it had."""
+    """Put ``model`` in eval mode; afterwards give each of its modules the mode that it had."""
     modes, training = [(module, module.training) for module in model.modules()], model.training
     model.eval()
     yield

@@ -18,7 +18,7 @@ READ_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """What ``.owner`` says of the launch that has a directory.
+    """Describe the launch that has a directory, as ``.owner`` does.
 
     Attributes:
         pid: of the launcher; ``started``: when, in the kernel's ticks, since process ids are used again.
@@ -78,7 +78,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """``.owner`` as it was found: its text and time, and what it says; None: that can't be read."""
+    """Hold ``.owner`` as it was found: its text, its time, and the owner, None where the text can't be parsed."""
 
     text: str
     time_ns: int
@@ -131,7 +131,7 @@ def _parsed(text: str) -> Owner | None:
 
 
 def _machine() -> tuple[str, str]:
-    """This start of this machine, and the namespace in which a process id means something."""
+    """Return an id of this boot of the machine, and of the namespace of its process ids."""
     boot, namespace = socket.gethostname(), ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -140,7 +140,7 @@ def _machine() -> tuple[str, str]:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks; 0 where that isn't told; None: there is no such process."""
+    """Return when a process started, in the kernel's ticks; 0 if unknown; None if there is no such process."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])

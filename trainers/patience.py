@@ -1,4 +1,4 @@
-"""What a task may take its time for: ``prepare()``, on one process of each machine in turn, and ``summarise()``."""
+"""Let a task take its time: for ``prepare()``, on one process of each machine in turn, and for ``summarise()``."""
 
 from __future__ import annotations
 

@@ -366,7 +366,7 @@ def say_looked(run: RunDir | None, looked: Looked, stream: Stream) -> None:
 
 
 def evaluation_depends_on_cut(reason: str) -> str:
-    """What is said of evaluations whose draws don't follow the row."""
+    """Return what is said of evaluations whose draws don't follow the row."""
     return f"the values of evaluations aren't the same on other hardware or another evaluate.per_gpu: {reason}"
 
 

@@ -243,7 +243,7 @@ class RunDir:
 
     @property
     def gone(self) -> str:
-        """Why the directory isn't this launch's any more, as far as this process can tell; else ""."""
+        """Return why the directory isn't this launch's any more, as far as this process can tell; else ""."""
         if self.held:
             return self.held.beat()
         return "" if self.path.is_dir() else f"run directory {self.path} was moved or deleted during the run"
@@ -297,7 +297,7 @@ class RunDir:
         return False
 
     def _is_over(self, owner: Owner, mine: Owner | None = None) -> bool:
-        """Whether an owner has said how it ended, or was an earlier start of the job that ``mine`` is of."""
+        """Return whether an owner has said how it ended, or was an earlier start of the job that ``mine`` is of."""
         if mine and mine.job and owner.job == mine.job and owner.job_restart < mine.job_restart:
             return True
         with suppress(Refused):

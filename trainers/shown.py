@@ -1,4 +1,4 @@
-"""What is said, and kept in ``events.jsonl``, where a command is given again for a finished run. Torch-free."""
+"""Report what a finished run's result isn't of, when its command is given again. Torch-free."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SHOWN = 8  # files that are named
 
 @dataclass(frozen=True)
 class Place:
-    """Where source files are looked for: below ``within``; their keys are relative to ``root``.
+    """Describe where source files are looked for: below ``within``; their keys are relative to ``root``.
 
     Attributes:
         ours: it is a module of Isobatch's, ``within`` itself.
@@ -187,7 +187,7 @@ def _hash(file: str) -> str | None:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is other than when the run was trained.
+    """List what changed since the run was trained.
 
     Attributes:
         files: path → hash of now; empty where the file is gone.

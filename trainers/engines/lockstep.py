@@ -50,7 +50,7 @@ class Lockstep:
         return []
 
     def check(self) -> None:
-        """Raises Refused where ranks have run different modules in this step; call it before any weight moves."""
+        """Raise Refused where ranks have run different modules in this step; call it before any weight moves."""
         if self._sent:
             self._sent.wait()
             self._sent = None

@@ -78,7 +78,7 @@ class Trail:
             self._written += len(more)
 
     def numbers(self) -> tuple[float, float]:
-        """A hash of this step, and its square. With their sums over N ranks, all are equal if N Σh² = (Σh)²."""
+        """Return a hash of this step, and its square. With their sums over N ranks, all are equal if N Σh² = (Σh)²."""
         found = zlib.crc32("\n".join(self._step).encode()) % self._modulus
         return float(found), float(found * found)
 
@@ -130,7 +130,7 @@ class Trail:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the store knows of a rank's last step that wasn't usual.
+    """Hold what the store knows of a rank's last step that differed from the usual one.
 
     Attributes:
         number: of steps and evaluations before it.

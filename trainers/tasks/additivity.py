@@ -40,20 +40,20 @@ class Draw:
 
     @property
     def counts_samples(self) -> bool:
-        """Whether the units of the whole are those of the halves together."""
+        """Tell whether the units of the halves add up to those of the whole."""
         units = self.first[1] + self.second[1]
         return abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
 
     @property
     def is_sum(self) -> bool:
-        """Whether loss, units and gradient of the whole are the sums of those of the halves."""
+        """Tell whether loss, units and gradient of the halves add up to those of the whole."""
         loss_off = abs(self.whole[0] - self.first[0] - self.second[0])
         near = loss_off <= LOSS_TOLERANCE * self.size
         return near and self.counts_samples and self.gradient_off <= GRADIENT_TOLERANCE
 
     @property
     def is_mean(self) -> bool:
-        """Whether the loss of the whole is the mean of those of the halves, by samples or by units."""
+        """Tell whether the loss of the whole is the mean of those of the halves, by samples or by units."""
         (_, first, second), units = self.samples, self.first[1] + self.second[1]
         weights = [(first, second), *([(self.first[1], self.second[1])] if units else [])]
         means = [(a * self.first[0] + b * self.second[0]) / (a + b) for a, b in weights]
@@ -61,10 +61,10 @@ class Draw:
 
     @property
     def lies_between(self) -> bool:
-        """Whether the loss of the whole lies between those of the halves, as a mean over any weights does.
+        """Tell whether the loss of the whole lies strictly between those of the halves, as a weighted mean does.
 
-        Such are a mean over tokens that are counted otherwise than the units, and one with class weights. Losses with
-        both signs tell nothing, and nor does the largest loss of the batch, which is that of one of its halves.
+        Examples are a mean over tokens where the units are samples, and a mean with class weights. Losses of both signs
+        tell nothing. The largest loss of a batch isn't a mean: it equals that of one half.
         """
         low, high = sorted((abs(self.first[0]), abs(self.second[0])))
         margin, same_sign = LOSS_TOLERANCE * self.size, self.first[0] * self.second[0] > 0

@@ -34,13 +34,13 @@ TOO_FEW = Found(skipped="a micro-batch has one sample, so there is nothing to co
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What the data and the task are known by before step 1, the same on all ranks.
+    """Hold what was found in the data and the task before step 1, the same on all ranks.
 
     Attributes:
-        fingerprint: of the data; None: not to be compared.
+        fingerprint: of the data; None: it can't be compared.
         depends_on_hardware: why the run isn't the same on another number of ranks.
-        depends_on_cut: why it isn't where its micro-batches have other sizes.
-        evaluation_depends: why the values of its evaluations aren't.
+        depends_on_cut: why the run isn't the same with micro-batches of other sizes.
+        evaluation_depends: why the values of evaluations aren't the same with batches of other sizes.
         skipped: why something couldn't be tried.
     """
 
@@ -105,7 +105,7 @@ def _seen(
     world: World,
     beat: Callable[[], None],
 ) -> dict[str, Any]:
-    """Look at the data, in one process for all looks; what each of them saw, or why it saw nothing, by name."""
+    """Look at the data, in one process for all looks; return what each look saw, or why it saw nothing, by name."""
     works: dict[str, Callable[[], Any]] = {}
     if world.rank == 0 and config.data.fingerprint:
         works["fingerprint"] = partial(fingerprint, data, config.seed)
@@ -128,11 +128,11 @@ def _tried(what: str, trial: Callable[[], Found]) -> Found:
         return Found(rejected=str(error))
     except Exception as error:
         why = "memory ran out" if is_oom(error) else f"{type(error).__name__}: {error}"
-        return Found(skipped=f"task.{what} failed, as it may when it is needed: {why}")
+        return Found(skipped=f"task.{what} failed in this trial, and may fail in training: {why}")
 
 
 def _agreed(world: World, found: Found) -> Found:
-    """What all ranks found. Raises Refused, on all of them, where one rejects the task."""
+    """Return what some rank found. Raises Refused, on all ranks, where one of them rejects the task."""
     everyone = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
     if rejected := next((one.rejected for one in everyone if one.rejected), ""):
         raise Refused(rejected)

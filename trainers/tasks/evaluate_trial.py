@@ -20,7 +20,7 @@ from trainers.tasks.trial import Found
 from trainers.validation import Validation
 
 NOTHING = (0.0, 0.0)
-MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # that no other data and no training would cure
+MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # that no other data and no training would fix
 
 
 def validation_halves(validation: Validation, most: int) -> Halves:
@@ -40,7 +40,7 @@ def own_generators_of_validation(validation: Validation) -> list[str]:
 
 
 class EvaluationTrial:
-    """Calls ``evaluate`` on a batch of validation data and on its halves, in eval mode.
+    """Call ``evaluate`` on a batch of validation data and on its halves, in eval mode.
 
     Args:
         precision: of the run.
@@ -51,7 +51,7 @@ class EvaluationTrial:
         self._precision, self._device = precision, device
 
     def run(self, batch: Halves) -> Found:
-        """Return what ``evaluate`` and ``summarise`` make of ``batch``.
+        """Try ``evaluate`` and ``summarise`` on ``batch``, and return what was found.
 
         Raises:
             Refused: one of them returns something else than the contract says, or has a mistake.

@@ -18,7 +18,7 @@ OWN = "draws from a generator of its own, or from a clock: use the default gener
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """The same samples, collated as one batch and as two.
+    """Hold the same samples, collated as one batch and as two.
 
     Attributes:
         start, middle, stop: their positions; [start, middle) is the first half.
@@ -45,7 +45,7 @@ def halves(fetch: Fetch, start: int, middle: int, stop: int) -> Halves:
 
 
 def _again(samples: list[Any]) -> list[Any]:
-    """A copy, where samples can be copied: collate may change them in place."""
+    """Copy samples if they can be copied: collate may change them in place."""
     try:
         return copy.deepcopy(samples)
     except Exception:
@@ -67,7 +67,7 @@ def own_generators(fetch: Fetch) -> list[str]:
 
 
 def _keyed(fetch: Fetch, row: int) -> Any:
-    """The sample of a row as the dataset gives it."""
+    """Fetch the sample of a row as the dataset gives it."""
     many = fetches_many(fetch.data)
     key_generators(fetch.seed, 0, SAMPLES if many else SAMPLE)
     return next(iter(fetch.data.__getitems__([row]))) if many else fetch.data[row]

@@ -104,7 +104,7 @@ class Sandbox:
 
 
 def _copied(batch: Any) -> Any:
-    """A copy, where it can be copied: the loss may write to its inputs."""
+    """Copy a batch if it can be copied: the loss may write to its inputs."""
     try:
         return copy.deepcopy(batch)
     except Exception:

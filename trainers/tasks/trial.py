@@ -29,11 +29,11 @@ LEAST, GRANULES = 4, 16  # of a batch, where a micro-batch has as many; granules
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a trial found.
+    """Hold what a trial found.
 
     Attributes:
         rejected: why the task can't be trained; empty where it can.
-        counters: what counts calls, and so depends on the number of ranks, too.
+        counters: numbers that change with every call, and so depend on the number of ranks too.
         depends: what else makes the run depend on its cut.
         skipped: why something couldn't be tried.
     """
@@ -58,7 +58,7 @@ def batches_of(cut: Cut, train_samples: int) -> list[tuple[int, int, int]]:
 
 
 class LossTrial:
-    """Calls ``task.loss`` on whole batches and on their halves, with what couples samples by design switched off.
+    """Call ``task.loss`` on whole batches and on their halves, with dropout and batch statistics switched off.
 
     Args:
         to_training_mode: puts the model into the modes in which it is trained.
@@ -69,7 +69,7 @@ class LossTrial:
         self._to_training_mode = to_training_mode
 
     def run(self, batches: Sequence[Halves]) -> Found:
-        """Return what the loss of ``batches`` tells.
+        """Return what the losses of ``batches`` show.
 
         Raises:
             Refused: the loss returns something else than the contract says.
@@ -102,7 +102,7 @@ class LossTrial:
         return [self._draw(batch) for batch in batches]
 
     def _in_eval_mode(self, batches: Sequence[Halves]) -> list[Draw] | None:
-        """The same in eval mode; None where the model doesn't work in that, or draws random numbers all the same."""
+        """Measure in eval mode; return None where the model fails there, or still draws random numbers."""
         self._sandbox.drew = False
         self._model.eval()
         try:
@@ -134,7 +134,7 @@ class LossTrial:
     def _measure(
         self, batch: Any, start: int, samples: int, parameters: list[nn.Parameter]
     ) -> tuple[tuple[float, float], list[Tensor]]:
-        """The loss with its units, and the gradient, zeros where a parameter has none."""
+        """Return the loss with its units, and the gradient: zeros for a parameter that has none."""
         self._sandbox.reset()
         switch_off(self._model)
         loss, units = self._sandbox.call(

@@ -111,7 +111,7 @@ def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any])
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The task, the modules of the model and of the task, and what these hold two levels down, by name."""
+    """Yield the task, the modules of the model and of the task, and what these hold two levels down, with names."""
     roots = [("task", task), *_modules("model", model)]
     for key, value in vars(task).items() if hasattr(task, "__dict__") else ():
         roots += _modules(f"task.{key}", value) if isinstance(value, nn.Module) else []
@@ -128,7 +128,7 @@ def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The plain objects among some attributes, and in small lists and mappings there, by name."""
+    """Yield the plain objects among some attributes, and in small lists and mappings there, with names."""
     for key, value in attributes.items():
         if _is_plain_object(value):
             yield key, value
@@ -142,7 +142,7 @@ def _modules(prefix: str, module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether it is an instance of a class of somebody's own: data is looked at elsewhere, and libraries know."""
+    """Tell whether ``value`` is of a class that is neither Python's, torch's nor numpy's, and is no dataset."""
     foreign = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy", *sys.stdlib_module_names)
     return not foreign and not isinstance(value, type | nn.Module | Dataset)
 
