@@ -493,6 +493,8 @@ class Evaluated(Counted):
         loss, count = self.loss(model, batch)
         if self.how == "typo" and len(batch[0]):
             return {"loss": (losss, count)}  # type: ignore[name-defined]  # noqa: F821
+        if self.how == "no such key":
+            return {"loss": (float(loss), {"n": count}["units"])}
         if self.how == "no such method":
             model.predict(batch)  # type: ignore[operator]
         if self.how == "this batch alone":
@@ -517,6 +519,7 @@ class Evaluated(Counted):
     [
         ("sum", False, "", ""),
         ("typo", True, "", "losss"),
+        ("no such key", True, "", "units"),
         ("no such method", True, "", "predict"),
         ("summarise: typo", True, "", "task.summarise"),
         ("mean", True, "", "'loss'"),

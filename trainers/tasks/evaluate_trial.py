@@ -60,7 +60,7 @@ class EvaluationTrial:
         own = hasattr(self._task, "evaluate")
         with self._sandbox, torch.no_grad(), exact_fp32():
             self._model.eval()
-            with _told_of("evaluate" if own else "loss, in eval mode,"):
+            with _told_of("evaluate" if own else "loss, in eval mode,", (*MISTAKES, KeyError)):
                 whole = self._measure(batch.whole, batch.start)
             with _told_of("summarise"):
                 summarise(self._task, whole)
@@ -85,11 +85,11 @@ class EvaluationTrial:
 
 
 @contextmanager
-def _told_of(what: str) -> Iterator[None]:
-    """Reject a mistake; another error may be of this batch alone."""
+def _told_of(what: str, mistakes: tuple[type[Exception], ...] = MISTAKES) -> Iterator[None]:
+    """Reject a mistake; another error may be of this batch alone, as a missing name is in the totals of one batch."""
     try:
         yield
-    except MISTAKES as error:
+    except mistakes as error:
         raise Refused(
             f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
             f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"

@@ -39,7 +39,7 @@ class Sandbox:
         held = [
             one for one in getattr(task, "__dict__", {}).values() if isinstance(one, nn.Module) and one is not model
         ]
-        self._copies = [Copies(model, device), *(Copies(one) for one in held if one is not model)]
+        self._copies = [Copies(model, device), *map(Copies, held)]
         self.drew = self.narrow = False
 
     def __enter__(self) -> Sandbox:
