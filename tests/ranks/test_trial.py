@@ -289,6 +289,23 @@ def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put
     assert (list(task.last), task.pair, task.holder.inner.calls, task.trained) == ([1.0], (0, 1.0), 0, 0)
 
 
+def test_modules_that_nobody_registered_are_left_as_they_were() -> None:
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.teachers = nn.Linear(8, 5), [nn.BatchNorm1d(8, affine=False)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.teachers[0](x))  # type: ignore[no-any-return]
+
+    model, task = Student(), task_of(lambda x, y, m: ce(task.nets["norm"](x), y, reduction="none"))
+    task.model, task.nets = (lambda: model), {"norm": nn.BatchNorm1d(5, affine=False)}
+    norms = [model.teachers[0], task.nets["norm"]]
+    tried(task)
+    assert [float(norm.running_mean.abs().sum()) for norm in norms] == [0.0, 0.0]
+    assert [int(norm.num_batches_tracked) for norm in norms] == [0, 0]
+
+
 def test_nothing_remains_of_it() -> None:
     """Weights, also where the forward writes to them; buffers; modes; gradients; generators."""
 

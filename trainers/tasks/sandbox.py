@@ -36,10 +36,8 @@ class Sandbox:
         self.task, self.model = task, model
         self._device, self._seed, self._beat = device, seed, beat
         self._attributes = Attributes(task, model)
-        held = [
-            one for one in getattr(task, "__dict__", {}).values() if isinstance(one, nn.Module) and one is not model
-        ]
-        self._copies = [Copies(model, device), *map(Copies, held)]
+        apart = self._attributes.modules_apart_from(model)  # a teacher or a loss network, say
+        self._copies = [Copies(model, device), *map(Copies, apart)]
         self.drew = self.narrow = False
 
     def __enter__(self) -> Sandbox:

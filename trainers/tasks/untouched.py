@@ -86,6 +86,15 @@ class Attributes:
         self._before = {name: dict(_plain(one)) for name, one in self._objects.items()}
         self._numbers = self.numbers()
 
+    def modules_apart_from(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules that task and model hold beside ``model``: an attribute of the task, or in a list."""
+        known, apart = set(model.modules()), []
+        for one in self._objects.values():
+            if isinstance(one, nn.Module) and one not in known:
+                known.update(one.modules())
+                apart.append(one)
+        return apart
+
     def numbers(self) -> dict[tuple[str, str], Any]:
         """Return a copy of the numbers in every attribute, by the object's name and the attribute's."""
         copies = {
@@ -112,11 +121,8 @@ def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any])
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the task, the modules of the model and of the task, and what these hold two levels down, with names."""
-    roots = [("task", task), *_modules("model", model)]
-    for key, value in vars(task).items() if hasattr(task, "__dict__") else ():
-        roots += _modules(f"task.{key}", value) if isinstance(value, nn.Module) else []
     seen = set[int]()
-    level = roots
+    level = [("task", task), *_modules("model", model)]
     for _ in range(OBJECTS_DEPTH + 1):
         new = [(name, one) for name, one in level if hasattr(one, "__dict__")]
         level = []
@@ -124,27 +130,29 @@ def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
             if id(one) not in seen:
                 seen.add(id(one))
                 yield name, one
-                level += [(f"{name}.{place}", held) for place, held in _held(_plain(one))]
+                for place, held in _held(_plain(one)):
+                    path = f"{name}.{place}"
+                    level += _modules(path, held) if isinstance(held, nn.Module) else [(path, held)]
 
 
 def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the plain objects among some attributes, and in small lists and mappings there, with names."""
+    """Yield the modules and plain objects among some attributes, and in small lists and mappings there, with names."""
     for key, value in attributes.items():
-        if _is_plain_object(value):
+        if _is_looked_into(value):
             yield key, value
         elif isinstance(value, dict | list | tuple) and len(value) <= COPIED_ENTRIES:
             inside = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"{key}.{place}", held) for place, held in inside if _is_plain_object(held))
+            yield from ((f"{key}.{place}", held) for place, held in inside if _is_looked_into(held))
 
 
 def _modules(prefix: str, module: nn.Module) -> list[tuple[str, Any]]:
     return [(f"{prefix}.{name}" if name else prefix, one) for name, one in module.named_modules()]
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Tell whether ``value`` is of a class that is neither Python's, torch's nor numpy's, and is no dataset."""
+def _is_looked_into(value: Any) -> bool:
+    """Tell whether ``value`` is a module, or of a class that is neither Python's, torch's nor numpy's; no dataset."""
     foreign = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy", *sys.stdlib_module_names)
-    return not foreign and not isinstance(value, type | nn.Module | Dataset)
+    return isinstance(value, nn.Module) or not (foreign or isinstance(value, type | Dataset))
 
 
 def _plain(one: Any) -> dict[str, Any]:
