@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,7 @@ def _train(
     with watch.excused():  # val_data() may take its time
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     per_gpu = evaluation_batch(config, plan, limit)
-    with watch.excused() if hasattr(task, "summarise") else nullcontext():  # which is tried there
-        looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch.beat)
+    looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch)
     model = prepare(model, config, stream, world.size)
     modes = Modes(model)
     watch.beat()

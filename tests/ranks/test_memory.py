@@ -88,6 +88,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that what is freed is seen to be
     config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
     task, run = make_task(config), RunDir(folder / "run")
+    run.path.mkdir(parents=True, exist_ok=True)
     plan = resolve(config, world.size, 80)
     run.path.mkdir(exist_ok=True)
 

@@ -543,7 +543,7 @@ class Evaluated(Counted):
         ("mean and 1", False, "depends_on_cut", "'loss'"),
         ("missing", False, "depends_on_cut", "'rare'"),
         ("summarise: this batch alone", False, "trial_skipped", "ZeroDivisionError"),
-        ("this batch alone", False, "trial_skipped", "ValueError"),
+        ("this batch alone", True, "", "ValueError"),
     ],
 )
 def test_a_mistake_in_an_evaluation_costs_nothing(runs: Runs, how: str, rejected: bool, event: str, said: str) -> None:

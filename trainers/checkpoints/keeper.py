@@ -247,8 +247,11 @@ class Keeper:
         if failed:
             shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
             return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
-        self._took(time.monotonic() - save.began)
-        self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._keep)])
+        try:
+            self._took(time.monotonic() - save.began)
+            self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._keep)])
+        except Exception as error:  # it is committed all the same, and other ranks wait to hear of it
+            self._warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
         return None
 
     def _tell(self, step: int, warnings: list[str]) -> None:

@@ -88,9 +88,12 @@ def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | N
     """
     told = [draw for draw in draws if draw.finite and abs(draw.whole[0]) + draw.size > 0]
     if noisy:
-        ratios = [draw.whole[0] / sum_of_halves for draw in told if (sum_of_halves := draw.first[0] + draw.second[0])]
+        ratios = [draw.whole[0] / halves for draw in told if (halves := draw.first[0] + draw.second[0])]
+        whole, halves = sum(draw.whole[0] for draw in told), sum(draw.first[0] + draw.second[0] for draw in told)
         low, high = NOISY_MEAN
-        return ("mean", told[0]) if ratios and all(low < ratio < high for ratio in ratios) else ("sum", None)
+        near = [ratio for ratio in ratios if low < ratio < high]
+        halved = len(near) > 0.7 * len(ratios) and halves and low < whole / halves < high
+        return ("mean", told[0]) if halved else ("sum", None)
     off = [draw for draw in told if not draw.is_sum]
     if not off:
         return "sum", None

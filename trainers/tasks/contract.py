@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from trainers.look import Unseen, has_no_state, look
 from trainers.modes import Modes
 from trainers.rundir import Refused
 from trainers.starting.notes import is_oom
+from trainers.starting.watch import Watch
 from trainers.tasks import Task
 from trainers.tasks.evaluate_trial import EvaluationTrial, own_generators_of_validation, validation_halves
 from trainers.tasks.halves import halves, own_generators
@@ -60,32 +62,34 @@ def look_and_try(
     plan: Plan,
     evaluation_batch: int,
     world: World,
-    beat: Callable[[], None],
+    watch: Watch,
 ) -> Looked:
     """Look at the data, and try the contract of ``task`` where ``check.contract`` says so.
 
     Args:
         model: bare, as it will be trained.
         evaluation_batch: samples of an evaluation's forward, at most.
-        beat: called after every look and forward.
+        watch: told of every look and forward. Looking at data, and ``summarise``, may take their time.
 
     Raises:
         Refused: the task breaks the contract; on all ranks.
     """
-    seen = _seen(config, task, data, validation, plan, evaluation_batch, world, beat)
+    wanted = config.check.contract and not config.debug  # which is for breakpoints, and they would be met here
+    with watch.excused():
+        seen = _seen(wanted, config, task, data, validation, plan, evaluation_batch, world, watch)
     digits = seen.get("fingerprint")
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
     unseen = next((one.why for one in seen.values() if isinstance(one, Unseen)), "")
-    if any(reasons := world.gather(unseen)) or not config.check.contract:
+    if any(reasons := world.gather(unseen)) or not wanted:
         return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
-    sandbox = Sandbox(task, model, world.device, config.seed, beat)
+    sandbox = Sandbox(task, model, world.device, config.seed, watch.beat)
     batches = [seen[name] for name in seen if name.startswith("batch ")]
     loss, evaluation = LossTrial(sandbox, Modes(model).train), EvaluationTrial(sandbox, config.precision, world.device)
     of_loss = _agreed(world, _tried("loss", lambda: loss.run(batches)) if batches else TOO_FEW)
     of_evaluation = Found()
     if validation:
-        what = "evaluate or task.summarise"
-        of_evaluation = _agreed(world, _tried(what, lambda: evaluation.run(seen["validation"])))
+        with watch.excused() if hasattr(task, "summarise") else nullcontext():
+            of_evaluation = _agreed(world, _tried("summarise", lambda: evaluation.run(seen["validation"])))
     return Looked(
         known_by,
         depends_on_hardware=[*seen["own"], *of_loss.counters],
@@ -96,6 +100,7 @@ def look_and_try(
 
 
 def _seen(
+    wanted: bool,
     config: RunConfig,
     task: Task,
     data: Any,
@@ -103,13 +108,13 @@ def _seen(
     plan: Plan,
     evaluation_batch: int,
     world: World,
-    beat: Callable[[], None],
+    watch: Watch,
 ) -> dict[str, Any]:
     """Look at the data, in one process for all looks; return what each look saw, or why it saw nothing, by name."""
     works: dict[str, Callable[[], Any]] = {}
     if world.rank == 0 and config.data.fingerprint:
         works["fingerprint"] = partial(fingerprint, data, config.seed)
-    if config.check.contract:
+    if wanted:
         fetch = Fetch(data, task, plan.seed)
         cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
         works["own"] = partial(own_generators, fetch)
@@ -118,7 +123,7 @@ def _seen(
             works["own of validation"] = partial(own_generators_of_validation, validation)
             works["validation"] = partial(validation_halves, validation, evaluation_batch)
     here = has_no_state(data, task) and (validation is None or has_no_state(validation.data, task))
-    return dict(zip(works, look(list(works.values()), beat, here=here), strict=True))
+    return dict(zip(works, look(list(works.values()), watch.beat, here=here), strict=True))
 
 
 def _tried(what: str, trial: Callable[[], Found]) -> Found:

@@ -12,7 +12,7 @@ import torch
 from trainers.evaluate import Totals, measure, summarise
 from trainers.precision import autocast
 from trainers.rundir import Refused
-from trainers.starting.notes import place
+from trainers.starting.notes import is_oom, place
 from trainers.tasks.additivity import Draw, judge
 from trainers.tasks.halves import OWN, TWICE, Halves, differ
 from trainers.tasks.sandbox import Sandbox, exact_fp32
@@ -60,9 +60,9 @@ class EvaluationTrial:
         own = hasattr(self._task, "evaluate")
         with self._sandbox, torch.no_grad(), exact_fp32():
             self._model.eval()
-            with _told_of("evaluate" if own else "loss, in eval mode,", (*MISTAKES, KeyError)):
+            with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so
                 whole = self._measure(batch.whole, batch.start)
-            with _told_of("summarise"):
+            with _told_of("summarise", MISTAKES):  # others may be of the totals of one batch alone
                 summarise(self._task, whole)
             if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
                 return Found()
@@ -85,11 +85,13 @@ class EvaluationTrial:
 
 
 @contextmanager
-def _told_of(what: str, mistakes: tuple[type[Exception], ...] = MISTAKES) -> Iterator[None]:
-    """Reject a mistake; another error may be of this batch alone, as a missing name is in the totals of one batch."""
+def _told_of(what: str, mistakes: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
+    """Reject a mistake; where memory runs out, fewer samples may do."""
     try:
         yield
     except mistakes as error:
+        if isinstance(error, Refused) or is_oom(error):
+            raise
         raise Refused(
             f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
             f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from io import StringIO
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,7 +38,7 @@ class Sandbox:
         self._device, self._seed, self._beat = device, seed, beat
         self._attributes = Attributes(task, model)
         apart = self._attributes.modules_apart_from(model)  # a teacher or a loss network, say
-        self._copies = [Copies(model, device), *map(Copies, apart)]
+        self._copies = [Copies(model, device), *(Copies(one, without=model) for one in apart)]
         self.drew = self.narrow = False
 
     def __enter__(self) -> Sandbox:
@@ -47,7 +48,8 @@ class Sandbox:
             stack.callback(self._attributes.restore)
             for copies in self._copies:
                 stack.enter_context(copies)
-            stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter,
+            stack.enter_context(redirect_stdout(StringIO()))  # and prints what the task prints
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(register_module_forward_hook(self._note_narrow).remove)
             self._stack = stack.pop_all()

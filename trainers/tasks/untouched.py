@@ -27,13 +27,17 @@ class Copies:
 
     Args:
         device: where the copies are; None: each where its original is.
+        without: a model that has copies of its own, which ``module`` may contain.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | None = None, without: nn.Module | None = None) -> None:
         self._device = device
-        self._parameters = [(parameter, parameter.data) for parameter in module.parameters()]
-        self._buffers = [(one, dict(one._buffers)) for one in module.modules()]
-        self._modes = [(one, one.training) for one in module.modules()]
+        copied = set(without.modules()) if without else set[nn.Module]()
+        apart = [one for one in module.modules() if one not in copied]
+        parameters = dict.fromkeys(parameter for one in apart for parameter in one.parameters(recurse=False))
+        self._parameters = [(parameter, parameter.data) for parameter in parameters]
+        self._buffers = [(one, dict(one._buffers)) for one in apart]
+        self._modes = [(one, one.training) for one in apart]
 
     def __enter__(self) -> Copies:
         try:
