@@ -12,9 +12,9 @@ install: $(VENV)/.installed
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# Several at a time, as each waits for processes, and for time to pass, much of the while.
+# All at a time, as each waits for processes, and for time to pass, much of the while.
 test: install
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-launch test-engines test-ranks test-unit
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
 # Half of the time that tests/ranks takes.
 ENGINES := $(patsubst %,tests/ranks/test_%.py,accelerate bitwise branches crossing deepspeed engines fsdp memory)
