@@ -12,7 +12,8 @@ install: $(VENV)/.installed
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# All at a time, as each waits for processes, and for time to pass, much of the while.
+# All at a time, as each waits for processes, and for time to pass, much of the while. The unit tests, which wait for
+# nothing, take what the others leave.
 test: install
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
@@ -29,7 +30,7 @@ test-launch: install
 	$(PYTEST) tests/launch tests/faults
 
 test-unit: install
-	$(PYTEST) -p tests.no_torch tests/unit
+	nice -n 10 $(PYTEST) -p tests.no_torch tests/unit
 
 test-cluster: install
 	$(PYTEST) tests/cluster
