@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.plain import PER_GPU, loop
 from tests.ranks.harness import in_ranks
+from trainers.checkpoints.best import Best
 from trainers.world import World
 
 STEPS, WARM, TURNS = 300, 30, 9
@@ -95,6 +96,8 @@ kept: list[Any] = []
 
 class KeepsNothing:
     """In the Keeper's place: what a save takes is measured elsewhere."""
+
+    best = Best(None)
 
     def due(self) -> bool:
         return False
