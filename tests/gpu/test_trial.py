@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling.geometry import solve
+from tests.ranks import test_trial
 from tests.ranks.test_trial import COUPLED, MEANS, SOUND, Recurrent, task_of
 from trainers.keyed import generators_kept
-from trainers.loader import Fetch
-from trainers.tasks.halves import halves
 from trainers.tasks.images import resnet
-from trainers.tasks.sandbox import Sandbox
 from trainers.tasks.text import GPT
-from trainers.tasks.trial import Found, LossTrial, batches_of
+from trainers.tasks.trial import Found
 
 CUDA = torch.device("cuda", 0)
 torch.cuda.init()
 LAUNCHER = Path(__file__).parents[2] / "launch.py"
-
-
-def tried(task: Any, per_gpu: int = 32) -> Found:
-    fetch = Fetch(task.train_data(), task, seed=0)
-    model = task.model()
-    batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(Sandbox(task, model, CUDA, 0, lambda: None), model.train)
-    return trial.run([halves(fetch, *batch) for batch in batches])
+tried = partial(test_trial.tried, device=CUDA)
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -55,11 +55,11 @@ def task_of(function: Any, model: Any = None) -> Any:
     return made
 
 
-def tried(task: Any, per_gpu: int = 64) -> Found:
+def tried(task: Any, per_gpu: int = 64, device: torch.device = CPU) -> Found:
     fetch = Fetch(task.train_data(), task, seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(Sandbox(task, model, CPU, 0, lambda: None), model.train)
+    trial = LossTrial(Sandbox(task, model, device, 0, lambda: None), model.train)
     return trial.run([halves(fetch, *batch) for batch in batches])
 
 
