@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 
-from trainers.stop import Stop
+from isobatch.trainers.ranks.signals import Stop
 
 STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
 gc.disable()  # what is imported stays; workers turn it on again
@@ -22,41 +22,41 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.compose import compose
-from conf.explain import ConfigError
-from conf.hardware import refuse_unless_startable, under_torchrun, world_size
-from conf.help import annotated, command_line, help_text
-from conf.identity import run_directory
-from conf.run_dir import refuse_typo
-from conf.schema import Slurm
-from conf.stored import extends
-from conf.sweep import expand, sweep_directories
-from scaling.printable import one_line
-from scaling.record import to_json
-from scaling.report import grid, plan_row, result
-from scaling.resolve import resolve
-from scaling.table import table
-from trainers import terminal
-from trainers.repository import commit_of, repository_of
-from trainers.rundir import Refused, RunDir, write_atomic
-from trainers.shown import differences
-from trainers.source import folder_of
-from trainers.starting import workers
-from trainers.starting.child import guarded, in_turn, opened
-from trainers.terminal import answer, secure_streams
+from isobatch.conf import terminal
+from isobatch.conf.compose import compose
+from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
+from isobatch.conf.help import annotated, command_line, help_text
+from isobatch.conf.identity import run_directory
+from isobatch.conf.rundir.directory import RunDir, write_atomic
+from isobatch.conf.saved import extends
+from isobatch.conf.schema import Slurm
+from isobatch.conf.sweep import expand, sweep_directories
+from isobatch.conf.terminal import answer, secure_streams
+from isobatch.conf.typos import refuse_typo
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.printable import one_line
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.scaling.report.results import grid, plan_row, result
+from isobatch.scaling.report.table import table
+from isobatch.trainers.launch import start as workers
+from isobatch.trainers.launch.changes import differences
+from isobatch.trainers.launch.children import guarded, in_turn, opened
+from isobatch.trainers.launch.repository import commit_of, repository_of
+from isobatch.trainers.launch.source import folder_of
 
 LAUNCHER = Path(__file__).resolve()
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
-    from scaling.plan import Plan
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
 
 
 def main(arguments: list[str]) -> int:
     """The exit code.
 
     Raises:
-        ConfigError, Refused: what was asked for can't be.
+        UserError: what was asked for can't be.
     """
     args = command_line(arguments)
     if args.help:
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     if args.multirun:
         if args.cfg or under_torchrun():
             other = "--cfg prints one config" if args.cfg else "torchrun starts workers of one run"
-            raise ConfigError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
+            raise UserError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
         return sweep(args.overrides, args.config_dir)
     config = compose(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
@@ -75,14 +75,14 @@ def main(arguments: list[str]) -> int:
     if config.action == "runs":
         return listed(config)
     if config.action == "requeue":
-        from slurm import jobs  # here and below: a plan, which has no use for it, answers at once
+        from isobatch.slurm import jobs  # here and below: a plan, which has no use for it, answers at once
 
         code, why = jobs.end(RunDir(run_directory(config)), config)
         say(why)
         return code
     facts: dict[str, str] = {}
     if isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run:
-        from slurm.allocation import Allocation, as_local
+        from isobatch.slurm.allocation import Allocation, as_local
 
         if allocation := Allocation.within():
             config, facts = as_local(config, allocation), allocation.facts
@@ -106,7 +106,7 @@ def planned(config: RunConfig) -> Plan | None:
     machines have prepared it, one after another.
     """
     if isinstance(config.cluster, Slurm):
-        from slurm.submit import refuse_unless_submittable
+        from isobatch.slurm.submit import refuse_unless_submittable
 
         refuse_unless_submittable(config)
     elif config.action == "train":
@@ -120,21 +120,21 @@ def planned(config: RunConfig) -> Plan | None:
     try:
         return resolve(config, world_size(config), opened(config, STOP) if to_open else None)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     """``plan`` as it goes on from the checkpoints of ``run``, if it has any."""
     if not run.checkpoints.is_dir():
         return plan
-    from trainers.checkpoints.preview import from_checkpoint
+    from isobatch.trainers.checkpoints.preview import from_checkpoint
 
     return from_checkpoint(plan, config, run)
 
 
 def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -> int:
     """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
-    from slurm import jobs
+    from isobatch.slurm import jobs
 
     run = RunDir(directory)
     run.refuse_foreign()
@@ -165,7 +165,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -
 
 def start(config: RunConfig, **facts: str) -> int:
     """Start the workers, or be one; the exit code."""
-    from slurm.allocation import job_facts
+    from isobatch.slurm.allocation import job_facts
 
     command = shlex.join(["python", *sys.argv])
     code = code_now(config)
@@ -176,8 +176,8 @@ def start(config: RunConfig, **facts: str) -> int:
 
 def listed(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
-    from scaling.runs import directories, row
-    from slurm.state import SlurmError, queued
+    from isobatch.scaling.report.runs import directories, row
+    from isobatch.slurm.state import SlurmError, queued
 
     there = {}
     try:
@@ -203,8 +203,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         try:
             configs.append(compose(element.overrides, config_dir))
             plans.append(planned(configs[-1]))
-        except (ConfigError, Refused) as error:
-            raise ConfigError(": ".join(filter(None, [" ".join(element.swept), str(error)]))) from None
+        except UserError as error:
+            raise UserError(": ".join(filter(None, [" ".join(element.swept), str(error)]))) from None
     directories = sweep_directories(configs, [element.swept for element in elements])
     if configs[0].action == "plan":
         if configs[0].output == "json":
@@ -219,11 +219,11 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         before, longer = RunDir(directory).outcome(), extends(directory, config)
         finished.append(before is not None and before.state == "finished" and not longer)
     if any(isinstance(config.cluster, Slurm) for config in configs):
-        from slurm import jobs
-        from slurm.allocation import Allocation
+        from isobatch.slurm import jobs
+        from isobatch.slurm.allocation import Allocation
 
         if not getattr(configs[0].cluster, "dry_run", False) and Allocation.within():
-            raise ConfigError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
+            raise UserError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
         left = [number for number, done in enumerate(finished) if not done]
         chosen = [configs[number] for number in left], [RunDir(directories[number]) for number in left]
         if not getattr(configs[0].cluster, "dry_run", False):
@@ -263,7 +263,7 @@ def begin() -> int:
     try:
         sys.path.insert(1, os.getcwd())
     except FileNotFoundError:
-        raise ConfigError("the working directory was deleted: change to one that exists") from None
+        raise UserError("the working directory was deleted: change to one that exists") from None
     return main(sys.argv[1:])
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from benchmarks.step import compared, fitting
-from trainers.world import World
+from isobatch.trainers.ranks.world import World
 
 TURNS = 9
 WORK = {  # overrides, steps of a turn, samples of a micro-batch
     "MLP 784-128-10": (("task._target_=benchmarks.plain.Yardstick", "lr.peak=0.05"), 200, 32),
     "GPT, 0.8 million weights": (
         (
-            "task._target_=trainers.tasks.text.Text", "task.args.data=null", "task.args.length=64",
+            "task._target_=isobatch.trainers.tasks.text.Text", "task.args.data=null", "task.args.length=64",
             "task.args.width=128", "task.args.depth=4", "task.args.heads=4", "task.args.dropout=0", "optimizer=adamw",
             "lr.peak=0.001",
         ), 12, 4,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.start import ENGINES
+from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import in_ranks
-from trainers.starting.watch import Watch
-from trainers.world import World
 
 TURNS = {1: 9, 10: 5, 100: 3}  # by MiB of weights
 RANKS = (1, 2, 4)
@@ -51,15 +51,15 @@ class Saving:
     """A run of ``layers`` that can train, save and go on; without its files but for checkpoints."""
 
     def __init__(self, layers: int, options: Sequence[str], folder: Path, world: World) -> None:
-        from conf.compose import compose
-        from scaling.resolve import resolve
-        from trainers.checkpoints.keeper import Keeper
-        from trainers.checkpoints.resume import header_of
-        from trainers.engines import make_engine
-        from trainers.loader import Loader
-        from trainers.rundir import RunDir
-        from trainers.state import TrainState
-        from trainers.tasks import make_task
+        from isobatch.conf.compose import compose
+        from isobatch.conf.rundir.directory import RunDir
+        from isobatch.scaling.planning.resolve import resolve
+        from isobatch.trainers.checkpoints.resume import header_of
+        from isobatch.trainers.checkpoints.saver import Keeper
+        from isobatch.trainers.data.loader import Loader
+        from isobatch.trainers.data.state import TrainState
+        from isobatch.trainers.engines.engine import make_engine
+        from isobatch.trainers.tasks.task import make_task
 
         self.config = compose(
             [
@@ -82,7 +82,7 @@ class Saving:
         )  # fmt: skip
 
     def train(self, steps: int) -> None:
-        from trainers.tally import Note
+        from isobatch.trainers.engines.step_report import Note
 
         engine = self.engine
         for _ in range(steps):
@@ -100,7 +100,7 @@ class Saving:
         self.keeper.save(self.state)
 
     def resume(self) -> None:
-        from trainers.checkpoints.resume import resume
+        from isobatch.trainers.checkpoints.resume import resume
 
         resume(self._run, self.config, self.world, self.engine, self.plan, None, print, Watch().beat)
 

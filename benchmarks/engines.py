@@ -19,7 +19,7 @@ from benchmarks import by_hand
 from benchmarks.plain import PER_GPU, Yardstick
 from benchmarks.start import ENGINES
 from benchmarks.step import compared, fitting
-from trainers.world import World
+from isobatch.trainers.ranks.world import World
 
 TURNS = 5
 STEPS = {"MLP": 60, "blocks": 20}  # in a turn

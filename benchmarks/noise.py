@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.step import compared, fitting
-from trainers.world import World
+from isobatch.trainers.ranks.world import World
 
 TURNS = 11
 SAMPLES, WIDTH, CLASSES = 1024, 1024, 10

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from isobatch.trainers.ranks.world import World
 from tests.peers import alone
 from tests.ranks.harness import in_ranks
-from trainers.world import World
 
 LAYERS, HIDDEN, VOCABULARY, WARM, TURNS = 12, 256, 30522, 2, 15
 
@@ -37,8 +37,8 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
     """Name → (what it is compared with, how it is made)."""
-    from trainers.optim.lamb import LAMB
-    from trainers.optim.lars import LARS
+    from isobatch.trainers.optim.lamb import LAMB
+    from isobatch.trainers.optim.lars import LARS
 
     adamw, sgd = "AdamW, fused", "SGD, fused"
     decay: dict[str, Any] = {"weight_decay": 0.01}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import hushed
-from conf.compose import compose
+from isobatch.conf.compose import compose
+from isobatch.trainers.engines.engine import import_engine
 from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, ENGINES, TASK, overrides, pairs
-from trainers.engines import import_engine
 
 RANKS = 3
 DEADLINE_S = 300.0
@@ -43,7 +43,7 @@ def finished(run: Run) -> Run:
 
 def refused(runs: Runs, case: str, engine: str) -> bool:
     """Whether all ranks refuse it."""
-    return all(end.get("raised") == "Refused" for end in runs(RANKS, *overrides(case, engine)).ends)
+    return all(end.get("raised") == "UserError" for end in runs(RANKS, *overrides(case, engine)).ends)
 
 
 def rows() -> list[dict[str, Any]]:

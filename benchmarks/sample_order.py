@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling.order import indices
+from isobatch.scaling.order import indices
 
 RANGE = 1 << 20
 REQUEST = 32

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from trainers.rundir import RunDir
+from isobatch.conf.rundir.directory import RunDir
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 WAYS = {

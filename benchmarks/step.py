@@ -13,9 +13,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.plain import PER_GPU, loop
+from isobatch.trainers.checkpoints.best import Best
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import in_ranks
-from trainers.checkpoints.best import Best
-from trainers.world import World
 
 STEPS, WARM, TURNS = 300, 30, 9
 
@@ -25,19 +25,19 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
 
     Its argument says how often the gradient noise is measured, in samples. Nothing writes files or lines meanwhile.
     """
-    from conf.compose import compose
-    from scaling.noise import Smoothed
-    from scaling.resolve import resolve
-    from trainers.engines import make_engine
-    from trainers.fit import fit
-    from trainers.keyed import Stream
-    from trainers.loader import Loader
-    from trainers.metrics import Metrics
-    from trainers.starting.watch import Watch
-    from trainers.state import TrainState
-    from trainers.stop import Stop
-    from trainers.tally import Pulse
-    from trainers.tasks import make_task
+    from isobatch.conf.compose import compose
+    from isobatch.scaling.noise import Smoothed
+    from isobatch.scaling.planning.resolve import resolve
+    from isobatch.trainers.data.loader import Loader
+    from isobatch.trainers.data.state import TrainState
+    from isobatch.trainers.engines.engine import make_engine
+    from isobatch.trainers.engines.step_report import Pulse
+    from isobatch.trainers.loop.fit import fit
+    from isobatch.trainers.loop.metrics import Metrics
+    from isobatch.trainers.model.randomness import Stream
+    from isobatch.trainers.ranks.signals import Stop
+    from isobatch.trainers.ranks.watch import Watch
+    from isobatch.trainers.tasks.task import make_task
 
     config = compose(["task=custom", *overrides])
     task = make_task(config)

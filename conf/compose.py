@@ -24,11 +24,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.automatic import choose_optimizer
-from conf.explain import (
+from isobatch.conf.identity import housekeeping
+from isobatch.conf.messages import (
     HERE,
     RECORDED,
-    ConfigError,
     choices_of,
     for_shell,
     keys,
@@ -39,10 +38,11 @@ from conf.explain import (
     unknown_key,
     validated,
 )
-from conf.identity import housekeeping
-from conf.schema import RunConfig
-from conf.stored import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
-from scaling.reading import MOST_DEPTH, YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
+from isobatch.conf.saved import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import choose_optimizer
+from isobatch.scaling.reading import MOST_DEPTH, YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
 
 PRIMARY = "config"
 MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
@@ -70,22 +70,22 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     """The config that ``overrides`` ask for; ``optimizer=auto`` is the optimizer that it chooses.
 
     Raises:
-        ConfigError: it can't be; the message says what was wrong, with its value, and what would work.
+        UserError: it can't be; the message says what was wrong, with its value, and what would work.
     """
     try:
         return _compose(overrides, config_dir)
     except _OptimizerIsAutoError:
         others = [text for text in overrides if parse(text).key_or_group != "optimizer"]
         if any(parse(text).key_or_group == "run.dir" for text in others):
-            with suppress(_OptimizerIsAutoError, ConfigError):
+            with suppress(_OptimizerIsAutoError, UserError):
                 if (config := _compose(others, config_dir)).chosen and not config.run.new:
                     return config  # it goes on, and the optimizer was chosen when it began
         shared = [text for text in others if not text.lstrip("+").startswith("optimizer.")]
         choice = choose_optimizer(_compose([*shared, "optimizer=sgd"], config_dir), roots_with(config_dir))
         try:
             config = _compose([*others, f"optimizer={choice.name}"], config_dir)
-        except ConfigError as error:
-            raise ConfigError(f"{error} (optimizer=auto chose {choice.name})") from None
+        except UserError as error:
+            raise UserError(f"{error} (optimizer=auto chose {choice.name})") from None
         return config.model_copy(update={"chosen": {"optimizer": choice.why}})
 
 
@@ -105,7 +105,7 @@ def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> RunConf
     parsed = [parse(text) for text in overrides]
     for override in parsed:
         if override.is_sweep_override():
-            raise ConfigError(
+            raise UserError(
                 f"{shown(str(override.input_line))} is a sweep; did you mean -m? (a list is written [a,b], text in "
                 "quotes 'a,b')"
             )
@@ -150,7 +150,7 @@ def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
     weights = plain.get("init_from")
     if of_runs := sorted(key for key in given if key.startswith("run.")):
         directory = values.get("dir") if isinstance(values := plain["run"], dict) else None
-        raise ConfigError(
+        raise UserError(
             f"action=evaluate writes nothing, so it takes no {' or '.join(of_runs)}: "
             + ("leave it out" if weights else f"write init_from={directory or 'DIR'}, whose weights are evaluated")
         )
@@ -167,8 +167,8 @@ def _going_on(
     as_stored = [parse(text) for text in chosen]
     try:
         was = validated(over(_composed(as_stored, roots)[0], stored))
-    except ConfigError as error:
-        raise ConfigError(f"{file} is damaged: {error}") from None
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
     fresh, given = _composed([*as_stored, *parsed], roots)
     given -= set(choices(stored)) - {override.key_or_group for override in parsed}
     now = validated(going_on(was, given, fresh, another))
@@ -181,7 +181,7 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
     """The config that a submission froze, whole; what is to be done with it is the command's."""
     allowed = ("action", "output", "run.config", "run.dir")
     if other := [override.key_or_group for override in parsed if override.key_or_group not in allowed]:
-        raise ConfigError(f"run.config={file} is the whole config, which {', '.join(other)} can't change: leave it out")
+        raise UserError(f"run.config={file} is the whole config, which {', '.join(other)} can't change: leave it out")
     stored = load(file)
     chosen = choices(stored, but=()).items()
     as_stored = [parse(f"{group}={name}") for group, name in chosen if name in choices_of(group, roots)]
@@ -189,8 +189,8 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
     plain = over(fresh, stored, but=("action", "output", "run"))
     try:
         return validated(plain | {"given": stored["given"], "chosen": stored["chosen"]})
-    except ConfigError as error:
-        raise ConfigError(f"{file} is damaged: {error}") from None
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str, Any], set[str]]:
@@ -205,13 +205,13 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
             if any(override.key_or_group == "experiment" for override in parsed):
                 given.update(_given_by_experiments(overrides, roots))
         except MissingConfigException as error:
-            raise ConfigError(_no_such_option(error)) from None
+            raise UserError(_no_such_option(error)) from None
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {_short(error)}" if error.full_key else _short(error)) from None
+            raise UserError(f"{error.full_key}: {_short(error)}" if error.full_key else _short(error)) from None
         except RecursionError:
-            raise ConfigError("values are nested too deep, or interpolations ${…} stand for each other") from None
+            raise UserError("values are nested too deep, or interpolations ${…} stand for each other") from None
         except (HydraException, yaml.YAMLError, ValueError, OSError) as error:
-            raise ConfigError(_short(error)) from None
+            raise UserError(_short(error)) from None
     assert isinstance(plain, dict)
     if isinstance(optimizer := plain.get("optimizer"), dict) and optimizer.get("name") == "auto":
         raise _OptimizerIsAutoError
@@ -219,34 +219,34 @@ def _composed(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[s
 
 
 def parse(text: str) -> Override:
-    """``key=value`` as Hydra reads it. Raises ConfigError."""
+    """``key=value`` as Hydra reads it. Raises UserError."""
     _refuse_unending(text)
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(_unparsable(text, error)) from None
+        raise UserError(_unparsable(text, error)) from None
     except (ValueError, RecursionError) as error:  # a number of too many digits
-        raise ConfigError(f"{shown(text)!r} can't be read: {error!s:.200}") from None
+        raise UserError(f"{shown(text)!r} can't be read: {error!s:.200}") from None
     top = override.key_or_group.replace("/", ".").partition(".")[0]
     if top == "hydra":
-        raise ConfigError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
+        raise UserError(f"{text}: Hydra's own settings have no effect here; --help lists the keys there are")
     if top in ("", *RECORDED):
-        raise ConfigError(unknown_key(override.key_or_group or text))
+        raise UserError(unknown_key(override.key_or_group or text))
     if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
         return parse(text.replace(f"@{override.package}", "", 1))
     return override
 
 
 def _refuse_unending(text: str) -> None:
-    """Raise ConfigError where Hydra's parser would recurse too deep, or take minutes."""
+    """Raise UserError where Hydra's parser would recurse too deep, or take minutes."""
     depth = commas = 0
     for sign in re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", text):
         depth += (sign in "[{(") - (sign in "]})")
         commas += sign == "," and depth > 0
         if depth > MOST_DEPTH:
-            raise ConfigError(f"{shown(text)!r} can't be read: its brackets are nested more than {MOST_DEPTH} deep")
+            raise UserError(f"{shown(text)!r} can't be read: its brackets are nested more than {MOST_DEPTH} deep")
         if commas > MOST_VALUES:
-            raise ConfigError(
+            raise UserError(
                 f"{shown(text)!r} can't be read: a list on the command line has at most {MOST_VALUES:,} values; give "
                 "it in a YAML of your own (--config-dir)"
             )
@@ -274,22 +274,22 @@ def _for_hydra(override: Override, roots: Sequence[Path]) -> str:
     options, change = choices_of(group, roots), override.type is OverrideType.CHANGE
     if override.is_delete():
         if group in set(keys()):
-            raise ConfigError(f"{text}: a key can be null where its comment says so, but not be deleted")
+            raise UserError(f"{text}: a key can be null where its comment says so, but not be deleted")
         return text
     if not options or isinstance(value, dict):
         return f"++{text}" if change and override.package is None else text
     if (HERE / group).is_dir():
         place = override.package
         if place and (change or place.partition(".")[0] not in set(keys())):
-            raise ConfigError(f"{text}: no choice of {group} goes to {place}; use {group}={shown(value)}")
+            raise UserError(f"{text}: no choice of {group} goes to {place}; use {group}={shown(value)}")
         if not place and not change:
-            raise ConfigError(f"{text}: {group} is there already; leave out the +: {group}={shown(value)}")
+            raise UserError(f"{text}: {group} is there already; leave out the +: {group}={shown(value)}")
     if value is None and group not in set(keys()):
         return f"~{override.get_key_element()}"
     for name in value if isinstance(value, list) else [value]:
         files = [root / group / f"{name}.yaml" for root in roots]
         if ".." in str(name) or not any(os.path.isfile(file) for file in files):
-            raise ConfigError(_no_such_choice(group, shown(name), options))
+            raise UserError(_no_such_choice(group, shown(name), options))
     return text
 
 

@@ -8,8 +8,8 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 
-from conf.explain import ConfigError
-from conf.schema import RunConfig, Slurm
+from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.scaling.errors import UserError
 
 FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
@@ -60,20 +60,20 @@ def world_size(config: RunConfig) -> int:
     """Data-parallel ranks: torchrun's number of them, or machines × workers of each.
 
     Raises:
-        ConfigError: torchrun's numbers aren't any, or the config contradicts them.
+        UserError: torchrun's numbers aren't any, or the config contradicts them.
     """
     cluster = config.cluster
     if not under_torchrun():
         return cluster.nodes * workers_here(config)
     world, here = _ranks("WORLD_SIZE", ""), _ranks("LOCAL_WORLD_SIZE", "1")
     if cluster.gpus_per_node not in ("auto", here):
-        raise ConfigError(
+        raise UserError(
             f"cluster.gpus_per_node={cluster.gpus_per_node} contradicts torchrun's LOCAL_WORLD_SIZE={here}; "
             "leave it out"
         )
     nodes = _ranks("GROUP_WORLD_SIZE", str(max(1, world // here)))
     if cluster.nodes != nodes and (cluster.nodes > 1 or "cluster.nodes" in config.given):
-        raise ConfigError(
+        raise UserError(
             f"cluster.nodes={cluster.nodes} contradicts torchrun's WORLD_SIZE={world} with LOCAL_WORLD_SIZE={here}; "
             "leave it out"
         )
@@ -83,43 +83,43 @@ def world_size(config: RunConfig) -> int:
 def _ranks(name: str, default: str) -> int:
     said = os.environ.get(name, default)
     if not re.fullmatch(r"[1-9]\d*", said):
-        raise ConfigError(f"{name}={said} in the environment isn't the number that torchrun sets")
+        raise UserError(f"{name}={said} in the environment isn't the number that torchrun sets")
     return int(said)
 
 
 def _allow_files() -> None:
-    """Raise the limit of open files to ``FILES``. Raises ConfigError where that isn't allowed."""
+    """Raise the limit of open files to ``FILES``. Raises UserError where that isn't allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return
     if hard != resource.RLIM_INFINITY and hard < FILES:
-        raise ConfigError(
+        raise UserError(
             f"a process may have {hard} files open here, and training needs {FILES}: raise it, ulimit -n {FILES}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
 
 
 def refuse_unless_startable(config: RunConfig) -> None:
-    """Raises ConfigError where training can't start on this machine."""
+    """Raises UserError where training can't start on this machine."""
     _allow_files()
     cluster, torchrun = config.cluster, under_torchrun()
     if isinstance(cluster, Slurm):
-        raise ConfigError(
+        raise UserError(
             f"cluster=slurm submits trainings, and action={config.action} isn't one: within a job, `srun "
             f"--ntasks-per-node=1 python launch.py cluster=slurm action={config.action} …` does it on its machines"
         )
     if config.debug and (torchrun or cluster.nodes > 1 or cluster.gpus_per_node not in ("auto", 1)):
         nodes, gpus = cluster.nodes, cluster.gpus_per_node
         asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
-        raise ConfigError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
+        raise UserError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
     several = by_accelerate() and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
     if config.engine.name == "accelerate" and several and cluster.gpus_per_node == "auto":
-        raise ConfigError(
+        raise UserError(
             "accelerate launch was asked for several processes on the CPU, and starts one, or what mpirun starts: give "
             "it --multi_gpu instead of --cpu, and device=cpu here; or cluster.gpus_per_node=N, which starts N"
         )
     if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
-        raise ConfigError(
+        raise UserError(
             f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "
             "the first node, the port a free one of it"
         )
@@ -127,10 +127,10 @@ def refuse_unless_startable(config: RunConfig) -> None:
     visible = visible_gpus(env)
     if config.device == "cuda" and not visible:
         hidden = f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']})" if "CUDA_VISIBLE_DEVICES" in env else ""
-        raise ConfigError(f"device=cuda, but no GPU is visible here{hidden}; device=cpu trains without")
+        raise UserError(f"device=cuda, but no GPU is visible here{hidden}; device=cpu trains without")
     here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
     if config.device != "cpu" and visible and here > visible:
-        raise ConfigError(
+        raise UserError(
             f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible; "
             f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
         )

@@ -13,10 +13,11 @@ from typing import NamedTuple, NoReturn
 
 import yaml
 
-from conf.compose import roots_with
-from conf.explain import RECORDED, ConfigError, nearest, shown
-from conf.schema import RunConfig
-from conf.stored import choices
+from isobatch.conf.compose import roots_with
+from isobatch.conf.messages import RECORDED, nearest, shown
+from isobatch.conf.saved import choices
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
 
 HERE = Path(__file__).parent
 WHOLE_RUNS = ("task", "experiment")  # groups whose choices give keys of the whole run, or none of their own
@@ -73,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         options = [option for action in self._actions for option in action.option_strings]
-        raise ConfigError(
+        raise UserError(
             message + (nearest(unknown[1], options) if unknown else "") + " (--help shows the command line)"
         )
 
@@ -95,14 +96,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
-    """``overrides``, ``help``, ``cfg``, ``config_dir``, ``multirun``. Raises ConfigError."""
+    """``overrides``, ``help``, ``cfg``, ``config_dir``, ``multirun``. Raises UserError."""
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
-        raise ConfigError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
+        raise UserError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
     for ours in HERE.glob("**/*.yaml") if parsed.config_dir is not None else ():
         theirs = Path(parsed.config_dir) / ours.relative_to(HERE)
         if theirs.exists() and not theirs.samefile(ours):
-            raise ConfigError(f"{theirs} is named as a file of Isobatch's own, which goes first; give it another name")
+            raise UserError(f"{theirs} is named as a file of Isobatch's own, which goes first; give it another name")
     return parsed
 
 

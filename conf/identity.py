@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from scaling.units import Duration
+from isobatch.conf.schema import PACKAGE, SHIPPED_TASKS, RunConfig
+from isobatch.scaling.units import Duration
 
 HOUSEKEEPING = (
     "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "task.local", "data.local",
@@ -31,6 +31,8 @@ def science(config: RunConfig) -> dict[str, Any]:
     plain = config.model_dump(mode="json", by_alias=True)
     dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
     left_out = dealt if global_size_rules(config) else {"batch.global_size"}
+    if config.task.target in SHIPPED_TASKS:  # hashed as it was called first, so that no old run is another one now
+        plain["task"]["_target_"] = config.task.target.removeprefix(PACKAGE)
     leaves = _leaves("", plain)
     ours = {key: value for key, value in leaves.items() if key not in left_out and not housekeeping(key)}
     return {key: value for key, value in ours.items() if not _off(value) and OFF.get(key) != value}

@@ -9,15 +9,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
-from conf.engines import Engine
-from conf.section import Free, Modules, Section
-from scaling.limits import LARGEST, Count, Memory, NotNegative, Number, Positive, Seed, Share, Size
-from scaling.rules import LAWS
-from scaling.stages import BatchSchedule
-from scaling.units import EXAMPLES, Duration
+from isobatch.conf.groups import Engine
+from isobatch.conf.types import Free, Modules, Section
+from isobatch.scaling.batch_schedule import BatchSchedule
+from isobatch.scaling.limits import LARGEST, Count, Memory, NotNegative, Number, Positive, Seed, Share, Size
+from isobatch.scaling.rules import LAWS
+from isobatch.scaling.units import EXAMPLES, Duration
 
+PACKAGE = "isobatch."
+SHIPPED_TASKS = tuple(
+    f"{PACKAGE}trainers.tasks.{name}" for name in ("digits.Digits", "images.Images", "mnist1d.Mnist1D", "text.Text")
+)
 WORKERS = 1024  # processes that load data, of each rank
 NAME_BYTES, PATH_BYTES = 255, 3800  # Linux allows 4,096, of which what Isobatch puts below needs some
 
@@ -130,9 +134,15 @@ def _refuse_repeated(section: str, args: str, given: Free | None, local: Free) -
         raise ValueError(f"{names} repeats {science}: leave out one of the two")
 
 
+def _by_its_present_name(target: object) -> object:
+    """Accept a shipped task under the name that it had before all of Isobatch was importable as one package."""
+    present = f"{PACKAGE}{target}"
+    return present if present in SHIPPED_TASKS else target
+
+
 class Task(Section):
     name: Name
-    target: Target = Field(alias="_target_")
+    target: Annotated[Target, BeforeValidator(_by_its_present_name)] = Field(alias="_target_")
     args: Free
     local: Free
     train_samples: Size | None

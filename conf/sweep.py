@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, cast
 
 from hydra.core.override_parser.types import Override, RangeSweep
 
-from conf.compose import parse, roots_with
-from conf.explain import ConfigError, choices_of, shown
-from conf.identity import digest, first_free, science
-from conf.schema import RunConfig
+from isobatch.conf.compose import parse, roots_with
+from isobatch.conf.identity import digest, first_free, science
+from isobatch.conf.messages import choices_of, shown
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
 
 MOST_RUNS = 10_000
 OF_THE_WHOLE = ("action", "output", "debug", "run.dir", "run.name", "run.new")
@@ -40,7 +41,7 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
     """The runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
 
     Raises:
-        ConfigError: an override can't be read, or stands for no values.
+        UserError: an override can't be read, or stands for no values.
     """
     roots = roots_with(config_dir)
     loader = SimpleNamespace(get_group_options=lambda group, results_filter=None: choices_of(group, roots))
@@ -51,14 +52,14 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
             ways.append([(text, False)])
             continue
         if not override.is_discrete_sweep():
-            raise ConfigError(
+            raise UserError(
                 f"{shown(text)}: an interval has no end of values; name them with commas, or range(from,to,step)"
             )
         override.config_loader = cast(Any, loader)  # all that glob() asks of it
         values = _values(override, text)
         ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
     if (runs := math.prod(map(len, ways))) > MOST_RUNS:
-        raise ConfigError(f"the sweep stands for {runs:,} runs, and can be of at most {MOST_RUNS:,}: give fewer values")
+        raise UserError(f"the sweep stands for {runs:,} runs, and can be of at most {MOST_RUNS:,}: give fewer values")
     return [
         Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
         for way in itertools.product(*ways)
@@ -72,14 +73,14 @@ def _values(override: Override, text: str) -> list[str]:
     if isinstance(values, RangeSweep):  # counted first, as a shuffled one is made whole
         start, stop, step = (float(number or 0) for number in (values.start, values.stop, values.step))
         if step == 0 or not all(map(math.isfinite, (start, stop, step))):
-            raise ConfigError(f"{shown(text)} has no end of values: give range(from,to,step) with another step")
+            raise UserError(f"{shown(text)} has no end of values: give range(from,to,step) with another step")
         if (stop - start) / step > MOST_RUNS:
-            raise ConfigError(too_many)
+            raise UserError(too_many)
     found = list(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1)))
     if not found:
-        raise ConfigError(f"{text} stands for no value at all")
+        raise UserError(f"{text} stands for no value at all")
     if len(found) > MOST_RUNS:
-        raise ConfigError(too_many)
+        raise UserError(too_many)
     return found
 
 
@@ -92,15 +93,15 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         swept: of each run the overrides that vary, as they are written on the command line.
 
     Raises:
-        ConfigError: the runs differ in what has to be one for all of them, are no runs, or a run lives where the sweep
+        UserError: the runs differ in what has to be one for all of them, are no runs, or a run lives where the sweep
             should.
     """
     keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
-            raise ConfigError(f"{key} is one for the whole sweep; give it one value")
+            raise UserError(f"{key} is one for the whole sweep; give it one value")
     if (action := configs[0].action) not in ("train", "plan"):
-        raise ConfigError(f"-m is a sweep of runs that are trained or planned; give action={action} without it")
+        raise UserError(f"-m is a sweep of runs that are trained or planned; give action={action} without it")
     every = [science(config) for config in configs]
     shared = {
         key: value
@@ -116,7 +117,7 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     )
     root = first_free(root) if run.new else root
     if os.path.exists(root / "config.yaml"):
-        raise ConfigError(f"run.dir={root} holds a run, and a sweep needs a folder of its own; name another run.dir")
+        raise UserError(f"run.dir={root} holds a run, and a sweep needs a folder of its own; name another run.dir")
     return [root / _folder(",".join(overrides)) for overrides in swept]
 
 

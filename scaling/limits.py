@@ -6,7 +6,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Len, Lt, Predicate
 
-from scaling.printable import one_line
+from isobatch.scaling.printable import one_line
 
 LARGEST = 10**15  # of a number of samples, tokens, ranks or passes, and of any other number
 LONGEST = 4096  # characters of a name or a reason
@@ -18,7 +18,7 @@ def readable(text: str) -> bool:
 
 
 def hexadecimal(text: str) -> bool:
-    """Tell whether ``text`` is what ``conf.identity.digest`` makes."""
+    """Tell whether ``text`` is what ``isobatch.conf.identity.digest`` makes."""
     return len(text) == 12 and set(text) <= set("0123456789abcdef")
 
 

@@ -14,11 +14,11 @@ import math
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
-from scaling.geometry import Cut, counted
-from scaling.limits import Count
+from isobatch.scaling.geometry import Cut, counted
+from isobatch.scaling.limits import Count
 
 if TYPE_CHECKING:
-    from scaling.plan import Plan
+    from isobatch.scaling.plan import Plan
 
 MEMORY = 100  # measurements after which what was found weighs 1/e of what is found now
 FEWEST = 10  # measurements, before which nothing is said of how sure they are

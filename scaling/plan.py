@@ -11,11 +11,11 @@ from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Len
 
-from scaling.engines import WHOLE, Held
-from scaling.geometry import Cut, counted, solve
-from scaling.limits import Count, Identity, Seed, Size, Text
-from scaling.rules import OutOfRange, Recipe, Rule
-from scaling.schedule import Schedule
+from isobatch.scaling.geometry import Cut, counted, solve
+from isobatch.scaling.limits import Count, Identity, Seed, Size, Text
+from isobatch.scaling.planning.capabilities import WHOLE, Held
+from isobatch.scaling.rules import OutOfRange, Recipe, Rule
+from isobatch.scaling.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Annotated, NamedTuple
 
 from annotated_types import Len
 
-from scaling.geometry import counted
-from scaling.limits import Memory, NotNegative, Number, Positive, Share, Text
+from isobatch.scaling.geometry import counted
+from isobatch.scaling.limits import Memory, NotNegative, Number, Positive, Share, Text
 
 PARTS = ("betas", "eps", "weight_decay")  # of a recipe, which may be given for one batch, beside the LR
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from scaling.limits import Count, NotNegative, Positive, Share, Size, Text
+from isobatch.scaling.limits import Count, NotNegative, Positive, Share, Size, Text
 
 LARGEST_POWER = 30  # of ten, by which milestones may multiply the LR
 

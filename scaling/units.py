@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from scaling.limits import LARGEST
+from isobatch.scaling.limits import LARGEST
 
 Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from conf.explain import ConfigError
-from conf.schema import Local, RunConfig, Slurm
-from slurm.state import SlurmError, address, hostnames, job_of, kill_wait_s
+from isobatch.conf.schema import Local, RunConfig, Slurm
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.state import SlurmError, address, hostnames, job_of, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so that they meet no neighbouring job's
@@ -37,18 +37,18 @@ class Allocation:
         """The job that this process is a task of; None outside of a job.
 
         Raises:
-            ConfigError: it is in a job and no task of it, or a machine has several, or Slurm can't name the machines.
+            UserError: it is in a job and no task of it, or a machine has several, or Slurm can't name the machines.
         """
         if "SLURM_JOB_ID" not in env:
             return None
         if "SLURM_STEP_ID" not in env:
-            raise ConfigError(
+            raise UserError(
                 f"this is inside of Slurm's job {env['SLURM_JOB_ID']}: start its nodes with `srun --ntasks-per-node=1 "
                 "python launch.py cluster=slurm …`, or submit another job from outside (env -u SLURM_JOB_ID …)"
             )
         tasks, nodes = env.get("SLURM_NTASKS", "1"), env.get("SLURM_STEP_NUM_NODES", "1")
         if tasks != nodes:
-            raise ConfigError(
+            raise UserError(
                 f"srun starts {tasks} tasks on {nodes} nodes, and one a node is wanted, which starts that node's "
                 "workers: srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)"
             )
@@ -87,15 +87,15 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
     """``config`` for the machines of ``allocation``, as if they had been named by hand.
 
     Raises:
-        ConfigError: it contradicts the allocation.
+        UserError: it contradicts the allocation.
     """
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
     nodes = len(allocation.hosts)
     if "cluster.nodes" in config.given and cluster.nodes != nodes:
-        raise ConfigError(f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}: leave it out")
+        raise UserError(f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}: leave it out")
     if config.run.new:
-        raise ConfigError(
+        raise UserError(
             "run.new=true would begin another run each time that this job is queued again: give the new run a name of "
             "its own, run.name=…, or submit it by python launch.py cluster=slurm run.new=true"
         )

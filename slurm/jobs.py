@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.explain import ConfigError
-from conf.schema import RunConfig, Slurm
-from conf.stored import frozen
-from scaling.run_files import last_step
-from slurm.allocation import job_facts
-from slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
-from slurm.state import SlurmError
-from slurm.submit import common_cluster, prepare, refuse_if_queued
+from isobatch.conf.rundir.files import last_step
+from isobatch.conf.saved import frozen
+from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.allocation import job_facts
+from isobatch.slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
+from isobatch.slurm.state import SlurmError
+from isobatch.slurm.submit import common_cluster, prepare, refuse_if_queued
 
 
 class Run(Protocol):
@@ -48,7 +48,7 @@ def submit(
         What is to be said: the job, where its output goes, how to follow and to cancel it; of a dry run, the script.
 
     Raises:
-        ConfigError: they can't be one job, a job does one of them already, or Slurm refuses. Nothing of it stays.
+        UserError: they can't be one job, a job does one of them already, or Slurm refuses. Nothing of it stays.
     """
     cluster, stamp = common_cluster(configs), f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
     places = [run.path.absolute() for run in runs]
@@ -84,11 +84,11 @@ def end(run: Run, config: RunConfig) -> tuple[int, str]:
         The script's exit code, and what is to be said.
 
     Raises:
-        ConfigError: this isn't a job of Slurm's.
+        UserError: this isn't a job of Slurm's.
         SlurmError: Slurm doesn't answer.
     """
     if not isinstance(config.cluster, Slurm):
-        raise ConfigError("action=requeue is for the script of a job: python launch.py cluster=slurm … action=requeue")
+        raise UserError("action=requeue is for the script of a job: python launch.py cluster=slurm … action=requeue")
     ended = end_of_job(run.path)
     verdict = judge(ended, config.cluster.max_requeues, config.cluster.signal_s)
     if verdict.event == "finished":

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from conf.schema import Slurm
-from scaling.geometry import counted
+from isobatch.conf.schema import Slurm
+from isobatch.scaling.geometry import counted
 
 MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"
 

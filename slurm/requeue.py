@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from conf.explain import ConfigError
-from scaling.run_files import events, last_step, outcome
-from slurm.output import DUE, parse_complaint, parse_due, parse_unreached, tail
-from slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted_nodes
+from isobatch.conf.rundir.files import events, last_step, outcome
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.output import DUE, parse_complaint, parse_due, parse_unreached, tail
+from isobatch.slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted_nodes
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
 STOPPED = 75  # that of a launcher which a signal stopped
@@ -94,11 +94,11 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
     """Of the job that this process is the end of, and whose run is in ``directory``.
 
     Raises:
-        ConfigError: this isn't a job.
+        UserError: this isn't a job.
         SlurmError: Slurm doesn't answer.
     """
     if "SLURM_JOB_ID" not in env:
-        raise ConfigError("action=requeue is what the script of a Slurm job does at its end, and this isn't a job")
+        raise UserError("action=requeue is what the script of a Slurm job does at its end, and this isn't a job")
     identifier, restart, said = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), tail(Path("/proc/self/fd/2"))
     now, found = job(identifier), events(directory)
     start = start_of(found, identifier, restart)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from conf.explain import ConfigError
+from isobatch.scaling.errors import UserError
 
 ANSWER_S = 60.0  # for a busy controller
 PATIENCE_S = 300.0  # within a job, whose stop or start would be lost: as long as a controller may take to come back
@@ -23,7 +23,7 @@ UNANSWERED = re.compile(
 DOWN = ("down", "fail", "error")  # how a node's state begins that won't be heard of
 
 
-class SlurmError(ConfigError):
+class SlurmError(UserError):
     """A command of Slurm's failed.
 
     Attributes:

@@ -11,12 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.explain import ConfigError, override
-from conf.schema import RunConfig, Slurm
-from conf.stored import refuse_missing
-from scaling.run_files import events
-from slurm.render import render
-from slurm.state import SlurmError, ask, queued
+from isobatch.conf.messages import override
+from isobatch.conf.rundir.files import events
+from isobatch.conf.saved import refuse_missing
+from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.render import render
+from isobatch.slurm.state import SlurmError, ask, queued
 
 OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # of Slurm's variables; the others are of a job
 
@@ -46,38 +47,38 @@ HELP = {
 
 
 def refuse_unless_submittable(config: RunConfig) -> None:
-    """Raises ConfigError where something has to be given, or doesn't go with a job."""
+    """Raises UserError where something has to be given, or doesn't go with a job."""
     if config.cluster.gpus_per_node == "auto":
-        raise ConfigError(
+        raise UserError(
             "cluster=slurm needs cluster.gpus_per_node=…, the worker processes of each node: what this machine has "
             "says nothing of those"
         )
     if config.init_from is not None:
         refuse_missing(config.init_from)
     if config.debug:
-        raise ConfigError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
+        raise UserError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
 
 
 def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
     """The cluster of all runs of a sweep, which are one array of jobs.
 
     Raises:
-        ConfigError: they ask for different ones.
+        UserError: they ask for different ones.
     """
     first = configs[0].cluster
     if any(config.cluster != first for config in configs) or not isinstance(first, Slurm):
-        raise ConfigError("the runs of a sweep are one array of jobs, so cluster.… has to be the same for all of them")
+        raise UserError("the runs of a sweep are one array of jobs, so cluster.… has to be the same for all of them")
     return first
 
 
 def refuse_if_queued(directories: Sequence[Path]) -> None:
-    """Raises ConfigError, naming it, where a job that was submitted for one of these runs isn't over yet."""
+    """Raises UserError, naming it, where a job that was submitted for one of these runs isn't over yet."""
     submitted = {job: directory for directory in directories for job in jobs_of(directory, "submitted")}
     by_hand = {job: directory for directory in directories for job in jobs_of(directory, "start")}
     for job, one in queued([*submitted, *by_hand]).items() if submitted or by_hand else ():
         # one that works has the lock; a shell within a job may have started it there, and may go on without it
         if job in submitted or (job in by_hand and one.state == "PENDING"):
-            raise ConfigError(
+            raise UserError(
                 f"job {job} does the run in {(submitted | by_hand)[job]} already ({one}): wait for it, "
                 f"`scancel {job}`, or start another run beside it with run.new=true"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scaling.plan import Plan, Step
+from isobatch.scaling.plan import Plan, Step
 
 
 def walk(plan: Plan, sample: int = 0) -> Iterator[Step]:

@@ -141,11 +141,11 @@ def _show(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from conf.compose import compose
-    from trainers.starting import workers
+    from isobatch.conf.compose import compose
+    from isobatch.trainers.launch import start as workers
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     workers.import_torch(compose([]))
-    import trainers.run  # noqa: F401
+    import isobatch.trainers.run  # noqa: F401
 
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -7,48 +7,49 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from conf.stored import dump
-from scaling.advice import lr_jump
-from scaling.evaluations import evaluation_batch
-from scaling.geometry import counted
-from scaling.noise import unmeasurable
-from scaling.plan import Plan
-from scaling.record import to_json
-from scaling.resolve import resolve
-from scaling.table import table
-from scaling.units import Duration
-from trainers.batchnorm import Counting
-from trainers.checkpoints.commit import pass_over
-from trainers.checkpoints.keeper import Keeper
-from trainers.checkpoints.manifest import Checkpoint, Header, checkpoints
-from trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
-from trainers.engines import make_engine, refuse_environment
-from trainers.enter import code_of, enter, refuse_other_source, refuse_unless_same
-from trainers.evaluate import Evaluator, with_average
-from trainers.fit import fit
-from trainers.kept import KEPT
-from trainers.keyed import Stream, seed_generators
-from trainers.loader import Loader
-from trainers.metrics import Metrics, tell
-from trainers.model import dependent_on_cut, make_model, prepare
-from trainers.modes import Modes
-from trainers.patience import prepare_data, without_hurry
-from trainers.rundir import Fatal, Outcome, Refused, RunDir, State, write_atomic
-from trainers.source import Source, changes
-from trainers.starting.notes import restarts
-from trainers.starting.watch import Watch
-from trainers.state import TrainState
-from trainers.stop import SIGNALS, Stop
-from trainers.tally import Pulse
-from trainers.tasks import make_task, open_data
-from trainers.tasks.contract import Looked, look_and_try
-from trainers.terminal import say
-from trainers.validation import open_validation
-from trainers.weights import initialise, listed, save_final
-from trainers.world import World
+from isobatch.conf.rundir.directory import Fatal, Outcome, RunDir, State, write_atomic
+from isobatch.conf.saved import dump
+from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
+from isobatch.scaling.noise import unmeasurable
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.advice import lr_jump
+from isobatch.scaling.planning.evaluations import evaluation_batch
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.scaling.report.table import table
+from isobatch.scaling.units import Duration
+from isobatch.trainers.checkpoints.commit import pass_over
+from isobatch.trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
+from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.weights import initialise, listed, save_final
+from isobatch.trainers.data.loader import Loader
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.data.validation import open_validation
+from isobatch.trainers.engines.engine import make_engine, refuse_environment
+from isobatch.trainers.engines.step_report import Pulse
+from isobatch.trainers.launch.source import Source, changes
+from isobatch.trainers.loop.claim import code_of, enter, refuse_other_source, refuse_unless_same
+from isobatch.trainers.loop.evaluate import Evaluator, with_average
+from isobatch.trainers.loop.fit import fit
+from isobatch.trainers.loop.metrics import Metrics, tell
+from isobatch.trainers.model.batchnorm import Counting
+from isobatch.trainers.model.build import dependent_on_cut, make_model, prepare
+from isobatch.trainers.model.modes import Modes
+from isobatch.trainers.model.randomness import Stream, seed_generators
+from isobatch.trainers.ranks.kept import KEPT
+from isobatch.trainers.ranks.notes import restarts
+from isobatch.trainers.ranks.signals import SIGNALS, Stop
+from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.prepare import prepare_data, without_hurry
+from isobatch.trainers.tasks.task import make_task, open_data
+from isobatch.trainers.tensors.manifest import Checkpoint, Header, checkpoints
+from isobatch.trainers.trial.contract import Looked, look_and_try
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
+    from isobatch.conf.schema import RunConfig
 
 
 def train(
@@ -72,13 +73,13 @@ def train(
         ``finished`` or ``stopped``, the same on all ranks.
 
     Raises:
-        Refused: what the user gave can't work.
+        UserError: what the user gave can't work.
         Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
             the samples of the largest micro-batch, ``granule``, of which it is a multiple, and ``fixed``, whether it is
             part of what the run is, where it was training already.
     """
     if config.action == "evaluate":
-        from trainers.evaluate_weights import evaluate_weights
+        from isobatch.trainers.loop.evaluate_weights import evaluate_weights
 
         return evaluate_weights(config, facts, world, stop)
     run, before = enter(config, facts, world)
@@ -162,7 +163,7 @@ def _train(
     every, best = config.checkpoint.every, config.checkpoint.best
     for key, asks in ((f"checkpoint.best={best}", best), ("evaluate.first=true", config.evaluate.first)):
         if asks and evaluate is None:
-            raise Refused(f"{key} needs validation data, and task {config.task.name} has no val_data()")
+            raise UserError(f"{key} needs validation data, and task {config.task.name} has no val_data()")
     if ours:  # from here on it isn't the attempt before any more
         write_atomic(run.path / "config.yaml", dump(config))
         write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
@@ -304,7 +305,7 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
             return plan.dealt(world, most)
         return plan
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def say_where(

@@ -25,8 +25,8 @@ from benchmarks.plain import PER_GPU, Yardstick, loop
 from benchmarks.start import BIN, PLAIN_TWO_STEPS, TORCHRUN, TWO_STEPS, seconds
 from benchmarks.step import ours
 from benchmarks.tables import hushed
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import Runs, in_ranks
-from trainers.world import World
 
 STEPS, WARM, TURNS, START_TURNS = 150, 20, 5, 2
 CUT_STEPS = 20

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.soak import processes_of
-from scaling.order import indices
+from isobatch.scaling.order import indices
 from tests.faults.task import SAMPLES, Fault
 from tests.warm import Warm
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.checkpoints.manifest import sealed
+from isobatch.trainers.tensors.manifest import sealed
 
 PART = "rank-00001.safetensors"
 BALLAST = "model/ballast"  # a tensor that has a slice in both files

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import trainers.run
-from slurm.state import job_of
+import isobatch.trainers.run
+from isobatch.slurm.state import job_of
 from tests.tasks import OneByOne, Slow
 
 SAMPLES = 500
@@ -118,8 +118,11 @@ class Faulty(Slow):
                     time.sleep(60)
                     os._exit(0)
             case "slow":
-                save_final = trainers.run.save_final
-                trainers.run.save_final = lambda *args, **more: (time.sleep(one["seconds"]), save_final(*args, **more))
+                save_final = isobatch.trainers.run.save_final
+                isobatch.trainers.run.save_final = lambda *args, **more: (
+                    time.sleep(one["seconds"]),
+                    save_final(*args, **more),
+                )
             case "fill":
                 fill(Path(one["path"]), one["leave"])
             case "limit":

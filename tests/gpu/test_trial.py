@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isobatch.trainers.model.randomness import generators_kept
+from isobatch.trainers.tasks.images import resnet
+from isobatch.trainers.tasks.text import GPT
+from isobatch.trainers.trial.training import Found
 from tests.ranks import test_trial
 from tests.ranks.test_trial import COUPLED, MEANS, SOUND, Recurrent, task_of
-from trainers.keyed import generators_kept
-from trainers.tasks.images import resnet
-from trainers.tasks.text import GPT
-from trainers.tasks.trial import Found
 
 CUDA = torch.device("cuda", 0)
 torch.cuda.init()

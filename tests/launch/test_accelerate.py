@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.soak import LAUNCH
 from benchmarks.start import BIN
-from conf.compose import compose
-from conf.hardware import workers_here
+from isobatch.conf.compose import compose
+from isobatch.conf.hardware import workers_here
 from tests.launch.test_workers import BASE, LONG, Run, folder  # noqa: F401  a fixture
 
 CONFIG = """
@@ -47,7 +47,7 @@ def test_several_on_the_cpu_are_refused_as_it_starts_one(folder: Path) -> None: 
 
 def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where several are visible, unless it is told otherwise."""
-    monkeypatch.setattr("conf.hardware.visible_gpus", lambda env: 8)
+    monkeypatch.setattr("isobatch.conf.hardware.visible_gpus", lambda env: 8)
     assert workers_here(compose(["engine=accelerate"])) == 8
     for name, value in ALONE.items():
         monkeypatch.setitem(os.environ, name, value)
@@ -57,9 +57,9 @@ def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ENGINES = """
-import os, torch, trainers.run
-from conf.compose import compose
-from trainers.engines import import_engine
+import os, torch, isobatch.trainers.run
+from isobatch.conf.compose import compose
+from isobatch.trainers.engines.engine import import_engine
 for engine in ("ddp", "fsdp", "accelerate", "deepspeed"):
     import_engine(compose([f"engine={engine}"]))
 print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 import yaml
 
-from conf.compose import compose
-from conf.help import EXAMPLES
-from conf.identity import identity
-from conf.stored import dump
-from scaling.record import to_json
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.help import EXAMPLES
+from isobatch.conf.identity import identity
+from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.saved import dump
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.trainers.checkpoints.commit import compose as manifest_of
+from isobatch.trainers.tensors.manifest import NAME, Header, file_of, folder_of
 from tests.warm import Warm
-from trainers.checkpoints.commit import compose as manifest_of
-from trainers.checkpoints.manifest import NAME, Header, file_of, folder_of
-from trainers.rundir import Outcome, RunDir
 
 ROOT = Path(__file__).parents[2]
 OWN_TASK = """
-from trainers.tasks.digits import Digits
+from isobatch.trainers.tasks.digits import Digits
 
 class Task(Digits):
     def __init__(self, broken=False, width=8, depth=1, dropout=0.0):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.help import EXAMPLES
+from isobatch.conf.help import EXAMPLES
 from tests.ranks.harness import free_port
 from tests.warm import Warm
 

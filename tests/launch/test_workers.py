@@ -22,9 +22,9 @@ from tests.warm import Warm
 FAULTY = '''
 import multiprocessing, os, re, resource, signal, sys, time
 import torch
-import trainers.run
+import isobatch.trainers.run
 from torch.utils.data import TensorDataset
-from trainers.rundir import Refused
+from isobatch.conf.rundir.directory import UserError
 
 
 SAMPLE_BYTES = 64 << 20
@@ -40,7 +40,7 @@ class Task:
         print("task of rank", os.environ.get("RANK"), "threads", torch.get_num_threads(), flush=True)
         os.write(2, b"and this past Python\\n")
         if fault == "refuses early" and self.here:
-            raise Refused("not with me")
+            raise UserError("not with me")
 
     def model(self):
         if self.fault == "hangs early" and self.here:
@@ -63,7 +63,7 @@ class Task:
                 case "raises":
                     raise ValueError("boom")
                 case "refuses":
-                    raise Refused("not with me")
+                    raise UserError("not with me")
                 case "not finite":
                     loss = loss * float("nan")
                 case "exits":
@@ -76,7 +76,7 @@ class Task:
                     open("hangs", "w").close()
                     re.match("(a+)+$", "a" * 99 + "b")
                 case "fails at the end":
-                    trainers.run.save_final = lambda *_, **__: 1 / 0
+                    isobatch.trainers.run.save_final = lambda *_, **__: 1 / 0
                 case "loses its loader":
                     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
                 case "runs out of memory":  # which holds ``fits`` samples and a half
@@ -446,13 +446,13 @@ def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
     assert "the last start got no further than one before" in run.said[1]
 
 
-@pytest.mark.parametrize(("code", "state"), [("os._exit(7)", "crashed"), ("raise Refused('not here')", "refused")])
+@pytest.mark.parametrize(("code", "state"), [("os._exit(7)", "crashed"), ("raise UserError('not here')", "refused")])
 def test_a_restart_that_ends_before_it_has_the_run_directory_says_so_there(folder: Path, code: str, state: str) -> None:
     """Rank 1 ends so as the second start's ranks meet."""
     meets = (
         "import os\n"
-        "from trainers.rundir import Refused\n"
-        "from trainers.world import World\n"
+        "from isobatch.conf.rundir.directory import UserError\n"
+        "from isobatch.trainers.ranks.world import World\n"
         "join = World.join\n"
         "def meet(*args):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '1'):\n"

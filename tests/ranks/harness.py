@@ -17,19 +17,19 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from conf.compose import compose
-from trainers.average import Average
-from trainers.engines.base import Base
-from trainers.evaluate import Evaluator
-from trainers.keyed import Stream
-from trainers.model import tied
-from trainers.run import train
-from trainers.rundir import RunDir
-from trainers.starting.watch import Watch
-from trainers.stop import Stop
-from trainers.validation import open_validation
-from trainers.weights import save_final
-from trainers.world import World
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.checkpoints.weights import save_final
+from isobatch.trainers.data.validation import open_validation
+from isobatch.trainers.engines.base import Base
+from isobatch.trainers.loop.evaluate import Evaluator
+from isobatch.trainers.model.average import Average
+from isobatch.trainers.model.build import tied
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.run import train
 
 DEADLINE_S = 60.0
 # How far apart runs in float32 may be whose sums are rounded otherwise. A step rounds a weight by 2^-24 of its size, in

@@ -8,15 +8,15 @@ from typing import Any
 import accelerate  # noqa: F401  once for all ranks, which are forked from here
 import pytest
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.engines.accelerate import refuse_contradictions
+from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import make_task
 from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_exact import task
-from trainers.engines import make_engine
-from trainers.engines.accelerate import refuse_contradictions
-from trainers.rundir import Refused
-from trainers.tasks import make_task
-from trainers.world import World
 
 HANDLER = "engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,%s}]"
 COUNTED = task("Counted", "clip_norm=0.5")  # dropout, unequal units
@@ -101,7 +101,7 @@ def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
 )
 def test_what_its_config_may_not_say(runs: Runs, asked: str, said: str) -> None:
     for end in runs(2, *COUNTED, "engine=accelerate", asked).ends:
-        assert end["raised"] == "Refused"
+        assert end["raised"] == "UserError"
         assert said in end["message"]
 
 
@@ -131,7 +131,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
     ],
 )  # fmt: skip
 def test_what_its_launcher_says_against_the_plan(said: dict[str, str], instead: str) -> None:
-    with pytest.raises(Refused, match="accelerate launch says") as refused:
+    with pytest.raises(UserError, match="accelerate launch says") as refused:
         refuse_contradictions(LAUNCHED | said, "fp32", compiled=False, device="cpu")
     assert instead in str(refused.value)
 
@@ -150,7 +150,7 @@ def test_what_its_launcher_says_with_the_plan(said: dict[str, str], plan: dict[s
 
 
 def test_a_cpu_that_its_launcher_wants_against_a_gpu() -> None:
-    with pytest.raises(Refused, match="give device=cpu"):
+    with pytest.raises(UserError, match="give device=cpu"):
         refuse_contradictions({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False, device="cuda")
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.batchnorm import statistics_of, swap_batchnorm
+from isobatch.trainers.model.randomness import Stream
 from tests.ranks.harness import ROUNDING, Run, Runs, distance
 from tests.tasks import Counted
-from trainers.batchnorm import statistics_of, swap_batchnorm
-from trainers.keyed import Stream
-from trainers.rundir import Refused
 
 CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
 
 def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
     end = runs(1, *NORMED, "batch.per_gpu=1").ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert "larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost" in end["message"]
 
 
@@ -150,7 +150,7 @@ def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
 
 def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert "2 samples a step are fewer than 3 ranks × accumulation 1" in end["message"]
 
 
@@ -232,5 +232,5 @@ def test_what_normalises_by_itself_is_refused() -> None:
             return input - input.mean(0)
 
     layer, _ = swapped(nn.Sequential(Own(3)))
-    with pytest.raises(Refused, match=r"batchnorm.mode doesn't reach 0, a Own: its forward doesn't call"):
+    with pytest.raises(UserError, match=r"batchnorm.mode doesn't reach 0, a Own: its forward doesn't call"):
         layer(torch.randn(4, 3))

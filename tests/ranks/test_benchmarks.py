@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import in_ranks
-from trainers.world import World
 
 EXTRAS = ("accelerate", "deepspeed", "lightning", "transformers")
 

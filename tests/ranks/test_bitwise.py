@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.harness import Run, Runs, distance
 from tests.tasks import Counted, Odd
-from trainers.checkpoints.manifest import checkpoints, read
-from trainers.checkpoints.slices import Reader
-from trainers.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
 TASK = (
@@ -169,7 +169,7 @@ def test_what_is_not_finite_is_skipped_alike(runs: Runs) -> None:
 
 
 def refusals(run: Run) -> list[str]:
-    assert {end["raised"] for end in run.ends} == {"Refused"}
+    assert {end["raised"] for end in run.ends} == {"UserError"}
     return [end["message"] for end in run.ends]
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 from torch.utils.data import TensorDataset
 
-import trainers.engines.fsdp  # noqa: F401
+import isobatch.trainers.engines.fsdp  # noqa: F401
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.trails import Trail, parting
 from tests.ranks.harness import Runs, distance
 from tests.same import ENGINES
-from trainers.rundir import Refused
-from trainers.starting.trails import Trail, parting
 
 FLAGS = (0, 0, 1, 0, 1, 1, 2, 0, 0, 1, 1, 0)
 OVERLAPPING = (*ENGINES["ZeRO-1"], "engine.config.zero_optimization.overlap_comm=true")
@@ -114,7 +114,7 @@ SPLIT = (*ENGINES["FSDP"], "engine.shard=['experts.0','experts.1','experts.2']")
 def test_rejected_before_a_weight_moves(runs: Runs, engine: tuple[str, ...], call: str, named: str) -> None:
     run = runs(2, *command(*engine, "batch.global_size=2", call=call))
     for end in run.ends:
-        assert end["raised"] == "Refused"
+        assert end["raised"] == "UserError"
         assert named in end["message"]
         assert "engine=ddp" in end["message"]
     if call != "evaluated":
@@ -154,7 +154,7 @@ def test_trails_part_where_modules_differ() -> None:
     assert parting(store, range(2)) == said
     assert one.parting() is None
     assert two.parting() == said
-    with pytest.raises(Refused, match="only rank 1 ran x; do better"):
+    with pytest.raises(UserError, match="only rank 1 ran x; do better"):
         two.check(sum(trail.numbers()[0] for trail in (one, two)), sum(trail.numbers()[1] for trail in (one, two)))
 
 

@@ -19,20 +19,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.checkpoints import saver as keeper_module
+from isobatch.trainers.checkpoints.commit import clear_leftovers
+from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tensors import slices as checkpoint_module
+from isobatch.trainers.tensors.manifest import Header, checkpoints, read
+from isobatch.trainers.tensors.slices import Copies, Reader, Slice, write_part
+from isobatch.trainers.tensors.tensorfile import ITEMSIZE, entries
 from tests.disks import mounted
 from tests.ranks.harness import in_ranks
 from tests.steps import walk
 from tests.unit.test_manifest import PLAN, header_of, verified
-from trainers.checkpoints import keeper as keeper_module
-from trainers.checkpoints import slices as checkpoint_module
-from trainers.checkpoints.commit import clear_leftovers
-from trainers.checkpoints.keeper import Keeper
-from trainers.checkpoints.manifest import Header, checkpoints, read
-from trainers.checkpoints.slices import Copies, Reader, Slice, write_part
-from trainers.checkpoints.tensorfile import ITEMSIZE, entries
-from trainers.rundir import RunDir
-from trainers.state import TrainState
-from trainers.world import World
 
 
 class FakeEngine:

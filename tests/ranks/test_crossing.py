@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from conf.compose import compose
-from scaling.order import indices
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.order import indices
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.resume import header_of, resume
+from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.model.build import make_model, prepare
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
 from tests.same import ENGINES, Blocks
 from tests.tasks import Tells
-from trainers.checkpoints.keeper import Keeper
-from trainers.checkpoints.manifest import checkpoints, read
-from trainers.checkpoints.resume import header_of, resume
-from trainers.checkpoints.slices import Reader
-from trainers.engines import make_engine
-from trainers.keyed import Stream
-from trainers.model import make_model, prepare
-from trainers.rundir import RunDir
-from trainers.tasks import make_task
-from trainers.world import World
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, GLOBAL, STEPS = 500, 48, 12

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-import trainers.optim
+import isobatch.trainers.optim.make
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.batchnorm import swap_batchnorm
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.optim.decay import undecayed
 from tests.ranks.harness import Runs, distance
 from tests.ranks.test_optim_runs import names_by, optimizer_of
 from tests.tasks import Counted
-from trainers.batchnorm import swap_batchnorm
-from trainers.keyed import Stream
-from trainers.optim.decay import undecayed
-from trainers.rundir import Refused
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +77,7 @@ def test_muon_takes_no_gains_and_biases() -> None:
 def test_names_have_to_be_names(names: Any) -> None:
     model = Net()
     model.own_names = names
-    with pytest.raises(Refused, match=r"no_weight_decay\(\) returned .*: return the names of parameters"):
+    with pytest.raises(UserError, match=r"no_weight_decay\(\) returned .*: return the names of parameters"):
         optimizer_of(model)
 
 
@@ -113,8 +113,10 @@ def test_a_resumed_run_keeps_the_groups_of_its_checkpoint(
         "lr.peak=0.02", "evaluate.every=null", "optimizer.weight_decay=0.5", *f"optimizer={name}".split(),
     )  # fmt: skip
     with monkeypatch.context() as older:
-        older.setattr(trainers.optim, "undecayed", lambda model: {p: "" for p in model.parameters() if p.ndim < 2})
-        older.setattr("trainers.optim.muon.gains_and_biases", lambda model: {})
+        older.setattr(
+            isobatch.trainers.optim.make, "undecayed", lambda model: {p: "" for p in model.parameters() if p.ndim < 2}
+        )
+        older.setattr("isobatch.trainers.optim.muon.gains_and_biases", lambda model: {})
         whole, stopped = runs(world, *overrides), runs(world, *overrides, stop_at=4)
     run = runs(world, *overrides, going_on=stopped)
     assert run.ends[0]["state"] == "finished", run.ends

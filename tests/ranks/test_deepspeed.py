@@ -18,20 +18,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conf.compose import compose
-from scaling.plan import Plan
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.engines.deepspeed.setup import import_deepspeed
+from isobatch.trainers.engines.engine import Engine, make_engine
+from isobatch.trainers.model.build import make_model
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
 from tests.tasks import Counted
-from trainers.checkpoints.manifest import checkpoints, read
-from trainers.checkpoints.slices import Reader
-from trainers.engines import Engine, make_engine
-from trainers.engines.deepspeed_setup import import_deepspeed
-from trainers.model import make_model
-from trainers.tasks import make_task
-from trainers.world import World
 
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 3)
 COUNTED = (
@@ -335,7 +335,7 @@ def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: 
 )
 def test_what_it_cannot_have_is_refused(runs: Runs, options: tuple[str, ...], message: str) -> None:
     end = runs(1, *COUNTED, *ODD, *options).ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert message in end["message"]
 
 
@@ -345,7 +345,7 @@ def test_without_the_package(tmp_path: Path) -> None:
         made(world, [*COUNTED, *zero(1)])
 
     (end,) = in_ranks(1, body, tmp_path)
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert "pip install '.[deepspeed]'" in end["message"]
 
 

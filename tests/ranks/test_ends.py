@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from conf.compose import compose
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.trainers.launch.failures import bury, judged
+from isobatch.trainers.ranks.notes import others_word
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.run import train
 from tests.ranks.harness import Runs, in_ranks
-from trainers.run import train
-from trainers.rundir import Outcome, RunDir
-from trainers.starting.ends import bury, judged
-from trainers.starting.notes import others_word
-from trainers.starting.watch import Watch
-from trainers.stop import Stop
-from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "duration=10st", "lr.peak=0.01")
 
@@ -45,7 +45,7 @@ REFUSALS = {
 def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
     """All ranks refuse for the same reason, so none waits for another."""
     run = runs(2, *TASK, *override.split())
-    assert [end["raised"] for end in run.ends] == ["Refused", "Refused"]
+    assert [end["raised"] for end in run.ends] == ["UserError", "UserError"]
     assert run.ends[0]["message"] == run.ends[1]["message"]
     assert REFUSALS[override] in run.ends[0]["message"]
     assert not run.run.final.exists()
@@ -105,7 +105,7 @@ def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
         return train(config, facts, world, Stop(), entered=lambda run: None, watch=Watch()).state
 
     ends = in_ranks(3, body, runs.folder / "ranks")
-    assert [end["raised"] for end in ends] == ["Refused"] * 3
+    assert [end["raised"] for end in ends] == ["UserError"] * 3
     assert "rank 1 was started with evaluate.every=2ep (rank 0: 1ep), seed=1 (rank 0: 0)" in ends[0]["message"]
     assert not folder.exists()
 
@@ -144,7 +144,7 @@ def test_an_outcome_that_has_no_room_takes_the_place_of_the_one_before(
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("trainers.rundir.write_atomic", full)
+    monkeypatch.setattr("isobatch.conf.rundir.directory.write_atomic", full)
     for cause in ("a longer cause", ""):
         run.write_outcome(end := Outcome("crashed", cause, 5, 100, "a"))
         assert run.outcome() == end
@@ -158,7 +158,7 @@ def test_a_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
     assert "widht" in run.ends[0]["message"]
     alone = [f"run.dir='{run.run.path}'"]
     assert compose(alone).task.args == {"widht": 3}
-    assert runs(1, *TASK, "task.args.kind=3", going_on=run).ends[0]["raised"] == "Refused"
+    assert runs(1, *TASK, "task.args.kind=3", going_on=run).ends[0]["raised"] == "UserError"
     assert compose(alone).task.args == {"kind": 3}
     assert runs(1, *TASK, going_on=run).ends[0]["state"] == "finished"
     assert compose(alone).task.args == {}

@@ -10,7 +10,7 @@ import accelerate  # noqa: F401  once, for all ranks that are forked
 import deepspeed  # noqa: F401
 import pytest
 
-import trainers.engines.fsdp  # noqa: F401
+import isobatch.trainers.engines.fsdp  # noqa: F401
 from tests.ranks.harness import Run, Runs, distance
 from tests.same import CASES, ENGINES, TASK, overrides, pairs
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from conf.compose import compose
+from isobatch.conf.compose import compose
+from isobatch.trainers.checkpoints.weights import initialise
+from isobatch.trainers.loop.evaluate_weights import evaluate_weights, measured
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import Run, Runs, evaluator, in_ranks, leave
 from tests.tasks import Counted
-from trainers.evaluate_weights import evaluate_weights, measured
-from trainers.stop import Stop
-from trainers.weights import initialise
-from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
 FACTS = {"attempt": "a"}
@@ -132,7 +132,7 @@ REFUSALS = {
 @pytest.mark.parametrize("override", REFUSALS)
 def test_refused_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
     ends = evaluated(tmp_path / "ranks", 2, trained.run.path, override)
-    assert [end["raised"] for end in ends] == ["Refused"] * 2
+    assert [end["raised"] for end in ends] == ["UserError"] * 2
     assert REFUSALS[override] in ends[0]["message"]
 
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from conf.compose import compose
-from scaling.evaluations import evaluation_batch
+from isobatch.conf.compose import compose
+from isobatch.scaling.planning.evaluations import evaluation_batch
+from isobatch.trainers.checkpoints.best import Best
+from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.data.validation import Validation, spread
+from isobatch.trainers.loop.evaluate_weights import measured
+from isobatch.trainers.model.randomness import Stream, key_dropout
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.run import plan_of
 from tests.ranks.harness import Run, Runs, evaluator, in_ranks
 from tests.tasks import Counted
-from trainers.checkpoints.best import Best
-from trainers.evaluate_weights import measured
-from trainers.keyed import Stream, key_dropout
-from trainers.loader import Fetch
-from trainers.run import plan_of
-from trainers.stop import Stop
-from trainers.validation import Validation, spread
-from trainers.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 TASK = (

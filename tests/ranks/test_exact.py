@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate, random_split
 
-from conf.compose import compose
-from scaling.order import indices
-from scaling.plan import Segment
-from scaling.resolve import resolve
-from scaling.rules import Rule
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.scaling.order import indices
+from isobatch.scaling.plan import Segment
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.rules import Rule
+from isobatch.trainers.data.loader import Loader
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.loop.fit import crossed
 from tests.ranks.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks
 from tests.ranks.test_parts import ALONE
 from tests.steps import walk
 from tests.tasks import Counted, OneByOne
-from trainers.fit import crossed
-from trainers.loader import Loader
-from trainers.rundir import Outcome, RunDir
-from trainers.state import TrainState
 
 PLAIN = ("task=custom", "duration=12st", "lr.peak=0.05", "log.every=1st", "evaluate.every=null", "batch.global_size=41")
 
@@ -90,7 +90,7 @@ def test_units_of_any_size(runs: Runs, weight: float) -> None:
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_no_units_are_refused_at_once(runs: Runs, world: int, as_tensor: bool) -> None:
     run = runs(world, *task("Weighted", "task.args.weight=0", f"task.args.as_tensor={as_tensor}"))
-    assert {end["raised"] for end in run.ends} == {"Refused"}
+    assert {end["raised"] for end in run.ends} == {"UserError"}
     assert all("step 1 (samples 0 to 40 of the run) has 0 units" in end["message"] for end in run.ends)
 
 
@@ -310,7 +310,7 @@ class ByRank(Counted):
 )
 def test_ranks_with_other_data_refuse(runs: Runs, val: bool, said: str) -> None:
     run = runs(2, *task("ByRank", f"task.args.val={val}"))
-    assert [end["raised"] for end in run.ends] == ["Refused"] * 2
+    assert [end["raised"] for end in run.ends] == ["UserError"] * 2
     assert said in run.ends[0]["message"]
 
 
@@ -322,7 +322,7 @@ def test_a_refused_start_destroys_nothing(runs: Runs) -> None:
     contents = [file.read_bytes() for file in files]
     runs.count -= 1
     refused = runs(1, *task("Counted", "task.args.no_such=1"))
-    assert refused.ends[0]["raised"] == "Refused"
+    assert refused.ends[0]["raised"] == "UserError"
     assert [file.read_bytes() for file in files] == contents
 
 

@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from scaling.order import indices
+from isobatch.scaling.order import indices
+from isobatch.trainers.data.fingerprint import LOOKS, fingerprint
+from isobatch.trainers.data.look import Unseen, look
+from isobatch.trainers.model.randomness import generators_state
 from tests.tasks import Counted, Many, OneByOne
-from trainers.fingerprint import LOOKS, fingerprint
-from trainers.keyed import generators_state
-from trainers.look import Unseen, look
 
 
 @dataclass
@@ -209,7 +209,7 @@ def test_a_look_moves_no_place_in_an_open_file(tmp_path: Path) -> None:
 
 
 def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.look.LOOK_S", 0.5)
+    monkeypatch.setattr("isobatch.trainers.data.look.LOOK_S", 0.5)
     works = [lambda: 1 / 0, lambda: 3, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 4]
     first, second, *rest = look(works)
     assert first == Unseen("ZeroDivisionError: division by zero")
@@ -224,7 +224,8 @@ def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.Monkey
 def test_the_same_in_another_process() -> None:
     """One whose hashes of texts are others, by which sets are ordered."""
     data = '[{"text": "a", "ids": [1, 2.5], "of": {"x", "y", "z"}, "image": np.eye(2), "label": torch.ones(2)}] * 40'
-    code = f"import numpy as np, torch; from trainers.fingerprint import fingerprint; print(fingerprint({data}, 3))"
+    imports = "import numpy as np, torch; from isobatch.trainers.data.fingerprint import fingerprint"
+    code = f"{imports}; print(fingerprint({data}, 3))"
     environment = {**os.environ, "PYTHONHASHSEED": "12", "PYTHONPATH": "."}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True

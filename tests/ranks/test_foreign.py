@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.targets import build
 from tests.ranks.harness import ROUNDING, Runs, distance
-from trainers.locate import build
-from trainers.rundir import Refused
 
 GPT2 = transformers.GPT2LMHeadModel  # imported here, and not in every rank
 
@@ -113,5 +113,5 @@ def half(third: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_what_cannot_be_made_is_named(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         build("model", "transformers.GPT2LMHeadModel", args)

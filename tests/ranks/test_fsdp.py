@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.engines.fsdp import groups, refuse_mixed
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tensors.sharding import local
 from tests.ranks.harness import ROUNDING, Runs, distance, in_ranks
 from tests.ranks.test_engines import PLAIN, same
 from tests.same import Blocks, Net, overrides
-from trainers.engines import make_engine
-from trainers.engines.fsdp import groups, refuse_mixed
-from trainers.rundir import Refused
-from trainers.shards import local
-from trainers.tasks import make_task
-from trainers.world import World
 
 
 def net() -> Net:
@@ -42,13 +42,13 @@ def test_patterns_say_what_is_gathered_together() -> None:
     assert groups(model, ["blocks.*.inner", "blocks.1"]) == [
         model.blocks[2].inner, model.blocks[1].inner, model.blocks[1], model.blocks[0].inner,
     ]  # fmt: skip
-    with pytest.raises(Refused, match=r"engine.shard=block.\* is the name of no module .* did you mean blocks.\*"):
+    with pytest.raises(UserError, match=r"engine.shard=block.\* is the name of no module .* did you mean blocks.\*"):
         groups(model, ["block.*"])
 
 
 def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
     model = net()
-    with pytest.raises(Refused, match=r"engine.shard: again shares a parameter with a module outside of it"):
+    with pytest.raises(UserError, match=r"engine.shard: again shares a parameter with a module outside of it"):
         groups(model, ["again"])
     lists = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
     lists[1].weight = lists[0].weight
@@ -58,7 +58,9 @@ def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
 def test_a_group_has_one_dtype() -> None:
     model = net()
     model.leave.double()
-    with pytest.raises(Refused, match=r"those of a Net are torch.float32 and torch.float64: part them by engine.shard"):
+    with pytest.raises(
+        UserError, match=r"those of a Net are torch.float32 and torch.float64: part them by engine.shard"
+    ):
         refuse_mixed([*model.blocks, model])
     refuse_mixed([*model.blocks, model.leave, model])
 
@@ -110,7 +112,7 @@ def test_weights_in_bf16_are_those_of_autocast_to_its_rounding(runs: Runs) -> No
 def test_offload_is_for_gpus(runs: Runs) -> None:
     end = runs(1, *overrides(PLAIN, "FSDP"), "engine.offload=true").ends[0]
     assert end == {
-        "raised": "Refused",
+        "raised": "UserError",
         "message": "engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU",
     }
 
@@ -123,10 +125,10 @@ def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("call", ["method", "weight", "penalty"])
 def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
-    """Refused with what would do, which does."""
+    """UserError with what would do, which does."""
     odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
     end = runs(2, *odd).ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert end["message"].endswith("or none of them, engine.shard=[]")
     assert runs(2, *odd, "engine.shard=[]").ends[0]["state"] == "finished"
 
@@ -150,7 +152,7 @@ def test_state_that_is_not_in_parts_is_refused_after_the_first_step(runs: Runs) 
     """And not at the first checkpoint, when ten minutes of training would be lost."""
     columns = ("optimizer=custom", "optimizer._target_=tests.ranks.test_fsdp.Columns", "checkpoint.every=null")
     end = runs(2, *overrides(PLAIN, "FSDP"), *columns, "duration=3st").ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert (
         "the optimizer Columns keeps a columns of enter.weight that isn't in parts as the parameter is"
         in end["message"]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.checkpoints.commit import commit
+from isobatch.trainers.checkpoints.weights import find
+from isobatch.trainers.engines.step_report import Pulse
 from tests.faults.hostile import edit
 from tests.ranks.harness import ROUNDING, Run, Runs, distance
-from trainers.checkpoints.commit import commit
-from trainers.rundir import RunDir
-from trainers.tally import Pulse
-from trainers.weights import find
 
 TASK = (
     "task=custom", "task._target_=tests.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
@@ -149,8 +149,8 @@ def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
 ) -> None:
     """The clock wants a save in step 14, which is evaluated, and somebody a stop in step 17, which is saved anyway."""
     asked = iter([False] * 13 + [True] + [False] * 99)
-    monkeypatch.setattr("trainers.run.Pulse", Late)
-    monkeypatch.setattr("trainers.run.Keeper.due", lambda _: next(asked))
+    monkeypatch.setattr("isobatch.trainers.run.Pulse", Late)
+    monkeypatch.setattr("isobatch.trainers.run.Keeper.due", lambda _: next(asked))
     run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
     assert steps_kept(run) == [14, 17]
 
@@ -235,7 +235,7 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
         return commit(run, step, *_, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainers.checkpoints.keeper.commit", full)
+        patched.setattr("isobatch.trainers.checkpoints.saver.commit", full)
         run = runs(2, *task)
         assert [end["raised"] for end in run.ends] == ["Fatal"] * 2
         assert f"step {STEPS}, at which to end, can't be saved: " in run.ends[0]["message"]
@@ -253,7 +253,7 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
         manifest.write_text(manifest.read_text()[:-100])
     before = {path: path.read_bytes() for path in run.run.path.rglob("*") if path.is_file()}
     again = runs(1, *TASK, going_on=run)
-    assert again.ends[0]["raised"] == "Refused"
+    assert again.ends[0]["raised"] == "UserError"
     assert "step-00000025" in again.ends[0]["message"]
     advice = "mend one, bring back the model that they are of, or start another run beside this with run.new=true"
     assert advice in again.ends[0]["message"]
@@ -267,7 +267,7 @@ def test_checkpoints_that_are_gone_are_missed(runs: Runs) -> None:
     shutil.rmtree(run.run.checkpoints)
     metrics = run.metrics()
     refused = runs(1, *TASK, going_on=run).ends[0]
-    assert refused["raised"] == "Refused"
+    assert refused["raised"] == "UserError"
     assert "no checkpoint, but step 5 was saved there" in refused["message"]
     assert run.metrics() == metrics
 
@@ -282,11 +282,11 @@ def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> N
     fingerprint = json.loads((run.run.checkpoints / "step-00000005/manifest.json").read_text())["fingerprint"]
     np.save(file, data[:-1])
     refused = runs(2, *task, going_on=run).ends[0]
-    assert refused["raised"] == "Refused"
+    assert refused["raised"] == "UserError"
     assert "has 39 samples, and had 40" in refused["message"]
     np.save(file, data + 1)
     refused = runs(2, *task, going_on=run).ends[0]
-    assert refused["raised"] == "Refused"
+    assert refused["raised"] == "UserError"
     assert f"and was {fingerprint}" in refused["message"]
     assert runs(2, *task, "data.fingerprint=false", going_on=run).ends[0]["state"] == "finished"
 
@@ -331,8 +331,8 @@ def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
 
 
 def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
-    from trainers.checkpoints.manifest import read
-    from trainers.checkpoints.slices import Reader
+    from isobatch.trainers.tensors.manifest import read
+    from isobatch.trainers.tensors.slices import Reader
 
     reader = Reader(read(run.run.checkpoints / f"step-{step:08d}"))
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from isobatch.conf.rundir.directory import DYING_S, LOCK_FD, RunDir, hold
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.launch.process import WorkerProcess
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
 from tests.ranks.harness import Run, Runs
-from trainers.rundir import DYING_S, LOCK_FD, Refused, RunDir, hold
-from trainers.starting.processes import WorkerProcess
-from trainers.starting.watch import Watch
-from trainers.stop import Stop
 
 TASK = (
     "task=custom", "task._target_=tests.tasks.Odd", "batch.global_size=20", "duration=30st", "evaluate.every=10st",
@@ -55,7 +56,7 @@ def test_models(runs: Runs, kind: str) -> None:
 def test_what_cannot_be_kept_is_refused_after_the_first_step(runs: Runs) -> None:
     """A tuple would come back as a list."""
     end = runs(2, *TASK, *OWN, "optimizer.args.state=tuple").ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert "the optimizer Counting keeps as optim/0.weight/odd what a checkpoint can't hold: (1, 2)" in end["message"]
 
 
@@ -81,7 +82,7 @@ def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, 
     run = runs(1, *task, stop_at=3)
     monkeypatch.setenv("EDITED", env)
     refused = runs(1, *task, going_on=run).ends[0]
-    assert refused["raised"] == "Refused"
+    assert refused["raised"] == "UserError"
     assert said in refused["message"]
     assert "\n" not in refused["message"]
 
@@ -109,7 +110,7 @@ def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
         try:
             body()
             os._exit(0)
-        except Refused:
+        except UserError:
             os._exit(2)
 
     def worker() -> None:
@@ -156,7 +157,7 @@ def test_a_job_that_is_queued_again_waits_for_its_own_lock(tmp_path: Path, job: 
         try:
             run.lock(*job)
             os._exit(0)
-        except Refused as error:
+        except UserError as error:
             os._exit(2 if str(error).count(", job 7 start 0)") else 1)
     time.sleep(DYING_S + 0.5)
     lost.close()

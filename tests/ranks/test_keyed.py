@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from trainers.keyed import _STREAMS, Stream, generator_for, key_dropout, mix
-from trainers.loader import Fetch
+from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.model.randomness import _STREAMS, Stream, generator_for, key_dropout, mix
 
 CPU = torch.device("cpu")
 

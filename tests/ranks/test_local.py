@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from conf.compose import compose
-from conf.explain import ConfigError
-from conf.identity import identity
-from conf.stored import dump
+from isobatch.conf.compose import compose
+from isobatch.conf.identity import identity
+from isobatch.conf.saved import dump
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.loop.claim import refuse_other_commands
+from isobatch.trainers.tasks.task import make_task
 from tests.ranks.harness import World, in_ranks
-from trainers.enter import refuse_other_commands
-from trainers.rundir import Refused
-from trainers.tasks import make_task
 
 HERE = "tests.ranks.test_local"
 TASK = ("task=custom", f"task._target_={HERE}.Placed", "lr.peak=0.1")
@@ -68,12 +67,12 @@ def test_they_reach_the_constructors_beside_args() -> None:
     ],
 )
 def test_an_argument_is_given_once_and_to_somebody(overrides: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         compose(overrides)
 
 
 def test_what_the_constructor_does_not_take_is_rejected() -> None:
-    with pytest.raises(Refused, match=r"task.args and task.local=.*'foldr'.*width, folder, cache"):
+    with pytest.raises(UserError, match=r"task.args and task.local=.*'foldr'.*width, folder, cache"):
         task_of(*TASK, "task.local.foldr=/x")
 
 

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.resume import header_of, resume
+from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.weights import save_final
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.engines.engine import Engine, make_engine
+from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tensors.sharding import gathered, slices_of
+from isobatch.trainers.tensors.slices import Reader, Slice
 from tests.ranks.harness import in_ranks
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
 from tests.same import ENGINES
-from trainers.checkpoints.keeper import Keeper
-from trainers.checkpoints.resume import header_of, resume
-from trainers.checkpoints.slices import Reader, Slice
-from trainers.engines import Engine, make_engine
-from trainers.rundir import RunDir
-from trainers.shards import gathered, slices_of
-from trainers.state import TrainState
-from trainers.tally import Note
-from trainers.tasks import make_task
-from trainers.weights import save_final
-from trainers.world import World
 
 RANKS, WIDTH, LAYERS = 4, 1024, 16
 WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 64

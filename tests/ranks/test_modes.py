@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from isobatch.trainers.engines.base import Base
+from isobatch.trainers.model.modes import Modes, in_eval_mode
+from isobatch.trainers.model.norms import is_norm
+from isobatch.trainers.tensors.manifest import checkpoints, read
 from tests.ranks.harness import Runs, distance
 from tests.tasks import Counted
-from trainers.checkpoints.manifest import checkpoints, read
-from trainers.engines.base import Base
-from trainers.modes import Modes, in_eval_mode
-from trainers.norms import is_norm
 
 
 def block(*, frozen: bool = False) -> nn.Sequential:

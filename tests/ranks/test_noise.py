@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conf.compose import compose
-from scaling.noise import Estimate, Smoothed
-from scaling.order import indices
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.scaling.noise import Estimate, Smoothed
+from isobatch.scaling.order import indices
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.model.precision import autocast
+from isobatch.trainers.model.randomness import seed_generators
 from tests.ranks.harness import Run, Runs
 from tests.steps import walk
 from tests.tasks import Counted
-from trainers.keyed import seed_generators
-from trainers.precision import autocast
 
 NAMES = ("noise/scale", "noise/low", "noise/high", "noise/grad_sq", "noise/trace")
 FROZEN = ("lr.peak=1e-12", "evaluate.every=null", "log.every=1st", "noise.every=1st")  # its weights stay what they are
@@ -120,7 +120,9 @@ def test_it_is_what_the_micro_batches_say(
     runs: Runs, world: int, overrides: tuple[str, ...], off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; whatever the dtype."""
-    monkeypatch.setattr("trainers.precision.check_precision", lambda precision, device: None)  # fp16, on the CPU, too
+    monkeypatch.setattr(
+        "isobatch.trainers.model.precision.check_precision", lambda precision, device: None
+    )  # fp16, on the CPU, too
     some = (*overrides, "duration=3st")
     run = runs(world, *some)
     assert run.ends[0].get("step") == 3, run.ends

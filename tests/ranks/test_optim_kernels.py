@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from isobatch.trainers.optim.lamb import LAMB
+from isobatch.trainers.optim.lars import LARS
+from isobatch.trainers.optim.make import kernels
+from isobatch.trainers.ranks.world import World
 from tests.papers import after_steps, weights
 from tests.ranks.harness import in_ranks
-from trainers.optim import kernels
-from trainers.optim.lamb import LAMB
-from trainers.optim.lars import LARS
-from trainers.world import World
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from isobatch.trainers.optim.lamb import LAMB
+from isobatch.trainers.optim.lars import LARS
 from tests.papers import PATHS, ZERO_WEIGHTS, after_steps, close
 from tests.peers import alone, installed
-from trainers.optim.lamb import LAMB
-from trainers.optim.lars import LARS
 
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")

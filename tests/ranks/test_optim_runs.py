@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conf.compose import compose
-from conf.explain import ConfigError
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.optim.lamb import LAMB
+from isobatch.trainers.optim.lars import LARS
+from isobatch.trainers.optim.layerwise import Layerwise
+from isobatch.trainers.optim.make import Tuned, fused, make_optimizer
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import Run, Runs, distance, in_ranks
 from tests.tasks import Counted
-from trainers.optim import Tuned, fused, make_optimizer
-from trainers.optim.lamb import LAMB
-from trainers.optim.lars import LARS
-from trainers.optim.layerwise import Layerwise
-from trainers.rundir import Refused, RunDir
-from trainers.world import World
 
 COUNTED = (
     "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=9st", "lr.peak=0.02",
@@ -58,7 +58,7 @@ def test_options_are_keys(runs: Runs) -> None:
         ("optimizer.bias_correction=before", "optimizer.bias_correction"),
         ("optimizer.args.bias_correction=false", "use optimizer.bias_correction"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(said)):
             compose(["optimizer=lamb", wrong])
 
 
@@ -181,7 +181,7 @@ def test_muon_refuses_what_is_no_matrix() -> None:
         def param_groups(self, model: Any) -> list[dict[str, Any]]:
             return [{"params": model.parameters(), "muon": True}]
 
-    with pytest.raises(Refused, match=r"Muon is for matrices, .* shape \[4\]"):
+    with pytest.raises(UserError, match=r"Muon is for matrices, .* shape \[4\]"):
         optimizer_of(Tied(), "optimizer=muon", task=Wrong())
 
 

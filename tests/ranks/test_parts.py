@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from conf.compose import compose
-from scaling.order import indices
-from scaling.plan import Plan
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.order import indices
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.data.loader import Fetch, Loader, to_device
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.engines.root import checked
+from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.loop.metrics import PlainLines
+from isobatch.trainers.model.targets import build, locate
+from isobatch.trainers.optim.make import make_optimizer
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import Runs, evaluator, in_ranks
 from tests.steps import walk
 from tests.tasks import Counted, Many, OneByOne
-from trainers.engines import make_engine
-from trainers.engines.root import checked
-from trainers.loader import Fetch, Loader, to_device
-from trainers.locate import build, locate
-from trainers.metrics import PlainLines
-from trainers.optim import make_optimizer
-from trainers.rundir import Refused
-from trainers.state import TrainState
-from trainers.tally import Note
-from trainers.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "duration=3ep", "lr.peak=0.1", "task.train_samples=500")
@@ -182,7 +182,7 @@ def test_parameters_left_out_are_named() -> None:
         def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
             return super().param_groups(model)[:1]
 
-    with pytest.raises(Refused, match=r"leaves out 0\.bias, 3\.weight, 3\.bias"):
+    with pytest.raises(UserError, match=r"leaves out 0\.bias, 3\.weight, 3\.bias"):
         optimizer(task=Forgets())
 
 
@@ -214,16 +214,16 @@ def test_custom_optimizers_and_weight_decay() -> None:
     ],
 )
 def test_custom_optimizers_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         optimizer("optimizer=custom", *overrides)
 
 
 def test_import_errors_show_their_cause(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_task.py").write_text("import module_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Refused, match=r"importing broken_task failed: .*module_that_is_not_there"):
+    with pytest.raises(UserError, match=r"importing broken_task failed: .*module_that_is_not_there"):
         locate("task._target_", "broken_task.Task")
-    with pytest.raises(Refused, match="not a class"):
+    with pytest.raises(UserError, match="not a class"):
         build("task", "math.pi", {})
 
 
@@ -245,7 +245,7 @@ ONE = torch.ones(1, requires_grad=True).sum()
     ],
 )
 def test_losses_that_are_not_sum_and_units(result: Any, message: str) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         checked(result)
 
 

@@ -11,20 +11,21 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import Fatal
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.engines.ddp import DDP
+from isobatch.trainers.engines.engine import Parts
+from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.model.build import prepare, recompute
+from isobatch.trainers.model.precision import LossScale
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.optim.make import make_optimizer
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import ROUNDING, Runs, distance
 from tests.ranks.test_batchnorm import apart
 from tests.tasks import Counted
-from trainers.engines import Parts
-from trainers.engines.ddp import DDP
-from trainers.keyed import Stream
-from trainers.model import prepare, recompute
-from trainers.optim import make_optimizer
-from trainers.precision import LossScale
-from trainers.rundir import Fatal, Refused
-from trainers.tally import Note
-from trainers.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 PLAIN = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=2st")
@@ -104,7 +105,7 @@ def test_recompute_takes_the_outermost_that_match() -> None:
     ("pattern", "near"), [("block.*", "blocks.*"), ("blocks", "blocks.*"), ("outwards", "outward")]
 )
 def test_recompute_of_nothing_is_refused(pattern: str, near: str) -> None:
-    with pytest.raises(Refused, match=f"recompute={pattern!r} is the name of no module.*{near}".replace("'", "")):
+    with pytest.raises(UserError, match=f"recompute={pattern!r} is the name of no module.*{near}".replace("'", "")):
         recompute(Stack(4), [pattern])
 
 
@@ -129,7 +130,7 @@ def test_a_model_of_bf16_weights(runs: Runs) -> None:
 
 def test_fp16_is_for_cuda(runs: Runs) -> None:
     end = runs(1, *BLOCKS, "precision=fp16").ends[0]
-    assert end["raised"] == "Refused"
+    assert end["raised"] == "UserError"
     assert end["message"].startswith("precision=fp16 is for CUDA, and this runs on cpu: use precision=bf16")
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.tasks.prepare import prepare_data
 from tests.ranks import harness
 from tests.ranks.harness import Runs, World, in_ranks
-from trainers.patience import prepare_data
-from trainers.rundir import Refused
-from trainers.starting.watch import Watch
-from trainers.stop import Stop
 
 MACHINES_OF = 2  # ranks
 
@@ -120,7 +120,7 @@ def test_a_method_that_takes_arguments_is_rejected() -> None:
     class Task:
         def prepare(self, folder: str) -> None: ...
 
-    with pytest.raises(Refused, match=r"Task.prepare\(\) is called without arguments.*'folder'"):
+    with pytest.raises(UserError, match=r"Task.prepare\(\) is called without arguments.*'folder'"):
         prepare_data(Task(), World.alone(), Stop(), 5.0)
 
 

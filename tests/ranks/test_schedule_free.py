@@ -9,12 +9,12 @@ import pytest
 import schedulefree
 import torch
 
-from scaling.order import indices
+from isobatch.scaling.order import indices
+from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.harness import Run, Runs, distance
 from tests.ranks.test_evaluate_action import evaluated
 from tests.tasks import Counted
-from trainers.checkpoints.manifest import checkpoints, read
-from trainers.checkpoints.slices import Reader
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_schedule_free.Plain", "batch.global_size=25")
 FREE = (
@@ -119,7 +119,7 @@ def test_engines_train_and_resume_it(runs: Runs, whole: Run, engine: str, name: 
 
 def test_zero_rejects_it_by_name(runs: Runs) -> None:
     run = runs(1, *FREE, "optimizer._target_=schedulefree.AdamWScheduleFree", "engine=deepspeed", "engine.stage=1")
-    assert run.ends[0]["raised"] == "Refused"
+    assert run.ends[0]["raised"] == "UserError"
     assert "engine.stage=1 can't have optimizer=custom" in run.ends[0]["message"]
     assert "schedulefree.AdamWScheduleFree" in run.ends[0]["message"]
 

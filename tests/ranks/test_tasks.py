@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from conf.compose import compose
-from scaling.rules import Recipe
+from isobatch.conf.compose import compose
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.rules import Recipe
+from isobatch.trainers.engines.root import checked
+from isobatch.trainers.optim.make import make_optimizer
+from isobatch.trainers.tasks.corpus import LIBRARY, Windows, open_corpus
+from isobatch.trainers.tasks.images import Images
+from isobatch.trainers.tasks.mnist1d import generate
+from isobatch.trainers.tasks.task import make_task, open_data
+from isobatch.trainers.tasks.text import Text
 from tests.ranks.harness import ROUNDING, Runs, distance
-from trainers.engines.root import checked
-from trainers.optim import make_optimizer
-from trainers.rundir import Refused
-from trainers.tasks import make_task, open_data
-from trainers.tasks.corpus import LIBRARY, Windows, open_corpus
-from trainers.tasks.images import Images
-from trainers.tasks.mnist1d import generate
-from trainers.tasks.text import Text
 
 TASKS = ["images", "mnist1d", "text"]
 
@@ -157,20 +157,20 @@ GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
     ],
 )
 def test_arrays_that_are_not_images(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         images(save(tmp_path, **arrays))
 
 
 def test_files_that_are_not_images(tmp_path: Path) -> None:
     broken = save(tmp_path, images=GREY, labels=LABELS)
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(Refused, match=r"can't be read as an .npz file"):
+    with pytest.raises(UserError, match=r"can't be read as an .npz file"):
         images(broken)
-    with pytest.raises(Refused, match=r"is neither an .npz file nor a folder"):
+    with pytest.raises(UserError, match=r"is neither an .npz file nor a folder"):
         images(tmp_path / "nothing.npz")
-    with pytest.raises(Refused, match="size=28 is what the images of a folder are scaled to"):
+    with pytest.raises(UserError, match="size=28 is what the images of a folder are scaled to"):
         images(save(tmp_path, images=GREY, labels=LABELS), size=28)
-    with pytest.raises(Refused, match="shift=-1"):
+    with pytest.raises(UserError, match="shift=-1"):
         task_of("task=images", "task.args.shift=-1")
 
 
@@ -201,18 +201,18 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_images(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"give task.args.size"):
+    with pytest.raises(UserError, match=r"give task.args.size"):
         images(folder_of(tmp_path / "a", cats=5))
     (tmp_path / "a" / "cats" / "0.png").write_bytes(b"no image")
-    with pytest.raises(Refused, match=r"the image .*0\.png can't be read"):
+    with pytest.raises(UserError, match=r"the image .*0\.png can't be read"):
         list(images(tmp_path / "a", size=6).train_data())
-    with pytest.raises(Refused, match="has no sub-folders"):
+    with pytest.raises(UserError, match="has no sub-folders"):
         images(tmp_path / "a" / "cats", size=6)
-    with pytest.raises(Refused, match="dogs has no images"):
+    with pytest.raises(UserError, match="dogs has no images"):
         images(folder_of(tmp_path / "b", cats=1, dogs=0), size=6)
     folder_of(tmp_path / "c" / "train", cats=1, dogs=1)
     folder_of(tmp_path / "c" / "val", cats=1)
-    with pytest.raises(Refused, match="dogs has no images"):
+    with pytest.raises(UserError, match="dogs has no images"):
         images(tmp_path / "c", size=6)
 
 
@@ -254,15 +254,15 @@ def test_the_standard_library_has_one_length() -> None:
 def test_texts_that_are_none(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("")
-    with pytest.raises(Refused, match=r"short.txt can't be mapped into memory: .*empty"):
+    with pytest.raises(UserError, match=r"short.txt can't be mapped into memory: .*empty"):
         text(short)
     short.write_text("too short")
-    with pytest.raises(Refused, match=r"has 9 bytes; a sample of task.args.length=9 needs more"):
+    with pytest.raises(UserError, match=r"has 9 bytes; a sample of task.args.length=9 needs more"):
         text(short, length=9)
     assert text(short, length=8).val_data() is None
-    with pytest.raises(Refused, match=r"nothing.txt: there is no such file"):
+    with pytest.raises(UserError, match=r"nothing.txt: there is no such file"):
         text(tmp_path / "nothing.txt")
-    with pytest.raises(Refused, match="heads have to divide width"):
+    with pytest.raises(UserError, match="heads have to divide width"):
         task_of("task=text", "task.args.heads=5")
 
 

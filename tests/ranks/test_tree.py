@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from scaling.geometry import Cut, solve
+from isobatch.scaling.geometry import Cut, solve
+from isobatch.trainers.engines.bitwise.tree import Growing, added, dealt, halves, nodes_in, over_ranks
+from isobatch.trainers.ranks.world import World
 from tests.ranks.harness import in_ranks
-from trainers.engines.tree import Growing, added, dealt, halves, nodes_in, over_ranks
-from trainers.world import World
 
 LEAVES, WORLDS = range(1, 41), range(1, 13)
 

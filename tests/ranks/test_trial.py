@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from scaling.geometry import solve
+from isobatch.scaling.geometry import solve
+from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.model.randomness import generators_state
+from isobatch.trainers.trial.halves import halves, own_generators
+from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
+from isobatch.trainers.trial.training import DRAWS, Found, LossTrial, batches_of
 from tests.ranks.harness import Runs, distance
 from tests.tasks import Counted, OneByOne
-from trainers.keyed import generators_state
-from trainers.loader import Fetch
-from trainers.tasks.halves import halves, own_generators
-from trainers.tasks.sandbox import Sandbox, exact_fp32
-from trainers.tasks.trial import DRAWS, Found, LossTrial, batches_of
 
 CPU = torch.device("cpu")
 
@@ -478,7 +478,7 @@ def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
     about = [event["reason"].split()[0] for event in events if event["event"] == "depends_on_cut"]
     assert about == ["the", "task.calls", *(["task.loss"] if engine != "bitwise" else [])]
     ends = runs(2, *how, "task.args.mean=true").ends
-    assert all(end["raised"] == "Refused" and "returns a mean" in end["message"] for end in ends)
+    assert all(end["raised"] == "UserError" and "returns a mean" in end["message"] for end in ends)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -550,7 +550,7 @@ def test_a_mistake_in_an_evaluation_costs_nothing(runs: Runs, how: str, rejected
     task = ("task=custom", "task._target_=tests.ranks.test_trial.Evaluated", f"task.args.how='{how}'", "lr.peak=0.1")
     run = runs(1, *task, "duration=1st", "evaluate.last=false", "evaluate.per_gpu=37")
     (end,) = run.ends
-    assert (end.get("raised") == "Refused") == rejected
+    assert (end.get("raised") == "UserError") == rejected
     if rejected:
         assert said in end["message"]
         assert not (run.run.path / "metrics.jsonl").exists()

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from trainers.rundir import Fatal, Refused
-from trainers.starting.notes import Hangs, await_words, error_note, first_error, leave_word, others_word
-from trainers.starting.watch import Watch
+from isobatch.conf.rundir.directory import Fatal
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.notes import Hangs, await_words, error_note, first_error, leave_word, others_word
+from isobatch.trainers.ranks.watch import Watch
 
 HERE = Path(__file__).name
 NOWHERE = {"step": 5, "samples": 320}
@@ -141,7 +142,7 @@ def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
         (MemoryError(), "oom", False),
         (ValueError("out of memory"), "crashed", False),
         (Fatal("step 3 isn't finite: out of memory"), "crashed", False),
-        (Refused("out of memory"), "refused", False),
+        (UserError("out of memory"), "refused", False),
         (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), "crashed", True),
         (Hangs("it waited", waiting=True), "crashed", True),
         (Hangs("it hung", waiting=False), "crashed", False),
@@ -150,7 +151,7 @@ def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
 def test_kinds_of_errors(error: Exception, kind: str, lost: bool) -> None:
     note = error_note(error, 0, "attempt", None, NOWHERE)
     assert (note["kind"], note["lost"]) == (kind, lost)
-    assert note["again"] == (not isinstance(error, Fatal | Refused))
+    assert note["again"] == (not isinstance(error, Fatal | UserError))
     assert (note["step"], note["samples"], note["per_gpu"]) == (5, 320, 0)
 
 

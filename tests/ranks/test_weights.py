@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from conf.compose import compose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import Fatal, RunDir
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.weights import find, initialise, load_average
+from isobatch.trainers.model.average import Average
+from isobatch.trainers.ranks.world import World
 from tests.disks import mounted
 from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks, leave
 from tests.ranks.test_parts import ALONE
 from tests.tasks import Counted
-from trainers.average import Average
-from trainers.rundir import Fatal, Refused, RunDir
-from trainers.weights import find, initialise, load_average
-from trainers.world import World
 
 TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
 
@@ -265,7 +266,9 @@ def test_init_from_an_unfinished_run_takes_its_newest_good_checkpoint(copied: Pa
     assert distance(found, weights_from(said)[0]) == 0
     for step in (10, 20):
         (copied / f"checkpoints/step-{step:08d}/rank-00000.safetensors").unlink()
-    with pytest.raises(Refused, match=r"no good weights: step-00000030: rank-00001.*sha256.*step-00000010: rank-00000"):
+    with pytest.raises(
+        UserError, match=r"no good weights: step-00000030: rank-00001.*sha256.*step-00000010: rank-00000"
+    ):
         weights_from(copied)
 
 
@@ -293,7 +296,7 @@ OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_sources_that_are_none(tmp_path: Path, name: str) -> None:
     make, said = OTHER_SOURCES[name]
     make(tmp_path / name)
-    with pytest.raises(Refused, match=f"init_from=.*{name}.*{said}"):
+    with pytest.raises(UserError, match=f"init_from=.*{name}.*{said}"):
         weights_from(tmp_path / name)
 
 
@@ -316,14 +319,14 @@ def test_what_does_not_fit_is_listed_and_nothing_set(tmp_path: Path, name: str) 
     save_file({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, tmp_path / "other.safetensors")
     model = Counted().model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(Refused, match=said.replace("$", "; it brings weights alone: task, .*")):
+    with pytest.raises(UserError, match=said.replace("$", "; it brings weights alone: task, .*")):
         initialise(model, str(tmp_path / "other.safetensors"), ALONE)
     assert distance(model.state_dict(), before) == 0
 
 
 def test_a_checkpoint_of_another_model_is_listed_too(trained: Run) -> None:
     with pytest.raises(
-        Refused, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], here \[64, 8\]"
+        UserError, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], here \[64, 8\]"
     ):
         initialise(nn.Sequential(*Counted(width=64).model(), nn.Linear(2, 2)), str(trained.run.path), ALONE)
 
@@ -349,7 +352,7 @@ def test_of_shared_tensors_one_name_is_enough(tmp_path: Path) -> None:
         assert again.head.weight is again.embed.weight
         assert again.scratch.tolist() == [1, 1]
     save_file({**plain, "head.weight": plain["embed.weight"] + 1}, file)
-    with pytest.raises(Refused, match=r"has apart what the model has as one: embed.weight/head.weight/turned.weight"):
+    with pytest.raises(UserError, match=r"has apart what the model has as one: embed.weight/head.weight/turned.weight"):
         initialise(Shared(seed=1), str(file), ALONE)
 
 
@@ -384,7 +387,7 @@ def test_all_ranks_refuse_what_rank_0_refuses(tmp_path: Path) -> None:
         return initialise(Shared(), str(tmp_path / "nothing"), world)
 
     ends = in_ranks(2, body, tmp_path / "ranks")
-    assert [end["raised"] for end in ends] == ["Refused"] * 2
+    assert [end["raised"] for end in ends] == ["UserError"] * 2
     assert "nothing isn't there" in ends[1]["message"]
 
 

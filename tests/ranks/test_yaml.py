@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import compose
-from conf.explain import HERE
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.messages import HERE
+from isobatch.scaling.planning.resolve import resolve
 from tests.ranks.harness import Runs
 
 WITH = {

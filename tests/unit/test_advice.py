@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from scaling.advice import USUAL, check_family, warnings
-from scaling.plan import Plan, Segment
-from scaling.resolve import resolve
-from scaling.rules import Rule
+from isobatch.conf.compose import compose
+from isobatch.scaling.plan import Plan, Segment
+from isobatch.scaling.planning.advice import USUAL, check_family, warnings
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.rules import Rule
 from tests.examples import examples
 
 

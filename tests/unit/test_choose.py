@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conf.compose import compose
-from conf.explain import ConfigError
-from conf.identity import identity
-from conf.stored import dump
-from scaling.advice import USUAL
-from scaling.choose import LARGE, TABLE, choose
-from scaling.resolve import resolve
+from isobatch.conf.compose import compose
+from isobatch.conf.identity import identity
+from isobatch.conf.saved import dump
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.advice import USUAL
+from isobatch.scaling.planning.choose import LARGE, TABLE, choose
+from isobatch.scaling.planning.resolve import resolve
 
 ALL = {name for rows in TABLE.values() for row in rows for name in row}
 
@@ -71,7 +71,7 @@ def test_it_goes_by_the_largest_batch_of_the_run() -> None:
 def test_its_other_keys_can_be_given() -> None:
     config = compose(["optimizer.weight_decay=0.3", "optimizer=auto"])
     assert (config.optimizer.name, config.optimizer.weight_decay) == ("sgd", 0.3)
-    with pytest.raises(ConfigError, match=r"optimizer\.betas.* \(optimizer=auto chose sgd\)"):
+    with pytest.raises(UserError, match=r"optimizer\.betas.* \(optimizer=auto chose sgd\)"):
         compose(["optimizer=auto", "optimizer.betas=[0.9,0.9]"])
 
 
@@ -85,7 +85,7 @@ def test_an_experiment_may_ask_for_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["lr.peak", "lr.base"])
 def test_a_learning_rate_is_of_a_named_optimizer(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key} is of one optimizer"):
+    with pytest.raises(UserError, match=f"{key} is of one optimizer"):
         compose(["optimizer=auto", f"{key}=0.1"])
 
 
@@ -111,5 +111,5 @@ def test_it_is_chosen_for_a_run_that_is_new_in_its_folder(tmp_path: Path) -> Non
 
 
 def test_as_large_as_data_that_nobody_has_counted() -> None:
-    with pytest.raises(ConfigError, match=r"state task\.train_samples=N, or name an optimizer"):
+    with pytest.raises(UserError, match=r"state task\.train_samples=N, or name an optimizer"):
         compose(["optimizer=auto", "batch.global_size=all", "task.train_samples=null"])

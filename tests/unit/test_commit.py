@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.checkpoints.commit import (
+    aside_of,
+    clear_leftovers,
+    commit,
+    compose,
+    drop_older,
+    link_best,
+    pass_over,
+)
+from isobatch.trainers.tensors.manifest import NAME, Damaged, checkpoints, read
 from tests.disks import mounted
 from tests.unit.test_manifest import header_of, save, verified, write_files
-from trainers.checkpoints.commit import aside_of, clear_leftovers, commit, compose, drop_older, link_best, pass_over
-from trainers.checkpoints.manifest import NAME, Damaged, checkpoints, read
-from trainers.rundir import RunDir
 
 
 def commit_step(run: RunDir, step: int, *, best: bool = False, **header: Any) -> list[str]:

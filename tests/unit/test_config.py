@@ -10,14 +10,15 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from conf import hardware
-from conf.compose import HERE, compose
-from conf.explain import RECORDED, ConfigError, keys, leaves, sections, validated
-from conf.help import annotated, command_line, help_text, meanings
-from conf.schema import RunConfig
-from conf.stored import dump, extends
-from conf.sweep import expand
-from scaling.units import Duration
+from isobatch.conf import hardware
+from isobatch.conf.compose import HERE, compose
+from isobatch.conf.help import annotated, command_line, help_text, meanings
+from isobatch.conf.messages import RECORDED, keys, leaves, sections, validated
+from isobatch.conf.saved import dump, extends
+from isobatch.conf.schema import RunConfig
+from isobatch.conf.sweep import expand
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.units import Duration
 
 LARGE = set(leaves("", yaml.safe_load((HERE / "experiment/digits_large.yaml").read_text())))
 
@@ -29,7 +30,7 @@ def plain() -> dict[str, Any]:
 
 
 def message(*overrides: str, config_dir: Path | None = None) -> str:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(UserError) as refusal:
         compose(overrides, config_dir)
     return str(refusal.value)
 
@@ -194,7 +195,7 @@ def test_own_yaml_begins_with_one_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["optimizer/sgd.yaml", "experiment/digits_large.yaml", "config.yaml"])
 def test_own_yaml_named_as_ours_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, "")
-    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / name} is named as a file of Isobatch's own")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / name} is named as a file of Isobatch's own")):
         command_line(["--config-dir", str(tmp_path)])
     command_line(["--config-dir", str(HERE)])
 
@@ -423,7 +424,7 @@ def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, said
     for name in parents:
         section = section[name]
     section[last] = value
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(UserError) as refusal:
         validated(changed)
     assert said in str(refusal.value)
     assert key in str(refusal.value)
@@ -462,7 +463,7 @@ def test_sweeps_expand_by_hydras_grammar() -> None:
 
 @pytest.mark.parametrize("override", ["lr.base=interval(0,1)", "seed=range(3,1)", "optimizer=glob(x*)", "seed=1,(2"])
 def test_sweeps_of_nothing_are_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(override)):
+    with pytest.raises(UserError, match=re.escape(override)):
         expand([override])
 
 
@@ -722,7 +723,7 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("arguments", [["--confg-dir", "."], ["--cfg", "all"], ["--config-dir", "/nowhere"], ["--n=3"]])
 def test_options_that_are_not_there(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         command_line(arguments)
 
 
@@ -772,15 +773,15 @@ def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert hardware.world_size(compose([])) == 6
     assert hardware.world_size(compose(["cluster.nodes=2", "cluster.gpus_per_node=3"])) == 6
-    with pytest.raises(ConfigError, match=r"gpus_per_node=8 contradicts torchrun's LOCAL_WORLD_SIZE=3"):
+    with pytest.raises(UserError, match=r"gpus_per_node=8 contradicts torchrun's LOCAL_WORLD_SIZE=3"):
         hardware.world_size(compose(["cluster.gpus_per_node=8"]))
-    with pytest.raises(ConfigError, match=r"nodes=1 contradicts torchrun's WORLD_SIZE=6 with LOCAL_WORLD_SIZE=3"):
+    with pytest.raises(UserError, match=r"nodes=1 contradicts torchrun's WORLD_SIZE=6 with LOCAL_WORLD_SIZE=3"):
         hardware.world_size(compose(["cluster.nodes=1"]))
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # 3 + 2 + 1
     assert hardware.world_size(compose(["cluster.nodes=3"])) == 6
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "x")
-        with pytest.raises(ConfigError, match=f"{name}=x"):
+        with pytest.raises(UserError, match=f"{name}=x"):
             hardware.world_size(compose([]))
 
 
@@ -793,7 +794,7 @@ def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_start_here(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)):
         hardware.refuse_unless_startable(compose(overrides))
 
 
@@ -801,12 +802,12 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "visible_gpus", lambda env: 2)
     hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=2"]))
     hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4", "device=cpu"]))
-    with pytest.raises(ConfigError, match="4 processes here need a GPU each, and 2 are visible"):
+    with pytest.raises(UserError, match="4 processes here need a GPU each, and 2 are visible"):
         hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4"]))
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="3 processes here"):
+    with pytest.raises(UserError, match="3 processes here"):
         hardware.refuse_unless_startable(compose([]))
-    with pytest.raises(ConfigError, match="contradicts torchrun"):
+    with pytest.raises(UserError, match="contradicts torchrun"):
         hardware.refuse_unless_startable(compose(["debug=true"]))

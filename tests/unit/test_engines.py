@@ -9,13 +9,13 @@ from itertools import product
 
 import pytest
 
-from conf.compose import compose
-from conf.schema import RunConfig
-from scaling.engines import ELEMENTWISE, Held
-from scaling.plan import Plan
-from scaling.record import from_json, to_json
-from scaling.resolve import continued, resolve
-from scaling.table import table
+from isobatch.conf.compose import compose
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.capabilities import ELEMENTWISE, Held
+from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.report.plan_json import from_json, to_json
+from isobatch.scaling.report.table import table
 
 ENGINES = {
     "ddp": ["engine=ddp"],

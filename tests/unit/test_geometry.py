@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scaling.geometry import Cut, nearest_even, solve
+from isobatch.scaling.geometry import Cut, nearest_even, solve
 from tests.examples import examples
 
 quick = examples(75)

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launch
-from conf.compose import compose
-from conf.explain import ConfigError, keys
-from conf.stored import dump
-from conf.sweep import MOST_RUNS, expand
-from scaling.record import from_json
-from scaling.report import grid
+from isobatch.conf.compose import compose
+from isobatch.conf.messages import keys
+from isobatch.conf.saved import dump
+from isobatch.conf.sweep import MOST_RUNS, expand
+from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.plan_json import from_json
+from isobatch.scaling.report.results import grid
+from isobatch.trainers.launch.children import guarded
 from tests.examples import examples
-from trainers.starting.child import guarded
-from trainers.terminal import say
 
 TASK = (
     "defaults: [custom, _self_]\nname: mine\n_target_: m.T\n"
@@ -170,7 +171,7 @@ def test_sweeps_of_millions(sweep: list[str], capsys: pytest.CaptureFixture[str]
 
 def test_sweeps_up_to_the_most_runs() -> None:
     assert len(expand([f"seed=range(0,{MOST_RUNS})"])) == MOST_RUNS
-    with pytest.raises(ConfigError, match=f"{MOST_RUNS:,}"):
+    with pytest.raises(UserError, match=f"{MOST_RUNS:,}"):
         expand([f"seed=range(0,{MOST_RUNS + 1})"])
 
 

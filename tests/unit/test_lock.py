@@ -20,20 +20,21 @@ from typing import Any
 
 import pytest
 
+from isobatch.conf.rundir import lock as lock_module
+from isobatch.conf.rundir.directory import DYING_S, Outcome, RunDir
+from isobatch.conf.rundir.lock import BEAT_S, LOCK, LOOKS, remove
+from isobatch.conf.rundir.owner import OWNER, Seen
+from isobatch.scaling.errors import UserError
 from tests.disks import mounted
 from tests.noflock import without_flock
-from trainers import lock as lock_module
-from trainers.lock import BEAT_S, LOCK, LOOKS, remove
-from trainers.owner import OWNER, Seen
-from trainers.rundir import DYING_S, Outcome, Refused, RunDir
 
 ROOT = Path(__file__).parents[2]
 TAKES = """
 import sys, time
-from trainers.rundir import Refused, RunDir
+from isobatch.conf.rundir.directory import UserError, RunDir
 try:
     lock = RunDir(sys.argv[1]).lock()
-except Refused as error:
+except UserError as error:
     sys.exit(print(error) or 2)
 print("has it", flush=True)
 time.sleep(float(sys.argv[2]))
@@ -159,7 +160,7 @@ def test_an_owner_elsewhere_that_shows_signs_of_life_is_named(run: RunDir) -> No
     thread = threading.Thread(target=beats)
     thread.start()
     try:
-        with pytest.raises(Refused, match=rf"another launch works in .*\({seen.owner}; its heartbeat was seen\)"):
+        with pytest.raises(UserError, match=rf"another launch works in .*\({seen.owner}; its heartbeat was seen\)"):
             run.lock()
     finally:
         over.set()
@@ -337,7 +338,7 @@ def test_a_new_run_may_have_links_to_another_disk(tmp_path: Path) -> None:
     run.refuse_foreign()
     (tmp_path / "final").unlink()
     (tmp_path / "final").mkdir()
-    with pytest.raises(Refused, match="holds no run, but final"):
+    with pytest.raises(UserError, match="holds no run, but final"):
         run.refuse_foreign()
 
 
@@ -353,7 +354,7 @@ UNUSABLE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_what_cannot_be_a_lock_is_rejected(run: RunDir, name: str) -> None:
     UNUSABLE[name](run.path)
-    with pytest.raises(Refused, match="can't be used"):
+    with pytest.raises(UserError, match="can't be used"):
         run.lock()
 
 

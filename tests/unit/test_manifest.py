@@ -16,11 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.plan import Plan
-from tests.examples import examples
-from tests.unit.test_plan import make
-from trainers.checkpoints.commit import compose
-from trainers.checkpoints.manifest import (
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.plan import Plan
+from isobatch.trainers.checkpoints.commit import compose
+from isobatch.trainers.tensors.manifest import (
     NAME,
     Checkpoint,
     Damaged,
@@ -33,8 +32,9 @@ from trainers.checkpoints.manifest import (
     sealed,
     verify,
 )
-from trainers.checkpoints.tensorfile import HEADER_BYTES, ITEMSIZE, entries
-from trainers.rundir import RunDir
+from isobatch.trainers.tensors.tensorfile import HEADER_BYTES, ITEMSIZE, entries
+from tests.examples import examples
+from tests.unit.test_plan import make
 
 PLAN = make(1000, batches=((0, 32), (320, 64)))
 RANKS = 2
@@ -130,7 +130,8 @@ def test_all_that_was_written_is_read(folder: Path) -> None:
 
 
 def test_torch_stays_out() -> None:
-    code = "import trainers.checkpoints.manifest, trainers.checkpoints.commit, sys; assert 'torch' not in sys.modules"
+    modules = "isobatch.trainers.tensors.manifest, isobatch.trainers.checkpoints.commit"
+    code = f"import {modules}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

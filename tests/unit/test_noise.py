@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from scaling import noise
-from scaling.geometry import Cut, solve
-from scaling.noise import FEWEST, MEMORY, Estimate, Smoothed, estimate, filled, student, unmeasurable
+from isobatch.scaling import noise
+from isobatch.scaling.geometry import Cut, solve
+from isobatch.scaling.noise import FEWEST, MEMORY, Estimate, Smoothed, estimate, filled, student, unmeasurable
+from isobatch.trainers.checkpoints.commit import compose
+from isobatch.trainers.tensors.manifest import Damaged, parse, sealed
 from tests.unit.test_manifest import header_of
 from tests.unit.test_plan import make
-from trainers.checkpoints.commit import compose
-from trainers.checkpoints.manifest import Damaged, parse, sealed
 
 DIMENSIONS = 20
 SHAPE = np.linspace(0.2, 2, DIMENSIONS)  # how unequal the variances are

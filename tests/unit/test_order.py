@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from scaling import order
-from scaling.order import MAX_SAMPLES, Indices, indices
+from isobatch.scaling import order
+from isobatch.scaling.order import MAX_SAMPLES, Indices, indices
 
 POSITIONS = 2**17
 # The order is a table for the first three, computed for the others; 4^k + 1 walks the most, 4^k not at all.

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.order import indices
-from scaling.plan import Choice, Plan, Segment, Step
-from scaling.record import _numbers, from_json, to_json
-from scaling.rules import Recipe, Rule
-from scaling.schedule import Schedule
-from scaling.table import table
+from isobatch.scaling.order import indices
+from isobatch.scaling.plan import Choice, Plan, Segment, Step
+from isobatch.scaling.report.plan_json import _numbers, from_json, to_json
+from isobatch.scaling.report.table import table
+from isobatch.scaling.rules import Recipe, Rule
+from isobatch.scaling.schedule import Schedule
 from tests.examples import examples
 from tests.steps import walk
 

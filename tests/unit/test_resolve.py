@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from conf.compose import compose
-from conf.explain import validated
-from conf.identity import identity
-from conf.schema import RunConfig
-from scaling.evaluations import evaluation_batch
-from scaling.plan import Plan
-from scaling.record import from_json, to_json
-from scaling.resolve import continued, resolve
-from scaling.rules import Rule
-from scaling.table import table
+from isobatch.conf.compose import compose
+from isobatch.conf.identity import identity
+from isobatch.conf.messages import validated
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.evaluations import evaluation_batch
+from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.report.plan_json import from_json, to_json
+from isobatch.scaling.report.table import table
+from isobatch.scaling.rules import Rule
 
 # A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.
 TASK = (

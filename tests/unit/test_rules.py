@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
+from isobatch.scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
 from tests.examples import examples
 
 quick = examples(50)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from scaling.report import grid, result
-from scaling.run_files import last_step
-from scaling.runs import directories, row
+from isobatch.conf.rundir.files import last_step
+from isobatch.scaling.report.results import grid, result
+from isobatch.scaling.report.runs import directories, row
 
 PLAN = {"steps": 100, "samples": 6400}
 SUBMITTED = {"event": "submitted", "job": "7"}

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from conf.schema import RunConfig
-from scaling.geometry import Cut, solve
-from scaling.order import indices
-from scaling.plan import Plan
-from scaling.record import from_json, to_json
-from scaling.resolve import resolve
-from scaling.table import table
+from isobatch.conf.compose import compose
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.geometry import Cut, solve
+from isobatch.scaling.order import indices
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.report.plan_json import from_json, to_json
+from isobatch.scaling.report.table import table
 from tests.examples import examples
 from tests.steps import walk
 

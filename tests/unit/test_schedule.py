@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.schedule import DECAYS, Schedule
+from isobatch.scaling.schedule import DECAYS, Schedule
 from tests.examples import examples
 
 quick = examples(50)

@@ -14,18 +14,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from conf.explain import ConfigError, override
-from conf.hardware import refuse_unless_startable
-from conf.identity import identity
-from conf.schema import Slurm
-from conf.stored import frozen
-from slurm.allocation import Allocation, as_local, job_facts
-from slurm.output import parse_due, parse_unreached
-from slurm.render import directive, render
-from slurm.requeue import End, judge, put_back_by_slurm
-from slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
-from slurm.submit import common_cluster, prepare, refuse_unless_submittable
+from isobatch.conf.compose import compose
+from isobatch.conf.hardware import refuse_unless_startable
+from isobatch.conf.identity import identity
+from isobatch.conf.messages import override
+from isobatch.conf.saved import frozen
+from isobatch.conf.schema import Slurm
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.allocation import Allocation, as_local, job_facts
+from isobatch.slurm.output import parse_due, parse_unreached
+from isobatch.slurm.render import directive, render
+from isobatch.slurm.requeue import End, judge, put_back_by_slurm
+from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
+from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
 from tests.examples import examples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,7 +93,7 @@ def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
 @examples(20)
 def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
     """As Hydra and OmegaConf read its path."""
-    with pytest.raises(ConfigError, match="can't be read") as error:
+    with pytest.raises(UserError, match="can't be read") as error:
         compose([override("run.config", f"/absent/{text}")])
     assert str(Path(f"/absent/{text}")) in str(error.value)
 
@@ -136,7 +137,7 @@ def test_a_frozen_config_is_the_whole_run(tmp_path: Path) -> None:
     assert (
         compose([f"run.config='{str(file).replace(chr(39), chr(92) + chr(39))}'", "action=requeue"]).action == "requeue"
     )
-    with pytest.raises(ConfigError, match=r"is the whole config, which lr\.peak can't change"):
+    with pytest.raises(UserError, match=r"is the whole config, which lr\.peak can't change"):
         compose([override("run.config", str(file)), "lr.peak=1"])
 
 
@@ -172,12 +173,12 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
     ],
 )
 def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         refuse_unless_submittable(compose(overrides))
 
 
 def test_an_evaluation_is_no_job() -> None:
-    with pytest.raises(ConfigError, match="submits trainings, and action=evaluate isn't one: within a job"):
+    with pytest.raises(UserError, match="submits trainings, and action=evaluate isn't one: within a job"):
         refuse_unless_startable(compose([*ON_SLURM, "action=evaluate", "init_from=/"]))
 
 
@@ -193,14 +194,14 @@ def test_an_evaluation_is_no_job() -> None:
     ],
 )
 def test_options_that_cannot_be(override: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         compose([*ON_SLURM, override])
 
 
 def test_a_sweep_is_one_array() -> None:
     two = [compose([*ON_SLURM, f"cluster.nodes={nodes}"]) for nodes in (1, 2)]
     assert common_cluster([two[0], two[0]]) == two[0].cluster
-    with pytest.raises(ConfigError, match="one array of jobs"):
+    with pytest.raises(UserError, match="one array of jobs"):
         common_cluster(two)
 
 
@@ -214,9 +215,9 @@ STEP = {
 
 def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
     assert Allocation.within({}) is None
-    with pytest.raises(ConfigError, match=r"inside of Slurm's job 5: .*srun --ntasks-per-node=1"):
+    with pytest.raises(UserError, match=r"inside of Slurm's job 5: .*srun --ntasks-per-node=1"):
         Allocation.within({"SLURM_JOB_ID": "5"})
-    with pytest.raises(ConfigError, match="starts 8 tasks on 2 nodes, and one a node is wanted"):
+    with pytest.raises(UserError, match="starts 8 tasks on 2 nodes, and one a node is wanted"):
         Allocation.within(STEP | {"SLURM_NTASKS": "8"})
 
 
@@ -229,7 +230,7 @@ def test_facts_of_a_job() -> None:
 
 
 def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.allocation.address", lambda node: f"{node}-ib0")
+    monkeypatch.setattr("isobatch.slurm.allocation.address", lambda node: f"{node}-ib0")
     here = Allocation("20042", ("gpu-b21", "gpu-b22"), "gpu-b22", gpus=4)
     local = as_local(compose(["cluster=slurm", "cluster.max_restarts=2"]), here).cluster
     assert (local.nodes, local.gpus_per_node, local.max_restarts) == (2, 4, 2)
@@ -238,9 +239,9 @@ def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: py
     assert len({here.rendezvous(), *beside}) == len(beside)  # steps at once, in this job and the next, meet apart
     assert as_local(compose([*ON_SLURM]), here).cluster.gpus_per_node == 2
     assert as_local(compose([*ON_SLURM]), replace(here, hosts=("gpu-b21",))).cluster.rendezvous is None  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"cluster\.nodes=3, but job 20042 has 2"):
+    with pytest.raises(UserError, match=r"cluster\.nodes=3, but job 20042 has 2"):
         as_local(compose([*ON_SLURM, "cluster.nodes=3"]), here)
-    with pytest.raises(ConfigError, match=r"run\.new=true would begin another run each time"):
+    with pytest.raises(UserError, match=r"run\.new=true would begin another run each time"):
         as_local(compose([*ON_SLURM, "run.new=true"]), here)
 
 
@@ -501,7 +502,9 @@ def test_what_slurm_put_back_by_itself(
         "--nodes": "".join(f"{node} down*\n" for node in down),
         "node": f"NodeName=n2 State=IDLE SlurmdStartTime={began}\n",
     }
-    monkeypatch.setattr("slurm.state.ask", lambda *words: next(text for key, text in answers.items() if key in words))
+    monkeypatch.setattr(
+        "isobatch.slurm.state.ask", lambda *words: next(text for key, text in answers.items() if key in words)
+    )
     (tmp_path / "outcome.json").write_text(json.dumps({"state": state}))
     (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}

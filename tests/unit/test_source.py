@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from conf.compose import compose
-from trainers import repository
-from trainers.repository import commit_of, repository_of
-from trainers.rundir import RunDir
-from trainers.source import Source, changes, folder_of
+from isobatch.conf.compose import compose
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.launch import repository
+from isobatch.trainers.launch.repository import commit_of, repository_of
+from isobatch.trainers.launch.source import Source, changes, folder_of
 
 TASK = ("task=custom", "lr.peak=0.1")
 CODE: dict[str, Any] = {"commit": "", "repository": None}

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from conf.compose import compose
-from conf.explain import ConfigError
-from conf.identity import identity
-from conf.stored import dump
-from scaling.plan import Plan, samples_after
-from scaling.record import from_json, to_json
-from scaling.resolve import continued, resolve
-from scaling.stages import BatchSchedule
-from scaling.table import table
+from isobatch.conf.compose import compose
+from isobatch.conf.identity import identity
+from isobatch.conf.saved import dump
+from isobatch.scaling.batch_schedule import BatchSchedule
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan, samples_after
+from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.report.plan_json import from_json, to_json
+from isobatch.scaling.report.table import table
 
 TASK = (
     "task.train_samples=10000", "task.tuned={sgd: {lr: 0.1, batch: 64}, adamw: {lr: 0.001, batch: 64}}",
@@ -45,7 +45,7 @@ def walk(plan: Plan) -> list[tuple[int, int, float]]:
 
 
 def refusal(schedule: str, *overrides: str) -> str:
-    with pytest.raises((ConfigError, ValueError)) as error:
+    with pytest.raises((UserError, ValueError)) as error:
         plan_of(schedule, *overrides)
     return str(error.value)
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
-from scaling.engines import ABILITIES, Held
-from scaling.plan import Plan, Segment
-from scaling.record import from_json, to_json
-from scaling.rules import Rule
+from isobatch.scaling.plan import Plan, Segment
+from isobatch.scaling.planning.capabilities import ABILITIES, Held
+from isobatch.scaling.report.plan_json import from_json, to_json
+from isobatch.scaling.rules import Rule
 from tests.unit.test_plan import WHOLE
 
 ENGINE = next(it for it in ABILITIES if it.offloads and it.stage)

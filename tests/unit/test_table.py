@@ -8,11 +8,11 @@ from textwrap import dedent
 
 import pytest
 
-from conf.compose import compose
-from scaling.plan import Plan, Segment
-from scaling.resolve import resolve
-from scaling.rules import Rule
-from scaling.table import WIDTH, table
+from isobatch.conf.compose import compose
+from isobatch.scaling.plan import Plan, Segment
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.report.table import WIDTH, table
+from isobatch.scaling.rules import Rule
 
 TASK = (
     "task=custom",

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.limits import LARGEST
-from scaling.units import MEANING, Duration
+from isobatch.scaling.limits import LARGEST
+from isobatch.scaling.units import MEANING, Duration
 from tests.examples import examples
 
 quick = examples(50)

@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conf.identity import first_free
-from scaling.record import to_json
-from trainers.checkpoints.manifest import (
+from isobatch.conf.identity import first_free
+from isobatch.conf.rundir.directory import RunDir, write_atomic
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.trainers.tensors.manifest import (
     FORMAT,
     NAME,
     Damaged,
@@ -30,7 +31,6 @@ from trainers.checkpoints.manifest import (
     sealed,
     step_of,
 )
-from trainers.rundir import RunDir, write_atomic
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
 PASSED_OVER = "passed-over"  # the folder of those that weren't good when the run went on

@@ -5,22 +5,22 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from conf.explain import ConfigError
-from conf.stored import lengthened
-from scaling.plan import Plan
-from scaling.resolve import continued
-from trainers.checkpoints.manifest import Damaged, checkpoints, read
-from trainers.rundir import RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.saved import lengthened
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import continued
+from isobatch.trainers.tensors.manifest import Damaged, checkpoints, read
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
+    from isobatch.conf.schema import RunConfig
 
 
 def from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     """``plan`` as it goes on from the newest checkpoint of ``run`` that can be read; itself without one.
 
     Raises:
-        ConfigError: it can't go on so.
+        UserError: it can't go on so.
     """
     for path in checkpoints(run):
         with suppress(Damaged):
@@ -31,5 +31,5 @@ def from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
             try:
                 return continued(plan, header.plan, extends=longer)
             except ValueError as error:
-                raise ConfigError(str(error)) from None
+                raise UserError(str(error)) from None
     return plan

@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conf.identity import identity
-from conf.stored import lengthened
-from scaling.noise import Smoothed
-from scaling.plan import Plan
-from scaling.resolve import continued
-from scaling.run_files import events
-from trainers.checkpoints.commit import clear_leftovers, link_best
-from trainers.checkpoints.manifest import Checkpoint, Damaged, Header, Stored, checkpoints, read, verify
-from trainers.checkpoints.slices import DTYPES, EVAL, Layout, Reader
-from trainers.engines import Engine
-from trainers.optim.groups import Groups, are_groups
-from trainers.optim.stored import GROUPS, MORE, misfit
-from trainers.rundir import Refused, RunDir
-from trainers.state import TrainState
-from trainers.world import World
+from isobatch.conf.identity import identity
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import events
+from isobatch.conf.saved import lengthened
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.noise import Smoothed
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import continued
+from isobatch.trainers.checkpoints.commit import clear_leftovers, link_best
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.optim.groups import Groups, are_groups
+from isobatch.trainers.optim.state_io import GROUPS, MORE, misfit
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tensors.manifest import Checkpoint, Damaged, Header, Stored, checkpoints, read, verify
+from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader
 
 if TYPE_CHECKING:
-    from conf.schema import RunConfig
+    from isobatch.conf.schema import RunConfig
 
 SKIPPED_SHOWN = 5
 
@@ -51,7 +52,7 @@ def resume(
         beat: called for every few MB that are read.
 
     Raises:
-        Refused: there are checkpoints, but no good one; or the data isn't what it was.
+        UserError: there are checkpoints, but no good one; or the data isn't what it was.
     """
     found = newest_good(run, config, world, engine, tell, beat)
     measured = config.noise.every is not None
@@ -62,14 +63,14 @@ def resume(
     try:
         plan = continued(fresh, header.plan, extends=header.identity != identity(config))
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise UserError(str(error)) from None
     try:
         engine.restore(Reader(found, beat))
-    except Refused:
+    except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"{found.path} doesn't fit the optimizer ({said:.200}): was the task changed?") from error
+        raise UserError(f"{found.path} doesn't fit the optimizer ({said:.200}): was the task changed?") from error
     noise = header.noise or Smoothed() if measured else None
     return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed, noise), found
 
@@ -108,13 +109,13 @@ def newest_good(
     """The newest checkpoint in which nothing is wrong, the same on all ranks, which share the reading of its files.
 
     Raises:
-        Refused: there are some, but none is good.
+        UserError: there are some, but none is good.
     """
     if world.rank == 0:
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
     if saved and not names:
-        raise Refused(
+        raise UserError(
             f"{run.checkpoints} has no checkpoint, but step {saved} was saved there: bring it back, or start another "
             "run beside this with run.new=true"
         )
@@ -134,7 +135,7 @@ def newest_good(
         tell(f"checkpoint {name} is skipped: {reasons[0]}")
     if skipped:
         more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
-        raise Refused(
+        raise UserError(
             f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
             "changed there: mend one, bring back the model that they are of, or start another run beside this with "
             "run.new=true"
@@ -232,13 +233,13 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) -> None:
     header = found.header
     if header.plan.train_samples != fresh.train_samples:
-        raise Refused(
+        raise UserError(
             f"the training data has {fresh.train_samples} samples, and had {header.plan.train_samples} when "
             f"{found.path.name} was saved: their order would be another; bring the old data back, or start another run "
             "with run.new=true (init_from=… begins it with these weights)"
         )
     if fingerprint and header.fingerprint and fingerprint != header.fingerprint:
-        raise Refused(
+        raise UserError(
             f"the training data has changed: its fingerprint is {fingerprint}, and was {header.fingerprint} when "
             f"{found.path.name} was saved; bring the old data back, start another run with run.new=true (init_from=… "
             "begins it with these weights), or go on all the same with data.fingerprint=false"

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from scaling.engines import either
-from scaling.geometry import Cut
-from trainers.engines import Parts
-from trainers.engines.ddp import DDP
-from trainers.locate import check_call, made
-from trainers.rundir import Refused
-from trainers.world import World
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import Cut
+from isobatch.scaling.planning.capabilities import either
+from isobatch.trainers.engines.ddp import DDP
+from isobatch.trainers.engines.engine import Parts
+from isobatch.trainers.model.targets import check_call, made
+from isobatch.trainers.ranks.world import World
 
 if TYPE_CHECKING:
-    import conf.engines
+    import isobatch.conf.groups
 
-# What engine.config may say only as the plan does (scaling/reserved.py); the Accelerator is told how it works here.
+# engine.config may say these only as the plan does (scaling/planning/engine_config.py); the Accelerator is told here.
 OURS = ("cpu", "mixed_precision", "gradient_accumulation_steps", "split_batches", "dynamo_backend")
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # where it wraps a model in DDP, or in nothing
 
@@ -37,7 +37,7 @@ class Accelerate(DDP):
         compiled: whether the model is compiled already.
     """
 
-    def __init__(self, parts: Parts, config: conf.engines.Accelerate, compiled: bool) -> None:
+    def __init__(self, parts: Parts, config: isobatch.conf.groups.Accelerate, compiled: bool) -> None:
         refuse_contradictions(os.environ, parts.precision, compiled, parts.world.device.type)
         self._accelerator = accelerator(parts.world, config.config)
         super().__init__(parts, {})
@@ -73,12 +73,12 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
     """An Accelerator for the ranks that are there, with ``engine.config`` as its keywords.
 
     Raises:
-        Refused: it isn't installed, or can't be had so.
+        UserError: it isn't installed, or can't be had so.
     """
     try:
         accelerate = import_module("accelerate")
     except ImportError as error:
-        raise Refused(
+        raise UserError(
             f"engine=accelerate needs the package accelerate ({error}): pip install '.[accelerate]'"
         ) from error
     check_call("engine.config", "accelerate.Accelerator", accelerate.Accelerator, (), config)
@@ -95,10 +95,10 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
             dynamo_backend="no",
         )  # fmt: skip
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise Refused(f"accelerate.Accelerator can't be made: {error}") from error
+        raise UserError(f"accelerate.Accelerator can't be made: {error}") from error
     kind = found.distributed_type.value
     if kind not in KINDS or found.num_processes != world.size or found.device.type != world.device.type:
-        raise Refused(
+        raise UserError(
             f"accelerate sees {found.num_processes} processes ({kind}) on {found.device.type}, and Isobatch "
             f"{world.size} on {world.device.type}: use engine=ddp, which heeds less of the environment"
         )
@@ -109,19 +109,19 @@ def _refuse_handler(handler: Any, able: Any) -> None:
     """Only DDP's keywords mean something here, and none that changes the sums."""
     name = type(handler).__name__
     if not isinstance(handler, able):
-        raise Refused(
+        raise UserError(
             f"engine.config.kwargs_handlers has a {name}, and only a DistributedDataParallelKwargs means something "
             "here: what computes and scales is precision, and the process group is Isobatch's"
         )
     if str(handler.comm_hook) != "no":
-        raise Refused(
+        raise UserError(
             f"engine.config.kwargs_handlers: comm_hook={handler.comm_hook} compresses gradients, which changes the "
             "run; leave it out"
         )
 
 
 def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:
-    """Raises Refused where ``accelerate launch``, by its options or its config file, asks for what the plan hasn't.
+    """Raises UserError where ``accelerate launch``, by its options or its config file, asks for what the plan hasn't.
 
     Args:
         said: the environment.
@@ -133,23 +133,23 @@ def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: boo
 
     if on("ACCELERATE_USE_DEEPSPEED"):
         stage = said.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        raise Refused(f"accelerate launch says use_deepspeed: give engine=deepspeed engine.stage={stage} with it")
+        raise UserError(f"accelerate launch says use_deepspeed: give engine=deepspeed engine.stage={stage} with it")
     if on("ACCELERATE_USE_FSDP"):
-        raise Refused(f"accelerate launch says use_fsdp: {_fsdp(said)}")
+        raise UserError(f"accelerate launch says use_fsdp: {_fsdp(said)}")
     if on("ACCELERATE_USE_MEGATRON_LM") or on("ACCELERATE_USE_PARALLELISM_CONFIG") or on("ACCELERATE_IN_TPU_POD"):
-        raise Refused(
+        raise UserError(
             "accelerate launch says use_megatron_lm, use_parallelism_config or tpu, and runs are data-parallel, on "
             "CPUs and GPUs: leave it out; engine=fsdp and engine=deepspeed share a model between ranks"
         )
     if on("ACCELERATE_USE_CPU") and device != "cpu":
-        raise Refused(f"accelerate launch says cpu, and device={device}: give device=cpu, or leave out its cpu")
+        raise UserError(f"accelerate launch says cpu, and device={device}: give device=cpu, or leave out its cpu")
     wanted = said.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
     if wanted not in ("no", precision):
         instead = f"give precision={wanted} with it" if wanted in ("bf16", "fp16") else "give precision=bf16 instead"
-        raise Refused(f"accelerate launch says mixed_precision={wanted}, and precision={precision}: {instead}")
+        raise UserError(f"accelerate launch says mixed_precision={wanted}, and precision={precision}: {instead}")
     backend, mode = said.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), said.get("ACCELERATE_DYNAMO_MODE", "default")
     if backend != "no" and (not compiled or backend != "inductor" or mode != "default"):
-        raise Refused(
+        raise UserError(
             f"accelerate launch says dynamo_backend={backend} (dynamo_mode={mode}), and here compile="
             f"{str(compiled).lower()}: compile=true compiles with inductor, in its default mode; give that, and leave "
             "the others out"
@@ -157,7 +157,7 @@ def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: boo
 
 
 def refuse_accumulation(said: Mapping[str, str], planned: set[int]) -> None:
-    """Raises Refused where ``accelerate launch`` asks for another accumulation than the plan has.
+    """Raises UserError where ``accelerate launch`` asks for another accumulation than the plan has.
 
     Args:
         said: the environment.
@@ -168,7 +168,7 @@ def refuse_accumulation(said: Mapping[str, str], planned: set[int]) -> None:
         return
     numbers = sorted(planned)
     may = ["1", "auto"] if len(numbers) > 1 or numbers == [1] else [str(numbers[0]), "1", "auto"]
-    raise Refused(
+    raise UserError(
         f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given}, and the plan has batch.accumulation="
         f"{', '.join(map(str, numbers))}: give {either(may)} there, or leave it out"
     )

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaling.geometry import Cut
-from scaling.rules import Recipe
-from trainers.average import Average
-from trainers.batchnorm import settled, statistics_of
-from trainers.checkpoints.slices import EVAL, Reader, Slice
-from trainers.engines import Found, Parts, Update
-from trainers.engines.gradients import clipped, multiply, norm_of, number
-from trainers.engines.lockstep import Lockstep
-from trainers.engines.root import Explained, Root, checked, reworded
-from trainers.model import distinct
-from trainers.noise import GradientSquares
-from trainers.optim import Tuned
-from trainers.optim.eval_weights import eval_weights, has_modes
-from trainers.optim.stored import restore_optimizer, stored_optimizer
-from trainers.precision import LossScale, autocast
-from trainers.rundir import Fatal
-from trainers.shards import copied, fill, gathered, local, slices_of
-from trainers.tally import Note, NoteCarrier, Number, Total
+from isobatch.conf.rundir.directory import Fatal
+from isobatch.scaling.geometry import Cut
+from isobatch.scaling.rules import Recipe
+from isobatch.trainers.engines.engine import Found, Parts, Update
+from isobatch.trainers.engines.gradients import clipped, multiply, norm_of, number
+from isobatch.trainers.engines.lockstep import Lockstep
+from isobatch.trainers.engines.noise import GradientSquares
+from isobatch.trainers.engines.root import Explained, Root, checked, reworded
+from isobatch.trainers.engines.step_report import Note, NoteCarrier, Number, Total
+from isobatch.trainers.model.average import Average
+from isobatch.trainers.model.batchnorm import settled, statistics_of
+from isobatch.trainers.model.build import distinct
+from isobatch.trainers.model.precision import LossScale, autocast
+from isobatch.trainers.optim.eval_weights import eval_weights, has_modes
+from isobatch.trainers.optim.make import Tuned
+from isobatch.trainers.optim.state_io import restore_optimizer, stored_optimizer
+from isobatch.trainers.tensors.sharding import copied, fill, gathered, local, slices_of
+from isobatch.trainers.tensors.slices import EVAL, Reader, Slice
 
 
 class Base:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scaling.geometry import Cut
-from trainers.engines import Parts
-from trainers.engines.base import Base
-from trainers.locate import check_call
-from trainers.tally import Note
+from isobatch.scaling.geometry import Cut
+from isobatch.trainers.engines.base import Base
+from isobatch.trainers.engines.engine import Parts
+from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.model.targets import check_call
 
 
 class DDP(Base):

@@ -17,21 +17,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-from scaling.geometry import Cut
-from trainers.engines import Found, Parts
-from trainers.engines.base import Base
-from trainers.engines.gradients import gradient_of, norm_of, number
-from trainers.locate import check_call
-from trainers.model import is_called, matching, place_buffers
-from trainers.noise import GradientSquares
-from trainers.precision import DTYPES
-from trainers.rundir import Refused
-from trainers.shards import sharded
-from trainers.starting.trails import BACKWARD, Trail
-from trainers.tally import Number, Total
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import Cut
+from isobatch.trainers.engines.base import Base
+from isobatch.trainers.engines.engine import Found, Parts
+from isobatch.trainers.engines.gradients import gradient_of, norm_of, number
+from isobatch.trainers.engines.noise import GradientSquares
+from isobatch.trainers.engines.step_report import Number, Total
+from isobatch.trainers.model.build import is_called, matching, place_buffers
+from isobatch.trainers.model.precision import DTYPES
+from isobatch.trainers.model.targets import check_call
+from isobatch.trainers.ranks.trails import BACKWARD, Trail
+from isobatch.trainers.tensors.sharding import sharded
 
 if TYPE_CHECKING:
-    import conf.engines
+    import isobatch.conf.groups
 
 
 class FSDP(Base):
@@ -40,9 +40,9 @@ class FSDP(Base):
     lockstep = True
     for_all_ranks = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
 
-    def __init__(self, parts: Parts, config: conf.engines.FSDP) -> None:
+    def __init__(self, parts: Parts, config: isobatch.conf.groups.FSDP) -> None:
         if config.offload and parts.world.device.type == "cpu":
-            raise Refused("engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU")
+            raise UserError("engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU")
         parts.world.connect()
         super().__init__(parts)
         self._shard(config)
@@ -59,7 +59,7 @@ class FSDP(Base):
             # FSDP takes no others
             parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(self._device)
 
-    def _shard(self, config: conf.engines.FSDP) -> None:
+    def _shard(self, config: isobatch.conf.groups.FSDP) -> None:
         mesh = init_device_mesh(self._device.type, (self._world.size,))
         options: dict[str, Any] = {
             "mesh": mesh,
@@ -169,7 +169,7 @@ def _record(module: FSDPModule, trail: Trail, name: str) -> None:
     module.set_custom_reduce_scatter(Reduce(trail, name))
 
 
-def _policy(config: conf.engines.FSDP) -> MixedPrecisionPolicy:
+def _policy(config: isobatch.conf.groups.FSDP) -> MixedPrecisionPolicy:
     wide = DTYPES | {None: None, "fp32": torch.float32}
     dtype = wide[config.param_dtype]
     reduced = torch.float32 if dtype and config.reduce_dtype is None else wide[config.reduce_dtype]
@@ -184,7 +184,7 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         shard: patterns of their names; ``auto``: the elements of the outermost ModuleLists.
 
     Raises:
-        Refused: a pattern matches none, or one of them shares a parameter with what is outside of it.
+        UserError: a pattern matches none, or one of them shares a parameter with what is outside of it.
     """
     chosen = set(_elements(model) if shard == "auto" else matching(model, shard, "engine.shard").values())
     inner_first = [module for module in reversed(list(model.modules())) if module in chosen]
@@ -198,20 +198,22 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if shared and shard != "auto":
             name = next(name for name, one in model.named_modules() if one is module)
-            raise Refused(f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart")
+            raise UserError(
+                f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart"
+            )
         if not shared and any(map(partable, module.parameters())):
             apart.append(module)
     return apart
 
 
 def refuse_mixed(modules: Iterable[nn.Module]) -> None:
-    """Raises Refused where a group's gradients, which are reduced as one, have several dtypes."""
+    """Raises UserError where a group's gradients, which are reduced as one, have several dtypes."""
     seen = set[nn.Parameter]()
     for module in modules:
         own = [p for p in module.parameters() if p.requires_grad and partable(p) and p not in seen]
         seen.update(own)
         if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
-            raise Refused(
+            raise UserError(
                 f"engine=fsdp reduces the gradients of a group of modules as one, and those of a "
                 f"{type(module).__name__} are {' and '.join(dtypes)}: part them by engine.shard, or use engine=ddp"
             )

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from trainers.tally import Number
+from isobatch.trainers.engines.step_report import Number
 
 
 def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:

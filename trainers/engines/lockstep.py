@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers.starting.trails import Trail
-from trainers.world import World
+from isobatch.trainers.ranks.trails import Trail
+from isobatch.trainers.ranks.world import World
 
 
 class Lockstep:
@@ -32,7 +32,7 @@ class Lockstep:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around one forward outside of a step. Raises Refused where ranks run different modules."""
+        """Around one forward outside of a step. Raises UserError where ranks run different modules."""
         with self.trail.begin("evaluation"):
             yield
             numbers = torch.tensor(self.trail.numbers(), dtype=torch.float64)
@@ -50,7 +50,7 @@ class Lockstep:
         return []
 
     def check(self) -> None:
-        """Raise Refused where ranks have run different modules in this step; call it before any weight moves."""
+        """Raise UserError where ranks have run different modules in this step; call it before any weight moves."""
         if self._sent:
             self._sent.wait()
             self._sent = None

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scaling.geometry import counted
-from trainers.engines import Found
-from trainers.precision import widened
-from trainers.rundir import Refused
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
+from isobatch.trainers.engines.engine import Found
+from isobatch.trainers.model.precision import widened
 
 
 class Root(nn.Module):
@@ -33,11 +33,11 @@ def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Te
     """Return what ``summed`` does, for a loss that is to be trained on.
 
     Raises:
-        Refused: it is no loss, or has no gradient.
+        UserError: it is no loss, or has no gradient.
     """
     loss, units = summed(result, samples)
     if not loss.requires_grad:
-        raise Refused(f"{WANTED}; it returned {_shown(result)} without a gradient")
+        raise UserError(f"{WANTED}; it returned {_shown(result)} without a gradient")
     return loss, units
 
 
@@ -49,15 +49,15 @@ def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Ten
         samples: of the batch; None: not known.
 
     Raises:
-        Refused: it is neither.
+        UserError: it is neither.
     """
     if isinstance(result, Tensor):
         return _summed_samples(result, samples), float(len(result))
     if not isinstance(result, tuple) or len(result) != 2:
-        raise Refused(f"{WANTED}; it returned {_shown(result)}")
+        raise UserError(f"{WANTED}; it returned {_shown(result)}")
     loss, units = result
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise Refused(f"{WANTED}; its sum is {_shown(loss)}, not a scalar tensor")
+        raise UserError(f"{WANTED}; its sum is {_shown(loss)}, not a scalar tensor")
     loss = widened(loss.reshape(()) if loss.ndim else loss)
     if isinstance(units, Tensor) and units.numel() == 1:
         if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
@@ -65,7 +65,7 @@ def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Ten
         units = units.item()
     if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
         return loss, float(units)
-    raise Refused(f"{WANTED}; its number of units is {_shown(units)}, not a number of 0 or more")
+    raise UserError(f"{WANTED}; its number of units is {_shown(units)}, not a number of 0 or more")
 
 
 def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
@@ -75,7 +75,7 @@ def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
     if losses.ndim:
         fix = "add up the losses of each sample, as losses.flatten(1).sum(1) does"
     batch = "" if samples is None else f" for {counted(samples, 'sample')}"
-    raise Refused(f"{WANTED}; it returned {_shown(losses)}{batch}: {fix}")
+    raise UserError(f"{WANTED}; it returned {_shown(losses)}{batch}: {fix}")
 
 
 def _shown(value: Any) -> str:
@@ -104,7 +104,7 @@ class Explained:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, RuntimeError | ValueError) and (said := self._reword(str(error))):
-            raise Refused(said) from error
+            raise UserError(said) from error
 
 
 def reworded(text: str) -> str | None:

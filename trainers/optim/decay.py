@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from trainers.norms import is_norm
-from trainers.rundir import Refused
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.norms import is_norm
 
 NAMED = ("bias", "scale", "gain", "gamma", "beta", "norm")
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
@@ -23,7 +23,7 @@ def undecayed(model: nn.Module) -> dict[Tensor, str]:
     of them.
 
     Raises:
-        Refused: ``no_weight_decay()`` returns something else than names.
+        UserError: ``no_weight_decay()`` returns something else than names.
     """
     named, found = _own_names(model), gains_and_biases(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -73,7 +73,7 @@ def _is_length(modules: dict[str, nn.Module], name: str) -> bool:
 def _own_names(model: Any) -> set[str]:
     names = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()
     if isinstance(names, str) or not _all_text(names):
-        raise Refused(
+        raise UserError(
             f"model.no_weight_decay() returned {names!r:.100}: return the names of parameters, say {{'pos_embed'}}"
         )
     return set(names)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainers.shards import local
+from isobatch.trainers.tensors.sharding import local
 
 
 def has_modes(optimizer: Optimizer) -> bool:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import shlex
-import subprocess  # noqa: TID251 - a compiler is asked where the kernel is first used, and at no other start
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence

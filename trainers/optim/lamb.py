@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainers.optim.kernels import call
-from trainers.optim.layerwise import Layerwise, Part
+from isobatch.trainers.optim.kernels import call
+from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 ANY = (0.0, math.inf)
 
@@ -39,7 +39,7 @@ class LAMB(Layerwise):
 
     Raises:
         ValueError: a number is out of its range.
-        Refused: in ``step``: a gradient is sparse, or a parameter complex.
+        UserError: in ``step``: a gradient is sparse, or a parameter complex.
     """
 
     keeps = ("exp_avg", "exp_avg_sq")

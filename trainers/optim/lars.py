@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.optim.kernels import call
-from trainers.optim.layerwise import Layerwise, Part
+from isobatch.trainers.optim.kernels import call
+from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 
 class LARS(Layerwise):
@@ -37,7 +37,7 @@ class LARS(Layerwise):
 
     Raises:
         ValueError: a number is out of its range.
-        Refused: in ``step``: a gradient is sparse, or a parameter complex.
+        UserError: in ``step``: a gradient is sparse, or a parameter complex.
     """
 
     keeps = ("momentum_buffer",)

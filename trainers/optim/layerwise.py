@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainers.optim import evaluated
-from trainers.optim.kernels import kernels
-from trainers.rundir import Refused
-from trainers.shards import local, sharded
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.optim.kernels import kernels
+from isobatch.trainers.optim.make import evaluated
+from isobatch.trainers.tensors.sharding import local, sharded
 
 LARGE = 10_000  # elements
 
@@ -51,7 +51,7 @@ class Layerwise(Optimizer):
         native: use the C kernel for float32 on the CPU, where it can be built.
 
     Raises:
-        Refused: in ``step``: a gradient is sparse, or a parameter complex.
+        UserError: in ``step``: a gradient is sparse, or a parameter complex.
     """
 
     keeps: tuple[str, ...]
@@ -139,12 +139,12 @@ class Layerwise(Optimizer):
         who = type(self).__name__
         assert parameter.grad is not None
         if parameter.grad.layout != torch.strided:
-            raise Refused(
+            raise UserError(
                 f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse: "
                 "give its nn.Embedding sparse=False, or take optimizer=custom optimizer._target_=torch.optim.SparseAdam"
             )
         if parameter.is_complex():
-            raise Refused(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")
+            raise UserError(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

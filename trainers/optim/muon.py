@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from trainers.optim import evaluated, fused
-from trainers.optim.decay import gains_and_biases
-from trainers.rundir import Refused
-from trainers.shards import gathered, keep, sharded
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.optim.decay import gains_and_biases
+from isobatch.trainers.optim.make import evaluated, fused
+from isobatch.trainers.tensors.sharding import gathered, keep, sharded
 
 
 class MuonAdamW(Optimizer):
@@ -32,7 +32,7 @@ class MuonAdamW(Optimizer):
         weight_decay: of both.
 
     Raises:
-        Refused: a parameter of a group with ``muon=True`` isn't a matrix.
+        UserError: a parameter of a group with ``muon=True`` isn't a matrix.
         ValueError: torch's optimizers refuse a number.
     """
 
@@ -48,7 +48,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         groups = list(groups)
         for shape in (list(p.shape) for group in groups if group["muon"] for p in group["params"] if p.ndim != 2):
-            raise Refused(f"Muon is for matrices, and a group with muon=True has a parameter of shape {shape}")
+            raise UserError(f"Muon is for matrices, and a group with muon=True has a parameter of shape {shape}")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         inner, rest = ([group for group in self.param_groups if group["muon"] is muon] for muon in (True, False))
         # Each writes the rest of its hyperparameters into the groups, which it shares with this optimizer.

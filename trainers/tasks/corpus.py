@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainers.rundir import Refused
+from isobatch.scaling.errors import UserError
 
 LIBRARY = 1_000_000  # bytes of the standard library: the same number of samples, whatever the version of Python
 Open = Callable[[], np.ndarray]
@@ -25,13 +25,13 @@ def open_corpus(data: str | None) -> Open:
 
 
 def mapped(file: Path) -> np.ndarray:
-    """The bytes of ``file``, of which only those are read that are asked for. Raises Refused."""
+    """The bytes of ``file``, of which only those are read that are asked for. Raises UserError."""
     try:
         return np.memmap(file, np.uint8, "r")
     except FileNotFoundError:
-        raise Refused(f"task.args.data={file}: there is no such file") from None
+        raise UserError(f"task.args.data={file}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise Refused(f"task.args.data={file} can't be mapped into memory: {error}") from None
+        raise UserError(f"task.args.data={file} can't be mapped into memory: {error}") from None
 
 
 def standard_library() -> np.ndarray:
@@ -44,7 +44,7 @@ def standard_library() -> np.ndarray:
         text += file.read_bytes()
         if len(text) >= LIBRARY:
             return np.frombuffer(text[:LIBRARY], np.uint8)
-    raise Refused(
+    raise UserError(
         f"{folder} has {len(text):,} bytes of Python's source, not {LIBRARY:,}: give a text file as task.args.data"
     )
 

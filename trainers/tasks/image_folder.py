@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainers.rundir import Refused
-from trainers.tasks.image_data import Labelled, split
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.tasks.image_data import Labelled, split
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -21,16 +21,16 @@ def from_folder(path: Path, size: int | None) -> Labelled:
     """The images below ``path``, or below its train/ and val/; only their names are read.
 
     Raises:
-        Refused: no size is given, Pillow is missing, or some class has no images.
+        UserError: no size is given, Pillow is missing, or some class has no images.
     """
     if find_spec("PIL") is None:
-        raise Refused(f"reading the images in {path} needs Pillow: pip install '.[tasks]' (the extra tasks)")
+        raise UserError(f"reading the images in {path} needs Pillow: pip install '.[tasks]' (the extra tasks)")
     if size is None:
-        raise Refused(f"task.args.data={path} is a folder: give task.args.size, the pixels its images are scaled to")
+        raise UserError(f"task.args.data={path} is a folder: give task.args.size, the pixels its images are scaled to")
     root = path / "train" if (path / "train").is_dir() else path
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise Refused(f"{root} has no sub-folders; it needs one for each class")
+        raise UserError(f"{root} has no sub-folders; it needs one for each class")
     train, val = _files(root, names), list[tuple[str, int]]()
     if root == path:
         for_training, for_validation = split(len(train))
@@ -49,7 +49,7 @@ def _files(root: Path, names: list[str]) -> list[tuple[str, int]]:
             sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
         )
         if not found:
-            raise Refused(f"{folder} has no images ({', '.join(ENDINGS)}); the classes are {', '.join(names[:10])}")
+            raise UserError(f"{folder} has no images ({', '.join(ENDINGS)}); the classes are {', '.join(names[:10])}")
         files += [(file, label) for file in found]
     return files
 
@@ -85,4 +85,4 @@ def _decoded(file: str) -> Any:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(f"the image {file} can't be read: {error}") from None
+        raise UserError(f"the image {file} can't be read: {error}") from None

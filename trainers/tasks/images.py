@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from trainers.rundir import Refused
-from trainers.tasks.classify import measures
-from trainers.tasks.image_data import Labelled, from_arrays, mnist, read_npz
-from trainers.tasks.image_folder import from_folder
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.tasks.classify import measures
+from isobatch.trainers.tasks.image_data import Labelled, from_arrays, mnist, read_npz
+from isobatch.trainers.tasks.image_folder import from_folder
 
 Sample = tuple[Tensor, Tensor]
 
@@ -31,12 +31,12 @@ class Images:
         blocks: residual blocks of each stage.
 
     Raises:
-        Refused: the data isn't there, or isn't as it has to be.
+        UserError: the data isn't there, or isn't as it has to be.
     """
 
     def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
         if shift < 0 or min(width, blocks, 1 if size is None else size) < 1:
-            raise Refused(
+            raise UserError(
                 f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}: shift is 0 or more, and the "
                 "others are 1 or more"
             )
@@ -74,18 +74,18 @@ def open_images(data: str | None, size: int | None) -> Labelled:
     Without validation data of its own, a fifth of it is drawn for that, always the same.
 
     Raises:
-        Refused: it isn't there, or isn't as it has to be.
+        UserError: it isn't there, or isn't as it has to be.
     """
     path = Path(data or "").expanduser()
     if data is not None and path.is_dir():
         return from_folder(path, size)
     if size is not None:
-        raise Refused(f"task.args.size={size} is what the images of a folder are scaled to; these have their size")
+        raise UserError(f"task.args.size={size} is what the images of a folder are scaled to; these have their size")
     if data is None:
         return from_arrays("MNIST", mnist())
     if path.suffix == ".npz" and path.is_file():
         return from_arrays(f"task.args.data={data}", read_npz(path))
-    raise Refused(f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class")
+    raise UserError(f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class")
 
 
 def scaled(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from trainers.tasks.classify import measures
+from isobatch.trainers.tasks.classify import measures
 
 TRAIN, VALIDATION = 4000, 1000  # samples
 POINTS = 40

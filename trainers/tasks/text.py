@@ -7,8 +7,8 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.rundir import Refused
-from trainers.tasks.corpus import Windows, open_corpus
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.tasks.corpus import Windows, open_corpus
 
 BYTES = 256  # tokens there are
 
@@ -29,12 +29,12 @@ class Text:
         dropout: probability, after the embedding and at the end of each branch.
 
     Raises:
-        Refused: the text can't be read or is too short, or the sizes don't fit each other.
+        UserError: the text can't be read or is too short, or the sizes don't fit each other.
     """
 
     def __init__(self, data: str | None, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
         if min(length, width, depth, heads) < 1 or width % heads or not 0 <= dropout < 1:
-            raise Refused(
+            raise UserError(
                 f"task.args.length={length}, width={width}, depth={depth}, heads={heads}, dropout={dropout}: sizes are "
                 "1 or more, heads have to divide width, and dropout is from 0 to below 1"
             )
@@ -44,7 +44,9 @@ class Text:
         held_back = size - size // 10
         self._train, self._val = Windows(corpus, 0, held_back, length), Windows(corpus, held_back, size, length)
         if not len(self._train):
-            raise Refused(f"task.args.data={data} has {size:,} bytes; a sample of task.args.length={length} needs more")
+            raise UserError(
+                f"task.args.data={data} has {size:,} bytes; a sample of task.args.length={length} needs more"
+            )
 
     def model(self) -> nn.Module:
         return GPT(*self.sizes)

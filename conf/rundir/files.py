@@ -1,0 +1,154 @@
+"""Read the small files of a run directory, whatever was done to them: what is damaged is told, and the rest is used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
+
+Check = Callable[[Any], bool]
+MOST = 2**63  # of a step or a number of samples
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The content of a run's files; empty where a file isn't there or is damaged.
+
+    Attributes:
+        events, metrics: the lines that can be read, in order; the last one may be half written, and is then left out.
+        damage: the first thing that is wrong in them, and where; None: nothing is.
+    """
+
+    outcome: dict[str, Any]
+    plan: dict[str, Any]
+    events: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    damage: str | None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < MOST) or (type(value) is float and math.isfinite(value))
+
+
+def _is_time(value: Any) -> bool:
+    with suppress(TypeError, ValueError):
+        datetime.fromisoformat(value)
+        return True
+    return False
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _has_a_peak(value: Any) -> bool:
+    return isinstance(value, dict) and ("peak" not in value or _is_number(value["peak"]))
+
+
+# What is used of each file, and what it has to be where it is there.
+OUTCOME: dict[str, Check] = {"state": _is_text, "cause": _is_text, "step": _is_count, "samples": _is_count}
+PLAN: dict[str, Check] = {"steps": _or_none(_is_count), "samples": _or_none(_is_count), "lr": _has_a_peak}
+EVENT: dict[str, Check] = {
+    "event": _is_text,
+    "time": _is_time,
+    "step": _is_count,
+    "per_gpu": _is_count,
+    "per_gpu_before": _is_count,
+    "kind": _is_text,
+    "cause": _or_none(_is_text),
+}
+METRICS: dict[str, Check] = {
+    "step": _is_count,
+    "samples": _is_count,
+    "loss": _or_none(_is_number),
+    "samples_per_s": _or_none(_is_number),
+    "val/": _or_none(_is_number),
+    "ema/": _or_none(_is_number),
+}
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Return what the files of the run in ``directory`` say."""
+    damage: list[str] = []
+    outcome, plan = (
+        _mapping(directory / name, checks, damage) for name, checks in (("outcome.json", OUTCOME), ("plan.json", PLAN))
+    )
+    events = _lines(directory / "events.jsonl", EVENT, damage)
+    metrics = _lines(directory / "metrics.jsonl", METRICS, damage)
+    return RunFiles(outcome, plan, events, metrics, damage[0] if damage else None)
+
+
+def events(directory: Path) -> list[dict[str, Any]]:
+    """Return what happened to the run in ``directory``, in order."""
+    return _lines(directory / "events.jsonl", EVENT, [])
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """Return how the run in ``directory`` ended, or that it is running; empty where that isn't told."""
+    return _mapping(directory / "outcome.json", OUTCOME, [])
+
+
+def last_step(directory: Path) -> int:
+    """Return the last step that the run in ``directory`` is known to have completed."""
+    told = [outcome(directory), *_lines(directory / "metrics.jsonl", METRICS, [])[-1:]]
+    return max(int(line.get("step", 0)) for line in told)
+
+
+def _mapping(file: Path, checks: Mapping[str, Check], damage: list[str]) -> dict[str, Any]:
+    try:
+        return _checked(read_json(file), checks)
+    except FileNotFoundError:
+        return {}
+    except Unreadable as error:
+        damage.append(f"{file.name}: {error}")
+        return {}
+
+
+def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[dict[str, Any]]:
+    try:
+        *whole, last = read_bytes(file).split(b"\n")
+    except FileNotFoundError:
+        return []
+    except Unreadable as error:
+        damage.append(f"{file.name}: {error}")
+        return []
+    found = []
+    for number, line in enumerate([*whole, last], 1):
+        try:
+            if line.strip():
+                found.append(_checked(parse_json(line), checks))
+        except Unreadable as error:
+            if number <= len(whole) or not line.startswith(b"{"):
+                damage.append(f"{file.name}, line {number}: {error}")
+    return found
+
+
+def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Return ``content`` where it is a mapping whose values are what they have to be. Raises Unreadable."""
+    if not isinstance(content, dict):
+        raise Unreadable("it isn't a mapping")
+    for name, value in content.items():
+        check = checks.get(name) or (checks.get(name[:4]) if name[:4] in ("val/", "ema/") else None)
+        if check and not check(value):
+            raise Unreadable(f"{name:.60} is {value!r:.60}")
+    return content
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Tell whether ``folder`` is the directory of a run."""
+    return any(os.path.lexists(folder / name) for name in ("outcome.json", "events.jsonl"))

@@ -1,0 +1,69 @@
+"""What a run says while it works: to people who may have left, and into files whose disk may be full. Torch-free."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+from isobatch.scaling.printable import printable
+
+
+class Unwritable(OSError):
+    """The answer to a command couldn't be printed."""
+
+
+class Patient(io.FileIO):
+    """A stream whose writes never fail: where a terminal is closed or a disk is full, only what is printed is lost.
+
+    Attributes:
+        failure: the first write that failed.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            return memoryview(data).nbytes
+
+
+def secure_streams() -> None:
+    """Let the work go on whatever becomes of stdout and stderr, also where user code prints.
+
+    A stream that is closed is opened anew, to nowhere: else the next file that is opened would get what is printed.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, descriptor, errors in (("stdout", 1, "replace"), ("stderr", 2, "backslashreplace")):
+        before = getattr(sys, name)
+        encoding, by_line = (before.encoding, before.line_buffering) if before else ("utf-8", True)
+        raw = io.BufferedWriter(Patient(descriptor, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=by_line))
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+
+
+def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
+    """Print it, by default to stdout; where that can't be, the work goes on."""
+    with suppress(OSError, ValueError):
+        print(printable(text), end=end, file=to or sys.stdout, flush=True)
+
+
+def answer(text: str, end: str = "\n") -> None:
+    """Print what a command was given for.
+
+    Raises:
+        Unwritable: it can't be printed.
+    """
+    print(printable(text), end=end, flush=True)
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if failure := getattr(raw, "failure", None):
+        said = "" if isinstance(failure, BrokenPipeError) else f"the output can't be written: {failure.strerror}"
+        raise Unwritable(said)

@@ -1,0 +1,177 @@
+"""What a plan warns of: advice, never enforced."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from isobatch.scaling.geometry import counted, nearest_even
+
+if TYPE_CHECKING:
+    from isobatch.scaling.plan import Plan
+
+# The usual global batch by the task's family, (least, most, unit): what people start from.
+USUAL = {
+    "images": (32, 512, "sample"),
+    "detection": (8, 32, "sample"),
+    "rnn": (16, 128, "sample"),
+    "finetune": (16, 64, "sample"),
+    "speech": (64, 256, "sample"),
+    "rl": (64, 256, "sample"),
+    "volumes": (4, 16, "sample"),
+    "language": (250_000, 4_000_000, "token"),
+}
+
+FAR = 4  # times outside the usual range
+IDLE = 0.05  # share of the work
+FEW = 5  # steps: a warmup of fewer is a jump
+SHORT = 0.5  # of a beta that a rule moved
+SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which on a missing warmup is worth a word
+
+
+def check_family(family: str | None) -> None:
+    """Raises ValueError for a family that isn't known."""
+    if family is not None and family not in USUAL:
+        raise ValueError(f"task.family={family}: known families are {', '.join(USUAL)}; null says nothing")
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Everything about ``plan`` that people regretted later, a sentence each; of its stages, about the worst one."""
+    return [
+        text
+        for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
+        if (text := check(plan))
+    ]
+
+
+def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
+    """What a longer duration does to the learning rate of a run that has come to ``sample``."""
+    old, new = before.schedule, after.schedule
+    if old is None or new is None or old == new:
+        return None
+    was, now = (schedule.lr(sample, after.stage_at(sample).peak.lr) for schedule in (old, new))
+    return (
+        f"the run is extended from {before.size(old.samples)} to {after.size(new.samples)}, and its schedule with it: "
+        f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run of this length from its start "
+        "would have had other ones until here"
+    )
+
+
+def _rule(plan: Plan) -> str | None:
+    claims = [segment for segment in plan.segments if segment.rule.law.beyond]
+    if plan.base_source == "peak" or not claims:
+        return None
+    largest = max(claims, key=lambda segment: segment.global_size)
+    batch, base, law = largest.global_size, plan.base_batch, largest.rule.law
+    if batch <= law.kappa_tested * base and batch <= law.batch_tested:
+        return None
+    kappa = f"{law.kappa_tested:g} × and " if law.kappa_tested < math.inf else ""
+    return (
+        f"lr.rule={largest.rule.name} is far above its tested range: the global batch of {plan.size(batch)} is "
+        f"{batch / base:,.6g} × that of the base LR (tested to {kappa}{law.batch_tested:g} samples: {law.beyond}); "
+        "tune the LR at this batch and give it as lr.peak"
+    )
+
+
+def _warmup(plan: Plan) -> str | None:
+    batch = plan.cut.global_size
+    kappa = batch / plan.base_batch
+    if plan.schedule is None or (kappa < SCALED and batch < LARGE):
+        return None
+    steps = plan.schedule.warmup_samples / batch
+    if steps >= FEW:
+        return None
+    scaled = f", {kappa:,.6g} × that of the base LR" if kappa >= SCALED else ""
+    longer = min(30, max(5, math.ceil(100 * FEW * batch / plan.schedule.samples)))
+    found = f"a warmup of {steps:.2g} steps" if steps else "no warmup"
+    return (
+        f"{found} at a large batch ({plan.size(batch)}{scaled}): large batches lost 1 to 2 points of accuracy without "
+        f"one (Goyal et al. 2017); try lr.warmup={longer}%"
+    )
+
+
+def _jump(plan: Plan) -> str | None:
+    rises = [(after.peak.lr / before.peak.lr, after) for before, after in pairwise(plan.stages)]
+    times, stage = max(rises, default=(0, plan.stages[0]), key=lambda rise: rise[0])
+    if times < SCALED:
+        return None
+    return (
+        f"the learning rate becomes {times:.3g} × as large in one step, at sample {stage.start:,}, as the batch does: "
+        "a run has one warmup, at its start; take more stages on the way (curriculum, ramp), lr.rule=sqrt, or lr:hold"
+    )
+
+
+def _memory(plan: Plan) -> str | None:
+    pairs = [zip(plan.base.betas, stage.peak.betas, strict=True) for stage in plan.stages]
+    short = [beta for pair in pairs for was, beta in pair if beta < SHORT <= was]
+    if not short:
+        return None
+    return (
+        f"lr.rule={plan.segments[0].rule.name} leaves a beta of {min(short):.3g}, which is hardly any memory: that is "
+        "the end of the range in which the rule holds; compare with lr.rule=sqrt"
+    )
+
+
+def _base(plan: Plan) -> str | None:
+    if plan.base_source != "usual":
+        return None
+    return (
+        f"the base LR {plan.base.lr:g} at a batch of {plan.size(plan.base_batch)} is only a usual starting point for "
+        f"{plan.optimizer.name}, nobody tuned it for {plan.task}; tune it and give lr.base and lr.base_batch"
+    )
+
+
+def _idle(plan: Plan) -> str | None:
+    cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.idle)
+    if cut.idle < IDLE:
+        return None
+    near = nearest_even(cut, plan.per_gpu, cut.accumulation)
+    return (
+        f"{cut.idle:.0%} of the work idles: {counted(cut.world, 'rank')} × accumulation {cut.accumulation} can't share "
+        f"{plan.size(cut.global_size)} evenly; nearest global batches that are even: "
+        f"{' or '.join(str(plan.sized(size)) for size in near)}"
+    )
+
+
+def _wraps(plan: Plan) -> str | None:
+    largest = max(segment.global_size for segment in plan.segments)
+    if plan.train_samples is None or largest <= plan.train_samples:
+        return None
+    return (
+        f"the global batch of {plan.size(largest)} is larger than the data "
+        f"({plan.size(plan.train_samples)}): one step sees samples more than once; batch.global_size=all is "
+        "full-batch descent"
+    )
+
+
+def _family(plan: Plan) -> str | None:
+    if plan.family is None:
+        return None
+    least, most, unit = USUAL[plan.family]
+    per_sample = 1 if unit == "sample" else plan.units_per_sample
+    known = plan.base_source == "tuned"  # somebody has been there with this very task
+    sizes = [
+        segment.global_size * (per_sample or 1)
+        for segment in plan.segments
+        if not (known and plan.base_batch / FAR <= segment.global_size <= plan.base_batch * FAR)
+    ]
+    if not sizes:
+        return None
+    far = [size for size in (max(sizes), min(sizes)) if not least / FAR <= size <= most * FAR]
+    if per_sample is None or not far:
+        return None
+    return (
+        f"a global batch of {counted(far[0], unit)} is far from what people use for "
+        f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
+    )
+
+
+def _sync(plan: Plan) -> str | None:
+    accumulation = max(stage.cut.accumulation for stage in plan.stages)
+    if not plan.sync or accumulation == 1:
+        return None
+    return (
+        f"batchnorm.mode=sync takes its statistics from one pass of all ranks, which is a part of the global batch at "
+        f"accumulation {accumulation}: the run changes with it; batchnorm.mode=ghost doesn't"
+    )

@@ -1,0 +1,57 @@
+"""What ``auto`` stands for where the rest of the config decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isobatch.conf.hardware import world_size
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Choice
+from isobatch.scaling.planning.choose import TABLE, choose
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.reading import Unreadable, read_yaml
+
+
+def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
+    """The optimizer for ``config``, whose own may be any.
+
+    Args:
+        roots: where YAML is looked for.
+
+    Raises:
+        UserError: the config has a learning rate of no named optimizer; the global batch isn't known; or no optimizer
+            has a base LR.
+    """
+    if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
+        raise UserError(f"{given[0]} is of one optimizer, and optimizer=auto of several: name the one that it is for")
+    if config.batch.global_size == "all" and config.task.train_samples is None:
+        raise UserError(
+            "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is: state "
+            "task.train_samples=N, or name an optimizer"
+        )
+    # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
+    neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
+    lr = config.lr.model_copy(update={**neutral, "warmup_from": None})
+    try:
+        plan = resolve(config.model_copy(update={"lr": lr}), world_size(config))
+        batch = max(stage.cut.global_size for stage in plan.stages)
+        return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _with_usual(roots: Sequence[Path]) -> set[str]:
+    """Optimizers of the table whose YAML has a usual LR."""
+    names = {name for rows in TABLE.values() for row in rows for name in row}
+    files = [root / "optimizer" / f"{name}.yaml" for name in names for root in roots]
+    return {file.stem for file in files if file.is_file() and _has_usual(file)}
+
+
+def _has_usual(file: Path) -> bool:
+    try:
+        content = read_yaml(file)
+    except Unreadable as error:
+        raise UserError(f"{file}: {error}") from None
+    return isinstance(content, dict) and bool(content.get("usual"))

@@ -1,0 +1,152 @@
+"""Keys of ``engine.config`` that aren't the engine's to say: the plan does, or Isobatch's way of working."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from isobatch.scaling.planning.capabilities import either
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
+
+
+class Reserved(NamedTuple):
+    """Values that may be given all the same, and who else says it, or why it can't be."""
+
+    why: str
+    allowed: tuple[Any, ...] = ()
+
+
+LR = "lr.warmup, lr.decay and the like say that"
+OPTIMIZER = "optimizer=… says that"
+PRECISION = "precision says that"
+AUTOCAST = "precision=… computes by autocast over fp32 weights, and DeepSpeed's own sections for that stay off"
+OFFLOAD = "engine.offload says that"
+RESUME = "checkpoints are Isobatch's own, of any engine: run.dir=… goes on from them"
+DATA = "no data goes through it: the plan deals the samples, and data.workers loads them"
+SUMS = "it changes how gradients are added up, and so the run"
+BITS = "gradients and weights travel in fp32, and with fewer bits the run is another one"
+ORDER = "checkpoints hold the parts of tensors in the order of the parameters, which it changes"
+OTHER = "runs are data-parallel, and each sample is trained on as it is"
+
+PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
+"""DeepSpeed's sections for what precision says."""
+
+_OTHERS = ("autotuning", "hybrid_engine", "pipeline", "tensor_parallel", "expert_parallel", "sequence_parallel_size",
+           "use_data_before_expert_parallelism", "data_efficiency", "weight_quantization")  # fmt: skip
+
+DEEPSPEED = {
+    "optimizer": Reserved(OPTIMIZER),
+    "scheduler": Reserved(LR),
+    "zero_force_ds_cpu_optimizer": Reserved(OPTIMIZER, (False,)),
+    "zero_allow_untested_optimizer": Reserved(OPTIMIZER, (True,)),
+    **{f"{section}.enabled": Reserved(AUTOCAST, (False, "auto")) for section in PRECISIONS},
+    "data_types": Reserved(PRECISION),
+    "zero_optimization.offload_optimizer": Reserved(OFFLOAD, (None,)),
+    "zero_optimization.cpu_offload": Reserved(OFFLOAD, (None, False)),
+    "zero_optimization.offload_param": Reserved(f"{OFFLOAD}, and moves no parameters", (None,)),
+    "zero_optimization.cpu_offload_param": Reserved(f"{OFFLOAD}, and moves no parameters", (None, False)),
+    "zero_optimization.zenflow": Reserved(OPTIMIZER, (None,)),
+    "zero_optimization.round_robin_gradients": Reserved(ORDER, (False,)),
+    "zero_optimization.parameter_alignment": Reserved(ORDER, (False,)),
+    "zero_optimization.legacy_stage1": Reserved(ORDER, (False,)),
+    "zero_optimization.zero_hpz_partition_size": Reserved(ORDER, (1,)),
+    "zero_optimization.zero_quantized_weights": Reserved(BITS, (False,)),
+    "zero_optimization.zero_quantized_nontrainable_weights": Reserved(BITS, (False,)),
+    "zero_optimization.zero_quantized_gradients": Reserved(BITS, (False,)),
+    "zero_optimization.compute_grad_norm": Reserved("clipping, metrics and skipped steps need it", (True,)),
+    "zero_optimization.elastic_checkpoint": Reserved(RESUME, (False,)),
+    "zero_optimization.load_from_fp32_weights": Reserved(RESUME, (True,)),
+    "checkpoint.load_universal": Reserved(RESUME, (False,)),
+    "communication_data_type": Reserved(BITS, (None, "fp32")),
+    "prescale_gradients": Reserved(SUMS, (False,)),
+    "gradient_predivide_factor": Reserved(SUMS, (1,)),
+    "gradient_allreduce_op": Reserved(SUMS),
+    "managed_gradient_accumulation": Reserved("batch.accumulation says that"),
+    "sparse_gradients": Reserved(SUMS, (False,)),
+    "disable_allgather": Reserved(SUMS, (False,)),
+    "training_data": Reserved(DATA),
+    "compile": Reserved("compile=true says that"),
+    **{key: Reserved(OTHER) for key in _OTHERS},
+}
+ACCELERATE = {
+    "gradient_accumulation_plugin": Reserved("batch.accumulation says that"),
+    "split_batches": Reserved(DATA, (False,)),
+    "dataloader_config": Reserved(DATA),
+    "dispatch_batches": Reserved(DATA),
+    "even_batches": Reserved(DATA),
+    "step_scheduler_with_optimizer": Reserved(LR),
+    "deepspeed_plugin": Reserved("engine=deepspeed is DeepSpeed"),
+    "deepspeed_plugins": Reserved("engine=deepspeed is DeepSpeed"),
+    "fsdp_plugin": Reserved("engine=fsdp is FSDP"),
+    "torch_tp_plugin": Reserved(OTHER),
+    "megatron_lm_plugin": Reserved(OTHER),
+    "parallelism_config": Reserved(OTHER),
+    "dynamo_backend": Reserved("compile=true says that", ("no",)),
+    "dynamo_plugin": Reserved("compile=true says that"),
+}
+FSDP = {
+    "mesh": Reserved(OTHER),
+    "dp_mesh_dims": Reserved(OTHER),
+    "mp_policy": Reserved("engine.param_dtype and engine.reduce_dtype say that"),
+    "offload_policy": Reserved(OFFLOAD),
+    "shard_placement_fn": Reserved("checkpoints hold the rows of tensors, one part after another"),
+    "ignored_params": Reserved("engine.shard says what is gathered together, and all of it is sharded"),
+}
+
+
+def check_engine_config(config: RunConfig, plan: Plan) -> None:
+    """Raises ValueError where ``engine.config`` says what isn't its own to say, and differs, naming who says it."""
+    for key, reserved in _reserved(config, plan).items():
+        for place, value in _found(config.engine.config, key):
+            if not any(value == one and (type(value) is not bool or value is one) for one in reserved.allowed):
+                may = [str(one).lower() for one in reserved.allowed if one is not None]
+                here = f" (here {either(may)})" if may else ""
+                raise ValueError(
+                    f"engine.config.{place}={json.dumps(value)} can't be: {reserved.why}{here}; leave it out"
+                )
+
+
+def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
+    """Those of the config's engine, with what the plan has."""
+    engine, cut = config.engine, plan.cut
+
+    def ours(key: str, value: int) -> Reserved:
+        """A size, which a batch that moves hasn't one of."""
+        return Reserved(f"{key} says that", (value, "auto") if config.batch.schedule is None else ("auto",))
+
+    accumulation = ours("batch.accumulation", cut.accumulation)
+    if engine.name == "deepspeed":
+        return {
+            "train_batch_size": ours("batch.global_size", cut.global_size),
+            "train_micro_batch_size_per_gpu": ours("batch.per_gpu", cut.per_gpu),
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": Reserved("clip_norm says that", (config.clip_norm or 0, "auto")),
+            "zero_optimization.stage": Reserved("engine.stage says that", (engine.stage, "auto")),
+            **DEEPSPEED,
+        }
+    if engine.name == "accelerate":
+        computed = "no" if config.precision == "fp32" else config.precision
+        return {
+            **ACCELERATE,
+            "gradient_accumulation_steps": accumulation,
+            "mixed_precision": Reserved(PRECISION, (computed,)),
+            "cpu": Reserved("device says that", (config.device == "cpu",)),
+        }
+    return FSDP if engine.name == "fsdp" else {}
+
+
+def _found(given: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What is there at a dotted key, or in place of a section on the way to it, with its key."""
+    way = key.split(".")
+    for depth, name in enumerate(way, 1):
+        if not isinstance(given, dict):
+            yield ".".join(way[: depth - 1]), given
+            return
+        if name not in given:
+            return
+        given = given[name]
+    yield key, given

@@ -1,0 +1,147 @@
+"""What a run's directory says of it, read from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isobatch.conf.rundir.files import read_run
+from isobatch.scaling.geometry import counted
+from isobatch.scaling.printable import one_line
+
+if TYPE_CHECKING:
+    from isobatch.scaling.plan import Plan
+
+
+WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a run is, or how it ended.
+
+    Attributes:
+        state: of ``outcome.json``; ``—`` where there is none.
+        loss: of the last step that was logged and had one; ``val`` holds the values of the last evaluation by name.
+        peak: the plan's peak learning rate.
+        restarts: of the workers, in all attempts at the run; ``skipped``: steps whose loss or gradient wasn't finite.
+        damage: what is wrong in the run's files; it counts for nothing above.
+        per_gpu: the largest micro-batch before memory ran out first, and since it ran out last; None: it never did.
+    """
+
+    state: str = "—"
+    steps: int = 0
+    samples: int = 0
+    loss: float | None = None
+    val: dict[str, float] = field(default_factory=dict)
+    peak: float | None = None
+    restarts: int = 0
+    skipped: int = 0
+    per_gpu: tuple[int, int] | None = None
+    damage: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        values = [
+            f"{one_line(name)} {value:.4g}"
+            for name, value in ({"loss": self.loss} | self.val).items()
+            if value is not None
+        ]
+        done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
+        return " · ".join([done, *self._mishaps(), *values])
+
+    def _mishaps(self) -> Iterator[str]:
+        """What went otherwise than planned."""
+        if self.damage:
+            yield f"damaged: {one_line(self.damage)}"
+        if self.restarts:
+            yield counted(self.restarts, "restart")
+        if self.per_gpu:
+            yield f"per-GPU batch {self.per_gpu[0]:,} → {self.per_gpu[1]:,} (out of memory)"
+        if self.skipped:
+            yield f"{counted(self.skipped, 'step')} skipped (not finite)"
+
+    def row(self) -> dict[str, Any]:
+        """Of a table of runs."""
+        return {
+            "state": self.state,
+            "steps": self.steps,
+            "samples": self.samples,
+            "peak LR": self.peak,
+            "loss": self.loss,
+            **self.val,
+            **({"restarts": self.restarts} if self.restarts else {}),
+            **({"skipped": self.skipped} if self.skipped else {}),
+        }
+
+
+def result(directory: Path) -> Result:
+    """The result of the run in ``directory``; what is missing or damaged there is None."""
+    files = read_run(directory)
+    ended = files.outcome
+    loss: float | None = None
+    val: dict[str, float] = {}
+    for line in files.metrics:
+        loss = loss if line.get("loss") is None else line["loss"]
+        val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
+    return Result(
+        ended.get("state", "—"),
+        ended.get("step", 0),
+        ended.get("samples", 0),
+        loss,
+        val,
+        files.plan.get("lr", {}).get("peak"),
+        *_mishaps(files.events),
+        damage=files.damage,
+    )
+
+
+def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
+    """Restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
+    restarts = [event for event in events if event.get("event") == "restart"]
+    sizes = [(event.get("per_gpu_before"), event.get("per_gpu")) for event in restarts if event.get("kind") == "oom"]
+    halved = [(before, after) for before, after in sizes if before is not None and after is not None]
+    skipped: set[int] = set()
+    for event in events:
+        if event.get("event") == "skip":
+            skipped.add(event.get("step", 0))
+        elif event.get("event") == "going_on":  # from there the steps were done again
+            skipped = {step for step in skipped if step <= event.get("step", 0)}
+    return len(restarts), len(skipped), (halved[0][0], halved[-1][1]) if halved else None
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    """Of a table of plans."""
+    return {
+        "global batch": plan.cut.global_size,
+        "per GPU": plan.cut.per_gpu,
+        "ranks": plan.cut.world,
+        "accumulation": plan.cut.accumulation,
+        "steps": plan.steps,
+        "samples": plan.samples,
+        "peak LR": plan.peak.lr,
+        "identity": plan.identity,
+    }
+
+
+def grid(rows: Sequence[dict[str, Any]]) -> str:
+    """Columns under their names, in the order in which the names first come up; numbers to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    return "\n".join(
+        "  ".join(
+            text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))

@@ -1,0 +1,114 @@
+"""Runs that are there, a row each: how far they have come, and why they stopped last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.rundir.files import holds_a_run, read_run
+from isobatch.scaling.report.results import WITHOUT_A_WORD
+
+ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
+DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
+CAUSE_CHARS = 60  # of a cause, in a table
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A run, as far as its directory tells.
+
+    Attributes:
+        state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't;
+            ``damaged`` where a file isn't what a run writes, and ``cause`` says which.
+        step, steps: completed, and of the whole run.
+        samples_per_s, eta_s: where it is running: of the last logged step, and seconds to the end at that pace.
+        job: of Slurm, the last one that was submitted for it, or worked on it; ``queue``: what Slurm says of it; None:
+            it is over.
+        cause: why it stopped last.
+    """
+
+    run: str
+    state: str
+    step: int
+    steps: int | None
+    loss: float | None
+    samples_per_s: float | None
+    eta_s: float | None
+    job: str | None
+    queue: str | None
+    cause: str | None
+
+    def cells(self) -> dict[str, Any]:
+        """Of a table."""
+        cause = self.cause if self.cause is None or len(self.cause) <= CAUSE_CHARS else f"{self.cause[:CAUSE_CHARS]}…"
+        return {
+            "run": self.run,
+            "state": self.state,
+            "step": f"{self.step:,}/{'?' if self.steps is None else f'{self.steps:,}'}",
+            "loss": self.loss,
+            "samples/s": None if self.samples_per_s is None else round(self.samples_per_s),
+            "ETA": None if self.eta_s is None else _clock(self.eta_s),
+            "job": self.job and f"{self.job} {self.queue or 'over'}",
+            "stopped last by": cause,
+        }
+
+
+def directories(root: Path) -> list[Path]:
+    """The runs in ``root``: itself, or what lies below it, sweeps included; by name."""
+    return sorted(_runs_in(root, DEPTH))
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if holds_a_run(folder):
+        yield folder
+    elif depth:
+        with suppress(OSError):  # it isn't a folder, or one that can't be listed
+            for inner in folder.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    yield from _runs_in(inner, depth - 1)
+
+
+def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
+    """The row of the run in ``directory``.
+
+    Args:
+        works: some launch has it now.
+        queue: what Slurm says of the jobs that aren't over, by id.
+    """
+    files = read_run(directory)
+    happened, logged = files.events, [line for line in files.metrics if "loss" in line]
+    jobs = [str(event["job"]) for event in happened if event.get("event") in ("submitted", "start") and "job" in event]
+    told = queue.get(jobs[-1]) if jobs else None
+    state = files.outcome.get("state", "—")
+    if told and told.startswith("PENDING"):
+        state = "queued"
+    elif state == "running" and not works:
+        state = "died"
+        happened = [*happened, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # as its next start will note
+    running, last = state == "running", logged[-1] if logged else {}
+    pace = last.get("samples_per_s") if running else None
+    whole, at = files.plan.get("samples"), last.get("samples")
+    left = None if whole is None or at is None else whole - at
+    causes = [event["cause"] for event in happened if event.get("event") in ENDS and event.get("cause")]
+    return Row(
+        run=str(directory),
+        state="damaged" if files.damage else state,
+        step=max(line.get("step", 0) for line in (files.outcome, *files.metrics[-1:])),
+        steps=files.plan.get("steps"),
+        loss=next((line["loss"] for line in reversed(logged) if line.get("loss") is not None), None),
+        samples_per_s=pace,
+        eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
+        job=jobs[-1] if jobs else None,
+        queue=told,
+        cause=files.damage or (causes[-1] if causes else None),
+    )
+
+
+def _clock(seconds: float) -> str:
+    """``3:05:07``, as the training prints it."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,271 @@
+"""Saving checkpoints in the background: the training waits for a copy; a thread of each rank writes it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from torch._C._distributed_c10d import HashStore, Store
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.trainers.checkpoints.best import Best, Evaluation
+from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, drop_older, said
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tensors.manifest import Header
+from isobatch.trainers.tensors.slices import Copies, Slice, write_part
+
+if TYPE_CHECKING:
+    from isobatch.trainers.engines.engine import Engine
+
+POLL_S = 0.005  # between two looks for what other ranks have to say
+TELL_S = 1.0  # between two signs of a rank that it is still writing
+CLOSE_S = 2.0  # for a thread to notice that it isn't wanted any more
+
+
+class _Dropped(Exception):
+    """What is under way isn't wanted any more."""
+
+
+@dataclass(slots=True)
+class _Save:
+    """One checkpoint under way, as a rank's thread sees it.
+
+    Attributes:
+        number: how many this start has begun; ``began``: when.
+        best: it is of the best evaluation so far.
+        slices: the copy, complete after ``ready()``; ``failed``: why there is none.
+        header, values: on rank 0.
+    """
+
+    number: int
+    step: int
+    best: bool
+    began: float = field(default_factory=time.monotonic)
+    slices: list[Slice] = field(default_factory=list)
+    ready: Callable[[], None] = lambda: None
+    failed: str | None = None
+    header: Header | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Keeper:
+    """Saves the state of a run, and keeps the newest checkpoints and the best.
+
+    ``save`` and ``wait`` are called by all ranks at the same places. Each rank writes its part; what they
+    wrote meets in the world's store, and rank 0 commits it. The memory for the copy stays taken from the first save on.
+
+    Args:
+        header: what the manifest says of the run; called on rank 0.
+        every_s: seconds between two saves, for ``due``; None: it never is.
+        keep: how many of the newest checkpoints stay.
+        best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
+        beat: called for every few MB that are written, and for what other ranks are seen to write.
+        resumed: of the checkpoint that this start went on from.
+        took: told on rank 0, in the thread, how many seconds a save took in all.
+        warn: told on rank 0, in the thread, what failed after a checkpoint was committed; each reason once.
+
+    Attributes:
+        best: which evaluation is the best so far.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        engine: Engine,
+        header: Callable[[TrainState, Evaluation | None], Header],
+        *,
+        every_s: float | None,
+        keep: int,
+        best: str | None,
+        best_before: float | None,
+        beat: Callable[[], None],
+        resumed: Header | None = None,
+        took: Callable[[float], None] = lambda seconds: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._run, self._world, self._engine, self._header = run, world, engine, header
+        self._every_s, self._keep, self._beat, self._took = every_s, keep, beat, took
+        self._warn, self._warned = warn, set[str]()
+        self.best, self._best_before = Best(best, best_before), best_before
+        self._store: Store = world.store or HashStore()
+        self._copies = Copies()
+        self._number, self._began = 0, time.monotonic()
+        self._last = (resumed.step, resumed.evaluation_owed) if resumed else None
+        self._thread: Thread | None = None
+        self._failed: str | None = None  # the last save, as all ranks know
+        self._untold: str | None = None
+        self._dropped = Event()
+
+    def due(self) -> bool:
+        """On rank 0: whether it's time to save. Once true, not again for a while: the save may come a step later."""
+        if self._world.rank or self._every_s is None or (self._thread and self._thread.is_alive()):
+            return False
+        now = time.monotonic()
+        if now - self._began < self._every_s:
+            return False
+        self._began = now
+        return True
+
+    def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
+        """Begin to save ``state``, once the save before is over; nothing to do where it is saved already.
+
+        Args:
+            evaluation: the values of an evaluation at this step.
+        """
+        if self._last == (state.steps, state.evaluation_owed) and evaluation is None and not self._failed:
+            return
+        self._settle()
+        self._last, self._failed = (state.steps, state.evaluation_owed), None
+        self._number, self._began = self._number + 1, time.monotonic()
+        best, self._best_before = evaluation is not None and self.best.improves(evaluation), self.best.value
+        if evaluation is not None and best:
+            self.best.value = evaluation[self.best.name]
+        save = _Save(self._number, state.steps, best)
+        try:
+            save.slices, save.ready = self._copies.take(self._engine.slices())
+        except MemoryError as error:
+            save.failed = str(error)
+        if self._world.rank == 0:
+            save.header, save.values = self._header(state, evaluation), copy.deepcopy(self._engine.values())
+        self._thread = Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # there is no memory for its stack either
+            save.failed = save.failed or str(error)
+            self._work(save)
+
+    def wait(self) -> str | None:
+        """Until what is under way is committed or has failed; why the last save failed, the same on all ranks."""
+        self._settle()
+        self._untold = None
+        return self._failed
+
+    def failure(self) -> str | None:
+        """On rank 0, once: why a save failed that nobody was told of yet."""
+        if failure := self._untold:
+            self._untold = None
+        return failure
+
+    def close(self) -> None:
+        """Drop what is under way."""
+        self._dropped.set()
+        if self._thread and self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    def _settle(self) -> None:
+        """Wait until the last save is over, on all ranks."""
+        if self._thread is None:
+            return
+        key, seen, looked = f"save/{self._number}/result", 0, time.monotonic()
+        with _connected():
+            while not self._store.check([key]):
+                time.sleep(POLL_S)
+                if time.monotonic() - looked > TELL_S:
+                    before, seen, looked = seen, self._store.add(self._progress, 0), time.monotonic()
+                    if seen != before:
+                        self._beat()
+            result = self._store.get(key).decode()
+        # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
+        self._failed, self._thread = self._world.agree(result) or None, None
+        if self._world.rank == 0:
+            for done in (key, self._progress):
+                self._store.delete_key(done)
+        if self._failed:
+            self.best.value = self._best_before
+
+    @property
+    def _progress(self) -> str:
+        return f"save/{self._number}/progress"
+
+    def _work(self, save: _Save) -> None:
+        """What the thread does."""
+        with suppress(_Dropped, RuntimeError):  # without its store, the process is about to end
+            part = json.dumps(self._write(save)).encode()
+            self._store.set(f"save/{save.number}/part/{self._world.rank}", zlib.compress(part))  # type: ignore[arg-type]
+            if self._world.rank == 0:
+                self._untold = self._finish(save, self._parts(save.number))
+                self._store.set(f"save/{save.number}/result", self._untold or "")
+
+    def _write(self, save: _Save) -> dict[str, Any]:
+        """This rank's part of the manifest, or of the failure."""
+        told = time.monotonic()
+
+        def beat() -> None:
+            nonlocal told
+            self._beat()
+            if self._dropped.is_set():
+                raise _Dropped
+            if time.monotonic() - told > TELL_S:
+                told, _ = time.monotonic(), self._store.add(self._progress, 1)
+
+        try:
+            if save.failed:
+                raise MemoryError(save.failed)
+            save.ready()
+            aside = aside_of(self._run, save.step)
+            for folder in (self._run.checkpoints, aside):  # but not the run directory, where that is gone
+                with suppress(FileExistsError):
+                    folder.mkdir()
+            return write_part(aside, self._world.rank, save.slices, beat)
+        except _Dropped:
+            raise
+        except Exception as error:  # whatever it is, others wait to hear of it
+            return {"failed": said(error)}
+
+    def _parts(self, number: int) -> list[dict[str, Any]]:
+        """Every rank's part, by rank."""
+        parts = []
+        for rank in range(self._world.size):
+            key = f"save/{number}/part/{rank}"
+            while not self._store.check([key]):
+                if self._dropped.is_set():
+                    raise _Dropped
+                time.sleep(POLL_S)
+            parts.append(json.loads(zlib.decompress(self._store.get(key))))
+            self._store.delete_key(key)
+        return parts
+
+    def _finish(self, save: _Save, parts: list[dict[str, Any]]) -> str | None:
+        """Commit what all ranks wrote, or remove it and say why."""
+        assert save.header
+        failed = [f"{part['failed']} on rank {rank}" for rank, part in enumerate(parts) if "failed" in part]
+        if not failed:
+            try:
+                warnings = commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
+            except Exception as error:
+                failed = [said(error)]
+        if failed:
+            shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
+            return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
+        try:
+            self._took(time.monotonic() - save.began)
+            self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._keep)])
+        except Exception as error:  # it is committed all the same, and other ranks wait to hear of it
+            self._warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
+        return None
+
+    def _tell(self, step: int, warnings: list[str]) -> None:
+        """Pass warnings on, one for each reason: a checkpoint that can't be removed is met again at every save."""
+        for warning in warnings:
+            reason = warning.partition(": ")[0]
+            if reason not in self._warned:
+                self._warned.add(reason)
+                self._warn(f"the checkpoint of step {step} is saved, but: {warning}")
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"Connection to the other ranks lost, while a checkpoint was saved: {error}") from error

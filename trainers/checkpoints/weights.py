@@ -1,0 +1,272 @@
+"""A model's weights in files: those that a run leaves in ``final/``, and those that it starts from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from isobatch.conf.rundir.directory import Fatal, RunDir
+from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.checkpoints.commit import sync
+from isobatch.trainers.model.build import tied
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, checkpoints, followed, read, verify
+from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader, write_whole
+
+if TYPE_CHECKING:
+    from isobatch.trainers.engines.engine import Engine
+
+WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
+ASIDE = ".tmp"  # the folder in ``final/`` in which its files are written
+SHOWN = 5  # names of each kind of mismatch
+
+
+def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
+    """Write the model's weights and buffers to ``final/``, and the same with its average; all or nothing.
+
+    Called by all ranks, which bring together one tensor at a time; one of them ``writes``.
+
+    Raises:
+        Fatal: they can't be written.
+    """
+    layout = engine.layout()
+    names = [name.removeprefix("model/") for name in layout if name.startswith("model/")]
+    names.sort(key=lambda name: -layout[f"model/{name}"][0].itemsize)
+    files = {WEIGHTS: [f"model/{name}" for name in names]}
+    if engine.average:
+        files[AVERAGED] = [f"ema/{name}" if f"ema/{name}" in layout else f"model/{name}" for name in names]
+    tensors = (engine.whole(source) for sources in files.values() for source in sources)
+    try:
+        if writes:
+            _save_final(run, list(files), {name: layout[f"model/{name}"] for name in names}, tensors)
+    except OSError as error:
+        raise Fatal(
+            f"the trained weights can't be written to {run.final} ({error}); once they can, the same command does"
+        ) from error
+    finally:
+        for _ in tensors:  # also where nobody writes them
+            pass
+
+
+def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator[Tensor]) -> None:
+    """Write all files aside, then let each take its name. ``final/`` stays the folder, link or mount that it is."""
+    for left in (run.path / ".final.tmp", run.path / ".final.old"):  # of earlier versions
+        left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
+    folder = Path(os.path.realpath(run.final))
+    if made := not folder.is_dir():
+        folder.mkdir()
+    aside = folder / ASIDE
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for file in files:
+            write_whole(aside / file, layout, islice(tensors, len(layout)))
+        sync(aside)
+        for file in files:
+            if (run.final / file).is_symlink():
+                say(f"warning: {run.final / file} was a link to {os.readlink(run.final / file)}, and is a file now")
+            (aside / file).replace(run.final / file)
+        for stale in {WEIGHTS, AVERAGED}.difference(files):
+            (run.final / stale).unlink(missing_ok=True)
+        sync(run.final)
+        sync(run.path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it isn't empty
+                folder.rmdir()
+
+
+def initialise(model: nn.Module, source: str, world: World) -> str:
+    """Set the weights and buffers of ``model`` to those of ``source``, on all ranks; only rank 0 reads them.
+
+    Names and shapes have to be the model's, all of them. Of tensors that share their memory one name is enough. Numbers
+    are converted between floating-point dtypes only.
+
+    Args:
+        source: as ``init_from``: a run directory (its ``final/`` where it is finished, else its newest good
+            checkpoint), a checkpoint, or a safetensors file.
+
+    Returns:
+        The file or checkpoint that they are from.
+
+    Raises:
+        UserError: there are none, they are damaged, or they aren't this model's; on all ranks.
+    """
+
+    def load() -> str:
+        found = find(source)
+        _fill(model, _open(found), f"init_from={source}")
+        return str(found)
+
+    return _by_rank_0(model, world, load)
+
+
+def load_average(model: nn.Module, found: str, world: World) -> bool:
+    """Set ``model`` to the moving average that was saved with the weights which ``initialise`` found, if there is one.
+
+    Returns:
+        Whether there was, on all ranks.
+    """
+
+    def load() -> str:
+        averaged = _open_average(Path(found))
+        if averaged:
+            _fill(model, averaged, f"the average of init_from={found}")
+        return found if averaged else ""
+
+    return bool(_by_rank_0(model, world, load))
+
+
+def find(source: str) -> Path:
+    """The safetensors file or the checkpoint, wholly checked, that ``source`` stands for.
+
+    Raises:
+        UserError: there is none that is good.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    run = RunDir(path)
+    for file in (path / WEIGHTS, run.final / WEIGHTS):
+        if file.is_file() and not (file.parent == run.final and _goes_on(run)):
+            return file
+    # the link checkpoints/best is a checkpoint, too
+    candidates = [followed(path)] if (path / NAME).exists() else checkpoints(run)
+    damaged = []
+    for folder in candidates:
+        try:
+            checkpoint = read(folder)
+            verify(checkpoint, checkpoint.files)
+            return folder
+        except Damaged as error:
+            damaged.append(f"{folder.name}: {error}")
+    if damaged:
+        raise UserError(f"init_from={source} has no good weights: {listed(damaged, '; ')}")
+    what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
+    raise UserError(f"init_from={source} {what}; name a run directory, a checkpoint of one, or a .safetensors file")
+
+
+def _goes_on(run: RunDir) -> bool:
+    """Whether a finished run was extended, so that its newest checkpoint is newer than what it left in ``final/``."""
+    outcome = run.outcome()
+    return outcome is not None and outcome.state != "finished" and bool(checkpoints(run))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Tensors in files: the dtype (None: unknown to torch) and shape of each, and how one is read."""
+
+    kinds: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+    read: Callable[[str], Tensor]
+
+
+def _open(path: Path) -> _Weights:
+    """What ``find`` found."""
+    if path.is_dir():
+        checkpoint = read(path)
+        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | _names(checkpoint, f"{EVAL}/"))
+    return _of_file(path)
+
+
+def _open_average(path: Path) -> _Weights | None:
+    """The average that was saved with it, and the buffers."""
+    if path.is_dir():
+        checkpoint = read(path)
+        averaged = _names(checkpoint, "ema/")
+        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | averaged) if averaged else None
+    beside = path.with_name(AVERAGED)
+    return _of_file(beside) if path.name == WEIGHTS and beside.is_file() else None
+
+
+def _of_file(path: Path) -> _Weights:
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it isn't a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"init_from={path} can't be read as safetensors: {error}") from None
+    kinds = {name: (DTYPES.get(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+    return _Weights(kinds, file.get_tensor)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, names: dict[str, str]) -> _Weights:
+    reader = Reader(checkpoint)
+    stored = {name: checkpoint.tensors[there] for name, there in names.items()}
+    return _Weights(
+        {name: (DTYPES[one.dtype], one.shape) for name, one in stored.items()}, lambda name: reader.whole(names[name])
+    )
+
+
+def _names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): name for name in checkpoint.tensors if name.startswith(prefix)}
+
+
+def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
+    """Set the model's tensors to ``weights``. Raises UserError, listing what doesn't fit."""
+    groups, kinds = tied(model), weights.kinds
+    here = {name: tensor for group in groups for name, tensor in group.items()}
+    both = [name for name in here if name in kinds]
+    shaped = [name for name in both if kinds[name][1] != here[name].shape]
+    other = [name for name in both if name not in shaped and not _convertible(kinds[name][0], here[name].dtype)]
+    misfits = {
+        "lacks": ["/".join(group) for group in groups if not group.keys() & kinds.keys()],
+        "has, unlike the model,": [name for name in kinds if name not in here],
+        "has other shapes:": [f"{name} {list(kinds[name][1])}, here {list(here[name].shape)}" for name in shaped],
+        "has other dtypes:": [f"{name} {kinds[name][0]}, here {here[name].dtype}" for name in other],
+    }
+    if not any(misfits.values()):
+        misfits["has apart what the model has as one:"] = [
+            "/".join(group) for group in groups if not _set(group, weights)
+        ]
+    said = [f"it {has} {listed(names)}" for has, names in misfits.items() if names]
+    if said:
+        raise UserError(
+            f"{what} doesn't fit the model: {'; '.join(said)}; it brings weights alone: task, task.args and model have "
+            "to be given as they were"
+        )
+
+
+def _set(group: dict[str, Tensor], weights: _Weights) -> bool:
+    """Set tensors that share their memory; False where ``weights`` has different values for them."""
+    first, *others = [name for name in group if name in weights.kinds]
+    group[first].copy_(weights.read(first))
+    return all(torch.equal(group[name], weights.read(name).to(group[name])) for name in others)
+
+
+def _convertible(there: torch.dtype | None, here: torch.dtype) -> bool:
+    return there == here or (there is not None and there.is_floating_point and here.is_floating_point)
+
+
+def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
+    """Let rank 0 ``load`` into its model, and give the others what it has then; what ``load`` returned, if anything."""
+    refusal = done = ""
+    if world.rank == 0:
+        try:
+            done = load()
+        except (UserError, Damaged, OSError) as error:
+            refusal = str(error)
+    refusal, done = map(str, json.loads(world.agree(json.dumps([refusal, done]))))
+    if refusal:
+        raise UserError(refusal)
+    if done and world.size > 1:
+        for group in tied(model):
+            world.share(next(iter(group.values())))
+    return done
+
+
+def listed(names: list[str], separator: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
+    more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more

@@ -1,0 +1,112 @@
+"""What a dataset holds, in a few digits: by them a run that goes on sees whether its data changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from isobatch.scaling.order import indices
+from isobatch.trainers.data.loader import fetches_many
+from isobatch.trainers.model.randomness import SAMPLE, SAMPLES, key_generators
+
+LOOKS = 16  # samples that are looked at
+WHOLE_BYTES = 1 << 28  # a TensorDataset of no more than this, a fraction of a second's work, is looked at as a whole
+
+
+def fingerprint(data: Any, seed: int) -> str | None:
+    """Return 16 hexadecimal digits of the length of ``data`` and of some of its samples, the same in every process.
+
+    A TensorDataset is looked at as a whole, if it isn't too large. Of others some samples are, each fetched twice, with
+    the default generators keyed alike. A part that still differs from itself (it draws from a generator of its own, or
+    from a clock) is left out of all samples. Of an object that is neither data nor a container only its type counts, of
+    a path only the file's name.
+
+    Args:
+        data: a map-style dataset of at least one sample. It is fetched from: see trainers/data/look.py.
+        seed: of the sample order, whose first samples are looked at.
+
+    Returns:
+        None where nothing could be told: every part differs, or a sample can't be fetched (training will say why).
+    """
+    if type(data) is TensorDataset and sum(tensor.nbytes for tensor in data.tensors) <= WHOLE_BYTES:
+        return _short(digests(data.tensors))
+    length = len(data)
+    rows = indices(seed, length, 0, min(LOOKS, length)).tolist()
+    try:
+        first, again = ([digests(sample) for sample in _fetched(data, seed, rows)] for _ in range(2))
+    except Exception:
+        return None
+    drawn = {name for a, b in zip(first, again, strict=True) for name in a | b if a.get(name) != b.get(name)}
+    kept = sorted({name for sample in first for name in sample} - drawn)
+    if not kept:
+        return None
+    content = [[(name, sample.get(name)) for name in kept] for sample in first]
+    return _short((length, content))
+
+
+def _fetched(data: Any, seed: int, rows: list[int]) -> Iterator[Any]:
+    if fetches_many(data):
+        key_generators(seed, 0, SAMPLES)
+        yield from data.__getitems__(rows)
+        return
+    for position, row in enumerate(rows):
+        key_generators(seed, position, SAMPLE)
+        yield data[row]
+
+
+def _short(content: Any) -> str:
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
+
+
+def digests(sample: Any) -> dict[str, str]:
+    """Return a digest for each part of a sample: each entry of a dict or tuple, else the whole."""
+    if isinstance(sample, dict):
+        parts = {repr(key): value for key, value in sample.items()}
+    elif isinstance(sample, tuple):
+        parts = {str(index): value for index, value in enumerate(sample)}
+    else:
+        parts = {"": sample}
+    digests = {}
+    for name, part in parts.items():
+        digest = blake2b(digest_size=16)
+        for content in _contents(part):
+            digest.update(content)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _contents(value: Any) -> Iterator[bytes | memoryview]:
+    """The bytes of what may be nested, kinds and sizes before contents."""
+    yield f"{type(value).__name__} ".encode()
+    if isinstance(value, str):
+        yield repr(os.path.basename(value) if os.path.isabs(value) else value).encode()  # data may be moved
+    elif isinstance(value, Tensor) and value.layout is torch.strided:
+        yield f"{value.dtype} {list(value.shape)} ".encode()
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:  # its bytes are addresses
+        yield from _contents(value.tolist())
+    elif hasattr(value, "tobytes"):  # arrays, images
+        yield " ".join(repr(getattr(value, name, None)) for name in ("dtype", "shape", "mode", "size")).encode()
+        yield value.tobytes()
+    elif isinstance(value, bytes | int | float | complex | None):
+        yield repr(value).encode()
+    elif isinstance(value, dict | list | tuple) or is_dataclass(value):
+        entries = _entries(value)
+        yield f"{len(entries)} ".encode()
+        for entry in entries:
+            yield from _contents(entry)
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [part for item in value.items() for part in item]
+    return list(value) if isinstance(value, list | tuple) else [getattr(value, field.name) for field in fields(value)]

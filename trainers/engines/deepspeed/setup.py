@@ -1,0 +1,111 @@
+"""What comes before DeepSpeed is begun: its package is imported, quiet, and what it is to be told is checked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.engine_config import PRECISIONS
+
+if TYPE_CHECKING:
+    import isobatch.conf.groups
+
+
+def import_deepspeed(device: torch.device | None = None) -> Any:
+    """The package, quiet.
+
+    Args:
+        device: that it is to use; None: it is only imported, for processes that are forked from here.
+
+    Raises:
+        UserError: it isn't installed.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    logger.disabled = True  # it warns of every device that isn't there
+    try:
+        deepspeed = import_module("deepspeed")
+    except ImportError as error:
+        raise UserError(
+            f"engine=deepspeed needs the package deepspeed ({error}): pip install '.[deepspeed]'"
+        ) from error
+    finally:
+        logger.disabled = False
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
+    # of its inference, and compiled as it starts on a CPU, where there is a compiler
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if device and device.type == "cpu":
+        cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+        import_module("deepspeed.accelerator").set_accelerator(cpu())
+    return deepspeed
+
+
+def settings_of(config: isobatch.conf.groups.DeepSpeed) -> dict[str, Any]:
+    """What DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
+
+    DeepSpeed's sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last.
+    """
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
+    ours = {
+        "train_batch_size": None,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.stage, **offload},
+        **{section: {"enabled": False} for section in PRECISIONS if section in config.config},
+    }
+    return dict(_merged(config.config, ours))
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def refuse_settings(settings: dict[str, Any]) -> None:
+    """Raises UserError where DeepSpeed doesn't take ``settings``."""
+    config, asked = import_module("deepspeed.runtime.config"), Asked(settings)
+    try:
+        config.DeepSpeedConfig(asked)
+    except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
+        said = error.errors() if isinstance(error, ValidationError) else []
+        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
+        raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}") from error
+    for key in settings.keys() - asked.seen:
+        near = get_close_matches(key, asked.seen, n=1)
+        raise UserError(
+            f"engine.config.{key} is no key of DeepSpeed's" + (f"; did you mean {near[0]}?" if near else "")
+        )
+
+
+class Asked(dict[str, Any]):
+    """Settings that remember for which keys they were asked: DeepSpeed passes over those that it doesn't know."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.seen = set[str]()
+
+    def __contains__(self, key: object) -> bool:
+        self.seen.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # where a key is looked for among them

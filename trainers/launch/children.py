@@ -1,0 +1,106 @@
+"""What the launcher has done by processes of its own, one at a time, which are told of a wish to stop. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isobatch.conf.sweep import Element
+from isobatch.conf.terminal import Unwritable, say
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.results import grid, result
+from isobatch.trainers.launch.start import leave
+from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of ``work``; what is refused is said in one message, by one process of each machine."""
+    try:
+        return work()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"isobatch: {error}", sys.stderr)
+        return 2
+    except Stopped as wish:
+        say(f"isobatch: {wish}, before anything was started", sys.stderr)
+        return 75
+    except Unwritable as error:
+        if str(error):  # else whoever read this has left
+            say(f"isobatch: {error}", sys.stderr)
+        return 1
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        say(traceback.format_exc(), sys.stderr, end="")
+        return 1
+
+
+def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
+    """The exit code of ``work``, done in a forked process, which gets ``number`` where this one is to stop, or ends."""
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        die_with_parent(number)
+        leave(guarded(work) if os.getppid() == parent else 1)
+    told = False
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if stop.wanted and not told:
+            os.kill(child, number)
+            told = True
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def opened(config: RunConfig, stop: Stop) -> int:
+    """Training samples, counted in a child: the launcher is to be forked, and stays without torch.
+
+    Raises:
+        Stopped: a signal came first. The child is killed, since in the user's code it would only record it.
+    """
+    answer, reply = os.pipe()
+
+    def count() -> int:
+        from isobatch.trainers.run import count_samples
+
+        with redirect_stdout(sys.stderr):  # stdout is the plan's
+            samples = count_samples(config)
+        os.write(reply, str(samples).encode())
+        return 0
+
+    code = in_child(count, stop, signal.SIGKILL)
+    if code < 0 and stop.wanted:
+        raise Stopped(stop.wanted)
+    if code < 0:
+        say(f"isobatch: killed by {signal.Signals(-code).name} while the training data was counted", sys.stderr)
+    if code:  # else the child has said why
+        raise SystemExit(max(1, code))
+    return int(os.read(answer, 20))
+
+
+def in_turn(
+    elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Callable[[], int]], stop: Stop
+) -> int:
+    """Train the runs of a sweep one after another, each in a child, and show a table of them; the exit code of all."""
+    codes: list[int] = []
+    for element, training in zip(elements, trainings, strict=True):
+        if stop.wanted or 75 in codes:
+            break
+        say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
+        codes.append(in_child(training, stop))
+    say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
+    say(str(directories[0].parent))
+    if stop.wanted or 75 in codes:
+        say("stopped (the same command goes on)")
+        return 75
+    failed = set(codes) - {0}
+    return 2 if failed == {2} else int(bool(failed))

@@ -1,0 +1,123 @@
+"""One worker process, as the agent that started it sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.rundir.directory import LOCK_FD, hold
+from isobatch.trainers.ranks.notes import GRACE_S, KILLED_HINT, others_word
+from isobatch.trainers.ranks.signals import Stop, die_with_parent
+from isobatch.trainers.ranks.watch import Watch
+
+LOOK_S = 0.1  # between an agent's looks at its workers
+SUSPENDED = "suspended (by SIGSTOP, or a debugger)"
+
+
+class WorkerProcess:
+    """A process that does ``work(*args, watch)``, with ``env`` added to its environment, and dies with this one.
+
+    Args:
+        context: how it is started: multiprocessing's ``fork`` or ``spawn``.
+        stop: records signals there; where one came here before, it knows.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        rank: int,
+        env: dict[str, Any],
+        stop: Stop,
+        work: Callable[..., Any],
+        args: tuple[Any, ...],
+    ) -> None:
+        self.rank = rank
+        self._watch, self._told, self._seen_alive = Watch(context), False, time.time()
+        texts = {key: str(value) for key, value in env.items()}
+        self._process = context.Process(target=_child, args=(texts, os.getpid(), stop, self._watch, work, args))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    @property
+    def sentinel(self) -> int:
+        """What is ready once it has ended."""
+        return int(self._process.sentinel)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, the negative number of the signal that ended it; None: it hasn't ended."""
+        exitcode: int | None = self._process.exitcode
+        return exitcode
+
+    def tell(self, wanted: str) -> None:
+        """Pass a signal on, once, as soon as it can be heard."""
+        if self._watch.started and not self._told:
+            os.kill(self.pid, signal.Signals[wanted])
+            self._told = True
+            self._watch.forgive()
+
+    def look(self, timeout_s: float) -> str | None:
+        """Look at it, every ``LOOK_S``; what is wrong where it hangs and doesn't notice by itself.
+
+        So it is where it is suspended, keeps the interpreter's lock, or doesn't heed a signal before it trains.
+        """
+        self._seen_alive = time.time()
+        silent_s = self._watch.look() * LOOK_S
+        if silent_s < timeout_s + GRACE_S or not (self._watch.training or self._told):
+            return None
+        what = SUSPENDED if self.suspended else "it hung"
+        return f"{what}: no sign of life within cluster.timeout_s={timeout_s:g}"
+
+    @property
+    def suspended(self) -> bool:
+        with suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return False
+
+    def death(self) -> str | None:
+        """What ended it, as far as it can be seen from here; None: nothing bad did."""
+        if not (code := self.code):
+            return None
+        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        return cause + (KILLED_HINT if code == -signal.SIGKILL else "")
+
+    def word(self, cause: str, *, silent: bool = False) -> dict[str, Any]:
+        """A note for it, of how far it came, and when it was last seen alive."""
+        return others_word(self.rank, cause, self._watch.reached, self._seen_alive, silent=silent)
+
+    def show_stacks(self) -> None:
+        """Have it and its data loaders write down where they stand, also where they are suspended."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGQUIT)
+            os.killpg(self.pid, signal.SIGCONT)
+
+    def kill(self, within_s: float) -> None:
+        """End it, and its data loaders."""
+        self._process.kill()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join(within_s)
+
+
+def _child(
+    env: dict[str, str], parent: int, stop: Stop, watch: Watch, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.setsid()  # Ctrl-C reaches the launcher, which passes it on
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
+    os.environ.update(env)
+    if LOCK_FD in env:
+        hold(os.fdopen(int(env[LOCK_FD])))
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
+    stop.install()
+    watch.beat()
+    work(*args, watch)

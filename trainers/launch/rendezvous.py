@@ -1,0 +1,128 @@
+"""Where the machines of a run find each other."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from isobatch.conf.identity import identity
+from isobatch.conf.schema import Local
+from isobatch.conf.terminal import say
+from isobatch.trainers.ranks.signals import Stop
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+
+
+TELL_S = 10.0  # of waiting, after which it is said for whom
+
+
+class Alone(RendezvousHandler):
+    """The rendezvous of one machine: nobody to wait for, and no names to look up."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
+
+    def get_backend(self) -> str:
+        return "alone"
+
+    def get_run_id(self) -> str:
+        return "alone"
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def rendezvous(
+    config: RunConfig, stop: Stop, hosts: Sequence[str] = (), host: str = ""
+) -> tuple[RendezvousHandler, str]:
+    """Where the machines of this run find each other, and this machine's address for the others.
+
+    Args:
+        hosts: names of all machines, where a scheduler knows them; the first one keeps the meeting point. ``host``:
+            this one's.
+
+    Raises:
+        RendezvousError: nobody answers there, or not all of ``hosts`` came.
+        Stopped: a signal came first.
+    """
+    cluster = config.cluster
+    if cluster.nodes == 1:
+        return Alone(), "127.0.0.1"
+    assert isinstance(cluster, Local), "its machines are named before"
+    assert cluster.rendezvous, "checked before"
+    first, port = parse_rendezvous_endpoint(cluster.rendezvous, 29400)
+    say(f"isobatch: meeting {cluster.nodes} machines at {cluster.rendezvous} …")
+    with stop.interrupting():
+        known = {"is_host": host == hosts[0]} if hosts else {}
+        name = hosts[0] if hosts else "that machine"
+        address = first if known.get("is_host") else _address_towards(first, port, cluster.timeout_s, name)
+        run = f"{identity(config)}-{config.run.dir or config.run.name or config.task.name}"
+        parameters = RendezvousParameters(
+            "c10d", cluster.rendezvous, run, cluster.nodes, cluster.nodes, address,
+            join_timeout=int(cluster.timeout_s), **known,
+        )  # fmt: skip
+        backend, store = create_backend(parameters)
+        if hosts:
+            _sign_in(store, hosts, host, cluster.timeout_s)
+        return create_handler(store, backend, parameters), address
+
+
+def _sign_in(store: Store, hosts: Sequence[str], host: str, timeout_s: float) -> None:
+    """Wait until all of ``hosts`` are there; those that don't come are named."""
+    store.set(f"here/{host}", "")
+    began, told = time.monotonic(), False
+    while absent := [other for other in hosts if not store.check([f"here/{other}"])]:
+        waited_s = time.monotonic() - began
+        if waited_s > timeout_s:
+            missing = f"{', '.join(absent)} of {', '.join(hosts)}"
+            raise RendezvousTimeoutError(f"no word from {missing} within {timeout_s:g} s")
+        if waited_s > TELL_S and not told and host == hosts[0]:
+            say(f"isobatch: waiting for {', '.join(absent)} …")
+            told = True
+        time.sleep(0.1)
+
+
+def _address_towards(host: str, port: int, timeout_s: float, name: str) -> str:
+    """This machine's address as the machine ``host``, called ``name``, sees it, once somebody listens there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            there = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(there[0], socket.SOCK_STREAM) as probe, suppress(OSError):
+                probe.bind((there[4][0], 0))
+                return host  # it is this machine
+            with socket.create_connection((host, port), timeout=1) as probe:
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousConnectionError(
+                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on "
+                    f"{name} too, and the port be open"
+                ) from None
+            time.sleep(0.2)

@@ -1,0 +1,228 @@
+"""Evaluation, exact over ranks: every sample once, sums added up, then divided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.data.loader import to_device
+from isobatch.trainers.data.validation import Validation
+from isobatch.trainers.engines.root import summed
+from isobatch.trainers.model.average import Average
+from isobatch.trainers.model.modes import in_eval_mode
+from isobatch.trainers.model.precision import autocast
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
+
+if TYPE_CHECKING:
+    from isobatch.trainers.engines.engine import Engine
+
+Totals = dict[str, tuple[float, float]]
+Evaluate = Callable[[], dict[str, float] | None]
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Evaluate ``model`` on the rows of ``data``, a contiguous share of them on each rank.
+
+    Attributes:
+        stream: that the model's dropout layers follow, and by which draws of a forward are keyed.
+        per_gpu: the most samples per forward.
+        precision: what a forward computes in.
+        engine: that calls the model; None: it is called as it is.
+        stop: where some rank is asked to stop, all of them leave off.
+        beat: called after each forward.
+    """
+
+    task: Task
+    model: nn.Module
+    data: Validation
+    world: World
+    stream: Stream
+    per_gpu: int
+    precision: str = "fp32"
+    engine: Engine | None = None
+    stop: Stop = field(default_factory=Stop)
+    beat: Callable[[], None] = lambda: None
+
+    def __call__(self) -> dict[str, float] | None:
+        """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop.
+
+        An exception has the attributes that let the ranks be started again with fewer samples per forward.
+        """
+        mine, longest = self._share()
+        for buffer in self.model.buffers():
+            self.world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
+        try:
+            with evaluating(self.model, self.stream):
+                totals = self._totals(mine, longest)
+        except Exception as error:
+            error.per_gpu, error.granule, error.fixed = min(self.per_gpu, longest), 1, False  # type: ignore[attr-defined]
+            raise
+        found = _over_ranks(None if self.stop.wanted else totals, self.world)
+        return None if found is None else summarise(self.task, found)
+
+    def chunk(self, start: int, stop: int) -> Totals:
+        """Return sums and counts of one forward, of rows [start, stop) of those that are evaluated.
+
+        In lockstep all ranks call this alike.
+        """
+        fetched = self.data[start, stop]
+        batch = to_device(fetched.batch, self.world.device)
+        work: Callable[[], Totals] = partial(measure, self.task, self.model, batch)
+        with self.stream.evaluating(self.data.rows[start:stop]), autocast(self.precision, self.world.device):
+            if fetched.unkeyed:
+                self.stream.tell(fetched.unkeyed)
+            totals = self.engine.call(work) if self.engine else work()
+        self.beat()
+        return totals
+
+    def _totals(self, mine: range, longest: int) -> Totals:
+        """The totals of this rank, up to where it is asked to stop."""
+        totals: Totals = {}
+        lockstep = self.engine is not None and self.engine.lockstep
+        for start in range(mine.start, mine.start + longest, self.per_gpu):
+            wanted = self.stop.wanted is not None
+            if self.world.any(wanted) if lockstep else wanted:
+                break
+            stop = min(start + self.per_gpu, mine.stop)
+            if start < stop:
+                add(totals, self.chunk(start, stop))
+            elif lockstep:
+                self.chunk(0, 1)  # as many forwards as the other ranks have
+            else:
+                break
+        return totals
+
+    def _share(self) -> tuple[range, int]:
+        """This rank's share, and the size of the largest: rank 0's, which has at least one."""
+        share, more = divmod(len(self.data.rows), self.world.size)
+        rank = self.world.rank
+        first = rank * share + min(rank, more)
+        return range(first, first + share + (rank < more)), share + (more > 0)
+
+
+@contextmanager
+def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
+    """Put ``model`` in eval mode, without gradients; then restore modes and buffers, so that training sees no trace."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with in_eval_mode(model), torch.no_grad():
+        yield
+        if changed := _put_back(model, buffers):
+            stream.tell_of_evaluation(f"evaluate changes {_some(changed)} of the model, which is put back after it")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> list[str]:
+    """Give buffers the values that they had, and return the names of those that had others.
+
+    One that has another shape now is a cache that has grown, and stays.
+    """
+    changed = []
+    for name, buffer in model.named_buffers():
+        before = buffers.get(name)
+        if before is not None and before.shape == buffer.shape and not torch.equal(before, buffer):
+            buffer.copy_(before)
+            changed.append(name)
+    return changed
+
+
+def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
+    """Return {name: (sum, count)} of one batch: what the task's ``evaluate`` gives, else its loss.
+
+    Raises:
+        UserError: it gives something else.
+    """
+    if not hasattr(task, "evaluate"):
+        loss, units = summed(task.loss(model, batch))
+        return {"loss": (float(loss), float(units))}
+    result = task.evaluate(model, batch)
+    pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
+    if not pairs:
+        raise UserError(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
+    return {name: _numbers(name, pair) for name, pair in result.items()}
+
+
+def add(totals: Totals, more: Totals) -> None:
+    """Add the sums and counts of ``more`` to ``totals``."""
+    for name, (value, count) in more.items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = before[0] + value, before[1] + count
+
+
+def summarise(task: Task, totals: Totals) -> dict[str, float]:
+    """Return each sum over its count, and what the task's ``summarise`` makes of all totals.
+
+    Raises:
+        UserError: ``summarise`` doesn't return {name: value}.
+    """
+    ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
+    if not hasattr(task, "summarise"):
+        return ratios
+    made = task.summarise(totals)
+    if not isinstance(made, dict):
+        raise UserError(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
+    return {**ratios, **{name: float(value) for name, value in made.items()}}
+
+
+def with_average(
+    evaluate: Evaluate | None,
+    average: Average | None,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Evaluate | None:
+    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``.
+
+    Args:
+        weights: within it the model has the weights to evaluate, where the optimizer steps others.
+    """
+    if evaluate is None:
+        return None
+
+    def both() -> dict[str, float] | None:
+        with weights():
+            values = evaluate()
+        if values is None:
+            return None
+        found = {f"val/{name}": value for name, value in values.items()}
+        if average:
+            with average.swapped():
+                values = evaluate()
+            if values is None:
+                return None
+            found |= {f"ema/{name}": value for name, value in values.items()}
+        return found
+
+    return both
+
+
+def _numbers(name: str, pair: Any) -> tuple[float, float]:
+    with suppress(TypeError, ValueError):
+        value, count = (one for one in pair if not isinstance(one, Tensor) or one.numel() == 1)
+        return float(value), float(count)
+    raise UserError(f"task.evaluate has to return sums and counts, numbers both; {name} has {pair!r:.100}")
+
+
+def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
+    """The totals of all ranks, added up; None where some rank has None."""
+    if world.size == 1:
+        return totals
+    found = [json.loads(names) for names in world.gather(json.dumps(None if totals is None else list(totals)))]
+    if totals is None or None in found:
+        return None
+    names = dict.fromkeys(name for names in found for name in names)
+    flat = torch.tensor([totals.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64, device=world.device)
+    world.sum(flat)
+    return {name: (value, count) for name, (value, count) in zip(names, flat.tolist(), strict=True)}

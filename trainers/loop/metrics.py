@@ -1,0 +1,238 @@
+"""What a run says of itself while it trains: ``metrics.jsonl``, and a live line or plain lines on rank 0's terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from isobatch.conf.rundir.directory import RunDir, write_atomic
+from isobatch.conf.terminal import say
+from isobatch.scaling.noise import Smoothed
+from isobatch.scaling.printable import one_line
+from isobatch.scaling.reading import parse_json, read_bytes
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.engines.step_report import News
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PLAIN_EVERY_S = 5.0  # seconds between two plain lines
+
+
+class Metrics:
+    """Rank 0's record of the run; on other ranks (``run`` is None) nothing is written or shown.
+
+    A run that goes on keeps the lines up to its state. What can't be written (a full disk) is tried again with the
+    next line.
+
+    Args:
+        live: show a line that moves, on a terminal; not under a debugger, which wants the terminal for itself.
+    """
+
+    def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
+        self._state, self._run = state, run
+        self._file: IO[bytes] | None = None
+        self._unwritten, self._told = b"", False
+        if run:
+            file = run.path / "metrics.jsonl"
+            write_atomic(file, b"".join(lines_until(file, state)))
+            self._file = open(file, "ab", buffering=0)  # noqa: SIM115
+        self._show: LiveLine | PlainLines | None = None
+        if run:
+            self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
+        self._since, self._since_samples = time.perf_counter(), state.samples
+
+    def step(self, news: News) -> None:
+        """A line of metrics of the step that ``news`` is of."""
+        now = time.perf_counter()
+        rate = (news.step.stop - self._since_samples) / max(1e-9, now - self._since)
+        self._since, self._since_samples = now, news.step.stop
+        line: dict[str, Any] = {
+            "step": news.step.index + 1,
+            "samples": news.step.stop,
+            "epoch": self._state.epochs(news.step.stop),
+            "loss": news.loss,
+            "lr": news.step.recipe.lr,
+            "grad_norm": news.grad_norm,
+            "global_size": news.step.cut.global_size,
+            "samples_per_s": rate,
+        }
+        if self._state.skipped:
+            line["skipped"] = self._state.skipped
+        if self._state.noise:
+            line |= noise_values(self._state.noise)
+        self._write(line)
+        if self._show:
+            self._show.step(line)
+
+    def evaluation(self, values: dict[str, float], took_s: float) -> None:
+        """A line with the results of an evaluation at the state's position; its time counts for no step.
+
+        Args:
+            values: by names such as ``val/loss``.
+        """
+        self._since += took_s
+        line: dict[str, Any] = {
+            "step": self._state.steps,
+            "samples": self._state.samples,
+            "epoch": self._state.epochs(self._state.samples),
+        }
+        line |= values
+        self._write(line)
+        if self._show:
+            self._show.evaluation(line)
+
+    def warn(self, text: str) -> None:
+        """What the user should know, on the terminal and in the events."""
+        self.event("warning", text)
+
+    def event(self, event: str, text: str, **fields: Any) -> None:
+        """Likewise, of another kind than a mere warning."""
+        tell(self._run, event, text, **fields)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, and the file complete."""
+        if self._show:
+            self._show.close()
+        if self._file:
+            self._flush()
+            self._file.close()
+        self._show = self._file = None
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+            self._unwritten += json.dumps(finite).encode() + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._file
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._told:
+                say(f"warning: metrics.jsonl can't be written now: {error}")
+            self._told = True
+
+
+def noise_values(noise: Smoothed) -> dict[str, float | None]:
+    """The gradient noise scale for a line of metrics; None is what isn't known yet.
+
+    ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its interval of 95 %, in samples. ``noise/grad_sq``,
+    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py); that of |G|² can be below 0 while noise hides
+    it.
+    """
+    known = noise.scale()
+    scale, low, high = (known.scale, known.low, known.high) if known else (None, None, None)
+    grad_sq, trace = (noise.grad_sq, noise.trace) if noise.count else (None, None)
+    return {
+        "noise/scale": scale,
+        "noise/low": low,
+        "noise/high": high,
+        "noise/grad_sq": grad_sq,
+        "noise/trace": trace,
+    }
+
+
+def lines_until(file: Path, state: TrainState) -> list[bytes]:
+    """The lines of a metrics file up to a state; of later ones another attempt had made more than it saved."""
+    kept = []
+    for line in read_bytes(file).splitlines(keepends=True) if file.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            content = parse_json(line)
+            again = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
+            if 0 <= content["step"] <= state.steps and not again and line.endswith(b"\n"):
+                kept.append(line)
+    return kept
+
+
+def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
+    """Say something, and keep it in ``events.jsonl`` where the disk has room for it; not where ``run`` is None."""
+    if run:
+        with suppress(OSError):
+            run.event(event, text=text, **fields)
+        say(f"warning: {text}")
+
+
+class PlainLines:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._started, self._begun_at = state, time.perf_counter(), state.samples
+        self._next = self._started  # the first step is shown: it's where things go wrong
+        self._last: dict[str, Any] = {}
+
+    def step(self, line: dict[str, Any]) -> None:
+        now, self._last = time.perf_counter(), line
+        if now < self._next and line["step"] != self._state.plan.steps:
+            return
+        self._next = now + PLAIN_EVERY_S
+        self._print(
+            line,
+            f"{_figures(line)}  {self._eta(line, now)}",
+        )
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        loss = f"loss {self._last['loss']:.4f}  " if self._last.get("step") == line["step"] else ""
+        self._print(line, loss + _values(line))
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, line: dict[str, Any], text: str) -> None:
+        say(f"step {line['step']}/{self._state.plan.steps}  epoch {line['epoch']:.2f}  {text}")
+
+    def _eta(self, line: dict[str, Any], now: float) -> str:
+        done, whole = line["samples"] - self._begun_at, self._state.plan.samples
+        left = max(0, (whole or 0) - line["samples"])
+        return f"ETA {_clock((now - self._started) / max(1, done) * left)}"
+
+
+class LiveLine:
+    """One line that moves, on a terminal."""
+
+    def __init__(self, state: TrainState) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress: Progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self._progress.start()
+        self._bar = self._progress.add_task("", total=state.plan.steps, completed=state.steps, text="")
+
+    def step(self, line: dict[str, Any]) -> None:
+        self._progress.update(self._bar, completed=line["step"], text=_figures(line))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._progress.console.print(
+            f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}", highlight=False, markup=False
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _figures(line: dict[str, Any]) -> str:
+    return f"loss {line['loss']:.4f}  lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
+
+
+def _values(line: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{one_line(name)} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "ema/"))
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,237 @@
+"""BatchNorm whose statistics, and their running averages, don't depend on how many ranks and passes a batch took.
+
+Layers are given another class in place: names, sharing and hooks stay. What the passes of a step find of means and
+variances travels as the note does (engines/step_report.py): as the gradient of an extra parameter, at no cost.
+After the step all ranks move their running statistics alike, once, by the mean over all groups of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.engines.step_report import Attach, accumulate
+from isobatch.trainers.model.modes import Modes
+from isobatch.trainers.model.over_ranks import normalise_over_ranks, wide
+from isobatch.trainers.model.randomness import Stream
+
+FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
+
+
+class Counting(_BatchNorm):
+    """A BatchNorm that tells ``Statistics`` what it finds, and leaves its running statistics alone.
+
+    Attributes:
+        name: in the model.
+        does_more: its class has a forward of its own, say with an activation: in it the normalising alone is replaced.
+        found: sums over ``groups`` (0-dim) of their means and unbiased variances, [2, C], in this pass; None: not kept.
+    """
+
+    name: str
+    does_more: bool
+    found: Tensor | None
+    groups: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalise(input) if self.training else super().forward(input)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalise(self, input: Tensor) -> Tensor:
+        # not compiled: the loop over ghosts would be compiled again for each number of samples
+        if self.does_more:
+            with _Instead(self):
+                return super().forward(input)
+        self._check_input_dim(input)
+        return self.normalised(input)
+
+    def normalised(self, input: Tensor) -> Tensor:
+        """``input`` by statistics of its own."""
+        raise NotImplementedError
+
+    def tell(self, statistics: Tensor) -> None:
+        """Take in means and unbiased variances: [groups, 2, C]."""
+        if self.found is not None:
+            self.groups.add_(len(statistics))
+            self.found.add_(statistics.sum(0))
+
+    def in_parts(self, input: Tensor, rows: int) -> Tensor:
+        """Normalise every ``rows`` consecutive rows by themselves."""
+        parts = input.split(rows)
+        like = next(tensor for tensor in (self.running_mean, self.weight, input) if tensor is not None)
+        statistics = like.new_zeros(len(parts), 2, self.num_features)
+        done = [  # a momentum of 1 leaves a part's own mean and unbiased variance
+            F.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+            for part, (mean, variance) in zip(parts, statistics, strict=True)
+        ]
+        self.tell(statistics)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+
+class _Instead(TorchFunctionMode):
+    """Within, ``F.batch_norm`` is what ``layer`` does, and its steps aren't counted."""
+
+    def __init__(self, layer: Counting) -> None:
+        super().__init__()
+        self._layer, self._used = layer, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            self._used = True
+            return self._layer.normalised(args[0] if args else kwargs["input"])  # here the mode is off
+        if func is Tensor.add_ and args[0] is self._layer.num_batches_tracked:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if not self._used and error[0] is None:
+            raise UserError(
+                f"batchnorm.mode doesn't reach {self._layer.name}, a {type(self._layer).__bases__[1].__name__}: its "
+                "forward doesn't call torch.nn.functional.batch_norm"
+            )
+
+
+class Ghosts(Counting):
+    """Normalises ghosts, ``ghost_size`` consecutive samples each, which no cut parts.
+
+    The rows of its input have to be a multiple of the micro-batch's samples, in their order; else they are one group.
+    """
+
+    ghost_size: int
+    stream: Stream
+
+    def normalised(self, input: Tensor) -> Tensor:
+        rows, samples = len(input), self.stream.samples
+        if not samples or rows % samples:
+            self.stream.tell(f"the rows of BatchNorm layer {self.name or 'model'} aren't a multiple of the samples")
+            return self.in_parts(input, rows)
+        return self.in_parts(input, rows // samples * self.ghost_size)
+
+
+class Synced(Counting):
+    """Normalises one pass over all ranks, each of which has to call it as often, and in the same order."""
+
+    ranks: int
+
+    def normalised(self, input: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return self.in_parts(input, len(input))
+        output: Tensor
+        output, statistics = normalise_over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
+        self.tell(statistics)  # all ranks the same, which their mean is, too
+        return output
+
+
+class Statistics(nn.Module):
+    """Brings together what all ranks and passes of a step have found, and moves the layers' running statistics.
+
+    Args:
+        layers: that keep some; at least one.
+    """
+
+    def __init__(self, layers: list[Counting], device: torch.device) -> None:
+        super().__init__()
+        self._layers, self._found = layers, list[Tensor]()
+        for layer in layers:
+            layer.groups = torch.zeros((), device=device)
+            layer.found = torch.zeros(2, layer.num_features, device=device, dtype=_width_of(layer))
+            self._found.append(layer.found)
+        self._momentum = torch.tensor([layer.momentum or 0.0 for layer in layers], device=device)
+        self._cumulative = torch.tensor([layer.momentum is None for layer in layers], device=device)
+        self._widths = torch.tensor([found.numel() for found in self._found], device=device)
+        self.sums = nn.Parameter(self._of_this_pass())
+
+    def begin(self) -> None:
+        """Before a pass: forget the one before it, and what its backward has computed again."""
+        torch._foreach_zero_([*(layer.groups for layer in self._layers), *self._found])
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """``loss`` unchanged; its backward leaves what this pass found as the parameter's gradient."""
+        attached: Tensor = Attach.apply(loss, self.sums, self._of_this_pass())  # type: ignore[no-untyped-call]
+        return attached
+
+    def add(self) -> None:
+        """Leave what this pass found as the parameter's gradient, where that doesn't ride on a backward."""
+        accumulate(self.sums, self._of_this_pass())
+
+    def _of_this_pass(self) -> Tensor:
+        """The numbers of groups, then means and variances, layer by layer."""
+        groups = torch.stack([layer.groups for layer in self._layers])
+        return torch.cat((groups, *(found.reshape(-1) for found in self._found)))
+
+    def drop(self) -> None:
+        """Forget the step."""
+        self.sums.grad = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the running statistics by the mean over all groups of the step; a layer that had none stays.
+
+        Sums and their numbers may have been divided by the ranks, both.
+        """
+        assert self.sums.grad is not None, "no backward since the last update"
+        groups, found = self.sums.grad.split([len(self._layers), len(self.sums) - len(self._layers)])
+        any_there = groups > 0
+        self.drop()
+        counts = _there(layer.num_batches_tracked for layer in self._layers)
+        buffers = _there(buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var))
+        tracked = torch.stack(counts) + any_there
+        momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * any_there
+        means = found / self._each(torch.where(any_there, groups, 1.0))
+        moved = torch.cat(buffers).to(found).lerp(means, self._each(momentum.to(found)))
+        torch._foreach_copy_(counts, list(tracked))
+        torch._foreach_copy_(buffers, list(moved.split([len(buffer) for buffer in buffers])))
+
+    def _each(self, values: Tensor) -> Tensor:
+        """A layer's value for each of its means and variances."""
+        return values.repeat_interleave(self._widths, output_size=len(self.sums) - len(self._layers))
+
+
+def _width_of(layer: Counting) -> torch.dtype:
+    return torch.float32 if layer.running_mean is None else wide(layer.running_mean).dtype
+
+
+def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def settled(model: nn.Module) -> bool:
+    """Whether every buffer of ``model`` is one that is moved alike on all ranks."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Counting)]
+    return {*map(id, model.buffers())} <= {id(buffer) for layer in layers for buffer in layer.buffers()}
+
+
+def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
+    """For the layers of ``model``, on ``device`` already, that keep running statistics; None where there are none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Counting) and layer.running_mean is not None]
+    return Statistics(layers, device) if layers else None
+
+
+def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, stream: Stream, ranks: int) -> nn.Module:
+    """Make every BatchNorm of ``model`` normalise as ``mode`` says: ghost, sync, or as it does (None).
+
+    Those that stay in eval mode are left as they are.
+    """
+    kind: type[Counting] = Synced
+    state: dict[str, Any] = {"found": None, "ranks": ranks}
+    if mode == "ghost":
+        kind, state = Ghosts, {"found": None, "ghost_size": ghost_size, "stream": stream}
+    frozen = Modes(model)
+    for name, module in model.named_modules() if mode else ():
+        if isinstance(module, _BatchNorm) and module not in frozen:
+            module.__class__ = _made_of(kind, type(module))  # type: ignore[arg-type]
+            vars(module).update(state, name=name)
+    return model
+
+
+@cache
+def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {"does_more": cls.forward not in FORWARDS})

@@ -1,0 +1,154 @@
+"""The model that a run trains, and what in it makes a run depend on its cut."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
+from shutil import which
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
+from isobatch.trainers.model.batchnorm import Counting, swap_batchnorm
+from isobatch.trainers.model.randomness import Stream, key_dropout
+from isobatch.trainers.model.targets import build
+from isobatch.trainers.tasks.task import Task
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+
+
+def make_model(config: RunConfig, task: Task) -> nn.Module:
+    """``model._target_`` called with ``model.args``, or the task's own model."""
+    if config.model.target is None:
+        model, what = task.model(), "task.model()"
+    else:
+        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{what} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def dependent_on_cut(model: nn.Module) -> list[str]:
+    """What in ``model``, in the mode that it is in, makes training depend on the cut, as far as its modules tell."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Counting) and m.training]
+    statistics = f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: batchnorm.mode=ghost "
+    dropping = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0 and module.training
+    ]
+    return ([statistics + "batchnorm.ghost_size=N takes them from N samples on any hardware"] if norms else []) + (
+        [f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else []
+    )
+
+
+def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:
+    """``model`` as it is trained: what of it follows the sample does, and it is computed as the config says. In place.
+
+    Raises:
+        UserError: ``recompute`` matches no module, or there is no compiler.
+    """
+    mode = config.batchnorm.mode
+    if mode is None and config.numerics == "bitwise":
+        mode, ranks = "sync", 1  # statistics of one micro-batch, which no number of ranks changes
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if 0 in buffer.stride():  # expanded: ranks can't write to its elements one by one
+                module._buffers[name] = buffer.contiguous()
+    model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
+    if config.compile:
+        _want_compiler(stream.device)
+        model.forward = torch.compile(model.forward)  # model.compile() leaves out torch's own, as nn.Sequential
+    recompute(model, config.recompute, compiled=config.compile)
+    return model
+
+
+def _want_compiler(device: torch.device) -> None:
+    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(which, names)):
+        raise UserError(
+            f"compile=true wants the compiler {names[0]}, which isn't here: install it, or leave compile out"
+        )
+
+
+def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False) -> None:
+    """Let modules compute their activations again in the backward: the outermost ones that a pattern matches.
+
+    Args:
+        compiled: each of them is compiled, by itself.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    modules = matching(model, patterns, "recompute")
+    names = modules.keys()
+    for module in {m: None for name, m in modules.items() if not any(name.startswith(f"{other}.") for other in names)}:
+        module.forward = partial(_again, torch.compile(module.forward) if compiled else module.forward)
+
+
+def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
+    """The modules of ``model`` whose names one of ``patterns`` matches, in the order in which they are registered.
+
+    Args:
+        key: of the config, for errors.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and is_called(m)}
+    matched = {pattern: fnmatch.filter(modules, pattern) for pattern in patterns}
+    for pattern in (pattern for pattern, names in matched.items() if not names):
+        parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
+        near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
+        raise UserError(f"{key}={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
+    wanted = {name for names in matched.values() for name in names}
+    return {name: module for name, module in modules.items() if name in wanted}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # not compiled itself: such code doesn't restore the generator by which masks are known again
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether it has a forward; a ModuleList has none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers of ``model`` to ``device``; its parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def tied(model: nn.Module) -> list[dict[str, Tensor]]:
+    """The tensors of the model's state_dict by their names; those that share all of their memory are together."""
+    groups: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            memory = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
+            groups.setdefault(memory, {})[name] = tensor.detach()
+    return list(groups.values())
+
+
+def distinct(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; what has several names by the first of them.
+
+    Raises:
+        UserError: the model's state has what isn't a tensor.
+    """
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"the model keeps a {type(value).__name__} as {name}; a checkpoint holds a model's tensors")
+    return {next(iter(group)): next(iter(group.values())) for group in tied(model)}

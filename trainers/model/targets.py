@@ -1,0 +1,134 @@
+"""From a dotted ``_target_`` to the object it names, with errors that say what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from isobatch.scaling.errors import UserError
+
+
+def locate(key: str, target: str) -> Any:
+    """Import the object that ``target`` names; ``key`` is the config key, for errors.
+
+    It is ``package.module.Name``, or what a class there has: ``package.module.Name.from_config``.
+
+    Raises:
+        UserError: the module or the name in it can't be found, or importing it failed (the real cause is shown).
+    """
+    module_name, _, name = target.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in target.split(".")):
+        raise UserError(f"{key}={target}: write a dotted path such as my_package.my_module.MyClass")
+    try:
+        module: Any = importlib.import_module(module_name)
+    except Exception as error:
+        if owner := _class(module_name):
+            return _attribute(key, target, owner, name)
+        ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
+        where = f" (looked for in {os.getcwd()}, too)" if ours else ""
+        said = f"{type(error).__name__}: {error}{where}"
+        raise UserError(f"{key}={target}: importing {module_name} failed: {said}") from error
+    return _attribute(key, target, module, name)
+
+
+def _class(target: str) -> type | None:
+    """The class of that name, if its module is imported: importing what is below a module imports it first."""
+    module, _, name = target.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if inspect.isclass(found) else None
+
+
+def _attribute(key: str, target: str, owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        near, where = get_close_matches(name, dir(owner), n=1), target.removesuffix(f".{name}")
+        hint = f"; did you mean {where}.{near[0]}?" if near else ""
+        raise UserError(f"{key}={target}: {where} has no {name}{hint}") from None
+
+
+def build(
+    key: str,
+    target: str,
+    args: dict[str, Any],
+    *,
+    local: Mapping[str, Any] = MappingProxyType({}),
+    positional: tuple[Any, ...] = (),
+    of: type = object,
+) -> Any:
+    """Call what ``target`` names with ``args`` (the mapping ``<key>.args``) and ``local`` (``<key>.local``).
+
+    Within both, a mapping with a ``_target_`` of its own stands for what that makes of the rest of the mapping.
+
+    Args:
+        positional: passed before ``args``.
+        of: the class that has to come out; other than ``object``, ``target`` has to be a class of it.
+
+    Raises:
+        UserError: not callable, not such a class, or its signature doesn't take ``args``.
+    """
+    factory = _factory(key, target)
+    if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
+        raise UserError(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
+    args = science_of(args, local)
+    check_call(f"{key}.args", target, factory, positional, args, local)
+    found = {name: made(f"{key}.args.{name}", value) for name, value in args.items()}
+    return factory(*positional, **found, **{name: made(f"{key}.local.{name}", value) for name, value in local.items()})
+
+
+def science_of(args: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``args`` without the ones that are null there and given in ``local``."""
+    return {name: value for name, value in args.items() if name not in local}
+
+
+def made(key: str, value: Any) -> Any:
+    """``value`` with the objects that its mappings stand for, the innermost made first."""
+    if isinstance(value, list):
+        return [made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    args = {name: inner for name, inner in value.items() if name != "_target_"}
+    found = {name: made(f"{key}.{name}", inner) for name, inner in args.items()}
+    if "_target_" not in value:
+        return found
+    target = value["_target_"]
+    if not isinstance(target, str):
+        raise UserError(f"{key}._target_={target!r} is no dotted path such as my_package.my_module.MyClass")
+    factory = _factory(key, target)
+    check_call(key, target, factory, (), args)
+    return factory(**found)
+
+
+def _factory(key: str, target: str) -> Callable[..., Any]:
+    factory = locate(f"{key}._target_", target)
+    if not callable(factory):
+        raise UserError(f"{key}._target_={target} is a {type(factory).__name__}, not a class")
+    return factory  # type: ignore[no-any-return]
+
+
+def check_call(
+    key: str,
+    target: str,
+    factory: Callable[..., Any],
+    positional: tuple[Any, ...],
+    args: dict[str, Any],
+    local: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Raise UserError where ``args`` and ``local`` don't fit the signature of ``factory``, as far as it is known."""
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:
+        return
+    try:
+        signature.bind(*positional, **args, **local)
+    except TypeError as error:
+        if local:
+            key, args = f"{key} and {key.removesuffix('args')}local", {**args, **local}
+        names = [name for name in signature.parameters if name != "self"][len(positional) :]
+        raise UserError(f"{key}={args} don't fit {target}: {error}; it takes {', '.join(names) or 'nothing'}") from None

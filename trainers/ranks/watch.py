@@ -1,0 +1,154 @@
+"""Signs of life of a worker: for its agent, and for a thread of its own that notices where they end. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.notes import Hangs, place
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+STALLED = [2**n for n in range(1, 16)]  # looks without a beat at which ranks compare what they ran
+LOOK_S = 0.5  # at most, between the looks of the watching thread
+
+# where the main thread stands while it waits for other ranks, or for a device that does
+_WAITING = re.compile(
+    r"[/\\](torch|deepspeed)[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|checkpoints[/\\]keeper\.py)"
+)
+_LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
+
+
+class Watch:
+    """A worker's heartbeat, and how far its run has come. Its agent sees the same, through shared memory.
+
+    Time without a beat is counted in looks, not by the clock: in a job that is suspended as a whole nobody looks, so
+    nothing in it is taken for hanging when it goes on.
+
+    Args:
+        shared: how the process is started that is to share it; None: it is for this process alone.
+    """
+
+    def __init__(self, shared: BaseContext | None = None) -> None:
+        # beats, steps, samples, whether it is excused
+        self._row: Any = shared.RawArray(ctypes.c_int64, 4) if shared else [0, 0, 0, 0]
+        self._seen = self._looks = 0
+        self._guarding = False
+        self.parting: Callable[[], str | None] | None = None  # says why no more progress can come, if it can't
+
+    def beat(self, steps: int | None = None, samples: int | None = None) -> None:
+        """Say that this worker gets on, and how far the run has come. The first beat only says that it has started."""
+        self._row[0] += 1
+        if steps is not None:
+            self._row[1] = steps
+        if samples is not None:
+            self._row[2] = samples
+
+    @property
+    def started(self) -> bool:
+        """The worker heeds signals."""
+        return bool(self._row[0] > 0)
+
+    @property
+    def training(self) -> bool:
+        """The worker has begun to beat, so that it would be noticed if it stopped."""
+        return bool(self._row[0] > 1)
+
+    @property
+    def reached(self) -> dict[str, int]:
+        """``step`` and ``samples`` completed."""
+        return {"step": int(self._row[1]), "samples": int(self._row[2])}
+
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Within, nothing is missed: for what rank 0 does at one go, and the others wait for."""
+        self._row[3] = 1
+        try:
+            yield
+        finally:
+            self._row[3] = 0
+
+    def look(self) -> int:
+        """How many looks there were since the last beat, with this one; 0 where it is excused."""
+        self._looks = self._looks + 1 if self._seen == self._row[0] and not self._row[3] else 0
+        self._seen = self._row[0]
+        return self._looks
+
+    def forgive(self) -> None:
+        """Begin to count anew."""
+        self._looks = 0
+
+    def guard(
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
+    ) -> None:
+        """From now on, look after this process's main thread, in a thread, which does what is to be done, too.
+
+        Args:
+            timeout_s: time without a beat, in a worker that is training, after which it hangs. A little before, the
+                stacks of its threads are written to ``log``: while the others, which wait for it, still do so, too.
+            on_training: what to do once time counts.
+            on_hang: what to do about a hang. A worker that waits for others is the last to do it.
+        """
+        self._guarding = True
+        threading.Thread(target=self._guard, args=(timeout_s, on_training, on_hang, log), daemon=True).start()
+
+    def unguard(self) -> None:
+        self._guarding = False
+
+    def _guard(
+        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
+    ) -> None:
+        look_s = min(LOOK_S, timeout_s / 20)
+        stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
+        while not self.training:
+            time.sleep(look_s)
+        on_training()
+        while True:
+            time.sleep(look_s)
+            looks = self.look()
+            if not self._guarding:
+                return
+            if looks in STALLED and self.parting and (why := self.parting()):
+                on_hang(UserError(why))
+                return
+            if looks == stacks_at:
+                with suppress(OSError):
+                    log.write(f"isobatch: no progress for {0.8 * timeout_s:g} s\n")
+                    log.flush()
+                faulthandler.dump_traceback(log)
+            if looks >= hangs_at and (not (error := hangs(timeout_s)).waiting or looks >= all_at):
+                _show_loaders()
+                on_hang(error)
+                return
+
+
+def hangs(timeout_s: float) -> Hangs:
+    """What can be said of this process's main thread, which has made no progress for so long."""
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    waiting, what = _WAITING.search(stack[-1].filename) is not None, "it hung"
+    if waiting:
+        what = "it waited for other ranks"
+    elif any(_LOADING.search(frame.filename) for frame in stack):
+        what = "it waited for a DataLoader worker"
+    return Hangs(f"{what}: no progress within cluster.timeout_s={timeout_s:g}{place(stack)}", waiting)
+
+
+def _show_loaders() -> None:
+    """Have DataLoader's workers write their stacks, too: they have this process's handler."""
+    from multiprocessing import active_children
+
+    for loader in active_children():
+        with suppress(ProcessLookupError):
+            os.kill(loader.pid or 0, signal.SIGQUIT)

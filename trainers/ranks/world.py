@@ -1,0 +1,210 @@
+"""The ranks of a run: who is there, on which device, and the few things they tell each other outside the gradients."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from isobatch.conf.rundir.directory import Fatal
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.kept import KEPT
+from isobatch.trainers.ranks.notes import read_note
+
+FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agent is ours
+
+
+@dataclass(frozen=True)
+class World:
+    """The data-parallel ranks, as one of them sees them.
+
+    Attributes:
+        rank, size: this rank, and how many there are.
+        local_rank, local_size: the same on this machine.
+        store: where ranks of this start leave each other notes; None for one that no launcher started.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    store: Store | None
+
+    @classmethod
+    def join(cls, device: str, timeout_s: float) -> World:
+        """Meet the other ranks that RANK, WORLD_SIZE, … of the environment speak of; without them, a world of one.
+
+        Args:
+            device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
+            timeout_s: seconds to wait for the others, now and in every collective until ``wait_patiently``.
+
+        Raises:
+            UserError: no such device, or fewer of them than processes on this machine.
+        """
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        store = meeting_point(timeout_s)
+        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size), store)
+        if size > 1:
+            accelerated = world.device.type != "cpu"
+            backend = dist.get_default_backend_for_device(world.device)
+            dist.init_process_group(
+                # strings and counts go over gloo on the CPU everywhere
+                f"cpu:gloo,{world.device.type}:{backend}" if accelerated else backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=world.device if accelerated else None,
+            )
+            KEPT.append(dist.group.WORLD)
+        return world
+
+    @classmethod
+    def alone(cls) -> World:
+        """A world of one on the CPU, whatever the environment speaks of."""
+        return cls(0, 1, 0, 1, torch.device("cpu"), None)
+
+    def connect(self) -> None:
+        """A process group, also for a world of one, which does without where it can."""
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(self.device)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            KEPT.append(dist.group.WORLD)
+
+    def agree(self, text: str) -> str:
+        """Rank 0's text, on all ranks."""
+        return self.gather(text if self.rank == 0 else "")[0]
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, by rank, on all ranks."""
+        if self.size == 1:
+            return [text]
+        content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor(len(text.encode())))
+        mine = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
+        mine[: len(content)] = content
+        texts = [torch.empty_like(mine) for _ in lengths]
+        dist.all_gather(texts, mine)
+        return [bytes(one.tolist()[:length]).decode() for one, length in zip(texts, map(int, lengths), strict=True)]
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values, in place on all ranks, whatever their dtype and strides."""
+        if self.size == 1:
+            return
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = plain.contiguous().reshape(-1).view(torch.uint8)
+        dist.broadcast(flat, 0)
+        if flat.data_ptr() != plain.data_ptr():
+            plain.copy_(flat.view(plain.dtype).reshape(plain.shape))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, wish: bool) -> bool:
+        """Whether some rank has it, on all ranks."""
+        return bool(self.sum(torch.tensor(int(wish), device=self.device)))
+
+    def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
+        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (starting/watch.py).
+
+        The time that a job was suspended counts in a collective's timeout, and not in a watch's.
+
+        Args:
+            group: whose; None: of all ranks together.
+        """
+        if self.size > 1:
+            _set_pg_timeout(timedelta(days=365), group)
+
+    @contextmanager
+    def patient(self, timeout_s: float) -> Iterator[None]:
+        """Within, collectives don't time out; afterwards they do after ``timeout_s`` seconds, as before."""
+        self.wait_patiently()
+        try:
+            yield
+        finally:
+            if self.size > 1:
+                _set_pg_timeout(timedelta(seconds=timeout_s), None)
+
+    def leave(self) -> None:
+        """End the process group; the process is expected to end by ``os._exit`` (see trainers/ranks/kept.py)."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int, local_size: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device={name}, but torch finds no such device on this machine; try device=auto or cpu")
+    there = torch.accelerator.device_count()
+    if local_size > there:
+        raise UserError(
+            f"{local_size} processes on this machine, but {there} GPUs are visible; "
+            f"set cluster.gpus_per_node={there} (torchrun: --nproc-per-node={there}), or device=cpu"
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@cache
+def meeting_point(timeout_s: float) -> Store | None:
+    """The store of this start of the workers, where ranks leave each other notes; None without a launcher.
+
+    Our own agents make a new store for every start. torchrun's keeps one over all restarts, and ranks that find the
+    addresses of their predecessors there dial the dead; its restart count doesn't tell the starts apart, since each
+    agent counts its own. So there rank 0 names the start, and tells the name to every rank that greets it.
+
+    Raises:
+        UserError, Fatal: what an earlier start ended with, which needn't be tried again.
+    """
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return None
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    fresh = os.environ.get(FRESH_STORE) == "1"
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not (fresh or kept),
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    KEPT.append(store)
+    if not kept:
+        return store
+    if final := read_note(store, "final"):
+        raise (UserError if final["kind"] == "refused" else Fatal)(final["cause"])
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", me)
+        start = store.get(f"start/{me}").decode()
+        store.set(f"here/{start}/{rank}", "")
+        return PrefixStore(start, store)
+    absent, deadline = set(range(1, size)), time.monotonic() + timeout_s
+    while absent:
+        for other in sorted(absent):
+            if store.check([f"hello/{other}"]):
+                store.set(f"start/{store.get(f'hello/{other}').decode()}", me)
+            if store.check([f"here/{me}/{other}"]):
+                absent.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(absent)} didn't come within {timeout_s:g} s")
+        time.sleep(0.002)
+    return PrefixStore(me, store)

@@ -1,0 +1,151 @@
+"""Let a task take its time: for ``prepare()``, on one process of each machine in turn, and for ``summarise()``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.randomness import generators_kept
+from isobatch.trainers.ranks.notes import Hangs
+from isobatch.trainers.ranks.signals import Stop, Stopped
+from isobatch.trainers.ranks.world import World
+
+LOOK_S = 0.2  # between the looks of a rank that waits
+FAILED, STOPPED, ALIVE, DONE = ("prepare/failed", "prepare/stopped", "prepare/alive", "prepare/done/{}")
+
+
+def prepare_data(task: Any, world: World, stop: Stop, timeout_s: float) -> str:
+    """Call the task's ``prepare()`` on local rank 0 of one machine after another, while the other ranks wait.
+
+    It may take as long as it likes. A signal interrupts it. An exception of it is its rank's, and ends all of them.
+
+    Args:
+        timeout_s: time without a sign of life of another machine, after which it counts as lost.
+
+    Returns:
+        The signal by which some rank was asked to stop meanwhile, on all ranks; empty where none was.
+
+    Raises:
+        UserError: it takes arguments.
+        Hangs: the rank whose turn it is failed, or its machine is lost.
+    """
+    if not hasattr(task, "prepare"):
+        return ""
+    refuse_arguments(task)
+    first = [rank for rank, local in enumerate(world.gather(str(world.local_rank))) if local == "0"]
+    mine = sum(rank <= world.rank for rank in first) - 1  # the place of this machine among all of them
+    if world.rank == 0:
+        say("preparing the data …")
+    for turn, rank in enumerate(first):
+        if rank == world.rank:
+            with _answering(world.store, stop) if world.size > 1 else nullcontext():
+                _prepare(task, world.store, stop)
+            if world.store:
+                world.store.set(*((STOPPED, stop.wanted) if stop.wanted else (DONE.format(turn), "")))
+        elif not _await(DONE.format(turn), rank, world.store, stop, None if turn == mine else timeout_s):
+            break
+        if stop.wanted:
+            break
+    return next(filter(None, world.gather(stop.wanted or "")), "")
+
+
+def refuse_arguments(task: Any) -> None:
+    """Raise UserError where ``prepare`` can't be called without arguments."""
+    try:
+        inspect.signature(task.prepare).bind()
+    except TypeError as error:
+        raise UserError(
+            f"{type(task).__name__}.prepare() is called without arguments, before the data is opened, and can't be "
+            f"({error}): give it none but self, or another name"
+        ) from None
+
+
+def _prepare(task: Any, store: Store | None, stop: Stop) -> None:
+    try:
+        with suppress(Stopped), stop.interrupting(), generators_kept():  # only some ranks draw
+            task.prepare()
+    except BaseException:
+        if store:
+            with suppress(RuntimeError):  # whoever keeps it is gone
+                store.set(FAILED, "")
+        raise
+
+
+@contextmanager
+def _answering(store: Store | None, stop: Stop) -> Iterator[None]:
+    """Meanwhile show the other machines that this one is alive, and stop where one of them was asked to."""
+    assert store
+    over = threading.Event()
+
+    def answer() -> None:
+        with suppress(RuntimeError):  # whoever keeps the store is gone
+            while not over.wait(LOOK_S):
+                store.add(ALIVE, 1)
+                if store.check([STOPPED]) and not stop.wanted:
+                    os.kill(os.getpid(), signal.Signals[store.get(STOPPED).decode()])
+                    return
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _await(key: str, rank: int, store: Store | None, stop: Stop, lost_s: float | None) -> bool:
+    """Wait until ``rank`` has set ``key``; return False where somebody was asked to stop before.
+
+    Args:
+        lost_s: time after which the machine of ``rank`` counts as lost; None: it is this one.
+
+    Raises:
+        Hangs: ``rank`` failed, or is lost.
+    """
+    assert store
+    seen, looks = -1, 0
+    while not store.check([key]):
+        if stop.wanted:
+            store.set(STOPPED, stop.wanted)
+        if store.check([STOPPED]):
+            stop.wanted = stop.wanted or store.get(STOPPED).decode()
+            return False
+        if store.check([FAILED]):
+            raise Hangs(f"rank {rank} failed in prepare()", waiting=True)
+        if lost_s is not None:
+            alive = store.add(ALIVE, 0)
+            seen, looks = alive, looks + 1 if alive == seen else 0  # not by the clock: this job may be suspended
+            if looks * LOOK_S > lost_s:
+                raise Hangs(f"no sign of life of rank {rank}, which prepares the data, for {lost_s:g} s", waiting=True)
+        time.sleep(LOOK_S)
+    return True
+
+
+def without_hurry(task: Any, world: World, excused: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let the task's ``summarise`` take as long as it likes, on any rank.
+
+    Args:
+        excused: within which this rank isn't taken for hanging. It is until all ranks are through.
+    """
+    if not hasattr(task, "summarise"):
+        return
+    summarise = task.summarise
+
+    def patiently(*args: Any, **kwargs: Any) -> Any:
+        with excused():
+            made = summarise(*args, **kwargs)
+            world.gather("")
+        return made
+
+    task.summarise = patiently

@@ -1,0 +1,289 @@
+"""What a checkpoint holds, and whether it is wholly there. Torch-free.
+
+A checkpoint is a folder ``checkpoints/step-00000300/`` with a ``manifest.json`` and, of each rank that wrote it, a
+safetensors file with slices of the flattened tensors. The manifest maps every tensor to its slices, so that any engine
+on any number of ranks finds the range it wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, PlainValidator
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.noise import Smoothed
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.report.plan_json import from_json
+from isobatch.trainers.tensors.tensorfile import (
+    HEADER_BYTES,
+    ITEMSIZE,
+    Size,
+    entries,
+    load_json,
+    of_kind,
+    sha256,
+    strict,
+)
+from isobatch.trainers.tensors.tensorfile import Damaged as Damaged
+
+FORMAT = 1
+NAME = "manifest.json"
+STEP = re.compile("step-[0-9]{8,}")  # the name of a checkpoint's folder
+LINKS = 40  # one after another, which are followed; the kernel follows as many
+
+MANIFEST_BYTES = 256 << 20  # some five million slices
+
+
+def file_of(rank: int) -> str:
+    """The name of the file that ``rank`` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def folder_of(run: RunDir, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return run.checkpoints / f"step-{step:08d}"
+
+
+def _plan(fields: Any) -> Plan:
+    return from_json(json.dumps(fields))
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        identity, duration: of the run, as its configuration gave them.
+        world_size: how many ranks wrote it.
+        step, samples, skipped: how far the run had come, as in TrainState.
+        evaluation_owed: one is due at this step, and wasn't done yet when this was saved.
+        fingerprint: of the data; None where it couldn't be told.
+        evaluation: the values of the evaluation at this step, if it was the best so far; None of those that weren't
+            finite.
+        plan: the one in force.
+        noise: what was known of the gradient noise scale; None where it wasn't measured (and in old checkpoints).
+    """
+
+    identity: str
+    duration: str
+    world_size: Annotated[Size, Field(ge=1)]
+    step: Size
+    samples: Size
+    skipped: Size
+    evaluation_owed: bool
+    fingerprint: str | None
+    evaluation: dict[str, FiniteFloat | None] | None
+    plan: Annotated[Plan, PlainValidator(_plan)]
+    noise: Smoothed | None = None
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor and where it is.
+
+    Attributes:
+        dtype: safetensors' name of it, a key of ITEMSIZE.
+        slices: (file, start, stop) in elements of the flattened tensor, by rising start, without gaps, at most one in a
+            file; none where it has no elements.
+    """
+
+    dtype: str
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]
+    slices: tuple[tuple[str, Size, Size], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class File:
+    """A rank's file: its size, and the sha256 of all of it."""
+
+    bytes: Size
+    sha256: str
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content(Header):
+    """All of ``manifest.json``; ``sha256`` is of all that follows it there."""
+
+    sha256: str
+    format: int
+    files: dict[str, File]
+    tensors: dict[str, Stored]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose manifest is sound; what its files hold, ``verify`` looks at."""
+
+    path: Path
+    header: Header
+    files: dict[str, File]
+    tensors: dict[str, Stored]
+    values: dict[str, Any]
+
+
+def checkpoints(run: RunDir) -> list[Path]:
+    """List the folders of checkpoints and links with such names, newest step first; none that is half-written.
+
+    A link may lead nowhere: ``read`` then says so.
+    """
+    try:
+        found = [path for path in run.checkpoints.iterdir() if STEP.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in found if path.is_dir() or path.is_symlink()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def followed(path: Path) -> Path:
+    """Follow a link such as ``best`` to what is named after a step, which may be a link in turn."""
+    for _ in range(LINKS):
+        if STEP.fullmatch(path.name) or not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at ``path`` (or where a link there points to), if its manifest is sound and its files have the
+    sizes it states.
+
+    Raises:
+        Damaged: it can't be used.
+    """
+    path = followed(path)
+    if path.is_symlink() and not path.exists():
+        raise Damaged(f"it can't be read: it is a link to {os.readlink(path)}, which isn't there")
+    try:
+        if _file_size(path / NAME) > MANIFEST_BYTES:
+            raise Damaged(f"{NAME} is larger than {MANIFEST_BYTES} bytes")
+        checkpoint = parse((path / NAME).read_bytes(), path)
+        if path.name != f"step-{checkpoint.header.step:08d}":
+            raise Damaged(f"{NAME} is of step {checkpoint.header.step}")
+        for name, file in checkpoint.files.items():
+            if (size := _file_size(path / name)) != file.bytes:
+                raise Damaged(f"{name} has {size} bytes, not the {file.bytes} that were written")
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"it can't be read: {error}") from None
+    return checkpoint
+
+
+def _file_size(path: Path) -> int:
+    """Of a regular file; of anything else Damaged is raised."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise Damaged(f"{path.name} isn't a file")
+    return found.st_size
+
+
+def parse(text: bytes, path: Path) -> Checkpoint:
+    """A manifest's text, wholly checked, as of a checkpoint at ``path``.
+
+    Raises:
+        Damaged: it contradicts itself, or isn't what ``compose`` writes.
+    """
+    fields = load_json(text, NAME)
+    if (found := fields.get("format") if isinstance(fields, dict) else None) != FORMAT:
+        raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
+    if text != sealed(text[len(sealed(b"")) :]):
+        raise Damaged(f"{NAME} has other bytes than were written (sha256)")
+    content: _Content = of_kind(_Content, text, NAME)
+    _check_position(content)
+    _check_tensors(content)
+    header = Header(**{name: getattr(content, name) for name in Header.__dataclass_fields__})
+    return Checkpoint(path, header, content.files, content.tensors, content.values)
+
+
+def sealed(rest: bytes) -> bytes:
+    """A manifest's text, from all of it but the opening brace: first comes the sha256 of the rest."""
+    return b'{"sha256": "%b", %b' % (hashlib.sha256(rest).hexdigest().encode(), rest)
+
+
+def _check_position(header: Header) -> None:
+    """That a run by this plan comes by this position."""
+    try:
+        following = header.plan.step_at(header.samples)
+    except (AssertionError, ArithmeticError, ValueError) as error:
+        raise Damaged(f"samples={header.samples} doesn't fit its plan: {error}") from None
+    plan = header.plan
+    at = following.index if following else plan.steps
+    end = (plan.samples or 0) + (plan.added or 0)
+    if header.step != at or (following is None and header.samples != end) or header.skipped > header.step:
+        raise Damaged(f"step={header.step}, samples={header.samples}, skipped={header.skipped} don't fit its plan")
+
+
+def _check_tensors(content: _Content) -> None:
+    """That every tensor is there once, from its first element to its last, and every file wholly used."""
+    if len(content.files) != content.world_size or any(
+        file_of(rank) not in content.files for rank in range(content.world_size)
+    ):
+        raise Damaged(f"its files aren't {file_of(0)} to {file_of(content.world_size - 1)}, those of its ranks")
+    used = dict.fromkeys(content.files, 0)
+    for name, stored in content.tensors.items():
+        if stored.dtype not in ITEMSIZE:
+            raise Damaged(f"{name!r:.100} has the unknown dtype {stored.dtype!r:.20}")
+        end = 0
+        for file, start, stop in stored.slices:
+            if file not in used:
+                raise Damaged(f"{name!r:.100} has a slice in {file!r:.100}, which isn't one of its files")
+            if start != end or stop <= start:
+                raise Damaged(f"{name!r:.100} has elements {start} to {stop} after those up to {end}")
+            used[file] += (stop - start) * ITEMSIZE[stored.dtype]
+            end = stop
+        if end != stored.numel:
+            raise Damaged(f"{name!r:.100} has the shape {list(stored.shape)!s:.100}, but slices of {end} elements")
+        if len({file for file, _, _ in stored.slices}) < len(stored.slices):
+            raise Damaged(f"{name!r:.100} has two slices in one file")
+    for rank_file, written in content.files.items():
+        if not 8 < written.bytes - used[rank_file] <= 8 + HEADER_BYTES:
+            raise Damaged(f"{rank_file} has {written.bytes} bytes, but slices of {used[rank_file]}")
+
+
+def verify(checkpoint: Checkpoint, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
+    """Read the files ``names`` whole: they have to be what was written, and hold what the manifest says.
+
+    Args:
+        beat: called every few MB.
+
+    Raises:
+        Damaged: they aren't, or can't be read.
+    """
+    expected: dict[str, dict[str, tuple[str, int]]] = {name: {} for name in checkpoint.files}
+    for tensor, stored in checkpoint.tensors.items():
+        for name, start, stop in stored.slices:
+            expected[name][tensor] = (stored.dtype, stop - start)
+    for name in names:
+        try:
+            with open(checkpoint.path / name, "rb") as file:
+                if sha256(file, beat) != checkpoint.files[name].sha256:
+                    raise Damaged(f"{name} has other bytes than were written (sha256)")
+                file.seek(0)
+                found = {tensor: (entry.dtype, entry.count) for tensor, entry in entries(file, name).items()}
+        except OSError as error:
+            raise Damaged(f"{name} can't be read: {error}") from None
+        if found != expected[name]:
+            raise Damaged(f"{name} holds other tensors than {NAME} says")

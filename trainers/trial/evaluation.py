@@ -1,0 +1,113 @@
+"""Try a task's ``evaluate`` and ``summarise`` on one batch before step 1, so that a mistake in them costs nothing."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.data.validation import Validation
+from isobatch.trainers.loop.evaluate import Totals, measure, summarise
+from isobatch.trainers.model.precision import autocast
+from isobatch.trainers.ranks.notes import is_oom, place
+from isobatch.trainers.trial.additivity import Draw, judge
+from isobatch.trainers.trial.halves import OWN, TWICE, Halves, differ
+from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
+from isobatch.trainers.trial.training import Found
+
+NOTHING = (0.0, 0.0)
+MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # that no other data and no training would fix
+
+
+def validation_halves(validation: Validation, most: int) -> Halves:
+    """Fetch the first ``most`` rows that are evaluated, as one batch and as two."""
+    stop = min(most, len(validation.rows))
+    middle = stop // 2
+    whole, second = validation[0, stop], validation[middle, stop]
+    first = validation[0, middle].batch if middle else None
+    return Halves(0, middle, stop, whole.batch, first, second.batch, whole.unkeyed is not None)
+
+
+def own_generators_of_validation(validation: Validation) -> list[str]:
+    """Fetch a few rows twice, and say what in fetching them isn't a function of the row."""
+    number = min(TWICE, len(validation.rows))
+    one, other = ([validation[row, row + 1].batch for row in range(number)] for _ in range(2))
+    return [f"[index] of the validation data, or collate(), {OWN}"] if differ(one, other) else []
+
+
+class EvaluationTrial:
+    """Call ``evaluate`` on a batch of validation data and on its halves, in eval mode.
+
+    Args:
+        precision: of the run.
+    """
+
+    def __init__(self, sandbox: Sandbox, precision: str, device: torch.device) -> None:
+        self._sandbox, self._task, self._model = sandbox, sandbox.task, sandbox.model
+        self._precision, self._device = precision, device
+
+    def run(self, batch: Halves) -> Found:
+        """Try ``evaluate`` and ``summarise`` on ``batch``, and return what was found.
+
+        Raises:
+            UserError: one of them returns something else than the contract says, or has a mistake.
+            Exception: memory ran out.
+        """
+        own = hasattr(self._task, "evaluate")
+        with self._sandbox, torch.no_grad(), exact_fp32():
+            self._model.eval()
+            with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so
+                whole = self._measure(batch.whole, batch.start)
+            with _told_of("summarise", MISTAKES):  # others may be of the totals of one batch alone
+                summarise(self._task, whole)
+            if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
+                return Found()
+            first, second = self._measure(batch.first, batch.start), self._measure(batch.second, batch.middle)
+        samples = (batch.stop - batch.start, batch.middle - batch.start, batch.stop - batch.middle)
+        draws = {
+            name: Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), samples)
+            for name, pair in whole.items()
+        }
+        return _judged(draws, noisy=self._sandbox.drew or self._sandbox.narrow)
+
+    def _measure(self, inputs: Any, start: int) -> Totals:
+        self._sandbox.reset()
+
+        def work(batch: Any) -> Totals:
+            with autocast(self._precision, self._device):
+                return measure(self._task, self._model, batch)
+
+        return self._sandbox.call(work, inputs, start)
+
+
+@contextmanager
+def _told_of(what: str, mistakes: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
+    """Reject a mistake; where memory runs out, fewer samples may do."""
+    try:
+        yield
+    except mistakes as error:
+        if isinstance(error, UserError) or is_oom(error):
+            raise
+        raise UserError(
+            f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
+            f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"
+        ) from error
+
+
+def _judged(draws: dict[str, Draw], noisy: bool) -> Found:
+    depends = []
+    for name, draw in draws.items():
+        verdict, _ = judge([draw], noisy)
+        if verdict == "mean" and draw.counts_samples:
+            return Found(
+                f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples; return "
+                "the sum with the count, or the mean with 1"
+            )
+        constant = draw.whole[0] == draw.first[0] == draw.second[0]
+        if verdict != "sum" and not constant:
+            depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")
+    return Found(depends=depends)
