@@ -1,0 +1,183 @@
+"""Check how the source is laid out: ``python -m tests.structure`` fails on anything that breaks a rule below.
+
+- Imports go down only, in the order of LAYERS. Lazy imports and those for type checkers count, too.
+- No files import each other in a circle.
+- A function has at most 50 lines (without its docstring) and 8 parameters (without self).
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("conf", "scaling", "slurm", "trainers")
+LINES, PARAMETERS = 50, 8
+# Bottom first. What is in one tuple is on one level: its folders don't import each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("scaling",),  # its own files; not its folders
+    ("conf",),
+    ("scaling.planning",),
+    ("scaling.report",),
+    ("trainers.ranks",),
+    ("trainers.tensors",),
+    ("trainers.model",),
+    ("trainers.tasks",),
+    ("trainers.optim",),
+    ("trainers.data",),
+    ("trainers.engines",),
+    ("trainers.checkpoints",),
+    ("trainers.loop",),
+    ("trainers.trial",),
+    ("slurm", "trainers.launch"),
+    ("trainers",),  # run.py
+    ("launch",),
+    ("",),  # isobatch/__init__.py, the Python API
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file.
+
+    Attributes:
+        name: dotted, without ``isobatch.``.
+        imports: names of our modules that it imports, wherever in the file.
+    """
+
+    name: str
+    path: Path
+    tree: ast.Module = field(repr=False)
+    imports: tuple[str, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        """Return the index in LAYERS of the innermost folder that is named there."""
+        return max((len(name), level) for level, names in enumerate(LAYERS) for name in names if _within(self, name))[1]
+
+
+def modules(root: Path = ROOT) -> dict[str, Module]:
+    """Return all source files below ``root`` by their dotted names."""
+    files = [root / "launch.py", root / "isobatch" / "__init__.py"]
+    files += [file for folder in FOLDERS for file in sorted((root / folder).rglob("*.py"))]
+    parts = {file: file.relative_to(root).with_suffix("").parts for file in files}
+    names = {file: ".".join(part for part in parts[file] if part not in ("__init__", "isobatch")) for file in files}
+    trees = {file: ast.parse(file.read_text()) for file in files}
+    known = set(names.values())
+    return {
+        name: Module(name, file, trees[file], tuple(dict.fromkeys(_imports(trees[file], known))))
+        for file, name in names.items()
+    }
+
+
+def upward(found: dict[str, Module]) -> list[str]:
+    """Return the imports from a lower layer of a higher one, or between the folders of one level."""
+    lines = []
+    for module in found.values():
+        for name in module.imports:
+            other = found[name]
+            apart = other.layer == module.layer and _folder(other) != _folder(module)
+            if other.layer > module.layer or apart:
+                lines.append(f"{_shown(module)} imports {_shown(other)}, which is above it")
+    return lines
+
+
+def circles(found: dict[str, Module]) -> list[str]:
+    """Return the groups of files that import each other, directly or through others (Tarjan's algorithm)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in found[name].imports:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for name in found:
+        if name not in index:
+            visit(name)
+    return [f"{', '.join(group)} import each other" for group in groups]
+
+
+def functions(found: dict[str, Module]) -> list[str]:
+    """Return the functions with too many lines or parameters."""
+    lines = []
+    for module in found.values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{_shown(module)}:{node.lineno} {node.name}"
+                if (length := _length(node)) > LINES:
+                    lines.append(f"{where} has {length} lines")
+                if (count := _parameters(node)) > PARAMETERS:
+                    lines.append(f"{where} has {count} parameters")
+    return lines
+
+
+def main() -> int:
+    """Print what breaks a rule; return the exit code."""
+    found = modules()
+    problems = {"imports upward": upward(found), "circles": circles(found), "functions": functions(found)}
+    for lines in problems.values():
+        for line in lines:
+            print(line)
+    sizes = {module.name: len(module.path.read_text().splitlines()) for module in found.values()}
+    arrows = sum(len(module.imports) for module in found.values())
+    print(f"{len(found)} files, {sum(sizes.values()):,} lines, {arrows} imports")
+    print(", ".join(f"{len(lines)} {name}" for name, lines in problems.items()))
+    return int(any(problems.values()))
+
+
+def _imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
+    for node in ast.walk(tree):
+        names: Sequence[str] = ()
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("isobatch.") in known else str(node.module) for name in names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            ours = name.removeprefix("isobatch.")
+            if name.startswith("isobatch.") and ours in known:
+                yield ours
+
+
+def _within(module: Module, name: str) -> bool:
+    return name == "" or module.name == name or module.name.startswith(f"{name}.")
+
+
+def _folder(module: Module) -> str:
+    return next(name for name in LAYERS[module.layer] if _within(module, name))
+
+
+def _shown(module: Module) -> str:
+    return str(module.path.relative_to(ROOT))
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    docstring = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+    lines = (node.end_lineno or 0) - node.lineno + 1
+    return lines - ((docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0)
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = node.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return len(named) - (named[:1] != [] and named[0].arg in ("self", "cls"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
