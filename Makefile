@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-engines test-ranks test-launch test-unit test-cluster lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-cluster golden lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-unit: install
 
 test-cluster: install
 	$(PYTEST) tests/cluster
+
+# Rewrite the files in tests/golden where what the tests make differs; look at the difference before you commit it.
+golden: install
+	GOLDEN=rewrite $(PYTEST) -p tests.no_torch $(shell grep -rl 'tests.support.golden' tests/unit)
 
 # `make fuzz EXAMPLES_SEED=N` tries the examples of an earlier run again.
 fuzz: install

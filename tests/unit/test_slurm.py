@@ -28,8 +28,8 @@ from isobatch.slurm.requeue import End, judge, put_back_by_slurm
 from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
 from tests.examples import examples
+from tests.support.golden import golden
 
-GOLDEN = Path(__file__).parent / "golden"
 ON_SLURM = ("cluster=slurm", "cluster.gpus_per_node=2")
 ALL = (
     "cluster.nodes=4", "cluster.partition=gpu", "cluster.account=lab-7", "cluster.qos=high", "cluster.time_min=90",
@@ -70,9 +70,8 @@ def script(found: Slurm, runs: int = 1, output: str = "/scratch/runs/a b/logs/sl
     ],
 )
 def test_script(name: str, overrides: tuple[str, ...], runs: int) -> None:
-    """Changed on purpose? Look at the difference, then write the new one over the file."""
     made = script(cluster(*overrides), runs)
-    assert made == (GOLDEN / f"slurm-{name}.sh").read_text()
+    golden(f"slurm-{name}", made)
     subprocess.run(["bash", "-n"], input=made, text=True, check=True)
 
 

@@ -1,0 +1,204 @@
+"""What wrong command lines are answered with: ``tests/golden/messages.txt``, which ``make golden`` rewrites."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from isobatch.conf.compose import compose
+from isobatch.conf.hardware import refuse_unless_startable
+from isobatch.conf.help import command_line
+from isobatch.conf.saved import dump
+from isobatch.conf.sweep import expand, sweep_directories
+from isobatch.conf.typos import refuse_typo
+from isobatch.scaling.errors import UserError
+from tests.support.golden import golden
+
+FILES = {
+    "mine/task/broken.yaml": "name: [a\n",
+    "mine/task/list.yaml": "- a\n",
+    "mine/task/short.yaml": "name: short\n",
+    "mine/task/typo.yaml": "name: typo\n_target_: a.B\ntrain_sample: 3\n",
+    "mine/optimizer/nameless.yaml": "eps: 1.0e-6\n",
+    "mine/experiment/headless.yaml": "batch: {global_size: 8}\n",
+    "mine/experiment/typo.yaml": "# @package _global_\ndefaults:\n  - override /optimizer: adm\n",
+    "mine/experiment/other.yaml": "# @package _global_\noptimizer: {name: adamw}\n",
+    "ours/optimizer/sgd.yaml": "",
+    "runs/damaged/config.yaml": "- a\n",
+    "runs/newer/config.yaml": "format: 2\ngiven: []\n",
+}
+WRONG = r"""
+--confg-dir mine
+--cfg all
+--config-dir nowhere
+--config-dir ours
+seed
+=3
+'a b=3'
+'run.name=a b(c'
+'task.args.x=[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1'
+hydra.run.dir=x
+batch.globl_size=3
+global_size=3
+every=3ep
+foo=3
+foo.bar=3
+lr.foo=1
+lr=0.1
+epochs=3
+batch_size=3
+resume=true
+given=[a]
+optimizer=adamw optimizer.momentum=0.5
+engine.stage=2
++batch.global_size=3
++task=digits
+~seed
+~foo
+~batch.per_gpu
+optimizer@other=adamw
+optimizer=adm
+task=3
+experiment=foo
+task=custom
+optimizer.name=adamw
+optimizer.name=foo
+--config-dir mine task=mne
+--config-dir mine task=broken
+--config-dir mine task=list
+--config-dir mine task=short
+--config-dir mine task=typo
+--config-dir mine optimizer=nameless
+--config-dir mine experiment=headless
+--config-dir mine experiment=typo
+--config-dir mine experiment=other
+'task.name=${foo}'
+'task.name=${oc.env:ISOBATCH_NOT_SET}'
+seed=x batch.per_gpu=0
+seed=-1
+batch.global_size=0
+batch.global_size=2.5
+batch.global_size=1000.0
+batch.global_size=al
+batch.global_size=null
+batch.per_gpu=0.5
+batch.even=yes
+batch.unit=token
+batch.schedule=bogus
+action=tune
+device=gpu
+lr.rule=sqr
+lr.decay=cos
+lr.final=1.1
+lr.base=-1
+lr.milestones=30%
+lr.milestones=[4]
+clip_norm=0
+duration=10
+duration=10xx
+duration=-1ep
+duration=10min
+checkpoint.every=1h
+checkpoint.every=0min
+ema=0.999
+ema=5min
+log.every=0st
+checkpoint.best=val/accuracy
+init_from=3
+run.name=a/b
+run.dir=
+task._target_=foo
+task.args={1:a}
+task.args=3
+task.args.x=nan
+task.args.x=1000000000000000000000
+task.tuned.sgd.lr=0
+cluster.rendezvous=foo cluster.nodes=2
+cluster.rendezvous=a:0 cluster.nodes=2
+cluster.environment.A-B=x
+cluster.environment.X=true
+optimizer.momentum=1
+optimizer=adamw optimizer.betas=[0.9]
+optimizer=lamb optimizer.trust_clip=[2,1]
+recompute=[true]
+lr.rule=power
+lr.power=2
+lr.rule=noise
+lr.noise_scale=3
+lr.decay=step lr.milestones=[]
+model.args.x=3
+data.args.x=3
+task.args.x=3 task.local.x=4
+optimizer.momentum=0
+optimizer.args.lr=1
+optimizer.args.momentum=0.5
+batchnorm.mode=ghost
+batchnorm.ghost_size=32
+batch.schedule='0sa:64 50%:256' batch.accumulation=2
+cluster.rendezvous=a:29500
+cluster=slurm cluster.time_min=1
+engine=fsdp engine.reduce_dtype=bf16
+engine=deepspeed engine.stage=0 engine.offload=true
+checkpoint.best=ema/loss:min
+data._target_=a.B evaluate.first=true
+output=json
+action=evaluate
+action=evaluate init_from=no/where
+action=evaluate run.dir=runs/there
+optimizer=auto lr.base=0.1
+optimizer=auto batch.global_size=all task.train_samples=null
+run.dir=runs/ther
+run.dir=runs/damaged
+run.dir=runs/newer
+run.dir=runs/there seed=3
+run.dir=runs/there duration=1ep
+run.config=runs/there/config.yaml seed=3
+debug=true cluster.gpus_per_node=2
+cluster.nodes=2
+device=cuda cluster.environment.CUDA_VISIBLE_DEVICES=''
+seed=1,2
+-m lr.base=interval(0,1)
+-m seed=range(3,1)
+-m seed=range(1,100000)
+-m run.name=a,b
+-m action=evaluate init_from=runs/there,runs/there
+-m seed=1,2 run.dir=runs/there
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the commands: YAML of one's own, and runs."""
+    for name, content in {**FILES, "runs/there/config.yaml": dump(compose([])), "runs/there/plan.json": "{}"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ISOBATCH_NOT_SET", raising=False)
+    return tmp_path
+
+
+def answer(line: str) -> str:
+    """Return what the command ``line`` is rejected with before anything starts."""
+    try:
+        args = command_line(shlex.split(line))
+        if args.multirun:
+            elements = expand(args.overrides, args.config_dir)
+            configs = [compose(element.overrides, args.config_dir) for element in elements]
+            sweep_directories(configs, [element.swept for element in elements])
+        else:
+            config = compose(args.overrides, args.config_dir)
+            refuse_typo(args.overrides, config)
+            refuse_unless_startable(config)
+    except UserError as error:
+        return str(error)
+    raise AssertionError(f"{line} is accepted")
+
+
+def test_messages(folder: Path) -> None:
+    answers = {line: answer(line).replace(str(folder), "HERE") for line in WRONG.strip().splitlines()}
+    golden("messages", "\n\n".join(f"$ python launch.py {line}\n{said}" for line, said in answers.items()) + "\n")
+    for line, said in answers.items():
+        assert not any(word in said for word in ("pydantic", "hydra.cc", "ConfigKeyError", "Traceback")), line
+        assert len(said) < 600, line
