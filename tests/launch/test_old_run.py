@@ -1,0 +1,89 @@
+"""A run directory of commit f0a1b05, in tests/data: today's launcher resumes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from isobatch.conf.rundir.directory import RunDir
+from tests.launch.test_command_line import launch
+
+OLD = Path(__file__).parents[1] / "data" / "f0a1b05"
+NAME = "digits-da51d6fd3c73"
+# the command that made it; SIGTERM stopped it after step 69 of 180
+COMMAND = [
+    "task.args.width=16",
+    "batch.global_size=64",
+    "duration=8ep",
+    "cluster.gpus_per_node=2",
+    "device=cpu",
+    "optimizer.momentum=0.8",
+    "noise.every=30st",
+    "ema=1ep",
+    "checkpoint.best=val/accuracy:max",
+    "checkpoint.keep=1",
+    "clip_norm=2.0",
+]
+# The processor that made the checkpoint may round otherwise than this one, and 111 steps enlarge the difference. A
+# momentum, average, position or learning rate that wasn't restored is off by far more.
+ROUNDING = 1e-3
+METRICS = ("epoch", "loss", "lr", "grad_norm", "global_size", "skipped", "val/", "ema/")
+
+
+def measured(run: Path, names: tuple[str, ...] = METRICS) -> dict[int, dict[str, Any]]:
+    """Return the values of each step in metrics.jsonl that f0a1b05 had, too, without those of the clock."""
+    values: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        known = {name: value for name, value in line.items() if name.startswith(names) and value is not None}
+        values.setdefault(line["step"], {}).update(known)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (COMMAND, (*METRICS, "noise/")),
+        ([f"run.dir=runs/{NAME}"], METRICS),  # on one rank, which can't measure the noise
+    ],
+)
+def test_a_run_of_f0a1b05_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, command: list[str], names: tuple[str, ...]
+) -> None:
+    run = tmp_path / "runs" / NAME
+    shutil.copytree(OLD, tmp_path / "runs", symlinks=True)
+    before = measured(run)
+    monkeypatch.chdir(tmp_path)
+    launch(*command)
+    assert os.listdir("runs") == [NAME] == os.listdir(uninterrupted.parent)
+    outcome = RunDir(run).outcome()
+    assert outcome is not None
+    assert (outcome.state, outcome.step) == ("finished", 180)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir() if path.name != "best") == sorted(
+        {"step-00000180", os.readlink(run / "checkpoints" / "best")}
+    )
+    ours, theirs = measured(run, names), measured(uninterrupted, names)
+    assert {step: measured(run)[step] for step in before} == before
+    assert ours.keys() == theirs.keys()
+    for step, values in theirs.items():
+        assert ours[step] == pytest.approx(values, rel=ROUNDING, abs=ROUNDING), step
+    for file in ("model.safetensors", "ema.safetensors"):
+        weights, expected = load_file(run / "final" / file), load_file(uninterrupted / "final" / file)
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert weights[name] == pytest.approx(tensor, rel=ROUNDING, abs=ROUNDING), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the same run from its start to its end with today's launcher, and return its folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with chdir(folder):
+        launch(*COMMAND)
+    return folder / "runs" / NAME
