@@ -65,6 +65,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@# DeepSpeed builds what it can compile when that is first used: nothing now.
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		".[tasks,accelerate,deepspeed,peers,test,lint]"
+	@$(BIN)/pip uninstall --quiet --yes isobatch  # a copy of now; what is run is this clone
 	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring, and so not
 	@# where others look for them (see tests/peers.py).
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \

@@ -7,6 +7,12 @@ import gc
 import os
 import sys
 
+HERE = os.path.dirname(os.path.realpath(__file__))
+INSTALLED = os.path.exists(f"{HERE}/__init__.py")  # then this is the package's own folder, else a clone's
+if __name__ == "__main__" and INSTALLED and os.path.realpath(sys.path[0]) == HERE:
+    # A file of the installed package was run: its folders must not take the place of the user's conf or trainers.
+    sys.path.append(os.path.dirname(sys.path.pop(0)))
+
 from isobatch.trainers.ranks.signals import Stop
 
 STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
@@ -20,7 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from isobatch.conf import terminal
 from isobatch.conf.compose import compose
@@ -59,6 +65,8 @@ def main(arguments: list[str]) -> int:
         UserError: what was asked for can't be.
     """
     args = command_line(arguments)
+    if args.config_dir is not None:  # a task may lie beside its YAML
+        sys.path.insert(1, os.path.dirname(os.path.abspath(args.config_dir)))
     if args.help:
         answer(help_text(args.overrides, args.config_dir), end="")
         return 0
@@ -238,7 +246,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
 
 def code_now(config: RunConfig) -> dict[str, Any]:
     """Return the commit of this checkout, and the state of the repository that the user's code is in."""
-    return {"commit": commit_of(LAUNCHER.parent), "repository": repository_of(folder_of(config))}
+    return {"commit": "" if INSTALLED else commit_of(LAUNCHER.parent), "repository": repository_of(folder_of(config))}
 
 
 def first() -> bool:
@@ -259,17 +267,22 @@ def show(text: str) -> None:
 
 
 def begin() -> int:
-    """Run the command from the folder in which it is given, where a user's own module is found."""
+    """Run the command from the folder in which it is given, where a user's own modules are found before any others."""
     try:
-        sys.path.insert(1, os.getcwd())
+        sys.path.insert(0, os.getcwd())
     except FileNotFoundError:
-        raise UserError("the working directory was deleted: change to one that exists") from None
+        raise UserError("the working directory was deleted", "change to one that exists") from None
     return main(sys.argv[1:])
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Do what the command line says, and end this process with its exit code."""
     secure_streams()
     if not under_torchrun():  # what another launcher left isn't ours
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
     workers.leave(guarded(begin))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,2 +1,2 @@
 if __name__ != "isobatch.scaling":
-    raise ImportError(f"{__name__} is a part of Isobatch: import isobatch.scaling")
+    raise ImportError(f"{__name__} is a folder of Isobatch; import it as isobatch.scaling")

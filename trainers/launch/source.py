@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import isobatch
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import events
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-ISOBATCH = Path(__file__).resolve().parents[2]
-_OURS = tuple(f"{ISOBATCH / name}{os.sep}" for name in ("conf", "isobatch", "scaling", "slurm", "trainers"))
+ISOBATCH = Path(isobatch.__file__).parent  # the package, in a clone as where it is installed
+_LAUNCHER = os.path.realpath(ISOBATCH / "launch.py")
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 SHOWN = 8  # files that are named
@@ -53,7 +54,7 @@ class Place:
 
 
 def _is_ours(file: str) -> bool:
-    return os.path.realpath(file).startswith((*_OURS, str(ISOBATCH / "launch.py")))
+    return file.startswith(f"{ISOBATCH}{os.sep}") or os.path.realpath(file) == _LAUNCHER
 
 
 def _is_installed(file: str) -> bool:
