@@ -54,8 +54,9 @@ class Saving:
         from isobatch.conf.compose import compose
         from isobatch.conf.rundir.directory import RunDir
         from isobatch.scaling.planning.resolve import resolve
+        from isobatch.trainers.checkpoints.best import Best
         from isobatch.trainers.checkpoints.resume import header_of
-        from isobatch.trainers.checkpoints.saver import Keeper
+        from isobatch.trainers.checkpoints.saver import Policy, Saver
         from isobatch.trainers.data.loader import Loader
         from isobatch.trainers.data.state import TrainState
         from isobatch.trainers.engines.engine import make_engine
@@ -76,10 +77,14 @@ class Saving:
         self._loader = Loader(data, task, self.state, world, 0, stand_ins=self.engine.lockstep)
         self._run = RunDir(folder)
         folder.mkdir(exist_ok=True)
-        self.keeper = Keeper(
-            self._run, world, self.engine, partial(header_of, self.config, None), every_s=None, keep=1, best=None,
-            best_before=None, beat=lambda: None,
-        )  # fmt: skip
+        self.keeper = Saver(
+            self._run,
+            world,
+            self.engine,
+            partial(header_of, self.config, None),
+            Policy(every_s=None, keep=1),
+            Best(None),
+        )
 
     def train(self, steps: int) -> None:
         from isobatch.trainers.engines.step_report import Note

@@ -95,7 +95,7 @@ kept: list[Any] = []
 
 
 class KeepsNothing:
-    """In the Keeper's place: what a save takes is measured elsewhere."""
+    """In the Saver's place: what a save takes is measured elsewhere."""
 
     best = Best(None)
 

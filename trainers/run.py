@@ -20,9 +20,10 @@ from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.table import table
 from isobatch.scaling.units import Duration
+from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import pass_over
 from isobatch.trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
-from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.saver import Policy, Reports, Saver
 from isobatch.trainers.checkpoints.weights import initialise, listed, save_final
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
@@ -185,21 +186,17 @@ def _train(
                 ours.event("source", files=late)
         return header_of(config, looked.fingerprint, *reached)
 
-    keeper = Keeper(
+    metrics = Metrics(ours, state, live=not config.debug)
+    keeper = Saver(
         run,
         world,
         engine,
         described,
-        every_s=every.value * 60 if every and every.unit == "min" else None,
-        keep=config.checkpoint.keep,
-        best=best,
-        best_before=find_best(run, best, world),
-        beat=beat,
-        resumed=found.header if found else None,
-        took=lambda seconds: warn_of_slow_save(seconds, facts, metrics),
-        warn=lambda text: metrics.warn(text),
+        Policy(every.value * 60 if every and every.unit == "min" else None, config.checkpoint.keep),
+        Best(best, find_best(run, best, world)),
+        Reports(beat, took=lambda seconds: warn_of_slow_save(seconds, facts, metrics), warn=metrics.warn),
+        found.header if found else None,
     )
-    metrics = Metrics(ours, state, live=not config.debug)
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
         metrics.warn(jump)
 

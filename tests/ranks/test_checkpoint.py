@@ -20,9 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.trainers.checkpoints import saver as keeper_module
+from isobatch.trainers.checkpoints import saver as saver_module
+from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import clear_leftovers
-from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.saver import Policy, Reports, Saver
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors import slices as checkpoint_module
@@ -63,9 +64,21 @@ def header(world: World, state: TrainState, evaluation: Mapping[str, float | Non
     )
 
 
-def keeper(run: RunDir, world: World, tensors: Mapping[str, Tensor], **changes: Any) -> Keeper:
-    options = {"every_s": None, "keep": 2, "best": None, "best_before": None, "beat": lambda: None}
-    return Keeper(run, world, FakeEngine(world, tensors), partial(header, world), **(options | changes))  # type: ignore[arg-type]
+KEEP_2 = Policy(every_s=None, keep=2)
+
+
+def saver(
+    run: RunDir,
+    world: World,
+    tensors: Mapping[str, Tensor],
+    *,
+    policy: Policy = KEEP_2,
+    best: str | None = None,
+    resumed: Header | None = None,
+    **reports: Any,
+) -> Saver:
+    engine: Any = FakeEngine(world, tensors)
+    return Saver(run, world, engine, partial(header, world), policy, Best(best), Reports(**reports), resumed)
 
 
 def state(step: int, **changes: Any) -> TrainState:
@@ -112,7 +125,7 @@ def test_any_tensor_comes_back_on_any_number_of_ranks(tmp_path: Path, size: int)
     run, tensors = RunDir(tmp_path), every_kind()
 
     def save(world: World) -> Any:
-        keep = keeper(run, world, tensors)
+        keep = saver(run, world, tensors)
         keep.save(state(3))
         return keep.wait()
 
@@ -143,7 +156,7 @@ def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run, tensor = RunDir(tmp_path), torch.arange(23)
 
     def save(world: World) -> Any:
-        keep = keeper(run, world, {"before": torch.ones(5), "w": tensor})
+        keep = saver(run, world, {"before": torch.ones(5), "w": tensor})
         keep.save(state(1))
         return keep.wait()
 
@@ -181,7 +194,7 @@ def test_the_copy_is_saved_though_the_training_goes_on(tmp_path: Path) -> None:
 
     def body(world: World) -> Any:
         live = torch.zeros(1000)
-        keep = keeper(run, world, {"w": live}, beat=lambda: changed.wait(10) or None)
+        keep = saver(run, world, {"w": live}, beat=lambda: changed.wait(10) or None)
         found = []
         for step in (1, 2):
             live.fill_(step)
@@ -225,7 +238,7 @@ def fails_once(
 
     def body(world: World) -> Any:
         live = torch.zeros(100_000)
-        keep, told = keeper(run, world, {"w": live}, keep=5), []
+        keep, told = saver(run, world, {"w": live}, policy=Policy(None, keep=5)), []
         for step in (1, 2, 3):
             live.fill_(step)
             if step == 2:
@@ -266,7 +279,7 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
 
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)})
+        keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(9)})
         keep.save(state(1))
         return keep.wait()
 
@@ -311,7 +324,7 @@ def test_a_disk_that_is_full_when_all_files_are_there(small_disk: Path, tmp_path
     run = RunDir(small_disk)
 
     def body(world: World) -> Any:
-        keep, free = keeper(run, world, {"w": torch.zeros(1000)}), small_disk / "free"
+        keep, free = saver(run, world, {"w": torch.zeros(1000)}), small_disk / "free"
         free.write_bytes(b"")
         really = keep._parts
 
@@ -346,7 +359,7 @@ def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
 
     def body(world: World) -> Any:
         tensors = {"a": torch.zeros(10), "w": torch.zeros(size_mb << 20, dtype=torch.uint8), "b": torch.zeros(10)}
-        keep = keeper(RunDir(tmp_path), world, tensors)
+        keep = saver(RunDir(tmp_path), world, tensors)
         limit(world)
         keep.save(state(1))
         failed = keep.wait()
@@ -365,7 +378,7 @@ def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
 
 def test_a_dtype_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(5, dtype=torch.complex128)})
+        keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(5, dtype=torch.complex128)})
         keep.save(state(1))
         return keep.wait()
 
@@ -380,7 +393,7 @@ def test_an_engine_that_forgets_a_part(tmp_path: Path) -> None:
             return (piece for piece in super().slices() if self.world.rank != 1)
 
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {})
+        keep = saver(RunDir(tmp_path), world, {})
         keep._engine = Forgetful(world, {"w": torch.zeros(9)})  # type: ignore[assignment]
         keep.save(state(1))
         return keep.wait()
@@ -398,7 +411,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     accuracies = [0.5, 0.7, float("nan"), None, 0.6, 0.7]
 
     def body(world: World) -> Any:
-        keep, found = keeper(run, world, {"w": torch.zeros(9)}, best="val/accuracy:max"), []
+        keep, found = saver(run, world, {"w": torch.zeros(9)}, best="val/accuracy:max"), []
         for step, accuracy in enumerate(accuracies, 1):
             values = {"val/accuracy": accuracy, "val/loss": 0.0}
             found.append(keep.best.improves(values))
@@ -414,7 +427,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_a_best_one_that_could_not_be_saved_is_none(tmp_path: Path) -> None:
     def body(world: World) -> Any:
-        keep, found = keeper(RunDir(tmp_path), world, {"w": torch.zeros(100_000)}, best="val/accuracy:max"), []
+        keep, found = saver(RunDir(tmp_path), world, {"w": torch.zeros(100_000)}, best="val/accuracy:max"), []
         for step, accuracy, limit in ((1, 0.5, -1), (2, 0.9, 50_000), (3, 0.7, -1)):
             if world.rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -433,7 +446,9 @@ def test_a_committed_one_counts_though_an_older_one_cannot_be_removed(tmp_path: 
 
     def body(world: World) -> Any:
         told: list[str] = []
-        keep = keeper(run, world, {"w": torch.zeros(9)}, keep=1, best="val/accuracy:max", warn=told.append)
+        keep = saver(
+            run, world, {"w": torch.zeros(9)}, policy=Policy(None, keep=1), best="val/accuracy:max", warn=told.append
+        )
         failures = []
         for step in (2, 3, 4):
             keep.save(state(step), {"val/accuracy": step / 10})
@@ -456,7 +471,7 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
-        keep, saved = keeper(run, world, {"w": torch.zeros(9)}), []
+        keep, saved = saver(run, world, {"w": torch.zeros(9)}), []
 
         def save(step: int, evaluation: Any = None, **changes: Any) -> None:
             keep.save(state(step, **changes), evaluation)
@@ -470,7 +485,7 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         save(3)
         save(3, {"val/loss": 0.5})
         save(3)
-        keep = keeper(run, world, {"w": torch.zeros(9)}, resumed=read(checkpoints(run)[0]).header)
+        keep = saver(run, world, {"w": torch.zeros(9)}, resumed=read(checkpoints(run)[0]).header)
         save(3)
         save(4)
         return saved
@@ -486,8 +501,14 @@ def test_when_it_is_due(tmp_path: Path) -> None:
     hold = threading.Event()
 
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)}, every_s=0.2, beat=lambda: hold.wait(10) or None)
-        never = keeper(RunDir(tmp_path), world, {}, every_s=None)
+        keep = saver(
+            RunDir(tmp_path),
+            world,
+            {"w": torch.zeros(9)},
+            policy=Policy(0.2, keep=2),
+            beat=lambda: hold.wait(10) or None,
+        )
+        never = saver(RunDir(tmp_path), world, {})
         found = [keep.due()]
         time.sleep(0.3)
         found += [keep.due(), keep.due(), never.due()]
@@ -506,7 +527,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     hold = threading.Event()
 
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)}, beat=lambda: hold.wait(10) or None)
+        keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(9)}, beat=lambda: hold.wait(10) or None)
         threading.Timer(0.5, hold.set).start()
         times = []
         for step in (1, 2):
@@ -523,7 +544,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a slow disk isn't taken for a hang; a rank that is stuck is."""
-    monkeypatch.setattr(keeper_module, "TELL_S", 0.05)
+    monkeypatch.setattr(saver_module, "TELL_S", 0.05)
 
     def body(world: World) -> Any:
         beats, chunks = [], 0
@@ -535,7 +556,7 @@ def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytes
             if world.rank == 1:
                 time.sleep(0.1 if chunks < 8 else 0)
 
-        keep = keeper(RunDir(tmp_path), world, {str(i): torch.zeros(2) for i in range(10)}, beat=beat)
+        keep = saver(RunDir(tmp_path), world, {str(i): torch.zeros(2) for i in range(10)}, beat=beat)
         keep.save(state(1))
         waiting = time.monotonic() + 0.2
         keep.wait()
@@ -548,7 +569,7 @@ def test_what_is_dropped_is_cleared_by_the_next_start(tmp_path: Path) -> None:
     run, hold = RunDir(tmp_path), threading.Event()
 
     def body(world: World) -> Any:
-        keep = keeper(run, world, {"w": torch.zeros(9)}, beat=lambda: hold.wait(0.3) or None)
+        keep = saver(run, world, {"w": torch.zeros(9)}, beat=lambda: hold.wait(0.3) or None)
         keep.save(state(1))
         keep.close()
         world.gather("")
@@ -566,7 +587,7 @@ def test_a_rank_that_lost_the_first_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
 
     def body(world: World) -> Any:
-        keep = keeper(RunDir(tmp_path), world, {"w": torch.zeros(9)})
+        keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(9)})
         if world.rank == 0:
             keep._finish = lambda *_: os._exit(0)  # type: ignore[method-assign,assignment]
             (folder / "rank-0.json").write_text("null")

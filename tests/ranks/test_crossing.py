@@ -18,8 +18,9 @@ from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.order import indices
 from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.resume import header_of, resume
-from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.saver import Policy, Saver
 from isobatch.trainers.engines.engine import make_engine
 from isobatch.trainers.model.build import make_model, prepare
 from isobatch.trainers.model.randomness import Stream
@@ -108,10 +109,7 @@ def saved_again(run: RunDir, ranks: int, options: tuple[str, ...], folder: Path)
             config, task, prepare(make_model(config, task), config, stream, world.size), plan.peak, world
         )
         state, _ = resume(run, config, world, engine, plan, None, print, lambda: None)
-        keeper = Keeper(
-            other, world, engine, partial(header_of, config, None), every_s=None, keep=1, best=None, best_before=None,
-            beat=lambda: None,
-        )  # fmt: skip
+        keeper = Saver(other, world, engine, partial(header_of, config, None), Policy(every_s=None, keep=1), Best(None))
         keeper.save(state)
         return keeper.wait()
 

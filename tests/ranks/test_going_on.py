@@ -150,7 +150,7 @@ def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
     """The clock wants a save in step 14, which is evaluated, and somebody a stop in step 17, which is saved anyway."""
     asked = iter([False] * 13 + [True] + [False] * 99)
     monkeypatch.setattr("isobatch.trainers.run.Pulse", Late)
-    monkeypatch.setattr("isobatch.trainers.run.Keeper.due", lambda _: next(asked))
+    monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(asked))
     run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
     assert steps_kept(run) == [14, 17]
 

@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.resume import header_of, resume
-from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.saver import Policy, Saver
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine, make_engine
@@ -100,10 +101,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
 
     trained, state = made(), TrainState(plan)
     step(trained, state)
-    keeper = Keeper(
-        run, world, trained, partial(header_of, config, None), every_s=None, keep=1, best=None, best_before=None,
-        beat=lambda: None,
-    )  # fmt: skip
+    keeper = Saver(run, world, trained, partial(header_of, config, None), Policy(every_s=None, keep=1), Best(None))
     found = {"save": peak_mb(lambda: (keeper.save(state), keeper.wait()))}
     assert keeper.wait() is None
     found["final"] = peak_mb(lambda: save_final(run, trained, writes=world.rank == 0))

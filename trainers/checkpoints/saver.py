@@ -1,4 +1,4 @@
-"""Saving checkpoints in the background: the training waits for a copy; a thread of each rank writes it."""
+"""Save checkpoints in the background: the training waits for a copy, which a thread of each rank writes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,44 @@ if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine
 
 POLL_S = 0.005  # between two looks for what other ranks have to say
-TELL_S = 1.0  # between two signs of a rank that it is still writing
+TELL_S = 1.0  # between two signs of a rank that it still writes
 CLOSE_S = 2.0  # for a thread to notice that it isn't wanted any more
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Say when a checkpoint is due by the clock, and how many stay.
+
+    Attributes:
+        every_s: seconds from one save to the next; None: none is due by the clock.
+        keep: how many of the newest checkpoints stay; the best one stays in addition.
+    """
+
+    every_s: float | None
+    keep: int
+
+
+def _ignore(what: object = None) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Hold the functions that a saver reports to. All of them are called in its thread, too.
+
+    Attributes:
+        beat: called for every few MB that are written, and for what other ranks are seen to write.
+        took: called on rank 0 with the seconds that a save took from its start to its commit.
+        warn: called on rank 0 with what failed after a checkpoint was committed; once for each reason.
+    """
+
+    beat: Callable[[], None] = _ignore
+    took: Callable[[float], None] = _ignore
+    warn: Callable[[str], None] = _ignore
+
+
 class _Dropped(Exception):
-    """What is under way isn't wanted any more."""
+    """The save under way isn't wanted any more."""
 
 
 @dataclass(slots=True)
@@ -40,7 +72,7 @@ class _Save:
     """One checkpoint under way, as a rank's thread sees it.
 
     Attributes:
-        number: how many this start has begun; ``began``: when.
+        number: of the saves that this start has begun; ``began``: when, on the monotonic clock.
         best: it is of the best evaluation so far.
         slices: the copy, complete after ``ready()``; ``failed``: why there is none.
         header, values: on rank 0.
@@ -51,30 +83,25 @@ class _Save:
     best: bool
     began: float = field(default_factory=time.monotonic)
     slices: list[Slice] = field(default_factory=list)
-    ready: Callable[[], None] = lambda: None
+    ready: Callable[[], None] = _ignore
     failed: str | None = None
     header: Header | None = None
     values: dict[str, Any] = field(default_factory=dict)
 
 
-class Keeper:
-    """Saves the state of a run, and keeps the newest checkpoints and the best.
+class Saver:
+    """Save the state of a run in the background, and keep the newest checkpoints and the best one.
 
-    ``save`` and ``wait`` are called by all ranks at the same places. Each rank writes its part; what they
-    wrote meets in the world's store, and rank 0 commits it. The memory for the copy stays taken from the first save on.
+    All ranks call ``save`` and ``wait`` at the same places. Each rank writes its part; the descriptions of the parts
+    meet in the world's store, and rank 0 commits the checkpoint. The memory for the copy is reused by later saves.
 
     Args:
-        header: what the manifest says of the run; called on rank 0.
-        every_s: seconds between two saves, for ``due``; None: it never is.
-        keep: how many of the newest checkpoints stay.
-        best: ``val/accuracy:max``: the best one stays, too. ``best_before``: its value so far.
-        beat: called for every few MB that are written, and for what other ranks are seen to write.
-        resumed: of the checkpoint that this start went on from.
-        took: told on rank 0, in the thread, how many seconds a save took in all.
-        warn: told on rank 0, in the thread, what failed after a checkpoint was committed; each reason once.
+        header: makes what the manifest says of the run; called on rank 0.
+        best: the best evaluation so far.
+        resumed: the header of the checkpoint from which this start resumed.
 
     Attributes:
-        best: which evaluation is the best so far.
+        best: the best evaluation so far, with the ones since.
     """
 
     def __init__(
@@ -83,20 +110,14 @@ class Keeper:
         world: World,
         engine: Engine,
         header: Callable[[TrainState, Evaluation | None], Header],
-        *,
-        every_s: float | None,
-        keep: int,
-        best: str | None,
-        best_before: float | None,
-        beat: Callable[[], None],
+        policy: Policy,
+        best: Best,
+        reports: Reports = Reports(),
         resumed: Header | None = None,
-        took: Callable[[float], None] = lambda seconds: None,
-        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._world, self._engine, self._header = run, world, engine, header
-        self._every_s, self._keep, self._beat, self._took = every_s, keep, beat, took
-        self._warn, self._warned = warn, set[str]()
-        self.best, self._best_before = Best(best, best_before), best_before
+        self._policy, self._reports, self._warned = policy, reports, set[str]()
+        self.best, self._best_before = best, best.value
         self._store: Store = world.store or HashStore()
         self._copies = Copies()
         self._number, self._began = 0, time.monotonic()
@@ -107,17 +128,17 @@ class Keeper:
         self._dropped = Event()
 
     def due(self) -> bool:
-        """On rank 0: whether it's time to save. Once true, not again for a while: the save may come a step later."""
-        if self._world.rank or self._every_s is None or (self._thread and self._thread.is_alive()):
+        """Tell on rank 0 whether it's time to save. Once true, it isn't for a while: the save may come a step later."""
+        if self._world.rank or self._policy.every_s is None or (self._thread and self._thread.is_alive()):
             return False
         now = time.monotonic()
-        if now - self._began < self._every_s:
+        if now - self._began < self._policy.every_s:
             return False
         self._began = now
         return True
 
     def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
-        """Begin to save ``state``, once the save before is over; nothing to do where it is saved already.
+        """Begin to save ``state`` once the previous save is over. A state that is saved already isn't saved again.
 
         Args:
             evaluation: the values of an evaluation at this step.
@@ -145,19 +166,19 @@ class Keeper:
             self._work(save)
 
     def wait(self) -> str | None:
-        """Until what is under way is committed or has failed; why the last save failed, the same on all ranks."""
+        """Wait for the save under way. Return why the last save failed, the same on all ranks; None: it didn't."""
         self._settle()
         self._untold = None
         return self._failed
 
     def failure(self) -> str | None:
-        """On rank 0, once: why a save failed that nobody was told of yet."""
+        """Return on rank 0, once, why a save failed whose failure wasn't returned yet."""
         if failure := self._untold:
             self._untold = None
         return failure
 
     def close(self) -> None:
-        """Drop what is under way."""
+        """Drop the save under way."""
         self._dropped.set()
         if self._thread and self._thread.is_alive():
             self._thread.join(CLOSE_S)
@@ -173,7 +194,7 @@ class Keeper:
                 if time.monotonic() - looked > TELL_S:
                     before, seen, looked = seen, self._store.add(self._progress, 0), time.monotonic()
                     if seen != before:
-                        self._beat()
+                        self._reports.beat()
             result = self._store.get(key).decode()
         # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
         self._failed, self._thread = self._world.agree(result) or None, None
@@ -188,7 +209,7 @@ class Keeper:
         return f"save/{self._number}/progress"
 
     def _work(self, save: _Save) -> None:
-        """What the thread does."""
+        """Write this rank's part and, on rank 0, commit the checkpoint. Runs in the thread."""
         with suppress(_Dropped, RuntimeError):  # without its store, the process is about to end
             part = json.dumps(self._write(save)).encode()
             self._store.set(f"save/{save.number}/part/{self._world.rank}", zlib.compress(part))  # type: ignore[arg-type]
@@ -197,12 +218,12 @@ class Keeper:
                 self._store.set(f"save/{save.number}/result", self._untold or "")
 
     def _write(self, save: _Save) -> dict[str, Any]:
-        """This rank's part of the manifest, or of the failure."""
+        """Write this rank's file. Return its part of the manifest, or why it failed."""
         told = time.monotonic()
 
         def beat() -> None:
             nonlocal told
-            self._beat()
+            self._reports.beat()
             if self._dropped.is_set():
                 raise _Dropped
             if time.monotonic() - told > TELL_S:
@@ -223,7 +244,7 @@ class Keeper:
             return {"failed": said(error)}
 
     def _parts(self, number: int) -> list[dict[str, Any]]:
-        """Every rank's part, by rank."""
+        """Return every rank's part, by rank, once all of them are there."""
         parts = []
         for rank in range(self._world.size):
             key = f"save/{number}/part/{rank}"
@@ -236,7 +257,7 @@ class Keeper:
         return parts
 
     def _finish(self, save: _Save, parts: list[dict[str, Any]]) -> str | None:
-        """Commit what all ranks wrote, or remove it and say why."""
+        """Commit what all ranks wrote, or remove it and return why."""
         assert save.header
         failed = [f"{part['failed']} on rank {rank}" for rank, part in enumerate(parts) if "failed" in part]
         if not failed:
@@ -248,10 +269,10 @@ class Keeper:
             shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
             return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
         try:
-            self._took(time.monotonic() - save.began)
-            self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._keep)])
+            self._reports.took(time.monotonic() - save.began)
+            self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._policy.keep)])
         except Exception as error:  # it is committed all the same, and other ranks wait to hear of it
-            self._warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
+            self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
         return None
 
     def _tell(self, step: int, warnings: list[str]) -> None:
@@ -260,7 +281,7 @@ class Keeper:
             reason = warning.partition(": ")[0]
             if reason not in self._warned:
                 self._warned.add(reason)
-                self._warn(f"the checkpoint of step {step} is saved, but: {warning}")
+                self._reports.warn(f"the checkpoint of step {step} is saved, but: {warning}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from isobatch.conf.rundir.directory import Fatal
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import estimate, filled
-from isobatch.trainers.checkpoints.saver import Keeper
+from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine
@@ -31,7 +31,7 @@ def fit(
     stream: Stream,
     pulse: Pulse,
     metrics: Metrics,
-    keeper: Keeper,
+    keeper: Saver,
     stop: Stop,
     watch: Watch,
     *,
@@ -152,7 +152,7 @@ def crossed(every: int | None, before: int, after: int) -> bool:
     return every is not None and after // every > before // every
 
 
-def evaluate_now(evaluate: Evaluate, state: TrainState, metrics: Metrics, keeper: Keeper) -> bool:
+def evaluate_now(evaluate: Evaluate, state: TrainState, metrics: Metrics, keeper: Saver) -> bool:
     """Evaluate, note its result and the time that it took from training, and save the best.
 
     Returns:

@@ -26,7 +26,7 @@ LOOK_S = 0.5  # at most, between the looks of the watching thread
 
 # where the main thread stands while it waits for other ranks, or for a device that does
 _WAITING = re.compile(
-    r"[/\\](torch|deepspeed)[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|tally\.py|checkpoints[/\\]keeper\.py)"
+    r"[/\\](torch|deepspeed)[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|checkpoints[/\\]saver\.py)"
 )
 _LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
 
