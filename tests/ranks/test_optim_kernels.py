@@ -16,7 +16,7 @@ import torch
 
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
-from isobatch.trainers.optim.make import kernels
+from isobatch.trainers.optim import kernels
 from isobatch.trainers.ranks.world import World
 from tests.papers import after_steps, weights
 from tests.ranks.harness import in_ranks
