@@ -30,19 +30,19 @@ test-launch: install
 	$(PYTEST) tests/launch tests/faults
 
 test-unit: install
-	nice -n 10 $(PYTEST) -p tests.no_torch tests/unit
+	nice -n 10 $(PYTEST) -p tests.support.no_torch tests/unit
 
 test-cluster: install
 	$(PYTEST) tests/cluster
 
 # Rewrite the files in tests/golden where what the tests make differs; look at the difference before you commit it.
 golden: install
-	GOLDEN=rewrite $(PYTEST) -p tests.no_torch $(shell grep -rl 'tests.support.golden' tests/unit)
+	GOLDEN=rewrite $(PYTEST) -p tests.support.no_torch $(shell grep -rl 'tests.support.golden' tests/unit)
 
 # `make fuzz EXAMPLES_SEED=N` tries the examples of an earlier run again.
 fuzz: install
 	@echo "To reproduce: make fuzz EXAMPLES_SEED=$(EXAMPLES_SEED)"
-	$(PYTEST) -p tests.no_torch -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(EXAMPLES_SEED) tests/unit || \
+	$(PYTEST) -p tests.support.no_torch -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(EXAMPLES_SEED) tests/unit || \
 		{ echo "To reproduce: make fuzz EXAMPLES_SEED=$(EXAMPLES_SEED)"; exit 1; }
 
 lint: install
@@ -67,7 +67,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 		".[tasks,accelerate,deepspeed,peers,test,lint]"
 	@$(BIN)/pip uninstall --quiet --yes isobatch  # a copy of now; what is run is this clone
 	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring, and so not
-	@# where others look for them (see tests/peers.py).
+	@# where others look for them (see tests/support/peers.py).
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
 		--target $(VENV)/peers pytorch-optimizer timm torch-optimizer
 	@rm -rf build isobatch.egg-info  # what pip left beside it

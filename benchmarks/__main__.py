@@ -123,9 +123,9 @@ PARTS = {
     "same": Part(
         "The same, by engine and feature",
         same.rows,
-        "The cases of [tests/same.py](../tests/same.py): a small model with a shared and a frozen parameter, SGD "
-        "unless the row says otherwise, 12 steps, global batch 41, at most 7 samples in a micro-batch. max |Δ| / max "
-        "|w| over all weights against `ddp` on one rank, on 3 ranks.",
+        "The cases of [tests/support/same.py](../tests/support/same.py): a small model with a shared and a frozen "
+        "parameter, SGD unless the row says otherwise, 12 steps, global batch 41, at most 7 samples in a "
+        "micro-batch. max |Δ| / max |w| over all weights against `ddp` on one rank, on 3 ranks.",
         same.publish,
     ),
     "peers": Part(

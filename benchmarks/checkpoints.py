@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.start import ENGINES
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
 
 TURNS = {1: 9, 10: 5, 100: 3}  # by MiB of weights
 RANKS = (1, 2, 4)

@@ -22,7 +22,7 @@ def train(world: int, per_gpu: int, directory: Path) -> dict[str, torch.Tensor]:
     """The final weights of the dropout model with unequal unit counts, by the command that a user would give."""
     command = [
         sys.executable, str(ROOT / "launch.py"), f"run.dir='{directory}'", f"cluster.gpus_per_node={world}",
-        "device=cpu", "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96",
+        "device=cpu", "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=96",
         f"batch.per_gpu={per_gpu}", "duration=20st", "lr.peak=0.05", "evaluate.every=null",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from isobatch.trainers.ranks.world import World
-from tests.peers import alone
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
+from tests.support.peers import alone
 
 LAYERS, HIDDEN, VOCABULARY, WARM, TURNS = 12, 256, 30522, 2, 15
 

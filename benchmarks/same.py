@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.tables import hushed
 from isobatch.conf.compose import compose
 from isobatch.trainers.engines.engine import import_engine
-from tests.ranks.harness import Run, Runs, distance
-from tests.same import CASES, ENGINES, TASK, overrides, pairs
+from tests.support.harness import Run, Runs, distance
+from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
 RANKS = 3
 DEADLINE_S = 300.0

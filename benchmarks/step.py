@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.plain import PER_GPU, loop
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
 
 STEPS, WARM, TURNS = 300, 30, 9
 

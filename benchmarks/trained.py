@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks.harness import Runs
+from tests.support.harness import Runs
 
 CONSTANT = ("evaluate.every=null", "checkpoint.every=null", "data.fingerprint=false", "log.every=1st")
 

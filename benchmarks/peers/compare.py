@@ -26,7 +26,7 @@ from benchmarks.start import BIN, PLAIN_TWO_STEPS, TORCHRUN, TWO_STEPS, seconds
 from benchmarks.step import ours
 from benchmarks.tables import hushed
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import Runs, in_ranks
+from tests.support.harness import Runs, in_ranks
 
 STEPS, WARM, TURNS, START_TURNS = 150, 20, 5, 2
 CUT_STEPS = 20

@@ -101,7 +101,7 @@ def test_refusals_are_quoted_and_explained(case: JobCase) -> None:
 def test_nothing_that_is_given_is_run(case: JobCase) -> None:
     """What a shell, sbatch or Hydra might take as theirs reaches the program as it is."""
     text = """it's "$(touch ran)" `touch ran`; touch ran # %j %%A é ${HOME} *\n&& touch ran"""
-    task = ("task=custom", "task._target_=tests.tasks.Tells", "batch.global_size=32", "lr.peak=0.05")
+    task = ("task=custom", "task._target_=tests.support.tasks.Tells", "batch.global_size=32", "lr.peak=0.05")
     parts = [case.part(f"run {text}"), case.part(f"\\ {text}")]  # backslashes are special in paths of outputs
     jobs, told = [], []
     for part in parts:

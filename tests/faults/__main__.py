@@ -26,7 +26,7 @@ from benchmarks.tables import markdown
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
 from tests.faults.case import APART, Broken
 from tests.faults.table import ROWS, References, Row
-from tests.same import ENGINES
+from tests.support.same import ENGINES
 
 PAGE = Path(__file__).parents[2] / "trainers/README.md"
 BEGIN, END = "<!-- what follows is written by `make faults` -->", "<!-- to here -->"

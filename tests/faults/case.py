@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from benchmarks.soak import processes_of
 from isobatch.scaling.order import indices
 from tests.faults.task import SAMPLES, Fault
-from tests.warm import Warm
+from tests.support.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 GLOBAL, STEPS = 32, 47  # three epochs of 500 samples; the last step is whole

@@ -14,7 +14,7 @@ from tests.faults.case import LAUNCH, SLOWLY, STEPS, TWO, Case, Command, check, 
 from tests.faults.stops import send_in_a_save, two_machines
 from tests.faults.table import NORM, Act, References, row, section, signalled
 from tests.faults.task import Fault, fault
-from tests.noflock import without_flock
+from tests.support.noflock import without_flock
 
 TIMEOUT_S = 4
 HUNG = rf"^it hung: no progress within cluster\.timeout_s={TIMEOUT_S} \(task\.py:\d+ in do\)"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import isobatch.trainers.run
 from isobatch.slurm.state import job_of
-from tests.tasks import OneByOne, Slow
+from tests.support.tasks import OneByOne, Slow
 
 SAMPLES = 500
 BALLAST = 2 << 20  # frozen weights that cost no time to train with, but some to save
@@ -48,7 +48,7 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
 
 
 class Faulty(Slow):
-    """The regression of tests/tasks.py: dropout, augmentation, unequal numbers of units; ``norm``: and a BatchNorm."""
+    """The regression of tests.support.tasks, with dropout, augmentation and units; ``norm``: and a BatchNorm."""
 
     def __init__(self, norm: bool = False) -> None:
         super().__init__(samples=int(os.environ.get("SAMPLES", SAMPLES)))

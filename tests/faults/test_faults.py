@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.faults import crashes, disks, stops  # noqa: F401  they fill the table
 from tests.faults.case import APART, WARM, Broken, Case
 from tests.faults.table import ROWS, References
-from tests.same import ENGINES
+from tests.support.same import ENGINES
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,7 +25,7 @@ from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.trainers.checkpoints.commit import compose as manifest_of
 from isobatch.trainers.tensors.manifest import NAME, Header, file_of, folder_of
-from tests.warm import Warm
+from tests.support.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 OWN_TASK = """
@@ -113,8 +113,10 @@ def test_plan_can_open_the_data() -> None:
 
 def test_full_batch_of_ones_own_task() -> None:
     """The data is opened before the plan, which needs its size; what can't be opened is refused like any other."""
-    own = ("task=custom", "task._target_=tests.tasks.Counted", "lr.peak=0.1", "batch.global_size=all")
-    assert "has no Cuonted; did you mean tests.tasks.Counted?" in refused(*own, "task._target_=tests.tasks.Cuonted")
+    own = ("task=custom", "task._target_=tests.support.tasks.Counted", "lr.peak=0.1", "batch.global_size=all")
+    assert "has no Cuonted; did you mean tests.support.tasks.Counted?" in refused(
+        *own, "task._target_=tests.support.tasks.Cuonted"
+    )
     done = launch(*own, "duration=2st", "cluster.gpus_per_node=2", "device=cpu")
     assert "global batch   500 samples" in done.stdout
     assert "finished after 2 steps, 1,000 samples" in done.stdout

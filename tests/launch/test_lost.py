@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.soak import LAUNCH
 from tests.launch.test_workers import BASE, LONG, Run, folder, launch, launch_cold, torchrun, wait_until
-from tests.noflock import without_flock
+from tests.support.noflock import without_flock
 
 __all__ = ["folder"]  # a fixture
 PROMPTLY_S = 20.0  # on a busy machine; alone it takes 4 s

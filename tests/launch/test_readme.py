@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from isobatch.conf.help import EXAMPLES
-from tests.ranks.harness import free_port
-from tests.warm import Warm
+from tests.support.harness import free_port
+from tests.support.warm import Warm
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.soak import LAUNCH, processes_of, soak
-from tests.warm import Warm
+from tests.support.warm import Warm
 
 FAULTY = '''
 import multiprocessing, os, re, resource, signal, sys, time

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.harness import Runs
+from tests.support.harness import Runs
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from isobatch.trainers.engines.accelerate import refuse_contradictions
 from isobatch.trainers.engines.engine import make_engine
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
-from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_exact import task
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks
 
 HANDLER = "engine.config.kwargs_handlers=[{_target_:accelerate.DistributedDataParallelKwargs,%s}]"
 COUNTED = task("Counted", "clip_norm=0.5")  # dropout, unequal units
@@ -51,13 +51,19 @@ def test_the_same_run_on_another_cut(runs: Runs) -> None:
 
 def test_running_statistics(runs: Runs) -> None:
     """A buffer that a module makes anew is rank 0's at every forward, as by ddp."""
-    odd = ("task=custom", "task._target_=tests.tasks.Odd", "lr.peak=0.05", "duration=5st", "evaluate.every=null")
+    odd = (
+        "task=custom",
+        "task._target_=tests.support.tasks.Odd",
+        "lr.peak=0.05",
+        "duration=5st",
+        "evaluate.every=null",
+    )
     ddp, ours = both(runs, 2, *odd)
     assert distance(ddp.weights(), ours.weights()) == 0
 
 
 def test_a_step_that_is_not_finite_is_skipped(runs: Runs) -> None:
-    nan = (*COUNTED, "task._target_=tests.tasks.BecomesNaN", "on_nonfinite=skip")
+    nan = (*COUNTED, "task._target_=tests.support.tasks.BecomesNaN", "on_nonfinite=skip")
     ddp, ours = both(runs, 2, *nan)
     assert any(event["event"] == "skip" for event in ours.events())
     assert distance(ddp.weights(), ours.weights()) == 0

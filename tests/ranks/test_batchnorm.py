@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.batchnorm import statistics_of, swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
-from tests.ranks.harness import ROUNDING, Run, Runs, distance
-from tests.tasks import Counted
+from tests.support.harness import ROUNDING, Run, Runs, distance
+from tests.support.tasks import Counted
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
 
 
 def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
-    run = runs(2, *GHOST, "task._target_=tests.tasks.Counted", "duration=1st")
+    run = runs(2, *GHOST, "task._target_=tests.support.tasks.Counted", "duration=1st")
     warnings = [event["text"] for event in run.events() if event["event"] == "warning"]
     assert warnings == ["batchnorm.mode=ghost, but the model trains no BatchNorm layer: leave it out"]
     assert not [event for event in runs(2, *GHOST, "duration=1st").events() if event["event"] == "warning"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
 
 EXTRAS = ("accelerate", "deepspeed", "lightning", "transformers")
 

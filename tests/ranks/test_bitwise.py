@@ -18,8 +18,8 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from isobatch.trainers.tensors.slices import Reader
-from tests.ranks.harness import Run, Runs, distance
-from tests.tasks import Counted, Odd
+from tests.support.harness import Run, Runs, distance
+from tests.support.tasks import Counted, Odd
 
 ROOT = Path(__file__).parents[2]
 TASK = (
@@ -176,7 +176,7 @@ def refusals(run: Run) -> list[str]:
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_a_buffer_that_the_forward_moves_is_refused(runs: Runs, world: int) -> None:
     """By all ranks, also by those that had no samples, and so didn't move it."""
-    for message in refusals(runs(world, *BITWISE, "task._target_=tests.tasks.Odd")):
+    for message in refusals(runs(world, *BITWISE, "task._target_=tests.support.tasks.Odd")):
         assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
 
 

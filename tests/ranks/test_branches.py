@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 import isobatch.trainers.engines.fsdp  # noqa: F401
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.trails import Trail, parting
-from tests.ranks.harness import Runs, distance
-from tests.same import ENGINES
+from tests.support.harness import Runs, distance
+from tests.support.same import ENGINES
 
 FLAGS = (0, 0, 1, 0, 1, 1, 2, 0, 0, 1, 1, 0)
 OVERLAPPING = (*ENGINES["ZeRO-1"], "engine.config.zero_optimization.overlap_comm=true")

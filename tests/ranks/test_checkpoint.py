@@ -30,9 +30,9 @@ from isobatch.trainers.tensors import slices as checkpoint_module
 from isobatch.trainers.tensors.manifest import Header, checkpoints, read
 from isobatch.trainers.tensors.slices import Copies, Reader, Slice, write_part
 from isobatch.trainers.tensors.tensorfile import ITEMSIZE, entries
-from tests.disks import mounted
-from tests.ranks.harness import in_ranks
-from tests.steps import walk
+from tests.support.disks import mounted
+from tests.support.harness import in_ranks
+from tests.support.steps import walk
 from tests.unit.test_manifest import PLAN, header_of, verified
 
 

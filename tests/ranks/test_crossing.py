@@ -28,10 +28,10 @@ from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from isobatch.trainers.tensors.slices import Reader
-from tests.ranks.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
-from tests.same import ENGINES, Blocks
-from tests.tasks import Tells
+from tests.support.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks
+from tests.support.same import ENGINES, Blocks
+from tests.support.tasks import Tells
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, GLOBAL, STEPS = 500, 48, 12
@@ -44,7 +44,7 @@ TASK = (
 )  # fmt: skip
 ADAMW = ("optimizer=adamw", "lr.peak=0.01")
 SMALL = (
-    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=40", "duration=4st", *ADAMW,
+    "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=40", "duration=4st", *ADAMW,
     "evaluate.every=null", "log.every=1st", "clip_norm=0.5", "ema=60sa",
 )  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_from_each_to_each(runs: Runs, begun: Callable[[str], Run], uninterrupte
 
 def test_what_an_optimizer_counts_goes_along(runs: Runs) -> None:
     """State of its own, which its state_dict has, on engines that leave it the parameters."""
-    options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.tasks.Counting", "duration=5st")
+    options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.support.tasks.Counting", "duration=5st")
     whole, run = runs(1, *options), None
     for number, engine in enumerate(("DDP", "FSDP", "ZeRO-0", "Accelerate", "DDP"), 1):
         run = runs(1 + number % 3, *options, *ENGINES[engine], stop_at=number if number < 5 else None, going_on=run)

@@ -14,9 +14,9 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.batchnorm import swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.optim.decay import undecayed
-from tests.ranks.harness import Runs, distance
 from tests.ranks.test_optim_runs import names_by, optimizer_of
-from tests.tasks import Counted
+from tests.support.harness import Runs, distance
+from tests.support.tasks import Counted
 
 
 class RMSNorm(nn.Module):

@@ -28,14 +28,14 @@ from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from isobatch.trainers.tensors.slices import Reader
-from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
-from tests.tasks import Counted
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks
+from tests.support.tasks import Counted
 
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 3)
 COUNTED = (
-    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
+    "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
     "evaluate.every=null", "log.every=1st",
 )  # fmt: skip
 # BatchNorm, dropout, unequal units; a batch that grows, clipping that bites, a moving average, the noise scale

@@ -16,19 +16,25 @@ from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.run import train
-from tests.ranks.harness import Runs, in_ranks
+from tests.support.harness import Runs, in_ranks
 
-TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "duration=10st", "lr.peak=0.01")
+TASK = (
+    "task=custom",
+    "task._target_=tests.support.tasks.Counted",
+    "batch.global_size=20",
+    "duration=10st",
+    "lr.peak=0.01",
+)
 
 REFUSALS = {
-    "task._target_=tests.tasks.Nothing": "tests.tasks has no Nothing",
+    "task._target_=tests.support.tasks.Nothing": "tests.support.tasks has no Nothing",
     "task._target_=tests.taks.Counted": "No module named 'tests.taks'",
-    "task._target_=tests.tasks.torch": "is a module, not a class",
-    "task._target_=tests.tasks.Lacking": "lacks train_data() -> Dataset",
-    "task._target_=tests.tasks.Streamed": "IterableDataset",
-    "task._target_=tests.tasks.Empty": "0 samples",
-    "task._target_=tests.tasks.MeanLoss": "it returned a tensor of shape []",
-    "task._target_=tests.tasks.NoUnits": "step 1 (samples 0 to 19 of the run) has 0 units",
+    "task._target_=tests.support.tasks.torch": "is a module, not a class",
+    "task._target_=tests.support.tasks.Lacking": "lacks train_data() -> Dataset",
+    "task._target_=tests.support.tasks.Streamed": "IterableDataset",
+    "task._target_=tests.support.tasks.Empty": "0 samples",
+    "task._target_=tests.support.tasks.MeanLoss": "it returned a tensor of shape []",
+    "task._target_=tests.support.tasks.NoUnits": "step 1 (samples 0 to 19 of the run) has 0 units",
     "task.args.widht=3": "unexpected keyword argument 'widht'",
     "task.train_samples=499": "has 500 samples, but task.train_samples=499",
     "optimizer.args.nonsense=1": "nonsense",
@@ -37,7 +43,7 @@ REFUSALS = {
     "engine.config.bucket_cap=3": "bucket_cap",
     "checkpoint.best=val/loss:min task._target_=tests.ranks.test_evaluate_action.Unvalidated": "has no val_data()",
     "evaluate.first=true task._target_=tests.ranks.test_evaluate_action.Unvalidated": "evaluate.first=true needs",
-    "data.workers=1 task._target_=tests.tasks.Streamed": "IterableDataset",
+    "data.workers=1 task._target_=tests.support.tasks.Streamed": "IterableDataset",
 }
 
 
@@ -53,7 +59,7 @@ def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> No
 
 def test_a_loss_that_is_nan_names_step_and_samples(runs: Runs) -> None:
     """NaN on one rank is NaN on all; nothing is trained further."""
-    run = runs(2, *TASK, "task._target_=tests.tasks.BecomesNaN")
+    run = runs(2, *TASK, "task._target_=tests.support.tasks.BecomesNaN")
     assert [end["raised"] for end in run.ends] == ["Fatal", "Fatal"]
     assert "step 3 (samples 40 to 59 of the run)" in run.ends[0]["message"]
     assert not run.run.final.exists()

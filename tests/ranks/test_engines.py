@@ -11,8 +11,8 @@ import deepspeed  # noqa: F401
 import pytest
 
 import isobatch.trainers.engines.fsdp  # noqa: F401
-from tests.ranks.harness import Run, Runs, distance
-from tests.same import CASES, ENGINES, TASK, overrides, pairs
+from tests.support.harness import Run, Runs, distance
+from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
 # The others share their code with these, and have tests of their own; `python -m benchmarks same` has all on all.
 EVERYWHERE = ("the model is called twice in a pass", "its forward is never called, only parts of it")

@@ -16,8 +16,8 @@ from isobatch.trainers.checkpoints.weights import initialise
 from isobatch.trainers.loop.evaluate_weights import evaluate_weights, measured
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import Run, Runs, evaluator, in_ranks, leave
-from tests.tasks import Counted
+from tests.support.harness import Run, Runs, evaluator, in_ranks, leave
+from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
 FACTS = {"attempt": "a"}

@@ -22,8 +22,8 @@ from isobatch.trainers.model.randomness import Stream, key_dropout
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.run import plan_of
-from tests.ranks.harness import Run, Runs, evaluator, in_ranks
-from tests.tasks import Counted
+from tests.support.harness import Run, Runs, evaluator, in_ranks
+from tests.support.tasks import Counted
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 TASK = (

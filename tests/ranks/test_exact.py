@@ -23,10 +23,10 @@ from isobatch.scaling.rules import Rule
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.fit import crossed
-from tests.ranks.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks
 from tests.ranks.test_parts import ALONE
-from tests.steps import walk
-from tests.tasks import Counted, OneByOne
+from tests.support.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks
+from tests.support.steps import walk
+from tests.support.tasks import Counted, OneByOne
 
 PLAIN = ("task=custom", "duration=12st", "lr.peak=0.05", "log.every=1st", "evaluate.every=null", "batch.global_size=41")
 
@@ -130,7 +130,7 @@ def test_what_a_dataset_draws_follows_the_sample(runs: Runs, split: bool) -> Non
 
 def test_augmentation_differs_between_epochs(runs: Runs) -> None:
     """A sample's augmentation is keyed by its position in the run, not by its index in the data."""
-    slow = ("task=custom", "task._target_=tests.tasks.Slow", "task.args.samples=20", "task.args.dropout=0.0")
+    slow = ("task=custom", "task._target_=tests.support.tasks.Slow", "task.args.samples=20", "task.args.dropout=0.0")
     one = runs(1, *slow, "batch.global_size=20", "duration=3ep", "lr.peak=1e-9", "log.every=1st")
     assert len({round(loss, 6) for loss in one.losses()}) == 3
 

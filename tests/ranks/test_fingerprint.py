@@ -24,7 +24,7 @@ from isobatch.scaling.order import indices
 from isobatch.trainers.data.fingerprint import LOOKS, fingerprint
 from isobatch.trainers.data.look import Unseen, look
 from isobatch.trainers.model.randomness import generators_state
-from tests.tasks import Counted, Many, OneByOne
+from tests.support.tasks import Counted, Many, OneByOne
 
 
 @dataclass

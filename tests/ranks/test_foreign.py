@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.targets import build
-from tests.ranks.harness import ROUNDING, Runs, distance
+from tests.support.harness import ROUNDING, Runs, distance
 
 GPT2 = transformers.GPT2LMHeadModel  # imported here, and not in every rank
 

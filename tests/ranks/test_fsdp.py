@@ -16,9 +16,9 @@ from isobatch.trainers.engines.fsdp import groups, refuse_mixed
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.sharding import local
-from tests.ranks.harness import ROUNDING, Runs, distance, in_ranks
 from tests.ranks.test_engines import PLAIN, same
-from tests.same import Blocks, Net, overrides
+from tests.support.harness import ROUNDING, Runs, distance, in_ranks
+from tests.support.same import Blocks, Net, overrides
 
 
 def net() -> Net:

@@ -17,10 +17,10 @@ from isobatch.trainers.checkpoints.commit import commit
 from isobatch.trainers.checkpoints.weights import find
 from isobatch.trainers.engines.step_report import Pulse
 from tests.faults.hostile import edit
-from tests.ranks.harness import ROUNDING, Run, Runs, distance
+from tests.support.harness import ROUNDING, Run, Runs, distance
 
 TASK = (
-    "task=custom", "task._target_=tests.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
+    "task=custom", "task._target_=tests.support.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
     "evaluate.every=7st", "log.every=1st",
 )  # fmt: skip
 STEPS = 75  # 3 epochs of 500 samples
@@ -85,7 +85,7 @@ def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: 
     """Counted by the task itself, in files of the ranks."""
     seen = tmp_path / "seen"
     seen.mkdir()
-    task = (*TASK, "task._target_=tests.tasks.Tells", f"task.args.folder={seen}", "data.fingerprint=false")
+    task = (*TASK, "task._target_=tests.support.tasks.Tells", f"task.args.folder={seen}", "data.fingerprint=false")
     run = runs(3, *task, stop_at=17)
     run = runs(2, *task, stop_at=33, going_on=run)
     run = runs(1, *task, going_on=run)
@@ -119,14 +119,16 @@ def test_the_newest_are_kept_and_the_best(runs: Runs) -> None:
 
 def test_by_the_clock(runs: Runs) -> None:
     """Rank 0's clock decides for all."""
-    run = runs(2, *TASK, "task._target_=tests.tasks.Counted", "checkpoint.every=0.001min", "checkpoint.keep=1000")
+    run = runs(
+        2, *TASK, "task._target_=tests.support.tasks.Counted", "checkpoint.every=0.001min", "checkpoint.keep=1000"
+    )
     assert steps_kept(run)[-1] == STEPS
     assert len(steps_kept(run)) >= 2
 
 
 @pytest.mark.parametrize("every", ["1ep", "500sa", "25st"])
 def test_by_what_was_trained(runs: Runs, every: str) -> None:
-    run = runs(1, *TASK, "task._target_=tests.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
+    run = runs(1, *TASK, "task._target_=tests.support.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
     assert steps_kept(run) == [25, 50, 75]
 
 
@@ -277,7 +279,7 @@ def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> N
     file = tmp_path / "data.npy"
     data = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     np.save(file, data)
-    task = (*TASK, "task._target_=tests.tasks.FromFile", f"task.args={{file: '{file}'}}", "evaluate.every=null")
+    task = (*TASK, "task._target_=tests.support.tasks.FromFile", f"task.args={{file: '{file}'}}", "evaluate.every=null")
     run = runs(1, *task, stop_at=5)
     fingerprint = json.loads((run.run.checkpoints / "step-00000005/manifest.json").read_text())["fingerprint"]
     np.save(file, data[:-1])
@@ -307,7 +309,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
     """NaN on one rank: the weights are those of a run in which that step changed nothing; counted and told."""
     task = (
         *TASK,
-        "task._target_=tests.tasks.BecomesNaN",
+        "task._target_=tests.support.tasks.BecomesNaN",
         "on_nonfinite=skip",
         "checkpoint.every=1st",
         "checkpoint.keep=9",
@@ -323,10 +325,10 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
 
 
 def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
-    run = runs(1, *TASK, "task._target_=tests.tasks.AlwaysNaN", "on_nonfinite=skip")
+    run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip")
     assert run.ends[0]["raised"] == "Fatal"
     assert "none of the last 20 steps was finite" in run.ends[0]["message"]
-    run = runs(1, *TASK, "task._target_=tests.tasks.AlwaysNaN", "on_nonfinite=skip", "duration=3st")
+    run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip", "duration=3st")
     assert "none of the last 3 steps was finite" in run.ends[0]["message"]
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ranks.harness import ROUNDING, Run, Runs, distance
-from tests.tasks import Counted, OneByOne
+from tests.support.harness import ROUNDING, Run, Runs, distance
+from tests.support.tasks import Counted, OneByOne
 
 COUNTED = (
-    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
+    "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
     "evaluate.every=null", "log.every=1st",
 )  # fmt: skip
 CUTS = [(1, 32), (2, 7), (3, 32), (4, 25), (4, 2)]  # ranks, per-GPU batch at most; the first is 1 × 96
@@ -187,7 +187,7 @@ def test_a_dataset_shorter_than_a_batch_wraps(runs: Runs) -> None:
 @pytest.mark.parametrize("many", [False, True])
 def test_loading_by_other_processes_changes_nothing(runs: Runs, many: bool) -> None:
     """Augmentation is keyed by the sample: the same from workers, on two ranks, by single or by many samples."""
-    slow = (*COUNTED, "task._target_=tests.tasks.Slow", "duration=8st")
+    slow = (*COUNTED, "task._target_=tests.support.tasks.Slow", "duration=8st")
     here = runs(1, *slow, "batch.per_gpu=50")
     there = runs(2, *slow, "batch.per_gpu=9", "data.workers=2", f"task.args.many={many}")
     assert distance(here.weights(), there.weights()) < ROUNDING

@@ -17,13 +17,13 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.process import WorkerProcess
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
-from tests.ranks.harness import Run, Runs
+from tests.support.harness import Run, Runs
 
 TASK = (
-    "task=custom", "task._target_=tests.tasks.Odd", "batch.global_size=20", "duration=30st", "evaluate.every=10st",
-    "checkpoint.every=null",
+    "task=custom", "task._target_=tests.support.tasks.Odd", "batch.global_size=20", "duration=30st",
+    "evaluate.every=10st", "checkpoint.every=null",
 )  # fmt: skip
-OWN = ("optimizer=custom", "optimizer._target_=tests.tasks.Counting", "lr.peak=0.01")
+OWN = ("optimizer=custom", "optimizer._target_=tests.support.tasks.Counting", "lr.peak=0.01")
 OPTIMIZERS = {
     "sgd": ("lr.peak=0.05",),
     "adamw": ("optimizer=adamw", "lr.peak=0.01"),
@@ -78,7 +78,7 @@ def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
 )
 def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:
     """Of which the identity knows nothing."""
-    task = (*TASK, "task._target_=tests.tasks.Edited", "lr.peak=0.05")
+    task = (*TASK, "task._target_=tests.support.tasks.Edited", "lr.peak=0.05")
     run = runs(1, *task, stop_at=3)
     monkeypatch.setenv("EDITED", env)
     refused = runs(1, *task, going_on=run).ends[0]
@@ -89,7 +89,7 @@ def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, 
 
 def test_what_was_trained_outlives_the_last_evaluation(runs: Runs) -> None:
     """One that fails costs no training: the checkpoint of the end is there before it."""
-    task = (*TASK, "task._target_=tests.tasks.FailsToEvaluate", "lr.peak=0.05", "evaluate.every=null")
+    task = (*TASK, "task._target_=tests.support.tasks.FailsToEvaluate", "lr.peak=0.05", "evaluate.every=null")
     run = runs(2, *task)
     assert run.ends[0]["raised"] == "ValueError"
     assert [path.name for path in run.run.checkpoints.glob("step-*")] == ["step-00000030"]

@@ -13,7 +13,7 @@ from isobatch.conf.saved import dump
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.loop.claim import refuse_other_commands
 from isobatch.trainers.tasks.task import make_task
-from tests.ranks.harness import World, in_ranks
+from tests.support.harness import World, in_ranks
 
 HERE = "tests.ranks.test_local"
 TASK = ("task=custom", f"task._target_={HERE}.Placed", "lr.peak=0.1")

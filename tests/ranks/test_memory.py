@@ -27,9 +27,9 @@ from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.sharding import gathered, slices_of
 from isobatch.trainers.tensors.slices import Reader, Slice
-from tests.ranks.harness import in_ranks
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
-from tests.same import ENGINES
+from tests.support.harness import in_ranks
+from tests.support.same import ENGINES
 
 RANKS, WIDTH, LAYERS = 4, 1024, 16
 WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 64

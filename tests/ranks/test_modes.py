@@ -13,8 +13,8 @@ from isobatch.trainers.engines.base import Base
 from isobatch.trainers.model.modes import Modes, in_eval_mode
 from isobatch.trainers.model.norms import is_norm
 from isobatch.trainers.tensors.manifest import checkpoints, read
-from tests.ranks.harness import Runs, distance
-from tests.tasks import Counted
+from tests.support.harness import Runs, distance
+from tests.support.tasks import Counted
 
 
 def block(*, frozen: bool = False) -> nn.Sequential:

@@ -15,15 +15,15 @@ from isobatch.scaling.order import indices
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.model.randomness import seed_generators
-from tests.ranks.harness import Run, Runs
-from tests.steps import walk
-from tests.tasks import Counted
+from tests.support.harness import Run, Runs
+from tests.support.steps import walk
+from tests.support.tasks import Counted
 
 NAMES = ("noise/scale", "noise/low", "noise/high", "noise/grad_sq", "noise/trace")
 FROZEN = ("lr.peak=1e-12", "evaluate.every=null", "log.every=1st", "noise.every=1st")  # its weights stay what they are
 
 TRAINED = (
-    "task=custom", "task._target_=tests.tasks.Counted", "task.args.dropout=0.1", "batch.global_size=94",
+    "task=custom", "task._target_=tests.support.tasks.Counted", "task.args.dropout=0.1", "batch.global_size=94",
     "batch.per_gpu=24", "duration=20st", "lr.peak=0.001", "log.every=1st", "evaluate.every=null",
 )  # fmt: skip
 
@@ -192,7 +192,13 @@ def test_one_micro_batch_a_step_is_warned_of(runs: Runs) -> None:
 
 def test_a_step_that_is_not_finite_is_not_measured(runs: Runs) -> None:
     """The second step is skipped; before it, at it and after it all numbers are numbers."""
-    bad = ("task=custom", "task._target_=tests.tasks.BecomesNaN", "task.args.call=3", "task.args.dropout=0.0", *FROZEN)
+    bad = (
+        "task=custom",
+        "task._target_=tests.support.tasks.BecomesNaN",
+        "task.args.call=3",
+        "task.args.dropout=0.0",
+        *FROZEN,
+    )
     many = ("batch.global_size=24", "batch.per_gpu=6", "duration=4st", "on_nonfinite=skip")
     lines = noise(runs(2, *bad, *many))
     clean = noise(runs(2, *bad, *many, "task.args.rank=7"))

@@ -13,7 +13,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim.layerwise import Layerwise
-from tests.papers import (
+from tests.support.papers import (
     PATHS,
     SHAPES,
     STEPS,

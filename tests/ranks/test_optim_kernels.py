@@ -18,8 +18,8 @@ from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim import kernels
 from isobatch.trainers.ranks.world import World
-from tests.papers import after_steps, weights
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
+from tests.support.papers import after_steps, weights
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
-from tests.papers import PATHS, ZERO_WEIGHTS, after_steps, close
-from tests.peers import alone, installed
+from tests.support.papers import PATHS, ZERO_WEIGHTS, after_steps, close
+from tests.support.peers import alone, installed
 
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")

@@ -21,11 +21,11 @@ from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim.layerwise import Layerwise
 from isobatch.trainers.optim.make import Tuned, fused, make_optimizer
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import Run, Runs, distance, in_ranks
-from tests.tasks import Counted
+from tests.support.harness import Run, Runs, distance, in_ranks
+from tests.support.tasks import Counted
 
 COUNTED = (
-    "task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=9st", "lr.peak=0.02",
+    "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=24", "duration=9st", "lr.peak=0.02",
     "evaluate.every=null",
 )  # fmt: skip
 

@@ -27,12 +27,18 @@ from isobatch.trainers.loop.metrics import PlainLines
 from isobatch.trainers.model.targets import build, locate
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import Runs, evaluator, in_ranks
-from tests.steps import walk
-from tests.tasks import Counted, Many, OneByOne
+from tests.support.harness import Runs, evaluator, in_ranks
+from tests.support.steps import walk
+from tests.support.tasks import Counted, Many, OneByOne
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
-TASK = ("task=custom", "task._target_=tests.tasks.Counted", "duration=3ep", "lr.peak=0.1", "task.train_samples=500")
+TASK = (
+    "task=custom",
+    "task._target_=tests.support.tasks.Counted",
+    "duration=3ep",
+    "lr.peak=0.1",
+    "task.train_samples=500",
+)
 
 
 def plan(*overrides: str, world: int = 1) -> Plan:

@@ -23,12 +23,12 @@ from isobatch.trainers.model.precision import LossScale
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import ROUNDING, Runs, distance
 from tests.ranks.test_batchnorm import apart
-from tests.tasks import Counted
+from tests.support.harness import ROUNDING, Runs, distance
+from tests.support.tasks import Counted
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
-PLAIN = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=2st")
+PLAIN = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=24", "duration=2st")
 BLOCKS = (
     "task=custom", "task._target_=tests.ranks.test_precision.Blocks", "batch.global_size=24", "duration=8st",
     "lr.peak=0.05", "evaluate.every=null", "log.every=1st", "batchnorm.mode=ghost", "batchnorm.ghost_size=12",
@@ -111,7 +111,7 @@ def test_recompute_of_nothing_is_refused(pattern: str, near: str) -> None:
 
 def test_bf16_is_the_same_over_cuts(runs: Runs) -> None:
     """Each pass rounds its gradient to 8 bits: after 20 steps cuts are within 2e-3, and fp32 is within 1e-2."""
-    counted = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=24", "duration=20st")
+    counted = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=24", "duration=20st")
     fp32, bf16 = (runs(1, *counted, "lr.peak=0.05", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert {weight.dtype for weight in bf16.weights().values()} == {torch.float32}
     assert 1e-4 < distance(fp32.weights(), bf16.weights()) < 1e-2

@@ -18,8 +18,8 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.tasks.prepare import prepare_data
-from tests.ranks import harness
-from tests.ranks.harness import Runs, World, in_ranks
+from tests.support import harness
+from tests.support.harness import Runs, World, in_ranks
 
 MACHINES_OF = 2  # ranks
 

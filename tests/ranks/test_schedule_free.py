@@ -12,9 +12,9 @@ import torch
 from isobatch.scaling.order import indices
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from isobatch.trainers.tensors.slices import Reader
-from tests.ranks.harness import Run, Runs, distance
 from tests.ranks.test_evaluate_action import evaluated
-from tests.tasks import Counted
+from tests.support.harness import Run, Runs, distance
+from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_schedule_free.Plain", "batch.global_size=25")
 FREE = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ranks.harness import ROUNDING, Runs, distance
+from tests.support.harness import ROUNDING, Runs, distance
 
 MOVING = (
-    "task=custom", "task._target_=tests.tasks.Counted", "duration=960sa", "lr.base=0.05", "lr.base_batch=24",
+    "task=custom", "task._target_=tests.support.tasks.Counted", "duration=960sa", "lr.base=0.05", "lr.base_batch=24",
     "evaluate.every=null", "log.every=1sa", "lr.warmup=100sa",
 )  # fmt: skip
 STAGES = "batch.schedule='0sa:24 240sa:48 480sa:96'"

@@ -23,7 +23,7 @@ from isobatch.trainers.tasks.images import Images
 from isobatch.trainers.tasks.mnist1d import generate
 from isobatch.trainers.tasks.task import make_task, open_data
 from isobatch.trainers.tasks.text import Text
-from tests.ranks.harness import ROUNDING, Runs, distance
+from tests.support.harness import ROUNDING, Runs, distance
 
 TASKS = ["images", "mnist1d", "text"]
 

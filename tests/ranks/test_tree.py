@@ -12,7 +12,7 @@ import torch
 from isobatch.scaling.geometry import Cut, solve
 from isobatch.trainers.engines.bitwise.tree import Growing, added, dealt, halves, nodes_in, over_ranks
 from isobatch.trainers.ranks.world import World
-from tests.ranks.harness import in_ranks
+from tests.support.harness import in_ranks
 
 LEAVES, WORLDS = range(1, 41), range(1, 13)
 

@@ -22,8 +22,8 @@ from isobatch.trainers.model.randomness import generators_state
 from isobatch.trainers.trial.halves import halves, own_generators
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import DRAWS, Found, LossTrial, batches_of
-from tests.ranks.harness import Runs, distance
-from tests.tasks import Counted, OneByOne
+from tests.support.harness import Runs, distance
+from tests.support.tasks import Counted, OneByOne
 
 CPU = torch.device("cpu")
 
@@ -473,7 +473,7 @@ def runs(tmp_path: Path) -> Runs:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
     """On two ranks: what couples is reported before step 1, and a mean is rejected there."""
-    how = ["task=custom", "task._target_=tests.tasks.Coupled", "duration=2st", "lr.peak=0.1", *ENGINES[engine]]
+    how = ["task=custom", "task._target_=tests.support.tasks.Coupled", "duration=2st", "lr.peak=0.1", *ENGINES[engine]]
     events = runs(2, *how).events()
     about = [event["reason"].split()[0] for event in events if event["event"] == "depends_on_cut"]
     assert about == ["the", "task.calls", *(["task.loss"] if engine != "bitwise" else [])]
@@ -484,7 +484,13 @@ def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_is_the_same_bit_by_bit_without_it(runs: Runs, world: int) -> None:
     """Dropout, augmentation, a dataset's own generator and a counter in the loss find no trace of it."""
-    how = ["task=custom", "task._target_=tests.tasks.Coupled", "duration=5st", "lr.peak=0.1", "batch.global_size=32"]
+    how = [
+        "task=custom",
+        "task._target_=tests.support.tasks.Coupled",
+        "duration=5st",
+        "lr.peak=0.1",
+        "batch.global_size=32",
+    ]
     tried, untried = runs(world, *how), runs(world, *how, "check.contract=false", "data.fingerprint=false")
     assert distance(tried.weights(), untried.weights()) == 0
     assert tried.losses() == untried.losses()
@@ -493,7 +499,7 @@ def test_a_run_is_the_same_bit_by_bit_without_it(runs: Runs, world: int) -> None
 
 def test_what_cannot_be_tried_is_said(runs: Runs) -> None:
     """A single sample in a micro-batch; and a loss that fails, which training will complain of by itself."""
-    how = ["task=custom", "task._target_=tests.tasks.Counted", "duration=2st", "lr.peak=0.1"]
+    how = ["task=custom", "task._target_=tests.support.tasks.Counted", "duration=2st", "lr.peak=0.1"]
     (event,) = [e for e in runs(1, *how, "batch.per_gpu=1").events() if e["event"] == "trial_skipped"]
     assert "one sample" in event["reason"]
     assert not [e for e in runs(1, *how).events() if e["event"] == "trial_skipped"]

@@ -21,12 +21,12 @@ from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.checkpoints.weights import find, initialise, load_average
 from isobatch.trainers.model.average import Average
 from isobatch.trainers.ranks.world import World
-from tests.disks import mounted
-from tests.ranks.harness import ROUNDING, Run, Runs, distance, in_ranks, leave
 from tests.ranks.test_parts import ALONE
-from tests.tasks import Counted
+from tests.support.disks import mounted
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, leave
+from tests.support.tasks import Counted
 
-TASK = ("task=custom", "task._target_=tests.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
+TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
 
 
 # Average

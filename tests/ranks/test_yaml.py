@@ -9,10 +9,10 @@ import pytest
 from isobatch.conf.compose import compose
 from isobatch.conf.messages import HERE
 from isobatch.scaling.planning.resolve import resolve
-from tests.ranks.harness import Runs
+from tests.support.harness import Runs
 
 WITH = {
-    "task/custom": ("task._target_=tests.tasks.Counted", "lr.peak=0.1"),
+    "task/custom": ("task._target_=tests.support.tasks.Counted", "lr.peak=0.1"),
     "optimizer/custom": ("optimizer._target_=torch.optim.RMSprop", "lr.peak=0.001"),
 }
 FILES = sorted(HERE.glob("*/*.yaml"))

@@ -16,7 +16,7 @@ from isobatch.scaling.plan import Plan, Segment
 from isobatch.scaling.planning.advice import USUAL, check_family, warnings
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
-from tests.examples import examples
+from tests.support.examples import examples
 
 
 @cache

@@ -22,7 +22,7 @@ from isobatch.trainers.checkpoints.commit import (
     pass_over,
 )
 from isobatch.trainers.tensors.manifest import NAME, Damaged, checkpoints, read
-from tests.disks import mounted
+from tests.support.disks import mounted
 from tests.unit.test_manifest import header_of, save, verified, write_files
 
 

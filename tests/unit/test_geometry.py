@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from isobatch.scaling.geometry import Cut, nearest_even, solve
-from tests.examples import examples
+from tests.support.examples import examples
 
 quick = examples(75)
 

@@ -21,7 +21,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.plan_json import from_json
 from isobatch.scaling.report.results import grid
 from isobatch.trainers.launch.children import guarded
-from tests.examples import examples
+from tests.support.examples import examples
 
 TASK = (
     "defaults: [custom, _self_]\nname: mine\n_target_: m.T\n"

@@ -18,7 +18,7 @@ from isobatch.conf.saved import dump, extends, lengthened, run_of
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.sweep import _folder, expand, sweep_directories
 from isobatch.scaling.errors import UserError
-from tests.examples import examples
+from tests.support.examples import examples
 
 
 def optimizer_yaml(choice: str) -> dict[str, Any]:

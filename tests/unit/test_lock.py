@@ -25,8 +25,8 @@ from isobatch.conf.rundir.directory import DYING_S, Outcome, RunDir
 from isobatch.conf.rundir.lock import BEAT_S, LOCK, LOOKS, remove
 from isobatch.conf.rundir.owner import OWNER, Seen
 from isobatch.scaling.errors import UserError
-from tests.disks import mounted
-from tests.noflock import without_flock
+from tests.support.disks import mounted
+from tests.support.noflock import without_flock
 
 ROOT = Path(__file__).parents[2]
 TAKES = """

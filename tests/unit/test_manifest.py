@@ -33,7 +33,7 @@ from isobatch.trainers.tensors.manifest import (
     verify,
 )
 from isobatch.trainers.tensors.tensorfile import HEADER_BYTES, ITEMSIZE, entries
-from tests.examples import examples
+from tests.support.examples import examples
 from tests.unit.test_plan import make
 
 PLAN = make(1000, batches=((0, 32), (320, 64)))

@@ -19,8 +19,8 @@ from isobatch.scaling.report.plan_json import _numbers, from_json, to_json
 from isobatch.scaling.report.table import table
 from isobatch.scaling.rules import Recipe, Rule
 from isobatch.scaling.schedule import Schedule
-from tests.examples import examples
-from tests.steps import walk
+from tests.support.examples import examples
+from tests.support.steps import walk
 
 quick = examples(25)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
-from tests.examples import examples
+from tests.support.examples import examples
 
 quick = examples(50)
 batches = st.integers(1, 100_000)

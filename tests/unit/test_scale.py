@@ -22,8 +22,8 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.table import table
-from tests.examples import examples
-from tests.steps import walk
+from tests.support.examples import examples
+from tests.support.steps import walk
 
 WORLDS = (1, 2, 3, 7, 64, 1000, 99_999, 100_000)
 quick = examples(60)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.scaling.schedule import DECAYS, Schedule
-from tests.examples import examples
+from tests.support.examples import examples
 
 quick = examples(50)
 PEAK = 0.4

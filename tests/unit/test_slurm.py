@@ -27,7 +27,7 @@ from isobatch.slurm.render import directive, render
 from isobatch.slurm.requeue import End, judge, put_back_by_slurm
 from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
-from tests.examples import examples
+from tests.support.examples import examples
 from tests.support.golden import golden
 
 ON_SLURM = ("cluster=slurm", "cluster.gpus_per_node=2")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.units import MEANING, Duration
-from tests.examples import examples
+from tests.support.examples import examples
 
 quick = examples(50)
 

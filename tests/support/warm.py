@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-LAUNCH = Path(__file__).parents[1] / "launch.py"
+LAUNCH = Path(__file__).parents[2] / "launch.py"
 ROOM = 4096  # bytes of the server's command line, which the commands' own replace
 POLL_S = 0.005
 
@@ -85,7 +85,7 @@ def _server() -> socket.socket:
     """Return the socket of the process that forks, started on first use."""
     if not _SERVERS:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.warm", str(theirs.fileno()), "-" * ROOM]
+        command = [sys.executable, "-m", "tests.support.warm", str(theirs.fileno()), "-" * ROOM]
         subprocess.Popen(command, cwd=LAUNCH.parent, pass_fds=[theirs.fileno()])
         theirs.close()
         _SERVERS.append(ours)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.tasks import Slow
+from tests.support.tasks import Slow
 
 TASK = (
-    "task=custom", "task._target_=tests.same.Blocks", "duration=12st", "lr.peak=0.05", "evaluate.every=null",
+    "task=custom", "task._target_=tests.support.same.Blocks", "duration=12st", "lr.peak=0.05", "evaluate.every=null",
     "log.every=1st", "clip_norm=0.5", "batch.per_gpu=7",
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ class Case(NamedTuple):
     """What is set, how far apart (max |Δ| / max |w|) runs may be that round otherwise, and where it can't be.
 
     In float32 that is 1e-6 after these 12 steps, ten times as much where what is rounded is divided by a size that may
-    be small (of a gradient, as Adam does, or the deviation of a group, as BatchNorm does; tests/ranks/harness.py has
+    be small (of a gradient, as Adam does, or the deviation of a group, as BatchNorm does; tests/support/harness.py has
     the numbers), a hundred times where both are of factors (Adafactor), and 2^-8 a step in bf16, of what it adds.
     ``exempt`` are beginnings of engines' names.
     """

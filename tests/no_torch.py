@@ -1,5 +1,0 @@
-"""Block torch, so that a test which needs it fails: ``python -m pytest -p tests.no_torch tests/unit``."""
-
-import sys
-
-sys.modules["torch"] = None  # type: ignore[assignment]
