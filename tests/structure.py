@@ -3,12 +3,14 @@
 - Imports go down only, in the order of LAYERS. Lazy imports and those for type checkers count, too.
 - No files import each other in a circle.
 - A function has at most 50 lines (without its docstring) and 8 parameters (without self).
+- A folder has more than one file, besides ``__init__.py``.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slurm", "trainers.launch"),
     ("trainers",),  # run.py
     ("launch",),
-    ("",),  # isobatch/__init__.py, the Python API
+    ("",),  # files of isobatch/ itself: the Python API
 )
 
 
@@ -45,6 +47,7 @@ class Module:
 
     Attributes:
         name: dotted, without ``isobatch.``.
+        path: from the root of the source.
         imports: names of our modules that it imports, wherever in the file.
     """
 
@@ -61,14 +64,14 @@ class Module:
 
 def modules(root: Path = ROOT) -> dict[str, Module]:
     """Return all source files below ``root`` by their dotted names."""
-    files = [root / "launch.py", root / "isobatch" / "__init__.py"]
+    files = [root / "launch.py", *(file for file in sorted((root / "isobatch").glob("*.py")) if not file.is_symlink())]
     files += [file for folder in FOLDERS for file in sorted((root / folder).rglob("*.py"))]
     parts = {file: file.relative_to(root).with_suffix("").parts for file in files}
     names = {file: ".".join(part for part in parts[file] if part not in ("__init__", "isobatch")) for file in files}
     trees = {file: ast.parse(file.read_text()) for file in files}
     known = set(names.values())
     return {
-        name: Module(name, file, trees[file], tuple(dict.fromkeys(_imports(trees[file], known))))
+        name: Module(name, file.relative_to(root), trees[file], tuple(dict.fromkeys(_imports(trees[file], known))))
         for file, name in names.items()
     }
 
@@ -81,7 +84,7 @@ def upward(found: dict[str, Module]) -> list[str]:
             other = found[name]
             apart = other.layer == module.layer and _folder(other) != _folder(module)
             if other.layer > module.layer or apart:
-                lines.append(f"{_shown(module)} imports {_shown(other)}, which is above it")
+                lines.append(f"{module.path} imports {other.path}, which is above it")
     return lines
 
 
@@ -119,7 +122,7 @@ def functions(found: dict[str, Module]) -> list[str]:
     for module in found.values():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                where = f"{_shown(module)}:{node.lineno} {node.name}"
+                where = f"{module.path}:{node.lineno} {node.name}"
                 if (length := _length(node)) > LINES:
                     lines.append(f"{where} has {length} lines")
                 if (count := _parameters(node)) > PARAMETERS:
@@ -127,16 +130,29 @@ def functions(found: dict[str, Module]) -> list[str]:
     return lines
 
 
-def main() -> int:
+def single(found: dict[str, Module]) -> list[str]:
+    """Return the folders that hold one file only, and no folders."""
+    files = [module.path for module in found.values() if module.path.name != "__init__.py"]
+    inside = Counter(folder for file in files for folder in file.parents)
+    lonely = [file for file in files if inside[file.parent] == 1]
+    return [f"{file} is the only file of its folder" for file in lonely if file.parent.name != "isobatch"]
+
+
+def main(root: Path = ROOT) -> int:
     """Print what breaks a rule; return the exit code."""
-    found = modules()
-    problems = {"imports upward": upward(found), "circles": circles(found), "functions": functions(found)}
+    found = modules(root)
+    problems = {
+        "imports upward": upward(found),
+        "circles": circles(found),
+        "functions": functions(found),
+        "folders": single(found),
+    }
     for lines in problems.values():
         for line in lines:
             print(line)
-    sizes = {module.name: len(module.path.read_text().splitlines()) for module in found.values()}
+    lines_of = {name: len((root / module.path).read_text().splitlines()) for name, module in found.items()}
     arrows = sum(len(module.imports) for module in found.values())
-    print(f"{len(found)} files, {sum(sizes.values()):,} lines, {arrows} imports")
+    print(f"{len(found)} files, {sum(lines_of.values()):,} lines, {arrows} imports")
     print(", ".join(f"{len(lines)} {name}" for name, lines in problems.items()))
     return int(any(problems.values()))
 
@@ -161,10 +177,6 @@ def _within(module: Module, name: str) -> bool:
 
 def _folder(module: Module) -> str:
     return next(name for name in LAYERS[module.layer] if _within(module, name))
-
-
-def _shown(module: Module) -> str:
-    return str(module.path.relative_to(ROOT))
 
 
 def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from isobatch.trainers.optim import kernels
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
-from isobatch.trainers.optim import kernels
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 from tests.support.papers import after_steps, weights
