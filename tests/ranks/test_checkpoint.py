@@ -23,12 +23,13 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints import saver as saver_module
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import clear_leftovers
+from isobatch.trainers.checkpoints.copies import Copies
 from isobatch.trainers.checkpoints.saver import Policy, Reports, Saver
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors import slices as checkpoint_module
 from isobatch.trainers.tensors.manifest import Header, checkpoints, read
-from isobatch.trainers.tensors.slices import Copies, Reader, Slice, write_part
+from isobatch.trainers.tensors.slices import Reader, Slice, write_part
 from isobatch.trainers.tensors.tensorfile import ITEMSIZE, entries
 from tests.support.disks import mounted
 from tests.support.harness import in_ranks

@@ -18,10 +18,11 @@ from torch._C._distributed_c10d import HashStore, Store
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.best import Best, Evaluation
 from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, drop_older, said
+from isobatch.trainers.checkpoints.copies import Copies
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import Header
-from isobatch.trainers.tensors.slices import Copies, Slice, write_part
+from isobatch.trainers.tensors.slices import Slice, write_part
 
 if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine

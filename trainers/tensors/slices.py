@@ -1,13 +1,10 @@
-"""A rank's part of a checkpoint as a file, and any range of any tensor read back, on any number of ranks."""
+"""Write a rank's part of a checkpoint to a file, and read any range of any tensor back, on any number of ranks."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,29 +12,11 @@ import torch
 from torch import Tensor
 
 from isobatch.trainers.tensors.manifest import Checkpoint, Stored, file_of
-from isobatch.trainers.tensors.tensorfile import CHUNK_BYTES, Damaged, Entry, entries
+from isobatch.trainers.tensors.tensorfile import CHUNK_BYTES, TORCH_NAMES, Damaged, Entry, entries, header_text
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, its) for name, its in TORCH_NAMES.items()}
+"""torch's dtypes by safetensors' names."""
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape by name."""
 
@@ -68,24 +47,25 @@ class Slice(NamedTuple):
 def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[[], None]) -> dict[str, Any]:
     """Write this rank's slices, on the CPU and at most one of a tensor, to its file in ``folder``.
 
-    safetensors' own functions first copy everything into one buffer, and hold the GIL while the training wants it. Its
+    safetensors' own functions first copy everything into one buffer, and hold the GIL while the training needs it. The
     format is simple enough: the length of a JSON header in 8 bytes, the header, the bytes of all tensors.
 
     Args:
         beat: called every few MB.
 
     Returns:
-        What ``compose`` wants of each rank, as JSON.
+        What ``compose`` needs of each rank, as JSON.
 
     Raises:
         OSError: the disk is full, or gone.
         TypeError: a dtype that safetensors doesn't have.
     """
     pieces = sorted(slices, key=lambda piece: -piece.data.element_size())
-    heading = heading_of([(p.name, p.data.dtype, (p.data.numel(),)) for p in pieces if p.data.numel()])
+    dtypes = {piece.name: name_of(piece.data.dtype, piece.name) for piece in pieces}
+    header = header_text([(p.name, dtypes[p.name], (p.data.numel(),)) for p in pieces if p.data.numel()])
     digest, unsynced = hashlib.sha256(), 0
     with open(folder / file_of(rank), "wb") as file:
-        for whole in (memoryview(heading), *(_bytes(piece.data) for piece in pieces)):
+        for whole in (memoryview(header), *(_bytes(piece.data) for piece in pieces)):
             for begin in range(0, len(whole), CHUNK_BYTES):
                 chunk = whole[begin : begin + CHUNK_BYTES]
                 file.write(chunk)
@@ -97,40 +77,23 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
                 beat()
         _flush(file)
     return {
-        "bytes": len(heading) + sum(piece.data.nbytes for piece in pieces),
+        "bytes": len(header) + sum(piece.data.nbytes for piece in pieces),
         "sha256": digest.hexdigest(),
         "slices": {
-            piece.name: [_NAMES[piece.data.dtype], list(piece.shape), piece.start, piece.start + piece.data.numel()]
+            piece.name: [dtypes[piece.name], list(piece.shape), piece.start, piece.start + piece.data.numel()]
             for piece in pieces
         },
     }
 
 
-def heading_of(kinds: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], **metadata: str) -> bytes:
-    """What a safetensors file begins with: the length of a JSON header, and the header, padded to a multiple of 8.
-
-    Args:
-        kinds: name, dtype and shape of each tensor that follows, the larger elements first, so that all are aligned.
-
-    Raises:
-        TypeError: a dtype that safetensors doesn't have.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, dtype, shape in kinds:
-        if dtype not in _NAMES:
-            raise TypeError(f"{name} is {dtype}, which a checkpoint can't hold")
-        assert name not in header, f"two slices of {name}"
-        span = (end, end := end + math.prod(shape) * dtype.itemsize)
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": span}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def name_of(dtype: torch.dtype, tensor: str) -> str:
+    """Return safetensors' name of the dtype of ``tensor``. Raises TypeError where safetensors has none."""
+    if dtype not in _NAMES:
+        raise TypeError(f"{tensor} is {dtype}, which a checkpoint can't hold")
+    return _NAMES[dtype]
 
 
-def write_whole(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
-) -> None:
+def write_whole(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
     """Write whole tensors, one after another, so that no more than one of them is needed at a time.
 
     Args:
@@ -141,7 +104,8 @@ def write_whole(
         TypeError: a dtype that safetensors doesn't have.
     """
     with open(path, "wb") as file:
-        file.write(heading_of([(name, *kind) for name, kind in layout.items()], format="pt"))
+        kinds = [(name, name_of(dtype, name), shape) for name, (dtype, shape) in layout.items()]
+        file.write(header_text(kinds, format="pt"))
         for (dtype, _), tensor in zip(layout.values(), tensors, strict=False):
             plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
             file.write(_bytes(plain))
@@ -149,62 +113,13 @@ def write_whole(
 
 
 def _bytes(data: Tensor) -> memoryview:
-    """The tensor's own memory."""
+    """Return the tensor's own memory."""
     return memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-class Copies:
-    """Memory in which a rank's slices wait to be written, while the training changes its own.
-
-    It stays taken from one save to the next: into fresh memory a copy takes ten times as long.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def take(self, slices: Iterable[Slice]) -> tuple[list[Slice], Callable[[], None]]:
-        """Copies on the CPU, in the memory of those before; and what waits until they are complete.
-
-        ``slices`` is walked to its end in any case, since ranks may talk to each other in it.
-
-        Raises:
-            MemoryError: there isn't enough for them.
-        """
-        kept, self._kept = self._kept, {}
-        copies, accelerated, failed = [], False, ""
-        for piece in slices:
-            accelerated |= not piece.data.is_cpu
-            try:
-                if not failed:
-                    data = self._kept[piece.name] = _copy(piece.data.detach(), kept.pop(piece.name, None))
-                    copies.append(piece._replace(data=data))
-            except (MemoryError, RuntimeError) as error:
-                failed = f"{error!s:.200}"
-                copies, kept, self._kept = [], {}, {}
-        if failed:
-            raise MemoryError(f"no memory to copy to: {failed}")
-        if accelerated:
-            return copies, torch.accelerator.current_stream().record_event().synchronize
-        return copies, lambda: None
-
-
-def _copy(live: Tensor, kept: Tensor | None) -> Tensor:
-    """``live`` in the memory of ``kept``, if it fits; from an accelerator it may still be on its way."""
-    if kept is None or (kept.shape, kept.dtype) != (live.shape, live.dtype):
-        kept = _memory_for(live)
-    return kept.copy_(live, non_blocking=True)
-
-
-def _memory_for(live: Tensor) -> Tensor:
-    if not live.is_cpu:
-        with suppress(RuntimeError):  # there is only so much that can be pinned
-            return torch.empty(live.shape, dtype=live.dtype, pin_memory=True)
-    return torch.empty(live.shape, dtype=live.dtype)
 
 
 class Reader:
@@ -228,11 +143,11 @@ class Reader:
         return self._checkpoint.values
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, 1-D on the CPU.
+        """Return elements [start, stop) of the flattened tensor, 1-D on the CPU.
 
         Raises:
             KeyError: there is no such tensor.
-            Damaged: its file isn't any more what was verified.
+            Damaged: its file has changed since it was verified.
         """
         stored = self.tensors[name]
         stop = stored.numel if stop is None else stop
@@ -245,7 +160,7 @@ class Reader:
         return result
 
     def whole(self, name: str) -> Tensor:
-        """The tensor in its shape."""
+        """Return the tensor in its shape."""
         return self(name).reshape(self.tensors[name].shape)
 
     def _fill(self, result: Tensor, name: str, tensor: str, skip: int) -> None:

@@ -1,31 +1,50 @@
-"""safetensors files, looked at without torch and without trust: what their headers say, and whether it is so."""
+"""Read and write the headers of safetensors files, without torch and without trusting what a header says."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from isobatch.scaling.reading import Unreadable, parse_json
-
-# bytes per element, by safetensors' names of dtypes
-ITEMSIZE: dict[str, int] = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+# safetensors' names of dtypes, and torch's
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
 }
+# bytes per element
+ITEMSIZE = {name: int(bits[0]) // 8 if (bits := re.search(r"\d+", name)) else 1 for name in TORCH_NAMES}
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 4 << 20  # read or written, and hashed, in one go
 
 strict = with_config(ConfigDict(extra="forbid"))
 Size = Annotated[int, Field(ge=0, lt=2**63)]
+Dtype = Annotated[str, Field(pattern=f"^({'|'.join(TORCH_NAMES)})$")]
 
 
 class Damaged(ValueError):
@@ -44,30 +63,28 @@ class Entry:
 @strict
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """An entry as the header has it; offsets count from its end."""
+    """An entry as the header has it; offsets count from the header's end."""
 
-    dtype: str
+    dtype: Dtype
     shape: tuple[Size]
     data_offsets: tuple[Size, Size]
 
 
 def entries(file: BinaryIO, name: str) -> dict[str, Entry]:
-    """The tensors in an open file.
+    """Return the tensors in an open file by their names.
 
     Raises:
-        Damaged: it is no safetensors file of 1-D tensors, or its header doesn't describe exactly what follows it.
+        Damaged: it isn't a safetensors file of 1-D tensors, or its header doesn't describe exactly what follows it.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, HEADER_BYTES):
         raise Damaged(f"{name} isn't a safetensors file")
-    text, what = file.read(length), f"the header of {name}"
-    load_json(text, what)
-    described: dict[str, _Described] = of_kind(dict[str, _Described], text, what)
+    described: dict[str, _Described] = of_kind(dict[str, _Described], file.read(length), f"the header of {name}")
     found, end = {}, 0
     for tensor, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
-        if start != end or stop - start != ITEMSIZE.get(entry.dtype, 0) * entry.shape[0]:
+        if start != end or stop - start != ITEMSIZE[entry.dtype] * entry.shape[0]:
             raise Damaged(f"{name} says that {tensor!r:.100} lies where it can't")
         found[tensor] = Entry(entry.dtype, entry.shape[0], 8 + length + start)
         end = stop
@@ -77,7 +94,7 @@ def entries(file: BinaryIO, name: str) -> dict[str, Entry]:
 
 
 def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
-    """Of the rest of an open file; ``beat`` is called every few MB."""
+    """Return the sha256 of the rest of an open file; ``beat`` is called every few MB."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
@@ -85,20 +102,31 @@ def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def load_json(text: bytes, what: str) -> Any:
-    """``text`` as JSON. Raises Damaged where it isn't any, or too deep, or a key stands there twice."""
-    try:
-        return parse_json(text)
-    except Unreadable as error:
-        raise Damaged(f"{what}: {error!s:.200}".replace(": it ", " ", 1)) from None
+def header_text(kinds: Sequence[tuple[str, str, tuple[int, ...]]], **metadata: str) -> bytes:
+    """Return what a safetensors file begins with: the length of a JSON header, and the header, padded to 8 bytes.
+
+    Args:
+        kinds: name, dtype and shape of each tensor that follows, the larger elements first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape in kinds:
+        assert name not in header, f"two slices of {name}"
+        span = (end, end := end + math.prod(shape) * ITEMSIZE[dtype])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def of_kind(kind: Any, text: bytes, what: str) -> Any:
-    """JSON as ``kind``. Raises Damaged where it is something else."""
+    """Return JSON as ``kind``. Raises Damaged where it is something else."""
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise Damaged(f"{what} isn't JSON: {first['msg']:.200}") from None
         where = ".".join(map(str, first["loc"]))
         raise Damaged(f"{what}: {where!r:.100}: {first['msg']:.200}") from None
 
