@@ -125,10 +125,7 @@ def planned(config: RunConfig) -> Plan | None:
             return None
     else:
         to_open = config.plan.open_data
-    try:
-        return resolve(config, world_size(config), opened(config, STOP) if to_open else None)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return resolve(config, world_size(config), opened(config, STOP) if to_open else None)
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:

@@ -1,4 +1,4 @@
-"""Batch schedules: a global batch that changes while training, as text, and as the segments of a plan."""
+"""Batch schedules: a global batch that changes while training, as text and as the segments of a plan."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
-from isobatch.scaling.plan import Segment, samples_after
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Schedule
+from isobatch.scaling.segments import Segment, samples_after
 from isobatch.scaling.units import Duration
 
 FORMS = (
@@ -31,7 +32,7 @@ OF_THE_DATA = 10  # a batch larger than this part of the data loses what the noi
 
 @dataclass(frozen=True, slots=True)
 class BatchSchedule:
-    """A batch schedule as it was asked for, sizes in ``batch.unit``.
+    """Hold a batch schedule as it was asked for, sizes in ``batch.unit``.
 
     >>> BatchSchedule.parse("0sa:256 200000sa:512").stages[1]
     (Duration(value=200000.0, unit='sa'), 512)
@@ -58,15 +59,17 @@ class BatchSchedule:
         """Read one of FORMS.
 
         Raises:
-            ValueError: it isn't one; the message says what is wrong, and shows them.
+            UserError: it isn't one; the message says what is wrong, and shows them.
         """
         words = text.split() if isinstance(text, str) else []
         if not words:
-            raise ValueError(f"{text!r} is no batch schedule; write {FORMS}")
+            raise UserError(f"{text!r} is no batch schedule", f"write {FORMS}", "batch.schedule", text)
         try:
             return cls._named(str(text), words) if words[0] in OPTIONS else cls._of_stages(str(text), words)
-        except ValueError as error:
-            raise ValueError(f"{text!r} is no batch schedule: {error}; write {FORMS}") from None
+        except UserError as error:
+            raise UserError(
+                f"{text!r} is no batch schedule: {error}", f"write {FORMS}", "batch.schedule", text
+            ) from None
 
     @classmethod
     def _of_stages(cls, text: str, words: list[str]) -> BatchSchedule:
@@ -77,10 +80,10 @@ class BatchSchedule:
                 continue
             when, colon, size = word.rpartition(":")
             if not colon:
-                raise ValueError(f"{word} isn't when:size")
+                raise UserError(f"{word} isn't when:size")
             stages.append((_duration(when), _size(word, size)))
         if not stages or stages[0][0].value != 0:
-            raise ValueError("the first stage has to start at 0sa")
+            raise UserError("the first stage has to start at 0sa")
         return cls(text, "stages", tuple(stages), hold=_hold(options))
 
     @classmethod
@@ -92,12 +95,12 @@ class BatchSchedule:
         }
         over = _duration(options["over"]) if "over" in options else None
         if kind == "ramp" and ("from" not in sizes or over is None):
-            raise ValueError("a ramp needs from:… and over:…")
+            raise UserError("a ramp needs from:… and over:…")
         if kind == "curriculum":
             sizes = {"from": 32, "to": 512, **sizes}
         first, last = sizes.get("from"), sizes.get("to")
         if first is not None and last is not None and first > last:
-            raise ValueError(f"from:{first} is above to:{last}")
+            raise UserError(f"from:{first} is above to:{last}")
         return cls(text, kind, (), first, last, sizes.get("by"), over, _hold(options))
 
     def __str__(self) -> str:
@@ -105,22 +108,22 @@ class BatchSchedule:
 
     @property
     def of_the_run(self) -> bool:
-        """Whether its stages follow from the length of the run."""
+        """Tell whether its stages follow from the length of the run."""
         lengths = [when for when, _ in self.stages] + ([self.over] if self.over else [])
         return self.kind not in ("stages", "ramp") or any(length.unit == "%" for length in lengths)
 
     @property
     def for_decay(self) -> bool:
-        """Whether its larger batches stand in for the decay of the LR."""
+        """Tell whether its larger batches stand in for the decay of the LR."""
         return self.kind in ("doubling", "seesaw")
 
     @property
     def start(self) -> int | None:
-        """The size it begins with; None: the global batch of the run."""
+        """Return the size it begins with; None: the global batch of the run."""
         return self.stages[0][1] if self.stages else self.first
 
 
-def lay(
+def segments_for(
     wanted: BatchSchedule,
     first: Segment,
     *,
@@ -129,7 +132,7 @@ def lay(
     in_samples: Callable[[Duration], int | None],
     run_samples: int | None,
 ) -> tuple[Segment, ...] | None:
-    """The segments of ``wanted`` in a run that begins with ``first``; None: not known yet.
+    """Return the segments of ``wanted`` in a run that begins with ``first``; None: not known yet.
 
     Args:
         last: the run's global batch in samples, to which a ramp climbs that says nothing else.
@@ -137,7 +140,7 @@ def lay(
         in_samples: lengths in samples, of all units but steps; None where they aren't known yet.
 
     Raises:
-        ValueError: a stage doesn't come after the one before it, or not within the run; a size isn't a whole number of
+        UserError: a stage doesn't come after the one before it, or not within the run; a size isn't a whole number of
             samples; or the batch wouldn't move.
     """
     assert not wanted.for_decay
@@ -146,14 +149,15 @@ def lay(
     if None in [start for start, _ in starts]:
         return None
     if len(starts) > SEGMENTS:
-        raise ValueError(f"batch.schedule={wanted} makes more than {SEGMENTS:,} steps of the batch; use a larger by:…")
+        problem = f"batch.schedule={wanted} makes more than {SEGMENTS:,} steps of the batch"
+        raise UserError(problem, "use a larger by:…", "batch.schedule", wanted)
     segments = (first, *(Segment(start or 0, size, rule) for start, size in starts[1:]))
     _refuse_disorder(wanted, segments, run_samples)
     return segments
 
 
 def _later(first: Segment, rule: Rule) -> Rule:
-    """``rule`` for the segments after ``first``: what was given for the run stays, but lr.peak is of the first."""
+    """Return ``rule`` for the segments after ``first``: parts given for the run stay, but lr.peak is of the first."""
     return replace(rule, fixed=tuple(part for part in first.rule.fixed if part != "lr"))
 
 
@@ -165,7 +169,7 @@ def _starts(
     batch: Callable[[int], int],
     run_samples: int | None,
 ) -> Iterator[tuple[int | None, int]]:
-    """From which sample, how many samples a step."""
+    """Yield from which sample on there are how many samples a step."""
     size = first.global_size
     if wanted.kind == "stages":
         laid: list[tuple[int, int]] = []
@@ -178,9 +182,8 @@ def _starts(
         over, top = in_samples(wanted.over), last if wanted.last is None else batch(wanted.last)
         by = batch(wanted.by) if wanted.by else size
         if top is None or top <= size:
-            raise ValueError(
-                f"batch.schedule={wanted} climbs from {size} to {top} samples: give a larger to:…, or batch.global_size"
-            )
+            problem = f"batch.schedule={wanted} climbs from {size} to {top} samples"
+            raise UserError(problem, "give a larger to:…, or batch.global_size", "batch.schedule", wanted)
         climbs = -(-(top - size) // by)
         for climb in range(min(climbs, SEGMENTS) + 1):
             yield None if over is None else -(-over * climb // max(1, climbs)), min(top, size + climb * by)
@@ -188,9 +191,12 @@ def _starts(
         assert wanted.last is not None
         doublings = int(math.log2(batch(wanted.last) / size))
         if doublings == 0 or size << doublings != batch(wanted.last):
-            raise ValueError(
-                f"batch.schedule={wanted}: doublings of {wanted.first} come to {wanted.first << doublings} and "  # type: ignore[operator]
-                f"{wanted.first << doublings + 1}, and not to {wanted.last}"  # type: ignore[operator]
+            first_size = wanted.first or 0
+            raise UserError(
+                f"batch.schedule={wanted}: doublings of {first_size} don't come to {wanted.last}",
+                f"give to:{first_size << doublings} or to:{first_size << doublings + 1}",
+                "batch.schedule",
+                wanted,
             )
         for doubling in range(doublings + 1):
             start = None if run_samples is None else -(-run_samples * doubling // (doublings + 1))
@@ -198,7 +204,7 @@ def _starts(
 
 
 def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule: Schedule) -> tuple[Segment, ...]:
-    """B × f where the LR's decay would come to η/f: f = 2, or 1/gamma of a decay by steps.
+    """Return segments of B × f where the LR's decay would come to η/f: f = 2, or 1/gamma of a decay by steps.
 
     ``doubling`` holds the LR (Smith et al. 2018, arXiv:1711.00489), ``seesaw`` divides it by √f (for Adam; Meterez et
     al. 2025, arXiv:2510.14717).
@@ -208,15 +214,17 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
         schedule: of the LR, which then holds it until the last of these segments starts.
 
     Raises:
-        ValueError: there is no place, or no larger batch, for even one.
+        UserError: there is no place, or no larger batch, for even one.
     """
     factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
     rule = _later(first, Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"))
     if not first.global_size * factor <= most:
-        raise ValueError(
+        raise UserError(
             f"batch.schedule={wanted}: {counted(first.global_size, 'sample')} × {factor:g} are more than {most:,}, "
-            f"which is {'its to:…' if wanted.last else 'a tenth of the training data'}: give a larger to:…, or a "
-            "smaller batch.global_size"
+            f"which is {'its to:…' if wanted.last else 'a tenth of the training data'}",
+            "give a larger to:…, or a smaller batch.global_size",
+            "batch.schedule",
+            wanted,
         )
     segments = [first]
     for growth in count(1):
@@ -227,9 +235,12 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
             segments.pop()
         segments.append(Segment(start, round(size), rule))
     if len(segments) == 1:
-        raise ValueError(
+        raise UserError(
             f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} "
-            f"with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak: choose another lr.decay"
+            f"with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak",
+            "choose another lr.decay",
+            "lr.decay",
+            schedule.decay,
         )
     return tuple(segments)
 
@@ -237,10 +248,14 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
 def _refuse_disorder(wanted: BatchSchedule, segments: Sequence[Segment], run_samples: int | None) -> None:
     starts = [segment.start_sample for segment in segments]
     if starts != sorted(set(starts)):
-        raise ValueError(f"batch.schedule={wanted}: its stages have to come one after another; they start at {starts}")
+        problem = f"batch.schedule={wanted}: its stages start at {starts}"
+        raise UserError(problem, "they have to come one after another", "batch.schedule", wanted)
     if run_samples is not None and starts[-1] >= run_samples:
-        raise ValueError(
-            f"batch.schedule={wanted}: its last stage starts at sample {starts[-1]:,}, and the run has {run_samples:,}"
+        raise UserError(
+            f"batch.schedule={wanted}: its last stage starts at sample {starts[-1]:,}, and the run has {run_samples:,}",
+            "let it start earlier, or give a longer duration",
+            "batch.schedule",
+            wanted,
         )
 
 
@@ -249,7 +264,7 @@ def _options(kind: str, words: Sequence[str], known: Sequence[str]) -> dict[str,
     for word in words:
         name, colon, value = word.partition(":")
         if not colon or name not in known or name in options:
-            raise ValueError(f"{word} is nothing that {kind} takes once, which is {', '.join(f'{k}:…' for k in known)}")
+            raise UserError(f"{word} is nothing that {kind} takes once, which is {', '.join(f'{k}:…' for k in known)}")
         options[name] = value
     return options
 
@@ -257,18 +272,18 @@ def _options(kind: str, words: Sequence[str], known: Sequence[str]) -> dict[str,
 def _hold(options: dict[str, str]) -> bool:
     wanted = options.get("lr", "rule")
     if wanted not in ("rule", "hold"):
-        raise ValueError(f"lr:{wanted} can't be: lr:rule moves the LR by lr.rule, lr:hold keeps it")
+        raise UserError(f"lr:{wanted} can't be: lr:rule moves the LR by lr.rule, lr:hold keeps it")
     return wanted == "hold"
 
 
 def _duration(text: str) -> Duration:
     duration = Duration.parse(text)
     if duration.unit == "min":
-        raise ValueError(f"{text} is in minutes; use sa, ep, st, tok or %")
+        raise UserError(f"{text} is in minutes; use sa, ep, st, tok or %")
     return duration
 
 
 def _size(word: str, text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise ValueError(f"{word} has no size, a whole number of 1 or more")
+        raise UserError(f"{word} has no size, a whole number of 1 or more")
     return int(text)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 
+from isobatch.scaling.errors import UserError
+
 TOGETHER = "which have to stay together (batchnorm.ghost_size)"
 
 
@@ -120,7 +122,7 @@ def solve(
     even: bool = False,
     bitwise: bool = False,
 ) -> Cut:
-    """Solve whatever isn't given of global batch = per-GPU batch × world size × accumulation.
+    """Solve the sizes that aren't given of global batch = per-GPU batch × world size × accumulation.
 
     With ``global_size`` and ``per_gpu``: accumulation = ⌈granules / (world × ⌊per_gpu / granule⌋)⌉. Without
     ``per_gpu``: per_gpu = ⌈granules / (world × accumulation)⌉ granules, accumulation 1 unless given. Without
@@ -132,20 +134,23 @@ def solve(
         bitwise: ``pieces`` follows from the global and the per-GPU batch alone: ⌈granules / ⌊per_gpu / granule⌋⌉.
 
     Raises:
-        ValueError: a size below 1, three sizes that contradict each other, a granule that doesn't fit, no ``per_gpu``
-            under ``bitwise``, or an uneven cut under ``even``; with the nearest sizes that would do.
+        UserError: three sizes that contradict each other, a granule that doesn't fit, no ``per_gpu`` under
+            ``bitwise``, or an uneven cut under ``even``; with the nearest sizes that would do.
+        ValueError: a size below 1, or too few sizes.
     """
     sizes = {"batch.global_size": global_size, "batch.per_gpu": per_gpu, "batch.accumulation": accumulation}
     for name, size in {**sizes, "the world size": world}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
     if bitwise and per_gpu is None:
-        raise ValueError(
-            "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes: give batch.per_gpu, "
-            "which is then part of what the run is"
+        raise UserError(
+            "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes",
+            "give batch.per_gpu, which is then part of what the run is",
+            "batch.per_gpu",
         )
     if per_gpu is not None and per_gpu < granule:
-        raise ValueError(f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}; use {granule}")
+        problem = f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}"
+        raise UserError(problem, f"use {granule}", "batch.per_gpu", per_gpu)
     if global_size is None:
         if per_gpu is None:
             raise ValueError("of batch.global_size and batch.per_gpu at least one has to be given")
@@ -153,16 +158,15 @@ def solve(
     granules, rest = divmod(global_size, granule)
     if rest:
         near = [count * granule for count in (granules, granules + 1) if count]
-        raise ValueError(
-            f"a global batch of {global_size} isn't a multiple of {granule}, {TOGETHER}; nearest: {_or(near)}"
-        )
+        problem = f"a global batch of {global_size} isn't a multiple of {granule}, {TOGETHER}"
+        raise UserError(problem, f"nearest: {_or(near)}", "batch.global_size", global_size)
     passes = _passes(world, granules, per_gpu and per_gpu // granule, accumulation)
     pieces = _ceil(granules, per_gpu // granule) if bitwise and per_gpu else None
     cut = Cut(global_size, per_gpu or _ceil(granules, world * passes) * granule, world, passes, granule, pieces)
     if accumulation not in (None, passes):
-        raise ValueError(_contradiction(cut, accumulation, even))
+        raise _contradiction(cut, accumulation, even)
     if even and not cut.even:
-        raise ValueError(_uneven(cut, per_gpu, accumulation))
+        raise _uneven(cut, per_gpu, accumulation)
     return cut
 
 
@@ -194,8 +198,8 @@ def _divisors(number: int) -> set[int]:
     return {*small, *(number // divisor for divisor in small)}
 
 
-def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
-    """``cut`` is what the two sizes ask for without ``accumulation``."""
+def _contradiction(cut: Cut, accumulation: int, even: bool) -> UserError:
+    """Name what would work in place of three sizes of which the two other than ``accumulation`` ask for ``cut``."""
     world, granule = cut.world, cut.granule
     granules, most = cut.global_size // granule, cut.per_gpu // granule
     smaller, larger = _ceil(granules, world * accumulation), most * world * accumulation
@@ -205,14 +209,18 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> str:
         f"batch.global_size={larger * granule}": (larger, most, accumulation),
     }
     fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even, cut.pieces is not None)]
-    return (
+    return UserError(
         f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation} "
         f"contradict each other: on {counted(world, 'rank')} the first two take "
-        f"{counted(cut.accumulation, 'pass', 'passes')}. Leave one of the three out, or change one: {_or(fits)}"
+        f"{counted(cut.accumulation, 'pass', 'passes')}",
+        f"leave one of the three out, or change one: {_or(fits)}",
+        "batch.accumulation",
+        accumulation,
     )
 
 
-def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> str:
+def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> UserError:
+    """Name the nearest even sizes."""
     granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
     ranks = counted(cut.world, "rank")
     asked = (granules, most, accumulation, True, cut.pieces is not None)
@@ -220,10 +228,13 @@ def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> str:
     above = bisect(worlds, cut.world)
     near = worlds[max(0, above - 1) : above + 1]
     parts = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
-    return (
+    return UserError(
         f"batch.even=true, but batch.global_size={cut.global_size} on {ranks} × accumulation {cut.accumulation} gives "
-        f"unequal micro-batches ({parts}); nearest even global batches on {ranks}: "
-        f"{_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes for {cut.global_size}: {_or(near)}"
+        f"unequal micro-batches ({parts})",
+        f"nearest even global batches on {ranks}: {_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes "
+        f"for {cut.global_size}: {_or(near)}",
+        "batch.even",
+        True,
     )
 
 

@@ -1,55 +1,20 @@
-"""The plan: what every step of a run is, before anything has started. Frozen, torch-free, JSON both ways."""
+"""The plan: every step of a run, known before anything has started. Frozen, torch-free, JSON both ways."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Len
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted, solve
-from isobatch.scaling.limits import Count, Identity, Seed, Size, Text
-from isobatch.scaling.planning.capabilities import WHOLE, Held
-from isobatch.scaling.rules import OutOfRange, Recipe, Rule
+from isobatch.scaling.limits import Identity, Seed, Size, Text
+from isobatch.scaling.rules import OutOfRange, Recipe
 from isobatch.scaling.schedule import Schedule
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of the run with one global batch.
-
-    It starts at the first step boundary at or after ``start_sample``. ``rule`` carries to ``global_size`` samples what
-    the recipe is at the first segment's batch; in the first segment, the plan's base recipe.
-    """
-
-    start_sample: Count
-    global_size: Size
-    rule: Rule
-
-
-def boundaries(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """First sample and first step of segments (start, global batch): each from the step boundary that its start allows.
-
-    One that a step of those before it leaps over has no step: the next one begins where it would.
-    """
-    found = [(0, 0)]
-    for (_, size), (wanted, _) in pairwise(segments):
-        start, step = found[-1]
-        steps = max(0, -(-(wanted - start) // size))
-        found.append((start + steps * size, step + steps))
-    return found
-
-
-def samples_after(steps: int, segments: Sequence[tuple[int, int]]) -> int:
-    """Samples seen after ``steps`` steps of segments (start, global batch)."""
-    found = boundaries(segments)
-    index = bisect_right(found, steps, key=lambda place: place[1]) - 1
-    start, first_step = found[index]
-    return start + (steps - first_step) * segments[index][1]
+from isobatch.scaling.segments import Segment, boundaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +42,35 @@ class Choice:
 
 Source = Literal["peak", "given", "paired", "moved", "tuned", "adapted", "usual"]
 
-BASE_SOURCES: dict[Source, str] = {
-    "peak": "lr.peak, given outright",
-    "given": "given (lr.base)",
-    "paired": "given (lr.base), at the batch of the task's or the optimizer's own (lr.base_batch names another)",
-    "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
-    "tuned": "tuned for this task and optimizer",
-    "adapted": "tuned for this task and optimizer, with another model, data or arguments",
-    "usual": "a usual starting point of the optimizer, not tuned for this task",
-}
+
+@dataclass(frozen=True, slots=True)
+class EnginePlacement:
+    """Name where an engine keeps a run's tensors.
+
+    Attributes:
+        stage: of DeepSpeed's ZeRO.
+        shards: tensors that are split, one part per rank; each rank holds all others whole.
+        offloads: tensors in the host's memory.
+    """
+
+    name: Text
+    stage: int | None = None
+    shards: tuple[Text, ...] = ()
+    offloads: tuple[Text, ...] = ()
 
 
-TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # how scale_weight_decay is written
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Hold what a run does every so many samples; None: never, by the clock, or not known before the data is opened."""
+
+    log: Size | None
+    evaluate: Size | None
+    save: Size | None
+    noise: Size | None
 
 
 class Stage(NamedTuple):
-    """A segment as it runs: from which sample and step, with which cut and peak recipe."""
+    """A segment as it runs: its first sample and step, its cut and its peak recipe."""
 
     start: int
     first_step: int
@@ -102,26 +80,27 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run by its global batch.
+    """Describe a run by its global batch.
 
-    The types state the range of each field; ``record.from_json`` checks them when a stored plan is read. What fields
-    have to be to each other is checked here.
+    The types state the range of each field; ``plan_json.from_json`` checks them when a stored plan is read. How fields
+    have to fit each other is checked here.
 
     Attributes:
         segments: at least one, by rising ``start_sample``, the first at 0.
         world: data-parallel ranks. ``per_gpu`` and ``accumulation`` are as asked (None: solved by ``Cut``).
         granule: samples that stay together in one micro-batch.
-        even: uneven cuts are refused.
+        even: uneven cuts are rejected.
         samples: what ``duration`` asks for; None until the data is opened. The last step is whole, see ``added``.
         train_samples: samples of one epoch, None until the data is opened.
         units_per_sample: tokens per sample; None where the unit is the sample. ``unit`` is how sizes are printed.
         base, base_batch: the recipe, and the global batch it is for, from which the rules start.
-        base_source: where they come from, a key of BASE_SOURCES. ``peak``: lr.peak was given outright, and is the LR
-            of the base; the batch is then the first segment's, unless the rule moves more than the LR.
+        base_source: where they come from. ``peak``: lr.peak was given outright, and is the LR of the base; the batch
+            is then the first segment's, unless the rule moves more than the LR.
         schedule: of the LR over samples; None until ``samples`` is known.
         sync: BatchNorm takes its statistics from one pass of all ranks.
         numerics: bitwise: each step is cut by ``per_gpu`` alone, the same on any world.
-        engine: how it holds the run's tensors; of today's hardware, as ``world`` is.
+        engine: where it keeps the run's tensors; follows today's hardware, as ``world`` does.
+        intervals: of today's command, and no part of what the run is: plans that differ in them are equal.
     """
 
     segments: Annotated[tuple[Segment, ...], Len(1)]
@@ -145,7 +124,8 @@ class Plan:
     identity: Identity
     sync: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
-    engine: Held = WHOLE
+    engine: EnginePlacement = EnginePlacement("ddp")
+    intervals: Intervals = field(default=Intervals(None, None, None, None), compare=False)
 
     def __post_init__(self) -> None:
         starts = [segment.start_sample for segment in self.segments]
@@ -161,15 +141,18 @@ class Plan:
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         if self.numerics == "bitwise" and self.sync:
-            raise ValueError(
+            raise UserError(
                 "numerics=bitwise doesn't go with batchnorm.mode=sync, whose statistics are of one pass of all ranks, "
-                "however many: use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same"
+                "however many",
+                "use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same",
+                "batchnorm.mode",
+                "sync",
             )
         self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The segments as they run: one after another, each from the first step boundary that its start allows."""
+        """Return the segments as they run: each from the first step boundary that its start allows."""
         stages: list[Stage] = []
         begins = boundaries([(segment.start_sample, segment.global_size) for segment in self.segments])
         for segment, (start, first_step) in zip(self.segments, begins, strict=True):
@@ -192,10 +175,12 @@ class Plan:
 
     def _refuse_empty_passes(self, cut: Cut) -> None:
         if self.sync and not cut.micro_batches[-1][0]:
-            raise ValueError(
+            raise UserError(
                 f"batchnorm.mode=sync wants a sample on every rank in every pass, and {self.size(cut.global_size)} a "
-                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}: use a larger "
-                "batch.global_size, fewer of both, or batchnorm.mode=ghost"
+                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}",
+                "use a larger batch.global_size, fewer of both, or batchnorm.mode=ghost",
+                "batchnorm.mode",
+                "sync",
             )
 
     def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
@@ -204,17 +189,20 @@ class Plan:
             return segment.rule.apply(recipe, batch, segment.global_size)
         except OutOfRange as error:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
-            raise ValueError(
-                f"a global batch of {self.size(segment.global_size)}: {error}; the largest at which it holds is "
-                f"{self.size(error.largest)}: use {use}, lr.rule=sqrt, or give optimizer.betas for this batch"
+            raise UserError(
+                f"a global batch of {self.size(segment.global_size)}: {error}",
+                f"the largest at which it holds is {self.size(error.largest)}: use {use}, lr.rule=sqrt, or give "
+                "optimizer.betas for this batch",
+                "lr.rule",
+                segment.rule.name,
             ) from None
 
     def stage_at(self, sample: int) -> Stage:
-        """The stage that ``sample`` is in."""
+        """Return the stage that ``sample`` is in."""
         return self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.start) - 1]
 
     def step_at(self, sample: int) -> Step | None:
-        """The step that starts at ``sample``; None where the run is over. O(log segments).
+        """Return the step that starts at ``sample``; None where the run is over. O(log segments).
 
         Raises:
             AssertionError: ``sample`` lies inside a step, or the plan isn't complete yet.
@@ -247,7 +235,7 @@ class Plan:
         return self.stages[0].peak
 
     def temperature(self, stage: Stage) -> float | None:
-        """SGD's noise ηN/(B(1−m)) at a stage's peak, N being the samples of an epoch; None for other optimizers.
+        """Return SGD's noise ηN/(B(1−m)) at a stage's peak, N being the samples of an epoch; None for other optimizers.
 
         What a rule for SGD holds constant (Smith & Le 2018, arXiv:1710.06451), so two plans can be compared by it.
         """
@@ -277,65 +265,23 @@ class Plan:
         return self.samples / self.train_samples if self.samples is not None and self.train_samples else None
 
     def extend(self, segment: Segment) -> Plan:
-        """The same plan with another segment after its last one.
+        """Return the plan with another segment after its last one.
 
         Raises:
-            ValueError: it doesn't start after the last one, or its batch can't be dealt.
+            ValueError: it doesn't start after the last one.
+            UserError: its batch can't be dealt.
         """
         return replace(self, segments=(*self.segments, segment))
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
-        """The same run on other hardware: nothing of a step changes but its cut, and of a bitwise one only its deal."""
+        """Return the plan on other hardware: only the cut of a step changes, and of a bitwise one only its deal."""
         assert self.numerics == "fast" or per_gpu == self.per_gpu, "batch.per_gpu is science here"
         return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
 
     def sized(self, samples: int) -> int:
-        """A size in ``unit``, as it is given and printed."""
+        """Return a size in ``unit``, as it is given and printed."""
         return samples * (self.units_per_sample or 1) if self.unit == "tokens" else samples
 
     def size(self, samples: int) -> str:
-        """The same with its unit: ``1,024 samples``, ``1 token``."""
+        """Return a size with its unit: ``1,024 samples``, ``1 token``."""
         return counted(self.sized(samples), self.unit.removesuffix("s"))
-
-    @property
-    def lr_why(self) -> str:
-        """The derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
-        rule = self.segments[0].rule
-        if self.base_source == "peak":
-            of = " for the first stage" if len(self.segments) > 1 else ""
-            return f"peak {self.peak.lr:.6g} ({BASE_SOURCES['peak']}{of})"
-        after, before = self.sized(self.cut.global_size), self.sized(self.base_batch)
-        noise = (rule.noise_scale or 0) * (self.sized(1))
-        numbers = {"ratio": f"{after}/{before}", "after": after, "before": before, "noise": f"{noise:g}"}
-        factor = rule.law.factor.format(**numbers, power=rule.power or 0)
-        derived = f"peak {self.peak.lr:.6g} = {self.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
-        return f"{derived}; base LR: {BASE_SOURCES[self.base_source]}"
-
-    @property
-    def moves(self) -> list[str]:
-        """What the first segment's rule does to the recipe beside its LR: ``β₁ 0.9 → 0.6 (1 − κ(1 − β))``.
-
-        Parts that were given for this batch, and so stay, are named.
-        """
-        rule, said = self.segments[0].rule, []
-        moves = rule.law.moves | ({"weight_decay": TIMESCALE} if rule.scale_weight_decay else {})
-        for part, how in moves.items():
-            pairs = zip(named(self.base, part), named(self.peak, part), strict=True)
-            changed = ", ".join(f"{name} {was:.6g} → {now:.6g}" for (name, was), (_, now) in pairs if was != now)
-            if part in rule.fixed:
-                changed = (
-                    " and ".join(name for name, _ in named(self.peak, part)) + " given for this batch, so not moved"
-                )
-                how = f"lr.rule={rule.name} would"
-            said += [f"{changed} ({how})"] if changed else []
-        if rule.law.stretches_warmup and self.cut.global_size != self.base_batch:
-            said.append(f"warmup × {self.cut.global_size / self.base_batch:.6g} (as much as the batch)")
-        return said
-
-
-def named(recipe: Recipe, part: str) -> list[tuple[str, float]]:
-    """The numbers of a part of a recipe, by the names that people know them by."""
-    value = getattr(recipe, part)
-    if part == "betas":
-        return list(zip(("momentum",) if len(value) == 1 else ("β₁", "β₂"), value, strict=False))
-    return [] if value is None else [({"eps": "ε", "weight_decay": "weight decay"}[part], value)]

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 
 from annotated_types import Len
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import Memory, NotNegative, Number, Positive, Share, Text
 
@@ -39,7 +40,7 @@ class Recipe:
     ema: Share | None = None
 
 
-class OutOfRange(ValueError):
+class OutOfRange(UserError):
     """A rule doesn't hold at this batch; ``largest`` is the largest at which it does, in samples."""
 
     def __init__(self, reason: str, largest: int) -> None:
@@ -100,21 +101,23 @@ class Rule:
             raise ValueError(f"a rule can leave alone each of {', '.join(known)}, not {', '.join(self.fixed)}")
         least, most = self.law.powers or (-math.inf, math.inf)
         if self.power is not None and not least <= self.power <= most:
-            raise ValueError(f"lr.power={self.power:g}: the exponent of lr.rule={self.name} is {least:g} to {most:g}")
+            problem = f"lr.power={self.power:g} is out of range"
+            fix = f"the exponent of lr.rule={self.name} is {least:g} to {most:g}"
+            raise UserError(problem, fix, "lr.power", self.power)
 
     @property
     def law(self) -> Law:
         return LAWS[self.name]
 
     def apply(self, recipe: Recipe, before: int, after: int) -> Recipe:
-        """``recipe``, tuned at a global batch of ``before`` samples, at one of ``after`` samples.
+        """Return ``recipe``, tuned at a global batch of ``before`` samples, carried to one of ``after`` samples.
 
         The EMA's half-life is a number of samples, so its decay per step is ρ^κ under every rule (Busbridge et al.
         2023, arXiv:2307.13813).
 
         Raises:
             OutOfRange: the rule doesn't hold there.
-            ValueError: it isn't for this optimizer, or the LR would be zero or endless.
+            UserError: it isn't for this optimizer, or the LR would be zero or endless.
         """
         if before == after:
             return recipe
@@ -131,14 +134,17 @@ class Rule:
             _refuse_lost_memory(self.name, recipe, carried, move)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
-            raise ValueError(
+            raise UserError(
                 f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at "
-                f"{move.kappa:.4g} × its batch; give lr.peak, the LR at this batch, outright"
+                f"{move.kappa:.4g} × its batch",
+                "give lr.peak, the LR at this batch, outright",
+                "lr.rule",
+                self.name,
             )
         return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
 
     def warmup(self, samples: int, before: int, after: int) -> int:
-        """The warmup at ``after`` samples a step, where it was ``samples`` long at ``before``; both in samples."""
+        """Return the warmup at ``after`` samples a step, where it was ``samples`` samples long at ``before``."""
         return round(samples * after / before) if self.law.stretches_warmup else samples
 
 
@@ -294,7 +300,7 @@ LAWS = {
 
 
 def automatic(family: str | None) -> str:
-    """``lr.rule=auto``: linear for the SGD family, sqrt for all others."""
+    """Return the rule of ``lr.rule=auto``: linear for the SGD family, sqrt for all others."""
     return "linear" if family == "sgd" else "sqrt"
 
 
@@ -307,10 +313,10 @@ def make_rule(
     scale_weight_decay: bool = False,
     fixed: tuple[str, ...] = (),
 ) -> Rule:
-    """The rule ``name``, or the automatic one, with its usual exponent for the optimizer's ``family`` if none is given.
+    """Make the rule ``name``; without an exponent it has the usual one of the optimizer's ``family``.
 
     Raises:
-        ValueError: no such rule, or numbers that don't go with it.
+        UserError: no such rule, or numbers that don't go with it.
     """
     name = automatic(family) if name == "auto" else name
     law = LAWS.get(name)
@@ -319,11 +325,12 @@ def make_rule(
 
 
 def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) -> None:
-    """Raises where a rule would move betas that aren't known, or to below 0."""
+    """Raise UserError where a rule would move betas that aren't known, or to below 0."""
     law = LAWS[name]
     if "betas" in law.moves and len(recipe.betas) < (2 if name == "sde" else 1):
         needs = "two betas, as adamw's and lamb's" if name == "sde" else "betas or a momentum that the plan knows"
-        raise ValueError(f"lr.rule={name} moves {needs}, which this optimizer hasn't: use lr.rule=sqrt or linear")
+        problem = f"lr.rule={name} moves {needs}, which this optimizer doesn't have"
+        raise UserError(problem, "use lr.rule=sqrt or linear", "lr.rule", name)
     if name != "sde" or all(beta > 0 or was == 0 for beta, was in zip(carried.betas, recipe.betas, strict=True)):
         return
     shortest = min(beta for beta in recipe.betas if beta)
@@ -335,5 +342,5 @@ def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) 
 
 
 def _exact(beta: float) -> Fraction:
-    """A float as it was written: 10 × (1 − 0.9) is 1, and not a hair below."""
+    """Return a float as it was written: 10 × (1 − 0.9) is 1, and not a hair below."""
     return Fraction(repr(beta))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import Count, NotNegative, Positive, Share, Size, Text
 
 LARGEST_POWER = 30  # of ten, by which milestones may multiply the LR
@@ -45,31 +46,37 @@ class Schedule:
         if self.decay not in DECAYS:
             raise ValueError(f"lr.decay={self.decay}: known decays are {', '.join(DECAYS)}")
         if self.warmup_samples > self.samples:
-            raise ValueError(
-                f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}; "
-                "shorten it, or say it in % of the run"
+            raise UserError(
+                f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}",
+                "shorten it, or say it in % of the run",
+                "lr.warmup",
             )
         if self.decay == "wsd" and self.warmup_samples + self.cooldown_samples > self.samples:
-            raise ValueError(
+            raise UserError(
                 f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples}) are longer "
-                f"together than the run ({self.samples})"
+                f"together than the run ({self.samples})",
+                "shorten one of them",
+                "lr.cooldown",
             )
         if any(later < earlier for earlier, later in pairwise((self.warmup_samples, *self.milestones))):
-            raise ValueError(
-                f"lr.milestones have to rise, and not to come within lr.warmup ({self.warmup_samples} samples); they "
-                f"are at samples {list(self.milestones)}"
+            raise UserError(
+                f"lr.milestones are at samples {list(self.milestones)}",
+                f"they have to rise, and not to come within lr.warmup ({self.warmup_samples} samples)",
+                "lr.milestones",
             )
-
         if self.held_until > self.samples:
             raise ValueError(f"the LR is held until sample {self.held_until}, and the run has {self.samples}")
         if self.decay == "step" and len(self.milestones) * math.log10(self.gamma) > LARGEST_POWER:
-            raise ValueError(
+            raise UserError(
                 f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones multiplies the LR by more than "
-                f"1e{LARGEST_POWER}: use a smaller lr.gamma"
+                f"1e{LARGEST_POWER}",
+                "use a smaller lr.gamma",
+                "lr.gamma",
+                self.gamma,
             )
 
     def lr(self, sample: int, peak: float) -> float:
-        """LR at ``sample`` of a run whose peak LR is ``peak``."""
+        """Return the LR at ``sample`` of a run whose peak LR is ``peak``."""
         if sample < self.warmup_samples:
             return self.warmup_from + (peak - self.warmup_from) * sample / self.warmup_samples
         if sample < self.held_until:
@@ -77,20 +84,20 @@ class Schedule:
         return peak * self.decayed(sample) / (self.decayed(self.held_until) if self.held_until else 1.0)
 
     def decayed(self, sample: int) -> float:
-        """What the decay leaves of the peak at ``sample``, the warmup being over."""
+        """Return the share of the peak that the decay leaves at ``sample``, the warmup being over."""
         return DECAYS[self.decay](self, sample)
 
     def falls_to(self, share: float) -> int | None:
-        """The first sample after the warmup at which at most ``share`` of the peak is left, if there is one."""
+        """Return the first sample after the warmup at which at most ``share`` of the peak is left, if there is one."""
         there = bisect_left(range(self.samples), True, self.warmup_samples, key=lambda s: self.decayed(s) <= share)
         return there if there < self.samples else None
 
     def _falling(self, sample: int, start: int) -> float:
-        """Progress in [0, 1] of a fall that starts at ``start`` and ends with the run."""
+        """Return the progress in [0, 1] of a fall that starts at ``start`` and ends with the run."""
         return min(1.0, max(0.0, (sample - start) / max(1, self.samples - start)))
 
     def _between(self, remaining: float) -> float:
-        """``final`` where nothing remains, 1 where all does."""
+        """Return ``final`` where nothing remains, 1 where all does."""
         return self.final + (1 - self.final) * remaining
 
 

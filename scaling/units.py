@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
 
 Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
@@ -27,7 +28,7 @@ _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A non-negative length of training: a number and its unit. Minutes are the one that isn't a number of samples.
+    """A non-negative length of training: a number and its unit. All units but minutes stand for a number of samples.
 
     >>> Duration.parse("10ep"), str(Duration.parse("1e6sa"))
     (Duration(value=10.0, unit='ep'), '1000000sa')
@@ -41,23 +42,25 @@ class Duration:
         """Read ``"10ep"``; a bare 0 needs no unit.
 
         Raises:
-            ValueError: no number, no unit, an unknown unit, a negative or an endless number.
+            UserError: no number, no unit, an unknown unit, a negative or an endless number.
         """
         match = _NUMBER_THEN_UNIT.fullmatch(str(text)) if isinstance(text, str | int | float) else None
         shown = f"{text!r:.100}"
         if match is None or isinstance(text, bool):
-            raise ValueError(f"{shown} is not a duration; write a number and its unit: {EXAMPLES}")
+            raise UserError(f"{shown} is not a duration", f"write a number and its unit: {EXAMPLES}", value=text)
         value, unit = float(match[1]), match[2].lower()
         if not 0 <= value <= LARGEST:
-            raise ValueError(
-                f"{shown} is not a duration: the number has to be 0 or more, and finite: at most {LARGEST:.0e}"
+            raise UserError(
+                f"{shown} is not a duration",
+                f"the number has to be finite, 0 or more, and at most {LARGEST:.0e}",
+                value=text,
             )
         if not unit and value == 0:
             unit = "sa"
         if not unit:
-            raise ValueError(f"{shown} has no unit; write {match[1]:.100} with one of: {EXAMPLES}")
+            raise UserError(f"{shown} has no unit", f"write {match[1]:.100} with one of: {EXAMPLES}", value=text)
         if unit not in MEANING:
-            raise ValueError(f"{shown} has the unknown unit {unit!r:.20}; known are: {EXAMPLES}")
+            raise UserError(f"{shown} has the unknown unit {unit!r:.20}", f"known are: {EXAMPLES}", value=text)
         return cls(value, unit)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -71,7 +74,7 @@ class Duration:
         units_per_sample: int | None = None,
         run_samples: int | None = None,
     ) -> int | None:
-        """This duration in samples, rounded up to a whole one.
+        """Return this duration in samples, rounded up to a whole one.
 
         Args:
             global_size: samples per optimizer step, for ``st``.
@@ -82,13 +85,9 @@ class Duration:
         Returns:
             The samples, or None where they follow from a number that isn't known yet (``ep`` and ``%`` before the
             data is opened).
-
-        Raises:
-            ValueError: tokens of a task whose samples have no fixed number of tokens.
         """
         assert self.unit != "min", "minutes aren't a number of samples"
-        if self.unit == "tok" and units_per_sample is None:
-            raise ValueError(f"{self} counts tokens, but this task has no fixed units_per_sample; use ep, st or sa")
+        assert self.unit != "tok" or units_per_sample, "tokens need a fixed number of them per sample"
         share = {"sa": 1, "st": global_size, "ep": train_samples, "%": run_samples, "tok": units_per_sample}[self.unit]
         if share is None:
             return None

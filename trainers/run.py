@@ -19,7 +19,6 @@ from isobatch.scaling.planning.evaluations import evaluation_batch
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.table import table
-from isobatch.scaling.units import Duration
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import pass_over
 from isobatch.trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
@@ -215,6 +214,7 @@ def _train(
     for reason in dependent_on_cut(model):
         stream.tell(reason)
     say_looked(ours, looked, stream)
+    intervals = state.plan.intervals
     try:
         done = fit(
             state,
@@ -228,12 +228,12 @@ def _train(
             watch,
             clip_norm=config.clip_norm,
             skip_nonfinite=config.on_nonfinite == "skip" or config.precision == "fp16",  # its engine says when to end
-            log_every=in_samples(config.log.every, state.plan),
+            log_every=intervals.log or 1,
             evaluate=with_average(evaluate, engine.average, engine.eval_weights),
-            evaluate_every=in_samples(config.evaluate.every, state.plan) if config.evaluate.every else None,
+            evaluate_every=intervals.evaluate,
             evaluate_last=config.evaluate.last,
-            save_every=in_samples(every, state.plan) if every and every.unit != "min" else None,
-            noise_every=in_samples(config.noise.every, state.plan) if config.noise.every else None,
+            save_every=intervals.save,
+            noise_every=intervals.noise,
             must_save=config.checkpoint.on_error == "stop",
             complain=complain,
         )
@@ -289,20 +289,17 @@ def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -
 
 
 def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: int | None = None) -> Plan:
-    """``resolve``, whose refusals are the user's to hear.
+    """Return the run's plan on ``world`` ranks.
 
     Args:
         per_gpu_limit: the most samples at once, where memory asks for fewer than the config. It may be of an
             evaluation, and then below what a micro-batch can be.
     """
-    try:
-        plan = resolve(config, world, train_samples)
-        most = max(per_gpu_limit, plan.granule) if per_gpu_limit else None
-        if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
-            return plan.dealt(world, most)
-        return plan
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    plan = resolve(config, world, train_samples)
+    most = max(per_gpu_limit, plan.granule) if per_gpu_limit else None
+    if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
+        return plan.dealt(world, most)
+    return plan
 
 
 def say_where(
@@ -332,17 +329,6 @@ def count_samples(config: RunConfig) -> int:
     task = make_task(config)
     prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
     return len(open_data(task, config))
-
-
-def in_samples(every: Duration, plan: Plan) -> int:
-    """An interval of the config in samples, at least 1."""
-    samples = every.samples(
-        global_size=plan.cut.global_size,
-        train_samples=plan.train_samples,
-        units_per_sample=plan.units_per_sample,
-        run_samples=plan.samples,
-    )
-    return max(1, samples or 1)
 
 
 def stop_cause(stop: Stop, world: World) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted, nearest_even
-
-if TYPE_CHECKING:
-    from isobatch.scaling.plan import Plan
+from isobatch.scaling.plan import Plan
 
 # The usual global batch by the task's family, (least, most, unit): what people start from.
 USUAL = {
@@ -31,9 +29,10 @@ SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which
 
 
 def check_family(family: str | None) -> None:
-    """Raises ValueError for a family that isn't known."""
+    """Raise UserError for a family that isn't known."""
     if family is not None and family not in USUAL:
-        raise ValueError(f"task.family={family}: known families are {', '.join(USUAL)}; null says nothing")
+        known = f"known families are {', '.join(USUAL)}; null says nothing"
+        raise UserError(f"task.family={family} isn't known", known, "task.family", family)
 
 
 def warnings(plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from isobatch.scaling.reading import Unreadable, read_yaml
 
 
 def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
-    """The optimizer for ``config``, whose own may be any.
+    """Choose the optimizer for ``config``, whose own may be any.
 
     Args:
         roots: where YAML is looked for.
@@ -25,25 +25,29 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
             has a base LR.
     """
     if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
-        raise UserError(f"{given[0]} is of one optimizer, and optimizer=auto of several: name the one that it is for")
+        raise UserError(
+            f"{given[0]} is of one optimizer, and optimizer=auto of several",
+            "name the one that it is for",
+            "optimizer",
+            "auto",
+        )
     if config.batch.global_size == "all" and config.task.train_samples is None:
         raise UserError(
-            "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is: state "
-            "task.train_samples=N, or name an optimizer"
+            "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is",
+            "state task.train_samples=N, or name an optimizer",
+            "optimizer",
+            "auto",
         )
     # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
     neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
     lr = config.lr.model_copy(update={**neutral, "warmup_from": None})
-    try:
-        plan = resolve(config.model_copy(update={"lr": lr}), world_size(config))
-        batch = max(stage.cut.global_size for stage in plan.stages)
-        return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    plan = resolve(config.model_copy(update={"lr": lr}), world_size(config))
+    batch = max(stage.cut.global_size for stage in plan.stages)
+    return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
 
 
 def _with_usual(roots: Sequence[Path]) -> set[str]:
-    """Optimizers of the table whose YAML has a usual LR."""
+    """Return the optimizers of the table whose YAML has a usual LR."""
     names = {name for rows in TABLE.values() for row in rows for name in row}
     files = [root / "optimizer" / f"{name}.yaml" for name in names for root in roots]
     return {file.stem for file in files if file.is_file() and _has_usual(file)}

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-from isobatch.scaling.plan import Segment, Source
+from isobatch.conf.schema import RunConfig, Tuned
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Source
 from isobatch.scaling.planning.sizes import in_samples
 from isobatch.scaling.rules import PARTS, Recipe, Rule, make_rule
+from isobatch.scaling.segments import Segment
 
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Hold the recipe that the rules start from.
+
+    Attributes:
+        batch: its global batch in samples.
+        tuned_lr: the LR that a warmup may start at.
+    """
+
+    recipe: Recipe
+    batch: int
+    source: Source
+    tuned_lr: float | None
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """``lr.rule``, and what of the recipe it leaves alone, as it was given for this batch."""
+    """Return ``lr.rule``, with the parts of the recipe that it leaves alone, as they were given for this batch."""
     lr, decay = config.lr, "optimizer.weight_decay"
     keys = {"betas": ("optimizer.betas", "optimizer.momentum"), "eps": ("optimizer.eps",), "weight_decay": (decay,)}
     fixed = tuple(part for part, names in keys.items() if set(names) & set(config.given))
     if lr.peak is not None:
         fixed += ("lr",)
         if lr.scale_weight_decay:
-            raise ValueError(
-                "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of"
+            raise UserError(
+                "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of",
+                "leave out one of the two",
+                "lr.scale_weight_decay",
+                True,
             )
     if lr.scale_weight_decay and (decay in config.given or config.optimizer.weight_decay is None):
         what = (
             f"given for this batch ({decay}={config.optimizer.weight_decay:g})" if decay in config.given else "unknown"
         )
-        raise ValueError(
-            f"lr.scale_weight_decay=true moves the weight decay from the batch of the tuning to this one, and it is "
-            f"{what}: leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay"
+        raise UserError(
+            "lr.scale_weight_decay=true moves the weight decay from the batch of the tuning to this one, and it is "
+            + what,
+            f"leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay",
+            "lr.scale_weight_decay",
+            True,
         )
     return make_rule(
         lr.rule,
@@ -42,8 +62,8 @@ def rule_of(config: RunConfig) -> Rule:
     )
 
 
-def base_of(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, float | None]:
-    """The recipe the rules start from, its batch in samples, its source, and the base LR that warmup may start at.
+def base_of(config: RunConfig, segment: Segment) -> Base:
+    """Return the recipe that the rules start from.
 
     Strongest first: lr.base (command line or experiment), the task's ``tuned``, the optimizer's ``usual``.
     """
@@ -56,33 +76,58 @@ def base_of(config: RunConfig, segment: Segment) -> tuple[Recipe, int, Source, f
         batch = in_samples(config, "lr.base_batch=", lr.base_batch)
     recipe = Recipe(base or 0.0, optimizer.memory, optimizer.epsilon, optimizer.weight_decay)
     if tuned:
-        if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
-            raise ValueError(
-                f"task.tuned.{optimizer.name}.betas={list(tuned.betas)}: {optimizer.name} has {len(optimizer.memory)}, "
-                f"as {list(optimizer.memory)}"
-            )
-        if tuned.eps is not None and optimizer.epsilon is None:
-            raise ValueError(f"task.tuned.{optimizer.name}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}")
+        _check_tuned(config, tuned)
         said = {name: getattr(tuned, name) for name in PARTS if name not in segment.rule.fixed}
         recipe = replace(recipe, **{name: value for name, value in said.items() if value is not None})
     if lr.peak is not None:
-        law = segment.rule.law
-        if (law.moves or law.stretches_warmup) and batch is None:
-            raise ValueError(
-                f"lr.rule={segment.rule.name} moves more than the LR, which lr.peak={lr.peak:g} gives, and doesn't "
-                "know from which batch: give lr.base_batch, that of the tuning, or lr.rule=none"
-            )
-        tuned_at = batch if batch and (law.moves or law.stretches_warmup) else segment.global_size
         # Nobody chose the optimizer's usual LR for this run: a warmup to a given peak doesn't start there.
-        return replace(recipe, lr=lr.peak), tuned_at, "peak", lr.base or (tuned.lr if tuned else None)
+        tuned_lr = lr.base or (tuned.lr if tuned else None)
+        return Base(replace(recipe, lr=lr.peak), _batch_of_peak(lr.peak, batch, segment), "peak", tuned_lr)
     if base is None or batch is None:
         missing = "lr.base" if base is None else "lr.base_batch"
-        raise ValueError(
-            f"no {missing} for optimizer={optimizer.name} with task {config.task.name}: give lr.base and lr.base_batch "
-            "(the LR and the global batch it was tuned at), or lr.peak outright"
+        raise UserError(
+            f"no {missing} for optimizer={optimizer.name} with task {config.task.name}",
+            "give lr.base and lr.base_batch (the LR and the global batch it was tuned at), or lr.peak outright",
+            missing,
         )
     if lr.base is not None:
-        return recipe, batch, "given" if lr.base_batch is not None else "paired", base
+        return Base(recipe, batch, "given" if lr.base_batch is not None else "paired", base)
     of_another = any(key.startswith(("model.", "data._target_", "data.args", "task.args")) for key in config.given)
     there: Source = "usual" if not tuned else "adapted" if of_another else "tuned"
-    return recipe, batch, "moved" if lr.base_batch is not None else there, base
+    return Base(recipe, batch, "moved" if lr.base_batch is not None else there, base)
+
+
+def _check_tuned(config: RunConfig, tuned: Tuned) -> None:
+    """Reject a tuned recipe with betas or an ε that the optimizer doesn't have."""
+    optimizer = config.optimizer
+    key = f"task.tuned.{optimizer.name}"
+    if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
+        raise UserError(
+            f"{key}.betas={list(tuned.betas)}",
+            f"{optimizer.name} has {len(optimizer.memory)}, as {list(optimizer.memory)}",
+            f"{key}.betas",
+            tuned.betas,
+        )
+    if tuned.eps is not None and optimizer.epsilon is None:
+        problem = f"{key}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}"
+        raise UserError(problem, "leave it out", f"{key}.eps", tuned.eps)
+
+
+def _batch_of_peak(peak: float, batch: int | None, segment: Segment) -> int:
+    """Return the batch from which the rule moves what ``lr.peak`` doesn't give; the segment's own where it's only that.
+
+    Args:
+        batch: of the tuning; None: not known.
+    """
+    law = segment.rule.law
+    if not (law.moves or law.stretches_warmup):
+        return segment.global_size
+    if batch is None:
+        raise UserError(
+            f"lr.rule={segment.rule.name} moves more than the LR, which lr.peak={peak:g} gives, and doesn't know from "
+            "which batch",
+            "give lr.base_batch, that of the tuning, or lr.rule=none",
+            "lr.rule",
+            segment.rule.name,
+        )
+    return batch

@@ -1,19 +1,18 @@
-"""What each engine shards, and what it can't have: data, asked before any worker starts.
+"""What each engine shards, and what it can't do: a table that is read before any worker starts.
 
-An engine changes nothing of what a run is: neither its identity nor ``optimizer=auto`` asks for it.
+An engine changes nothing of what a run is: neither its identity nor ``optimizer=auto`` depends on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from isobatch.scaling.limits import Text
-
-if TYPE_CHECKING:
-    from isobatch.conf.groups import Engine
-    from isobatch.conf.schema import RunConfig
+from isobatch.conf.groups import Engine
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import EnginePlacement
 
 # A step's time with numerics=bitwise as a multiple of fast, on two processes: of a small GPT, and of an MLP whose step
 # is mostly messages; see benchmarks/README.md.
@@ -35,31 +34,8 @@ NOT_BITWISE = "only engine=ddp adds up gradients in an order that no number of p
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """How an engine holds a run's tensors, as the plan says it.
-
-    Attributes:
-        stage: of DeepSpeed's ZeRO.
-        shards: what is in parts, one a rank; of the rest each rank holds the whole.
-        offloads: what is in the host's memory.
-    """
-
-    name: Text
-    stage: int | None = None
-    shards: tuple[Text, ...] = ()
-    offloads: tuple[Text, ...] = ()
-
-    def __post_init__(self) -> None:
-        its = next((it for it in ABILITIES if (it.name, it.stage) == (self.name, self.stage)), None)
-        if its is None:
-            raise ValueError(f"there is no engine={self.name} with engine.stage={self.stage}")
-        if self.shards != its.shards or self.offloads not in ((), its.offloads):
-            raise ValueError(f"{its.choice} doesn't shard {self.shards} and offload {self.offloads}")
-
-
-@dataclass(frozen=True, slots=True)
 class Ability:
-    """What an engine can do.
+    """Describe what an engine can do.
 
     Attributes:
         stage: of DeepSpeed's ZeRO.
@@ -82,7 +58,7 @@ class Ability:
 
     @property
     def choice(self) -> str:
-        """What names it on the command line."""
+        """Return what names it on the command line."""
         return f"engine={self.name}" + ("" if self.stage is None else f" engine.stage={self.stage}")
 
 
@@ -112,52 +88,68 @@ ABILITIES = (
         for stage in (1, 2, 3)
     ),
 )
-WHOLE = Held("ddp")
 
 
 def ability(engine: Engine) -> Ability:
-    """That of the engine which a config names."""
+    """Return the ability of the engine which a config names."""
     stage = engine.stage if engine.name == "deepspeed" else None
     return next(one for one in ABILITIES if (one.name, one.stage) == (engine.name, stage))
 
 
-def held(engine: Engine) -> Held:
-    """How the engine that a config names holds a run's tensors."""
+def placement(engine: Engine) -> EnginePlacement:
+    """Return where the engine that a config names keeps a run's tensors."""
     its = ability(engine)
     offload = engine.name in ("fsdp", "deepspeed") and engine.offload
-    return Held(its.name, its.stage, its.shards, its.offloads if offload else ())
+    return EnginePlacement(its.name, its.stage, its.shards, its.offloads if offload else ())
+
+
+def check_placement(stored: EnginePlacement) -> None:
+    """Raise ValueError for a placement that no engine has."""
+    its = next((it for it in ABILITIES if (it.name, it.stage) == (stored.name, stored.stage)), None)
+    if its is None:
+        raise ValueError(f"there is no engine={stored.name} with engine.stage={stored.stage}")
+    if stored.shards != its.shards or stored.offloads not in ((), its.offloads):
+        raise ValueError(f"{its.choice} doesn't shard {stored.shards} and offload {stored.offloads}")
 
 
 def check_engine(config: RunConfig) -> None:
-    """Raises ValueError where the config asks for what its engine can't have, with what would work."""
-    its = ability(config.engine)
-    for asked, why, instead in _lacking(its, config):
+    """Raise UserError where the config asks for what its engine can't do, with what would work."""
+    its, device = ability(config.engine), config.device
+    for key, asked, why, instead in _lacking(its, config):
         able = [one.choice for one in ABILITIES if not any(_lacking(one, config))]
         others = f"use {either(able)}, or " if able else ""
-        raise ValueError(f"{its.choice} can't have {asked}: {why}; {others}{instead}")
-    if config.engine.name == "fsdp" and config.engine.param_dtype not in (None, config.precision):
-        raise ValueError(
-            f"engine.param_dtype={config.engine.param_dtype} and precision={config.precision} contradict each other: "
-            f"give precision={config.engine.param_dtype}, or leave engine.param_dtype out"
+        value = config.optimizer.name if key == "optimizer" else config.numerics
+        raise UserError(f"{its.choice} can't have {asked}: {why}", f"{others}{instead}", key, value)
+    if config.engine.name == "fsdp" and (dtype := config.engine.param_dtype) not in (None, config.precision):
+        raise UserError(
+            f"engine.param_dtype={dtype} and precision={config.precision} contradict each other",
+            f"give precision={dtype}, or leave engine.param_dtype out",
+            "engine.param_dtype",
+            dtype,
         )
-    if config.device == "cpu" and config.precision == "fp16":
-        raise ValueError("precision=fp16 is for CUDA, and device=cpu: use precision=bf16, or fp32")
-    if config.device == "cpu" and config.engine.name == "fsdp" and config.engine.offload:
-        raise ValueError("engine.offload=true is for what a GPU holds, and device=cpu: leave it out")
+    if device == "cpu" and config.precision == "fp16":
+        raise UserError(
+            "precision=fp16 is for CUDA, and device=cpu", "use precision=bf16, or fp32", "precision", "fp16"
+        )
+    if device == "cpu" and config.engine.name == "fsdp" and config.engine.offload:
+        problem = "engine.offload=true is for what a GPU holds, and device=cpu"
+        raise UserError(problem, "leave it out", "engine.offload", True)
     if config.numerics == "bitwise" and config.compile:
-        raise ValueError(
+        raise UserError(
             "numerics=bitwise doesn't go with compile=true: what a process compiles depends on the sizes of "
-            "micro-batches that it has met, and so on the number of processes; leave one of them out"
+            "micro-batches that it has met, and so on the number of processes",
+            "leave one of them out",
+            "compile",
+            True,
         )
     if config.numerics == "bitwise" and config.engine.config:
-        raise ValueError(
-            f"engine.config.{next(iter(config.engine.config))} is for DistributedDataParallel, which numerics=bitwise "
-            "does without: leave one of them out"
-        )
+        key = f"engine.config.{next(iter(config.engine.config))}"
+        problem = f"{key} is for DistributedDataParallel, which numerics=bitwise does without"
+        raise UserError(problem, "leave one of them out", key)
 
 
-def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str]]:
-    """What is asked for and can't be had, why, and what to do about it with the same engine."""
+def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the key of what is asked for and can't be had, the text, why, and the fix with the same engine."""
     optimizer = config.optimizer
     if not _carries(its, optimizer.name, getattr(optimizer, "target", None)):
         target = f" optimizer._target_={optimizer.target}" if optimizer.name == "custom" else ""
@@ -166,13 +158,13 @@ def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str]]:
             either(its.custom) if its.custom and target else either(name for name in its.optimizers if name != "custom")
         )
         instead = f"optimizer{'._target_' if its.custom and target else ''}={carried}"
-        yield f"optimizer={optimizer.name}{target}{chosen}", its.why_not, instead
+        yield "optimizer", f"optimizer={optimizer.name}{target}{chosen}", its.why_not, instead
     if config.numerics == "bitwise" and not its.bitwise:
-        yield "numerics=bitwise", NOT_BITWISE, "leave numerics out"
+        yield "numerics", "numerics=bitwise", NOT_BITWISE, "leave numerics out"
 
 
 def either(names: Iterable[str]) -> str:
-    """``a, b or c``."""
+    """Join names as ``a, b or c``."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
 

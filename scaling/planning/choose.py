@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Choice
 from isobatch.scaling.planning.advice import check_family
@@ -34,21 +35,23 @@ CAUTION = (
 
 
 def choose(family: str | None, global_size: int, with_base: Collection[str]) -> Choice:
-    """The optimizer for a global batch of ``global_size`` samples, and why.
+    """Return the optimizer for a global batch of ``global_size`` samples, and why.
 
     Args:
         with_base: optimizers that have a base LR: tuned for the task, or a usual one.
 
     Raises:
-        ValueError: an unknown family, or none of its optimizers has a base LR.
+        UserError: an unknown family, or none of its optimizers has a base LR.
     """
     check_family(family)
     large = global_size >= LARGE
     fit = [name for name in TABLE[family][large] if name in with_base]
     if not fit:
-        raise ValueError(
-            f"optimizer=auto: of {', '.join(TABLE[family][large])} none has a base LR for this task, nor a usual one; "
-            "name an optimizer, and give lr.base and lr.base_batch, or lr.peak"
+        raise UserError(
+            f"optimizer=auto: of {', '.join(TABLE[family][large])} none has a base LR for this task, nor a usual one",
+            "name an optimizer, and give lr.base and lr.base_batch, or lr.peak",
+            "optimizer",
+            "auto",
         )
     chosen, others = fit[0], fit[1:]
     what = f"tasks of the family {family}" if family else "tasks of no stated family"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.capabilities import either
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.plan import Plan
 
 
 class Reserved(NamedTuple):
@@ -105,9 +104,8 @@ def check_engine_config(config: RunConfig, plan: Plan) -> None:
             if not any(value == one and (type(value) is not bool or value is one) for one in reserved.allowed):
                 may = [str(one).lower() for one in reserved.allowed if one is not None]
                 here = f" (here {either(may)})" if may else ""
-                raise ValueError(
-                    f"engine.config.{place}={json.dumps(value)} can't be: {reserved.why}{here}; leave it out"
-                )
+                problem = f"engine.config.{place}={json.dumps(value)} can't be: {reserved.why}{here}"
+                raise UserError(problem, "leave it out", f"engine.config.{place}", value)
 
 
 def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:

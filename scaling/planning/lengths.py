@@ -1,23 +1,22 @@
-"""The durations of a config in samples, and the schedule of the LR that they make."""
+"""The durations of a config in samples: its intervals, and the schedule of the LR that they make."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from isobatch.conf.schema import LearningRate, RunConfig
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
-from isobatch.scaling.plan import Plan, Segment, samples_after
+from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.schedule import Schedule
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import LearningRate
-    from isobatch.scaling.units import Duration
+from isobatch.scaling.segments import Segment, samples_after
+from isobatch.scaling.units import Duration
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Durations of one run in samples.
+    """Convert durations of one run to samples.
 
     Attributes:
         segments: whose steps a duration in steps counts; None where they aren't known yet.
@@ -29,31 +28,53 @@ class Lengths:
     run_samples: int | None = None
 
     def samples(self, said: str, duration: Duration) -> int | None:
-        """See Duration.samples; ``said`` (``lr.warmup=``) stands before the duration in a refusal."""
+        """Return ``duration`` in samples; None where it isn't known yet.
+
+        Args:
+            said: what stands before the duration in an error, beginning with its key: ``lr.warmup=``.
+
+        Raises:
+            UserError: it is too long, or counts tokens of samples that have no fixed number of them.
+        """
         if self.segments is None and duration.unit == "st":
             return None
-        samples = self._counted(said, duration)
+        key = said.partition("=")[0]
+        if duration.unit == "tok" and self.units_per_sample is None:
+            problem = f"{said}{duration} counts tokens, but this task has no fixed units_per_sample"
+            raise UserError(problem, "use ep, st or sa", key, duration)
+        samples = self._counted(duration)
         if samples is not None and samples > LARGEST:
-            raise ValueError(f"{said}{duration} is {samples:.3g} samples, and can be at most {LARGEST:.0e}")
+            raise UserError(f"{said}{duration} is {samples:.3g} samples", f"use at most {LARGEST:.0e}", key, duration)
         return samples
 
-    def _counted(self, said: str, duration: Duration) -> int | None:
+    def _counted(self, duration: Duration) -> int | None:
         if self.segments and len(self.segments) > 1 and duration.unit == "st":
             steps, stages = math.ceil(duration.value), [(one.start_sample, one.global_size) for one in self.segments]
             return samples_after(steps, stages)
-        try:
-            return duration.samples(
-                global_size=self.segments[0].global_size if self.segments else 1,
-                train_samples=self.train_samples,
-                units_per_sample=self.units_per_sample,
-                run_samples=self.run_samples,
-            )
-        except ValueError as error:
-            raise ValueError(f"{said}{error}") from None
+        return duration.samples(
+            global_size=self.segments[0].global_size if self.segments else 1,
+            train_samples=self.train_samples,
+            units_per_sample=self.units_per_sample,
+            run_samples=self.run_samples,
+        )
+
+
+def intervals_of(config: RunConfig, lengths: Lengths) -> Intervals:
+    """Return the intervals of ``config`` in samples."""
+
+    def samples(key: str, every: Duration | None) -> int | None:
+        return None if every is None or every.unit == "min" else lengths.samples(f"{key}.every=", every)
+
+    return Intervals(
+        log=samples("log", config.log.every),
+        evaluate=samples("evaluate", config.evaluate.every),
+        save=samples("checkpoint", config.checkpoint.every),
+        noise=samples("noise", config.noise.every),
+    )
 
 
 def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float | None) -> Schedule | None:
-    """The LR over samples, or None where the run's length isn't known yet."""
+    """Return the LR over samples, or None where the run's length isn't known yet."""
     warmup = lengths.samples("lr.warmup=", lr.warmup)
     # What another decay would use isn't looked at: it may not fit this run, or not be known yet.
     cooldown = lengths.samples("lr.cooldown=", lr.cooldown) if lr.decay == "wsd" else 0
@@ -64,8 +85,11 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
     if warmup_from is None:
         warmup_from = tuned_lr if tuned_lr is not None and peak > tuned_lr else 0.0
     elif warmup and warmup_from > peak:
-        raise ValueError(
-            f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs: use at most {peak}"
+        raise UserError(
+            f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs",
+            f"use at most {peak}",
+            "lr.warmup_from",
+            warmup_from,
         )
     return Schedule(
         samples=lengths.run_samples,
@@ -81,14 +105,17 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
 
 
 def _warmup(samples: int, run_samples: int, plan: Plan) -> int:
-    """The warmup in samples, as the rule carries it from the batch of the tuning."""
+    """Return the warmup in samples, as the rule carries it from the batch of the tuning."""
     rule, batch = plan.segments[0].rule, plan.cut.global_size
     carried = rule.warmup(samples, plan.base_batch, batch)
     if carried > samples and carried > run_samples:
         largest = plan.base_batch * run_samples // samples
-        raise ValueError(
+        raise UserError(
             f"lr.rule={rule.name} makes the warmup as many times longer as the batch is larger, {carried:,} samples at "
-            f"{plan.size(batch)}, and the run has {run_samples:,}; the largest batch at which it fits is "
-            f"{plan.size(largest)}: use that, a longer duration, or a shorter lr.warmup"
+            f"{plan.size(batch)}, and the run has {run_samples:,}",
+            f"the largest batch at which it fits is {plan.size(largest)}: use that, a longer duration, or a shorter "
+            "lr.warmup",
+            "lr.rule",
+            rule.name,
         )
     return carried

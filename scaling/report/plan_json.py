@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import check_family, warnings
-from isobatch.scaling.planning.capabilities import OPTIMIZERS
+from isobatch.scaling.planning.capabilities import OPTIMIZERS, check_placement
 from isobatch.scaling.reading import parse_json
+from isobatch.scaling.report.derivation import lr_why, moves
 from isobatch.scaling.rules import PARTS
 
 
@@ -37,6 +38,7 @@ def from_json(text: str) -> Plan:
         mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
         plan = _adapter().validate_json(mine, strict=True)
         check_family(plan.family)
+        check_placement(plan.engine)
         if plan.optimizer.name not in OPTIMIZERS:
             raise ValueError(f"optimizer={plan.optimizer.name}: known are {', '.join(OPTIMIZERS)}")
         was, now = _numbers(text), _numbers(to_json(plan))
@@ -77,8 +79,8 @@ def summary(plan: Plan) -> dict[str, Any]:
             "peak": plan.peak.lr,
             "warmup_samples": plan.schedule.warmup_samples if plan.schedule else None,
             "noise_temperature": plan.temperature(plan.stages[0]),
-            "why": plan.lr_why,
-            "moves": plan.moves,
+            "why": lr_why(plan),
+            "moves": moves(plan),
         },
         "stages": [
             {

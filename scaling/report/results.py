@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from isobatch.conf.rundir.files import read_run
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.printable import one_line
-
-if TYPE_CHECKING:
-    from isobatch.scaling.plan import Plan
-
 
 WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
 

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from isobatch.scaling.geometry import counted
-from isobatch.scaling.plan import named
+from isobatch.scaling.geometry import Cut, counted
+from isobatch.scaling.plan import EnginePlacement, Plan, Stage
 from isobatch.scaling.planning.advice import FEW, warnings
 from isobatch.scaling.planning.capabilities import BITWISE_COST
+from isobatch.scaling.report.derivation import lr_why, moves, named
 from isobatch.scaling.rules import PARTS
-
-if TYPE_CHECKING:
-    from isobatch.scaling.geometry import Cut
-    from isobatch.scaling.plan import Plan, Stage
-    from isobatch.scaling.planning.capabilities import Held
 
 WIDTH = 110
 LABEL = 15
@@ -55,9 +50,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "optimizer", f"{plan.optimizer.name} ({chosen}){_recipe(plan)}"
     if why:
         yield "", why
-    yield "learning rate", plan.lr_why
-    if moves := plan.moves:
-        yield "recipe", "; ".join(moves)
+    yield "learning rate", lr_why(plan)
+    if moved := moves(plan):
+        yield "recipe", "; ".join(moved)
     yield "schedule", _schedule(plan)
     if (noise := plan.temperature(plan.stages[0])) is not None:
         later = f", {plan.temperature(plan.stages[-1]):.6g} in the last stage" if len(plan.stages) > 1 else ""
@@ -117,7 +112,7 @@ def _duration(plan: Plan) -> str:
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
 
 
-def _engine(engine: Held, world: int) -> str:
+def _engine(engine: EnginePlacement, world: int) -> str:
     name = engine.name if engine.stage is None else f"{engine.name} (ZeRO {engine.stage})"
     if not engine.shards:
         return f"{name}: parameters, gradients and optimizer state whole on each rank"

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset, TensorDataset, default_collate, random_spl
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import Outcome, RunDir
 from isobatch.scaling.order import indices
-from isobatch.scaling.plan import Segment
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
+from isobatch.scaling.segments import Segment
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.fit import crossed

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.conf.compose import compose
-from isobatch.scaling.plan import Plan, Segment
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import USUAL, check_family, warnings
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
+from isobatch.scaling.segments import Segment
 from tests.support.examples import examples
 
 
@@ -138,7 +139,7 @@ def test_sizes_are_said_in_the_unit_they_were_given_in() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"task\.family=vision: known families are images, detection"):
+    with pytest.raises(ValueError, match=r"task\.family=vision isn't known; known families are images, detection"):
         check_family("vision")
     for family in (None, *USUAL):
         check_family(family)

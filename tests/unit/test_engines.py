@@ -11,8 +11,8 @@ import pytest
 
 from isobatch.conf.compose import compose
 from isobatch.conf.schema import RunConfig
-from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.capabilities import ELEMENTWISE, Held
+from isobatch.scaling.plan import EnginePlacement, Plan
+from isobatch.scaling.planning.capabilities import ELEMENTWISE
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.table import table
@@ -136,7 +136,7 @@ def test_a_dtype_other_than_the_precision_is_refused() -> None:
     for precision in ("fp32", "fp16"):
         message = refusal("engine=fsdp", "engine.param_dtype=bf16", f"precision={precision}")
         assert (
-            f"engine.param_dtype=bf16 and precision={precision} contradict each other: give precision=bf16" in message
+            f"engine.param_dtype=bf16 and precision={precision} contradict each other; give precision=bf16" in message
         )
 
 
@@ -272,12 +272,12 @@ def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
     content = json.loads(to_json(plan_of()))
     del content["engine"], content["numerics"]
     assert from_json(json.dumps(content)) == plan_of()
-    assert plan_of().engine == Held("ddp")
+    assert plan_of().engine == EnginePlacement("ddp")
 
 
 @pytest.mark.parametrize("gpus_only", ["precision=fp16", "engine=fsdp engine.offload=true"])
 def test_what_is_for_gpus_is_refused_where_the_cpu_is_asked_for(gpus_only: str) -> None:
     asked = gpus_only.split()
     resolve(compose([*asked, "device=auto"]), 2)
-    with pytest.raises(ValueError, match="and device=cpu: "):
+    with pytest.raises(ValueError, match="and device=cpu; "):
         resolve(compose([*asked, "device=cpu"]), 2)

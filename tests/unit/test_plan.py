@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.scaling.order import indices
-from isobatch.scaling.plan import Choice, Plan, Segment, Step
+from isobatch.scaling.plan import Choice, Plan, Step
 from isobatch.scaling.report.plan_json import _numbers, from_json, to_json
 from isobatch.scaling.report.table import table
 from isobatch.scaling.rules import Recipe, Rule
 from isobatch.scaling.schedule import Schedule
+from isobatch.scaling.segments import Segment
 from tests.support.examples import examples
 from tests.support.steps import walk
 

@@ -18,6 +18,7 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.evaluations import evaluation_batch
 from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.report.derivation import lr_why, moves
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.table import table
 from isobatch.scaling.rules import Rule
@@ -139,7 +140,7 @@ def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_sai
     plan = plan_of(*TOKENS, "batch.per_gpu=10240", "lr.base=0.1", "lr.base_batch=16384", world=2)
     assert (plan.cut.global_size, plan.cut.per_gpu, plan.cut.accumulation) == (128, 20, 4)
     assert plan.base_batch == 32
-    assert plan.lr_why.startswith("peak 0.4 = 0.1 × 65536/16384 (linear; ")
+    assert lr_why(plan).startswith("peak 0.4 = 0.1 × 65536/16384 (linear; ")
     step = plan.step_at(0)
     assert step
     assert step.expected_units == 65536
@@ -220,12 +221,12 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
         (["duration=50%"], "duration=50% is a share of itself; use ep, st, sa or tok"),
         (["lr.warmup=11ep"], "lr.warmup takes 11000 samples, but the run has 10000"),
         (["lr.warmup=60%", "lr.decay=wsd", "lr.cooldown=50%"], "lr.warmup (6000 samples) and lr.cooldown (5000)"),
-        (["lr.decay=step", "lr.milestones=[60%,30%]"], "lr.milestones have to rise"),
+        (["lr.decay=step", "lr.milestones=[60%,30%]"], "lr.milestones are at samples [6000, 3000]; they have to rise"),
         (["lr.decay=step", "lr.warmup=40%"], "not to come within lr.warmup (4000 samples)"),
         (["lr.warmup=5tok"], "lr.warmup=5tok counts tokens"),
         (["log.every=5tok"], "log.every=5tok counts tokens"),
         (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
-        (["task.family=image"], "task.family=image: known families are images, "),
+        (["task.family=image"], "task.family=image isn't known; known families are images, "),
     ],
 )
 def test_refused_with_what_would_do(overrides: list[str], said: str) -> None:
@@ -246,7 +247,7 @@ def test_data_shorter_than_a_batch_wraps() -> None:
 def test_the_derivation_of_the_peak() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024")
     assert plan.peak.lr == pytest.approx(0.4)
-    assert plan.lr_why == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
+    assert lr_why(plan) == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
     said = json.loads(to_json(plan))["lr"]
     assert said == {
         "base": 0.1,
@@ -256,7 +257,7 @@ def test_the_derivation_of_the_peak() -> None:
         "peak": 0.4,
         "warmup_samples": 500,
         "noise_temperature": pytest.approx(0.4 * 1000 / (1024 * 0.1)),
-        "why": plan.lr_why,
+        "why": lr_why(plan),
         "moves": [],
     }
 
@@ -304,7 +305,7 @@ def test_the_rule(overrides: list[str], rule: Rule, factor: float) -> None:
 def test_a_peak_given_outright_wins_over_any_rule() -> None:
     plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
     assert plan.peak.lr == 0.3
-    assert plan.lr_why == "peak 0.3 (lr.peak, given outright)"
+    assert lr_why(plan) == "peak 0.3 (lr.peak, given outright)"
     said = json.loads(to_json(plan))["lr"]
     assert [said[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
 
@@ -408,13 +409,13 @@ def test_a_tuning_may_state_the_whole_recipe() -> None:
     assert plan.peak.betas == (0.9, 0.96)
     assert plan.peak.lr == pytest.approx(0.001 * math.sqrt(2))
     assert (plan.peak.eps, plan.peak.weight_decay) == (pytest.approx(1e-8 / math.sqrt(2)), 0.1)
-    assert plan.moves == ["β₁ 0.95 → 0.9, β₂ 0.98 → 0.96 (1 − κ(1 − β))", "ε 1e-08 → 7.07107e-09 (ε/√κ)"]
+    assert moves(plan) == ["β₁ 0.95 → 0.9, β₂ 0.98 → 0.96 (1 − κ(1 − β))", "ε 1e-08 → 7.07107e-09 (ε/√κ)"]
 
 
 def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
     plan = plan_of(*ADAMW, "lr.rule=sde", "optimizer.betas=[0.8,0.9]")
     assert plan.base.betas == plan.peak.betas == (0.8, 0.9)
-    assert plan.moves[0] == "β₁ and β₂ given for this batch, so not moved (lr.rule=sde would)"
+    assert moves(plan)[0] == "β₁ and β₂ given for this batch, so not moved (lr.rule=sde would)"
     assert plan_of(*ADAMW, "optimizer.weight_decay=0.3").peak.weight_decay == 0.3
     assert plan_of("optimizer=sgd", "optimizer.momentum=0.5").peak.betas == (0.5,)
 
@@ -433,7 +434,7 @@ def test_a_warmup_that_grows_with_the_batch() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%")
     assert plan.schedule
     assert plan.schedule.warmup_samples == 4000
-    assert plan.moves == ["warmup × 4 (as much as the batch)"]
+    assert moves(plan) == ["warmup × 4 (as much as the batch)"]
     said = refusal("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%", "batch.global_size=321")
     assert "the largest batch at which it fits is 320 samples" in said
 
@@ -441,7 +442,7 @@ def test_a_warmup_that_grows_with_the_batch() -> None:
 def test_weight_decay_moves_where_that_is_asked_for() -> None:
     plan = plan_of(*ADAMW, "lr.scale_weight_decay=true")
     assert plan.peak.weight_decay == pytest.approx(0.1 * math.sqrt(2))
-    assert plan.moves == ["weight decay 0.1 → 0.141421 (λ₀·κ·η₀/η; Bergsma et al. 2025)"]
+    assert moves(plan) == ["weight decay 0.1 → 0.141421 (λ₀·κ·η₀/η; Bergsma et al. 2025)"]
     assert "given for this batch (optimizer.weight_decay=0.2)" in refusal(
         *ADAMW, "lr.scale_weight_decay=true", "optimizer.weight_decay=0.2"
     )
@@ -450,7 +451,7 @@ def test_weight_decay_moves_where_that_is_asked_for() -> None:
 def test_a_rule_by_the_noise_scale() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=64", "lr.rule=noise", "lr.noise_scale=128")
     assert plan.peak.lr == pytest.approx(0.15)
-    assert "0.1 × ((1 + 128/64)/(1 + 128/128))^1 (noise; McCandlish et al. 2018)" in plan.lr_why
+    assert "0.1 × ((1 + 128/64)/(1 + 128/128))^1 (noise; McCandlish et al. 2018)" in lr_why(plan)
 
 
 def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
@@ -471,11 +472,11 @@ def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
 def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
     plan = plan_of(*ADAMW, "lr.rule=sde", "lr.peak=0.03")
     assert (plan.peak.lr, plan.peak.betas) == (0.03, (0.9, 0.96))
-    assert plan.lr_why == "peak 0.03 (lr.peak, given outright)"
+    assert lr_why(plan) == "peak 0.03 (lr.peak, given outright)"
     assert "the largest at which it holds is 1,279 samples" in refusal(
         *ADAMW, "lr.rule=sde", "lr.peak=0.03", "batch.global_size=1280"
     )
-    assert plan_of("lr.peak=0.3", "lr.rule=legw", "lr.base_batch=64").moves == ["warmup × 2 (as much as the batch)"]
+    assert moves(plan_of("lr.peak=0.3", "lr.rule=legw", "lr.base_batch=64")) == ["warmup × 2 (as much as the batch)"]
     said = refusal("optimizer=adamw", "optimizer.usual=null", "~task.tuned.adamw", "lr.rule=sde", "lr.peak=0.03")
     assert "give lr.base_batch, that of the tuning" in said
     assert "which lr.peak takes the place of" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
@@ -483,7 +484,7 @@ def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
 
 def test_a_tuning_of_other_shape_is_refused() -> None:
     said = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
-    assert said.startswith("task.tuned.adamw.betas=[0.9]: adamw has 2")
+    assert said.startswith("task.tuned.adamw.betas=[0.9]; adamw has 2")
     assert "no rule knows an ε of sgd" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
 
 
@@ -541,7 +542,7 @@ def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes(
     """Else one identity is of many runs."""
     sizes = ("task=digits", "batch.per_gpu=4", "batch.accumulation=2")
     assert resolve(compose(sizes), 2).cut.global_size == 16
-    with pytest.raises(ValueError, match=r"another global batch on .*: give batch\.global_size, or leave"):
+    with pytest.raises(ValueError, match=r"another global batch on .*; give batch\.global_size, or leave"):
         resolve(compose([*sizes, "numerics=bitwise"]), 2)
     resolve(compose([*sizes, "numerics=bitwise", "batch.global_size=16"]), 2)
 

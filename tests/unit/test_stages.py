@@ -13,10 +13,11 @@ from isobatch.conf.identity import identity
 from isobatch.conf.saved import dump
 from isobatch.scaling.batch_schedule import BatchSchedule
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.plan import Plan, samples_after
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.table import table
+from isobatch.scaling.segments import samples_after
 
 TASK = (
     "task.train_samples=10000", "task.tuned={sgd: {lr: 0.1, batch: 64}, adamw: {lr: 0.001, batch: 64}}",
@@ -215,7 +216,7 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("ramp from:32 over:5% up:3", [], "up:3 is nothing that ramp takes once, which is from:…, over:…"),
         ("doubling lr:hold", [], "lr:hold is nothing that doubling takes once"),
         ("curriculum from:64 to:32", [], "from:64 is above to:32"),
-        ("0sa:32 3ep:64 2ep:128", [], "its stages have to come one after another"),
+        ("0sa:32 3ep:64 2ep:128", [], "they have to come one after another"),
         ("0sa:32 90ep:64", [], "its last stage starts at sample 900,000, and the run has 100,000"),
         ("0sa:32 50%:64", ["duration=100st"], "duration=100st depends on the batch"),
         ("curriculum", ["duration=100st"], "duration=100st depends on the batch"),
@@ -223,7 +224,7 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("0sa:32 2ep:64", ["batch.accumulation=2"], "leave batch.accumulation out"),
         ("doubling to:100", [], "64 samples × 2 are more than 100, which is its to:…"),
         ("doubling", ["lr.decay=constant"], "never comes to 1/2 of the peak"),
-        ("ramp from:128 over:10%", [], "climbs from 128 to 64 samples: give a larger to:…"),
+        ("ramp from:128 over:10%", [], "climbs from 128 to 64 samples; give a larger to:…"),
         ("0sa:64 2ep:100", ["batch.unit=tokens", "task.units_per_sample=32"], "100 tokens isn't a whole number of"),
     ],
 )

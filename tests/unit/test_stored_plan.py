@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
-from isobatch.scaling.plan import Plan, Segment
-from isobatch.scaling.planning.capabilities import ABILITIES, Held
+from isobatch.scaling.plan import EnginePlacement, Intervals, Plan
+from isobatch.scaling.planning.capabilities import ABILITIES
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.rules import Rule
+from isobatch.scaling.segments import Segment
 from tests.unit.test_plan import WHOLE
 
 ENGINE = next(it for it in ABILITIES if it.offloads and it.stage)
@@ -27,7 +28,8 @@ FULL = replace(
         Segment(512, 48, Rule("noise", 1.0, 100.0)),
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
-    engine=Held(ENGINE.name, ENGINE.stage, ENGINE.shards, ENGINE.offloads),
+    engine=EnginePlacement(ENGINE.name, ENGINE.stage, ENGINE.shards, ENGINE.offloads),
+    intervals=Intervals(10, 20, 30, 40),
 )
 ASKED = ("world", "per_gpu", "accumulation")
 
@@ -90,7 +92,16 @@ def changed(path: tuple[str | int, ...], value: Any) -> str:
 
 def test_the_plan_of_this_file_is_read_back_and_has_a_value_in_every_field() -> None:
     assert from_json(to_json(FULL)) == FULL
-    classes = {Plan, Segment, Rule, Held, type(FULL.base), type(FULL.schedule), type(FULL.optimizer)}
+    classes = {
+        Plan,
+        Segment,
+        Rule,
+        EnginePlacement,
+        Intervals,
+        type(FULL.base),
+        type(FULL.schedule),
+        type(FULL.optimizer),
+    }
     named = {name for path, _ in LEAVES for name in path if isinstance(name, str)}
     assert named == {field.name for one in classes for field in fields(one)}
 

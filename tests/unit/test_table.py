@@ -9,10 +9,11 @@ from textwrap import dedent
 import pytest
 
 from isobatch.conf.compose import compose
-from isobatch.scaling.plan import Plan, Segment
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.table import WIDTH, table
 from isobatch.scaling.rules import Rule
+from isobatch.scaling.segments import Segment
 
 TASK = (
     "task=custom",

@@ -114,8 +114,3 @@ def test_epochs_are_exact_and_never_short(epochs: object, train_samples: int) ->
 @pytest.mark.parametrize(("text", "missing"), [("1ep", "train_samples"), ("1%", "run_samples")])
 def test_what_waits_for_the_data_is_unknown(text: str, missing: str) -> None:
     assert Duration.parse(text).samples(**{**LENGTHS, missing: None}) is None
-
-
-def test_tokens_of_a_task_without_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"2000000000tok counts tokens.*units_per_sample; use ep, st or sa"):
-        Duration.parse("2e9tok").samples(**{**LENGTHS, "units_per_sample": None})

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.saved import lengthened
-from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
 from isobatch.trainers.tensors.manifest import Damaged, checkpoints, read
@@ -28,8 +27,5 @@ def from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
             longer = lengthened(config, header.identity, header.duration)
             if not longer and header.identity != plan.identity:
                 break
-            try:
-                return continued(plan, header.plan, extends=longer)
-            except ValueError as error:
-                raise UserError(str(error)) from None
+            return continued(plan, header.plan, extends=longer)
     return plan

@@ -60,10 +60,7 @@ def resume(
         return TrainState(fresh, noise=Smoothed() if measured else None), None
     header = found.header
     _refuse_other_data(found, fresh, fingerprint)
-    try:
-        plan = continued(fresh, header.plan, extends=header.identity != identity(config))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    plan = continued(fresh, header.plan, extends=header.identity != identity(config))
     try:
         engine.restore(Reader(found, beat))
     except UserError:
