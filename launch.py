@@ -15,15 +15,18 @@ if __name__ == "__main__" and INSTALLED and os.path.realpath(sys.path[0]) == HER
 
 from isobatch.trainers.ranks.signals import Stop
 
-STOP = Stop().install()  # before all else: a signal that comes while the rest is imported isn't lost
-gc.disable()  # what is imported stays; workers turn it on again
+STOP = Stop()
+KEPT: list[object] = []  # see ``World.kept``: this process is a worker under torchrun and with debug=true
+if __name__ == "__main__":
+    STOP.install()  # before all else: a signal that comes while the rest is imported isn't lost
+    gc.disable()  # what is imported stays; workers turn it on again
 
 import json
 import shlex
 import shutil
 import uuid
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -45,17 +48,20 @@ from isobatch.scaling.printable import one_line
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.results import grid, plan_row, result
 from isobatch.scaling.report.table import table
-from isobatch.trainers.launch import start as workers
 from isobatch.trainers.launch.changes import differences
-from isobatch.trainers.launch.children import guarded, in_turn, opened
+from isobatch.trainers.launch.children import count_samples, guarded, in_turn
 from isobatch.trainers.launch.repository import commit_of, repository_of
 from isobatch.trainers.launch.source import folder_of
+from isobatch.trainers.launch.start import launch
+from isobatch.trainers.launch.worker import import_torch, leave, run_in_process, run_under_torchrun
+from isobatch.trainers.ranks.session import Start
 
 LAUNCHER = Path(__file__).resolve()
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
+    from isobatch.slurm.allocation import Allocation
 
 
 def main(arguments: list[str]) -> int:
@@ -88,15 +94,15 @@ def main(arguments: list[str]) -> int:
         code, why = jobs.end(RunDir(run_directory(config)), config)
         say(why)
         return code
-    facts: dict[str, str] = {}
+    allocation = None
     if isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run:
         from isobatch.slurm.allocation import Allocation, as_local
 
         if allocation := Allocation.within():
-            config, facts = as_local(config, allocation), allocation.facts
+            config = as_local(config, allocation)
     if config.action == "evaluate":
         refuse_unless_startable(config)
-        return start(config, **facts)
+        return work(config, allocation)
     if config.action == "plan" and not first():
         return 0  # the first of the ranks prints it
     plan, directory = planned(config), run_directory(config)
@@ -104,7 +110,7 @@ def main(arguments: list[str]) -> int:
         plan = foretold(plan, config, RunDir(directory))
         show(to_json(plan) if config.output == "json" else table(plan))
         return 0
-    return train(config, plan, directory, **facts)
+    return train(config, plan, directory, allocation)
 
 
 def planned(config: RunConfig) -> Plan | None:
@@ -125,7 +131,7 @@ def planned(config: RunConfig) -> Plan | None:
             return None
     else:
         to_open = config.plan.open_data
-    return resolve(config, world_size(config), opened(config, STOP) if to_open else None)
+    return resolve(config, world_size(config), count_samples(config, STOP) if to_open else None)
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
@@ -137,7 +143,7 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     return from_checkpoint(plan, config, run)
 
 
-def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -> int:
+def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: Allocation | None = None) -> int:
     """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
     from isobatch.slurm import jobs
 
@@ -159,7 +165,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -
         return 0
     if first() and (why := jobs.begin(run)):
         say(why)
-    code = start(config, run_dir=str(directory), **({"extends": "1"} if longer else {}), **facts)
+    code = work(config, allocation, str(directory), extends=longer)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
@@ -168,15 +174,24 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, **facts: str) -
     return code
 
 
-def start(config: RunConfig, **facts: str) -> int:
-    """Start the workers, or be one; the exit code."""
-    from isobatch.slurm.allocation import job_facts
+def work(config: RunConfig, allocation: Allocation | None, run_dir: str = "", *, extends: bool = False) -> int:
+    """Start the workers, or be one; return the exit code."""
+    from isobatch.slurm.allocation import job_here
 
-    command = shlex.join(["python", *sys.argv])
-    code = code_now(config)
-    facts |= job_facts() | {"command": command, "attempt": uuid.uuid4().hex[:12]}
-    facts |= {"commit": code["commit"], "repository": json.dumps(code["repository"])}
-    return (workers.as_worker if under_torchrun() else workers.launch)(config, facts, STOP)
+    start = Start(uuid.uuid4().hex[:12], shlex.join(["python", *sys.argv]), **code_now(config))
+    start = replace(start, run_dir=run_dir, extends=extends, **job_here())
+    if allocation:
+        start = replace(start, hosts=allocation.hosts, host=allocation.host, kill_wait_s=allocation.kill_wait_s)
+    import_torch(config)
+    if config.action == "evaluate":
+        from isobatch.trainers.loop.evaluate_weights import evaluate_weights as body
+    else:
+        from isobatch.trainers.run import train as body
+    if under_torchrun():
+        return run_under_torchrun(config, start, body, STOP, KEPT)
+    if config.debug:
+        return run_in_process(config, start, body, STOP, KEPT).exit_code
+    return launch(config, start, body, STOP)
 
 
 def listed(config: RunConfig) -> int:
@@ -237,7 +252,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             say(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER, write_atomic))
         return 0
     if not any(config.cluster.environment for config in configs):
-        workers.import_torch(configs[0])  # once for all of them
+        import_torch(configs[0])  # once for all of them
     return in_turn(elements, directories, [partial(train, *run) for run in runs], STOP)
 
 
@@ -274,11 +289,13 @@ def begin() -> int:
 
 def command() -> NoReturn:
     """Do what the command line says, and end this process with its exit code."""
+    STOP.install()
+    gc.disable()
     secure_streams()
     if not under_torchrun():  # what another launcher left isn't ours
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-    workers.leave(guarded(begin))
+    leave(guarded(begin))
 
 
 if __name__ == "__main__":

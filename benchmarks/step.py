@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     """
     from isobatch.conf.compose import compose
     from isobatch.scaling.noise import Smoothed
+    from isobatch.scaling.plan import Intervals
     from isobatch.scaling.planning.resolve import resolve
     from isobatch.trainers.data.loader import Loader
     from isobatch.trainers.data.state import TrainState
     from isobatch.trainers.engines.engine import make_engine
-    from isobatch.trainers.engines.step_report import Pulse
     from isobatch.trainers.loop.fit import fit
     from isobatch.trainers.loop.metrics import Metrics
+    from isobatch.trainers.loop.monitor import Monitor
+    from isobatch.trainers.loop.readback import DelayedReadback
+    from isobatch.trainers.loop.stepper import Stepper
     from isobatch.trainers.model.randomness import Stream
     from isobatch.trainers.ranks.signals import Stop
     from isobatch.trainers.ranks.watch import Watch
@@ -49,18 +53,15 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     nothing: Any = KeepsNothing()
 
     def seconds(noise_every: int | None) -> float:
-        state = TrainState(plan, noise=Smoothed() if noise_every else None)
-        loader, metrics = (
-            Loader(data, task, state, world, 0, stand_ins=engine.lockstep),
-            Metrics(None, state, live=False),
-        )
+        intervals = Intervals(10 * plan.cut.global_size, evaluate=None, save=None, noise=noise_every)
+        state = TrainState(replace(plan, intervals=intervals), noise=Smoothed() if noise_every else None)
+        loader = Loader(data, task, state, world, 0, stand_ins=engine.lockstep)
+        stepper = Stepper(engine, loader, Stream(0, world.device), Watch(), clip_norm=1.0)
+        readback, stop = DelayedReadback(world.device), Stop()
+        monitor = Monitor(config, state, Metrics(None, state, live=False), readback, stop)
         world.gather("")  # all start together
         began = time.perf_counter()
-        fit(
-            state, engine, loader, Stream(0, world.device), Pulse(world.device), metrics, nothing, Stop(), Watch(),
-            clip_norm=1.0, skip_nonfinite=False, log_every=10 * plan.cut.global_size, evaluate=None,
-            evaluate_every=None, save_every=None, noise_every=noise_every, must_save=False, complain=print,
-        )  # fmt: skip
+        fit(state, stepper, monitor, nothing, None, stop, Watch())
         return time.perf_counter() - began
 
     return seconds

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from isobatch.conf.schema import Local, RunConfig, Slurm
 from isobatch.scaling.errors import UserError
@@ -67,20 +68,18 @@ class Allocation:
         return f"{address(self.hosts[0])}:{PORTS[(int(self.job) + STEP_STRIDE * self.step) % len(PORTS)]}"
 
     @property
-    def facts(self) -> dict[str, str]:
-        """What the training is told: whom to wait for, and how long a save may take when Slurm ends the job."""
-        known = {"hosts": " ".join(self.hosts), "host": self.host}
+    def kill_wait_s(self) -> int | None:
+        """Return the seconds from Slurm's notice that the job ends to its kill; None where it isn't known."""
         with suppress(SlurmError):  # only to warn by
-            limit = kill_wait_s()
-            return known if limit is None else known | {"kill_wait_s": str(limit)}
-        return known
+            return kill_wait_s()
+        return None
 
 
-def job_facts(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Of the job that this process is in, for the events of its run; nothing outside of one."""
+def job_here(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return ``job`` and ``job_restart`` of the job that this process is in; nothing outside of one."""
     if "SLURM_JOB_ID" not in env:
         return {}
-    return {"job": job_of(env), "job_restart": env.get("SLURM_RESTART_COUNT", "0")}
+    return {"job": job_of(env), "job_restart": int(env.get("SLURM_RESTART_COUNT", "0"))}
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:

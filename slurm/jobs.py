@@ -14,7 +14,7 @@ from isobatch.conf.rundir.files import last_step
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import RunConfig, Slurm
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.allocation import job_facts
+from isobatch.slurm.allocation import job_here
 from isobatch.slurm.requeue import Verdict, end_of_job, judge, put_back, put_back_by_slurm
 from isobatch.slurm.state import SlurmError
 from isobatch.slurm.submit import common_cluster, prepare, refuse_if_queued
@@ -115,5 +115,5 @@ def begin(run: Run) -> str:
 def _note(run: Run, verdict: Verdict) -> None:
     with suppress(OSError):  # a full disk is no reason not to go on
         if run.begun:  # a refused start leaves a foreign folder alone
-            job, step = job_facts()["job"], last_step(run.path)
+            job, step = job_here()["job"], last_step(run.path)
             run.event(verdict.event, job=job, kind=verdict.kind, cause=verdict.cause, step=step)

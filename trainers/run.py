@@ -1,50 +1,53 @@
-"""One run, as every worker of it sees it: from the config to the trained weights."""
+"""One run, as every worker of it sees it: open the data, build the model, restore the state, train, finish."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from isobatch.conf.rundir.directory import Fatal, Outcome, RunDir, State, write_atomic
+from torch import nn
+
+from isobatch.conf.rundir.directory import Outcome, RunDir, State, write_atomic
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.noise import unmeasurable
-from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import lr_jump
-from isobatch.scaling.planning.evaluations import evaluation_batch
-from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.table import table
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import pass_over
 from isobatch.trainers.checkpoints.resume import find_best, header_of, resume, stored_groups
 from isobatch.trainers.checkpoints.saver import Policy, Reports, Saver
-from isobatch.trainers.checkpoints.weights import initialise, listed, save_final
+from isobatch.trainers.checkpoints.weights import initialise, save_final
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.data.validation import open_validation
-from isobatch.trainers.engines.engine import make_engine, refuse_environment
-from isobatch.trainers.engines.step_report import Pulse
+from isobatch.trainers.data.validation import Validation, open_validation
+from isobatch.trainers.engines.engine import Engine, make_engine, refuse_environment
 from isobatch.trainers.launch.source import Source, changes
-from isobatch.trainers.loop.claim import code_of, enter, refuse_other_source, refuse_unless_same
-from isobatch.trainers.loop.evaluate import Evaluator, with_average
+from isobatch.trainers.loop.announce import announce_frozen, announce_position, depends_on_hardware, make_stream
+from isobatch.trainers.loop.claim import claim
+from isobatch.trainers.loop.evaluate import Evaluation, Evaluator
 from isobatch.trainers.loop.fit import fit
 from isobatch.trainers.loop.metrics import Metrics, tell
+from isobatch.trainers.loop.monitor import Monitor
+from isobatch.trainers.loop.opening import Opened, open_task
+from isobatch.trainers.loop.readback import DelayedReadback
+from isobatch.trainers.loop.stepper import Stepper
 from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.model.build import dependent_on_cut, make_model, prepare
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream, seed_generators
-from isobatch.trainers.ranks.kept import KEPT
-from isobatch.trainers.ranks.notes import restarts
-from isobatch.trainers.ranks.signals import SIGNALS, Stop
-from isobatch.trainers.ranks.watch import Watch
-from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tasks.prepare import prepare_data, without_hurry
-from isobatch.trainers.tasks.task import make_task, open_data
+from isobatch.trainers.ranks.agreement import refuse_other_source, stop_wish
+from isobatch.trainers.ranks.failure import Reached, RunFailed, restarts
+from isobatch.trainers.ranks.session import Session
+from isobatch.trainers.ranks.signals import SIGNALS
+from isobatch.trainers.tasks.prepare import without_hurry
+from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header, checkpoints
 from isobatch.trainers.trial.contract import Looked, look_and_try
 
@@ -52,294 +55,253 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 
-def train(
-    config: RunConfig,
-    facts: dict[str, str],
-    world: World,
-    stop: Stop,
-    entered: Callable[[RunDir], None],
-    watch: Watch,
-) -> Outcome:
-    """The body of every worker, the same on all ranks: train as ``config`` says, and leave the run directory.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Hold what this start has of the run directory.
+
+    Attributes:
+        before: how the attempt before this one ended; None: there was none.
+        source: the user's source files, as they were imported.
+    """
+
+    session: Session
+    run: RunDir
+    before: Outcome | None
+    source: Source
+
+    @property
+    def ours(self) -> RunDir | None:
+        """Return the run directory on rank 0, which writes and says what concerns all ranks; else None."""
+        return self.run if self.session.world.rank == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Hold a model on the CPU, and what was found when its task was tried."""
+
+    model: nn.Module
+    modes: Modes
+    stream: Stream
+    validation: Validation | None
+    looked: Looked
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Hold the state of a run at the position where this start begins to train.
+
+    Attributes:
+        found: the checkpoint that it was restored from; None: there was none.
+        weights_from: where ``init_from`` found the initial weights.
+    """
+
+    engine: Engine
+    state: TrainState
+    found: Checkpoint | None
+    weights_from: str | None
+
+
+def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
+    """Train as the config says, and leave the run directory: the body of every worker, the same on all ranks.
 
     Args:
-        facts: ``command``, ``commit``, ``attempt`` (id of this start) and ``run_dir``, the same on all ranks; perhaps
-            ``extends`` (a finished run goes on to a longer duration), ``per_gpu_limit`` (the most samples at once since
-            memory ran out); of a scheduler's job: ``job``, ``job_restart``, ``hosts``, and ``kill_wait_s`` (seconds
-            from its notice to its kill).
-        entered: called with the run directory once it is this launch's; before that nothing is written to it.
+        enter: called with the run directory once it is this launch's; before that nothing is written to it.
 
     Returns:
         ``finished`` or ``stopped``, the same on all ranks.
 
     Raises:
         UserError: what the user gave can't work.
-        Exception: a crash; with the attributes ``step`` and ``samples``, how far the run had come, and ``per_gpu``,
-            the samples of the largest micro-batch, ``granule``, of which it is a multiple, and ``fixed``, whether it is
-            part of what the run is, where it was training already.
     """
-    if config.action == "evaluate":
-        from isobatch.trainers.loop.evaluate_weights import evaluate_weights
-
-        return evaluate_weights(config, facts, world, stop)
-    run, before = enter(config, facts, world)
-    entered(run)
-    if before and before.state == "finished" and "extends" not in facts:
+    run, before = claim(session)
+    if before:
+        session.watch.beat(before.step, before.samples)
+    enter(run)
+    if before and before.state == "finished" and not session.start.extends:
         return before
-    try:
-        return _train(config, facts, world, stop, watch, run, before)
-    except Exception as error:
-        if before and not hasattr(error, "step"):
-            error.step, error.samples = before.step, before.samples  # type: ignore[attr-defined]
-        raise
+    attempt = Attempt(session, run, before, Source(session.config))
+    opened = open_data(attempt)
+    if opened is None:
+        reached = session.watch.reached if checkpoints(run) else Reached()
+        return end(attempt, "stopped", stop_wish(session.stop, session.world), reached)
+    built = build(attempt, opened)
+    restored = restore(attempt, opened, built)
+    done = loop(attempt, opened, built, restored)
+    return finish(attempt, restored, done)
 
 
-def _train(
-    config: RunConfig,
-    facts: dict[str, str],
-    world: World,
-    stop: Stop,
-    watch: Watch,
-    run: RunDir,
-    before: Outcome | None,
-) -> Outcome:
-    ours = run if world.rank == 0 else None  # what rank 0 writes and says, it does for all
-    watch.beat(*((before.step, before.samples) if before else (0, 0)))  # from now on a rank that hangs is noticed
-    seed_generators(config.seed)
-    source = Source(config)
-    task = make_task(config)
-    source.look()
-    with watch.excused():  # until all ranks have it
+def open_data(attempt: Attempt) -> Opened | None:
+    """Make the task, open its training data, and plan; None, on all ranks, where some rank was asked to stop."""
+    session, world = attempt.session, attempt.session.world
+    session.watch.expect_beats()
+    seed_generators(session.config.seed)
+    task = make_task(session.config)
+    attempt.source.look()
+    with session.watch.excused():  # until all ranks have the data
         world.wait_patiently()
-        if signal := prepare_data(task, world, stop, config.cluster.timeout_s):
-            return stopped_early(run, signal, before, facts, world)
-        data = open_data(task, config)
-        refuse_unless_same(world, "the number of samples that train_data() has", len(data))
-    watch.beat()
-    limit = int(facts["per_gpu_limit"]) if "per_gpu_limit" in facts else None
-    plan = plan_of(config, world.size, len(data), limit)
-    refuse_environment(config, plan)
-    stream = Stream(
-        config.seed,
-        world.device,
-        tell=lambda reason: _depends_on_cut(ours, config, reason),
-        tell_of_evaluation=lambda reason: tell(
-            ours, "depends_on_cut", evaluation_depends_on_cut(reason), reason=reason
-        ),
-    )
+        opened = open_task(session, task)
+    session.watch.beat()
+    if opened:
+        refuse_environment(session.config, opened.plan)
+    return opened
+
+
+def build(attempt: Attempt, opened: Opened) -> Built:
+    """Make the model, open the validation data, and try the task on both."""
+    session, config, world, task = attempt.session, attempt.session.config, attempt.session.world, opened.task
+    stream = make_stream(session, attempt.ours)
     model = make_model(config, task)
-    source.look()
-    refuse_other_source(source.files, world)
-    with watch.excused():  # val_data() may take its time
+    attempt.source.look()
+    refuse_other_source(attempt.source.files, world)
+    with session.watch.excused():  # val_data() may take its time
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
-    per_gpu = evaluation_batch(config, plan, limit)
-    looked = look_and_try(config, task, data, validation, model, plan, per_gpu, world, watch)
+    best, first = config.checkpoint.best, config.evaluate.first
+    for key, asked, given in (("checkpoint.best", best, best), ("evaluate.first", first, "true")):
+        if asked and validation is None:
+            problem = f"{key}={given} needs validation data, and task {config.task.name} has no val_data()"
+            raise UserError(problem, "leave it out, or define val_data()", key, asked)
+    looked = look_and_try(
+        config, task, opened.data, validation, model, opened.plan, opened.evaluation_batch, world, session.watch
+    )
     model = prepare(model, config, stream, world.size)
-    modes = Modes(model)
-    watch.beat()
+    session.watch.beat()
+    return Built(model, Modes(model), stream, validation, looked)
+
+
+def restore(attempt: Attempt, opened: Opened, built: Built) -> Restored:
+    """Make the engine, and restore the newest good checkpoint; without one, begin at step 0."""
+    config, world, watch = attempt.session.config, attempt.session.world, attempt.session.watch
+    run, before = attempt.run, attempt.before
     begins = not world.agree("a checkpoint" if checkpoints(run) else "")
     with watch.excused():
-        weights_from = initialise(model, config.init_from, world) if config.init_from and begins else None
-    stored = () if begins else stored_groups(run, world)
-    engine = make_engine(config, task, model, plan.peak, world, stored, partial(tell, ours, "groups_kept"))
+        weights_from = initialise(built.model, config.init_from, world) if config.init_from and begins else None
+    groups = () if begins else stored_groups(run, world)
+    report = partial(tell, attempt.ours)
+    engine = make_engine(
+        config, opened.task, built.model, opened.plan.peak, world, groups, partial(report, "groups_kept")
+    )
     watch.parting = engine.parting
     watch.beat()
     state, found = resume(
-        run, config, world, engine, plan, looked.fingerprint, partial(tell, ours, "skipped"), watch.beat
+        run, config, world, engine, opened.plan, built.looked.fingerprint, partial(report, "skipped"), watch.beat
     )
     if world.agree("its last evaluation" if before and before.state == "finished" else ""):
         state.evaluation_owed = False  # it came after the last checkpoint
     if found is None and config.evaluate.first:
         state.evaluation_owed = True
+    return Restored(engine, state, found, weights_from)
 
-    def beat() -> None:
-        watch.beat(state.steps, state.samples)
 
-    loader = Loader(data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
-    without_hurry(task, world, watch.excused)
-    evaluate = None
-    if validation:
-        evaluate = Evaluator(task, model, validation, world, stream, per_gpu, config.precision, engine, stop, beat)
-    every, best = config.checkpoint.every, config.checkpoint.best
-    for key, asks in ((f"checkpoint.best={best}", best), ("evaluate.first=true", config.evaluate.first)):
-        if asks and evaluate is None:
-            raise UserError(f"{key} needs validation data, and task {config.task.name} has no val_data()")
-    if ours:  # from here on it isn't the attempt before any more
-        write_atomic(run.path / "config.yaml", dump(config))
-        write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
-        if config.task.train_samples is None:
-            say(table(state.plan))
-        for path in pass_over(run, state.steps):
-            tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
-        changed = changes(run, config, code_of(facts), source.files)
-        if found and changed:
-            tell(run, "changed", f"changed since the run was last trained: {changed}", **changed.fields)
-        run.event("source", files=source.files | changed.files)
-        say_where(run, state, found, before, weights_from)
-        say_frozen(run, modes)
-        say(f"training on {counted(world.size, 'rank')} ({world.device.type}) · {run.path}")
-
-    def described(*reached: Any) -> Header:
-        if ours and (late := source.look()):  # a checkpoint is of all that was imported when it was saved
-            with suppress(OSError):
-                ours.event("source", files=late)
-        return header_of(config, looked.fingerprint, *reached)
-
-    metrics = Metrics(ours, state, live=not config.debug)
-    keeper = Saver(
-        run,
-        world,
-        engine,
-        described,
-        Policy(every.value * 60 if every and every.unit == "min" else None, config.checkpoint.keep),
-        Best(best, find_best(run, best, world)),
-        Reports(beat, took=lambda seconds: warn_of_slow_save(seconds, facts, metrics), warn=metrics.warn),
-        found.header if found else None,
-    )
-    if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
-        metrics.warn(jump)
-
-    if config.noise.every and (why := unmeasurable(state.plan)):
-        metrics.warn(why)
-    if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
-        metrics.warn(f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out")
-
-    def complain(failure: str) -> None:
-        metrics.warn(f"a checkpoint couldn't be saved: {failure}")
-        if config.checkpoint.on_error == "stop":
-            stop.wanted = stop.wanted or f"checkpoint.on_error=stop, and a checkpoint couldn't be saved: {failure}"
-
-    KEPT.extend((engine, loader, metrics, keeper))
-    modes.train()
-    for reason in dependent_on_cut(model):
+def loop(attempt: Attempt, opened: Opened, built: Built, restored: Restored) -> bool:
+    """Train to the end of the plan; False, on all ranks, where some rank was asked to stop before."""
+    session, config, world = attempt.session, attempt.session.config, attempt.session.world
+    engine, state, stream = restored.engine, restored.state, built.stream
+    workers = config.data.workers
+    loader = Loader(opened.data, opened.task, state, world, workers, stream.tell, stand_ins=engine.lockstep)
+    evaluation = make_evaluation(session, opened, built, engine)
+    if attempt.ours:
+        record_start(attempt, built, restored)
+    metrics = Metrics(attempt.ours, state, live=not config.debug)
+    for text in warnings(config, built, restored):
+        metrics.warn(text)
+    saver = make_saver(attempt, built, restored, metrics)
+    world.kept.extend((engine, loader, metrics, saver))
+    built.modes.train()
+    for reason in dependent_on_cut(built.model):
         stream.tell(reason)
-    say_looked(ours, looked, stream)
-    intervals = state.plan.intervals
+    announce_trial(attempt.ours, built.looked, stream)
+    stepper = Stepper(engine, loader, stream, session.watch, config.clip_norm)
+    monitor = Monitor(config, state, metrics, DelayedReadback(world.device), session.stop)
     try:
-        done = fit(
-            state,
-            engine,
-            loader,
-            stream,
-            Pulse(world.device),
-            metrics,
-            keeper,
-            stop,
-            watch,
-            clip_norm=config.clip_norm,
-            skip_nonfinite=config.on_nonfinite == "skip" or config.precision == "fp16",  # its engine says when to end
-            log_every=intervals.log or 1,
-            evaluate=with_average(evaluate, engine.average, engine.eval_weights),
-            evaluate_every=intervals.evaluate,
-            evaluate_last=config.evaluate.last,
-            save_every=intervals.save,
-            noise_every=intervals.noise,
-            must_save=config.checkpoint.on_error == "stop",
-            complain=complain,
-        )
-    except Exception as error:
-        error.step, error.samples = state.steps, state.samples  # type: ignore[attr-defined]
-        if not hasattr(error, "per_gpu"):  # else an evaluation has said how many samples it had at once
-            error.per_gpu = state.plan.stage_at(state.samples).cut.micro_batches[0][0]  # type: ignore[attr-defined]
-            error.granule = state.plan.granule  # type: ignore[attr-defined]
-            error.fixed = state.plan.numerics == "bitwise"  # type: ignore[attr-defined]
-        raise
+        with session.watch.tracking(lambda: state.reached):
+            return fit(state, stepper, monitor, saver, evaluation, session.stop, session.watch)
     finally:
-        watch.unguard()
+        session.watch.unguard()
         loader.close()
         metrics.close()
-        keeper.close()
-    cause = "" if done else stop_cause(stop, world)
-    if cause and cause not in {number.name for number in SIGNALS}:
-        raise Fatal(cause)
-    if done:
-        with watch.excused(), engine.eval_weights():
-            save_final(run, engine, writes=ours is not None)
-    return ended(run, "finished" if done else "stopped", cause, (state.steps, state.samples), facts, world)
+        saver.close()
 
 
-def ended(run: RunDir, how: State, cause: str, at: tuple[int, int], facts: dict[str, str], world: World) -> Outcome:
-    """Return the outcome of a run that ended after ``at``, steps and samples; rank 0 writes it down."""
-    outcome = Outcome(how, cause, *at, facts["attempt"], restarts())
-    if world.rank == 0:
-        run.event(outcome.state, cause=cause, step=outcome.step, samples=outcome.samples)
-        run.write_outcome(outcome)
-    return outcome
+def make_evaluation(session: Session, opened: Opened, built: Built, engine: Engine) -> Evaluation | None:
+    """Return what evaluates the model; None without validation data."""
+    config, world, task = session.config, session.world, opened.task
+    without_hurry(task, world, session.watch.excused)
+    if built.validation is None:
+        return None
+    evaluator = Evaluator(
+        task,
+        built.model,
+        built.validation,
+        world,
+        built.stream,
+        opened.evaluation_batch,
+        config.precision,
+        engine,
+        session.stop,
+        session.watch,
+    )
+    return Evaluation(evaluator, engine, config.evaluate.last)
 
 
-def stopped_early(run: RunDir, signal: str, before: Outcome | None, facts: dict[str, str], world: World) -> Outcome:
-    """Return the outcome of an attempt that was stopped before it trained: the run is where it was."""
-    at = (before.step, before.samples) if before and checkpoints(run) else (0, 0)
-    return ended(run, "stopped", signal, at, facts, world)
+def make_saver(attempt: Attempt, built: Built, restored: Restored, metrics: Metrics) -> Saver:
+    """Return what saves the checkpoints of this start."""
+    session, config = attempt.session, attempt.session.config.checkpoint
+    every_s = config.every.value * 60 if config.every and config.every.unit == "min" else None
+    return Saver(
+        attempt.run,
+        session.world,
+        restored.engine,
+        partial(describe_checkpoint, attempt, built.looked.fingerprint),
+        Policy(every_s, config.keep),
+        Best(config.best, find_best(attempt.run, config.best, session.world)),
+        Reports(session.watch.beat, partial(metrics.warn_of_slow_save, session.start.kill_wait_s), metrics.warn),
+        restored.found.header if restored.found else None,
+    )
 
 
-def warn_of_slow_save(seconds: float, facts: dict[str, str], metrics: Metrics) -> None:
-    """Say once that a stop may take longer than a scheduler grants to a job that it ends without notice.
-
-    It is a step, a save that may be under way, one more, and the job's own end.
-    """
-    limit = facts.get("kill_wait_s")
-    if limit and seconds > float(limit) / 2:
-        del facts["kill_wait_s"]
-        metrics.warn(
-            f"a save took {seconds:.1f} s, and {limit} s after a job is told to stop it is killed (Slurm's KillWait): "
-            "a step, a save under way and one more may not fit. Where a stop comes without notice, as by a preemption, "
-            "steps since the last checkpoint are then done again: checkpoint.every says how many those can be"
-        )
+def describe_checkpoint(
+    attempt: Attempt, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
+) -> Header:
+    """Return the header of a checkpoint, which is of all source that was imported when it was saved; on rank 0."""
+    if late := attempt.source.look():
+        with suppress(OSError):
+            attempt.run.event("source", files=late)
+    return header_of(attempt.session.config, fingerprint, state, evaluation)
 
 
-def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: int | None = None) -> Plan:
-    """Return the run's plan on ``world`` ranks.
-
-    Args:
-        per_gpu_limit: the most samples at once, where memory asks for fewer than the config. It may be of an
-            evaluation, and then below what a micro-batch can be.
-    """
-    plan = resolve(config, world, train_samples)
-    most = max(per_gpu_limit, plan.granule) if per_gpu_limit else None
-    if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
-        return plan.dealt(world, most)
-    return plan
-
-
-def say_where(
-    run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, source: str | None
-) -> None:
-    """Say where the training starts: at a checkpoint, anew, or with other weights; and keep it in the events."""
-    if found:
-        run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
-        say(f"goes on from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
-    elif before and before.state != "refused":
-        say("begins anew: the last attempt ended before its first checkpoint")
-    if source:
-        run.event("initialised", source=source)
-        say(f"weights from {source}")
+def record_start(attempt: Attempt, built: Built, restored: Restored) -> None:
+    """Write config and plan of this start over those of the attempt before, and say where it begins; on rank 0."""
+    session, run, state = attempt.session, attempt.run, restored.state
+    write_atomic(run.path / "config.yaml", dump(session.config))
+    write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
+    if session.config.task.train_samples is None:
+        say(table(state.plan))
+    for path in pass_over(run, state.steps):
+        tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
+    changed = changes(run, session.config, session.start.code, attempt.source.files)
+    if restored.found and changed:
+        tell(run, "changed", f"changed since the run was last trained: {changed}", **changed.fields)
+    run.event("source", files=attempt.source.files | changed.files)
+    announce_position(run, state, restored.found, attempt.before, restored.weights_from)
+    announce_frozen(run, built.modes)
+    say(f"training on {counted(session.world.size, 'rank')} ({session.world.device.type}) · {run.path}")
 
 
-def say_frozen(run: RunDir, modes: Modes) -> None:
-    """Say which submodules stay in eval mode, and keep it in the events."""
-    if modes.frozen:
-        names = list(modes.frozen)
-        run.event("frozen", eval_mode=names)
-        say(f"stays in eval mode, as model() returned it: {listed(names)}")
+def warnings(config: RunConfig, built: Built, restored: Restored) -> Iterator[str]:
+    """Yield what the user should know before step 1."""
+    plan = restored.state.plan
+    if restored.found and (jump := lr_jump(restored.found.header.plan, plan, restored.state.samples)):
+        yield jump
+    if config.noise.every and (why := unmeasurable(plan)):
+        yield why
+    if config.batchnorm.mode and not any(isinstance(module, Counting) for module in built.model.modules()):
+        yield f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out"
 
 
-def count_samples(config: RunConfig) -> int:
-    """Prepare and open the task's training data and count it, for a plan that wants to know."""
-    task = make_task(config)
-    prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
-    return len(open_data(task, config))
-
-
-def stop_cause(stop: Stop, world: World) -> str:
-    """The signal that some rank got."""
-    return next(name for name in world.gather(stop.wanted or "") if name)
-
-
-def say_looked(run: RunDir | None, looked: Looked, stream: Stream) -> None:
-    """Say what was found before step 1."""
+def announce_trial(run: RunDir | None, looked: Looked, stream: Stream) -> None:
+    """Say what the trial of the task found."""
     for reason in looked.depends_on_hardware:
-        _tell_depends(run, reason)
+        depends_on_hardware(run, reason)
     for reason in looked.depends_on_cut:
         stream.tell(reason)
     for reason in looked.evaluation_depends:
@@ -348,16 +310,22 @@ def say_looked(run: RunDir | None, looked: Looked, stream: Stream) -> None:
         tell(run, "trial_skipped", f"before step 1 the task could only be tried in part: {reason}", reason=reason)
 
 
-def evaluation_depends_on_cut(reason: str) -> str:
-    """Return what is said of evaluations whose draws don't follow the row."""
-    return f"the values of evaluations aren't the same on other hardware or another evaluate.per_gpu: {reason}"
+def finish(attempt: Attempt, restored: Restored, done: bool) -> Outcome:
+    """Export the weights where the run is done, and write how it ended."""
+    session = attempt.session
+    cause = "" if done else stop_wish(session.stop, session.world)
+    if cause and cause not in {number.name for number in SIGNALS}:
+        raise RunFailed(cause)
+    if done:
+        with session.watch.excused(), restored.engine.eval_weights():
+            save_final(attempt.run, restored.engine, writes=attempt.ours is not None)
+    return end(attempt, "finished" if done else "stopped", cause, restored.state.reached)
 
 
-def _depends_on_cut(run: RunDir | None, config: RunConfig, reason: str) -> None:
-    if config.numerics != "bitwise":  # where no hardware changes the cut
-        _tell_depends(run, reason)
-
-
-def _tell_depends(run: RunDir | None, reason: str) -> None:
-    text = f"this run isn't the same on other hardware or another batch.per_gpu: {reason}"
-    tell(run, "depends_on_cut", text, reason=reason)
+def end(attempt: Attempt, state: State, cause: str, reached: Reached) -> Outcome:
+    """Return the outcome of a run that ended after ``reached``; rank 0 writes it."""
+    outcome = Outcome(state, cause, reached.step, reached.samples, attempt.session.start.attempt, restarts())
+    if attempt.ours:
+        attempt.run.event(state, cause=cause, step=outcome.step, samples=outcome.samples)
+        attempt.run.write_outcome(outcome)
+    return outcome

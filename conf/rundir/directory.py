@@ -32,10 +32,6 @@ LEASE_S = 180.0  # after which a network disk gives up the locks of a machine th
 EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom": 1, "crashed": 1, "running": 1}
 
 
-class Fatal(RuntimeError):
-    """The run crashed, and would crash again the same way (a loss that isn't finite). Never restarted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How an attempt at a run ended (or that it is ``running``); the content of ``outcome.json``.

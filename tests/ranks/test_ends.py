@@ -10,13 +10,11 @@ import pytest
 
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import Outcome, RunDir
-from isobatch.trainers.launch.failures import bury, judged
-from isobatch.trainers.ranks.notes import others_word
-from isobatch.trainers.ranks.signals import Stop
-from isobatch.trainers.ranks.watch import Watch
+from isobatch.trainers.launch.failures import decide_restart, record_end
+from isobatch.trainers.ranks.failure import Failure, Reached
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.run import train
-from tests.support.harness import Runs, in_ranks
+from tests.support.harness import Runs, in_ranks, session_of
 
 TASK = (
     "task=custom",
@@ -60,7 +58,7 @@ def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> No
 def test_a_loss_that_is_nan_names_step_and_samples(runs: Runs) -> None:
     """NaN on one rank is NaN on all; nothing is trained further."""
     run = runs(2, *TASK, "task._target_=tests.support.tasks.BecomesNaN")
-    assert [end["raised"] for end in run.ends] == ["Fatal", "Fatal"]
+    assert [end["raised"] for end in run.ends] == ["RunFailed", "RunFailed"]
     assert "step 3 (samples 40 to 59 of the run)" in run.ends[0]["message"]
     assert not run.run.final.exists()
 
@@ -107,8 +105,7 @@ def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
 
     def body(world: World) -> Any:
         config = compose([*TASK, *(["seed=1", "evaluate.every=2ep"] if world.rank == 1 else [])])
-        facts = {"command": "", "commit": "", "attempt": "a", "run_dir": str(folder)}
-        return train(config, facts, world, Stop(), entered=lambda run: None, watch=Watch()).state
+        return train(session_of(config, world, run_dir=str(folder)), lambda run: None).state
 
     ends = in_ranks(3, body, runs.folder / "ranks")
     assert [end["raised"] for end in ends] == ["UserError"] * 3
@@ -208,19 +205,19 @@ def test_texts_travel_between_ranks(runs: Runs) -> None:
     ("per_gpu", "granule", "half"), [(96, 32, 32), (64, 32, 32), (32, 32, 0), (33, 1, 16), (1, 1, 0)]
 )
 def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: int, half: int) -> None:
-    error = others_word(0, "no memory", {"step": 3, "samples": 96}, 0.0, kind="oom", per_gpu=per_gpu, granule=granule)
-    verdict = judged(error, furthest=-1)
-    assert (verdict["limit"], verdict["retry"]) == (half, half > 0)
-    cause = bury(error, None, "attempt").cause
+    failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu, granule))
+    verdict = decide_restart(failure, furthest=-1)
+    assert (verdict.per_gpu_limit, verdict.retry) == (half, half > 0)
+    cause = record_end(failure, None, "attempt").cause
     assert cause.endswith(f"; batch.per_gpu={half} needs less") is (half > 0)
     assert ("there is no smaller batch.per_gpu" in cause) is (half == 0)
 
 
 def test_where_memory_runs_out_a_bitwise_run_ends() -> None:
     """With a smaller micro-batch it would be another run."""
-    error = others_word(0, "no memory", {"step": 3, "samples": 96}, 0.0, kind="oom", per_gpu=64, fixed=True)
-    verdict = judged(error, furthest=-1)
-    assert (verdict["kind"], verdict["limit"], verdict["retry"]) == ("oom", 0, False)
-    cause = bury(error, None, "attempt").cause
+    failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu=64, fixed=True))
+    verdict = decide_restart(failure, furthest=-1)
+    assert (verdict.failure.kind, verdict.per_gpu_limit, verdict.retry) == ("oom", 0, False)
+    cause = record_end(failure, None, "attempt").cause
     assert "numerics=bitwise can't go on with fewer samples in a pass" in cause
     assert cause.endswith("as a run of its own batch.per_gpu=32 needs less")

@@ -13,14 +13,14 @@ from torch import nn
 
 from isobatch.conf.compose import compose
 from isobatch.trainers.checkpoints.weights import initialise
-from isobatch.trainers.loop.evaluate_weights import evaluate_weights, measured
+from isobatch.trainers.loop.evaluate_weights import evaluate_weights, measure_weights
 from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
-from tests.support.harness import Run, Runs, evaluator, in_ranks, leave
+from tests.support.harness import Run, Runs, evaluator, in_ranks, leave, session_of
 from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
-FACTS = {"attempt": "a"}
 
 
 class Normed(Counted):
@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def evaluated(run: Path, world: int, source: Path, *overrides: str) -> list[Any]:
     """(source, values) by rank."""
     config = compose(["action=evaluate", f"init_from={source}", *overrides])
-    return in_ranks(world, lambda ranks: measured(config, FACTS, ranks, Stop()), run)
+    return in_ranks(world, lambda ranks: measure_weights(session_of(config, ranks)), run)
 
 
 def values_at(run: Run, step: int) -> Any:
@@ -82,7 +82,7 @@ def acted(world: int, folder: Path, *overrides: str) -> Any:
     config = compose(["action=evaluate", *TASK, *overrides])
 
     def body(ranks: World) -> Any:
-        end = evaluate_weights(config, FACTS, ranks, Stop())
+        end = evaluate_weights(session_of(config, ranks), print)
         return end.state, end.exit_code
 
     return in_ranks(world, body, folder)
@@ -144,16 +144,16 @@ class Large(Normed):
 
 
 def test_where_memory_runs_out_half_as_many_samples_are_tried(trained: Run, tmp_path: Path) -> None:
-    """The error says how many there were, for whoever starts the ranks again; the next start takes no more."""
+    """The watch knows how many there were, for whoever starts the ranks again; the next start takes no more."""
     target = TASK[1].replace("Normed", "Large")
     config = compose(["action=evaluate", target, f"init_from={trained.run.path}"])
 
     def body(ranks: World) -> Any:
-        try:
-            evaluate_weights(config, FACTS, ranks, Stop())
-        except torch.OutOfMemoryError as error:
-            limit = error.per_gpu // 2  # type: ignore[attr-defined]
-        return limit, evaluate_weights(config, {**FACTS, "per_gpu_limit": str(limit)}, ranks, Stop()).state
+        first = session_of(config, ranks)
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate_weights(first, print)
+        limit = first.watch.reached.half
+        return limit, evaluate_weights(session_of(config, ranks, per_gpu_limit=limit), print).state
 
     assert in_ranks(2, body, tmp_path / "ranks") == [[5, "finished"]] * 2
 
@@ -174,12 +174,12 @@ class Interrupted(Counted):
 
 def broken_off(told: Callable[[World], bool]) -> Callable[[World], Any]:
     def body(ranks: World) -> Any:
-        stop, beats = Stop(), []
+        stop, watch = Stop(), Watch()
         task = Interrupted(stop, told(ranks))
         model = task.model().train()
-        evaluate = evaluator(task, model, ranks, 1, stop=stop, beat=lambda: beats.append(None))
+        evaluate = evaluator(task, model, ranks, 1, stop=stop, watch=watch)
         broken, batches = evaluate(), task.batches
-        assert len(beats) == batches
+        assert watch._row[0] == batches
         stop.wanted = None
         return broken, batches, model.training, evaluate()
 
@@ -202,7 +202,7 @@ def test_a_stop_ends_the_action(trained: Run, tmp_path: Path) -> None:
     def body(ranks: World) -> Any:
         stop = Stop()
         stop.wanted = "SIGTERM" if ranks.rank == 1 else None
-        end = evaluate_weights(config, FACTS, ranks, stop)
+        end = evaluate_weights(session_of(config, ranks, stop), print)
         return end.state, end.cause, end.exit_code
 
     assert in_ranks(2, body, tmp_path / "ranks") == [["stopped", "SIGTERM", 75]] * 2

@@ -17,12 +17,11 @@ from isobatch.scaling.planning.evaluations import evaluation_batch
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.data.loader import Fetch
 from isobatch.trainers.data.validation import Validation, spread
-from isobatch.trainers.loop.evaluate_weights import measured
+from isobatch.trainers.loop.evaluate_weights import measure_weights
+from isobatch.trainers.loop.opening import plan_of
 from isobatch.trainers.model.randomness import Stream, key_dropout
-from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.run import plan_of
-from tests.support.harness import Run, Runs, evaluator, in_ranks
+from tests.support.harness import Run, Runs, evaluator, in_ranks, session_of
 from tests.support.tasks import Counted
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
@@ -125,7 +124,7 @@ def test_the_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
 
 def test_the_same_values_by_action_evaluate(whole: Run, tmp_path: Path) -> None:
     config = compose(["action=evaluate", f"init_from={whole.run.path}", "evaluate.per_gpu=5"])
-    found = in_ranks(3, lambda ranks: measured(config, {"attempt": "a"}, ranks, Stop())[1], tmp_path)
+    found = in_ranks(3, lambda ranks: measure_weights(session_of(config, ranks))[1], tmp_path)
     assert found == [close(values(whole))[6]] * 3
 
 

@@ -15,7 +15,7 @@ import torch
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.commit import commit
 from isobatch.trainers.checkpoints.weights import find
-from isobatch.trainers.engines.step_report import Pulse
+from isobatch.trainers.loop.readback import DelayedReadback
 from tests.faults.hostile import edit
 from tests.support.harness import ROUNDING, Run, Runs, distance
 
@@ -132,8 +132,8 @@ def test_by_what_was_trained(runs: Runs, every: str) -> None:
     assert steps_kept(run) == [25, 50, 75]
 
 
-class Late(Pulse):
-    """As on an accelerator: the news of a step come with the next one."""
+class Late(DelayedReadback):
+    """As on an accelerator: the result of a step arrives with the next one."""
 
     before: Any = None
 
@@ -141,7 +141,7 @@ class Late(Pulse):
         before, self.before = self.before, super().read(*step)
         return before
 
-    def last(self) -> Any:
+    def flush(self) -> Any:
         before, self.before = self.before, None
         return before
 
@@ -151,7 +151,7 @@ def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
 ) -> None:
     """The clock wants a save in step 14, which is evaluated, and somebody a stop in step 17, which is saved anyway."""
     asked = iter([False] * 13 + [True] + [False] * 99)
-    monkeypatch.setattr("isobatch.trainers.run.Pulse", Late)
+    monkeypatch.setattr("isobatch.trainers.run.DelayedReadback", Late)
     monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(asked))
     run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
     assert steps_kept(run) == [14, 17]
@@ -166,13 +166,13 @@ def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.C
     final = run.weights()
     file = run.run.path / "metrics.jsonl"
     file.write_text(marked := file.read_text().replace('{"step": 75, ', '{"step": 75, "mark": 1, '))
-    run = runs(1, *TASK, "duration=4ep", going_on=run, facts={"extends": "1"})
+    run = runs(1, *TASK, "duration=4ep", going_on=run, extends=True)
     assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
     assert file.read_text().startswith(marked)  # its last evaluation isn't owed any more
     assert distance(run.weights(), final) > 0
     assert "the learning rate goes from" in capfd.readouterr().out
-    stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, facts={"extends": "1"})
+    stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, extends=True)
     assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
 
 
@@ -239,7 +239,7 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patched:
         patched.setattr("isobatch.trainers.checkpoints.saver.commit", full)
         run = runs(2, *task)
-        assert [end["raised"] for end in run.ends] == ["Fatal"] * 2
+        assert [end["raised"] for end in run.ends] == ["RunFailed"] * 2
         assert f"step {STEPS}, at which to end, can't be saved: " in run.ends[0]["message"]
         assert not run.run.final.exists()
         other = runs(2, *TASK)
@@ -326,7 +326,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
 
 def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip")
-    assert run.ends[0]["raised"] == "Fatal"
+    assert run.ends[0]["raised"] == "RunFailed"
     assert "none of the last 20 steps was finite" in run.ends[0]["message"]
     run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip", "duration=3st")
     assert "none of the last 3 steps was finite" in run.ends[0]["message"]
@@ -340,8 +340,8 @@ def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}
 
 
-@pytest.mark.parametrize(("limit", "said"), [("0", 1), ("1000", 0)])
-def test_a_save_that_a_scheduler_would_not_wait_for_is_told_once(runs: Runs, limit: str, said: int) -> None:
-    run = runs(2, *TASK, "duration=10st", "checkpoint.every=4st", facts={"kill_wait_s": limit})
+@pytest.mark.parametrize(("limit", "said"), [(0, 1), (1000, 0)])
+def test_a_save_that_a_scheduler_would_not_wait_for_is_told_once(runs: Runs, limit: float, said: int) -> None:
+    run = runs(2, *TASK, "duration=10st", "checkpoint.every=4st", kill_wait_s=limit)
     warnings = [event for event in run.events() if "KillWait" in event.get("text", "")]
     assert len(warnings) == said

@@ -12,7 +12,6 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from isobatch.conf.compose import compose
-from isobatch.conf.rundir.directory import Fatal
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.engines.ddp import DDP
@@ -22,6 +21,7 @@ from isobatch.trainers.model.build import prepare, recompute
 from isobatch.trainers.model.precision import LossScale
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.optim.make import make_optimizer
+from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from tests.ranks.test_batchnorm import apart
 from tests.support.harness import ROUNDING, Runs, distance
@@ -172,7 +172,7 @@ def test_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
     assert scale() == [2**15, 1]
     for _ in range(15):
         step(math.nan)
-    with pytest.raises(Fatal, match="lowest, 1: try precision=bf16"):
+    with pytest.raises(RunFailed, match="lowest, 1: try precision=bf16"):
         step(math.nan)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,25 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from isobatch.conf.rundir.directory import Fatal
+from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.ranks.notes import Hangs, await_words, error_note, first_error, leave_word, others_word
+from isobatch.trainers.ranks.failure import Failure, Hangs, Reached, RunFailed, describe_failure, keep_failure
+from isobatch.trainers.ranks.notes import await_failure, first_failure, from_json, note_failure, to_json
+from isobatch.trainers.ranks.session import Start
 from isobatch.trainers.ranks.watch import Watch
 
 HERE = Path(__file__).name
-NOWHERE = {"step": 5, "samples": 320}
+REACHED = Reached(5, 320)
 
 
-def word(rank: int, at: float, step: int = 0, **more: Any) -> dict[str, Any]:
-    return others_word(rank, f"what became of {rank}", {"step": step, "samples": 64 * step}, at, **more)
+def failure(rank: int, at: float, step: int = 0, **more: Any) -> Failure:
+    return Failure(rank, f"what became of {rank}", reached=Reached(step, 64 * step), time=at, **more)
 
 
-def store_of(*words: dict[str, Any]) -> HashStore:
+def store_of(*failures: Failure) -> HashStore:
     store = HashStore()
-    for one in words:
-        leave_word(store, one["rank"], one)
+    for one in failures:
+        note_failure(store, one)
     return store
 
 
@@ -36,6 +40,7 @@ def store_of(*words: dict[str, Any]) -> HashStore:
 
 def _beats(watch: Watch) -> None:
     watch.beat()
+    watch.expect_beats()
     watch.beat(5, 320)
 
 
@@ -49,7 +54,7 @@ def test_a_worker_shares_how_far_it_came(method: str) -> None:
     worker.join()
     assert watch.started
     assert watch.training
-    assert watch.reached == {"step": 5, "samples": 320}
+    assert watch.reached == REACHED
 
 
 def test_looks_without_a_beat_are_counted() -> None:
@@ -75,7 +80,7 @@ def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) ->
     watch, found, begun = Watch(), list[Hangs](), list[bool]()
     watch.beat()
     if training:
-        watch.beat()
+        watch.expect_beats()
     began = time.monotonic()
     with open(tmp_path / "log", "w") as log:
         watch.guard(0.5, lambda: begun.append(True), found.append, log)
@@ -94,41 +99,41 @@ def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) ->
 # ---- what ended a start
 
 
-def test_the_first_error_is_the_cause_unless_it_only_lost_another() -> None:
-    lost = word(0, 1.0, step=7, lost=True)
-    crash, later = word(1, 2.0, step=6), word(2, 3.0, kind="oom")
-    first = first_error(store_of(lost, crash, later), 3)
+def test_the_first_failure_is_the_cause_unless_it_only_lost_another() -> None:
+    lost = failure(0, 1.0, step=7, lost=True)
+    crash, later = failure(1, 2.0, step=6), failure(2, 3.0, kind="oom")
+    first = first_failure(store_of(lost, crash, later), 3)
     assert first is not None
-    assert (first["rank"], first["silent"]) == (1, [])
-    assert (first["step"], first["samples"]) == (7, 448)
-    first = first_error(store_of(lost, later), 3)
+    assert (first.rank, first.silent_ranks) == (1, ())
+    assert (first.reached.step, first.reached.samples) == (7, 448)
+    first = first_failure(store_of(lost, later), 3)
     assert first is not None
-    assert first["kind"] == "oom"
+    assert first.kind == "oom"
 
 
-def test_ranks_without_a_word_are_named() -> None:
-    first = first_error(store_of(word(0, 1.0, lost=True), word(2, 1.0, silent=True)), 3)
+def test_ranks_that_said_nothing_are_named() -> None:
+    first = first_failure(store_of(failure(0, 1.0, lost=True), failure(2, 1.0, silent=True)), 3)
     assert first is not None
-    assert first["cause"].startswith("no word from rank 1, 2 ")
-    assert first["cause"].endswith("rank 0: what became of 0")
-    assert first["silent"] == [1, 2]
-    assert first["rank"] == 1
+    assert first.cause.startswith("no word from rank 1, 2 ")
+    assert first.cause.endswith("rank 0: what became of 0")
+    assert first.silent_ranks == (1, 2)
+    assert first.rank == 1
 
 
 def test_the_first_word_of_a_rank_holds() -> None:
-    store = store_of(word(0, 2.0, kind="oom"), word(0, 1.0))
-    first = first_error(store, 1)
+    store = store_of(failure(0, 2.0, kind="oom"), failure(0, 1.0))
+    first = first_failure(store, 1)
     assert first is not None
-    assert first["kind"] == "oom"
+    assert first.kind == "oom"
 
 
 def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
     began = time.monotonic()
-    await_words(store_of(word(1, 1.0)), 2)
-    await_words(store_of(word(1, 1.0, lost=True)), 2, own={0})
-    assert await_words(HashStore(), 2) is None
+    await_failure(store_of(failure(1, 1.0)), 2)
+    await_failure(store_of(failure(1, 1.0, lost=True)), 2, own={0})
+    assert await_failure(HashStore(), 2) is None
     assert time.monotonic() - began < 0.5
-    await_words(store_of(word(1, 1.0, lost=True)), 2)
+    await_failure(store_of(failure(1, 1.0, lost=True)), 2)
     assert time.monotonic() - began > 2
 
 
@@ -141,7 +146,7 @@ def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
         (OSError(12, "Cannot allocate memory"), "oom", False),
         (MemoryError(), "oom", False),
         (ValueError("out of memory"), "crashed", False),
-        (Fatal("step 3 isn't finite: out of memory"), "crashed", False),
+        (RunFailed("step 3 isn't finite: out of memory"), "crashed", False),
         (UserError("out of memory"), "refused", False),
         (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), "crashed", True),
         (Hangs("it waited", waiting=True), "crashed", True),
@@ -149,16 +154,16 @@ def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
     ],
 )
 def test_kinds_of_errors(error: Exception, kind: str, lost: bool) -> None:
-    note = error_note(error, 0, "attempt", None, NOWHERE)
-    assert (note["kind"], note["lost"]) == (kind, lost)
-    assert note["again"] == (not isinstance(error, Fatal | UserError))
-    assert (note["step"], note["samples"], note["per_gpu"]) == (5, 320, 0)
+    found = describe_failure(error, 0, "attempt", REACHED)
+    assert (found.kind, found.lost) == (kind, lost)
+    assert found.again == (not isinstance(error, RunFailed | UserError))
+    assert found.reached == REACHED
 
 
 def test_a_data_loader_that_died_is_the_cause_wherever_it_is_noticed() -> None:
     killed = RuntimeError("DataLoader worker (pid 42) is killed by signal: Killed. ")
     for error in (killed, _raised("DataLoader worker (pid(s) 42) exited unexpectedly", killed)):
-        cause = error_note(error, 0, "attempt", None, NOWHERE)["cause"]
+        cause = describe_failure(error, 0, "attempt", REACHED).cause
         assert cause.startswith("DataLoader worker (pid 42) is killed by signal: Killed (Linux")
         assert HERE not in cause
 
@@ -170,8 +175,38 @@ def _raised(text: str, cause: Exception) -> Exception:
         return error
 
 
-def test_an_errors_own_word_of_how_far_it_came_holds() -> None:
-    error = MemoryError()
-    error.step, error.samples, error.per_gpu = 7, 448, 32  # type: ignore[attr-defined]
-    note = error_note(error, 0, "attempt", None, NOWHERE)
-    assert (note["step"], note["samples"], note["per_gpu"]) == (7, 448, 32)
+def test_how_far_the_run_came_is_asked_where_the_error_was() -> None:
+    """An evaluation that fails had other samples at once than the training around it, which goes on where it works."""
+    watch, training = Watch(), Reached(7, 448, 32)
+    watch.beat(5, 320)
+    assert watch.reached == REACHED
+    with watch.tracking(lambda: training):
+        with watch.tracking(lambda: Reached(7, 448, 64)):
+            assert watch.reached.per_gpu == 64
+        assert watch.reached == training
+    assert watch.reached == REACHED
+    with suppress(MemoryError), watch.tracking(lambda: training), watch.tracking(lambda: Reached(7, 448, 16)):
+        raise MemoryError
+    assert watch.reached == Reached(7, 448, 16)
+
+
+def test_a_failure_travels_and_is_kept_whole(tmp_path: Path) -> None:
+    """The file's keys are read by others."""
+    found = describe_failure(_raised("boom", ValueError()), 1, "attempt", Reached(7, 448, 32))
+    assert from_json(to_json(found), Failure) == found
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    found = keep_failure(found, run)
+    kept = json.loads((run.logs / "error-rank-1.json").read_text())
+    assert kept.keys() == {
+        "time", "rank", "attempt", "restart", "kind", "again", "lost", "silent", "cause", "traceback", "step",
+        "samples", "per_gpu", "granule", "fixed", "log",
+    }  # fmt: skip
+    assert (kept["step"], kept["per_gpu"], kept["log"]) == (7, 32, str(run.logs / "rank-1.log"))
+    assert "boom" in (run.logs / "rank-1.log").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"attempt": 1}', '{"attempt": "a", "hosts": "one two"}', "[]"])
+def test_a_record_of_another_shape_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        from_json(text, Start)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from isobatch.conf.compose import compose
-from isobatch.conf.rundir.directory import Fatal, RunDir
+from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.checkpoints.weights import find, initialise, load_average
 from isobatch.trainers.model.average import Average
+from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from tests.ranks.test_parts import ALONE
 from tests.support.disks import mounted
@@ -203,7 +204,7 @@ def test_a_final_whose_disk_is_gone_is_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     run.final.symlink_to(tmp_path / "gone/final")
-    with pytest.raises(Fatal, match="gone/final"):
+    with pytest.raises(RunFailed, match="gone/final"):
         leave(run, Shared(), None)
     assert run.final.is_symlink()
     assert not (tmp_path / "gone").exists()

@@ -19,6 +19,7 @@ from torch import nn
 
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.schema import RunConfig
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.engines.base import Base
@@ -26,9 +27,10 @@ from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.model.average import Average
 from isobatch.trainers.model.build import tied
 from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.session import Session, Start
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
-from isobatch.trainers.ranks.world import World
+from isobatch.trainers.ranks.world import World, meeting_point
 from isobatch.trainers.run import train
 
 DEADLINE_S = 60.0
@@ -75,7 +77,9 @@ def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder:
         os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.set_num_threads(1)
         try:
-            result = body(World.join("cpu", DEADLINE_S / 2))
+            kept: list[object] = []
+            store = meeting_point(DEADLINE_S / 2, kept)
+            result = body(World.join("cpu", DEADLINE_S / 2, store, kept))
         except Exception as error:
             traceback.print_exc()
             result = {"raised": type(error).__name__, "message": str(error)}
@@ -104,13 +108,14 @@ class Runs:
         stop_at: int | None = None,
         by_rank: int = 0,
         going_on: Run | None = None,
-        facts: dict[str, str] | None = None,
+        **known: Any,
     ) -> Run:
         """Run ``overrides`` on ``world`` ranks.
 
         Args:
             stop_at: the step in which the rank ``by_rank`` is asked to stop, from 1.
             going_on: in whose directory; None: in a new one.
+            known: fields of ``Start``.
         """
         self.count += 1
         run = going_on.run if going_on else RunDir(self.folder / f"run-{self.count}")
@@ -120,13 +125,17 @@ class Runs:
             wish = Stop()
             asked_at = stop_at - 1 if stop_at is not None and ranks.rank == by_rank else None
             watch = AskedAt(wish, asked_at)
-            attempt = f"attempt-{self.count}"
-            about = {"command": "test", "commit": "", "attempt": attempt, "run_dir": str(run.path), **(facts or {})}
-            end = train(config, about, ranks, wish, entered=lambda run: None, watch=watch)
+            start = Start(f"attempt-{self.count}", "test", run_dir=str(run.path), **known)
+            end = train(Session(config, start, ranks, wish, watch), lambda run: None)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
         ends = in_ranks(world, body, self.folder / f"ranks-{self.count}", deadline_s=self.deadline_s)
         return Run(run, ends)
+
+
+def session_of(config: RunConfig, world: World, stop: Stop | None = None, **known: Any) -> Session:
+    """What a worker's body gets, ``known`` of its start."""
+    return Session(config, Start("attempt", **known), world, stop or Stop(), Watch())
 
 
 class AskedAt(Watch):

@@ -142,10 +142,10 @@ def _show(words: list[str]) -> None:
 
 if __name__ == "__main__":
     from isobatch.conf.compose import compose
-    from isobatch.trainers.launch import start as workers
+    from isobatch.trainers.launch.worker import import_torch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    workers.import_torch(compose([]))
+    import_torch(compose([]))
     import isobatch.trainers.run  # noqa: F401
 
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -21,7 +21,7 @@ from isobatch.conf.messages import override
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import Slurm
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.allocation import Allocation, as_local, job_facts
+from isobatch.slurm.allocation import Allocation, as_local, job_here
 from isobatch.slurm.output import parse_due, parse_unreached
 from isobatch.slurm.render import directive, render
 from isobatch.slurm.requeue import End, judge, put_back_by_slurm
@@ -220,12 +220,12 @@ def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
         Allocation.within(STEP | {"SLURM_NTASKS": "8"})
 
 
-def test_facts_of_a_job() -> None:
-    assert job_facts({}) == {}
-    assert job_facts({"SLURM_JOB_ID": "7"}) == {"job": "7", "job_restart": "0"}
-    assert job_facts({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == {"job": "7", "job_restart": "2"}
+def test_the_job_that_a_process_is_in() -> None:
+    assert job_here({}) == {}
+    assert job_here({"SLURM_JOB_ID": "7"}) == {"job": "7", "job_restart": 0}
+    assert job_here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == {"job": "7", "job_restart": 2}
     element = {"SLURM_JOB_ID": "22", "SLURM_ARRAY_JOB_ID": "22", "SLURM_ARRAY_TASK_ID": "3"}
-    assert job_facts(element)["job"] == "22_3"  # 22 would be all of them
+    assert job_here(element)["job"] == "22_3"  # 22 would be all of them
 
 
 def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from isobatch.conf.rundir.directory import Fatal, RunDir
+from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.checkpoints.commit import sync
 from isobatch.trainers.model.build import tied
+from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, checkpoints, followed, read, verify
 from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader, write_whole
@@ -39,7 +40,7 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
     Called by all ranks, which bring together one tensor at a time; one of them ``writes``.
 
     Raises:
-        Fatal: they can't be written.
+        RunFailed: they can't be written.
     """
     layout = engine.layout()
     names = [name.removeprefix("model/") for name in layout if name.startswith("model/")]
@@ -52,7 +53,7 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
         if writes:
             _save_final(run, list(files), {name: layout[f"model/{name}"] for name in names}, tensors)
     except OSError as error:
-        raise Fatal(
+        raise RunFailed(
             f"the trained weights can't be written to {run.final} ({error}); once they can, the same command does"
         ) from error
     finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isobatch.scaling.noise import Smoothed
-from isobatch.scaling.plan import Plan
+from isobatch.scaling.plan import Plan, Step
+from isobatch.trainers.ranks.failure import Reached
 
 
 @dataclass(slots=True)
@@ -27,7 +28,18 @@ class TrainState:
     evaluation_owed: bool = False
     noise: Smoothed | None = None
 
+    def advance(self, step: Step, *, skipped: bool) -> None:
+        """Move past ``step``, which changed no weights where it was ``skipped``."""
+        self.samples, self.steps = step.stop, step.index + 1
+        self.skipped += skipped
+
     def epochs(self, samples: int) -> float:
         """``samples`` as passes over the data."""
         assert self.plan.train_samples
         return samples / self.plan.train_samples
+
+    @property
+    def reached(self) -> Reached:
+        """Return how far the run has come, and the samples of the largest pass there."""
+        per_gpu = self.plan.stage_at(self.samples).cut.micro_batches[0][0]
+        return Reached(self.steps, self.samples, per_gpu, self.plan.granule, fixed=self.plan.numerics == "bitwise")

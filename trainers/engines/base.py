@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isobatch.conf.rundir.directory import Fatal
 from isobatch.scaling.geometry import Cut
 from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.engine import Found, Parts, Update
@@ -26,6 +25,7 @@ from isobatch.trainers.model.precision import LossScale, autocast
 from isobatch.trainers.optim.eval_weights import eval_weights, has_modes
 from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.optim.state_io import restore_optimizer, stored_optimizer
+from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.tensors.sharding import copied, fill, gathered, local, slices_of
 from isobatch.trainers.tensors.slices import EVAL, Reader, Slice
 
@@ -257,10 +257,10 @@ class Base:
         """Undo what the step did to the buffers, also where a module has made a new one.
 
         Raises:
-            Fatal: no lower loss scale can help.
+            RunFailed: no lower loss scale can help.
         """
         if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
-            raise Fatal(
+            raise RunFailed(
                 f"loss or gradient isn't finite, and the loss scale of precision=fp16 is at its lowest, "
                 f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
             )

@@ -91,7 +91,7 @@ class Engine(Protocol):
         the step did to the model's buffers. So it is in fp16, and the loss scale is halved.
 
         Raises:
-            Fatal: in fp16, it wasn't finite at the lowest loss scale.
+            RunFailed: in fp16, it wasn't finite at the lowest loss scale.
             UserError: after the first step: the optimizer keeps what a checkpoint can't hold.
         """
 

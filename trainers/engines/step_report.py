@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isobatch.scaling.plan import Step
-
 Number = float | Tensor
 """A float on the CPU; elsewhere, where a look would wait for the device, a 0-dim float64 tensor on it."""
 
@@ -127,63 +125,3 @@ class Total:
         if isinstance(self.units, Tensor):
             return expected_units / self.units + 0 * self.loss
         return expected_units / self.units + 0 * self.loss if self.units else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What the host knows of a completed step.
-
-    Attributes:
-        loss: the mean over the units of the global batch.
-        parts_sq: of its micro-batches' gradients, where that was measured (see engines.Update).
-    """
-
-    step: Step
-    loss: float
-    units: float
-    grad_norm: float
-    stop: bool
-    save: bool
-    parts_sq: float | None = None
-
-
-class Pulse:
-    """Brings each step's numbers to the host: at once on the CPU, elsewhere a step late, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._under_way: tuple[Step, Tensor, torch.Event] | None = None
-
-    def read(self, step: Step, total: Total, grad_norm: Number, parts_sq: Number | None = None) -> News | None:
-        """The news of ``step``, or, on an accelerator, of the step before it (None at the first)."""
-        found = [total.loss, total.units, total.stop, total.save, grad_norm]
-        if parts_sq is not None:
-            found.append(parts_sq)
-        if self._device.type == "cpu":
-            return _news(step, *map(float, found))
-        numbers = torch.stack([torch.as_tensor(number) for number in found])
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._device.type == "cuda")
-        host.copy_(numbers, non_blocking=True)
-        copied = torch.Event(self._device)
-        copied.record()
-        before, self._under_way = self._under_way, (step, host, copied)
-        return _arrived(before)
-
-    def last(self) -> News | None:
-        """What is still under way after the last step."""
-        before, self._under_way = self._under_way, None
-        return _arrived(before)
-
-
-def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> News | None:
-    if message is None:
-        return None
-    step, host, copied = message
-    copied.synchronize()
-    return _news(step, *host.tolist())
-
-
-def _news(
-    step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float, parts_sq: float | None = None
-) -> News:
-    return News(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0, parts_sq)

@@ -1,7 +1,7 @@
 """This machine's workers: starting them, watching them, restarting them, on torch's elastic agent and its rendezvous.
 
 torch's own local agent returns results through a queue, allows no say in what is restarted, and takes its workers'
-exit for a hang if they leave by ``os._exit``, as they have to (see trainers/ranks/kept.py). What it does for several
+exit for a hang if they leave by ``os._exit``, as they have to (see ``World.kept``). What it does for several
 machines (rendezvous, ranks, restart together) is used unchanged.
 """
 
@@ -13,11 +13,12 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from multiprocessing.connection import wait
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import torch
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -29,22 +30,28 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from isobatch.conf.hardware import workers_here
 from isobatch.conf.rundir.directory import LOCK_FD, Outcome, RunDir
 from isobatch.conf.rundir.lock import identity_of, place_of
 from isobatch.conf.terminal import say
-from isobatch.trainers.launch.failures import judged
+from isobatch.trainers.launch.failures import Verdict, decide_restart, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess
 from isobatch.trainers.launch.rendezvous import Alone
+from isobatch.trainers.launch.worker import Body, run_for_agent
 from isobatch.trainers.ranks.notes import (
     GRACE_S,
-    await_words,
-    first_error,
-    leave_word,
+    await_failure,
+    first_failure,
+    note_failure,
     read_note,
     write_note,
 )
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import FRESH_STORE
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+    from isobatch.trainers.ranks.session import Start
 
 STACKS_S = 0.3  # for workers that don't end by themselves to write down where they are
 VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to say what is to be done
@@ -56,49 +63,44 @@ logging.getLogger("torch.distributed.elastic").propagate = False
 
 
 class Agent(SimpleElasticAgent):
-    """Runs ``work(*args, watch)`` in worker processes of this machine; exit code 0 is a good end of one.
+    """Run ``body`` in worker processes of this machine; exit code 0 is a good end of one.
 
     Where a worker has failed, the agent of rank 0 decides for all agents whether to start again.
 
     Attributes:
         notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
-            the workers, ``failed``, ``stopping`` and ``verdict`` from the agents.
+            the workers, ``failed``, ``stopping``, ``verdict`` and ``per_gpu_limit`` from the agents.
         end: what rank 0 returned.
-        error: what the workers failed of: the earliest note of an error, or a worker's death by a signal; with
-            what ``judged`` says of it.
+        verdict: of the failure that was first, and whether to start again.
         starts: how often the workers were started.
     """
 
     def __init__(
-        self,
-        work: Callable[..., Any],
-        args: tuple[Any, ...],
-        *,
-        stop: Stop,
-        count: int,
-        handler: RendezvousHandler,
-        address: str,
-        timeout_s: float,
-        max_restarts: int,
-        start_method: str,
-        run: RunDir | None,
-        on_restart: Callable[[Agent], None],
+        self, config: RunConfig, start: Start, body: Body, stop: Stop, handler: RendezvousHandler, address: str
     ) -> None:
         spec = WorkerSpec(
-            "worker", count, handler, entrypoint=work, args=args, max_restarts=max_restarts, monitor_interval=1e-3
+            "worker",
+            workers_here(config),
+            handler,
+            entrypoint=run_for_agent,
+            args=(config, start, body, stop),
+            max_restarts=config.cluster.max_restarts,
+            monitor_interval=1e-3,
         )
         super().__init__(spec, exit_barrier_timeout=BARRIER_S)
         self.notes: Store | None = None
         self.end: Outcome | None = None
-        self.error: dict[str, Any] | None = None
+        self.verdict: Verdict | None = None
         self.starts = 0
         self._stop, self._announced = stop, False
-        self._timeout_s = timeout_s
-        self._restarts_left = max_restarts
+        self._timeout_s = config.cluster.timeout_s
+        self._restarts_left = config.cluster.max_restarts
         self._furthest = -1  # step that a start reached before it crashed
-        self._reached = {"step": 0, "samples": 0}  # by any start
-        self._address, self._start_method, self._on_restart = address, start_method, on_restart
-        self._run = run
+        self._step = self._samples = 0  # that any start reached
+        self._per_gpu_limit: int | None = None  # since memory ran out
+        self._address = address
+        self._start_method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
+        self._run = RunDir(start.run_dir) if start.run_dir else None
         self._entered: str | None = None  # the run directory, where a start before had it
         self._lock: IO[str] | None = None
         self._identity: tuple[int, int] | None = None  # of the run directory
@@ -112,7 +114,7 @@ class Agent(SimpleElasticAgent):
     @property
     def run_dir(self) -> RunDir | None:
         """The run directory, once rank 0 has it for this launch, in this start of the workers or in one before."""
-        path = read_note(self.notes, "entered") or self._entered
+        path = read_note(self.notes, "entered", str) or self._entered
         if path and self._run and self._lock:
             place = self._identity and place_of(self._lock, self._identity)  # it may have been moved
             return RunDir(place) if place else None
@@ -131,7 +133,9 @@ class Agent(SimpleElasticAgent):
             shared: Store = worker_group.store  # type: ignore[assignment]
             if self.leads:
                 self.notes = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
-                write_note(shared, "notes", [self._address, self.notes.port])
+                if self._per_gpu_limit is not None:
+                    write_note(self.notes, "per_gpu_limit", self._per_gpu_limit)
+                shared.set("notes", json.dumps([self._address, self.notes.port]))
             address, port = json.loads(shared.get("notes"))
             if not self.leads:
                 self.notes = TCPStore(address, port, wait_for_workers=False)
@@ -141,7 +145,7 @@ class Agent(SimpleElasticAgent):
         spec = worker_group.spec
         work: Any = spec.entrypoint
         context: Any = multiprocessing.get_context(self._start_method)
-        self.starts, self.error = self.starts + 1, None
+        self.starts, self.verdict = self.starts + 1, None
         lock = self._handed_on() if self._start_method == "fork" else {}
         hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
@@ -181,12 +185,12 @@ class Agent(SimpleElasticAgent):
                 self._note(worker, cause)
                 hanging = True
         codes = [worker.code for worker in self._workers]
-        if hanging or any(codes) or read_note(self.notes, "failed"):
+        if hanging or any(codes) or read_note(self.notes, "failed", bool):
             self._explain(worker_group)
             return RunResult(WorkerState.FAILED)
         if None in codes or self._await_end():
             return RunResult(WorkerState.HEALTHY)
-        self.end = self._noted_end()
+        self.end = read_note(self.notes, "end", Outcome)
         return RunResult(WorkerState.SUCCEEDED, return_values={worker.rank: None for worker in self._workers})
 
     def _await_end(self) -> bool:
@@ -194,10 +198,6 @@ class Agent(SimpleElasticAgent):
         with suppress(RuntimeError):  # that machine, which keeps the notes, is gone
             return not self.leads and self.notes is not None and not self.notes.check(["end"])
         return False
-
-    def _noted_end(self) -> Outcome | None:
-        end = read_note(self.notes, "end")
-        return Outcome.of(end) if end else None
 
     def _pass_on_stop(self, wanted: str) -> None:
         if not self._announced:
@@ -224,11 +224,11 @@ class Agent(SimpleElasticAgent):
             time.sleep(STACKS_S)
         own = {worker.rank for worker in self._workers}
         self._stop_workers(worker_group)
-        self.error = self._judged(own) if self.leads else self._verdict()
-        self.end = self._noted_end()
-        if self.error:
-            self._remember(self.error)
-        self._remaining_restarts = int(self.error is not None and self.error["retry"])
+        self.verdict = self._decide(own) if self.leads else self._await_verdict()
+        self.end = read_note(self.notes, "end", Outcome)
+        if self.verdict:
+            self.verdict = self._remember(self.verdict)
+        self._remaining_restarts = int(self.verdict is not None and self.verdict.retry)
         if not self._remaining_restarts:
             self._exit_barrier()  # as long as others may read it here
 
@@ -239,44 +239,59 @@ class Agent(SimpleElasticAgent):
                 self._note(worker, cause)
 
     def _note(self, worker: WorkerProcess, cause: str, *, silent: bool = False) -> None:
-        leave_word(self.notes, worker.rank, worker.word(cause, silent=silent))
+        note_failure(self.notes, worker.failure(cause, silent=silent))
 
-    def _judged(self, own: set[int]) -> dict[str, Any] | None:
-        """What the workers failed of and whether to start again, which the other agents are told.
+    def _decide(self, own: set[int]) -> Verdict | None:
+        """Decide whether to start again, and tell the other agents.
 
         Args:
             own: this agent's ranks; another agent may be about to say what became of its own.
         """
-        error = await_words(self.notes, self._worker_group.workers[0].world_size, own)
-        if error is None:
+        failure = await_failure(self.notes, self._worker_group.workers[0].world_size, own)
+        if failure is None:
             return None
-        over = self._stop.wanted or any(read_note(self.notes, key) for key in ("stopping", "end"))
-        error = judged(error, self._furthest, restarts_left=self._restarts_left, over=bool(over))
-        write_note(self.notes, "verdict", error)
-        return error
+        over = bool(
+            self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)
+        )
+        verdict = decide_restart(failure, self._furthest, restarts_left=self._restarts_left, over=over)
+        write_note(self.notes, "verdict", verdict)
+        return verdict
 
-    def _remember(self, error: dict[str, Any]) -> None:
-        """What later verdicts depend on, on each agent: rank 0 may be another's then."""
-        if error["kind"] != "oom":
+    def _remember(self, verdict: Verdict) -> Verdict:
+        """Keep what later verdicts depend on, on each agent: rank 0 may be another's then.
+
+        Returns:
+            The verdict, with how far any start had come.
+        """
+        failure, reached = verdict.failure, verdict.failure.reached
+        if failure.kind != "oom":
             self._restarts_left -= 1
-            self._furthest = max(self._furthest, error["step"])
-        self._reached = {key: max(far, error[key]) for key, far in self._reached.items()}
-        error |= self._reached
-        self._entered = read_note(self.notes, "entered") or self._entered
+            self._furthest = max(self._furthest, reached.step)
+        self._per_gpu_limit = verdict.per_gpu_limit or self._per_gpu_limit
+        self._step, self._samples = max(self._step, reached.step), max(self._samples, reached.samples)
+        self._entered = read_note(self.notes, "entered", str) or self._entered
+        return replace(
+            verdict, failure=replace(failure, reached=replace(reached, step=self._step, samples=self._samples))
+        )
 
-    def _verdict(self) -> dict[str, Any] | None:
-        """What the agent of rank 0 makes of it; where it says nothing, what is known here, and the end."""
+    def _await_verdict(self) -> Verdict | None:
+        """Return the verdict of rank 0's agent; where it says nothing, what is known here, and no retry."""
         deadline = time.monotonic() + VERDICT_S
         while time.monotonic() < deadline and self._await_end():
-            if verdict := read_note(self.notes, "verdict"):
-                return dict(verdict)
+            if verdict := read_note(self.notes, "verdict", Verdict):
+                return verdict
             time.sleep(LOOK_S)
-        error = first_error(self.notes, self._worker_group.workers[0].world_size)
-        return error and error | {"retry": False}
+        failure = first_failure(self.notes, self._worker_group.workers[0].world_size)
+        return Verdict(failure, retry=False) if failure else None
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_workers(worker_group)
-        self._on_restart(self)
+        if self.verdict and self.leads:
+            limit = self.verdict.per_gpu_limit
+            smaller = "" if limit is None else f" with batch.per_gpu={limit}"
+            say(f"isobatch: {self.verdict.failure.summary}; starting the workers again{smaller}", sys.stderr)
+            if run := self.run_dir:
+                record_restart(self.verdict, run, self.starts)
         super()._restart_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

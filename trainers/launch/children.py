@@ -16,7 +16,7 @@ from isobatch.conf.sweep import Element
 from isobatch.conf.terminal import Unwritable, say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.results import grid, result
-from isobatch.trainers.launch.start import leave
+from isobatch.trainers.launch.worker import leave
 from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code of ``work``; what is refused is said in one message, by one process of each machine."""
+    """Return the exit code of ``work``; what is rejected is printed in one message, by one process of each machine."""
     try:
         return work()
     except UserError as error:
@@ -46,7 +46,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
-    """The exit code of ``work``, done in a forked process, which gets ``number`` where this one is to stop, or ends."""
+    """Return the exit code of ``work``, done in a forked process that gets ``number`` where this one stops or ends."""
     parent = os.getpid()
     child = os.fork()
     if child == 0:
@@ -61,8 +61,8 @@ def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) 
     return os.waitstatus_to_exitcode(ended[1])
 
 
-def opened(config: RunConfig, stop: Stop) -> int:
-    """Training samples, counted in a child: the launcher is to be forked, and stays without torch.
+def count_samples(config: RunConfig, stop: Stop) -> int:
+    """Count the task's training samples in a child: the launcher is to be forked, and stays without torch.
 
     Raises:
         Stopped: a signal came first. The child is killed, since in the user's code it would only record it.
@@ -70,10 +70,14 @@ def opened(config: RunConfig, stop: Stop) -> int:
     answer, reply = os.pipe()
 
     def count() -> int:
-        from isobatch.trainers.run import count_samples
+        from isobatch.trainers.ranks.world import World
+        from isobatch.trainers.tasks.prepare import prepare_data
+        from isobatch.trainers.tasks.task import make_task, open_data
 
         with redirect_stdout(sys.stderr):  # stdout is the plan's
-            samples = count_samples(config)
+            task = make_task(config)
+            prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
+            samples = len(open_data(task, config))
         os.write(reply, str(samples).encode())
         return 0
 

@@ -1,94 +1,90 @@
-"""What becomes of a start of the workers that has failed: whether there is another, and what is said and kept of it.
-
-Torch-free.
-"""
+"""Decide what follows a failed start of the workers, and record it. Torch-free."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from isobatch.conf.rundir.directory import Outcome, RunDir
 from isobatch.conf.terminal import say
-from isobatch.scaling.geometry import counted
-
-Note = dict[str, Any]
+from isobatch.trainers.ranks.failure import Failure
 
 
-def judged(error: Note, furthest: int, *, restarts_left: int = 1, over: bool = False) -> Note:
-    """An error with ``retry``, whether the workers are to be started again; and where memory ran out with ``limit``.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Say what follows a failed start of the workers.
 
-    Not where that can't help, nor where the last start got no further than one before it. ``limit``, half the samples
-    of a micro-batch, in whole granules, is for the next start, which doesn't count as a restart then; 0: there is no
-    half, or it would be another run.
+    Attributes:
+        retry: start the workers again.
+        per_gpu_limit: the most samples in a pass of the next start, where memory ran out; 0: there is no smaller pass,
+            or it would be another run. None: memory didn't run out.
+    """
+
+    failure: Failure
+    retry: bool
+    per_gpu_limit: int | None = None
+
+
+def decide_restart(failure: Failure, furthest: int, *, restarts_left: int = 1, over: bool = False) -> Verdict:
+    """Decide whether to start the workers again after ``failure``.
+
+    They aren't where that can't help, nor where the last start got no further than one before it. Where memory ran out
+    they are started with half the samples in a pass; that doesn't count as a restart.
 
     Args:
         furthest: the step that a start before reached; -1: there was none.
         over: the run has ended, or was asked to stop.
     """
-    retry = bool(error["again"] and not over)
-    if error["kind"] == "oom":
-        limit = 0 if error["fixed"] else _half(error)
-        return error | {"limit": limit, "retry": retry and limit > 0}
-    if retry and restarts_left > 0 and error["step"] <= furthest:
-        cause = f"{error['cause']}; not started again, since the last start got no further than one before"
-        return error | {"cause": cause, "retry": False}
-    return error | {"retry": retry and restarts_left > 0}
+    retry = failure.again and not over
+    if failure.kind == "oom":
+        limit = 0 if failure.reached.fixed else failure.reached.half
+        return Verdict(failure, retry and limit > 0, limit)
+    if retry and restarts_left > 0 and failure.reached.step <= furthest:
+        cause = f"{failure.cause}; not started again, since the last start got no further than one before"
+        return Verdict(replace(failure, cause=cause), retry=False)
+    return Verdict(failure, retry and restarts_left > 0)
 
 
-def said(error: Note) -> str:
-    """What the workers failed of, in a line."""
-    if not error["again"] or error["silent"]:
-        return str(error["cause"])
-    what = "crashed"
-    if error["kind"] == "oom":
-        passing = f"with {counted(error['per_gpu'], 'sample')} in a pass"
-        what = f"ran out of memory {passing if error['per_gpu'] else 'before the first pass'}"
-    return f"rank {error['rank']} {what}: {error['cause']}"
-
-
-def bury(error: Note, run: RunDir | None, attempt: str, restarts: int = 0, to: TextIO = sys.stderr) -> Outcome:
-    """Say once what ended the run, and write it down where the run directory is this launch's."""
-    cause, where = said(error), ""
-    if error["kind"] == "oom":
-        cause += f"; {_advice(error)}"
-    if error["again"]:
-        where = f"; traceback in {error['log']}" if "log" in error else ""
+def record_end(
+    failure: Failure, run: RunDir | None, attempt: str, restarts: int = 0, to: TextIO = sys.stderr
+) -> Outcome:
+    """Print once what ended the run, and write it to the run directory where that is this launch's."""
+    cause, where = failure.summary, ""
+    if failure.kind == "oom":
+        cause += f"; {_advice(failure)}"
+    if failure.again:
+        where = f"; traceback in {failure.log}" if failure.log else ""
         if not where:
-            say(error.get("traceback", ""), to, end="")
+            say(failure.traceback, to, end="")
     say(f"isobatch: {cause}{where}", to)
-    step, samples = error.get("step", 0), error.get("samples", 0)
-    end = Outcome(error["kind"], cause, step, samples, attempt, restarts)
+    step, samples = failure.reached.step, failure.reached.samples
+    end = Outcome(failure.kind, cause, step, samples, attempt, restarts)
     if run:
         try:
             run.write_outcome(end)
-            run.event(end.state, cause=cause, step=step, samples=samples, again=bool(error["again"]))
+            run.event(end.state, cause=cause, step=step, samples=samples, again=failure.again)
         except OSError as full:
             say(f"isobatch: {run.path} can't be written: {full}", to)
     return end
 
 
-def note_restart(error: Note, run: RunDir, restart: int) -> None:
-    """Keep what the ``restart``-th restart was for."""
-    fields = {key: error[key] for key in ("rank", "cause", "step", "samples")}
-    if "limit" in error:
-        fields |= {"kind": "oom", "per_gpu_before": error["per_gpu"], "per_gpu": error["limit"]}
+def record_restart(verdict: Verdict, run: RunDir, restart: int) -> None:
+    """Record in the events why the workers were restarted, for the ``restart``-th time."""
+    failure, reached = verdict.failure, verdict.failure.reached
+    fields: dict[str, Any] = {"rank": failure.rank, "cause": failure.cause}
+    fields |= {"step": reached.step, "samples": reached.samples}
+    if verdict.per_gpu_limit is not None:
+        fields |= {"kind": "oom", "per_gpu_before": reached.per_gpu, "per_gpu": verdict.per_gpu_limit}
     with suppress(OSError):  # a full disk is no reason not to try again
         run.event("restart", **fields, restart=restart)
 
 
-def _half(error: Note) -> int:
-    """Half the samples of a micro-batch, of which some have to stay together; 0: there is no half."""
-    return int(error["per_gpu"] // 2 // error["granule"] * error["granule"])
-
-
-def _advice(error: Note) -> str:
-    """What would work where memory ran out."""
-    if half := _half(error):
-        alone = (
-            "numerics=bitwise can't go on with fewer samples in a pass; as a run of its own " if error["fixed"] else ""
-        )
-        return f"{alone}batch.per_gpu={half} needs less"
-    smallest = "there is no smaller batch.per_gpu: " if error["per_gpu"] else ""
+def _advice(failure: Failure) -> str:
+    """Return what would work where memory ran out."""
+    if half := failure.reached.half:
+        alone = "numerics=bitwise can't go on with fewer samples in a pass; as a run of its own "
+        return f"{alone if failure.reached.fixed else ''}batch.per_gpu={half} needs less"
+    smallest = "there is no smaller batch.per_gpu: " if failure.reached.per_gpu else ""
     return f"{smallest}a smaller model or more memory would do"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.directory import LOCK_FD, hold
-from isobatch.trainers.ranks.notes import GRACE_S, KILLED_HINT, others_word
+from isobatch.trainers.ranks.failure import KILLED_HINT, Failure
+from isobatch.trainers.ranks.notes import GRACE_S
 from isobatch.trainers.ranks.signals import Stop, die_with_parent
 from isobatch.trainers.ranks.watch import Watch
 
@@ -89,9 +90,9 @@ class WorkerProcess:
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return cause + (KILLED_HINT if code == -signal.SIGKILL else "")
 
-    def word(self, cause: str, *, silent: bool = False) -> dict[str, Any]:
-        """A note for it, of how far it came, and when it was last seen alive."""
-        return others_word(self.rank, cause, self._watch.reached, self._seen_alive, silent=silent)
+    def failure(self, cause: str, *, silent: bool = False) -> Failure:
+        """Describe its failure from outside: how far it came, and when it was last seen alive."""
+        return Failure(self.rank, cause, silent=silent, reached=self._watch.reached, time=self._seen_alive)
 
     def show_stacks(self) -> None:
         """Have it and its data loaders write down where they stand, also where they are suspended."""

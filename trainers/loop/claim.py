@@ -1,11 +1,9 @@
-"""Taking the run directory: one launch at a time, one command on all machines, one disk under all of them."""
+"""Take the run directory: one launch at a time, one command on all machines, one disk under all of them."""
 
 from __future__ import annotations
 
-import json
 import platform
 import socket
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,17 +13,16 @@ from isobatch.conf.saved import begun, dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.results import WITHOUT_A_WORD
-from isobatch.trainers.ranks.notes import restarts
+from isobatch.trainers.ranks.agreement import refuse_other_commands
+from isobatch.trainers.ranks.failure import restarts
+from isobatch.trainers.ranks.session import Session, Start
 from isobatch.trainers.ranks.world import World
 
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
 
+def claim(session: Session) -> tuple[RunDir, Outcome | None]:
+    """Take the run directory for this launch: rank 0 locks it and writes ``running``, the others see that it did.
 
-def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDir, Outcome | None]:
-    """Take the run directory for this launch: rank 0 locks it and says ``running``, the others see that it did.
-
-    What an earlier attempt left is not touched yet: this one may still be refused.
+    What an earlier attempt left is not touched yet: this one may still be rejected.
 
     Returns:
         The directory, and how the run had ended before: the same on all ranks where it was ``finished``.
@@ -34,98 +31,57 @@ def enter(config: RunConfig, facts: dict[str, str], world: World) -> tuple[RunDi
         UserError: ranks were started with other configs, the folder isn't writable or no run's, another launch works in
             it, or a node doesn't see what rank 0 wrote there.
     """
-    refuse_other_commands(config, world)
-    run, before = RunDir(facts["run_dir"]), None
+    world, start = session.world, session.start
+    refuse_other_commands(session.config, world)
+    run, before = RunDir(start.run_dir), None
     hosts = world.gather(socket.gethostname())
     refusal = ""
     if world.rank == 0:
         try:
-            before = _begin(run, config, facts, world, sorted(set(hosts)))
+            before = _begin(run, session, sorted(set(hosts)))
         except (UserError, OSError) as error:
             refusal = str(error) if isinstance(error, UserError) else f"run.dir={run.path} can't be written: {error}"
             if run.held:
                 run.held.release()
     if refusal := world.agree(refusal):
         raise UserError(refusal)
-    run.await_attempt(facts["attempt"])
+    run.await_attempt(start.attempt)
     return run, before if world.rank == 0 else run.outcome()
 
 
-def code_of(facts: dict[str, str]) -> dict[str, Any]:
-    """Return ``commit`` of Isobatch and ``repository`` of the user, as they were when the command was given."""
-    return {"commit": facts["commit"], "repository": json.loads(facts.get("repository", "null"))}
-
-
-def refuse_unless_same(world: World, what: str, number: int) -> None:
-    """Raises UserError, on all ranks, where ``number`` isn't the same on all of them."""
-    found = world.gather(str(number))
-    if len(set(found)) > 1:
-        said = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(found))
-        raise UserError(f"{what} differs between ranks: {said}; every rank has to open the whole data")
-
-
-def refuse_other_source(files: dict[str, str], world: World) -> None:
-    """Raise UserError, on all ranks, where one imported another version of a source file than rank 0 did.
-
-    Args:
-        files: path → hash.
-    """
-    theirs = json.loads(world.agree(json.dumps(files)))
-    other = ", ".join(sorted(path for path in files.keys() & theirs.keys() if files[path] != theirs[path]))
-    for rank, text in enumerate(world.gather(other)):
-        if text:
-            raise UserError(f"{text} on rank {rank} isn't what rank 0 has: use the same code on every machine")
-
-
-def refuse_other_commands(config: RunConfig, world: World) -> None:
-    """Raise UserError, on all ranks, where one was started for another run than rank 0 was.
-
-    ``task.local`` and ``data.local`` may differ: paths and caches are a machine's own.
-    """
-    left_out = {"cluster": True, "run": True, "given": True, "task": {"local"}, "data": {"local"}}
-    plain = config.model_dump(mode="json", by_alias=True, exclude=left_out)  # type: ignore[arg-type]
-    mine = {f"{name}.{key}": value for name, section in plain.items() for key, value in _items(section)}
-    theirs = json.loads(world.agree(json.dumps(mine)))
-    other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
-    said = ", ".join(f"{key.rstrip('.')}={mine.get(key)} (rank 0: {theirs.get(key)})" for key in other)
-    for rank, text in enumerate(world.gather(said)):
-        if text:
-            raise UserError(f"rank {rank} was started with {text}; give the same command on every machine")
-
-
-def _items(section: Any) -> list[tuple[str, Any]]:
-    return list(section.items()) if isinstance(section, dict) else [("", section)]
-
-
-def _begin(run: RunDir, config: RunConfig, facts: dict[str, str], world: World, hosts: list[str]) -> Outcome | None:
-    """Rank 0's part; gives the outcome of the attempt before."""
+def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
+    """Lock the directory and record the start, on rank 0; return the outcome of the attempt before."""
+    start = session.start
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
-    launches = facts.get("launches", "").split()
-    hold(run.lock(facts.get("job", ""), int(facts.get("job_restart", "0")), facts["attempt"], launches).file)
+    hold(run.lock(start.job, start.job_restart, start.attempt, start.launches).file)
     before = run.outcome()
-    if before and before.state == "finished" and "extends" not in facts:
+    if before and before.state == "finished" and not start.extends:
         return before
     at = (before.step, before.samples) if before else (0, 0)
     if not begun(run.path):  # else what is there holds until this attempt trains, too
-        write_atomic(run.path / "config.yaml", dump(config))
-    run.write_outcome(Outcome("running", "", *at, facts["attempt"], restarts()))
+        write_atomic(run.path / "config.yaml", dump(session.config))
+    run.write_outcome(Outcome("running", "", *at, start.attempt, restarts()))
     run.logs.mkdir(exist_ok=True)
-    if before and before.state == "running" and before.attempt != facts["attempt"]:
+    if before and before.state == "running" and before.attempt != start.attempt:
         step = last_step(run.path)
         say(f"the last attempt {WITHOUT_A_WORD}, after step {step} or later")
         run.event("crashed", cause=WITHOUT_A_WORD, attempt=before.attempt, step=step, found=True)
+    _record_start(run, start, session.world, list(start.hosts) or hosts, new=before is None)
+    return before
+
+
+def _record_start(run: RunDir, start: Start, world: World, hosts: list[str], *, new: bool) -> None:
     run.event(
         "start",
-        command=facts["command"],
-        **code_of(facts),
-        attempt=facts["attempt"],
+        command=start.command,
+        **start.code,
+        attempt=start.attempt,
         restart=restarts(),
-        new=before is None,
-        hosts=facts["hosts"].split() if "hosts" in facts else hosts,
-        **({"job": facts["job"], "job_restart": int(facts["job_restart"])} if "job" in facts else {}),
+        new=new,
+        hosts=hosts,
+        **({"job": start.job, "job_restart": start.job_restart} if start.job else {}),
         world_size=world.size,
         device=str(world.device),
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
-    return before

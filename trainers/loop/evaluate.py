@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.loader import to_device
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.engines.root import summed
-from isobatch.trainers.model.average import Average
 from isobatch.trainers.model.modes import in_eval_mode
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.signals import Stop
+from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine
 
 Totals = dict[str, tuple[float, float]]
-Evaluate = Callable[[], dict[str, float] | None]
 
 
 @dataclass(slots=True)
@@ -40,8 +39,8 @@ class Evaluator:
         per_gpu: the most samples per forward.
         precision: what a forward computes in.
         engine: that calls the model; None: it is called as it is.
-        stop: where some rank is asked to stop, all of them leave off.
-        beat: called after each forward.
+        stop: where some rank is asked to stop, all of them stop evaluating.
+        watch: told of each forward, and of its size where it fails.
     """
 
     task: Task
@@ -53,22 +52,16 @@ class Evaluator:
     precision: str = "fp32"
     engine: Engine | None = None
     stop: Stop = field(default_factory=Stop)
-    beat: Callable[[], None] = lambda: None
+    watch: Watch = field(default_factory=Watch)
 
     def __call__(self) -> dict[str, float] | None:
-        """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop.
-
-        An exception has the attributes that let the ranks be started again with fewer samples per forward.
-        """
+        """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop."""
         mine, longest = self._share()
         for buffer in self.model.buffers():
             self.world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
-        try:
-            with evaluating(self.model, self.stream):
-                totals = self._totals(mine, longest)
-        except Exception as error:
-            error.per_gpu, error.granule, error.fixed = min(self.per_gpu, longest), 1, False  # type: ignore[attr-defined]
-            raise
+        reached = replace(self.watch.reached, per_gpu=min(self.per_gpu, longest), granule=1, fixed=False)
+        with self.watch.tracking(lambda: reached), evaluating(self.model, self.stream):
+            totals = self._totals(mine, longest)
         found = _over_ranks(None if self.stop.wanted else totals, self.world)
         return None if found is None else summarise(self.task, found)
 
@@ -84,7 +77,7 @@ class Evaluator:
             if fetched.unkeyed:
                 self.stream.tell(fetched.unkeyed)
             totals = self.engine.call(work) if self.engine else work()
-        self.beat()
+        self.watch.beat()
         return totals
 
     def _totals(self, mine: range, longest: int) -> Totals:
@@ -110,6 +103,37 @@ class Evaluator:
         rank = self.world.rank
         first = rank * share + min(rank, more)
         return range(first, first + share + (rank < more)), share + (more > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Evaluate the weights that are trained, and their moving average where there is one.
+
+    Attributes:
+        last: evaluate at the end of the run.
+    """
+
+    evaluator: Evaluator
+    engine: Engine
+    last: bool = True
+
+    def __call__(self) -> dict[str, float] | None:
+        """Return the values as ``val/<name>``, and those of the weights' average as ``ema/<name>``.
+
+        None, on all ranks, where some rank was asked to stop.
+        """
+        with self.engine.eval_weights():
+            values = self.evaluator()
+        if values is None:
+            return None
+        found = {f"val/{name}": value for name, value in values.items()}
+        if average := self.engine.average:
+            with average.swapped():
+                values = self.evaluator()
+            if values is None:
+                return None
+            found |= {f"ema/{name}": value for name, value in values.items()}
+        return found
 
 
 @contextmanager
@@ -176,36 +200,6 @@ def summarise(task: Task, totals: Totals) -> dict[str, float]:
     if not isinstance(made, dict):
         raise UserError(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
     return {**ratios, **{name: float(value) for name, value in made.items()}}
-
-
-def with_average(
-    evaluate: Evaluate | None,
-    average: Average | None,
-    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Evaluate | None:
-    """The values of ``evaluate`` as ``val/<name>``, and those of the weights' average as ``ema/<name>``.
-
-    Args:
-        weights: within it the model has the weights to evaluate, where the optimizer steps others.
-    """
-    if evaluate is None:
-        return None
-
-    def both() -> dict[str, float] | None:
-        with weights():
-            values = evaluate()
-        if values is None:
-            return None
-        found = {f"val/{name}": value for name, value in values.items()}
-        if average:
-            with average.swapped():
-                values = evaluate()
-            if values is None:
-                return None
-            found |= {f"ema/{name}": value for name, value in values.items()}
-        return found
-
-    return both
 
 
 def _numbers(name: str, pair: Any) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.printable import one_line
 from isobatch.scaling.reading import parse_json, read_bytes
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.step_report import News
+from isobatch.trainers.loop.readback import StepResult
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,7 +37,7 @@ class Metrics:
     def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
         self._state, self._run = state, run
         self._file: IO[bytes] | None = None
-        self._unwritten, self._told = b"", False
+        self._unwritten, self._told, self._told_of_slow_save = b"", False, False
         if run:
             file = run.path / "metrics.jsonl"
             write_atomic(file, b"".join(lines_until(file, state)))
@@ -47,19 +47,19 @@ class Metrics:
             self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
         self._since, self._since_samples = time.perf_counter(), state.samples
 
-    def step(self, news: News) -> None:
-        """A line of metrics of the step that ``news`` is of."""
+    def step(self, result: StepResult) -> None:
+        """Write a line of metrics of one step."""
         now = time.perf_counter()
-        rate = (news.step.stop - self._since_samples) / max(1e-9, now - self._since)
-        self._since, self._since_samples = now, news.step.stop
+        rate = (result.step.stop - self._since_samples) / max(1e-9, now - self._since)
+        self._since, self._since_samples = now, result.step.stop
         line: dict[str, Any] = {
-            "step": news.step.index + 1,
-            "samples": news.step.stop,
-            "epoch": self._state.epochs(news.step.stop),
-            "loss": news.loss,
-            "lr": news.step.recipe.lr,
-            "grad_norm": news.grad_norm,
-            "global_size": news.step.cut.global_size,
+            "step": result.step.index + 1,
+            "samples": result.step.stop,
+            "epoch": self._state.epochs(result.step.stop),
+            "loss": result.loss,
+            "lr": result.step.recipe.lr,
+            "grad_norm": result.grad_norm,
+            "global_size": result.step.cut.global_size,
             "samples_per_s": rate,
         }
         if self._state.skipped:
@@ -90,6 +90,24 @@ class Metrics:
     def warn(self, text: str) -> None:
         """What the user should know, on the terminal and in the events."""
         self.event("warning", text)
+
+    def warn_of_slow_save(self, limit_s: float | None, took_s: float) -> None:
+        """Say once that a stop may take longer than a scheduler grants to a job that it ends without notice.
+
+        It is a step, a save that may be under way, one more, and the job's own end.
+
+        Args:
+            limit_s: from the scheduler's notice to its kill; None: not known.
+        """
+        if limit_s is None or took_s <= limit_s / 2 or self._told_of_slow_save:
+            return
+        self._told_of_slow_save = True
+        self.warn(
+            f"a save took {took_s:.1f} s, and {limit_s:g} s after a job is told to stop it is killed (Slurm's "
+            "KillWait): a step, a save under way and one more may not fit. Where a stop comes without notice, as by a "
+            "preemption, steps since the last checkpoint are then done again: checkpoint.every says how many those can "
+            "be"
+        )
 
     def event(self, event: str, text: str, **fields: Any) -> None:
         """Likewise, of another kind than a mere warning."""

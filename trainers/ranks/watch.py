@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.ranks.notes import Hangs, place
+from isobatch.trainers.ranks.failure import Hangs, Reached, place
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -26,7 +26,8 @@ LOOK_S = 0.5  # at most, between the looks of the watching thread
 
 # where the main thread stands while it waits for other ranks, or for a device that does
 _WAITING = re.compile(
-    r"[/\\](torch|deepspeed)[/\\](?!utils[/\\]data)|[/\\]trainers[/\\](engines[/\\]|checkpoints[/\\]saver\.py)"
+    r"[/\\](torch|deepspeed)[/\\](?!utils[/\\]data)|"
+    r"[/\\]trainers[/\\](engines[/\\]|loop[/\\]readback\.py|checkpoints[/\\]saver\.py)"
 )
 _LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
 
@@ -42,19 +43,25 @@ class Watch:
     """
 
     def __init__(self, shared: BaseContext | None = None) -> None:
-        # beats, steps, samples, whether it is excused
-        self._row: Any = shared.RawArray(ctypes.c_int64, 4) if shared else [0, 0, 0, 0]
+        # beats, steps, samples, whether it is excused, whether it trains
+        self._row: Any = shared.RawArray(ctypes.c_int64, 5) if shared else [0, 0, 0, 0, 0]
+        self._reached: Callable[[], Reached] | None = None
         self._seen = self._looks = 0
         self._guarding = False
         self.parting: Callable[[], str | None] | None = None  # says why no more progress can come, if it can't
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
-        """Say that this worker gets on, and how far the run has come. The first beat only says that it has started."""
+        """Say that this worker makes progress, and how far the run has come; the first beat, that it heeds signals."""
         self._row[0] += 1
         if steps is not None:
             self._row[1] = steps
         if samples is not None:
             self._row[2] = samples
+
+    def expect_beats(self) -> None:
+        """Take this worker for hanging, from now on, where beats are missing."""
+        self._row[4] = 1
+        self.beat()
 
     @property
     def started(self) -> bool:
@@ -63,13 +70,20 @@ class Watch:
 
     @property
     def training(self) -> bool:
-        """The worker has begun to beat, so that it would be noticed if it stopped."""
-        return bool(self._row[0] > 1)
+        """The worker would be noticed if it stopped to beat."""
+        return bool(self._row[4])
 
     @property
-    def reached(self) -> dict[str, int]:
-        """``step`` and ``samples`` completed."""
-        return {"step": int(self._row[1]), "samples": int(self._row[2])}
+    def reached(self) -> Reached:
+        """How far the run has come."""
+        return self._reached() if self._reached else Reached(int(self._row[1]), int(self._row[2]))
+
+    @contextmanager
+    def tracking(self, reached: Callable[[], Reached]) -> Iterator[None]:
+        """Within, and after an error within, ``reached`` tells how far the run has come."""
+        before, self._reached = self._reached, reached
+        yield
+        self._reached = before
 
     @contextmanager
     def excused(self) -> Iterator[None]:

@@ -7,18 +7,17 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from isobatch.conf.rundir.directory import Fatal
+from isobatch.conf.rundir.directory import Outcome
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.ranks.kept import KEPT
+from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.notes import read_note
 
 FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agent is ours
@@ -32,6 +31,9 @@ class World:
         rank, size: this rank, and how many there are.
         local_rank, local_size: the same on this machine.
         store: where ranks of this start leave each other notes; None for one that no launcher started.
+        kept: what must not be destroyed before the process ends by ``os._exit``: all that gloo's threads may still use.
+            torch 2.13's gloo hangs where it is destroyed (pytorch #190489: its destructor waits, holding the
+            interpreter's lock, for threads that need it).
     """
 
     rank: int
@@ -40,22 +42,23 @@ class World:
     local_size: int
     device: torch.device
     store: Store | None
+    kept: list[object] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def join(cls, device: str, timeout_s: float) -> World:
+    def join(cls, device: str, timeout_s: float, store: Store | None, kept: list[object]) -> World:
         """Meet the other ranks that RANK, WORLD_SIZE, … of the environment speak of; without them, a world of one.
 
         Args:
             device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
             timeout_s: seconds to wait for the others, now and in every collective until ``wait_patiently``.
+            store: of ``meeting_point``; ``kept``: as in the attributes.
 
         Raises:
             UserError: no such device, or fewer of them than processes on this machine.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        store = meeting_point(timeout_s)
-        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size), store)
+        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size), store, kept)
         if size > 1:
             accelerated = world.device.type != "cpu"
             backend = dist.get_default_backend_for_device(world.device)
@@ -68,7 +71,7 @@ class World:
                 timeout=timedelta(seconds=timeout_s),
                 device_id=world.device if accelerated else None,
             )
-            KEPT.append(dist.group.WORLD)
+            kept.append(dist.group.WORLD)
         return world
 
     @classmethod
@@ -81,7 +84,7 @@ class World:
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(self.device)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-            KEPT.append(dist.group.WORLD)
+            self.kept.append(dist.group.WORLD)
 
     def agree(self, text: str) -> str:
         """Rank 0's text, on all ranks."""
@@ -121,7 +124,7 @@ class World:
         return bool(self.sum(torch.tensor(int(wish), device=self.device)))
 
     def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
-        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (starting/watch.py).
+        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (ranks/watch.py).
 
         The time that a job was suspended counts in a collective's timeout, and not in a watch's.
 
@@ -142,7 +145,7 @@ class World:
                 _set_pg_timeout(timedelta(seconds=timeout_s), None)
 
     def leave(self) -> None:
-        """End the process group; the process is expected to end by ``os._exit`` (see trainers/ranks/kept.py)."""
+        """End the process group; the process is expected to end by ``os._exit`` (see ``kept``)."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -162,35 +165,34 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-@cache
-def meeting_point(timeout_s: float) -> Store | None:
-    """The store of this start of the workers, where ranks leave each other notes; None without a launcher.
+def meeting_point(timeout_s: float, kept: list[object]) -> Store | None:
+    """Connect to the store in which ranks of this start leave each other notes; None without a launcher.
 
     Our own agents make a new store for every start. torchrun's keeps one over all restarts, and ranks that find the
     addresses of their predecessors there dial the dead; its restart count doesn't tell the starts apart, since each
     agent counts its own. So there rank 0 names the start, and tells the name to every rank that greets it.
 
     Raises:
-        UserError, Fatal: what an earlier start ended with, which needn't be tried again.
+        UserError, RunFailed: what an earlier start ended with, which needn't be tried again.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     fresh = os.environ.get(FRESH_STORE) == "1"
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not (fresh or kept),
+        is_master=rank == 0 and not (fresh or of_torchrun),
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
         multi_tenant=True,
     )
-    KEPT.append(store)
-    if not kept:
+    kept.append(store)
+    if not of_torchrun:
         return store
-    if final := read_note(store, "final"):
-        raise (UserError if final["kind"] == "refused" else Fatal)(final["cause"])
+    if final := read_note(store, "final", Outcome):
+        raise (UserError if final.state == "refused" else RunFailed)(final.cause)
     me = uuid.uuid4().hex
     if rank:
         store.set(f"hello/{rank}", me)

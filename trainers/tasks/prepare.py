@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import Store
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.randomness import generators_kept
-from isobatch.trainers.ranks.notes import Hangs
+from isobatch.trainers.ranks.failure import Hangs
 from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.world import World
 

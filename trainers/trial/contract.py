@@ -18,7 +18,7 @@ from isobatch.trainers.data.loader import Fetch
 from isobatch.trainers.data.look import Unseen, has_no_state, look
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.model.modes import Modes
-from isobatch.trainers.ranks.notes import is_oom
+from isobatch.trainers.ranks.failure import is_oom
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task

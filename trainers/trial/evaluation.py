@@ -13,7 +13,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.loop.evaluate import Totals, measure, summarise
 from isobatch.trainers.model.precision import autocast
-from isobatch.trainers.ranks.notes import is_oom, place
+from isobatch.trainers.ranks.failure import is_oom, place
 from isobatch.trainers.trial.additivity import Draw, judge
 from isobatch.trainers.trial.halves import OWN, TWICE, Halves, differ
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32

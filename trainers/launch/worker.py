@@ -1,0 +1,261 @@
+"""One worker of a run: joining the other ranks, doing the body, and ending, however it was started.
+
+Torch-free until used.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from isobatch.conf.hardware import under_torchrun
+from isobatch.conf.rundir.directory import EXIT_CODE, Outcome, RunDir
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.launch.failures import decide_restart, record_end, record_restart
+from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of, restarts
+from isobatch.trainers.ranks.notes import (
+    await_failure,
+    from_json,
+    lasting,
+    note_failure,
+    read_note,
+    to_json,
+    write_note,
+)
+from isobatch.trainers.ranks.session import Session, Start
+from isobatch.trainers.ranks.signals import Stop, show_cursor
+from isobatch.trainers.ranks.watch import Watch
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from isobatch.conf.schema import RunConfig
+    from isobatch.trainers.ranks.world import World
+
+Body = Callable[[Session, Callable[[RunDir], None]], Outcome]
+"""What all workers of a run do; its second argument is to be called with the run directory once that is this launch's.
+
+A function of a module, so that it can be sent to a spawned process.
+"""
+
+THREADS = "ISOBATCH_THREADS"  # in the environment: what OMP_NUM_THREADS was before the launcher's own 1 took its place
+HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
+
+
+class Worker:
+    """One worker of a run.
+
+    Args:
+        report: what to do about this worker's failure, besides keeping it in the run directory.
+        kept: see ``World``; it has to outlive the worker.
+        guarded: end this process where it hangs.
+
+    Attributes:
+        start: as rank 0 was told of it.
+        store: where ranks leave each other notes.
+        run: the run directory, once it is this launch's.
+        terminal: the error stream that this process was started with.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        start: Start,
+        body: Body,
+        stop: Stop,
+        watch: Watch,
+        report: Callable[[Worker, Failure], None],
+        kept: list[object],
+        guarded: bool = True,
+    ) -> None:
+        self.config, self.start, self.body, self.stop, self.watch = config, start, body, stop, watch
+        self.kept, self.guarded, self._report = kept, guarded, report
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.store: Store | None = None
+        self.run: RunDir | None = None
+        self.terminal: TextIO = sys.stderr
+
+    def work(self) -> Outcome | Failure:
+        """Do the body; return how it ended, or this worker's failure."""
+        try:
+            import_torch(self.config)
+            world = self._join()
+            session = Session(self.config, self.start, world, self.stop, self.watch)
+            end = self.body(session, partial(self._enter, world))
+            self.watch.unguard()
+            if self.run and self.run.held:
+                self.run.held.release()
+            if self.rank == 0:
+                write_note(self.store, "end", end)
+            world.leave()
+            return end
+        except BaseException as error:
+            self.watch.unguard()
+            return self._fail(error)
+
+    def _join(self) -> World:
+        """Meet the other ranks, and agree on what this start knows."""
+        import torch
+
+        from isobatch.trainers.ranks.world import World, meeting_point
+
+        self.store = meeting_point(self.config.cluster.timeout_s, self.kept)
+        world = World.join(self.config.device, self.config.cluster.timeout_s, self.store, self.kept)
+        torch.set_num_threads(_threads(self.config, world.local_size))
+        gc.freeze()
+        gc.enable()
+        launches = tuple(world.gather(self.start.attempt))
+        limit = read_note(lasting(self.store), "per_gpu_limit", int)
+        known = replace(self.start, launches=launches, per_gpu_limit=limit)
+        self.start = from_json(world.agree(to_json(known)), Start)
+        return world
+
+    def _enter(self, world: World, run: RunDir) -> None:
+        """From now on, write errors, stacks and the output of ranks but 0 to the run directory."""
+        self.run = run
+        if run.held:
+            run.held.keep(self._lose)
+        log = open(log_of(run, self.rank), "a")  # noqa: SIM115  as long as this process lives
+        if self.guarded:
+            faulthandler.register(signal.SIGQUIT, log)
+            self.watch.guard(self.config.cluster.timeout_s, world.wait_patiently, self._give_up, log)
+        if self.rank == 0:
+            write_note(self.store, "entered", str(run.path.absolute()))
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.terminal = os.fdopen(os.dup(2), "w")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    def _fail(self, error: BaseException) -> Failure:
+        """Keep the failure in the run directory, and report it."""
+        self.kept.append(error)  # its traceback holds what must not be destroyed
+        if isinstance(error, UserError) and self.run and self.run.held:
+            self.run.held.release()
+        elif self.run and (gone := self.run.gone):
+            error, self.run = RunFailed(gone), self.run.now  # it explains whatever it has led to
+        failure = describe_failure(error, self.rank, self.start.attempt, self.watch.reached)
+        if self.run:
+            failure = keep_failure(failure, self.run)
+        self._report(self, failure)
+        return failure
+
+    def _give_up(self, error: Exception) -> None:
+        """End this process, from another thread than the main one."""
+        saying = threading.Thread(target=self._fail, args=(error,), daemon=True)
+        saying.start()
+        saying.join(HANG_S)
+        leave(EXIT_CODE["crashed"])
+
+    def _lose(self, cause: str) -> None:
+        """End this process, since the run directory isn't this launch's any more."""
+        with self.watch.excused():
+            self._give_up(RunFailed(cause))
+
+
+def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> Outcome | Failure:
+    """Be the only worker, in the calling process; a failure is printed at once."""
+    return Worker(config, start, body, stop, Watch(), _report_alone, kept, guarded=False).work()
+
+
+def run_under_torchrun(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> int:
+    """Be a worker that torchrun started; return the exit code that torchrun expects.
+
+    torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and whoever needs to know
+    more reads ``outcome.json``.
+    """
+    stop.hurry, watch = False, Watch()
+    watch.beat()
+    end = Worker(config, start, body, stop, watch, _report_under_torchrun, kept).work()
+    return 0 if isinstance(end, Outcome) else end.exit_code
+
+
+def run_for_agent(config: RunConfig, start: Start, body: Body, stop: Stop, watch: Watch) -> NoReturn:
+    """Be a worker that our own agent started."""
+    kept: list[object] = []
+    end = Worker(config, start, body, stop, watch, _report_to_agent, kept).work()
+    leave(0 if isinstance(end, Outcome) else end.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: what torch does at a normal end takes time, and may hang."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    with suppress(OSError, ValueError):
+        show_cursor()
+    os._exit(code)
+
+
+def _report_alone(worker: Worker, failure: Failure) -> None:
+    """Print the failure with its traceback, which is wanted where errors are looked for."""
+    record_end(replace(failure, log=""), worker.run, worker.start.attempt)
+
+
+def _report_to_agent(worker: Worker, failure: Failure) -> None:
+    """Leave a note for our agent, which does the rest."""
+    note_failure(worker.store, failure)
+
+
+def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
+    """Let the first worker that fails report for all of them, and leave notes for torchrun's next start."""
+    store = worker.store
+    note_failure(store, failure)
+    first = worker.rank == 0
+    with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+        first = store.add("failures", 1) == 1 if store else first
+    if not first:
+        return
+    kept = lasting(store)
+    before = read_note(kept, "furthest", int)
+    failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
+    verdict = decide_restart(failure, -1 if before is None else before)
+    end = record_end(verdict.failure, worker.run, worker.start.attempt, restarts(), worker.terminal)
+    if not verdict.retry:
+        write_note(kept, "final", end)
+        return
+    if verdict.per_gpu_limit is not None:
+        write_note(kept, "per_gpu_limit", verdict.per_gpu_limit)
+    else:
+        write_note(kept, "furthest", max(failure.reached.step, before or 0))
+    if worker.run and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        record_restart(verdict, worker.run, restarts() + 1)
+
+
+def _threads(config: RunConfig, local_size: int) -> int:
+    """Return what OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of the cores.
+
+    Sums within an operation are rounded by their number. So where numerics are bitwise it is 1 everywhere, whatever
+    OMP_NUM_THREADS asks for, which can't be heard under torchrun.
+    """
+    if config.numerics == "bitwise":
+        return 1
+    asked = os.environ.get(THREADS, "").partition(",")[0]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, int(asked) if asked.isdecimal() else cores // local_size)
+
+
+def import_torch(config: RunConfig) -> None:
+    """Import torch, with all that training imports later, once for all workers that are forked from here."""
+    os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
+    asked = "" if under_torchrun() else os.environ.get("OMP_NUM_THREADS", "")  # torchrun sets it to 1, unasked
+    os.environ.setdefault(THREADS, asked)
+    os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
+    if config.numerics == "bitwise":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS isn't deterministic
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
+    gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
+    import torch
+    import torch._dynamo  # noqa: F401

@@ -1,0 +1,110 @@
+"""Judge and log each step of a run: what can't be trained on ends it, what can is logged where that is due."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.noise import estimate, filled
+from isobatch.scaling.plan import Step
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.engines.engine import Update
+from isobatch.trainers.engines.step_report import Total
+from isobatch.trainers.loop.metrics import Metrics
+from isobatch.trainers.loop.readback import DelayedReadback, StepResult
+from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.ranks.signals import Stop
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+
+UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
+SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being trained any more
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Say whether a rank was asked to stop, or it's time for a checkpoint."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Monitor:
+    """Judge and log each step of a run.
+
+    Args:
+        stop: asked for a stop where the config ends a run that can't be saved.
+    """
+
+    def __init__(
+        self, config: RunConfig, state: TrainState, metrics: Metrics, readback: DelayedReadback, stop: Stop
+    ) -> None:
+        # in fp16 the engine says when to end
+        self._skip_nonfinite = config.on_nonfinite == "skip" or config.precision == "fp16"
+        self._state, self.metrics, self._readback, self._stop = state, metrics, readback, stop
+        self.must_save = config.checkpoint.on_error == "stop"
+        self._skips = 0  # in a row
+
+    def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> Wishes:
+        """Handle what has arrived of the steps' results; return what the ranks wish for.
+
+        Args:
+            flush: wait for the result of this step; so it is, too, where some rank has a wish.
+
+        Raises:
+            RunFailed: the loss or the gradient isn't finite, or hasn't been for many steps.
+            UserError: a whole step had no units.
+        """
+        self._skips = self._skips + 1 if update.skipped else 0
+        results = [self._readback.read(step, total, update)]
+        if flush or any(result and (result.stop or result.save) for result in results):
+            results.append(self._readback.flush())
+        arrived = [result for result in results if result]
+        for result in arrived:
+            self.handle_step_result(result)
+        if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):
+            nothing = "all of them were skipped, and nothing is trained"
+            raise RunFailed(f"none of the last {self._skips} steps was finite: {nothing}")
+        return Wishes(any(result.stop for result in arrived), any(result.save for result in arrived))
+
+    def handle_step_result(self, result: StepResult) -> None:
+        """Reject what can't be trained on, take in what was measured, log what is due."""
+        step, state = result.step, self._state
+        where = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
+        if result.units <= 0:
+            raise UserError(
+                f"{where} has {result.units:g} units: the losses of its global batch returned no more than that"
+            )
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            found = f"{where} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
+            if not self._skip_nonfinite:
+                raise RunFailed(f"{found}; on_nonfinite=skip leaves such steps out")
+            fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
+            self.metrics.event("skip", f"{found}; skipped", **fields)
+        if state.noise and result.parts_sq is not None and math.isfinite(result.parts_sq):
+            new = estimate(result.parts_sq, result.grad_norm**2, step.cut.global_size, filled(step.cut))
+            state.noise = state.noise.updated(new)
+        stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
+        if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
+            self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units a sample")
+        if (
+            step.index == 0
+            or crossed(state.plan.intervals.log, step.start, step.stop)
+            or step.index + 1 == state.plan.steps
+        ):
+            self.metrics.step(result)
+
+    def report_unsaved(self, failure: str) -> None:
+        """Warn of a checkpoint that couldn't be saved, and ask for a stop where the config says so."""
+        text = f"a checkpoint couldn't be saved: {failure}"
+        self.metrics.warn(text)
+        if self.must_save:
+            self._stop.wanted = self._stop.wanted or f"checkpoint.on_error=stop, and {text}"
+
+
+def crossed(every: int | None, before: int, after: int) -> bool:
+    """Return whether a multiple of ``every`` lies in (before, after]; None has no multiples."""
+    return every is not None and after // every > before // every

@@ -1,0 +1,73 @@
+"""Bring each step's numbers from the device to the host without waiting for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isobatch.scaling.plan import Step
+from isobatch.trainers.engines.engine import Update
+from isobatch.trainers.engines.step_report import Total
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the host knows of a completed step.
+
+    Attributes:
+        loss: the mean over the units of the global batch.
+        stop, save: some rank was asked to stop, or says that it's time for a checkpoint.
+        parts_sq: of its micro-batches' gradients, where that was measured (see ``Update``).
+    """
+
+    step: Step
+    loss: float
+    units: float
+    grad_norm: float
+    stop: bool
+    save: bool
+    parts_sq: float | None = None
+
+
+class DelayedReadback:
+    """Read each step's numbers: at once on the CPU, elsewhere a step late, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._under_way: tuple[Step, Tensor, torch.Event] | None = None
+
+    def read(self, step: Step, total: Total, update: Update) -> StepResult | None:
+        """Return the result of ``step``, or, on an accelerator, of the step before it (None at the first)."""
+        found = [total.loss, total.units, total.stop, total.save, update.grad_norm]
+        if update.parts_sq is not None:
+            found.append(update.parts_sq)
+        if self._device.type == "cpu":
+            return _result(step, *map(float, found))
+        numbers = torch.stack([torch.as_tensor(number) for number in found])
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._device.type == "cuda")
+        host.copy_(numbers, non_blocking=True)
+        copied = torch.Event(self._device)
+        copied.record()
+        before, self._under_way = self._under_way, (step, host, copied)
+        return _arrived(before)
+
+    def flush(self) -> StepResult | None:
+        """Wait for the result that is still under way, and return it."""
+        before, self._under_way = self._under_way, None
+        return _arrived(before)
+
+
+def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> StepResult | None:
+    if message is None:
+        return None
+    step, host, copied = message
+    copied.synchronize()
+    return _result(step, *host.tolist())
+
+
+def _result(
+    step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float, parts_sq: float | None = None
+) -> StepResult:
+    return StepResult(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0, parts_sq)
