@@ -33,11 +33,10 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     from isobatch.trainers.data.loader import Loader
     from isobatch.trainers.data.state import TrainState
     from isobatch.trainers.engines.engine import make_engine
-    from isobatch.trainers.loop.fit import fit
+    from isobatch.trainers.loop.fit import Stepper, fit
     from isobatch.trainers.loop.metrics import Metrics
     from isobatch.trainers.loop.monitor import Monitor
     from isobatch.trainers.loop.readback import DelayedReadback
-    from isobatch.trainers.loop.stepper import Stepper
     from isobatch.trainers.model.randomness import Stream
     from isobatch.trainers.ranks.signals import Stop
     from isobatch.trainers.ranks.watch import Watch

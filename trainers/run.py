@@ -32,12 +32,11 @@ from isobatch.trainers.launch.source import Source, changes
 from isobatch.trainers.loop.announce import announce_frozen, announce_position, depends_on_hardware, make_stream
 from isobatch.trainers.loop.claim import claim
 from isobatch.trainers.loop.evaluate import Evaluation, Evaluator
-from isobatch.trainers.loop.fit import fit
+from isobatch.trainers.loop.fit import Stepper, fit
 from isobatch.trainers.loop.metrics import Metrics, tell
 from isobatch.trainers.loop.monitor import Monitor
 from isobatch.trainers.loop.opening import Opened, open_task
 from isobatch.trainers.loop.readback import DelayedReadback
-from isobatch.trainers.loop.stepper import Stepper
 from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.model.build import dependent_on_cut, make_model, prepare
 from isobatch.trainers.model.modes import Modes
@@ -229,17 +228,9 @@ def make_evaluation(session: Session, opened: Opened, built: Built, engine: Engi
     if built.validation is None:
         return None
     evaluator = Evaluator(
-        task,
-        built.model,
-        built.validation,
-        world,
-        built.stream,
-        opened.evaluation_batch,
-        config.precision,
-        engine,
-        session.stop,
-        session.watch,
-    )
+        task, built.model, built.validation, world, built.stream, opened.evaluation_batch, config.precision, engine,
+        session.stop, session.watch,
+    )  # fmt: skip
     return Evaluation(evaluator, engine, config.evaluate.last)
 
 

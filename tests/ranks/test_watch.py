@@ -63,7 +63,7 @@ def test_looks_without_a_beat_are_counted() -> None:
     assert [watch.look() for _ in range(3)] == [0, 1, 2]
     watch.beat()
     assert [watch.look() for _ in range(2)] == [0, 1]
-    watch.forgive()
+    watch.reset()
     assert watch.look() == 1
 
 

@@ -1,4 +1,4 @@
-"""This machine's workers: starting them, watching them, restarting them, on torch's elastic agent and its rendezvous.
+"""Start, watch and restart this machine's workers, on torch's elastic agent and its rendezvous.
 
 torch's own local agent returns results through a queue, allows no say in what is restarted, and takes its workers'
 exit for a hang if they leave by ``os._exit``, as they have to (see ``World.kept``). What it does for several
@@ -57,7 +57,7 @@ STACKS_S = 0.3  # for workers that don't end by themselves to write down where t
 VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to say what is to be done
 BARRIER_S = 5.0  # that an agent whose workers have ended stays, so that others can read how it ended
 
-# The agent tells every turn it takes; what a user needs of it, the launcher says.
+# torch's agent logs each of its turns; what a user needs to know, the launcher says.
 logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 logging.getLogger("torch.distributed.elastic").propagate = False
 
@@ -108,12 +108,12 @@ class Agent(SimpleElasticAgent):
 
     @property
     def leads(self) -> bool:
-        """Rank 0 is one of this agent's workers."""
+        """Tell whether rank 0 is one of this agent's workers."""
         return self._worker_group.group_rank == 0
 
     @property
     def run_dir(self) -> RunDir | None:
-        """The run directory, once rank 0 has it for this launch, in this start of the workers or in one before."""
+        """Return the run directory, once rank 0 has it for this launch, in this start or in one before."""
         path = read_note(self.notes, "entered", str) or self._entered
         if path and self._run and self._lock:
             place = self._identity and place_of(self._lock, self._identity)  # it may have been moved
@@ -165,7 +165,7 @@ class Agent(SimpleElasticAgent):
         return {number: worker.pid for number, worker in enumerate(self._workers)}
 
     def _handed_on(self) -> dict[str, Any]:
-        """The lock file for rank 0, which this agent keeps open for it from start to start."""
+        """Return the lock file for rank 0, which this agent keeps open for it from start to start."""
         if self._lock and not self.leads:
             self._lock.close()
             self._lock = None
@@ -186,7 +186,7 @@ class Agent(SimpleElasticAgent):
                 hanging = True
         codes = [worker.code for worker in self._workers]
         if hanging or any(codes) or read_note(self.notes, "failed", bool):
-            self._explain(worker_group)
+            self._handle_failure(worker_group)
             return RunResult(WorkerState.FAILED)
         if None in codes or self._await_end():
             return RunResult(WorkerState.HEALTHY)
@@ -194,7 +194,7 @@ class Agent(SimpleElasticAgent):
         return RunResult(WorkerState.SUCCEEDED, return_values={worker.rank: None for worker in self._workers})
 
     def _await_end(self) -> bool:
-        """Whether rank 0, on another machine, has still to say how the run ended; or to fail, which begins it anew."""
+        """Tell whether rank 0, on another machine, has neither noted the end of the run nor failed yet."""
         with suppress(RuntimeError):  # that machine, which keeps the notes, is gone
             return not self.leads and self.notes is not None and not self.notes.check(["end"])
         return False
@@ -208,8 +208,8 @@ class Agent(SimpleElasticAgent):
         for worker in self._alive():
             worker.tell(wanted)
 
-    def _explain(self, worker_group: WorkerGroup) -> None:
-        """Let the other workers end too, find the error that was first, and learn whether to start again."""
+    def _handle_failure(self, worker_group: WorkerGroup) -> None:
+        """End the other workers too, find the failure that was first, and learn whether to start again."""
         write_note(self.notes, "failed", True)  # the other agents' workers won't get on either
         self._note_deaths()
         deadline = time.monotonic() + GRACE_S
@@ -233,7 +233,7 @@ class Agent(SimpleElasticAgent):
             self._exit_barrier()  # as long as others may read it here
 
     def _note_deaths(self) -> None:
-        """Say what became of the workers that couldn't say it themselves."""
+        """Note what became of the workers that couldn't note it themselves."""
         for worker in self._workers:
             if cause := worker.death():
                 self._note(worker, cause)
@@ -306,5 +306,5 @@ class Agent(SimpleElasticAgent):
         return [worker for worker in self._workers if worker.code is None]
 
     def _construct_event(self, state: str, source: EventSource, *args: Any, **kwargs: Any) -> Event:
-        """torch's asks the name servers for this machine's full name, several times a start, for a log nobody reads."""
+        """Return a bare event: torch's asks name servers for this machine's full name, for a log that nobody reads."""
         return Event(state, source)

@@ -1,4 +1,4 @@
-"""What the launcher has done by processes of its own, one at a time, which are told of a wish to stop. Torch-free."""
+"""Run parts of the launcher in child processes, one at a time, which are told of a wish to stop. Torch-free."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
 def in_turn(
     elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Callable[[], int]], stop: Stop
 ) -> int:
-    """Train the runs of a sweep one after another, each in a child, and show a table of them; the exit code of all."""
+    """Train the runs of a sweep one after another, each in a child, and show a table of them; return the exit code."""
     codes: list[int] = []
     for element, training in zip(elements, trainings, strict=True):
         if stop.wanted or 75 in codes:

@@ -21,7 +21,7 @@ SUSPENDED = "suspended (by SIGSTOP, or a debugger)"
 
 
 class WorkerProcess:
-    """A process that does ``work(*args, watch)``, with ``env`` added to its environment, and dies with this one.
+    """Run ``work(*args, watch)`` in a process, with ``env`` added to its environment, that dies with this one.
 
     Args:
         context: how it is started: multiprocessing's ``fork`` or ``spawn``.
@@ -49,12 +49,12 @@ class WorkerProcess:
 
     @property
     def sentinel(self) -> int:
-        """What is ready once it has ended."""
+        """Return the handle that is ready once the worker has ended."""
         return int(self._process.sentinel)
 
     @property
     def code(self) -> int | None:
-        """Its exit code, the negative number of the signal that ended it; None: it hasn't ended."""
+        """Return the exit code, negative for the signal that ended the worker; None: it hasn't ended."""
         exitcode: int | None = self._process.exitcode
         return exitcode
 
@@ -63,12 +63,12 @@ class WorkerProcess:
         if self._watch.started and not self._told:
             os.kill(self.pid, signal.Signals[wanted])
             self._told = True
-            self._watch.forgive()
+            self._watch.reset()
 
     def look(self, timeout_s: float) -> str | None:
-        """Look at it, every ``LOOK_S``; what is wrong where it hangs and doesn't notice by itself.
+        """Look at the worker, every ``LOOK_S``; return what is wrong where it hangs and doesn't notice by itself.
 
-        So it is where it is suspended, keeps the interpreter's lock, or doesn't heed a signal before it trains.
+        That is where it is suspended, keeps the interpreter's lock, or doesn't heed a signal before it trains.
         """
         self._seen_alive = time.time()
         silent_s = self._watch.look() * LOOK_S
@@ -84,24 +84,24 @@ class WorkerProcess:
         return False
 
     def death(self) -> str | None:
-        """What ended it, as far as it can be seen from here; None: nothing bad did."""
+        """Return what ended the worker, as far as it can be seen from here; None: it ended well, or hasn't."""
         if not (code := self.code):
             return None
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return cause + (KILLED_HINT if code == -signal.SIGKILL else "")
 
     def failure(self, cause: str, *, silent: bool = False) -> Failure:
-        """Describe its failure from outside: how far it came, and when it was last seen alive."""
+        """Describe the worker's failure, with how far it came and when it was last seen alive."""
         return Failure(self.rank, cause, silent=silent, reached=self._watch.reached, time=self._seen_alive)
 
     def show_stacks(self) -> None:
-        """Have it and its data loaders write down where they stand, also where they are suspended."""
+        """Let the worker and its data loaders write their stacks, even where they are suspended."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGQUIT)
             os.killpg(self.pid, signal.SIGCONT)
 
     def kill(self, within_s: float) -> None:
-        """End it, and its data loaders."""
+        """Kill the worker and its data loaders."""
         self._process.kill()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Where the machines of a run find each other."""
+"""Let the machines of a run find each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TELL_S = 10.0  # of waiting, after which it is said for whom
 
 
 class Alone(RendezvousHandler):
-    """The rendezvous of one machine: nobody to wait for, and no names to look up."""
+    """Meet as a single machine: wait for nobody, and look up no names."""
 
     def next_rendezvous(self) -> RendezvousInfo:
         return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
@@ -61,7 +61,7 @@ class Alone(RendezvousHandler):
 def rendezvous(
     config: RunConfig, stop: Stop, hosts: Sequence[str] = (), host: str = ""
 ) -> tuple[RendezvousHandler, str]:
-    """Where the machines of this run find each other, and this machine's address for the others.
+    """Return where the machines of this run find each other, and this machine's address for the others.
 
     Args:
         hosts: names of all machines, where a scheduler knows them; the first one keeps the meeting point. ``host``:
@@ -94,7 +94,7 @@ def rendezvous(
 
 
 def _sign_in(store: Store, hosts: Sequence[str], host: str, timeout_s: float) -> None:
-    """Wait until all of ``hosts`` are there; those that don't come are named."""
+    """Wait until all of ``hosts`` are there. Raise RendezvousTimeoutError, which names the absent ones."""
     store.set(f"here/{host}", "")
     began, told = time.monotonic(), False
     while absent := [other for other in hosts if not store.check([f"here/{other}"])]:
@@ -109,7 +109,7 @@ def _sign_in(store: Store, hosts: Sequence[str], host: str, timeout_s: float) ->
 
 
 def _address_towards(host: str, port: int, timeout_s: float, name: str) -> str:
-    """This machine's address as the machine ``host``, called ``name``, sees it, once somebody listens there."""
+    """Return this machine's address as the machine ``host``, called ``name``, sees it, once somebody listens there."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

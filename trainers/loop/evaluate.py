@@ -1,4 +1,4 @@
-"""Evaluation, exact over ranks: every sample once, sums added up, then divided."""
+"""Evaluate a model exactly over ranks: every sample once, sums added up, then divided."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Evaluator:
         return totals
 
     def _totals(self, mine: range, longest: int) -> Totals:
-        """The totals of this rank, up to where it is asked to stop."""
+        """Return the totals of this rank, up to where it is asked to stop."""
         totals: Totals = {}
         lockstep = self.engine is not None and self.engine.lockstep
         for start in range(mine.start, mine.start + longest, self.per_gpu):
@@ -98,7 +98,7 @@ class Evaluator:
         return totals
 
     def _share(self) -> tuple[range, int]:
-        """This rank's share, and the size of the largest: rank 0's, which has at least one."""
+        """Return this rank's share, and the size of the largest: rank 0's, which has at least one."""
         share, more = divmod(len(self.data.rows), self.world.size)
         rank = self.world.rank
         first = rank * share + min(rank, more)
@@ -210,7 +210,7 @@ def _numbers(name: str, pair: Any) -> tuple[float, float]:
 
 
 def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
-    """The totals of all ranks, added up; None where some rank has None."""
+    """Add up the totals of all ranks; return None where some rank has None."""
     if world.size == 1:
         return totals
     found = [json.loads(names) for names in world.gather(json.dumps(None if totals is None else list(totals)))]

@@ -83,16 +83,9 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
     if validation is None:
         raise UserError(f"task {config.task.name} has no validation data to evaluate on", "its class needs val_data()")
     evaluate = Evaluator(
-        task,
-        model,
-        validation,
-        world,
-        stream,
-        opened.evaluation_batch,
-        config.precision,
-        stop=session.stop,
-        watch=session.watch,
-    )
+        task, model, validation, world, stream, opened.evaluation_batch, config.precision,
+        stop=session.stop, watch=session.watch,
+    )  # fmt: skip
     source = initialise(model, config.init_from, world)
     found: dict[str, float] = {}
     for kind in ("val", "ema"):

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: ``metrics.jsonl``, and a live line or plain lines on rank 0's terminal."""
+"""Write ``metrics.jsonl``, and report to rank 0's terminal and ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN_EVERY_S = 5.0  # seconds between two plain lines
 
 
 class Metrics:
-    """Rank 0's record of the run; on other ranks (``run`` is None) nothing is written or shown.
+    """Record the run on rank 0; on other ranks (``run`` is None) write and show nothing.
 
     A run that goes on keeps the lines up to its state. What can't be written (a full disk) is tried again with the
     next line.
@@ -71,7 +71,7 @@ class Metrics:
             self._show.step(line)
 
     def evaluation(self, values: dict[str, float], took_s: float) -> None:
-        """A line with the results of an evaluation at the state's position; its time counts for no step.
+        """Write a line with the results of an evaluation at the state's position; its time counts for no step.
 
         Args:
             values: by names such as ``val/loss``.
@@ -88,7 +88,7 @@ class Metrics:
             self._show.evaluation(line)
 
     def warn(self, text: str) -> None:
-        """What the user should know, on the terminal and in the events."""
+        """Report what the user should know, on the terminal and in the events."""
         self.event("warning", text)
 
     def warn_of_slow_save(self, limit_s: float | None, took_s: float) -> None:
@@ -110,11 +110,11 @@ class Metrics:
         )
 
     def event(self, event: str, text: str, **fields: Any) -> None:
-        """Likewise, of another kind than a mere warning."""
+        """Report an event of another kind than a mere warning."""
         tell(self._run, event, text, **fields)
 
     def close(self) -> None:
-        """Leave the terminal as it was, and the file complete."""
+        """Restore the terminal, and complete the file."""
         if self._show:
             self._show.close()
         if self._file:
@@ -140,7 +140,7 @@ class Metrics:
 
 
 def noise_values(noise: Smoothed) -> dict[str, float | None]:
-    """The gradient noise scale for a line of metrics; None is what isn't known yet.
+    """Return the gradient noise scale for a line of metrics; None is what isn't known yet.
 
     ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its interval of 95 %, in samples. ``noise/grad_sq``,
     ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py); that of |G|² can be below 0 while noise hides
@@ -159,7 +159,7 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:
-    """The lines of a metrics file up to a state; of later ones another attempt had made more than it saved."""
+    """Return the lines of a metrics file up to ``state``; later ones are of steps that no checkpoint has."""
     kept = []
     for line in read_bytes(file).splitlines(keepends=True) if file.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
@@ -171,7 +171,7 @@ def lines_until(file: Path, state: TrainState) -> list[bytes]:
 
 
 def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
-    """Say something, and keep it in ``events.jsonl`` where the disk has room for it; not where ``run`` is None."""
+    """Print a warning, and keep it in ``events.jsonl`` where the disk has room; do nothing where ``run`` is None."""
     if run:
         with suppress(OSError):
             run.event(event, text=text, **fields)

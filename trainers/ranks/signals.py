@@ -1,4 +1,4 @@
-"""Wishes to stop: a signal is only recorded here, and answered at the next step boundary. Torch-free."""
+"""Record the signals that ask for a stop, which is answered at the next step boundary. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Records the first of TERM, INT and USR2.
+    """Record the first of TERM, INT and USR2.
 
     Attributes:
         wanted: name of the signal that asked for the stop; None while there was none. The training loop shares it
@@ -41,7 +41,7 @@ class Stop:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """While waiting for others, before there is a step whose end could be waited for, a signal raises.
+        """Raise within, where a signal comes: there is no step yet whose end could be waited for.
 
         Raises:
             Stopped: there was a signal, before or within.
@@ -68,7 +68,7 @@ class Stop:
 
 
 def show_cursor() -> None:
-    """On a terminal: the live line of a worker that was killed can't bring the cursor back itself."""
+    """Show a terminal's cursor again, which the live line of a worker that was killed can't do itself."""
     if sys.stdout.isatty():
         os.write(sys.stdout.fileno(), b"\x1b[?25h")
 

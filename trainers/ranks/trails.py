@@ -1,4 +1,4 @@
-"""What each rank has run of a model whose forward sends messages, in order: it has to be the same on all ranks.
+"""Record the order of modules that each rank runs, which has to be the same on all ranks if forwards send messages.
 
 Messages are paired by their order alone, so ranks that call different modules get each other's weights and gradients,
 hang, or abort in the middle of a message. Then the trails, which lie in the ranks' store, say which modules those were.

@@ -1,4 +1,4 @@
-"""Signs of life of a worker: for its agent, and for a thread of its own that notices where they end. Torch-free."""
+"""Watch a worker's signs of life, from its agent and from a thread of its own. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOADING = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]dataloader\.py")
 
 
 class Watch:
-    """A worker's heartbeat, and how far its run has come. Its agent sees the same, through shared memory.
+    """Count a worker's heartbeats, and keep how far its run has come. Its agent sees both, through shared memory.
 
     Time without a beat is counted in looks, not by the clock: in a job that is suspended as a whole nobody looks, so
     nothing in it is taken for hanging when it goes on.
@@ -51,7 +51,7 @@ class Watch:
         self.parting: Callable[[], str | None] | None = None  # says why no more progress can come, if it can't
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
-        """Say that this worker makes progress, and how far the run has come; the first beat, that it heeds signals."""
+        """Record that this worker makes progress, and how far the run has come; first of all, that it heeds signals."""
         self._row[0] += 1
         if steps is not None:
             self._row[1] = steps
@@ -59,35 +59,35 @@ class Watch:
             self._row[2] = samples
 
     def expect_beats(self) -> None:
-        """Take this worker for hanging, from now on, where beats are missing."""
+        """From now on, take this worker for hanging where beats are missing."""
         self._row[4] = 1
         self.beat()
 
     @property
     def started(self) -> bool:
-        """The worker heeds signals."""
+        """Tell whether the worker heeds signals."""
         return bool(self._row[0] > 0)
 
     @property
     def training(self) -> bool:
-        """The worker would be noticed if it stopped to beat."""
+        """Tell whether missing beats are taken for hanging."""
         return bool(self._row[4])
 
     @property
     def reached(self) -> Reached:
-        """How far the run has come."""
+        """Return how far the run has come."""
         return self._reached() if self._reached else Reached(int(self._row[1]), int(self._row[2]))
 
     @contextmanager
     def tracking(self, reached: Callable[[], Reached]) -> Iterator[None]:
-        """Within, and after an error within, ``reached`` tells how far the run has come."""
+        """Ask ``reached`` how far the run has come: within, and after an error within."""
         before, self._reached = self._reached, reached
         yield
         self._reached = before
 
     @contextmanager
     def excused(self) -> Iterator[None]:
-        """Within, nothing is missed: for what rank 0 does at one go, and the others wait for."""
+        """Miss no beats within: for what may take rank 0 long, while the other ranks wait."""
         self._row[3] = 1
         try:
             yield
@@ -95,25 +95,25 @@ class Watch:
             self._row[3] = 0
 
     def look(self) -> int:
-        """How many looks there were since the last beat, with this one; 0 where it is excused."""
+        """Return the number of looks since the last beat, with this one; 0 where the worker is excused."""
         self._looks = self._looks + 1 if self._seen == self._row[0] and not self._row[3] else 0
         self._seen = self._row[0]
         return self._looks
 
-    def forgive(self) -> None:
-        """Begin to count anew."""
+    def reset(self) -> None:
+        """Count looks from 0 again."""
         self._looks = 0
 
     def guard(
         self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
     ) -> None:
-        """From now on, look after this process's main thread, in a thread, which does what is to be done, too.
+        """Watch this process's main thread from another thread, which also handles a hang.
 
         Args:
             timeout_s: time without a beat, in a worker that is training, after which it hangs. A little before, the
                 stacks of its threads are written to ``log``: while the others, which wait for it, still do so, too.
-            on_training: what to do once time counts.
-            on_hang: what to do about a hang. A worker that waits for others is the last to do it.
+            on_training: called once time counts.
+            on_hang: called with a hang; last in a worker that waits for other ranks.
         """
         self._guarding = True
         threading.Thread(target=self._guard, args=(timeout_s, on_training, on_hang, log), daemon=True).start()
@@ -142,14 +142,14 @@ class Watch:
                     log.write(f"isobatch: no progress for {0.8 * timeout_s:g} s\n")
                     log.flush()
                 faulthandler.dump_traceback(log)
-            if looks >= hangs_at and (not (error := hangs(timeout_s)).waiting or looks >= all_at):
+            if looks >= hangs_at and (not (error := describe_hang(timeout_s)).waiting or looks >= all_at):
                 _show_loaders()
                 on_hang(error)
                 return
 
 
-def hangs(timeout_s: float) -> Hangs:
-    """What can be said of this process's main thread, which has made no progress for so long."""
+def describe_hang(timeout_s: float) -> Hangs:
+    """Describe where this process's main thread stands, which has made no progress for ``timeout_s``."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     waiting, what = _WAITING.search(stack[-1].filename) is not None, "it hung"
     if waiting:
@@ -160,7 +160,7 @@ def hangs(timeout_s: float) -> Hangs:
 
 
 def _show_loaders() -> None:
-    """Have DataLoader's workers write their stacks, too: they have this process's handler."""
+    """Let DataLoader's workers write their stacks, too: they have this process's handler."""
     from multiprocessing import active_children
 
     for loader in active_children():

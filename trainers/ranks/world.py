@@ -1,4 +1,4 @@
-"""The ranks of a run: who is there, on which device, and the few things they tell each other outside the gradients."""
+"""The ranks of a run, their devices, and the few messages between them besides gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agen
 
 @dataclass(frozen=True)
 class World:
-    """The data-parallel ranks, as one of them sees them.
+    """Describe the data-parallel ranks, as one of them sees them.
 
     Attributes:
         rank, size: this rank, and how many there are.
@@ -46,7 +46,7 @@ class World:
 
     @classmethod
     def join(cls, device: str, timeout_s: float, store: Store | None, kept: list[object]) -> World:
-        """Meet the other ranks that RANK, WORLD_SIZE, … of the environment speak of; without them, a world of one.
+        """Meet the ranks that the environment names in RANK, WORLD_SIZE, …; without them, be a world of one.
 
         Args:
             device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
@@ -76,22 +76,22 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """A world of one on the CPU, whatever the environment speaks of."""
+        """Return a world of one on the CPU, whatever the environment says."""
         return cls(0, 1, 0, 1, torch.device("cpu"), None)
 
     def connect(self) -> None:
-        """A process group, also for a world of one, which does without where it can."""
+        """Make a process group for a world of one, which otherwise does without."""
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(self.device)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             self.kept.append(dist.group.WORLD)
 
     def agree(self, text: str) -> str:
-        """Rank 0's text, on all ranks."""
+        """Return rank 0's text, on all ranks."""
         return self.gather(text if self.rank == 0 else "")[0]
 
     def gather(self, text: str) -> list[str]:
-        """Every rank's text, by rank, on all ranks."""
+        """Return every rank's text, by rank, on all ranks."""
         if self.size == 1:
             return [text]
         content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
@@ -104,7 +104,7 @@ class World:
         return [bytes(one.tolist()[:length]).decode() for one, length in zip(texts, map(int, lengths), strict=True)]
 
     def share(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values, in place on all ranks, whatever their dtype and strides."""
+        """Copy rank 0's values to all ranks, in place, whatever their dtype and strides."""
         if self.size == 1:
             return
         plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -114,17 +114,17 @@ class World:
             plain.copy_(flat.view(plain.dtype).reshape(plain.shape))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
+        """Add up a tensor over the ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, wish: bool) -> bool:
-        """Whether some rank has it, on all ranks."""
+        """Tell, on all ranks, whether some rank has the wish."""
         return bool(self.sum(torch.tensor(int(wish), device=self.device)))
 
     def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
-        """From now on collectives don't time out: what hangs is noticed by the ranks' watches (ranks/watch.py).
+        """Let collectives never time out from now on: a hang is noticed by the ranks' watches (ranks/watch.py).
 
         The time that a job was suspended counts in a collective's timeout, and not in a watch's.
 
@@ -136,7 +136,7 @@ class World:
 
     @contextmanager
     def patient(self, timeout_s: float) -> Iterator[None]:
-        """Within, collectives don't time out; afterwards they do after ``timeout_s`` seconds, as before."""
+        """Let collectives never time out within; afterwards they do after ``timeout_s`` seconds, as before."""
         self.wait_patiently()
         try:
             yield
@@ -154,13 +154,13 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"device={name}, but torch finds no such device on this machine; try device=auto or cpu")
+        problem = f"device={name}, but torch finds no such device on this machine"
+        raise UserError(problem, "try device=auto or cpu", "device", name)
     there = torch.accelerator.device_count()
     if local_size > there:
-        raise UserError(
-            f"{local_size} processes on this machine, but {there} GPUs are visible; "
-            f"set cluster.gpus_per_node={there} (torchrun: --nproc-per-node={there}), or device=cpu"
-        )
+        fix = f"set cluster.gpus_per_node={there} (torchrun: --nproc-per-node={there}), or device=cpu"
+        problem = f"{local_size} processes on this machine, but {there} GPUs are visible"
+        raise UserError(problem, fix, "cluster.gpus_per_node", local_size)
     torch.accelerator.set_device_index(local_rank)
     return torch.device("cuda", local_rank)
 
