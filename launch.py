@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from isobatch.conf import terminal
 from isobatch.conf.compose import compose
+from isobatch.conf.existing import extends
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.help import annotated, command_line, help_text
 from isobatch.conf.identity import run_directory
-from isobatch.conf.rundir.directory import RunDir, write_atomic
-from isobatch.conf.saved import extends
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.take import works
 from isobatch.conf.schema import Slurm
 from isobatch.conf.sweep import expand, sweep_directories
 from isobatch.conf.terminal import answer, secure_streams
@@ -46,8 +47,8 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.printable import one_line
 from isobatch.scaling.report.plan_json import to_json
-from isobatch.scaling.report.results import grid, plan_row, result
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
+from isobatch.scaling.report.result import grid, plan_row, result
 from isobatch.trainers.launch.changes import differences
 from isobatch.trainers.launch.children import count_samples, guarded, in_turn
 from isobatch.trainers.launch.repository import commit_of, repository_of
@@ -161,7 +162,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: All
     if config.run.dir and not run.begun and not dry:
         say(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):
-        say(jobs.submit([config], [run], run, LAUNCHER, write_atomic))
+        say(jobs.submit([config], [run], run, LAUNCHER))
         return 0
     if first() and (why := jobs.begin(run)):
         say(why)
@@ -176,10 +177,11 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: All
 
 def work(config: RunConfig, allocation: Allocation | None, run_dir: str = "", *, extends: bool = False) -> int:
     """Start the workers, or be one; return the exit code."""
-    from isobatch.slurm.allocation import job_here
+    from isobatch.slurm.allocation import JobStart
 
     start = Start(uuid.uuid4().hex[:12], shlex.join(["python", *sys.argv]), **code_now(config))
-    start = replace(start, run_dir=run_dir, extends=extends, **job_here())
+    job = JobStart.here()
+    start = replace(start, run_dir=run_dir, extends=extends, job=job.id, job_restart=job.restart)
     if allocation:
         start = replace(start, hosts=allocation.hosts, host=allocation.host, kill_wait_s=allocation.kill_wait_s)
     import_torch(config)
@@ -197,17 +199,17 @@ def work(config: RunConfig, allocation: Allocation | None, run_dir: str = "", *,
 def listed(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
     from isobatch.scaling.report.runs import directories, row
-    from isobatch.slurm.state import SlurmError, queued
+    from isobatch.slurm.state import queued
 
     there = {}
     try:
         there = queued() if shutil.which("squeue") else {}
-    except SlurmError as error:
+    except UserError as error:
         terminal.say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
     roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in there.values() if job.root})]
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     queue = {job: str(one) for job, one in there.items()}
-    rows = [row(run, RunDir(run).works(), queue) for run in found.values()]
+    rows = [row(run, works(run), queue) for run in found.values()]
     if config.output == "json":
         show(json.dumps([asdict(one) for one in rows], indent=1))
     else:
@@ -249,7 +251,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         if not getattr(configs[0].cluster, "dry_run", False):
             say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
         if left:
-            say(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER, write_atomic))
+            say(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))
         return 0
     if not any(config.cluster.environment for config in configs):
         import_torch(configs[0])  # once for all of them

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from isobatch.conf.existing import begun, refuse_missing, refuse_other_science, run_of
 from isobatch.conf.identity import housekeeping
 from isobatch.conf.messages import (
     HERE,
@@ -38,7 +39,7 @@ from isobatch.conf.messages import (
     unknown_key,
     validated,
 )
-from isobatch.conf.saved import begun, choices, going_on, load, over, refuse_missing, refuse_other_science, run_of
+from isobatch.conf.saved import choices, load, merge, resumed
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import choose_optimizer
@@ -166,12 +167,12 @@ def _going_on(
     chosen = [f"{group}={name}" for group, name in choices(stored).items() if name in choices_of(group, roots)]
     as_stored = [parse(text) for text in chosen]
     try:
-        was = validated(over(_composed(as_stored, roots)[0], stored))
+        was = validated(merge(_composed(as_stored, roots)[0], stored))
     except UserError as error:
         raise UserError(f"{file} is damaged: {error}") from None
     fresh, given = _composed([*as_stored, *parsed], roots)
     given -= set(choices(stored)) - {override.key_or_group for override in parsed}
-    now = validated(going_on(was, given, fresh, another))
+    now = validated(resumed(was, given, fresh, another))
     if not another:
         refuse_other_science(was, now, str(file.parent))
     return now
@@ -186,7 +187,7 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
     chosen = choices(stored, but=()).items()
     as_stored = [parse(f"{group}={name}") for group, name in chosen if name in choices_of(group, roots)]
     fresh, _ = _composed([*as_stored, *parsed], roots)
-    plain = over(fresh, stored, but=("action", "output", "run"))
+    plain = merge(fresh, stored, but=("action", "output", "run"))
     try:
         return validated(plain | {"given": stored["given"], "chosen": stored["chosen"]})
     except UserError as error:

@@ -149,8 +149,7 @@ def segments_for(
     if None in [start for start, _ in starts]:
         return None
     if len(starts) > SEGMENTS:
-        problem = f"batch.schedule={wanted} makes more than {SEGMENTS:,} steps of the batch"
-        raise UserError(problem, "use a larger by:…", "batch.schedule", wanted)
+        raise _rejection(wanted, f" makes more than {SEGMENTS:,} steps of the batch", "use a larger by:…")
     segments = (first, *(Segment(start or 0, size, rule) for start, size in starts[1:]))
     _refuse_disorder(wanted, segments, run_samples)
     return segments
@@ -182,8 +181,7 @@ def _starts(
         over, top = in_samples(wanted.over), last if wanted.last is None else batch(wanted.last)
         by = batch(wanted.by) if wanted.by else size
         if top is None or top <= size:
-            problem = f"batch.schedule={wanted} climbs from {size} to {top} samples"
-            raise UserError(problem, "give a larger to:…, or batch.global_size", "batch.schedule", wanted)
+            raise _rejection(wanted, f" climbs from {size} to {top}", "give a larger to:…, or batch.global_size")
         climbs = -(-(top - size) // by)
         for climb in range(min(climbs, SEGMENTS) + 1):
             yield None if over is None else -(-over * climb // max(1, climbs)), min(top, size + climb * by)
@@ -191,13 +189,9 @@ def _starts(
         assert wanted.last is not None
         doublings = int(math.log2(batch(wanted.last) / size))
         if doublings == 0 or size << doublings != batch(wanted.last):
-            first_size = wanted.first or 0
-            raise UserError(
-                f"batch.schedule={wanted}: doublings of {first_size} don't come to {wanted.last}",
-                f"give to:{first_size << doublings} or to:{first_size << doublings + 1}",
-                "batch.schedule",
-                wanted,
-            )
+            begins = wanted.first or 0
+            fix = f"give to:{begins << doublings} or to:{begins << doublings + 1}"
+            raise _rejection(wanted, f": doublings of {begins} don't come to {wanted.last}", fix)
         for doubling in range(doublings + 1):
             start = None if run_samples is None else -(-run_samples * doubling // (doublings + 1))
             yield start, size << doubling
@@ -219,13 +213,9 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
     factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
     rule = _later(first, Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"))
     if not first.global_size * factor <= most:
-        raise UserError(
-            f"batch.schedule={wanted}: {counted(first.global_size, 'sample')} × {factor:g} are more than {most:,}, "
-            f"which is {'its to:…' if wanted.last else 'a tenth of the training data'}",
-            "give a larger to:…, or a smaller batch.global_size",
-            "batch.schedule",
-            wanted,
-        )
+        limit = f"{most:,}, which is {'its to:…' if wanted.last else 'a tenth of the training data'}"
+        problem = f": {counted(first.global_size, 'sample')} × {factor:g} are more than {limit}"
+        raise _rejection(wanted, problem, "give a larger to:…, or a smaller batch.global_size")
     segments = [first]
     for growth in count(1):
         size, start = first.global_size * factor**growth, schedule.falls_to(factor**-growth * (1 + 1e-9))
@@ -235,28 +225,23 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
             segments.pop()
         segments.append(Segment(start, round(size), rule))
     if len(segments) == 1:
-        raise UserError(
-            f"batch.schedule={wanted} puts larger batches in place of the LR's decay, and lr.decay={schedule.decay} "
-            f"with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak",
-            "choose another lr.decay",
-            "lr.decay",
-            schedule.decay,
-        )
+        falls = f"lr.decay={schedule.decay} with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak"
+        problem = f" puts larger batches in place of the LR's decay, and {falls}"
+        raise _rejection(wanted, problem, "choose another lr.decay")
     return tuple(segments)
 
 
 def _refuse_disorder(wanted: BatchSchedule, segments: Sequence[Segment], run_samples: int | None) -> None:
     starts = [segment.start_sample for segment in segments]
     if starts != sorted(set(starts)):
-        problem = f"batch.schedule={wanted}: its stages start at {starts}"
-        raise UserError(problem, "they have to come one after another", "batch.schedule", wanted)
+        raise _rejection(wanted, f": its stages start at {starts}", "they have to come one after another")
     if run_samples is not None and starts[-1] >= run_samples:
-        raise UserError(
-            f"batch.schedule={wanted}: its last stage starts at sample {starts[-1]:,}, and the run has {run_samples:,}",
-            "let it start earlier, or give a longer duration",
-            "batch.schedule",
-            wanted,
-        )
+        problem = f": its last stage starts at sample {starts[-1]:,}, and the run has {run_samples:,}"
+        raise _rejection(wanted, problem, "let it start earlier, or give a longer duration")
+
+
+def _rejection(wanted: BatchSchedule, problem: str, fix: str) -> UserError:
+    return UserError(f"batch.schedule={wanted}{problem}", fix, "batch.schedule", wanted)
 
 
 def _options(kind: str, words: Sequence[str], known: Sequence[str]) -> dict[str, str]:

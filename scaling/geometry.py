@@ -59,12 +59,12 @@ class Cut:
         assert self.micro_batches[0][0] <= self.per_gpu, self
 
     def _dealt(self) -> tuple[int, int]:
-        """Granules that every micro-batch has, and how many micro-batches have one more."""
+        """Return the granules that every micro-batch has, and how many micro-batches have one more."""
         return divmod(self.global_size // self.granule, self.pieces or self.world * self.accumulation)
 
     @property
     def micro_batches(self) -> tuple[tuple[int, int], ...]:
-        """Sizes in samples, in the order j, as run-lengths ((size, how many), …); then the passes without one."""
+        """Return the sizes in the order j as run-lengths ((size, how many), …); then the passes without one."""
         base, larger = self._dealt()
         passes = self.world * self.accumulation
         pieces = self.pieces or passes
@@ -72,7 +72,7 @@ class Cut:
         return tuple(run for run in runs if run[1])
 
     def block(self, rank: int) -> range:
-        """The micro-batches j of ``rank``, one a pass: in turns with the other ranks, or with ``pieces`` in a row."""
+        """Return the micro-batches j of ``rank``, one per pass: every world-th, or with ``pieces`` consecutive ones."""
         if self.pieces is None:
             return range(rank, self.world * self.accumulation, self.world)
         base, larger = divmod(self.pieces, self.world)
@@ -80,23 +80,23 @@ class Cut:
         return range(start, start + base + (rank < larger))
 
     def _start(self, j: int) -> int:
-        """Samples of a step before its micro-batch j."""
+        """Return the samples of a step before its micro-batch j."""
         base, larger = self._dealt()
         return (j * base + min(j, larger)) * self.granule
 
     def micro(self, rank: int, index: int) -> tuple[int, int]:
-        """The range [start, stop) of pass ``index`` of ``rank``, in samples from the start of the step."""
+        """Return the range [start, stop) of pass ``index`` of ``rank``, in samples from the start of the step."""
         block = self.block(rank)
         if index < len(block):
             return self._start(block[index]), self._start(block[index] + 1)
         return self._start(block.stop), self._start(block.stop)
 
     def passes(self, rank: int) -> Iterator[tuple[int, int]]:
-        """The ranges of all passes of ``rank``: always exactly ``accumulation`` of them."""
+        """Return the ranges of all passes of ``rank``: always exactly ``accumulation`` of them."""
         return (self.micro(rank, index) for index in range(self.accumulation))
 
     def share(self, rank: int) -> int:
-        """Samples of ``rank`` in one step."""
+        """Return the samples of ``rank`` in one step."""
         base, larger = self._dealt()
         block = self.block(rank)
         more = len(range(block.start, min(larger, block.stop), block.step))
@@ -108,7 +108,7 @@ class Cut:
 
     @property
     def idle(self) -> float:
-        """Share of the work that idles: what all ranks could do while the busiest one (rank 0) does its share."""
+        """Return the share of time in which ranks wait for the busiest one, rank 0."""
         return 1 - self.global_size / (self.world * self.share(0))
 
 
@@ -143,11 +143,8 @@ def solve(
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
     if bitwise and per_gpu is None:
-        raise UserError(
-            "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes",
-            "give batch.per_gpu, which is then part of what the run is",
-            "batch.per_gpu",
-        )
+        problem = "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes"
+        raise UserError(problem, "give batch.per_gpu, which is then part of what the run is", "batch.per_gpu")
     if per_gpu is not None and per_gpu < granule:
         problem = f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}"
         raise UserError(problem, f"use {granule}", "batch.per_gpu", per_gpu)
@@ -171,7 +168,7 @@ def solve(
 
 
 def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> list[int]:
-    """The global batches next below and above an uneven cut's, in samples, that are even with what else was asked."""
+    """Return the nearest global batches below and above an uneven cut's that are even, in samples."""
     most, stride = per_gpu and per_gpu // cut.granule, cut.world * (accumulation or 1)
     first, reach = cut.global_size // cut.granule // stride * stride, 100_000 * stride
     ways = range(first, max(0, first - reach), -stride), range(first + stride, first + reach, stride)
@@ -181,19 +178,19 @@ def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> lis
 
 
 def _passes(world: int, granules: int, most: int | None, accumulation: int | None) -> int:
-    """Passes of each rank, where a micro-batch may hold ``most`` granules."""
+    """Return the passes of each rank, where a micro-batch may hold ``most`` granules."""
     return accumulation or 1 if most is None else _ceil(granules, world * most)
 
 
 def _fits(world: int, granules: int, most: int | None, accumulation: int | None, even: bool, bitwise: bool) -> bool:
-    """Whether these don't contradict each other, and are even where they have to be."""
+    """Tell whether these don't contradict each other, and are even where they have to be."""
     passes = _passes(world, granules, most, accumulation)
     pieces = _ceil(granules, most) if bitwise and most else world * passes
     return accumulation in (None, passes) and not (even and (granules % pieces or pieces % world))
 
 
 def _divisors(number: int) -> set[int]:
-    """Those up to 10^6 and their counterparts: all of a number up to 10^12."""
+    """Return the divisors up to 10^6 and their counterparts: all of a number up to 10^12."""
     small = [divisor for divisor in range(1, min(isqrt(number), 10**6) + 1) if number % divisor == 0]
     return {*small, *(number // divisor for divisor in small)}
 
@@ -239,7 +236,7 @@ def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> UserErro
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """``1 rank``, ``1,024 ranks``."""
+    """Count ``number`` of a noun: ``1 rank``, ``1,024 ranks``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 

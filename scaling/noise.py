@@ -39,7 +39,7 @@ class Estimate:
 
 
 def estimate(parts_sq: float, whole_sq: float, batch: int, micro_batches: int) -> Estimate:
-    """The estimate of one step from squared norms of its gradient.
+    """Return the estimate of one step from squared norms of its gradient.
 
     A mean of b gradients has E|g_b|² = |G|² + tr Σ / b. So, for micro-batches of any sizes,
 
@@ -106,7 +106,7 @@ class Smoothed:
             raise ValueError(f"{self}: the weights of {self.count} estimates don't add up so")
 
     def updated(self, new: Estimate) -> Smoothed:
-        """With one more estimate."""
+        """Return the averages with one more estimate."""
         decay = math.exp(-1 / MEMORY)
         weight = (1 - decay) / (1 - decay ** (self.count + 1))  # 1, 1/2, 1/3, … and in the end 1 - decay
         off, off_trace = new.grad_sq - self.grad_sq, new.trace - self.trace
@@ -147,7 +147,7 @@ class Smoothed:
 
 
 def student(freedom: float) -> float:
-    """The 0.975 quantile of Student's t distribution, to 0.3 % from 9 degrees of freedom on.
+    """Return the 0.975 quantile of Student's t distribution, to 0.3 % from 9 degrees of freedom on.
 
     Source: Abramowitz & Stegun, 26.7.5, its first two terms.
 
@@ -159,12 +159,12 @@ def student(freedom: float) -> float:
 
 
 def filled(cut: Cut) -> int:
-    """Micro-batches of a step that have samples."""
+    """Return the number of micro-batches of a step that have samples."""
     return sum(count for size, count in cut.micro_batches if size)
 
 
 def unmeasurable(plan: Plan) -> str | None:
-    """What to do where every step is one micro-batch, so that there is nothing to measure the noise from."""
+    """Return what to do where every step is one micro-batch, so that the noise can't be measured; else None."""
     cut = plan.cut
     if any(filled(stage.cut) > 1 for stage in plan.stages):
         return None

@@ -33,7 +33,7 @@ _BLOCK = 1 << 14
 
 
 def indices(seed: int, n: int, start: int, stop: int) -> Indices:
-    """The dataset indices at the run's positions [start, stop).
+    """Return the dataset indices at the run's positions [start, stop).
 
     Position p is entry p mod n of epoch p div n, and every epoch is a permutation of range(n) of its own.
 
@@ -72,7 +72,7 @@ def indices(seed: int, n: int, start: int, stop: int) -> Indices:
 
 @lru_cache(maxsize=4)
 def _shuffle(seed: int, epoch: int, half_bits: int) -> Callable[[Indices], Indices]:
-    """The permutation of range(4^half_bits) that belongs to this seed and epoch."""
+    """Return the permutation of range(4^half_bits) that belongs to this seed and epoch."""
     # A hash, because seed + epoch would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
     digest = blake2b(f"sample order {seed} {epoch}".encode(), digest_size=4 * _ROUNDS).digest()
     keys = np.frombuffer(digest, "<u4").tolist()

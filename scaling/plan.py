@@ -19,7 +19,7 @@ from isobatch.scaling.segments import Segment, boundaries
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step: the samples [start, stop) of the sample order, and what the optimizer is told.
+    """Describe one optimizer step: the samples [start, stop) of the sample order, and what the optimizer is told.
 
     ``index`` counts from 0; ``expected_units`` is what the loss is divided by before backward.
     """
@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A name and the reason for it."""
+    """Hold a name and the reason for it."""
 
     name: Text
     why: Text
@@ -70,7 +70,7 @@ class Intervals:
 
 
 class Stage(NamedTuple):
-    """A segment as it runs: its first sample and step, its cut and its peak recipe."""
+    """Describe a segment as it runs: its first sample and step, its cut and its peak recipe."""
 
     start: int
     first_step: int
@@ -141,13 +141,12 @@ class Plan:
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         if self.numerics == "bitwise" and self.sync:
-            raise UserError(
+            problem = (
                 "numerics=bitwise doesn't go with batchnorm.mode=sync, whose statistics are of one pass of all ranks, "
-                "however many",
-                "use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same",
-                "batchnorm.mode",
-                "sync",
+                "however many"
             )
+            fix = "use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same"
+            raise UserError(problem, fix, "batchnorm.mode", "sync")
         self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
 
     @cached_property
@@ -175,13 +174,12 @@ class Plan:
 
     def _refuse_empty_passes(self, cut: Cut) -> None:
         if self.sync and not cut.micro_batches[-1][0]:
-            raise UserError(
+            problem = (
                 f"batchnorm.mode=sync wants a sample on every rank in every pass, and {self.size(cut.global_size)} a "
-                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}",
-                "use a larger batch.global_size, fewer of both, or batchnorm.mode=ghost",
-                "batchnorm.mode",
-                "sync",
+                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
             )
+            fix = "use a larger batch.global_size, fewer of both, or batchnorm.mode=ghost"
+            raise UserError(problem, fix, "batchnorm.mode", "sync")
 
     def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
         recipe, batch = (before[0].peak, before[0].cut.global_size) if before else (self.base, self.base_batch)
@@ -189,13 +187,12 @@ class Plan:
             return segment.rule.apply(recipe, batch, segment.global_size)
         except OutOfRange as error:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
-            raise UserError(
-                f"a global batch of {self.size(segment.global_size)}: {error}",
+            problem = f"a global batch of {self.size(segment.global_size)}: {error}"
+            fix = (
                 f"the largest at which it holds is {self.size(error.largest)}: use {use}, lr.rule=sqrt, or give "
-                "optimizer.betas for this batch",
-                "lr.rule",
-                segment.rule.name,
-            ) from None
+                "optimizer.betas for this batch"
+            )
+            raise UserError(problem, fix, "lr.rule", segment.rule.name) from None
 
     def stage_at(self, sample: int) -> Stage:
         """Return the stage that ``sample`` is in."""
@@ -226,12 +223,12 @@ class Plan:
 
     @property
     def cut(self) -> Cut:
-        """The cut of the first segment."""
+        """Return the cut of the first segment."""
         return self.stages[0].cut
 
     @property
     def peak(self) -> Recipe:
-        """The recipe at the peak of the first segment."""
+        """Return the recipe at the peak of the first segment."""
         return self.stages[0].peak
 
     def temperature(self, stage: Stage) -> float | None:
@@ -245,7 +242,7 @@ class Plan:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
+        """Return the optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
         if self.samples is None:
             return None
         last = self.stage_at(max(0, self.samples - 1))
@@ -253,7 +250,7 @@ class Plan:
 
     @property
     def added(self) -> int | None:
-        """Samples by which the whole last step exceeds ``samples``."""
+        """Return the samples by which the whole last step exceeds ``samples``."""
         if self.samples is None:
             return None
         last = self.stage_at(max(0, self.samples - 1))
@@ -261,7 +258,7 @@ class Plan:
 
     @property
     def epochs(self) -> float | None:
-        """``samples`` in epochs."""
+        """Return ``samples`` in epochs."""
         return self.samples / self.train_samples if self.samples is not None and self.train_samples else None
 
     def extend(self, segment: Segment) -> Plan:

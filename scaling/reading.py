@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,40 +65,22 @@ def read_text(file: Path | str, most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says: no NaN, no key twice, at most MOST_DEPTH deep.
+    """Return what JSON says: no NaN, no key twice.
 
     Raises:
         Unreadable: it isn't that.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
     except Unreadable:
         raise
-    except RecursionError:
-        raise Unreadable(f"it isn't JSON of at most {MOST_DEPTH} levels") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"it isn't JSON: {str(error).partition(';')[0]:.100}") from None
-    refuse_depth(content)
-    return content
 
 
 def read_json(file: Path | str) -> Any:
     """Return what a JSON file says. Raises as ``read_bytes`` and ``parse_json``."""
     return parse_json(read_bytes(file))
-
-
-def refuse_depth(content: Any) -> None:
-    """Raise Unreadable where lists and mappings are nested more than MOST_DEPTH deep."""
-    level = [content]
-    for _ in range(MOST_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list | tuple)]
-        if not level:
-            return
-    raise Unreadable(f"it is nested more than {MOST_DEPTH} deep")
-
-
-def _inside(outer: Any) -> Iterable[Any]:
-    return outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list | tuple) else ()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ PARTS = ("betas", "eps", "weight_decay")  # of a recipe, which may be given for 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the optimizer is told at one step.
+    """Hold what the optimizer is told at one step.
 
     Attributes:
         lr: learning rate; a parameter group's own LR is a factor of it.
@@ -49,7 +49,7 @@ class OutOfRange(UserError):
 
 
 class Move(NamedTuple):
-    """From the batch ``before`` to the batch ``after``, in samples, with a rule's own numbers."""
+    """Describe a move from the batch ``before`` to the batch ``after``, in samples, with a rule's own numbers."""
 
     before: int
     after: int
@@ -63,7 +63,7 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule as data, so that a plan is JSON.
+    """Hold a rule as data, so that a plan is JSON.
 
     >>> tuned = Recipe(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     >>> Rule("linear").apply(tuned, 256, 1024).lr, Rule("sde").apply(tuned, 256, 1024).betas
@@ -134,13 +134,11 @@ class Rule:
             _refuse_lost_memory(self.name, recipe, carried, move)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
-            raise UserError(
+            problem = (
                 f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at "
-                f"{move.kappa:.4g} × its batch",
-                "give lr.peak, the LR at this batch, outright",
-                "lr.rule",
-                self.name,
+                f"{move.kappa:.4g} × its batch"
             )
+            raise UserError(problem, "give lr.peak, the LR at this batch, outright", "lr.rule", self.name)
         return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
 
     def warmup(self, samples: int, before: int, after: int) -> int:
@@ -213,7 +211,7 @@ def timescale(recipe: Recipe, lr: float, move: Move) -> float | None:
 
 
 class Law(NamedTuple):
-    """A rule's function with what the plan says about it.
+    """Hold a rule's function and what the plan says about it.
 
     Attributes:
         factor: how the LR's factor is written, from B/B₀, the exponent and the noise scale.

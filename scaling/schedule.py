@@ -46,34 +46,26 @@ class Schedule:
         if self.decay not in DECAYS:
             raise ValueError(f"lr.decay={self.decay}: known decays are {', '.join(DECAYS)}")
         if self.warmup_samples > self.samples:
-            raise UserError(
-                f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}",
-                "shorten it, or say it in % of the run",
-                "lr.warmup",
-            )
+            problem = f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}"
+            raise UserError(problem, "shorten it, or say it in % of the run", "lr.warmup")
         if self.decay == "wsd" and self.warmup_samples + self.cooldown_samples > self.samples:
-            raise UserError(
+            problem = (
                 f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples}) are longer "
-                f"together than the run ({self.samples})",
-                "shorten one of them",
-                "lr.cooldown",
+                f"together than the run ({self.samples})"
             )
+            raise UserError(problem, "shorten one of them", "lr.cooldown")
         if any(later < earlier for earlier, later in pairwise((self.warmup_samples, *self.milestones))):
-            raise UserError(
-                f"lr.milestones are at samples {list(self.milestones)}",
-                f"they have to rise, and not to come within lr.warmup ({self.warmup_samples} samples)",
-                "lr.milestones",
-            )
+            problem = f"lr.milestones are at samples {list(self.milestones)}"
+            fix = f"they have to rise, and not to come within lr.warmup ({self.warmup_samples} samples)"
+            raise UserError(problem, fix, "lr.milestones")
         if self.held_until > self.samples:
             raise ValueError(f"the LR is held until sample {self.held_until}, and the run has {self.samples}")
         if self.decay == "step" and len(self.milestones) * math.log10(self.gamma) > LARGEST_POWER:
-            raise UserError(
+            problem = (
                 f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones multiplies the LR by more than "
-                f"1e{LARGEST_POWER}",
-                "use a smaller lr.gamma",
-                "lr.gamma",
-                self.gamma,
+                f"1e{LARGEST_POWER}"
             )
+            raise UserError(problem, "use a smaller lr.gamma", "lr.gamma", self.gamma)
 
     def lr(self, sample: int, peak: float) -> float:
         """Return the LR at ``sample`` of a run whose peak LR is ``peak``."""

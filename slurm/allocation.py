@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from isobatch.conf.schema import Local, RunConfig, Slurm
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.state import SlurmError, address, hostnames, job_of, kill_wait_s
+from isobatch.slurm.state import address, hostnames, job_of, kill_wait_s
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so that they meet no neighbouring job's
@@ -18,7 +17,7 @@ STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so tha
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What a task of ``srun`` knows of its job.
+    """Hold what a task of ``srun`` knows of its job.
 
     Attributes:
         job: its number; each element of an array has one of its own.
@@ -35,7 +34,7 @@ class Allocation:
 
     @classmethod
     def within(cls, env: Mapping[str, str] = os.environ) -> Allocation | None:
-        """The job that this process is a task of; None outside of a job.
+        """Return the job that this process is a task of; None outside of a job.
 
         Raises:
             UserError: it is in a job and no task of it, or a machine has several, or Slurm can't name the machines.
@@ -43,15 +42,17 @@ class Allocation:
         if "SLURM_JOB_ID" not in env:
             return None
         if "SLURM_STEP_ID" not in env:
-            raise UserError(
-                f"this is inside of Slurm's job {env['SLURM_JOB_ID']}: start its nodes with `srun --ntasks-per-node=1 "
-                "python launch.py cluster=slurm …`, or submit another job from outside (env -u SLURM_JOB_ID …)"
+            problem = f"this is inside of Slurm's job {env['SLURM_JOB_ID']}"
+            fix = (
+                "start its nodes with `srun --ntasks-per-node=1 python launch.py cluster=slurm …`, or submit another "
+                "job from outside (env -u SLURM_JOB_ID …)"
             )
+            raise UserError(problem, fix, "cluster", "slurm")
         tasks, nodes = env.get("SLURM_NTASKS", "1"), env.get("SLURM_STEP_NUM_NODES", "1")
         if tasks != nodes:
             raise UserError(
-                f"srun starts {tasks} tasks on {nodes} nodes, and one a node is wanted, which starts that node's "
-                "workers: srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)"
+                f"srun starts {tasks} tasks on {nodes} nodes, and needs one a node, which starts that node's workers",
+                "srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)",
             )
         hosts = tuple(hostnames(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
         gpus = env.get("SLURM_GPUS_ON_NODE", "")
@@ -70,20 +71,25 @@ class Allocation:
     @property
     def kill_wait_s(self) -> int | None:
         """Return the seconds from Slurm's notice that the job ends to its kill; None where it isn't known."""
-        with suppress(SlurmError):  # only to warn by
+        with suppress(UserError):  # only to warn by
             return kill_wait_s()
         return None
 
 
-def job_here(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return ``job`` and ``job_restart`` of the job that this process is in; nothing outside of one."""
-    if "SLURM_JOB_ID" not in env:
-        return {}
-    return {"job": job_of(env), "job_restart": int(env.get("SLURM_RESTART_COUNT", "0"))}
+@dataclass(frozen=True, slots=True)
+class JobStart:
+    """Name the job that a process is in, and how often that was queued again; outside of one, ``id`` is ""."""
+
+    id: str = ""
+    restart: int = 0
+
+    @classmethod
+    def here(cls, env: Mapping[str, str] = os.environ) -> JobStart:
+        return cls(job_of(env), int(env.get("SLURM_RESTART_COUNT", "0"))) if "SLURM_JOB_ID" in env else cls()
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
-    """``config`` for the machines of ``allocation``, as if they had been named by hand.
+    """Return ``config`` for the machines of ``allocation``, as if they had been named by hand.
 
     Raises:
         UserError: it contradicts the allocation.
@@ -92,11 +98,14 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
     assert isinstance(cluster, Slurm)
     nodes = len(allocation.hosts)
     if "cluster.nodes" in config.given and cluster.nodes != nodes:
-        raise UserError(f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}: leave it out")
+        problem = f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}"
+        raise UserError(problem, "leave it out", "cluster.nodes", cluster.nodes)
     if config.run.new:
         raise UserError(
-            "run.new=true would begin another run each time that this job is queued again: give the new run a name of "
-            "its own, run.name=…, or submit it by python launch.py cluster=slurm run.new=true"
+            "run.new=true would begin another run each time that this job is queued again",
+            "give the new run a name of its own, run.name=…, or submit it: python launch.py cluster=slurm run.new=true",
+            "run.new",
+            True,
         )
     local = Local(
         name="local",

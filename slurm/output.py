@@ -19,7 +19,7 @@ DUE = {
 
 
 def tail(output: Path) -> str:
-    """The end of a job's output; empty where it can't be read."""
+    """Return the end of a job's output; empty where it can't be read."""
     try:
         with open(output, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
@@ -29,7 +29,7 @@ def tail(output: Path) -> str:
 
 
 def parse_due(text: str, since: datetime) -> str | None:
-    """What Slurm said that it ends a job for, at ``since`` or later, a key of ``DUE``; None: nothing.
+    """Return why Slurm said, at ``since`` or later, that it ends a job, a key of ``DUE``; None: it didn't say.
 
     Of lines such as ``… *** JOB 4 ON n4 CANCELLED AT 2026-11-26T00:36:37 DUE TO PREEMPTION ***``.
     """
@@ -39,7 +39,7 @@ def parse_due(text: str, since: datetime) -> str | None:
 
 
 def parse_unreached(text: str) -> list[str]:
-    """Nodes on which this start's step couldn't be started; what an earlier start wrote ends with the job's end.
+    """Return nodes on which this start's step couldn't be started; an earlier start's text ends with the job's end.
 
     Of lines such as ``srun: error: Task launch for StepId=18.0 failed on node n2: Communication connection failure``.
     """
@@ -48,7 +48,7 @@ def parse_unreached(text: str) -> list[str]:
 
 
 def parse_complaint(text: str) -> str:
-    """The last thing that a launcher of this start said was wrong; empty where there is nothing."""
+    """Return the last thing that a launcher of this start said was wrong; empty where there is nothing."""
     return "".join(re.findall(r"^isobatch: (.*)$", _of_this_start(text), re.MULTILINE)[-1:])
 
 

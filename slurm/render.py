@@ -15,7 +15,7 @@ MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What is submitted.
+    """Hold what is submitted.
 
     Attributes:
         text: of the script.
@@ -30,7 +30,7 @@ class Script:
 def render(
     cluster: Slurm, runs: Sequence[Sequence[str]], *, name: str, output: str, python: str, launcher: str
 ) -> Script:
-    """The script of a job that does one run, or of an array that does several.
+    """Write the script of a job that does one run, or of an array that does several.
 
     Args:
         runs: of each, the words that name it to the launcher: ``run.dir=…``, ``run.config=…``.
@@ -67,7 +67,7 @@ def render(
 
 
 def _options(cluster: Slurm, runs: int, name: str, output: str) -> Iterator[str]:
-    """Of sbatch."""
+    """Yield the options of sbatch."""
     yield f"--job-name={name}"
     yield f"--output={output}"
     yield "--open-mode=append"
@@ -104,7 +104,7 @@ def _cpus_per_task(cluster: Slurm) -> int | None:
 
 
 def _array(runs: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines that choose the run of this element."""
+    """Yield lines that choose the run of this element."""
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     for number, words in enumerate(runs):
         yield f"{number}) run=({shlex.join(words)}) ;;"
@@ -112,7 +112,7 @@ def _array(runs: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def directive(option: str) -> str:
-    """A line that gives sbatch this option, of which it reads double quotes and backslashes as a shell does."""
+    """Return a line that gives sbatch ``option``; sbatch reads double quotes and backslashes as a shell does."""
     name, equals, value = option.partition("=")
     if set(value) & set(" \t\r#'\"\\"):
         value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

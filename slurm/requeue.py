@@ -1,80 +1,27 @@
-"""The end of a job: how its run ended, why, and whether the job goes back into the queue."""
+"""Whether a job goes back into the queue, and why."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import signal
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from isobatch.conf.rundir.files import events, last_step, outcome
+from isobatch.conf.rundir.files import events, outcome
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.output import DUE, parse_complaint, parse_due, parse_unreached, tail
-from isobatch.slurm.state import Job, SlurmError, ask, down_nodes, job, job_of, restarted_nodes
+from isobatch.slurm.end import End, when
+from isobatch.slurm.output import DUE, parse_due, tail
+from isobatch.slurm.state import ask, down_nodes, job, job_of, restarted_nodes
 
-STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
-STOPPED = 75  # that of a launcher which a signal stopped
-SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # … which a signal met before it could heed one
 STOPS_IN_A_ROW = 3  # at the same step, by the time limit, after which it isn't tried again
 EARLY_S = 60  # that Slurm may signal before it was asked to
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """What is known at the end of a job.
-
-    Attributes:
-        identifier: the job's id; ``restart``: how often it was put back before this start.
-        outcome: content of ``outcome.json``, which needn't be of this start; ``events``: of the run.
-        step: the last one that the run is known to have completed.
-        code: exit code of the job's step.
-        job: as Slurm shows it now.
-        due: what Slurm wrote that it ends the job for, a key of ``DUE``; None: nothing.
-        down: nodes of the job that are gone; ``back``: that were; ``unreached``: on which srun could start nothing.
-    """
-
-    identifier: str
-    restart: int
-    outcome: Mapping[str, Any]
-    events: Sequence[Mapping[str, Any]]
-    step: int
-    code: int
-    job: Job
-    due: str | None
-    down: Sequence[str]
-    now: datetime
-    back: Sequence[str] = ()
-    unreached: Sequence[str] = ()
-    complaint: str = "see its output"
-
-    @property
-    def start(self) -> Mapping[str, Any] | None:
-        """The event of this start of the run; None where it never came so far."""
-        return start_of(self.events, self.identifier, self.restart)
-
-    @property
-    def state(self) -> str:
-        """Of the run; where it never started, ``stopped`` or ``refused``."""
-        if self.start:
-            return str(self.outcome.get("state", "running"))
-        if self.code == 0:  # it showed the result of a finished run
-            return "finished"
-        return "stopped" if self.code in (STOPPED, *SIGNALLED) else "refused"
-
-    @property
-    def said(self) -> str:
-        """The cause in the run's own words."""
-        return str(self.outcome.get("cause", "")) if self.start else ""
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a job.
+    """Say what becomes of a job.
 
     Attributes:
         event: ``requeue``: it goes back into the queue; or why not: ``finished``, ``cancelled``, ``not_requeued``.
@@ -90,49 +37,11 @@ class Verdict:
         return f"{'goes back into the queue' if self.event == 'requeue' else 'is not queued again'}: {self.cause}"
 
 
-def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
-    """Of the job that this process is the end of, and whose run is in ``directory``.
-
-    Raises:
-        UserError: this isn't a job.
-        SlurmError: Slurm doesn't answer.
-    """
-    if "SLURM_JOB_ID" not in env:
-        raise UserError("action=requeue is what the script of a Slurm job does at its end, and this isn't a job")
-    identifier, restart, said = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), tail(Path("/proc/self/fd/2"))
-    now, found = job(identifier), events(directory)
-    start = start_of(found, identifier, restart)
-    began = now.started if now.restarts == restart else None  # else it is put back already, and begins again
-    began = _when(start) if start and not began else began
-    due = parse_due(said, began or datetime.min)
-    return End(
-        identifier=identifier,
-        restart=restart,
-        outcome=outcome(directory),
-        events=found,
-        step=last_step(directory),
-        code=int(env.get(STEP_CODE, "0")),
-        job=now,
-        due=due,
-        down=_down(env["SLURM_JOB_NODELIST"]),
-        now=datetime.now(),
-        back=restarted_nodes(env["SLURM_JOB_NODELIST"], began) if due == "NODE FAILURE" and began else (),
-        unreached=parse_unreached(said),
-        complaint=parse_complaint(said) or "see its output",
-    )
-
-
-def _down(nodes: str) -> list[str]:
-    with suppress(SlurmError):  # what else is known tells enough
-        return down_nodes(nodes)
-    return []
-
-
 def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> Verdict | None:
-    """Why Slurm by itself queued this job again, where its script was killed before it could say so; else None.
+    """Return why Slurm itself queued this job again, where its script was killed before it could say so; else None.
 
     Raises:
-        SlurmError: Slurm doesn't answer.
+        UserError: Slurm doesn't answer.
     """
     told = [event for event in events(directory) if event.get("event") in ("start", "requeue")]
     if "SLURM_RESTART_COUNT" not in env or not told:
@@ -141,33 +50,21 @@ def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> V
     if (last["event"], last.get("job")) != ("start", job_of(env)):
         return None
     output, hosts = job(job_of(env)).output, ",".join(last["hosts"])
-    due = parse_due(tail(Path(output)), _when(last)) if output else None
+    due = parse_due(tail(Path(output)), when(last)) if output else None
     if due and due != "NODE FAILURE":
         lost = "" if outcome(directory).get("state") == "stopped" else "; it was killed before all was saved"
         return Verdict("requeue", "stop", DUE[due] + lost)
-    down, back = down_nodes(hosts), restarted_nodes(hosts, _when(last))
+    down, back = down_nodes(hosts), restarted_nodes(hosts, when(last))
     if due or down or back:
         return Verdict("requeue", "node", _lost(down, back))
     return Verdict("requeue", None, "Slurm queued it again by itself")
 
 
-def start_of(events: Sequence[Mapping[str, Any]], identifier: str, restart: int) -> Mapping[str, Any] | None:
-    """The event of the run's last start, where that is of this start of the job."""
-    found = [event for event in events if event.get("event") == "start"]
-    ours = found and (found[-1].get("job"), found[-1].get("job_restart")) == (identifier, restart)
-    return found[-1] if ours else None
+def decide_requeue(end: End, max_requeues: int, signal_s: int) -> Verdict:
+    """Decide whether the job goes back into the queue.
 
-
-def _when(event: Mapping[str, Any]) -> datetime:
-    """By this machine's clock, as Slurm gives times."""
-    return datetime.fromisoformat(event["time"]).astimezone().replace(tzinfo=None)
-
-
-def judge(end: End, max_requeues: int, signal_s: int) -> Verdict:
-    """Whether the job goes back into the queue.
-
-    What was stopped does, unless its user cancelled the job; and what lost a node. What crashed does ``max_requeues``
-    times, as long as it gets further than before. What is finished, or was refused, doesn't.
+    A run that was stopped does, unless its user cancelled the job, and so does one that lost a node. One that crashed
+    does ``max_requeues`` times, as long as it gets further than before. A finished or a rejected one doesn't.
 
     Args:
         signal_s: how long before its limit the job is told to stop.
@@ -201,7 +98,7 @@ def _lost(down: Sequence[str], back: Sequence[str]) -> str:
 
 
 def _after_no_start(end: End, max_requeues: int) -> Verdict:
-    """Slurm takes a node that doesn't answer for a good one for a while, and may give it to the job once more."""
+    """Try again: for a while Slurm takes a node that doesn't answer for a good one, and may use it once more."""
     cause = f"node {', '.join(end.unreached)} can't be reached"
     since = itertools.takewhile(lambda event: event.get("event") != "start", reversed(end.events))
     tries = sum(event.get("event") == "requeue" and event.get("job") == end.identifier for event in since)
@@ -227,7 +124,7 @@ def _after_crash(end: End, max_requeues: int) -> Verdict:
 
 
 def _stops_here(end: End) -> int:
-    """How often in a row this job was put back at the step where it is now."""
+    """Count how often in a row this job was queued again at the step where it is now."""
     before = [event for event in reversed(end.events) if event.get("event") == "requeue"]
     here = (end.identifier, "stop", end.step)
     same = itertools.takewhile(lambda event: (event.get("job"), event.get("kind"), event.get("step")) == here, before)
@@ -235,13 +132,13 @@ def _stops_here(end: End) -> int:
 
 
 def _cancelled(end: End) -> bool:
-    """Its user ended it: Slurm does so now, hasn't put it back, and neither preempts it nor has its time run out."""
+    """Tell whether its user ended it: Slurm ends it now without queueing it again, a preemption, or its time limit."""
     ending = end.job.state in ("COMPLETING", "CANCELLED") and end.job.restarts <= end.restart
     return ending and not (end.job.preempted or end.job.at_its_limit or end.due in DUE)
 
 
 def _why(end: End, signal_s: int) -> str | None:
-    """What Slurm ended the job for, or is about to; None: for nothing that is known."""
+    """Return why Slurm ended the job, or is about to; None: for no known reason."""
     if end.job.preempted:
         return DUE["PREEMPTION"]
     if end.due in DUE:
@@ -253,13 +150,13 @@ def _why(end: End, signal_s: int) -> str | None:
 
 
 def put_back(end: End) -> None:
-    """Put one's own job back into the queue, which ends this process soon.
+    """Queue one's own job again, which ends this process soon.
 
     Raises:
-        SlurmError: it can't be.
+        UserError: it can't be.
     """
     try:
         ask("scontrol", "requeue", end.identifier)
-    except SlurmError:
+    except UserError:
         if job(end.identifier).restarts <= end.restart:  # else Slurm has done it, by itself or before it fell silent
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,29 +22,17 @@ UNANSWERED = re.compile(
 DOWN = ("down", "fail", "error")  # how a node's state begins that won't be heard of
 
 
-class SlurmError(UserError):
-    """A command of Slurm's failed.
-
-    Attributes:
-        said: what it said.
-    """
-
-    def __init__(self, message: str, said: str = "") -> None:
-        super().__init__(message)
-        self.said = said
-
-
 def ask(*words: str, env: Mapping[str, str] = os.environ) -> str:
-    """What a command of Slurm's prints. Within a job a controller that doesn't answer is asked again, for a while.
+    """Return what a command of Slurm's prints; within a job, ask a controller that doesn't answer again for a while.
 
     Raises:
-        SlurmError: it isn't here, failed, or didn't answer.
+        UserError: the command isn't here, failed, or didn't answer.
     """
     deadline = time.monotonic() + (PATIENCE_S if "SLURM_JOB_ID" in env else 0)
     while True:
         try:
             return _ask(words, {**env, "SLURM_TIME_FORMAT": "standard"})
-        except SlurmError as error:
+        except UserError as error:
             if not UNANSWERED.search(str(error)) or time.monotonic() > deadline:
                 raise
         time.sleep(ASK_AGAIN_S)
@@ -55,21 +42,20 @@ def _ask(words: Sequence[str], env: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace", env=env)
     except FileNotFoundError:
-        raise SlurmError(
-            f"there is no {words[0]} on this machine: give the command on a login node of the cluster; "
-            "cluster.dry_run=true prints the job's script anywhere"
-        ) from None
+        problem = f"there is no {words[0]} on this machine"
+        fix = "give the command on a login node of the cluster; cluster.dry_run=true prints the job's script anywhere"
+        raise UserError(problem, fix) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{shlex.join(words)} didn't answer within {ANSWER_S:g} s") from None
+        raise UserError(f"{words[0]} didn't answer within {ANSWER_S:g} s") from None
     if done.returncode:
         said = "\n".join(line for line in done.stderr.splitlines() if line.strip())
-        raise SlurmError(f"{words[0]} failed ({done.returncode}): {said or 'it said nothing'}", said)
+        raise UserError(f"{words[0]} failed ({done.returncode}): {said or 'it said nothing'}")
     return done.stdout
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A job in the queue.
+    """Describe a job in the queue.
 
     Attributes:
         job: its id; ``123_4`` for an element of an array.
@@ -89,7 +75,7 @@ class Queued:
 
     @property
     def root(self) -> str:
-        """The directory of its run or sweep, where Isobatch submitted it; else ""."""
+        """Return the directory of its run or sweep, where Isobatch submitted it; else ""."""
         script = Path(self.command)
         return str(script.parent.parent) if script.parent.name == "submissions" else ""
 
@@ -100,20 +86,20 @@ class Queued:
 
 
 def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
-    """Jobs of this user that aren't over, by id; all of them, or those of ``jobs``."""
+    """Return the jobs of this user that aren't over, by id: all of them, or those of ``jobs``."""
     asked = sorted({job.partition("_")[0] for job in jobs})
     which = ["--jobs", ",".join(asked)] if asked else ["--me"]
     try:
         text = ask("squeue", "--noheader", "--array", *which, "--format", "%i|%T|%r|%V|%S|%N|%o")
-    except SlurmError as error:
-        if "Invalid job id" in error.said:  # all of them are over, and forgotten
+    except UserError as error:
+        if "Invalid job id" in error.problem:  # all of them are over, and forgotten
             return {}
         raise
     return parse_queue(text)
 
 
 def parse_queue(text: str) -> dict[str, Queued]:
-    """Lines of ``squeue --format='%i|%T|%r|%V|%S|%N|%o'``, of which the last field may hold anything."""
+    """Parse lines of ``squeue --format='%i|%T|%r|%V|%S|%N|%o'``, of which the last field may hold anything."""
     found = {}
     for line in re.split(r"\n(?=\d+\S*\|[A-Z_]+\|)", text.removesuffix("\n")) if text else ():
         job, state, reason, submitted, started, nodes, command = line.split("|", 6)
@@ -124,7 +110,7 @@ def parse_queue(text: str) -> dict[str, Queued]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One's own job, as ``scontrol`` shows it.
+    """Describe this process's own job, as ``scontrol`` shows it.
 
     Attributes:
         restarts: how often it was put back into the queue.
@@ -144,20 +130,20 @@ class Job:
 
     @property
     def at_its_limit(self) -> bool:
-        """It has ended, or ends, as its time is over."""
+        """Tell whether it has ended, or ends, because its time is over."""
         if self.state == "RUNNING" or None in (self.started, self.ended, self.limit):
             return False
         return self.ended >= self.started + self.limit  # type: ignore[operator]
 
     def left_s(self, now: datetime) -> float | None:
-        """Seconds until its limit; None without one."""
+        """Return the seconds until its limit; None without one."""
         if self.started is None or self.limit is None:
             return None
         return (self.started + self.limit - now).total_seconds()
 
 
 def job_of(env: Mapping[str, str]) -> str:
-    """The id of the job that a process with this environment is in: ``123_4`` for an element of an array.
+    """Return the id of the job that a process with this environment is in: ``123_4`` for an element of an array.
 
     The element that begins last has the array's own number as SLURM_JOB_ID, by which Slurm takes all of them.
     """
@@ -167,12 +153,12 @@ def job_of(env: Mapping[str, str]) -> str:
 
 
 def job(identifier: str) -> Job:
-    """The job with this id. Raises SlurmError."""
+    """Return the job with this id. Raises UserError where Slurm doesn't answer."""
     return parse_job(ask("scontrol", "show", "job", identifier))
 
 
 def parse_job(text: str) -> Job:
-    """The lines of ``scontrol show job``."""
+    """Parse the lines of ``scontrol show job``."""
     found = re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text)
     fields = dict(reversed(found))  # the first of each: behind them come texts of the user's own
     started, preempted = _time(fields.get("StartTime", "")), _time(fields.get("PreemptTime", ""))
@@ -192,7 +178,7 @@ def _time(text: str) -> datetime | None:
 
 
 def _limit(text: str) -> timedelta | None:
-    """``1-02:03:04``: days, hours, minutes, seconds."""
+    """Parse ``1-02:03:04``: days, hours, minutes, seconds."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if not match:
         return None
@@ -201,45 +187,45 @@ def _limit(text: str) -> timedelta | None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The machines of a list such as ``gpu-b2[1-3,5],login1``, by Slurm's own reading of it."""
+    """Return the machines of a list such as ``gpu-b2[1-3,5],login1``, by Slurm's own reading of it."""
     return ask("scontrol", "show", "hostnames", nodes).split()
 
 
 def address(node: str) -> str:
-    """Where Slurm reaches a node: of several networks, the one that the site has chosen."""
+    """Return where Slurm reaches a node: of several networks, the one that the site has chosen."""
     return parse_address(ask("scontrol", "--oneliner", "show", "node", node), node)
 
 
 def parse_address(text: str, node: str) -> str:
-    """A line of ``scontrol --oneliner show node``."""
+    """Parse a line of ``scontrol --oneliner show node``."""
     match = re.search(r"(?:^|\s)NodeAddr=(\S+)", text)
     return match[1] if match else node
 
 
 def down_nodes(nodes: str) -> list[str]:
-    """Those of a list such as ``n[1-3],n7`` that Slurm doesn't hear of any more, or has taken out."""
+    """Return those nodes of a list such as ``n[1-3],n7`` that don't answer any more, or were taken out."""
     return parse_down(ask("sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N %T"))
 
 
 def parse_down(text: str) -> list[str]:
-    """Lines of ``sinfo --Node --format='%N %T'``; a ``*`` says that a node doesn't answer."""
+    """Parse lines of ``sinfo --Node --format='%N %T'``; a ``*`` says that a node doesn't answer."""
     states = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
     return sorted(node for node, state in states.items() if state.lower().startswith(DOWN) or "*" in state)
 
 
 def restarted_nodes(nodes: str, since: datetime) -> list[str]:
-    """Those of ``nodes`` whose daemon has begun at ``since`` or later, as it does when a machine starts."""
+    """Return those of ``nodes`` whose daemon began at ``since`` or later, as it does when a machine starts."""
     began = parse_began(ask("scontrol", "--oneliner", "show", "node", nodes))
     return sorted(node for node, when in began.items() if when >= since)
 
 
 def parse_began(text: str) -> dict[str, datetime]:
-    """Lines of ``scontrol --oneliner show node``."""
+    """Parse lines of ``scontrol --oneliner show node``."""
     found = re.findall(r"^NodeName=(\S+) .*?SlurmdStartTime=(\d\S+)", text, re.MULTILINE)
     return {node: datetime.fromisoformat(when) for node, when in found}
 
 
 def kill_wait_s() -> int | None:
-    """Seconds between the TERM and the KILL that end a job; None where Slurm doesn't say."""
+    """Return the seconds between the TERM and the KILL that end a job; None where Slurm doesn't say."""
     match = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
     return int(match[1]) if match else None

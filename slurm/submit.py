@@ -1,4 +1,4 @@
-"""Giving a job to Slurm; where Slurm refuses, what it says, and what would help."""
+"""Giving a job to Slurm; where Slurm rejects it, what it says, and what would help."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from isobatch.conf.existing import refuse_missing
 from isobatch.conf.messages import override
-from isobatch.conf.rundir.files import events
-from isobatch.conf.saved import refuse_missing
+from isobatch.conf.rundir.files import events, write_atomic
 from isobatch.conf.schema import RunConfig, Slurm
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.render import render
-from isobatch.slurm.state import SlurmError, ask, queued
+from isobatch.slurm.state import ask, queued
 
 OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # of Slurm's variables; the others are of a job
 
@@ -47,70 +47,70 @@ HELP = {
 
 
 def refuse_unless_submittable(config: RunConfig) -> None:
-    """Raises UserError where something has to be given, or doesn't go with a job."""
+    """Raise UserError where a key has to be given, or doesn't go with a job."""
     if config.cluster.gpus_per_node == "auto":
-        raise UserError(
-            "cluster=slurm needs cluster.gpus_per_node=…, the worker processes of each node: what this machine has "
-            "says nothing of those"
-        )
+        problem = "cluster=slurm doesn't know the GPUs of a node: what this machine has says nothing of those"
+        fix = "give cluster.gpus_per_node=…, the worker processes of each node"
+        raise UserError(problem, fix, "cluster.gpus_per_node", "auto")
     if config.init_from is not None:
         refuse_missing(config.init_from)
     if config.debug:
-        raise UserError("debug=true is one worker in this process, and cluster=slurm submits a job; give one of them")
+        problem = "debug=true is one worker in this process, and cluster=slurm submits a job"
+        raise UserError(problem, "give one of them", "debug", True)
 
 
 def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
-    """The cluster of all runs of a sweep, which are one array of jobs.
+    """Return the cluster of all runs of a sweep, which are one array of jobs.
 
     Raises:
         UserError: they ask for different ones.
     """
     first = configs[0].cluster
     if any(config.cluster != first for config in configs) or not isinstance(first, Slurm):
-        raise UserError("the runs of a sweep are one array of jobs, so cluster.… has to be the same for all of them")
+        problem = "the runs of a sweep are one array of jobs, and ask for different clusters"
+        raise UserError(problem, "cluster.… has to be the same for all of them", "cluster")
     return first
 
 
 def refuse_if_queued(directories: Sequence[Path]) -> None:
-    """Raises UserError, naming it, where a job that was submitted for one of these runs isn't over yet."""
+    """Raise UserError, naming it, where a job that was submitted for one of these runs isn't over yet."""
     submitted = {job: directory for directory in directories for job in jobs_of(directory, "submitted")}
     by_hand = {job: directory for directory in directories for job in jobs_of(directory, "start")}
     for job, one in queued([*submitted, *by_hand]).items() if submitted or by_hand else ():
         # one that works has the lock; a shell within a job may have started it there, and may go on without it
         if job in submitted or (job in by_hand and one.state == "PENDING"):
-            raise UserError(
-                f"job {job} does the run in {(submitted | by_hand)[job]} already ({one}): wait for it, "
-                f"`scancel {job}`, or start another run beside it with run.new=true"
-            )
+            problem = f"job {job} does the run in {(submitted | by_hand)[job]} already ({one})"
+            fix = f"wait for it, `scancel {job}`, or start another run beside it with run.new=true"
+            raise UserError(problem, fix, "run.dir")
 
 
 def jobs_of(directory: Path, kind: str) -> list[str]:
-    """Ids of the jobs in events of a run, the newest last."""
+    """Return the ids of the jobs in events of a run, the newest last."""
     return [str(event["job"]) for event in events(directory) if event.get("event") == kind and "job" in event]
 
 
 def outside(env: Mapping[str, str]) -> dict[str, str]:
-    """``env`` without what a job that this process is in has put there, which the new one would find."""
+    """Return ``env`` without the variables of a job that this process is in, which the new one would find."""
     return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
 
 
 def sbatch(script: Path, options: Sequence[str]) -> str:
-    """Submit; the job's id.
+    """Submit a script; return the job's id.
 
     Raises:
-        SlurmError: Slurm refuses; the message quotes it, and says what would help.
+        UserError: Slurm rejects it; the message quotes it, and says what would help.
     """
     try:
         answer = ask("sbatch", "--parsable", *options, str(script), env=outside(os.environ))
-    except SlurmError as error:
-        hints = [hint for pattern, hint in HELP.items() if re.search(pattern, error.said, re.IGNORECASE)]
-        raise SlurmError(f"{error}" + (f"\n{hints[0]}" if hints else ""), error.said) from None
+    except UserError as error:
+        hints = [hint for pattern, hint in HELP.items() if re.search(pattern, error.problem, re.IGNORECASE)]
+        raise UserError(error.problem, hints[0] if hints else error.fix) from None
     return answer.strip().partition(";")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job, or an array of several, ready to be given to Slurm.
+    """Describe a job, or an array of several, that is ready to be given to Slurm.
 
     Attributes:
         script: its path; ``text`` its content.
@@ -130,39 +130,35 @@ class Submission:
         return len(self.configs) > 1
 
     def job_of(self, job: str, number: int) -> str:
-        """The id of the ``number``-th run's job."""
+        """Return the id of the ``number``-th run's job."""
         return f"{job}_{number}" if self.array else job
 
     def output_of(self, job: str) -> Path:
-        """The file that a job writes to; of an array a pattern for all."""
+        """Return the file that a job writes to; of an array a pattern for all."""
         name = self.output.name.replace("%A", job).replace("%a", "*").replace("%j", job)
         return self.output.with_name(name)
 
     def told(self, job: str) -> str:
-        """What is said once Slurm has it."""
+        """Return what is said once Slurm has it."""
         output = self.output_of(job)
         return "\n".join(
             [
                 f"submitted job {job}" + f", an array of {len(self.configs)} runs" * self.array,
                 f"run     {self.script.parent.parent}",
-                f"output  {self.output_of(job)}",
+                f"output  {output}",
                 f"follow  tail -F {shlex.quote(str(output.parent))}/{output.name}",
                 f"cancel  scancel {job}",
             ]
         )
 
-    def give(self, write: Callable[[Path, str], None]) -> str:
-        """Write the files, and submit; the job's id. Where Slurm refuses, nothing of it stays.
-
-        Raises:
-            SlurmError: Slurm refuses.
-        """
+    def give(self) -> str:
+        """Write the files and submit; return the job's id. Where Slurm rejects the job, none of the files stays."""
         files = {self.script: self.text, **self.configs}
         self.output.parent.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
         try:
             for file, content in files.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write(file, content)
+                write_atomic(file, content)
             return sbatch(self.script, self.options)
         except BaseException:
             for file in files:
@@ -173,7 +169,7 @@ class Submission:
 
 
 def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, launcher: Path) -> Submission:
-    """What is to be submitted.
+    """Return what is to be submitted.
 
     Args:
         runs: the absolute directory of each, and its whole config as it is now: editing a file later doesn't change a

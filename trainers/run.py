@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from isobatch.conf.rundir.directory import Outcome, RunDir, State, write_atomic
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.outcome import Outcome, State
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
@@ -18,7 +20,7 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.noise import unmeasurable
 from isobatch.scaling.planning.advice import lr_jump
 from isobatch.scaling.report.plan_json import to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.commit import pass_over
 from isobatch.trainers.checkpoints.resume import find_best, header_of, resume, stored_groups

@@ -1,4 +1,4 @@
-"""Read the small files of a run directory, whatever was done to them: what is damaged is told, and the rest is used."""
+"""Write and read the small files of a run directory. Damage is reported, and the rest is used. Torch-free."""
 
 from __future__ import annotations
 
@@ -80,6 +80,19 @@ METRICS: dict[str, Check] = {
     "val/": _or_none(_is_number),
     "ema/": _or_none(_is_number),
 }
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name in the same folder, fsync, rename: readers see all of it or the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_run(directory: Path) -> RunFiles:

@@ -1,4 +1,4 @@
-"""Who works in a run directory: one launch at a time, also where flock excludes nobody. Torch-free.
+"""The lock on a run directory: one launch works there at a time, also where flock excludes nobody. Torch-free.
 
 Two files say so. ``lock`` is held by flock, which ends with the processes that hold it; but some network disks don't
 pass it on to other machines, and a user may remove the file. ``.owner`` names the owner. It is created exclusively, and
@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,30 +24,8 @@ from isobatch.conf.rundir.owner import OWNER, Owner, Seen, create
 
 LOCK = "lock"
 BEAT_S = 1.0  # between two signs of life of an owner
-SILENT_S = 8.0  # without one, after which an owner on another machine is dead
 LOOKS = 2  # in a row that find the directory gone before it is believed: a network disk may have a bad moment
 REMOVED = " (deleted)"  # behind the path of an open file that was removed
-
-
-class Watched:
-    """An owner elsewhere, which is watched for signs of life.
-
-    Attributes:
-        met: there was an owner.
-    """
-
-    def __init__(self) -> None:
-        self.met = False
-        self._first: Seen | None = None
-        self._since = time.monotonic()
-
-    def lives(self, seen: Seen) -> bool | None:
-        """Return True once it has shown a sign, False once it has been silent for long; None until then."""
-        if self._first is None or seen.text != self._first.text:
-            self._first, self._since = seen, time.monotonic()
-        if seen.time_ns != self._first.time_ns:
-            return True
-        return False if time.monotonic() - self._since > SILENT_S else None
 
 
 class Lock:
@@ -69,7 +46,7 @@ class Lock:
         return json.dumps(asdict(self.owner))
 
     def known(self) -> Owner:
-        """This launch, once it has the flock, which is left out where it excludes nobody."""
+        """Return this launch, once it has the flock; the flock is left out where it excludes nobody."""
         if self.owner.lock and not excludes(self.folder / LOCK):
             self.owner = replace(self.owner, lock=0)
         return self.owner
@@ -84,7 +61,7 @@ class Lock:
             return True  # on a full disk flock has to do, until there is room
 
     def keep(self, lost: Callable[[str], None]) -> None:
-        """From now on, show signs of life in a thread; call ``lost`` with the cause where the directory is lost."""
+        """Show signs of life in a thread from now on; call ``lost`` with the cause where the directory is lost."""
         threading.Thread(target=self._keep, args=(lost,), name="owner", daemon=True).start()
 
     def _keep(self, lost: Callable[[str], None]) -> None:

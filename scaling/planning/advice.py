@@ -36,7 +36,7 @@ def check_family(family: str | None) -> None:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Everything about ``plan`` that people regretted later, a sentence each; of its stages, about the worst one."""
+    """Return a sentence for each thing in ``plan`` that people regretted later; of its stages, for the worst one."""
     return [
         text
         for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
@@ -45,15 +45,15 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
-    """What a longer duration does to the learning rate of a run that has come to ``sample``."""
+    """Return what a longer duration does to the learning rate of a run that has come to ``sample``; None: nothing."""
     old, new = before.schedule, after.schedule
     if old is None or new is None or old == new:
         return None
     was, now = (schedule.lr(sample, after.stage_at(sample).peak.lr) for schedule in (old, new))
     return (
         f"the run is extended from {before.size(old.samples)} to {after.size(new.samples)}, and its schedule with it: "
-        f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run of this length from its start "
-        "would have had other ones until here"
+        f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run planned at this "
+        "length from the start would have used different learning rates so far"
     )
 
 

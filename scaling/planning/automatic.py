@@ -25,19 +25,11 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
             has a base LR.
     """
     if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
-        raise UserError(
-            f"{given[0]} is of one optimizer, and optimizer=auto of several",
-            "name the one that it is for",
-            "optimizer",
-            "auto",
-        )
+        problem = f"{given[0]} is of one optimizer, and optimizer=auto of several"
+        raise UserError(problem, "name the one that it is for", "optimizer", "auto")
     if config.batch.global_size == "all" and config.task.train_samples is None:
-        raise UserError(
-            "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is",
-            "state task.train_samples=N, or name an optimizer",
-            "optimizer",
-            "auto",
-        )
+        problem = "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is"
+        raise UserError(problem, "state task.train_samples=N, or name an optimizer", "optimizer", "auto")
     # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
     neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
     lr = config.lr.model_copy(update={**neutral, "warmup_from": None})

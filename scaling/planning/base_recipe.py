@@ -35,23 +35,18 @@ def rule_of(config: RunConfig) -> Rule:
     if lr.peak is not None:
         fixed += ("lr",)
         if lr.scale_weight_decay:
-            raise UserError(
-                "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of",
-                "leave out one of the two",
-                "lr.scale_weight_decay",
-                True,
-            )
+            problem = "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of"
+            raise UserError(problem, "leave out one of the two", "lr.scale_weight_decay", True)
     if lr.scale_weight_decay and (decay in config.given or config.optimizer.weight_decay is None):
         what = (
             f"given for this batch ({decay}={config.optimizer.weight_decay:g})" if decay in config.given else "unknown"
         )
-        raise UserError(
+        problem = (
             "lr.scale_weight_decay=true moves the weight decay from the batch of the tuning to this one, and it is "
-            + what,
-            f"leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay",
-            "lr.scale_weight_decay",
-            True,
+            + what
         )
+        fix = f"leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay"
+        raise UserError(problem, fix, "lr.scale_weight_decay", True)
     return make_rule(
         lr.rule,
         config.optimizer.family,
@@ -85,11 +80,9 @@ def base_of(config: RunConfig, segment: Segment) -> Base:
         return Base(replace(recipe, lr=lr.peak), _batch_of_peak(lr.peak, batch, segment), "peak", tuned_lr)
     if base is None or batch is None:
         missing = "lr.base" if base is None else "lr.base_batch"
-        raise UserError(
-            f"no {missing} for optimizer={optimizer.name} with task {config.task.name}",
-            "give lr.base and lr.base_batch (the LR and the global batch it was tuned at), or lr.peak outright",
-            missing,
-        )
+        problem = f"no {missing} for optimizer={optimizer.name} with task {config.task.name}"
+        fix = "give lr.base and lr.base_batch (the LR and the global batch it was tuned at), or lr.peak outright"
+        raise UserError(problem, fix, missing)
     if lr.base is not None:
         return Base(recipe, batch, "given" if lr.base_batch is not None else "paired", base)
     of_another = any(key.startswith(("model.", "data._target_", "data.args", "task.args")) for key in config.given)
@@ -102,12 +95,9 @@ def _check_tuned(config: RunConfig, tuned: Tuned) -> None:
     optimizer = config.optimizer
     key = f"task.tuned.{optimizer.name}"
     if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
-        raise UserError(
-            f"{key}.betas={list(tuned.betas)}",
-            f"{optimizer.name} has {len(optimizer.memory)}, as {list(optimizer.memory)}",
-            f"{key}.betas",
-            tuned.betas,
-        )
+        problem = f"{key}.betas={list(tuned.betas)}"
+        fix = f"{optimizer.name} has {len(optimizer.memory)}, as {list(optimizer.memory)}"
+        raise UserError(problem, fix, f"{key}.betas", tuned.betas)
     if tuned.eps is not None and optimizer.epsilon is None:
         problem = f"{key}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}"
         raise UserError(problem, "leave it out", f"{key}.eps", tuned.eps)
@@ -123,11 +113,10 @@ def _batch_of_peak(peak: float, batch: int | None, segment: Segment) -> int:
     if not (law.moves or law.stretches_warmup):
         return segment.global_size
     if batch is None:
-        raise UserError(
+        problem = (
             f"lr.rule={segment.rule.name} moves more than the LR, which lr.peak={peak:g} gives, and doesn't know from "
-            "which batch",
-            "give lr.base_batch, that of the tuning, or lr.rule=none",
-            "lr.rule",
-            segment.rule.name,
+            "which batch"
         )
+        fix = "give lr.base_batch, that of the tuning, or lr.rule=none"
+        raise UserError(problem, fix, "lr.rule", segment.rule.name)
     return batch

@@ -121,12 +121,9 @@ def check_engine(config: RunConfig) -> None:
         value = config.optimizer.name if key == "optimizer" else config.numerics
         raise UserError(f"{its.choice} can't have {asked}: {why}", f"{others}{instead}", key, value)
     if config.engine.name == "fsdp" and (dtype := config.engine.param_dtype) not in (None, config.precision):
-        raise UserError(
-            f"engine.param_dtype={dtype} and precision={config.precision} contradict each other",
-            f"give precision={dtype}, or leave engine.param_dtype out",
-            "engine.param_dtype",
-            dtype,
-        )
+        problem = f"engine.param_dtype={dtype} and precision={config.precision} contradict each other"
+        fix = f"give precision={dtype}, or leave engine.param_dtype out"
+        raise UserError(problem, fix, "engine.param_dtype", dtype)
     if device == "cpu" and config.precision == "fp16":
         raise UserError(
             "precision=fp16 is for CUDA, and device=cpu", "use precision=bf16, or fp32", "precision", "fp16"
@@ -135,13 +132,11 @@ def check_engine(config: RunConfig) -> None:
         problem = "engine.offload=true is for what a GPU holds, and device=cpu"
         raise UserError(problem, "leave it out", "engine.offload", True)
     if config.numerics == "bitwise" and config.compile:
-        raise UserError(
+        problem = (
             "numerics=bitwise doesn't go with compile=true: what a process compiles depends on the sizes of "
-            "micro-batches that it has met, and so on the number of processes",
-            "leave one of them out",
-            "compile",
-            True,
+            "micro-batches that it has met, and so on the number of processes"
         )
+        raise UserError(problem, "leave one of them out", "compile", True)
     if config.numerics == "bitwise" and config.engine.config:
         key = f"engine.config.{next(iter(config.engine.config))}"
         problem = f"{key} is for DistributedDataParallel, which numerics=bitwise does without"

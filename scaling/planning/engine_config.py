@@ -1,4 +1,4 @@
-"""Keys of ``engine.config`` that aren't the engine's to say: the plan does, or Isobatch's way of working."""
+"""Keys of ``engine.config`` that the plan decides, or the way in which Isobatch works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isobatch.scaling.planning.capabilities import either
 
 
 class Reserved(NamedTuple):
-    """Values that may be given all the same, and who else says it, or why it can't be."""
+    """Say who else decides a key, or why it can't be given, and the values that may be given all the same."""
 
     why: str
     allowed: tuple[Any, ...] = ()
@@ -71,49 +71,38 @@ DEEPSPEED = {
     "compile": Reserved("compile=true says that"),
     **{key: Reserved(OTHER) for key in _OTHERS},
 }
-ACCELERATE = {
-    "gradient_accumulation_plugin": Reserved("batch.accumulation says that"),
-    "split_batches": Reserved(DATA, (False,)),
-    "dataloader_config": Reserved(DATA),
-    "dispatch_batches": Reserved(DATA),
-    "even_batches": Reserved(DATA),
-    "step_scheduler_with_optimizer": Reserved(LR),
-    "deepspeed_plugin": Reserved("engine=deepspeed is DeepSpeed"),
-    "deepspeed_plugins": Reserved("engine=deepspeed is DeepSpeed"),
-    "fsdp_plugin": Reserved("engine=fsdp is FSDP"),
-    "torch_tp_plugin": Reserved(OTHER),
-    "megatron_lm_plugin": Reserved(OTHER),
-    "parallelism_config": Reserved(OTHER),
-    "dynamo_backend": Reserved("compile=true says that", ("no",)),
-    "dynamo_plugin": Reserved("compile=true says that"),
-}
-FSDP = {
-    "mesh": Reserved(OTHER),
-    "dp_mesh_dims": Reserved(OTHER),
-    "mp_policy": Reserved("engine.param_dtype and engine.reduce_dtype say that"),
-    "offload_policy": Reserved(OFFLOAD),
-    "shard_placement_fn": Reserved("checkpoints hold the rows of tensors, one part after another"),
-    "ignored_params": Reserved("engine.shard says what is gathered together, and all of it is sharded"),
+# Keywords that change nothing of a run, of engines whose others aren't the user's to say.
+ALLOWED = {
+    "accelerate": ("device_placement", "kwargs_handlers", "log_with", "project_config", "project_dir", "rng_types"),
+    "fsdp": ("reshard_after_forward",),
 }
 
 
 def check_engine_config(config: RunConfig, plan: Plan) -> None:
-    """Raises ValueError where ``engine.config`` says what isn't its own to say, and differs, naming who says it."""
-    for key, reserved in _reserved(config, plan).items():
-        for place, value in _found(config.engine.config, key):
-            if not any(value == one and (type(value) is not bool or value is one) for one in reserved.allowed):
-                may = [str(one).lower() for one in reserved.allowed if one is not None]
-                here = f" (here {either(may)})" if may else ""
-                problem = f"engine.config.{place}={json.dumps(value)} can't be: {reserved.why}{here}"
-                raise UserError(problem, "leave it out", f"engine.config.{place}", value)
+    """Raise UserError where ``engine.config`` has a key that the plan or Isobatch decides, with another value."""
+    engine, reserved = config.engine, _reserved(config, plan)
+    for key, one in reserved.items():
+        for place, value in _found(engine.config, key):
+            if not any(value == may and (type(value) is not bool or value is may) for may in one.allowed):
+                shown = [str(may).lower() for may in one.allowed if may is not None]
+                here = f" (here {either(shown)})" if shown else ""
+                raise _rejection(place, value, f": {one.why}{here}", "leave it out")
+    allowed = ALLOWED.get(engine.name)
+    for key in engine.config.keys() - reserved.keys() - {*(allowed or engine.config)}:
+        raise _rejection(key, engine.config[key], "", f"engine={engine.name} takes {either(allowed or ())}")
+
+
+def _rejection(key: str, value: Any, why: str, fix: str) -> UserError:
+    key = f"engine.config.{key}"
+    return UserError(f"{key}={json.dumps(value)} can't be{why}", fix, key, value)
 
 
 def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
-    """Those of the config's engine, with what the plan has."""
+    """Return the keys of the config's engine that the plan or Isobatch decides."""
     engine, cut = config.engine, plan.cut
 
     def ours(key: str, value: int) -> Reserved:
-        """A size, which a batch that moves hasn't one of."""
+        """Reserve a size; a batch that moves has no single one."""
         return Reserved(f"{key} says that", (value, "auto") if config.batch.schedule is None else ("auto",))
 
     accumulation = ours("batch.accumulation", cut.accumulation)
@@ -129,16 +118,16 @@ def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
     if engine.name == "accelerate":
         computed = "no" if config.precision == "fp32" else config.precision
         return {
-            **ACCELERATE,
             "gradient_accumulation_steps": accumulation,
             "mixed_precision": Reserved(PRECISION, (computed,)),
             "cpu": Reserved("device says that", (config.device == "cpu",)),
+            "dynamo_backend": Reserved("compile=true says that", ("no",)),
         }
-    return FSDP if engine.name == "fsdp" else {}
+    return {}
 
 
 def _found(given: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """What is there at a dotted key, or in place of a section on the way to it, with its key."""
+    """Yield the value at a dotted key, or the value that is in place of a section on the way to it, with its key."""
     way = key.split(".")
     for depth, name in enumerate(way, 1):
         if not isinstance(given, dict):

@@ -85,12 +85,8 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
     if warmup_from is None:
         warmup_from = tuned_lr if tuned_lr is not None and peak > tuned_lr else 0.0
     elif warmup and warmup_from > peak:
-        raise UserError(
-            f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs",
-            f"use at most {peak}",
-            "lr.warmup_from",
-            warmup_from,
-        )
+        problem = f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs"
+        raise UserError(problem, f"use at most {peak}", "lr.warmup_from", warmup_from)
     return Schedule(
         samples=lengths.run_samples,
         warmup_samples=_warmup(warmup, lengths.run_samples, plan),

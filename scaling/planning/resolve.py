@@ -15,9 +15,8 @@ from isobatch.scaling.planning.advice import check_family
 from isobatch.scaling.planning.base_recipe import Base, base_of, rule_of
 from isobatch.scaling.planning.capabilities import check_engine, placement
 from isobatch.scaling.planning.engine_config import check_engine_config
-from isobatch.scaling.planning.evaluations import check_evaluations
 from isobatch.scaling.planning.lengths import Lengths, intervals_of, schedule_of
-from isobatch.scaling.planning.sizes import Sizes, asked, first_sizes, in_samples
+from isobatch.scaling.planning.sizes import Sizes, asked, evaluation_batch, first_sizes, in_samples
 from isobatch.scaling.schedule import Schedule
 from isobatch.scaling.segments import Segment
 
@@ -43,7 +42,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     plan = _unscheduled(config, world, sizes, first, base, lengths)
     check_engine_config(config, plan)
     plan = _scheduled(config, plan, lengths, base.tuned_lr)
-    check_evaluations(config, plan)
+    _check_evaluations(config, plan)
     return plan
 
 
@@ -112,12 +111,8 @@ def _duration(config: RunConfig, lengths: Lengths) -> int | None:
     if duration.unit == "%":
         raise UserError(f"duration={duration} is a share of itself", "use ep, st, sa or tok", "duration", duration)
     if duration.unit == "st" and moving and moving.of_the_run:
-        raise UserError(
-            f"duration={duration} depends on the batch, which batch.schedule={moving} lays over the duration",
-            "give the duration in ep, sa or tok",
-            "duration",
-            duration,
-        )
+        problem = f"duration={duration} depends on the batch, which batch.schedule={moving} lays over the duration"
+        raise UserError(problem, "give the duration in ep, sa or tok", "duration", duration)
     samples = lengths.samples("duration=", duration)
     if samples == 0:
         raise UserError(f"duration={duration} is no training at all", "it has to be more than 0", "duration", duration)
@@ -153,6 +148,34 @@ def _segments_for_decay(
     return None if schedule is None or most is None else in_place_of_decay(wanted, first, most, schedule)
 
 
+def _check_evaluations(config: RunConfig, plan: Plan) -> None:
+    """Reject what evaluations can't do.
+
+    Raises:
+        UserError: ``evaluate.per_gpu`` isn't a whole number of samples, or ``checkpoint.best`` waits for an evaluation
+            that never comes.
+    """
+    evaluation_batch(config, plan)
+    wanted, best, every = config.evaluate, config.checkpoint.best, plan.intervals.evaluate
+    if not best or wanted.first or wanted.last:
+        return
+    never = f"checkpoint.best={best} waits for an evaluation, and evaluate.last=false with evaluate.every="
+    if wanted.every is None:
+        problem = f"{never}null means that there is none"
+        raise UserError(problem, "give evaluate.every=1ep, or leave one of the two keys out", "checkpoint.best", best)
+    if every is None or plan.samples is None:
+        return
+    last = plan.stage_at(plan.samples - 1)
+    start = plan.samples + (plan.added or 0) - last.cut.global_size
+    if every > start:
+        problem = (
+            f"{never}{wanted.every} means that there is none: the run's last step begins at sample {start:,}, before "
+            f"the first evaluation is due (sample {every:,})"
+        )
+        fix = "give a shorter evaluate.every, or leave evaluate.last=false out"
+        raise UserError(problem, fix, "checkpoint.best", best)
+
+
 def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
     """Return the run of ``stored`` on the hardware and with the engine of ``fresh``, today's plan of the same config.
 
@@ -167,17 +190,14 @@ def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
     if not extends:
         return there
     if fresh.cut.global_size != stored.cut.global_size:
-        raise UserError(
+        problem = (
             f"per-GPU batch × accumulation are {fresh.size(fresh.cut.global_size)} on {counted(fresh.world, 'rank')}, "
-            f"and the run has {stored.size(stored.cut.global_size)} a step",
-            "extend it on a number of ranks that gives these; after that it resumes on any",
-            "batch.global_size",
-            fresh.cut.global_size,
+            f"and the run has {stored.size(stored.cut.global_size)} a step"
         )
+        fix = "extend it on a number of ranks that gives these; after that it resumes on any"
+        raise UserError(problem, fix, "batch.global_size", fresh.cut.global_size)
     if fresh.segments != stored.segments:
-        raise UserError(
-            "a longer duration moves the stages of batch.schedule, and so changes what was trained already",
-            "start another run, or give the stages in sa, ep, st or tok from the start",
-            "batch.schedule",
-        )
+        problem = "a longer duration moves the stages of batch.schedule, and so changes what was trained already"
+        fix = "start another run, or give the stages in sa, ep, st or tok from the start"
+        raise UserError(problem, fix, "batch.schedule")
     return replace(there, samples=fresh.samples, schedule=fresh.schedule, identity=fresh.identity)

@@ -8,6 +8,7 @@ from isobatch.conf.identity import global_size_rules
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import solve
+from isobatch.scaling.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,11 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
     if batch.schedule and (start := batch.schedule.start):
         unused = batch.schedule.kind != "ramp" or batch.schedule.last is not None
         if unused and "batch.global_size" in config.given and global_size != start:
-            raise UserError(
+            problem = (
                 f"batch.global_size={global_size} and batch.schedule={batch.schedule}, which begins with {start} and "
-                "says itself what follows, contradict each other",
-                "leave batch.global_size out",
-                "batch.global_size",
-                global_size,
+                "says itself what follows, contradict each other"
             )
+            raise UserError(problem, "leave batch.global_size out", "batch.global_size", global_size)
         global_size = start
     # Solved in the unit that was asked in, so that an error's numbers are, too; the granule is then a sample.
     said = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size="
@@ -64,24 +63,19 @@ def asked(config: RunConfig, train_samples: int | None) -> int | None:
     """
     if not global_size_rules(config):
         if config.numerics == "bitwise":
-            raise UserError(
+            problem = (
                 f"numerics=bitwise: batch.per_gpu={config.batch.per_gpu} and "
                 f"batch.accumulation={config.batch.accumulation} make another global batch on another number of "
-                "processes",
-                "give batch.global_size, or leave batch.accumulation out",
-                "numerics",
-                "bitwise",
+                "processes"
             )
+            raise UserError(problem, "give batch.global_size, or leave batch.accumulation out", "numerics", "bitwise")
         return None
     if config.batch.global_size != "all":
         return config.batch.global_size
     if train_samples is None:
-        raise UserError(
-            "batch.global_size=all needs the number of training samples",
-            "state it as task.train_samples=N (plan.open_data=true opens the data)",
-            "batch.global_size",
-            "all",
-        )
+        problem = "batch.global_size=all needs the number of training samples"
+        fix = "state it as task.train_samples=N (plan.open_data=true opens the data)"
+        raise UserError(problem, fix, "batch.global_size", "all")
     return train_samples * size_of_a_sample(config)
 
 
@@ -90,12 +84,9 @@ def size_of_a_sample(config: RunConfig) -> int:
     if config.batch.unit == "samples":
         return 1
     if config.task.units_per_sample is None:
-        raise UserError(
-            f"batch.unit=tokens, but task {config.task.name} has no fixed number of tokens per sample",
-            "state it as task.units_per_sample=N, or use batch.unit=samples",
-            "batch.unit",
-            "tokens",
-        )
+        problem = f"batch.unit=tokens, but task {config.task.name} has no fixed number of tokens per sample"
+        fix = "state it as task.units_per_sample=N, or use batch.unit=samples"
+        raise UserError(problem, fix, "batch.unit", "tokens")
     return config.task.units_per_sample
 
 
@@ -108,15 +99,25 @@ def in_samples(config: RunConfig, said: str, size: int) -> int:
     return (_whole(config, said, size) or 0) // size_of_a_sample(config)
 
 
+def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) -> int:
+    """Return the most samples per forward of an evaluation.
+
+    Args:
+        limit: the most since memory ran out.
+
+    Raises:
+        UserError: ``evaluate.per_gpu`` isn't a whole number of samples.
+    """
+    given = config.evaluate.per_gpu
+    most = plan.cut.per_gpu if given is None else in_samples(config, "evaluate.per_gpu=", given)
+    return min(most, limit or most)
+
+
 def _whole(config: RunConfig, said: str, size: int | None) -> int | None:
     """Return ``size``, which has to be a whole number of samples."""
     per_sample = size_of_a_sample(config)
     if size is not None and size % per_sample:
         near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]
-        raise UserError(
-            f"{said}{size} tokens isn't a whole number of samples of {per_sample} tokens",
-            f"nearest: {' or '.join(map(str, near))}",
-            said.partition("=")[0],
-            size,
-        )
+        problem = f"{said}{size} tokens isn't a whole number of samples of {per_sample} tokens"
+        raise UserError(problem, f"nearest: {' or '.join(map(str, near))}", said.partition("=")[0], size)
     return size

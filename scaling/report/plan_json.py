@@ -18,7 +18,7 @@ from isobatch.scaling.rules import PARTS
 
 
 def to_json(plan: Plan) -> str:
-    """The plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
+    """Write the plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
     fields = asdict(plan)
     fields["optimizer"] |= {part: getattr(plan.peak, part) for part in PARTS}
     asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
@@ -59,7 +59,7 @@ def _adapter() -> TypeAdapter[Plan]:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """What ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
+    """Return what ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
     outright = plan.base_source == "peak"
     return {
         "global_size": plan.cut.global_size,
@@ -99,7 +99,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def _agree(was: Any, now: Any) -> bool:
-    """Whether two values are the same, as far as the first has keys of the second."""
+    """Tell whether two values are the same, as far as the first has keys of the second."""
     if isinstance(was, dict) and isinstance(now, dict):
         return all(_agree(was[name], now[name]) for name in now if name in was)
     if isinstance(was, list) and isinstance(now, list):
@@ -108,6 +108,6 @@ def _agree(was: Any, now: Any) -> bool:
 
 
 def _numbers(text: str) -> dict[str, Any]:
-    """A plan's JSON without what only explains it, its floats to the digits that all machines agree on."""
+    """Return a plan's JSON without its explanations, floats to the digits that all machines agree on."""
     content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
     return {**content, "warnings": None, "lr": {**content["lr"], "why": None, "moves": None}}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.files import holds_a_run, read_run
-from isobatch.scaling.report.results import WITHOUT_A_WORD
+from isobatch.scaling.report.result import WITHOUT_A_WORD
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
@@ -19,7 +19,7 @@ CAUSE_CHARS = 60  # of a cause, in a table
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A run, as far as its directory tells.
+    """Describe a run, as far as its directory tells.
 
     Attributes:
         state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't;
@@ -43,7 +43,7 @@ class Row:
     cause: str | None
 
     def cells(self) -> dict[str, Any]:
-        """Of a table."""
+        """Return the row's cells by column."""
         cause = self.cause if self.cause is None or len(self.cause) <= CAUSE_CHARS else f"{self.cause[:CAUSE_CHARS]}…"
         return {
             "run": self.run,
@@ -58,7 +58,7 @@ class Row:
 
 
 def directories(root: Path) -> list[Path]:
-    """The runs in ``root``: itself, or what lies below it, sweeps included; by name."""
+    """Return the runs in ``root``: itself, or those below it, sweeps included; by name."""
     return sorted(_runs_in(root, DEPTH))
 
 
@@ -73,7 +73,7 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
-    """The row of the run in ``directory``.
+    """Return the row of the run in ``directory``.
 
     Args:
         works: some launch has it now.
@@ -109,6 +109,6 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
 
 
 def _clock(seconds: float) -> str:
-    """``3:05:07``, as the training prints it."""
+    """Return ``3:05:07``, as the training prints it."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

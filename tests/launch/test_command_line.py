@@ -19,7 +19,8 @@ import yaml
 from isobatch.conf.compose import compose
 from isobatch.conf.help import EXAMPLES
 from isobatch.conf.identity import identity
-from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.saved import dump
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
@@ -422,7 +423,7 @@ def test_a_named_run_is_made_longer() -> None:
     for again in ([f"run.dir={run}"], [f"run.dir={run}", "duration=5st"]):
         assert launch(*again).stdout.startswith("finished after 5 steps")
     said = launch(*QUICK, code=2).stderr
-    assert f"holds this run with duration=5st, not 2st: run.dir={run} goes on with that" in said
+    assert f"holds this run with duration=5st, not 2st; run.dir={run} resumes that" in said
     assert state(run) == before
 
 

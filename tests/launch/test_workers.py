@@ -24,7 +24,7 @@ import multiprocessing, os, re, resource, signal, sys, time
 import torch
 import isobatch.trainers.run
 from torch.utils.data import TensorDataset
-from isobatch.conf.rundir.directory import UserError
+from isobatch.scaling.errors import UserError
 
 
 SAMPLE_BYTES = 64 << 20
@@ -451,7 +451,7 @@ def test_a_restart_that_ends_before_it_has_the_run_directory_says_so_there(folde
     """Rank 1 ends so as the second start's ranks meet."""
     meets = (
         "import os\n"
-        "from isobatch.conf.rundir.directory import UserError\n"
+        "from isobatch.scaling.errors import UserError\n"
         "from isobatch.trainers.ranks.world import World\n"
         "join = World.join\n"
         "def meet(*args):\n"

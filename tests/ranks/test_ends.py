@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from isobatch.conf.compose import compose
-from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.trainers.launch.failures import decide_restart, record_end
 from isobatch.trainers.ranks.failure import Failure, Reached
 from isobatch.trainers.ranks.world import World

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from isobatch.conf.compose import compose
-from isobatch.scaling.planning.evaluations import evaluation_batch
+from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.data.loader import Fetch
 from isobatch.trainers.data.validation import Validation, spread

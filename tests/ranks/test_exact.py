@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate, random_split
 
 from isobatch.conf.compose import compose
-from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.order import indices
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule

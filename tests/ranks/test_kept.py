@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from isobatch.conf.rundir.directory import DYING_S, LOCK_FD, RunDir, hold
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.take import DYING_S, LOCK_FD, hold, open_lock
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.process import WorkerProcess
 from isobatch.trainers.ranks.signals import Stop
@@ -117,7 +118,7 @@ def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
         os.environ[LOCK_FD] = str(handed_on.fileno())
         run.lock()
 
-    handed_on = run.open_lock()
+    handed_on = open_lock(run.path)
     assert in_fork(worker) == 0
     began = time.monotonic()
     assert in_fork(lambda: run.lock()) == 2
@@ -137,7 +138,7 @@ def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
             time.sleep(60)
         os._exit(0)
 
-    handed_on = run.open_lock()
+    handed_on = open_lock(run.path)
     lock = {LOCK_FD: handed_on.fileno()}
     worker = WorkerProcess(multiprocessing.get_context("fork"), 0, lock, Stop(), work, ())
     while worker.code is None:

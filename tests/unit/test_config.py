@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from isobatch.conf import hardware
 from isobatch.conf.compose import HERE, compose
+from isobatch.conf.existing import extends
 from isobatch.conf.help import annotated, command_line, help_text, meanings
 from isobatch.conf.messages import RECORDED, keys, leaves, sections, validated
-from isobatch.conf.saved import dump, extends
+from isobatch.conf.saved import dump
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.sweep import expand
 from isobatch.scaling.errors import UserError
@@ -546,7 +547,7 @@ def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
         == compose(["engine=deepspeed", "engine.stage=3"]).engine
     )
     said = message(named, "engine=ddp", "numerics=bitwise", "batch.per_gpu=8")
-    assert "it can't go on with batch.per_gpu=8 (there null), numerics=bitwise (there fast): leave" in said
+    assert "it can't go on with batch.per_gpu=8 (there null), numerics=bitwise (there fast); leave" in said
 
 
 def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.planning.capabilities import ELEMENTWISE
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 
 ENGINES = {
     "ddp": ["engine=ddp"],
@@ -212,11 +212,11 @@ def test_a_batch_that_moves_has_no_one_size() -> None:
     [
         (["engine=accelerate", "engine.config.gradient_accumulation_steps=4"], "batch.accumulation says that (here 1"),
         (["engine=accelerate", "engine.config.mixed_precision=bf16"], "precision says that (here no)"),
-        (["engine=accelerate", "engine.config.split_batches=true"], "the plan deals the samples"),
-        (["engine=accelerate", "engine.config.step_scheduler_with_optimizer=false"], "lr.warmup, lr.decay"),
+        (["engine=accelerate", "engine.config.split_batches=true"], "engine=accelerate takes device_placement, "),
+        (["engine=accelerate", "engine.config.step_scheduler_with_optimizer=false"], "rng_types"),
         (["engine=accelerate", "engine.config.cpu=true"], "device says that"),
         (["engine=accelerate", "engine.config.dynamo_backend=inductor"], "compile=true says that"),
-        (["engine=fsdp", "engine.config.mp_policy=bf16"], "engine.param_dtype and engine.reduce_dtype say that"),
+        (["engine=fsdp", "engine.config.mp_policy=bf16"], "engine=fsdp takes reshard_after_forward"),
     ],
 )
 def test_the_others_own_keys_that_contradict_the_plan(overrides: list[str], rules: str) -> None:

@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isobatch.conf.compose import compose
+from isobatch.conf.existing import extends, lengthened, run_of
 from isobatch.conf.identity import first_free, identity, run_directory, science
 from isobatch.conf.messages import HERE, choices_of, keys, sections, validated
-from isobatch.conf.saved import dump, extends, lengthened, run_of
+from isobatch.conf.saved import dump
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.sweep import _folder, expand, sweep_directories
 from isobatch.scaling.errors import UserError
@@ -349,10 +350,10 @@ def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
     assert extends(run, longer)
     assert not extends(run, compose([f"run.dir='{run}'"]))
     assert not extends(run, compose(["duration=40ep"]))
-    for duration, way in (("20ep", "goes on with that"), ("50ep", "duration=50ep extends it")):
+    for duration, way in (("20ep", "resumes that"), ("50ep", "duration=50ep extends it")):
         with pytest.raises(UserError) as refusal:
             extends(run, compose([f"duration={duration}"]))
-        assert f"holds this run with duration=40ep, not {duration}: run.dir={run} {way}" in str(refusal.value)
+        assert f"holds this run with duration=40ep, not {duration}; run.dir={run} {way}" in str(refusal.value)
     with pytest.raises(UserError, match="holds another run"):
         extends(run, compose(["duration=20ep", "seed=3"]))
     beside = compose([f"run.dir='{run}'", "duration=50ep", "run.new=true"])

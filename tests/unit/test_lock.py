@@ -21,9 +21,12 @@ from typing import Any
 import pytest
 
 from isobatch.conf.rundir import lock as lock_module
-from isobatch.conf.rundir.directory import DYING_S, Outcome, RunDir
+from isobatch.conf.rundir import take as take_module
+from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import BEAT_S, LOCK, LOOKS, remove
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.rundir.owner import OWNER, Seen
+from isobatch.conf.rundir.take import DYING_S, works
 from isobatch.scaling.errors import UserError
 from tests.support.disks import mounted
 from tests.support.noflock import without_flock
@@ -31,7 +34,8 @@ from tests.support.noflock import without_flock
 ROOT = Path(__file__).parents[2]
 TAKES = """
 import sys, time
-from isobatch.conf.rundir.directory import UserError, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.errors import UserError
 try:
     lock = RunDir(sys.argv[1]).lock()
 except UserError as error:
@@ -54,7 +58,7 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An owner on another machine, whose locks aren't seen here."""
-    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
     disown(run, boot="another")
     yield
     assert not list(run.path.glob(f"{OWNER}?*"))  # no litter
@@ -180,7 +184,7 @@ def test_an_owner_that_cannot_be_read_is_watched(run: RunDir, text: str) -> None
 
 def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container of this machine whose flock isn't seen."""
-    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
     disown(run, namespace="pid:[1]", pid=1 << 30, lock=0)
     began = time.monotonic()
     run.lock().close()
@@ -201,7 +205,7 @@ def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str)
 
 def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its owner is at work, in the other one."""
-    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
     lock = run.lock(attempt="a1")
     shutil.copytree(run.path, run.path.with_name("copy"))
     RunDir(run.path.with_name("copy")).lock().close()
@@ -223,17 +227,17 @@ def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
 
 def test_it_is_shown_whether_one_works(run: RunDir, tmp_path: Path) -> None:
     """Also where the one can't see the other's flock."""
-    assert not run.works()
+    assert not works(run.path)
     first = start(run.path, **without_flock(tmp_path))
     assert first.stdout
     first.stdout.readline()
-    assert run.works()
+    assert works(run.path)
     end(first)
-    assert not run.works()
+    assert not works(run.path)
     change(run, boot="another")
-    assert run.works()
+    assert works(run.path)
     os.utime(run.path / OWNER, (9, 9))
-    assert not run.works()
+    assert not works(run.path)
 
 
 # ---- what becomes of the directory
@@ -366,7 +370,7 @@ def test_a_disk_without_flock_is_like_one_whose_flock_excludes_nobody(
 
     monkeypatch.setattr("fcntl.flock", flock)
     with run.lock(attempt="a1"):
-        assert run.works()
+        assert works(run.path)
         other = start(run.path)
         assert "another launch works" in str(other.communicate()[0])
-    assert not run.works()
+    assert not works(run.path)

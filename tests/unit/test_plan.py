@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from isobatch.scaling.order import indices
 from isobatch.scaling.plan import Choice, Plan, Step
 from isobatch.scaling.report.plan_json import _numbers, from_json, to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.rules import Recipe, Rule
 from isobatch.scaling.schedule import Schedule
 from isobatch.scaling.segments import Segment

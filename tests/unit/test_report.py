@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isobatch.scaling.report.results import Result, grid, result
+from isobatch.scaling.report.result import Result, grid, result
 
 
 def test_result_of_a_finished_run(tmp_path: Path) -> None:

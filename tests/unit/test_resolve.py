@@ -15,12 +15,13 @@ from isobatch.conf.compose import compose
 from isobatch.conf.identity import identity
 from isobatch.conf.messages import validated
 from isobatch.conf.schema import RunConfig
-from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.evaluations import evaluation_batch
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.scaling.report.derivation import lr_why, moves
 from isobatch.scaling.report.plan_json import from_json, to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.rules import Rule
 
 # A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.
@@ -131,6 +132,42 @@ def test_even_is_refused_with_what_is_even() -> None:
 
 def test_no_world_is_refused() -> None:
     assert "world size=0" in refusal(world=0)
+
+
+# ---- intervals
+
+
+def test_intervals_are_samples_of_the_first_batch() -> None:
+    asked = ("log.every=10st", "evaluate.every=1ep", "checkpoint.every=5%", "noise.every=256sa")
+    assert plan_of(*asked).intervals == Intervals(1280, 1000, 500, 256)
+    moving = plan_of(*asked, "batch.schedule='0sa:64 1ep:512'")
+    assert moving.intervals == Intervals(640, 1000, 500, 256)
+    assert plan_of("evaluate.every=null", "checkpoint.every=10min").intervals == Intervals(1280, None, None, None)
+
+
+def test_intervals_wait_for_the_data() -> None:
+    asked = ("task.train_samples=null", "evaluate.every=1ep", "checkpoint.every=5%", "duration=5ep")
+    assert (plan_of(*asked).intervals.evaluate, plan_of(*asked).intervals.save) == (None, None)
+    assert plan_of(*asked, train_samples=600).intervals == Intervals(1280, 600, 150, None)
+
+
+def test_intervals_are_of_the_command_and_no_part_of_the_run() -> None:
+    stored, fresh = plan_of("log.every=10st"), plan_of("log.every=20st")
+    assert stored == fresh
+    assert continued(fresh, stored, extends=False).intervals.log == 2560
+    assert continued(fresh, stored, extends=True).intervals.log == 2560
+    old = json.loads(to_json(stored))
+    del old["intervals"]
+    assert from_json(json.dumps(old)) == stored
+
+
+def test_a_rejection_names_the_key_and_its_value() -> None:
+    for override in ("duration=50%", "lr.warmup=5tok", "checkpoint.every=5tok", "task.family=image"):
+        with pytest.raises(UserError) as error:
+            plan_of(override)
+        key, _, value = override.partition("=")
+        assert (error.value.key, str(error.value.value)) == (key, value)
+        assert error.value.fix
 
 
 # ---- tokens

@@ -21,7 +21,7 @@ from isobatch.scaling.order import indices
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 from tests.support.examples import examples
 from tests.support.steps import walk
 

@@ -21,10 +21,11 @@ from isobatch.conf.messages import override
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import Slurm
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.allocation import Allocation, as_local, job_here
+from isobatch.slurm.allocation import Allocation, JobStart, as_local
+from isobatch.slurm.end import End
 from isobatch.slurm.output import parse_due, parse_unreached
 from isobatch.slurm.render import directive, render
-from isobatch.slurm.requeue import End, judge, put_back_by_slurm
+from isobatch.slurm.requeue import decide_requeue, put_back_by_slurm
 from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
 from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
 from tests.support.examples import examples
@@ -167,7 +168,7 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["cluster=slurm"], "needs cluster.gpus_per_node="),
+        (["cluster=slurm"], "give cluster.gpus_per_node="),
         ([*ON_SLURM, "debug=true"], "debug=true is one worker in this process"),
     ],
 )
@@ -214,18 +215,18 @@ STEP = {
 
 def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
     assert Allocation.within({}) is None
-    with pytest.raises(UserError, match=r"inside of Slurm's job 5: .*srun --ntasks-per-node=1"):
+    with pytest.raises(UserError, match=r"inside of Slurm's job 5; .*srun --ntasks-per-node=1"):
         Allocation.within({"SLURM_JOB_ID": "5"})
-    with pytest.raises(UserError, match="starts 8 tasks on 2 nodes, and one a node is wanted"):
+    with pytest.raises(UserError, match="starts 8 tasks on 2 nodes, and needs one a node"):
         Allocation.within(STEP | {"SLURM_NTASKS": "8"})
 
 
 def test_the_job_that_a_process_is_in() -> None:
-    assert job_here({}) == {}
-    assert job_here({"SLURM_JOB_ID": "7"}) == {"job": "7", "job_restart": 0}
-    assert job_here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == {"job": "7", "job_restart": 2}
+    assert JobStart.here({}) == JobStart("", 0)
+    assert JobStart.here({"SLURM_JOB_ID": "7"}) == JobStart("7", 0)
+    assert JobStart.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == JobStart("7", 2)
     element = {"SLURM_JOB_ID": "22", "SLURM_ARRAY_JOB_ID": "22", "SLURM_ARRAY_TASK_ID": "3"}
-    assert job_here(element)["job"] == "22_3"  # 22 would be all of them
+    assert JobStart.here(element).id == "22_3"  # 22 would be all of them
 
 
 def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +406,7 @@ STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
     ],
 )
 def test_what_becomes_of_a_job(ended: End, event: str, kind: str | None, cause: str) -> None:
-    verdict = judge(ended, max_requeues=2, signal_s=120)
+    verdict = decide_requeue(ended, max_requeues=2, signal_s=120)
     assert (verdict.event, verdict.kind) == (event, kind)
     assert cause in verdict.cause
 
@@ -414,7 +415,7 @@ def test_what_would_crash_again_the_same_way_is_not_queued_again() -> None:
     ended = end("crashed", "loss nan")
     for again, event in ((True, "requeue"), (False, "not_requeued")):
         last = (*ended.events, {"event": "crashed", "again": again})
-        assert judge(replace(ended, events=last), max_requeues=2, signal_s=120).event == event
+        assert decide_requeue(replace(ended, events=last), max_requeues=2, signal_s=120).event == event
 
 
 STARTS = [
@@ -431,9 +432,9 @@ STARTS = [
 def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
     """Another launch may have the run, whose outcome isn't this job's."""
     other = end("running", code=code, identifier="8")
-    assert judge(other, max_requeues=2, signal_s=120).event == event
+    assert decide_requeue(other, max_requeues=2, signal_s=120).event == event
     again = end("stopped", code=code, restart=1)
-    assert judge(again, max_requeues=2, signal_s=120).event == event
+    assert decide_requeue(again, max_requeues=2, signal_s=120).event == event
 
 
 UNREACHED = {"event": "requeue", "kind": "node", "job": "8", "step": 0}
@@ -445,7 +446,7 @@ UNREACHED = {"event": "requeue", "kind": "node", "job": "8", "step": 0}
 def test_a_node_that_cannot_be_reached_is_tried_so_many_times(events: Any, event: str) -> None:
     """Whatever code srun ends with; since the last start that there was."""
     ended = end("finished", identifier="8", code=140, unreached=("n2",), events=2 * (UNREACHED,))
-    verdict = judge(replace(ended, events=(*ended.events, *events)), max_requeues=2, signal_s=120)
+    verdict = decide_requeue(replace(ended, events=(*ended.events, *events)), max_requeues=2, signal_s=120)
     assert (verdict.event, verdict.kind) == (event, "node")
     assert verdict.cause.startswith("node n2 can't be reached")
 

@@ -16,7 +16,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
-from isobatch.scaling.report.table import table
+from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.segments import samples_after
 
 TASK = (
@@ -224,7 +224,7 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("0sa:32 2ep:64", ["batch.accumulation=2"], "leave batch.accumulation out"),
         ("doubling to:100", [], "64 samples × 2 are more than 100, which is its to:…"),
         ("doubling", ["lr.decay=constant"], "never comes to 1/2 of the peak"),
-        ("ramp from:128 over:10%", [], "climbs from 128 to 64 samples; give a larger to:…"),
+        ("ramp from:128 over:10%", [], "climbs from 128 to 64; give a larger to:…"),
         ("0sa:64 2ep:100", ["batch.unit=tokens", "task.units_per_sample=32"], "100 tokens isn't a whole number of"),
     ],
 )

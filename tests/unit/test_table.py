@@ -11,7 +11,7 @@ import pytest
 from isobatch.conf.compose import compose
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.scaling.report.table import WIDTH, table
+from isobatch.scaling.report.plan_table import WIDTH, table
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.segments import Segment
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.identity import first_free
-from isobatch.conf.rundir.directory import RunDir, write_atomic
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.trainers.tensors.manifest import (
     FORMAT,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from isobatch.conf.existing import lengthened
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.saved import lengthened
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
 from isobatch.trainers.tensors.manifest import Damaged, checkpoints, read

@@ -31,8 +31,10 @@ from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 from isobatch.conf.hardware import workers_here
-from isobatch.conf.rundir.directory import LOCK_FD, Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import identity_of, place_of
+from isobatch.conf.rundir.outcome import Outcome
+from isobatch.conf.rundir.take import LOCK_FD, open_lock
 from isobatch.conf.terminal import say
 from isobatch.trainers.launch.failures import Verdict, decide_restart, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess
@@ -171,7 +173,7 @@ class Agent(SimpleElasticAgent):
             self._lock = None
         if self._run and self.leads:
             with suppress(OSError):  # the worker will say so
-                self._lock = self._lock or self._run.open_lock()
+                self._lock = self._lock or open_lock(self._run.path)
                 self._identity = self._identity or identity_of(self._run.path)
         return {LOCK_FD: self._lock.fileno()} if self._lock else {}
 

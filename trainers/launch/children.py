@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from isobatch.conf.sweep import Element
 from isobatch.conf.terminal import Unwritable, say
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.results import grid, result
+from isobatch.scaling.report.result import grid, result
 from isobatch.trainers.launch.worker import leave
 from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 

@@ -18,7 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from isobatch.conf.hardware import under_torchrun
-from isobatch.conf.rundir.directory import EXIT_CODE, Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.failures import decide_restart, record_end, record_restart
 from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of, restarts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import say
 from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.state import TrainState

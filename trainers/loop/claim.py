@@ -7,12 +7,15 @@ import socket
 
 import torch
 
-from isobatch.conf.rundir.directory import Outcome, RunDir, hold, write_atomic
-from isobatch.conf.rundir.files import last_step
-from isobatch.conf.saved import begun, dump
+from isobatch.conf.existing import begun
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import last_step, write_atomic
+from isobatch.conf.rundir.outcome import Outcome
+from isobatch.conf.rundir.take import hold
+from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.results import WITHOUT_A_WORD
+from isobatch.scaling.report.result import WITHOUT_A_WORD
 from isobatch.trainers.ranks.agreement import refuse_other_commands
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, Start

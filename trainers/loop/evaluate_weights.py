@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
-from isobatch.conf.rundir.directory import Outcome, RunDir
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import Unwritable, answer, say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.checkpoints.weights import initialise, load_average

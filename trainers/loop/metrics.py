@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from isobatch.conf.rundir.directory import RunDir, write_atomic
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.terminal import say
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.printable import one_line

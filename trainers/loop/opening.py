@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.evaluations import evaluation_batch
 from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.trainers.ranks.agreement import refuse_unless_same
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tasks.prepare import prepare_data

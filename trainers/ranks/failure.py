@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from isobatch.conf.rundir.directory import EXIT_CODE, RunDir, State, write_atomic
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 

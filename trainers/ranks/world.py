@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from isobatch.conf.rundir.directory import Outcome
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.notes import read_note

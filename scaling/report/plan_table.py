@@ -19,7 +19,7 @@ MOST = 12  # lines about stages
 
 
 def table(plan: Plan) -> str:
-    """Lines of ``label  value``, then the warnings."""
+    """Return lines of ``label  value``, then the warnings."""
     lines = [f"Isobatch plan · {plan.task} · {plan.identity}", "─" * WIDTH]
     for label, text in _rows(plan):
         lines += _wrapped(label, text)
@@ -78,7 +78,7 @@ def _batch(plan: Plan, cut: Cut) -> str:
 
 
 def _stages(plan: Plan) -> list[str]:
-    """Those after the first; of many, the first ones and the last."""
+    """Return the stages after the first; of many, the first ones and the last."""
     later = [_stage(plan, stage) for stage in plan.stages[1:]]
     if len(later) > MOST:
         later[MOST - 2 : -1] = [f"… {len(later) - MOST + 1:,} stages between, which plan.json and output=json list …"]

@@ -1,4 +1,4 @@
-"""What a run's directory says of it, read from its files."""
+"""The result of a run, read from its directory; and tables of results and of plans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Where a run is, or how it ended.
+    """Say where a run is, or how it ended.
 
     Attributes:
         state: of ``outcome.json``; ``—`` where there is none.
@@ -49,7 +49,7 @@ class Result:
         return " · ".join([done, *self._mishaps(), *values])
 
     def _mishaps(self) -> Iterator[str]:
-        """What went otherwise than planned."""
+        """Yield what went otherwise than planned."""
         if self.damage:
             yield f"damaged: {one_line(self.damage)}"
         if self.restarts:
@@ -60,7 +60,7 @@ class Result:
             yield f"{counted(self.skipped, 'step')} skipped (not finite)"
 
     def row(self) -> dict[str, Any]:
-        """Of a table of runs."""
+        """Return its row of a table of runs."""
         return {
             "state": self.state,
             "steps": self.steps,
@@ -74,7 +74,7 @@ class Result:
 
 
 def result(directory: Path) -> Result:
-    """The result of the run in ``directory``; what is missing or damaged there is None."""
+    """Return the result of the run in ``directory``; what is missing or damaged there is None."""
     files = read_run(directory)
     ended = files.outcome
     loss: float | None = None
@@ -95,7 +95,7 @@ def result(directory: Path) -> Result:
 
 
 def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
-    """Restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
+    """Return restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
     restarts = [event for event in events if event.get("event") == "restart"]
     sizes = [(event.get("per_gpu_before"), event.get("per_gpu")) for event in restarts if event.get("kind") == "oom"]
     halved = [(before, after) for before, after in sizes if before is not None and after is not None]
@@ -109,7 +109,7 @@ def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
-    """Of a table of plans."""
+    """Return a plan's row of a table of plans."""
     return {
         "global batch": plan.cut.global_size,
         "per GPU": plan.cut.per_gpu,
@@ -123,7 +123,7 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 
 
 def grid(rows: Sequence[dict[str, Any]]) -> str:
-    """Columns under their names, in the order in which the names first come up; numbers to the right."""
+    """Lay out columns under their names, in the order in which the names first come up; numbers to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]

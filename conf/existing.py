@@ -1,0 +1,132 @@
+"""What is at a path that a config names: its own run, another run, weights, or nothing."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from isobatch.conf.identity import OFF, identity, science
+from isobatch.conf.messages import shown
+from isobatch.conf.saved import load
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.reading import Unreadable, read_json
+from isobatch.scaling.units import Duration
+
+
+def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None:
+    """Reject ``now`` where it is another run than ``was``. A longer duration isn't another run: it extends this one.
+
+    Raises:
+        UserError: it is; the message has the keys that differ with both values.
+    """
+    before, after = science(was), science(now)
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if lengthens(was.duration, now.duration):
+        changed = [key for key in changed if key != "duration"]
+    if changed == ["duration"]:
+        longer = replace(was.duration, value=2 * was.duration.value)
+        problem = (
+            f"run.dir={directory} has duration={was.duration}, which a longer one in the same unit extends (as "
+            f"duration={longer}), and duration={now.duration} doesn't"
+        )
+        raise UserError(problem, "leave it out, or start a new run without run.dir", "duration", now.duration)
+    if changed:
+        sides = [(key, *(shown(side.get(key, OFF.get(key))) for side in (after, before))) for key in changed]
+        values = ", ".join(f"{key}={value} (there {there})" for key, value, there in sides)
+        problem = f"run.dir={directory} holds another run; it can't go on with {values}"
+        fix = "leave these keys out, or start a new run without run.dir"
+        raise UserError(problem, fix, changed[0], after.get(changed[0]))
+
+
+def lengthens(was: Duration, now: Duration) -> bool:
+    """Tell whether ``now`` is longer: never in another unit, which needs the data to compare."""
+    return now.unit == was.unit and now.value > was.value
+
+
+def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> bool:
+    """Tell whether ``config`` is of the run that had this identity with this duration, and makes it longer."""
+    with suppress(ValueError):
+        was = Duration.parse(duration_there)
+        return lengthens(was, config.duration) and identity(config, was) == identity_there
+    return False
+
+
+def begun(directory: Path) -> bool:
+    """Tell whether a run there came to train. One that failed before may be corrected, and is another one then."""
+    return os.path.exists(directory / "plan.json")
+
+
+def extends(directory: Path, config: RunConfig) -> bool:
+    """Tell whether ``config`` makes the run in ``directory`` longer; where there is no run, it doesn't.
+
+    Raises:
+        UserError: the directory can't be written to, or holds another run than ``config``'s, or the same one with
+            another duration, where ``run.dir`` doesn't name it.
+    """
+    refuse_unwritable(directory)
+    named = config.run.dir is not None and Path(os.path.expanduser(config.run.dir)) == directory
+    if named and begun(directory) and (length := _length(directory)):
+        return length != config.duration  # they were compared when the config was composed from the one there
+    try:
+        there = read_json(directory / "plan.json")["identity"]
+    except FileNotFoundError:
+        return False  # no run yet, or one that got nowhere
+    except (Unreadable, KeyError, TypeError) as error:
+        problem = f"{directory / 'plan.json'} is damaged ({error})"
+        fix = "move it away, and the same command resumes from the checkpoints"
+        raise UserError(problem, fix, "run.dir", str(directory)) from None
+    if there == identity(config):
+        return False
+    if (length := _length(directory)) and there == identity(config, length):
+        longer = lengthens(length, config.duration)
+        way = f" duration={config.duration} extends it" if longer else " resumes that"
+        problem = f"run directory {directory} holds this run with duration={length}, not {config.duration}"
+        fix = f"run.dir={directory}{way}, run.new=true starts another beside it"
+        raise UserError(problem, fix, "duration", config.duration)
+    problem = f"run directory {directory} holds another run (identity {there}, not {identity(config)})"
+    raise UserError(problem, "name another run.dir, or run.new=true", "run.dir", str(directory))
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raise UserError where ``directory`` neither is a folder that can be written to, nor can become one."""
+    there = directory.absolute()
+    while not os.path.exists(there):  # also where asking fails, as it does for names that are too long
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = f"run directory {directory}: {there} isn't a folder that can be written to"
+        raise UserError(problem, "name a run.dir", "run.dir", str(directory))
+
+
+def _length(directory: Path) -> Duration | None:
+    """Return the duration of the run that a directory holds; None where that can't be read."""
+    file = directory / "config.yaml"
+    with suppress(ValueError):
+        return Duration.parse(load(file).get("duration")) if os.path.exists(file) else None
+    return None
+
+
+def refuse_missing(weights: str) -> Path:
+    """Return the path that ``init_from`` names. Raises UserError where nothing is there."""
+    path = Path(os.path.expanduser(weights))
+    if not os.path.exists(path):
+        fix = "name a run directory, a checkpoint of one, or a .safetensors file"
+        raise UserError(f"init_from={weights} isn't there", fix, "init_from", weights)
+    return path
+
+
+def run_of(weights: Path) -> Path | None:
+    """Return the directory of the run that weights are of; None where they are of no run.
+
+    Args:
+        weights: the directory itself, its ``final/``, a checkpoint, or a file in one of these.
+    """
+    for path in (Path(os.path.abspath(weights)), weights.resolve()):
+        folder = path.parent if path.is_file() else path
+        inside = folder.parent if folder.name == "final" else folder.parent.parent
+        run = inside if folder.name == "final" or folder.parent.name == "checkpoints" else path
+        if os.path.isfile(run / "config.yaml"):
+            return run
+    return None

@@ -1,0 +1,119 @@
+"""What is known at the end of a job: how its run ended, and what Slurm says of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.rundir.files import events, last_step, outcome
+from isobatch.scaling.errors import UserError
+from isobatch.slurm.output import parse_complaint, parse_due, parse_unreached, tail
+from isobatch.slurm.state import Job, down_nodes, job, job_of, restarted_nodes
+
+STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
+STOPPED = 75  # that of a launcher which a signal stopped
+SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # … which a signal met before it could heed one
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Hold what is known at the end of a job.
+
+    Attributes:
+        identifier: the job's id; ``restart``: how often it was put back before this start.
+        outcome: content of ``outcome.json``, which needn't be of this start; ``events``: of the run.
+        step: the last one that the run is known to have completed.
+        code: exit code of the job's step.
+        job: as Slurm shows it now.
+        due: what Slurm wrote that it ends the job for, a key of ``DUE``; None: nothing.
+        down: nodes of the job that are gone; ``back``: that were; ``unreached``: on which srun could start nothing.
+    """
+
+    identifier: str
+    restart: int
+    outcome: Mapping[str, Any]
+    events: Sequence[Mapping[str, Any]]
+    step: int
+    code: int
+    job: Job
+    due: str | None
+    down: Sequence[str]
+    now: datetime
+    back: Sequence[str] = ()
+    unreached: Sequence[str] = ()
+    complaint: str = "see its output"
+
+    @property
+    def start(self) -> Mapping[str, Any] | None:
+        """Return the event of this start of the run; None where it never came so far."""
+        return start_of(self.events, self.identifier, self.restart)
+
+    @property
+    def state(self) -> str:
+        """Return the state of the run; where it never started, ``stopped`` or ``refused``."""
+        if self.start:
+            return str(self.outcome.get("state", "running"))
+        if self.code == 0:  # it showed the result of a finished run
+            return "finished"
+        return "stopped" if self.code in (STOPPED, *SIGNALLED) else "refused"
+
+    @property
+    def said(self) -> str:
+        """Return the cause in the run's own words."""
+        return str(self.outcome.get("cause", "")) if self.start else ""
+
+
+def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
+    """Collect what is known of the job that this process is the end of, and whose run is in ``directory``.
+
+    Raises:
+        UserError: this isn't a job, or Slurm doesn't answer.
+    """
+    if "SLURM_JOB_ID" not in env:
+        problem = "action=requeue is what the script of a Slurm job does at its end, and this isn't a job"
+        raise UserError(problem, key="action", value="requeue")
+    identifier, restart, said = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), tail(Path("/proc/self/fd/2"))
+    now, found = job(identifier), events(directory)
+    start = start_of(found, identifier, restart)
+    began = now.started if now.restarts == restart else None  # else it is put back already, and begins again
+    began = when(start) if start and not began else began
+    due = parse_due(said, began or datetime.min)
+    return End(
+        identifier=identifier,
+        restart=restart,
+        outcome=outcome(directory),
+        events=found,
+        step=last_step(directory),
+        code=int(env.get(STEP_CODE, "0")),
+        job=now,
+        due=due,
+        down=_down(env["SLURM_JOB_NODELIST"]),
+        now=datetime.now(),
+        back=restarted_nodes(env["SLURM_JOB_NODELIST"], began) if due == "NODE FAILURE" and began else (),
+        unreached=parse_unreached(said),
+        complaint=parse_complaint(said) or "see its output",
+    )
+
+
+def _down(nodes: str) -> list[str]:
+    with suppress(UserError):  # what else is known tells enough
+        return down_nodes(nodes)
+    return []
+
+
+def start_of(events: Sequence[Mapping[str, Any]], identifier: str, restart: int) -> Mapping[str, Any] | None:
+    """Return the event of the run's last start, where that is of this start of the job."""
+    found = [event for event in events if event.get("event") == "start"]
+    ours = found and (found[-1].get("job"), found[-1].get("job_restart")) == (identifier, restart)
+    return found[-1] if ours else None
+
+
+def when(event: Mapping[str, Any]) -> datetime:
+    """Return the time of an event by this machine's clock, as Slurm gives times."""
+    return datetime.fromisoformat(event["time"]).astimezone().replace(tzinfo=None)
