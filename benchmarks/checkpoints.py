@@ -59,7 +59,7 @@ class Saving:
         from isobatch.trainers.checkpoints.saver import Policy, Saver
         from isobatch.trainers.data.loader import Loader
         from isobatch.trainers.data.state import TrainState
-        from isobatch.trainers.engines.engine import make_engine
+        from isobatch.trainers.engines.make import make_engine
         from isobatch.trainers.tasks.task import make_task
 
         self.config = compose(

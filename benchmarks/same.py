@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.tables import hushed
 from isobatch.conf.compose import compose
-from isobatch.trainers.engines.engine import import_engine
+from isobatch.trainers.engines.make import import_engine
 from tests.support.harness import Run, Runs, distance
 from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 

@@ -32,7 +32,7 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     from isobatch.scaling.planning.resolve import resolve
     from isobatch.trainers.data.loader import Loader
     from isobatch.trainers.data.state import TrainState
-    from isobatch.trainers.engines.engine import make_engine
+    from isobatch.trainers.engines.make import make_engine
     from isobatch.trainers.loop.fit import Stepper, fit
     from isobatch.trainers.loop.metrics import Metrics
     from isobatch.trainers.loop.monitor import Monitor

@@ -29,7 +29,8 @@ from isobatch.trainers.checkpoints.weights import initialise, save_final
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.data.validation import Validation, open_validation
-from isobatch.trainers.engines.engine import Engine, make_engine, refuse_environment
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.make import make_engine, refuse_environment
 from isobatch.trainers.launch.source import Source, changes
 from isobatch.trainers.loop.announce import announce_frozen, announce_position, depends_on_hardware, make_stream
 from isobatch.trainers.loop.claim import claim
@@ -40,7 +41,7 @@ from isobatch.trainers.loop.monitor import Monitor
 from isobatch.trainers.loop.opening import Opened, open_task
 from isobatch.trainers.loop.readback import DelayedReadback
 from isobatch.trainers.model.batchnorm import Counting
-from isobatch.trainers.model.build import dependent_on_cut, make_model, prepare
+from isobatch.trainers.model.build import dependent_on_cut, prepare
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.agreement import refuse_other_source, stop_wish
@@ -48,7 +49,7 @@ from isobatch.trainers.ranks.failure import Reached, RunFailed, restarts
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.ranks.signals import SIGNALS
 from isobatch.trainers.tasks.prepare import without_hurry
-from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header, checkpoints
 from isobatch.trainers.trial.contract import Looked, look_and_try
 

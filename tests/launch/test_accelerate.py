@@ -59,7 +59,7 @@ def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 ENGINES = """
 import os, torch, isobatch.trainers.run
 from isobatch.conf.compose import compose
-from isobatch.trainers.engines.engine import import_engine
+from isobatch.trainers.engines.make import import_engine
 for engine in ("ddp", "fsdp", "accelerate", "deepspeed"):
     import_engine(compose([f"engine={engine}"]))
 print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())

@@ -12,7 +12,7 @@ from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.engines.accelerate import refuse_contradictions
-from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from tests.ranks.test_exact import task
@@ -84,8 +84,9 @@ def test_what_it_is_wrapped_with_is_what_ddp_is(runs: Runs) -> None:
         config = compose([*COUNTED, "engine=accelerate", "device=cpu"])
         counted = make_task(config)
         model = counted.model()
-        engine = make_engine(config, counted, model, resolve(config, world.size, 500).peak, world)
-        return [engine._wrapped.gradient_as_bucket_view, engine._wrapped.forward_sync_buffers]
+        engine: Any = make_engine(config, counted, model, resolve(config, world.size, 500).peak, world)
+        wrapper = engine._reducer._wrapper
+        return [wrapper.gradient_as_bucket_view, wrapper.forward_sync_buffers]
 
     assert in_ranks(2, wrapped, runs.folder) == [[True, False]] * 2
 
@@ -167,10 +168,10 @@ def test_its_launcher_is_heard_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     assert distance(runs(1, *three).weights(), plain.weights()) == 0
     refused = runs(1, *three, "batch.per_gpu=41").ends[0]["message"]
-    assert "STEPS=3, and the plan has batch.accumulation=1: give 1 or auto there, or leave it out" in refused
+    assert "STEPS=3, and the plan has batch.accumulation=1; give 1 or auto there, or leave it out" in refused
     moves = (option for option in three if not option.startswith("batch.global_size"))
     moving = runs(1, *moves, "batch.schedule=0sa:42 42sa:84")
-    assert "has batch.accumulation=3, 6: give 1 or auto there" in moving.ends[0]["message"]
+    assert "has batch.accumulation=3, 6; give 1 or auto there" in moving.ends[0]["message"]
     assert not (moving.run.path / "metrics.jsonl").exists()  # nothing was trained before
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "give precision=fp16" in runs(1, *three).ends[0]["message"]

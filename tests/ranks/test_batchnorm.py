@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.batchnorm import statistics_of, swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.tensors.attach import attach
 from tests.support.harness import ROUNDING, Run, Runs, distance
 from tests.support.tasks import Counted
 
@@ -202,7 +203,7 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
         for part in step.split([8, 4]):
             stream.start(0, len(part))
             statistics.begin()
-            statistics.attach((layer(part) + layer(part)).sum()).backward()
+            attach((layer(part) + layer(part)).sum(), statistics.sums, statistics.of_this_pass()).backward()
         statistics.update()
         share = 1 / number if momentum is None else momentum
         ghosts = step.view(3, 4, 3)

@@ -21,11 +21,11 @@ from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.checkpoints.best import Best
 from isobatch.trainers.checkpoints.resume import header_of, resume
 from isobatch.trainers.checkpoints.saver import Policy, Saver
-from isobatch.trainers.engines.engine import make_engine
-from isobatch.trainers.model.build import make_model, prepare
+from isobatch.trainers.engines.make import make_engine
+from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-import isobatch.trainers.optim.make
+import isobatch.trainers.optim.groups
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.batchnorm import swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
@@ -77,7 +77,7 @@ def test_muon_takes_no_gains_and_biases() -> None:
 def test_names_have_to_be_names(names: Any) -> None:
     model = Net()
     model.own_names = names
-    with pytest.raises(UserError, match=r"no_weight_decay\(\) returned .*: return the names of parameters"):
+    with pytest.raises(UserError, match=r"no_weight_decay\(\) returned .*; return the names of parameters"):
         optimizer_of(model)
 
 
@@ -114,7 +114,7 @@ def test_a_resumed_run_keeps_the_groups_of_its_checkpoint(
     )  # fmt: skip
     with monkeypatch.context() as older:
         older.setattr(
-            isobatch.trainers.optim.make, "undecayed", lambda model: {p: "" for p in model.parameters() if p.ndim < 2}
+            isobatch.trainers.optim.groups, "undecayed", lambda model: {p: "" for p in model.parameters() if p.ndim < 2}
         )
         older.setattr("isobatch.trainers.optim.muon.gains_and_biases", lambda model: {})
         whole, stopped = runs(world, *overrides), runs(world, *overrides, stop_at=4)

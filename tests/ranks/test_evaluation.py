@@ -19,7 +19,8 @@ from isobatch.trainers.data.loader import Fetch
 from isobatch.trainers.data.validation import Validation, spread
 from isobatch.trainers.loop.evaluate_weights import measure_weights
 from isobatch.trainers.loop.opening import plan_of
-from isobatch.trainers.model.randomness import Stream, key_dropout
+from isobatch.trainers.model.dropout import key_dropout
+from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import Run, Runs, evaluator, in_ranks, session_of
 from tests.support.tasks import Counted

@@ -11,8 +11,8 @@ from torch import nn
 from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.engines.engine import make_engine
-from isobatch.trainers.engines.fsdp import groups, refuse_mixed
+from isobatch.trainers.engines.fsdp import groups, refuse_mixed, sharded_modules
+from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.sharding import local
@@ -58,10 +58,9 @@ def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
 def test_a_group_has_one_dtype() -> None:
     model = net()
     model.leave.double()
-    with pytest.raises(
-        UserError, match=r"those of a Net are torch.float32 and torch.float64: part them by engine.shard"
-    ):
+    with pytest.raises(UserError, match=r"those of a Net are torch.float32 and torch.float64") as error:
         refuse_mixed([*model.blocks, model])
+    assert error.value.key == "engine.shard"
     refuse_mixed([*model.blocks, model.leave, model])
 
 
@@ -79,7 +78,7 @@ def test_a_rank_holds_its_part_alone(runs: Runs) -> None:
         engine.call(lambda: model(batch[0]))
         held = [local(p).numel() for p in model.parameters()]
         state = sum(piece.data.numel() for piece in engine.slices())
-        return [sum(held), state, len(engine._sharded_modules())]
+        return [sum(held), state, len(sharded_modules(engine._reducer._root))]
 
     found = in_ranks(3, body, runs.folder / "held")
     for held, _, modules in found:

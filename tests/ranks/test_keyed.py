@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from isobatch.trainers.data.loader import Fetch
-from isobatch.trainers.model.randomness import _STREAMS, Stream, generator_for, key_dropout, mix
+from isobatch.trainers.model.dropout import key_dropout
+from isobatch.trainers.model.randomness import STREAMS, Stream, generator_for, mix
 
 CPU = torch.device("cpu")
 
@@ -231,4 +232,4 @@ def test_compiled_code_finds_its_own_stream_when_others_have_gone() -> None:
     first, second = (Stream(seed, torch.device("cpu")) for seed in (1, 2))
     del first
     third = Stream(3, torch.device("cpu"))
-    assert [_STREAMS[stream.number] for stream in (second, third)] == [second, third]
+    assert [STREAMS[stream.number] for stream in (second, third)] == [second, third]

@@ -21,7 +21,8 @@ from isobatch.trainers.checkpoints.resume import header_of, resume
 from isobatch.trainers.checkpoints.saver import Policy, Saver
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.engine import Engine, make_engine
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
@@ -126,7 +127,7 @@ def bring_together(engine: Any, world: World) -> None:
     kept, whole, restore = list[Tensor](), engine.whole, engine.restore
 
     def slices() -> Iterator[Slice]:
-        tensors = {**engine._always(), **engine._optimizer_state()[0]}
+        tensors = {**engine._state._always(), **engine._state._optimizer_state()[0]}
         together = {name: gathered(tensor) for name, tensor in tensors.items()}
         return slices_of(together, world.rank, world.size)
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from isobatch.trainers.engines.base import Base
-from isobatch.trainers.model.modes import Modes, in_eval_mode
-from isobatch.trainers.model.norms import is_norm
+from isobatch.trainers.engines.state import State
+from isobatch.trainers.model.modes import Modes, in_eval_mode, is_norm
 from isobatch.trainers.tensors.manifest import checkpoints, read
 from tests.support.harness import Runs, distance
 from tests.support.tasks import Counted
@@ -182,7 +181,7 @@ def test_a_checkpoint_with_an_average_of_frozen_parameters_resumes(
 ) -> None:
     """As versions before this one saved it."""
     with monkeypatch.context() as older:
-        older.setattr(Base, "_trained", lambda self: dict(self.model.named_parameters()))
+        older.setattr(State, "_trained", lambda self: dict(self._model.named_parameters()))
         run = runs(1, *DISTILLED, stop_at=4)
     assert "ema/teacher.1.weight" in read(checkpoints(run.run)[0]).tensors
     run = runs(1, *DISTILLED, going_on=run)

@@ -20,7 +20,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.data.loader import Fetch, Loader, to_device
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.engine import make_engine
+from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.engines.root import checked
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.loop.metrics import PlainLines

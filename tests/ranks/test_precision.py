@@ -15,7 +15,8 @@ from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.engines.ddp import DDP
-from isobatch.trainers.engines.engine import Parts
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.reducer import Parts
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.model.build import prepare, recompute
 from isobatch.trainers.model.precision import LossScale
@@ -131,16 +132,17 @@ def test_a_model_of_bf16_weights(runs: Runs) -> None:
 def test_fp16_is_for_cuda(runs: Runs) -> None:
     end = runs(1, *BLOCKS, "precision=fp16").ends[0]
     assert end["raised"] == "UserError"
-    assert end["message"].startswith("precision=fp16 is for CUDA, and this runs on cpu: use precision=bf16")
+    assert end["message"].startswith("precision=fp16 is for CUDA, and this runs on cpu; use precision=bf16")
 
 
-def fp16_engine(**options: Any) -> tuple[DDP, Any]:
+def fp16_engine(**options: Any) -> tuple[Engine, Any]:
     """The engine, and a function that makes one step with the loss multiplied by so much."""
     config = compose([*BLOCKS, "batchnorm.mode=null", "batchnorm.ghost_size=null"])
     task, plan = Counted(dropout=0), resolve(config, 1, 500)
     torch.manual_seed(0)
     model = task.model()
-    engine = DDP(Parts(task, model, lambda: make_optimizer(config, task, model, plan.peak), ALONE, **options), {})
+    parts = Parts(model, ALONE, lambda: make_optimizer(config, task, model, plan.peak))
+    engine = Engine(task, parts, DDP(parts, {}), **options)
 
     def step(factor: float = 1.0) -> Any:
         loss, units = engine.loss([tensor[:24] for tensor in task.train_data().tensors], 24)
@@ -248,4 +250,4 @@ def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
 def test_compiling_without_a_compiler_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     end = runs(1, *BLOCKS, "compile=true").ends[0]
-    assert end["message"].startswith("compile=true wants the compiler no-such-compiler, which isn't here")
+    assert end["message"].startswith("compile=true needs the compiler no-such-compiler, which isn't here")

@@ -22,11 +22,13 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.schema import RunConfig
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
-from isobatch.trainers.engines.base import Base
+from isobatch.trainers.engines.ddp import DDP
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.reducer import Parts
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.model.average import Average
-from isobatch.trainers.model.build import tied
 from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.ranks.session import Session, Start
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
@@ -190,10 +192,8 @@ def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: A
 
 def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:
     """Write ``final/`` as the end of a run with this model does."""
-
-    class Holding(Base):
-        def __init__(self) -> None:
-            self.model, self.average, self._loss_scale = model, average, None
-            self._names = [next(iter(group)) for group in tied(model)]
-
-    save_final(run, Holding(), writes=True)
+    parts = Parts(model, World.alone(), lambda: Tuned(torch.optim.SGD(model.parameters()), [1.0], [False]))
+    task: Any = None
+    engine = Engine(task, parts, DDP(parts, {}))
+    engine.average = engine._state.average = average
+    save_final(run, engine, writes=True)

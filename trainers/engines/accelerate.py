@@ -1,4 +1,4 @@
-"""Hugging Face's Accelerate behind the protocol: its Accelerator wraps the model and runs the backward.
+"""Reduce gradients by Hugging Face's Accelerate: its Accelerator wraps the model and runs the backward.
 
 It is on the process group that is there, and what `accelerate launch` and its config file have put into the environment
 holds, as far as the plan doesn't say it: what contradicts the plan, or is another engine's, is refused.
@@ -7,51 +7,59 @@ holds, as far as the plan doesn't say it: what contradicts the plan, or is anoth
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.geometry import Cut
-from isobatch.scaling.planning.capabilities import either
 from isobatch.trainers.engines.ddp import DDP
-from isobatch.trainers.engines.engine import Parts
+from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.model.targets import check_call, made
 from isobatch.trainers.ranks.world import World
 
 if TYPE_CHECKING:
-    import isobatch.conf.groups
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
 
 # engine.config may say these only as the plan does (scaling/planning/engine_config.py); the Accelerator is told here.
 OURS = ("cpu", "mixed_precision", "gradient_accumulation_steps", "split_batches", "dynamo_backend")
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # where it wraps a model in DDP, or in nothing
 
 
-class Accelerate(DDP):
-    """The engine ``accelerate``.
+def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
+    """Return the reducer of the engine ``accelerate``: DDP, as an Accelerator wraps it and runs its backward.
 
-    Args:
-        compiled: whether the model is compiled already.
+    Raises:
+        UserError: Accelerate isn't installed, or it or its launcher asks for what the plan hasn't.
     """
+    refuse_contradictions(os.environ, config.precision, config.compile, parts.world.device.type)
+    found = accelerator(parts.world, config.engine.config)
 
-    def __init__(self, parts: Parts, config: isobatch.conf.groups.Accelerate, compiled: bool) -> None:
-        refuse_contradictions(os.environ, parts.precision, compiled, parts.world.device.type)
-        self._accelerator = accelerator(parts.world, config.config)
-        super().__init__(parts, {})
-
-    def _wrap(self, root: nn.Module, config: dict[str, Any]) -> nn.Module:
-        self._accelerator.ddp_handler = Keywords(self._accelerator.ddp_handler, config)
-        wrapped: nn.Module = self._accelerator.prepare_model(root)
+    def wrap(root: nn.Module, **ours: Any) -> nn.Module:
+        found.ddp_handler = Keywords(found.ddp_handler, ours)
+        wrapped: nn.Module = found.prepare_model(root)
         return wrapped
 
-    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self._accelerator.no_sync(self._wrapped)
+    return DDP(parts, {}, wrap, found.backward)
 
-    def _backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+
+def preload(config: RunConfig) -> None:
+    """Import what the first step imports."""
+    import_module("accelerate")
+
+
+def refuse_environment(config: RunConfig, plan: Plan) -> None:
+    """Raise UserError where ``accelerate launch`` asks for another accumulation than the plan has."""
+    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    planned = [str(number) for number in sorted({stage.cut.accumulation for stage in plan.stages})]
+    if given not in ("1", "auto") and planned != [given]:
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given}, and the plan has batch.accumulation={', '.join(planned)}",
+            "give 1 or auto there, or leave it out",
+            key="batch.accumulation",
+        )
 
 
 class Keywords:
@@ -79,7 +87,7 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
         accelerate = import_module("accelerate")
     except ImportError as error:
         raise UserError(
-            f"engine=accelerate needs the package accelerate ({error}): pip install '.[accelerate]'"
+            f"engine=accelerate needs the package accelerate ({error})", "pip install '.[accelerate]'", key="engine"
         ) from error
     check_call("engine.config", "accelerate.Accelerator", accelerate.Accelerator, (), config)
     theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key not in OURS}
@@ -95,12 +103,14 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
             dynamo_backend="no",
         )  # fmt: skip
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"accelerate.Accelerator can't be made: {error}") from error
+        raise UserError(f"accelerate.Accelerator can't be made: {error}", key="engine.config", value=config) from error
     kind = found.distributed_type.value
     if kind not in KINDS or found.num_processes != world.size or found.device.type != world.device.type:
         raise UserError(
             f"accelerate sees {found.num_processes} processes ({kind}) on {found.device.type}, and Isobatch "
-            f"{world.size} on {world.device.type}: use engine=ddp, which heeds less of the environment"
+            f"{world.size} on {world.device.type}",
+            "use engine=ddp, which reads less of the environment",
+            key="engine",
         )
     return found
 
@@ -110,68 +120,57 @@ def _refuse_handler(handler: Any, able: Any) -> None:
     name = type(handler).__name__
     if not isinstance(handler, able):
         raise UserError(
-            f"engine.config.kwargs_handlers has a {name}, and only a DistributedDataParallelKwargs means something "
-            "here: what computes and scales is precision, and the process group is Isobatch's"
+            f"engine.config.kwargs_handlers has a {name}, and only a DistributedDataParallelKwargs means something",
+            "leave it out: precision says what computes and scales, and the process group is Isobatch's",
+            key="engine.config.kwargs_handlers",
         )
     if str(handler.comm_hook) != "no":
         raise UserError(
-            f"engine.config.kwargs_handlers: comm_hook={handler.comm_hook} compresses gradients, which changes the "
-            "run; leave it out"
+            f"engine.config.kwargs_handlers: comm_hook={handler.comm_hook} compresses gradients, which changes the run",
+            "leave it out",
+            key="engine.config.kwargs_handlers",
         )
 
 
-def refuse_contradictions(said: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:
-    """Raises UserError where ``accelerate launch``, by its options or its config file, asks for what the plan hasn't.
+def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:
+    """Raise UserError where ``accelerate launch``, by its options or its config file, contradicts the plan.
 
     Args:
-        said: the environment.
+        env: the environment, in which it says so.
         device: the type of that which is trained on.
     """
+    for option, fix in _contradictions(env, precision, compiled, device):
+        raise UserError(f"accelerate launch says {option}", fix)
+
+
+def _contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> Iterator[tuple[str, str]]:
+    """Yield each option of ``accelerate launch`` that contradicts the plan, with what to do."""
 
     def on(name: str) -> bool:
-        return said.get(name, "").lower() in ("1", "true", "yes", "on")
+        return env.get(f"ACCELERATE_{name}", "").lower() in ("1", "true", "yes", "on")
 
-    if on("ACCELERATE_USE_DEEPSPEED"):
-        stage = said.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        raise UserError(f"accelerate launch says use_deepspeed: give engine=deepspeed engine.stage={stage} with it")
-    if on("ACCELERATE_USE_FSDP"):
-        raise UserError(f"accelerate launch says use_fsdp: {_fsdp(said)}")
-    if on("ACCELERATE_USE_MEGATRON_LM") or on("ACCELERATE_USE_PARALLELISM_CONFIG") or on("ACCELERATE_IN_TPU_POD"):
-        raise UserError(
-            "accelerate launch says use_megatron_lm, use_parallelism_config or tpu, and runs are data-parallel, on "
-            "CPUs and GPUs: leave it out; engine=fsdp and engine=deepspeed share a model between ranks"
+    if on("USE_DEEPSPEED"):
+        stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        yield "use_deepspeed", f"give engine=deepspeed engine.stage={stage} with it"
+    if on("USE_FSDP"):
+        yield "use_fsdp", _fsdp(env)
+    if any(map(on, ("USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "IN_TPU_POD"))):
+        yield (
+            "use_megatron_lm, use_parallelism_config or tpu, and runs are data-parallel, on CPUs and GPUs",
+            "leave it out; engine=fsdp and engine=deepspeed share a model between ranks",
         )
-    if on("ACCELERATE_USE_CPU") and device != "cpu":
-        raise UserError(f"accelerate launch says cpu, and device={device}: give device=cpu, or leave out its cpu")
-    wanted = said.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
+    if on("USE_CPU") and device != "cpu":
+        yield f"cpu, and device={device}", "give device=cpu, or leave out its cpu"
+    wanted = env.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
     if wanted not in ("no", precision):
-        instead = f"give precision={wanted} with it" if wanted in ("bf16", "fp16") else "give precision=bf16 instead"
-        raise UserError(f"accelerate launch says mixed_precision={wanted}, and precision={precision}: {instead}")
-    backend, mode = said.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), said.get("ACCELERATE_DYNAMO_MODE", "default")
+        instead = f"precision={wanted} with it" if wanted in ("bf16", "fp16") else "precision=bf16 instead"
+        yield f"mixed_precision={wanted}, and precision={precision}", f"give {instead}"
+    backend, mode = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), env.get("ACCELERATE_DYNAMO_MODE", "default")
     if backend != "no" and (not compiled or backend != "inductor" or mode != "default"):
-        raise UserError(
-            f"accelerate launch says dynamo_backend={backend} (dynamo_mode={mode}), and here compile="
-            f"{str(compiled).lower()}: compile=true compiles with inductor, in its default mode; give that, and leave "
-            "the others out"
+        yield (
+            f"dynamo_backend={backend} (dynamo_mode={mode}), and here compile={str(compiled).lower()}",
+            "compile=true compiles with inductor, in its default mode; give that, and leave the others out",
         )
-
-
-def refuse_accumulation(said: Mapping[str, str], planned: set[int]) -> None:
-    """Raises UserError where ``accelerate launch`` asks for another accumulation than the plan has.
-
-    Args:
-        said: the environment.
-        planned: the accumulations of the plan's stages.
-    """
-    given = said.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if given in ("1", "auto") or {given} == {str(one) for one in planned}:
-        return
-    numbers = sorted(planned)
-    may = ["1", "auto"] if len(numbers) > 1 or numbers == [1] else [str(numbers[0]), "1", "auto"]
-    raise UserError(
-        f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given}, and the plan has batch.accumulation="
-        f"{', '.join(map(str, numbers))}: give {either(may)} there, or leave it out"
-    )
 
 
 def _fsdp(said: Mapping[str, str]) -> str:

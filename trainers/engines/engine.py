@@ -1,69 +1,83 @@
-"""What the loop asks of an engine, and how one is made."""
+"""Train one model over all ranks: what all engines do alike. What they differ in is their reducer's (reducer.py)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from isobatch.trainers.engines.step_report import Note, Number, Total
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.geometry import Cut
-    from isobatch.scaling.plan import Plan
-    from isobatch.scaling.rules import Recipe
-    from isobatch.trainers.model.average import Average
-    from isobatch.trainers.optim.groups import Groups
-    from isobatch.trainers.optim.make import Tuned
-    from isobatch.trainers.ranks.world import World
-    from isobatch.trainers.tasks.task import Task
-    from isobatch.trainers.tensors.slices import Reader, Slice
-
-Found = TypeVar("Found")
+from isobatch.scaling.geometry import Cut
+from isobatch.scaling.rules import Recipe
+from isobatch.trainers.engines.gradients import clipped, number
+from isobatch.trainers.engines.noise import GradientSquares
+from isobatch.trainers.engines.reducer import Parts, Reducer
+from isobatch.trainers.engines.root import Explained, Found, checked
+from isobatch.trainers.engines.state import State
+from isobatch.trainers.engines.step_report import Note, Number, Total, Update
+from isobatch.trainers.model.precision import LossScale, autocast
+from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.tensors.slices import Reader
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one optimizer step found.
-
-    Attributes:
-        grad_norm: of the whole normalised gradient, before clipping.
-        skipped: it wasn't finite, and nothing was changed.
-        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None where it wasn't measured.
-    """
-
-    grad_norm: Number
-    skipped: bool = False
-    parts_sq: Number | None = None
-
-
-class Engine(Protocol):
+class Engine:
     """Forward, backward, reduction and update of one model over all ranks.
 
     A step is: ``accumulation`` times ``micro``, ``loss`` and ``backward``, then ``total``, then ``update``.
+
+    Args:
+        reducer: of the ranks' gradients; made of ``parts``.
+        ema: keep a moving average of the weights.
+        skip_nonfinite: a step whose gradient isn't finite changes nothing.
+        precision: fp32, bf16 or fp16.
+
+    Attributes:
+        model: the bare model.
+        average: the moving average of its weights; None: none is kept.
+        layout, slices, values, whole, eval_weights: see State.
+        lockstep: a forward sends messages, so all ranks run as many: one that has no samples runs a stand-in, of other
+            samples.
     """
 
-    model: nn.Module
-    """The bare model."""
+    def __init__(
+        self,
+        task: Task,
+        parts: Parts,
+        reducer: Reducer,
+        *,
+        ema: bool = False,
+        skip_nonfinite: bool = False,
+        precision: str = "fp32",
+    ) -> None:
+        self.model, self.lockstep = parts.model, reducer.lockstep
+        self._task, self._world, self._precision = task, parts.world, precision
+        self._riders, self._zero, self._reducer, self._tuned = parts.riders, parts.zero, reducer, reducer.tuned
+        self._lift = 1 << (reducer.mean_over - 1).bit_length()  # against mean_over; a power of two rounds nothing
+        self._skip_nonfinite, self._loss_scale = skip_nonfinite, LossScale() if precision == "fp16" else None
+        self._may_skip = skip_nonfinite or precision == "fp16"
+        self._squares, self._cut = GradientSquares(parts.world), Cut(1, 1, 1, 1)
+        self._norm: Number = 0.0
+        self._buffers_before: dict[str, Tensor] = {}
+        self._begun = self._stepped = False
+        self._explained = Explained(reducer.explain)
+        self._state = state = State(parts, reducer, self._loss_scale, ema)
+        self.average, self.layout, self.slices, self.values = state.average, state.layout, state.slices, state.values
+        self.whole, self.eval_weights = state.whole, state.eval_weights
+        self._keep_buffers()
 
-    average: Average | None
-    """The moving average of its weights."""
-
-    lockstep: bool
-    """A forward sends messages, so all ranks run as many: one that has no samples runs a stand-in, of other samples."""
+    # ---- a pass
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         """Around one pass, perhaps the ``last``, of a step that is cut so."""
+        self._cut = cut
+        return self._reducer.micro(cut, last)
 
     def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        """The task's sum of losses and number of units.
+        """Return the task's sum of losses and number of units.
 
         Args:
             samples: of the batch; 0: a stand-in, which adds nothing to any sum and touches no statistics. Its batch is
@@ -72,17 +86,63 @@ class Engine(Protocol):
         Raises:
             UserError: the task's loss isn't (sum, units).
         """
+        if not (self._reducer.shares_buffers or self._begun):
+            self._state.share_buffers()  # a step begins with those of rank 0, on every engine
+        self._begun = True
+        with self._explained:
+            return self._reducer.forward(lambda: self._forward(batch, samples))
+
+    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+        self._riders.begin()
+        with autocast(self._precision, self._world.device):
+            loss, units = checked(self._task.loss(self.model, batch), samples) if samples else self._stand_in(batch)
+        return self._riders.attach(loss), units
+
+    def _stand_in(self, batch: Any | None) -> tuple[Tensor, float]:
+        """Return a zero that gives every parameter a zero gradient, and leaves the statistics as they are."""
+        if batch is None:
+            return self._zero(), 0.0
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        loss, _ = checked(self._task.loss(self.model, batch))
+        for buffer, before in zip(self.model.buffers(), kept, strict=True):
+            if not torch.equal(buffer, before):  # autograd minds, where one that is saved for the backward is written
+                buffer.copy_(before)
+        self._riders.begin()
+        return loss * 0, 0.0
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
-        """Backward; ``note`` travels with the gradients.
+        """Add the gradient of a pass to the step's; ``note`` travels with it.
 
         Args:
             measured: samples of this micro-batch (0: a stand-in), where its gradient's norm is to be measured: in all
                 passes of a step on all ranks, or in none.
         """
+        self._riders.write(note)
+        measuring = nullcontext() if measured is None else self._squares.of(self._reducer.observed, measured)
+        with self._explained, measuring:
+            self._reducer.backward(loss * (self._lift * self._factor))
+
+    def call(self, work: Callable[[], Found]) -> Found:
+        """Return what ``work`` returns, which calls the model outside of a step; in lockstep, on all ranks."""
+        trails = self._reducer.trails
+        with trails.evaluating() if trails else nullcontext():
+            return self._reducer.call(work)
+
+    def parting(self) -> str | None:
+        """Say what this rank, which makes no progress, ran otherwise than rank 0; None: nothing shows that it did."""
+        trails = self._reducer.trails
+        return trails.trail.parting() if trails else None
+
+    @property
+    def _factor(self) -> float:
+        return self._loss_scale.factor if self._loss_scale else 1.0
+
+    # ---- a step
 
     def total(self, expected_units: int) -> Total:
-        """The notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
+        """Return the notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
+        self._norm = self._reducer.reduce()
+        return self._riders.take(expected_units)
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient.
@@ -92,135 +152,54 @@ class Engine(Protocol):
 
         Raises:
             RunFailed: in fp16, it wasn't finite at the lowest loss scale.
-            UserError: after the first step: the optimizer keeps what a checkpoint can't hold.
+            UserError: ranks ran different modules; after the first step: the optimizer keeps what a checkpoint can't
+                hold.
         """
+        self._begun = False
+        if self._reducer.trails:
+            self._reducer.trails.check()
+        mean_over = self._reducer.mean_over
+        scale = scale * (mean_over / self._lift) / self._factor
+        norm = self._norm * scale
+        squares = self._squares.take(self._cut)
+        if self._may_skip and not math.isfinite(norm):  # on an accelerator this look waits for it
+            self._discard()
+            return Update(norm, skipped=True)
+        self._tuned.tell(recipe)
+        self._riders.settle(keep=True)
+        with self._explained:
+            self._reducer.step(clipped(scale, norm, clip_norm))
+        if self.average and recipe.ema is not None:
+            self.average.update(recipe.ema)
+        if self._loss_scale:
+            self._loss_scale.kept()
+        self._keep_buffers()
+        if not self._stepped:
+            self._stepped = True
+            self.values()  # what can't be saved is refused now, and not when it would be lost
+        return Update(norm, parts_sq=None if squares is None else number(squares) * (scale / mean_over) ** 2)
 
-    def call(self, work: Callable[[], Found]) -> Found:
-        """What ``work`` returns, which calls the model outside of a step; in lockstep, on all ranks."""
+    def _keep_buffers(self) -> None:
+        if self._may_skip:
+            self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
-    def parting(self) -> str | None:
-        """Say what this rank, which makes no progress, ran otherwise than rank 0; None: nothing shows that it did."""
-
-    def eval_weights(self) -> AbstractContextManager[None]:
-        """Within, the model has the weights that the optimizer evaluates; called by all ranks, between two steps."""
-
-    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``.
+    def _discard(self) -> None:
+        """Undo what the step did to the buffers, also where a module has made a new one.
 
         Raises:
-            UserError: the model keeps what a checkpoint can't hold.
+            RunFailed: no lower loss scale can help.
         """
-
-    def slices(self) -> Iterator[Slice]:
-        """This rank's part of what a checkpoint holds; the parts of all ranks are everything, once.
-
-        Called by all ranks after the same step: ranks may talk to each other.
-        """
-
-    def values(self) -> dict[str, Any]:
-        """What isn't a tensor, as JSON; the same on all ranks."""
+        if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
+            raise RunFailed(
+                f"loss or gradient isn't finite, and the loss scale of precision=fp16 is at its lowest, "
+                f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
+            )
+        self._reducer.drop()
+        self._riders.settle(keep=False)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers_before[name])
 
     def restore(self, reader: Reader) -> None:
-        """Go on from a checkpoint, of any engine and number of ranks."""
-
-    def whole(self, name: str) -> Tensor:
-        """A tensor of ``layout`` on all ranks, which call this alike."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an engine is made of.
-
-    Attributes:
-        model: on the CPU, the same on all ranks; the engine brings it to its device.
-        make_optimizer: called once the model has the parameters that are trained.
-        ema: keep a moving average of the weights.
-        skip_nonfinite: a step whose gradient isn't finite changes nothing.
-        precision: fp32, bf16 or fp16.
-    """
-
-    task: Task
-    model: nn.Module
-    make_optimizer: Callable[[], Tuned]
-    world: World
-    ema: bool = False
-    skip_nonfinite: bool = False
-    precision: str = "fp32"
-
-
-def make_engine(
-    config: RunConfig,
-    task: Task,
-    model: nn.Module,
-    recipe: Recipe,
-    world: World,
-    stored: Groups = (),
-    tell: Callable[[str], None] = lambda text: None,
-) -> Engine:
-    """The engine that the config names.
-
-    Args:
-        recipe: what the optimizer is made with; so are ``stored`` and ``tell``.
-
-    Raises:
-        UserError: it can't train this model, or the package that it needs isn't installed.
-    """
-    from isobatch.trainers.model.precision import check_precision
-    from isobatch.trainers.optim.make import make_optimizer
-
-    check_precision(config.precision, world.device)
-    parts = Parts(
-        task,
-        model,
-        lambda: make_optimizer(config, task, model, recipe, stored, tell),
-        world,
-        ema=config.ema is not None,
-        skip_nonfinite=config.on_nonfinite == "skip",
-        precision=config.precision,
-    )
-    engine: Any = config.engine
-    if config.numerics == "bitwise":
-        from isobatch.trainers.engines.bitwise.bitwise import Bitwise
-
-        return Bitwise(parts)
-    if engine.name == "fsdp":
-        from isobatch.trainers.engines.fsdp import FSDP
-
-        return FSDP(parts, engine)
-    if engine.name == "deepspeed":
-        from isobatch.trainers.engines.deepspeed.deepspeed import Replicated, ZeRO
-
-        return (ZeRO if engine.stage else Replicated)(parts, engine)
-    if engine.name == "accelerate":
-        from isobatch.trainers.engines.accelerate import Accelerate
-
-        return Accelerate(parts, engine, config.compile)
-    from isobatch.trainers.engines.ddp import DDP
-
-    return DDP(parts, engine.config)
-
-
-def refuse_environment(config: RunConfig, plan: Plan) -> None:
-    """Raises UserError where what the engine is launched with contradicts the plan."""
-    if config.engine.name == "accelerate":
-        from isobatch.trainers.engines.accelerate import refuse_accumulation
-
-        refuse_accumulation(os.environ, {stage.cut.accumulation for stage in plan.stages})
-
-
-def import_engine(config: RunConfig) -> None:
-    """Import what ``make_engine`` and the first step import, once for all workers that are forked from here.
-
-    It starts no thread, and no CUDA. A package that can't be imported is the workers' to refuse.
-    """
-    engine: Any = config.engine
-    import_module(f"isobatch.trainers.engines.{engine.name}")
-    with suppress(Exception):
-        if engine.name == "accelerate":
-            import_module("accelerate")
-        if engine.name == "deepspeed":
-            from isobatch.trainers.engines.deepspeed.setup import import_deepspeed
-
-            import_deepspeed()
-            if engine.stage:
-                import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it asks whether the optimizer is one
+        """Resume from a checkpoint, of any engine and number of ranks."""
+        self._state.restore(reader)
+        self._keep_buffers()

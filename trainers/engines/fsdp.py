@@ -1,4 +1,4 @@
-"""torch's FSDP2 (``fully_shard``) behind the protocol: each rank holds a part of every tensor, its rows.
+"""Reduce gradients by torch's FSDP2 (``fully_shard``): each rank holds a part of every tensor, its rows.
 
 A forward gathers the weights of one group of modules after another, a backward parts its gradients. What FSDP doesn't
 reduce (notes, statistics, parameters without dimensions) travels with the norm of the gradient, which is a message
@@ -7,7 +7,7 @@ anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,80 +19,64 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.base import Base
-from isobatch.trainers.engines.engine import Found, Parts
-from isobatch.trainers.engines.gradients import gradient_of, norm_of, number
-from isobatch.trainers.engines.noise import GradientSquares
-from isobatch.trainers.engines.step_report import Number, Total
+from isobatch.trainers.engines.gradients import Gradients, gradient_of, norm_of, number
+from isobatch.trainers.engines.lockstep import Lockstep
+from isobatch.trainers.engines.reducer import OwnStorage, Parts, Reducer
+from isobatch.trainers.engines.root import Found, Root, explain
+from isobatch.trainers.engines.step_report import Number
+from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES
 from isobatch.trainers.model.targets import check_call
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
+from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import sharded
 
 if TYPE_CHECKING:
     import isobatch.conf.groups
+    from isobatch.conf.schema import RunConfig
+
+INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
 
 
-class FSDP(Base):
-    """The engine ``fsdp``. Gradients are sums over ranks."""
+def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
+    """Return the reducer of the engine ``fsdp``.
 
-    lockstep = True
-    for_all_ranks = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
+    Raises:
+        UserError: it can't train this model so.
+    """
+    return FSDP(parts, config.engine)  # type: ignore[arg-type]
+
+
+class FSDP:
+    """Gradients are sums over ranks; each rank steps its parts."""
+
+    lockstep, mean_over = True, 1
 
     def __init__(self, parts: Parts, config: isobatch.conf.groups.FSDP) -> None:
-        if config.offload and parts.world.device.type == "cpu":
-            raise UserError("engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU")
-        parts.world.connect()
-        super().__init__(parts)
-        self._shard(config)
-        self._begin(parts.make_optimizer())
-        self._replicated = [p for p in self._parameters if not sharded(p)]
-        self._norm_found: Tensor | None = None
-        self._seen_unsharded()
+        world = parts.world
+        if config.offload and world.device.type == "cpu":
+            raise UserError(
+                "engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU",
+                key="engine.offload",
+                value=True,
+            )
+        world.connect()
+        place(parts.model, world)
+        self._riders, self._device, self._root = parts.riders, world.device, shard(parts.root, config, world)
+        self.shares_buffers = settled(parts.model)
+        self.trails = Lockstep(world, INSTEAD) if world.size > 1 else None
+        if self.trails:
+            record(self._root, self.trails.trail)
+        self.tuned, self.storage = parts.make_optimizer(), OwnStorage(parts.model)
+        self._gradients = Gradients(self.tuned.optimizer)
+        self.step, self.drop = self._gradients.step, self._gradients.drop
+        self._replicated = [p for p in self._gradients.parameters if not sharded(p)]
+        self.observed: Sequence[nn.Parameter] = self._replicated
+        self._observe_unsharded()
 
-    def _place(self, model: nn.Module) -> None:
-        """The parts alone are brought to the device, group by group; what isn't parted goes there whole."""
-        place_buffers(model, self._device)
-        for parameter in model.parameters():
-            self._world.share(parameter.data)  # the same on all ranks, as DDP makes it
-            # FSDP takes no others
-            parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(self._device)
-
-    def _shard(self, config: isobatch.conf.groups.FSDP) -> None:
-        mesh = init_device_mesh(self._device.type, (self._world.size,))
-        options: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": _policy(config),
-            "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
-            "ignored_params": {p for p in self.model.parameters() if not partable(p)},
-        }
-        check_call("engine.config", "fully_shard", fully_shard, (self._root,), {**options, **config.config})
-        chosen = (*groups(self.model, config.shard), self._root)
-        refuse_mixed(chosen)
-        for module in chosen:
-            fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
-        for one in self._sharded_modules():
-            one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
-            if self._world.size > 1:  # by 1 it would divide, too
-                one.set_gradient_divide_factor(1.0)
-            one.set_reduce_scatter_unused_params(True, recurse=False)
-        if self._lockstep:
-            self._record(self._lockstep.trail)
-
-    def _record(self, trail: Trail) -> None:
-        """Record each message in which weights are gathered, or gradients reduced."""
-        for name, module in self.model.named_modules(prefix=""):
-            if isinstance(module, FSDPModule):
-                _record(module, trail, name or "the model")
-        assert isinstance(self._root, FSDPModule)
-        _record(self._root, trail, "the rest of the model")
-
-    def _sharded_modules(self) -> list[FSDPModule]:
-        return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
-
-    def _seen_unsharded(self) -> None:
-        """From the first forward on, measure the gradients of whole parameters: parts get theirs reduced."""
+    def _observe_unsharded(self) -> None:
+        """From the first forward on, observe the gradients of whole parameters: parts get theirs reduced."""
         found, hooks = list[nn.Parameter](), list[Any]()
         trained = {p for p in self._replicated if p.requires_grad}
 
@@ -100,73 +84,118 @@ class FSDP(Base):
             found.extend(p for p in module.parameters() if p.requires_grad and not sharded(p) and p not in trained)
 
         def done(module: nn.Module, args: Any, output: Any) -> None:
-            self._squares = GradientSquares([*trained, *dict.fromkeys(found)])
+            self.observed = [*trained, *dict.fromkeys(found)]
             for hook in hooks:
                 hook.remove()
 
-        for module in self._sharded_modules():
-            assert isinstance(module, nn.Module)
-            hooks.append(module.register_forward_pre_hook(look))
+        hooks.extend(module.register_forward_pre_hook(look) for module in sharded_modules(self._root))
         hooks.append(self._root.register_forward_hook(done))
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self._root, FSDPModule)
         self._root.set_is_last_backward(last)
-        return super().micro(cut, last)
+        return self.trails.trail.begin("training") if self.trails else nullcontext()
 
-    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        loss, units = super()._forward(batch, samples)
-        return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return self._root(lambda: _no_view(*work()))
 
     def call(self, work: Callable[[], Found]) -> Found:
         try:
-            with self._lockstep.evaluating() if self._lockstep else nullcontext():
-                return self._wrapped(work)  # type: ignore[no-any-return]
+            return self._root(work)  # type: ignore[no-any-return]
         finally:
-            for module in self._sharded_modules():
+            for module in sharded_modules(self._root):
                 module.reshard()  # else what was gathered is used again, whatever becomes of the parts
 
-    def total(self, expected_units: int) -> Total:
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def reduce(self) -> Number:
         """One message: the notes, the statistics, gradients that FSDP left alone, and the norm of the rest."""
-        gradients = self._gradients()
-        own = [g for g, p in zip(gradients, self._parameters, strict=True) if sharded(p)]
+        gradients = zip(self._gradients.held(), self._gradients.parameters, strict=True)
+        own = [gradient for gradient, parameter in gradients if sharded(parameter)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
         apart = [gradient_of(parameter) for parameter in self._replicated]
-        square = self._all_summed(square, *apart)
-        self._norm_found = (square + (norm_of(apart).square() if apart else 0)).sqrt()
-        return super().total(expected_units)
+        square = self._riders.total(square, *apart, *(self.trails.ride() if self.trails else ()))
+        return number((square + (norm_of(apart).square() if apart else 0)).sqrt())
 
-    def _norm(self) -> Number:
-        found, self._norm_found = self._norm_found, None
-        assert found is not None, "no total since the last update"
-        return number(found)
+    def explain(self, text: str) -> UserError | None:
+        if "mixed torch.Tensor and DTensor" in text:
+            return UserError(
+                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
+                "weight alone",
+                "name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]",
+                key="engine.shard",
+            )
+        return explain(text)
 
 
-class Gather(DefaultAllGather):
-    """Record the message."""
+def _no_view(loss: Tensor, units: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+
+
+def place(model: nn.Module, world: World) -> None:
+    """Bring to the device what isn't parted; the parts alone follow, group by group."""
+    place_buffers(model, world.device)
+    for parameter in model.parameters():
+        world.share(parameter.data)  # the same on all ranks, as DDP makes it
+        # FSDP takes no others
+        parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(world.device)
+
+
+def shard(root: Root, config: isobatch.conf.groups.FSDP, world: World) -> Root:
+    """Part the model in ``root`` as ``config`` says, in place.
+
+    Raises:
+        UserError: it can't be parted so.
+    """
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(world.device.type, (world.size,)),
+        "mp_policy": _policy(config),
+        "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+        "ignored_params": {p for p in root.parameters() if not partable(p)},
+    }
+    check_call("engine.config", "fully_shard", fully_shard, (root,), {**options, **config.config})
+    chosen = (*groups(root.model, config.shard), root)
+    refuse_mixed(chosen)
+    for module in chosen:
+        fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
+    for one in sharded_modules(root):
+        one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+        if world.size > 1:  # by 1 it would divide, too
+            one.set_gradient_divide_factor(1.0)
+        one.set_reduce_scatter_unused_params(True, recurse=False)
+    return root
+
+
+def sharded_modules(root: nn.Module) -> list[Any]:
+    """Return the modules whose parameters are gathered together, ``root`` first."""
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def record(root: Root, trail: Trail) -> None:
+    """Record each message in which weights are gathered, or gradients reduced."""
+    names = {module: name or "the model" for name, module in root.model.named_modules()}
+    for module in sharded_modules(root):
+        name = names.get(module, "the rest of the model")
+        module.set_custom_all_gather(Gather(trail, name))
+        module.set_custom_reduce_scatter(Reduce(trail, name + BACKWARD))
+
+
+class Recorded:
+    """Record a message of FSDP's, before it is sent."""
 
     def __init__(self, trail: Trail, name: str) -> None:
         self._trail, self._name = trail, name
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         self._trail.ran(self._name)
-        return super().__call__(*args, **keywords)
+        return super().__call__(*args, **keywords)  # type: ignore[misc]
 
 
-class Reduce(DefaultReduceScatter):
-    """Record the message."""
-
-    def __init__(self, trail: Trail, name: str) -> None:
-        self._trail, self._name = trail, name + BACKWARD
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        self._trail.ran(self._name)
-        return super().__call__(*args, **keywords)
+class Gather(Recorded, DefaultAllGather): ...
 
 
-def _record(module: FSDPModule, trail: Trail, name: str) -> None:
-    module.set_custom_all_gather(Gather(trail, name))
-    module.set_custom_reduce_scatter(Reduce(trail, name))
+class Reduce(Recorded, DefaultReduceScatter): ...
 
 
 def _policy(config: isobatch.conf.groups.FSDP) -> MixedPrecisionPolicy:
@@ -199,7 +228,9 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         if shared and shard != "auto":
             name = next(name for name, one in model.named_modules() if one is module)
             raise UserError(
-                f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart"
+                f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart",
+                key="engine.shard",
+                value=shard,
             )
         if not shared and any(map(partable, module.parameters())):
             apart.append(module)
@@ -215,7 +246,9 @@ def refuse_mixed(modules: Iterable[nn.Module]) -> None:
         if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
             raise UserError(
                 f"engine=fsdp reduces the gradients of a group of modules as one, and those of a "
-                f"{type(module).__name__} are {' and '.join(dtypes)}: part them by engine.shard, or use engine=ddp"
+                f"{type(module).__name__} are {' and '.join(dtypes)}",
+                "part them by engine.shard, or use engine=ddp",
+                key="engine.shard",
             )
 
 

@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from isobatch.scaling.geometry import Cut
+from isobatch.trainers.ranks.world import World
 
 
 class GradientSquares:
-    """Sums |G_j|²/b_j over this rank's micro-batches of a step, G_j being the gradient that a backward gives.
+    """Sum |G_j|²/b_j over the micro-batches of a step, G_j being the gradient that a backward gives.
 
     A hook on each parameter sees it before it is accumulated, reduced over ranks or clipped. Nothing is kept of it, and
     nothing waits for the device.
-
-    Args:
-        parameters: those that are trained. One that is frozen, or has no part in the loss, adds nothing.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._sum: Tensor | None = None
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._by_pass: list[Tensor] = []
 
     @contextmanager
-    def of(self, samples: int) -> Iterator[None]:
-        """Around the backward of a micro-batch of so many samples; none: a stand-in, which is no part of the step."""
+    def of(self, parameters: Sequence[nn.Parameter], samples: int) -> Iterator[None]:
+        """Around the backward of a micro-batch of so many samples; none: a stand-in, which is no part of the step.
+
+        Args:
+            parameters: one that is frozen, or has no part in the loss, adds nothing.
+        """
         norms: list[Tensor] = []
 
         def note(gradient: Tensor) -> None:
             norms.append(torch.linalg.vector_norm(gradient, dtype=_wide(gradient)))
 
-        hooks = [p.register_hook(note) for p in self._parameters if p.requires_grad and samples]
+        hooks = [p.register_hook(note) for p in parameters if p.requires_grad and samples]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        square = torch.stack(norms).double().square().sum() / samples if norms else self._nothing()
-        self._sum = square if self._sum is None else self._sum + square
+        self._by_pass.append(torch.stack(norms).double().square().sum() / samples if norms else self._nothing())
 
-    def take(self, over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The sum over all ranks, 0-dim float64, of what was measured since the last time; None: nothing was."""
-        found, self._sum = self._sum, None
-        return None if found is None else over_ranks(found)
+    def take(self, cut: Cut) -> Tensor | None:
+        """Return the sum over a step that is cut so, 0-dim float64, the same on all ranks; None: nothing was measured.
+
+        It is added up rank by rank: with ``numerics=bitwise`` in the order of the micro-batches.
+        """
+        if not self._by_pass:
+            return None
+        own, self._by_pass = torch.stack(self._by_pass), []
+        everyone = own
+        if self._world.size > 1:
+            everyone = own.new_empty(self._world.size * len(own))
+            dist.all_gather_single(everyone, own)
+        rows = everyone.view(self._world.size, -1)
+        filled = [sum(start < stop for start, stop in cut.passes(rank)) for rank in range(self._world.size)]
+        return torch.cat([row[:count] for row, count in zip(rows, filled, strict=True)]).sum()
 
     def _nothing(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        return torch.zeros((), dtype=torch.float64, device=self._world.device)
 
 
 def _wide(gradient: Tensor) -> torch.dtype | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
-from isobatch.trainers.engines.engine import Found
 from isobatch.trainers.model.precision import widened
+
+Found = TypeVar("Found")
 
 
 class Root(nn.Module):
@@ -75,7 +76,7 @@ def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
     if losses.ndim:
         fix = "add up the losses of each sample, as losses.flatten(1).sum(1) does"
     batch = "" if samples is None else f" for {counted(samples, 'sample')}"
-    raise UserError(f"{WANTED}; it returned {_shown(losses)}{batch}: {fix}")
+    raise UserError(f"{WANTED}; it returned {_shown(losses)}{batch}", fix)
 
 
 def _shown(value: Any) -> str:
@@ -91,33 +92,29 @@ def _shown(value: Any) -> str:
 
 
 class Explained:
-    """Within, what torch says in its own words is said in ours.
+    """Within, an error of torch's is raised as a UserError that says what to do.
 
     Args:
-        reword: what is to be said of an error's text; None: nothing better.
+        explain: returns it, for the error's text; None: nothing better than the text.
     """
 
-    def __init__(self, reword: Callable[[str], str | None]) -> None:
-        self._reword = reword
+    def __init__(self, explain: Callable[[str], UserError | None]) -> None:
+        self._explain = explain
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError | ValueError) and (said := self._reword(str(error))):
-            raise UserError(said) from error
+        if isinstance(error, RuntimeError | ValueError) and (explained := self._explain(str(error))):
+            raise explained from error
 
 
-def reworded(text: str) -> str | None:
-    """What is to be said of an error of a forward or a backward; None: nothing better."""
-    if "mixed torch.Tensor and DTensor" in text:
-        return (
-            "a module whose weights are gathered when it is called is used otherwise, by another method or its "
-            "weight alone: name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
-        )
-    if "Expected more than 1 value per channel" in text:
-        return (
-            "BatchNorm has no statistics of a single sample, which a micro-batch is here: use a larger "
-            "batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
-            "them from N samples on any hardware"
-        )
-    return None
+def explain(text: str) -> UserError | None:
+    """Return what to say for an error of a forward or a backward, by its text; None: nothing better."""
+    if "Expected more than 1 value per channel" not in text:
+        return None
+    return UserError(
+        "BatchNorm has no statistics of a single sample, which a micro-batch is here",
+        "use a larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which takes "
+        "them from N samples on any hardware",
+        key="batch.per_gpu",
+    )

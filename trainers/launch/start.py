@@ -29,7 +29,7 @@ def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
     """
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
-    from isobatch.trainers.engines.engine import import_engine
+    from isobatch.trainers.engines.make import import_engine
     from isobatch.trainers.launch.agent import Agent
     from isobatch.trainers.launch.rendezvous import rendezvous
 

@@ -18,7 +18,7 @@ from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.announce import evaluation_depends_on_cut
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.opening import open_task
-from isobatch.trainers.model.build import make_model, prepare
+from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.precision import check_precision
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.agreement import refuse_other_commands, stop_wish
@@ -26,7 +26,7 @@ from isobatch.trainers.ranks.failure import RunFailed, restarts
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.prepare import without_hurry
-from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tasks.task import make_model, make_task
 
 
 def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outcome:

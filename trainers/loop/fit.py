@@ -11,8 +11,8 @@ from isobatch.scaling.plan import Step
 from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.engine import Engine, Update
-from isobatch.trainers.engines.step_report import Note, Total
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.step_report import Note, Total, Update
 from isobatch.trainers.loop.evaluate import Evaluation
 from isobatch.trainers.loop.monitor import Monitor, Wishes, crossed
 from isobatch.trainers.model.randomness import Stream

@@ -10,8 +10,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import estimate, filled
 from isobatch.scaling.plan import Step
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.engine import Update
-from isobatch.trainers.engines.step_report import Total
+from isobatch.trainers.engines.step_report import Total, Update
 from isobatch.trainers.loop.metrics import Metrics
 from isobatch.trainers.loop.readback import DelayedReadback, StepResult
 from isobatch.trainers.ranks.failure import RunFailed

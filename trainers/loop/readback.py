@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from isobatch.scaling.plan import Step
-from isobatch.trainers.engines.engine import Update
-from isobatch.trainers.engines.step_report import Total
+from isobatch.trainers.engines.step_report import Total, Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """BatchNorm whose statistics, and their running averages, don't depend on how many ranks and passes a batch took.
 
 Layers are given another class in place: names, sharing and hooks stay. What the passes of a step find of means and
-variances travels as the note does (engines/step_report.py): as the gradient of an extra parameter, at no cost.
+variances travels as the note does (engines/riders.py): as the gradient of an extra parameter, at no cost.
 After the step all ranks move their running statistics alike, once, by the mean over all groups of the global batch.
 """
 
@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.engines.step_report import Attach, accumulate
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.over_ranks import normalise_over_ranks, wide
 from isobatch.trainers.model.randomness import Stream
@@ -95,7 +94,8 @@ class _Instead(TorchFunctionMode):
         if not self._used and error[0] is None:
             raise UserError(
                 f"batchnorm.mode doesn't reach {self._layer.name}, a {type(self._layer).__bases__[1].__name__}: its "
-                "forward doesn't call torch.nn.functional.batch_norm"
+                "forward doesn't call torch.nn.functional.batch_norm",
+                key="batchnorm.mode",
             )
 
 
@@ -130,7 +130,7 @@ class Synced(Counting):
         return output
 
 
-class Statistics(nn.Module):
+class Statistics:
     """Brings together what all ranks and passes of a step have found, and moves the layers' running statistics.
 
     Args:
@@ -138,7 +138,6 @@ class Statistics(nn.Module):
     """
 
     def __init__(self, layers: list[Counting], device: torch.device) -> None:
-        super().__init__()
         self._layers, self._found = layers, list[Tensor]()
         for layer in layers:
             layer.groups = torch.zeros((), device=device)
@@ -147,29 +146,16 @@ class Statistics(nn.Module):
         self._momentum = torch.tensor([layer.momentum or 0.0 for layer in layers], device=device)
         self._cumulative = torch.tensor([layer.momentum is None for layer in layers], device=device)
         self._widths = torch.tensor([found.numel() for found in self._found], device=device)
-        self.sums = nn.Parameter(self._of_this_pass())
+        self.sums = nn.Parameter(self.of_this_pass())
 
     def begin(self) -> None:
         """Before a pass: forget the one before it, and what its backward has computed again."""
         torch._foreach_zero_([*(layer.groups for layer in self._layers), *self._found])
 
-    def attach(self, loss: Tensor) -> Tensor:
-        """``loss`` unchanged; its backward leaves what this pass found as the parameter's gradient."""
-        attached: Tensor = Attach.apply(loss, self.sums, self._of_this_pass())  # type: ignore[no-untyped-call]
-        return attached
-
-    def add(self) -> None:
-        """Leave what this pass found as the parameter's gradient, where that doesn't ride on a backward."""
-        accumulate(self.sums, self._of_this_pass())
-
-    def _of_this_pass(self) -> Tensor:
-        """The numbers of groups, then means and variances, layer by layer."""
+    def of_this_pass(self) -> Tensor:
+        """Return the numbers of groups, then means and variances, layer by layer."""
         groups = torch.stack([layer.groups for layer in self._layers])
         return torch.cat((groups, *(found.reshape(-1) for found in self._found)))
-
-    def drop(self) -> None:
-        """Forget the step."""
-        self.sums.grad = None
 
     @torch.no_grad()
     def update(self) -> None:
@@ -180,7 +166,7 @@ class Statistics(nn.Module):
         assert self.sums.grad is not None, "no backward since the last update"
         groups, found = self.sums.grad.split([len(self._layers), len(self.sums) - len(self._layers)])
         any_there = groups > 0
-        self.drop()
+        self.sums.grad = None
         counts = _there(layer.num_batches_tracked for layer in self._layers)
         buffers = _there(buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var))
         tracked = torch.stack(counts) + any_there

@@ -1,4 +1,4 @@
-"""The model that a run trains, and what in it makes a run depend on its cut."""
+"""What a run does to the model that it trains, and what in it makes the run depend on its cut."""
 
 from __future__ import annotations
 
@@ -18,23 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.trainers.model.batchnorm import Counting, swap_batchnorm
-from isobatch.trainers.model.randomness import Stream, key_dropout
-from isobatch.trainers.model.targets import build
-from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.model.dropout import key_dropout
+from isobatch.trainers.model.randomness import Stream
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
-
-
-def make_model(config: RunConfig, task: Task) -> nn.Module:
-    """``model._target_`` called with ``model.args``, or the task's own model."""
-    if config.model.target is None:
-        model, what = task.model(), "task.model()"
-    else:
-        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{what} gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
@@ -76,7 +64,10 @@ def _want_compiler(device: torch.device) -> None:
     names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if not any(map(which, names)):
         raise UserError(
-            f"compile=true wants the compiler {names[0]}, which isn't here: install it, or leave compile out"
+            f"compile=true needs the compiler {names[0]}, which isn't here",
+            "install it, or leave compile out",
+            key="compile",
+            value=True,
         )
 
 
@@ -109,7 +100,9 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
     for pattern in (pattern for pattern, names in matched.items() if not names):
         parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
         near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
-        raise UserError(f"{key}={pattern} is the name of no module of the model; did you mean {' or '.join(near)}?")
+        raise UserError(
+            f"{key}={pattern} is the name of no module of the model", f"did you mean {' or '.join(near)}?", key, pattern
+        )
     wanted = {name for names in matched.values() for name in names}
     return {name: module for name, module in modules.items() if name in wanted}
 

@@ -1,13 +1,24 @@
-"""Train mode and eval mode of a model's modules."""
+"""Train mode and eval mode of a model's modules, and which of them are normalisation layers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from isobatch.trainers.model.norms import is_norm
+TORCH = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
+# "norm" or "normalization" at the end of a word (LlamaRMSNorm, LayerNorm2d, LayerNormalization, MambaRMSNormGated; not
+# NormalizedLinear), and behind it nothing that says that the layer is another one, with a norm in it (WeightNormLinear,
+# PreNormBlock).
+NAME = re.compile(
+    r"(norm|Norm|NORM)(ali[sz]ation)?(?![a-z])"
+    r"(?!.*(?i:linear|conv|embed|attention|attn|mlp|block|layer|former|encoder|decoder|net))"
+)
 
 
 class Modes:
@@ -63,3 +74,18 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train()  # a method of its own undoes what it did for eval mode, say merging adapters into weights
     for module, mode in modes:
         module.training = mode
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether `module` is a normalisation layer.
+
+    It is one by its type (torch's, and subclasses), or by the name of its class or of one of that class's bases:
+    ``norm`` or ``normalization`` ends a word of it. Subclasses of torch's layers with matrices (nn.Linear, nn.Conv2d,
+    …) never are.
+
+    >>> is_norm(nn.InstanceNorm2d(3)), is_norm(nn.Linear(3, 3))
+    (True, False)
+    """
+    if isinstance(module, TORCH):
+        return True
+    return not isinstance(module, MATRICES) and any(NAME.search(cls.__name__) for cls in type(module).__mro__)

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 
@@ -112,7 +112,7 @@ class _Use:
 
 
 class Stream:
-    """Which samples the current forward is about; shared by all keyed layers of a model.
+    """Which samples the current forward is about; shared by all keyed layers of a model (dropout.py).
 
     Args:
         tell: called with what makes the run depend on its cut, once for each reason, when it is first seen.
@@ -120,7 +120,7 @@ class Stream:
 
     Attributes:
         samples: how many they are.
-        clock: int64, moves on with each draw, for compiled code: see ``mask_keys``.
+        clock: int64, moves on with each draw, for compiled code: see dropout.py.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Stream:
         self.clock = torch.zeros((), dtype=torch.int64)
         self.names: dict[int, str] = {}  # of keyed layers
         self.number = next(_NUMBERS)
-        _STREAMS[self.number] = self
+        STREAMS[self.number] = self
         self._calls: dict[int, dict[int, int]] = {}
         self._key = 0
         self.device = device
@@ -212,47 +212,10 @@ class Stream:
         words = _finalise64(_int64(self.positions) * -7046029254386353131 + (salt - (1 << 63)))
         return torch.stack((words, words >> 32)).to(torch.int32).unsqueeze(-1).to(self.device, non_blocking=True)
 
-    def row_keys(self, layer: int, rows: int, elements: int, channels: bool) -> Tensor:
-        """``keys`` for each row of an input, and where in its sample's mask a row begins: int32 [3, rows, 1].
 
-        Args:
-            elements: of a row.
-            channels: each sample has to be one row.
-        """
-        if self.misfits(layer, rows, channels):
-            keys, each = torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(self.device), rows
-        else:
-            keys, each = self.keys(layer), rows // self.samples
-        begin = (torch.arange(each) * elements).to(torch.int32).to(self.device).view(1, -1, 1)
-        keys = keys.repeat_interleave(each, 1) if each > 1 else keys
-        return torch.cat((keys, begin.repeat(1, rows // each, 1)))
-
-    def misfits(self, layer: int, rows: int, channels: bool) -> bool:
-        """Return whether the rows of a layer's input aren't a multiple of the samples; report it if so."""
-        misfit = not self.samples or bool(rows % self.samples) or (channels and rows != self.samples)
-        if misfit:
-            self.tell(f"the rows of dropout layer {self.names.get(layer) or 'model'} aren't a multiple of the samples")
-        return misfit
-
-
-_STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+"""Streams by their number: an operator that a compiler sees takes no objects."""
 _NUMBERS = count()  # never one that was another's
-
-
-@torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))
-def mask_keys(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
-    """``Stream.row_keys`` as a compiler sees it, which is to look at nothing that changes between two forwards.
-
-    The number of samples does: code that looked at it would be compiled again for each. The compiler is told that the
-    clock moves, so that calls stay as many as they are, and in their order.
-    """
-    clock += 1
-    return _STREAMS[stream].row_keys(int(layer), rows, elements, channels)
-
-
-@mask_keys.register_fake
-def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
-    return torch.empty(3, rows, 1, dtype=torch.int32, device=_STREAMS[stream].device)
 
 
 def _int64(positions: Sequence[int]) -> Tensor:
@@ -268,88 +231,6 @@ def _finalise64(words: Tensor) -> Tensor:
     return words ^ ((words >> 31) & ((1 << 33) - 1))
 
 
-def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
-    """31 uniform bits for each element of each row: int32 [rows, elements].
-
-    murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
-
-    Args:
-        keys: of ``Stream.keys``, where a row is a sample, or of ``Stream.row_keys``.
-    """
-    places = torch.arange(elements, dtype=torch.int32, device=keys.device)
-    if len(keys) == 3:
-        places = places + keys[2]
-    words = places.mul_(-1640531527) ^ keys[0]
-    shifted = torch.empty_like(words)
-    for key in (keys[1], None):
-        words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
-        words *= -2048144789
-        words ^= torch.bitwise_right_shift(words, 13, out=shifted).bitwise_and_(0x7FFFF)
-        words *= -1028477387
-        if key is not None:
-            words ^= key
-    words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
-    return words.bitwise_and_(0x7FFFFFFF)
-
-
 def draw(generator: torch.Generator) -> int:
     """A random integer, from the CPU: nothing waits for it."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-
-
-class KeyedDropout(nn.Dropout):
-    """nn.Dropout (and, with ``channels``, Dropout1d to 3d) whose mask follows the sample.
-
-    The rows of its input have to be a multiple of the micro-batch's samples, in their order (as [samples, …] and
-    [samples × tokens, …] are); for other inputs it falls back to torch's dropout, keyed by micro-batch.
-    """
-
-    def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
-        super().__init__(p, inplace)
-        self._stream, self._channels = stream, channels
-        stream.names[layer] = name
-        self._layer = torch.tensor(layer)  # a compiler takes a number for a constant, and makes code for each layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        stream = self._stream
-        if not self.training or self.p == 0 or input.numel() == 0:
-            return input
-        if torch.compiler.is_compiling():
-            rows = input.shape[0]
-            elements = input.shape[1] if self._channels else input.numel() // rows
-            keys = mask_keys(stream.clock, self._layer, rows, elements, self._channels, stream.number)
-        else:
-            layer, rows = int(self._layer), stream.samples
-            if stream.misfits(layer, input.shape[0], self._channels):
-                return nn.functional.dropout(input, self.p, True, self.inplace)
-            elements = input.shape[1] if self._channels else input.numel() // rows
-            keys = stream.keys(layer)
-        bits = _uniform_bits(keys, elements)
-        scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
-        shape = (rows, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
-        scale = scale.view(shape)
-        return input.mul_(scale) if self.inplace else input * scale
-
-
-_SWAPPED = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropout3d: True}
-
-
-def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
-    """Swap every dropout module of ``model`` for a keyed one, in place (a shared one stays shared)."""
-    if type(model) in _SWAPPED:
-        return _keyed(model, stream, "", 0)
-    swapped: dict[nn.Module, KeyedDropout] = {}
-    for layer, (name, module) in enumerate(list(model.named_modules())):
-        if type(module) in _SWAPPED:
-            swapped[module] = _keyed(module, stream, name, layer)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() leaves out the second name of a shared one
-            if child in swapped:
-                setattr(parent, name, swapped[child])
-    return model
-
-
-def _keyed(module: nn.Module, stream: Stream, name: str, layer: int) -> KeyedDropout:
-    assert isinstance(module, nn.modules.dropout._DropoutNd)
-    keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
-    return keyed.train(module.training)

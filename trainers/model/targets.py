@@ -24,7 +24,9 @@ def locate(key: str, target: str) -> Any:
     """
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(f"{key}={target}: write a dotted path such as my_package.my_module.MyClass")
+        raise UserError(
+            f"{key}={target} is no dotted path", "write one such as my_package.my_module.MyClass", key, target
+        )
     try:
         module: Any = importlib.import_module(module_name)
     except Exception as error:
@@ -33,7 +35,7 @@ def locate(key: str, target: str) -> Any:
         ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         where = f" (looked for in {os.getcwd()}, too)" if ours else ""
         said = f"{type(error).__name__}: {error}{where}"
-        raise UserError(f"{key}={target}: importing {module_name} failed: {said}") from error
+        raise UserError(f"{key}={target}: importing {module_name} failed: {said}", key=key, value=target) from error
     return _attribute(key, target, module, name)
 
 
@@ -49,8 +51,8 @@ def _attribute(key: str, target: str, owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError:
         near, where = get_close_matches(name, dir(owner), n=1), target.removesuffix(f".{name}")
-        hint = f"; did you mean {where}.{near[0]}?" if near else ""
-        raise UserError(f"{key}={target}: {where} has no {name}{hint}") from None
+        hint = f"did you mean {where}.{near[0]}?" if near else ""
+        raise UserError(f"{key}={target}: {where} has no {name}", hint, key, target) from None
 
 
 def build(
@@ -75,7 +77,8 @@ def build(
     """
     factory = _factory(key, target)
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
-        raise UserError(f"{key}._target_={target} is not a class of {of.__module__}.{of.__qualname__}")
+        wanted = f"{of.__module__}.{of.__qualname__}"
+        raise UserError(f"{key}._target_={target} is not a class of {wanted}", key=f"{key}._target_", value=target)
     args = science_of(args, local)
     check_call(f"{key}.args", target, factory, positional, args, local)
     found = {name: made(f"{key}.args.{name}", value) for name, value in args.items()}
@@ -99,7 +102,12 @@ def made(key: str, value: Any) -> Any:
         return found
     target = value["_target_"]
     if not isinstance(target, str):
-        raise UserError(f"{key}._target_={target!r} is no dotted path such as my_package.my_module.MyClass")
+        raise UserError(
+            f"{key}._target_={target!r} is no dotted path",
+            "write one such as my_package.my_module.MyClass",
+            f"{key}._target_",
+            target,
+        )
     factory = _factory(key, target)
     check_call(key, target, factory, (), args)
     return factory(**found)
@@ -108,7 +116,8 @@ def made(key: str, value: Any) -> Any:
 def _factory(key: str, target: str) -> Callable[..., Any]:
     factory = locate(f"{key}._target_", target)
     if not callable(factory):
-        raise UserError(f"{key}._target_={target} is a {type(factory).__name__}, not a class")
+        problem = f"{key}._target_={target} is a {type(factory).__name__}, not a class"
+        raise UserError(problem, key=f"{key}._target_", value=target)
     return factory  # type: ignore[no-any-return]
 
 
@@ -131,4 +140,5 @@ def check_call(
         if local:
             key, args = f"{key} and {key.removesuffix('args')}local", {**args, **local}
         names = [name for name in signature.parameters if name != "self"][len(positional) :]
-        raise UserError(f"{key}={args} don't fit {target}: {error}; it takes {', '.join(names) or 'nothing'}") from None
+        problem = f"{key}={args} don't fit {target}: {error}"
+        raise UserError(problem, f"it takes {', '.join(names) or 'nothing'}", key, args) from None

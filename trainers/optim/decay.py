@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.model.norms import is_norm
+from isobatch.trainers.model.modes import is_norm
 
 NAMED = ("bias", "scale", "gain", "gamma", "beta", "norm")
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
@@ -74,7 +74,7 @@ def _own_names(model: Any) -> set[str]:
     names = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()
     if isinstance(names, str) or not _all_text(names):
         raise UserError(
-            f"model.no_weight_decay() returned {names!r:.100}: return the names of parameters, say {{'pos_embed'}}"
+            f"model.no_weight_decay() returned {names!r:.100}", "return the names of parameters, say {'pos_embed'}"
         )
     return set(names)
 

@@ -1,16 +1,87 @@
-"""A checkpoint's groups of parameters, kept by the run that resumes it, also where a new run would have others."""
+"""The groups of parameters of an optimizer: those of a new run, or where these are others those of the checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.optim.decay import undecayed
+
+if TYPE_CHECKING:
+    from isobatch.trainers.tasks.task import Task
 
 Groups = Sequence[Mapping[str, Any]]
 """Groups as a checkpoint has them: hyperparameters, and the names of the ``params``."""
 
+Regroup = Callable[[list[dict[str, Any]], nn.Module, list[dict[str, Any]] | None], list[dict[str, Any]]]
+"""Return groups, of a model, with what an optimizer wants to know of each: as the optimizer chooses, or as it was in
+the groups that are kept of a checkpoint."""
+
 SHOWN = 5
+
+
+def groups_for(
+    task: Task, model: nn.Module, regroup: Regroup | None, stored: Groups, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return the groups of a new run, or where they are others those ``stored``, if they fit task and model.
+
+    Args:
+        regroup: of the optimizer; None: it wants to know nothing more of them.
+        tell: told where the stored ones are kept.
+
+    Raises:
+        UserError: the model has no trainable parameters, or the task's groups leave some out.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+
+    def wanted(kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        found = _task_groups(task, model)
+        return regroup(found, model, kept) if regroup else found
+
+    groups = wanted()
+    if same(stored, groups, names):
+        return groups
+    kept = as_stored(groups, stored, names)
+    if hasattr(task, "param_groups"):  # these are the task's, except for what Muon takes of them
+        kept = wanted(kept)
+    if not same(stored, kept, names):
+        return groups
+    tell(
+        "the optimizer keeps the checkpoint's groups, also for what a new run would decay, or give to Muon, otherwise: "
+        f"{moved(groups, kept, names)}"
+    )
+    return kept
+
+
+def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the task's own groups; without any, what has weight decay and what has none."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise UserError("the model has no trainable parameters")
+    if hasattr(task, "param_groups"):
+        groups = list(task.param_groups(model))
+        if not all(isinstance(group, dict) and "params" in group for group in groups):
+            raise UserError(
+                "task.param_groups doesn't return a list of groups", "return [{'params': [...], 'lr': 0.1}, ...]"
+            )
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        covered = {id(parameter) for group in groups for parameter in group["params"]}
+        if left_out := [name for name, parameter in trainable.items() if id(parameter) not in covered]:
+            raise UserError(
+                f"task.param_groups leaves out {', '.join(left_out[:SHOWN])}{' …' * (len(left_out) > SHOWN)}",
+                "put them into a group, or set requires_grad=False to freeze them",
+            )
+        # frozen ones would be moved by weight decay and momentum
+        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        return [group for group in groups if group["params"]]
+    without = undecayed(model)
+    decayed = [parameter for parameter in trainable.values() if parameter not in without]
+    exempt = [parameter for parameter in trainable.values() if parameter in without]
+    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def are_groups(value: Any) -> TypeGuard[list[dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 ANY = (0.0, math.inf)
+
+
+PAPER = {
+    "bias_correction": True,  # "after": of the step and not of u, which the ratio sees (DeepSpeed); False: none
+    "trust_clip": None,  # least and most of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) DeepSpeed's bounds
+    "norm_clip": None,  # φ: least and most of ‖w‖ in the ratio; (0, 10) is torch_optimizer's ``clamp_value``
+    "always_adapt": False,  # scale groups with ``trust=False``, too
+    "maximize": False,  # ascend
+}
+"""What implementations differ in, as the paper has it."""
 
 
 class LAMB(Layerwise):
@@ -30,12 +40,8 @@ class LAMB(Layerwise):
         betas: β1, β2.
         eps: ε.
         weight_decay: λ.
-        bias_correction: ``"after"``: of the step and not of u, which the ratio sees (DeepSpeed); False: none.
-        trust_clip: least and most of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) are DeepSpeed's bounds.
-        norm_clip: φ: least and most of ‖w‖ in the ratio; (0, 10) is torch_optimizer's ``clamp_value``.
-        always_adapt: scale groups with ``trust=False``, too.
-        maximize: ascend.
         native: use the C kernel for float32 on the CPU, where it can be built.
+        variant: what is otherwise than in PAPER.
 
     Raises:
         ValueError: a number is out of its range.
@@ -53,25 +59,19 @@ class LAMB(Layerwise):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
-        bias_correction: bool | Literal["after"] = True,
-        trust_clip: tuple[float, float] | None = None,
-        norm_clip: tuple[float, float] | None = None,
-        always_adapt: bool = False,
-        maximize: bool = False,
         native: bool = True,
+        **variant: Any,
     ) -> None:
+        chosen = {**PAPER, **variant}
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"{lr=}, {eps=} and {weight_decay=} have to be 0 or more, and {betas=} in [0, 1)")
-        if bias_correction not in (True, False, "after"):
-            raise ValueError(f"{bias_correction=} has to be True, False or 'after'")
-        for name, clip in (("trust_clip", trust_clip), ("norm_clip", norm_clip)):
+        if chosen["bias_correction"] not in (True, False, "after"):
+            raise ValueError(f"bias_correction={chosen['bias_correction']!r} has to be True, False or 'after'")
+        for name, clip in (("trust_clip", chosen["trust_clip"]), ("norm_clip", chosen["norm_clip"])):
             if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1]):
                 raise ValueError(f"{name}={clip} has to be (least, most), or None")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
-            "trust_clip": trust_clip, "norm_clip": norm_clip, "always_adapt": always_adapt, "maximize": maximize,
-        }  # fmt: skip
-        super().__init__(params, defaults, native)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, **PAPER}, variant, native)
 
     def _update(self, group: dict[str, Any], part: Part) -> None:
         if not part.native:

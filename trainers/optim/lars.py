@@ -12,6 +12,16 @@ from torch import Tensor
 from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
 
+PAPER = {
+    "eps": 0.0,  # ε; the paper has none, timm 1e-8
+    "nesterov": False,  # w moves by the next step's share of v, too
+    "scaled_momentum": True,  # False: v holds gradients, as in torch's SGD and timm, and not steps: w ← w − η·v
+    "trust_clip": False,  # η·local becomes the smaller of local and η (LARC, and timm's ``trust_clip``)
+    "always_adapt": False,  # scale groups with ``trust=False``, too
+    "maximize": False,  # ascend
+}
+"""What implementations differ in, as the paper has it."""
+
 
 class LARS(Layerwise):
     """LARS (You et al. 2017, arXiv:1708.03888, algorithm 1); its variants are options.
@@ -27,13 +37,8 @@ class LARS(Layerwise):
         momentum: share of v that is kept.
         trust_coefficient: c.
         weight_decay: λ.
-        eps: ε; the paper has none, timm 1e-8.
-        nesterov: w moves by the next step's share of v, too.
-        scaled_momentum: False: v holds gradients, as in torch's SGD and timm, and not steps: w ← w − η·v.
-        trust_clip: η·local becomes the smaller of local and η (LARC, and timm's ``trust_clip``).
-        always_adapt: scale groups with ``trust=False``, too.
-        maximize: ascend.
         native: use the C kernel for float32 on the CPU, where it can be built.
+        variant: what is otherwise than in PAPER.
 
     Raises:
         ValueError: a number is out of its range.
@@ -50,14 +55,10 @@ class LARS(Layerwise):
         trust_coefficient: float = 0.001,
         weight_decay: float = 2e-4,
         *,
-        eps: float = 0.0,
-        nesterov: bool = False,
-        scaled_momentum: bool = True,
-        trust_clip: bool = False,
-        always_adapt: bool = False,
-        maximize: bool = False,
         native: bool = True,
+        **variant: Any,
     ) -> None:
+        eps = variant.get("eps", PAPER["eps"])
         if not (lr >= 0 and trust_coefficient > 0 and weight_decay >= 0 and eps >= 0 and 0 <= momentum < 1):
             raise ValueError(
                 f"{lr=}, {weight_decay=} and {eps=} have to be 0 or more, {trust_coefficient=} above 0, and "
@@ -65,10 +66,8 @@ class LARS(Layerwise):
             )
         defaults = {
             "lr": lr, "momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": weight_decay,
-            "eps": eps, "nesterov": nesterov, "scaled_momentum": scaled_momentum, "trust_clip": trust_clip,
-            "always_adapt": always_adapt, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, native)
+        super().__init__(params, {**defaults, **PAPER}, variant, native)
 
     def _update(self, group: dict[str, Any], part: Part) -> None:
         lr, momentum, decay, c, eps = (

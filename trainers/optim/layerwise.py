@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.optim.kernels import kernels
-from isobatch.trainers.optim.make import evaluated
 from isobatch.trainers.tensors.sharding import local, sharded
 
 LARGE = 10_000  # elements
@@ -48,9 +47,11 @@ class Layerwise(Optimizer):
     """State and updates in at least float32, whatever the parameters are in; a group with ``trust=False`` isn't scaled.
 
     Args:
+        defaults: hyperparameters, by name; ``variant`` replaces some.
         native: use the C kernel for float32 on the CPU, where it can be built.
 
     Raises:
+        TypeError: ``variant`` has other names.
         UserError: in ``step``: a gradient is sparse, or a parameter complex.
     """
 
@@ -60,11 +61,19 @@ class Layerwise(Optimizer):
     counts = False
     """Whether it counts the ``step`` of each parameter, too."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], native: bool) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], variant: dict[str, Any], native: bool) -> None:
+        if unknown := variant.keys() - defaults.keys():
+            takes = ", ".join((*defaults, "native"))
+            raise TypeError(f"{type(self).__name__} takes no {' and no '.join(sorted(unknown))}; it takes {takes}")
         # fused: where steps are counted, they are counted on the device
-        super().__init__(params, {**defaults, "trust": True, "fused": True})
+        super().__init__(params, {**defaults, **variant, "trust": True, "fused": True})
         self._on_cpu = any(parameter.is_cpu for group in self.param_groups for parameter in group["params"])
         self._native = native and self._on_cpu and kernels() is not None
+
+    @staticmethod
+    def regroup(groups: list[dict[str, Any]], model: nn.Module, kept: object) -> list[dict[str, Any]]:
+        """Return groups, each with ``trust``: those without weight decay aren't scaled, unless they say so."""
+        return [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
 
     def agree(self) -> None:
         """Use the kernel where all ranks have it, and else nowhere: replicas that round otherwise drift apart.
@@ -79,7 +88,7 @@ class Layerwise(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update; what ``closure`` returned, where it is given."""
-        loss = evaluated(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for part in self._parts(group):
                 if self.counts:
@@ -140,8 +149,8 @@ class Layerwise(Optimizer):
         assert parameter.grad is not None
         if parameter.grad.layout != torch.strided:
             raise UserError(
-                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse: "
-                "give its nn.Embedding sparse=False, or take optimizer=custom optimizer._target_=torch.optim.SparseAdam"
+                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse",
+                "give its nn.Embedding sparse=False, or use optimizer=custom optimizer._target_=torch.optim.SparseAdam",
             )
         if parameter.is_complex():
             raise UserError(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")

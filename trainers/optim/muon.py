@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.optim.decay import gains_and_biases
-from isobatch.trainers.optim.make import evaluated, fused
+from isobatch.trainers.optim.fused import fused
 from isobatch.trainers.tensors.sharding import gathered, keep, sharded
 
 
@@ -59,10 +59,33 @@ class MuonAdamW(Optimizer):
             args = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             self._parts[False] = fused(AdamW, rest, args)
 
+    @staticmethod
+    def regroup(
+        groups: list[dict[str, Any]], model: nn.Module, kept: list[dict[str, Any]] | None
+    ) -> list[dict[str, Any]]:
+        """Return groups, each with ``muon``: those that don't say so themselves are parted into matrices and the rest.
+
+        Args:
+            kept: of a checkpoint, whose matrices they are; None: the inner ones.
+        """
+        if kept is None:
+            matrices = inner_matrices(model)
+        else:
+            matrices = {parameter for group in kept if group.get("muon") for parameter in group["params"]}
+        found = []
+        for group in groups:
+            if "muon" in group:
+                found.append({**group, "muon": bool(group["muon"])})
+                continue
+            inner = [parameter for parameter in group["params"] if parameter in matrices]
+            rest = [parameter for parameter in group["params"] if parameter not in matrices]
+            found += [{**group, "params": own, "muon": muon} for muon, own in ((True, inner), (False, rest)) if own]
+        return found
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update; what ``closure`` returned, where it is given."""
-        loss = evaluated(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         for muon, part in self._parts.items():
             groups = [group for group in self.param_groups if group["muon"] is muon]
             if muon and any(sharded(matrix) for group in groups for matrix in group["params"]):
@@ -101,16 +124,3 @@ def inner_matrices(model: nn.Module) -> set[Tensor]:
     outer: set[Tensor] = {parameter for module in (*embeddings, *head) for parameter in module.parameters()}
     outer.update(gains_and_biases(model))
     return {parameter for parameter in model.parameters() if parameter.ndim == 2 and parameter not in outer}
-
-
-def parted(groups: list[dict[str, Any]], matrices: set[Tensor]) -> list[dict[str, Any]]:
-    """The groups, each with ``muon``: those that don't say so themselves are parted into ``matrices`` and the rest."""
-    found = []
-    for group in groups:
-        if "muon" in group:
-            found.append({**group, "muon": bool(group["muon"])})
-            continue
-        inner = [parameter for parameter in group["params"] if parameter in matrices]
-        rest = [parameter for parameter in group["params"] if parameter not in matrices]
-        found += [{**group, "params": own, "muon": muon} for muon, own in ((True, inner), (False, rest)) if own]
-    return found

@@ -42,7 +42,9 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
             if not in_one_part(value):
                 raise UserError(
                     f"the optimizer {who} keeps a {key} of {names[parameter]} that isn't in parts as the parameter is "
-                    f"({value.placements}), which a checkpoint can't hold: use engine=ddp"
+                    f"({value.placements}), which a checkpoint can't hold",
+                    "use engine=ddp",
+                    key="engine",
                 )
             (tensors if isinstance(value, Tensor | Part) else values)[f"optim/{names[parameter]}/{key}"] = value
     values[GROUPS] = [_stored_group(group, names) for group in optimizer.param_groups]
@@ -75,7 +77,8 @@ def restore_optimizer(
     if [was["params"] for was in then] != [group["params"] for group in now]:
         raise UserError(
             f"the optimizer's parameters were in groups of {_sizes(then)} when the checkpoint was saved, and now in "
-            f"groups of {_sizes(now)}, or others are in them: was the task or the model changed?"
+            f"groups of {_sizes(now)}, or others are in them",
+            "was the task or the model changed?",
         )
     if more := reader.values.get(MORE):
         optimizer.load_state_dict({**optimizer.state_dict(), **more})

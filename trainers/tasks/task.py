@@ -81,6 +81,21 @@ def make_task(config: RunConfig) -> Task:
     return cast(Task, task)
 
 
+def make_model(config: RunConfig, task: Task) -> nn.Module:
+    """Return the model that ``model._target_`` names, made with ``model.args``; without it the task's own.
+
+    Raises:
+        UserError: it isn't a module.
+    """
+    if config.model.target is None:
+        model, what = task.model(), "task.model()"
+    else:
+        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{what} gives a {type(model).__name__}, not a torch.nn.Module", key="model._target_")
+    return model
+
+
 def _with_data(task: Any, target: str, data: Data) -> None:
     """Give ``task`` the data that ``data._target_`` makes; its own validation data would be of other data."""
     args, val_args, local = data.args, data.val_args, data.local

@@ -67,11 +67,11 @@ def local(tensor: Any) -> Tensor:
         return cast(Tensor, tensor.to_local())
 
 
-def copied(tensor: Any) -> Any:
-    """Return a copy of what this rank holds of ``tensor``, of its kind."""
+def copied(tensor: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy of what this rank holds of ``tensor``, of its kind; as ``dtype``, or as it is."""
     if isinstance(tensor, Part):
-        return Part(tensor.shape, tensor.start, tensor.data.clone())
-    return tensor.detach().clone()
+        return Part(tensor.shape, tensor.start, tensor.data.to(dtype or tensor.dtype, copy=True))
+    return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
 
 def gathered(tensor: Any) -> Tensor:

@@ -12,89 +12,89 @@ The argument, link by link:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.scaling.rules import Recipe
-from isobatch.trainers.engines.base import Base
 from isobatch.trainers.engines.bitwise.tree import Growing, Node, dealt, over_ranks
-from isobatch.trainers.engines.engine import Parts, Update
-from isobatch.trainers.engines.step_report import Note, Number, Total
+from isobatch.trainers.engines.gradients import Gradients, gradient_of
+from isobatch.trainers.engines.reducer import OwnStorage, Parts, Reducer
+from isobatch.trainers.engines.root import Found, explain
+from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.batchnorm import Counting
-from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.ranks.world import World
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
 
 BOUNDARY = 512  # bytes: of torch's allocators, that of CUDA
 
 
-class Bitwise(Base):
-    """The engine ``ddp`` where numerics are bitwise.
+def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
+    """Return the reducer of the engine ``ddp`` where numerics are bitwise."""
+    return Bitwise(parts)
+
+
+class Bitwise:
+    """Gradients are sums over micro-batches, by a tree.
 
     Raises:
         UserError: an operation has no deterministic implementation; after a step: the forward moved a buffer.
     """
 
+    lockstep, trails, mean_over = False, None, 1
+    shares_buffers = True  # they are the same on all ranks, or the run is refused
+
     def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
-        self._shares_buffers = False  # they are the same on all ranks, or the run is refused
+        model, self._world, self._root = parts.model, parts.world, parts.root
+        model.to(self._world.device)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False  # it chooses by the clock, among algorithms that round otherwise
-        for tensor in chain(parts.model.parameters(), parts.model.buffers()):
-            parts.world.share(tensor.data)  # the same on all ranks, as DDP makes them
-        self._begin(parts.make_optimizer())
-        self._summed = [*self._riders, *self._parameters]
-        self._tree, self._passes = Growing[Gradients](), 0
+        for tensor in chain(model.parameters(), model.buffers()):
+            self._world.share(tensor.data)  # the same on all ranks, as DDP makes them
+        self.tuned, self._buffers = parts.make_optimizer(), Buffers(model, self._world)
+        self.storage = OwnStorage(model, self._buffers.remember)
+        self._gradients = Gradients(self.tuned.optimizer)
+        self.observed, self.step, self.drop = self._gradients.parameters, self._gradients.step, self._gradients.drop
+        self._summed = [*parts.riders.parameters, *self.observed]
+        self._tree, self._passes = Growing[Sums](), 0
         self._sheets: list[Sheet] = []
-        self._wishes = torch.zeros_like(self._carrier.note)  # of a rank that has no leaf for them to go with
-        self._squares_by_pass: list[Tensor] = []
-        self._nothing = torch.zeros((), dtype=torch.float64, device=self._device)
-        modules = self.model.named_modules()  # but those whose buffers are brought together over ranks
-        self._layers = [(name, module) for name, module in modules if not isinstance(module, Counting)]
-        self._remember_buffers()
+        self._wishes = torch.zeros_like(self._summed[0])  # of a rank that has no leaf for them to go with
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert cut.pieces
         self._cut, self._leaves = cut, cut.pieces
-        return super().micro(cut, last)
+        return nullcontext()
 
-    def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        return super().loss(batch, samples) if samples else (torch.zeros((), device=self._device), 0.0)
+    def forward(self, work: Callable[[], Found]) -> Found:
+        return work()
 
-    def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
-        if loss.requires_grad:
-            super().backward(loss, note, measured)
-            self._tree.add(self._cut.block(self._world.rank)[self._passes], self._taken(), self._leaves)
+    call = forward
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        block = self._cut.block(self._world.rank)
+        if self._passes < len(block):
+            sums = Sums(torch.zeros_like(t) if t.grad is None else t.grad for t in self._summed)
+            self._tree.add(block[self._passes], sums, self._leaves)
             self._passes += 1
         else:  # a stand-in: it has wishes alone, whole numbers, which may be added in any order
             wishes = self._tree.sums[-1][1][0] if self._tree.sums else self._wishes
-            wishes += self._carrier.write(note)
-        if measured is not None:
-            square = self._squares.take(lambda own: own)
-            self._squares_by_pass.append(self._nothing if square is None else square)
-
-    def _reworded(self, text: str) -> str | None:
-        if "does not have a deterministic implementation" in text:
-            return f"numerics=bitwise: {text.partition(',')[0]}; leave it out, or use numerics=fast"
-        return super()._reworded(text)
-
-    def _taken(self) -> Gradients:
-        """What the backward left."""
-        taken = Gradients(torch.zeros_like(t) if t.grad is None else t.grad for t in self._summed)
+            wishes += gradient_of(self._summed[0])
         for tensor in self._summed:
             tensor.grad = None
-        return taken
 
-    def total(self, expected_units: int) -> Total:
+    def reduce(self) -> Number:
         held, mine = dealt(self._cut), [sums for _, sums in self._tree.sums]
         assert [node for node, _ in self._tree.sums] == [*held[self._world.rank]]
-        moved = self._moved_buffers()
+        moved = self._buffers.moved()
         count = torch.tensor(len(moved))  # on the CPU everywhere: no look at it waits for a device
         told = dist.all_reduce(count, async_op=True) if self._world.size > 1 else None
         root = mine[0] if self._world.size == 1 else self._over_ranks(mine, held)
@@ -107,74 +107,74 @@ class Bitwise(Base):
         if told:
             told.wait()
         if count:
-            self._refuse(moved)
-        return super().total(expected_units)
+            raise self._buffers.error(moved)
+        return self._gradients.norm()
 
-    def _over_ranks(self, mine: Sequence[Gradients], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
-        """The root of the tree, in the first sheet."""
+    def _over_ranks(self, mine: Sequence[Sums], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
+        """Return the root of the tree, in the first sheet."""
         while len(self._sheets) < max(1, len(mine)):
             self._sheets.append(Sheet(self._summed, self._world.size))
-        for sheet, gradients in zip(self._sheets, mine, strict=False):
-            torch._foreach_copy_(sheet.views, gradients)
+        for sheet, sums in zip(self._sheets, mine, strict=False):
+            torch._foreach_copy_(sheet.views, sums)
         for index, flat in enumerate(self._sheets[0].flats):
             over_ranks([sheet.flats[index] for sheet in self._sheets[: len(mine)]], held, self._leaves, flat)
         return self._sheets[0].views
 
-    def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
-        with self._explained:
-            return super().update(scale, clip_norm, recipe)
+    def explain(self, text: str) -> UserError | None:
+        if "does not have a deterministic implementation" in text:
+            problem = f"numerics=bitwise: {text.partition(',')[0]}"
+            return UserError(problem, "leave it out, or use numerics=fast", key="numerics", value="bitwise")
+        return explain(text)
 
-    def _measured_squares(self) -> Tensor | None:
-        if not self._squares_by_pass:
-            return None
-        own, self._squares_by_pass = torch.stack(self._squares_by_pass), []
-        everyone = own
-        if self._world.size > 1:
-            everyone = own.new_empty(self._world.size * len(own))
-            dist.all_gather_single(everyone, own)
-        rows = everyone.view(self._world.size, -1)
-        return torch.cat([row[: len(self._cut.block(rank))] for rank, row in enumerate(rows)]).sum()
 
-    def restore(self, reader: Reader) -> None:
-        super().restore(reader)
-        self._remember_buffers()
+class Buffers:
+    """Buffers of a model that nobody brings together over ranks: a forward may not move them."""
 
-    def _remember_buffers(self) -> None:
-        self._buffers_first = {name: buffer.clone() for name, buffer in self._own_buffers()}
-        self._buffers_seen: dict[str, tuple[Tensor, int]] = {}  # with the versions in which they were looked at
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self._world = world
+        modules = model.named_modules()  # but those whose buffers are brought together over ranks
+        self._layers = [(name, module) for name, module in modules if not isinstance(module, Counting)]
+        self.remember()
 
-    def _moved_buffers(self) -> list[str]:
-        """Those that aren't what they were at the start; values are compared where one was made anew or written to."""
+    def remember(self) -> None:
+        """Take what they are now for what they have to be."""
+        self._first = {name: buffer.clone() for name, buffer in self._named()}
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # with the versions in which they were looked at
+
+    def moved(self) -> list[str]:
+        """Return those that have moved; values are compared where one was made anew or written to."""
         moved = []
-        for name, buffer in self._own_buffers():
-            before, version = self._buffers_seen.get(name, (None, 0))
+        for name, buffer in self._named():
+            before, version = self._seen.get(name, (None, 0))
             if buffer is before and buffer._version == version:
                 continue
-            if not _same(buffer, self._buffers_first.get(name)):
+            if not _same(buffer, self._first.get(name)):
                 moved.append(name)
-            self._buffers_seen[name] = buffer, buffer._version
+            self._seen[name] = buffer, buffer._version
         return moved
 
-    def _refuse(self, moved: list[str]) -> NoReturn:
+    def error(self, moved: list[str]) -> UserError:
+        """Return what to say where some rank has ``moved`` any; called by all ranks."""
         said = next(filter(None, self._world.gather(", ".join(moved[:3]))))  # a rank without samples moves none
-        raise UserError(
-            f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank "
-            "has seen, so it isn't the same on any number of processes; only BatchNorm's statistics are "
-            "brought together. Use numerics=fast, or a model that doesn't"
+        return UserError(
+            f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank has seen, "
+            "so it isn't the same on any number of processes, and only BatchNorm's statistics are brought together",
+            "use numerics=fast, or a model that doesn't",
+            key="numerics",
+            value="bitwise",
         )
 
-    def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that nobody here brings together over ranks."""
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, layer in self._layers:
             for name, buffer in layer._buffers.items():
                 if buffer is not None:
                     yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-class Gradients(list[Tensor]):
-    """Those of all that is summed, one by one."""
+class Sums(list[Tensor]):
+    """The gradients of all that is summed, one by one."""
 
-    def add_(self, other: Gradients) -> None:
+    def add_(self, other: Sums) -> None:
         torch._foreach_add_(self, other)
 
 

@@ -12,10 +12,25 @@ import torch
 from pydantic import ValidationError
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.planning.engine_config import PRECISIONS
+from isobatch.scaling.planning.engine_config import DEEPSPEED, PRECISIONS
 
 if TYPE_CHECKING:
     import isobatch.conf.groups
+
+HARMLESS = (
+    "zero_optimization", "activation_checkpointing", "aio", "comet", "comms_logger", "csv_monitor",
+    "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "tensorboard",
+    "timers", "wall_clock_breakdown", "wandb",
+)  # fmt: skip
+"""Keys of DeepSpeed's that change its speed and its logs alone; the plan checks what ``zero_optimization`` says."""
+OURS = {
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 
 
 def import_deepspeed(device: torch.device | None = None) -> Any:
@@ -33,7 +48,7 @@ def import_deepspeed(device: torch.device | None = None) -> Any:
         deepspeed = import_module("deepspeed")
     except ImportError as error:
         raise UserError(
-            f"engine=deepspeed needs the package deepspeed ({error}): pip install '.[deepspeed]'"
+            f"engine=deepspeed needs the package deepspeed ({error})", "pip install '.[deepspeed]'", key="engine"
         ) from error
     finally:
         logger.disabled = False
@@ -54,12 +69,7 @@ def settings_of(config: isobatch.conf.groups.DeepSpeed) -> dict[str, Any]:
     """
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
     ours = {
-        "train_batch_size": None,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        **OURS,
         "zero_optimization": {"stage": config.stage, **offload},
         **{section: {"enabled": False} for section in PRECISIONS if section in config.config},
     }
@@ -73,39 +83,17 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def refuse_settings(settings: dict[str, Any]) -> None:
-    """Raises UserError where DeepSpeed doesn't take ``settings``."""
-    config, asked = import_module("deepspeed.runtime.config"), Asked(settings)
+    """Raise UserError where DeepSpeed doesn't take ``settings``, or they have a key that isn't known to be harmless."""
+    config = import_module("deepspeed.runtime.config")
     try:
-        config.DeepSpeedConfig(asked)
+        config.DeepSpeedConfig(dict(settings))
     except (AssertionError, KeyError, TypeError, ValueError, config.DeepSpeedConfigError) as error:
         said = error.errors() if isinstance(error, ValidationError) else []
         why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
-        raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}") from error
-    for key in settings.keys() - asked.seen:
-        near = get_close_matches(key, asked.seen, n=1)
-        raise UserError(
-            f"engine.config.{key} is no key of DeepSpeed's" + (f"; did you mean {near[0]}?" if near else "")
-        )
-
-
-class Asked(dict[str, Any]):
-    """Settings that remember for which keys they were asked: DeepSpeed passes over those that it doesn't know."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(settings)
-        self.seen = set[str]()
-
-    def __contains__(self, key: object) -> bool:
-        self.seen.add(str(key))
-        return super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.seen.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.seen.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self  # where a key is looked for among them
+        raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}", key="engine.config") from error
+    known = {*HARMLESS, *(key.partition(".")[0] for key in DEEPSPEED), *OURS}
+    for key in sorted(settings.keys() - known):
+        near = get_close_matches(key, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"leave it out; these may be given: {', '.join(HARMLESS)}"
+        problem = f"engine.config.{key} is no key of DeepSpeed's, or changes more than its speed and its logs"
+        raise UserError(problem, fix, f"engine.config.{key}", settings[key])

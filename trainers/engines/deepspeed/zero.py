@@ -1,199 +1,160 @@
-"""Where DeepSpeed keeps what: ZeRO's flat tensors, seen as parts of the model's parameters."""
+"""Reduce gradients by ZeRO: stage 1 parts the optimizer's state, 2 the gradients, 3 the parameters, too.
+
+DeepSpeed steps flat tensors (flat.py), of which each rank has a part. Its gradient is scaled and clipped where it lies
+before DeepSpeed's own step, which is told of neither.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from isobatch.scaling.errors import UserError
-from isobatch.trainers.model.average import Average
-from isobatch.trainers.tensors.sharding import Part, copied
-from isobatch.trainers.tensors.slices import Reader
+from isobatch.scaling.geometry import Cut
+from isobatch.trainers.engines.deepspeed.flat import Flat, Unflattened, flats_of, span_of
+from isobatch.trainers.engines.deepspeed.replicated import Wrapper
+from isobatch.trainers.engines.deepspeed.zero_order import InOrder
+from isobatch.trainers.engines.gradients import gradient_of, multiply, norm_of, number
+from isobatch.trainers.engines.lockstep import Lockstep
+from isobatch.trainers.engines.reducer import Parts, Read
+from isobatch.trainers.engines.root import explain
+from isobatch.trainers.engines.step_report import Number
+from isobatch.trainers.model.batchnorm import settled
+from isobatch.trainers.ranks.trails import BACKWARD, Trail
+from isobatch.trainers.tensors.sharding import Part
 
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where a parameter's elements [start, start + size), those that this rank holds, lie in a flat tensor.
-
-    Attributes:
-        shape: of the whole parameter.
-        offset: of the first of them in the flat tensor.
-    """
-
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    offset: int
-
-    def of(self, flat: Tensor) -> Part:
-        """What ``flat``, as long as the flat tensor, has there."""
-        return Part(self.shape, self.start, flat.detach()[self.offset : self.offset + self.size])
+if TYPE_CHECKING:
+    import isobatch.conf.groups
 
 
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A tensor that the optimizer steps: parts of parameters, one after another, and padding.
+class ZeRO:
+    """Stages 1 to 3: gradients are means over ranks, in parts."""
 
-    Attributes:
-        master: 1-D; its elements are what is trained.
-        group: of the optimizer, by its number.
-        spans: by parameter, in the order of the group; those of which this rank has nothing are empty.
-    """
+    lockstep = True
+    explain = staticmethod(explain)
 
-    master: Tensor
-    group: int
-    spans: dict[Tensor, Span]
+    def __init__(self, parts: Parts, wrapper: Wrapper, config: isobatch.conf.groups.DeepSpeed) -> None:
+        self.tuned, self._stage, self._offload = wrapper.tuned, config.stage, config.offload
+        self.mean_over, self.shares_buffers = parts.world.size, settled(parts.model)
+        self._riders, self._device = parts.riders, parts.world.device
+        self._told, self._late = 0.0, False
+        self.observed = [parameter for group in wrapper.groups for parameter in group]
+        self._engine, self._zero = wrapper.engine, wrapper.engine.optimizer
+        self.forward, self.call, self.backward = wrapper.engine, wrapper.call, wrapper.backward
+        self._tell_norm()
+        if parts.world.size > 1:
+            InOrder(self._zero, self._stage, parts.model.parameters())
+        recorded = parts.world.size > 1 and self._stage == 3
+        self.trails = Lockstep(parts.world, "engine.stage=2 or engine=ddp") if recorded else None
+        if self.trails:
+            record(self._zero, parts.model, self.trails.trail)
+        self._flats = flats_of(self._zero, self._stage)
+        flattened = Unflattened(self.tuned.optimizer, wrapper.groups, self._flats)
+        self.storage = FlatStorage(parts.model, self._zero, self._stage, self._flats, flattened)
+
+    def _tell_norm(self) -> None:
+        """Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite."""
+        if self._stage == 3:
+            self._zero._get_norm_groups = lambda: [self._told]
+        else:
+            self._zero.scaled_global_norm = lambda: self._told
+
+    def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
+        """Where the gradient goes to the host, DeepSpeed is told of a step's end after its last pass.
+
+        Told before, it would bring there only the gradients of what that pass uses.
+        """
+        self._late = self._offload and self._stage > 1 and cut.accumulation > 1
+        self._engine.set_gradient_accumulation_boundary(last and not self._late)
+        return self.trails.trail.begin("training") if self.trails else nullcontext()
+
+    def reduce(self) -> Number:
+        """One message: the notes, the statistics, and the norm of the gradient."""
+        if self._late:
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._zero.finalize_gradient_accumulation_boundary()
+        if self._offload and self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # the gradient is on its way to the host
+        square = norm_of(self._gradients()).to(self._device).square()
+        return number(self._riders.total(square, *(self.trails.ride() if self.trails else ())).sqrt())
+
+    def step(self, factor: Number) -> None:
+        multiply(self._gradients(), factor)
+        self._engine.step()
+        self._clear()
+
+    def drop(self) -> None:
+        self._told = math.inf  # so it drops the gradient itself, wherever it keeps some of it
+        self._engine.step()
+        self._told = 0.0
+        self._clear()
+
+    def _gradients(self) -> list[Tensor]:
+        if self._offload:
+            return [gradient_of(flat.master) for flat in self._flats]
+        if self._stage == 3:
+            return [self._zero.grad_partitions_flat_buffer]
+        return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+
+    def _clear(self) -> None:
+        """Zero what is kept for the next gradient: where a parameter isn't in all passes, this one would be in it."""
+        kept = self._gradients() if self._offload else []
+        if self._stage == 3:
+            kept.append(self._zero.grad_partitions_flat_buffer)
+        elif self._offload:
+            kept.extend(self._zero.accumulated_grads_in_cpu.values())
+        if kept:
+            torch._foreach_zero_(kept)
 
 
-def flats_of(zero: Any, stage: int) -> list[Flat]:
-    """The flat tensors of DeepSpeed's optimizer ``zero`` on this rank."""
-    return list(_by_parameter(zero) if stage == 3 else _by_group(zero))
-
-
-def _by_group(zero: Any) -> Iterator[Flat]:
-    """Stages 1 and 2 lay a group's parameters end to end, and part that equally."""
-    for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        begin, spans = dist.get_rank() * master.numel(), dict[Tensor, Span]()
-        parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
-        for parameter, offset in zip(parameters, offsets, strict=True):
-            start, stop = (min(max(at - offset, 0), parameter.numel()) for at in (begin, begin + master.numel()))
-            spans[parameter] = Span(tuple(parameter.shape), start, stop - start, max(offset - begin, 0))
-        yield Flat(master, group, {parameter: spans[parameter] for parameter in zero.bit16_groups[group]})
-
-
-def _by_parameter(zero: Any) -> Iterator[Flat]:
-    """Stage 3 parts every parameter equally, and lays the parts end to end."""
-    for index, master in enumerate(zero.fp32_partitioned_groups_flat):
-        offset, spans = 0, dict[Tensor, Span]()
-        for parameter in zero.fp16_groups[index]:
-            spans[parameter] = span_of(parameter, offset)
-            offset += parameter.partition_numel()
-        yield Flat(master, zero.sub_group_to_group_id[index], spans)
-
-
-def span_of(parameter: Any, offset: int = 0) -> Span:
-    """What this rank holds of a parameter in stage 3, the last part of which may be shorter, or empty."""
-    each, whole = parameter.partition_numel(), parameter.ds_numel
-    start = min(dist.get_rank() * each, whole)
-    return Span(tuple(parameter.ds_shape), start, min(each, whole - start), offset)
-
-
-class Unflattened:
-    """An optimizer of flat tensors, seen as that of the parameters in them, as checkpoints of all engines have it.
+class FlatStorage:
+    """What is trained is kept in flat tensors.
 
     Args:
-        groups: the parameters of its groups, before they were made flat.
+        zero: DeepSpeed's optimizer.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Sequence[list[Tensor]], flats: Sequence[Flat]) -> None:
-        self._optimizer, self._groups, self._flats = optimizer, groups, flats
-        self._spans = {parameter: span for flat in flats for parameter, span in flat.spans.items()}
+    def __init__(self, model: nn.Module, zero: Any, stage: int, flats: list[Flat], optimizer: Unflattened) -> None:
+        self._model, self._zero, self._stage, self._flats = model, zero, stage, flats
+        self._optimizer = optimizer
+
+    def parts(self) -> Mapping[str, Tensor | Part]:
+        trained = {p: span.of(flat.master) for flat in self._flats for p, span in flat.spans.items()}
+        return {name: trained.get(p) or self._frozen(p) for name, p in self._model.named_parameters()}
+
+    def _frozen(self, parameter: Any) -> Part | Tensor:
+        return span_of(parameter).of(parameter.ds_tensor) if self._stage == 3 else parameter.detach()
+
+    def optimizer_seen(self) -> AbstractContextManager[None]:
+        return self._optimizer.seen()
 
     @contextmanager
-    def seen(self) -> Iterator[None]:
-        """Within, the optimizer has the parameters in its groups, and their states, of which ranks have parts.
+    def restoring(self) -> Iterator[Read]:
+        with self._optimizer.restored():
+            yield self._optimizer.read
+        self.refresh()
 
-        Raises:
-            UserError: it keeps what can't be parted.
-        """
-        optimizer = self._optimizer
-        flat, groups = optimizer.state, [group["params"] for group in optimizer.param_groups]
-        try:
-            optimizer.state = defaultdict(dict, self._unflattened(flat))
-            self._exchange(self._groups)
-            yield
-        finally:
-            optimizer.state = flat
-            self._exchange(groups)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """As ``seen``, with no state; what it has at the end is made flat, and is the optimizer's."""
-        self._optimizer.state.clear()
-        with self.seen():
-            yield
-            found = self._optimizer.state
-        for flat in self._flats:
-            states = [found[parameter] for parameter in flat.spans if parameter in found]
-            for key in dict.fromkeys(key for state in states for key in state):
-                self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
-                for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
-                    state.pop(key, None)
-
-    def read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-        """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar.
-
-        Elements stay on the CPU until they are made flat, which may be where they belong.
-        """
-        span = self._spans[parameter]
-        if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
-            return reader(name, span.start, span.start + span.size)
-        return reader.whole(name).to(device)
-
-    def _exchange(self, groups: Sequence[list[Any]]) -> None:
-        for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):
-            group["params"] = parameters
-
-    def _unflattened(self, state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        return {
-            parameter: {key: self._part(flat, span, key, value) for key, value in state[flat.master].items()}
-            for flat in self._flats
-            if flat.master in state
-            for parameter, span in flat.spans.items()
-        }
-
-    def _part(self, flat: Flat, span: Span, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if value.shape != flat.master.shape:
-            raise UserError(
-                f"the optimizer {type(self._optimizer).__name__} keeps a {key} of shape {list(value.shape)} for "
-                f"{flat.master.numel()} elements; DeepSpeed takes those that keep a number for each: use engine=ddp"
-            )
-        return span.of(value)
-
-    def _flattened(self, flat: Flat, key: str, states: Mapping[Tensor, dict[str, Any]]) -> Any:
-        """One value for all of ``flat``, of those for its parameters."""
-        values = {parameter: states[parameter][key] for parameter in flat.spans if key in states.get(parameter, {})}
-        first = next(iter(values.values()))
-        if not isinstance(first, Tensor) or first.ndim == 0:
-            if any(value != first for value in values.values()):
-                raise UserError(f"the checkpoint has different {key} for parameters of a group: DeepSpeed keeps one")
-            return first.cpu() if isinstance(first, Tensor) and flat.master.is_cpu else first
-        whole = torch.zeros_like(flat.master, dtype=first.dtype, requires_grad=False)
-        for parameter, value in values.items():
-            flat.spans[parameter].of(whole).data.copy_(value)
-        return whole
+    def refresh(self) -> None:
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
+        for index in range(len(self._flats)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
 
 
-def _one_for_all(reader: Reader, name: str) -> bool:
-    """Whether the state ``name`` of a parameter without dimensions is a scalar for those that have some, too."""
-    key = name.rpartition("/")[2]
-    scalars = [other for other, stored in reader.tensors.items() if other.endswith(f"/{key}") and not stored.shape]
-    of = [other.removeprefix("optim/").removesuffix(f"/{key}") for other in scalars if other.startswith("optim/")]
-    return key == "step" or any(reader.tensors[f"model/{one}"].shape for one in of)
+def record(zero: Any, model: nn.Module, trail: Trail) -> None:
+    """Record the modules for which stage 3 gathers weights: its messages follow from their order."""
+    coordinator = zero.parameter_offload.get_param_coordinator()
+    fetch, names = coordinator.fetch_sub_module, {one: name for name, one in model.named_modules()}
 
+    def fetched(module: nn.Module, forward: bool) -> None:
+        name = names.get(module) or "the model"
+        trail.ran(name if forward else name + BACKWARD)
+        fetch(module, forward)
 
-class PartsAverage(Average):
-    """The moving average of what this rank holds.
-
-    Args:
-        named: parts, and tensors that all ranks have whole.
-        refresh: brings what is computed with up to date with the parts.
-    """
-
-    def __init__(self, named: Mapping[str, Part | Tensor], refresh: Callable[[], None]) -> None:
-        self._parameters = list(named.values())  # type: ignore[arg-type]
-        self.tensors = {name: copied(one) for name, one in named.items()}
-        self._bring = refresh
-
-    def _refresh(self) -> None:
-        self._bring()
+    coordinator.fetch_sub_module = fetched

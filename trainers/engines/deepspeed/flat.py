@@ -1,0 +1,187 @@
+"""Where DeepSpeed keeps what: ZeRO's flat tensors, seen as parts of the model's parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.tensors.sharding import Part
+from isobatch.trainers.tensors.slices import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a parameter's elements [start, start + size), those that this rank holds, lie in a flat tensor.
+
+    Attributes:
+        shape: of the whole parameter.
+        offset: of the first of them in the flat tensor.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    offset: int
+
+    def of(self, flat: Tensor) -> Part:
+        """What ``flat``, as long as the flat tensor, has there."""
+        return Part(self.shape, self.start, flat.detach()[self.offset : self.offset + self.size])
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A tensor that the optimizer steps: parts of parameters, one after another, and padding.
+
+    Attributes:
+        master: 1-D; its elements are what is trained.
+        group: of the optimizer, by its number.
+        spans: by parameter, in the order of the group; those of which this rank has nothing are empty.
+    """
+
+    master: Tensor
+    group: int
+    spans: dict[Tensor, Span]
+
+
+def flats_of(zero: Any, stage: int) -> list[Flat]:
+    """The flat tensors of DeepSpeed's optimizer ``zero`` on this rank."""
+    return list(_by_parameter(zero) if stage == 3 else _by_group(zero))
+
+
+def _by_group(zero: Any) -> Iterator[Flat]:
+    """Stages 1 and 2 lay a group's parameters end to end, and part that equally."""
+    for group, master in enumerate(zero.single_partition_of_fp32_groups):
+        begin, spans = dist.get_rank() * master.numel(), dict[Tensor, Span]()
+        parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start, stop = (min(max(at - offset, 0), parameter.numel()) for at in (begin, begin + master.numel()))
+            spans[parameter] = Span(tuple(parameter.shape), start, stop - start, max(offset - begin, 0))
+        yield Flat(master, group, {parameter: spans[parameter] for parameter in zero.bit16_groups[group]})
+
+
+def _by_parameter(zero: Any) -> Iterator[Flat]:
+    """Stage 3 parts every parameter equally, and lays the parts end to end."""
+    for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+        offset, spans = 0, dict[Tensor, Span]()
+        for parameter in zero.fp16_groups[index]:
+            spans[parameter] = span_of(parameter, offset)
+            offset += parameter.partition_numel()
+        yield Flat(master, zero.sub_group_to_group_id[index], spans)
+
+
+def span_of(parameter: Any, offset: int = 0) -> Span:
+    """What this rank holds of a parameter in stage 3, the last part of which may be shorter, or empty."""
+    each, whole = parameter.partition_numel(), parameter.ds_numel
+    start = min(dist.get_rank() * each, whole)
+    return Span(tuple(parameter.ds_shape), start, min(each, whole - start), offset)
+
+
+class Unflattened:
+    """An optimizer of flat tensors, seen as that of the parameters in them, as checkpoints of all engines have it.
+
+    Args:
+        groups: the parameters of its groups, before they were made flat.
+    """
+
+    def __init__(self, optimizer: Optimizer, groups: Sequence[list[Tensor]], flats: Sequence[Flat]) -> None:
+        self._optimizer, self._groups, self._flats = optimizer, groups, flats
+        self._spans = {parameter: span for flat in flats for parameter, span in flat.spans.items()}
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """Within, the optimizer has the parameters in its groups, and their states, of which ranks have parts.
+
+        Raises:
+            UserError: it keeps what can't be parted.
+        """
+        optimizer = self._optimizer
+        flat, groups = optimizer.state, [group["params"] for group in optimizer.param_groups]
+        try:
+            optimizer.state = defaultdict(dict, self._unflattened(flat))
+            self._exchange(self._groups)
+            yield
+        finally:
+            optimizer.state = flat
+            self._exchange(groups)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """As ``seen``, with no state; what it has at the end is made flat, and is the optimizer's."""
+        self._optimizer.state.clear()
+        with self.seen():
+            yield
+            found = self._optimizer.state
+        for flat in self._flats:
+            states = [found[parameter] for parameter in flat.spans if parameter in found]
+            for key in dict.fromkeys(key for state in states for key in state):
+                self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
+                for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
+                    state.pop(key, None)
+
+    def read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
+        """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar.
+
+        Elements stay on the CPU until they are made flat, which may be where they belong.
+        """
+        span = self._spans[parameter]
+        if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
+            return reader(name, span.start, span.start + span.size)
+        return reader.whole(name).to(device)
+
+    def _exchange(self, groups: Sequence[list[Any]]) -> None:
+        for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):
+            group["params"] = parameters
+
+    def _unflattened(self, state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        return {
+            parameter: {key: self._part(flat, span, key, value) for key, value in state[flat.master].items()}
+            for flat in self._flats
+            if flat.master in state
+            for parameter, span in flat.spans.items()
+        }
+
+    def _part(self, flat: Flat, span: Span, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.shape != flat.master.shape:
+            raise UserError(
+                f"the optimizer {type(self._optimizer).__name__} keeps a {key} of shape {list(value.shape)} for "
+                f"{flat.master.numel()} elements, and DeepSpeed takes those that keep a number for each",
+                "use engine=ddp",
+                key="optimizer",
+            )
+        return span.of(value)
+
+    def _flattened(self, flat: Flat, key: str, states: Mapping[Tensor, dict[str, Any]]) -> Any:
+        """One value for all of ``flat``, of those for its parameters."""
+        values = {parameter: states[parameter][key] for parameter in flat.spans if key in states.get(parameter, {})}
+        first = next(iter(values.values()))
+        if not isinstance(first, Tensor) or first.ndim == 0:
+            if any(value != first for value in values.values()):
+                raise UserError(
+                    f"the checkpoint has different {key} for parameters of a group, and DeepSpeed keeps one",
+                    "use engine=ddp",
+                    key="engine",
+                )
+            return first.cpu() if isinstance(first, Tensor) and flat.master.is_cpu else first
+        whole = torch.zeros_like(flat.master, dtype=first.dtype, requires_grad=False)
+        for parameter, value in values.items():
+            flat.spans[parameter].of(whole).data.copy_(value)
+        return whole
+
+
+def _one_for_all(reader: Reader, name: str) -> bool:
+    """Whether the state ``name`` of a parameter without dimensions is a scalar for those that have some, too."""
+    key = name.rpartition("/")[2]
+    scalars = [other for other, stored in reader.tensors.items() if other.endswith(f"/{key}") and not stored.shape]
+    of = [other.removeprefix("optim/").removesuffix(f"/{key}") for other in scalars if other.startswith("optim/")]
+    return key == "step" or any(reader.tensors[f"model/{one}"].shape for one in of)

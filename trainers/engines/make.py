@@ -1,0 +1,86 @@
+"""Make the engine that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.reducer import Parts
+from isobatch.trainers.model.precision import check_precision
+from isobatch.trainers.optim.make import make_optimizer
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
+    from isobatch.scaling.rules import Recipe
+    from isobatch.trainers.optim.groups import Groups
+    from isobatch.trainers.ranks.world import World
+    from isobatch.trainers.tasks.task import Task
+
+ENGINES = {
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "accelerate": "accelerate",
+    "deepspeed": "deepspeed",
+    "bitwise": "bitwise.bitwise",
+}
+"""The modules of engines, imported where they are chosen. Each has ``make_reducer(parts, config)``; it may have
+``preload(config)``, which imports what a step does, and ``refuse_environment(config, plan)``, which raises UserError
+where what it is launched with contradicts the plan."""
+
+
+def make_engine(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    recipe: Recipe,
+    world: World,
+    stored: Groups = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Engine:
+    """Return the engine that the config names.
+
+    Args:
+        recipe: what the optimizer is made with; so are ``stored`` and ``tell``.
+
+    Raises:
+        UserError: it can't train this model, or the package that it needs isn't installed.
+    """
+    check_precision(config.precision, world.device)
+    parts = Parts(model, world, lambda: make_optimizer(config, task, model, recipe, stored, tell))
+    return Engine(
+        task,
+        parts,
+        _module(config).make_reducer(parts, config),
+        ema=config.ema is not None,
+        skip_nonfinite=config.on_nonfinite == "skip",
+        precision=config.precision,
+    )
+
+
+def refuse_environment(config: RunConfig, plan: Plan) -> None:
+    """Raise UserError where what the engine is launched with contradicts the plan."""
+    if refuse := getattr(_module(config), "refuse_environment", None):
+        refuse(config, plan)
+
+
+def import_engine(config: RunConfig) -> None:
+    """Import what ``make_engine`` and the first step import, once for all workers that are forked from here.
+
+    It starts no thread, and no CUDA. A package that can't be imported is the workers' to reject.
+    """
+    module = _module(config)
+    with suppress(Exception):
+        if preload := getattr(module, "preload", None):
+            preload(config)
+
+
+def _module(config: RunConfig) -> ModuleType:
+    name = "bitwise" if config.numerics == "bitwise" else config.engine.name
+    return import_module(f"isobatch.trainers.engines.{ENGINES[name]}")

@@ -1,0 +1,131 @@
+"""Dropout whose masks follow the sample: the same however a global batch is cut (see randomness.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from isobatch.trainers.model.randomness import STREAMS, Stream
+
+
+def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: bool) -> Tensor:
+    """Return ``Stream.keys`` for each row of an input, and where in its sample's mask a row begins: int32 [3, rows, 1].
+
+    Args:
+        elements: of a row.
+        channels: each sample has to be one row.
+    """
+    if misfits(stream, layer, rows, channels):
+        keys, each = torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(stream.device), rows
+    else:
+        keys, each = stream.keys(layer), rows // stream.samples
+    begin = (torch.arange(each) * elements).to(torch.int32).to(stream.device).view(1, -1, 1)
+    keys = keys.repeat_interleave(each, 1) if each > 1 else keys
+    return torch.cat((keys, begin.repeat(1, rows // each, 1)))
+
+
+def misfits(stream: Stream, layer: int, rows: int, channels: bool) -> bool:
+    """Return whether the rows of a layer's input aren't a multiple of the samples; report it if so."""
+    misfit = not stream.samples or bool(rows % stream.samples) or (channels and rows != stream.samples)
+    if misfit:
+        name = stream.names.get(layer) or "model"
+        stream.tell(f"the rows of dropout layer {name} aren't a multiple of the samples")
+    return misfit
+
+
+@torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))
+def mask_keys(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
+    """``row_keys`` as a compiler sees it, which is to look at nothing that changes between two forwards.
+
+    The number of samples does: code that looked at it would be compiled again for each. The compiler is told that the
+    clock moves, so that calls stay as many as they are, and in their order.
+    """
+    clock += 1
+    return row_keys(STREAMS[stream], int(layer), rows, elements, channels)
+
+
+@mask_keys.register_fake
+def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
+    return torch.empty(3, rows, 1, dtype=torch.int32, device=STREAMS[stream].device)
+
+
+def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
+    """31 uniform bits for each element of each row: int32 [rows, elements].
+
+    murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
+
+    Args:
+        keys: of ``Stream.keys``, where a row is a sample, or of ``row_keys``.
+    """
+    places = torch.arange(elements, dtype=torch.int32, device=keys.device)
+    if len(keys) == 3:
+        places = places + keys[2]
+    words = places.mul_(-1640531527) ^ keys[0]
+    shifted = torch.empty_like(words)
+    for key in (keys[1], None):
+        words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
+        words *= -2048144789
+        words ^= torch.bitwise_right_shift(words, 13, out=shifted).bitwise_and_(0x7FFFF)
+        words *= -1028477387
+        if key is not None:
+            words ^= key
+    words ^= torch.bitwise_right_shift(words, 16, out=shifted).bitwise_and_(0xFFFF)
+    return words.bitwise_and_(0x7FFFFFFF)
+
+
+class KeyedDropout(nn.Dropout):
+    """nn.Dropout (and, with ``channels``, Dropout1d to 3d) whose mask follows the sample.
+
+    The rows of its input have to be a multiple of the micro-batch's samples, in their order (as [samples, …] and
+    [samples × tokens, …] are); for other inputs it falls back to torch's dropout, keyed by micro-batch.
+    """
+
+    def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
+        super().__init__(p, inplace)
+        self._stream, self._channels = stream, channels
+        stream.names[layer] = name
+        self._layer = torch.tensor(layer)  # a compiler takes a number for a constant, and makes code for each layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        stream = self._stream
+        if not self.training or self.p == 0 or input.numel() == 0:
+            return input
+        if torch.compiler.is_compiling():
+            rows = input.shape[0]
+            elements = input.shape[1] if self._channels else input.numel() // rows
+            keys = mask_keys(stream.clock, self._layer, rows, elements, self._channels, stream.number)
+        else:
+            layer, rows = int(self._layer), stream.samples
+            if misfits(stream, layer, input.shape[0], self._channels):
+                return nn.functional.dropout(input, self.p, True, self.inplace)
+            elements = input.shape[1] if self._channels else input.numel() // rows
+            keys = stream.keys(layer)
+        bits = _uniform_bits(keys, elements)
+        scale = (bits >= round(self.p * 2**31)).to(input.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+        shape = (rows, elements, *[1] * (input.dim() - 2)) if self._channels else input.shape
+        scale = scale.view(shape)
+        return input.mul_(scale) if self.inplace else input * scale
+
+
+_SWAPPED = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropout3d: True}
+
+
+def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
+    """Swap every dropout module of ``model`` for a keyed one, in place (a shared one stays shared)."""
+    if type(model) in _SWAPPED:
+        return _keyed(model, stream, "", 0)
+    swapped: dict[nn.Module, KeyedDropout] = {}
+    for layer, (name, module) in enumerate(list(model.named_modules())):
+        if type(module) in _SWAPPED:
+            swapped[module] = _keyed(module, stream, name, layer)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out the second name of a shared one
+            if child in swapped:
+                setattr(parent, name, swapped[child])
+    return model
+
+
+def _keyed(module: nn.Module, stream: Stream, name: str, layer: int) -> KeyedDropout:
+    assert isinstance(module, nn.modules.dropout._DropoutNd)
+    keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
+    return keyed.train(module.training)
