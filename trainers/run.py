@@ -32,7 +32,13 @@ from isobatch.trainers.data.validation import Validation, open_validation
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine, refuse_environment
 from isobatch.trainers.launch.source import Source, changes
-from isobatch.trainers.loop.announce import announce_frozen, announce_position, depends_on_hardware, make_stream
+from isobatch.trainers.loop.announce import (
+    RUN_DEPENDS,
+    announce_frozen,
+    announce_position,
+    make_stream,
+    report_dependence,
+)
 from isobatch.trainers.loop.claim import claim
 from isobatch.trainers.loop.evaluate import Evaluation, Evaluator
 from isobatch.trainers.loop.fit import Stepper, fit
@@ -295,7 +301,7 @@ def warnings(config: RunConfig, built: Built, restored: Restored) -> Iterator[st
 def announce_trial(run: RunDir | None, looked: Looked, stream: Stream) -> None:
     """Say what the trial of the task found."""
     for reason in looked.depends_on_hardware:
-        depends_on_hardware(run, reason)
+        report_dependence(run, RUN_DEPENDS, reason)
     for reason in looked.depends_on_cut:
         stream.tell(reason)
     for reason in looked.evaluation_depends:

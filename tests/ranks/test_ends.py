@@ -11,7 +11,7 @@ import pytest
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.trainers.launch.failures import decide_restart, record_end
+from isobatch.trainers.launch.failures import Starts, record_end
 from isobatch.trainers.ranks.failure import Failure, Reached
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.run import train
@@ -207,7 +207,7 @@ def test_texts_travel_between_ranks(runs: Runs) -> None:
 )
 def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: int, half: int) -> None:
     failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu, granule))
-    verdict = decide_restart(failure, furthest=-1)
+    verdict = Starts().decide(failure)
     assert (verdict.per_gpu_limit, verdict.retry) == (half, half > 0)
     cause = record_end(failure, None, "attempt").cause
     assert cause.endswith(f"; batch.per_gpu={half} needs less") is (half > 0)
@@ -217,7 +217,7 @@ def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: in
 def test_where_memory_runs_out_a_bitwise_run_ends() -> None:
     """With a smaller micro-batch it would be another run."""
     failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu=64, fixed=True))
-    verdict = decide_restart(failure, furthest=-1)
+    verdict = Starts().decide(failure)
     assert (verdict.failure.kind, verdict.per_gpu_limit, verdict.retry) == ("oom", 0, False)
     cause = record_end(failure, None, "attempt").cause
     assert "numerics=bitwise can't go on with fewer samples in a pass" in cause

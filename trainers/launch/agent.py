@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ from isobatch.conf.rundir.lock import identity_of, place_of
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.rundir.take import LOCK_FD, open_lock
 from isobatch.conf.terminal import say
-from isobatch.trainers.launch.failures import Verdict, decide_restart, record_restart
+from isobatch.trainers.launch.failures import Starts, Verdict, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess
 from isobatch.trainers.launch.rendezvous import Alone
 from isobatch.trainers.launch.worker import Body, run_for_agent
@@ -71,7 +70,7 @@ class Agent(SimpleElasticAgent):
 
     Attributes:
         notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
-            the workers, ``failed``, ``stopping``, ``verdict`` and ``per_gpu_limit`` from the agents.
+            the workers, ``failed``, ``stopping``, ``verdict`` and ``starts`` from the agents.
         end: what rank 0 returned.
         verdict: of the failure that was first, and whether to start again.
         starts: how often the workers were started.
@@ -96,10 +95,7 @@ class Agent(SimpleElasticAgent):
         self.starts = 0
         self._stop, self._announced = stop, False
         self._timeout_s = config.cluster.timeout_s
-        self._restarts_left = config.cluster.max_restarts
-        self._furthest = -1  # step that a start reached before it crashed
-        self._step = self._samples = 0  # that any start reached
-        self._per_gpu_limit: int | None = None  # since memory ran out
+        self._failed_starts = Starts(config.cluster.max_restarts)  # kept on each agent: rank 0 may be another's later
         self._address = address
         self._start_method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
         self._run = RunDir(start.run_dir) if start.run_dir else None
@@ -135,8 +131,7 @@ class Agent(SimpleElasticAgent):
             shared: Store = worker_group.store  # type: ignore[assignment]
             if self.leads:
                 self.notes = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
-                if self._per_gpu_limit is not None:
-                    write_note(self.notes, "per_gpu_limit", self._per_gpu_limit)
+                write_note(self.notes, "starts", self._failed_starts)
                 shared.set("notes", json.dumps([self._address, self.notes.port]))
             address, port = json.loads(shared.get("notes"))
             if not self.leads:
@@ -229,7 +224,8 @@ class Agent(SimpleElasticAgent):
         self.verdict = self._decide(own) if self.leads else self._await_verdict()
         self.end = read_note(self.notes, "end", Outcome)
         if self.verdict:
-            self.verdict = self._remember(self.verdict)
+            self.verdict = self._failed_starts.add(self.verdict)
+            self._entered = read_note(self.notes, "entered", str) or self._entered
         self._remaining_restarts = int(self.verdict is not None and self.verdict.retry)
         if not self._remaining_restarts:
             self._exit_barrier()  # as long as others may read it here
@@ -255,26 +251,9 @@ class Agent(SimpleElasticAgent):
         over = bool(
             self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)
         )
-        verdict = decide_restart(failure, self._furthest, restarts_left=self._restarts_left, over=over)
+        verdict = self._failed_starts.decide(failure, over=over)
         write_note(self.notes, "verdict", verdict)
         return verdict
-
-    def _remember(self, verdict: Verdict) -> Verdict:
-        """Keep what later verdicts depend on, on each agent: rank 0 may be another's then.
-
-        Returns:
-            The verdict, with how far any start had come.
-        """
-        failure, reached = verdict.failure, verdict.failure.reached
-        if failure.kind != "oom":
-            self._restarts_left -= 1
-            self._furthest = max(self._furthest, reached.step)
-        self._per_gpu_limit = verdict.per_gpu_limit or self._per_gpu_limit
-        self._step, self._samples = max(self._step, reached.step), max(self._samples, reached.samples)
-        self._entered = read_note(self.notes, "entered", str) or self._entered
-        return replace(
-            verdict, failure=replace(failure, reached=replace(reached, step=self._step, samples=self._samples))
-        )
 
     def _await_verdict(self) -> Verdict | None:
         """Return the verdict of rank 0's agent; where it says nothing, what is known here, and no retry."""

@@ -28,24 +28,52 @@ class Verdict:
     per_gpu_limit: int | None = None
 
 
-def decide_restart(failure: Failure, furthest: int, *, restarts_left: int = 1, over: bool = False) -> Verdict:
-    """Decide whether to start the workers again after ``failure``.
+@dataclass(slots=True)
+class Starts:
+    """Keep what the failed starts of the workers have come to, and decide whether there is another.
 
-    They aren't where that can't help, nor where the last start got no further than one before it. Where memory ran out
-    they are started with half the samples in a pass; that doesn't count as a restart.
-
-    Args:
-        furthest: the step that a start before reached; -1: there was none.
-        over: the run has ended, or was asked to stop.
+    Attributes:
+        restarts: how many of them may still crash; None: torchrun counts them.
+        furthest: the step that one of them reached before it crashed; -1: none has crashed.
+        step, samples: that any of them reached.
+        per_gpu_limit: the most samples in a pass, since memory ran out.
     """
-    retry = failure.again and not over
-    if failure.kind == "oom":
-        limit = 0 if failure.reached.fixed else failure.reached.half
-        return Verdict(failure, retry and limit > 0, limit)
-    if retry and restarts_left > 0 and failure.reached.step <= furthest:
-        cause = f"{failure.cause}; not started again, since the last start got no further than one before"
-        return Verdict(replace(failure, cause=cause), retry=False)
-    return Verdict(failure, retry and restarts_left > 0)
+
+    restarts: int | None = None
+    furthest: int = -1
+    step: int = 0
+    samples: int = 0
+    per_gpu_limit: int | None = None
+
+    def decide(self, failure: Failure, *, over: bool = False) -> Verdict:
+        """Decide whether to start the workers again after ``failure``.
+
+        They aren't where that can't help, nor where the last start got no further than one before it. Where memory ran
+        out they are started with half the samples in a pass; that doesn't count as a restart.
+
+        Args:
+            over: the run has ended, or was asked to stop.
+        """
+        retry = failure.again and not over
+        if failure.kind == "oom":
+            limit = 0 if failure.reached.fixed else failure.reached.half
+            return Verdict(failure, retry and limit > 0, limit)
+        retry = retry and self.restarts != 0
+        if retry and failure.reached.step <= self.furthest:
+            cause = f"{failure.cause}; not started again, since the last start got no further than one before"
+            return Verdict(replace(failure, cause=cause), retry=False)
+        return Verdict(failure, retry)
+
+    def add(self, verdict: Verdict) -> Verdict:
+        """Take in what a start has come to; return the verdict of it with how far any start had come."""
+        failure, reached = verdict.failure, verdict.failure.reached
+        if failure.kind != "oom":
+            self.restarts = self.restarts and self.restarts - 1
+            self.furthest = max(self.furthest, reached.step)
+        self.per_gpu_limit = verdict.per_gpu_limit or self.per_gpu_limit
+        self.step, self.samples = max(self.step, reached.step), max(self.samples, reached.samples)
+        reached = replace(reached, step=self.step, samples=self.samples)
+        return replace(verdict, failure=replace(failure, reached=reached))
 
 
 def record_end(

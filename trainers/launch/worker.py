@@ -21,7 +21,7 @@ from isobatch.conf.hardware import under_torchrun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.launch.failures import decide_restart, record_end, record_restart
+from isobatch.trainers.launch.failures import Starts, record_end, record_restart
 from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of, restarts
 from isobatch.trainers.ranks.notes import (
     await_failure,
@@ -115,8 +115,8 @@ class Worker:
         gc.freeze()
         gc.enable()
         launches = tuple(world.gather(self.start.attempt))
-        limit = read_note(lasting(self.store), "per_gpu_limit", int)
-        known = replace(self.start, launches=launches, per_gpu_limit=limit)
+        failed = read_note(lasting(self.store), "starts", Starts) or Starts()
+        known = replace(self.start, launches=launches, per_gpu_limit=failed.per_gpu_limit)
         self.start = from_json(world.agree(to_json(known)), Start)
         return world
 
@@ -219,17 +219,15 @@ def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
     if not first:
         return
     kept = lasting(store)
-    before = read_note(kept, "furthest", int)
+    starts = read_note(kept, "starts", Starts) or Starts()
     failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
-    verdict = decide_restart(failure, -1 if before is None else before)
+    verdict = starts.decide(failure)
     end = record_end(verdict.failure, worker.run, worker.start.attempt, restarts(), worker.terminal)
     if not verdict.retry:
         write_note(kept, "final", end)
         return
-    if verdict.per_gpu_limit is not None:
-        write_note(kept, "per_gpu_limit", verdict.per_gpu_limit)
-    else:
-        write_note(kept, "furthest", max(failure.reached.step, before or 0))
+    starts.add(verdict)
+    write_note(kept, "starts", starts)
     if worker.run and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         record_restart(verdict, worker.run, restarts() + 1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import say
@@ -13,33 +15,24 @@ from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tensors.manifest import Checkpoint
 
+RUN_DEPENDS = "this run isn't the same on other hardware or another batch.per_gpu"
+EVALUATION_DEPENDS = "the values of evaluations aren't the same on other hardware or another evaluate.per_gpu"
+
+
+def report_dependence(run: RunDir | None, what: str, reason: str) -> None:
+    """Report why ``what``, one of the above, depends on the cut; nothing where ``run`` is None."""
+    tell(run, "depends_on_cut", f"{what}: {reason}", reason=reason)
+
 
 def make_stream(session: Session, run: RunDir | None) -> Stream:
-    """Return the stream of random keys, which reports what makes the run depend on its cut.
-
-    Args:
-        run: None on ranks but 0, where nothing is said.
-    """
-
-    def tell_of_training(reason: str) -> None:
-        if session.config.numerics != "bitwise":  # where no hardware changes the cut
-            depends_on_hardware(run, reason)
-
-    def tell_of_evaluation(reason: str) -> None:
-        tell(run, "depends_on_cut", evaluation_depends_on_cut(reason), reason=reason)
-
-    return Stream(session.config.seed, session.world.device, tell_of_training, tell_of_evaluation)
-
-
-def depends_on_hardware(run: RunDir | None, reason: str) -> None:
-    """Report why the run isn't the same on other hardware."""
-    text = f"this run isn't the same on other hardware or another batch.per_gpu: {reason}"
-    tell(run, "depends_on_cut", text, reason=reason)
-
-
-def evaluation_depends_on_cut(reason: str) -> str:
-    """Return what is reported of evaluations whose draws don't follow the row."""
-    return f"the values of evaluations aren't the same on other hardware or another evaluate.per_gpu: {reason}"
+    """Return the stream of random keys, which reports to ``run`` what makes the run depend on its cut."""
+    fixed_cut = session.config.numerics == "bitwise"
+    return Stream(
+        session.config.seed,
+        session.world.device,
+        partial(report_dependence, None if fixed_cut else run, RUN_DEPENDS),
+        partial(report_dependence, run, EVALUATION_DEPENDS),
+    )
 
 
 def announce_position(

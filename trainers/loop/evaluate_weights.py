@@ -15,7 +15,7 @@ from isobatch.conf.terminal import Unwritable, answer, say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.checkpoints.weights import initialise, load_average
 from isobatch.trainers.data.validation import open_validation
-from isobatch.trainers.loop.announce import evaluation_depends_on_cut
+from isobatch.trainers.loop.announce import EVALUATION_DEPENDS
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.build import prepare
@@ -101,4 +101,4 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
 
 def _warn(world: World, reason: str) -> None:
     if world.rank == 0:
-        say(f"warning: {evaluation_depends_on_cut(reason)}")
+        say(f"warning: {EVALUATION_DEPENDS}: {reason}")

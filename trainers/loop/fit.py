@@ -14,7 +14,7 @@ from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.step_report import Note, Total, Update
 from isobatch.trainers.loop.evaluate import Evaluation
-from isobatch.trainers.loop.monitor import Monitor, Wishes, crossed
+from isobatch.trainers.loop.monitor import Monitor, crossed
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.signals import Stop
@@ -35,11 +35,11 @@ class Stepper:
     watch: Watch
     clip_norm: float | None
 
-    def take(self, step: Step, wishes: Callable[[], Wishes], *, measure: bool) -> tuple[Total, Update]:
+    def take(self, step: Step, wishes: Callable[[], tuple[bool, bool]], *, measure: bool) -> tuple[Total, Update]:
         """Run all passes of ``step``, then update the weights.
 
         Args:
-            wishes: of this rank, asked as late as they can still ride along with the gradients.
+            wishes: of this rank, to stop and to save; asked as late as they can still ride along with the gradients.
             measure: measure the gradient noise.
 
         Raises:
@@ -52,8 +52,7 @@ class Stepper:
             with engine.micro(step.cut, last=micro.last):
                 loss, units = engine.loss(micro.batch, micro.samples)
                 self.stream.stop()
-                wanted = wishes() if micro.last else Wishes()
-                note = Note(loss, units, micro.expected_units, wanted.stop, wanted.save)
+                note = Note(loss, units, micro.expected_units, *(wishes() if micro.last else ()))
                 engine.backward(loss / step.expected_units, note, micro.samples if measure else None)
         total = engine.total(step.expected_units)
         return total, engine.update(total.scale(step.expected_units), self.clip_norm, step.recipe)
@@ -78,8 +77,8 @@ def fit(
         UserError: the task's loss isn't (sum, units), or a whole step had no units.
     """
 
-    def wishes() -> Wishes:
-        return Wishes(stop.wanted is not None, saver.due())
+    def wishes() -> tuple[bool, bool]:
+        return stop.wanted is not None, saver.due()
 
     every = state.plan.intervals
     step = state.plan.step_at(state.samples)
@@ -94,15 +93,15 @@ def fit(
         following = state.plan.step_at(state.samples)
         saving = crossed(every.save, step.start, step.stop)
         evaluating = is_evaluated(step, following, evaluation, every.evaluate)
-        wanted = monitor.record(step, total, update, flush=saving or evaluating or following is None)
-        stopping, saving = wanted.stop, saving or wanted.save
+        flush = saving or evaluating or following is None
+        stopping, save_due = monitor.record(step, total, update, flush=flush)
         if evaluating:
             state.evaluation_owed = True
             if following is None:
                 saver.save(state)  # and wait: an evaluation which fails then costs no training
                 saver.wait()
             stopping = stopping or not evaluate_now(evaluation, state, monitor, saver)
-        if saving and following and not stopping:
+        if (saving or save_due) and following and not stopping:
             saver.save(state)
         if failure := saver.failure():
             monitor.report_unsaved(failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
@@ -23,14 +22,6 @@ UNITS_OFF = 0.05  # share by which the units of the first step may miss what the
 SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being trained any more
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """Say whether a rank was asked to stop, or it's time for a checkpoint."""
-
-    stop: bool = False
-    save: bool = False
-
-
 class Monitor:
     """Judge and log each step of a run.
 
@@ -47,11 +38,14 @@ class Monitor:
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
 
-    def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> Wishes:
-        """Handle what has arrived of the steps' results; return what the ranks wish for.
+    def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> tuple[bool, bool]:
+        """Handle what has arrived of the steps' results.
 
         Args:
             flush: wait for the result of this step; so it is, too, where some rank has a wish.
+
+        Returns:
+            Whether some rank was asked to stop, and whether it's time for a checkpoint.
 
         Raises:
             RunFailed: the loss or the gradient isn't finite, or hasn't been for many steps.
@@ -67,7 +61,7 @@ class Monitor:
         if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):
             nothing = "all of them were skipped, and nothing is trained"
             raise RunFailed(f"none of the last {self._skips} steps was finite: {nothing}")
-        return Wishes(any(result.stop for result in arrived), any(result.save for result in arrived))
+        return any(result.stop for result in arrived), any(result.save for result in arrived)
 
     def handle_step_result(self, result: StepResult) -> None:
         """Reject what can't be trained on, take in what was measured, log what is due."""
