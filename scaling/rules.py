@@ -297,11 +297,6 @@ LAWS = {
 }
 
 
-def automatic(family: str | None) -> str:
-    """Return the rule of ``lr.rule=auto``: linear for the SGD family, sqrt for all others."""
-    return "linear" if family == "sgd" else "sqrt"
-
-
 def make_rule(
     name: str,
     family: str,
@@ -316,7 +311,8 @@ def make_rule(
     Raises:
         UserError: no such rule, or numbers that don't go with it.
     """
-    name = automatic(family) if name == "auto" else name
+    if name == "auto":
+        name = "linear" if family == "sgd" else "sqrt"
     law = LAWS.get(name)
     usual = law.usual_power.get(family) if law else None
     return Rule(name, usual if power is None else power, noise_scale, scale_weight_decay, fixed)

@@ -37,8 +37,7 @@ class Lock:
 
     def __init__(self, folder: Path, file: IO[str], owner: Owner) -> None:
         self.folder, self.file, self.owner, self._by = folder, file, owner, os.getpid()
-        there = folder.stat()
-        self._identity = there.st_dev, there.st_ino
+        self._identity = identity_of(folder)
         self._released = threading.Event()
 
     @property
@@ -118,11 +117,10 @@ class Lock:
     def _is_there(self) -> bool:
         """Return whether the path still leads to the directory that was taken."""
         try:
-            there = self.folder.stat()
+            if identity_of(self.folder) == self._identity:
+                return True
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if (there.st_dev, there.st_ino) == self._identity:
-            return True
         seen = Seen.of(self.folder)  # some network disks number their files anew
         return seen is not None and seen.text == self._text
 

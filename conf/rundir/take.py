@@ -111,9 +111,9 @@ class _Taking:
             return False
         seen, mine = Seen.of(self.lock.folder), self.lock.known()
         if seen is None:
-            if not self.met and waited_s < LOOKS * BEAT_S and _attempt_at_work(self.lock.folder):
-                return False  # its owner names itself again, where somebody removed the file
-            return self.lock.claim()
+            outcome = _outcome(self.lock.folder) if not self.met and waited_s < LOOKS * BEAT_S else None
+            # An owner that works names itself again, where somebody removed the file.
+            return self.lock.claim() if outcome is None or outcome.state != "running" else False
         self.met, lives = True, self._lives(seen.owner, mine) if seen.owner else None
         if lives is None and (lives := self._shows_life(seen)):
             raise self._refusal(f"{seen}; its heartbeat was seen")
@@ -152,15 +152,13 @@ class _Taking:
         return UserError(problem, fix, "run.dir", str(self.lock.folder))
 
 
-def _attempt_at_work(folder: Path) -> bool:
-    with suppress(UserError):
-        return (outcome := Outcome.read(folder)) is not None and outcome.state == "running"
-    return False
-
-
 def _has_ended(folder: Path, owner: Owner) -> bool:
     """Tell whether an owner has said how it ended."""
+    outcome = _outcome(folder)
+    return outcome is not None and outcome.attempt == owner.attempt and outcome.state != "running"
+
+
+def _outcome(folder: Path) -> Outcome | None:
     with suppress(UserError):
-        outcome = Outcome.read(folder)
-        return outcome is not None and outcome.attempt == owner.attempt and outcome.state != "running"
-    return False
+        return Outcome.read(folder)
+    return None
