@@ -11,8 +11,7 @@ from typing import Literal
 
 from isobatch.conf.rundir.files import events, outcome
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.end import End, when
-from isobatch.slurm.output import DUE, parse_due, tail
+from isobatch.slurm.end import DUE, End, parse_due, tail, when
 from isobatch.slurm.state import ask, down_nodes, job, job_of, restarted_nodes
 
 STOPS_IN_A_ROW = 3  # at the same step, by the time limit, after which it isn't tried again

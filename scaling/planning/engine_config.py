@@ -37,6 +37,9 @@ PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 _OTHERS = ("autotuning", "hybrid_engine", "pipeline", "tensor_parallel", "expert_parallel", "sequence_parallel_size",
            "use_data_before_expert_parallelism", "data_efficiency", "weight_quantization")  # fmt: skip
 
+_ORDER = ("round_robin_gradients", "parameter_alignment", "legacy_stage1")
+_BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
 DEEPSPEED = {
     "optimizer": Reserved(OPTIMIZER),
     "scheduler": Reserved(LR),
@@ -49,13 +52,9 @@ DEEPSPEED = {
     "zero_optimization.offload_param": Reserved(f"{OFFLOAD}, and moves no parameters", (None,)),
     "zero_optimization.cpu_offload_param": Reserved(f"{OFFLOAD}, and moves no parameters", (None, False)),
     "zero_optimization.zenflow": Reserved(OPTIMIZER, (None,)),
-    "zero_optimization.round_robin_gradients": Reserved(ORDER, (False,)),
-    "zero_optimization.parameter_alignment": Reserved(ORDER, (False,)),
-    "zero_optimization.legacy_stage1": Reserved(ORDER, (False,)),
+    **{f"zero_optimization.{key}": Reserved(ORDER, (False,)) for key in _ORDER},
     "zero_optimization.zero_hpz_partition_size": Reserved(ORDER, (1,)),
-    "zero_optimization.zero_quantized_weights": Reserved(BITS, (False,)),
-    "zero_optimization.zero_quantized_nontrainable_weights": Reserved(BITS, (False,)),
-    "zero_optimization.zero_quantized_gradients": Reserved(BITS, (False,)),
+    **{f"zero_optimization.{key}": Reserved(BITS, (False,)) for key in _BITS},
     "zero_optimization.compute_grad_norm": Reserved("clipping, metrics and skipped steps need it", (True,)),
     "zero_optimization.elastic_checkpoint": Reserved(RESUME, (False,)),
     "zero_optimization.load_from_fp32_weights": Reserved(RESUME, (True,)),

@@ -22,8 +22,7 @@ from isobatch.conf.saved import frozen
 from isobatch.conf.schema import Slurm
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.allocation import Allocation, JobStart, as_local
-from isobatch.slurm.end import End
-from isobatch.slurm.output import parse_due, parse_unreached
+from isobatch.slurm.end import End, parse_due, parse_unreached
 from isobatch.slurm.render import directive, render
 from isobatch.slurm.requeue import decide_requeue, put_back_by_slurm
 from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
