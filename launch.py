@@ -21,29 +21,26 @@ if __name__ == "__main__":
     STOP.install()  # before all else: a signal that comes while the rest is imported isn't lost
     gc.disable()  # what is imported stays; workers turn it on again
 
-import json
 import shlex
 import shutil
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from isobatch.conf import terminal
-from isobatch.conf.compose import compose
+from isobatch.conf.compose import refuse_typo
 from isobatch.conf.existing import extends
+from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.help import annotated, command_line, help_text
 from isobatch.conf.identity import run_directory
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.take import works
-from isobatch.conf.schema import Slurm
 from isobatch.conf.sweep import expand, sweep_directories
-from isobatch.conf.terminal import answer, secure_streams
-from isobatch.conf.typos import refuse_typo
+from isobatch.conf.terminal import answer, answer_once, first, say, say_once, secure_streams
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.printable import one_line
 from isobatch.scaling.report.plan_json import to_json
@@ -82,18 +79,18 @@ def main(arguments: list[str]) -> int:
             other = "--cfg prints one config" if args.cfg else "torchrun starts workers of one run"
             raise UserError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
         return sweep(args.overrides, args.config_dir)
-    config = compose(args.overrides, args.config_dir)
+    config = configured(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
     if args.cfg:
         answer(annotated(config, args.overrides, args.config_dir))
         return 0
     if config.action == "runs":
-        return listed(config)
+        return list_runs(config)
     if config.action == "requeue":
         from isobatch.slurm import jobs  # here and below: a plan, which has no use for it, answers at once
 
         code, why = jobs.end(RunDir(run_directory(config)), config)
-        say(why)
+        say_once(why)
         return code
     allocation = None
     if isinstance(config.cluster, Slurm) and config.action != "plan" and not config.cluster.dry_run:
@@ -109,7 +106,7 @@ def main(arguments: list[str]) -> int:
     plan, directory = planned(config), run_directory(config)
     if config.action == "plan" and plan:
         plan = foretold(plan, config, RunDir(directory))
-        show(to_json(plan) if config.output == "json" else table(plan))
+        answer_once(to_json(plan) if config.output == "json" else table(plan))
         return 0
     return train(config, plan, directory, allocation)
 
@@ -153,25 +150,25 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: All
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
     longer, before = extends(directory, config), run.outcome()
     if before and before.state == "finished" and not longer and not dry:
-        say(f"{result(directory)} · {directory} (run.new=true trains again)")
+        say_once(f"{result(directory)} · {directory} (run.new=true trains again)")
         for difference in differences(run, config, code_now(config)) if first() else ():
-            say(difference)
+            say_once(difference)
         return 0
     if plan and not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
-        say(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
+        say_once(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
     if config.run.dir and not run.begun and not dry:
-        say(f"a new run, in {directory}")
+        say_once(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):
-        say(jobs.submit([config], [run], run, LAUNCHER))
+        say_once(jobs.submit([config], [run], run, LAUNCHER))
         return 0
     if first() and (why := jobs.begin(run)):
-        say(why)
+        say_once(why)
     code = work(config, allocation, str(directory), extends=longer)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
             how = f"run.dir={directory}" if config.run.new else "the same command"
-            say(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")
+            say_once(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")
     return code
 
 
@@ -196,88 +193,70 @@ def work(config: RunConfig, allocation: Allocation | None, run_dir: str = "", *,
     return launch(config, start, body, STOP)
 
 
-def listed(config: RunConfig) -> int:
+def list_runs(config: RunConfig) -> int:
     """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
-    from isobatch.scaling.report.runs import directories, row
+    from isobatch.scaling.report.runs import listing
     from isobatch.slurm.state import queued
 
-    there = {}
+    jobs = {}
     try:
-        there = queued() if shutil.which("squeue") else {}
+        jobs = queued() if shutil.which("squeue") else {}
     except UserError as error:
-        terminal.say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
-    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in there.values() if job.root})]
-    found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
-    queue = {job: str(one) for job, one in there.items()}
-    rows = [row(run, works(run), queue) for run in found.values()]
-    if config.output == "json":
-        show(json.dumps([asdict(one) for one in rows], indent=1))
-    else:
-        show(grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}")
+        say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
+    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    answer_once(listing(roots, {job: str(one) for job, one in jobs.items()}, config.output))
     return 0
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
-    """One run after another, each in a child of its own; all are planned before the first one starts."""
+    """Plan all runs of a sweep, then train one after another, each in a child of its own, or submit an array."""
     elements, configs = expand(overrides, config_dir), []
     plans: list[Any] = []
     for element in elements:
         try:
-            configs.append(compose(element.overrides, config_dir))
+            configs.append(configured(element.overrides, config_dir))
             plans.append(planned(configs[-1]))
         except UserError as error:
-            raise UserError(": ".join(filter(None, [" ".join(element.swept), str(error)]))) from None
+            problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))
+            raise UserError(problem, error.fix, error.key, error.value) from None
     directories = sweep_directories(configs, [element.swept for element in elements])
+    if configs[0].action == "plan" and configs[0].output == "json":
+        answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
+        return 0
     if configs[0].action == "plan":
-        if configs[0].output == "json":
-            show("[" + ",\n".join(map(to_json, plans)) + "]")
-        else:
-            show(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+        answer_once(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
-    runs = list(zip(configs, plans, directories, strict=True))
-    finished = []
-    for config, _, directory in runs:
-        RunDir(directory).refuse_foreign()
-        before, longer = RunDir(directory).outcome(), extends(directory, config)
-        finished.append(before is not None and before.state == "finished" and not longer)
-    if any(isinstance(config.cluster, Slurm) for config in configs):
-        from isobatch.slurm import jobs
-        from isobatch.slurm.allocation import Allocation
+    runs = [RunDir(directory) for directory in directories]
+    left = [number for number, (run, config) in enumerate(zip(runs, configs, strict=True)) if not finished(run, config)]
+    if not any(isinstance(config.cluster, Slurm) for config in configs):
+        if not any(config.cluster.environment for config in configs):
+            import_torch(configs[0])  # once for all of them
+        trainings = [partial(train, *run) for run in zip(configs, plans, directories, strict=True)]
+        return in_turn(elements, directories, trainings, STOP)
+    from isobatch.slurm import jobs
+    from isobatch.slurm.allocation import Allocation
 
-        if not getattr(configs[0].cluster, "dry_run", False) and Allocation.within():
-            raise UserError("-m within a job: a sweep on Slurm is an array of jobs, which is submitted from outside")
-        left = [number for number, done in enumerate(finished) if not done]
-        chosen = [configs[number] for number in left], [RunDir(directories[number]) for number in left]
-        if not getattr(configs[0].cluster, "dry_run", False):
-            say(grid([elements[number].column | plan_row(plans[number]) for number in left]))
-        if left:
-            say(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))
-        return 0
-    if not any(config.cluster.environment for config in configs):
-        import_torch(configs[0])  # once for all of them
-    return in_turn(elements, directories, [partial(train, *run) for run in runs], STOP)
+    dry = getattr(configs[0].cluster, "dry_run", False)
+    if not dry and Allocation.within():
+        raise UserError("-m within a job: a sweep on Slurm is an array of jobs", "submit it from outside")
+    if not dry:
+        say_once(grid([elements[number].column | plan_row(plans[number]) for number in left]))
+    if left:
+        chosen = [configs[number] for number in left], [runs[number] for number in left]
+        say_once(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))
+    return 0
+
+
+def finished(run: RunDir, config: RunConfig) -> bool:
+    """Tell whether the run is trained to its end, and ``config`` doesn't make it longer. Raises UserError."""
+    run.refuse_foreign()
+    outcome, longer = run.outcome(), extends(run.path, config)
+    return outcome is not None and outcome.state == "finished" and not longer
 
 
 def code_now(config: RunConfig) -> dict[str, Any]:
     """Return the commit of this checkout, and the state of the repository that the user's code is in."""
     return {"commit": "" if INSTALLED else commit_of(LAUNCHER.parent), "repository": repository_of(folder_of(config))}
-
-
-def first() -> bool:
-    """Of all processes that were given this command: ranks under torchrun, or nodes of a Slurm job."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def say(text: str) -> None:
-    """Print it once, however many give this command."""
-    if first():
-        terminal.say(text)
-
-
-def show(text: str) -> None:
-    """Print the answer to a command once. Raises Unwritable where it can't be."""
-    if first():
-        answer(text)
 
 
 def begin() -> int:

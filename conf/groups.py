@@ -1,12 +1,163 @@
-"""What reduces gradients and holds the model, by name. scaling/planning/capabilities.py says which can do what."""
+"""What ``optimizer=``, ``engine=`` and ``cluster=`` choose from: a section each, with the YAML beside this file.
+
+An optimizer is a section here, its YAML and its implementation; an engine a section, its YAML, its row in
+scaling/planning/capabilities.py and its implementation.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from isobatch.conf.types import Free, Modules, Section
+from isobatch.conf.types import (
+    Bounds,
+    Free,
+    HostAndPort,
+    Modules,
+    Option,
+    Seconds,
+    Section,
+    Target,
+    Text,
+    Usual,
+    Value,
+    Variable,
+    Word,
+    tag,
+)
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.limits import Count, Memory, NotNegative, Number, Positive, Size
+
+Dtype = Literal["bf16", "fp16"]
+
+
+# ---- optimizers; each says which class it stands for
+
+
+class _Optimizer(Section):
+    name: str
+    family: Literal["sgd", "adam"]
+    weight_decay: NotNegative | None
+    usual: Usual | None
+    args: Free
+
+    layerwise: ClassVar[bool] = False  # scales each layer's step to the size of its weights
+
+    @model_validator(mode="after")
+    def _args_repeat_no_key(self) -> _Optimizer:
+        keys = type(self).model_fields.keys() - {"name", "family", "usual", "args", "target"}
+        for name in self.args:
+            if name == "lr" or (name in keys and getattr(self, name) is not None):
+                key, use = f"optimizer.args.{name}", "lr.base or lr.peak" if name == "lr" else f"optimizer.{name}"
+                raise UserError(f"{key} repeats a key of the config, which rules", f"use {use}", key)
+        return self
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """Return the decay rates of the moments: (momentum,), (beta 1, beta 2), or () where they aren't known."""
+        return ()
+
+    @property
+    def epsilon(self) -> float | None:
+        return None
+
+
+class _WithMomentum(_Optimizer):
+    momentum: Memory
+    nesterov: bool
+
+    @model_validator(mode="after")
+    def _nesterov_looks_along_momentum(self) -> _WithMomentum:
+        if self.nesterov and self.momentum == 0:
+            problem = "optimizer.nesterov=true needs optimizer.momentum above 0"
+            raise UserError(problem, "give one, or optimizer.nesterov=false", "optimizer.momentum")
+        return self
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        return (self.momentum,)
+
+
+class _WithBetas(_Optimizer):
+    betas: tuple[Memory, Memory]
+    eps: Positive
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        return self.betas
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.eps
+
+
+class SGD(_WithMomentum):
+    name: Literal["sgd"]
+    target: ClassVar[str] = "torch.optim.SGD"
+
+
+class AdamW(_WithBetas):
+    name: Literal["adamw"]
+    target: ClassVar[str] = "torch.optim.AdamW"
+
+
+class LAMB(_WithBetas):
+    name: Literal["lamb"]
+    target: ClassVar[str] = "isobatch.trainers.optim.lamb.LAMB"
+    layerwise: ClassVar[bool] = True
+    bias_correction: bool | Literal["after"]
+    trust_clip: Bounds | None
+    norm_clip: Bounds | None
+    always_adapt: bool
+
+
+class LARS(_WithMomentum):
+    name: Literal["lars"]
+    target: ClassVar[str] = "isobatch.trainers.optim.lars.LARS"
+    layerwise: ClassVar[bool] = True
+    trust_coefficient: Positive
+    eps: NotNegative
+    scaled_momentum: bool
+    trust_clip: bool
+    always_adapt: bool
+
+
+class Adafactor(_Optimizer):
+    name: Literal["adafactor"]
+    target: ClassVar[str] = "torch.optim.Adafactor"
+    beta2_decay: Annotated[Number, Field(le=0)]
+    eps: tuple[NotNegative | None, NotNegative]
+    d: Annotated[Number, Field(ge=1)]
+
+
+class Muon(_WithMomentum):
+    name: Literal["muon"]
+    target: ClassVar[str] = "isobatch.trainers.optim.muon.MuonAdamW"
+    betas: tuple[Memory, Memory]
+    eps: Positive
+
+
+class CustomOptimizer(_Optimizer):
+    name: Literal["custom"]
+    target: Target = Field(alias="_target_")
+
+
+class AutoOptimizer(_Optimizer, extra="allow"):
+    """The wish for one that suits the task and the batch; ``scaling.planning.automatic.configured`` settles it.
+
+    It takes any further key, as the section of the optimizer that is chosen checks them.
+    """
+
+    name: Literal["auto"]
+    target: ClassVar[str] = ""
+
+
+Optimizer = SGD | AdamW | LAMB | LARS | Adafactor | Muon | CustomOptimizer | AutoOptimizer
+OPTIMIZERS = tuple(tag(kind) for kind in get_args(Optimizer) if kind is not AutoOptimizer)
+
+
+# ---- engines
 
 
 class DDP(Section):
@@ -17,18 +168,16 @@ class DDP(Section):
 class FSDP(Section):
     name: Literal["fsdp"]
     shard: Literal["auto"] | Modules
-    param_dtype: Literal["bf16", "fp16"] | None
-    reduce_dtype: Literal["bf16", "fp16"] | None
+    param_dtype: Dtype | None
+    reduce_dtype: Dtype | None
     offload: bool
     config: Free
 
     @model_validator(mode="after")
     def _gradients_are_reduced_as_they_are_computed(self) -> FSDP:
         if self.reduce_dtype is not None and self.param_dtype is None:
-            raise ValueError(
-                f"engine.reduce_dtype={self.reduce_dtype} needs engine.param_dtype: without it gradients are fp32, and "
-                "reduced in that"
-            )
+            problem = f"engine.reduce_dtype={self.reduce_dtype} needs engine.param_dtype, else gradients are fp32"
+            raise UserError(problem, f"give engine.param_dtype={self.reduce_dtype}, too", "engine.reduce_dtype")
         return self
 
 
@@ -46,8 +195,66 @@ class DeepSpeed(Section):
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> DeepSpeed:
         if self.offload and self.stage == 0:
-            raise ValueError("engine.offload=true needs engine.stage=1, 2 or 3: at 0 DeepSpeed offloads nothing")
+            problem = "engine.offload=true needs engine.stage=1, 2 or 3: at 0 DeepSpeed offloads nothing"
+            raise UserError(problem, "give engine.stage, or leave engine.offload out", "engine.offload")
         return self
 
 
 Engine = DDP | FSDP | Accelerate | DeepSpeed
+
+
+# ---- clusters
+
+
+class _Cluster(Section):
+    nodes: Size
+    gpus_per_node: Size | Literal["auto"]
+    max_restarts: Count
+    timeout_s: Seconds
+    environment: dict[Variable, Value | int]
+
+
+class Local(_Cluster):
+    name: Literal["local"]
+    rendezvous: HostAndPort | None
+
+    @model_validator(mode="after")
+    def _one_machine_meets_nobody(self) -> Local:
+        if self.rendezvous is not None and self.nodes == 1:
+            problem = f"cluster.rendezvous={self.rendezvous} is where several machines meet, and cluster.nodes is 1"
+            raise UserError(problem, "give cluster.nodes, too, or neither", "cluster.rendezvous")
+        return self
+
+
+class Slurm(_Cluster):
+    name: Literal["slurm"]
+    partition: Word | None
+    account: Word | None
+    qos: Word | None
+    time_min: Size | None
+    signal_s: Annotated[int, Field(ge=0, le=65535)]  # Slurm holds it in 16 bits
+    mem_gb: Positive | None
+    cpus_per_gpu: Size | None
+    gres: Literal["gpus-per-node", "gres", "none"]
+    constraint: Text | None
+    exclude: Word | None
+    nodelist: Word | None
+    reservation: Word | None
+    dependency: Word | None
+    comment: Text | None
+    mail: Word | None
+    setup: tuple[str, ...]
+    extra: tuple[Option, ...]
+    max_requeues: Count
+    max_parallel: Size | None
+    dry_run: bool
+
+    @model_validator(mode="after")
+    def _the_signal_comes_before_the_end(self) -> Slurm:
+        if self.time_min is not None and self.signal_s >= 60 * self.time_min:
+            problem = f"cluster.signal_s={self.signal_s} is no less than all of cluster.time_min={self.time_min}"
+            raise UserError(problem, "give a smaller cluster.signal_s, or a longer time", "cluster.signal_s")
+        return self
+
+
+Cluster = Local | Slurm

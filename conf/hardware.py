@@ -8,19 +8,20 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 
-from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.conf.groups import Slurm
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
 FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
 
 def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is a worker that torchrun (or what speaks as it does) started."""
+    """Tell whether this process is a worker that torchrun (or what speaks as it does) started."""
     return "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE"} <= env.keys()
 
 
 def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """GPUs that CUDA would show this process: those of the driver, less what CUDA_VISIBLE_DEVICES hides."""
+    """Count the GPUs that CUDA would show this process: those of the driver, less what CUDA_VISIBLE_DEVICES hides."""
     devices = [file for file in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
     present = len(devices) or len(list((root / "proc/driver/nvidia/gpus").glob("*")))
     if "CUDA_VISIBLE_DEVICES" not in env:
@@ -36,12 +37,12 @@ def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) ->
 
 
 def environment(config: RunConfig) -> dict[str, str]:
-    """What the workers find in their environment."""
+    """Return what the workers find in their environment."""
     return {**os.environ, **{name: str(value) for name, value in config.cluster.environment.items()}}
 
 
 def workers_here(config: RunConfig) -> int:
-    """Worker processes of this machine: as given, or one a visible GPU, or 1."""
+    """Return the worker processes of this machine: as given, or one a visible GPU, or 1."""
     if config.debug:
         return 1
     if config.cluster.gpus_per_node != "auto":
@@ -52,12 +53,12 @@ def workers_here(config: RunConfig) -> int:
 
 
 def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether `accelerate launch` started this process as the only one: several it starts as torchrun does."""
+    """Tell whether `accelerate launch` started this process as the only one: several it starts as torchrun does."""
     return "ACCELERATE_MIXED_PRECISION" in env and not under_torchrun(env)
 
 
 def world_size(config: RunConfig) -> int:
-    """Data-parallel ranks: torchrun's number of them, or machines × workers of each.
+    """Return the number of data-parallel ranks: torchrun's number of them, or machines × workers of each.
 
     Raises:
         UserError: torchrun's numbers aren't any, or the config contradicts them.
@@ -67,16 +68,13 @@ def world_size(config: RunConfig) -> int:
         return cluster.nodes * workers_here(config)
     world, here = _ranks("WORLD_SIZE", ""), _ranks("LOCAL_WORLD_SIZE", "1")
     if cluster.gpus_per_node not in ("auto", here):
-        raise UserError(
-            f"cluster.gpus_per_node={cluster.gpus_per_node} contradicts torchrun's LOCAL_WORLD_SIZE={here}; "
-            "leave it out"
-        )
+        problem = f"cluster.gpus_per_node={cluster.gpus_per_node} contradicts torchrun's LOCAL_WORLD_SIZE={here}"
+        raise UserError(problem, "leave it out", "cluster.gpus_per_node", cluster.gpus_per_node)
     nodes = _ranks("GROUP_WORLD_SIZE", str(max(1, world // here)))
     if cluster.nodes != nodes and (cluster.nodes > 1 or "cluster.nodes" in config.given):
-        raise UserError(
-            f"cluster.nodes={cluster.nodes} contradicts torchrun's WORLD_SIZE={world} with LOCAL_WORLD_SIZE={here}; "
-            "leave it out"
-        )
+        torchruns = f"torchrun's WORLD_SIZE={world} with LOCAL_WORLD_SIZE={here}"
+        problem = f"cluster.nodes={cluster.nodes} contradicts {torchruns}"
+        raise UserError(problem, "leave it out", "cluster.nodes", cluster.nodes)
     return world
 
 
@@ -93,44 +91,42 @@ def _allow_files() -> None:
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return
     if hard != resource.RLIM_INFINITY and hard < FILES:
-        raise UserError(
-            f"a process may have {hard} files open here, and training needs {FILES}: raise it, ulimit -n {FILES}"
-        )
+        problem = f"a process may have {hard} files open here, and training needs {FILES}"
+        raise UserError(problem, f"raise it, ulimit -n {FILES}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
 
 
 def refuse_unless_startable(config: RunConfig) -> None:
-    """Raises UserError where training can't start on this machine."""
+    """Raise UserError where training can't start on this machine."""
     _allow_files()
     cluster, torchrun = config.cluster, under_torchrun()
     if isinstance(cluster, Slurm):
-        raise UserError(
-            f"cluster=slurm submits trainings, and action={config.action} isn't one: within a job, `srun "
-            f"--ntasks-per-node=1 python launch.py cluster=slurm action={config.action} …` does it on its machines"
-        )
+        command = f"srun --ntasks-per-node=1 python launch.py cluster=slurm action={config.action} …"
+        problem = f"cluster=slurm submits trainings, and action={config.action} isn't one"
+        raise UserError(problem, f"within a job, `{command}` does it on its machines", "action", config.action)
     if config.debug and (torchrun or cluster.nodes > 1 or cluster.gpus_per_node not in ("auto", 1)):
         nodes, gpus = cluster.nodes, cluster.gpus_per_node
         asked = "torchrun" if torchrun else f"cluster.nodes={nodes} cluster.gpus_per_node={gpus}"
-        raise UserError(f"debug=true is one worker in the launcher's own process, which contradicts {asked}")
+        problem = f"debug=true is one worker in the launcher's own process, which contradicts {asked}"
+        raise UserError(problem, "leave out one of them", "debug", True)
     several = by_accelerate() and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
     if config.engine.name == "accelerate" and several and cluster.gpus_per_node == "auto":
         raise UserError(
-            "accelerate launch was asked for several processes on the CPU, and starts one, or what mpirun starts: give "
-            "it --multi_gpu instead of --cpu, and device=cpu here; or cluster.gpus_per_node=N, which starts N"
+            "accelerate launch was asked for several processes on the CPU, and starts one, or what mpirun starts",
+            "give it --multi_gpu instead of --cpu, and device=cpu here; or cluster.gpus_per_node=N, which starts N",
         )
     if cluster.nodes > 1 and cluster.rendezvous is None and not torchrun:
-        raise UserError(
-            f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node: the host is "
-            "the first node, the port a free one of it"
-        )
+        problem = f"cluster.nodes={cluster.nodes} needs cluster.rendezvous=host:port, the same on every node"
+        raise UserError(problem, "the host is the first node, the port a free one of it", "cluster.rendezvous")
     env = environment(config)
     visible = visible_gpus(env)
     if config.device == "cuda" and not visible:
         hidden = f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']})" if "CUDA_VISIBLE_DEVICES" in env else ""
-        raise UserError(f"device=cuda, but no GPU is visible here{hidden}; device=cpu trains without")
+        raise UserError(
+            f"device=cuda, but no GPU is visible here{hidden}", "device=cpu trains without", "device", "cuda"
+        )
     here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
     if config.device != "cpu" and visible and here > visible:
-        raise UserError(
-            f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible; "
-            f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
-        )
+        problem = f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible"
+        fix = f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
+        raise UserError(problem, fix, "cluster.gpus_per_node", here)

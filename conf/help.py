@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
-from isobatch.conf.compose import roots_with
-from isobatch.conf.messages import RECORDED, nearest, shown
+from isobatch.conf.comments import Line, read_lines
+from isobatch.conf.keys import HERE, RECORDED, registered
+from isobatch.conf.layers import roots_with
+from isobatch.conf.messages import nearest, shown
 from isobatch.conf.saved import choices
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.reading import Unreadable, read_yaml
 
-HERE = Path(__file__).parent
 WHOLE_RUNS = ("task", "experiment")  # groups whose choices give keys of the whole run, or none of their own
 INDENT = 36  # of what a key means, in --help
 
@@ -63,20 +64,9 @@ ENDS = (
 )
 
 
-class Entry(NamedTuple):
-    """A line of a YAML file: ``value`` as it is written there, and what its comment says."""
-
-    value: str
-    meaning: str
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        options = [option for action in self._actions for option in action.option_strings]
-        raise UserError(
-            message + (nearest(unknown[1], options) if unknown else "") + " (--help shows the command line)"
-        )
+        raise UserError(message, "--help shows the command line")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,19 +86,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
-    """``overrides``, ``help``, ``cfg``, ``config_dir``, ``multirun``. Raises UserError."""
-    parsed = _parser().parse_intermixed_args(arguments)
+    """Return ``overrides``, ``help``, ``cfg``, ``config_dir`` and ``multirun``. Raises UserError."""
+    parser = _parser()
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = nearest(unknown[0], options)
+        raise UserError(f"there is no option {unknown[0]}", near or "--help shows the command line")
     if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
         raise UserError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
     for ours in HERE.glob("**/*.yaml") if parsed.config_dir is not None else ():
         theirs = Path(parsed.config_dir) / ours.relative_to(HERE)
         if theirs.exists() and not theirs.samefile(ours):
-            raise UserError(f"{theirs} is named as a file of Isobatch's own, which goes first; give it another name")
+            raise UserError(f"{theirs} is named as a file of Isobatch's own, which goes first", "give it another name")
     return parsed
 
 
 def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
-    """The command line, and every key: those of the choices that ``overrides`` name, with what they mean there."""
+    """Return the command line and every key: those of the choices that ``overrides`` name, with their meaning there."""
     roots = roots_with(config_dir)
     width = max(80, min(140, shutil.get_terminal_size((120, 0)).columns))
     lines = ["usage: python launch.py [key=value …] [options]", "", WHAT, EXAMPLES]
@@ -118,21 +113,24 @@ def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> s
         for file in sorted(files, key=lambda file: file.stem != default):
             usual = " (the default)" if file.stem == default else ""
             lines += _row(f"{group}={file.stem}", _title(file) + usual, width)
-    lines += ["", "keys, with their defaults:"]
     chosen = _files(_defaults() | _named(overrides, roots) | {"experiment": ""}, roots)
-    said = meanings(chosen)
-    found = entries(HERE / "config.yaml")
-    for file in chosen:
-        found |= {key: entry for key, entry in entries(file, file.parent.name).items() if key not in found}
-    for key, entry in found.items():
-        lines += _row(f"{key}={entry.value}", entry.meaning or said.get(key, ""), width)
+    said, found = meanings(chosen), set[str]()
+
+    def rows(file: Path, group: str = "") -> list[str]:
+        """Return what to print of the keys of a file that no earlier one has."""
+        own = {line.key: line for line in _entries(file, group) if line.key not in found}
+        found.update(own)
+        means = {key: _meaning(key, line.comment) or said.get(key, "") for key, line in own.items()}
+        return [text for key, line in own.items() for text in _row(f"{key}={line.value}", means[key], width)]
+
+    lines += ["", "keys, with their defaults:", *rows(HERE / "config.yaml")]
+    lines += [text for file in chosen for text in rows(file, file.parent.name)]
+    of_chosen = set(found)
     for group in _defaults():
-        for file in sorted((HERE / group).glob("*.yaml")):
-            own = {} if group in WHOLE_RUNS or file in chosen else entries(file, group)
-            if own := {key: entry for key, entry in own.items() if key not in found}:
-                lines += ["", f"keys that come with {group}={file.stem}:"]
-                for key, entry in own.items():
-                    lines += _row(f"{key}={entry.value}", entry.meaning or said.get(key, ""), width)
+        for file in sorted((HERE / group).glob("*.yaml")) if group not in WHOLE_RUNS else ():
+            found = set(of_chosen)
+            if file not in chosen and (own := rows(file, group)):
+                lines += ["", f"keys that come with {group}={file.stem}:", *own]
     lines += ["", "durations: 10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)", ""]
     lines.append("options:")
     for action in _parser()._actions:
@@ -144,7 +142,7 @@ def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> s
 
 
 def _row(left: str, right: str, width: int) -> list[str]:
-    """``left`` and what it means beside it, wrapped; below it where it is long."""
+    """Return ``left`` and its meaning beside it, wrapped; below it where it is long."""
     head = f"  {left:<{INDENT - 4}}  "
     lines = textwrap.wrap(right, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
     if len(head) > INDENT or not lines:
@@ -153,73 +151,80 @@ def _row(left: str, right: str, width: int) -> list[str]:
 
 
 def _title(file: Path) -> str:
-    """A file's first comment that isn't for Hydra."""
+    """Return a file's first comment that isn't for Hydra."""
     comments = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
     return comments[0] if comments else ""
 
 
-def _defaults() -> dict[str, str]:
-    """Group → its default choice."""
-    return dict(re.findall(r"^  - (\w+): (\w+)$", (HERE / "config.yaml").read_text(), re.MULTILINE))
-
-
-def entries(file: Path, prefix: str = "") -> dict[str, Entry]:
-    """Dotted key → its line, for the keys that have a comment or hold a value."""
-    found: dict[str, Entry] = {}
-    path: list[tuple[int, str]] = []
-    for line in file.read_text().splitlines():
-        if match := re.fullmatch(r"(?!defaults:)( *)(\w+):(?: ([^ #].*?))?(?:  # (.*))?", line):
-            indent, name, value, meaning = len(match[1]), match[2], match[3], match[4]
-            path = [(depth, above) for depth, above in path if depth < indent] + [(indent, name)]
-            if value is not None or meaning:
-                key = ".".join([prefix] * bool(prefix) + [above for _, above in path])
-                found[key] = Entry(value or "", meaning or "")
-    return found
+def _entries(file: Path, prefix: str) -> list[Line]:
+    """Return the keys of a file that have a comment or hold a value."""
+    lines = read_lines(file.read_text(), prefix)
+    return [line for line in lines if (line.value or line.comment) and line.key != ".".join([prefix, "defaults"])]
 
 
 def meanings(chosen: Sequence[Path] = ()) -> dict[str, str]:
-    """Dotted key → its comment: in config.yaml, in the first of the ``chosen`` files of its group that has one, else
-    in whichever other file of the group. Of tasks, whose arguments are their own, custom alone speaks for others.
+    """Return the meaning of each dotted key: its comment in config.yaml, in the first of the ``chosen`` files of its
+    group that has one, else in any other file of the group. Of tasks, whose arguments are their own, only custom speaks
+    for the others.
     """
     others = [file for file in sorted(HERE.glob("*/*.yaml")) if file.parent.name != "task" or file.stem == "custom"]
     found = {}
     for file in [HERE / "config.yaml", *others, *reversed(chosen)]:
-        prefix = "" if file.parent == HERE else file.parent.name
-        found.update({key: entry.meaning for key, entry in entries(file, prefix).items() if entry.meaning})
+        lines = _entries(file, "" if file.parent == HERE else file.parent.name)
+        found.update({line.key: _meaning(line.key, line.comment) for line in lines if line.comment})
     return found
 
 
+def _meaning(key: str, comment: str) -> str:
+    """Return a comment, behind the names of the registry that the key's value is from."""
+    return ": ".join(filter(None, [" | ".join(registered(key)), comment]))
+
+
+def _listed(file: Path) -> list[Any]:
+    """Return the defaults list of a file: names, and a mapping with one key for each group's choice."""
+    try:
+        content = read_yaml(file)
+    except Unreadable:
+        return []
+    return (content.get("defaults") or []) if isinstance(content, dict) else []
+
+
+def _defaults() -> dict[str, str]:
+    """Return group → its default choice."""
+    pairs = [pair for pair in _listed(HERE / "config.yaml") if isinstance(pair, dict)]
+    return {group: choice or "" for pair in pairs for group, choice in pair.items()}
+
+
 def _named(overrides: Sequence[str], roots: Sequence[Path]) -> dict[str, str]:
-    """Group → the choice that overrides name, or their experiments; what is no choice is passed over."""
+    """Return group → the choice that overrides name, or their experiments; anything else is passed over."""
     pairs = [text.partition("=") for text in overrides]
     named = {key: choice for key, _, choice in pairs if key in _defaults() and _files({key: choice}, roots)}
-    texts = [file.read_text() for file in _files({"experiment": named.get("experiment", "")}, roots)]
-    return dict(re.findall(r"^  - override /(\w+): (\w+)$", "\n".join(texts), re.MULTILINE)) | named
+    files = _files({"experiment": named.get("experiment", "")}, roots)
+    listed = [pair for file in files for pair in _listed(file) if isinstance(pair, dict)]
+    chosen = {key.removeprefix("override /"): choice for pair in listed for key, choice in pair.items()}
+    return {group: choice for group, choice in chosen.items() if group in _defaults()} | named
 
 
 def _files(chosen: Mapping[str, str], roots: Sequence[Path]) -> list[Path]:
-    """The files of these choices, as far as there are any; after each those of its group that it begins with."""
+    """Return the files of these choices, as far as there are any; after each those of its group that it begins with."""
     found = []
     for group, choice in chosen.items():
         names = [choice]
         for name in names:
             for file in [root / group / f"{name}.yaml" for root in roots if (root / group / f"{name}.yaml").is_file()]:
                 found.append(file)
-                above = re.search(r"^defaults: *\[(.*)\]", file.read_text(), re.MULTILINE)
-                names += [name for name in re.findall(r"\w+", above[1] if above else "") if name not in names]
+                names += [one for one in _listed(file) if isinstance(one, str) and one not in (*names, "_self_")]
     return found
 
 
 def annotated(config: RunConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
-    """The config as YAML, each key with its comment in the files that ``overrides`` or the config's names choose."""
+    """Return the config as YAML, each key with its comment in the files that ``overrides`` or its names choose."""
     plain, roots = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED)), roots_with(config_dir)
     named = {group: choice for group, choice in _named(overrides, roots).items() if choice != "auto"}
-    said, lines = meanings(_files(choices(plain, but=()) | named, roots)), []
-    path: list[str] = []
-    for line in yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000).splitlines():
-        if match := re.match(r"( *)(\w+):", line):
-            path = [*path[: len(match[1]) // 2], match[2]]
-            meaning = said.get(".".join(path))
-            line += f"  # {meaning}" if meaning else ""
-        lines.append(line)
-    return "\n".join(lines)
+    said = meanings(_files(choices(plain, but=()) | named, roots))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000)
+    rows = text.splitlines()
+    for line in read_lines(text):
+        if meaning := said.get(line.key):
+            rows[line.row] += f"  # {meaning}"
+    return "\n".join(rows)

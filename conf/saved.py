@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from isobatch.conf.identity import global_size_rules
-from isobatch.conf.messages import sections, shown
+from isobatch.conf.keys import sections
+from isobatch.conf.messages import shown
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable, read_yaml

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, cast
 
 from hydra.core.override_parser.types import Override, RangeSweep
 
-from isobatch.conf.compose import parse, roots_with
 from isobatch.conf.identity import digest, first_free, science
-from isobatch.conf.messages import choices_of, shown
+from isobatch.conf.keys import choices_of
+from isobatch.conf.layers import roots_with
+from isobatch.conf.messages import shown
+from isobatch.conf.overrides import parse
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
@@ -38,7 +40,7 @@ class Element(NamedTuple):
 
 
 def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> list[Element]:
-    """The runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
+    """Return the runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
 
     Raises:
         UserError: an override can't be read, or stands for no values.
@@ -52,14 +54,13 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
             ways.append([(text, False)])
             continue
         if not override.is_discrete_sweep():
-            raise UserError(
-                f"{shown(text)}: an interval has no end of values; name them with commas, or range(from,to,step)"
-            )
+            problem = f"{shown(text)}: an interval has no end of values"
+            raise UserError(problem, "name them with commas, or range(from,to,step)", override.key_or_group)
         override.config_loader = cast(Any, loader)  # all that glob() asks of it
         values = _values(override, text)
         ways.append([(f"{override.get_key_element()}={value}", True) for value in values])
     if (runs := math.prod(map(len, ways))) > MOST_RUNS:
-        raise UserError(f"the sweep stands for {runs:,} runs, and can be of at most {MOST_RUNS:,}: give fewer values")
+        raise UserError(f"the sweep stands for {runs:,} runs, and can be of at most {MOST_RUNS:,}", "give fewer values")
     return [
         Element(tuple(text for text, varies in way if varies), tuple(text for text, _ in way))
         for way in itertools.product(*ways)
@@ -68,24 +69,24 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
 
 def _values(override: Override, text: str) -> list[str]:
     """Return the values that a sweep of one key stands for, each once."""
-    too_many = f"{shown(text)} stands for more than {MOST_RUNS:,} runs: give fewer values"
-    values = override.value()
+    key, values = override.key_or_group, override.value()
+    too_many = UserError(f"{shown(text)} stands for more than {MOST_RUNS:,} runs", "give fewer values", key)
     if isinstance(values, RangeSweep):  # counted first, as a shuffled one is made whole
         start, stop, step = (float(number or 0) for number in (values.start, values.stop, values.step))
         if step == 0 or not all(map(math.isfinite, (start, stop, step))):
-            raise UserError(f"{shown(text)} has no end of values: give range(from,to,step) with another step")
+            raise UserError(f"{shown(text)} has no end of values", "give range(from,to,step) with another step", key)
         if (stop - start) / step > MOST_RUNS:
-            raise UserError(too_many)
+            raise too_many
     found = list(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1)))
     if not found:
-        raise UserError(f"{text} stands for no value at all")
+        raise UserError(f"{text} stands for no value at all", key=key)
     if len(found) > MOST_RUNS:
-        raise UserError(too_many)
+        raise too_many
     return found
 
 
 def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
-    """Where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
+    """Return where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
 
     The sweep is named by what all its runs share, so that more values of the same keys land beside those that are done.
 
@@ -99,9 +100,10 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
-            raise UserError(f"{key} is one for the whole sweep; give it one value")
+            raise UserError(f"{key} is one for the whole sweep", "give it one value", key)
     if (action := configs[0].action) not in ("train", "plan"):
-        raise UserError(f"-m is a sweep of runs that are trained or planned; give action={action} without it")
+        fix = f"give action={action} without it"
+        raise UserError("-m is a sweep of runs that are trained or planned", fix, "action", action)
     every = [science(config) for config in configs]
     shared = {
         key: value
@@ -117,11 +119,12 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     )
     root = first_free(root) if run.new else root
     if os.path.exists(root / "config.yaml"):
-        raise UserError(f"run.dir={root} holds a run, and a sweep needs a folder of its own; name another run.dir")
+        problem = f"run.dir={root} holds a run, and a sweep needs a folder of its own"
+        raise UserError(problem, "name another run.dir", "run.dir", str(root))
     return [root / _folder(",".join(overrides)) for overrides in swept]
 
 
 def _folder(text: str) -> str:
-    """``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
+    """Return ``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
     name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100].lstrip(".-") or "run"
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

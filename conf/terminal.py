@@ -56,6 +56,23 @@ def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
         print(printable(text), end=end, file=to or sys.stdout, flush=True)
 
 
+def first() -> bool:
+    """Tell whether this process speaks for all that were given the command: ranks under torchrun, nodes of a job."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def say_once(text: str) -> None:
+    """Print ``text`` in the first of the processes that were given the command."""
+    if first():
+        say(text)
+
+
+def answer_once(text: str) -> None:
+    """Print the answer to a command in the first of the processes. Raises Unwritable where it can't be."""
+    if first():
+        answer(text)
+
+
 def answer(text: str, end: str = "\n") -> None:
     """Print what a command was given for.
 

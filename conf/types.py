@@ -1,20 +1,147 @@
-"""What every section of a config is made of, and types of keys that several of them share."""
+"""What every section of the config is made of, and the types of keys that several of them share."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import CoreSchema, core_schema
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.limits import NotNegative, Positive, Size
+from isobatch.scaling.units import Duration
+
+NAME_BYTES, PATH_BYTES = 255, 3800  # Linux allows 4,096, of which what Isobatch puts below needs some
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
+def tag(section: type[Section]) -> str:
+    """Return the name that a choice of a group goes by."""
+    field = section.model_fields.get("name")
+    return str(get_args(field.annotation)[0]) if field and get_origin(field.annotation) is Literal else ""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Accept the names of a registry, as a Literal does whose names are known only when the registry is imported."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Accept text that a pattern matches whole.
+
+    Attributes:
+        like: what the text has to be, for the message.
+    """
+
+    pattern: str
+    like: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        if not re.fullmatch(self.pattern, text):
+            raise UserError(f"{text!r:.200} has to be {self.like}", value=text)
+        return text
+
+
+def _duration(value: object) -> Duration:
+    duration = Duration.parse(value)
+    if duration.unit == "min":
+        raise UserError(f"{duration} is in minutes, as only checkpoint.every may be", "use ep, st, sa, tok or %")
+    return duration
+
+
+def _half_life(value: object) -> Duration:
+    try:
+        return _lasting(_duration(value))
+    except UserError as error:
+        fix = f"{error.fix}; ema is the half-life of the average, not its decay"
+        raise UserError(error.problem, fix.removeprefix("; ")) from None
+
+
+def _lasting(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise UserError(f"{duration} has to be more than 0, as an interval")
+    return duration
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise UserError(f"{list(bounds)} has to be [least, most]")
+    return bounds
+
+
+def _reachable(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= 65535:
+        raise UserError(f"{address} has to have a port from 1 to 65535")
+    return address
+
+
+def _nameable(path: str) -> str:
+    """Reject a path that no file system can hold; ``~`` may still grow."""
+    longest = max((len(part.encode()) for part in path.split("/")), default=0)
+    if "\0" in path:
+        raise UserError(f"{path!r:.100} has to be a path, which can't hold NUL")
+    if longest > NAME_BYTES or len(path.encode()) > PATH_BYTES:
+        raise UserError(
+            f"{path[:60]}… has {len(path.encode()):,} bytes, and a name of {longest:,}",
+            f"a path has at most {PATH_BYTES} bytes, and each name in it at most {NAME_BYTES}",
+        )
+    return path
+
+
 def _with_numbers(name: object) -> object:
-    """The modules of a Sequential are named by their places, which need no quotes."""
+    """Name the modules of a Sequential by their places, which need no quotes."""
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
+def refuse_repeated(section: str, args: str, given: Free | None, local: Free) -> None:
+    """Raise UserError where a keyword argument is given both as science and as local; null isn't given."""
+    if repeated := [name for name in local if (given or {}).get(name) is not None]:
+        names = ", ".join(f"{section}.local.{name}" for name in repeated)
+        science = ", ".join(f"{section}.{args}.{name}" for name in repeated)
+        raise UserError(f"{names} repeats {science}", "leave out one of the two", f"{section}.local.{repeated[0]}")
+
+
+_AS_TEXT = PlainSerializer(str, return_type=str)
+
 Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
 Modules = tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]  # patterns of their names
+Length = Annotated[Duration, PlainValidator(_duration), _AS_TEXT]
+Interval = Annotated[Length, AfterValidator(_lasting)]
+IntervalOrMinutes = Annotated[Duration, PlainValidator(Duration.parse), _AS_TEXT, AfterValidator(_lasting)]
+HalfLife = Annotated[Duration, PlainValidator(_half_life), _AS_TEXT]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # what clocks can count
+Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]
+Name = Annotated[str, Matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
+Target = Annotated[str, Matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
+Variable = Annotated[str, Matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
+HostAndPort = Annotated[
+    str, Matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, such as node-1:29500"), AfterValidator(_reachable)
+]
+Word = Annotated[str, Matching(r"\S+", "a word without spaces")]
+Text = Annotated[str, Matching(r"[^\0]+", "text that isn't empty")]
+Value = Annotated[str, Matching(r"[^\0]*", "text without NUL")]
+Option = Annotated[
+    str, Matching(r"--\w[^\0\n]*|-\w[^\0\n]*", "an option of sbatch, such as --exclusive or --gres=gpu:a100:4")
+]
+Path = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
+
+
+class Usual(Section):
+    """A learning rate with the global batch, in samples, that it goes with."""
+
+    lr: Positive
+    batch: Size

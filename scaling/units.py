@@ -21,7 +21,7 @@ MEANING: dict[str, str] = {
     "%": "percent of the run",
     "min": "minutes",
 }
-EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run)"
+EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run), 10min (checkpoint.every)"
 
 _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from isobatch.conf.schema import Local, RunConfig, Slurm
+from isobatch.conf.groups import Local, Slurm
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.state import address, hostnames, job_of, kill_wait_s
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from isobatch.conf.groups import Slurm
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import last_step
 from isobatch.conf.saved import frozen
-from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.allocation import JobStart
 from isobatch.slurm.end import end_of_job

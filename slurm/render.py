@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from isobatch.conf.schema import Slurm
+from isobatch.conf.groups import Slurm
 from isobatch.scaling.geometry import counted
 
 MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"

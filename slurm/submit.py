@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isobatch.conf.existing import refuse_missing
-from isobatch.conf.messages import override
+from isobatch.conf.groups import Slurm
+from isobatch.conf.overrides import override
 from isobatch.conf.rundir.files import events, write_atomic
-from isobatch.conf.schema import RunConfig, Slurm
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.render import render
 from isobatch.slurm.state import ask, queued

@@ -5,34 +5,15 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from isobatch.scaling.errors import UserError
+from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.geometry import counted, nearest_even
 from isobatch.scaling.plan import Plan
-
-# The usual global batch by the task's family, (least, most, unit): what people start from.
-USUAL = {
-    "images": (32, 512, "sample"),
-    "detection": (8, 32, "sample"),
-    "rnn": (16, 128, "sample"),
-    "finetune": (16, 64, "sample"),
-    "speech": (64, 256, "sample"),
-    "rl": (64, 256, "sample"),
-    "volumes": (4, 16, "sample"),
-    "language": (250_000, 4_000_000, "token"),
-}
 
 FAR = 4  # times outside the usual range
 IDLE = 0.05  # share of the work
 FEW = 5  # steps: a warmup of fewer is a jump
 SHORT = 0.5  # of a beta that a rule moved
 SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which on a missing warmup is worth a word
-
-
-def check_family(family: str | None) -> None:
-    """Raise UserError for a family that isn't known."""
-    if family is not None and family not in USUAL:
-        known = f"known families are {', '.join(USUAL)}; null says nothing"
-        raise UserError(f"task.family={family} isn't known", known, "task.family", family)
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -147,7 +128,7 @@ def _wraps(plan: Plan) -> str | None:
 def _family(plan: Plan) -> str | None:
     if plan.family is None:
         return None
-    least, most, unit = USUAL[plan.family]
+    (least, most), unit = FAMILIES[plan.family].usual, FAMILIES[plan.family].unit
     per_sample = 1 if unit == "sample" else plan.units_per_sample
     known = plan.base_source == "tuned"  # somebody has been there with this very task
     sizes = [

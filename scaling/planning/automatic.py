@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from isobatch.conf.compose import compose
 from isobatch.conf.hardware import world_size
+from isobatch.conf.layers import roots_with
+from isobatch.conf.overrides import parse
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Choice
-from isobatch.scaling.planning.choose import TABLE, choose
+from isobatch.scaling.planning.choose import WHY, choose
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.reading import Unreadable, read_yaml
+
+
+def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
+    """Return the config that ``overrides`` ask for, with the optimizer that ``optimizer=auto`` chooses.
+
+    Raises:
+        UserError: there is no such config.
+    """
+    config = compose(overrides, config_dir)
+    if config.optimizer.name != "auto":
+        return config
+    choice = choose_optimizer(config, roots_with(config_dir))
+    others = [text for text in overrides if parse(text).key_or_group != "optimizer"]
+    try:
+        config = compose([*others, f"optimizer={choice.name}"], config_dir)
+    except UserError as error:
+        problem = f"{error.problem} (optimizer=auto chose {choice.name})"
+        raise UserError(problem, error.fix, error.key, error.value) from None
+    return config.model_copy(update={"chosen": {"optimizer": choice.why}})
 
 
 def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
@@ -33,15 +55,15 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
     # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
     neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
     lr = config.lr.model_copy(update={**neutral, "warmup_from": None})
-    plan = resolve(config.model_copy(update={"lr": lr}), world_size(config))
+    optimizer = compose(["optimizer=sgd"]).optimizer
+    plan = resolve(config.model_copy(update={"lr": lr, "optimizer": optimizer}), world_size(config))
     batch = max(stage.cut.global_size for stage in plan.stages)
     return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
 
 
 def _with_usual(roots: Sequence[Path]) -> set[str]:
-    """Return the optimizers of the table whose YAML has a usual LR."""
-    names = {name for rows in TABLE.values() for row in rows for name in row}
-    files = [root / "optimizer" / f"{name}.yaml" for name in names for root in roots]
+    """Return the optimizers that may be chosen whose YAML has a usual LR."""
+    files = [root / "optimizer" / f"{name}.yaml" for name in WHY for root in roots]
     return {file.stem for file in files if file.is_file() and _has_usual(file)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from isobatch.conf.groups import Engine
+from isobatch.conf.groups import OPTIMIZERS, Engine
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import EnginePlacement
@@ -19,7 +19,6 @@ from isobatch.scaling.plan import EnginePlacement
 BITWISE_COST = 1.14, 1.53
 
 PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer state"
-OPTIMIZERS = ("sgd", "adamw", "lamb", "lars", "muon", "adafactor", "custom")
 # Those of torch that treat each number by itself, whatever tensor it is in, and keep no state before the first step, as
 # Adagrad does, which DeepSpeed makes anew.
 ELEMENTWISE = tuple(

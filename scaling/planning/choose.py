@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.families import LARGE, optimizers
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Choice
-from isobatch.scaling.planning.advice import check_family
 
-LARGE = 1024  # samples a step, from which on a batch counts as large
-# By the task's family: what is taken below LARGE, and from it on; the first that has a base LR.
-TABLE = {
-    "images": (("sgd", "adamw"), ("lars", "lamb", "sgd")),
-    "detection": (("sgd", "adamw"), ("lars", "adamw", "sgd")),
-    "volumes": (("adamw", "sgd"), ("adamw", "lamb", "sgd")),
-    "rnn": (("adamw", "sgd"), ("lamb", "adamw")),
-    "finetune": (("adamw", "sgd"), ("lamb", "adamw")),
-    "speech": (("adamw", "sgd"), ("lamb", "adamw")),
-    "rl": (("adamw", "sgd"), ("adamw", "lamb")),
-    "language": (("adamw", "sgd"), ("adamw", "lamb")),
-    None: (("adamw", "sgd"), ("lamb", "adamw")),
-}
 WHY = {
     "sgd": "SGD with momentum is what {family} are tuned with{below}",
     "adamw": "AdamW is what {family} are tuned with{below}",
@@ -41,14 +28,14 @@ def choose(family: str | None, global_size: int, with_base: Collection[str]) -> 
         with_base: optimizers that have a base LR: tuned for the task, or a usual one.
 
     Raises:
-        UserError: an unknown family, or none of its optimizers has a base LR.
+        UserError: none of the optimizers that suit has a base LR.
     """
-    check_family(family)
     large = global_size >= LARGE
-    fit = [name for name in TABLE[family][large] if name in with_base]
+    suited = optimizers(family, large)
+    fit = [name for name in suited if name in with_base]
     if not fit:
         raise UserError(
-            f"optimizer=auto: of {', '.join(TABLE[family][large])} none has a base LR for this task, nor a usual one",
+            f"optimizer=auto: of {', '.join(suited)} none has a base LR for this task, nor a usual one",
             "name an optimizer, and give lr.base and lr.base_batch, or lr.peak",
             "optimizer",
             "auto",

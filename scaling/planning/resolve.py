@@ -11,7 +11,6 @@ from isobatch.scaling.batch_schedule import OF_THE_DATA, in_place_of_decay, segm
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Choice, Plan
-from isobatch.scaling.planning.advice import check_family
 from isobatch.scaling.planning.base_recipe import Base, base_of, rule_of
 from isobatch.scaling.planning.capabilities import check_engine, placement
 from isobatch.scaling.planning.engine_config import check_engine_config
@@ -33,7 +32,6 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     train_samples = config.task.train_samples if train_samples is None else train_samples
     if train_samples == 0:
         raise UserError("the training data has 0 samples", "a run needs at least 1", "task.train_samples", 0)
-    check_family(config.task.family)
     check_engine(config)
     sizes = first_sizes(config, world, train_samples)
     first = Segment(0, sizes.global_size, rule_of(config))

@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from isobatch.conf.groups import OPTIMIZERS
+from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.advice import check_family, warnings
-from isobatch.scaling.planning.capabilities import OPTIMIZERS, check_placement
+from isobatch.scaling.planning.advice import warnings
+from isobatch.scaling.planning.capabilities import check_placement
 from isobatch.scaling.reading import parse_json
 from isobatch.scaling.report.derivation import lr_why, moves
 from isobatch.scaling.rules import PARTS
@@ -37,7 +39,8 @@ def from_json(text: str) -> Plan:
         fields = {**stored, **stored["asked"]}
         mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
         plan = _adapter().validate_json(mine, strict=True)
-        check_family(plan.family)
+        if plan.family not in (None, *FAMILIES):
+            raise ValueError(f"task.family={plan.family}: known are {', '.join(FAMILIES)}")
         check_placement(plan.engine)
         if plan.optimizer.name not in OPTIMIZERS:
             raise ValueError(f"optimizer={plan.optimizer.name}: known are {', '.join(OPTIMIZERS)}")

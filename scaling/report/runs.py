@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.files import holds_a_run, read_run
-from isobatch.scaling.report.result import WITHOUT_A_WORD
+from isobatch.conf.rundir.take import works
+from isobatch.scaling.report.result import WITHOUT_A_WORD, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
@@ -70,6 +73,19 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
             for inner in folder.iterdir():
                 if inner.is_dir() and not inner.is_symlink():
                     yield from _runs_in(inner, depth - 1)
+
+
+def listing(roots: Sequence[str], queue: Mapping[str, str], output: str) -> str:
+    """Return the runs in ``roots`` as a table, or as JSON where ``output`` says so.
+
+    Args:
+        queue: what Slurm says of the jobs that aren't over, by id.
+    """
+    found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
+    rows = [row(run, works(run), queue) for run in found.values()]
+    if output == "json":
+        return json.dumps([asdict(one) for one in rows], indent=1)
+    return grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}"
 
 
 def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:

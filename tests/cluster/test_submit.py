@@ -6,7 +6,7 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from isobatch.conf.messages import override
+from isobatch.conf.overrides import override
 from tests.cluster.jobs import ONE_THREAD, JobCase, field, on_nodes, over
 from tests.cluster.lab import run
 from tests.cluster.test_stops import put_back, take_nodes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isobatch.conf.compose import compose
-from isobatch.conf.messages import HERE
+from isobatch.conf.keys import HERE
 from isobatch.scaling.planning.resolve import resolve
 from tests.support.harness import Runs
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-import isobatch.conf.compose
+import isobatch.conf.layers
 
 
 @pytest.fixture(autouse=True, scope="session")
 def composed_once() -> Iterator[None]:
     """Remember what Hydra made of overrides alone; YAML of a test's own, which may change, is composed each time."""
     made: dict[tuple[str, ...], Any] = {}
-    fresh = isobatch.conf.compose.hydra_compose
+    fresh = isobatch.conf.layers.hydra_compose
 
     def remembered(primary: str, overrides: Sequence[str]) -> Any:
         if any(one.startswith("hydra.searchpath") for one in overrides):
@@ -24,5 +24,5 @@ def composed_once() -> Iterator[None]:
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isobatch.conf.compose.hydra_compose", remembered)
+        patch.setattr("isobatch.conf.layers.hydra_compose", remembered)
         yield

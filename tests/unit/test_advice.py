@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.conf.compose import compose
+from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.advice import USUAL, check_family, warnings
+from isobatch.scaling.planning.advice import warnings
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.segments import Segment
@@ -113,9 +114,9 @@ def test_a_batch_that_is_larger_than_the_data() -> None:
     assert warning.startswith("the global batch of 1,000 samples is larger than the data (999 samples)")
 
 
-@pytest.mark.parametrize("family", [family for family, usual in USUAL.items() if usual[2] == "sample"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.unit == "sample"])
 def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
-    least, most, _ = USUAL[family]
+    least, most = FAMILIES[family].usual
     for size in (max(1, -(-least // 4)), least, most, 4 * most):
         assert said(size, family=family, world=1) == []
     assert f"people use for {family} ({least} to {most})" in said(4 * most + 1, family=family, world=1)[0]
@@ -136,13 +137,6 @@ def test_sizes_are_said_in_the_unit_they_were_given_in() -> None:
     (warning,) = said(1, world=2, unit="tokens", units_per_sample=512)
     assert "can't share 512 tokens evenly" in warning
     assert warning.endswith("are even: 1024")
-
-
-def test_an_unknown_family_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"task\.family=vision isn't known; known families are images, detection"):
-        check_family("vision")
-    for family in (None, *USUAL):
-        check_family(family)
 
 
 def test_every_stage_is_looked_at() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from isobatch.conf import hardware
-from isobatch.conf.compose import HERE, compose
+from isobatch.conf.compose import compose
 from isobatch.conf.existing import extends
 from isobatch.conf.help import annotated, command_line, help_text, meanings
-from isobatch.conf.messages import RECORDED, keys, leaves, sections, validated
+from isobatch.conf.keys import HERE, RECORDED, keys, leaves, sections
+from isobatch.conf.messages import validated
 from isobatch.conf.saved import dump
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.sweep import expand
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.families import FAMILIES
+from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.rules import LAWS
+from isobatch.scaling.schedule import DECAYS
 from isobatch.scaling.units import Duration
 
 LARGE = set(leaves("", yaml.safe_load((HERE / "experiment/digits_large.yaml").read_text())))
@@ -171,18 +177,16 @@ def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
     assert 'task=["a"]' in message("task=list", config_dir=tmp_path)
     write(tmp_path / "task/short.yaml", "name: short\n")
     said = message("task=short", config_dir=tmp_path)
-    assert said.startswith(
-        "task has no _target_, args, local, train_samples, units_per_sample, family, tuned: task=custom brings"
-    )
-    assert said.endswith("begins with 'defaults: [custom, _self_]'")
+    assert "_target_, args, local, train_samples, units_per_sample, family, tuned" in said
+    assert "task=custom" in said
     write(tmp_path / "task/typo.yaml", "name: typo\n_target_: a.B\ntrain_sample: 3\n")
     assert "did you mean task.train_samples?" in message("task=typo", config_dir=tmp_path)
     write(tmp_path / "optimizer/mine.yaml", "eps: 1.0e-6\n")
-    assert "optimizer has no name: optimizer=custom brings" in message("optimizer=mine", config_dir=tmp_path)
+    assert "optimizer=custom" in message("optimizer=mine", config_dir=tmp_path)
     write(tmp_path / "experiment/headless.yaml", "batch: {global_size: 8}\n")
-    assert "has to begin with the line '# @package _global_'" in message("experiment=headless", config_dir=tmp_path)
+    assert "'# @package _global_'" in message("experiment=headless", config_dir=tmp_path)
     write(tmp_path / "experiment/typo.yaml", "# @package _global_\ndefaults:\n  - override /optimizer: adm\n")
-    assert "there is no optimizer=adm; did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
+    assert "did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
 
 
 def test_own_yaml_begins_with_one_of_ours(tmp_path: Path) -> None:
@@ -210,107 +214,107 @@ def test_a_choice_may_be_put_where_it_means_something(tmp_path: Path) -> None:
     assert compose(["+net@model=big"], tmp_path).model.args == {"width": 3}
 
 
-# ---- what can't be: each with all that its message has to say
+# ---- what is rejected: the key that the error is about, and what else it names (test_messages has the wording)
 
-CUSTOM = ["optimizer=custom", "optimizer._target_=my.Optimizer"]
-REFUSED = [
+CUSTOM = "optimizer=custom optimizer._target_=my.Optimizer"
+REJECTED = [
     # keys
-    (["batch.globl_size=3"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
-    (["global_size=3"], ["did you mean batch.global_size?"]),
-    (["every=3ep"], ["did you mean checkpoint.every or evaluate.every or log.every?"]),
-    (["ema=0.999"], ["ema=0.999 has no unit", "half-life of the average, not its decay"]),
-    (["ema=5min"], ["only checkpoint.every may be in minutes"]),
-    (["checkpoint.every=1h"], ["unknown unit 'h'", "10min (minutes)"]),
-    (["checkpoint.every=0min"], ["more than 0"]),
-    (["duration=10min"], ["only checkpoint.every may be in minutes"]),
-    (["+foo=3"], ["unknown key foo"]),
-    (["foo.bar=3"], ["unknown key foo.bar"]),
-    (["foo/bar=3"], ["unknown key foo/bar"]),
-    (["epochs=3"], ["did you mean duration=10ep?"]),
-    (["batch_size=3"], ["batch.global_size or batch.per_gpu"]),
-    (["resume=true"], ["did you mean run.dir=DIR (and the same command goes on by itself)?"]),
-    (["trainer.resume_from_checkpoint=x"], ["run.dir=DIR"]),
-    (["ckpt_path=x"], ["run.dir=DIR", "init_from=PATH"]),
-    (["save_steps=500"], ["did you mean checkpoint.every=500st or checkpoint.every=10min?"]),
-    (["save_total_limit=3"], ["did you mean checkpoint.keep?"]),
-    (["ema_decay=0.999"], ["ema=2000sa (its half-life)"]),
-    (["ema.decay=0.999"], ["ema={'decay': 0.999} is not a duration"]),
-    (["lr=0.1"], ["lr=0.1", "lr.base", "lr.peak"]),
-    (["lr.foo=1"], ["unknown key lr.foo", "lr.base, "]),
-    (["given=[a]"], ["unknown key given"]),
-    (["optimizer=adamw", "optimizer.momentum=0.5"], ["optimizer.momentum isn't a key of this optimizer", "betas"]),
-    (["+batch.global_size=3"], ["batch.global_size is there already; leave out the +"]),
-    (["+task=digits"], ["task is there already; leave out the +: task=digits"]),
-    (["++task=digits"], ["leave out the +: task=digits"]),
-    (["~foo"], ["~foo"]),
-    (["~seed"], ["~seed", "not be deleted"]),
-    (["~batch.per_gpu"], ["~batch.per_gpu", "null"]),
-    (["~task"], ["~task", "not be deleted"]),
-    (["task=null"], ["there is no task=null", "custom, digits"]),
-    (["optimizer@other=adamw"], ["no choice of optimizer goes to other; use optimizer=adamw"]),
-    (["+optimizer@other=adamw"], ["no choice of optimizer goes to other; use optimizer=adamw"]),
-    (["task@_global_=digits"], ["no choice of task goes to _global_; use task=digits"]),
-    (["optimizer.name=adamw"], ["optimizer has no betas, eps: optimizer=adamw brings every key"]),
-    (["hydra.run.dir=x"], ["hydra.run.dir=x", "no effect"]),
-    (["hydra/launcher=x"], ["hydra/launcher=x", "no effect"]),
-    (["hydra=x"], ["no effect"]),
-    (["~hydra.job"], ["no effect"]),
+    ("batch.globl_size=3", "batch.globl_size", ["batch.global_size"]),
+    ("global_size=3", "global_size", ["batch.global_size"]),
+    ("every=3ep", "every", ["checkpoint.every", "evaluate.every", "log.every"]),
+    ("+foo=3", "foo", []),
+    ("foo.bar=3", "foo.bar", []),
+    ("foo/bar=3", "foo/bar", []),
+    ("epochs=3", "epochs", ["duration=10ep"]),
+    ("batch_size=3", "batch_size", ["batch.global_size", "batch.per_gpu"]),
+    ("resume=true", "resume", ["run.dir=DIR"]),
+    ("trainer.resume_from_checkpoint=x", "trainer.resume_from_checkpoint", ["run.dir=DIR"]),
+    ("ckpt_path=x", "ckpt_path", ["run.dir=DIR", "init_from=PATH"]),
+    ("save_steps=500", "save_steps", ["checkpoint.every=500st", "checkpoint.every=10min"]),
+    ("save_total_limit=3", "save_total_limit", ["checkpoint.keep"]),
+    ("ema_decay=0.999", "ema_decay", ["ema=2000sa"]),
+    ("ema.decay=0.999", "ema", ["{'decay': 0.999}"]),
+    ("lr=0.1", "lr", ["lr.base", "lr.peak"]),
+    ("lr.foo=1", "lr.foo", ["lr.base"]),
+    ("given=[a]", "given", []),
+    ("optimizer=adamw optimizer.momentum=0.5", "optimizer.momentum", ["betas", "optimizer=sgd"]),
+    ("+batch.global_size=3", "", ["batch.global_size", "+"]),
+    ("+task=digits", "task", ["task=digits"]),
+    ("++task=digits", "task", ["task=digits"]),
+    ("~foo", "", ["~foo"]),
+    ("~seed", "seed", ["null"]),
+    ("~batch.per_gpu", "batch.per_gpu", ["null"]),
+    ("~task", "task", ["null"]),
+    ("task=null", "task", ["custom", "digits"]),
+    ("optimizer@other=adamw", "optimizer", ["other", "optimizer=adamw"]),
+    ("+optimizer@other=adamw", "optimizer", ["other", "optimizer=adamw"]),
+    ("task@_global_=digits", "task", ["_global_", "task=digits"]),
+    ("optimizer.name=adamw", "optimizer.betas", ["eps", "optimizer=adamw"]),
+    ("hydra.run.dir=x", "hydra", []),
+    ("hydra/launcher=x", "hydra", []),
+    ("hydra=x", "hydra", []),
+    ("~hydra.job", "hydra", []),
     # groups
-    (["optimizer=adm"], ["there is no optimizer=adm", "did you mean adamw?", "adafactor, adamw, auto"]),
-    (["task=3"], ["there is no task=3", "custom, digits"]),
-    (["experiment=foo"], ["there is no experiment=foo", "digits_large"]),
-    (["optimizer=../optimizer/sgd"], ["optimizer="]),
-    (["task=custom"], ["task._target_ has to be given"]),
-    (["optimizer=custom"], ["optimizer._target_ has to be given"]),
+    ("optimizer=adm", "optimizer", ["adamw?", "adafactor, adamw, auto"]),
+    ("task=3", "task", ["custom, digits"]),
+    ("experiment=foo", "experiment", ["digits_large"]),
+    ("optimizer=../optimizer/sgd", "optimizer", ["sgd"]),
+    ("task=custom", "task._target_", []),
+    ("optimizer=custom", "optimizer._target_", []),
     # the grammar
-    (["seed"], ["'seed' isn't key=value"]),
-    (["run.name=a b(c"], ["'run.name=a b(c'", "\"run.name='a b(c'\""]),
-    (["=3"], ["=3"]),
-    (["a b=3"], ["'a b=3' can't be read"]),
-    (["seed=1,2"], ["seed=1,2 is a sweep; did you mean -m?"]),
-    (["seed=range(1,4)"], ["did you mean -m?"]),
-    (["task.name=${foo}"], ["task.name", "foo"]),
-    (["task.name=${oc.env:ISOBATCH_NOT_SET}"], ["task.name", "ISOBATCH_NOT_SET"]),
+    ("seed", "", ["'seed'", "key=value"]),
+    ("'run.name=a b(c'", "run.name", ["\"run.name='a b(c'\""]),
+    ("=3", "=3", []),
+    ("'a b=3'", "", ["a b=3"]),
+    ("seed=1,2", "", ["seed=1,2", "-m"]),
+    ("seed=range(1,4)", "", ["-m"]),
+    ("'task.name=${foo}'", "task.name", ["foo"]),
+    ("'task.name=${oc.env:ISOBATCH_NOT_SET}'", "task.name", ["ISOBATCH_NOT_SET"]),
     # sections together
-    (["lr.rule=power"], ["lr.rule=power needs lr.power"]),
-    (["lr.power=2"], ["lr.power=2.0 is only used by lr.rule=power"]),
-    (["lr.decay=step", "lr.milestones=[]"], ["lr.decay=step needs lr.milestones"]),
-    (["model.args.x=3"], ["model.args needs model._target_"]),
-    (["optimizer.momentum=0"], ["optimizer.nesterov=true needs optimizer.momentum"]),
-    (["optimizer.args.lr=1"], ["optimizer.args.lr", "use lr.base or lr.peak"]),
-    (["optimizer.args.momentum=0.5"], ["optimizer.args.momentum", "use optimizer.momentum"]),
-    (["optimizer.args.nesterov=false"], ["use optimizer.nesterov"]),
-    (["optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
-    (["optimizer=adamw", "optimizer.args.betas=[0.5,0.5]"], ["use optimizer.betas"]),
-    (["optimizer=adamw", "optimizer.args.eps=1"], ["use optimizer.eps"]),
-    ([*CUSTOM, "optimizer.args.lr=1"], ["use lr.base or lr.peak"]),
-    ([*CUSTOM, "optimizer.weight_decay=0", "optimizer.args.weight_decay=1"], ["use optimizer.weight_decay"]),
-    (["optimizer=adamw", "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9] can't be: it has to be a list of 2"]),
-    (["optimizer=adamw", "optimizer.betas=[]"], ["optimizer.betas=[] can't be: it has to be a list of 2"]),
-    (["optimizer=lamb", "optimizer.trust_clip=[0]"], ["optimizer.trust_clip=[0] can't be: it has to be a list of 2"]),
-    (["optimizer=adafactor", "optimizer.eps=[1e-3]"], ["optimizer.eps=[0.001] can't be: it has to be a list of 2"]),
-    (["recompute=[true]"], ["recompute.0=true can't be: it has to be text; in quotes it is text: 'true'"]),
-    (["cluster.rendezvous=a:29500"], ["cluster.rendezvous=a:29500", "where several machines meet", "cluster.nodes"]),
-    (["output=json"], ["output=json", "action=plan"]),
-    (["action=evaluate"], ["action=evaluate needs init_from="]),
-    (["action=evaluate", "init_from="], ["init_from= can't be"]),
-    (["action=evaluate", "init_from=3"], ["as text: \"init_from='3'\""]),
-    (["action=evaluate", "init_from=no/where"], ["init_from=no/where isn't there", ".safetensors"]),
-    (["action=evaluate", "run.dir=conf"], ["takes no run.dir: write init_from=conf"]),
-    (["action=evaluate", "run.new=true"], ["takes no run.new: write init_from=DIR"]),
-    (["action=evaluate", "run.dir=conf", "init_from=conf"], ["takes no run.dir: leave it out"]),
-    (["cluster.environment.A-B=x"], ["A-B", "environment variable"]),
-    (["task.args={1: a}"], ["task.args has the key 1", "'1'"]),
-    (["seed=x", "batch.per_gpu=0"], ["seed=x can't be", "batch.per_gpu=0 can't be"]),
+    ("lr.rule=power", "lr.power", ["lr.rule=power"]),
+    ("lr.power=2", "lr.power", ["power", "half-life", "noise"]),
+    ("lr.decay=step lr.milestones=[]", "lr.milestones", ["lr.decay=step"]),
+    ("model.args.x=3", "model.args", ["model._target_"]),
+    ("optimizer.momentum=0", "optimizer.momentum", ["optimizer.nesterov"]),
+    ("optimizer.args.lr=1", "optimizer.args.lr", ["lr.base", "lr.peak"]),
+    ("optimizer.args.momentum=0.5", "optimizer.args.momentum", ["use optimizer.momentum"]),
+    ("optimizer.args.nesterov=false", "optimizer.args.nesterov", ["use optimizer.nesterov"]),
+    ("optimizer.args.weight_decay=1", "optimizer.args.weight_decay", ["use optimizer.weight_decay"]),
+    ("optimizer=adamw optimizer.args.betas=[0.5,0.5]", "optimizer.args.betas", ["use optimizer.betas"]),
+    ("optimizer=adamw optimizer.args.eps=1", "optimizer.args.eps", ["use optimizer.eps"]),
+    (f"{CUSTOM} optimizer.args.lr=1", "optimizer.args.lr", ["lr.base", "lr.peak"]),
+    (
+        f"{CUSTOM} optimizer.weight_decay=0 optimizer.args.weight_decay=1",
+        "optimizer.args.weight_decay",
+        ["use optimizer.weight_decay"],
+    ),
+    ("optimizer=adamw optimizer.betas=[0.9]", "optimizer.betas", ["[0.9]", "list of 2"]),
+    ("optimizer=adamw optimizer.betas=[]", "optimizer.betas", ["[]", "list of 2"]),
+    ("optimizer=lamb optimizer.trust_clip=[0]", "optimizer.trust_clip", ["[0]", "list of 2"]),
+    ("optimizer=adafactor optimizer.eps=[1e-3]", "optimizer.eps", ["[0.001]", "list of 2"]),
+    ("recompute=[true]", "recompute.0", ["'true'"]),
+    ("cluster.rendezvous=a:29500", "cluster.rendezvous", ["a:29500", "cluster.nodes"]),
+    ("output=json", "output", ["action=plan"]),
+    ("action=evaluate", "init_from", ["action=evaluate"]),
+    ("action=evaluate init_from=", "init_from", []),
+    ("action=evaluate init_from=3", "init_from", ["\"init_from='3'\""]),
+    ("action=evaluate init_from=no/where", "", ["init_from=no/where", ".safetensors"]),
+    ("action=evaluate run.dir=conf", "run.dir", ["init_from=conf"]),
+    ("action=evaluate run.new=true", "run.new", ["init_from=DIR"]),
+    ("action=evaluate run.dir=conf init_from=conf", "run.dir", ["leave it out"]),
+    ("cluster.environment.A-B=x", "cluster.environment.A-B", ["environment variable"]),
+    ("'task.args={1: a}'", "task.args", ["'1'"]),
+    ("seed=x batch.per_gpu=0", "seed", ["seed=x", "batch.per_gpu=0"]),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=lambda value: " ".join(value) if value else "")
-def test_refusals(overrides: list[str], said: list[str]) -> None:
-    text = message(*overrides)
-    assert all(part in text for part in said), text
-    assert len(text) < 500
-    assert not re.search(r"pydantic|hydra\.cc|ConfigKeyError|constrained|Traceback", text)
+@pytest.mark.parametrize(("line", "key", "names"), REJECTED, ids=[line for line, _, _ in REJECTED])
+def test_rejected(line: str, key: str, names: list[str]) -> None:
+    with pytest.raises(UserError) as rejection:
+        compose(shlex.split(line))
+    assert rejection.value.key == key
+    assert all(name in str(rejection.value) for name in names), str(rejection.value)
+    assert len(str(rejection.value)) < 500
 
 
 def test_keys_of_another_choice_are_said_once(tmp_path: Path) -> None:
@@ -319,106 +323,83 @@ def test_keys_of_another_choice_are_said_once(tmp_path: Path) -> None:
         assert len(message(*overrides, config_dir=tmp_path).splitlines()) == 1
 
 
-VALUES: dict[str, list[tuple[Any, str]]] = {
+VALUES: dict[str, list[tuple[Any, str]]] = {  # with what the error names beside key and value
     "batch.global_size": [
-        (0, "1 or more, or all"),
-        (-3, "1 or more, or all"),
-        (2.5, "a whole number, or all"),
-        (1000.0, "did you mean 1000?"),
-        ("al", "did you mean all?"),
-        (True, "a whole number"),
-        (None, "batch.global_size=null can't be"),
-        ([3], "batch.global_size=[3] can't be"),
-        ({"a": 3}, 'batch.global_size={"a": 3} can\'t be'),
+        *((0, "all"), (-3, "all"), (2.5, "whole"), (1000.0, "did you mean 1000?"), ("al", "did you mean all?")),
+        *((True, "whole"), (None, "null"), ([3], "[3]"), ({"a": 3}, '{"a": 3}')),
     ],
-    "batch.per_gpu": [(0, "1 or more"), (0.5, "a whole number"), (float("nan"), "finite")],
-    "batch.accumulation": [(0, "1 or more"), (-1, "1 or more")],
+    "batch.per_gpu": [(0, "from 1"), (0.5, "whole"), (float("nan"), "finite"), (10**16, "1e+15")],
+    "batch.accumulation": [(0, "from 1"), (-1, "from 1")],
     "batch.unit": [("token", "did you mean tokens?")],
     "batch.even": [(1, "true or false"), ("yes", "true or false")],
     "action": [("pln", "did you mean plan?"), ("tune", "train, plan, evaluate, runs or requeue")],
     "output": [("jsn", "did you mean json?")],
     "device": [("gpu", "auto, cpu or cuda")],
-    "seed": [(-1, "0 or more"), (2**63, "less than"), ("x", "a whole number"), (True, "a whole number")],
-    "duration": [
-        (10, "has no unit"),
-        ("10xx", "unknown unit 'xx'"),
-        ("-1ep", "0 or more"),
-        ("ep", "not a duration"),
-        (True, "not a duration"),
-        (None, "not a duration"),
-    ],
-    "clip_norm": [(0, "more than 0"), (-1, "more than 0"), (float("inf"), "finite"), ("a", "a number")],
-    "lr.base": [(0, "more than 0"), (float("inf"), "finite"), (float("nan"), "finite")],
-    "lr.base_batch": [(0, "1 or more")],
-    "lr.rule": [("sqr", "did you mean sqrt?")],
-    "lr.decay": [("cos", "cosine, linear, polynomial, step, constant or wsd")],
-    "lr.final": [(-0.1, "0 or more"), (1.1, "at most 1")],
-    "lr.milestones": [("30%", "a list"), ([4], "lr.milestones.0=4 has no unit")],
-    "lr.warmup_from": [(-1, "0 or more")],
-    "log.every": [("0st", "log.every=0st: an interval has to be more than 0"), (None, "not a duration")],
-    "evaluate.every": [("0ep", "more than 0"), ("5min", "only checkpoint.every may be in minutes")],
-    "checkpoint.every": [("0min", "more than 0"), ("10", "has no unit")],
-    "checkpoint.keep": [(0, "1 or more")],
+    "seed": [(-1, "from 0"), (2**63, "below"), ("x", "whole"), (True, "whole")],
+    "duration": [(10, "unit"), ("10xx", "'xx'"), ("-1ep", "-1ep"), ("ep", "10ep"), (True, "10ep"), (None, "10ep")],
+    "clip_norm": [(0, "above 0"), (-1, "above 0"), (float("inf"), "finite"), ("a", "a number")],
+    "lr.base": [(0, "above 0"), (float("inf"), "finite"), (float("nan"), "finite")],
+    "lr.base_batch": [(0, "from 1")],
+    "lr.rule": [("sqr", "did you mean sqrt?"), ("foo", ", ".join(LAWS)[:-6])],
+    "lr.decay": [("cos", ", ".join(DECAYS)[:-5])],
+    "lr.final": [(-0.1, "from 0"), (1.1, "up to 1")],
+    "lr.milestones": [("30%", "a list"), ([4], "lr.milestones.0")],
+    "lr.warmup_from": [(-1, "from 0")],
+    "log.every": [("0st", "more than 0"), (None, "10ep")],
+    "evaluate.every": [("0ep", "more than 0"), ("5min", "checkpoint.every")],
+    "checkpoint.every": [("0min", "more than 0"), ("10", "unit")],
+    "checkpoint.keep": [(0, "from 1")],
     "checkpoint.best": [("val/accuracy", "val/accuracy:max"), ("val/accuracy:most", "val/accuracy:max")],
     "checkpoint.on_error": [("stopp", "did you mean stop?")],
     "on_nonfinite": [("skp", "did you mean skip?")],
-    "ema": [(0.999, "has no unit"), ("0sa", "more than 0"), ("5min", "minutes")],
-    "init_from": [("", "isn't empty")],
-    "data.workers": [(-1, "0 or more")],
-    "run.dir": [("", "isn't empty"), (3, "as text: \"run.dir='3'\"")],
-    "run.name": [
-        ("../x", "a folder's name"),
-        ("a b", "a folder's name"),
-        ("x" * 101, "a folder's name"),
-        (".", "name"),
-    ],
-    "task.name": [("a/b", "a folder's name"), ("a\nb", "a folder's name")],
-    "task._target_": [("foo", "a class or function with its module"), ("os.", "with its module"), (None, "text")],
-    "task.train_samples": [(0, "1 or more")],
-    "task.units_per_sample": [(0, "1 or more")],
+    "ema": [(0.999, "half-life"), ("0sa", "more than 0"), ("5min", "minutes")],
+    "init_from": [("", "empty")],
+    "data.workers": [(-1, "from 0")],
+    "run.dir": [("", "empty"), (3, "\"run.dir='3'\"")],
+    "run.name": [("../x", "name"), ("a b", "name"), ("x" * 101, "name"), (".", "name")],
+    "task.name": [("a/b", "name"), ("a\nb", "name")],
+    "task._target_": [("foo", "my_package.Name"), ("os.", "my_package.Name"), (None, "my_package.Name")],
+    "task.train_samples": [(0, "from 1")],
+    "task.family": [("image", "did you mean images?"), ("vision", ", ".join(FAMILIES)[:-10])],
+    "task.units_per_sample": [(0, "from 1")],
     "task.tuned": [
         ({"sgd": {"lr": 0, "batch": 1}}, "task.tuned.sgd.lr=0"),
         ({"sgd": {"lr": 1}}, "task.tuned.sgd.batch"),
     ],
     "task.args": [
-        ({"x": float("nan")}, "task.args.x=nan"),
-        ({"x": b"a"}, "task.args.x"),
-        ({"x": "\udce9"}, "isn't Unicode text"),
+        *(({"x": float("nan")}, "task.args.x=nan"), ({"x": b"a"}, "task.args.x"), ({"x": "\udce9"}, "Unicode")),
         (3, "a mapping"),
     ],
     "optimizer.name": [("foo", "sgd, adamw, lamb")],
     "optimizer.family": [("lamb", "sgd or adam")],
-    "optimizer.momentum": [(1, "less than 1"), (-0.1, "0 or more")],
-    "optimizer.weight_decay": [(-1, "0 or more")],
+    "optimizer.momentum": [(1, "below 1"), (-0.1, "from 0")],
+    "optimizer.weight_decay": [(-1, "from 0")],
     "numerics": [("exact", "fast or bitwise")],
-    "engine.name": [("fsdb", "ddp, fsdp, accelerate, deepspeed; did you mean fsdp?")],
+    "engine.name": [("fsdb", "did you mean fsdp?")],
     "engine": [
-        (
-            {"name": "ddp", "config": {}, "stage": 1},
-            "isn't a key of this engine, which has name, config; it comes with engine=deepspeed",
-        ),
-        ({"name": "ddp"}, "engine has no config: engine=ddp brings every key"),
-        ({"name": "deepspeed"}, "engine has no stage, offload, config: engine=deepspeed brings every key"),
+        ({"name": "ddp", "config": {}, "stage": 1}, "engine=deepspeed"),
+        ({"name": "ddp"}, "engine=ddp"),
+        ({"name": "deepspeed"}, "stage, offload, config"),
     ],
     "engine.config": [(3, "a mapping")],
-    "cluster.nodes": [(0, "1 or more"), (1.5, "a whole number")],
-    "cluster.gpus_per_node": [(0, "1 or more, or auto"), ("aut", "did you mean auto?")],
+    "cluster.nodes": [(0, "from 1"), (1.5, "whole")],
+    "cluster.gpus_per_node": [(0, "auto"), ("aut", "did you mean auto?")],
     "cluster.rendezvous": [
         *(("foo", "host:port"), ("foo:bar", "host:port")),
-        *(("a:0", "1 to 65535"), ("a:99999", "1 to 65535"), ("a:65536", "1 to 65535")),
+        *(("a:0", "65535"), ("a:99999", "65535"), ("a:65536", "65535")),
     ],
-    "cluster.max_restarts": [(-1, "0 or more")],
-    "cluster.timeout_s": [(0, "more than 0")],
-    "cluster.environment": [({"X": True}, "as text: \"cluster.environment.X='true'\""), ({"X": 0.5}, "as text")],
+    "cluster.max_restarts": [(-1, "from 0")],
+    "cluster.timeout_s": [(0, "above 0")],
+    "cluster.environment": [({"X": True}, "\"cluster.environment.X='true'\""), ({"X": 0.5}, "text")],
 }
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [(key, value, said) for key, cases in VALUES.items() for value, said in cases],
+    ("key", "value", "named"),
+    [(key, value, named) for key, cases in VALUES.items() for value, named in cases],
     ids=lambda value: str(value)[:40],
 )
-def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, named: str) -> None:
     *parents, last = key.split(".")
     changed: Any = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in plain.items()}
     section = changed
@@ -427,14 +408,14 @@ def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, said
     section[last] = value
     with pytest.raises(UserError) as refusal:
         validated(changed)
-    assert said in str(refusal.value)
-    assert key in str(refusal.value)
+    assert named in str(refusal.value)
+    assert f"{refusal.value.key}.".startswith(f"{key}.")
     assert not re.search(r"pydantic|constrained|literal\[", str(refusal.value))
 
 
 def test_what_only_looks_as_if_it_repeated_a_key() -> None:
     args = ["optimizer.args.weight_decay=1", "optimizer.args.momentum=0.5", "optimizer.args.eps=1"]
-    assert set(compose([*CUSTOM, *args]).optimizer.args) == {"weight_decay", "momentum", "eps"}
+    assert set(compose([*CUSTOM.split(), *args]).optimizer.args) == {"weight_decay", "momentum", "eps"}
     compose(["cluster.nodes=2", "cluster.rendezvous=a:65535"])
 
 
@@ -699,7 +680,7 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
     write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: a.B\nargs:\n  data: x  # my own\n")
 
     def line(key: str, *overrides: str) -> str:
-        text = annotated(compose(overrides, tmp_path), overrides, str(tmp_path))
+        text = annotated(configured(overrides, tmp_path), overrides, str(tmp_path))
         return next(line for line in text.splitlines() if line.startswith(f"{key}:"))
 
     def helped(key: str, *overrides: str) -> str:

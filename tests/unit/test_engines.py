@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 
-from isobatch.conf.compose import compose
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.plan import EnginePlacement, Plan
+from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.capabilities import ELEMENTWISE
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
@@ -29,7 +29,7 @@ CUSTOM = ("optimizer=custom", "lr.peak=0.1")
 
 @cache
 def config_of(*overrides: str) -> RunConfig:
-    return compose(overrides)
+    return configured(overrides)
 
 
 def plan_of(*overrides: str, world: int = 2) -> Plan:
@@ -278,6 +278,6 @@ def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
 @pytest.mark.parametrize("gpus_only", ["precision=fp16", "engine=fsdp engine.offload=true"])
 def test_what_is_for_gpus_is_refused_where_the_cpu_is_asked_for(gpus_only: str) -> None:
     asked = gpus_only.split()
-    resolve(compose([*asked, "device=auto"]), 2)
+    resolve(configured([*asked, "device=auto"]), 2)
     with pytest.raises(ValueError, match="and device=cpu; "):
-        resolve(compose([*asked, "device=cpu"]), 2)
+        resolve(configured([*asked, "device=cpu"]), 2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import launch
 from isobatch.conf.compose import compose
-from isobatch.conf.messages import keys
+from isobatch.conf.keys import keys
 from isobatch.conf.saved import dump
 from isobatch.conf.sweep import MOST_RUNS, expand
 from isobatch.conf.terminal import say

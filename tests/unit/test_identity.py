@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from isobatch.conf.compose import compose
 from isobatch.conf.existing import extends, lengthened, run_of
 from isobatch.conf.identity import first_free, identity, run_directory, science
-from isobatch.conf.messages import HERE, choices_of, keys, sections, validated
+from isobatch.conf.keys import HERE, choices_of, keys, sections
+from isobatch.conf.messages import validated
 from isobatch.conf.saved import dump
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.sweep import _folder, expand, sweep_directories

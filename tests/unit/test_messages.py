@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from isobatch.conf.compose import compose
+from isobatch.conf.compose import compose, refuse_typo
 from isobatch.conf.hardware import refuse_unless_startable
 from isobatch.conf.help import command_line
 from isobatch.conf.saved import dump
 from isobatch.conf.sweep import expand, sweep_directories
-from isobatch.conf.typos import refuse_typo
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import configured
 from tests.support.golden import golden
 
 FILES = {
@@ -115,6 +115,7 @@ task.args=3
 task.args.x=nan
 task.args.x=1000000000000000000000
 task.tuned.sgd.lr=0
+task.family=imags
 cluster.rendezvous=foo cluster.nodes=2
 cluster.rendezvous=a:0 cluster.nodes=2
 cluster.environment.A-B=x
@@ -185,10 +186,10 @@ def answer(line: str) -> str:
         args = command_line(shlex.split(line))
         if args.multirun:
             elements = expand(args.overrides, args.config_dir)
-            configs = [compose(element.overrides, args.config_dir) for element in elements]
+            configs = [configured(element.overrides, args.config_dir) for element in elements]
             sweep_directories(configs, [element.swept for element in elements])
         else:
-            config = compose(args.overrides, args.config_dir)
+            config = configured(args.overrides, args.config_dir)
             refuse_typo(args.overrides, config)
             refuse_unless_startable(config)
     except UserError as error:

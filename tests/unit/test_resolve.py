@@ -263,7 +263,6 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
         (["lr.warmup=5tok"], "lr.warmup=5tok counts tokens"),
         (["log.every=5tok"], "log.every=5tok counts tokens"),
         (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
-        (["task.family=image"], "task.family=image isn't known; known families are images, "),
     ],
 )
 def test_refused_with_what_would_do(overrides: list[str], said: str) -> None:

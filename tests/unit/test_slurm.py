@@ -15,11 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isobatch.conf.compose import compose
+from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable
 from isobatch.conf.identity import identity
-from isobatch.conf.messages import override
+from isobatch.conf.overrides import override
 from isobatch.conf.saved import frozen
-from isobatch.conf.schema import Slurm
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.allocation import Allocation, JobStart, as_local
 from isobatch.slurm.end import End, parse_due, parse_unreached
@@ -177,18 +177,18 @@ def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
 
 
 def test_an_evaluation_is_no_job() -> None:
-    with pytest.raises(UserError, match="submits trainings, and action=evaluate isn't one: within a job"):
+    with pytest.raises(UserError, match="action=evaluate isn't one; within a job"):
         refuse_unless_startable(compose([*ON_SLURM, "action=evaluate", "init_from=/"]))
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("cluster.time_min=2", "cluster.signal_s=120 is the time between the signal to stop and the end"),
+        ("cluster.time_min=2", "cluster.signal_s=120"),
         ("cluster.partition='a b'", "cluster.partition='a b' has to be a word without spaces"),
-        ("cluster.extra=[exclusive]", "an option of sbatch, as --exclusive"),
+        ("cluster.extra=[exclusive]", "an option of sbatch, such as --exclusive"),
         ("cluster.gres=gpu:2", "gpus-per-node"),
-        ("cluster.nodes=0", "1 or more"),
+        ("cluster.nodes=0", "from 1"),
         ("cluster.rendezvous=a:1", "isn't a key of this cluster"),
     ],
 )

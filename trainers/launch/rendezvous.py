@@ -21,8 +21,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from isobatch.conf.groups import Local
 from isobatch.conf.identity import identity
-from isobatch.conf.schema import Local
 from isobatch.conf.terminal import say
 from isobatch.trainers.ranks.signals import Stop
 

@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from isobatch.scaling.rules import Recipe
     from isobatch.trainers.tasks.task import Task
 
-OPTIMIZERS = {
-    "sgd": "torch.optim.SGD",
-    "adamw": "torch.optim.AdamW",
-    "lamb": "isobatch.trainers.optim.lamb.LAMB",
-    "lars": "isobatch.trainers.optim.lars.LARS",
-    "adafactor": "torch.optim.Adafactor",
-    "muon": "isobatch.trainers.optim.muon.MuonAdamW",
-}
-"""Classes by the name of the optimizer, imported where they are chosen. They take groups, and as keywords what its
-YAML says. A class may have two methods more: ``regroup(groups, model, kept)`` returns groups with what it wants to know
-of each (see Regroup); and ``agree()`` is called by all ranks once it is made."""
-
 
 @dataclass(slots=True)
 class Tuned:
@@ -72,7 +60,7 @@ def make_optimizer(
         UserError: ``task.param_groups`` leaves trainable parameters out, or the optimizer refuses its arguments.
     """
     chosen = config.optimizer
-    cls = None if chosen.name == "custom" else locate("optimizer", OPTIMIZERS[chosen.name])
+    cls = None if chosen.name == "custom" else locate("optimizer", chosen.target)
     groups = groups_for(task, model, getattr(cls, "regroup", None), stored, tell)
     factors = [float(group.pop("lr", 1.0)) for group in groups]
     own_decay = ["weight_decay" in group for group in groups]

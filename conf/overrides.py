@@ -1,0 +1,138 @@
+"""Hydra's grammar of overrides: ``key=value``, ``group=choice``, ``~key`` and how a value is quoted."""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, leaves
+from isobatch.conf.messages import DELETED, for_shell, nearest, shown, unknown_key
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.reading import MOST_DEPTH
+
+MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
+
+
+def parse(text: str) -> Override:
+    """Read ``key=value`` as Hydra does. Raises UserError."""
+    _refuse_unending(text)
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise _unparsable(text, error) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits
+        raise UserError(f"{shown(text)!r} can't be read: {error!s:.200}") from None
+    top = override.key_or_group.replace("/", ".").partition(".")[0]
+    if top == "hydra":
+        raise UserError(f"{text}: Hydra's own settings have no effect here", "--help lists the keys there are", top)
+    if top in ("", *RECORDED):
+        raise unknown_key(override.key_or_group or text)
+    if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
+        return parse(text.replace(f"@{override.package}", "", 1))
+    return override
+
+
+def _refuse_unending(text: str) -> None:
+    """Raise UserError where Hydra's parser would recurse too deep, or take minutes."""
+    depth = commas = 0
+    for sign in re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", text):
+        depth += (sign in "[{(") - (sign in "]})")
+        commas += sign == "," and depth > 0
+        if depth > MOST_DEPTH:
+            raise UserError(f"{shown(text)!r} can't be read: its brackets are nested more than {MOST_DEPTH} deep")
+        if commas > MOST_VALUES:
+            problem = f"{shown(text)!r} can't be read: a list on the command line has at most {MOST_VALUES:,} values"
+            raise UserError(problem, "give it in a YAML of your own (--config-dir)")
+
+
+def _unparsable(text: str, error: HydraException) -> UserError:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return UserError(f"{shown(text)!r} isn't key=value (or ~key)", "--help shows the command line")
+    as_text = f"{key}={quoted(value)}"
+    try:
+        OverridesParser.create().parse_override(as_text)
+    except HydraException:
+        return UserError(f"{shown(text)!r} can't be read: {short(error)}")
+    fix = f"with quotes it is text: {shown(for_shell(as_text))}"
+    return UserError(f"{shown(text)!r} can't be read as it stands", fix, key, value)
+
+
+def for_hydra(override: Override, roots: Sequence[Path]) -> str:
+    """Return the override as Hydra takes it.
+
+    Hydra wants ``++`` for keys that aren't there yet. It gets that for every key; the schema, which knows what was
+    meant, finds the keys that shouldn't be there.
+    """
+    text, value, group = str(override.input_line), override.value(), override.key_or_group
+    options, change = choices_of(group, roots), override.type is OverrideType.CHANGE
+    if override.is_delete():
+        if group in set(keys()):
+            raise UserError(f"{text} deletes a key", DELETED, group)
+        return text
+    if not options or isinstance(value, dict):
+        return f"++{text}" if change and override.package is None else text
+    if (HERE / group).is_dir():
+        place = override.package
+        if place and (change or place.partition(".")[0] not in set(keys())):
+            raise UserError(
+                f"{text}: no choice of {group} goes to {place}", f"use {group}={shown(value)}", group, value
+            )
+        if not place and not change:
+            fix = f"leave out the +: {group}={shown(value)}"
+            raise UserError(f"{text}: {group} is there already", fix, group, value)
+    if value is None and group not in set(keys()):
+        return f"~{override.get_key_element()}"
+    for name in value if isinstance(value, list) else [value]:
+        files = [root / group / f"{name}.yaml" for root in roots]
+        if ".." in str(name) or not any(os.path.isfile(file) for file in files):
+            raise no_such_choice(group, shown(name), options)
+    return text
+
+
+def no_such_choice(group: str, name: str, options: Sequence[str]) -> UserError:
+    """Return the error for a choice that a group doesn't have."""
+    fix = f"{nearest(name, options)} {group} can be {', '.join(options)}".lstrip()
+    return UserError(f"there is no {group}={name}", fix, group, name)
+
+
+def given_by(override: Override) -> Iterator[str]:
+    """Yield the keys that an override gives: the group's name for a choice, the list's for one of its places."""
+    if override.key_or_group != "experiment":
+        key = override.package or override.key_or_group
+        yield from leaves(re.sub(r"\.\d+(\..*)?$", "", key), override.value())
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as one value of Hydra's grammar, which gives it back as it is.
+
+    Within its quotes a backslash counts before a quote only, and OmegaConf later looks for ``${``.
+    """
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text) + "'"
+
+
+def override(key: str, path: str) -> str:
+    """Return an override that gives ``key`` this absolute path, in quotes only where Hydra wants them."""
+    return f"{key}={path if re.fullmatch(r'/[A-Za-z0-9_/.+-]*', path) else quoted(path)}"
+
+
+def short(error: Exception) -> str:
+    """Return what Hydra or OmegaConf say, in one line."""
+    said = str(error) or str(error.__cause__)
+    if match := re.search(r"Could not append to config. An item is already at '(.*)'", said):
+        return f"{match[1]} is there already; leave out the +"
+    if match := re.search(r"Could not delete from config. '(.*)' does not exist", said):
+        return f"~{match[1]}: there is no value to delete; a key that is off is null"
+    if match := re.search(r"Interpolation key '(.*)' not found", said):
+        return f"${{{match[1]}}} names no key of the config; as text it is \\${{{match[1]}}}"
+    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    return textwrap.shorten(" ".join(lines), 400, placeholder=" …")
