@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import shlex
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -55,6 +56,7 @@ from isobatch.trainers.launch.worker import import_torch, leave, run_in_process,
 from isobatch.trainers.ranks.session import Start
 
 LAUNCHER = Path(__file__).resolve()
+COUNT = partial(count_samples, stop=STOP)
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -100,22 +102,25 @@ def main(arguments: list[str]) -> int:
             config = as_local(config, allocation)
     if config.action == "evaluate":
         refuse_unless_startable(config)
-        return work(config, allocation)
+        return work(config, allocation=allocation)
     if config.action == "plan" and not first():
         return 0  # the first of the ranks prints it
-    plan, directory = planned(config), run_directory(config)
+    plan, directory = planned(config, COUNT), run_directory(config)
     if config.action == "plan" and plan:
         plan = foretold(plan, config, RunDir(directory))
         answer_once(to_json(plan) if config.output == "json" else table(plan))
         return 0
-    return train(config, plan, directory, allocation)
+    return train(config, plan, directory, partial(work, allocation=allocation))
 
 
-def planned(config: RunConfig) -> Plan | None:
+def planned(config: RunConfig, count: Callable[[RunConfig], int]) -> Plan | None:
     """Return the plan for the hardware that the config names; None where only its ranks can make it.
 
     They do where several processes are given this command and the data is to be counted: it is opened after the
     machines have prepared it, one after another.
+
+    Args:
+        count: opens the training data and returns the number of samples.
     """
     if isinstance(config.cluster, Slurm):
         from isobatch.slurm.submit import refuse_unless_submittable
@@ -129,7 +134,7 @@ def planned(config: RunConfig) -> Plan | None:
             return None
     else:
         to_open = config.plan.open_data
-    return resolve(config, world_size(config), count_samples(config, STOP) if to_open else None)
+    return resolve(config, world_size(config), count(config) if to_open else None)
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
@@ -141,8 +146,12 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     return from_checkpoint(plan, config, run)
 
 
-def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: Allocation | None = None) -> int:
-    """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
+def train(config: RunConfig, plan: Plan | None, directory: Path, work: Callable[[RunConfig, str, bool], int]) -> int:
+    """Train in ``directory``, or submit a job that does; a run that is finished there shows its result.
+
+    Args:
+        work: trains, given the directory and whether a finished run is extended; returns the exit code.
+    """
     from isobatch.slurm import jobs
 
     run = RunDir(directory)
@@ -163,7 +172,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: All
         return 0
     if first() and (why := jobs.begin(run)):
         say_once(why)
-    code = work(config, allocation, str(directory), extends=longer)
+    code = work(config, str(directory), longer)
     after = run.outcome()
     if code in (0, 75) and after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
@@ -172,13 +181,17 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, allocation: All
     return code
 
 
-def work(config: RunConfig, allocation: Allocation | None, run_dir: str = "", *, extends: bool = False) -> int:
-    """Start the workers, or be one; return the exit code."""
+def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:
+    """Return what is known of a start of this ``command``."""
     from isobatch.slurm.allocation import JobStart
 
-    start = Start(uuid.uuid4().hex[:12], shlex.join(["python", *sys.argv]), **code_now(config))
-    job = JobStart.here()
-    start = replace(start, run_dir=run_dir, extends=extends, job=job.id, job_restart=job.restart)
+    start, job = Start(uuid.uuid4().hex[:12], command, **code_now(config)), JobStart.here()
+    return replace(start, run_dir=run_dir, extends=extends, job=job.id, job_restart=job.restart)
+
+
+def work(config: RunConfig, run_dir: str = "", extends: bool = False, allocation: Allocation | None = None) -> int:
+    """Start the workers, or be one; return the exit code."""
+    start = describe_start(config, shlex.join(["python", *sys.argv]), run_dir, extends)
     if allocation:
         start = replace(start, hosts=allocation.hosts, host=allocation.host, kill_wait_s=allocation.kill_wait_s)
     import_torch(config)
@@ -215,7 +228,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     for element in elements:
         try:
             configs.append(configured(element.overrides, config_dir))
-            plans.append(planned(configs[-1]))
+            plans.append(planned(configs[-1], COUNT))
         except UserError as error:
             problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))
             raise UserError(problem, error.fix, error.key, error.value) from None
@@ -231,7 +244,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     if not any(isinstance(config.cluster, Slurm) for config in configs):
         if not any(config.cluster.environment for config in configs):
             import_torch(configs[0])  # once for all of them
-        trainings = [partial(train, *run) for run in zip(configs, plans, directories, strict=True)]
+        trainings = [partial(train, *run, work) for run in zip(configs, plans, directories, strict=True)]
         return in_turn(elements, directories, trainings, STOP)
     from isobatch.slurm import jobs
     from isobatch.slurm.allocation import Allocation
@@ -268,14 +281,21 @@ def begin() -> int:
     return main(sys.argv[1:])
 
 
+def forget_other_launchers() -> None:
+    """Remove from the environment what another launcher left there, which would be taken for a rank of ours."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def command() -> NoReturn:
     """Do what the command line says, and end this process with its exit code."""
+    STOP.install()  # the script ``isobatch`` imports this file, so nothing has done it yet
+    gc.disable()
     STOP.install()
     gc.disable()
     secure_streams()
-    if not under_torchrun():  # what another launcher left isn't ours
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
+    if not under_torchrun():
+        forget_other_launchers()
     leave(guarded(begin))
 
 

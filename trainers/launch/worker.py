@@ -160,7 +160,10 @@ class Worker:
         leave(EXIT_CODE["crashed"])
 
     def _lose(self, cause: str) -> None:
-        """End this process, since the run directory isn't this launch's any more."""
+        """End this process, or in the caller's the run, since the run directory isn't this launch's any more."""
+        if not self.guarded:
+            self.stop.wanted = cause
+            return
         with self.watch.excused():
             self._give_up(RunFailed(cause))
 

@@ -1,0 +1,256 @@
+"""The Python API: the same runs as by ``python launch.py``, from a script or a notebook.
+
+    result = isobatch.train(MyTask, "batch.global_size=64", "lr.peak=0.1", "duration=5ep")
+    result.metrics["val/loss"]
+
+One worker runs in the calling process. Several run in child processes, which import the task.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isobatch import launch
+from isobatch.conf.compose import refuse_typo
+from isobatch.conf.hardware import under_torchrun, workers_here
+from isobatch.conf.identity import run_directory
+from isobatch.conf.overrides import override
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import read_run
+from isobatch.conf.rundir.outcome import EXIT_CODE, State
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import configured
+from isobatch.trainers.launch.in_process import process_kept, run_here
+from isobatch.trainers.launch.worker import import_torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
+    from isobatch.trainers.tasks.task import Task
+
+__all__ = ["Result", "Task", "UserError", "history", "load", "plan", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Describe how a run ended.
+
+    Attributes:
+        state: as in ``outcome.json``: finished or stopped.
+        directory: of the run.
+        metrics: the last value of each name in ``metrics.jsonl``.
+    """
+
+    state: State
+    directory: Path
+    metrics: dict[str, Any]
+
+
+def train(task: type | str | None = None, *overrides: str, config_dir: str | Path | None = None) -> Result:
+    """Train, or resume; a finished run is not trained again.
+
+    Args:
+        task: the task's class or its dotted name; None where the overrides name it.
+        overrides: as on the command line, such as ``"batch.global_size=64"``.
+        config_dir: a folder of YAML files, as ``--config-dir``.
+
+    Raises:
+        UserError: something that was given can't work.
+        RuntimeError: the run crashed.
+        KeyboardInterrupt: the user interrupted it; the same call resumes from the last checkpoint.
+    """
+    words = [*_task_words(task, overrides), *overrides]
+    with _importable(config_dir):
+        config = configured(words, config_dir)
+        refuse_typo(words, config)
+        _refuse_unless_trainable(config)
+        plan, directory = launch.planned(config, _count), run_directory(config)
+        if workers_here(config) == 1 and config.cluster.nodes == 1 and config.engine.name == "ddp":
+            command = f"isobatch.train({', '.join(map(repr, [config.task.target, *overrides]))})"
+            launch.train(config, plan, directory, partial(_work, command))
+        else:
+            _train_in_children(config, words, config_dir, RunDir(directory))
+    outcome = RunDir(directory).outcome()
+    assert outcome is not None
+    metrics: dict[str, Any] = {}
+    for line in history(directory):
+        metrics |= line
+    return Result(outcome.state, directory, metrics)
+
+
+def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
+    """Return the plan of a run, as ``action=plan`` prints it.
+
+    Raises:
+        UserError: something that was given can't work.
+    """
+    words = [*overrides, "action=plan"]
+    with _importable(config_dir):
+        config = configured(words, config_dir)
+        refuse_typo(words, config)
+        found = launch.planned(config, _count)
+        assert found is not None
+        return launch.foretold(found, config, RunDir(run_directory(config)))
+
+
+def load(directory: str | Path, task: type | str | None = None) -> tuple[Task, nn.Module]:
+    """Return the task of a run, and its model on the CPU, in eval mode, with the newest weights.
+
+    Args:
+        directory: of the run.
+        task: needed where the run trained a class of a notebook or script.
+
+    Raises:
+        UserError: the directory holds no run or no good weights, or the task can't be imported.
+    """
+    run = RunDir(Path(directory).expanduser())
+    if not run.begun:
+        raise UserError(f"{directory} holds no run", "name a run directory, such as the directory of a Result")
+    with _importable(None), process_kept():
+        from isobatch.trainers.checkpoints.weights import initialise
+        from isobatch.trainers.model.randomness import seed_generators
+        from isobatch.trainers.ranks.world import World
+        from isobatch.trainers.tasks.task import make_model, make_task
+
+        config = configured([override("run.dir", str(run.path))])
+        if task is not None:
+            trained = config.task.model_copy(update={"target": _target(task)})
+            config = config.model_copy(update={"task": trained})
+        _refuse_lost_class(config)
+        seed_generators(config.seed)  # a task may draw what its model is made of
+        made = make_task(config)
+        model = make_model(config, made)
+        initialise(model, str(run.path), World.alone())
+    return made, model.eval()
+
+
+def history(directory: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of the run's ``metrics.jsonl``."""
+    return read_run(Path(directory).expanduser()).metrics
+
+
+def _task_words(task: type | str | None, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that name the task."""
+    if task is None:
+        return []
+    if isinstance(task, str) and "=" in task:
+        raise UserError(f"{task!r} is an override, and the first argument is the task", "give the task or None first")
+    resumed = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
+    chosen = any(text.startswith("task=") for text in overrides) or any(map(_begun, resumed))
+    return [*([] if chosen else ["task=custom"]), f"task._target_={_target(task)}"]
+
+
+def _begun(directory: str) -> bool:
+    return RunDir(Path(directory).expanduser()).begun
+
+
+def _target(task: type | str) -> str:
+    """Return the dotted name by which ``task`` can be found."""
+    if isinstance(task, str):
+        return task
+    found: Any = sys.modules.get(task.__module__)
+    for name in task.__qualname__.split("."):
+        found = getattr(found, name, None)
+    target = f"{task.__module__}.{task.__qualname__}"
+    if found is not task:
+        raise UserError(f"{target} isn't the class that was given", "define it outside of functions")
+    return target
+
+
+def _refuse_unless_trainable(config: RunConfig) -> None:
+    if config.action != "train" or config.cluster.name == "slurm":
+        asked = "cluster=slurm" if config.action == "train" else f"action={config.action}"
+        raise UserError(f"isobatch.train trains, and {asked} doesn't", f"use `python -m isobatch.launch {asked} …`")
+    if under_torchrun():
+        raise UserError("isobatch.train starts its workers itself, and torchrun started this process", "use python")
+    _refuse_lost_class(config)
+    several = config.engine.name != "ddp" or workers_here(config) > 1 or config.cluster.nodes > 1
+    if config.task.target.startswith("__main__.") and several:
+        raise UserError(
+            f"{config.task.target} is a class of this notebook or script, and other processes can't import it",
+            "move it to a module, or train with cluster.gpus_per_node=1 engine=ddp",
+            "task._target_",
+            config.task.target,
+        )
+
+
+def _refuse_lost_class(config: RunConfig) -> None:
+    module, _, name = config.task.target.partition(".")
+    if module == "__main__" and not hasattr(sys.modules["__main__"], name):
+        raise UserError(
+            f"the run trained {name}, a class of a notebook or script",
+            "define it here, and pass it",
+            "task._target_",
+            config.task.target,
+        )
+
+
+@contextmanager
+def _importable(config_dir: str | Path | None) -> Iterator[None]:
+    """Within, a task can be imported from the working directory, and from beside its YAML."""
+    before = list(sys.path)
+    beside = [] if config_dir is None else [str(Path(config_dir).absolute().parent)]
+    sys.path[:0] = [os.getcwd(), *beside]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _count(config: RunConfig) -> int:
+    """Return the number of training samples, counted in this process."""
+    with process_kept():
+        from isobatch.trainers.ranks.signals import Stop
+        from isobatch.trainers.ranks.world import World
+        from isobatch.trainers.tasks.prepare import prepare_data
+        from isobatch.trainers.tasks.task import make_task, open_data
+
+        task = make_task(config)
+        prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
+        return len(open_data(task, config))
+
+
+def _work(command: str, config: RunConfig, run_dir: str, extends: bool) -> int:
+    """Train in this process; return the exit code that a command would have."""
+    with process_kept():
+        launch.forget_other_launchers()
+        import_torch(config)
+        from isobatch.trainers.run import train as body
+
+        return run_here(config, launch.describe_start(config, command, run_dir, extends), body).exit_code
+
+
+def _train_in_children(config: RunConfig, words: list[str], config_dir: str | Path | None, run: RunDir) -> None:
+    """Train by a command of its own, and relay what it prints."""
+    options = [] if config_dir is None else [f"--config-dir={config_dir}"]
+    command = [sys.executable, "-m", "isobatch.launch", *options, *words]
+    here = os.pathsep.join(path for path in sys.path if path)
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    said = ""
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": here}, **pipe) as child:
+        assert child.stdout is not None
+        try:
+            for said in child.stdout:
+                print(said, end="", flush=True)
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)  # it saves, and ends
+            for said in child.stdout:
+                print(said, end="", flush=True)
+            raise
+    cause = said.strip().removeprefix("isobatch: ")
+    if child.returncode == EXIT_CODE["refused"]:
+        raise UserError(cause)
+    if child.returncode not in (EXIT_CODE["finished"], EXIT_CODE["stopped"]):
+        raise RuntimeError(f"{cause} (exit code {child.returncode} of {shlex.join(command[1:])})")

@@ -1,0 +1,300 @@
+"""The Python API in processes of its own: scripts that train, and a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.warm import Warm
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("duration=4st", "batch.global_size=16", "lr.peak=0.1", "device=cpu", "log.every=1st")
+TASK = '''
+import os, signal, torch
+from torch.utils.data import TensorDataset
+
+class Mine:
+    """A regression in which the ``at``-th loss meets ``fault``, unless the file ``mended`` is there."""
+
+    def __init__(self, fault="", at=3):
+        self.fault, self.at, self.calls = fault, at, 0
+
+    def model(self):
+        return torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+
+    def train_data(self):
+        inputs = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        return TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+    val_data = train_data
+
+    def loss(self, model, batch):
+        inputs, targets = batch
+        if model.training:
+            self.calls += 1
+        if self.calls == self.at and not os.path.exists("mended"):
+            if self.fault == "crash":
+                raise KeyError("meant to")
+            if self.fault == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+        return ((model(inputs) - targets) ** 2).mean(1)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+
+
+def script(text: str, **env: str) -> dict[str, Any]:
+    """Run ``text`` as a script that ends with ``answer = {…}``; return that."""
+    Path("script.py").write_text(
+        f"QUICK = {QUICK!r}\n{textwrap.dedent(text)}\nimport json; open('answer', 'w').write(json.dumps(answer))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer: dict[str, Any] = json.loads(Path("answer").read_text())
+    return answer | {"out": done.stdout, "err": done.stderr}
+
+
+def launch(*words: str) -> str:
+    process = Warm(list(words), Path.cwd(), dict(os.environ))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def test_importing_it_changes_nothing() -> None:
+    """Also of what is imported on first use: only a training does anything."""
+    answer = script("""
+        import gc, os, signal, sys
+        def state():
+            handlers = {number: str(signal.getsignal(number)) for number in signal.valid_signals()}
+            return [handlers, gc.isenabled(), gc.get_freeze_count(), dict(os.environ), list(sys.path)]
+        before = state()
+        import isobatch
+        heavy = [name for name in ("torch", "hydra", "pydantic", "numpy") if name in sys.modules]
+        from isobatch import UserError, train
+        answer = {"same": state() == before, "heavy": heavy, "torch": "torch" in sys.modules, "dir": dir(isobatch)}
+    """)
+    assert answer["same"]
+    assert answer["heavy"] == []
+    assert not answer["torch"]
+    assert {"train", "plan", "load", "history", "UserError", "Task", "Result"} <= set(answer["dir"])
+
+
+def test_a_class_of_the_script_trains_in_its_process() -> None:
+    answer = script(
+        TASK
+        + textwrap.dedent("""
+        import isobatch
+        import os
+        Mine.where = []
+        made = Mine.__init__
+        def counted(self):
+            made(self)
+            self.where.append(os.getpid())
+        Mine.__init__ = counted
+        result = isobatch.train(Mine, *QUICK)
+        task, model = isobatch.load(result.directory, Mine)
+        answer = {
+            "state": result.state, "directory": str(result.directory), "metrics": result.metrics,
+            "here": os.getpid() in Mine.where, "history": isobatch.history(result.directory),
+            "training": model.training, "task": type(task).__name__,
+            "loss": task.loss(model, task.train_data().tensors).mean().item(),
+        }
+    """)
+    )
+    assert answer["state"] == "finished"
+    assert answer["here"]
+    lines = Path(answer["directory"], "metrics.jsonl").read_text().splitlines()
+    assert answer["history"] == [json.loads(line) for line in lines]
+    assert answer["metrics"]["step"] == 4
+    assert answer["metrics"]["val/loss"] == pytest.approx(answer["loss"], abs=1e-6)
+    assert answer["training"] is False
+    assert "Isobatch plan" in answer["out"]
+    assert "step 4/4" in answer["out"]
+    assert "finished after 4 steps" in answer["out"]
+    start = next(line for line in Path(answer["directory"], "events.jsonl").read_text().splitlines() if "start" in line)
+    assert json.loads(start)["command"].startswith("isobatch.train('__main__.Mine', 'duration=4st'")
+
+
+def test_it_is_the_run_of_the_command_line() -> None:
+    """The same weights, bit by bit; and the command shows the result of the API's run, which is in its directory."""
+    answer = script("""
+        import isobatch
+        result = isobatch.train("mine.Mine", *QUICK)
+        answer = {"directory": str(result.directory), "metrics": result.metrics}
+    """)
+    words = ("task=custom", "task._target_=mine.Mine", *QUICK, "cluster.gpus_per_node=1")
+    out = launch(*words)
+    assert f"{answer['directory']} (run.new=true trains again)" in out
+    launch(*words, "run.dir=other")
+    weights = [Path(folder, "final/model.safetensors").read_bytes() for folder in (answer["directory"], "other")]
+    assert weights[0] == weights[1]
+
+
+def test_the_process_is_left_as_it_was() -> None:
+    """After one training that changes the most, and after another; and the run can be extended in the same process."""
+    answer = script("""
+        import gc, os, random, signal, sys, threading
+        import numpy, torch
+        import isobatch
+        from mine import Mine
+        torch.set_num_threads(3)
+        torch.manual_seed(5)
+        os.environ["OMP_NUM_THREADS"] = "3"
+        def state():
+            return [
+                {number: signal.getsignal(number) for number in signal.valid_signals()}, gc.isenabled(),
+                gc.get_freeze_count(), dict(os.environ), list(sys.path), torch.get_num_threads(),
+                torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
+                torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark,
+                torch.distributed.is_initialized(), os.getcwd(),
+            ]
+        before = state()
+        differ = []
+        def train(*words):
+            result = isobatch.train(Mine, *QUICK, *words)
+            differ.append([number for number, (was, now) in enumerate(zip(before, state())) if was != now])
+            return result
+        bitwise = train("numerics=bitwise", "batch.per_gpu=8", "cluster.environment={MINE: 1}")
+        first = train()
+        longer = train("duration=8st", f"run.dir={first.directory}")
+        again = train("duration=8st", f"run.dir={first.directory}")
+        answer = {
+            "differ": differ, "steps": [one.metrics["step"] for one in (bitwise, first, longer, again)],
+            "threads": [thread.name for thread in threading.enumerate() if thread.name == "owner"],
+        }
+    """)
+    assert answer["differ"] == [[], [], [], []]
+    assert answer["steps"] == [4, 4, 8, 8]
+    assert answer["threads"] == []
+
+
+@pytest.mark.parametrize("kind", ["crash", "interrupt"])
+def test_after_a_crash_the_same_call_goes_on(kind: str) -> None:
+    """The cause is chained, the directory is given up, and the outcome says what happened."""
+    answer = script(f"""
+        import json
+        import isobatch
+        from mine import Mine
+        words = ("task.args.fault={kind}", "checkpoint.every=1st", *QUICK)
+        try:
+            isobatch.train(Mine, *words)
+        except (RuntimeError, KeyboardInterrupt) as error:
+            kind, cause = type(error).__name__, repr(error.__cause__)
+        (run,) = __import__("pathlib").Path("runs").iterdir()
+        outcome = json.loads((run / "outcome.json").read_text())
+        open("mended", "w").close()
+        result = isobatch.train(Mine, *words)
+        answer = {{"kind": kind, "cause": cause, "outcome": outcome, "state": result.state}}
+    """)
+    expected = {"crash": ("RuntimeError", "KeyError('meant to')", "crashed")}
+    expected["interrupt"] = ("KeyboardInterrupt", "None", "stopped")
+    assert (answer["kind"], answer["cause"], answer["outcome"]["state"]) == expected[kind]
+    assert answer["state"] == "finished"
+
+
+REJECTED = {
+    "a typo": ("isobatch.train(Mine, 'batch.gobal_size=16')", "batch.gobal_size"),
+    "an override in place of the task": ("isobatch.train('batch.global_size=16')", "give the task or None first"),
+    "a class within a function": ("isobatch.train((lambda: type('Task', (), {}))())", "isn't the class that was given"),
+    "a class of the script, in two processes": (
+        "isobatch.train(type(Here()), *QUICK, 'cluster.gpus_per_node=2')", "other processes can't import it"
+    ),
+    "a job": ("isobatch.train(Mine, *QUICK, 'cluster=slurm', 'cluster.gpus_per_node=1')", "cluster=slurm"),
+    "another action": ("isobatch.train(Mine, *QUICK, 'action=plan')", "action=plan"),
+    "a wrong task": ("isobatch.train('mine.Mien', *QUICK)", "did you mean mine.Mine?"),
+    "a wrong argument in two processes": (
+        "isobatch.train(Mine, *QUICK, 'task.args.faut=crash', 'cluster.gpus_per_node=2')", "fault"
+    ),
+    "a folder without a run": ("isobatch.load('nowhere')", "nowhere holds no run"),
+    "a plan that can't be": ("isobatch.plan('batch.global_size=-1')", "batch.global_size"),
+}  # fmt: skip
+
+
+def test_what_is_rejected_raises_user_error() -> None:
+    answer = script(f"""
+        import isobatch
+        from mine import Mine
+        class Here(Mine): ...
+        answer = {{}}
+        for name, (call, _) in {REJECTED!r}.items():
+            try:
+                answer[name] = repr(eval(call))
+            except isobatch.UserError as error:
+                answer[name] = str(error)
+    """)
+    for name, (_, said) in REJECTED.items():
+        assert said in answer[name], name
+
+
+def test_several_workers() -> None:
+    """They run in processes of their own, which find the task where this process finds it; their output is relayed."""
+    Path("elsewhere").mkdir()
+    Path("mine.py").rename("elsewhere/mine.py")
+    answer = script("""
+        import sys
+        import isobatch
+        sys.path.append("elsewhere")
+        from mine import Mine
+        two = (*QUICK, "cluster.gpus_per_node=2")
+        result = isobatch.train(Mine, *two)
+        try:
+            isobatch.train(Mine, *two, "task.args.fault=crash", "task.args.at=3")
+        except RuntimeError as error:
+            crash = str(error)
+        answer = {"state": result.state, "step": result.metrics["step"], "crash": crash}
+    """)
+    assert answer["state"] == "finished"
+    assert answer["step"] == 4
+    assert "training on 2 ranks" in answer["out"]
+    assert "KeyError: 'meant to'" in answer["crash"]
+
+
+def test_plan_without_torch() -> None:
+    words = ("batch.global_size=4096", "cluster.nodes=16", "cluster.gpus_per_node=8")
+    answer = script(f"""
+        import sys
+        import isobatch
+        from isobatch.scaling.report.plan_json import to_json
+        plan = isobatch.plan(*{words!r})
+        answer = {{"plan": to_json(plan), "torch": "torch" in sys.modules, "world": plan.world}}
+        own = ("task=custom", "task._target_=mine.Mine", "lr.peak=1", "batch.global_size=all", "plan.open_data=true")
+        answer["all"] = isobatch.plan(*own).stages[0].cut.global_size
+    """)
+    assert answer["world"] == 128
+    assert answer["all"] == 64
+    assert not answer["torch"]
+    assert answer["plan"].strip() == launch(*words, "action=plan", "output=json").strip()
+
+
+def test_a_config_dir() -> None:
+    """A task beside its YAML, which isn't in the working directory."""
+    Path("project/configs/task").mkdir(parents=True)
+    Path("mine.py").rename("project/mine.py")
+    yaml = "defaults: [custom, _self_]\nname: beside\n_target_: mine.Mine\n"
+    Path("project/configs/task/beside.yaml").write_text(yaml)
+    answer = script("""
+        import isobatch
+        there = {"config_dir": "project/configs"}
+        result = isobatch.train(None, "task=beside", *QUICK, **there)
+        two = isobatch.train(None, "task=beside", "seed=1", "cluster.gpus_per_node=2", *QUICK, **there)
+        answer = {"states": [result.state, two.state]}
+    """)
+    assert answer["states"] == ["finished", "finished"]
