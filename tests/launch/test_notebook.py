@@ -1,0 +1,52 @@
+"""The Python API in a real notebook: cells run one after another in a kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+CELLS = (
+    """
+import gc, os, signal, torch
+def state():
+    return [str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGTERM)), gc.isenabled(), dict(os.environ)]
+before = state()
+import isobatch
+assert state() == before
+""",
+    """
+class Task:
+    def model(self):
+        return torch.nn.Linear(2, 1)
+
+    def train_data(self):
+        inputs = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+    def loss(self, model, batch):
+        inputs, targets = batch
+        return ((model(inputs) - targets) ** 2).mean(1)
+""",
+    """
+result = isobatch.train(Task, "batch.global_size=16", "lr.peak=0.1", "duration=4st", "device=cpu", "data.workers=1")
+assert state() == before
+""",
+    "longer = isobatch.train(Task, f'run.dir={result.directory}', 'duration=6st')",
+    "task, model = isobatch.load(result.directory)\nlonger.state, longer.metrics['step'], model.training",
+)
+
+
+def test_a_notebook_trains_its_own_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With progress in the output of the cell; and the same run goes on in another cell."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source=cell.strip()) for cell in CELLS])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.text for output in notebook.cells[2].outputs if output.output_type == "stream")
+    assert "step 4/4" in printed
+    assert "finished after 4 steps" in printed
+    assert notebook.cells[4].outputs[0].data["text/plain"] == "('finished', 6, False)"
