@@ -93,11 +93,19 @@ def test_own_task_and_its_weights(tmp_path: Path) -> None:
     command = next(command for command in LAUNCHES if "my_task" in command)
     _, err = run(command, tmp_path, cold=True).communicate(timeout=120)
     (directory,) = (tmp_path / "runs").iterdir()
-    _, load = (block for kind, block in BLOCKS if kind == "python")
+    _, _, load = (block for kind, block in BLOCKS if kind == "python")
     script = f"from my_task import MyTask\n{load}\nprint(model(__import__('torch').zeros(1, 2)).shape)"
     script = script.replace("runs/custom-IDENTITY", str(directory))
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "torch.Size([1, 1])\n", done.stderr + err
+
+
+def test_the_python_api(tmp_path: Path) -> None:
+    task, api, _ = (block for kind, block in BLOCKS if kind == "python")
+    (tmp_path / "script.py").write_text(f"{task}\n{api}\nassert losses and plan.world == 128 and not model.training\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("finished runs/custom-"), done.stderr
 
 
 def test_the_two_commands_are_the_makefile_s() -> None:
