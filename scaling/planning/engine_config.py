@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from isobatch.conf.schema import RunConfig
@@ -25,17 +26,12 @@ PRECISION = "precision says that"
 AUTOCAST = "precision=… computes by autocast over fp32 weights, and DeepSpeed's own sections for that stay off"
 OFFLOAD = "engine.offload says that"
 RESUME = "checkpoints are Isobatch's own, of any engine: run.dir=… goes on from them"
-DATA = "no data goes through it: the plan deals the samples, and data.workers loads them"
 SUMS = "it changes how gradients are added up, and so the run"
 BITS = "gradients and weights travel in fp32, and with fewer bits the run is another one"
 ORDER = "checkpoints hold the parts of tensors in the order of the parameters, which it changes"
-OTHER = "runs are data-parallel, and each sample is trained on as it is"
 
 PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 """DeepSpeed's sections for what precision says."""
-
-_OTHERS = ("autotuning", "hybrid_engine", "pipeline", "tensor_parallel", "expert_parallel", "sequence_parallel_size",
-           "use_data_before_expert_parallelism", "data_efficiency", "weight_quantization")  # fmt: skip
 
 _ORDER = ("round_robin_gradients", "parameter_alignment", "legacy_stage1")
 _BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -46,7 +42,6 @@ DEEPSPEED = {
     "zero_force_ds_cpu_optimizer": Reserved(OPTIMIZER, (False,)),
     "zero_allow_untested_optimizer": Reserved(OPTIMIZER, (True,)),
     **{f"{section}.enabled": Reserved(AUTOCAST, (False, "auto")) for section in PRECISIONS},
-    "data_types": Reserved(PRECISION),
     "zero_optimization.offload_optimizer": Reserved(OFFLOAD, (None,)),
     "zero_optimization.cpu_offload": Reserved(OFFLOAD, (None, False)),
     "zero_optimization.offload_param": Reserved(f"{OFFLOAD}, and moves no parameters", (None,)),
@@ -62,19 +57,18 @@ DEEPSPEED = {
     "communication_data_type": Reserved(BITS, (None, "fp32")),
     "prescale_gradients": Reserved(SUMS, (False,)),
     "gradient_predivide_factor": Reserved(SUMS, (1,)),
-    "gradient_allreduce_op": Reserved(SUMS),
-    "managed_gradient_accumulation": Reserved("batch.accumulation says that"),
     "sparse_gradients": Reserved(SUMS, (False,)),
-    "disable_allgather": Reserved(SUMS, (False,)),
-    "training_data": Reserved(DATA),
-    "compile": Reserved("compile=true says that"),
-    **{key: Reserved(OTHER) for key in _OTHERS},
 }
-# Keywords that change nothing of a run, of engines whose others aren't the user's to say.
+# Keys that change the speed, the memory or the logs of an engine alone; the others aren't the user's to say.
 ALLOWED = {
+    "deepspeed": (
+        "zero_optimization", "activation_checkpointing", "aio", "comet", "comms_logger", "csv_monitor",
+        "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "tensorboard",
+        "timers", "wall_clock_breakdown", "wandb",
+    ),
     "accelerate": ("device_placement", "kwargs_handlers", "log_with", "project_config", "project_dir", "rng_types"),
     "fsdp": ("reshard_after_forward",),
-}
+}  # fmt: skip
 
 
 def check_engine_config(config: RunConfig, plan: Plan) -> None:
@@ -86,9 +80,11 @@ def check_engine_config(config: RunConfig, plan: Plan) -> None:
                 shown = [str(may).lower() for may in one.allowed if may is not None]
                 here = f" (here {either(shown)})" if shown else ""
                 raise _rejection(place, value, f": {one.why}{here}", "leave it out")
-    allowed = ALLOWED.get(engine.name)
-    for key in engine.config.keys() - reserved.keys() - {*(allowed or engine.config)}:
-        raise _rejection(key, engine.config[key], "", f"engine={engine.name} takes {either(allowed or ())}")
+    allowed = ALLOWED.get(engine.name, tuple(engine.config))
+    for key in sorted(engine.config.keys() - {name.partition(".")[0] for name in reserved} - {*allowed}):
+        near = get_close_matches(key, allowed, n=1, cutoff=0.8)
+        fix = f"did you mean {near[0]}?" if near else f"engine={engine.name} takes {either(allowed)}"
+        raise _rejection(key, engine.config[key], "", fix)
 
 
 def _rejection(key: str, value: Any, why: str, fix: str) -> UserError:

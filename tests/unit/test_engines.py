@@ -175,7 +175,7 @@ ZERO = "engine.config.zero_optimization"
         ("engine.config.gradient_predivide_factor=2.0", "how gradients are added up"),
         ("engine.config.sparse_gradients=true", "how gradients are added up"),
         ("engine.config.checkpoint.load_universal=true", "run.dir=…"),
-        ("engine.config.tensor_parallel={autotp_size: 2}", "data-parallel"),
+        ("engine.config.tensor_parallel={autotp_size: 2}", "engine=deepspeed takes zero_optimization, "),
     ],
 )
 def test_deepspeeds_own_keys_that_contradict_the_plan(config: str, rules: str) -> None:

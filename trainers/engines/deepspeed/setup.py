@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.planning.engine_config import DEEPSPEED, PRECISIONS
+from isobatch.scaling.planning.engine_config import PRECISIONS
 
 if TYPE_CHECKING:
     import isobatch.conf.groups
 
-HARMLESS = (
-    "zero_optimization", "activation_checkpointing", "aio", "comet", "comms_logger", "csv_monitor",
-    "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "tensorboard",
-    "timers", "wall_clock_breakdown", "wandb",
-)  # fmt: skip
-"""Keys of DeepSpeed's that change its speed and its logs alone; the plan checks what ``zero_optimization`` says."""
 OURS = {
     "train_batch_size": None,
     "train_micro_batch_size_per_gpu": 1,
@@ -83,7 +76,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def refuse_settings(settings: dict[str, Any]) -> None:
-    """Raise UserError where DeepSpeed doesn't take ``settings``, or they have a key that isn't known to be harmless."""
+    """Raise UserError where DeepSpeed doesn't take ``settings``."""
     config = import_module("deepspeed.runtime.config")
     try:
         config.DeepSpeedConfig(dict(settings))
@@ -91,9 +84,3 @@ def refuse_settings(settings: dict[str, Any]) -> None:
         said = error.errors() if isinstance(error, ValidationError) else []
         why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
         raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}", key="engine.config") from error
-    known = {*HARMLESS, *(key.partition(".")[0] for key in DEEPSPEED), *OURS}
-    for key in sorted(settings.keys() - known):
-        near = get_close_matches(key, known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"leave it out; these may be given: {', '.join(HARMLESS)}"
-        problem = f"engine.config.{key} is no key of DeepSpeed's, or changes more than its speed and its logs"
-        raise UserError(problem, fix, f"engine.config.{key}", settings[key])
