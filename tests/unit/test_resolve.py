@@ -140,7 +140,7 @@ def test_no_world_is_refused() -> None:
 def test_intervals_are_samples_of_the_first_batch() -> None:
     asked = ("log.every=10st", "evaluate.every=1ep", "checkpoint.every=5%", "noise.every=256sa")
     assert plan_of(*asked).intervals == Intervals(1280, 1000, 500, 256)
-    moving = plan_of(*asked, "batch.schedule='0sa:64 1ep:512'")
+    moving = plan_of(*asked, "batch.global_size=64", "batch.schedule='0sa:64 1ep:512'")
     assert moving.intervals == Intervals(640, 1000, 500, 256)
     assert plan_of("evaluate.every=null", "checkpoint.every=10min").intervals == Intervals(1280, None, None, None)
 
