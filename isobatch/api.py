@@ -133,7 +133,7 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Task, n
         made = make_task(config)
         model = make_model(config, made)
         initialise(model, str(run.path), World.alone())
-    return made, model.eval()
+    return made.own, model.eval()
 
 
 def history(directory: str | Path) -> list[dict[str, Any]]:

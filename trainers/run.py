@@ -54,10 +54,10 @@ from isobatch.trainers.ranks.agreement import refuse_other_source, stop_wish
 from isobatch.trainers.ranks.failure import Reached, RunFailed, restarts
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.ranks.signals import SIGNALS
-from isobatch.trainers.tasks.prepare import without_hurry
 from isobatch.trainers.tasks.task import make_model, make_task
-from isobatch.trainers.tensors.manifest import Checkpoint, Header, checkpoints
-from isobatch.trainers.trial.contract import Looked, look_and_try
+from isobatch.trainers.tensors.manifest import Checkpoint, Header
+from isobatch.trainers.tensors.names import checkpoints
+from isobatch.trainers.trial.contract import Looked, Subject, look_and_try
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -168,9 +168,8 @@ def build(attempt: Attempt, opened: Opened) -> Built:
         if asked and validation is None:
             problem = f"{key}={given} needs validation data, and task {config.task.name} has no val_data()"
             raise UserError(problem, "leave it out, or define val_data()", key, asked)
-    looked = look_and_try(
-        config, task, opened.data, validation, model, opened.plan, opened.evaluation_batch, world, session.watch
-    )
+    subject = Subject(task, model, opened.data, validation, opened.plan, opened.evaluation_batch)
+    looked = look_and_try(subject, config, world, session.watch)
     model = prepare(model, config, stream, world.size)
     session.watch.beat()
     return Built(model, Modes(model), stream, validation, looked)
@@ -233,12 +232,11 @@ def loop(attempt: Attempt, opened: Opened, built: Built, restored: Restored) -> 
 def make_evaluation(session: Session, opened: Opened, built: Built, engine: Engine) -> Evaluation | None:
     """Return what evaluates the model; None without validation data."""
     config, world, task = session.config, session.world, opened.task
-    without_hurry(task, world, session.watch.excused)
     if built.validation is None:
         return None
     evaluator = Evaluator(
         task, built.model, built.validation, world, built.stream, opened.evaluation_batch, config.precision, engine,
-        session.stop, session.watch,
+        session.stop, session.watch, session.watch.excused,
     )  # fmt: skip
     return Evaluation(evaluator, engine, config.evaluate.last)
 

@@ -160,7 +160,7 @@ def none_there(case: Case, references: References) -> None:
     folder, away = case.run / "checkpoints", case.folder / "away"
     folder.rename(away)
     folder.mkdir()
-    case.ended(case.start(), "refused", 2, "checkpoints has no checkpoint, but step 45 was saved there: bring it back")
+    case.ended(case.start(), "refused", 2, "checkpoints has no checkpoint, but step 45 was saved there; bring it back")
     check(not any(folder.iterdir()), "something was saved there")
     folder.rmdir()
     away.rename(folder)

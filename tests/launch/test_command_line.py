@@ -25,7 +25,8 @@ from isobatch.conf.saved import dump
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.trainers.checkpoints.commit import compose as manifest_of
-from isobatch.trainers.tensors.manifest import NAME, Header, file_of, folder_of
+from isobatch.trainers.tensors.manifest import NAME, Header
+from isobatch.trainers.tensors.names import file_of, folder_of
 from tests.support.warm import Warm
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.support.harness import Run, Runs, distance
 from tests.support.tasks import Counted, Odd

@@ -28,7 +28,8 @@ from isobatch.trainers.checkpoints.saver import Policy, Reports, Saver
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors import slices as checkpoint_module
-from isobatch.trainers.tensors.manifest import Header, checkpoints, read
+from isobatch.trainers.tensors.manifest import Header, read
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader, Slice, write_part
 from isobatch.trainers.tensors.tensorfile import ITEMSIZE, entries
 from tests.support.disks import mounted

@@ -26,7 +26,8 @@ from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_model, make_task
-from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
 from tests.support.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks

@@ -26,7 +26,8 @@ from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_model, make_task
-from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits

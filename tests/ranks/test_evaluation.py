@@ -15,13 +15,14 @@ from torch.utils.data import Dataset, default_collate
 from isobatch.conf.compose import compose
 from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.trainers.checkpoints.best import Best
-from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.data.fetch import Fetch
 from isobatch.trainers.data.validation import Validation, spread
 from isobatch.trainers.loop.evaluate_weights import measure_weights
 from isobatch.trainers.loop.opening import plan_of
 from isobatch.trainers.model.dropout import key_dropout
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
 from tests.support.harness import Run, Runs, evaluator, in_ranks, session_of
 from tests.support.tasks import Counted
 
@@ -213,10 +214,10 @@ def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
 def test_draws_follow_the_row_and_are_not_those_of_training() -> None:
     task: Any = Noisy()
     data = task.val_data()
-    every, some = Validation(data, task, 3), Validation(data, task, 3, samples=5)
+    every, some = Validation(data, Task(task), 3), Validation(data, Task(task), 3, samples=5)
     for number, row in enumerate(some.rows):
         assert torch.equal(some[number, number + 1].batch[0], every[row, row + 1].batch[0])
-    trained = Fetch(data, task, 3)
+    trained = Fetch(data, Task(task), 3)
     drawn = {float(fetched.batch[0][0, 0]) for fetched in (every[0, 1], every[1, 2], trained[0, 1], trained[1, 2])}
     assert len(drawn) == 4
 

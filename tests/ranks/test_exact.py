@@ -24,6 +24,7 @@ from isobatch.scaling.segments import Segment
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.fit import crossed
+from isobatch.trainers.tasks.task import Task
 from tests.ranks.test_parts import ALONE
 from tests.support.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks
 from tests.support.steps import walk
@@ -283,7 +284,7 @@ def test_the_loader_follows_a_plan_that_is_extended() -> None:
     for workers in (0, 1):
         whole = resolve(compose([*task("Counted", "duration=40st", "batch.global_size=10")]), 1, 500)
         state, counted = TrainState(whole), Counted()
-        loader = Loader(counted.train_data(), counted, state, ALONE, workers)
+        loader = Loader(counted.train_data(), Task(counted), state, ALONE, workers)
         sizes = []
         while step := state.plan.step_at(state.samples):
             sizes += [len(micro.batch[2]) for micro in loader(step) if micro.batch is not None]

@@ -257,7 +257,7 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     again = runs(1, *TASK, going_on=run)
     assert again.ends[0]["raised"] == "UserError"
     assert "step-00000025" in again.ends[0]["message"]
-    advice = "mend one, bring back the model that they are of, or start another run beside this with run.new=true"
+    advice = "fix one, bring back the model that they are of, or start another run beside this with run.new=true"
     assert advice in again.ends[0]["message"]
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
     assert changed <= {"outcome.json", "events.jsonl", "lock", ".owner"}

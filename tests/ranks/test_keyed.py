@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.data.fetch import Fetch
 from isobatch.trainers.model.dropout import key_dropout
 from isobatch.trainers.model.randomness import STREAMS, Stream, generator_for, mix
+from isobatch.trainers.tasks.task import Task
 
 CPU = torch.device("cpu")
 
@@ -217,7 +218,7 @@ def test_what_draws_at_one_position_draws_other_numbers() -> None:
             return torch.rand(3)
 
     drawing: Any = Drawing()
-    drawn = list(Fetch(drawing, drawing, seed=0)[5, 6].batch)
+    drawn = list(Fetch(drawing, Task(drawing), seed=0)[5, 6].batch)
     Stream(0, CPU).start(5, 6)
     drawn.append(torch.rand(3))
     assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) == 4

@@ -52,7 +52,7 @@ def test_they_reach_the_constructors_beside_args() -> None:
     task = task_of(
         *TASK, "task.args.width=2", "task.args.folder=null", "task.local.folder=/x", f"task.local.cache={cache}"
     )
-    assert (task.width, task.folder, task.cache.rows) == (2, "/x", 7)
+    assert (task.own.width, task.own.folder, task.own.cache.rows) == (2, "/x", 7)
     task = task_of(*DATA, f"data.local.cache={cache}")
     assert [(data.rows, data.cache.rows) for data in (task.train_data(), task.val_data())] == [(3, 7), (1, 7)]
 

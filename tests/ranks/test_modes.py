@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 from isobatch.trainers.engines.state import State
 from isobatch.trainers.model.modes import Modes, in_eval_mode, is_norm
-from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.names import checkpoints
 from tests.support.harness import Runs, distance
 from tests.support.tasks import Counted
 

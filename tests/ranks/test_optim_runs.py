@@ -22,6 +22,7 @@ from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim.layerwise import Layerwise
 from isobatch.trainers.optim.make import Tuned, make_optimizer
 from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
 from tests.support.harness import Run, Runs, distance, in_ranks
 from tests.support.tasks import Counted
 
@@ -106,7 +107,7 @@ class Tied(nn.Module):
 
 def optimizer_of(model: nn.Module, *overrides: str, task: Any = None) -> Tuned:
     config = compose([*COUNTED, *overrides])
-    return make_optimizer(config, task or Counted(), model, resolve(config, 1, 500).peak)
+    return make_optimizer(config, Task(task or Counted()), model, resolve(config, 1, 500).peak)
 
 
 def names_by(tuned: Tuned, model: nn.Module, *keys: str) -> list[tuple[Any, ...]]:

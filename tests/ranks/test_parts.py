@@ -18,15 +18,18 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.order import indices
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.data.loader import Fetch, Loader, to_device
+from isobatch.trainers.data.fetch import Fetch
+from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.data.transfer import to_device
 from isobatch.trainers.engines.make import make_engine
-from isobatch.trainers.engines.root import checked
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.loop.metrics import PlainLines
 from isobatch.trainers.model.targets import build, locate
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.losses import checked
+from isobatch.trainers.tasks.task import Task
 from tests.support.harness import Runs, evaluator, in_ranks
 from tests.support.steps import walk
 from tests.support.tasks import Counted, Many, OneByOne
@@ -59,7 +62,7 @@ def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None
     whole = plan("batch.global_size=64", f"batch.per_gpu={per_gpu}", world=world)
     task = Indexed()
     loaders = [
-        Loader(task.train_data(), task, TrainState(whole), replace(ALONE, rank=rank, size=world), workers)
+        Loader(task.train_data(), Task(task), TrainState(whole), replace(ALONE, rank=rank, size=world), workers)
         for rank in range(world)
     ]
     for step in walk(whole):
@@ -78,7 +81,7 @@ def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None
 def test_every_sample_once_an_epoch_through_the_loader() -> None:
     whole = plan("batch.global_size=100", "duration=2ep")
     task = Indexed()
-    loader = Loader(task.train_data(), task, TrainState(whole), ALONE, 0)
+    loader = Loader(task.train_data(), Task(task), TrainState(whole), ALONE, 0)
     seen = Counter(int(index) for step in walk(whole) for micro in loader(step) for index in micro.batch[0])  # type: ignore[index]
     assert seen == dict.fromkeys(range(500), 2)
 
@@ -86,8 +89,8 @@ def test_every_sample_once_an_epoch_through_the_loader() -> None:
 @pytest.mark.parametrize("data", [OneByOne, Many])
 def test_all_ways_to_fetch_give_the_same(data: type) -> None:
     task = Counted()
-    fast = Fetch(task.train_data(), task, seed=3)
-    slow = Fetch(data(task), task, seed=3)
+    fast = Fetch(task.train_data(), Task(task), seed=3)
+    slow = Fetch(data(task), Task(task), seed=3)
     for a, b in zip(fast[490, 510].batch, slow[490, 510].batch, strict=True):  # type: ignore[arg-type]
         assert torch.equal(a, b)
 
@@ -148,7 +151,7 @@ def test_evaluation_leaves_the_model_in_training() -> None:
 def optimizer(*overrides: str, task: Any = None) -> Any:
     config = compose([*TASK, *overrides])
     task = task or Counted()
-    return make_optimizer(config, task, task.model(), resolve(config, 1).peak)
+    return make_optimizer(config, Task(task), task.model(), resolve(config, 1).peak)
 
 
 def test_no_decay_on_biases() -> None:
@@ -269,9 +272,9 @@ def test_note_adds_no_collective(runs: Runs) -> None:
         config = compose([*TASK, "batch.global_size=40", "batch.per_gpu=7"])
         whole = resolve(config, ranks.size)
         model = task.model()
-        engine = make_engine(config, task, model, whole.peak, ranks)
+        engine = make_engine(config, Task(task), model, whole.peak, ranks)
         state = TrainState(whole)
-        loader = Loader(task.train_data(), task, state, ranks, 0)
+        loader = Loader(task.train_data(), Task(task), state, ranks, 0)
         collectives = []
         for step in list(walk(whole))[:3]:
             with torch.profiler.profile() as profile:

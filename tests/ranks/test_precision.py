@@ -24,6 +24,7 @@ from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
 from tests.ranks.test_batchnorm import apart
 from tests.support.harness import ROUNDING, Runs, distance
 from tests.support.tasks import Counted
@@ -140,7 +141,7 @@ def fp16_engine(**options: Any) -> tuple[Engine, Any]:
     config = compose([*BLOCKS, "batchnorm.mode=null", "batchnorm.ghost_size=null"])
     task, plan = Counted(dropout=0), resolve(config, 1, 500)
     torch.manual_seed(0)
-    model = task.model()
+    model, task = task.model(), Task(task)
     parts = Parts(model, ALONE, lambda: make_optimizer(config, task, model, plan.peak))
     engine = Engine(task, parts, DDP(parts, {}), **options)
 

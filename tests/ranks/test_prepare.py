@@ -18,6 +18,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.tasks.prepare import prepare_data
+from isobatch.trainers.tasks.task import Task
 from tests.support import harness
 from tests.support.harness import Runs, World, in_ranks
 
@@ -58,7 +59,7 @@ class Downloads:
 def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         torch.manual_seed(7)
-        stopped = prepare_data(Downloads(tmp_path, world.rank, sleeps_s=0.1), on_machines(world), Stop(), 5.0)
+        stopped = prepare_data(Task(Downloads(tmp_path, world.rank, sleeps_s=0.1)), on_machines(world), Stop(), 5.0)
         return stopped, (tmp_path / "turns").read_text().split("\n"), torch.rand(1).item()
 
     (first, *others) = in_ranks(4, body, tmp_path / "ranks")
@@ -71,7 +72,7 @@ def test_an_exception_ends_all_ranks(tmp_path: Path) -> None:
 
     def body(world: World) -> Any:
         try:
-            prepare_data(Downloads(tmp_path, world.rank, fails_on=2), on_machines(world), Stop(), 5.0)
+            prepare_data(Task(Downloads(tmp_path, world.rank, fails_on=2)), on_machines(world), Stop(), 5.0)
         finally:
             (tmp_path / f"out-{world.rank}").touch()
             for rank in range(4) if world.rank == 0 else ():  # which keeps the store
@@ -95,7 +96,7 @@ def test_a_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
 
         if world.rank == asked or (asked == 1 and world.rank == 0):  # a launcher tells all of its own
             threading.Thread(target=ask, daemon=True).start()
-        return prepare_data(Downloads(tmp_path, world.rank, sleeps_s=1000), on_machines(world), stop, 30.0)
+        return prepare_data(Task(Downloads(tmp_path, world.rank, sleeps_s=1000)), on_machines(world), stop, 30.0)
 
     assert in_ranks(3, body, tmp_path / "ranks") == ["SIGTERM"] * 3
     assert (tmp_path / "turns").read_text() == "0 begins\n"
@@ -108,7 +109,7 @@ def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
             wait_for(tmp_path / "noticed")
             return None
         try:
-            return prepare_data(Downloads(tmp_path), on_machines(world, 1), Stop(), 0.5)
+            return prepare_data(Task(Downloads(tmp_path)), on_machines(world, 1), Stop(), 0.5)
         finally:
             (tmp_path / "noticed").touch()
 
@@ -117,11 +118,11 @@ def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_method_that_takes_arguments_is_rejected() -> None:
-    class Task:
+    class Wants:
         def prepare(self, folder: str) -> None: ...
 
-    with pytest.raises(UserError, match=r"Task.prepare\(\) is called without arguments.*'folder'"):
-        prepare_data(Task(), World.alone(), Stop(), 5.0)
+    with pytest.raises(UserError, match=r"Wants.prepare\(\) is called without arguments.*'folder'"):
+        prepare_data(Task(Wants()), World.alone(), Stop(), 5.0)
 
 
 class Unhurried:

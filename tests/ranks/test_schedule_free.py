@@ -10,7 +10,8 @@ import schedulefree
 import torch
 
 from isobatch.scaling.order import indices
-from isobatch.trainers.tensors.manifest import checkpoints, read
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_evaluate_action import evaluated
 from tests.support.harness import Run, Runs, distance

@@ -16,10 +16,10 @@ from torch.utils.data import default_collate
 from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.rules import Recipe
-from isobatch.trainers.engines.root import checked
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.tasks.corpus import LIBRARY, Windows, open_corpus
 from isobatch.trainers.tasks.images import Images
+from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.tasks.mnist1d import generate
 from isobatch.trainers.tasks.task import make_task, open_data
 from isobatch.trainers.tasks.text import Text
@@ -113,7 +113,7 @@ def test_a_moved_image_follows_the_generator() -> None:
     assert places == {(0, y, x) for y in range(2, 7) for x in range(2, 7)}
     torch.manual_seed(99)
     assert place(5) == place(5)
-    assert task_of("task=images", "task.args.shift=0").augment is None
+    assert not task_of("task=images", "task.args.shift=0").has("augment")
 
 
 def save(folder: Path, **arrays: Any) -> Path:

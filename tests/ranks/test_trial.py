@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from isobatch.scaling.geometry import solve
-from isobatch.trainers.data.loader import Fetch
+from isobatch.trainers.data.fetch import Fetch
 from isobatch.trainers.model.randomness import generators_state
+from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.trial.halves import halves, own_generators
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import DRAWS, Found, LossTrial, batches_of
@@ -56,10 +57,10 @@ def task_of(function: Any, model: Any = None) -> Any:
 
 
 def tried(task: Any, per_gpu: int = 64, device: torch.device = CPU) -> Found:
-    fetch = Fetch(task.train_data(), task, seed=0)
+    fetch = Fetch(task.train_data(), Task(task), seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(Sandbox(task, model, device, 0, lambda: None), model.train)
+    trial = LossTrial(Sandbox(Task(task), model, device, 0, lambda: None), model.train)
     return trial.run([halves(fetch, *batch) for batch in batches])
 
 
@@ -221,7 +222,7 @@ class Annealed(nn.Module):
 def test_counters_are_named_and_put_back() -> None:
     model = Annealed()
     task = task_of(SOUND["sum"], lambda: model)
-    task.count, task.kinds, task.annealing = 0, Counter(), type("Annealing", (), {})()
+    task.count, task.kinds, task.annealing = 0, Counter(calls=2), type("Annealing", (), {})()
     task.annealing.steps = np.int64(0)
 
     def loss(x: Tensor, y: Tensor, m: nn.Module) -> Any:
@@ -246,7 +247,7 @@ def test_counters_are_named_and_put_back() -> None:
     assert sorted(reason.split()[0] for reason in found.counters) == sorted(moved)
     assert not found.depends, "what counts is put back before each call, so the losses can be compared"
     assert (model.calls, model.seen, float(model.plain), model.longest) == (0, {"samples": 0}, 0.0, 0)
-    assert (task.count, task.kinds, int(task.annealing.steps), hasattr(task, "new")) == (0, Counter(), 0, False)
+    assert (task.count, task.kinds, int(task.annealing.steps), hasattr(task, "new")) == (0, Counter(calls=2), 0, False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -322,9 +323,9 @@ def test_nothing_remains_of_it() -> None:
     task = task_of(SOUND["sum"], lambda: model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     places = [value.data_ptr() for value in model.state_dict().values()]
-    batches = [halves(Fetch(task.train_data(), task, seed=0), 0, 8, 16)]
+    batches = [halves(Fetch(task.train_data(), Task(task), seed=0), 0, 8, 16)]
     generators, modes = generators_state(), [module.training for module in model.modules()]
-    LossTrial(Sandbox(task, model, CPU, 0, lambda: None), model.train).run(batches)
+    LossTrial(Sandbox(Task(task), model, CPU, 0, lambda: None), model.train).run(batches)
     assert generators_state() == generators
     assert [module.training for module in model.modules()] == modes
     assert [value.data_ptr() for value in model.state_dict().values()] == places
@@ -343,7 +344,7 @@ def test_a_model_that_the_device_has_no_room_for_stays_where_it_is(monkeypatch: 
             raise torch.OutOfMemoryError
         return tensor.clone()
 
-    sandbox = Sandbox(task, model, CPU, 0, lambda: None)
+    sandbox = Sandbox(Task(task), model, CPU, 0, lambda: None)
     monkeypatch.setattr(Tensor, "to", to)
     with pytest.raises(torch.OutOfMemoryError), sandbox:
         pass
@@ -405,7 +406,7 @@ class Drawing(OneByOne):
 
 @pytest.mark.parametrize("kind", ["numpy", "python", "torch", "default"])
 def test_a_generator_of_the_datasets_own_is_reported(kind: str) -> None:
-    found = own_generators(Fetch(Drawing(kind), Counted(), seed=0))
+    found = own_generators(Fetch(Drawing(kind), Task(Counted()), seed=0))
     assert [("the dataset's [index]" in reason) for reason in found] == ([] if kind == "default" else [True])
 
 
@@ -424,7 +425,7 @@ class Flipping(OneByOne):
 def test_a_generator_that_decides_between_two_is_reported() -> None:
     """Two looks at one sample would miss it as often as not."""
     for seed in range(20):
-        assert own_generators(Fetch(Flipping(seed), Counted(), seed=0)), seed
+        assert own_generators(Fetch(Flipping(seed), Task(Counted()), seed=0)), seed
 
 
 def test_generators_of_augment_and_collate_are_told_apart() -> None:
@@ -440,7 +441,7 @@ def test_generators_of_augment_and_collate_are_told_apart() -> None:
             return batch[0] + float(own.normal()), *batch[1:]
 
     for task, name in ((Augmenting(), "augment()"), (Collating(), "collate()")):
-        (reason,) = own_generators(Fetch(task.train_data(), task, seed=0))
+        (reason,) = own_generators(Fetch(task.train_data(), Task(task), seed=0))
         assert reason.startswith(name)
 
 

@@ -34,6 +34,7 @@ from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World, meeting_point
 from isobatch.trainers.run import train
+from isobatch.trainers.tasks.task import Task
 
 DEADLINE_S = 60.0
 # How far apart runs in float32 may be whose sums are rounded otherwise. A step rounds a weight by 2^-24 of its size, in
@@ -185,9 +186,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: Any) -> Evaluator:
     """What evaluates ``model`` on the validation data of ``task``."""
-    data = open_validation(task, world, seed=0, samples=more.pop("samples", None))
+    filled = Task(task)
+    data = open_validation(filled, world, seed=0, samples=more.pop("samples", None))
     assert data
-    return Evaluator(task, model, data, world, more.pop("stream", None) or Stream(0, world.device), per_gpu, **more)
+    return Evaluator(filled, model, data, world, more.pop("stream", None) or Stream(0, world.device), per_gpu, **more)
 
 
 def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:

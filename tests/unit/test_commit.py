@@ -21,7 +21,8 @@ from isobatch.trainers.checkpoints.commit import (
     link_best,
     pass_over,
 )
-from isobatch.trainers.tensors.manifest import NAME, Damaged, checkpoints, read
+from isobatch.trainers.tensors.manifest import NAME, Damaged, read
+from isobatch.trainers.tensors.names import checkpoints
 from tests.support.disks import mounted
 from tests.unit.test_manifest import header_of, save, verified, write_files
 

@@ -19,19 +19,8 @@ from hypothesis import strategies as st
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.plan import Plan
 from isobatch.trainers.checkpoints.commit import compose
-from isobatch.trainers.tensors.manifest import (
-    NAME,
-    Checkpoint,
-    Damaged,
-    Header,
-    checkpoints,
-    file_of,
-    folder_of,
-    parse,
-    read,
-    sealed,
-    verify,
-)
+from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, Header, parse, read, sealed, verify
+from isobatch.trainers.tensors.names import checkpoints, file_of, folder_of
 from isobatch.trainers.tensors.tensorfile import HEADER_BYTES, ITEMSIZE, entries
 from tests.support.examples import examples
 from tests.unit.test_plan import make

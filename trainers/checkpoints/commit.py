@@ -1,6 +1,6 @@
-"""How a checkpoint gets its name once every rank's file is there, and older ones lose theirs. Torch-free.
+"""Give a checkpoint its name once every rank's file is there, and remove older ones. Torch-free.
 
-All is written aside, in ``checkpoints/.step-00000300.tmp/``, the manifest last: with it the checkpoint is whole.
+A checkpoint is written to ``checkpoints/.step-00000300.tmp/``, the manifest last: with it the checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -20,37 +20,27 @@ from isobatch.conf.identity import first_free
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.report.plan_json import to_json
-from isobatch.trainers.tensors.manifest import (
-    FORMAT,
-    NAME,
-    Damaged,
-    Header,
-    checkpoints,
-    file_of,
-    folder_of,
-    parse,
-    sealed,
-    step_of,
-)
+from isobatch.trainers.tensors.manifest import FORMAT, NAME, Damaged, Header, parse, sealed
+from isobatch.trainers.tensors.names import checkpoints, file_of, folder_of, step_of
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
-PASSED_OVER = "passed-over"  # the folder of those that weren't good when the run went on
+PASSED_OVER = "passed-over"  # the folder of checkpoints that weren't good when the run resumed
 
 
 def aside_of(run: RunDir, step: int) -> Path:
-    """Where the checkpoint of ``step`` is written before it has its name."""
+    """Return the folder to which the checkpoint of ``step`` is written before it has its name."""
     return run.checkpoints / f".{folder_of(run, step).name}.tmp"
 
 
 def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> bytes:
-    """The manifest of what the ranks wrote.
+    """Return the manifest of what the ranks wrote.
 
     Args:
         parts: what ``write_part`` returned on each rank, by rank.
         values: JSON by name.
 
     Raises:
-        Damaged: together they aren't every tensor once, so nobody could read it.
+        Damaged: the parts together aren't every tensor once, so nobody could read the checkpoint.
     """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
@@ -79,20 +69,20 @@ def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return a number as JSON can hold it: None for NaN and infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> list[str]:
     """Give the checkpoint of ``step``, all of whose files are on the disk, its manifest and its name.
 
-    Killed at any moment, either it or what had its name before is there, or ``clear_leftovers`` sees to it.
+    Killed at any moment, either it or what had its name before is there, or ``clear_leftovers`` restores one of them.
 
     Args:
-        best: it is the best so far, too.
+        best: its evaluation is the best so far.
 
     Returns:
-        Warnings about what failed once it had its name. It is committed all the same.
+        Warnings about what failed after the checkpoint had its name. It is committed nevertheless.
     """
     aside, target = aside_of(run, step), folder_of(run, step)
     metrics = run.path / "metrics.jsonl"
@@ -118,7 +108,7 @@ def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> list[str]:
 
 
 def tried(act: Callable[..., None], *args: Any) -> list[str]:
-    """Do ``act``; what it failed of, if it did."""
+    """Call ``act``; return why it failed, if it did."""
     try:
         act(*args)
     except OSError as error:
@@ -127,14 +117,14 @@ def tried(act: Callable[..., None], *args: Any) -> list[str]:
 
 
 def said(error: Exception) -> str:
-    """An error in a line: what went wrong, and with which file."""
+    """Return an error as one line: what went wrong, and with which file."""
     what = f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
     path = getattr(error, "filename", None)
     return f"{what}: {path}" if path else what
 
 
 def link_best(run: RunDir, path: Path) -> None:
-    """Let ``checkpoints/best`` be the checkpoint at ``path``."""
+    """Link ``checkpoints/best`` to the checkpoint at ``path``."""
     link = run.checkpoints / f".{BEST}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
@@ -142,10 +132,10 @@ def link_best(run: RunDir, path: Path) -> None:
 
 
 def pass_over(run: RunDir, step: int) -> list[Path]:
-    """Move the checkpoints beyond ``step``, from which the run goes on, to ``checkpoints/passed-over/``.
+    """Move the checkpoints beyond ``step``, from which the run resumes, to ``checkpoints/passed-over/``.
 
-    Whoever can mend them still has them. But the run comes by their steps again, and what is there of it, such as
-    ``metrics.jsonl``, is of that: so it never goes on from one of them, nor is one of them the best.
+    They are kept for whoever can fix them. But the run comes by their steps again, and ``metrics.jsonl`` is then of
+    the second time: so it never resumes from one of them, and none of them is the best.
 
     Returns:
         Where they are now.
@@ -162,7 +152,7 @@ def pass_over(run: RunDir, step: int) -> list[Path]:
 
 
 def _move(path: Path, to: Path) -> Path:
-    """Rename a checkpoint; a link keeps pointing where it did, also where that is relative."""
+    """Rename a checkpoint; a relative link keeps pointing to the same folder."""
     if path.is_symlink():
         to.symlink_to(os.path.realpath(path))
         path.unlink()
@@ -171,7 +161,7 @@ def _move(path: Path, to: Path) -> Path:
 
 
 def drop_older(run: RunDir, step: int, keep: int) -> list[str]:
-    """Remove the checkpoints before ``step`` except the newest, so that ``keep`` remain with it.
+    """Remove the oldest checkpoints before ``step``, so that ``keep`` remain together with that of ``step``.
 
     The best one stays. So do links, which the user made: they take no room here, and don't count.
 
@@ -186,7 +176,7 @@ def drop_older(run: RunDir, step: int, keep: int) -> list[str]:
 
 
 def clear_leftovers(run: RunDir) -> None:
-    """Finish or remove what dead attempts left under way. On rank 0 at the start, before checkpoints are looked for."""
+    """Finish or remove what earlier attempts left half done. On rank 0, before checkpoints are looked for."""
     for path in run.checkpoints.glob(".*"):
         if named := re.fullmatch(r"\.(step-[0-9]{8,})\.tmp", path.name):
             target = run.checkpoints / named[1]
@@ -199,7 +189,7 @@ def clear_leftovers(run: RunDir) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,7 +198,7 @@ def sync(path: Path) -> None:
 
 
 def _put_away(path: Path) -> Path:
-    """Take its name from it, so that what is half deleted is never taken for a checkpoint."""
+    """Rename a checkpoint, so that a half-deleted one is never taken for a checkpoint; return its new path."""
     away = path.with_name(f".old-{path.name}")
     _delete(away)
     return path.rename(away)

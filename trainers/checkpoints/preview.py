@@ -1,4 +1,4 @@
-"""What a run will go on with, as far as its checkpoints tell before there is a model. Torch-free."""
+"""Foresee the plan with which a run resumes, as far as its checkpoints tell before there is a model. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from isobatch.conf.existing import lengthened
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
-from isobatch.trainers.tensors.manifest import Damaged, checkpoints, read
+from isobatch.trainers.tensors.manifest import Damaged, read
+from isobatch.trainers.tensors.names import checkpoints
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 
 def from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
-    """``plan`` as it goes on from the newest checkpoint of ``run`` that can be read; itself without one.
+    """Return ``plan`` as it continues from the newest readable checkpoint of ``run``; without one, as it is.
 
     Raises:
         UserError: it can't go on so.

@@ -1,4 +1,4 @@
-"""Going on: from the newest good checkpoint of a run, on whatever hardware is there."""
+"""Resume from the newest good checkpoint of a run, on whatever hardware is there."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.optim.groups import Groups, are_groups
 from isobatch.trainers.optim.state_io import GROUPS, MORE, misfit
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tensors.manifest import Checkpoint, Damaged, Header, Stored, checkpoints, read, verify
+from isobatch.trainers.tensors.manifest import Checkpoint, Damaged, Header, Stored, read, verify
+from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 SKIPPED_SHOWN = 5
+ANOTHER_RUN = "start another run with run.new=true (init_from=… begins it with these weights)"
 
 
 def resume(
@@ -43,16 +45,16 @@ def resume(
     tell: Callable[[str], None],
     beat: Callable[[], None],
 ) -> tuple[TrainState, Checkpoint | None]:
-    """Where to start: from the newest good checkpoint, put into the engine, or from nothing where there is none.
+    """Restore the newest good checkpoint into the engine; without any, return the state of step 0.
 
     Args:
         fresh: the plan of today's command on today's hardware.
         fingerprint: of the data; None: not to be compared.
-        tell: told of each checkpoint that is skipped, and why.
+        tell: called with a warning for each checkpoint that is skipped.
         beat: called for every few MB that are read.
 
     Raises:
-        UserError: there are checkpoints, but no good one; or the data isn't what it was.
+        UserError: there are checkpoints, but no good one; or the data has changed.
     """
     found = newest_good(run, config, world, engine, tell, beat)
     measured = config.noise.every is not None
@@ -67,7 +69,7 @@ def resume(
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{found.path} doesn't fit the optimizer ({said:.200}): was the task changed?") from error
+        raise UserError(f"{found.path} doesn't fit the optimizer ({said:.200})", "was the task changed?") from error
     noise = header.noise or Smoothed() if measured else None
     return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed, noise), found
 
@@ -75,7 +77,7 @@ def resume(
 def header_of(
     config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
 ) -> Header:
-    """What a checkpoint of ``state`` says of it.
+    """Return the header of a checkpoint of ``state``.
 
     Args:
         evaluation: the values of an evaluation at this step.
@@ -103,18 +105,18 @@ def newest_good(
     tell: Callable[[str], None],
     beat: Callable[[], None],
 ) -> Checkpoint | None:
-    """The newest checkpoint in which nothing is wrong, the same on all ranks, which share the reading of its files.
+    """Return the newest checkpoint in which nothing is wrong, the same on all ranks, which share reading its files.
 
     Raises:
-        UserError: there are some, but none is good.
+        UserError: there are checkpoints, but none is good.
     """
     if world.rank == 0:
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
     if saved and not names:
         raise UserError(
-            f"{run.checkpoints} has no checkpoint, but step {saved} was saved there: bring it back, or start another "
-            "run beside this with run.new=true"
+            f"{run.checkpoints} has no checkpoint, but step {saved} was saved there",
+            "bring it back, or start another run beside this with run.new=true",
         )
     groups = engine.values()[GROUPS] if names else []
     skipped = []
@@ -134,8 +136,8 @@ def newest_good(
         more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
         raise UserError(
             f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
-            "changed there: mend one, bring back the model that they are of, or start another run beside this with "
-            "run.new=true"
+            "changed there",
+            "fix one, bring back the model that they are of, or start another run beside this with run.new=true",
         )
     return None
 
@@ -152,15 +154,15 @@ def stored_groups(run: RunDir, world: World) -> Groups:
 
 
 def last_saved(run: RunDir) -> int:
-    """The last step at which the run stopped, ended or went on, and so had a checkpoint, by its events; 0: none yet."""
+    """Return the last step at which, by its events, the run stopped, ended or resumed, so had a checkpoint; 0: none."""
     saved = [event for event in events(run.path) if event.get("event") in ("stopped", "finished", "going_on")]
     return next((event["step"] for event in reversed(saved) if "step" in event), 0)
 
 
 def find_best(run: RunDir, best: str | None, world: World) -> float | None:
-    """The best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks.
+    """Return the best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks.
 
-    ``checkpoints/best`` is the one that has it, also where what was the best was passed over.
+    ``checkpoints/best`` is linked to the checkpoint that has it, since the previous best may have been passed over.
     """
     if best is None:
         return None
@@ -181,7 +183,7 @@ def find_best(run: RunDir, best: str | None, world: World) -> float | None:
 def refuse_misfit(
     checkpoint: Checkpoint, config: RunConfig, engine: Engine, groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raises Damaged where a checkpoint isn't of this run, or doesn't fit its model, or the optimizer's ``groups``."""
+    """Raise Damaged where a checkpoint isn't of this run, or doesn't fit its model, or the optimizer's ``groups``."""
     header, ours = checkpoint.header, identity(config)
     if header.identity != ours and not lengthened(config, header.identity, header.duration):
         raise Damaged(f"it is of another run (identity {header.identity} with duration={header.duration}, not {ours})")
@@ -219,7 +221,7 @@ def _is_version(name: str, stored: Mapping[str, Stored], layout: Layout) -> bool
 
 
 def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
-    """Whether it is one number, of the shape itself, or lacks dimensions of it, as Adafactor's rows and columns do."""
+    """Tell whether a shape is that of one number, ``over``, or ``over`` without dimensions, as in Adafactor's state."""
     return shape == () or (len(shape) == len(over) and all(a in (1, b) for a, b in zip(shape, over, strict=True)))
 
 
@@ -232,12 +234,14 @@ def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) 
     if header.plan.train_samples != fresh.train_samples:
         raise UserError(
             f"the training data has {fresh.train_samples} samples, and had {header.plan.train_samples} when "
-            f"{found.path.name} was saved: their order would be another; bring the old data back, or start another run "
-            "with run.new=true (init_from=… begins it with these weights)"
+            f"{found.path.name} was saved: their order would be another",
+            f"bring the old data back, or {ANOTHER_RUN}",
         )
     if fingerprint and header.fingerprint and fingerprint != header.fingerprint:
         raise UserError(
             f"the training data has changed: its fingerprint is {fingerprint}, and was {header.fingerprint} when "
-            f"{found.path.name} was saved; bring the old data back, start another run with run.new=true (init_from=… "
-            "begins it with these weights), or go on all the same with data.fingerprint=false"
+            f"{found.path.name} was saved",
+            f"bring the old data back, {ANOTHER_RUN}, or go on all the same with data.fingerprint=false",
+            "data.fingerprint",
+            True,
         )

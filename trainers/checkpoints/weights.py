@@ -1,4 +1,4 @@
-"""A model's weights in files: those that a run leaves in ``final/``, and those that it starts from."""
+"""Write the weights that a run leaves in ``final/``, and read those that it starts from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from isobatch.trainers.checkpoints.commit import sync
 from isobatch.trainers.model.build import tied
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, checkpoints, followed, read, verify
+from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, read, verify
+from isobatch.trainers.tensors.names import checkpoints, followed
 from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader, write_whole
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ SHOWN = 5  # names of each kind of mismatch
 
 
 def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
-    """Write the model's weights and buffers to ``final/``, and the same with its average; all or nothing.
+    """Write the model's weights and buffers to ``final/``, and its average beside them; all or nothing.
 
-    Called by all ranks, which bring together one tensor at a time; one of them ``writes``.
+    All ranks call this, and gather one tensor at a time; one of them ``writes``.
 
     Raises:
         RunFailed: they can't be written.
@@ -62,7 +63,7 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
 
 
 def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator[Tensor]) -> None:
-    """Write all files aside, then let each take its name. ``final/`` stays the folder, link or mount that it is."""
+    """Write all files aside, then rename each. ``final/`` stays the folder, link or mount that it is."""
     for left in (run.path / ".final.tmp", run.path / ".final.old"):  # of earlier versions
         left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
     folder = Path(os.path.realpath(run.final))
@@ -101,10 +102,10 @@ def initialise(model: nn.Module, source: str, world: World) -> str:
             checkpoint), a checkpoint, or a safetensors file.
 
     Returns:
-        The file or checkpoint that they are from.
+        The file or checkpoint that the weights are from.
 
     Raises:
-        UserError: there are none, they are damaged, or they aren't this model's; on all ranks.
+        UserError: there are no weights, they are damaged, or they aren't this model's; on all ranks.
     """
 
     def load() -> str:
@@ -132,7 +133,7 @@ def load_average(model: nn.Module, found: str, world: World) -> bool:
 
 
 def find(source: str) -> Path:
-    """The safetensors file or the checkpoint, wholly checked, that ``source`` stands for.
+    """Return the safetensors file, or the verified checkpoint, that ``source`` stands for.
 
     Raises:
         UserError: there is none that is good.
@@ -155,13 +156,14 @@ def find(source: str) -> Path:
         except Damaged as error:
             damaged.append(f"{folder.name}: {error}")
     if damaged:
-        raise UserError(f"init_from={source} has no good weights: {listed(damaged, '; ')}")
+        raise UserError(f"init_from={source} has no good weights: {listed(damaged, '; ')}", "", "init_from", source)
     what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
-    raise UserError(f"init_from={source} {what}; name a run directory, a checkpoint of one, or a .safetensors file")
+    fix = "name a run directory, a checkpoint of one, or a .safetensors file"
+    raise UserError(f"init_from={source} {what}", fix, "init_from", source)
 
 
 def _goes_on(run: RunDir) -> bool:
-    """Whether a finished run was extended, so that its newest checkpoint is newer than what it left in ``final/``."""
+    """Tell whether a finished run was extended, so that its newest checkpoint is newer than ``final/``."""
     outcome = run.outcome()
     return outcome is not None and outcome.state != "finished" and bool(checkpoints(run))
 
@@ -175,7 +177,7 @@ class _Weights:
 
 
 def _open(path: Path) -> _Weights:
-    """What ``find`` found."""
+    """Open what ``find`` found."""
     if path.is_dir():
         checkpoint = read(path)
         return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | _names(checkpoint, f"{EVAL}/"))
@@ -183,7 +185,7 @@ def _open(path: Path) -> _Weights:
 
 
 def _open_average(path: Path) -> _Weights | None:
-    """The average that was saved with it, and the buffers."""
+    """Open the average that was saved with what ``find`` found, and the buffers."""
     if path.is_dir():
         checkpoint = read(path)
         averaged = _names(checkpoint, "ema/")
@@ -197,7 +199,8 @@ def _of_file(path: Path) -> _Weights:
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it isn't a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"init_from={path} can't be read as safetensors: {error}") from None
+        problem = f"init_from={path} can't be read as safetensors: {error}"
+        raise UserError(problem, "", "init_from", str(path)) from None
     kinds = {name: (DTYPES.get(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
     return _Weights(kinds, file.get_tensor)
 
@@ -234,13 +237,14 @@ def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
     said = [f"it {has} {listed(names)}" for has, names in misfits.items() if names]
     if said:
         raise UserError(
-            f"{what} doesn't fit the model: {'; '.join(said)}; it brings weights alone: task, task.args and model have "
-            "to be given as they were"
+            f"{what} doesn't fit the model: {'; '.join(said)}",
+            "it brings weights alone: task, task.args and model have to be given as they were",
+            "init_from",
         )
 
 
 def _set(group: dict[str, Tensor], weights: _Weights) -> bool:
-    """Set tensors that share their memory; False where ``weights`` has different values for them."""
+    """Set tensors that share their memory; return False where ``weights`` has different values for them."""
     first, *others = [name for name in group if name in weights.kinds]
     group[first].copy_(weights.read(first))
     return all(torch.equal(group[name], weights.read(name).to(group[name])) for name in others)
@@ -251,16 +255,19 @@ def _convertible(there: torch.dtype | None, here: torch.dtype) -> bool:
 
 
 def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
-    """Let rank 0 ``load`` into its model, and give the others what it has then; what ``load`` returned, if anything."""
-    refusal = done = ""
+    """Let rank 0 ``load`` into its model, and share the weights with the other ranks; return what ``load`` returned."""
+    refusal, done = list[str](), ""
     if world.rank == 0:
         try:
             done = load()
-        except (UserError, Damaged, OSError) as error:
-            refusal = str(error)
-    refusal, done = map(str, json.loads(world.agree(json.dumps([refusal, done]))))
+        except UserError as error:
+            refusal = [error.problem, error.fix, error.key]
+        except (Damaged, OSError) as error:
+            refusal = [str(error)]
+    agreed: tuple[list[str], str] = json.loads(world.agree(json.dumps([refusal, done])))
+    refusal, done = agreed
     if refusal:
-        raise UserError(refusal)
+        raise UserError(*refusal)
     if done and world.size > 1:
         for group in tied(model):
             world.share(next(iter(group.values())))

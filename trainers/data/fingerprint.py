@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from isobatch.scaling.order import indices
-from isobatch.trainers.data.loader import fetches_many
+from isobatch.trainers.data.fetch import fetches_many
 from isobatch.trainers.model.randomness import SAMPLE, SAMPLES, key_generators
 
 LOOKS = 16  # samples that are looked at
@@ -41,7 +41,7 @@ def fingerprint(data: Any, seed: int) -> str | None:
     length = len(data)
     rows = indices(seed, length, 0, min(LOOKS, length)).tolist()
     try:
-        first, again = ([digests(sample) for sample in _fetched(data, seed, rows)] for _ in range(2))
+        first, again = ([digests(sample) for sample in fetched(data, seed, rows)] for _ in range(2))
     except Exception:
         return None
     drawn = {name for a, b in zip(first, again, strict=True) for name in a | b if a.get(name) != b.get(name)}
@@ -52,7 +52,8 @@ def fingerprint(data: Any, seed: int) -> str | None:
     return _short((length, content))
 
 
-def _fetched(data: Any, seed: int, rows: list[int]) -> Iterator[Any]:
+def fetched(data: Any, seed: int, rows: list[int]) -> Iterator[Any]:
+    """Yield the samples of ``rows`` as the dataset gives them, with the default generators keyed."""
     if fetches_many(data):
         key_generators(seed, 0, SAMPLES)
         yield from data.__getitems__(rows)
@@ -100,13 +101,10 @@ def _contents(value: Any) -> Iterator[bytes | memoryview]:
     elif isinstance(value, bytes | int | float | complex | None):
         yield repr(value).encode()
     elif isinstance(value, dict | list | tuple) or is_dataclass(value):
-        entries = _entries(value)
-        yield f"{len(entries)} ".encode()
-        for entry in entries:
+        if isinstance(value, dict):
+            value = [part for item in value.items() for part in item]
+        elif is_dataclass(value):
+            value = [getattr(value, field.name) for field in fields(value)]
+        yield f"{len(value)} ".encode()
+        for entry in value:
             yield from _contents(entry)
-
-
-def _entries(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [part for item in value.items() for part in item]
-    return list(value) if isinstance(value, list | tuple) else [getattr(value, field.name) for field in fields(value)]

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, TensorDataset
 
 from isobatch.trainers.data.loader import as_it_is, begin_worker
 from isobatch.trainers.model.randomness import generators_kept
+from isobatch.trainers.tasks.task import Task
 
 LOOK_S = 60.0  # at most, for one look: a dataset that can't be used after a fork may hang
 
@@ -53,13 +54,9 @@ def look(
     return found
 
 
-def has_no_state(data: Any, task: Any) -> bool:
-    """Return whether fetching a sample of ``data`` can change nothing: it may be looked at in this process."""
-    return (
-        type(data) is TensorDataset
-        and not hasattr(task, "augment")
-        and (getattr(task, "collate", default_collate) is default_collate)
-    )
+def has_no_state(data: Any, task: Task) -> bool:
+    """Tell whether fetching a sample of ``data`` changes nothing, so that this process can look at it."""
+    return type(data) is TensorDataset and not task.has("augment") and not task.has("collate")
 
 
 def _forked(works: Sequence[Callable[[], Any]]) -> Generator[Any, None, None]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.data.loader import Fetch, Fetched
+from isobatch.trainers.data.fetch import Fetch, Fetched
 from isobatch.trainers.model.randomness import evaluation_seed
 from isobatch.trainers.ranks.agreement import refuse_unless_same
 from isobatch.trainers.ranks.world import World
@@ -61,11 +61,11 @@ def open_validation(task: Task, world: World, seed: int, samples: int | None = N
     Raises:
         UserError: ``val_data()`` isn't a map-style dataset, is empty, or is of another length on another rank.
     """
-    data = task.val_data() if hasattr(task, "val_data") else None
+    data = task.val_data()
     length = -1 if data is None else check_map_style(data, "val_data()")
     refuse_unless_same(world, "the number of samples that val_data() has (-1: there is none)", length)
     if data is None:
         return None
     if length == 0:
-        raise UserError("val_data() has 0 samples; return None where there is nothing to evaluate on")
+        raise UserError("val_data() has 0 samples", "return None where there is nothing to evaluate on")
     return Validation(data, task, seed, samples)

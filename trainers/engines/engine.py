@@ -15,11 +15,12 @@ from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.gradients import clipped, number
 from isobatch.trainers.engines.noise import GradientSquares
 from isobatch.trainers.engines.reducer import Parts, Reducer
-from isobatch.trainers.engines.root import Explained, Found, checked
+from isobatch.trainers.engines.root import Explained, Found
 from isobatch.trainers.engines.state import State
 from isobatch.trainers.engines.step_report import Note, Number, Total, Update
 from isobatch.trainers.model.precision import LossScale, autocast
 from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.tensors.slices import Reader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.data.loader import to_device
+from isobatch.trainers.data.transfer import to_device
 from isobatch.trainers.data.validation import Validation
-from isobatch.trainers.engines.root import summed
 from isobatch.trainers.model.modes import in_eval_mode
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.tasks.task import Task, Totals
 
 if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine
-
-Totals = dict[str, tuple[float, float]]
 
 
 @dataclass(slots=True)
@@ -41,6 +38,7 @@ class Evaluator:
         engine: that calls the model; None: it is called as it is.
         stop: where some rank is asked to stop, all of them stop evaluating.
         watch: told of each forward, and of its size where it fails.
+        patient: within it, the task's ``summarise`` may take as long as it likes.
     """
 
     task: Task
@@ -53,6 +51,7 @@ class Evaluator:
     engine: Engine | None = None
     stop: Stop = field(default_factory=Stop)
     watch: Watch = field(default_factory=Watch)
+    patient: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self) -> dict[str, float] | None:
         """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop."""
@@ -63,7 +62,14 @@ class Evaluator:
         with self.watch.tracking(lambda: reached), evaluating(self.model, self.stream):
             totals = self._totals(mine, longest)
         found = _over_ranks(None if self.stop.wanted else totals, self.world)
-        return None if found is None else summarise(self.task, found)
+        if found is None:
+            return None
+        if not self.task.has("summarise"):
+            return summarise(self.task, found)
+        with self.patient():
+            values = summarise(self.task, found)
+            self.world.gather("")  # no rank is taken for hanging until all are through
+        return values
 
     def chunk(self, start: int, stop: int) -> Totals:
         """Return sums and counts of one forward, of rows [start, stop) of those that are evaluated.
@@ -165,14 +171,11 @@ def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> list[str]:
 
 
 def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
-    """Return {name: (sum, count)} of one batch: what the task's ``evaluate`` gives, else its loss.
+    """Return {name: (sum, count)} of one batch, as the task's ``evaluate`` gives them.
 
     Raises:
         UserError: it gives something else.
     """
-    if not hasattr(task, "evaluate"):
-        loss, units = summed(task.loss(model, batch))
-        return {"loss": (float(loss), float(units))}
     result = task.evaluate(model, batch)
     pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
     if not pairs:
@@ -194,8 +197,6 @@ def summarise(task: Task, totals: Totals) -> dict[str, float]:
         UserError: ``summarise`` doesn't return {name: value}.
     """
     ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
-    if not hasattr(task, "summarise"):
-        return ratios
     made = task.summarise(totals)
     if not isinstance(made, dict):
         raise UserError(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")

@@ -25,7 +25,6 @@ from isobatch.trainers.ranks.agreement import refuse_other_commands, stop_wish
 from isobatch.trainers.ranks.failure import RunFailed, restarts
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tasks.prepare import without_hurry
 from isobatch.trainers.tasks.task import make_model, make_task
 
 
@@ -78,14 +77,13 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
     stream = Stream(config.seed, world.device, tell=partial(_warn, world))
     as_trained = config.model_copy(update={"compile": False, "recompute": ()})
     model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)
-    without_hurry(task, world, partial(world.patient, timeout_s))
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     if validation is None:
         raise UserError(f"task {config.task.name} has no validation data to evaluate on", "its class needs val_data()")
     evaluate = Evaluator(
         task, model, validation, world, stream, opened.evaluation_batch, config.precision,
-        stop=session.stop, watch=session.watch,
+        stop=session.stop, watch=session.watch, patient=partial(world.patient, timeout_s),
     )  # fmt: skip
     source = initialise(model, config.init_from, world)
     found: dict[str, float] = {}

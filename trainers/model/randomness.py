@@ -53,10 +53,23 @@ def key_generators(seed: int, position: int, use: int) -> int:
     return key
 
 
+def generator_of(device: torch.device | None) -> torch.Generator | None:
+    """Return the default generator of an accelerator; None for the CPU."""
+    return torch.cuda.default_generators[device.index or 0] if device and device.type == "cuda" else None
+
+
+def key_forward(seed: int, position: int, device: torch.device) -> int:
+    """Key the default generators, and that of ``device``, for the forward from a position of the run; give the key."""
+    key = key_generators(seed, position, FORWARD)
+    if accelerator := generator_of(device):
+        accelerator.manual_seed(key)
+    return key
+
+
 @contextmanager
 def generators_kept(device: torch.device | None = None) -> Iterator[None]:
     """Put the default generators of Python, numpy and torch back; also that of an accelerator ``device``."""
-    accelerator = torch.cuda.default_generators[device.index or 0] if device and device.type == "cuda" else None
+    accelerator = generator_of(device)
     pythons, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     accelerators = accelerator.get_state() if accelerator else None
     try:
@@ -143,7 +156,7 @@ class Stream:
         self._calls: dict[int, dict[int, int]] = {}
         self._key = 0
         self.device = device
-        self._accelerator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+        self._accelerator = generator_of(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stream:
         return self
@@ -169,9 +182,7 @@ class Stream:
     def _begin(self, first: int, positions: Sequence[int]) -> None:
         self.positions, self.samples, self.draws = positions, len(positions), 0
         self._calls.clear()
-        self._key = key_generators(self._use.seed, first, FORWARD)
-        if self._accelerator is not None:
-            self._accelerator.manual_seed(self._key)
+        self._key = key_forward(self._use.seed, first, self.device)
 
     def stop(self) -> None:
         """End of the forward. Now and then: tell if anything but keyed layers has drawn random numbers in it."""

@@ -45,7 +45,7 @@ def groups_for(
     if same(stored, groups, names):
         return groups
     kept = as_stored(groups, stored, names)
-    if hasattr(task, "param_groups"):  # these are the task's, except for what Muon takes of them
+    if task.has("param_groups"):  # these are the task's, except for what Muon takes of them
         kept = wanted(kept)
     if not same(stored, kept, names):
         return groups
@@ -61,8 +61,8 @@ def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UserError("the model has no trainable parameters")
-    if hasattr(task, "param_groups"):
-        groups = list(task.param_groups(model))
+    if (own := task.param_groups(model)) is not None:
+        groups = list(own)
         if not all(isinstance(group, dict) and "params" in group for group in groups):
             raise UserError(
                 "task.param_groups doesn't return a list of groups", "return [{'params': [...], 'lr': 0.1}, ...]"

@@ -29,9 +29,10 @@ def mapped(file: Path) -> np.ndarray:
     try:
         return np.memmap(file, np.uint8, "r")
     except FileNotFoundError:
-        raise UserError(f"task.args.data={file}: there is no such file") from None
+        raise UserError(f"task.args.data={file}: there is no such file", "", "task.args.data", file) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"task.args.data={file} can't be mapped into memory: {error}") from None
+        problem = f"task.args.data={file} can't be mapped into memory: {error}"
+        raise UserError(problem, "", "task.args.data", file) from None
 
 
 def standard_library() -> np.ndarray:
@@ -45,7 +46,9 @@ def standard_library() -> np.ndarray:
         if len(text) >= LIBRARY:
             return np.frombuffer(text[:LIBRARY], np.uint8)
     raise UserError(
-        f"{folder} has {len(text):,} bytes of Python's source, not {LIBRARY:,}: give a text file as task.args.data"
+        f"{folder} has {len(text):,} bytes of Python's source, not {LIBRARY:,}",
+        "give a text file as task.args.data",
+        "task.args.data",
     )
 
 

@@ -57,7 +57,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     """Pixels in [-1, 1] (float32 [1797, 64]) and labels (int64 [1797]), without importing scikit-learn."""
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise UserError("the task digits needs scikit-learn's data: pip install '.[tasks]' (the extra tasks)")
+        raise UserError("the task digits needs scikit-learn's data", "pip install '.[tasks]' (the extra tasks)")
     with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     return table[:, :64] / 8 - 1, table[:, 64].astype(np.int64)

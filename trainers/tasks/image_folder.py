@@ -24,13 +24,14 @@ def from_folder(path: Path, size: int | None) -> Labelled:
         UserError: no size is given, Pillow is missing, or some class has no images.
     """
     if find_spec("PIL") is None:
-        raise UserError(f"reading the images in {path} needs Pillow: pip install '.[tasks]' (the extra tasks)")
+        raise UserError(f"reading the images in {path} needs Pillow", "pip install '.[tasks]' (the extra tasks)")
     if size is None:
-        raise UserError(f"task.args.data={path} is a folder: give task.args.size, the pixels its images are scaled to")
+        fix = "give task.args.size, the pixels its images are scaled to"
+        raise UserError(f"task.args.data={path} is a folder", fix, "task.args.size")
     root = path / "train" if (path / "train").is_dir() else path
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{root} has no sub-folders; it needs one for each class")
+        raise UserError(f"{root} has no sub-folders", "it needs one for each class")
     train, val = _files(root, names), list[tuple[str, int]]()
     if root == path:
         for_training, for_validation = split(len(train))
@@ -49,7 +50,9 @@ def _files(root: Path, names: list[str]) -> list[tuple[str, int]]:
             sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
         )
         if not found:
-            raise UserError(f"{folder} has no images ({', '.join(ENDINGS)}); the classes are {', '.join(names[:10])}")
+            raise UserError(
+                f"{folder} has no images ({', '.join(ENDINGS)})", f"the classes are {', '.join(names[:10])}"
+            )
         files += [(file, label) for file in found]
     return files
 

@@ -37,8 +37,9 @@ class Images:
     def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
         if shift < 0 or min(width, blocks, 1 if size is None else size) < 1:
             raise UserError(
-                f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}: shift is 0 or more, and the "
-                "others are 1 or more"
+                f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}",
+                "shift is 0 or more, and the others are 1 or more",
+                "task.args",
             )
         self.images, self.shift, self.width, self.blocks = open_images(data, size), shift, width, blocks
         self.augment = self._moved if shift else None
@@ -80,12 +81,14 @@ def open_images(data: str | None, size: int | None) -> Labelled:
     if data is not None and path.is_dir():
         return from_folder(path, size)
     if size is not None:
-        raise UserError(f"task.args.size={size} is what the images of a folder are scaled to; these have their size")
+        problem = f"task.args.size={size} is what the images of a folder are scaled to"
+        raise UserError(problem, "leave it out: these images have their size", "task.args.size", size)
     if data is None:
         return from_arrays("MNIST", mnist())
     if path.suffix == ".npz" and path.is_file():
         return from_arrays(f"task.args.data={data}", read_npz(path))
-    raise UserError(f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class")
+    problem = f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class"
+    raise UserError(problem, "", "task.args.data", data)
 
 
 def scaled(images: Tensor) -> Tensor:

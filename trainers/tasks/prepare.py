@@ -1,4 +1,4 @@
-"""Let a task take its time: for ``prepare()``, on one process of each machine in turn, and for ``summarise()``."""
+"""Call a task's ``prepare()`` on one process of each machine in turn, for as long as it takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch._C._distributed_c10d import Store
@@ -19,12 +19,13 @@ from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.ranks.failure import Hangs
 from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
 
 LOOK_S = 0.2  # between the looks of a rank that waits
 FAILED, STOPPED, ALIVE, DONE = ("prepare/failed", "prepare/stopped", "prepare/alive", "prepare/done/{}")
 
 
-def prepare_data(task: Any, world: World, stop: Stop, timeout_s: float) -> str:
+def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
     """Call the task's ``prepare()`` on local rank 0 of one machine after another, while the other ranks wait.
 
     It may take as long as it likes. A signal interrupts it. An exception of it is its rank's, and ends all of them.
@@ -39,9 +40,9 @@ def prepare_data(task: Any, world: World, stop: Stop, timeout_s: float) -> str:
         UserError: it takes arguments.
         Hangs: the rank whose turn it is failed, or its machine is lost.
     """
-    if not hasattr(task, "prepare"):
+    if not task.has("prepare"):
         return ""
-    refuse_arguments(task)
+    refuse_arguments(task.own)
     first = [rank for rank, local in enumerate(world.gather(str(world.local_rank))) if local == "0"]
     mine = sum(rank <= world.rank for rank in first) - 1  # the place of this machine among all of them
     if world.rank == 0:
@@ -59,18 +60,19 @@ def prepare_data(task: Any, world: World, stop: Stop, timeout_s: float) -> str:
     return next(filter(None, world.gather(stop.wanted or "")), "")
 
 
-def refuse_arguments(task: Any) -> None:
+def refuse_arguments(own: Any) -> None:
     """Raise UserError where ``prepare`` can't be called without arguments."""
     try:
-        inspect.signature(task.prepare).bind()
+        inspect.signature(own.prepare).bind()
     except TypeError as error:
         raise UserError(
-            f"{type(task).__name__}.prepare() is called without arguments, before the data is opened, and can't be "
-            f"({error}): give it none but self, or another name"
+            f"{type(own).__name__}.prepare() is called without arguments, before the data is opened, and can't be "
+            f"({error})",
+            "give it none but self, or another name",
         ) from None
 
 
-def _prepare(task: Any, store: Store | None, stop: Stop) -> None:
+def _prepare(task: Task, store: Store | None, stop: Stop) -> None:
     try:
         with suppress(Stopped), stop.interrupting(), generators_kept():  # only some ranks draw
             task.prepare()
@@ -130,22 +132,3 @@ def _await(key: str, rank: int, store: Store | None, stop: Stop, lost_s: float |
                 raise Hangs(f"no sign of life of rank {rank}, which prepares the data, for {lost_s:g} s", waiting=True)
         time.sleep(LOOK_S)
     return True
-
-
-def without_hurry(task: Any, world: World, excused: Callable[[], AbstractContextManager[None]]) -> None:
-    """Let the task's ``summarise`` take as long as it likes, on any rank.
-
-    Args:
-        excused: within which this rank isn't taken for hanging. It is until all ranks are through.
-    """
-    if not hasattr(task, "summarise"):
-        return
-    summarise = task.summarise
-
-    def patiently(*args: Any, **kwargs: Any) -> Any:
-        with excused():
-            made = summarise(*args, **kwargs)
-            world.gather("")
-        return made
-
-    task.summarise = patiently

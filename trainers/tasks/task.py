@@ -1,4 +1,4 @@
-"""What a task is: a small class of the user's. Only model, train_data and loss are needed."""
+"""What a task is: a small class of the user's, of whose methods only model, train_data and loss are needed."""
 
 from __future__ import annotations
 
@@ -6,50 +6,98 @@ import inspect
 import warnings
 from collections.abc import Sized
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.targets import build, check_call, locate, made, science_of
+from isobatch.trainers.tasks.losses import summed
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import Data, RunConfig
 
+Totals = dict[str, tuple[float, float]]
+"""Sums and counts by name."""
 
-class Task(Protocol):
-    """The three methods that every task has. It may have these, too:
 
-    val_data() -> Dataset; evaluate(model, batch) -> {name: (sum, count)}; summarise(totals) -> {name: value};
-    augment(sample, generator) -> sample; collate(samples) -> batch; param_groups(model) -> list of optimizer groups;
-    prepare(), which fetches the data: on one process of each machine, before any rank opens it.
+class Task:
+    """A user's task with all methods: each calls the user's own, or does what is usual where there is none.
 
-    A group may have, beside ``params``: ``lr``, a factor of the plan's; ``weight_decay``, instead of the optimizer's;
-    ``trust``: whether LAMB and LARS scale its tensors by their norms (they do, unless its weight_decay is 0);
-    ``muon``: whether Muon takes it, or AdamW (without it, inner matrices are Muon's); and what its optimizer knows.
+    The user's object is asked anew at each call, so it may set its methods as attributes at any time.
+
+    Args:
+        own: the user's object.
     """
 
-    def model(self) -> nn.Module: ...
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def has(self, name: str) -> bool:
+        """Tell whether the user's object has a method of its own; an attribute that is None isn't one."""
+        return getattr(self.own, name, None) is not None
+
+    def model(self) -> nn.Module:
+        """Return the model that is trained."""
+        model: nn.Module = self.own.model()
+        return model
 
     def train_data(self) -> Any:
-        """A map-style dataset: ``len()`` and ``[index]``."""
+        """Return a map-style dataset: ``len()`` and ``[index]``."""
+        return self.own.train_data()
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor] | Tensor:
         """Return the sum of the losses over the batch's units with the number of units, or one loss per sample.
 
         Never a mean: the loss of a step is divided once, by the number of units in its whole global batch.
         """
+        result: tuple[Tensor, float | Tensor] | Tensor = self.own.loss(model, batch)
+        return result
+
+    def val_data(self) -> Any:
+        """Return a map-style dataset to evaluate on; None: there is none."""
+        return self.own.val_data() if self.has("val_data") else None
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        """Return {name: (sum, count)} of a batch of validation data; usually its loss."""
+        return self.own.evaluate(model, batch) if self.has("evaluate") else {"loss": summed(self.loss(model, batch))}
+
+    def summarise(self, totals: Totals) -> Any:
+        """Return {name: value}, more values made of the sums and counts of a whole evaluation; usually none."""
+        return self.own.summarise(totals) if self.has("summarise") else {}
+
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        """Return a training sample changed at random; usually as it is."""
+        return self.own.augment(sample, generator) if self.has("augment") else sample
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Return samples as a batch; usually as torch's DataLoader does."""
+        return self.own.collate(samples) if self.has("collate") else default_collate(samples)
+
+    def param_groups(self, model: nn.Module) -> Any:
+        """Return a list of the optimizer's groups; None: the usual ones.
+
+        A group may have, beside ``params``: ``lr``, a factor of the plan's; ``weight_decay``, instead of the
+        optimizer's; ``trust``: whether LAMB and LARS scale its tensors by their norms (they do, unless its weight_decay
+        is 0); ``muon``: whether Muon takes it, or AdamW (without it, inner matrices are Muon's); and what its optimizer
+        knows.
+        """
+        return self.own.param_groups(model) if self.has("param_groups") else None
+
+    def prepare(self) -> None:
+        """Fetch the data. Called on one process of each machine, before any rank opens the data."""
+        if self.has("prepare"):
+            self.own.prepare()
 
 
 REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}
-
-
-OPTIONAL = ("val_data", "evaluate", "summarise", "augment", "collate", "param_groups", "prepare")
+OPTIONAL = [name for name in vars(Task) if not name.startswith("_") and name != "has" and name not in REQUIRED]
 
 
 def make_task(config: RunConfig) -> Task:
-    """The task that the config names.
+    """Make the task that the config names.
 
     Raises:
         UserError: ``task._target_`` doesn't import, isn't a class or lacks a method; or ``task.args`` don't fit it.
@@ -57,13 +105,8 @@ def make_task(config: RunConfig) -> Task:
     target = config.task.target
     cls = locate("task._target_", target)
     if not inspect.isclass(cls):
-        raise UserError(f"task._target_={target} is a {type(cls).__name__}, not a class")
-    for name in vars(cls):
-        near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
-        if name.startswith("_"):  # the task's own
-            continue
-        if near and name not in OPTIONAL and not hasattr(cls, near[0]):
-            warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=2)
+        raise UserError(f"task._target_={target} is a {type(cls).__name__}, not a class", "", "task._target_", target)
+    _warn_of_near_misses(cls)
     elsewhere = {"model": config.model.target, "train_data": config.data.target}
     missing = [
         signature
@@ -71,14 +114,14 @@ def make_task(config: RunConfig) -> Task:
         if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None
     ]
     if missing:
-        raise UserError(f"task._target_={target} lacks {', '.join(missing)}")
+        raise UserError(f"task._target_={target} lacks {', '.join(missing)}", "", "task._target_", target)
     local = config.task.local
     args = science_of(config.task.args, local)
     check_call("task.args", target, cls, (), args, local)
-    task: Any = cls(**args, **made("task.local", local))
+    own: Any = cls(**args, **made("task.local", local))
     if config.data.target is not None:
-        _with_data(task, config.data.target, config.data)
-    return cast(Task, task)
+        _replace_data(own, config.data.target, config.data)
+    return Task(own)
 
 
 def make_model(config: RunConfig, task: Task) -> nn.Module:
@@ -96,15 +139,23 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
     return model
 
 
-def _with_data(task: Any, target: str, data: Data) -> None:
-    """Give ``task`` the data that ``data._target_`` makes; its own validation data would be of other data."""
+def _warn_of_near_misses(cls: type) -> None:
+    """Warn of methods whose names are nearly those of optional methods that the class doesn't have."""
+    for name in vars(cls):
+        near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
+        if near and name not in OPTIONAL and not name.startswith("_") and not hasattr(cls, near[0]):
+            warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=3)
+
+
+def _replace_data(own: Any, target: str, data: Data) -> None:
+    """Give the user's object the data that ``data._target_`` makes; its own validation data would be of other data."""
     args, val_args, local = data.args, data.val_args, data.local
-    task.train_data = lambda: build("data", target, args, local=local)
-    task.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args}, local=local)
+    own.train_data = lambda: build("data", target, args, local=local)
+    own.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args}, local=local)
 
 
 def open_data(task: Task, config: RunConfig) -> Any:
-    """The task's training data, checked against what its YAML states.
+    """Open the task's training data and check it against what its YAML states.
 
     Raises:
         UserError: not a map-style dataset, empty, or of another length than ``task.train_samples``.
@@ -112,22 +163,26 @@ def open_data(task: Task, config: RunConfig) -> Any:
     data = task.train_data()
     length = check_map_style(data, "train_data()")
     if length == 0:
-        raise UserError(f"train_data() of task {config.task.name} has 0 samples; a run needs at least 1")
+        raise UserError(f"train_data() of task {config.task.name} has 0 samples", "a run needs at least 1")
     if config.task.train_samples not in (None, length):
         raise UserError(
             f"train_data() of task {config.task.name} has {length} samples, but task.train_samples="
-            f"{config.task.train_samples}; correct that key, or set it to null to take what is there"
+            f"{config.task.train_samples}",
+            "correct that key, or set it to null to take what is there",
+            "task.train_samples",
+            config.task.train_samples,
         )
     return data
 
 
 def check_map_style(data: Any, what: str) -> int:
-    """The length of a map-style dataset. Raises UserError for anything else."""
+    """Return the length of a map-style dataset. Raises UserError for anything else."""
     if isinstance(data, IterableDataset):
         raise UserError(
             f"{what} is an IterableDataset ({type(data).__name__}): its order can't be recomputed on another number of "
-            "ranks or after a stop; give a map-style dataset with len() and [index]"
+            "ranks or after a stop",
+            "give a map-style dataset with len() and [index]",
         )
     if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-        raise UserError(f"{what} is a {type(data).__name__}; it has to be a map-style dataset with len() and [index]")
+        raise UserError(f"{what} is a {type(data).__name__}", "it has to be a map-style dataset with len() and [index]")
     return len(data)

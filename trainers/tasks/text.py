@@ -35,8 +35,9 @@ class Text:
     def __init__(self, data: str | None, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
         if min(length, width, depth, heads) < 1 or width % heads or not 0 <= dropout < 1:
             raise UserError(
-                f"task.args.length={length}, width={width}, depth={depth}, heads={heads}, dropout={dropout}: sizes are "
-                "1 or more, heads have to divide width, and dropout is from 0 to below 1"
+                f"task.args.length={length}, width={width}, depth={depth}, heads={heads}, dropout={dropout}",
+                "sizes are 1 or more, heads have to divide width, and dropout is from 0 to below 1",
+                "task.args",
             )
         self.sizes = length, width, depth, heads, dropout
         corpus = open_corpus(data)
@@ -44,9 +45,8 @@ class Text:
         held_back = size - size // 10
         self._train, self._val = Windows(corpus, 0, held_back, length), Windows(corpus, held_back, size, length)
         if not len(self._train):
-            raise UserError(
-                f"task.args.data={data} has {size:,} bytes; a sample of task.args.length={length} needs more"
-            )
+            fix = f"a sample of task.args.length={length} needs more"
+            raise UserError(f"task.args.data={data} has {size:,} bytes", fix, "task.args.data", data)
 
     def model(self) -> nn.Module:
         return GPT(*self.sizes)

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from isobatch.trainers.tensors.manifest import Checkpoint, Stored, file_of
+from isobatch.trainers.tensors.manifest import Checkpoint, Stored
+from isobatch.trainers.tensors.names import file_of
 from isobatch.trainers.tensors.tensorfile import CHUNK_BYTES, TORCH_NAMES, Damaged, Entry, entries, header_text
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, its) for name, its in TORCH_NAMES.items()}

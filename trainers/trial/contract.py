@@ -13,8 +13,8 @@ from torch import nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
+from isobatch.trainers.data.fetch import Fetch
 from isobatch.trainers.data.fingerprint import fingerprint
-from isobatch.trainers.data.loader import Fetch
 from isobatch.trainers.data.look import Unseen, has_no_state, look
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.model.modes import Modes
@@ -53,22 +53,28 @@ class Looked:
     skipped: list[str]
 
 
-def look_and_try(
-    config: RunConfig,
-    task: Task,
-    data: Any,
-    validation: Validation | None,
-    model: nn.Module,
-    plan: Plan,
-    evaluation_batch: int,
-    world: World,
-    watch: Watch,
-) -> Looked:
-    """Look at the data, and try the contract of ``task`` where ``check.contract`` says so.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Hold what is looked at and tried.
+
+    Attributes:
+        model: bare, as it will be trained.
+        data, validation: of training, and of evaluations; None: there are none.
+        evaluation_batch: samples of an evaluation's forward, at most.
+    """
+
+    task: Task
+    model: nn.Module
+    data: Any
+    validation: Validation | None
+    plan: Plan
+    evaluation_batch: int
+
+
+def look_and_try(subject: Subject, config: RunConfig, world: World, watch: Watch) -> Looked:
+    """Look at the data, and try the contract of the task where ``check.contract`` says so.
 
     Args:
-        model: bare, as it will be trained.
-        evaluation_batch: samples of an evaluation's forward, at most.
         watch: told of every look and forward. Looking at data, and ``summarise``, may take their time.
 
     Raises:
@@ -76,19 +82,20 @@ def look_and_try(
     """
     wanted = config.check.contract and not config.debug  # which is for breakpoints, and they would be met here
     with watch.excused():
-        seen = _seen(wanted, config, task, data, validation, plan, evaluation_batch, world, watch)
+        seen = _seen(subject, wanted, config, world, watch)
     digits = seen.get("fingerprint")
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
     unseen = next((one.why for one in seen.values() if isinstance(one, Unseen)), "")
     if any(reasons := world.gather(unseen)) or not wanted:
         return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
-    sandbox = Sandbox(task, model, world.device, config.seed, watch.beat)
+    sandbox = Sandbox(subject.task, subject.model, world.device, config.seed, watch.beat)
     batches = [seen[name] for name in seen if name.startswith("batch ")]
-    loss, evaluation = LossTrial(sandbox, Modes(model).train), EvaluationTrial(sandbox, config.precision, world.device)
+    loss = LossTrial(sandbox, Modes(subject.model).train)
     of_loss = _agreed(world, _tried("loss", lambda: loss.run(batches)) if batches else TOO_FEW)
     of_evaluation = Found()
-    if validation:
-        with watch.excused() if hasattr(task, "summarise") else nullcontext():
+    if subject.validation:
+        evaluation = EvaluationTrial(sandbox, config.precision, world.device)
+        with watch.excused() if subject.task.has("summarise") else nullcontext():
             of_evaluation = _agreed(world, _tried("summarise", lambda: evaluation.run(seen["validation"])))
     return Looked(
         known_by,
@@ -99,29 +106,20 @@ def look_and_try(
     )
 
 
-def _seen(
-    wanted: bool,
-    config: RunConfig,
-    task: Task,
-    data: Any,
-    validation: Validation | None,
-    plan: Plan,
-    evaluation_batch: int,
-    world: World,
-    watch: Watch,
-) -> dict[str, Any]:
+def _seen(subject: Subject, wanted: bool, config: RunConfig, world: World, watch: Watch) -> dict[str, Any]:
     """Look at the data, in one process for all looks; return what each look saw, or why it saw nothing, by name."""
+    task, data, validation = subject.task, subject.data, subject.validation
     works: dict[str, Callable[[], Any]] = {}
     if world.rank == 0 and config.data.fingerprint:
         works["fingerprint"] = partial(fingerprint, data, config.seed)
     if wanted:
-        fetch = Fetch(data, task, plan.seed)
-        cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
+        fetch = Fetch(data, task, subject.plan.seed)
+        cut = max((stage.cut for stage in subject.plan.stages), key=lambda cut: cut.per_gpu)
         works["own"] = partial(own_generators, fetch)
         works |= {f"batch {batch[0]}": partial(halves, fetch, *batch) for batch in batches_of(cut, len(data))}
         if validation:
             works["own of validation"] = partial(own_generators_of_validation, validation)
-            works["validation"] = partial(validation_halves, validation, evaluation_batch)
+            works["validation"] = partial(validation_halves, validation, subject.evaluation_batch)
     here = has_no_state(data, task) and (validation is None or has_no_state(validation.data, task))
     return dict(zip(works, look(list(works.values()), watch.beat, here=here), strict=True))
 

@@ -11,9 +11,10 @@ import torch
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.validation import Validation
-from isobatch.trainers.loop.evaluate import Totals, measure, summarise
+from isobatch.trainers.loop.evaluate import measure, summarise
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.ranks.failure import is_oom, place
+from isobatch.trainers.tasks.task import Totals
 from isobatch.trainers.trial.additivity import Draw, judge
 from isobatch.trainers.trial.halves import OWN, TWICE, Halves, differ
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
@@ -57,7 +58,7 @@ class EvaluationTrial:
             UserError: one of them returns something else than the contract says, or has a mistake.
             Exception: memory ran out.
         """
-        own = hasattr(self._task, "evaluate")
+        own = self._task.has("evaluate")
         with self._sandbox, torch.no_grad(), exact_fp32():
             self._model.eval()
             with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so

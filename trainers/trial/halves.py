@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from isobatch.scaling.order import indices
-from isobatch.trainers.data.fingerprint import digests
-from isobatch.trainers.data.loader import Fetch, fetches_many
-from isobatch.trainers.model.randomness import SAMPLE, SAMPLES, key_generators
+from isobatch.trainers.data.fetch import Fetch, fetches_many
+from isobatch.trainers.data.fingerprint import digests, fetched
 
 TWICE = 8  # samples, at most, that are fetched twice: one that is only flipped now and then may be equal by chance
 OWN = "draws from a generator of its own, or from a clock: use the default generators of torch, numpy or Python"
@@ -55,7 +54,7 @@ def _again(samples: list[Any]) -> list[Any]:
 def own_generators(fetch: Fetch) -> list[str]:
     """Fetch a few samples twice under the same keys, and say what in fetching them isn't a function of these."""
     rows = indices(fetch.seed, fetch.length, 0, min(TWICE, fetch.length)).tolist()
-    samples, again = ([_keyed(fetch, row) for row in rows] for _ in range(2))
+    samples, again = (list(fetched(fetch.data, fetch.seed, rows)) for _ in range(2))
     if differ(samples, again):
         return [f"the dataset's {'__getitems__' if fetches_many(fetch.data) else '[index]'} {OWN}, or augment()"]
     if fetch.augment:
@@ -64,13 +63,6 @@ def own_generators(fetch: Fetch) -> list[str]:
             return [f"augment() {OWN}, or the generator that it gets"]
     one, other = ([fetch.collated(0, _again([sample]))[0] for sample in samples] for _ in range(2))
     return [f"collate() {OWN}"] if differ(one, other) else []
-
-
-def _keyed(fetch: Fetch, row: int) -> Any:
-    """Fetch the sample of a row as the dataset gives it."""
-    many = fetches_many(fetch.data)
-    key_generators(fetch.seed, 0, SAMPLES if many else SAMPLE)
-    return next(iter(fetch.data.__getitems__([row]))) if many else fetch.data[row]
 
 
 def differ(one: Sequence[Any], other: Sequence[Any]) -> bool:

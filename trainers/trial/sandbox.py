@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from isobatch.trainers.data.loader import to_device
-from isobatch.trainers.model.randomness import FORWARD, generators_kept, generators_state, key_generators
+from isobatch.trainers.data.transfer import to_device
+from isobatch.trainers.model.randomness import generator_of, generators_kept, generators_state, key_forward
 from isobatch.trainers.tasks.task import Task
-from isobatch.trainers.trial.untouched import Attributes, Copies, moved
+from isobatch.trainers.trial.untouched import Attributes, Copies, comparable, moved
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ class Sandbox:
     def __init__(self, task: Task, model: nn.Module, device: torch.device, seed: int, beat: Callable[[], None]) -> None:
         self.task, self.model = task, model
         self._device, self._seed, self._beat = device, seed, beat
-        self._attributes = Attributes(task, model)
+        self._attributes = Attributes(task.own, model)
         apart = self._attributes.modules_apart_from(model)  # a teacher or a loss network, say
         self._copies = [Copies(model, device), *(Copies(one, without=model) for one in apart)]
         self.drew = self.narrow = False
@@ -64,7 +64,8 @@ class Sandbox:
 
     def call(self, work: Callable[[Any], Result], batch: Any, start: int) -> Result:
         """Return what ``work`` gives for a copy of ``batch``, whose first sample is at position ``start``."""
-        before = self._key(start)
+        key_forward(self._seed, start, self._device)
+        before = self._generators()
         result = work(to_device(_copied(batch), self._device))
         self.drew = self.drew or self._generators() != before
         self._beat()
@@ -78,29 +79,21 @@ class Sandbox:
 
     def moved_by(self, call: Callable[[], Any]) -> list[str]:
         """Call it twice and return the names of the numbers that the second call moves; the first may fill caches."""
-        names = {str(index): name for index, (name, _) in enumerate(self.model.named_modules())}
         states = []
         for _ in range(2):
             call()
-            states.append((self._attributes.numbers(), self._copies[0].buffers()))
-        (numbers, buffers), (numbers_then, buffers_then) = states
-        places = [place.split(".", 1) for place in moved(buffers, buffers_then)]
-        return moved(numbers, numbers_then) + [".".join(filter(None, ("model", names[i], b))) for i, b in places]
+            buffers = {("model", name): comparable(buffer) for name, buffer in self.model.named_buffers()}
+            states.append(self._attributes.numbers() | buffers)
+        return moved(*states)
 
     def _note_narrow(self, module: nn.Module, args: Any, output: Any) -> None:
         for one in output if isinstance(output, tuple) else (output,):
             if isinstance(one, Tensor) and one.is_floating_point() and one.dtype.itemsize < 4:
                 self.narrow = True
 
-    def _key(self, start: int) -> Any:
-        key = key_generators(self._seed, start, FORWARD)
-        if self._device.type == "cuda":
-            torch.cuda.default_generators[self._device.index or 0].manual_seed(key)
-        return self._generators()
-
     def _generators(self) -> Any:
-        accelerator = self._device.type == "cuda" and torch.cuda.default_generators[self._device.index or 0].get_state()
-        return generators_state(), bytes(accelerator.numpy()) if isinstance(accelerator, Tensor) else b""
+        accelerator = generator_of(self._device)
+        return generators_state(), bytes(accelerator.get_state().numpy()) if accelerator else b""
 
 
 def _copied(batch: Any) -> Any:

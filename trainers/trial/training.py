@@ -17,8 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.trainers.engines.gradients import norm_of
-from isobatch.trainers.engines.root import checked
 from isobatch.trainers.ranks.failure import is_oom
+from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.trial.additivity import Draw, Verdict, judge
 from isobatch.trainers.trial.halves import Halves
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32

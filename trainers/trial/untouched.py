@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import zip_longest
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {  # how its state is read, and set
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda generator: deepcopy(generator.bit_generator.state),
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+}
 MODULES_OWN = ("training", "_parameters", "_buffers", "_modules")  # on_copies puts them back
 COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
 OBJECTS_DEPTH = 2  # of objects that are held by objects
@@ -55,11 +64,6 @@ class Copies:
         for one, originals in self._buffers:
             self._put(one, {name: self._copy(buffer, copies) for name, buffer in originals.items()})
 
-    def buffers(self) -> dict[tuple[str, str], Any]:
-        """Return copies of the buffers as they are now, by the number of their module and their name."""
-        found = [(index, name, b) for index, (one, _) in enumerate(self._buffers) for name, b in one._buffers.items()]
-        return {(str(index), name): b.detach().clone() for index, name, b in found if b is not None}
-
     def __exit__(self, *error: object) -> None:
         for parameter, original in self._parameters:
             parameter.data = original
@@ -82,13 +86,14 @@ class Attributes:
     """The plain attributes of a task, of its modules and of the objects that they hold.
 
     Args:
+        task: the user's object.
         model: whose modules' attributes count as well.
     """
 
     def __init__(self, task: Any, model: nn.Module) -> None:
         self._objects = dict(_objects(task, model))
         self._before = {name: dict(_plain(one)) for name, one in self._objects.items()}
-        self._numbers = self.numbers()
+        self._snapshots = [Snapshot(value) for attributes in self._before.values() for value in attributes.values()]
 
     def modules_apart_from(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules that task and model hold beside ``model``: an attribute of the task, or in a list."""
@@ -100,27 +105,96 @@ class Attributes:
         return apart
 
     def numbers(self) -> dict[tuple[str, str], Any]:
-        """Return a copy of the numbers in every attribute, by the object's name and the attribute's."""
-        copies = {
-            (name, key): _copied(value) for name, one in self._objects.items() for key, value in _plain(one).items()
+        """Return copies of the numbers in every attribute, by the object's name and the attribute's."""
+        return {
+            (name, key): Snapshot(value).numbers
+            for name, one in self._objects.items()
+            for key, value in _plain(one).items()
         }
-        return {place: copy for place, copy in copies.items() if copy is not None}
 
     def restore(self) -> None:
         """Put back every attribute that was set, added or deleted, and the numbers that changed in place."""
         for name, one in self._objects.items():
             attributes, before = vars(one), self._before[name]
-            for key in dict(_plain(one)).keys() - before.keys():
+            for key in _plain(one).keys() - before.keys():
                 del attributes[key]
-            for key, value in before.items():
-                attributes[key] = value
-                if (name, key) in self._numbers:
-                    _put_back(value, self._numbers[name, key])
+            attributes.update(before)
+        for snapshot in self._snapshots:
+            snapshot.restore()
+
+
+class Snapshot:
+    """The numbers in a value: one of its own, those of a tensor, an array or a generator, and those in containers.
+
+    Attributes:
+        numbers: what can be compared, by the keys that lead to it; of each container how many entries it has.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.numbers: dict[tuple[Any, ...], Any] = {}
+        self._undo: list[Callable[[], Any]] = []
+        self._take(value, ())
+
+    def restore(self) -> None:
+        """Put the numbers back in place."""
+        for undo in self._undo:
+            undo()
+
+    def _take(self, value: Any, place: tuple[Any, ...]) -> None:
+        if isinstance(value, dict | list | tuple | deque):
+            if len(place) < COPIED_DEPTH and len(value) <= COPIED_ENTRIES:
+                self.numbers[place], entries = len(value), _entries(value)
+                if not isinstance(value, tuple):
+                    self._undo.append(partial(_refill, value, entries))
+                for key, inner in entries:
+                    self._take(inner, (*place, key))
+        elif isinstance(value, bool | int | float | complex | np.generic):  # which never change themselves
+            self.numbers[place] = type(value), repr(value)
+        elif isinstance(value, nn.Parameter):  # as an LSTM lists its own; they are computed on as copies
+            pass
+        elif isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
+            self.numbers[place] = comparable(value)
+            self._undo.append(partial(_put_back, value, value.detach().clone()))
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
+            self.numbers[place] = value.shape, value.tobytes()
+            if value.flags.writeable:
+                self._undo.append(partial(np.copyto, value, value.copy()))
+        else:
+            for kind, (get, put) in GENERATORS.items():
+                if isinstance(value, kind):
+                    self.numbers[place] = pickle.dumps(get(value))
+                    self._undo.append(partial(put, value, get(value)))
+
+
+def comparable(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what is equal for tensors of the same numbers, bit by bit."""
+    plain = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.shape, tensor.device, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _put_back(tensor: Tensor, numbers: Tensor) -> None:
+    if not torch.equal(tensor, numbers):  # else it may be one that can't be written to
+        with torch.no_grad():
+            tensor.copy_(numbers)
+
+
+def _entries(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _refill(container: Any, entries: list[tuple[Any, Any]]) -> None:
+    """Give a mapping, list or deque the entries that it had."""
+    if [(key, id(inner)) for key, inner in _entries(container)] != [(key, id(inner)) for key, inner in entries]:
+        container.clear()
+        if isinstance(container, dict):
+            container.update(dict(entries))  # of pairs a Counter would count each
+        else:
+            container.extend(inner for _, inner in entries)
 
 
 def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> list[str]:
     """Return the names of the attributes whose numbers differ."""
-    return [".".join(place) for place in after if place in before and not _equal(before[place], after[place])]
+    return [".".join(place) for place in after if place in before and before[place] != after[place]]
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -164,80 +238,3 @@ def _plain(one: Any) -> dict[str, Any]:
         return {}
     module = isinstance(one, nn.Module)
     return {k: v for k, v in vars(one).items() if not (module and (k in MODULES_OWN or k.endswith("_hooks")))}
-
-
-def _copied(value: Any, depth: int = COPIED_DEPTH) -> Any:
-    """Return a copy of the numbers in ``value``; None where there are none, or too many."""
-    if isinstance(value, bool | int | float | complex | np.generic):
-        return value
-    if isinstance(value, nn.Parameter):
-        return None  # as an LSTM lists its own
-    if isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
-        return value.detach().clone()
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
-        return np.array(value)
-    if isinstance(value, GENERATORS):
-        return _state(value)
-    if isinstance(value, dict | list | tuple | deque) and depth and len(value) <= COPIED_ENTRIES:
-        if isinstance(value, dict):
-            return {key: _copied(inner, depth - 1) for key, inner in value.items()}
-        return [_copied(inner, depth - 1) for inner in value]
-    return None
-
-
-def _state(generator: Any) -> Any:
-    """Return a copy of the state of a generator of random numbers."""
-    if isinstance(generator, np.random.Generator):
-        return deepcopy(generator.bit_generator.state)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
-
-
-def _put_back(value: Any, copy: Any) -> Any:
-    """Return ``value`` with the numbers of ``copy``, in place where that can be."""
-    if copy is None or _equal(_copied(value), copy):
-        return value
-    if isinstance(value, GENERATORS):
-        _set_state(value, copy)
-    elif isinstance(copy, dict) and isinstance(value, dict):
-        for key in value.keys() - copy.keys():
-            del value[key]
-        value.update({key: _put_back(value.get(key), inner) for key, inner in copy.items()})
-    elif isinstance(copy, list) and isinstance(value, list | deque):
-        before = [_put_back(inner, one) for inner, one in zip_longest([*value][: len(copy)], copy)]
-        value.clear()
-        value.extend(before)
-    elif isinstance(copy, list) and isinstance(value, tuple):
-        for inner, one in zip(value, copy, strict=True):
-            _put_back(inner, one)
-    elif isinstance(copy, Tensor) and isinstance(value, Tensor):
-        with torch.no_grad():
-            value.copy_(copy)
-    elif isinstance(copy, np.ndarray) and isinstance(value, np.ndarray):
-        value[...] = copy
-    else:
-        return copy
-    return value
-
-
-def _equal(before: Any, after: Any) -> bool:
-    if type(before) is not type(after):
-        return False
-    if isinstance(before, dict):
-        return before.keys() == after.keys() and all(_equal(before[key], after[key]) for key in before)
-    if isinstance(before, list | tuple):
-        return len(before) == len(after) and all(map(_equal, before, after))
-    if isinstance(before, Tensor):
-        alike = before.shape == after.shape and before.device == after.device
-        return alike and bool(((before == after) | (before.isnan() & after.isnan())).all())
-    if isinstance(before, np.ndarray):
-        return np.array_equal(before, after) or repr(before) == repr(after)
-    return bool(before == after or before != before)

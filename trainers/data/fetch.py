@@ -1,0 +1,124 @@
+"""From positions of the run to batches: samples in their order, fetched, augmented and collated."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from isobatch.scaling.order import indices
+from isobatch.trainers.data.transfer import pinned
+from isobatch.trainers.model.randomness import COLLATE, SAMPLE, SAMPLES, generator_for, generators_state, key_generators
+from isobatch.trainers.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The batch of a range of positions (None where it is empty), or what went wrong with it in a DataLoader's worker.
+
+    ``unkeyed`` says what in the fetching makes it depend on the cut.
+    """
+
+    positions: tuple[int, int]
+    batch: Any | None
+    unkeyed: str | None = None
+    error: Exception | None = None
+    traceback: str = ""
+
+    def pin_memory(self) -> Fetched:
+        """Return the same with its batch in pinned memory. DataLoader's pinning thread calls this."""
+        return replace(self, batch=pinned(self.batch))
+
+
+class Fetch:
+    """Make micro-batches of ranges of positions. DataLoader's workers run this, too.
+
+    Attributes:
+        instead: where to draw random numbers, so that they follow the sample.
+    """
+
+    instead = "draw in augment()"
+
+    def __init__(self, data: Any, task: Task, seed: int, *, augments: bool = True) -> None:
+        self.data, self.seed, self.length = data, seed, len(data)
+        self.collate, self.augment = task.collate, task.augment if augments and task.has("augment") else None
+        in_memory = type(data) is TensorDataset and self.augment is None and not task.has("collate")
+        self._tensors: tuple[Tensor, ...] | None = data.tensors if in_memory else None
+
+    def __getitem__(self, positions: tuple[int, int]) -> Fetched:
+        start, stop = positions
+        if start == stop:
+            return Fetched(positions, None)
+        return self._fetched(positions, start, indices(self.seed, self.length, start, stop))
+
+    def _fetched(self, positions: tuple[int, int], first: int, where: np.ndarray) -> Fetched:
+        """Return the batch of the rows ``where``, at least one; draws for the batch are keyed by ``first``."""
+        if self._tensors is not None:
+            at = torch.from_numpy(where)
+            return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
+        samples, unkeyed = self.samples(first, where.tolist())
+        batch, collate_draws = self.collated(first, samples)
+        return Fetched(positions, batch, unkeyed or collate_draws)
+
+    def samples(self, first: int, rows: list[int]) -> tuple[list[Any], str | None]:
+        """Fetch the samples of ``rows``, which are at positions from ``first`` of the run, and augment them.
+
+        Returns:
+            The samples, and what in fetching them depends on the cut.
+        """
+        if not fetches_many(self.data):
+            return [self._one(key, row) for key, row in zip(self._keys(first, rows), rows, strict=True)], None
+        key_generators(self.seed, first, SAMPLES)
+        before = generators_state()
+        samples = list(self.data.__getitems__(rows))
+        unkeyed = f"__getitems__ draws random numbers; {self.instead}" if generators_state() != before else None
+        for number, sample in enumerate(samples if self.augment else ()):
+            key_generators(self.seed, first + number, SAMPLE)
+            samples[number] = self._augmented(first + number, sample)
+        return samples, unkeyed
+
+    def collated(self, first: int, samples: list[Any]) -> tuple[Any, str | None]:
+        """Collate samples at positions from ``first`` into a batch; the second value is as of ``samples``."""
+        key_generators(self.seed, first, COLLATE)
+        before = generators_state()
+        batch = self.collate(samples)
+        return batch, f"collate draws random numbers; {self.instead}" if generators_state() != before else None
+
+    def _keys(self, first: int, rows: list[int]) -> Sequence[int]:
+        """Return what the draws of each sample are keyed by: its position in the run."""
+        return range(first, first + len(rows))
+
+    def _one(self, position: int, row: int) -> Any:
+        key_generators(self.seed, position, SAMPLE)
+        return self._augmented(position, self.data[row])
+
+    def _augmented(self, position: int, sample: Any) -> Any:
+        return sample if self.augment is None else self.augment(sample, generator_for(self.seed, position))
+
+
+def fetches_many(data: Any) -> bool:
+    """Tell whether a dataset itself has ``__getitems__``: that of a Subset asks for the samples one by one."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    return hasattr(data, "__getitems__")
+
+
+class Remote(Fetch):
+    """Fetch in a DataLoader's worker: what it raises is returned, to be raised as it was where it is understood."""
+
+    def __getitem__(self, positions: tuple[int, int]) -> Fetched:
+        try:
+            return super().__getitem__(positions)
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))  # noqa: S301  not every exception survives the way, if it starts it
+            except Exception:
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return Fetched(positions, None, error=error, traceback=traceback.format_exc())
