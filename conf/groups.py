@@ -42,8 +42,6 @@ class _Optimizer(Section):
     usual: Usual | None
     args: Free
 
-    layerwise: ClassVar[bool] = False  # scales each layer's step to the size of its weights
-
     @model_validator(mode="after")
     def _args_repeat_no_key(self) -> _Optimizer:
         keys = type(self).model_fields.keys() - {"name", "family", "usual", "args", "target"}
@@ -105,7 +103,6 @@ class AdamW(_WithBetas):
 class LAMB(_WithBetas):
     name: Literal["lamb"]
     target: ClassVar[str] = "isobatch.trainers.optim.lamb.LAMB"
-    layerwise: ClassVar[bool] = True
     bias_correction: bool | Literal["after"]
     trust_clip: Bounds | None
     norm_clip: Bounds | None
@@ -115,7 +112,6 @@ class LAMB(_WithBetas):
 class LARS(_WithMomentum):
     name: Literal["lars"]
     target: ClassVar[str] = "isobatch.trainers.optim.lars.LARS"
-    layerwise: ClassVar[bool] = True
     trust_coefficient: Positive
     eps: NotNegative
     scaled_momentum: bool

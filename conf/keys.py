@@ -67,7 +67,7 @@ def locate(path: Iterable[str | int]) -> Place:
     section: type[Section] = RunConfig
     for part in path:
         inner = sections_in(kind)
-        if len(inner) > 1 and part in map(tag, inner):
+        if len(inner) > 1 and part in [tag(one) for one in inner]:
             kind = next(one for one in inner if tag(one) == part)
             continue
         inside = [found for bare, _ in unfolded(kind) if (found := _inside(bare, part)) is not None]

@@ -136,7 +136,6 @@ def _explained(error: ValidationError, data: dict[str, Any]) -> list[UserError]:
 def _own(place: str, fault: Any, data: Any) -> UserError:
     """Return what a check of our own found: of a section as it is, of a key behind that key."""
     error = fault["ctx"]["error"]
-    error = error if isinstance(error, UserError) else UserError(str(error))
     if place and place not in sections():
         equals = ": " if fault["loc"][-1] == "[key]" else "="
         return UserError(f"{place}{equals}{error.problem}", error.fix, place, fault["input"])
