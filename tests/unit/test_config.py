@@ -298,7 +298,7 @@ REJECTED = [
     ("action=evaluate", "init_from", ["action=evaluate"]),
     ("action=evaluate init_from=", "init_from", []),
     ("action=evaluate init_from=3", "init_from", ["\"init_from='3'\""]),
-    ("action=evaluate init_from=no/where", "", ["init_from=no/where", ".safetensors"]),
+    ("action=evaluate init_from=no/where", "init_from", ["init_from=no/where", ".safetensors"]),
     ("action=evaluate run.dir=conf", "run.dir", ["init_from=conf"]),
     ("action=evaluate run.new=true", "run.new", ["init_from=DIR"]),
     ("action=evaluate run.dir=conf init_from=conf", "run.dir", ["leave it out"]),
