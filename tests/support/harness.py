@@ -150,7 +150,7 @@ class AskedAt(Watch):
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         super().beat(steps, samples)
-        if steps is not None and steps == self._steps:
+        if self._row[1] == self._steps:  # also before the first step, in which the loop tells no number
             self._stop.wanted = "SIGTERM"
 
 
