@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isobatch import launch
+from isobatch import actions
 from isobatch.conf.compose import refuse_typo
 from isobatch.conf.hardware import under_torchrun, workers_here
 from isobatch.conf.identity import run_directory
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
-    from isobatch.trainers.tasks.task import Task
 
-__all__ = ["Result", "Task", "UserError", "history", "load", "plan", "train"]
+__all__ = ["Result", "UserError", "history", "load", "plan", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +75,10 @@ def train(task: type | str | None = None, *overrides: str, config_dir: str | Pat
         config = configured(words, config_dir)
         refuse_typo(words, config)
         _refuse_unless_trainable(config)
-        plan, directory = launch.planned(config, _count), run_directory(config)
+        plan, directory = actions.planned(config, _count), run_directory(config)
         if workers_here(config) == 1 and config.cluster.nodes == 1 and config.engine.name == "ddp":
             command = f"isobatch.train({', '.join(map(repr, [config.task.target, *overrides]))})"
-            launch.train(config, plan, directory, partial(_work, command))
+            actions.train(config, plan, directory, partial(_work, command))
         else:
             _train_in_children(config, words, config_dir, RunDir(directory))
     outcome = RunDir(directory).outcome()
@@ -100,12 +99,12 @@ def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
     with _importable(config_dir):
         config = configured(words, config_dir)
         refuse_typo(words, config)
-        found = launch.planned(config, _count)
+        found = actions.planned(config, _count)
         assert found is not None
-        return launch.foretold(found, config, RunDir(run_directory(config)))
+        return actions.foretold(found, config, RunDir(run_directory(config)))
 
 
-def load(directory: str | Path, task: type | str | None = None) -> tuple[Task, nn.Module]:
+def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn.Module]:
     """Return the task of a run, and its model on the CPU, in eval mode, with the newest weights.
 
     Args:
@@ -225,11 +224,11 @@ def _count(config: RunConfig) -> int:
 def _work(command: str, config: RunConfig, run_dir: str, extends: bool) -> int:
     """Train in this process; return the exit code that a command would have."""
     with process_kept():
-        launch.forget_other_launchers()
+        actions.forget_other_launchers()
         import_torch(config)
         from isobatch.trainers.run import train as body
 
-        return run_here(config, launch.describe_start(config, command, run_dir, extends), body).exit_code
+        return run_here(config, actions.describe_start(config, command, run_dir, extends), body).exit_code
 
 
 def _train_in_children(config: RunConfig, words: list[str], config_dir: str | Path | None, run: RunDir) -> None:

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainers.trial",),
     ("slurm", "trainers.launch"),
     ("trainers",),  # run.py
+    ("actions",),
     ("launch",),
     ("",),  # files of isobatch/ itself: the Python API
 )

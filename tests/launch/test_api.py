@@ -94,7 +94,7 @@ def test_importing_it_changes_nothing() -> None:
     assert answer["same"]
     assert answer["heavy"] == []
     assert not answer["torch"]
-    assert {"train", "plan", "load", "history", "UserError", "Task", "Result"} <= set(answer["dir"])
+    assert {"train", "plan", "load", "history", "UserError", "Result"} <= set(answer["dir"])
 
 
 def test_a_class_of_the_script_trains_in_its_process() -> None:

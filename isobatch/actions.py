@@ -1,0 +1,200 @@
+"""What a config asks for: a plan, a training, a submission, a list of runs or a sweep; for the command and the API."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isobatch.conf.existing import extends
+from isobatch.conf.groups import Slurm
+from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.sweep import Element, expand, sweep_directories
+from isobatch.conf.terminal import answer_once, first, say, say_once
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.printable import one_line
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.scaling.report.plan_table import table
+from isobatch.scaling.report.result import grid, plan_row, result
+from isobatch.trainers.launch.changes import differences
+from isobatch.trainers.launch.children import in_turn
+from isobatch.trainers.launch.repository import commit_of, repository_of
+from isobatch.trainers.launch.source import folder_of
+from isobatch.trainers.launch.worker import import_torch
+from isobatch.trainers.ranks.session import Start
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
+    from isobatch.trainers.ranks.signals import Stop
+
+LAUNCHER = Path(__file__).with_name("launch.py").resolve()
+INSTALLED = (
+    LAUNCHER.parent == Path(__file__).resolve().parent
+)  # else this is a clone, where launch.py lies beside isobatch/
+
+Count = Callable[["RunConfig"], int]
+"""Opens the training data and returns the number of samples."""
+
+Work = Callable[["RunConfig", str, bool], int]
+"""Trains in a directory, as a finished run's extension or not; returns the exit code."""
+
+
+def planned(config: RunConfig, count: Count) -> Plan | None:
+    """Return the plan for the hardware that the config names; None where only its ranks can make it.
+
+    They do where several processes are given this command and the data is to be counted: it is opened after the
+    machines have prepared it, one after another.
+    """
+    if isinstance(config.cluster, Slurm):
+        from isobatch.slurm.submit import refuse_unless_submittable
+
+        refuse_unless_submittable(config)
+    elif config.action == "train":
+        refuse_unless_startable(config)
+    if config.action == "train":
+        to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
+        if to_open and not isinstance(config.cluster, Slurm) and (under_torchrun() or config.cluster.nodes > 1):
+            return None
+    else:
+        to_open = config.plan.open_data
+    return resolve(config, world_size(config), count(config) if to_open else None)
+
+
+def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
+    """``plan`` as it goes on from the checkpoints of ``run``, if it has any."""
+    if not run.checkpoints.is_dir():
+        return plan
+    from isobatch.trainers.checkpoints.preview import from_checkpoint
+
+    return from_checkpoint(plan, config, run)
+
+
+def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> int:
+    """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
+    from isobatch.slurm import jobs
+
+    run = RunDir(directory)
+    run.refuse_foreign()
+    dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
+    longer, before = extends(directory, config), run.outcome()
+    if before and before.state == "finished" and not longer and not dry:
+        say_once(f"{result(directory)} · {directory} (run.new=true trains again)")
+        for difference in differences(run, config, code_now(config)) if first() else ():
+            say_once(difference)
+        return 0
+    if plan and not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
+        say_once(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
+    if config.run.dir and not run.begun and not dry:
+        say_once(f"a new run, in {directory}")
+    if isinstance(config.cluster, Slurm):
+        say_once(jobs.submit([config], [run], run, LAUNCHER))
+        return 0
+    if first() and (why := jobs.begin(run)):
+        say_once(why)
+    code = work(config, str(directory), longer)
+    after = run.outcome()
+    if code in (0, 75) and after and after != before:
+        with suppress(OSError):  # a full disk under the output doesn't change how the run ended
+            how = f"run.dir={directory}" if config.run.new else "the same command"
+            say_once(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")
+    return code
+
+
+def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:
+    """Return what is known of a start of this ``command``."""
+    from isobatch.slurm.allocation import JobStart
+
+    start, job = Start(uuid.uuid4().hex[:12], command, **code_now(config)), JobStart.here()
+    return replace(start, run_dir=run_dir, extends=extends, job=job.id, job_restart=job.restart)
+
+
+def list_runs(config: RunConfig) -> int:
+    """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
+    from isobatch.scaling.report.runs import listing
+    from isobatch.slurm.state import queued
+
+    jobs = {}
+    try:
+        jobs = queued() if shutil.which("squeue") else {}
+    except UserError as error:
+        say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
+    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    answer_once(listing(roots, {job: str(one) for job, one in jobs.items()}, config.output))
+    return 0
+
+
+def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:
+    """Plan all runs of a sweep, then train one after another, each in a child of its own, or submit an array."""
+    elements = expand(overrides, config_dir)
+    configs, plans = _planned_all(elements, config_dir, count)
+    directories = sweep_directories(configs, [element.swept for element in elements])
+    if configs[0].action == "plan" and configs[0].output == "json":
+        answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
+        return 0
+    if configs[0].action == "plan":
+        answer_once(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+        return 0
+    runs = [RunDir(directory) for directory in directories]
+    left = [number for number, (run, config) in enumerate(zip(runs, configs, strict=True)) if not finished(run, config)]
+    if not any(isinstance(config.cluster, Slurm) for config in configs):
+        if not any(config.cluster.environment for config in configs):
+            import_torch(configs[0])  # once for all of them
+        trainings = [partial(train, *run, work) for run in zip(configs, plans, directories, strict=True)]
+        return in_turn(elements, directories, trainings, stop)
+    from isobatch.slurm import jobs
+    from isobatch.slurm.allocation import Allocation
+
+    dry = getattr(configs[0].cluster, "dry_run", False)
+    if not dry and Allocation.within():
+        raise UserError("-m within a job: a sweep on Slurm is an array of jobs", "submit it from outside")
+    if not dry:
+        say_once(grid([elements[number].column | plan_row(plans[number]) for number in left]))
+    if left:
+        chosen = [configs[number] for number in left], [runs[number] for number in left]
+        say_once(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))
+    return 0
+
+
+def _planned_all(
+    elements: Sequence[Element], config_dir: str | None, count: Count
+) -> tuple[list[RunConfig], list[Any]]:
+    """Return the config and the plan of each element; a rejection names the element."""
+    configs: list[RunConfig] = []
+    plans: list[Any] = []
+    for element in elements:
+        try:
+            configs.append(configured(element.overrides, config_dir))
+            plans.append(planned(configs[-1], count))
+        except UserError as error:
+            problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))
+            raise UserError(problem, error.fix, error.key, error.value) from None
+    return configs, plans
+
+
+def finished(run: RunDir, config: RunConfig) -> bool:
+    """Tell whether the run is trained to its end, and ``config`` doesn't make it longer. Raises UserError."""
+    run.refuse_foreign()
+    outcome, longer = run.outcome(), extends(run.path, config)
+    return outcome is not None and outcome.state == "finished" and not longer
+
+
+def code_now(config: RunConfig) -> dict[str, Any]:
+    """Return the commit of this checkout, and the state of the repository that the user's code is in."""
+    return {"commit": "" if INSTALLED else commit_of(LAUNCHER.parent), "repository": repository_of(folder_of(config))}
+
+
+def forget_other_launchers() -> None:
+    """Remove from the environment what another launcher left there, which would be taken for a rank of ours."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
