@@ -150,7 +150,7 @@ class AskedAt(Watch):
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         super().beat(steps, samples)
-        if self._row[1] == self._steps:  # also before the first step, in which the loop tells no number
+        if self._reached and self.reached.step == self._steps:  # in the loop, or in an evaluation before its first step
             self._stop.wanted = "SIGTERM"
 
 
