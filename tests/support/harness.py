@@ -17,9 +17,9 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.schema import RunConfig
+from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.engines.ddp import DDP
@@ -122,7 +122,7 @@ class Runs:
         """
         self.count += 1
         run = going_on.run if going_on else RunDir(self.folder / f"run-{self.count}")
-        config = compose(["data.workers=0", *([] if self.trial else ["check.contract=false"]), *overrides])
+        config = configured(["data.workers=0", *([] if self.trial else ["check.contract=false"]), *overrides])
 
         def body(ranks: World) -> Any:
             wish = Stop()

@@ -221,7 +221,7 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("0sa:32 50%:64", ["duration=100st"], "duration=100st depends on the batch"),
         ("curriculum", ["duration=100st"], "duration=100st depends on the batch"),
         ("0sa:32 2ep:64", ["batch.global_size=48"], "batch.global_size=48 and batch.schedule=0sa:32 2ep:64"),
-        ("0sa:32 2ep:64", ["batch.accumulation=2"], "leave batch.accumulation out"),
+        ("0sa:32 2ep:64", ["batch.accumulation=2"], "batch.accumulation=2 can't hold"),
         ("doubling to:100", [], "64 samples × 2 are more than 100, which is its to:…"),
         ("doubling", ["lr.decay=constant"], "never comes to 1/2 of the peak"),
         ("ramp from:128 over:10%", [], "climbs from 128 to 64; give a larger to:…"),
