@@ -103,8 +103,10 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
     if first() and (why := jobs.begin(run)):
         say_once(why)
     code = work(config, str(directory), longer)
+    if code not in (0, 75):
+        return code  # it was said why; another directory may be in this one's place by now
     after = run.outcome()
-    if code in (0, 75) and after and after != before:
+    if after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
             how = f"run.dir={directory}" if config.run.new else "the same command"
             say_once(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")

@@ -17,7 +17,7 @@ PLAN = f"{sys.executable} {LAUNCH} action=plan"
 TRAINS = f"{sys.executable} {LAUNCH} task=digits run.dir=run"
 SPACE = "isobatch: the output can't be written: No space left on device\n"
 GONE = "isobatch: the working directory was deleted; change to one that exists\n"
-FILES = "isobatch: a process may have 24 files open here, and training needs 64: raise it, ulimit -n 64\n"
+FILES = "isobatch: a process may have 24 files open here, and training needs 64; raise it, ulimit -n 64\n"
 
 
 @pytest.mark.parametrize(

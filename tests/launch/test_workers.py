@@ -366,7 +366,7 @@ def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(folder: Path, 
     assert re.fullmatch(cause, restart["cause"])
     assert (restart["rank"], restart["step"], restart["samples"]) == (1, 2, 128)
     assert re.search(r"faulty\.py\", line \d+ in loss", run.log(1))
-    assert re.search(r"base\.py\", line \d+ in backward", run.log(0))
+    assert re.search(r"engine\.py\", line \d+ in backward", run.log(0))
     assert run.events("going_on")[0]["step"] in (1, 2)  # a save that was under way is lost
 
 

@@ -234,8 +234,10 @@ class Saver:
             if save.failed:
                 raise MemoryError(save.failed)
             save.ready()
+            if gone := self._run.gone:
+                raise FileNotFoundError(gone)  # another directory may be in its place
             aside = aside_of(self._run, save.step)
-            for folder in (self._run.checkpoints, aside):  # but not the run directory, where that is gone
+            for folder in (self._run.checkpoints, aside):
                 with suppress(FileExistsError):
                     folder.mkdir()
             return write_part(aside, self._world.rank, save.slices, beat)
