@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from isobatch.trainers.ranks.signals import Stop
 
 LAUNCHER = Path(__file__).with_name("launch.py").resolve()
-INSTALLED = (
-    LAUNCHER.parent == Path(__file__).resolve().parent
-)  # else this is a clone, where launch.py lies beside isobatch/
+# Installed, launch.py lies within the package, which may be in a repository of someone else's.
+INSTALLED = LAUNCHER.parent == Path(__file__).resolve().parent
 
 Count = Callable[["RunConfig"], int]
 """Opens the training data and returns the number of samples."""

@@ -119,6 +119,18 @@ def test_nothing_that_is_given_is_run(case: JobCase) -> None:
     check(not ran, f"it was run: {ran}")
 
 
+@on_nodes(1)
+def test_a_task_beside_the_config_dir(case: JobCase) -> None:
+    """The parent of --config-dir is importable in a job, too."""
+    project = case.folder / "project"
+    (project / "configs/task").mkdir(parents=True)
+    (project / "beside.py").write_text("from tests.faults.task import Faulty\n\n\nclass Beside(Faulty):\n    pass\n")
+    given = "name: beside\n_target_: beside.Beside\nargs: {}\ntrain_samples: null\n"
+    (project / "configs/task/beside.yaml").write_text(given)
+    base = (f"--config-dir={project}/configs", "task=beside", "batch.global_size=32", "lr.peak=0.05", "duration=1ep")
+    case.finishes(case.submit(base=base))
+
+
 @on_nodes(2)
 def test_by_hand(case: JobCase) -> None:
     by_hand(case, "train.sbatch")

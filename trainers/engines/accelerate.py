@@ -16,7 +16,7 @@ from torch import nn
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.engines.ddp import DDP
 from isobatch.trainers.engines.reducer import Parts, Reducer
-from isobatch.trainers.model.targets import check_call, made
+from isobatch.trainers.model.targets import check_call, import_engine_package, made
 from isobatch.trainers.ranks.world import World
 
 if TYPE_CHECKING:
@@ -83,12 +83,7 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
     Raises:
         UserError: it isn't installed, or can't be had so.
     """
-    try:
-        accelerate = import_module("accelerate")
-    except ImportError as error:
-        raise UserError(
-            f"engine=accelerate needs the package accelerate ({error})", "pip install '.[accelerate]'", key="engine"
-        ) from error
+    accelerate = import_engine_package("accelerate")
     check_call("engine.config", "accelerate.Accelerator", accelerate.Accelerator, (), config)
     theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key not in OURS}
     for handler in theirs.get("kwargs_handlers") or ():

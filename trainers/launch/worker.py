@@ -161,7 +161,7 @@ class Worker:
 
     def _lose(self, cause: str) -> None:
         """End this process, or in the caller's the run, since the run directory isn't this launch's any more."""
-        if not self.guarded:
+        if not self.stop.installed:
             self.stop.wanted = cause
             return
         with self.watch.excused():

@@ -39,6 +39,19 @@ def locate(key: str, target: str) -> Any:
     return _attribute(key, target, module, name)
 
 
+def import_engine_package(name: str) -> Any:
+    """Import the package of the engine ``name``, which has the engine's name, as has the extra that installs it.
+
+    Raises:
+        UserError: it can't be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        problem = f"engine={name} needs the package {name} ({error})"
+        raise UserError(problem, f"pip install '.[{name}]'", "engine", name) from error
+
+
 def _class(target: str) -> type | None:
     """The class of that name, if its module is imported: importing what is below a module imports it first."""
     module, _, name = target.rpartition(".")

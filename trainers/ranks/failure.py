@@ -19,6 +19,7 @@ from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 
+COMMANDS = ("launch.py", "isobatch")  # the scripts that a run is launched with
 KILLED_HINT = " (Linux does that where memory runs out)"
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
@@ -163,7 +164,7 @@ def place(stack: traceback.StackSummary) -> str:
     """Return the innermost line of the user's own code, to append to what happened there; empty where there is none."""
     ours = (str(Path(__file__).parents[2]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     frames = [frame for frame in stack if not frame.filename.startswith(ours)]
-    frames = [frame for frame in frames if Path(frame.filename).name != "launch.py"]
+    frames = [frame for frame in frames if Path(frame.filename).name not in COMMANDS]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 

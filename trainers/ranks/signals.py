@@ -25,18 +25,21 @@ class Stop:
             between the ranks once a step, so that all of them stop at the same one.
         hurry: a second INT (an impatient Ctrl-C) ends the process at once, with 130. Off in workers: they may get one
             INT from the terminal and the same again from their launcher.
+        installed: this process handles the signals, so it is ours and not an API caller's.
     """
 
     def __init__(self) -> None:
         self.wanted: str | None = None
         self._interrupts = 0
         self.hurry = True
+        self.installed = False
         self._raises = False
 
     def install(self) -> Stop:
         """Handle the three signals from now on, in this process."""
         for number in SIGNALS:
             signal.signal(number, self._record)
+        self.installed = True
         return self
 
     @contextmanager

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.engine_config import PRECISIONS
+from isobatch.trainers.model.targets import import_engine_package
 
 if TYPE_CHECKING:
     import isobatch.conf.groups
@@ -38,11 +39,7 @@ def import_deepspeed(device: torch.device | None = None) -> Any:
     logger = logging.getLogger("DeepSpeed")
     logger.disabled = True  # it warns of every device that isn't there
     try:
-        deepspeed = import_module("deepspeed")
-    except ImportError as error:
-        raise UserError(
-            f"engine=deepspeed needs the package deepspeed ({error})", "pip install '.[deepspeed]'", key="engine"
-        ) from error
+        deepspeed = import_engine_package("deepspeed")
     finally:
         logger.disabled = False
     logger.setLevel(logging.ERROR)
