@@ -87,7 +87,13 @@ class RunDir:
                 there.write(content.ljust(file.stat().st_size))
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append a line to ``events.jsonl``: one write of one line, so that a reader never sees half of another's."""
+        """Append a line to ``events.jsonl`` in one write, so that a reader never sees half a line.
+
+        Raises:
+            OSError: the disk is full, or the directory isn't this launch's any more.
+        """
+        if gone := self.gone:
+            raise FileNotFoundError(gone)
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}) + "\n"
         with open(self.path / "events.jsonl", "ab", buffering=0) as file:
             file.write(line.encode())

@@ -17,7 +17,7 @@ from tests.support.warm import Warm
 ROOT = Path(__file__).parents[2]
 QUICK = ("duration=4st", "batch.global_size=16", "lr.peak=0.1", "device=cpu", "log.every=1st")
 TASK = '''
-import os, signal, torch
+import os, signal, time, torch
 from torch.utils.data import TensorDataset
 
 class Mine:
@@ -44,6 +44,11 @@ class Mine:
                 raise KeyError("meant to")
             if self.fault == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
+            if self.fault == "moved":
+                os.rename("run", "moved")
+                os.mkdir("run")
+                open("run/mine", "w").close()
+                time.sleep(4)
         return ((model(inputs) - targets) ** 2).mean(1)
 '''
 
@@ -208,6 +213,21 @@ def test_after_a_crash_the_same_call_goes_on(kind: str) -> None:
     expected["interrupt"] = ("KeyboardInterrupt", "None", "stopped")
     assert (answer["kind"], answer["cause"], answer["outcome"]["state"]) == expected[kind]
     assert answer["state"] == "finished"
+
+
+def test_another_directory_in_its_place_is_left_alone() -> None:
+    """The caller's process goes on; the run stops, and writes nothing into the directory that isn't its own."""
+    answer = script("""
+        import isobatch
+        from mine import Mine
+        try:
+            isobatch.train(Mine, "task.args.fault=moved", "checkpoint.every=1st", "run.dir=run", *QUICK)
+        except RuntimeError as error:
+            answer = {"said": str(error)}
+    """)
+    assert "was moved to" in answer["said"]
+    assert os.listdir("run") == ["mine"]
+    assert json.loads(Path("moved/outcome.json").read_text())["state"] == "crashed"
 
 
 REJECTED = {
