@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -59,7 +61,7 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
     overrides = [for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
     overrides += [f"hydra.searchpath=[{quoted(f'{Checked.scheme()}://{root}')}]" for root in roots[1:]]
     SourcesRegistry.instance().register(Checked)
-    with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
+    with _own_hydra():
         try:
             plain = OmegaConf.to_container(hydra_compose(PRIMARY, overrides), resolve=True)
             given = {key for override in parsed for key in given_by(override)}
@@ -77,6 +79,20 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
             raise UserError(short(error)) from None
     assert isinstance(plain, dict)
     return plain, given  # type: ignore[return-value]
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Let Hydra compose from our folder within; a caller's own ``@hydra.main`` is put back."""
+    instance, base = GlobalHydra.instance(), VersionBase.instance()
+    theirs, their_base = instance.hydra, base.getbase()
+    instance.clear()
+    try:
+        with initialize_config_dir(str(HERE), job_name="isobatch", version_base="1.3"):
+            yield
+    finally:
+        instance.hydra, base.version_base = theirs, their_base
+        GlobalHydra.set_instance(instance)
 
 
 def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterator[str]:

@@ -84,10 +84,8 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
     from isobatch.slurm import jobs
 
     run = RunDir(directory)
-    run.refuse_foreign()
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
-    longer, before = extends(directory, config), run.outcome()
-    if before and before.state == "finished" and not longer and not dry:
+    if finished(run, config) and not dry:
         say_once(f"{result(directory)} · {directory} (run.new=true trains again)")
         for difference in differences(run, config, code_now(config)) if first() else ():
             say_once(difference)
@@ -101,7 +99,8 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         return 0
     if first() and (why := jobs.begin(run)):
         say_once(why)
-    code = work(config, str(directory), longer)
+    before = run.outcome()
+    code = work(config, str(directory), extends(directory, config))
     if code not in (0, 75):
         return code  # it was said why; another directory may be in this one's place by now
     after = run.outcome()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from isobatch.conf.compose import compose
 from isobatch.conf.hardware import world_size
-from isobatch.conf.layers import roots_with
+from isobatch.conf.keys import HERE
 from isobatch.conf.overrides import parse
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Choice
 from isobatch.scaling.planning.choose import WHY, choose
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.scaling.reading import Unreadable, read_yaml
+from isobatch.scaling.reading import read_yaml
 
 
 def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
@@ -26,7 +26,7 @@ def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -
     config = compose(overrides, config_dir)
     if config.optimizer.name != "auto":
         return config
-    choice = choose_optimizer(config, roots_with(config_dir))
+    choice = choose_optimizer(config)
     others = [text for text in overrides if parse(text).key_or_group != "optimizer"]
     try:
         config = compose([*others, f"optimizer={choice.name}"], config_dir)
@@ -36,11 +36,8 @@ def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -
     return config.model_copy(update={"chosen": {"optimizer": choice.why}})
 
 
-def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
+def choose_optimizer(config: RunConfig) -> Choice:
     """Choose the optimizer for ``config``, whose own may be any.
-
-    Args:
-        roots: where YAML is looked for.
 
     Raises:
         UserError: the config has a learning rate of no named optimizer; the global batch isn't known; or no optimizer
@@ -58,18 +55,5 @@ def choose_optimizer(config: RunConfig, roots: Sequence[Path]) -> Choice:
     optimizer = compose(["optimizer=sgd"]).optimizer
     plan = resolve(config.model_copy(update={"lr": lr, "optimizer": optimizer}), world_size(config))
     batch = max(stage.cut.global_size for stage in plan.stages)
-    return choose(config.task.family, batch, {*config.task.tuned, *_with_usual(roots)})
-
-
-def _with_usual(roots: Sequence[Path]) -> set[str]:
-    """Return the optimizers that may be chosen whose YAML has a usual LR."""
-    files = [root / "optimizer" / f"{name}.yaml" for name in WHY for root in roots]
-    return {file.stem for file in files if file.is_file() and _has_usual(file)}
-
-
-def _has_usual(file: Path) -> bool:
-    try:
-        content = read_yaml(file)
-    except Unreadable as error:
-        raise UserError(f"{file}: {error}") from None
-    return isinstance(content, dict) and bool(content.get("usual"))
+    with_usual = {name for name in WHY if read_yaml(HERE / f"optimizer/{name}.yaml").get("usual")}
+    return choose(config.task.family, batch, {*config.task.tuned, *with_usual})

@@ -304,6 +304,30 @@ def test_plan_without_torch() -> None:
     assert answer["plan"].strip() == launch(*words, "action=plan", "output=json").strip()
 
 
+def test_within_a_program_of_hydras() -> None:
+    """Its config, and what it composes afterwards, are as they were."""
+    Path("theirs").mkdir()
+    Path("theirs/other.yaml").write_text("a: 2\n")
+    Path("theirs/main.yaml").write_text("a: 1\nhydra: {run: {dir: .}, output_subdir: null}\n")
+    answer = script("""
+        import hydra, os
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+        answer = {}
+        @hydra.main(version_base="1.2", config_path="theirs", config_name="main")
+        def main(cfg):
+            import isobatch
+            before = GlobalHydra.instance().hydra
+            answer["state"] = isobatch.train("mine.Mine", *QUICK).state
+            answer["same"] = GlobalHydra.instance().hydra is before and hydra.version.getbase().minor == 2
+            answer["theirs"] = [cfg.a, hydra.compose("other").a, HydraConfig.get().job.name]
+        main()
+    """)
+    assert answer["state"] == "finished"
+    assert answer["same"]
+    assert answer["theirs"] == [1, 2, "script"]
+
+
 def test_a_config_dir() -> None:
     """A task beside its YAML, which isn't in the working directory."""
     Path("project/configs/task").mkdir(parents=True)
