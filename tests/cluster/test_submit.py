@@ -125,7 +125,7 @@ def test_a_task_beside_the_config_dir(case: JobCase) -> None:
     project = case.folder / "project"
     (project / "configs/task").mkdir(parents=True)
     (project / "beside.py").write_text("from tests.faults.task import Faulty\n\n\nclass Beside(Faulty):\n    pass\n")
-    given = "name: beside\n_target_: beside.Beside\nargs: {}\ntrain_samples: null\n"
+    given = "defaults: [custom, _self_]\nname: beside\n_target_: beside.Beside\n"
     (project / "configs/task/beside.yaml").write_text(given)
     base = (f"--config-dir={project}/configs", "task=beside", "batch.global_size=32", "lr.peak=0.05", "duration=1ep")
     case.finishes(case.submit(base=base))
