@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from isobatch.conf.identity import OFF, identity, science
 from isobatch.conf.messages import shown
@@ -34,11 +36,18 @@ def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None
         )
         raise UserError(problem, "leave it out, or start a new run without run.dir", "duration", now.duration)
     if changed:
-        sides = [(key, *(shown(side.get(key, OFF.get(key))) for side in (after, before))) for key in changed]
-        values = ", ".join(f"{key}={value} (there {there})" for key, value, there in sides)
-        problem = f"run.dir={directory} holds another run; it can't go on with {values}"
+        given = [_differing(key, *(side.get(key, OFF.get(key)) for side in (after, before))) for key in changed]
+        problem = f"run.dir={directory} holds another run, and can't resume with {', '.join(chain(*given))}"
         fix = "leave these keys out, or start a new run without run.dir"
         raise UserError(problem, fix, changed[0], after.get(changed[0]))
+
+
+def _differing(key: str, now: Any, then: Any) -> list[str]:
+    """Return the values that differ, each with its key: of a mapping only those entries."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+        return [text for name in names for text in _differing(f"{key}.{name}", now.get(name), then.get(name))]
+    return [f"{key}={shown(now)} (the run has {'none' if then is None else shown(then)})"]
 
 
 def lengthens(was: Duration, now: Duration) -> bool:

@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 import yaml
 
 from isobatch.conf.comments import Line, read_lines
-from isobatch.conf.keys import HERE, RECORDED, registered
+from isobatch.conf.elsewhere import our_key
+from isobatch.conf.keys import HERE, RECORDED, keys, registered, sections
 from isobatch.conf.layers import roots_with
 from isobatch.conf.messages import nearest, shown
+from isobatch.conf.overrides import refuse_spaces
 from isobatch.conf.saved import choices
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -90,9 +92,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        near = nearest(unknown[0], options)
-        raise UserError(f"there is no option {unknown[0]}", near or "--help shows the command line")
+        raise _no_such_option(unknown, parsed.overrides)
+    refuse_spaces(parsed.overrides)
     if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
         raise UserError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
     for ours in HERE.glob("**/*.yaml") if parsed.config_dir is not None else ():
@@ -100,6 +101,18 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if theirs.exists() and not theirs.samefile(ours):
             raise UserError(f"{theirs} is named as a file of Isobatch's own, which goes first", "give it another name")
     return parsed
+
+
+def _no_such_option(unknown: Sequence[str], words: Sequence[str]) -> UserError:
+    options = [option for action in _parser()._actions for option in action.option_strings]
+    option, equals, value = unknown[0].partition("=")
+    key = option.lstrip("-").replace("-", "_")
+    value = value if equals else next((word for word in words if "=" not in word), "")
+    meant = f"{key}={value or '…'}" if key in keys() and key not in sections() else our_key(key, value)
+    fix = nearest(option, options) or "--help shows the command line"
+    if meant or equals:
+        fix = f"keys have no dashes: {meant or f'{key}={value}'}"
+    return UserError(f"there is no option {option}", fix)
 
 
 def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:

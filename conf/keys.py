@@ -151,6 +151,6 @@ def _phrase(kind: Any, bounds: list[Any]) -> str:
         return "a list: [a,b]" if inner[1:] == (...,) else f"a list of {len(inner)}"
     if kind is str and bounds:
         return "text that isn't empty"
-    words = {"ge": "from", "gt": "above", "le": "up to", "lt": "up to below"}
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "to less than"}
     found = [f"{text} {getattr(one, name):g}" for name, text in words.items() for one in bounds if hasattr(one, name)]
     return " ".join([NOUNS[kind], *found]) if kind in NOUNS else ""

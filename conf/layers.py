@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isobatch.conf.keys import HERE, leaves
+from isobatch.conf.messages import CHOOSES
 from isobatch.conf.overrides import for_hydra, given_by, no_such_choice, quoted, short
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
@@ -69,16 +70,25 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
                 given.update(_given_by_experiments(overrides, roots))
         except MissingConfigException as error:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
-            raise (no_such_choice(group, name, error.options) if error.options else UserError(short(error))) from None
+            if error.options:
+                raise no_such_choice(group, name, error.options, own=len(roots) > 1) from None
+            raise _uncomposed(error, parsed) from None
         except OmegaConfBaseException as error:
             problem = f"{error.full_key}: {short(error)}" if error.full_key else short(error)
             raise UserError(problem, key=error.full_key or "") from None
         except RecursionError:
             raise UserError("values are nested too deep, or interpolations ${…} stand for each other") from None
         except (HydraException, yaml.YAMLError, ValueError, OSError) as error:
-            raise UserError(short(error)) from None
+            raise _uncomposed(error, parsed) from None
     assert isinstance(plain, dict)
     return plain, given  # type: ignore[return-value]
+
+
+def _uncomposed(error: Exception, parsed: Sequence[Override]) -> UserError:
+    """Return what Hydra says, with how an experiment has to look where there is one."""
+    experiment = any(override.key_or_group == "experiment" for override in parsed)
+    fix = f"an experiment begins with the line '# @package _global_', and {CHOOSES}" if experiment else ""
+    return UserError(short(error), fix, "experiment" if experiment else "")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isobatch.conf import keys as schema
+from isobatch.conf.elsewhere import ABSENT, our_key, our_value
 from isobatch.conf.keys import RECORDED, Place, choices_of, keys, leaves, locate, sections
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -20,46 +21,8 @@ from isobatch.scaling.reading import MOST_DEPTH as READ_DEPTH
 DEEPEST = READ_DEPTH // 2  # lists and mappings in a value: what is written here is read back
 BITS = 64  # of a whole number; tools that read the config hold no longer one
 SHOWN = 400  # characters of a value in a message
+CHOOSES = "chooses a task by 'defaults: [override /task: images]', an optimizer or engine likewise"
 DELETED = "a key can be null where its comment says so, but not be deleted"
-
-# What other launchers call it, where the spelling is too far from ours to be guessed.
-ELSEWHERE = {
-    name: ours
-    for ours, names in {
-        "duration=10ep": "epochs max_epochs num_train_epochs",
-        "duration=5000st": "max_steps",
-        "lr.base or lr.peak": "learning_rate lr",
-        "batch.global_size or batch.per_gpu": "batch_size",
-        "batch.global_size": "train_batch_size",
-        "batch.per_gpu": "per_device_train_batch_size",
-        "batch.accumulation": "gradient_accumulation_steps",
-        "clip_norm": "gradient_clip_val max_grad_norm",
-        "data.workers": "num_workers",
-        "cluster.gpus_per_node": "devices nproc_per_node",
-        "cluster.nodes": "nnodes",
-        "run.dir=DIR (and the same command goes on by itself)": "resume resume_from resume_from_checkpoint auto_resume",
-        "run.dir=DIR, to go on, or init_from=PATH, to start from its weights": "ckpt_path load_checkpoint",
-        "init_from=PATH": "weights pretrained finetune_from",
-        "run.dir": "output_dir save_dir",
-        "checkpoint.every=500st or checkpoint.every=10min": "save_every save_steps save_interval every_n_train_steps",
-        "checkpoint.keep": "save_total_limit save_top_k",
-        "checkpoint.best=val/accuracy:max": "monitor metric_for_best_model load_best_model_at_end",
-        "action=evaluate init_from=DIR": "eval_only test_only",
-        "evaluate.every=500st": "eval_steps eval_every",
-        "evaluate.first=true": "eval_on_start",
-        "evaluate.per_gpu": "per_device_eval_batch_size eval_batch_size",
-        "evaluate.samples=1000": "max_eval_samples eval_samples eval_iters limit_val_batches",
-        "ema=2000sa (its half-life)": "ema_decay use_ema",
-        "on_nonfinite=skip": "skip_nan",
-        "engine=ddp, fsdp, accelerate or deepspeed": "strategy backend",
-        "engine.stage, with engine=deepspeed": "zero_stage",
-        "engine.shard, with engine=fsdp": "auto_wrap_policy transformer_layer_cls_to_wrap",
-        "engine.offload, with engine=fsdp or deepspeed": "cpu_offload offload_optimizer",
-        "precision": "mixed_precision",
-        "numerics=bitwise": "deterministic use_deterministic_algorithms",
-    }.items()
-    for name in names.split()
-}
 
 
 def validated(plain: dict[str, Any]) -> RunConfig:
@@ -84,7 +47,7 @@ def _joined(errors: list[UserError]) -> UserError:
 def _check_values(key: str, value: Any, depth: int = 0) -> None:
     """Raise UserError for what JSON can't say without a loss: free mappings may hold anything, and all is hashed."""
     if depth > DEEPEST:
-        raise UserError(f"{key:.100}… can't be", f"it is nested more than {DEEPEST} deep", key)
+        raise UserError(f"{key:.100}… isn't valid", f"it is nested more than {DEEPEST} deep", key)
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
@@ -96,14 +59,14 @@ def _check_values(key: str, value: Any, depth: int = 0) -> None:
     elif value == "???":
         raise UserError(f"{key} has to be given", f"{key}=…", key)
     elif isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
-        raise UserError(f"{key}={value!r:.200} can't be", "it isn't Unicode text", key, value)
+        raise UserError(f"{key}={value!r:.200} isn't valid", "it isn't Unicode text", key, value)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value} can't be", "numbers have to be finite", key, value)
+        raise UserError(f"{key}={value} isn't valid", "numbers have to be finite", key, value)
     elif isinstance(value, int) and value.bit_length() > BITS:
-        problem = f"{key} can't be a whole number of {value.bit_length():,} bits"
+        problem = f"{key} is a whole number of {value.bit_length():,} bits"
         raise UserError(problem, f"it has at most {BITS}", key, value)
     elif not isinstance(value, str | int | float | None):
-        problem = f"{key}={value!r:.200} can't be"
+        problem = f"{key}={value!r:.200} isn't valid"
         raise UserError(problem, f"a {type(value).__name__} isn't a value that JSON knows", key, value)
 
 
@@ -120,7 +83,7 @@ def _explained(error: ValidationError, data: dict[str, Any]) -> list[UserError]:
         if kind == "union_tag_not_found" or (kind == "missing" and name and "." not in name and choices_of(group)):
             lacking.setdefault(group, []).append(name or "name")
         elif kind == "extra_forbidden" and not (group in lacking and place.key in keys()):  # else of another choice
-            found |= {key: unknown_key(key, place) for key in leaves(place.key, fault["input"])}
+            found |= {key: unknown_key(key, place, _at(data, key)) for key in leaves(place.key, fault["input"])}
         elif kind == "missing":
             found[place.key] = UserError(f"{place.key} has no value", DELETED, place.key)
         elif kind == "union_tag_invalid":
@@ -139,20 +102,31 @@ def _own(place: str, fault: Any, data: Any) -> UserError:
     if place and place not in sections():
         equals = ": " if fault["loc"][-1] == "[key]" else "="
         return UserError(f"{place}{equals}{error.problem}", error.fix, place, fault["input"])
-    for name in error.key.split("."):
+    return UserError(error.problem, error.fix, error.key, _at(data, error.key))
+
+
+def _at(data: Any, key: str) -> Any:
+    """Return the value at a dotted key; None where there is none."""
+    for name in key.split("."):
         data = data.get(name) if isinstance(data, dict) else None
-    return UserError(error.problem, error.fix, error.key, data)
+    return data
 
 
 def _wrong(place: Place, value: Any) -> UserError:
     """Return what a value has to be, and perhaps what was meant."""
     key, names, allowed = place.key, schema.names(place.kind), schema.allowed(place.kind)
-    problem = f"{key}={shown(value)} can't be"
+    problem = f"{key}={shown(value)} isn't valid"
     if key in sections():
         inside = [other for other in keys() if other.startswith(f"{key}.")]
-        return UserError(problem, f"{key} holds {', '.join(inside)}", key, value)
+        meant = our_key(key, value)
+        fix = f"did you mean {meant}?" if meant else f"{key} holds {', '.join(inside)}"
+        return UserError(problem, f"a YAML {CHOOSES}" if choices_of(key) else fix, key, value)
     hint = nearest(value, names) if isinstance(value, str) else ""
-    if isinstance(value, float) and value.is_integer() and any("whole" in phrase for phrase in allowed):
+    if meant := our_value(key, value):
+        hint = f"did you mean {meant}?"
+    elif isinstance(value, str) and any("number" in phrase for phrase in allowed) and _is_number(value):
+        hint = f"'{value}' is text: leave out its quotes"
+    elif isinstance(value, float) and value.is_integer() and any("whole" in phrase for phrase in allowed):
         hint = f"did you mean {int(value)}?"
     elif any(phrase.startswith("text") for phrase in allowed) and isinstance(value, bool | int | float):
         text = f"'{shown(value)}'"
@@ -173,11 +147,19 @@ def _lacks(group: str, names: list[str], chosen: Any) -> UserError:
     )
 
 
-def unknown_key(key: str, place: Place | None = None) -> UserError:
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def unknown_key(key: str, place: Place | None = None, value: Any = None) -> UserError:
     """Return the error for a key that there isn't.
 
     Args:
         place: where it was found.
+        value: what it was given.
     """
     section, _, last = key.rpartition(".")
     if key.startswith("experiment."):
@@ -189,6 +171,9 @@ def unknown_key(key: str, place: Place | None = None) -> UserError:
         problem = f"{key} isn't a key of this {section}, which has {', '.join(schema.fields(place.section))}"
         return UserError(problem, f"it comes with {choices}" if choices else "", key)
 
+    if key in ABSENT:
+        return UserError(f"unknown key {key}", ABSENT[key], key)
+
     def likeness(other: str) -> float:
         names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
         return max(SequenceMatcher(None, key, other).ratio(), 0.99 * names)
@@ -196,7 +181,8 @@ def unknown_key(key: str, place: Place | None = None) -> UserError:
     leaves = [other for other in known if other not in sections()]
     best = max(map(likeness, leaves))
     near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
-    if hint := ELSEWHERE.get(last) or " or ".join(near):
+    same_word = last in {other.rpartition(".")[2] for other in known}
+    if hint := our_key(key, value) or (not same_word and our_key(last, value)) or " or ".join(near):
         return UserError(f"unknown key {key}", f"did you mean {hint}?", key)
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
     fix = f"there are {', '.join(inside)}" if inside else "--help lists the keys there are"

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from isobatch.conf.elsewhere import our_value
 from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, leaves
 from isobatch.conf.messages import DELETED, for_shell, nearest, shown, unknown_key
 from isobatch.scaling.errors import UserError
@@ -37,6 +38,24 @@ def parse(text: str) -> Override:
     if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
         return parse(text.replace(f"@{override.package}", "", 1))
     return override
+
+
+def refuse_spaces(words: Sequence[str]) -> None:
+    """Raise UserError where a shell has split what was meant as one override: ``key = value``, ``key=two words``."""
+    for number, word in enumerate(words):
+        if "=" in word.strip("=") or word.startswith("~"):
+            continue
+        before = words[number - 1] if number else ""
+        after = words[number + 1] if number + 1 < len(words) else ""
+        value = words[number + 2] if after == "=" and number + 2 < len(words) else ""
+        if after.startswith("=") or (word.endswith("=") and after and "=" not in after):
+            joined = f"{word}{after}{value}"
+            raise UserError(f"there are spaces around the = of {joined}", f"leave them out: {shown(joined)}")
+        if "=" in before and not word.endswith("="):
+            joined = for_shell(f"{before} {word}")
+            raise UserError(
+                f"{shown(word)!r} isn't key=value", f"if it belongs to {before}, put both in quotes: {joined}"
+            )
 
 
 def _refuse_unending(text: str) -> None:
@@ -93,13 +112,16 @@ def for_hydra(override: Override, roots: Sequence[Path]) -> str:
     for name in value if isinstance(value, list) else [value]:
         files = [root / group / f"{name}.yaml" for root in roots]
         if ".." in str(name) or not any(os.path.isfile(file) for file in files):
-            raise no_such_choice(group, shown(name), options)
+            raise no_such_choice(group, shown(name), options, own=len(roots) > 1)
     return text
 
 
-def no_such_choice(group: str, name: str, options: Sequence[str]) -> UserError:
-    """Return the error for a choice that a group doesn't have."""
-    fix = f"{nearest(name, options)} {group} can be {', '.join(options)}".lstrip()
+def no_such_choice(group: str, name: str, options: Sequence[str], own: bool) -> UserError:
+    """Return the error for a choice that a group doesn't have; ``own``: the user's own YAML was looked at."""
+    meant = our_value(group, name)
+    near = f"did you mean {meant}?" if meant else nearest(name, options)
+    fix = f"{near} {group} can be {', '.join(options)}".lstrip()
+    fix += "" if own else f"; {name}.yaml of your own needs --config-dir, the folder above its {group}/"
     return UserError(f"there is no {group}={name}", fix, group, name)
 
 
@@ -135,4 +157,4 @@ def short(error: Exception) -> str:
         return f"${{{match[1]}}} names no key of the config; as text it is \\${{{match[1]}}}"
     noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
-    return textwrap.shorten(" ".join(lines), 400, placeholder=" …")
+    return textwrap.shorten(" ".join(lines).removesuffix("."), 400, placeholder=" …")

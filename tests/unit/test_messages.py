@@ -23,6 +23,9 @@ FILES = {
     "mine/task/typo.yaml": "name: typo\n_target_: a.B\ntrain_sample: 3\n",
     "mine/optimizer/nameless.yaml": "eps: 1.0e-6\n",
     "mine/experiment/headless.yaml": "batch: {global_size: 8}\n",
+    "mine/experiment/plain_task.yaml": "# @package _global_\ntask: images\n",
+    "mine/experiment/no_override.yaml": "# @package _global_\ndefaults:\n  - task: images\n",
+    "mine/experiment/unpackaged.yaml": "defaults:\n  - override /task: images\n",
     "mine/experiment/typo.yaml": "# @package _global_\ndefaults:\n  - override /optimizer: adm\n",
     "mine/experiment/other.yaml": "# @package _global_\noptimizer: {name: adamw}\n",
     "ours/optimizer/sgd.yaml": "",
@@ -31,6 +34,37 @@ FILES = {
 }
 WRONG = r"""
 --confg-dir mine
+--batch.global_size=128
+-lr 0.1
+--epochs 5
+batch.global_size = 128
+batch.global_size= 128
+batch.global_size =128
+duration=5 ep
+batch.schedule=0sa:64 50%:256
+batch=128
+device=gpu
+action=resume
+lr.schedule=cosine
+lr.decay=none
+name=foo
+tasks=images
+gpus=2
+warmup_steps=500
+logger=wandb
+early_stopping=true
+optimizer=adam
+optimizer.lr=0.1
+task=mnist
+"batch.global_size='64'"
+precision=16
+evaluate=2ep
+checkpoint=500st
+model=resnet50
+trainer.max_epochs=5
+--config-dir mine experiment=plain_task
+--config-dir mine experiment=no_override
+--config-dir mine experiment=unpackaged
 --cfg all
 --config-dir nowhere
 --config-dir ours

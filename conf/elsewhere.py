@@ -1,0 +1,127 @@
+"""What other launchers call our keys and values, for error messages where the spelling is too far off to be guessed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Our key → their names for it. <5> stands for the value that was given, if it is a word or a number.
+_KEYS = {
+    "duration=<10>ep": "epochs max_epochs num_epochs num_train_epochs n_epochs",
+    "duration=<5000>st": "max_steps num_steps train_steps total_steps max_iters iterations steps",
+    "duration=<2e9>tok": "max_tokens train_tokens total_tokens",
+    "lr.peak=<0.1> or lr.base=<0.1>": "lr learning_rate max_lr base_lr optimizer.lr optimizer.learning_rate",
+    "lr.decay=<cosine>": "lr.schedule lr.scheduler lr_scheduler lr_scheduler_type lr_schedule scheduler",
+    "lr.decay or batch.schedule": "schedule",
+    "lr.warmup=<500>st": "warmup_steps num_warmup_steps warmup_iters lr_warmup_steps",
+    "lr.warmup=<1>ep": "warmup_epochs",
+    "lr.warmup=5%": "warmup_ratio warmup_fraction warmup",
+    "lr.final, as a share of the peak": "min_lr lr_min eta_min",
+    "batch.global_size=<128> or batch.per_gpu=<128>": "batch_size bs batch batchsize",
+    "batch.global_size=<128>": "train_batch_size global_batch_size total_batch_size effective_batch_size",
+    "batch.per_gpu=<32>": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu "
+    "batch_size_per_gpu per_gpu_batch_size device_batch_size",
+    "batch.accumulation=<4>": "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accum grad_accum",
+    "optimizer.weight_decay=<0.01>": "weight_decay wd",
+    "optimizer.momentum=<0.9>": "momentum",
+    "optimizer=<adamw>": "optim optimizers optimiser opt",
+    "clip_norm=<1.0>": "gradient_clip_val max_grad_norm grad_clip gradient_clipping clip_grad",
+    "seed=<0>": "random_seed seed_everything manual_seed",
+    "data.workers=<4>": "num_workers dataloader_num_workers",
+    "device=cuda or device=cpu": "accelerator use_cuda cuda",
+    "cluster.gpus_per_node=<8>": "gpus num_gpus n_gpus ngpus ngpu devices nproc_per_node num_processes gpus_per_node",
+    "cluster.nodes=<2>": "nodes nnodes num_nodes num_machines",
+    "cluster.rendezvous=host:port": "master_addr main_process_ip rdzv_endpoint dist_url",
+    "cluster.time_min=<240>, with cluster=slurm": "time walltime time_limit",
+    "task=<images>": "tasks dataset",
+    "engine=<ddp>": "engines strategy backend distributed",
+    "engine.stage=<2>, with engine=deepspeed": "zero_stage",
+    "engine.shard, with engine=fsdp": "auto_wrap_policy transformer_layer_cls_to_wrap",
+    "engine.offload, with engine=fsdp or deepspeed": "cpu_offload offload_optimizer",
+    "cluster=<slurm>": "clusters",
+    "experiment=<NAME>": "experiments recipe",
+    "run.name=<NAME>": "name run_name exp_name experiment_name job_name",
+    "run.dir=<DIR>": "run output_dir save_dir out_dir log_dir",
+    "run.dir=DIR (the same command resumes by itself)": "resume resume_from resume_from_checkpoint auto_resume",
+    "run.dir=DIR, to resume, or init_from=PATH, to start from its weights": "ckpt_path load_checkpoint ckpt",
+    "init_from=PATH": "weights pretrained finetune_from checkpoint_path",
+    "model._target_=my_package.MyModel": "model arch model_name model_name_or_path",
+    "data._target_=my_package.MyData": "data",
+    "checkpoint.every=<10min>": "checkpoint save_every save_interval",
+    "checkpoint.every=<500>st": "save_steps every_n_train_steps",
+    "checkpoint.keep=<2>": "save_total_limit save_top_k",
+    "checkpoint.best=val/accuracy:max": "monitor metric_for_best_model load_best_model_at_end",
+    "action=evaluate init_from=DIR": "eval_only test_only",
+    "evaluate.every=<1ep>": "evaluate eval_every",
+    "evaluate.every=<500>st": "eval_steps eval_interval val_check_interval",
+    "evaluate.every=<1>ep": "check_val_every_n_epoch",
+    "evaluate.first=true": "eval_on_start",
+    "evaluate.per_gpu=<32>": "per_device_eval_batch_size eval_batch_size",
+    "evaluate.samples=<1000>": "max_eval_samples eval_samples eval_iters limit_val_batches",
+    "log.every=<50>st": "logging_steps log_every_n_steps log_interval",
+    "log.every=<50st>": "log",
+    "noise.every=<10st>": "noise",
+    "ema=2000sa (its half-life)": "ema_decay use_ema",
+    "on_nonfinite=skip": "skip_nan",
+    "precision=bf16": "mixed_precision fp16 bf16 amp use_amp",
+    "compile=true": "torch_compile use_compile",
+    "recompute=['*']": "gradient_checkpointing activation_checkpointing",
+    "numerics=bitwise": "deterministic use_deterministic_algorithms",
+    "action=plan, or cluster.dry_run=true with cluster=slurm": "dry_run",
+}
+KEYS = {name: ours for ours, names in _KEYS.items() for name in names.split()}
+
+# What isn't there, and what comes nearest.
+ABSENT = {
+    name: instead
+    for instead, names in {
+        "the run directory's metrics.jsonl has every logged line": "logger loggers report_to wandb tensorboard mlflow",
+        "a run ends after its duration, and checkpoint.best=val/loss:min keeps the best checkpoint": "early_stopping "
+        "early_stopping_patience patience",
+    }.items()
+    for name in names.split()
+}
+
+_TORCHS = "Adam RMSprop NAdam RAdam Adagrad Adamax Adadelta ASGD Rprop"  # of torch.optim, without sections of ours
+# Our key → their value → ours.
+VALUES: dict[str, dict[str, str]] = {
+    "device": {"gpu": "device=cuda", "cuda:0": "device=cuda (CUDA_VISIBLE_DEVICES chooses which)"},
+    "action": {
+        **dict.fromkeys(("resume", "restart", "continue"), "the same command again, which resumes, or run.dir=DIR"),
+        **dict.fromkeys(("fit", "run", "start"), "action=train"),
+        **dict.fromkeys(("eval", "test", "validate", "val"), "action=evaluate"),
+        **dict.fromkeys(("submit", "slurm"), "cluster=slurm, which submits the training"),
+        "sweep": "-m, which starts a sweep",
+        "list": "action=runs",
+    },
+    "precision": {
+        **dict.fromkeys(("16", "amp", "mixed"), "precision=bf16 or precision=fp16"),
+        **dict.fromkeys(("bfloat16", "bf16-mixed"), "precision=bf16"),
+        **dict.fromkeys(("float16", "half", "16-mixed"), "precision=fp16"),
+        **dict.fromkeys(("32", "float32", "full", "32-true"), "precision=fp32"),
+    },
+    "lr.decay": dict.fromkeys(("none", "null", "off", "constant_with_warmup"), "lr.decay=constant"),
+    "optimizer": {name.lower(): f"optimizer=custom optimizer._target_=torch.optim.{name}" for name in _TORCHS.split()}
+    | {"adam": "optimizer=adamw, or optimizer=custom optimizer._target_=torch.optim.Adam"},
+    "engine": {
+        "fsdp2": "engine=fsdp",
+        "zero": "engine=deepspeed engine.stage=2",
+        **{f"deepspeed_stage_{stage}": f"engine=deepspeed engine.stage={stage}" for stage in (1, 2, 3)},
+    },
+}
+
+
+def our_key(key: str, value: Any = None) -> str:
+    """Return the overrides that mean what ``key=value`` means elsewhere; empty where that isn't known.
+
+    >>> our_key("epochs", 5)
+    'duration=5ep'
+    """
+    given = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    found = KEYS.get(key, "")
+    return re.sub(r"<(.*?)>", lambda example: given if re.fullmatch(r"[\w.-]+", given) else example[1], found)
+
+
+def our_value(key: str, value: Any) -> str:
+    """Return the overrides that mean what this value of ``key`` means elsewhere; empty where that isn't known."""
+    return VALUES.get(key, {}).get(str(value).lower(), "")
