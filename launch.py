@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
     plan, directory = planned(config, COUNT), run_directory(config)
     if config.action == "plan" and plan:
         plan = foretold(plan, config, RunDir(directory))
-        answer_once(to_json(plan) if config.output == "json" else table(plan))
+        answer_once(to_json(plan) if config.output == "json" else table(plan, full=config.output == "full"))
         return 0
     return train(config, plan, directory, partial(work, allocation=allocation))
 

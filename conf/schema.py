@@ -221,7 +221,7 @@ class RunConfig(Section):
     """
 
     action: Literal["train", "plan", "evaluate", "runs", "requeue"]
-    output: Literal["text", "json"]
+    output: Literal["text", "full", "json"]
     duration: Length
     seed: Seed
     device: Literal["auto", "cpu", "cuda"]

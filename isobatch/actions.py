@@ -91,7 +91,9 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
             say_once(difference)
         return 0
     if plan and not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
-        say_once(table(foretold(plan, config, run)))  # else rank 0 prints it, once the data is opened
+        say_once(
+            table(foretold(plan, config, run), full=config.output == "full")
+        )  # else rank 0 prints it, once the data is opened
     if config.run.dir and not run.begun and not dry:
         say_once(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):

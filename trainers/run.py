@@ -273,7 +273,7 @@ def record_start(attempt: Attempt, built: Built, restored: Restored) -> None:
     write_atomic(run.path / "config.yaml", dump(session.config))
     write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
     if session.config.task.train_samples is None:
-        say(table(state.plan))
+        say(table(state.plan, full=session.config.output == "full"))
     for path in pass_over(run, state.steps):
         tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
     changed = changes(run, session.config, session.start.code, attempt.source.files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import textwrap
 from collections.abc import Iterator
 
@@ -13,33 +14,33 @@ from isobatch.scaling.planning.capabilities import BITWISE_COST
 from isobatch.scaling.report.derivation import lr_why, moves, named
 from isobatch.scaling.rules import PARTS
 
-WIDTH = 110
+WIDTHS = (60, 110)  # least and most columns of the table
 LABEL = 15
 MOST = 12  # lines about stages
 
 
-def table(plan: Plan) -> str:
-    """Return lines of ``label  value``, then the warnings."""
-    lines = [f"Isobatch plan · {plan.task} · {plan.identity}", "─" * WIDTH]
-    for label, text in _rows(plan):
-        lines += _wrapped(label, text)
-    for warning in warnings(plan):
-        lines += _wrapped("  ! warning", warning)
-    return "\n".join([*lines, "─" * WIDTH])
+def table(plan: Plan, full: bool = False) -> str:
+    """Return lines of ``label  value``, then the warnings, as wide as the terminal.
+
+    Args:
+        full: add what only some readers need: the seed, SGD's noise, the alternatives to a chosen optimizer.
+    """
+    width = min(max(shutil.get_terminal_size((WIDTHS[1], 0)).columns, WIDTHS[0]), WIDTHS[1])
+    lines = [f"Isobatch plan · {plan.task} · {plan.identity}", "─" * width]
+    rows = [*_rows(plan, full), *(("  ! warning", warning) for warning in warnings(plan))]
+    for label, text in rows:
+        lines += textwrap.wrap(
+            text,
+            width,
+            initial_indent=f"{label:<{LABEL}}",
+            subsequent_indent=" " * LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join([*lines, "─" * width])
 
 
-def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"{label:<{LABEL}}",
-        subsequent_indent=" " * LABEL,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
     yield "global batch", _batch(plan, plan.cut)
     if not plan.cut.even:
         yield "micro-batches", _micro_batches(plan)
@@ -49,12 +50,12 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     chosen, _, why = plan.optimizer.why.partition(": ")
     yield "optimizer", f"{plan.optimizer.name} ({chosen}){_recipe(plan)}"
     if why:
-        yield "", why
+        yield "", why if full else why.partition("; or ")[0]
     yield "learning rate", lr_why(plan)
     if moved := moves(plan):
         yield "recipe", "; ".join(moved)
     yield "schedule", _schedule(plan)
-    if (noise := plan.temperature(plan.stages[0])) is not None:
+    if full and (noise := plan.temperature(plan.stages[0])) is not None:
         later = f", {plan.temperature(plan.stages[-1]):.6g} in the last stage" if len(plan.stages) > 1 else ""
         yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak{later} (Smith & Le 2018)"
     if plan.peak.ema is not None:
@@ -65,7 +66,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "engine", _engine(plan.engine, plan.world)
     if plan.numerics == "bitwise":
         yield "numerics", _bitwise()
-    yield "seed", str(plan.seed)
+    if full:
+        yield "seed", str(plan.seed)
 
 
 def _batch(plan: Plan, cut: Cut) -> str:
