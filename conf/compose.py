@@ -1,4 +1,4 @@
-"""From a command line to a RunConfig; where ``run.dir`` holds a run, its config takes the place of the defaults."""
+"""Compose a RunConfig from overrides; where ``run.dir`` holds a run, its config replaces the defaults."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ MOST_NAMES, MOST_NEAR = 2000, 3  # that are compared in one folder, and named in
 def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
     """Return the config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
-    Where ``run.dir`` is given and holds a run, its config takes the place of the defaults; with ``run.new`` it may be
-    changed, as another run is made of it. Where that run never came to train, a command that says what to train takes
-    its place. ``action=evaluate`` takes the config of the run whose weights it is about, and whatever else is given on
-    top. The optimizer may be ``auto``; ``scaling.planning.automatic.configured`` settles it.
+    Where ``run.dir`` holds a run, its config replaces the defaults; with ``run.new`` it may be changed, which makes a
+    new run. If that run never trained a step, a command that names a task replaces it. ``action=evaluate`` uses the
+    config of the run whose weights are evaluated. The optimizer may still be ``auto``, which
+    ``scaling.planning.automatic.configured`` settles.
 
     Raises:
-        UserError: there is no such config.
+        UserError: an override, a choice or a value isn't valid.
     """
     roots = roots_with(config_dir)
     parsed = [parse(text) for text in overrides]
@@ -49,15 +49,15 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     if values.get("run.config"):
         return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
     if values.get("action") != "evaluate" and (file := _config_in_run_dir(values)):
-        return _going_on(load(file), file, parsed, roots, another=bool(values.get("run.new")))
+        return _resumed(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = layered(parsed, roots)
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
-        return _going_on(load(its_own), its_own, parsed, roots, another=True)
+        return _resumed(load(its_own), its_own, parsed, roots, another=True)
     return validated(plain | {"given": sorted(given), "chosen": {}})
 
 
 def _config_in_run_dir(values: Mapping[str, Any]) -> Path | None:
-    """Return the file in ``run.dir`` that takes the place of the defaults; None where there is none.
+    """Return the file in ``run.dir`` that replaces the defaults, or None.
 
     Args:
         values: of the overrides, by key.
@@ -70,14 +70,14 @@ def _config_in_run_dir(values: Mapping[str, Any]) -> Path | None:
 
 
 def _resolved(value: Any) -> str:
-    """Return a value as the config will have it, as far as that doesn't depend on other keys."""
+    """Return a value with its interpolations resolved, unless they name other keys."""
     with suppress(OmegaConfBaseException):
         return str(OmegaConf.create({"value": value})["value"])
     return str(value)
 
 
 def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
-    """Return the config of the run whose weights are to be evaluated; None where they are of no run."""
+    """Return the config file of the run whose weights are evaluated, or None where they belong to no run."""
     weights = plain.get("init_from")
     if of_runs := sorted(key for key in given if key.startswith("run.")):
         directory = values.get("dir") if isinstance(values := plain["run"], dict) else None
@@ -85,12 +85,12 @@ def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
         instead = f"write init_from={directory or 'DIR'}, whose weights are evaluated"
         raise UserError(problem, "leave it out" if weights else instead, of_runs[0], directory)
     if not isinstance(weights, str) or not weights:
-        return None  # which the schema refuses
+        return None  # the schema rejects it
     run = run_of(refuse_missing(weights))
     return run and run / "config.yaml"
 
 
-def _going_on(
+def _resumed(
     stored: dict[str, Any], file: Path, parsed: list[Override], roots: Sequence[Path], another: bool
 ) -> RunConfig:
     chosen = [f"{group}={name}" for group, name in choices(stored).items() if name in choices_of(group, roots)]
@@ -107,7 +107,7 @@ def _going_on(
 
 
 def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunConfig:
-    """Return the config that a submission froze, whole; the command says what to do with it."""
+    """Return the config that a submission froze; the command only says what to do with it."""
     allowed = ("action", "output", "run.config", "run.dir")
     if other := [override.key_or_group for override in parsed if override.key_or_group not in allowed]:
         problem = f"run.config={file} is the whole config, which {', '.join(other)} can't change"

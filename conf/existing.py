@@ -1,4 +1,4 @@
-"""What is at a path that a config names: its own run, another run, weights, or nothing."""
+"""Find out what is at a path that a config names: its own run, another run, weights, or nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from isobatch.scaling.units import Duration
 
 
 def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None:
-    """Reject ``now`` where it is another run than ``was``. A longer duration isn't another run: it extends this one.
+    """Reject ``now`` where it is another run than ``was``; a longer duration only extends a run.
 
     Raises:
-        UserError: it is; the message has the keys that differ with both values.
+        UserError: keys of the science differ; the message has them with both values.
     """
     before, after = science(was), science(now)
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
@@ -51,12 +51,12 @@ def _differing(key: str, now: Any, then: Any) -> list[str]:
 
 
 def lengthens(was: Duration, now: Duration) -> bool:
-    """Tell whether ``now`` is longer: never in another unit, which needs the data to compare."""
+    """Return whether ``now`` is longer. Durations in different units can't be compared without the data."""
     return now.unit == was.unit and now.value > was.value
 
 
 def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> bool:
-    """Tell whether ``config`` is of the run that had this identity with this duration, and makes it longer."""
+    """Return whether ``config`` is the run with this identity and duration, and extends it."""
     with suppress(ValueError):
         was = Duration.parse(duration_there)
         return lengthens(was, config.duration) and identity(config, was) == identity_there
@@ -64,12 +64,12 @@ def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> b
 
 
 def begun(directory: Path) -> bool:
-    """Tell whether a run there came to train. One that failed before may be corrected, and is another one then."""
+    """Return whether the run there ever trained. If it failed before, a corrected command may replace it."""
     return os.path.exists(directory / "plan.json")
 
 
 def extends(directory: Path, config: RunConfig) -> bool:
-    """Tell whether ``config`` makes the run in ``directory`` longer; where there is no run, it doesn't.
+    """Return whether ``config`` extends the run in ``directory``; False where there is no run.
 
     Raises:
         UserError: the directory can't be written to, or holds another run than ``config``'s, or the same one with

@@ -1,4 +1,4 @@
-"""The hardware that a run gets: who started this process, and the GPUs here, counted without torch."""
+"""Find out who started this process and which GPUs are here, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = 64  # that a process of a training may have to open: one of two ranks ne
 
 
 def under_torchrun(env: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is a worker that torchrun (or what speaks as it does) started."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE"} <= env.keys()
 
 
@@ -37,7 +37,7 @@ def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) ->
 
 
 def environment(config: RunConfig) -> dict[str, str]:
-    """Return what the workers find in their environment."""
+    """Return the environment of the workers."""
     return {**os.environ, **{name: str(value) for name, value in config.cluster.environment.items()}}
 
 
@@ -53,7 +53,7 @@ def workers_here(config: RunConfig) -> int:
 
 
 def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether `accelerate launch` started this process as the only one: several it starts as torchrun does."""
+    """Return whether `accelerate launch` started this process as its only one; it starts several by torchrun."""
     return "ACCELERATE_MIXED_PRECISION" in env and not under_torchrun(env)
 
 

@@ -1,4 +1,4 @@
-"""``--help`` and ``--cfg job``, made of the YAML files and their comments, so that nothing is said twice."""
+"""``--help`` and ``--cfg job``, derived from the YAML files and their comments."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ WHOLE_RUNS = ("task", "experiment")  # groups whose choices give keys of the who
 INDENT = 36  # of what a key means, in --help
 
 WHAT = """\
-Isobatch trains on any hardware with the global batch you ask for: describe a run by its batch,
-and it is the same run on one GPU, on many, and on a laptop. What was stopped, or crashed, goes on
-from its last checkpoint when the same command is given again, on whatever hardware is there.
+Describe a training run by its global batch, launch it on any hardware, get the same run: on one GPU,
+on many, and on a laptop. If a run was stopped or crashed, the same command resumes it from its last
+checkpoint, on whatever hardware is there.
 """
 
 EXAMPLES = """\
 examples:
-  python launch.py                                          train handwritten digits on this machine
-  python launch.py batch.global_size=128                    with a larger batch; the learning rate follows
+  python launch.py                                          train on handwritten digits on this machine
+  python launch.py batch.global_size=128                    a larger batch; the learning rate follows
   python launch.py action=plan cluster.nodes=16 cluster.gpus_per_node=8 batch.global_size=65536
-                                                            what it would be on 128 GPUs, which needn't be here
+                                                            the plan for 128 GPUs that aren't here
   python launch.py action=plan task=images batch.global_size=2048 optimizer=auto
-                                                            which optimizer suits family and batch, and why
+                                                            the optimizer that suits task and batch, and why
   python launch.py batch.schedule="0sa:64 50%:256"          a batch that moves while training
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
-  python launch.py engine=deepspeed engine.stage=2          the same run, gradients and optimizer state in parts
+  python launch.py engine=deepspeed engine.stage=2          the same run with gradients and optimizer state sharded
   python launch.py batch.per_gpu=16 numerics=bitwise        the same weights, bit by bit, on any number of processes
   python launch.py -m batch.global_size=32,64,128 duration=5ep
                                                             a sweep: one run after another, then a table
-  python launch.py run.dir=runs/digits-0123456789ab         goes on with that run; shows its result if finished
+  python launch.py run.dir=runs/digits-0123456789ab         resume that run; show its result if it is finished
   python launch.py run.dir=runs/digits-0123456789ab duration=40ep
-                                                            extends it, finished or not, to a longer duration
+                                                            extend it to a longer duration
   python launch.py init_from=runs/digits-0123456789ab lr.peak=0.01
-                                                            another run, which starts from that one's weights
+                                                            a new run that starts from its weights
   python launch.py action=evaluate init_from=runs/digits-0123456789ab
-                                                            evaluates them (a checkpoint: …/checkpoints/best)
-  torchrun --nproc-per-node=2 launch.py                     the same, with torchrun's workers
+                                                            evaluate them (or a checkpoint: …/checkpoints/best)
+  torchrun --nproc-per-node=2 launch.py                     the same run with torchrun's workers
   python launch.py cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time_min=240
-                                                            plans, submits a job of Slurm's, and ends
-  python launch.py action=runs                              the runs here and in the queue, and how far they are
+                                                            print the plan, submit a Slurm job, and exit
+  python launch.py action=runs                              list the runs here and in the queue
 """
 
 ENDS = (
-    "exit codes: 0 finished · 2 refused, with the reason · 75 stopped by a signal and saved · "
+    "exit codes: 0 finished · 2 rejected, with the reason · 75 stopped by a signal and saved · "
     "1 crashed, or out of memory · 130 by a second Ctrl-C"
 )
 
@@ -74,8 +74,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("launch.py", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--help", "-h", action="store_true", help="this text")
-    parser.add_argument("--cfg", "-c", choices=["job"], help="job: print the composed config, each key explained")
+    parser.add_argument("--help", "-h", action="store_true", help="show this text")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="job: print the composed config and what each key means")
     parser.add_argument(
         "--config-dir",
         "-cd",
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of your own YAML: DIR/task/mine.yaml is task=mine and begins with 'defaults: [custom, _self_]', "
         "DIR/experiment/mine.yaml is experiment=mine and begins with '# @package _global_'",
     )
-    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep over the values that commas part")
+    parser.add_argument("--multirun", "-m", action="store_true", help="sweep over the values separated by commas")
     return parser
 
 
@@ -116,7 +116,12 @@ def _no_such_option(unknown: Sequence[str], words: Sequence[str]) -> UserError:
 
 
 def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
-    """Return the command line and every key: those of the choices that ``overrides`` name, with their meaning there."""
+    """Return the text of ``--help``: usage, choices and every key.
+
+    Args:
+        overrides: the choices they name come first, with the meaning that keys have there.
+        config_dir: a folder of the user's YAML.
+    """
     roots = roots_with(config_dir)
     width = max(80, min(140, shutil.get_terminal_size((120, 0)).columns))
     lines = ["usage: python launch.py [key=value …] [options]", "", WHAT, EXAMPLES]
@@ -155,7 +160,7 @@ def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> s
 
 
 def _row(left: str, right: str, width: int) -> list[str]:
-    """Return ``left`` and its meaning beside it, wrapped; below it where it is long."""
+    """Return ``left`` with its meaning beside it, wrapped, or below it where ``left`` is long."""
     head = f"  {left:<{INDENT - 4}}  "
     lines = textwrap.wrap(right, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
     if len(head) > INDENT or not lines:
@@ -164,7 +169,7 @@ def _row(left: str, right: str, width: int) -> list[str]:
 
 
 def _title(file: Path) -> str:
-    """Return a file's first comment that isn't for Hydra."""
+    """Return the file's first comment that isn't a directive for Hydra."""
     comments = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
     return comments[0] if comments else ""
 
@@ -176,9 +181,10 @@ def _entries(file: Path, prefix: str) -> list[Line]:
 
 
 def meanings(chosen: Sequence[Path] = ()) -> dict[str, str]:
-    """Return the meaning of each dotted key: its comment in config.yaml, in the first of the ``chosen`` files of its
-    group that has one, else in any other file of the group. Of tasks, whose arguments are their own, only custom speaks
-    for the others.
+    """Return the meaning of each dotted key: its comment in the YAML.
+
+    The first of the ``chosen`` files of a group that has a comment wins, then the group's other files. Of the tasks
+    only custom counts for others, since arguments belong to one task.
     """
     others = [file for file in sorted(HERE.glob("*/*.yaml")) if file.parent.name != "task" or file.stem == "custom"]
     found = {}
@@ -189,12 +195,12 @@ def meanings(chosen: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def _meaning(key: str, comment: str) -> str:
-    """Return a comment, behind the names of the registry that the key's value is from."""
+    """Return the comment, after the names that the key's registry knows."""
     return ": ".join(filter(None, [" | ".join(registered(key)), comment]))
 
 
 def _listed(file: Path) -> list[Any]:
-    """Return the defaults list of a file: names, and a mapping with one key for each group's choice."""
+    """Return the defaults list of a file: names, and a one-key mapping for each group's choice."""
     try:
         content = read_yaml(file)
     except Unreadable:
@@ -209,7 +215,7 @@ def _defaults() -> dict[str, str]:
 
 
 def _named(overrides: Sequence[str], roots: Sequence[Path]) -> dict[str, str]:
-    """Return group → the choice that overrides name, or their experiments; anything else is passed over."""
+    """Return group → the choice that the overrides or their experiment name."""
     pairs = [text.partition("=") for text in overrides]
     named = {key: choice for key, _, choice in pairs if key in _defaults() and _files({key: choice}, roots)}
     files = _files({"experiment": named.get("experiment", "")}, roots)
@@ -219,7 +225,7 @@ def _named(overrides: Sequence[str], roots: Sequence[Path]) -> dict[str, str]:
 
 
 def _files(chosen: Mapping[str, str], roots: Sequence[Path]) -> list[Path]:
-    """Return the files of these choices, as far as there are any; after each those of its group that it begins with."""
+    """Return the files of these choices that exist, each followed by the files of its group that it inherits from."""
     found = []
     for group, choice in chosen.items():
         names = [choice]
@@ -231,7 +237,7 @@ def _files(chosen: Mapping[str, str], roots: Sequence[Path]) -> list[Path]:
 
 
 def annotated(config: RunConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
-    """Return the config as YAML, each key with its comment in the files that ``overrides`` or its names choose."""
+    """Return the config as YAML, each key with its comment from the chosen files."""
     plain, roots = config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED)), roots_with(config_dir)
     named = {group: choice for group, choice in _named(overrides, roots).items() if choice != "auto"}
     said = meanings(_files(choices(plain, but=()) | named, roots))

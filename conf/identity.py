@@ -22,11 +22,11 @@ FREE = ("task.args", "task.local", "model.args", "data.args", "data.val_args", "
 
 
 def science(config: RunConfig) -> dict[str, Any]:
-    """What makes the run this one: dotted key → value, without what is off.
+    """Return the run's science: dotted key → value, without the keys that are off.
 
-    A key that is null, false or empty is left out, so that a key which is new, and off, changes no old identity. Where
-    the global batch rules, how it is dealt is hardware; else it follows from the two that were given. With
-    ``numerics=bitwise`` it has to rule; its micro-batches are science, too, and ``batch.per_gpu`` says how large.
+    A key that is null, false or empty is left out, so that a new key which is off changes no old identity. Where the
+    global batch was given, ``batch.per_gpu`` and ``batch.accumulation`` are hardware; otherwise it follows from them.
+    With ``numerics=bitwise`` the micro-batches are science, too, and so is ``batch.per_gpu``.
     """
     plain = config.model_dump(mode="json", by_alias=True)
     dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
@@ -39,30 +39,30 @@ def science(config: RunConfig) -> dict[str, Any]:
 
 
 def housekeeping(key: str) -> bool:
-    """Return whether a key, or a section or mapping that it's in, is no science."""
+    """Return whether a key, or a section that it is in, is left out of the identity."""
     return f"{key}.".startswith(tuple(f"{name}." for name in HOUSEKEEPING))
 
 
 def global_size_rules(config: RunConfig) -> bool:
-    """Whether the global batch is what was asked for, and not the product of the two that were given."""
+    """Return whether the global batch was asked for, rather than the product of per-GPU batch and accumulation."""
     batch = config.batch
     return "batch.global_size" in config.given or batch.per_gpu is None or batch.accumulation is None
 
 
 def identity(config: RunConfig, duration: Duration | None = None) -> str:
-    """12 hexadecimal digits; of the same run with another ``duration``, where one is given."""
+    """Return the run's identity, 12 hexadecimal digits; with ``duration``, that of the run at that length."""
     return digest(science(config if duration is None else config.model_copy(update={"duration": duration})))
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Where the run lives: ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside."""
+    """Return ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside it."""
     named = Path("runs") / f"{config.run.name or config.task.name}-{identity(config)}"
     directory = Path(os.path.expanduser(config.run.dir)) if config.run.dir else named
     return first_free(directory) if config.run.new else directory
 
 
 def first_free(directory: Path) -> Path:
-    """``directory``, or the first of ``directory-2``, ``directory-3``, … that doesn't exist."""
+    """Return ``directory``, or the first of ``directory-2``, ``directory-3``, … that doesn't exist."""
     number, free = 1, directory
     while os.path.lexists(free):
         number += 1
@@ -71,7 +71,7 @@ def first_free(directory: Path) -> Path:
 
 
 def digest(content: dict[str, Any]) -> str:
-    """12 hexadecimal digits that tell ``content`` from any other."""
+    """Return a hash of ``content``, 12 hexadecimal digits."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -1,7 +1,6 @@
-"""What a run's config may hold: types and checks. Every default is in the YAML files beside this one, none is here.
+"""Types and checks of the config. Every default, and the meaning of every key, is in the YAML files beside this file.
 
-Attributes are named as the keys are; what each key means is said in the YAML. Models are frozen, and what was read is
-never changed: ``5%`` stays a Duration until the plan knows the run.
+Models are frozen: ``5%`` stays a Duration until the plan knows the run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run says while it works: to people who may have left, and into files whose disk may be full. Torch-free."""
+"""Print to streams that may close or whose disk may be full. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Patient(io.FileIO):
 
 
 def secure_streams() -> None:
-    """Let the work go on whatever becomes of stdout and stderr, also where user code prints.
+    """Make writes to stdout and stderr harmless whatever becomes of them, also where user code prints.
 
-    A stream that is closed is opened anew, to nowhere: else the next file that is opened would get what is printed.
+    A closed stream is reopened on /dev/null, since the next opened file would get its descriptor and its output.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -51,13 +51,13 @@ def secure_streams() -> None:
 
 
 def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
-    """Print it, by default to stdout; where that can't be, the work goes on."""
+    """Print ``text``, by default to stdout; do nothing where that fails."""
     with suppress(OSError, ValueError):
         print(printable(text), end=end, file=to or sys.stdout, flush=True)
 
 
 def first() -> bool:
-    """Tell whether this process speaks for all that were given the command: ranks under torchrun, nodes of a job."""
+    """Return whether this process is the first of those given the command: ranks of torchrun, nodes of a job."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -68,16 +68,16 @@ def say_once(text: str) -> None:
 
 
 def answer_once(text: str) -> None:
-    """Print the answer to a command in the first of the processes. Raises Unwritable where it can't be."""
+    """Print the answer to a command in the first of the processes. Raises Unwritable where that fails."""
     if first():
         answer(text)
 
 
 def answer(text: str, end: str = "\n") -> None:
-    """Print what a command was given for.
+    """Print the answer to a command.
 
     Raises:
-        Unwritable: it can't be printed.
+        Unwritable: printing failed.
     """
     print(printable(text), end=end, flush=True)
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)

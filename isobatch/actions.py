@@ -1,4 +1,4 @@
-"""What a config asks for: a plan, a training, a submission, a list of runs or a sweep; for the command and the API."""
+"""Actions of the command and the API: plan, train, submit, list runs, sweep."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
-    """``plan`` as it goes on from the checkpoints of ``run``, if it has any."""
+    """Return ``plan`` as it continues from the checkpoints of ``run``, if there are any."""
     if not run.checkpoints.is_dir():
         return plan
     from isobatch.trainers.checkpoints.preview import from_checkpoint
@@ -104,12 +104,12 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
     before = run.outcome()
     code = work(config, str(directory), extends(directory, config))
     if code not in (0, 75):
-        return code  # it was said why; another directory may be in this one's place by now
+        return code  # the cause is printed already; another directory may be in this one's place by now
     after = run.outcome()
     if after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
             how = f"run.dir={directory}" if config.run.new else "the same command"
-            say_once(f"{result(directory)} · {directory}{f' ({how} goes on)' * (code == 75)}")
+            say_once(f"{result(directory)} · {directory}{f' ({how} resumes)' * (code == 75)}")
     return code
 
 
@@ -185,7 +185,7 @@ def _planned_all(
 
 
 def finished(run: RunDir, config: RunConfig) -> bool:
-    """Tell whether the run is trained to its end, and ``config`` doesn't make it longer. Raises UserError."""
+    """Return whether the run is trained to its end and ``config`` doesn't extend it. Raises UserError."""
     run.refuse_foreign()
     outcome, longer = run.outcome(), extends(run.path, config)
     return outcome is not None and outcome.state == "finished" and not longer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,95 +31,72 @@ OF_HELP = [  # but for the README's own, and those of a run directory, which isn
 ]
 
 
-SAID = ("Isobatch plan", '"global_size"', "batch.global_size", "val/accuracy", "#SBATCH", "no runs in runs")
-
-FINISHED = "runs/digits-814799feb745"  # what the default command leaves
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    _, err = run("python launch.py evaluate.every=null", folder).communicate(timeout=120)
-    assert (folder / FINISHED / "final").exists(), err
-    return folder / FINISHED
+# What each command prints, by a part of the command: the first that fits counts.
+PRINTS = {
+    "make train": "finished after 450 steps",
+    "task.args.width=32 lr.peak=0.5 duration=5ep batch.per_gpu=10": r"finished after 79 steps.*run\.new=true",
+    "task._target_=my_task.MyTask": "finished after 79 steps",
+    "batch.global_size=128 batch.per_gpu=24": "128 samples ≤ 22 .* accumulation 6",
+    "batch.accumulation=2": "32 samples = 16 per GPU × 1 rank × accumulation 2",
+    "lr.rule=sqrt": r"peak 0.0707107 = 0.05 × √\(64/32\)",
+    "cluster.nodes=16": "4,096 samples = 32 per GPU × 128 ranks",
+    "optimizer=auto": r"lars \(auto",
+    "batch.schedule": "then .*from sample 14,400, step 226: 256 samples",
+    "-m batch.global_size=32,64": r"32 .*\n.*64 ",
+    "python launch.py batch.global_size=128": "peak 0.2 = 0.05 × 128/32(.|\n)*finished after 225 steps",
+    "duration=25ep": "finished after 562 steps",
+    "run.new=true duration=2ep": "finished after 45 steps",
+    "init_from=runs/digits-814799feb745 lr.peak": "finished after 45 steps",
+    "action=evaluate": "val/accuracy",
+    "action=runs": "digits-814799feb745 .*finished",
+    "cluster=slurm": "#SBATCH",
+    "duration=1ep": "finished after 23 steps",
+    "python launch.py": r"finished after 450 steps.*run\.new=true",
+}
+FINISHED = "runs/digits-814799feb745"  # what `make train` leaves
 
 
 def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Popen[str]:
-    """Start a README's command in a folder that has the checkout's launch.py and the README's own task.
+    """Start a README's command in a folder that has the checkout's launch.py and Makefile and the README's own task.
 
     ``cold``: by a shell in any case, and not in a process that has torch already.
     """
-    (folder / "launch.py").unlink(missing_ok=True)
-    (folder / "launch.py").symlink_to(ROOT / "launch.py")
+    for name in ("launch.py", "Makefile"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(ROOT / name)
     task = next(block for kind, block in BLOCKS if kind == "python")
     (folder / re.findall(r"# (\w+\.py)", task)[0]).write_text(task)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    bin_folder = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
     if command.startswith("python launch.py") and not cold:
         return Warm(shlex.split(command)[2:], folder, env)
+    if command.startswith("make"):
+        command += f" VENV={bin_folder.parent} --assume-old={bin_folder.parent}/.installed"
     pipe = subprocess.PIPE
     return subprocess.Popen(command, shell=True, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-@pytest.mark.parametrize("command", LAUNCHES)
-def test_commands(command: str, tmp_path: Path, finished: Path) -> None:
-    starts = 1
-    if FINISHED in command:
-        shutil.copytree(finished, tmp_path / FINISHED)
-    if "rendezvous" in command:  # two machines on this one, with a process each
-        starts, command = 2, command.replace("node-1:29500", f"127.0.0.1:{free_port()}").replace("node=8", "node=1")
-    # As it stands, but for an epoch: what it trains to is another test's business; and Slurm is tests/cluster's.
-    command = command if "duration" in command or "action=" in command else f"{command} duration=1ep"
-    command = f"{command} cluster.dry_run=true" if "slurm" in command else command
-    processes = [run(command, tmp_path) for _ in range(starts)]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert any(said in out for said in SAID)
+def test_from_top_to_bottom(tmp_path: Path) -> None:
+    """Given in one go, in one folder, every command does what the text says."""
+    for command in COMMANDS:
+        if command.startswith("source"):
+            continue
+        starts = 1
+        if "rendezvous" in command:  # two machines on this one, with a process each
+            starts, command = 2, command.replace("node-1:29500", f"127.0.0.1:{free_port()}").replace("node=8", "node=1")
+        command = f"{command} cluster.dry_run=true" if "slurm" in command else command  # a real one is tests/cluster's
+        processes = [run(command, tmp_path) for _ in range(starts)]
+        for process in processes:
+            out, err = process.communicate(timeout=180)
+            assert process.returncode == 0, f"{command}: {err}"
+            prints = next(prints for part, prints in PRINTS.items() if part in command)
+            assert starts > 1 or re.search(prints, out), f"{command}: {out}"
+        if command.startswith("make train"):
+            _is_shown(out)
 
 
-@pytest.mark.parametrize("command", OF_HELP)
-def test_examples_of_help(command: str, tmp_path: Path) -> None:
-    """As they stand, with the README's task for the placeholder."""
-    command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
-    command = f"{command} cluster.dry_run=true" if "slurm" in command else command
-    process = run(command if "action=" in command else f"{command} duration=1ep", tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-
-
-def test_own_task_and_its_weights(tmp_path: Path) -> None:
-    """The lines that load final/ work after the command above them."""
-    command = next(command for command in LAUNCHES if "my_task" in command)
-    _, err = run(command, tmp_path, cold=True).communicate(timeout=120)
-    (directory,) = (tmp_path / "runs").iterdir()
-    _, _, load = (block for kind, block in BLOCKS if kind == "python")
-    script = f"from my_task import MyTask\n{load}\nprint(model(__import__('torch').zeros(1, 2)).shape)"
-    script = script.replace("runs/custom-IDENTITY", str(directory))
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "torch.Size([1, 1])\n", done.stderr + err
-
-
-def test_the_python_api(tmp_path: Path) -> None:
-    task, api, _ = (block for kind, block in BLOCKS if kind == "python")
-    (tmp_path / "script.py").write_text(f"{task}\n{api}\nassert losses and plan.world == 128 and not model.training\n")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].startswith("finished runs/custom-"), done.stderr
-
-
-def test_the_two_commands_are_the_makefile_s() -> None:
-    assert [command for command in COMMANDS if command.startswith("make")] == ["make train", "make test"]
-    for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
-        assert f"\n{target}:" in (ROOT / "Makefile").read_text()
-
-
-def test_output_is_real(tmp_path: Path) -> None:
+def _is_shown(out: str) -> None:
     """The plan to the letter; lines with times and losses up to their figures; the accuracy that is promised."""
-    train = re.search(r"^train:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert train
-    process = run(train[1], tmp_path, cold=True)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
     shown = next(block for kind, block in BLOCKS if kind == "text").splitlines()
     plain = re.compile(r"[\d.,e:-]+")
     real, masked = out.splitlines(), {plain.sub("#", line) for line in out.splitlines()}
@@ -134,20 +110,30 @@ def test_output_is_real(tmp_path: Path) -> None:
     assert float(accuracy[1]) >= 0.97
 
 
-def test_links_and_tree() -> None:
+@pytest.mark.parametrize("command", OF_HELP)
+def test_examples_of_help(command: str, tmp_path: Path) -> None:
+    """As they stand, with the README's task for the placeholder."""
+    command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
+    command = f"{command} cluster.dry_run=true" if "slurm" in command else command
+    process = run(command if "action=" in command else f"{command} duration=1ep", tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def test_the_python_api(tmp_path: Path) -> None:
+    task, api = (block for kind, block in BLOCKS if kind == "python")
+    (tmp_path / "script.py").write_text(f"{task}\n{api}\nassert losses and plan.world == 128 and not model.training\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("finished runs/custom-"), done.stderr
+
+
+def test_targets_links_and_size() -> None:
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+    for file in ROOT.glob("*/README.md"):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", file.read_text()):
+            assert (file.parent / link).exists(), f"{file}: {link}"
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    tree = README.partition("## The tree")[2]
-    folder = ""
-    for line in re.findall(r"^    (\s*\S.*)$", tree, re.MULTILINE):
-        names = re.match(r"(\s*)((?:\S+ )*\S+)(?:\s{2,}|$)", line)
-        assert names
-        for name in names[2].split():
-            path = ROOT / (folder if names[1] else "") / name
-            assert path.exists(), path
-        if not names[1]:
-            folder = names[2]
-
-
-def test_length() -> None:
-    assert len(README.splitlines()) <= 280
+    assert len(README.splitlines()) <= 200

@@ -662,7 +662,7 @@ def test_printed_config_is_the_config() -> None:
     config = compose(["optimizer=adamw", "task.args.text='a: b # c'", "lr.warmup=1e3sa", "run.name=x"])
     text = annotated(config)
     assert yaml.safe_load(text) == config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED))
-    assert "warmup: 1000sa  # duration of the linear climb to the peak" in text
+    assert "warmup: 1000sa  # duration of the linear warmup to the peak" in text
 
 
 def test_help_names_every_key_and_choice(tmp_path: Path) -> None:
