@@ -281,7 +281,7 @@ def test_help() -> None:
     text = launch("--help").stdout
     assert "batch.global_size=" in text
     assert "exit codes: 0 finished" in text
-    assert "shows its result if finished" in text
+    assert "show its result if it is finished" in text
     assert "begins with 'defaults: [custom, _self_]'" in " ".join(text.split())
     keys = launch("--help", COLUMNS="80").stdout.partition("keys, with their defaults:")[2]
     assert max(map(len, keys.partition("options:")[0].splitlines())) <= 92  # durations are said in one line
