@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     """Do what ``arguments`` ask for; return the exit code.
 
     Raises:
-        UserError: what was asked for can't be.
+        UserError: the command isn't valid.
     """
     args = command_line(arguments)
     if args.config_dir is not None:  # a task may lie beside its YAML; jobs and spawned workers look for it there, too
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(config: RunConfig, run_dir: str = "", extends: bool = False, allocation: Allocation | None = None) -> int:
-    """Start the workers, or be one; return the exit code."""
+    """Start the workers, or be one of them; return the exit code."""
     start = describe_start(config, shlex.join(["python", *sys.argv]), run_dir, extends)
     if allocation:
         start = replace(start, hosts=allocation.hosts, host=allocation.host, kill_wait_s=allocation.kill_wait_s)
@@ -127,7 +127,7 @@ def work(config: RunConfig, run_dir: str = "", extends: bool = False, allocation
 
 
 def begin() -> int:
-    """Run the command from the folder in which it is given, where a user's own modules are found before any others."""
+    """Run the command in the working directory, whose modules are found before any others."""
     try:
         sys.path.insert(0, os.getcwd())
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def begin() -> int:
 
 
 def command() -> NoReturn:
-    """Do what the command line says, and end this process with its exit code."""
+    """Run the command line, and end this process with its exit code."""
     STOP.install()  # the script ``isobatch`` imports this file, so nothing has done it yet
     gc.disable()
     secure_streams()

@@ -1,4 +1,4 @@
-"""A run's config as its run directory holds it (``config.yaml``), and a config that resumes it."""
+"""Write and read a run's ``config.yaml``, and derive the config that resumes the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(file: Path) -> dict[str, Any]:
     """Return what ``dump`` wrote, as plain values; not checked against today's schema.
 
     Raises:
-        UserError: it can't be read, or isn't what ``dump`` writes.
+        UserError: the file can't be read, or isn't what ``dump`` writes.
     """
     try:
         plain = read_yaml(file)

@@ -1,4 +1,4 @@
-"""A sweep: the runs that one command line stands for, and where each of them lives."""
+"""Expand a sweep to its runs and their directories."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ OF_THE_WHOLE = ("action", "output", "debug", "run.dir", "run.name", "run.new")
 
 
 class Element(NamedTuple):
-    """One run of a sweep: the overrides that vary in the sweep, with this run's values, and all of its overrides."""
+    """Describe one run of a sweep: the overrides that vary, with its values, and all of its overrides."""
 
     swept: tuple[str, ...]
     overrides: tuple[str, ...]
 
     @property
     def column(self) -> dict[str, str]:
-        """Key → value of what varies, for a table."""
+        """Return key → value of the overrides that vary, for a table."""
         return {key: value for key, _, value in (override.partition("=") for override in self.swept)}
 
 
 def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> list[Element]:
-    """Return the runs of a sweep: every combination of the values that commas, ``range()`` and the like stand for.
+    """Return the runs of a sweep: every combination of the values that commas, ``range()`` and the like give.
 
     Raises:
         UserError: an override can't be read, or stands for no values.
@@ -68,7 +68,7 @@ def expand(overrides: Sequence[str], config_dir: Path | str | None = None) -> li
 
 
 def _values(override: Override, text: str) -> list[str]:
-    """Return the values that a sweep of one key stands for, each once."""
+    """Return the values of a swept key, each once."""
     key, values = override.key_or_group, override.value()
     too_many = UserError(f"{shown(text)} stands for more than {MOST_RUNS:,} runs", "give fewer values", key)
     if isinstance(values, RangeSweep):  # counted first, as a shuffled one is made whole
@@ -86,9 +86,9 @@ def _values(override: Override, text: str) -> list[str]:
 
 
 def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
-    """Return where the runs of a sweep live: ``runs/<sweep>/<overrides>``.
+    """Return the directories of a sweep's runs: ``runs/<sweep>/<overrides>``.
 
-    The sweep is named by what all its runs share, so that more values of the same keys land beside those that are done.
+    Its name is a hash of what all its runs share, so that more values of the same keys land beside earlier ones.
 
     Args:
         swept: of each run the overrides that vary, as they are written on the command line.
@@ -125,6 +125,6 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
 
 
 def _folder(text: str) -> str:
-    """Return ``text`` as the name of one folder: nothing that a path or a shell takes as more, and not too long."""
+    """Return ``text`` as a folder's name that is safe in paths and shells, and not too long."""
     name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100].lstrip(".-") or "run"
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

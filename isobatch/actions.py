@@ -43,17 +43,17 @@ LAUNCHER = Path(__file__).with_name("launch.py").resolve()
 INSTALLED = LAUNCHER.parent == Path(__file__).resolve().parent
 
 Count = Callable[["RunConfig"], int]
-"""Opens the training data and returns the number of samples."""
+"""Open the training data and return the number of samples."""
 
 Work = Callable[["RunConfig", str, bool], int]
-"""Trains in a directory, as a finished run's extension or not; returns the exit code."""
+"""Train in a directory, extending a finished run or not; return the exit code."""
 
 
 def planned(config: RunConfig, count: Count) -> Plan | None:
-    """Return the plan for the hardware that the config names; None where only its ranks can make it.
+    """Return the plan for the hardware that the config names; None where only the ranks can make it.
 
-    They do where several processes are given this command and the data is to be counted: it is opened after the
-    machines have prepared it, one after another.
+    The ranks make it where several processes got this command and the plan needs the length of the data, which is
+    opened once each machine has prepared it.
     """
     if isinstance(config.cluster, Slurm):
         from isobatch.slurm.submit import refuse_unless_submittable
@@ -80,7 +80,7 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
 
 
 def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> int:
-    """Train in ``directory``, or submit a job that does; a run that is finished there shows its result."""
+    """Train in ``directory`` or submit a job that does; show the result of a run that is finished there."""
     from isobatch.slurm import jobs
 
     run = RunDir(directory)
@@ -114,7 +114,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
 
 
 def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:
-    """Return what is known of a start of this ``command``."""
+    """Describe a start of this ``command``."""
     from isobatch.slurm.allocation import JobStart
 
     start, job = Start(uuid.uuid4().hex[:12], command, **code_now(config)), JobStart.here()
@@ -122,7 +122,7 @@ def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool)
 
 
 def list_runs(config: RunConfig) -> int:
-    """Show the runs in ``run.dir``, or those in runs/ and in the queue."""
+    """Print the runs in ``run.dir``, else those in runs/ and in the queue."""
     from isobatch.scaling.report.runs import listing
     from isobatch.slurm.state import queued
 
@@ -137,7 +137,7 @@ def list_runs(config: RunConfig) -> int:
 
 
 def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:
-    """Plan all runs of a sweep, then train one after another, each in a child of its own, or submit an array."""
+    """Plan all runs of a sweep, then train them in turn, each in a child process, or submit a job array."""
     elements = expand(overrides, config_dir)
     configs, plans = _planned_all(elements, config_dir, count)
     directories = sweep_directories(configs, [element.swept for element in elements])
@@ -197,6 +197,6 @@ def code_now(config: RunConfig) -> dict[str, Any]:
 
 
 def forget_other_launchers() -> None:
-    """Remove from the environment what another launcher left there, which would be taken for a rank of ours."""
+    """Remove variables of another launcher from the environment, so that they aren't taken for a rank of ours."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)

@@ -47,8 +47,8 @@ class Result:
     """Describe how a run ended.
 
     Attributes:
-        state: as in ``outcome.json``: finished or stopped.
-        directory: of the run.
+        state: ``finished`` or ``stopped``, as in ``outcome.json``.
+        directory: the run directory.
         metrics: the last value of each name in ``metrics.jsonl``.
     """
 
@@ -66,7 +66,7 @@ def train(task: type | str | None = None, *overrides: str, config_dir: str | Pat
         config_dir: a folder of YAML files, as ``--config-dir``.
 
     Raises:
-        UserError: something that was given can't work.
+        UserError: an override, or the task, isn't valid.
         RuntimeError: the run crashed.
         KeyboardInterrupt: the user interrupted it; the same call resumes from the last checkpoint.
     """
@@ -93,7 +93,7 @@ def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
     """Return the plan of a run, as ``action=plan`` prints it.
 
     Raises:
-        UserError: something that was given can't work.
+        UserError: an override, or the task, isn't valid.
     """
     words = [*overrides, "action=plan"]
     with _importable(config_dir):
@@ -108,7 +108,7 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
     """Return the task of a run, and its model on the CPU, in eval mode, with the newest weights.
 
     Args:
-        directory: of the run.
+        directory: the run directory.
         task: needed where the run trained a class of a notebook or script.
 
     Raises:
@@ -198,7 +198,7 @@ def _refuse_lost_class(config: RunConfig) -> None:
 
 @contextmanager
 def _importable(config_dir: str | Path | None) -> Iterator[None]:
-    """Within, a task can be imported from the working directory, and from beside its YAML."""
+    """Make tasks importable from the working directory and from beside ``config_dir``."""
     before = list(sys.path)
     beside = [] if config_dir is None else [str(Path(config_dir).absolute().parent)]
     sys.path[:0] = [os.getcwd(), *beside]
@@ -232,7 +232,7 @@ def _work(command: str, config: RunConfig, run_dir: str, extends: bool) -> int:
 
 
 def _train_in_children(config: RunConfig, words: list[str], config_dir: str | Path | None, run: RunDir) -> None:
-    """Train by a command of its own, and relay what it prints."""
+    """Train by a command in a child process, and relay its output."""
     options = [] if config_dir is None else [f"--config-dir={config_dir}"]
     command = [sys.executable, "-m", "isobatch.launch", *options, *words]
     here = os.pathsep.join(path for path in sys.path if path)

@@ -1,4 +1,4 @@
-"""What a plan warns of: advice, never enforced."""
+"""Warn of what often goes wrong with a plan; nothing is enforced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Return a sentence for each thing in ``plan`` that people regretted later; of its stages, for the worst one."""
+    """Return a sentence for each warning about ``plan``; of its stages, about the worst one."""
     return [
         text
         for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
@@ -26,7 +26,7 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
-    """Return what a longer duration does to the learning rate of a run that has come to ``sample``; None: nothing."""
+    """Return how a longer duration changes the LR of a run that has reached ``sample``, or None if it doesn't."""
     old, new = before.schedule, after.schedule
     if old is None or new is None or old == new:
         return None

@@ -1,4 +1,4 @@
-"""What ``auto`` stands for where the rest of the config decides it."""
+"""Settle ``optimizer=auto``, which the rest of the config decides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -
     """Return the config that ``overrides`` ask for, with the optimizer that ``optimizer=auto`` chooses.
 
     Raises:
-        UserError: there is no such config.
+        UserError: an override, a choice or a value isn't valid.
     """
     config = compose(overrides, config_dir)
     if config.optimizer.name != "auto":
@@ -37,7 +37,7 @@ def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -
 
 
 def choose_optimizer(config: RunConfig) -> Choice:
-    """Choose the optimizer for ``config``, whose own may be any.
+    """Return the optimizer for ``config``, whatever its own.
 
     Raises:
         UserError: the config has a learning rate of no named optimizer; the global batch isn't known; or no optimizer

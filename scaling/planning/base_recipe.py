@@ -1,4 +1,4 @@
-"""Where the recipe of a run comes from: what was tuned, at which batch, and the rule that carries it."""
+"""Find the tuned recipe of a run, the batch it was tuned at, and the rule that carries it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Base:
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """Return ``lr.rule``, with the parts of the recipe that it leaves alone, as they were given for this batch."""
+    """Return ``lr.rule`` with the parts of the recipe that were given for this batch and that it doesn't move."""
     lr, decay = config.lr, "optimizer.weight_decay"
     keys = {"betas": ("optimizer.betas", "optimizer.momentum"), "eps": ("optimizer.eps",), "weight_decay": (decay,)}
     fixed = tuple(part for part, names in keys.items() if set(names) & set(config.given))
@@ -60,7 +60,7 @@ def rule_of(config: RunConfig) -> Rule:
 def base_of(config: RunConfig, segment: Segment) -> Base:
     """Return the recipe that the rules start from.
 
-    Strongest first: lr.base (command line or experiment), the task's ``tuned``, the optimizer's ``usual``.
+    In order of precedence: lr.base (command line or experiment), the task's ``tuned``, the optimizer's ``usual``.
     """
     optimizer, lr = config.optimizer, config.lr
     tuned = config.task.tuned.get(optimizer.name)
@@ -104,10 +104,10 @@ def _check_tuned(config: RunConfig, tuned: Tuned) -> None:
 
 
 def _batch_of_peak(peak: float, batch: int | None, segment: Segment) -> int:
-    """Return the batch from which the rule moves what ``lr.peak`` doesn't give; the segment's own where it's only that.
+    """Return the batch from which the rule moves the parts that ``lr.peak`` doesn't give, else the segment's own.
 
     Args:
-        batch: of the tuning; None: not known.
+        batch: the tuned batch; None: not known.
     """
     law = segment.rule.law
     if not (law.moves or law.stretches_warmup):

@@ -1,4 +1,4 @@
-"""``optimizer=auto``: which optimizer suits a task's family at a global batch, and why."""
+"""Choose an optimizer for a task's family and a global batch (``optimizer=auto``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The durations of a config in samples: its intervals, and the schedule of the LR that they make."""
+"""Convert the durations of a config to samples: its intervals and the schedule of the LR."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Lengths:
     """Convert durations of one run to samples.
 
     Attributes:
-        segments: whose steps a duration in steps counts; None where they aren't known yet.
+        segments: the run's segments, by which steps are counted; None where they aren't known yet.
     """
 
     segments: tuple[Segment, ...] | None
@@ -27,24 +27,24 @@ class Lengths:
     units_per_sample: int | None
     run_samples: int | None = None
 
-    def samples(self, said: str, duration: Duration) -> int | None:
+    def samples(self, label: str, duration: Duration) -> int | None:
         """Return ``duration`` in samples; None where it isn't known yet.
 
         Args:
-            said: what stands before the duration in an error, beginning with its key: ``lr.warmup=``.
+            label: text before the duration in an error, beginning with its key: ``lr.warmup=``.
 
         Raises:
             UserError: it is too long, or counts tokens of samples that have no fixed number of them.
         """
         if self.segments is None and duration.unit == "st":
             return None
-        key = said.partition("=")[0]
+        key = label.partition("=")[0]
         if duration.unit == "tok" and self.units_per_sample is None:
-            problem = f"{said}{duration} counts tokens, but this task has no fixed units_per_sample"
+            problem = f"{label}{duration} counts tokens, but this task has no fixed units_per_sample"
             raise UserError(problem, "use ep, st or sa", key, duration)
         samples = self._counted(duration)
         if samples is not None and samples > LARGEST:
-            raise UserError(f"{said}{duration} is {samples:.3g} samples", f"use at most {LARGEST:.0e}", key, duration)
+            raise UserError(f"{label}{duration} is {samples:.3g} samples", f"use at most {LARGEST:.0e}", key, duration)
         return samples
 
     def _counted(self, duration: Duration) -> int | None:
@@ -76,7 +76,7 @@ def intervals_of(config: RunConfig, lengths: Lengths) -> Intervals:
 def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float | None) -> Schedule | None:
     """Return the LR over samples, or None where the run's length isn't known yet."""
     warmup = lengths.samples("lr.warmup=", lr.warmup)
-    # What another decay would use isn't looked at: it may not fit this run, or not be known yet.
+    # Keys of other decays are ignored: they may not fit this run, or not be known yet.
     cooldown = lengths.samples("lr.cooldown=", lr.cooldown) if lr.decay == "wsd" else 0
     milestones = [lengths.samples("lr.milestones=", each) for each in lr.milestones] if lr.decay == "step" else []
     if lengths.run_samples is None or warmup is None or cooldown is None or None in milestones:
@@ -101,7 +101,7 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
 
 
 def _warmup(samples: int, run_samples: int, plan: Plan) -> int:
-    """Return the warmup in samples, as the rule carries it from the batch of the tuning."""
+    """Return the warmup in samples, as the rule carries it from the tuned batch."""
     rule, batch = plan.segments[0].rule, plan.cut.global_size
     carried = rule.warmup(samples, plan.base_batch, batch)
     if carried > samples and carried > run_samples:

@@ -1,4 +1,4 @@
-"""From a config to its plan: units become samples, missing sizes are solved, the LR is derived."""
+"""Resolve a config to its plan: convert units to samples, solve missing sizes, derive the LR."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     """Return the plan of ``config`` on ``world`` ranks.
 
     Args:
-        train_samples: length of the opened training data; None: what the task's YAML states, if it does.
+        train_samples: length of the opened training data; None: the length that the task's YAML states, if any.
 
     Raises:
-        UserError: what was asked can't be met; the message names the nearest plans that can, or the key that would do.
+        UserError: there is no such plan; the message names the nearest ones that work, or the key to change.
     """
     train_samples = config.task.train_samples if train_samples is None else train_samples
     if train_samples == 0:
@@ -45,7 +45,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
 
 
 def _lengths(config: RunConfig, first: Segment, train_samples: int | None) -> Lengths:
-    """Return the lengths of the run, its segments included where they don't follow from the LR's decay."""
+    """Return the lengths of the run, with its segments unless they follow from the LR's decay."""
     wanted = config.batch.schedule
     lengths = Lengths((first,), train_samples, config.task.units_per_sample)
     if wanted and not wanted.of_the_run:
@@ -91,14 +91,14 @@ def _unscheduled(config: RunConfig, world: int, sizes: Sizes, first: Segment, ba
 
 
 def _scheduled(config: RunConfig, plan: Plan, lengths: Lengths, tuned_lr: float | None) -> Plan:
-    """Return ``plan`` with all its segments and its schedule; while some aren't known, without its length."""
+    """Return ``plan`` with its segments and schedule; without its length while some segments aren't known."""
     wanted, first = config.batch.schedule, plan.segments[0]
     segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
     if wanted and wanted.for_decay:
         segments = _segments_for_decay(config, first, plan.train_samples, schedule)
         if segments and schedule:
             schedule = replace(schedule, held_until=segments[-1].start_sample)
-    if segments is None:  # not before the data is opened; until then nothing is said of the steps
+    if segments is None:  # not known before the data is opened, and neither are the steps
         return replace(plan, samples=None)
     return replace(plan, segments=segments, schedule=schedule)
 
@@ -113,12 +113,12 @@ def _duration(config: RunConfig, lengths: Lengths) -> int | None:
         raise UserError(problem, "give the duration in ep, sa or tok", "duration", duration)
     samples = lengths.samples("duration=", duration)
     if samples == 0:
-        raise UserError(f"duration={duration} is no training at all", "it has to be more than 0", "duration", duration)
+        raise UserError(f"duration={duration} trains nothing", "give more than 0", "duration", duration)
     return samples
 
 
 def _segments(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segment, ...] | None:
-    """Return the segments of a batch schedule that says itself when the batch moves; None: not known yet."""
+    """Return the segments of a batch schedule with its own boundaries, or None where they aren't known yet."""
     wanted, last = config.batch.schedule, asked(config, lengths.train_samples)
     assert wanted
     return segments_for(
@@ -134,9 +134,9 @@ def _segments(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segm
 def _segments_for_decay(
     config: RunConfig, first: Segment, train_samples: int | None, schedule: Schedule | None
 ) -> tuple[Segment, ...] | None:
-    """Return the segments of a schedule whose larger batches stand in for the decay of the LR.
+    """Return the segments of a schedule that grows the batch in place of decaying the LR.
 
-    Where it says no largest size, they go up to a tenth of the data.
+    Without a largest size the batch grows up to a tenth of the data.
     """
     wanted = config.batch.schedule
     assert wanted
@@ -147,7 +147,7 @@ def _segments_for_decay(
 
 
 def _check_evaluations(config: RunConfig, plan: Plan) -> None:
-    """Reject what evaluations can't do.
+    """Check the keys of evaluations against the plan.
 
     Raises:
         UserError: ``evaluate.per_gpu`` isn't a whole number of samples, or ``checkpoint.best`` waits for an evaluation
@@ -178,7 +178,7 @@ def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
     """Return the run of ``stored`` on the hardware and with the engine of ``fresh``, today's plan of the same config.
 
     Args:
-        extends: ``fresh`` has a longer duration, which holds, with its schedule.
+        extends: ``fresh`` has a longer duration, which replaces the stored one, with its schedule.
 
     Raises:
         UserError: it can't be dealt there, or is extended by another global batch.

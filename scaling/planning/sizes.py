@@ -1,4 +1,4 @@
-"""The sizes of a batch that a config asks for, in samples."""
+"""Convert the batch sizes that a config asks for to samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isobatch.scaling.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Hold the first stage's global batch, and what Plan solves the cut of every stage from; sizes in samples."""
+    """Hold the first stage's global batch and the sizes that every stage's cut is solved from, in samples."""
 
     global_size: int
     per_gpu: int | None
@@ -38,10 +38,10 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
             raise UserError(problem, "leave batch.global_size out", "batch.global_size", global_size)
         global_size = start
     # Solved in the unit that was asked in, so that an error's numbers are, too; the granule is then a sample.
-    said = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size="
+    label = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size="
     cut = solve(
         world,
-        global_size=_whole(config, said, global_size),
+        global_size=_whole(config, label, global_size),
         per_gpu=_whole(config, "batch.per_gpu=", batch.per_gpu),
         accumulation=batch.accumulation,
         granule=per_sample * (config.batchnorm.ghost_size or 1),
@@ -80,7 +80,7 @@ def asked(config: RunConfig, train_samples: int | None) -> int | None:
 
 
 def size_of_a_sample(config: RunConfig) -> int:
-    """Return what one sample counts in a size: ``batch.unit`` says what sizes are given in."""
+    """Return how many units one sample counts: 1, or its tokens with ``batch.unit=tokens``."""
     if config.batch.unit == "samples":
         return 1
     if config.task.units_per_sample is None:
@@ -90,20 +90,20 @@ def size_of_a_sample(config: RunConfig) -> int:
     return config.task.units_per_sample
 
 
-def in_samples(config: RunConfig, said: str, size: int) -> int:
+def in_samples(config: RunConfig, label: str, size: int) -> int:
     """Return a size that was given in ``batch.unit``.
 
     Args:
-        said: what stands before the size in an error, beginning with its key: ``lr.base_batch=``.
+        label: text before the size in an error, beginning with its key: ``lr.base_batch=``.
     """
-    return (_whole(config, said, size) or 0) // size_of_a_sample(config)
+    return (_whole(config, label, size) or 0) // size_of_a_sample(config)
 
 
 def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) -> int:
     """Return the most samples per forward of an evaluation.
 
     Args:
-        limit: the most since memory ran out.
+        limit: the most samples since memory ran out.
 
     Raises:
         UserError: ``evaluate.per_gpu`` isn't a whole number of samples.
@@ -113,11 +113,11 @@ def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) ->
     return min(most, limit or most)
 
 
-def _whole(config: RunConfig, said: str, size: int | None) -> int | None:
-    """Return ``size``, which has to be a whole number of samples."""
+def _whole(config: RunConfig, label: str, size: int | None) -> int | None:
+    """Return ``size`` if it is a whole number of samples, else raise UserError."""
     per_sample = size_of_a_sample(config)
     if size is not None and size % per_sample:
         near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]
-        problem = f"{said}{size} tokens isn't a whole number of samples of {per_sample} tokens"
-        raise UserError(problem, f"nearest: {' or '.join(map(str, near))}", said.partition("=")[0], size)
+        problem = f"{label}{size} tokens isn't a whole number of samples of {per_sample} tokens"
+        raise UserError(problem, f"nearest: {' or '.join(map(str, near))}", label.partition("=")[0], size)
     return size

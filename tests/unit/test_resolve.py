@@ -254,7 +254,7 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["duration=0ep"], "duration=0ep is no training at all"),
+        (["duration=0ep"], "duration=0ep trains nothing"),
         (["duration=50%"], "duration=50% is a share of itself; use ep, st, sa or tok"),
         (["lr.warmup=11ep"], "lr.warmup takes 11000 samples, but the run has 10000"),
         (["lr.warmup=60%", "lr.decay=wsd", "lr.cooldown=50%"], "lr.warmup (6000 samples) and lr.cooldown (5000)"),
