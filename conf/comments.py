@@ -1,4 +1,4 @@
-"""What is written beside the keys of a YAML file, which a loader drops."""
+"""Read the comments beside the keys of a YAML file, which a loader drops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class Line(NamedTuple):
-    """A key of a YAML text: its dotted name, the row it is in, its value as written there, and the comment behind."""
+    """Hold a key of a YAML text: its dotted name, row, value as written, and comment."""
 
     key: str
     row: int
@@ -18,7 +18,7 @@ class Line(NamedTuple):
 
 
 def read_lines(text: str, prefix: str = "") -> Iterator[Line]:
-    """Yield the keys of a YAML text, top down; none where it isn't a mapping."""
+    """Yield the keys of a YAML text in order; none where it isn't a mapping."""
     try:
         yield from _lines(yaml.compose(text), text.splitlines(), f"{prefix}." if prefix else "")
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""The keys that a config has, and what their values may be, read from the schema."""
+"""Read the keys of a config, and what their values may be, from the schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from isobatch.conf.schema import RunConfig
 from isobatch.conf.types import Matching, OneOf, Section, tag
 
 HERE = Path(__file__).parent
-RECORDED = ("given", "chosen")  # of a config, but no keys
+RECORDED = ("given", "chosen")  # fields of a config that aren't keys
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 class Place(NamedTuple):
-    """A dotted key, the type of its value, and the section that it is in."""
+    """Hold a dotted key, the type of its value, and its section."""
 
     key: str
     kind: Any
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 @cache
 def keys(section: type[Section] = RunConfig, prefix: str = "") -> tuple[str, ...]:
-    """Return all dotted keys, sections and their keys; where a section has several choices, those of each."""
+    """Return all dotted keys: sections and their keys, of a group the keys of each choice."""
     found = []
     for name, kind in fields(section).items():
         found += [prefix + name, *(key for inner in sections_in(kind) for key in keys(inner, f"{prefix}{name}."))]
@@ -36,12 +36,12 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> tuple[str, ...
 
 
 def sections() -> set[str]:
-    """Return the keys that hold keys of their own, whose names are known."""
+    """Return the keys that are sections."""
     return {key.rpartition(".")[0] for key in keys()}
 
 
 def leaves(key: str, value: Any) -> Iterator[str]:
-    """Yield the dotted keys from ``key`` down to those that hold values."""
+    """Yield the dotted keys below ``key`` that hold values."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from leaves(f"{key}.{name}" if key else str(name), inner)
@@ -50,7 +50,7 @@ def leaves(key: str, value: Any) -> Iterator[str]:
 
 
 def choices_of(group: str, roots: Iterable[Path] = (HERE,)) -> list[str]:
-    """Return the choices of a group; none where it isn't one."""
+    """Return the choices of a group; none where ``group`` isn't one."""
     return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
 
 
@@ -61,7 +61,7 @@ def choices_with(group: str, name: str) -> list[str]:
 
 
 def locate(path: Iterable[str | int]) -> Place:
-    """Return the place of a location as pydantic gives it, which also names the members of unions."""
+    """Return the place of a location as pydantic gives it, with the members of unions in its path."""
     names: list[str] = []
     kind: Any = RunConfig
     section: type[Section] = RunConfig
@@ -79,7 +79,7 @@ def locate(path: Iterable[str | int]) -> Place:
 
 
 def allowed(kind: Any) -> list[str]:
-    """Return what a value of this type may be: a phrase for each alternative, names and null last."""
+    """Return a phrase for each alternative that a value of this type may be, names and null last."""
     types = [bare for bare, _ in unfolded(kind)]
     phrases = [_phrase(bare, bounds) for bare, bounds in unfolded(kind) if not _names(bare, bounds)]
     *others, last = names(kind) or [""]
@@ -88,13 +88,13 @@ def allowed(kind: Any) -> list[str]:
 
 
 def names(kind: Any) -> list[str]:
-    """Return the names that a value of this type may be; of a union of sections, those that tell them apart."""
+    """Return the names that a value of this type may be; of a union of sections, their tags."""
     tags = [tag(one) for one in sections_in(kind)]
     return tags or [str(name) for bare, bounds in unfolded(kind) for name in _names(bare, bounds)]
 
 
 def registered(key: str) -> list[str]:
-    """Return the names of the registry that a key's value is from; none where it is from no registry."""
+    """Return the names in the registry of a key's values; none where it has no registry."""
     place = locate(key.split("."))
     return [
         name for _, bounds in unfolded(place.kind) for one in bounds if isinstance(one, OneOf) for name in one.names
@@ -110,7 +110,7 @@ def fields(section: type[Section]) -> dict[str, Any]:
 
 
 def unfolded(kind: Any) -> list[tuple[Any, list[Any]]]:
-    """Return the plain types that a type stands for, each with what bounds it."""
+    """Return the members of a type, each with its bounds."""
     bounds: list[Any] = []
     if get_origin(kind) is Annotated:
         kind, *given = get_args(kind)
@@ -126,7 +126,7 @@ def sections_in(kind: Any) -> list[type[Section]]:
 
 
 def _inside(kind: Any, part: str | int) -> Any:
-    """Return the type at ``part`` of a value of this type; None where there is no such part."""
+    """Return the type at ``part`` of a value of this type, or None."""
     inner = get_args(kind)
     if get_origin(kind) is dict:
         return inner[1]

@@ -1,4 +1,4 @@
-"""The layers of a config, YAML and overrides, put together by Hydra's compose API."""
+"""Compose YAML and overrides to one config by Hydra's compose API."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
 
 PRIMARY = "config"
-# Hydra's settings of its own launcher, which isn't used here: without them composing takes half the time.
+# Settings of Hydra's own launcher, which isn't used here; without them composing takes half the time.
 UNUSED = ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
 
 
 class Checked(FileConfigSource):
-    """Hydra's source of YAML files, which checks that loading one takes little time and memory."""
+    """Read YAML files for Hydra, after a check that loading them takes little time and memory."""
 
     @staticmethod
     def scheme() -> str:
@@ -49,7 +49,7 @@ class Checked(FileConfigSource):
 
 
 def roots_with(config_dir: Path | str | None) -> list[Path]:
-    """Return the folders in which YAML is looked for."""
+    """Return the folders that are searched for YAML."""
     return [HERE] if config_dir is None else [HERE, Path(config_dir).absolute()]
 
 
@@ -57,7 +57,7 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
     """Return the config as plain values, unchecked, and the keys that the overrides and their experiments give.
 
     Raises:
-        UserError: a choice isn't there, or Hydra can't read or resolve something.
+        UserError: a choice doesn't exist, or Hydra can't read or resolve something.
     """
     overrides = [for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
     overrides += [f"hydra.searchpath=[{quoted(f'{Checked.scheme()}://{root}')}]" for root in roots[1:]]
@@ -106,7 +106,7 @@ def _own_hydra() -> Iterator[None]:
 
 
 def _given_by_experiments(overrides: list[str], roots: Sequence[Path]) -> Iterator[str]:
-    """Yield the keys in the chosen experiments and in what they inherit from, and groups whose choice they override."""
+    """Yield the keys that the chosen experiments, and their parents, give, and the groups that they override."""
     found = GlobalHydra.instance().config_loader().compute_defaults_list(PRIMARY, overrides, RunMode.RUN)
     parents = {default.config_path: default.parent for default in found.defaults}
 

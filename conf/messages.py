@@ -1,4 +1,4 @@
-"""Check a config; every mistake in it is reported: the key with its value, and what works."""
+"""Validate a config and report every mistake in it: the key with its value, and what works."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import MOST_DEPTH as READ_DEPTH
 
-DEEPEST = READ_DEPTH // 2  # lists and mappings in a value: what is written here is read back
-BITS = 64  # of a whole number; tools that read the config hold no longer one
+DEEPEST = READ_DEPTH // 2  # levels of lists and mappings in a value, so that the written config can be read back
+BITS = 64  # of a whole number; tools that read the config hold no longer ones
 SHOWN = 400  # characters of a value in a message
 CHOOSES = "chooses a task by 'defaults: [override /task: images]', an optimizer or engine likewise"
 DELETED = "a key can be null where its comment says so, but not be deleted"
@@ -29,7 +29,7 @@ def validated(plain: dict[str, Any]) -> RunConfig:
     """Return ``plain`` as a RunConfig.
 
     Raises:
-        UserError: it isn't one.
+        UserError: keys or values aren't valid; the message has a line for each.
     """
     _check_values("", plain)
     try:
@@ -39,13 +39,13 @@ def validated(plain: dict[str, Any]) -> RunConfig:
 
 
 def _joined(errors: list[UserError]) -> UserError:
-    """Return one error for all: about the key of the first, with a line for each."""
+    """Return one error with a line for each of ``errors``."""
     first = errors[0]
     return first if len(errors) == 1 else UserError("\n".join(map(str, errors)), key=first.key, value=first.value)
 
 
 def _check_values(key: str, value: Any, depth: int = 0) -> None:
-    """Raise UserError for what JSON can't say without a loss: free mappings may hold anything, and all is hashed."""
+    """Raise UserError for values that JSON can't hold exactly: free mappings may have any, and all are hashed."""
     if depth > DEEPEST:
         raise UserError(f"{key:.100}… isn't valid", f"it is nested more than {DEEPEST} deep", key)
     if isinstance(value, dict):
@@ -71,12 +71,12 @@ def _check_values(key: str, value: Any, depth: int = 0) -> None:
 
 
 def _explained(error: ValidationError, data: dict[str, Any]) -> list[UserError]:
-    """Return what is wrong with ``data``, an error for each key."""
+    """Return an error for each key of ``data`` that isn't valid."""
     found: dict[str, UserError] = {}
-    lacking: dict[str, list[str]] = {}  # group → its keys that aren't there
+    lacking: dict[str, list[str]] = {}  # group → its missing keys
     for fault in error.errors(include_url=False):
         kind, location = fault["type"], fault["loc"]
-        if kind == "missing" and isinstance(location[-1], int):  # of a list that is too short
+        if kind == "missing" and isinstance(location[-1], int):  # a list that is too short
             kind, location = "too_short", location[:-1]
         place = locate(location)
         group, _, name = place.key.partition(".")
@@ -97,7 +97,7 @@ def _explained(error: ValidationError, data: dict[str, Any]) -> list[UserError]:
 
 
 def _own(place: str, fault: Any, data: Any) -> UserError:
-    """Return what a check of our own found: of a section as it is, of a key behind that key."""
+    """Return the error of a check of ours; that of a single value gets its key."""
     error = fault["ctx"]["error"]
     if place and place not in sections():
         equals = ": " if fault["loc"][-1] == "[key]" else "="
@@ -113,7 +113,7 @@ def _at(data: Any, key: str) -> Any:
 
 
 def _wrong(place: Place, value: Any) -> UserError:
-    """Return what a value has to be, and perhaps what was meant."""
+    """Return the error for a value, with the valid ones and perhaps the one that was meant."""
     key, names, allowed = place.key, schema.names(place.kind), schema.allowed(place.kind)
     problem = f"{key}={shown(value)} isn't valid"
     if key in sections():
@@ -155,11 +155,11 @@ def _is_number(text: str) -> bool:
 
 
 def unknown_key(key: str, place: Place | None = None, value: Any = None) -> UserError:
-    """Return the error for a key that there isn't.
+    """Return the error for an unknown key.
 
     Args:
         place: where it was found.
-        value: what it was given.
+        value: the value that it was given.
     """
     section, _, last = key.rpartition(".")
     if key.startswith("experiment."):
@@ -190,13 +190,13 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``did you mean …?`` where a known word is near, else nothing."""
+    """Return ``did you mean …?`` where a known word is near, else an empty string."""
     near = get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]}?" if near else ""
 
 
 def shown(value: Any) -> str:
-    """Return a value as the command line takes it, its middle left out where it is long."""
+    """Return a value as on the command line, with its middle left out where it is long."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
 

@@ -35,7 +35,7 @@ def parse(text: str) -> Override:
         raise UserError(f"{text}: Hydra's own settings have no effect here", "--help lists the keys there are", top)
     if top in ("", *RECORDED):
         raise unknown_key(override.key_or_group or text)
-    if override.package == override.key_or_group.replace("/", "."):  # its own place, which needn't be said
+    if override.package == override.key_or_group.replace("/", "."):  # its own place, which is redundant
         return parse(text.replace(f"@{override.package}", "", 1))
     return override
 
@@ -80,15 +80,14 @@ def _unparsable(text: str, error: HydraException) -> UserError:
         OverridesParser.create().parse_override(as_text)
     except HydraException:
         return UserError(f"{shown(text)!r} can't be read: {short(error)}")
-    fix = f"with quotes it is text: {shown(for_shell(as_text))}"
-    return UserError(f"{shown(text)!r} can't be read as it stands", fix, key, value)
+    fix = f"quote it to make it text: {shown(for_shell(as_text))}"
+    return UserError(f"{shown(text)!r} can't be read", fix, key, value)
 
 
 def for_hydra(override: Override, roots: Sequence[Path]) -> str:
     """Return the override as Hydra takes it.
 
-    Hydra wants ``++`` for keys that aren't there yet. It gets that for every key; the schema, which knows what was
-    meant, finds the keys that shouldn't be there.
+    Hydra needs ``++`` for new keys, so every key gets it. The schema, which knows the keys, rejects unknown ones.
     """
     text, value, group = str(override.input_line), override.value(), override.key_or_group
     options, change = choices_of(group, roots), override.type is OverrideType.CHANGE
@@ -126,28 +125,28 @@ def no_such_choice(group: str, name: str, options: Sequence[str], own: bool) -> 
 
 
 def given_by(override: Override) -> Iterator[str]:
-    """Yield the keys that an override gives: the group's name for a choice, the list's for one of its places."""
+    """Yield the keys that an override gives: for a choice the group, for an element of a list the list."""
     if override.key_or_group != "experiment":
         key = override.package or override.key_or_group
         yield from leaves(re.sub(r"\.\d+(\..*)?$", "", key), override.value())
 
 
 def quoted(text: str) -> str:
-    """Return ``text`` as one value of Hydra's grammar, which gives it back as it is.
+    """Quote ``text`` as one value of Hydra's grammar.
 
-    Within its quotes a backslash counts before a quote only, and OmegaConf later looks for ``${``.
+    Within quotes only a backslash before a quote is special; OmegaConf later looks for ``${``.
     """
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return "'" + re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text) + "'"
 
 
 def override(key: str, path: str) -> str:
-    """Return an override that gives ``key`` this absolute path, in quotes only where Hydra wants them."""
+    """Return ``key=path``, quoted only where Hydra needs it."""
     return f"{key}={path if re.fullmatch(r'/[A-Za-z0-9_/.+-]*', path) else quoted(path)}"
 
 
 def short(error: Exception) -> str:
-    """Return what Hydra or OmegaConf say, in one line."""
+    """Return the message of Hydra or OmegaConf in one line."""
     said = str(error) or str(error.__cause__)
     if match := re.search(r"Could not append to config. An item is already at '(.*)'", said):
         return f"{match[1]} is there already; leave out the +"

@@ -1,4 +1,4 @@
-"""What every section of the config is made of, and the types of keys that several of them share."""
+"""The base of every section of the config, and the types that sections share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Section(BaseModel):
 
 
 def tag(section: type[Section]) -> str:
-    """Return the name that a choice of a group goes by."""
+    """Return the name of a group's choice, or an empty string."""
     field = section.model_fields.get("name")
     return str(get_args(field.annotation)[0]) if field and get_origin(field.annotation) is Literal else ""
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Accept the names of a registry, as a Literal does whose names are known only when the registry is imported."""
+    """Accept the names of a registry: a Literal whose names are known only at import."""
 
     names: tuple[str, ...]
 
@@ -38,10 +38,10 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Matching:
-    """Accept text that a pattern matches whole.
+    """Accept text that fully matches a pattern.
 
     Attributes:
-        like: what the text has to be, for the message.
+        like: a description of valid text, for the message.
     """
 
     pattern: str
@@ -59,7 +59,7 @@ class Matching:
 def _duration(value: object) -> Duration:
     duration = Duration.parse(value)
     if duration.unit == "min":
-        raise UserError(f"{duration} is in minutes, as only checkpoint.every may be", "use ep, st, sa, tok or %")
+        raise UserError(f"{duration} is in minutes, which only checkpoint.every takes", "use ep, st, sa, tok or %")
     return duration
 
 
@@ -73,7 +73,7 @@ def _half_life(value: object) -> Duration:
 
 def _lasting(duration: Duration) -> Duration:
     if duration.value == 0:
-        raise UserError(f"{duration} has to be more than 0, as an interval")
+        raise UserError(f"{duration} is an interval, which has to be more than 0")
     return duration
 
 
@@ -90,7 +90,7 @@ def _reachable(address: str) -> str:
 
 
 def _nameable(path: str) -> str:
-    """Reject a path that no file system can hold; ``~`` may still grow."""
+    """Reject a path that no file system can hold."""
     longest = max((len(part.encode()) for part in path.split("/")), default=0)
     if "\0" in path:
         raise UserError(f"{path!r:.100} has to be a path, which can't hold NUL")
@@ -103,12 +103,12 @@ def _nameable(path: str) -> str:
 
 
 def _with_numbers(name: object) -> object:
-    """Name the modules of a Sequential by their places, which need no quotes."""
+    """Accept indices of a Sequential as module names without quotes."""
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
 def refuse_repeated(section: str, args: str, given: Free | None, local: Free) -> None:
-    """Raise UserError where a keyword argument is given both as science and as local; null isn't given."""
+    """Raise UserError where a keyword argument is given in both ``args`` and ``local``."""
     if repeated := [name for name in local if (given or {}).get(name) is not None]:
         names = ", ".join(f"{section}.local.{name}" for name in repeated)
         science = ", ".join(f"{section}.{args}.{name}" for name in repeated)
@@ -117,13 +117,13 @@ def refuse_repeated(section: str, args: str, given: Free | None, local: Free) ->
 
 _AS_TEXT = PlainSerializer(str, return_type=str)
 
-Free = dict[str, Any]  # keyword arguments: whoever takes them knows their names
+Free = dict[str, Any]  # keyword arguments of the user's classes
 Modules = tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]  # patterns of their names
 Length = Annotated[Duration, PlainValidator(_duration), _AS_TEXT]
 Interval = Annotated[Length, AfterValidator(_lasting)]
 IntervalOrMinutes = Annotated[Duration, PlainValidator(Duration.parse), _AS_TEXT, AfterValidator(_lasting)]
 HalfLife = Annotated[Duration, PlainValidator(_half_life), _AS_TEXT]
-Seconds = Annotated[float, Field(gt=0, le=1e9)]  # what clocks can count
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # within the range of clocks
 Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]
 Name = Annotated[str, Matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
 Target = Annotated[str, Matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
