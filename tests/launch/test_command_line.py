@@ -552,6 +552,15 @@ def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
     assert [line.split()[:2] for line in printed.splitlines()[-4:-2]] == [["1", "stopped"], ["2", "—"]]
 
 
+def test_torchrun_ends_with_what_was_rejected(tmp_path: Path) -> None:
+    """Its own report comes after our message, so that has it, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "launch.py"), "seed=x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\nisobatch: seed=x") + done.stderr.startswith("isobatch: seed=x") == 1
+    assert "isobatch: seed=x" in done.stderr.splitlines()[-2]
+
+
 def test_without_its_packages() -> None:
     """A Python that hasn't installed them is told what has."""
     done = subprocess.run([sys.executable, "-S", "launch.py"], cwd=ROOT, capture_output=True, text=True, check=False)

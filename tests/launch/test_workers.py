@@ -662,17 +662,18 @@ def test_torchrun_stops_with_0(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "said"),
+    ("fault", "rank", "said", "last"),
     [
-        ("refuses", 1, "not with me"),
-        ("SIGKILL", 0, "no word from rank 0"),
+        ("refuses", 1, "not with me", "isobatch: not with me"),
+        ("SIGKILL", 0, "no word from rank 0", "Signal 9"),
     ],
 )
-def test_torchrun_says_the_first_error_once(folder: Path, fault: str, rank: int, said: str) -> None:
+def test_torchrun_says_the_first_error_once(folder: Path, fault: str, rank: int, said: str, last: str) -> None:
     run = torchrun(folder, f"task.args.fault={fault}", f"task.args.rank={rank}")
     assert run.end() == 1
     assert len(run.said) == 1
     assert said in run.said[0]
+    assert last in run.err.splitlines()[-2]  # of torchrun's own report, which comes after ours
     assert run.outcome["state"] == ("refused" if fault == "refuses" else "crashed")
     assert run.outcome["cause"].startswith(said)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isobatch.conf.sweep import Element
-from isobatch.conf.terminal import Unwritable, say
+from isobatch.conf.terminal import Unwritable, say, tell_torchrun
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.result import grid, result
 from isobatch.trainers.launch.worker import leave
@@ -30,6 +30,7 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"isobatch: {error}", sys.stderr)
+        tell_torchrun(f"isobatch: {error}")
         return 2
     except Stopped as wish:
         say(f"isobatch: {wish}, before anything was started", sys.stderr)

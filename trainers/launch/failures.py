@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.terminal import say
+from isobatch.conf.terminal import say, tell_torchrun
 from isobatch.trainers.ranks.failure import Failure
 
 
@@ -88,6 +88,7 @@ def record_end(
         if not where:
             say(failure.traceback, to, end="")
     say(f"isobatch: {cause}{where}", to)
+    tell_torchrun(f"isobatch: {cause}{where}")
     step, samples = failure.reached.step, failure.reached.samples
     end = Outcome(failure.kind, cause, step, samples, attempt, restarts)
     if run:
