@@ -691,10 +691,10 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
     assert "an .npz file with images" in line("    data", "task=images")
     assert "a text file of any size" in line("    data", "experiment=text_large")
     assert "the best of a grid" in line("  tuned", "task=images")
-    assert "samples of one epoch" in line("  train_samples", "task=images")
+    assert "samples per epoch" in line("  train_samples", "task=images")
     assert line("    sgd", "task=digits") == "    sgd:"
     assert line("    data", "task=mine") == "    data: x  # my own"
-    assert "which usual batches apply" in line("  family", "task=mine")
+    assert "usual batches" in line("  family", "task=mine")
     assert "root of the mean square" in line("  eps", "optimizer=auto", "task=text")
     assert helped("task.args.data", "task=images").startswith("null an .npz file")
     assert helped("task.args.data", "experiment=text_large").startswith("null a text file of any size")
