@@ -699,7 +699,7 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
     assert helped("task.args.data", "task=images").startswith("null an .npz file")
     assert helped("task.args.data", "experiment=text_large").startswith("null a text file of any size")
     assert helped("task.args.data", "task=mine").startswith("x my own")
-    assert helped("task.train_samples", "task=mine").startswith("null samples of one epoch")
+    assert helped("task.train_samples", "task=mine").startswith("null samples per epoch")
     assert helped("task.args", "task=nosuch").startswith("{width: 128,")
     assert "task.defaults" not in help_text(["task=mine"], str(tmp_path))
 
