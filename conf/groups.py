@@ -1,7 +1,6 @@
-"""What ``optimizer=``, ``engine=`` and ``cluster=`` choose from: a section each, with the YAML beside this file.
+"""What ``optimizer=`` and ``cluster=`` choose from: a section each, with the YAML beside this file.
 
-An optimizer is a section here, its YAML and its implementation; an engine a section, its YAML, its row in
-scaling/planning/capabilities.py and its implementation.
+An optimizer is a section here, its YAML and its implementation.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from isobatch.conf.types import (
     Bounds,
     Free,
     HostAndPort,
-    Modules,
     Option,
     Seconds,
     Section,
@@ -28,9 +26,6 @@ from isobatch.conf.types import (
 )
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import Count, Memory, NotNegative, Number, Positive, Size
-
-Dtype = Literal["bf16", "fp16"]
-
 
 # ---- optimizers; each says which class it stands for
 
@@ -151,52 +146,6 @@ class AutoOptimizer(_Optimizer, extra="allow"):
 
 Optimizer = SGD | AdamW | LAMB | LARS | Adafactor | Muon | CustomOptimizer | AutoOptimizer
 OPTIMIZERS = tuple(tag(kind) for kind in get_args(Optimizer) if kind is not AutoOptimizer)
-
-
-# ---- engines
-
-
-class DDP(Section):
-    name: Literal["ddp"]
-    config: Free
-
-
-class FSDP(Section):
-    name: Literal["fsdp"]
-    shard: Literal["auto"] | Modules
-    param_dtype: Dtype | None
-    reduce_dtype: Dtype | None
-    offload: bool
-    config: Free
-
-    @model_validator(mode="after")
-    def _gradients_are_reduced_as_they_are_computed(self) -> FSDP:
-        if self.reduce_dtype is not None and self.param_dtype is None:
-            problem = f"engine.reduce_dtype={self.reduce_dtype} needs engine.param_dtype, else gradients are fp32"
-            raise UserError(problem, f"give engine.param_dtype={self.reduce_dtype}, too", "engine.reduce_dtype")
-        return self
-
-
-class Accelerate(Section):
-    name: Literal["accelerate"]
-    config: Free
-
-
-class DeepSpeed(Section):
-    name: Literal["deepspeed"]
-    stage: Literal[0, 1, 2, 3]
-    offload: bool
-    config: Free
-
-    @model_validator(mode="after")
-    def _what_is_offloaded_is_sharded(self) -> DeepSpeed:
-        if self.offload and self.stage == 0:
-            problem = "engine.offload=true needs engine.stage=1, 2 or 3: at 0 DeepSpeed offloads nothing"
-            raise UserError(problem, "give engine.stage, or leave engine.offload out", "engine.offload")
-        return self
-
-
-Engine = DDP | FSDP | Accelerate | DeepSpeed
 
 
 # ---- clusters

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
-from isobatch.conf.groups import Cluster, Dtype, Engine, Optimizer
+from isobatch.conf.engines import AnyEngine
+from isobatch.conf.groups import Cluster, Optimizer
 from isobatch.conf.types import (
+    Dtype,
     Free,
     HalfLife,
     Interval,
@@ -247,7 +249,7 @@ class RunConfig(Section):
     plan: PlanOptions
     task: Task
     optimizer: Annotated[Optimizer, Field(discriminator="name")]
-    engine: Annotated[Engine, Field(discriminator="name")]
+    engine: AnyEngine
     cluster: Annotated[Cluster, Field(discriminator="name")]
     given: tuple[str, ...]
     chosen: dict[str, str]

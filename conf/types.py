@@ -119,6 +119,7 @@ _AS_TEXT = PlainSerializer(str, return_type=str)
 
 Free = dict[str, Any]  # keyword arguments of the user's classes
 Modules = tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]  # patterns of their names
+Dtype = Literal["bf16", "fp16"]
 Length = Annotated[Duration, PlainValidator(_duration), _AS_TEXT]
 Interval = Annotated[Length, AfterValidator(_lasting)]
 IntervalOrMinutes = Annotated[Duration, PlainValidator(Duration.parse), _AS_TEXT, AfterValidator(_lasting)]

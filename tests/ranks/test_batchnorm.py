@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.engines.riders import attach
 from isobatch.trainers.model.batchnorm import statistics_of, swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
-from isobatch.trainers.tensors.attach import attach
 from tests.support.harness import ROUNDING, Run, Runs, distance
 from tests.support.tasks import Counted
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from isobatch.conf.compose import compose
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.engines.deepspeed.setup import import_deepspeed
+from isobatch.trainers.engines.deepspeed.replicated import import_deepspeed
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.ranks.world import World

@@ -121,7 +121,7 @@ def test_it_is_what_the_micro_batches_say(
 ) -> None:
     """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; whatever the dtype."""
     monkeypatch.setattr(
-        "isobatch.trainers.engines.make.check_precision", lambda precision, device: None
+        "isobatch.trainers.engines.make.check_device", lambda config, device: None
     )  # fp16, on the CPU, too
     some = (*overrides, "duration=3st")
     run = runs(world, *some)

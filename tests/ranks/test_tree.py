@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isobatch.scaling.geometry import Cut, solve
-from isobatch.trainers.engines.bitwise.tree import Growing, added, dealt, halves, nodes_in, over_ranks
+from isobatch.trainers.engines.tree import Growing, added, dealt, halves, nodes_in, over_ranks
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 

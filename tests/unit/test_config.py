@@ -380,7 +380,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {  # with what the error names beside
     "engine": [
         ({"name": "ddp", "config": {}, "stage": 1}, "engine=deepspeed"),
         ({"name": "ddp"}, "engine=ddp"),
-        ({"name": "deepspeed"}, "stage, offload, config"),
+        ({"name": "deepspeed"}, "config, stage, offload"),
     ],
     "engine.config": [(3, "a mapping")],
     "cluster.nodes": [(0, "from 1"), (1.5, "whole")],

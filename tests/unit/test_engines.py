@@ -9,10 +9,10 @@ from itertools import product
 
 import pytest
 
+from isobatch.conf.engines import ELEMENTWISE
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.planning.automatic import configured
-from isobatch.scaling.planning.capabilities import ELEMENTWISE
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.plan_table import table

@@ -17,7 +17,7 @@ from isobatch.scaling.rules import Rule
 from isobatch.scaling.segments import Segment
 from tests.unit.test_plan import WHOLE
 
-ENGINE = next(it for it in ABILITIES if it.offloads and it.stage)
+(NAME, STAGE), ABLE = next((which, it) for which, it in ABILITIES.items() if which[1] and it.offloads)
 assert WHOLE.schedule
 # Every field has a value here, so that none is passed over.
 FULL = replace(
@@ -28,7 +28,7 @@ FULL = replace(
         Segment(512, 48, Rule("noise", 1.0, 100.0)),
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
-    engine=EnginePlacement(ENGINE.name, ENGINE.stage, ENGINE.shards, ENGINE.offloads),
+    engine=EnginePlacement(NAME, STAGE, ABLE.shards, ABLE.offloads),
     intervals=Intervals(10, 20, 30, 40),
 )
 ASKED = ("world", "per_gpu", "accumulation")

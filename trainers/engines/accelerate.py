@@ -7,9 +7,9 @@ holds, as far as the plan doesn't say it: what contradicts the plan, or is anoth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # engine.config may say these only as the plan does (scaling/planning/engine_config.py); the Accelerator is told here.
 OURS = ("cpu", "mixed_precision", "gradient_accumulation_steps", "split_batches", "dynamo_backend")
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # where it wraps a model in DDP, or in nothing
 
 
@@ -52,13 +53,12 @@ def preload(config: RunConfig) -> None:
 
 def refuse_environment(config: RunConfig, plan: Plan) -> None:
     """Raise UserError where ``accelerate launch`` asks for another accumulation than the plan has."""
-    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    given = os.environ.get(ACCUMULATION, "1")
     planned = [str(number) for number in sorted({stage.cut.accumulation for stage in plan.stages})]
     if given not in ("1", "auto") and planned != [given]:
+        theirs, ours = f"{ACCUMULATION}={given}", f"batch.accumulation={', '.join(planned)}"
         raise UserError(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given}, and the plan has batch.accumulation={', '.join(planned)}",
-            "give 1 or auto there, or leave it out",
-            key="batch.accumulation",
+            f"{theirs}, and the plan has {ours}", "give 1 or auto there, or leave it out", "batch.accumulation"
         )
 
 
@@ -89,9 +89,7 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
     for handler in theirs.get("kwargs_handlers") or ():
         _refuse_handler(handler, accelerate.DistributedDataParallelKwargs)
     world.connect()  # it wants a group for a world of one, too
-    one_pass = accelerate.utils.GradientAccumulationPlugin(
-        num_steps=1
-    )  # sums are the plan's; else the environment's hold
+    one_pass = accelerate.utils.GradientAccumulationPlugin(num_steps=1)  # sums are the plan's; else the environment's
     try:
         found = accelerate.Accelerator(
             **theirs, cpu=world.device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=one_pass,
@@ -101,30 +99,22 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
         raise UserError(f"accelerate.Accelerator can't be made: {error}", key="engine.config", value=config) from error
     kind = found.distributed_type.value
     if kind not in KINDS or found.num_processes != world.size or found.device.type != world.device.type:
-        raise UserError(
-            f"accelerate sees {found.num_processes} processes ({kind}) on {found.device.type}, and Isobatch "
-            f"{world.size} on {world.device.type}",
-            "use engine=ddp, which reads less of the environment",
-            key="engine",
-        )
+        theirs_is = f"{found.num_processes} processes ({kind}) on {found.device.type}"
+        problem = f"accelerate sees {theirs_is}, and Isobatch {world.size} on {world.device.type}"
+        raise UserError(problem, "use engine=ddp, which reads less of the environment", "engine")
     return found
 
 
 def _refuse_handler(handler: Any, able: Any) -> None:
     """Only DDP's keywords mean something here, and none that changes the sums."""
-    name = type(handler).__name__
+    key, name = "engine.config.kwargs_handlers", type(handler).__name__
     if not isinstance(handler, able):
-        raise UserError(
-            f"engine.config.kwargs_handlers has a {name}, and only a DistributedDataParallelKwargs means something",
-            "leave it out: precision says what computes and scales, and the process group is Isobatch's",
-            key="engine.config.kwargs_handlers",
-        )
+        problem = f"{key} has a {name}, and only a DistributedDataParallelKwargs means something"
+        fix = "leave it out: precision says what computes and scales, and the process group is Isobatch's"
+        raise UserError(problem, fix, key)
     if str(handler.comm_hook) != "no":
-        raise UserError(
-            f"engine.config.kwargs_handlers: comm_hook={handler.comm_hook} compresses gradients, which changes the run",
-            "leave it out",
-            key="engine.config.kwargs_handlers",
-        )
+        problem = f"{key}: comm_hook={handler.comm_hook} compresses gradients, which changes the run"
+        raise UserError(problem, "leave it out", key)
 
 
 def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:
@@ -134,35 +124,32 @@ def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool
         env: the environment, in which it says so.
         device: the type of that which is trained on.
     """
-    for option, fix in _contradictions(env, precision, compiled, device):
-        raise UserError(f"accelerate launch says {option}", fix)
-
-
-def _contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> Iterator[tuple[str, str]]:
-    """Yield each option of ``accelerate launch`` that contradicts the plan, with what to do."""
 
     def on(name: str) -> bool:
         return env.get(f"ACCELERATE_{name}", "").lower() in ("1", "true", "yes", "on")
 
+    def refuse(option: str, fix: str) -> NoReturn:
+        raise UserError(f"accelerate launch says {option}", fix)
+
     if on("USE_DEEPSPEED"):
         stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        yield "use_deepspeed", f"give engine=deepspeed engine.stage={stage} with it"
+        refuse("use_deepspeed", f"give engine=deepspeed engine.stage={stage} with it")
     if on("USE_FSDP"):
-        yield "use_fsdp", _fsdp(env)
+        refuse("use_fsdp", _fsdp(env))
     if any(map(on, ("USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "IN_TPU_POD"))):
-        yield (
+        refuse(
             "use_megatron_lm, use_parallelism_config or tpu, and runs are data-parallel, on CPUs and GPUs",
             "leave it out; engine=fsdp and engine=deepspeed share a model between ranks",
         )
     if on("USE_CPU") and device != "cpu":
-        yield f"cpu, and device={device}", "give device=cpu, or leave out its cpu"
+        refuse(f"cpu, and device={device}", "give device=cpu, or leave out its cpu")
     wanted = env.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
     if wanted not in ("no", precision):
         instead = f"precision={wanted} with it" if wanted in ("bf16", "fp16") else "precision=bf16 instead"
-        yield f"mixed_precision={wanted}, and precision={precision}", f"give {instead}"
+        refuse(f"mixed_precision={wanted}, and precision={precision}", f"give {instead}")
     backend, mode = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), env.get("ACCELERATE_DYNAMO_MODE", "default")
     if backend != "no" and (not compiled or backend != "inductor" or mode != "default"):
-        yield (
+        refuse(
             f"dynamo_backend={backend} (dynamo_mode={mode}), and here compile={str(compiled).lower()}",
             "compile=true compiles with inductor, in its default mode; give that, and leave the others out",
         )

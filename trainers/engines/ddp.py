@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.gradients import Gradients
-from isobatch.trainers.engines.reducer import OwnStorage, Parts, Reducer
-from isobatch.trainers.engines.root import Found, explain
+from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.targets import check_call
@@ -28,7 +26,7 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
     return DDP(parts, config.engine.config)
 
 
-class DDP:
+class DDP(Reducer):
     """Gradients are means over ranks.
 
     Args:
@@ -37,9 +35,6 @@ class DDP:
         run_backward: of a loss.
     """
 
-    lockstep, trails = False, None
-    explain = staticmethod(explain)
-
     def __init__(
         self,
         parts: Parts,
@@ -47,26 +42,22 @@ class DDP:
         wrap: Callable[..., nn.Module] = DistributedDataParallel,
         run_backward: Callable[[Tensor], Any] = Tensor.backward,
     ) -> None:
-        root, world = parts.root, parts.world
-        parts.model.to(world.device)
+        root, self.mean_over = parts.root, parts.world.size
+        parts.model.to(parts.world.device)
         self._run_backward = run_backward
         self._wrapper: DistributedDataParallel | None = None
-        self.mean_over, self.shares_buffers = world.size, settled(parts.model)
         check_call("engine.config", "DistributedDataParallel", DistributedDataParallel, (root,), keywords)
-        if world.size > 1:
-            parts.riders.ride_in(root, world.size)
+        if self.mean_over > 1:
+            parts.riders.ride_in(root, self.mean_over)
             ours = {"gradient_as_bucket_view": True}
-            if self.shares_buffers and "broadcast_buffers" not in keywords:
+            if settled(parts.model) and "broadcast_buffers" not in keywords:
                 ours["forward_sync_buffers"] = False
             wrapper = wrap(root, **{**ours, **keywords})
             assert isinstance(wrapper, DistributedDataParallel)
-            self._wrapper, self.shares_buffers = wrapper, True
-        self.forward = self._wrapper or root
-        self.tuned, self.storage = parts.make_optimizer(), OwnStorage(parts.model)
-        gradients = Gradients(self.tuned.optimizer)
-        self.observed, self.reduce = gradients.parameters, gradients.norm
-        self.step, self.drop = gradients.step, gradients.drop
+            self._wrapper = wrapper
+        super().__init__(parts, parts.make_optimizer(), self._wrapper)
         if self._wrapper:
+            self.shares_buffers = True
             self._settle_buckets(parts)
 
     def _settle_buckets(self, parts: Parts) -> None:
@@ -81,9 +72,6 @@ class DDP:
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
-
-    def call(self, work: Callable[[], Found]) -> Found:
-        return work()  # without the wrapper, which would send messages
 
     def backward(self, loss: Tensor) -> None:
         self._run_backward(loss)

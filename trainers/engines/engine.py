@@ -14,8 +14,7 @@ from isobatch.scaling.geometry import Cut
 from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.gradients import clipped, number
 from isobatch.trainers.engines.noise import GradientSquares
-from isobatch.trainers.engines.reducer import Parts, Reducer
-from isobatch.trainers.engines.root import Explained, Found
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer
 from isobatch.trainers.engines.state import State
 from isobatch.trainers.engines.step_report import Note, Number, Total, Update
 from isobatch.trainers.model.precision import LossScale, autocast
@@ -64,7 +63,6 @@ class Engine:
         self._norm: Number = 0.0
         self._buffers_before: dict[str, Tensor] = {}
         self._begun = self._stepped = False
-        self._explained = Explained(reducer.explain)
         self._state = state = State(parts, reducer, self._loss_scale, ema)
         self.average, self.layout, self.slices, self.values = state.average, state.layout, state.slices, state.values
         self.whole, self.eval_weights = state.whole, state.eval_weights
@@ -90,7 +88,7 @@ class Engine:
         if not (self._reducer.shares_buffers or self._begun):
             self._state.share_buffers()  # a step begins with those of rank 0, on every engine
         self._begun = True
-        with self._explained:
+        with self._reducer.explained():
             return self._reducer.forward(lambda: self._forward(batch, samples))
 
     def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
@@ -120,7 +118,7 @@ class Engine:
         """
         self._riders.write(note)
         measuring = nullcontext() if measured is None else self._squares.of(self._reducer.observed, measured)
-        with self._explained, measuring:
+        with self._reducer.explained(), measuring:
             self._reducer.backward(loss * (self._lift * self._factor))
 
     def call(self, work: Callable[[], Found]) -> Found:
@@ -168,7 +166,7 @@ class Engine:
             return Update(norm, skipped=True)
         self._tuned.tell(recipe)
         self._riders.settle(keep=True)
-        with self._explained:
+        with self._reducer.explained():
             self._reducer.step(clipped(scale, norm, clip_norm))
         if self.average and recipe.ema is not None:
             self.average.update(recipe.ema)

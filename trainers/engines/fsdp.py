@@ -7,7 +7,7 @@ anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.gradients import Gradients, gradient_of, norm_of, number
+from isobatch.trainers.engines.gradients import gradient_of, norm_of, number
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import OwnStorage, Parts, Reducer
-from isobatch.trainers.engines.root import Found, Root, explain
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root
 from isobatch.trainers.engines.step_report import Number
-from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES
 from isobatch.trainers.model.targets import check_call
@@ -33,7 +31,7 @@ from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import sharded
 
 if TYPE_CHECKING:
-    import isobatch.conf.groups
+    import isobatch.conf.engines
     from isobatch.conf.schema import RunConfig
 
 INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
@@ -48,34 +46,26 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
     return FSDP(parts, config.engine)  # type: ignore[arg-type]
 
 
-class FSDP:
+class FSDP(Reducer):
     """Gradients are sums over ranks; each rank steps its parts."""
 
-    lockstep, mean_over = True, 1
+    lockstep = True
 
-    def __init__(self, parts: Parts, config: isobatch.conf.groups.FSDP) -> None:
+    def __init__(self, parts: Parts, config: isobatch.conf.engines.FSDP) -> None:
         world = parts.world
-        if config.offload and world.device.type == "cpu":
-            raise UserError(
-                "engine.offload=true moves what a GPU holds to the host's memory, and this runs on the CPU",
-                key="engine.offload",
-                value=True,
-            )
         world.connect()
         place(parts.model, world)
-        self._riders, self._device, self._root = parts.riders, world.device, shard(parts.root, config, world)
-        self.shares_buffers = settled(parts.model)
-        self.trails = Lockstep(world, INSTEAD) if world.size > 1 else None
-        if self.trails:
-            record(self._root, self.trails.trail)
-        self.tuned, self.storage = parts.make_optimizer(), OwnStorage(parts.model)
-        self._gradients = Gradients(self.tuned.optimizer)
-        self.step, self.drop = self._gradients.step, self._gradients.drop
-        self._replicated = [p for p in self._gradients.parameters if not sharded(p)]
-        self.observed: Sequence[nn.Parameter] = self._replicated
-        self._observe_unsharded()
+        self._riders, self._device = parts.riders, world.device
+        root = shard(parts.root, config, world)
+        if world.size > 1:
+            self.trails = Lockstep(world, INSTEAD)
+            record(root, self.trails.trail)
+        super().__init__(parts, parts.make_optimizer(), root)
+        self._replicated = [p for p in self.parameters if not sharded(p)]
+        self.observed = self._replicated
+        self._observe_unsharded(root)
 
-    def _observe_unsharded(self) -> None:
+    def _observe_unsharded(self, root: Root) -> None:
         """From the first forward on, observe the gradients of whole parameters: parts get theirs reduced."""
         found, hooks = list[nn.Parameter](), list[Any]()
         trained = {p for p in self._replicated if p.requires_grad}
@@ -88,8 +78,8 @@ class FSDP:
             for hook in hooks:
                 hook.remove()
 
-        hooks.extend(module.register_forward_pre_hook(look) for module in sharded_modules(self._root))
-        hooks.append(self._root.register_forward_hook(done))
+        hooks.extend(module.register_forward_pre_hook(look) for module in sharded_modules(root))
+        hooks.append(root.register_forward_hook(done))
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self._root, FSDPModule)
@@ -97,7 +87,11 @@ class FSDP:
         return self.trails.trail.begin("training") if self.trails else nullcontext()
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        return self._root(lambda: _no_view(*work()))
+        def no_view() -> tuple[Tensor, float | Tensor]:
+            loss, units = work()
+            return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+
+        return self._root(no_view)
 
     def call(self, work: Callable[[], Found]) -> Found:
         try:
@@ -106,13 +100,9 @@ class FSDP:
             for module in sharded_modules(self._root):
                 module.reshard()  # else what was gathered is used again, whatever becomes of the parts
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
     def reduce(self) -> Number:
         """One message: the notes, the statistics, gradients that FSDP left alone, and the norm of the rest."""
-        gradients = zip(self._gradients.held(), self._gradients.parameters, strict=True)
-        own = [gradient for gradient, parameter in gradients if sharded(parameter)]
+        own = [held for held, parameter in zip(self.held(), self.parameters, strict=True) if sharded(parameter)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
         apart = [gradient_of(parameter) for parameter in self._replicated]
         square = self._riders.total(square, *apart, *(self.trails.ride() if self.trails else ()))
@@ -120,17 +110,10 @@ class FSDP:
 
     def explain(self, text: str) -> UserError | None:
         if "mixed torch.Tensor and DTensor" in text:
-            return UserError(
-                "a module whose weights are gathered when it is called is used otherwise, by another method or its "
-                "weight alone",
-                "name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]",
-                key="engine.shard",
-            )
-        return explain(text)
-
-
-def _no_view(loss: Tensor, units: float | Tensor) -> tuple[Tensor, float | Tensor]:
-    return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+            how = "is used otherwise, by another method or its weight alone"
+            fix = "name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
+            return UserError(f"a module whose weights are gathered when it is called {how}", fix, "engine.shard")
+        return super().explain(text)
 
 
 def place(model: nn.Module, world: World) -> None:
@@ -142,15 +125,18 @@ def place(model: nn.Module, world: World) -> None:
         parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(world.device)
 
 
-def shard(root: Root, config: isobatch.conf.groups.FSDP, world: World) -> Root:
+def shard(root: Root, config: isobatch.conf.engines.FSDP, world: World) -> Root:
     """Part the model in ``root`` as ``config`` says, in place.
 
     Raises:
         UserError: it can't be parted so.
     """
+    computed = DTYPES.get(config.param_dtype or "")
+    reduced = DTYPES.get(config.reduce_dtype or "", torch.float32 if computed else None)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(world.device.type, (world.size,)),
-        "mp_policy": _policy(config),
+        # inputs are cast by autocast, which knows what may be
+        "mp_policy": MixedPrecisionPolicy(computed, reduced, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
         "ignored_params": {p for p in root.parameters() if not partable(p)},
     }
@@ -198,14 +184,6 @@ class Gather(Recorded, DefaultAllGather): ...
 class Reduce(Recorded, DefaultReduceScatter): ...
 
 
-def _policy(config: isobatch.conf.groups.FSDP) -> MixedPrecisionPolicy:
-    wide = DTYPES | {None: None, "fp32": torch.float32}
-    dtype = wide[config.param_dtype]
-    reduced = torch.float32 if dtype and config.reduce_dtype is None else wide[config.reduce_dtype]
-    # inputs are cast by autocast, which knows what may be
-    return MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
-
-
 def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
     """The modules whose parameters are gathered together, inner ones first; what is left goes with the root.
 
@@ -227,11 +205,8 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if shared and shard != "auto":
             name = next(name for name, one in model.named_modules() if one is module)
-            raise UserError(
-                f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart",
-                key="engine.shard",
-                value=shard,
-            )
+            problem = f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart"
+            raise UserError(problem, key="engine.shard", value=shard)
         if not shared and any(map(partable, module.parameters())):
             apart.append(module)
     return apart
@@ -244,12 +219,9 @@ def refuse_mixed(modules: Iterable[nn.Module]) -> None:
         own = [p for p in module.parameters() if p.requires_grad and partable(p) and p not in seen]
         seen.update(own)
         if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
-            raise UserError(
-                f"engine=fsdp reduces the gradients of a group of modules as one, and those of a "
-                f"{type(module).__name__} are {' and '.join(dtypes)}",
-                "part them by engine.shard, or use engine=ddp",
-                key="engine.shard",
-            )
+            those = f"those of a {type(module).__name__} are {' and '.join(dtypes)}"
+            problem = f"engine=fsdp reduces the gradients of a group of modules as one, and {those}"
+            raise UserError(problem, "part them by engine.shard, or use engine=ddp", "engine.shard")
 
 
 def partable(parameter: Tensor) -> bool:

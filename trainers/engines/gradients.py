@@ -1,4 +1,4 @@
-"""The summed gradient, and arithmetic on it."""
+"""Arithmetic on gradients."""
 
 from __future__ import annotations
 
@@ -6,52 +6,8 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from isobatch.trainers.engines.step_report import Number
-from isobatch.trainers.tensors.sharding import local
-
-
-class Gradients:
-    """The summed gradients of an optimizer's parameters, each in its ``grad``.
-
-    Attributes:
-        parameters: all of them, in the order of the groups.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._held: list[Tensor] | None = None
-
-    def held(self) -> list[Tensor]:
-        """Return what this rank holds of all of them, in its own memory; they are looked for once a step."""
-        if self._held is None:
-            for parameter in self.parameters:
-                if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
-                    parameter.grad = torch.zeros_like(parameter)
-            self._held = [local(parameter.grad) for parameter in self.parameters]
-        return self._held
-
-    def norm(self) -> Number:
-        """Return their norm."""
-        return number(norm_of(self.held()))
-
-    def multiply(self, factor: Number) -> None:
-        """Multiply them in place."""
-        multiply(self.held(), factor)
-        self._held = None
-
-    def step(self, factor: Number) -> None:
-        """Multiply them, step the optimizer, drop them."""
-        self.multiply(factor)
-        self._optimizer.step()
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget them."""
-        self._held = None
-        self._optimizer.zero_grad(set_to_none=True)
 
 
 def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:

@@ -1,4 +1,9 @@
-"""Make the engine that a config names."""
+"""Make the engine that a config names.
+
+Its module, which is named as it is, is imported where it is chosen. It has ``make_reducer(parts, config)``; it may have
+``preload(config)``, which imports what a step does, and ``refuse_environment(config, plan)``, which raises UserError
+where what it is launched with contradicts the plan.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from isobatch.scaling.planning.capabilities import check_device
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.reducer import Parts
-from isobatch.trainers.model.precision import check_precision
 from isobatch.trainers.optim.make import make_optimizer
 
 if TYPE_CHECKING:
@@ -22,17 +27,6 @@ if TYPE_CHECKING:
     from isobatch.trainers.optim.groups import Groups
     from isobatch.trainers.ranks.world import World
     from isobatch.trainers.tasks.task import Task
-
-ENGINES = {
-    "ddp": "ddp",
-    "fsdp": "fsdp",
-    "accelerate": "accelerate",
-    "deepspeed": "deepspeed",
-    "bitwise": "bitwise.bitwise",
-}
-"""The modules of engines, imported where they are chosen. Each has ``make_reducer(parts, config)``; it may have
-``preload(config)``, which imports what a step does, and ``refuse_environment(config, plan)``, which raises UserError
-where what it is launched with contradicts the plan."""
 
 
 def make_engine(
@@ -52,7 +46,7 @@ def make_engine(
     Raises:
         UserError: it can't train this model, or the package that it needs isn't installed.
     """
-    check_precision(config.precision, world.device)
+    check_device(config, world.device.type)
     parts = Parts(model, world, lambda: make_optimizer(config, task, model, recipe, stored, tell))
     return Engine(
         task,
@@ -83,4 +77,4 @@ def import_engine(config: RunConfig) -> None:
 
 def _module(config: RunConfig) -> ModuleType:
     name = "bitwise" if config.numerics == "bitwise" else config.engine.name
-    return import_module(f"isobatch.trainers.engines.{ENGINES[name]}")
+    return import_module(f"isobatch.trainers.engines.{name}")

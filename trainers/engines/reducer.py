@@ -1,6 +1,7 @@
 """What engines differ in: how ranks bring their gradients together, and where the parameters that are trained are kept.
 
-A new engine is a file here with a function that makes its reducer, and an entry in make.py.
+A new engine is a file here that is named as the engine is, with ``make_reducer(parts, config)``, and a YAML in
+conf/engine/; keys and limits of its own go into a section in conf/engines.py.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.engines.gradients import multiply, norm_of, number
 from isobatch.trainers.engines.riders import Riders
-from isobatch.trainers.engines.root import Found, Root
+from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import distinct
-from isobatch.trainers.tensors.sharding import Part, read_like
+from isobatch.trainers.tensors.sharding import Part, local, read_like
 
 if TYPE_CHECKING:
     from isobatch.scaling.geometry import Cut
@@ -27,8 +29,20 @@ if TYPE_CHECKING:
     from isobatch.trainers.ranks.world import World
     from isobatch.trainers.tensors.slices import Reader
 
+Found = TypeVar("Found")
 Read = Callable[[Tensor, "Reader", str, torch.device], Tensor]
 """Return what this rank holds of a parameter's state, by its name in a checkpoint, for a device."""
+
+
+class Root(nn.Module):
+    """A module whose forward is whatever is to be done with the model: so a task may call it twice, or only a part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Found]) -> Found:
+        return work()
 
 
 class Parts:
@@ -59,97 +73,128 @@ class Parts:
         return torch.stack([part.float() for part in parts]).sum()
 
 
-class Storage(Protocol):
-    """Where the parameters that are trained are kept, and the optimizer's state."""
+@dataclass
+class Storage:
+    """Where the parameters that are trained are kept, and the optimizer's state; here in the parameters themselves.
 
-    def parts(self) -> Mapping[str, Tensor | Part]:
-        """Return what this rank holds of each parameter, by its name in the model."""
-
-    def optimizer_seen(self) -> AbstractContextManager[None]:
-        """Within, the optimizer's groups and state are those of the model's parameters."""
-
-    def restoring(self) -> AbstractContextManager[Read]:
-        """Within, the optimizer is as in ``optimizer_seen``, and is given another state; called once weights are set.
-
-        Yields:
-            what reads that state.
-        """
-
-    def refresh(self) -> None:
-        """Compute from now on with the weights that are stored; called by all ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class OwnStorage:
-    """Parameters are kept in themselves."""
+    Args:
+        restored: called once weights and state are those of a checkpoint.
+    """
 
     model: nn.Module
     restored: Callable[[], None] = lambda: None
 
     def parts(self) -> Mapping[str, Tensor | Part]:
+        """Return what this rank holds of each parameter, by its name in the model."""
         return dict(self.model.named_parameters())
 
     def optimizer_seen(self) -> AbstractContextManager[None]:
+        """Within, the optimizer's groups and state are those of the model's parameters."""
         return nullcontext()
 
     @contextmanager
     def restoring(self) -> Iterator[Read]:
+        """Within, the optimizer is as in ``optimizer_seen``, and is given another state; called once weights are set.
+
+        Yields:
+            what reads that state.
+        """
         yield read_like
         self.restored()
 
-    def refresh(self) -> None: ...
+    def refresh(self) -> None:
+        """Compute from now on with the weights that are stored; called by all ranks."""
 
 
-class Reducer(Protocol):
+class Reducer:
     """Bring the gradients of all ranks and passes together, and step the optimizer.
 
     A step is: ``accumulation`` times ``micro``, ``forward`` and ``backward``, then ``reduce``, then ``step`` or
-    ``drop``.
+    ``drop``. As it is here, gradients are summed over the ranks in the ``backward`` of the last pass.
+
+    Args:
+        tuned: the optimizer of the parameters that are trained.
+        root: what runs a pass; None: nothing has to be wrapped.
 
     Attributes:
-        tuned: the optimizer of the parameters that are trained.
+        parameters: those of the optimizer, in the order of its groups.
+        observed: parameters; the gradients that one backward gives them are those of its pass.
         mean_over: by how many the summed gradient is divided: ranks where it is a mean, else 1.
         lockstep: a forward sends messages, so all ranks run as many.
+        trails: what compares the modules that ranks run; None: they may differ.
         shares_buffers: buffers are rank 0's in each step, or the same on all ranks anyway.
     """
 
-    tuned: Tuned
-    mean_over: int
-    lockstep: bool
-    shares_buffers: bool
+    lockstep = False
+    trails: Lockstep | None = None
+    mean_over = 1
 
-    @property
-    def storage(self) -> Storage:
-        """Where the parameters that are trained are kept."""
-
-    @property
-    def observed(self) -> Sequence[nn.Parameter]:
-        """Parameters; the gradients that one backward gives them are those of its pass."""
-
-    @property
-    def trails(self) -> Lockstep | None:
-        """What compares the modules that ranks run; None: they may differ."""
+    def __init__(self, parts: Parts, tuned: Tuned, root: Callable[..., Any] | None = None) -> None:
+        self.tuned = tuned
+        self._root: Any = root or parts.root
+        self.storage, self.shares_buffers = Storage(parts.model), settled(parts.model)
+        self.parameters = [parameter for group in tuned.optimizer.param_groups for parameter in group["params"]]
+        self.observed: Sequence[nn.Parameter] = self.parameters
+        self._held: list[Tensor] | None = None
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         """Around one pass, perhaps the ``last``, of a step that is cut so."""
+        return nullcontext()
 
     def forward(self, work: Callable[[], Found]) -> Found:
         """Return what ``work`` returns: the loss of a pass."""
+        return self._root(work)  # type: ignore[no-any-return]
 
     def call(self, work: Callable[[], Found]) -> Found:
         """Return what ``work`` returns, which calls the model outside of a step."""
+        return work()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a pass to the step's."""
+        loss.backward()
 
     def reduce(self) -> Number:
         """Sum gradients and riders over the ranks, as far as the backwards haven't; return the gradient's norm."""
+        return number(norm_of(self.held()))
+
+    def held(self) -> list[Tensor]:
+        """Return what this rank holds of all gradients, in its own memory; they are looked for once a step."""
+        if self._held is None:
+            for parameter in self.parameters:
+                if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
+                    parameter.grad = torch.zeros_like(parameter)
+            self._held = [local(parameter.grad) for parameter in self.parameters]
+        return self._held
 
     def step(self, factor: Number) -> None:
         """Multiply the summed gradient, step the optimizer, drop the gradient."""
+        multiply(self.held(), factor)
+        self._held = None
+        self.tuned.optimizer.step()
+        self.drop()
 
     def drop(self) -> None:
         """Drop the gradient."""
+        self._held = None
+        self.tuned.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within, an error of torch's is raised as a UserError that says what to do, where there is one."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if explained := self.explain(str(error)):
+                raise explained from error
+            raise
 
     def explain(self, text: str) -> UserError | None:
-        """Return what to say for an error of torch's with this text; None: nothing better."""
+        """Return what to say for an error of a forward or a backward, by its text; None: nothing better."""
+        if "Expected more than 1 value per channel" not in text:
+            return None
+        return UserError(
+            "BatchNorm has no statistics of a single sample, which a micro-batch is here",
+            "use a larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which "
+            "takes them from N samples on any hardware",
+            key="batch.per_gpu",
+        )

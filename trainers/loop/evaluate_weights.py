@@ -13,13 +13,13 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import Unwritable, answer, say
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.capabilities import check_precision
 from isobatch.trainers.checkpoints.weights import initialise, load_average
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.announce import EVALUATION_DEPENDS
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.build import prepare
-from isobatch.trainers.model.precision import check_precision
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.agreement import refuse_other_commands, stop_wish
 from isobatch.trainers.ranks.failure import RunFailed, restarts
@@ -73,7 +73,7 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
         opened = open_task(session, task)
     if opened is None:
         return config.init_from, None
-    check_precision(config.precision, world.device)
+    check_precision(config, world.device.type)
     stream = Stream(config.seed, world.device, tell=partial(_warn, world))
     as_trained = config.model_copy(update={"compile": False, "recompute": ()})
     model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)

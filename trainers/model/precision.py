@@ -8,20 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isobatch.scaling.errors import UserError
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError for fp16 where there is no CUDA."""
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"precision=fp16 is for CUDA, and this runs on {device.type}",
-            "use precision=bf16, or fp32",
-            key="precision",
-            value=precision,
-        )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from isobatch.trainers.engines.deepspeed.replicated import Replicated, Wrapper
-from isobatch.trainers.engines.deepspeed.setup import import_deepspeed
+from isobatch.trainers.engines.deepspeed.replicated import Replicated, import_deepspeed
 from isobatch.trainers.engines.deepspeed.zero import ZeRO
 from isobatch.trainers.engines.reducer import Parts, Reducer
 
@@ -21,14 +20,10 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
         UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
     """
     engine: Any = config.engine
-    wrapper = Wrapper(parts, engine)
-    if engine.stage:
-        return ZeRO(parts, wrapper, engine)
-    return Replicated(parts, wrapper)
+    return (ZeRO if engine.stage else Replicated)(parts, engine)
 
 
 def preload(config: RunConfig) -> None:
     """Import what the first step imports."""
     import_deepspeed()
-    if config.engine.stage:  # type: ignore[union-attr]
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it asks whether the optimizer is one
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # ZeRO asks whether the optimizer is one

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.engines.reducer import Read, Storage
 from isobatch.trainers.tensors.sharding import Part
 from isobatch.trainers.tensors.slices import Reader
 
@@ -52,11 +53,6 @@ class Flat:
     spans: dict[Tensor, Span]
 
 
-def flats_of(zero: Any, stage: int) -> list[Flat]:
-    """The flat tensors of DeepSpeed's optimizer ``zero`` on this rank."""
-    return list(_by_parameter(zero) if stage == 3 else _by_group(zero))
-
-
 def _by_group(zero: Any) -> Iterator[Flat]:
     """Stages 1 and 2 lay a group's parameters end to end, and part that equally."""
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
@@ -79,25 +75,46 @@ def _by_parameter(zero: Any) -> Iterator[Flat]:
 
 
 def span_of(parameter: Any, offset: int = 0) -> Span:
-    """What this rank holds of a parameter in stage 3, the last part of which may be shorter, or empty."""
+    """Return what this rank holds of a parameter in stage 3, the last part of which may be shorter, or empty."""
     each, whole = parameter.partition_numel(), parameter.ds_numel
     start = min(dist.get_rank() * each, whole)
     return Span(tuple(parameter.ds_shape), start, min(each, whole - start), offset)
 
 
-class Unflattened:
-    """An optimizer of flat tensors, seen as that of the parameters in them, as checkpoints of all engines have it.
+class FlatStorage(Storage):
+    """What is trained is kept in flat tensors; seen from outside, its optimizer is that of the parameters in them.
 
     Args:
+        zero: DeepSpeed's optimizer.
+        optimizer: the user's, of flat tensors.
         groups: the parameters of its groups, before they were made flat.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Sequence[list[Tensor]], flats: Sequence[Flat]) -> None:
-        self._optimizer, self._groups, self._flats = optimizer, groups, flats
-        self._spans = {parameter: span for flat in flats for parameter, span in flat.spans.items()}
+    def __init__(
+        self, model: nn.Module, zero: Any, stage: int, optimizer: Optimizer, groups: Sequence[list[Tensor]]
+    ) -> None:
+        super().__init__(model)
+        self._zero, self._stage, self._optimizer, self._groups = zero, stage, optimizer, groups
+        self.flats = list(_by_parameter(zero) if stage == 3 else _by_group(zero))
+        self._spans = {parameter: span for flat in self.flats for parameter, span in flat.spans.items()}
+
+    def parts(self) -> Mapping[str, Tensor | Part]:
+        trained = {p: span.of(flat.master) for flat in self.flats for p, span in flat.spans.items()}
+        return {name: trained.get(p) or self._frozen(p) for name, p in self.model.named_parameters()}
+
+    def _frozen(self, parameter: Any) -> Part | Tensor:
+        return span_of(parameter).of(parameter.ds_tensor) if self._stage == 3 else parameter.detach()
+
+    def refresh(self) -> None:
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
+        for index in range(len(self.flats)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
 
     @contextmanager
-    def seen(self) -> Iterator[None]:
+    def optimizer_seen(self) -> Iterator[None]:
         """Within, the optimizer has the parameters in its groups, and their states, of which ranks have parts.
 
         Raises:
@@ -114,24 +131,21 @@ class Unflattened:
             self._exchange(groups)
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """As ``seen``, with no state; what it has at the end is made flat, and is the optimizer's."""
+    def restoring(self) -> Iterator[Read]:
         self._optimizer.state.clear()
-        with self.seen():
-            yield
+        with self.optimizer_seen():
+            yield self._read
             found = self._optimizer.state
-        for flat in self._flats:
+        for flat in self.flats:
             states = [found[parameter] for parameter in flat.spans if parameter in found]
             for key in dict.fromkeys(key for state in states for key in state):
                 self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
                 for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
                     state.pop(key, None)
+        self.refresh()
 
-    def read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-        """What a checkpoint has of the state ``name`` of ``parameter``: this rank's elements, or a scalar.
-
-        Elements stay on the CPU until they are made flat, which may be where they belong.
-        """
+    def _read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
+        """Return this rank's elements, or a scalar; elements stay on the CPU until they are made flat."""
         span = self._spans[parameter]
         if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
             return reader(name, span.start, span.start + span.size)
@@ -144,7 +158,7 @@ class Unflattened:
     def _unflattened(self, state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         return {
             parameter: {key: self._part(flat, span, key, value) for key, value in state[flat.master].items()}
-            for flat in self._flats
+            for flat in self.flats
             if flat.master in state
             for parameter, span in flat.spans.items()
         }
@@ -153,12 +167,9 @@ class Unflattened:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if value.shape != flat.master.shape:
-            raise UserError(
-                f"the optimizer {type(self._optimizer).__name__} keeps a {key} of shape {list(value.shape)} for "
-                f"{flat.master.numel()} elements, and DeepSpeed takes those that keep a number for each",
-                "use engine=ddp",
-                key="optimizer",
-            )
+            kept = f"a {key} of shape {list(value.shape)} for {flat.master.numel()} elements"
+            problem = f"the optimizer {type(self._optimizer).__name__} keeps {kept}, and DeepSpeed takes those that"
+            raise UserError(f"{problem} keep a number for each", "use engine=ddp", "optimizer")
         return span.of(value)
 
     def _flattened(self, flat: Flat, key: str, states: Mapping[Tensor, dict[str, Any]]) -> Any:
@@ -167,11 +178,8 @@ class Unflattened:
         first = next(iter(values.values()))
         if not isinstance(first, Tensor) or first.ndim == 0:
             if any(value != first for value in values.values()):
-                raise UserError(
-                    f"the checkpoint has different {key} for parameters of a group, and DeepSpeed keeps one",
-                    "use engine=ddp",
-                    key="engine",
-                )
+                problem = f"the checkpoint has different {key} for parameters of a group, and DeepSpeed keeps one"
+                raise UserError(problem, "use engine=ddp", "engine")
             return first.cpu() if isinstance(first, Tensor) and flat.master.is_cpu else first
         whole = torch.zeros_like(flat.master, dtype=first.dtype, requires_grad=False)
         for parameter, value in values.items():

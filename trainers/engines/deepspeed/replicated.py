@@ -2,94 +2,147 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.deepspeed.setup import import_deepspeed, refuse_settings, settings_of
-from isobatch.trainers.engines.gradients import Gradients
-from isobatch.trainers.engines.reducer import OwnStorage, Parts
-from isobatch.trainers.engines.root import Found, explain
+from isobatch.scaling.planning.engine_config import PRECISIONS
+from isobatch.trainers.engines.gradients import multiply
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer
 from isobatch.trainers.engines.step_report import Number
-from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import place_buffers
+from isobatch.trainers.model.targets import import_engine_package
 from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.ranks.world import World
 
 if TYPE_CHECKING:
-    import isobatch.conf.groups
+    import isobatch.conf.engines
 
 
-class Wrapper:
-    """Place a model, make its optimizer, and let DeepSpeed wrap both, in place.
+OURS = {
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+class Replicated(Reducer):
+    """Gradients are means over ranks; as it is here (stage 0), all else is whole on each.
 
     Args:
         config: the engine's.
-
-    Attributes:
-        groups: the parameters of the optimizer's groups, before DeepSpeed made them flat.
-        engine: DeepSpeed's.
 
     Raises:
         UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
     """
 
-    def __init__(self, parts: Parts, config: isobatch.conf.groups.DeepSpeed) -> None:
-        world, model = parts.world, parts.model
+    def __init__(self, parts: Parts, config: isobatch.conf.engines.DeepSpeed) -> None:
+        world, model, self.mean_over = parts.world, parts.model, parts.world.size
         deepspeed = import_deepspeed(world.device)
         world.connect()
         settings = settings_of(config)
-        refuse_settings(settings)
         place(model, world, config.stage)
-        settings["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(model))
-        self.tuned = parts.make_optimizer()
-        self.groups = [group["params"] for group in self.tuned.optimizer.param_groups]
-        refuse_untrainable(model, self.tuned, config.stage)
+        elements = sum(parameter.numel() for parameter in model.parameters())  # of a buffer: as many, or its own number
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, elements))
+        tuned = parts.make_optimizer()
+        refuse_untrainable(model, tuned, config.stage)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it asks for it there
+        self._groups = [
+            group["params"] for group in tuned.optimizer.param_groups
+        ]  # at stages 1 to 3 it makes them flat
+        super().__init__(parts, tuned)
         if config.stage == 3:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         if config.stage == 0:
             parts.riders.ride_in(parts.root, world.size)
-        self.engine = initialised(deepspeed, parts, self.tuned, settings)
-
-    def call(self, work: Callable[[], Found]) -> Found:
-        """Return what ``work`` returns, as it is: DeepSpeed would look into what a forward gives."""
-        found = list[Found]()
-        self.engine(lambda: found.append(work()))
-        return found[0]
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward of a pass."""
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-
-class Replicated:
-    """Stage 0: gradients are means over ranks, all else is whole on each."""
-
-    lockstep, trails = False, None
-    explain = staticmethod(explain)
-
-    def __init__(self, parts: Parts, wrapper: Wrapper) -> None:
-        self.mean_over, self.shares_buffers = parts.world.size, settled(parts.model)
-        self.tuned, self.storage = wrapper.tuned, OwnStorage(parts.model)
-        self._gradients = Gradients(self.tuned.optimizer)
-        self.observed, self.reduce, self.drop = self._gradients.parameters, self._gradients.norm, self._gradients.drop
-        self._engine, self.forward = wrapper.engine, wrapper.engine
-        self.call, self.backward = wrapper.call, wrapper.backward
+        self._engine = self._root = initialised(deepspeed, parts, tuned, settings)
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
+    def call(self, work: Callable[[], Found]) -> Found:
+        """Return what ``work`` returns, as it is: DeepSpeed would look into what a forward gives."""
+        found = list[Found]()
+        self._engine(lambda: found.append(work()))
+        return found[0]
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
     def step(self, factor: Number) -> None:
-        self._gradients.multiply(factor)
+        multiply(self.held(), factor)
+        self._held = None
         self._engine.step()
+
+
+def import_deepspeed(device: torch.device | None = None) -> Any:
+    """Return the package, quiet.
+
+    Args:
+        device: that it is to use; None: it is only imported, for processes that are forked from here.
+
+    Raises:
+        UserError: it isn't installed.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    logger.disabled = True  # it warns of every device that isn't there
+    try:
+        deepspeed = import_engine_package("deepspeed")
+    finally:
+        logger.disabled = False
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
+    # of its inference, and compiled as it starts on a CPU, where there is a compiler
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if device and device.type == "cpu":
+        cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+        import_module("deepspeed.accelerator").set_accelerator(cpu())
+    return deepspeed
+
+
+def settings_of(config: isobatch.conf.engines.DeepSpeed) -> dict[str, Any]:
+    """Return what DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
+
+    DeepSpeed's sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last.
+
+    Raises:
+        UserError: DeepSpeed doesn't take it.
+    """
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
+    ours = {
+        **OURS,
+        "zero_optimization": {"stage": config.stage, **offload},
+        **{section: {"enabled": False} for section in PRECISIONS if section in config.config},
+    }
+    settings = dict(_merged(config.config, ours))
+    module = import_module("deepspeed.runtime.config")
+    try:
+        module.DeepSpeedConfig(dict(settings))
+    except (AssertionError, KeyError, TypeError, ValueError, module.DeepSpeedConfigError) as error:
+        said = error.errors() if isinstance(error, ValidationError) else []
+        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
+        raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}", key="engine.config") from error
+    return settings
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def place(model: nn.Module, world: World, stage: int) -> None:
@@ -117,11 +170,6 @@ def initialised(deepspeed: Any, parts: Parts, tuned: Tuned, settings: dict[str, 
             del parameter.ds_optim_param
     parts.world.wait_patiently(engine.data_parallel_group)  # a group of its own
     return engine
-
-
-def bucket_size(model: nn.Module) -> int:
-    """Elements of the buffer in which gradients are reduced: DeepSpeed's own number, 2 GB, or as many as there are."""
-    return min(500_000_000, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:

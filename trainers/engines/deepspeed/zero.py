@@ -7,61 +7,49 @@ before DeepSpeed's own step, which is told of neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.deepspeed.flat import Flat, Unflattened, flats_of, span_of
-from isobatch.trainers.engines.deepspeed.replicated import Wrapper
-from isobatch.trainers.engines.deepspeed.zero_order import InOrder
+from isobatch.trainers.engines.deepspeed.flat import FlatStorage
+from isobatch.trainers.engines.deepspeed.replicated import Replicated
 from isobatch.trainers.engines.gradients import gradient_of, multiply, norm_of, number
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Parts, Read
-from isobatch.trainers.engines.root import explain
+from isobatch.trainers.engines.reducer import Parts
 from isobatch.trainers.engines.step_report import Number
-from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
-from isobatch.trainers.tensors.sharding import Part
 
 if TYPE_CHECKING:
-    import isobatch.conf.groups
+    import isobatch.conf.engines
 
 
-class ZeRO:
+class ZeRO(Replicated):
     """Stages 1 to 3: gradients are means over ranks, in parts."""
 
     lockstep = True
-    explain = staticmethod(explain)
 
-    def __init__(self, parts: Parts, wrapper: Wrapper, config: isobatch.conf.groups.DeepSpeed) -> None:
-        self.tuned, self._stage, self._offload = wrapper.tuned, config.stage, config.offload
-        self.mean_over, self.shares_buffers = parts.world.size, settled(parts.model)
-        self._riders, self._device = parts.riders, parts.world.device
-        self._told, self._late = 0.0, False
-        self.observed = [parameter for group in wrapper.groups for parameter in group]
-        self._engine, self._zero = wrapper.engine, wrapper.engine.optimizer
-        self.forward, self.call, self.backward = wrapper.engine, wrapper.call, wrapper.backward
-        self._tell_norm()
-        if parts.world.size > 1:
-            InOrder(self._zero, self._stage, parts.model.parameters())
-        recorded = parts.world.size > 1 and self._stage == 3
-        self.trails = Lockstep(parts.world, "engine.stage=2 or engine=ddp") if recorded else None
-        if self.trails:
-            record(self._zero, parts.model, self.trails.trail)
-        self._flats = flats_of(self._zero, self._stage)
-        flattened = Unflattened(self.tuned.optimizer, wrapper.groups, self._flats)
-        self.storage = FlatStorage(parts.model, self._zero, self._stage, self._flats, flattened)
-
-    def _tell_norm(self) -> None:
-        """Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite."""
+    def __init__(self, parts: Parts, config: isobatch.conf.engines.DeepSpeed) -> None:
+        super().__init__(parts, config)
+        self._stage, self._offload = config.stage, config.offload
+        self._riders, self._device, self._zero = parts.riders, parts.world.device, self._engine.optimizer
+        self._late = False
+        # Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite.
+        self._told = 0.0
         if self._stage == 3:
             self._zero._get_norm_groups = lambda: [self._told]
         else:
             self._zero.scaled_global_norm = lambda: self._told
+        if parts.world.size > 1:
+            InOrder(self._zero, self._stage, parts.model.parameters())
+            if self._stage == 3:
+                self.trails = Lockstep(parts.world, "engine.stage=2 or engine=ddp")
+                record(self._zero, parts.model, self.trails.trail)
+        self.storage = storage = FlatStorage(parts.model, self._zero, self._stage, self.tuned.optimizer, self._groups)
+        self._flats = storage.flats
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         """Where the gradient goes to the host, DeepSpeed is told of a step's end after its last pass.
@@ -111,42 +99,6 @@ class ZeRO:
             torch._foreach_zero_(kept)
 
 
-class FlatStorage:
-    """What is trained is kept in flat tensors.
-
-    Args:
-        zero: DeepSpeed's optimizer.
-    """
-
-    def __init__(self, model: nn.Module, zero: Any, stage: int, flats: list[Flat], optimizer: Unflattened) -> None:
-        self._model, self._zero, self._stage, self._flats = model, zero, stage, flats
-        self._optimizer = optimizer
-
-    def parts(self) -> Mapping[str, Tensor | Part]:
-        trained = {p: span.of(flat.master) for flat in self._flats for p, span in flat.spans.items()}
-        return {name: trained.get(p) or self._frozen(p) for name, p in self._model.named_parameters()}
-
-    def _frozen(self, parameter: Any) -> Part | Tensor:
-        return span_of(parameter).of(parameter.ds_tensor) if self._stage == 3 else parameter.detach()
-
-    def optimizer_seen(self) -> AbstractContextManager[None]:
-        return self._optimizer.seen()
-
-    @contextmanager
-    def restoring(self) -> Iterator[Read]:
-        with self._optimizer.restored():
-            yield self._optimizer.read
-        self.refresh()
-
-    def refresh(self) -> None:
-        if self._stage < 3:
-            self._zero.update_lp_params()
-            return
-        self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
-        for index in range(len(self._flats)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(index)
-
-
 def record(zero: Any, model: nn.Module, trail: Trail) -> None:
     """Record the modules for which stage 3 gathers weights: its messages follow from their order."""
     coordinator = zero.parameter_offload.get_param_coordinator()
@@ -158,3 +110,55 @@ def record(zero: Any, model: nn.Module, trail: Trail) -> None:
         fetch(module, forward)
 
     coordinator.fetch_sub_module = fetched
+
+
+class InOrder:
+    """Hand gradients to DeepSpeed's buckets in the reverse order of the model's parameters.
+
+    DeepSpeed puts a gradient into a bucket when it comes, and adds up the buckets of all ranks. Where ranks use
+    different parameters, that adds gradients of different parameters. Here a gradient waits for those before it, and
+    after a rank's backward each parameter that it didn't use gets a zero gradient.
+
+    Args:
+        zero: DeepSpeed's optimizer of stage 1, 2 or 3.
+        parameters: of the model, in the same order on all ranks.
+    """
+
+    def __init__(self, zero: Any, stage: int, parameters: Iterable[Tensor]) -> None:
+        self._zero, self._always = zero, stage > 1  # stage 1 adds up on each rank until a step's last pass
+        groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
+        more = {p: () if stage == 3 else (index,) for index, group in enumerate(groups) for p in group}
+        self._order = [(p, more[p]) for p in reversed(list(parameters)) if p in more and p.requires_grad]
+        self._came, self._handed = set[Tensor](), 0
+        self._hand, self._reduce = (
+            zero.reduce_ready_partitions_and_remove_grads,
+            zero.overlapping_partition_gradients_reduce_epilogue,
+        )
+        zero.reduce_ready_partitions_and_remove_grads = self._take
+        zero.overlapping_partition_gradients_reduce_epilogue = self._finish
+
+    def _take(self, parameter: Tensor, *_: int) -> None:
+        """Hand over the gradient of ``parameter``, and those that waited for it, once its turn has come."""
+        if not self._always and not self._zero.is_gradient_accumulation_boundary():
+            return
+        self._came.add(parameter)
+        while self._handed < len(self._order) and self._order[self._handed][0] in self._came:
+            self._hand_next()
+
+    def _hand_next(self) -> None:
+        parameter, more = self._order[self._handed]
+        self._handed += 1
+        self._hand(parameter, *more)
+
+    def _finish(self) -> None:
+        """Hand over what is left of a pass, and reduce it."""
+        while self._handed < len(self._order):
+            parameter = self._order[self._handed][0]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+                if parameter.grad.shape != (whole := getattr(parameter, "ds_shape", parameter.shape)):
+                    parameter.grad.data = parameter.new_zeros(whole)  # stage 3 has parted the parameter itself
+            self._hand_next()
+        self._came.clear()
+        self._handed = 0
+        self._reduce()

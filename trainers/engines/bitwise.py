@@ -12,7 +12,7 @@ The argument, link by link:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.bitwise.tree import Growing, Node, dealt, over_ranks
-from isobatch.trainers.engines.gradients import Gradients, gradient_of
-from isobatch.trainers.engines.reducer import OwnStorage, Parts, Reducer
-from isobatch.trainers.engines.root import Found, explain
+from isobatch.trainers.engines.gradients import gradient_of
+from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
 from isobatch.trainers.engines.step_report import Number
+from isobatch.trainers.engines.tree import Growing, Node, dealt, over_ranks
 from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.ranks.world import World
 
@@ -42,28 +41,25 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
     return Bitwise(parts)
 
 
-class Bitwise:
+class Bitwise(Reducer):
     """Gradients are sums over micro-batches, by a tree.
 
     Raises:
         UserError: an operation has no deterministic implementation; after a step: the forward moved a buffer.
     """
 
-    lockstep, trails, mean_over = False, None, 1
-    shares_buffers = True  # they are the same on all ranks, or the run is refused
-
     def __init__(self, parts: Parts) -> None:
-        model, self._world, self._root = parts.model, parts.world, parts.root
+        model, self._world = parts.model, parts.world
         model.to(self._world.device)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False  # it chooses by the clock, among algorithms that round otherwise
         for tensor in chain(model.parameters(), model.buffers()):
             self._world.share(tensor.data)  # the same on all ranks, as DDP makes them
-        self.tuned, self._buffers = parts.make_optimizer(), Buffers(model, self._world)
-        self.storage = OwnStorage(model, self._buffers.remember)
-        self._gradients = Gradients(self.tuned.optimizer)
-        self.observed, self.step, self.drop = self._gradients.parameters, self._gradients.step, self._gradients.drop
-        self._summed = [*parts.riders.parameters, *self.observed]
+        super().__init__(parts, parts.make_optimizer())
+        self.shares_buffers = True  # they are the same on all ranks, or the run is refused
+        self._buffers = Buffers(model, self._world)
+        self.storage = Storage(model, self._buffers.remember)
+        self._summed = [*parts.riders.parameters, *self.parameters]
         self._tree, self._passes = Growing[Sums](), 0
         self._sheets: list[Sheet] = []
         self._wishes = torch.zeros_like(self._summed[0])  # of a rank that has no leaf for them to go with
@@ -72,11 +68,6 @@ class Bitwise:
         assert cut.pieces
         self._cut, self._leaves = cut, cut.pieces
         return nullcontext()
-
-    def forward(self, work: Callable[[], Found]) -> Found:
-        return work()
-
-    call = forward
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -108,7 +99,7 @@ class Bitwise:
             told.wait()
         if count:
             raise self._buffers.error(moved)
-        return self._gradients.norm()
+        return super().reduce()
 
     def _over_ranks(self, mine: Sequence[Sums], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
         """Return the root of the tree, in the first sheet."""
@@ -124,7 +115,7 @@ class Bitwise:
         if "does not have a deterministic implementation" in text:
             problem = f"numerics=bitwise: {text.partition(',')[0]}"
             return UserError(problem, "leave it out, or use numerics=fast", key="numerics", value="bitwise")
-        return explain(text)
+        return super().explain(text)
 
 
 class Buffers:
@@ -156,19 +147,15 @@ class Buffers:
     def error(self, moved: list[str]) -> UserError:
         """Return what to say where some rank has ``moved`` any; called by all ranks."""
         said = next(filter(None, self._world.gather(", ".join(moved[:3]))))  # a rank without samples moves none
-        return UserError(
+        problem = (
             f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank has seen, "
-            "so it isn't the same on any number of processes, and only BatchNorm's statistics are brought together",
-            "use numerics=fast, or a model that doesn't",
-            key="numerics",
-            value="bitwise",
+            "so it isn't the same on any number of processes, and only BatchNorm's statistics are brought together"
         )
+        return UserError(problem, "use numerics=fast, or a model that doesn't", "numerics", "bitwise")
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, layer in self._layers:
-            for name, buffer in layer._buffers.items():
-                if buffer is not None:
-                    yield f"{prefix}.{name}" if prefix else name, buffer
+            yield from layer.named_buffers(prefix, recurse=False)
 
 
 class Sums(list[Tensor]):

@@ -1,0 +1,120 @@
+"""What ``engine=`` chooses from: a YAML in engine/ for each, and a section here for one with keys or limits of its own.
+
+An engine changes nothing of what a run is: neither its identity nor ``optimizer=auto`` depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
+
+from pydantic import Field, create_model, model_validator
+
+from isobatch.conf.groups import OPTIMIZERS
+from isobatch.conf.types import Dtype, Free, Modules, Section, tag
+from isobatch.scaling.errors import UserError
+
+# Those of torch that treat each number by itself, whatever tensor it is in, and keep no state before the first step, as
+# Adagrad does, which DeepSpeed makes anew.
+ELEMENTWISE = tuple(
+    f"torch.optim.{name}"
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "ASGD")
+)
+FLAT = (
+    "its optimizer sees a part of one flat tensor, and only one that treats each number by itself, and begins without "
+    "state, does the same there"
+)
+ALL = ("parameters", "gradients", "optimizer state")
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Describe what an engine can do.
+
+    Attributes:
+        shards: what is in parts, one a rank.
+        offloads: what ``engine.offload=true`` moves to the host's memory.
+        optimizers: that it carries; ``why_not`` says why it doesn't carry the others.
+        custom: targets of ``optimizer=custom`` that it carries; None: all, but for ``not_custom``.
+        bitwise: it carries ``numerics=bitwise``.
+    """
+
+    shards: tuple[str, ...] = ()
+    offloads: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    why_not: str = ""
+    custom: tuple[str, ...] | None = None
+    not_custom: tuple[str, ...] = ()
+    bitwise: bool = False
+
+
+class Engine(Section):
+    """The keys and abilities of an engine without a section of its own.
+
+    Attributes:
+        abilities: of each stage; of an engine without stages a single one.
+    """
+
+    name: str
+    config: Free
+    abilities: ClassVar[tuple[Ability, ...]] = (Ability(),)
+
+
+class DDP(Engine):
+    name: Literal["ddp"]
+    abilities = (Ability(bitwise=True),)
+
+
+class FSDP(Engine):
+    name: Literal["fsdp"]
+    shard: Literal["auto"] | Modules
+    param_dtype: Dtype | None
+    reduce_dtype: Dtype | None
+    offload: bool
+    abilities = (
+        Ability(
+            shards=ALL,
+            offloads=ALL,
+            optimizers=tuple(name for name in OPTIMIZERS if name != "adafactor"),
+            why_not="torch's Adafactor and Rprop don't work on tensors that are in parts",
+            not_custom=("torch.optim.Adafactor", "torch.optim.Rprop"),
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _gradients_are_reduced_as_they_are_computed(self) -> FSDP:
+        if self.reduce_dtype is not None and self.param_dtype is None:
+            problem = f"engine.reduce_dtype={self.reduce_dtype} needs engine.param_dtype, else gradients are fp32"
+            raise UserError(problem, f"give engine.param_dtype={self.reduce_dtype}, too", "engine.reduce_dtype")
+        return self
+
+
+class DeepSpeed(Engine):
+    name: Literal["deepspeed"]
+    stage: Literal[0, 1, 2, 3]
+    offload: bool
+    abilities = (
+        Ability(),
+        *(
+            Ability(ALL[3 - stage :], ALL[2:], ("sgd", "adamw", "custom"), why_not=FLAT, custom=ELEMENTWISE)
+            for stage in (1, 2, 3)
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _what_is_offloaded_is_sharded(self) -> DeepSpeed:
+        if self.offload and self.stage == 0:
+            problem = "engine.offload=true needs engine.stage=1, 2 or 3: at 0 DeepSpeed offloads nothing"
+            raise UserError(problem, "give engine.stage, or leave engine.offload out", "engine.offload")
+        return self
+
+
+_OWN: tuple[type[Engine], ...] = (DDP, FSDP, DeepSpeed)
+_names = sorted({file.stem for file in (Path(__file__).parent / "engine").glob("*.yaml")} - {*map(tag, _OWN)})
+ENGINES = (*_OWN, *(create_model(name, __base__=Engine, name=(Literal[name], ...)) for name in _names))
+
+if TYPE_CHECKING:
+    AnyEngine = Engine
+else:
+    AnyEngine = Annotated[Union[ENGINES], Field(discriminator="name")]  # noqa: UP007  a tuple has no |
