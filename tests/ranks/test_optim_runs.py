@@ -16,7 +16,7 @@ from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.optim.fused import fused
+from isobatch.trainers.optim.make import fused
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim.layerwise import Layerwise

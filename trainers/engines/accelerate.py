@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.engine_config import ALLOWED
 from isobatch.trainers.engines.ddp import DDP
 from isobatch.trainers.engines.reducer import Parts, Reducer
-from isobatch.trainers.model.targets import check_call, import_engine_package, made
+from isobatch.trainers.model.targets import import_engine_package, made
 from isobatch.trainers.ranks.world import World
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
 
-# engine.config may say these only as the plan does (scaling/planning/engine_config.py); the Accelerator is told here.
-OURS = ("cpu", "mixed_precision", "gradient_accumulation_steps", "split_batches", "dynamo_backend")
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # where it wraps a model in DDP, or in nothing
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
@@ -78,31 +76,25 @@ class Keywords:
 
 
 def accelerator(world: World, config: dict[str, Any]) -> Any:
-    """An Accelerator for the ranks that are there, with ``engine.config`` as its keywords.
+    """Return an Accelerator for the ranks that are there, with ``engine.config`` as its keywords.
 
     Raises:
         UserError: it isn't installed, or can't be had so.
     """
     accelerate = import_engine_package("accelerate")
-    check_call("engine.config", "accelerate.Accelerator", accelerate.Accelerator, (), config)
-    theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key not in OURS}
+    # The other keys it has may only say what the plan does.
+    theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key in ALLOWED["accelerate"]}
     for handler in theirs.get("kwargs_handlers") or ():
         _refuse_handler(handler, accelerate.DistributedDataParallelKwargs)
     world.connect()  # it wants a group for a world of one, too
     one_pass = accelerate.utils.GradientAccumulationPlugin(num_steps=1)  # sums are the plan's; else the environment's
     try:
-        found = accelerate.Accelerator(
+        return accelerate.Accelerator(
             **theirs, cpu=world.device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=one_pass,
             dynamo_backend="no",
         )  # fmt: skip
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"accelerate.Accelerator can't be made: {error}", key="engine.config", value=config) from error
-    kind = found.distributed_type.value
-    if kind not in KINDS or found.num_processes != world.size or found.device.type != world.device.type:
-        theirs_is = f"{found.num_processes} processes ({kind}) on {found.device.type}"
-        problem = f"accelerate sees {theirs_is}, and Isobatch {world.size} on {world.device.type}"
-        raise UserError(problem, "use engine=ddp, which reads less of the environment", "engine")
-    return found
 
 
 def _refuse_handler(handler: Any, able: Any) -> None:
@@ -156,7 +148,7 @@ def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool
 
 
 def _fsdp(said: Mapping[str, str]) -> str:
-    """What does here what its environment asks for."""
+    """Return what does here what its environment asks for."""
     version = said.get("FSDP_VERSION", "1")
     asked = ["engine=fsdp"]
     if said.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":

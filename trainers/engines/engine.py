@@ -189,10 +189,9 @@ class Engine:
             RunFailed: no lower loss scale can help.
         """
         if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
-            raise RunFailed(
-                f"loss or gradient isn't finite, and the loss scale of precision=fp16 is at its lowest, "
-                f"{LossScale.LOWEST:g}: try precision=bf16, or a lower learning rate"
-            )
+            lowest = f"the loss scale of precision=fp16 is at its lowest, {LossScale.LOWEST:g}"
+            fix = "try precision=bf16, or a lower learning rate"
+            raise RunFailed(f"loss or gradient isn't finite, and {lowest}: {fix}")
         self._reducer.drop()
         self._riders.settle(keep=False)
         for name, buffer in self.model.named_buffers():

@@ -25,7 +25,6 @@ from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES
-from isobatch.trainers.model.targets import check_call
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import sharded
@@ -133,18 +132,18 @@ def shard(root: Root, config: isobatch.conf.engines.FSDP, world: World) -> Root:
     """
     computed = DTYPES.get(config.param_dtype or "")
     reduced = DTYPES.get(config.reduce_dtype or "", torch.float32 if computed else None)
-    options: dict[str, Any] = {
+    options = {
         "mesh": init_device_mesh(world.device.type, (world.size,)),
         # inputs are cast by autocast, which knows what may be
         "mp_policy": MixedPrecisionPolicy(computed, reduced, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
         "ignored_params": {p for p in root.parameters() if not partable(p)},
+        **config.config,
     }
-    check_call("engine.config", "fully_shard", fully_shard, (root,), {**options, **config.config})
     chosen = (*groups(root.model, config.shard), root)
     refuse_mixed(chosen)
     for module in chosen:
-        fully_shard(module, **{**options, **config.config})  # type: ignore[call-overload]
+        fully_shard(module, **options)  # type: ignore[call-overload]
     for one in sharded_modules(root):
         one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
         if world.size > 1:  # by 1 it would divide, too
@@ -185,7 +184,7 @@ class Reduce(Recorded, DefaultReduceScatter): ...
 
 
 def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
-    """The modules whose parameters are gathered together, inner ones first; what is left goes with the root.
+    """Return the modules whose parameters are gathered together, inner ones first; the rest goes with the root.
 
     Args:
         shard: patterns of their names; ``auto``: the elements of the outermost ModuleLists.
@@ -213,7 +212,7 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
 
 
 def refuse_mixed(modules: Iterable[nn.Module]) -> None:
-    """Raises UserError where a group's gradients, which are reduced as one, have several dtypes."""
+    """Raise UserError where a group's gradients, which are reduced as one, have several dtypes."""
     seen = set[nn.Parameter]()
     for module in modules:
         own = [p for p in module.parameters() if p.requires_grad and partable(p) and p not in seen]
@@ -225,7 +224,7 @@ def refuse_mixed(modules: Iterable[nn.Module]) -> None:
 
 
 def partable(parameter: Tensor) -> bool:
-    """Whether FSDP takes it: what has no dimensions, or no elements, all ranks have whole."""
+    """Return whether FSDP takes it: what has no dimensions, or no elements, all ranks have whole."""
     return parameter.ndim > 0 and parameter.numel() > 0
 
 

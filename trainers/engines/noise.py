@@ -34,7 +34,8 @@ class GradientSquares:
         norms: list[Tensor] = []
 
         def note(gradient: Tensor) -> None:
-            norms.append(torch.linalg.vector_norm(gradient, dtype=_wide(gradient)))
+            wide = torch.float32 if gradient.dtype.itemsize < 4 else None
+            norms.append(torch.linalg.vector_norm(gradient, dtype=wide))
 
         hooks = [p.register_hook(note) for p in parameters if p.requires_grad and samples]
         try:
@@ -42,7 +43,8 @@ class GradientSquares:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._by_pass.append(torch.stack(norms).double().square().sum() / samples if norms else self._nothing())
+        nothing = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        self._by_pass.append(torch.stack(norms).double().square().sum() / samples if norms else nothing)
 
     def take(self, cut: Cut) -> Tensor | None:
         """Return the sum over a step that is cut so, 0-dim float64, the same on all ranks; None: nothing was measured.
@@ -59,10 +61,3 @@ class GradientSquares:
         rows = everyone.view(self._world.size, -1)
         filled = [sum(start < stop for start, stop in cut.passes(rank)) for rank in range(self._world.size)]
         return torch.cat([row[:count] for row, count in zip(rows, filled, strict=True)]).sum()
-
-    def _nothing(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self._world.device)
-
-
-def _wide(gradient: Tensor) -> torch.dtype | None:
-    return torch.float32 if gradient.dtype.itemsize < 4 else None

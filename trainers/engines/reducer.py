@@ -192,9 +192,6 @@ class Reducer:
         """Return what to say for an error of a forward or a backward, by its text; None: nothing better."""
         if "Expected more than 1 value per channel" not in text:
             return None
-        return UserError(
-            "BatchNorm has no statistics of a single sample, which a micro-batch is here",
-            "use a larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost batchnorm.ghost_size=N, which "
-            "takes them from N samples on any hardware",
-            key="batch.per_gpu",
-        )
+        problem = "BatchNorm has no statistics of a single sample, which a micro-batch is here"
+        ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N, which takes them from N samples on any hardware"
+        return UserError(problem, f"use a larger batch.per_gpu or batch.global_size, or {ghosts}", "batch.per_gpu")

@@ -35,12 +35,12 @@ Sum = TypeVar("Sum", bound=Added)
 
 
 def middle(node: Node) -> int:
-    """Where its right half begins."""
+    """Return where its right half begins."""
     return node[0] + (node[1] - node[0] + 1) // 2
 
 
 def halves(left: Node, right: Node, leaves: int) -> bool:
-    """Whether they are the halves of a node of the tree over ``leaves``."""
+    """Return whether they are the halves of a node of the tree over ``leaves``."""
     wanted, node = (left[0], right[1]), (0, leaves)
     while node != wanted:
         split = middle(node)
@@ -51,7 +51,7 @@ def halves(left: Node, right: Node, leaves: int) -> bool:
 
 
 def nodes_in(block: range, node: Node) -> Iterator[Node]:
-    """The largest nodes, of those from ``node`` down, that lie in ``block``."""
+    """Yield the largest nodes, of those from ``node`` down, that lie in ``block``."""
     if node[1] <= block.start or block.stop <= node[0] or not block:
         return
     if block.start <= node[0] and node[1] <= block.stop:
@@ -63,7 +63,7 @@ def nodes_in(block: range, node: Node) -> Iterator[Node]:
 
 @lru_cache
 def dealt(cut: Cut) -> tuple[tuple[Node, ...], ...]:
-    """The nodes that each rank adds up by itself."""
+    """Return the nodes that each rank adds up by itself."""
     assert cut.pieces
     return tuple(tuple(nodes_in(cut.block(rank), (0, cut.pieces))) for rank in range(cut.world))
 
@@ -101,7 +101,7 @@ def over_ranks(mine: Sequence[Tensor], held: Sequence[Sequence[Node]], leaves: i
 
 
 def added(node: Node, found: Mapping[Node, Sum]) -> Sum:
-    """A node, in place, of those below it that were found."""
+    """Return a node, added up in place from those below it that were found."""
     if node in found:
         return found[node]
     left, right = (added(half, found) for half in ((node[0], middle(node)), (middle(node), node[1])))

@@ -7,7 +7,6 @@ After the step all ranks move their running statistics alike, once, by the mean 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.modes import Modes
-from isobatch.trainers.model.over_ranks import normalise_over_ranks, wide
+from isobatch.trainers.model.over_ranks import normalise_over_ranks
+from isobatch.trainers.model.precision import widened
 from isobatch.trainers.model.randomness import Stream
 
 FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
@@ -92,11 +92,9 @@ class _Instead(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if not self._used and error[0] is None:
-            raise UserError(
-                f"batchnorm.mode doesn't reach {self._layer.name}, a {type(self._layer).__bases__[1].__name__}: its "
-                "forward doesn't call torch.nn.functional.batch_norm",
-                key="batchnorm.mode",
-            )
+            layer = f"{self._layer.name}, a {type(self._layer).__bases__[1].__name__}"
+            problem = f"batchnorm.mode doesn't reach {layer}: its forward doesn't call torch.nn.functional.batch_norm"
+            raise UserError(problem, key="batchnorm.mode")
 
 
 class Ghosts(Counting):
@@ -110,10 +108,10 @@ class Ghosts(Counting):
 
     def normalised(self, input: Tensor) -> Tensor:
         rows, samples = len(input), self.stream.samples
-        if not samples or rows % samples:
-            self.stream.tell(f"the rows of BatchNorm layer {self.name or 'model'} aren't a multiple of the samples")
-            return self.in_parts(input, rows)
-        return self.in_parts(input, rows // samples * self.ghost_size)
+        if samples and rows % samples == 0:
+            return self.in_parts(input, rows // samples * self.ghost_size)
+        self.stream.tell(f"the rows of BatchNorm layer {self.name or 'model'} aren't a multiple of the samples")
+        return self.in_parts(input, rows)
 
 
 class Synced(Counting):
@@ -124,7 +122,6 @@ class Synced(Counting):
     def normalised(self, input: Tensor) -> Tensor:
         if self.ranks == 1:
             return self.in_parts(input, len(input))
-        output: Tensor
         output, statistics = normalise_over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
         self.tell(statistics)  # all ranks the same, which their mean is, too
         return output
@@ -137,12 +134,13 @@ class Statistics:
         layers: that keep some; at least one.
     """
 
-    def __init__(self, layers: list[Counting], device: torch.device) -> None:
-        self._layers, self._found = layers, list[Tensor]()
+    def __init__(self, layers: list[Any], device: torch.device) -> None:
+        self._layers = layers
         for layer in layers:
             layer.groups = torch.zeros((), device=device)
-            layer.found = torch.zeros(2, layer.num_features, device=device, dtype=_width_of(layer))
-            self._found.append(layer.found)
+            dtype = widened(layer.running_mean).dtype
+            layer.found = torch.zeros(2, layer.num_features, device=device, dtype=dtype)
+        self._found: list[Tensor] = [layer.found for layer in layers]
         self._momentum = torch.tensor([layer.momentum or 0.0 for layer in layers], device=device)
         self._cumulative = torch.tensor([layer.momentum is None for layer in layers], device=device)
         self._widths = torch.tensor([found.numel() for found in self._found], device=device)
@@ -167,8 +165,8 @@ class Statistics:
         groups, found = self.sums.grad.split([len(self._layers), len(self.sums) - len(self._layers)])
         any_there = groups > 0
         self.sums.grad = None
-        counts = _there(layer.num_batches_tracked for layer in self._layers)
-        buffers = _there(buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var))
+        counts = [layer.num_batches_tracked for layer in self._layers]
+        buffers = [buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var)]
         tracked = torch.stack(counts) + any_there
         momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * any_there
         means = found / self._each(torch.where(any_there, groups, 1.0))
@@ -181,14 +179,6 @@ class Statistics:
         return values.repeat_interleave(self._widths, output_size=len(self.sums) - len(self._layers))
 
 
-def _width_of(layer: Counting) -> torch.dtype:
-    return torch.float32 if layer.running_mean is None else wide(layer.running_mean).dtype
-
-
-def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
 def settled(model: nn.Module) -> bool:
     """Whether every buffer of ``model`` is one that is moved alike on all ranks."""
     layers = [layer for layer in model.modules() if isinstance(layer, Counting)]
@@ -196,7 +186,7 @@ def settled(model: nn.Module) -> bool:
 
 
 def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
-    """For the layers of ``model``, on ``device`` already, that keep running statistics; None where there are none."""
+    """Return those of the layers that keep running statistics, on ``device`` already; None where none does."""
     layers = [layer for layer in model.modules() if isinstance(layer, Counting) and layer.running_mean is not None]
     return Statistics(layers, device) if layers else None
 
@@ -206,10 +196,8 @@ def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, s
 
     Those that stay in eval mode are left as they are.
     """
-    kind: type[Counting] = Synced
-    state: dict[str, Any] = {"found": None, "ranks": ranks}
-    if mode == "ghost":
-        kind, state = Ghosts, {"found": None, "ghost_size": ghost_size, "stream": stream}
+    kind = Ghosts if mode == "ghost" else Synced
+    state: dict[str, Any] = {"found": None, "ranks": ranks, "ghost_size": ghost_size, "stream": stream}
     frozen = Modes(model)
     for name, module in model.named_modules() if mode else ():
         if isinstance(module, _BatchNorm) and module not in frozen:

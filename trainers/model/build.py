@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
-    """What in ``model``, in the mode that it is in, makes training depend on the cut, as far as its modules tell."""
+    """Return what in ``model``, in its mode, makes training depend on the cut, as far as its modules tell."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Counting) and m.training]
     statistics = f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: batchnorm.mode=ghost "
     dropping = [
@@ -40,7 +40,7 @@ def dependent_on_cut(model: nn.Module) -> list[str]:
 
 
 def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:
-    """``model`` as it is trained: what of it follows the sample does, and it is computed as the config says. In place.
+    """Make ``model``, in place, follow the samples as far as it can, and be computed as the config says; return it.
 
     Raises:
         UserError: ``recompute`` matches no module, or there is no compiler.
@@ -63,12 +63,8 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
 def _want_compiler(device: torch.device) -> None:
     names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if not any(map(which, names)):
-        raise UserError(
-            f"compile=true needs the compiler {names[0]}, which isn't here",
-            "install it, or leave compile out",
-            key="compile",
-            value=True,
-        )
+        problem = f"compile=true needs the compiler {names[0]}, which isn't here"
+        raise UserError(problem, "install it, or leave compile out", "compile", True)
 
 
 def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False) -> None:
@@ -87,7 +83,7 @@ def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False)
 
 
 def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """The modules of ``model`` whose names one of ``patterns`` matches, in the order in which they are registered.
+    """Return the modules of ``model`` whose names one of ``patterns`` matches, in the order of their registration.
 
     Args:
         key: of the config, for errors.
@@ -100,9 +96,8 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
     for pattern in (pattern for pattern, names in matched.items() if not names):
         parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
         near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
-        raise UserError(
-            f"{key}={pattern} is the name of no module of the model", f"did you mean {' or '.join(near)}?", key, pattern
-        )
+        fix = f"did you mean {' or '.join(near)}?"
+        raise UserError(f"{key}={pattern} is the name of no module of the model", fix, key, pattern)
     wanted = {name for names in matched.values() for name in names}
     return {name: module for name, module in modules.items() if name in wanted}
 
@@ -114,7 +109,7 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether it has a forward; a ModuleList has none."""
+    """Return whether it has a forward; a ModuleList has none."""
     return type(module).forward is not nn.Module.forward
 
 
@@ -126,7 +121,7 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:
-    """The tensors of the model's state_dict by their names; those that share all of their memory are together."""
+    """Return the model's state_dict in groups: tensors that share all of their memory are together."""
     groups: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
@@ -136,7 +131,7 @@ def tied(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; what has several names by the first of them.
+    """Return parameters and persistent buffers; what has several names by the first of them.
 
     Raises:
         UserError: the model's state has what isn't a tensor.

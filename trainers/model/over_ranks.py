@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isobatch.trainers.model.precision import widened
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def normalise_over_ranks(
@@ -27,11 +29,6 @@ def normalise_over_ranks(
     return output, statistics
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in at least 32 bits."""
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
-
-
 class _OverRanks(torch.autograd.Function):
     """The ranks' means and sums of squares about them are combined as in Chan et al. 1979 ("Updating Formulae and a
     Pairwise Algorithm for Computing Sample Variances"): a difference of sums would cancel.
@@ -41,7 +38,7 @@ class _OverRanks(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: int
     ) -> tuple[Tensor, Tensor]:
-        x = wide(input)
+        x = widened(input)
         mean, squares, count = _combined(x, ranks)
         scale = torch.rsqrt(squares / count + eps)
         ctx.save_for_backward(input, weight, mean.to(x), scale.to(x), count.to(x))
@@ -55,7 +52,7 @@ class _OverRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         entered, weight, mean, scale, count = ctx.saved_tensors
-        x, g = wide(entered), wide(grad)
+        x, g = widened(entered), widened(grad)
         unit = (x - _along(mean, x)) * _along(scale, x)
         own = torch.stack((g.sum(_but_channels(g)), (g * unit).sum(_but_channels(g))))
         sums = own / count
@@ -67,7 +64,7 @@ class _OverRanks(torch.autograd.Function):
 
 
 def _combined(x: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squares about it (both [C]) and number of the values of all ranks, float64."""
+    """Return mean, sum of squares about it (both [C]) and number of the values of all ranks, float64."""
     channels, count = x.shape[1], x.numel() // x.shape[1]
     mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if count:  # a rank that has no values takes part with zeros

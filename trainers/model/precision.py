@@ -35,22 +35,19 @@ class LossScale:
         return float(self.state[0])
 
     def kept(self) -> None:
-        """A step was finite."""
-        factor, steps = self.state.tolist()
-        grows = steps + 1 == self.PATIENCE
-        self._set(factor * 2 if grows else factor, 0 if grows else steps + 1)
+        """Count a step that was finite; raise the factor after PATIENCE of them."""
+        self.state[1] += 1
+        if self.state[1] == self.PATIENCE:
+            self.state.copy_(torch.tensor([self.factor * 2, 0]))
 
     def lower(self) -> bool:
-        """A step wasn't finite. False where the factor can't be lower: then it isn't to blame."""
+        """Lower the factor, as a step wasn't finite; False: it can't be lower, and so isn't to blame."""
         if self.factor <= self.LOWEST:
             return False
-        self._set(self.factor / 2, 0)
+        self.state.copy_(torch.tensor([self.factor / 2, 0]))
         return True
 
-    def _set(self, *numbers: float) -> None:
-        self.state.copy_(torch.tensor(numbers))
 
-
-def widened(loss: Tensor) -> Tensor:
-    """A loss of fewer bits in fp32: what it is divided by would be rounded, otherwise on each number of ranks."""
-    return loss.float() if loss.dtype.itemsize < 4 else loss
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in at least 32 bits: sums of fewer are rounded, otherwise on each number of ranks."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -13,6 +13,8 @@ from typing import Any
 
 from isobatch.scaling.errors import UserError
 
+DOTTED = "write one such as my_package.my_module.MyClass"
+
 
 def locate(key: str, target: str) -> Any:
     """Import the object that ``target`` names; ``key`` is the config key, for errors.
@@ -24,9 +26,7 @@ def locate(key: str, target: str) -> Any:
     """
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(
-            f"{key}={target} is no dotted path", "write one such as my_package.my_module.MyClass", key, target
-        )
+        raise UserError(f"{key}={target} is no dotted path", DOTTED, key, target)
     try:
         module: Any = importlib.import_module(module_name)
     except Exception as error:
@@ -115,12 +115,7 @@ def made(key: str, value: Any) -> Any:
         return found
     target = value["_target_"]
     if not isinstance(target, str):
-        raise UserError(
-            f"{key}._target_={target!r} is no dotted path",
-            "write one such as my_package.my_module.MyClass",
-            f"{key}._target_",
-            target,
-        )
+        raise UserError(f"{key}._target_={target!r} is no dotted path", DOTTED, f"{key}._target_", target)
     factory = _factory(key, target)
     check_call(key, target, factory, (), args)
     return factory(**found)

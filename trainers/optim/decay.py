@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,15 +73,8 @@ def _is_length(modules: dict[str, nn.Module], name: str) -> bool:
 
 def _own_names(model: Any) -> set[str]:
     names = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()
-    if isinstance(names, str) or not _all_text(names):
-        raise UserError(
-            f"model.no_weight_decay() returned {names!r:.100}", "return the names of parameters, say {'pos_embed'}"
-        )
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    if not several or not all(isinstance(name, str) for name in names):
+        problem = f"model.no_weight_decay() returned {names!r:.100}"
+        raise UserError(problem, "return the names of parameters, say {'pos_embed'}")
     return set(names)
-
-
-def _all_text(names: Any) -> bool:
-    try:
-        return all(isinstance(name, str) for name in names)
-    except TypeError:
-        return False

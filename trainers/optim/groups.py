@@ -64,33 +64,29 @@ def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
     if (own := task.param_groups(model)) is not None:
         groups = list(own)
         if not all(isinstance(group, dict) and "params" in group for group in groups):
-            raise UserError(
-                "task.param_groups doesn't return a list of groups", "return [{'params': [...], 'lr': 0.1}, ...]"
-            )
+            problem = "task.param_groups doesn't return a list of groups"
+            raise UserError(problem, "return [{'params': [...], 'lr': 0.1}, ...]")
         groups = [{**group, "params": list(group["params"])} for group in groups]
         covered = {id(parameter) for group in groups for parameter in group["params"]}
         if left_out := [name for name, parameter in trainable.items() if id(parameter) not in covered]:
-            raise UserError(
-                f"task.param_groups leaves out {', '.join(left_out[:SHOWN])}{' …' * (len(left_out) > SHOWN)}",
-                "put them into a group, or set requires_grad=False to freeze them",
-            )
+            problem = f"task.param_groups leaves out {', '.join(left_out[:SHOWN])}{' …' * (len(left_out) > SHOWN)}"
+            raise UserError(problem, "put them into a group, or set requires_grad=False to freeze them")
         # frozen ones would be moved by weight decay and momentum
         groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
         return [group for group in groups if group["params"]]
-    without = undecayed(model)
-    decayed = [parameter for parameter in trainable.values() if parameter not in without]
-    exempt = [parameter for parameter in trainable.values() if parameter in without]
-    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    without, every = undecayed(model), trainable.values()
+    groups = [{"params": [parameter for parameter in every if parameter not in without]}]
+    groups += [{"params": [parameter for parameter in every if parameter in without], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def are_groups(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     """Return whether `value` is what a checkpoint has as the groups of an optimizer."""
-    return isinstance(value, list) and all(isinstance(group, dict) and _names(group.get("params")) for group in value)
+    return _list_of(dict, value) and all(_list_of(str, group.get("params")) for group in value)
 
 
-def _names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
 
 
 def same(stored: Groups, groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> bool:
@@ -104,7 +100,7 @@ def same(stored: Groups, groups: list[dict[str, Any]], names: Mapping[Tensor, st
         return params, bool(group.get("muon")), decays and group.get("weight_decay") == 0
 
     then = [kind(group, group["params"]) for group in stored]
-    return not stored or then == [kind(group, _named(group, names)) for group in groups]
+    return not stored or then == [kind(group, [names.get(p, "") for p in group["params"]]) for group in groups]
 
 
 def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
@@ -135,11 +131,7 @@ def moved(groups: list[dict[str, Any]], kept: list[dict[str, Any]], names: Mappi
 
 def _treatment(groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> dict[str, tuple[bool, bool]]:
     return {
-        name: (bool(group.get("muon")), group.get("weight_decay") == 0)
+        names.get(parameter, ""): (bool(group.get("muon")), group.get("weight_decay") == 0)
         for group in groups
-        for name in _named(group, names)
+        for parameter in group["params"]
     }
-
-
-def _named(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str]:
-    return [names.get(parameter, "") for parameter in group["params"]]

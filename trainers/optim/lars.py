@@ -60,19 +60,14 @@ class LARS(Layerwise):
     ) -> None:
         eps = variant.get("eps", PAPER["eps"])
         if not (lr >= 0 and trust_coefficient > 0 and weight_decay >= 0 and eps >= 0 and 0 <= momentum < 1):
-            raise ValueError(
-                f"{lr=}, {weight_decay=} and {eps=} have to be 0 or more, {trust_coefficient=} above 0, and "
-                f"{momentum=} in [0, 1)"
-            )
-        defaults = {
-            "lr": lr, "momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": weight_decay,
-        }  # fmt: skip
-        super().__init__(params, {**defaults, **PAPER}, variant, native)
+            positive = f"{lr=}, {weight_decay=} and {eps=} have to be 0 or more, {trust_coefficient=} above 0"
+            raise ValueError(f"{positive}, and {momentum=} in [0, 1)")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **PAPER}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient}, variant, native)
 
     def _update(self, group: dict[str, Any], part: Part) -> None:
-        lr, momentum, decay, c, eps = (
-            float(group[key]) for key in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
-        )
+        names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+        lr, momentum, decay, c, eps = (float(group[name]) for name in names)
         c, most = (c / lr if lr else math.inf, 1.0) if group["trust_clip"] else (c, math.inf)
         inner, outer = (lr, 1.0) if group["scaled_momentum"] else (1.0, lr)
         adapt = bool(group["trust"] or group["always_adapt"])

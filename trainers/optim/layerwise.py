@@ -148,10 +148,11 @@ class Layerwise(Optimizer):
         who = type(self).__name__
         assert parameter.grad is not None
         if parameter.grad.layout != torch.strided:
-            raise UserError(
-                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse",
-                "give its nn.Embedding sparse=False, or use optimizer=custom optimizer._target_=torch.optim.SparseAdam",
+            problem = (
+                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse"
             )
+            other = "optimizer=custom optimizer._target_=torch.optim.SparseAdam"
+            raise UserError(problem, f"give its nn.Embedding sparse=False, or use {other}")
         if parameter.is_complex():
             raise UserError(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")
 

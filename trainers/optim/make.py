@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.targets import build, locate
-from isobatch.trainers.optim.fused import fused
 from isobatch.trainers.optim.groups import Groups, groups_for
+from isobatch.trainers.optim.layerwise import Layerwise
+from isobatch.trainers.tensors.sharding import sharded
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -76,17 +77,32 @@ def make_optimizer(
 
 def _construct(cls: Any, chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
     told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
+    optimizer: Optimizer
     if cls is None:
         args = {**told, **chosen.args}
-        return cast(Optimizer, build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer))
+        optimizer = build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer)
+        return optimizer
     own = chosen.model_dump(exclude={"name", "family", "usual", "args", "weight_decay"})
     args = {**told, **own, **_moments(recipe), **chosen.args}
     if "fused" in inspect.signature(cls).parameters:
         return fused(cls, groups, args)
     optimizer = cls(groups, **args)
-    if hasattr(optimizer, "agree"):
+    if isinstance(optimizer, Layerwise):
         optimizer.agree()
-    return cast(Optimizer, optimizer)
+    return optimizer
+
+
+def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
+    """Return an optimizer of torch's, with its fused kernel where `args` don't choose and there is one."""
+    # that of torch 2.13 for SGD can't do DTensors, and leaves 16-bit numbers on the CPU as they are (pytorch #191763)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    unfused = cls is SGD and any(sharded(p) or (p.is_cpu and p.dtype.itemsize < 4) for p in parameters)
+    if "fused" in args or "foreach" in args or unfused:
+        return cls(groups, **args)
+    try:
+        return cls(groups, **args, fused=True)  # type: ignore[call-arg]
+    except RuntimeError:  # this device has no fused kernel
+        return cls(groups, **args)
 
 
 def _moments(recipe: Recipe) -> dict[str, Any]:

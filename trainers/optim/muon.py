@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.optim.decay import gains_and_biases
-from isobatch.trainers.optim.fused import fused
+from isobatch.trainers.optim.make import fused
 from isobatch.trainers.tensors.sharding import gathered, keep, sharded
 
 

@@ -40,12 +40,9 @@ def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
             raise UserError(f"the optimizer {who} keeps state of what is no parameter of the model")
         for key, value in state.items():
             if not in_one_part(value):
-                raise UserError(
-                    f"the optimizer {who} keeps a {key} of {names[parameter]} that isn't in parts as the parameter is "
-                    f"({value.placements}), which a checkpoint can't hold",
-                    "use engine=ddp",
-                    key="engine",
-                )
+                what = f"a {key} of {names[parameter]} that isn't in parts as the parameter is ({value.placements})"
+                problem = f"the optimizer {who} keeps {what}, which a checkpoint can't hold"
+                raise UserError(problem, "use engine=ddp", "engine")
             (tensors if isinstance(value, Tensor | Part) else values)[f"optim/{names[parameter]}/{key}"] = value
     values[GROUPS] = [_stored_group(group, names) for group in optimizer.param_groups]
     if more := {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}:
@@ -75,11 +72,9 @@ def restore_optimizer(
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     then, now = reader.values[GROUPS], [_stored_group(group, names) for group in optimizer.param_groups]
     if [was["params"] for was in then] != [group["params"] for group in now]:
-        raise UserError(
-            f"the optimizer's parameters were in groups of {_sizes(then)} when the checkpoint was saved, and now in "
-            f"groups of {_sizes(now)}, or others are in them",
-            "was the task or the model changed?",
-        )
+        before = f"the optimizer's parameters were in groups of {_sizes(then)} when the checkpoint was saved"
+        problem = f"{before}, and now in groups of {_sizes(now)}, or others are in them"
+        raise UserError(problem, "was the task or the model changed?")
     if more := reader.values.get(MORE):
         optimizer.load_state_dict({**optimizer.state_dict(), **more})
     for group, was in zip(optimizer.param_groups, then, strict=True):
@@ -140,8 +135,8 @@ def _alike(was: Any, now: Any) -> bool:
 
 def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
     """A group's hyperparameters, its tuples as lists, and the names of its parameters."""
-    what = {key: value for key, value in group.items() if key not in KERNELS}
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in what.items()}
+    told = {key: value for key, value in group.items() if key not in KERNELS}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
     return plain | {"params": [names[parameter] for parameter in group["params"]]}
 
 

@@ -24,14 +24,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
 from isobatch.trainers.tensors.names import file_of, followed
 from isobatch.trainers.tensors.tensorfile import Damaged as Damaged
-from isobatch.trainers.tensors.tensorfile import (
-    Dtype,
-    Size,
-    entries,
-    of_kind,
-    sha256,
-    strict,
-)
+from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, of_kind, sha256, strict
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -202,9 +195,8 @@ def _check_position(header: Header) -> None:
 
 def _check_tensors(content: _Content) -> None:
     """Raise Damaged unless every tensor is there once, from its first element to its last, in files of the ranks."""
-    if sorted(content.files) != [file_of(rank) for rank in range(len(content.files))] or (
-        len(content.files) != content.world_size
-    ):
+    count = len(content.files)
+    if count != content.world_size or sorted(content.files) != [file_of(rank) for rank in range(count)]:
         raise Damaged(f"its files aren't {file_of(0)} to {file_of(content.world_size - 1)}, those of its ranks")
     for name, stored in content.tensors.items():
         end = 0

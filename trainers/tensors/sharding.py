@@ -55,7 +55,7 @@ class Part:
 
 
 def sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor or a Part."""
+    """Return whether it is a DTensor or a Part."""
     return hasattr(tensor, "to_local")
 
 
@@ -75,12 +75,12 @@ def copied(tensor: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """The tensor on all ranks, which have to call this alike."""
+    """Return the tensor on all ranks, which have to call this alike."""
     return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())
 
 
 def in_one_part(tensor: Any) -> bool:
-    """Whether a rank's part of it is a range of the flattened tensor, as checkpoints have them."""
+    """Return whether a rank's part of it is a range of the flattened tensor, as checkpoints have them."""
     return not sharded(tensor) or isinstance(tensor, Part) or all(one.is_shard(0) for one in tensor.placements)
 
 
@@ -123,9 +123,8 @@ def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[S
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         # an element belongs to the rank in whose part its first byte lies
-        start, stop = (
-            min(tensor.numel(), max(0, -((begin - bound) // tensor.element_size()))) for bound in (first, last)
-        )
+        size, count = tensor.element_size(), tensor.numel()
+        start, stop = (min(count, max(0, -((begin - bound) // size))) for bound in (first, last))
         if start < stop or (tensor.numel() == 0 and rank == 0):
             yield Slice(name, tuple(tensor.shape), start, tensor.detach().reshape(-1)[start:stop])
 
@@ -137,7 +136,7 @@ def fill(tensor: Tensor, reader: Reader, name: str) -> None:
 
 
 def read_like(parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-    """What a checkpoint has as ``name``, on ``device``; sharded as ``parameter`` where it has its shape."""
+    """Return what a checkpoint has as ``name``, on ``device``; sharded as ``parameter`` where it has its shape."""
     stored = reader.tensors[name]
     if stored.shape != parameter.shape:
         return reader.whole(name).to(device)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from isobatch.trainers.tensors.manifest import Checkpoint, Stored
+from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tensors.names import file_of
 from isobatch.trainers.tensors.tensorfile import CHUNK_BYTES, TORCH_NAMES, Damaged, Entry, entries, header_text
 
@@ -77,14 +77,9 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
                     unsynced = 0
                 beat()
         _flush(file)
-    return {
-        "bytes": len(header) + sum(piece.data.nbytes for piece in pieces),
-        "sha256": digest.hexdigest(),
-        "slices": {
-            piece.name: [dtypes[piece.name], list(piece.shape), piece.start, piece.start + piece.data.numel()]
-            for piece in pieces
-        },
-    }
+    found = {p.name: [dtypes[p.name], list(p.shape), p.start, p.start + p.data.numel()] for p in pieces}
+    length = len(header) + sum(piece.data.nbytes for piece in pieces)
+    return {"bytes": length, "sha256": digest.hexdigest(), "slices": found}
 
 
 def name_of(dtype: torch.dtype, tensor: str) -> str:
@@ -131,17 +126,10 @@ class Reader:
     """
 
     def __init__(self, checkpoint: Checkpoint, beat: Callable[[], None] = lambda: None) -> None:
-        self._checkpoint, self._beat = checkpoint, beat
+        self._path, self._beat = checkpoint.path, beat
+        self.tensors, self.values = checkpoint.tensors, checkpoint.values
         self._headers: dict[str, dict[str, Entry]] = {}
         self._open: dict[str, BinaryIO] = {}
-
-    @property
-    def tensors(self) -> dict[str, Stored]:
-        return self._checkpoint.tensors
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return self._checkpoint.values
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of the flattened tensor, 1-D on the CPU.
@@ -179,7 +167,7 @@ class Reader:
         if name not in self._open:
             if len(self._open) == OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[name] = open(self._checkpoint.path / name, "rb")  # noqa: SIM115
+            self._open[name] = open(self._path / name, "rb")  # noqa: SIM115
             if name not in self._headers:
                 self._headers[name] = entries(self._open[name], name)
         return self._open[name]
