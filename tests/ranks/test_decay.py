@@ -13,7 +13,7 @@ import isobatch.trainers.optim.groups
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.batchnorm import swap_batchnorm
 from isobatch.trainers.model.randomness import Stream
-from isobatch.trainers.optim.decay import undecayed
+from isobatch.trainers.optim.groups import undecayed
 from tests.ranks.test_optim_runs import names_by, optimizer_of
 from tests.support.harness import Runs, distance
 from tests.support.tasks import Counted

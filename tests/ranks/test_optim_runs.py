@@ -16,11 +16,10 @@ from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.optim.make import fused
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
 from isobatch.trainers.optim.layerwise import Layerwise
-from isobatch.trainers.optim.make import Tuned, make_optimizer
+from isobatch.trainers.optim.make import Tuned, fused, make_optimizer
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
 from tests.support.harness import Run, Runs, distance, in_ranks

@@ -19,7 +19,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.checkpoints.weights import find, initialise, load_average
-from isobatch.trainers.model.average import Average
+from isobatch.trainers.engines.state import Average
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from tests.ranks.test_parts import ALONE

@@ -25,8 +25,8 @@ from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.engines.ddp import DDP
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.reducer import Parts
+from isobatch.trainers.engines.state import Average
 from isobatch.trainers.loop.evaluate import Evaluator
-from isobatch.trainers.model.average import Average
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.ranks.session import Session, Start

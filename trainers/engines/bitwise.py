@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.gradients import gradient_of
-from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
+from isobatch.trainers.engines.reducer import Parts, Reducer, Storage, gradient_of
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.engines.tree import Growing, Node, dealt, over_ranks
 from isobatch.trainers.model.batchnorm import Counting

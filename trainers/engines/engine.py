@@ -12,9 +12,8 @@ from torch import Tensor
 
 from isobatch.scaling.geometry import Cut
 from isobatch.scaling.rules import Recipe
-from isobatch.trainers.engines.gradients import clipped, number
 from isobatch.trainers.engines.noise import GradientSquares
-from isobatch.trainers.engines.reducer import Found, Parts, Reducer
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer, clipped, number
 from isobatch.trainers.engines.state import State
 from isobatch.trainers.engines.step_report import Note, Number, Total, Update
 from isobatch.trainers.model.precision import LossScale, autocast

@@ -19,9 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.gradients import gradient_of, norm_of, number
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root, gradient_of, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.optim.decay import gains_and_biases
+from isobatch.trainers.optim.groups import gains_and_biases
 from isobatch.trainers.optim.make import fused
 from isobatch.trainers.tensors.sharding import gathered, keep, sharded
 

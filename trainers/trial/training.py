@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from isobatch.scaling.geometry import Cut, counted
-from isobatch.trainers.engines.gradients import norm_of
+from isobatch.trainers.engines.reducer import norm_of
 from isobatch.trainers.ranks.failure import is_oom
 from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.trial.additivity import Draw, Verdict, judge

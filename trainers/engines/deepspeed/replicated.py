@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.scaling.planning.engine_config import PRECISIONS
-from isobatch.trainers.engines.gradients import multiply
-from isobatch.trainers.engines.reducer import Found, Parts, Reducer
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer, multiply
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.build import place_buffers
 from isobatch.trainers.model.targets import import_engine_package

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.deepspeed.flat import FlatStorage
 from isobatch.trainers.engines.deepspeed.replicated import Replicated
-from isobatch.trainers.engines.gradients import gradient_of, multiply, norm_of, number
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Parts
+from isobatch.trainers.engines.reducer import Parts, gradient_of, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
