@@ -50,15 +50,11 @@ class Ability:
 
 
 class Engine(Section):
-    """The keys and abilities of an engine without a section of its own.
-
-    Attributes:
-        abilities: of each stage; of an engine without stages a single one.
-    """
+    """The keys and abilities of an engine without a section of its own."""
 
     name: str
     config: Free
-    abilities: ClassVar[tuple[Ability, ...]] = (Ability(),)
+    abilities: ClassVar[tuple[Ability, ...]] = (Ability(),)  # of each stage; of an engine without stages only one
 
 
 class DDP(Engine):

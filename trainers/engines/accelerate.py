@@ -28,11 +28,7 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
-    """Return the reducer of the engine ``accelerate``: DDP, as an Accelerator wraps it and runs its backward.
-
-    Raises:
-        UserError: Accelerate isn't installed, or it or its launcher asks for what the plan hasn't.
-    """
+    """Return the reducer of the engine ``accelerate``: DDP, as an Accelerator wraps it and runs its backward."""
     refuse_contradictions(os.environ, config.precision, config.compile, parts.world.device.type)
     found = accelerator(parts.world, config.engine.config)
 
@@ -65,10 +61,10 @@ class Keywords:
 
     def __init__(self, theirs: Any | None, ours: dict[str, Any]) -> None:
         self._keywords = {**ours, **(theirs.to_kwargs() if theirs else {})}
-
-    def to_kwargs(self) -> dict[str, Any]:
         if "broadcast_buffers" in self._keywords:  # torch takes one of the two
             self._keywords.pop("forward_sync_buffers", None)
+
+    def to_kwargs(self) -> dict[str, Any]:
         return self._keywords
 
     def register_comm_hook(self, model: nn.Module) -> None:
@@ -76,11 +72,7 @@ class Keywords:
 
 
 def accelerator(world: World, config: dict[str, Any]) -> Any:
-    """Return an Accelerator for the ranks that are there, with ``engine.config`` as its keywords.
-
-    Raises:
-        UserError: it isn't installed, or can't be had so.
-    """
+    """Return an Accelerator for the ranks that are there. Raises UserError where it can't be had so."""
     accelerate = import_engine_package("accelerate")
     # The other keys it has may only say what the plan does.
     theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key in ALLOWED["accelerate"]}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.engines.reducer import Parts, Reducer, Storage, gradient_of
+from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.engines.tree import Growing, Node, dealt, over_ranks
 from isobatch.trainers.model.batchnorm import Counting
@@ -58,8 +58,8 @@ class Bitwise(Reducer):
         self.shares_buffers = True  # they are the same on all ranks, or the run is refused
         self._buffers = Buffers(model, self._world)
         self.storage = Storage(model, self._buffers.remember)
-        self._summed = [*parts.riders.parameters, *self.parameters]
-        self._tree, self._passes = Growing[Sums](), 0
+        self._summed: list[Any] = [*parts.riders.parameters, *self.parameters]
+        self._tree, self._passes = Growing(), 0
         self._sheets: list[Sheet] = []
         self._wishes = torch.zeros_like(self._summed[0])  # of a rank that has no leaf for them to go with
 
@@ -77,7 +77,7 @@ class Bitwise(Reducer):
             self._passes += 1
         else:  # a stand-in: it has wishes alone, whole numbers, which may be added in any order
             wishes = self._tree.sums[-1][1][0] if self._tree.sums else self._wishes
-            wishes += gradient_of(self._summed[0])
+            wishes += self._summed[0].grad
         for tensor in self._summed:
             tensor.grad = None
 

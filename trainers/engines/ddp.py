@@ -27,13 +27,7 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
 
 
 class DDP(Reducer):
-    """Gradients are means over ranks.
-
-    Args:
-        keywords: of DistributedDataParallel.
-        wrap: makes DistributedDataParallel of a module, with keywords.
-        run_backward: of a loss.
-    """
+    """Gradients are means over ranks; ``wrap`` makes DistributedDataParallel of a module, with ``keywords``."""
 
     def __init__(
         self,

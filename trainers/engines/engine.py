@@ -182,11 +182,7 @@ class Engine:
             self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def _discard(self) -> None:
-        """Undo what the step did to the buffers, also where a module has made a new one.
-
-        Raises:
-            RunFailed: no lower loss scale can help.
-        """
+        """Undo what the step did to the buffers. Raises RunFailed where no lower loss scale can help."""
         if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
             lowest = f"the loss scale of precision=fp16 is at its lowest, {LossScale.LOWEST:g}"
             fix = "try precision=bf16, or a lower learning rate"

@@ -20,7 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root, gradient_of, norm_of, number
+from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES
@@ -36,11 +36,7 @@ INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ra
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
-    """Return the reducer of the engine ``fsdp``.
-
-    Raises:
-        UserError: it can't train this model so.
-    """
+    """Return the reducer of the engine ``fsdp``."""
     return FSDP(parts, config.engine)  # type: ignore[arg-type]
 
 
@@ -102,7 +98,7 @@ class FSDP(Reducer):
         """One message: the notes, the statistics, gradients that FSDP left alone, and the norm of the rest."""
         own = [held for held, parameter in zip(self.held(), self.parameters, strict=True) if sharded(parameter)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
-        apart = [gradient_of(parameter) for parameter in self._replicated]
+        apart: list[Any] = [parameter.grad for parameter in self._replicated]
         square = self._riders.total(square, *apart, *(self.trails.ride() if self.trails else ()))
         return number((square + (norm_of(apart).square() if apart else 0)).sqrt())
 
@@ -124,11 +120,7 @@ def place(model: nn.Module, world: World) -> None:
 
 
 def shard(root: Root, config: isobatch.conf.engines.FSDP, world: World) -> Root:
-    """Part the model in ``root`` as ``config`` says, in place.
-
-    Raises:
-        UserError: it can't be parted so.
-    """
+    """Part the model in ``root`` as ``config`` says, in place. Raises UserError where it can't be."""
     computed = DTYPES.get(config.param_dtype or "")
     reduced = DTYPES.get(config.reduce_dtype or "", torch.float32 if computed else None)
     options = {

@@ -74,14 +74,10 @@ class Parts:
 
 @dataclass
 class Storage:
-    """Where the parameters that are trained are kept, and the optimizer's state; here in the parameters themselves.
-
-    Args:
-        restored: called once weights and state are those of a checkpoint.
-    """
+    """Where the parameters that are trained are kept, and the optimizer's state; here in the parameters themselves."""
 
     model: nn.Module
-    restored: Callable[[], None] = lambda: None
+    restored: Callable[[], None] = lambda: None  # called once weights and state are those of a checkpoint
 
     def parts(self) -> Mapping[str, Tensor | Part]:
         """Return what this rank holds of each parameter, by its name in the model."""
@@ -93,11 +89,7 @@ class Storage:
 
     @contextmanager
     def restoring(self) -> Iterator[Read]:
-        """Within, the optimizer is as in ``optimizer_seen``, and is given another state; called once weights are set.
-
-        Yields:
-            what reads that state.
-        """
+        """Within, as in ``optimizer_seen``, it is given another state by what this yields; weights are set already."""
         yield read_like
         self.restored()
 
@@ -218,12 +210,6 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
     return cast(Tensor, torch.linalg.vector_norm(norms)).double()
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the gradient, which has to be there."""
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def number(scalar: Tensor) -> Number:

@@ -1,4 +1,4 @@
-"""What ranks tell each other of a step beside the gradient: their notes, and what their BatchNorm layers found.
+"""Let what ranks tell each other of a step travel with the gradient: notes, and what BatchNorm layers found.
 
 A note is the gradient of a small extra parameter, so it travels in the engine's own reduction and costs no message. In
 fp32 a mean over ranks isn't exact. So units go twice: as their deviation from the plan, which is exactly 0 where the

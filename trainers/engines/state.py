@@ -1,14 +1,13 @@
-"""What an engine keeps between steps, as a checkpoint holds it: weights, averages, the optimizer's state."""
+"""What an engine keeps between steps, as a checkpoint holds it: weights, their average, the optimizer's state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.model.precision import LossScale
@@ -30,15 +29,29 @@ class State:
     def __init__(self, parts: Parts, reducer: Reducer, loss_scale: LossScale | None, ema: bool) -> None:
         self._model, self._world, self._names = parts.model, parts.world, parts.names
         self._storage, self._loss_scale = reducer.storage, loss_scale
-        self._optimizer = reducer.tuned.optimizer
-        if has_modes(self._optimizer):
-            self._optimizer.train()  # type: ignore[attr-defined]  # some begin in eval mode
+        self._optimizer: Any = reducer.tuned.optimizer
+        # Other weights are evaluated than are stepped, as by schedule-free methods; torch's own have no such methods.
+        modes = (getattr(self._optimizer, "train", None), getattr(self._optimizer, "eval", None))
+        self._has_modes = all(map(callable, modes))
+        if self._has_modes:
+            self._optimizer.train()  # some begin in eval mode
         self.average = Average(self._trained(), self._storage.refresh) if ema else None
 
-    def eval_weights(self) -> AbstractContextManager[None]:
-        """Within, the model has the weights that the optimizer evaluates; called by all ranks, between two steps."""
-        modes = has_modes(self._optimizer)
-        return eval_weights(self._optimizer, self._storage.refresh) if modes else nullcontext()
+    @contextmanager
+    def eval_weights(self) -> Iterator[None]:
+        """Within, the model has the weights that the optimizer evaluates; called by all ranks, between two steps.
+
+        ``eval()`` and then ``train()`` would round, so the weights are put back, bit by bit.
+        """
+        if not self._has_modes:
+            yield
+            return
+        weights = [local(parameter) for group in self._optimizer.param_groups for parameter in group["params"]]
+        with _replaced(weights, self._optimizer.eval, self._storage.refresh):
+            try:
+                yield
+            finally:
+                self._optimizer.train()
 
     def share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0."""
@@ -81,7 +94,7 @@ class State:
 
     def _evaluated(self) -> dict[str, Any]:
         """Return the weights that the optimizer evaluates, where these are others; nothing restores them."""
-        if not has_modes(self._optimizer):
+        if not self._has_modes:
             return {}
         with self.eval_weights():
             return {f"{EVAL}/{name}": copied(tensor) for name, tensor in self._trained().items()}
@@ -89,12 +102,8 @@ class State:
     def _always(self) -> dict[str, Any]:
         state = {**self._model.state_dict(keep_vars=True), **self._storage.parts()}
         scale = {"precision/loss_scale": self._loss_scale.state} if self._loss_scale else {}
-        averages = self.average.tensors if self.average else {}
-        return (
-            {f"model/{name}": state[name].detach() for name in self._names}
-            | {f"ema/{name}": tensor for name, tensor in averages.items()}
-            | scale
-        )
+        averages = {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()} if self.average else {}
+        return {f"model/{name}": state[name].detach() for name in self._names} | averages | scale
 
     def _by_parameter(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self._model.named_parameters()}
@@ -122,7 +131,8 @@ class Average:
 
     def __init__(self, named: Mapping[str, Tensor | Part], refresh: Callable[[], None] = lambda: None) -> None:
         self._parameters, self._refresh = list(named.values()), refresh
-        self.tensors: dict[str, Any] = {name: _widened(parameter) for name, parameter in named.items()}
+        narrow = {name: p.dtype.is_floating_point and p.dtype.itemsize < 4 for name, p in named.items()}
+        self.tensors = {name: copied(p, torch.float32 if narrow[name] else p.dtype) for name, p in named.items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -143,32 +153,6 @@ class Average:
         return [local(average) for average in self.tensors.values()]
 
 
-def has_modes(optimizer: Optimizer) -> bool:
-    """Return whether `optimizer` has methods ``train()`` and ``eval()``, which torch's own don't have.
-
-    It then evaluates other weights than it steps, as schedule-free methods do.
-    """
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-
-
-@contextmanager
-def eval_weights(optimizer: Any, refresh: Callable[[], None]) -> Iterator[None]:
-    """Within, the parameters hold what the optimizer's ``eval()`` makes of them; afterwards what they held before.
-
-    ``eval()`` and then ``train()`` would round, so the weights are put back, bit by bit. All ranks call this, between
-    two steps.
-
-    Args:
-        refresh: lets the model compute with what the optimizer steps, where that isn't one thing.
-    """
-    weights = [local(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    with _replaced(weights, optimizer.eval, refresh):
-        try:
-            yield
-        finally:
-            optimizer.train()
-
-
 @contextmanager
 def _replaced(weights: list[Tensor], replace: Callable[[], object], refresh: Callable[[], None]) -> Iterator[None]:
     """Within, ``weights`` are what ``replace`` makes of them; afterwards what they were before."""
@@ -187,8 +171,3 @@ def _replaced(weights: list[Tensor], replace: Callable[[], object], refresh: Cal
 @torch.no_grad()
 def _copy(weights: list[Tensor], values: list[Tensor]) -> None:
     torch._foreach_copy_(weights, values)
-
-
-def _widened(tensor: Tensor | Part) -> Any:
-    narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
-    return copied(tensor, torch.float32 if narrow else tensor.dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,6 @@ from isobatch.scaling.geometry import Cut
 
 Node = tuple[int, int]
 """The micro-batches [start, stop) that it sums."""
-
-
-class Added(Protocol):
-    """What can be added to in place, as a tensor can."""
-
-    def add_(self, other: Any, /) -> Any: ...
-
-
-Sum = TypeVar("Sum", bound=Added)
 
 
 def middle(node: Node) -> int:
@@ -68,13 +59,13 @@ def dealt(cut: Cut) -> tuple[tuple[Node, ...], ...]:
     return tuple(tuple(nodes_in(cut.block(rank), (0, cut.pieces))) for rank in range(cut.world))
 
 
-class Growing(Generic[Sum]):
-    """This rank's nodes, while its leaves come one after another. At most some 2·log₂(leaves) are held at a time."""
+class Growing:
+    """This rank's nodes, while its leaves, which have ``add_``, come one by one; some 2·log₂(leaves) at most."""
 
     def __init__(self) -> None:
-        self.sums: list[tuple[Node, Sum]] = []
+        self.sums: list[tuple[Node, Any]] = []
 
-    def add(self, leaf: int, new: Sum, leaves: int) -> None:
+    def add(self, leaf: int, new: Any, leaves: int) -> None:
         """Take in the next leaf, and keep it."""
         self.sums.append(((leaf, leaf + 1), new))
         while len(self.sums) > 1 and halves(self.sums[-2][0], self.sums[-1][0], leaves):
@@ -100,7 +91,7 @@ def over_ranks(mine: Sequence[Tensor], held: Sequence[Sequence[Node]], leaves: i
     dist.all_gather_single(root, added((0, leaves), found))
 
 
-def added(node: Node, found: Mapping[Node, Sum]) -> Sum:
+def added(node: Node, found: Mapping[Node, Any]) -> Any:
     """Return a node, added up in place from those below it that were found."""
     if node in found:
         return found[node]

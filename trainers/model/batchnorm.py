@@ -128,11 +128,7 @@ class Synced(Counting):
 
 
 class Statistics:
-    """Brings together what all ranks and passes of a step have found, and moves the layers' running statistics.
-
-    Args:
-        layers: that keep some; at least one.
-    """
+    """Bring together what all ranks and passes of a step have found, and move the running statistics of ``layers``."""
 
     def __init__(self, layers: list[Any], device: torch.device) -> None:
         self._layers = layers

@@ -68,13 +68,10 @@ def _want_compiler(device: torch.device) -> None:
 
 
 def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False) -> None:
-    """Let modules compute their activations again in the backward: the outermost ones that a pattern matches.
+    """Let the outermost modules that a pattern matches compute their activations again in the backward.
 
     Args:
         compiled: each of them is compiled, by itself.
-
-    Raises:
-        UserError: a pattern matches none.
     """
     modules = matching(model, patterns, "recompute")
     names = modules.keys()
@@ -131,11 +128,7 @@ def tied(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers; what has several names by the first of them.
-
-    Raises:
-        UserError: the model's state has what isn't a tensor.
-    """
+    """Return parameters and buffers by the first of their names. Raises UserError where it keeps no tensor."""
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UserError(f"the model keeps a {type(value).__name__} as {name}; a checkpoint holds a model's tensors")

@@ -50,7 +50,7 @@ def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, st
 
 
 def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
-    """31 uniform bits for each element of each row: int32 [rows, elements].
+    """Return 31 uniform bits for each element of each row: int32 [rows, elements].
 
     murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
 
@@ -112,20 +112,13 @@ _SWAPPED = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropou
 
 def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
     """Swap every dropout module of ``model`` for a keyed one, in place (a shared one stays shared)."""
-    if type(model) in _SWAPPED:
-        return _keyed(model, stream, "", 0)
-    swapped: dict[nn.Module, KeyedDropout] = {}
-    for layer, (name, module) in enumerate(list(model.named_modules())):
-        if type(module) in _SWAPPED:
-            swapped[module] = _keyed(module, stream, name, layer)
+    swapped: dict[nn.Module | None, nn.Module] = {}
+    for layer, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) in _SWAPPED:
+            keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
+            swapped[module] = keyed.train(module.training)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out the second name of a shared one
             if child in swapped:
                 setattr(parent, name, swapped[child])
-    return model
-
-
-def _keyed(module: nn.Module, stream: Stream, name: str, layer: int) -> KeyedDropout:
-    assert isinstance(module, nn.modules.dropout._DropoutNd)
-    keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
-    return keyed.train(module.training)
+    return swapped.get(model, model)

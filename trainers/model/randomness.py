@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +26,7 @@ AUGMENT, FORWARD, MASK, SAMPLE, SAMPLES, COLLATE, EVALUATION = range(1, 8)
 
 
 def mix(*words: int) -> int:
-    """A 64-bit hash of integers (splitmix64's finaliser, chained)."""
+    """Return a 64-bit hash of integers (splitmix64's finaliser, chained)."""
     state = 0x9E3779B97F4A7C15
     for word in words:
         state = (state ^ (word & _MASK64)) * 0xBF58476D1CE4E5B9 & _MASK64
@@ -36,7 +36,7 @@ def mix(*words: int) -> int:
 
 
 def generator_for(seed: int, position: int) -> torch.Generator:
-    """The generator that ``augment`` gets for the sample at ``position`` of the run."""
+    """Return the generator that ``augment`` gets for the sample at ``position`` of the run."""
     return torch.Generator().manual_seed(mix(seed, position, AUGMENT) >> 1)
 
 
@@ -94,7 +94,7 @@ def generators_state(
     pythons: random.Random = random._inst,  # type: ignore[attr-defined]
     numpys: np.random.RandomState = np.random.mtrand._rand,
 ) -> tuple[bytes, Any, bytes]:
-    """Where three generators stand: the default ones, if not given."""
+    """Return where three generators stand: the default ones, if not given."""
     _, words, place, *_ = numpys.get_state(legacy=True)
     return bytes(torchs.get_state().numpy()), pythons.getstate(), np.asarray(words).tobytes() + str(place).encode()
 
@@ -104,24 +104,11 @@ def evaluation_seed(seed: int) -> int:
     return mix(seed, EVALUATION) >> 1
 
 
-@dataclass(slots=True)
 class _Use:
-    """What a stream is used for: training or evaluation.
+    """Training or evaluation, which a stream is used for; ``tell`` is called once with each reason."""
 
-    Attributes:
-        tell: called with what makes the result depend on the cut; ``told``: the reasons that were told.
-        forwards: how many there were.
-    """
-
-    seed: int
-    tell: Callable[[str], None]
-    told: set[str] = field(default_factory=set)
-    forwards: int = 0
-
-    def tell_once(self, reason: str) -> None:
-        if reason not in self.told:
-            self.told.add(reason)
-            self.tell(reason)
+    def __init__(self, seed: int, tell: Callable[[str], None]) -> None:
+        self.seed, self.tell_once, self.forwards = seed, cache(tell), 0
 
 
 class Stream:
@@ -194,9 +181,9 @@ class Stream:
             draw(untouched)
         expected = generators_state(untouched, random.Random(self._key), np.random.RandomState(self._key & 0xFFFFFFFF))
         drawn = generators_state() != expected
-        if self._accelerator is not None:
+        if self._accelerator and not drawn:
             still = torch.Generator(self.device).manual_seed(self._key)
-            drawn = drawn or not torch.equal(self._accelerator.get_state(), still.get_state())
+            drawn = not torch.equal(self._accelerator.get_state(), still.get_state())
         if drawn:
             self.tell("the forward draws random numbers outside of nn.Dropout modules")
 
@@ -211,7 +198,7 @@ class Stream:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keys(self, layer: int) -> Tensor:
-        """Two 32-bit keys for each sample, for another call of a layer: int32 [2, samples, 1].
+        """Return two 32-bit keys for each sample, for another call of a layer: int32 [2, samples, 1].
 
         A layer that is called again in one forward needs another mask, a recomputed activation the same one. What tells
         them apart is torch's own generator: checkpointing restores it before it recomputes.
@@ -243,5 +230,5 @@ def _finalise64(words: Tensor) -> Tensor:
 
 
 def draw(generator: torch.Generator) -> int:
-    """A random integer, from the CPU: nothing waits for it."""
+    """Return a random integer, from the CPU: nothing waits for it."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))

@@ -40,11 +40,7 @@ def locate(key: str, target: str) -> Any:
 
 
 def import_engine_package(name: str) -> Any:
-    """Import the package of the engine ``name``, which has the engine's name, as has the extra that installs it.
-
-    Raises:
-        UserError: it can't be imported.
-    """
+    """Import the package named as the engine, and as the extra that installs it. Raises UserError where it can't."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -53,7 +49,7 @@ def import_engine_package(name: str) -> Any:
 
 
 def _class(target: str) -> type | None:
-    """The class of that name, if its module is imported: importing what is below a module imports it first."""
+    """Return the class of that name, if its module is imported, as it is before what is below it."""
     module, _, name = target.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if inspect.isclass(found) else None
@@ -104,7 +100,7 @@ def science_of(args: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]
 
 
 def made(key: str, value: Any) -> Any:
-    """``value`` with the objects that its mappings stand for, the innermost made first."""
+    """Return ``value`` with the objects that its mappings stand for, the innermost made first."""
     if isinstance(value, list):
         return [made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
     if not isinstance(value, dict):

@@ -190,7 +190,7 @@ def _owner(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, list[st
 
 
 def _is_length(modules: dict[str, nn.Module], name: str) -> bool:
-    """Return whether the parameter is the g of weight_norm, torch's old one or the parametrisation."""
+    """Return whether it is the g of weight_norm, torch's old one or the parametrisation."""
     path, _, last = name.rpartition(".")
     owner = modules[path]
     if isinstance(owner, ParametrizationList):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
 from isobatch.trainers.optim.groups import are_groups
-from isobatch.trainers.tensors.sharding import Part, in_one_part, read_like
+from isobatch.trainers.tensors.sharding import Part, in_one_part
 
 if TYPE_CHECKING:
     from isobatch.trainers.tensors.slices import Reader
@@ -29,7 +29,7 @@ KERNELS = ("fused", "foreach", "capturable")
 
 
 def stored_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Its tensors, and the rest as JSON.
+    """Return its tensors, and the rest as JSON.
 
     Raises:
         UserError: it keeps something that is neither, or for something that is no parameter of the model.
@@ -58,7 +58,7 @@ def restore_optimizer(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
     reader: Reader,
-    read: Callable[[Tensor, Reader, str, torch.device], Tensor] = read_like,
+    read: Callable[[Tensor, Reader, str, torch.device], Tensor],
 ) -> None:
     """Put back what ``stored_optimizer`` gave: of a sharded parameter's state, this rank's part.
 
@@ -141,7 +141,7 @@ def _stored_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict
 
 
 def _is_json(value: Any) -> bool:
-    """Whether it comes back as it was."""
+    """Return whether it comes back as it was."""
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
     except (TypeError, ValueError, RuntimeError):

@@ -119,11 +119,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 class Reader:
-    """The tensors and values of a checkpoint that was verified; only what is asked for is read.
-
-    Args:
-        beat: called every few MB.
-    """
+    """The tensors and values of a verified checkpoint; only what is asked for is read, ``beat`` called every few MB."""
 
     def __init__(self, checkpoint: Checkpoint, beat: Callable[[], None] = lambda: None) -> None:
         self._path, self._beat = checkpoint.path, beat

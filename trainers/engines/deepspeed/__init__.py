@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
-    """Return the reducer of the engine ``deepspeed``.
-
-    Raises:
-        UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
-    """
+    """Return the reducer of the engine ``deepspeed``."""
     engine: Any = config.engine
     return (ZeRO if engine.stage else Replicated)(parts, engine)
 

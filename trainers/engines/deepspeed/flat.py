@@ -21,12 +21,7 @@ from isobatch.trainers.tensors.slices import Reader
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a parameter's elements [start, start + size), those that this rank holds, lie in a flat tensor.
-
-    Attributes:
-        shape: of the whole parameter.
-        offset: of the first of them in the flat tensor.
-    """
+    """This rank's elements [start, start + size) of a parameter of ``shape`` in a flat tensor, from ``offset``."""
 
     shape: tuple[int, ...]
     start: int
@@ -48,7 +43,7 @@ class Flat:
         spans: by parameter, in the order of the group; those of which this rank has nothing are empty.
     """
 
-    master: Tensor
+    master: Any
     group: int
     spans: dict[Tensor, Span]
 
@@ -115,11 +110,7 @@ class FlatStorage(Storage):
 
     @contextmanager
     def optimizer_seen(self) -> Iterator[None]:
-        """Within, the optimizer has the parameters in its groups, and their states, of which ranks have parts.
-
-        Raises:
-            UserError: it keeps what can't be parted.
-        """
+        """Within, it has the parameters in its groups, and parts of their states. Raises UserError where it can't."""
         optimizer = self._optimizer
         flat, groups = optimizer.state, [group["params"] for group in optimizer.param_groups]
         try:

@@ -41,9 +41,6 @@ OURS = {
 class Replicated(Reducer):
     """Gradients are means over ranks; as it is here (stage 0), all else is whole on each.
 
-    Args:
-        config: the engine's.
-
     Raises:
         UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
     """
@@ -89,14 +86,7 @@ class Replicated(Reducer):
 
 
 def import_deepspeed(device: torch.device | None = None) -> Any:
-    """Return the package, quiet.
-
-    Args:
-        device: that it is to use; None: it is only imported, for processes that are forked from here.
-
-    Raises:
-        UserError: it isn't installed.
-    """
+    """Return the package, quiet, and told of the device; None: it is only imported, for processes forked from here."""
     logger = logging.getLogger("DeepSpeed")
     logger.disabled = True  # it warns of every device that isn't there
     try:
@@ -116,10 +106,8 @@ def import_deepspeed(device: torch.device | None = None) -> Any:
 def settings_of(config: isobatch.conf.engines.DeepSpeed) -> dict[str, Any]:
     """Return what DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
 
-    DeepSpeed's sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last.
-
-    Raises:
-        UserError: DeepSpeed doesn't take it.
+    Its sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last. Raises
+    UserError where DeepSpeed doesn't take it.
     """
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
     ours = {

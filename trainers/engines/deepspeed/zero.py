@@ -18,7 +18,7 @@ from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.deepspeed.flat import FlatStorage
 from isobatch.trainers.engines.deepspeed.replicated import Replicated
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Parts, gradient_of, multiply, norm_of, number
+from isobatch.trainers.engines.reducer import Parts, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
@@ -82,7 +82,7 @@ class ZeRO(Replicated):
 
     def _gradients(self) -> list[Tensor]:
         if self._offload:
-            return [gradient_of(flat.master) for flat in self._flats]
+            return [flat.master.grad for flat in self._flats]
         if self._stage == 3:
             return [self._zero.grad_partitions_flat_buffer]
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
