@@ -26,7 +26,8 @@ def placement(engine: Engine) -> EnginePlacement:
     """Return where the engine that a config names keeps a run's tensors."""
     name, stage = _chosen(engine)
     ability = ABILITIES[name, stage]
-    return EnginePlacement(name, stage, ability.shards, ability.offloads if _offloads(engine) else ())
+    offload = isinstance(engine, FSDP | DeepSpeed) and engine.offload
+    return EnginePlacement(name, stage, ability.shards, ability.offloads if offload else ())
 
 
 def check_placement(stored: EnginePlacement) -> None:
@@ -35,8 +36,8 @@ def check_placement(stored: EnginePlacement) -> None:
     if ability is None:
         raise ValueError(f"there is no engine={stored.name} with engine.stage={stored.stage}")
     if stored.shards != ability.shards or stored.offloads not in ((), ability.offloads):
-        shown = _shown(stored.name, stored.stage)
-        raise ValueError(f"{shown} doesn't shard {stored.shards} and offload {stored.offloads}")
+        does = f"shard {stored.shards} and offload {stored.offloads}"
+        raise ValueError(f"{_shown(stored.name, stored.stage)} doesn't {does}")
 
 
 def check_engine(config: RunConfig) -> None:
@@ -86,10 +87,6 @@ def _where(config: RunConfig, device: str) -> str:
 
 def _chosen(engine: Engine) -> tuple[str, int | None]:
     return engine.name, engine.stage if isinstance(engine, DeepSpeed) else None
-
-
-def _offloads(engine: Engine) -> bool:
-    return isinstance(engine, FSDP | DeepSpeed) and engine.offload
 
 
 def _shown(name: str, stage: int | None) -> str:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.engine_config import ALLOWED
 from isobatch.trainers.engines.ddp import DDP
 from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.model.targets import import_engine_package, made
 from isobatch.trainers.ranks.world import World
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.plan import Plan
 
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 

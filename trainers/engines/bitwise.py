@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
@@ -28,9 +29,6 @@ from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.engines.tree import Growing, Node, dealt, over_ranks
 from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.ranks.world import World
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
 
 BOUNDARY = 512  # bytes: of torch's allocators, that of CUDA
 

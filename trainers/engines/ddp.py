@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.targets import check_call
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:

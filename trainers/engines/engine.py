@@ -32,7 +32,6 @@ class Engine:
         reducer: of the ranks' gradients; made of ``parts``.
         ema: keep a moving average of the weights.
         skip_nonfinite: a step whose gradient isn't finite changes nothing.
-        precision: fp32, bf16 or fp16.
 
     Attributes:
         model: the bare model.

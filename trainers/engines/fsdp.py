@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
+from isobatch.conf import engines
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.lockstep import Lockstep
@@ -27,10 +29,6 @@ from isobatch.trainers.model.precision import DTYPES
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import sharded
-
-if TYPE_CHECKING:
-    import isobatch.conf.engines
-    from isobatch.conf.schema import RunConfig
 
 INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
 
@@ -45,7 +43,7 @@ class FSDP(Reducer):
 
     lockstep = True
 
-    def __init__(self, parts: Parts, config: isobatch.conf.engines.FSDP) -> None:
+    def __init__(self, parts: Parts, config: engines.FSDP) -> None:
         world = parts.world
         world.connect()
         place(parts.model, world)
@@ -119,7 +117,7 @@ def place(model: nn.Module, world: World) -> None:
         parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(world.device)
 
 
-def shard(root: Root, config: isobatch.conf.engines.FSDP, world: World) -> Root:
+def shard(root: Root, config: engines.FSDP, world: World) -> Root:
     """Part the model in ``root`` as ``config`` says, in place. Raises UserError where it can't be."""
     computed = DTYPES.get(config.param_dtype or "")
     reduced = DTYPES.get(config.reduce_dtype or "", torch.float32 if computed else None)

@@ -11,22 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.capabilities import check_device
+from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.reducer import Parts
+from isobatch.trainers.optim.groups import Groups
 from isobatch.trainers.optim.make import make_optimizer
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.plan import Plan
-    from isobatch.scaling.rules import Recipe
-    from isobatch.trainers.optim.groups import Groups
-    from isobatch.trainers.ranks.world import World
-    from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tasks.task import Task
 
 
 def make_engine(

@@ -9,27 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import Cut
+from isobatch.trainers.engines.lockstep import Lockstep
 from isobatch.trainers.engines.riders import Riders
+from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import distinct
+from isobatch.trainers.optim.make import Tuned
+from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import Part, local, read_like
-
-if TYPE_CHECKING:
-    from isobatch.scaling.geometry import Cut
-    from isobatch.trainers.engines.lockstep import Lockstep
-    from isobatch.trainers.engines.step_report import Number
-    from isobatch.trainers.optim.make import Tuned
-    from isobatch.trainers.ranks.world import World
-    from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.tensors.slices import Reader
 
 Found = TypeVar("Found")
-Read = Callable[[Tensor, "Reader", str, torch.device], Tensor]
+Read = Callable[[Tensor, Reader, str, torch.device], Tensor]
 """Return what this rank holds of a parameter's state, by its name in a checkpoint, for a device."""
 
 

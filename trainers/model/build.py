@@ -8,21 +8,19 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from shutil import which
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.trainers.model.batchnorm import Counting, swap_batchnorm
 from isobatch.trainers.model.dropout import key_dropout
 from isobatch.trainers.model.randomness import Stream
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -11,9 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.modes import is_norm
-
-if TYPE_CHECKING:
-    from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.tasks.task import Task
 
 Groups = Sequence[Mapping[str, Any]]
 """Groups as a checkpoint has them: hyperparameters, and the names of the ``params``."""

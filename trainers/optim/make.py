@@ -5,21 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.rules import Recipe
 from isobatch.trainers.model.targets import build, locate
 from isobatch.trainers.optim.groups import Groups, groups_for
 from isobatch.trainers.optim.layerwise import Layerwise
+from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.tensors.sharding import sharded
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.rules import Recipe
-    from isobatch.trainers.tasks.task import Task
 
 
 @dataclass(slots=True)

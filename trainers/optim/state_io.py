@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
 from isobatch.trainers.optim.groups import are_groups
 from isobatch.trainers.tensors.sharding import Part, in_one_part
-
-if TYPE_CHECKING:
-    from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.tensors.slices import Reader
 
 GROUPS, MORE = "optim/groups", "optim/more"
 # How an optimizer of torch's computes, not what: as fits the tensors and the device of the engine at hand.

@@ -32,10 +32,6 @@ NAME = "manifest.json"
 MANIFEST_BYTES = 256 << 20  # some five million slices
 
 
-def _plan(fields: Any) -> Plan:
-    return from_json(json.dumps(fields))
-
-
 @strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
@@ -62,7 +58,7 @@ class Header:
     evaluation_owed: bool
     fingerprint: str | None
     evaluation: dict[str, FiniteFloat | None] | None
-    plan: Annotated[Plan, PlainValidator(_plan)]
+    plan: Annotated[Plan, PlainValidator(lambda fields: from_json(json.dumps(fields)))]
     noise: Smoothed | None = None
 
 

@@ -116,6 +116,4 @@ def of_kind(kind: Any, text: bytes, what: str) -> Any:
         raise Damaged(f"{what}: {where!r:.100}: {first['msg']:.200}") from None
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)

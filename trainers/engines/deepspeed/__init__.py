@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from isobatch.conf.schema import RunConfig
 from isobatch.trainers.engines.deepspeed.replicated import Replicated, import_deepspeed
 from isobatch.trainers.engines.deepspeed.zero import ZeRO
 from isobatch.trainers.engines.reducer import Parts, Reducer
-
-if TYPE_CHECKING:
-    from isobatch.conf.schema import RunConfig
 
 
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:

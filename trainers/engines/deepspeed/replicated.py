@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from isobatch.conf import engines
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.scaling.planning.engine_config import PRECISIONS
@@ -23,10 +24,6 @@ from isobatch.trainers.model.build import place_buffers
 from isobatch.trainers.model.targets import import_engine_package
 from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.ranks.world import World
-
-if TYPE_CHECKING:
-    import isobatch.conf.engines
-
 
 OURS = {
     "train_batch_size": None,
@@ -45,7 +42,7 @@ class Replicated(Reducer):
         UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
     """
 
-    def __init__(self, parts: Parts, config: isobatch.conf.engines.DeepSpeed) -> None:
+    def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
         world, model, self.mean_over = parts.world, parts.model, parts.world.size
         deepspeed = import_deepspeed(world.device)
         world.connect()
@@ -103,7 +100,7 @@ def import_deepspeed(device: torch.device | None = None) -> Any:
     return deepspeed
 
 
-def settings_of(config: isobatch.conf.engines.DeepSpeed) -> dict[str, Any]:
+def settings_of(config: engines.DeepSpeed) -> dict[str, Any]:
     """Return what DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
 
     Its sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last. Raises

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from isobatch.conf import engines
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.deepspeed.flat import FlatStorage
 from isobatch.trainers.engines.deepspeed.replicated import Replicated
@@ -22,16 +23,13 @@ from isobatch.trainers.engines.reducer import Parts, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
-if TYPE_CHECKING:
-    import isobatch.conf.engines
-
 
 class ZeRO(Replicated):
     """Stages 1 to 3: gradients are means over ranks, in parts."""
 
     lockstep = True
 
-    def __init__(self, parts: Parts, config: isobatch.conf.engines.DeepSpeed) -> None:
+    def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
         super().__init__(parts, config)
         self._stage, self._offload = config.stage, config.offload
         self._riders, self._device, self._zero = parts.riders, parts.world.device, self._engine.optimizer
