@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, create_model, model_validator
 
-from isobatch.conf.groups import OPTIMIZERS
 from isobatch.conf.types import Dtype, Free, Modules, Section, tag
 from isobatch.scaling.errors import UserError
 
@@ -35,18 +34,21 @@ class Ability:
     Attributes:
         shards: what is in parts, one a rank.
         offloads: what ``engine.offload=true`` moves to the host's memory.
-        optimizers: that it carries; ``why_not`` says why it doesn't carry the others.
-        custom: targets of ``optimizer=custom`` that it carries; None: all, but for ``not_custom``.
+        takes: the optimizers that it carries, by their targets; None: all. Of them it ``refuses`` some.
+        why_not: why it doesn't carry the others.
         bitwise: it carries ``numerics=bitwise``.
     """
 
     shards: tuple[str, ...] = ()
     offloads: tuple[str, ...] = ()
-    optimizers: tuple[str, ...] = OPTIMIZERS
+    takes: tuple[str, ...] | None = None
+    refuses: tuple[str, ...] = ()
     why_not: str = ""
-    custom: tuple[str, ...] | None = None
-    not_custom: tuple[str, ...] = ()
     bitwise: bool = False
+
+    def carries(self, target: str) -> bool:
+        """Return whether it carries the optimizer with this target."""
+        return target not in self.refuses and (self.takes is None or target in self.takes)
 
 
 class Engine(Section):
@@ -72,9 +74,8 @@ class FSDP(Engine):
         Ability(
             shards=ALL,
             offloads=ALL,
-            optimizers=tuple(name for name in OPTIMIZERS if name != "adafactor"),
+            refuses=("torch.optim.Adafactor", "torch.optim.Rprop"),
             why_not="torch's Adafactor and Rprop don't work on tensors that are in parts",
-            not_custom=("torch.optim.Adafactor", "torch.optim.Rprop"),
         ),
     )
 
@@ -92,10 +93,7 @@ class DeepSpeed(Engine):
     offload: bool
     abilities = (
         Ability(),
-        *(
-            Ability(ALL[3 - stage :], ALL[2:], ("sgd", "adamw", "custom"), why_not=FLAT, custom=ELEMENTWISE)
-            for stage in (1, 2, 3)
-        ),
+        *(Ability(ALL[3 - stage :], ALL[2:], takes=ELEMENTWISE, why_not=FLAT) for stage in (1, 2, 3)),
     )
 
     @model_validator(mode="after")

@@ -146,6 +146,7 @@ class AutoOptimizer(_Optimizer, extra="allow"):
 
 Optimizer = SGD | AdamW | LAMB | LARS | Adafactor | Muon | CustomOptimizer | AutoOptimizer
 OPTIMIZERS = tuple(tag(kind) for kind in get_args(Optimizer) if kind is not AutoOptimizer)
+TARGETS = {tag(kind): kind.target for kind in get_args(Optimizer) if getattr(kind, "target", None)}
 
 
 # ---- clusters

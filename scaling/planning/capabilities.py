@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from isobatch.conf.engines import ENGINES, FSDP, Ability, DeepSpeed, Engine
+from isobatch.conf.groups import TARGETS
 from isobatch.conf.schema import RunConfig
 from isobatch.conf.types import tag
 from isobatch.scaling.errors import UserError
@@ -96,18 +97,14 @@ def _shown(name: str, stage: int | None) -> str:
 
 def _lacking(its: Ability, config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
     """Yield the key of what is asked for and can't be had, the text, why, and the fix with the same engine."""
-    name, target = config.optimizer.name, getattr(config.optimizer, "target", None)
-    if name == "custom":
-        carried = target not in its.not_custom if its.custom is None else target in its.custom
-    else:
-        carried = name in its.optimizers
-    if not carried:
+    name, target = config.optimizer.name, config.optimizer.target
+    if not its.carries(target):
         shown = f" optimizer._target_={target}" if name == "custom" else ""
         chosen = " (optimizer=auto chose it)" if "optimizer" in config.chosen else ""
-        if its.custom and name == "custom":
-            instead = f"optimizer._target_={either(its.custom)}"
+        if its.takes and name == "custom":
+            instead = f"optimizer._target_={either(its.takes)}"
         else:
-            instead = f"optimizer={either(other for other in its.optimizers if other != 'custom')}"
+            instead = f"optimizer={either(other for other in TARGETS if its.carries(TARGETS[other]))}"
         yield "optimizer", f"optimizer={name}{shown}{chosen}", its.why_not, instead
     if config.numerics == "bitwise" and not its.bitwise:
         yield "numerics", "numerics=bitwise", NOT_BITWISE, "leave numerics out"
