@@ -30,9 +30,7 @@ SUMS = "it changes how gradients are added up, and so the run"
 BITS = "gradients and weights travel in fp32, and with fewer bits the run is another one"
 ORDER = "checkpoints hold the parts of tensors in the order of the parameters, which it changes"
 
-PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
-"""DeepSpeed's sections for what precision says."""
-
+PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")  # DeepSpeed's sections for what precision says
 _ORDER = ("round_robin_gradients", "parameter_alignment", "legacy_stage1")
 _BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
@@ -96,8 +94,7 @@ def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
     """Return the keys of the config's engine that the plan or Isobatch decides."""
     engine, cut = config.engine, plan.cut
 
-    def ours(key: str, value: int) -> Reserved:
-        """Reserve a size; a batch that moves has no single one."""
+    def ours(key: str, value: int) -> Reserved:  # a batch that moves has no single size
         return Reserved(f"{key} says that", (value, "auto") if config.batch.schedule is None else ("auto",))
 
     accumulation = ours("batch.accumulation", cut.accumulation)

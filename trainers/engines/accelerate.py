@@ -1,7 +1,6 @@
 """Reduce gradients by Hugging Face's Accelerate: its Accelerator wraps the model and runs the backward.
 
-It is on the process group that is there, and what `accelerate launch` and its config file have put into the environment
-holds, as far as the plan doesn't say it: what contradicts the plan, or is another engine's, is refused.
+What `accelerate launch` has put into the environment is refused where it contradicts the plan, or is another engine's.
 """
 
 from __future__ import annotations
@@ -48,10 +47,8 @@ def refuse_environment(config: RunConfig, plan: Plan) -> None:
     given = os.environ.get(ACCUMULATION, "1")
     planned = [str(number) for number in sorted({stage.cut.accumulation for stage in plan.stages})]
     if given not in ("1", "auto") and planned != [given]:
-        theirs, ours = f"{ACCUMULATION}={given}", f"batch.accumulation={', '.join(planned)}"
-        raise UserError(
-            f"{theirs}, and the plan has {ours}", "give 1 or auto there, or leave it out", "batch.accumulation"
-        )
+        problem = f"{ACCUMULATION}={given}, and the plan has batch.accumulation={', '.join(planned)}"
+        raise UserError(problem, "give 1 or auto there, or leave it out", "batch.accumulation")
 
 
 class Keywords:
@@ -72,7 +69,6 @@ class Keywords:
 def accelerator(world: World, config: dict[str, Any]) -> Any:
     """Return an Accelerator for the ranks that are there. Raises UserError where it can't be had so."""
     accelerate = import_engine_package("accelerate")
-    # The other keys it has may only say what the plan does.
     theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key in ALLOWED["accelerate"]}
     for handler in theirs.get("kwargs_handlers") or ():
         _refuse_handler(handler, accelerate.DistributedDataParallelKwargs)

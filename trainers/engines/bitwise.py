@@ -33,19 +33,14 @@ from isobatch.trainers.ranks.world import World
 BOUNDARY = 512  # bytes: of torch's allocators, that of CUDA
 
 
-def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
-    """Return the reducer of the engine ``ddp`` where numerics are bitwise."""
-    return Bitwise(parts)
-
-
 class Bitwise(Reducer):
-    """Gradients are sums over micro-batches, by a tree.
+    """Gradients are sums over micro-batches, by a tree; the engine ``ddp`` where numerics are bitwise.
 
     Raises:
         UserError: an operation has no deterministic implementation; after a step: the forward moved a buffer.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, config: RunConfig) -> None:
         model, self._world = parts.model, parts.world
         model.to(self._world.device)
         torch.use_deterministic_algorithms(True)
@@ -113,6 +108,9 @@ class Bitwise(Reducer):
             problem = f"numerics=bitwise: {text.partition(',')[0]}"
             return UserError(problem, "leave it out, or use numerics=fast", key="numerics", value="bitwise")
         return super().explain(text)
+
+
+make_reducer = Bitwise
 
 
 class Buffers:

@@ -33,22 +33,18 @@ from isobatch.trainers.tensors.sharding import sharded
 INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ranks call"
 
 
-def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
-    """Return the reducer of the engine ``fsdp``."""
-    return FSDP(parts, config.engine)  # type: ignore[arg-type]
-
-
 class FSDP(Reducer):
     """Gradients are sums over ranks; each rank steps its parts."""
 
     lockstep = True
 
-    def __init__(self, parts: Parts, config: engines.FSDP) -> None:
+    def __init__(self, parts: Parts, config: RunConfig) -> None:
         world = parts.world
+        assert isinstance(config.engine, engines.FSDP)
         world.connect()
         place(parts.model, world)
         self._riders, self._device = parts.riders, world.device
-        root = shard(parts.root, config, world)
+        root = shard(parts.root, config.engine, world)
         if world.size > 1:
             self.trails = Lockstep(world, INSTEAD)
             record(root, self.trails.trail)
@@ -106,6 +102,9 @@ class FSDP(Reducer):
             fix = "name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
             return UserError(f"a module whose weights are gathered when it is called {how}", fix, "engine.shard")
         return super().explain(text)
+
+
+make_reducer = FSDP
 
 
 def place(model: nn.Module, world: World) -> None:

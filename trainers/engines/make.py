@@ -19,7 +19,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.capabilities import check_device
 from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.engine import Engine
-from isobatch.trainers.engines.reducer import Parts
+from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.optim.groups import Groups
 from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.world import World
@@ -45,14 +45,9 @@ def make_engine(
     """
     check_device(config, world.device.type)
     parts = Parts(model, world, lambda: make_optimizer(config, task, model, recipe, stored, tell))
-    return Engine(
-        task,
-        parts,
-        _module(config).make_reducer(parts, config),
-        ema=config.ema is not None,
-        skip_nonfinite=config.on_nonfinite == "skip",
-        precision=config.precision,
-    )
+    reducer: Reducer = _module(config).make_reducer(parts, config)
+    skip, ema = config.on_nonfinite == "skip", config.ema is not None
+    return Engine(task, parts, reducer, ema=ema, skip_nonfinite=skip, precision=config.precision)
 
 
 def refuse_environment(config: RunConfig, plan: Plan) -> None:

@@ -17,19 +17,13 @@ from isobatch.trainers.tensors.slices import EVAL, Reader, Slice
 
 
 class State:
-    """The state of a model and its optimizer over all ranks.
-
-    Args:
-        ema: keep a moving average of the weights.
-
-    Attributes:
-        average: the moving average; None: none is kept.
-    """
+    """The state of a model and its optimizer over all ranks; ``average`` is None where no ``ema`` is kept."""
 
     def __init__(self, parts: Parts, reducer: Reducer, loss_scale: LossScale | None, ema: bool) -> None:
         self._model, self._world, self._names = parts.model, parts.world, parts.names
         self._storage, self._loss_scale = reducer.storage, loss_scale
         self._optimizer: Any = reducer.tuned.optimizer
+        self._by_parameter = {parameter: name for name, parameter in parts.model.named_parameters()}
         # Other weights are evaluated than are stepped, as by schedule-free methods; torch's own have no such methods.
         modes = (getattr(self._optimizer, "train", None), getattr(self._optimizer, "eval", None))
         self._has_modes = all(map(callable, modes))
@@ -81,7 +75,7 @@ class State:
             for name, tensor in self._always().items():
                 fill(tensor, reader, name)
         with self._storage.restoring() as read:
-            restore_optimizer(self._optimizer, self._by_parameter(), reader, read)
+            restore_optimizer(self._optimizer, self._by_parameter, reader, read)
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor of ``layout`` on all ranks, which call this alike."""
@@ -105,12 +99,9 @@ class State:
         averages = {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()} if self.average else {}
         return {f"model/{name}": state[name].detach() for name in self._names} | averages | scale
 
-    def _by_parameter(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
-
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with self._storage.optimizer_seen():
-            return stored_optimizer(self._optimizer, self._by_parameter())
+            return stored_optimizer(self._optimizer, self._by_parameter)
 
 
 class Average:

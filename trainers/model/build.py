@@ -25,16 +25,16 @@ from isobatch.trainers.model.randomness import Stream
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
     """Return what in ``model``, in its mode, makes training depend on the cut, as far as its modules tell."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Counting) and m.training]
-    statistics = f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: batchnorm.mode=ghost "
-    dropping = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0 and module.training
-    ]
-    return ([statistics + "batchnorm.ghost_size=N takes them from N samples on any hardware"] if norms else []) + (
-        [f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout"] if dropping else []
-    )
+    training = {name: module for name, module in model.named_modules() if module.training}
+    norms = [m for m in training.values() if isinstance(m, _BatchNorm) and not isinstance(m, Counting)]
+    inside = {name: m for name, m in training.items() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)}
+    dropping = [name for name, module in inside.items() if module.dropout > 0]
+    ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
+    told = {
+        f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: {ghosts}": norms,
+        f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout": dropping,
+    }
+    return [reason for reason, found in told.items() if found]
 
 
 def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:

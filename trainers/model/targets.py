@@ -30,7 +30,9 @@ def locate(key: str, target: str) -> Any:
     try:
         module: Any = importlib.import_module(module_name)
     except Exception as error:
-        if owner := _class(module_name):
+        above, _, called = module_name.rpartition(".")
+        owner = getattr(sys.modules.get(above), called, None)
+        if inspect.isclass(owner):  # whose module is imported, as it is before what is below it
             return _attribute(key, target, owner, name)
         ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         where = f" (looked for in {os.getcwd()}, too)" if ours else ""
@@ -46,13 +48,6 @@ def import_engine_package(name: str) -> Any:
     except ImportError as error:
         problem = f"engine={name} needs the package {name} ({error})"
         raise UserError(problem, f"pip install '.[{name}]'", "engine", name) from error
-
-
-def _class(target: str) -> type | None:
-    """Return the class of that name, if its module is imported, as it is before what is below it."""
-    module, _, name = target.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if inspect.isclass(found) else None
 
 
 def _attribute(key: str, target: str, owner: Any, name: str) -> Any:

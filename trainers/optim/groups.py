@@ -53,10 +53,8 @@ def groups_for(
         kept = wanted(kept)
     if not same(stored, kept, names):
         return groups
-    tell(
-        "the optimizer keeps the checkpoint's groups, also for what a new run would decay, or give to Muon, otherwise: "
-        f"{moved(groups, kept, names)}"
-    )
+    otherwise = "also for what a new run would decay, or give to Muon, otherwise"
+    tell(f"the optimizer keeps the checkpoint's groups, {otherwise}: {moved(groups, kept, names)}")
     return kept
 
 
@@ -115,30 +113,25 @@ def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tenso
     parameters = {names[parameter]: parameter for group in groups for parameter in group["params"]}
     if sorted(name for group in stored for name in group["params"]) != sorted(parameters):
         return groups
-    return [
-        {
-            "params": [parameters[name] for name in was["params"]],
-            **{key: bool(was[key]) for key in ("muon", "trust") if key in was},
-            **({"weight_decay": 0.0} if was.get("weight_decay") == 0 else {}),
-        }
-        for was in stored
-    ]
+    found = []
+    for was in stored:
+        own = {key: bool(was[key]) for key in ("muon", "trust") if key in was}
+        without = {"weight_decay": 0.0} if was.get("weight_decay") == 0 else {}
+        found.append({"params": [parameters[name] for name in was["params"]], **own, **without})
+    return found
 
 
 def moved(groups: list[dict[str, Any]], kept: list[dict[str, Any]], names: Mapping[Tensor, str]) -> str:
     """Return the names of the parameters that a new run would treat otherwise."""
-    new, old = _treatment(groups, names), _treatment(kept, names)
-    found = [name for name in old if old[name] != new[name]]
-    more = f" and {len(found) - SHOWN} more" * (len(found) > SHOWN)
-    return f"{', '.join(found[:SHOWN])}{more}"
 
+    def treated(groups: list[dict[str, Any]]) -> dict[Tensor, tuple[bool, bool]]:
+        return {
+            p: (bool(group.get("muon")), group.get("weight_decay") == 0) for group in groups for p in group["params"]
+        }
 
-def _treatment(groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> dict[str, tuple[bool, bool]]:
-    return {
-        names.get(parameter, ""): (bool(group.get("muon")), group.get("weight_decay") == 0)
-        for group in groups
-        for parameter in group["params"]
-    }
+    new = treated(groups)
+    found = [names.get(parameter, "") for parameter, then in treated(kept).items() if then != new[parameter]]
+    return f"{', '.join(found[:SHOWN])}{f' and {len(found) - SHOWN} more' * (len(found) > SHOWN)}"
 
 
 def undecayed(model: nn.Module) -> dict[Tensor, str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
@@ -81,17 +80,13 @@ class LARS(Layerwise):
             weights, gradients = part.norms(part.weights), part.norms(part.gradients)
             local = (c * weights / (gradients + decay * weights + eps)).clamp(max=most)
             rates = torch.where((weights > 0) & (gradients > 0), rates * local, rates)
-        _move(part, -rates if maximize else rates, rates * decay, momentum, outer, nesterov)
-
-
-def _move(part: Part, shares: Tensor, decays: Tensor, momentum: float, outer: float, nesterov: bool) -> None:
-    """v and w moved by the gradients' ``shares`` and the weights' ``decays``, of each tensor, without a copy of any."""
-    weights, gradients, buffers = part.weights, part.gradients, part.state["momentum_buffer"]
-    share, decay = list(shares.unbind()), list(decays.unbind())
-    torch._foreach_mul_(buffers, momentum)
-    torch._foreach_addcmul_(buffers, gradients, share)
-    torch._foreach_addcmul_(buffers, weights, decay)
-    if nesterov:
-        torch._foreach_addcmul_(weights, weights, decay, value=-outer)
-        torch._foreach_addcmul_(weights, gradients, share, value=-outer)
-    torch._foreach_add_(weights, buffers, alpha=-outer * (momentum if nesterov else 1.0))
+        # v and w move by shares of the gradients and the weights, without a copy of any
+        buffers, decays = part.state["momentum_buffer"], list((rates * decay).unbind())
+        shares = list((-rates if maximize else rates).unbind())
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_addcmul_(buffers, part.gradients, shares)
+        torch._foreach_addcmul_(buffers, part.weights, decays)
+        if nesterov:
+            torch._foreach_addcmul_(part.weights, part.weights, decays, value=-outer)
+            torch._foreach_addcmul_(part.weights, part.gradients, shares, value=-outer)
+        torch._foreach_add_(part.weights, buffers, alpha=-outer * (momentum if nesterov else 1.0))

@@ -145,16 +145,14 @@ class Layerwise(Optimizer):
             part.state.setdefault("step", []).append(state["step"])
 
     def _check(self, parameter: Tensor) -> None:
-        who = type(self).__name__
+        who, shape = type(self).__name__, list(parameter.shape)
         assert parameter.grad is not None
         if parameter.grad.layout != torch.strided:
-            problem = (
-                f"{who} needs the whole gradient, and that of a parameter of shape {list(parameter.shape)} is sparse"
-            )
+            problem = f"{who} needs the whole gradient, and that of a parameter of shape {shape} is sparse"
             other = "optimizer=custom optimizer._target_=torch.optim.SparseAdam"
             raise UserError(problem, f"give its nn.Embedding sparse=False, or use {other}")
         if parameter.is_complex():
-            raise UserError(f"{who} takes no complex parameters, and one of shape {list(parameter.shape)} is")
+            raise UserError(f"{who} takes no complex parameters, and one of shape {shape} is")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -24,12 +24,9 @@ class MuonAdamW(Optimizer):
 
     Args:
         groups: parameter groups, each with ``muon``, a bool.
-        lr: of both.
-        momentum: Muon's.
-        nesterov: Muon's momentum looks ahead.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: of both.
+        lr, weight_decay: of both.
+        momentum, nesterov: Muon's.
+        betas, eps: AdamW's.
 
     Raises:
         UserError: a parameter of a group with ``muon=True`` isn't a matrix.

@@ -53,9 +53,7 @@ class Replicated(Reducer):
         tuned = parts.make_optimizer()
         refuse_untrainable(model, tuned, config.stage)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it asks for it there
-        self._groups = [
-            group["params"] for group in tuned.optimizer.param_groups
-        ]  # at stages 1 to 3 it makes them flat
+        self._groups = [group["params"] for group in tuned.optimizer.param_groups]  # DeepSpeed may make them flat
         super().__init__(parts, tuned)
         if config.stage == 3:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
@@ -146,9 +144,8 @@ def initialised(deepspeed: Any, parts: Parts, tuned: Tuned, settings: dict[str, 
         parts.world.share(parameter.data)
         parameter.ds_optim_param = True
     try:
-        engine, *_ = deepspeed.initialize(
-            model=parts.root, optimizer=tuned.optimizer, config=settings, dist_init_required=False
-        )
+        ours = {"model": parts.root, "optimizer": tuned.optimizer, "config": settings}
+        engine, *_ = deepspeed.initialize(**ours, dist_init_required=False)
     finally:
         for parameter in scalars:
             del parameter.ds_optim_param

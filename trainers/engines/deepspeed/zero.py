@@ -127,10 +127,8 @@ class InOrder:
         more = {p: () if stage == 3 else (index,) for index, group in enumerate(groups) for p in group}
         self._order = [(p, more[p]) for p in reversed(list(parameters)) if p in more and p.requires_grad]
         self._came, self._handed = set[Tensor](), 0
-        self._hand, self._reduce = (
-            zero.reduce_ready_partitions_and_remove_grads,
-            zero.overlapping_partition_gradients_reduce_epilogue,
-        )
+        self._hand = zero.reduce_ready_partitions_and_remove_grads
+        self._reduce = zero.overlapping_partition_gradients_reduce_epilogue
         zero.reduce_ready_partitions_and_remove_grads = self._take
         zero.overlapping_partition_gradients_reduce_epilogue = self._finish
 
