@@ -106,7 +106,7 @@ class DeepSpeed(Engine):
 
 _OWN: tuple[type[Engine], ...] = (DDP, FSDP, DeepSpeed)
 _names = sorted({file.stem for file in (Path(__file__).parent / "engine").glob("*.yaml")} - {*map(tag, _OWN)})
-ENGINES = (*_OWN, *(create_model(name, __base__=Engine, name=(Literal[name], ...)) for name in _names))
+ENGINES = (*_OWN, *(create_model(name, __base__=Engine, name=(Literal[name], ...)) for name in _names))  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     AnyEngine = Engine

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from isobatch.conf.engines import DeepSpeed
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
@@ -20,9 +21,7 @@ class Reserved(NamedTuple):
     allowed: tuple[Any, ...] = ()
 
 
-LR = "lr.warmup, lr.decay and the like say that"
 OPTIMIZER = "optimizer=… says that"
-PRECISION = "precision says that"
 AUTOCAST = "precision=… computes by autocast over fp32 weights, and DeepSpeed's own sections for that stay off"
 OFFLOAD = "engine.offload says that"
 RESUME = "checkpoints are Isobatch's own, of any engine: run.dir=… goes on from them"
@@ -36,7 +35,7 @@ _BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_
 
 DEEPSPEED = {
     "optimizer": Reserved(OPTIMIZER),
-    "scheduler": Reserved(LR),
+    "scheduler": Reserved("lr.warmup, lr.decay and the like say that"),
     "zero_force_ds_cpu_optimizer": Reserved(OPTIMIZER, (False,)),
     "zero_allow_untested_optimizer": Reserved(OPTIMIZER, (True,)),
     **{f"{section}.enabled": Reserved(AUTOCAST, (False, "auto")) for section in PRECISIONS},
@@ -98,7 +97,7 @@ def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
         return Reserved(f"{key} says that", (value, "auto") if config.batch.schedule is None else ("auto",))
 
     accumulation = ours("batch.accumulation", cut.accumulation)
-    if engine.name == "deepspeed":
+    if isinstance(engine, DeepSpeed):
         return {
             "train_batch_size": ours("batch.global_size", cut.global_size),
             "train_micro_batch_size_per_gpu": ours("batch.per_gpu", cut.per_gpu),
@@ -111,7 +110,7 @@ def _reserved(config: RunConfig, plan: Plan) -> Mapping[str, Reserved]:
         computed = "no" if config.precision == "fp32" else config.precision
         return {
             "gradient_accumulation_steps": accumulation,
-            "mixed_precision": Reserved(PRECISION, (computed,)),
+            "mixed_precision": Reserved("precision says that", (computed,)),
             "cpu": Reserved("device says that", (config.device == "cpu",)),
             "dynamo_backend": Reserved("compile=true says that", ("no",)),
         }

@@ -70,8 +70,15 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
     """Return an Accelerator for the ranks that are there. Raises UserError where it can't be had so."""
     accelerate = import_engine_package("accelerate")
     theirs = {key: made(f"engine.config.{key}", value) for key, value in config.items() if key in ALLOWED["accelerate"]}
-    for handler in theirs.get("kwargs_handlers") or ():
-        _refuse_handler(handler, accelerate.DistributedDataParallelKwargs)
+    for handler in theirs.get("kwargs_handlers") or ():  # those of DDP alone mean something, and none changes the sums
+        key, name = "engine.config.kwargs_handlers", type(handler).__name__
+        if not isinstance(handler, accelerate.DistributedDataParallelKwargs):
+            problem = f"{key} has a {name}, and only a DistributedDataParallelKwargs means something"
+            fix = "leave it out: precision says what computes and scales, and the process group is Isobatch's"
+            raise UserError(problem, fix, key)
+        if str(handler.comm_hook) != "no":
+            problem = f"{key}: comm_hook={handler.comm_hook} compresses gradients, which changes the run"
+            raise UserError(problem, "leave it out", key)
     world.connect()  # it wants a group for a world of one, too
     one_pass = accelerate.utils.GradientAccumulationPlugin(num_steps=1)  # sums are the plan's; else the environment's
     try:
@@ -81,18 +88,6 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
         )  # fmt: skip
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"accelerate.Accelerator can't be made: {error}", key="engine.config", value=config) from error
-
-
-def _refuse_handler(handler: Any, able: Any) -> None:
-    """Only DDP's keywords mean something here, and none that changes the sums."""
-    key, name = "engine.config.kwargs_handlers", type(handler).__name__
-    if not isinstance(handler, able):
-        problem = f"{key} has a {name}, and only a DistributedDataParallelKwargs means something"
-        fix = "leave it out: precision says what computes and scales, and the process group is Isobatch's"
-        raise UserError(problem, fix, key)
-    if str(handler.comm_hook) != "no":
-        problem = f"{key}: comm_hook={handler.comm_hook} compresses gradients, which changes the run"
-        raise UserError(problem, "leave it out", key)
 
 
 def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:

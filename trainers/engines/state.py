@@ -23,12 +23,12 @@ class State:
         self._model, self._world, self._names = parts.model, parts.world, parts.names
         self._storage, self._loss_scale = reducer.storage, loss_scale
         self._optimizer: Any = reducer.tuned.optimizer
-        self._by_parameter = {parameter: name for name, parameter in parts.model.named_parameters()}
+        self._by_parameter: dict[Tensor, str] = {parameter: name for name, parameter in parts.model.named_parameters()}
         # Other weights are evaluated than are stepped, as by schedule-free methods; torch's own have no such methods.
         modes = (getattr(self._optimizer, "train", None), getattr(self._optimizer, "eval", None))
         self._has_modes = all(map(callable, modes))
         if self._has_modes:
-            self._optimizer.train()  # some begin in eval mode
+            self._optimizer.train()  # type: ignore[attr-defined]  # some begin in eval mode
         self.average = Average(self._trained(), self._storage.refresh) if ema else None
 
     @contextmanager

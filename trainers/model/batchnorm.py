@@ -122,6 +122,7 @@ class Synced(Counting):
     def normalised(self, input: Tensor) -> Tensor:
         if self.ranks == 1:
             return self.in_parts(input, len(input))
+        output: Tensor
         output, statistics = normalise_over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
         self.tell(statistics)  # all ranks the same, which their mean is, too
         return output

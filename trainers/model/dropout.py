@@ -50,12 +50,9 @@ def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, st
 
 
 def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
-    """Return 31 uniform bits for each element of each row: int32 [rows, elements].
+    """Return 31 uniform bits for each element of each row: int32 [rows, elements], by ``Stream.keys`` or ``row_keys``.
 
     murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
-
-    Args:
-        keys: of ``Stream.keys``, where a row is a sample, or of ``row_keys``.
     """
     places = torch.arange(elements, dtype=torch.int32, device=keys.device)
     if len(keys) == 3:

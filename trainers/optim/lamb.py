@@ -13,8 +13,6 @@ from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 ANY = (0.0, math.inf)
-
-
 PAPER = {
     "bias_correction": True,  # "after": of the step and not of u, which the ratio sees (DeepSpeed); False: none
     "trust_clip": None,  # least and most of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) DeepSpeed's bounds

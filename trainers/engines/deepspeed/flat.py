@@ -136,7 +136,7 @@ class FlatStorage(Storage):
         self.refresh()
 
     def _read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-        """Return this rank's elements, or a scalar; elements stay on the CPU until they are made flat."""
+        """Return this rank's elements, which stay on the CPU until they are made flat, or a scalar."""
         span = self._spans[parameter]
         if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
             return reader(name, span.start, span.start + span.size)
