@@ -47,8 +47,8 @@ def all_nodes(start: int, stop: int) -> list[tuple[int, int]]:
     return [(start, stop), *below]
 
 
-def grown(block: range, leaves: int) -> Growing[Term]:
-    growing, most = Growing[Term](), 0
+def grown(block: range, leaves: int) -> Growing:
+    growing, most = Growing(), 0
     for leaf in block:
         growing.add(leaf, Term(str(leaf)), leaves)
         most = max(most, len(growing.sums))
@@ -107,7 +107,7 @@ def numbers(leaf: int) -> torch.Tensor:
 @pytest.mark.parametrize(("world", "leaves"), [(2, 7), (3, 7), (4, 12), (4, 3)])
 def test_over_real_ranks(tmp_path: Path, world: int, leaves: int) -> None:
     def body(ranks: World) -> Any:
-        cut, growing = cut_of(leaves, world), Growing[torch.Tensor]()
+        cut, growing = cut_of(leaves, world), Growing()
         for leaf in cut.block(ranks.rank):
             growing.add(leaf, numbers(leaf), leaves)
         mine = [sums for _, sums in growing.sums]
