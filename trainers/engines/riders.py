@@ -82,15 +82,16 @@ class Riders:
         numbers = self._note.grad.double() * self._mean_over
         self._note.grad = None
         loss, units, deviation, stop, save = numbers.tolist() if numbers.is_cpu else numbers
-        few, planned = units < expected_units / 2, deviation + expected_units
-        chosen = torch.where(few, units, planned) if isinstance(few, Tensor) else units if few else planned
-        return Total(loss, chosen, stop, save)
+        planned, few = deviation + expected_units, units < expected_units / 2
+        if isinstance(few, Tensor):
+            return Total(loss, torch.where(few, units, planned), stop, save)
+        return Total(loss, units if few else planned, stop, save)
 
     def settle(self, keep: bool) -> None:
         """End the step: move the running statistics of BatchNorm layers; without ``keep`` forget what they found."""
-        if self._statistics:
-            if keep:
-                self._statistics.update()
+        if self._statistics and keep:
+            self._statistics.update()
+        elif self._statistics:
             self._statistics.sums.grad = None
 
 
