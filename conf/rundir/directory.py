@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.files import write_atomic
-from isobatch.conf.rundir.lock import LOCK, Lock
+from isobatch.conf.rundir.lock import LOCK, LOCK_FD, Lock, become_owner, open_lock
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.rundir.owner import OWNER
-from isobatch.conf.rundir.take import take
+from isobatch.conf.rundir.owner import OWNER, Owner
 from isobatch.scaling.errors import UserError
 
 OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
+UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # None: a pipe can't be read back
 
 
 class RunDir:
@@ -30,19 +31,8 @@ class RunDir:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.logs, self.checkpoints, self.final = (self.path / name for name in ("logs", "checkpoints", "final"))
         self.held: Lock | None = None
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
 
     def outcome(self) -> Outcome | None:
         """Return what ``outcome.json`` says; None if there is none. Raises UserError where it is damaged."""
@@ -112,9 +102,33 @@ class RunDir:
             time.sleep(0.05)
 
     def lock(self, job: str = "", restart: int = 0, attempt: str = "", launches: Collection[str] = ()) -> Lock:
-        """Take the directory, see ``take``."""
-        self.held = take(self.path, job, restart, attempt, launches)
-        return self.held
+        """Take the directory for this launch, until the returned lock and those it was handed on from are closed.
+
+        Args:
+            job: a scheduler's, that this launch is of, and how often that was restarted. A start of the same job before
+                this one isn't at work any more, but the disk may not know that yet, if its machine was lost.
+            attempt: of this launch; ``launches``: those of all machines of it, of which any may have had it.
+
+        Raises:
+            UserError: another launch has it, and which; or its files can't be used.
+        """
+        handed_on = os.environ.get(LOCK_FD)
+        try:
+            file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else open_lock(self.path)
+            pid = os.getppid() if handed_on else os.getpid()
+            lock = Lock(self.path, file, Owner.here(self.path, file, pid, attempt, job, restart))
+            become_owner(lock, launches)
+        except OSError as error:
+            if error.errno not in UNUSABLE:
+                raise
+            problem = f"{LOCK} or {OWNER} in {self.path} can't be used ({error})"
+            fix = "they have to be files that can be written; remove them where no launch works there"
+            raise UserError(problem, fix, "run.dir", str(self.path)) from error
+        file.truncate(0)
+        file.write(str(lock.owner))
+        file.flush()
+        self.held = lock
+        return lock
 
     @property
     def gone(self) -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
 
@@ -64,22 +64,14 @@ def _has_a_peak(value: Any) -> bool:
 OUTCOME: dict[str, Check] = {"state": _is_text, "cause": _is_text, "step": _is_count, "samples": _is_count}
 PLAN: dict[str, Check] = {"steps": _or_none(_is_count), "samples": _or_none(_is_count), "lr": _has_a_peak}
 EVENT: dict[str, Check] = {
-    "event": _is_text,
-    "time": _is_time,
-    "step": _is_count,
-    "per_gpu": _is_count,
-    "per_gpu_before": _is_count,
-    "kind": _is_text,
-    "cause": _or_none(_is_text),
-}
+    "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,
+    "kind": _is_text, "cause": _or_none(_is_text),
+}  # fmt: skip
 METRICS: dict[str, Check] = {
-    "step": _is_count,
-    "samples": _is_count,
-    "loss": _or_none(_is_number),
-    "samples_per_s": _or_none(_is_number),
-    "val/": _or_none(_is_number),
-    "ema/": _or_none(_is_number),
-}
+    "step": _is_count, "samples": _is_count, "loss": _or_none(_is_number), "samples_per_s": _or_none(_is_number),
+    "val/": _or_none(_is_number), "ema/": _or_none(_is_number),
+}  # fmt: skip
+REMOVED = " (deleted)"  # behind the path of an open file that was removed
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -98,9 +90,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def read_run(directory: Path) -> RunFiles:
     """Return what the files of the run in ``directory`` say."""
     damage: list[str] = []
-    outcome, plan = (
-        _mapping(directory / name, checks, damage) for name, checks in (("outcome.json", OUTCOME), ("plan.json", PLAN))
-    )
+    outcome = _mapping(directory / "outcome.json", OUTCOME, damage)
+    plan = _mapping(directory / "plan.json", PLAN, damage)
     events = _lines(directory / "events.jsonl", EVENT, damage)
     metrics = _lines(directory / "metrics.jsonl", METRICS, damage)
     return RunFiles(outcome, plan, events, metrics, damage[0] if damage else None)
@@ -123,30 +114,29 @@ def last_step(directory: Path) -> int:
 
 
 def _mapping(file: Path, checks: Mapping[str, Check], damage: list[str]) -> dict[str, Any]:
-    try:
-        return _checked(read_json(file), checks)
-    except FileNotFoundError:
-        return {}
-    except Unreadable as error:
-        damage.append(f"{file.name}: {error}")
-        return {}
+    with suppress(FileNotFoundError):
+        try:
+            return _checked(read_json(file), checks)
+        except Unreadable as error:
+            damage.append(f"{file.name}: {error}")
+    return {}
 
 
 def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[dict[str, Any]]:
     try:
-        *whole, last = read_bytes(file).split(b"\n")
+        lines = read_bytes(file).split(b"\n")
     except FileNotFoundError:
         return []
     except Unreadable as error:
         damage.append(f"{file.name}: {error}")
         return []
     found = []
-    for number, line in enumerate([*whole, last], 1):
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 found.append(_checked(parse_json(line), checks))
         except Unreadable as error:
-            if number <= len(whole) or not line.startswith(b"{"):
+            if number < len(lines) or not line.startswith(b"{"):
                 damage.append(f"{file.name}, line {number}: {error}")
     return found
 
@@ -165,3 +155,23 @@ def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
 def holds_a_run(folder: Path) -> bool:
     """Tell whether ``folder`` is the directory of a run."""
     return any(os.path.lexists(folder / name) for name in ("outcome.json", "events.jsonl"))
+
+
+def has_files(folder: Path) -> bool:
+    """Tell whether ``folder`` has more of a run than its lock."""
+    return any((folder / name).exists() for name in ("outcome.json", "config.yaml", "plan.json", "submissions"))
+
+
+def identity_of(folder: Path) -> tuple[int, int]:
+    there = folder.stat()
+    return there.st_dev, there.st_ino
+
+
+def place_of(file: IO[str], identity: tuple[int, int]) -> Path | None:
+    """Return where the directory is now in which ``file`` was opened; None where it is gone or empty."""
+    with suppress(OSError):
+        link = os.readlink(f"/proc/self/fd/{file.fileno()}")
+        path = Path(link.removesuffix(REMOVED)).parent
+        if (not link.endswith(REMOVED) or identity_of(path) == identity) and has_files(path):
+            return path
+    return None

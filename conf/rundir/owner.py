@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -10,7 +9,9 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from pydantic import TypeAdapter, ValidationError
 
 OWNER = ".owner"
 READ_BYTES = 4096
@@ -44,10 +45,13 @@ class Owner:
     @classmethod
     def here(cls, folder: Path, file: IO[str], pid: int, attempt: str, job: str, job_restart: int) -> Owner:
         """Describe the launch ``pid`` of this machine, which has opened ``file`` as the lock of ``folder``."""
-        now, token = time.strftime("%Y-%m-%d %H:%M:%S"), uuid.uuid4().hex
+        host, boot, namespace = socket.gethostname(), socket.gethostname(), ""
+        with suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = os.readlink("/proc/self/ns/pid")
+        since, token, started = time.strftime("%Y-%m-%d %H:%M:%S"), uuid.uuid4().hex, _started(pid) or 0
         inodes = folder.stat().st_ino, os.fstat(file.fileno()).st_ino
-        mine = socket.gethostname(), pid, now, job, job_restart, _started(pid) or 0, *_machine()
-        return cls(*mine, *inodes, attempt, token)
+        return cls(host, pid, since, job, job_restart, started, boot, namespace, *inodes, attempt, token)
 
     def __str__(self) -> str:
         job = f", job {self.job} start {self.job_restart}" if self.job else ""
@@ -76,6 +80,9 @@ class Owner:
         return True if here else None
 
 
+_ADAPTER = TypeAdapter(Owner)
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """Hold ``.owner`` as it was found: its text, its time, and the owner, None where the text can't be parsed."""
@@ -92,64 +99,49 @@ class Seen:
         except FileNotFoundError:
             return None
         try:
-            text = os.read(descriptor, READ_BYTES).decode(errors="replace")
-            return cls(text, os.fstat(descriptor).st_mtime_ns, _parsed(text))
+            text, owner = os.read(descriptor, READ_BYTES).decode(errors="replace"), None
+            with suppress(ValidationError):
+                owner = _ADAPTER.validate_json(text, strict=True)
+            return cls(text, os.fstat(descriptor).st_mtime_ns, owner)
         finally:
             os.close(descriptor)
 
     def __str__(self) -> str:
         return str(self.owner) if self.owner else "it just started"
 
+    def remove(self, folder: Path) -> None:
+        """Remove this owner's ``.owner``, since it is dead, unless it is another's by now."""
+        grave = folder / f"{OWNER}.{uuid.uuid4().hex}"
+        with suppress(FileNotFoundError):
+            (folder / OWNER).rename(grave)
+            if (text := grave.read_text(errors="replace")) != self.text:
+                create(folder / OWNER, text)
+            grave.unlink()
+
 
 def create(path: Path, text: str) -> bool:
     """Write a file that wasn't there; False where it was. Of all who try, also over a network, one succeeds."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        file = open(path, "xb", buffering=0)  # noqa: SIM115  closed below
     except FileExistsError:
         return False
     try:
-        os.write(descriptor, text.encode())
+        with file:
+            file.write(text.encode())
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(descriptor)
     return True
-
-
-def _parsed(text: str) -> Owner | None:
-    try:
-        fields: Any = json.loads(text)
-        found = Owner(**fields)
-    except (ValueError, TypeError, RecursionError):
-        return None
-    kinds = {"int": int, "str": str}
-    sound = all(
-        type(getattr(found, name)) is kinds[str(kind.type)] for name, kind in Owner.__dataclass_fields__.items()
-    )
-    return found if sound else None
-
-
-def _machine() -> tuple[str, str]:
-    """Return an id of this boot of the machine, and of the namespace of its process ids."""
-    boot, namespace = socket.gethostname(), ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    return boot, namespace
 
 
 def _started(pid: int) -> int | None:
     """Return when a process started, in the kernel's ticks; 0 if unknown; None if there is no such process."""
-    try:
+    with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
+    with suppress(OSError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
     return 0

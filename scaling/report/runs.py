@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.files import holds_a_run, read_run
-from isobatch.conf.rundir.take import works
+from isobatch.conf.rundir.lock import works
 from isobatch.scaling.report.result import WITHOUT_A_WORD, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.take import DYING_S, LOCK_FD, hold, open_lock
+from isobatch.conf.rundir.lock import DYING_S, LOCK_FD, hold, open_lock
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.process import WorkerProcess
 from isobatch.trainers.ranks.signals import Stop

@@ -21,12 +21,10 @@ from typing import Any
 import pytest
 
 from isobatch.conf.rundir import lock as lock_module
-from isobatch.conf.rundir import take as take_module
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.lock import BEAT_S, LOCK, LOOKS, remove
+from isobatch.conf.rundir.lock import BEAT_S, DYING_S, LOCK, LOOKS, works
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.rundir.owner import OWNER, Seen
-from isobatch.conf.rundir.take import DYING_S, works
 from isobatch.scaling.errors import UserError
 from tests.support.disks import mounted
 from tests.support.noflock import without_flock
@@ -58,7 +56,7 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An owner on another machine, whose locks aren't seen here."""
-    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, boot="another")
     yield
     assert not list(run.path.glob(f"{OWNER}?*"))  # no litter
@@ -184,7 +182,7 @@ def test_an_owner_that_cannot_be_read_is_watched(run: RunDir, text: str) -> None
 
 def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container of this machine whose flock isn't seen."""
-    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, namespace="pid:[1]", pid=1 << 30, lock=0)
     began = time.monotonic()
     run.lock().close()
@@ -205,7 +203,7 @@ def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str)
 
 def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its owner is at work, in the other one."""
-    monkeypatch.setattr(take_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     lock = run.lock(attempt="a1")
     shutil.copytree(run.path, run.path.with_name("copy"))
     RunDir(run.path.with_name("copy")).lock().close()
@@ -218,7 +216,7 @@ def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
     seen = Seen.of(run.path)
     assert seen
     change(run, token="another")
-    remove(run.path, seen)
+    seen.remove(run.path)
     now = Seen.of(run.path)
     assert now
     assert now.owner

@@ -31,9 +31,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 from isobatch.conf.hardware import workers_here
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.lock import identity_of, place_of
+from isobatch.conf.rundir.lock import LOCK_FD, identity_of, open_lock, place_of
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.rundir.take import LOCK_FD, open_lock
 from isobatch.conf.terminal import say
 from isobatch.trainers.launch.failures import Starts, Verdict, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess

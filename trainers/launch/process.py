@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.take import LOCK_FD, hold
+from isobatch.conf.rundir.lock import LOCK_FD, hold
 from isobatch.trainers.ranks.failure import KILLED_HINT, Failure
 from isobatch.trainers.ranks.notes import GRACE_S
 from isobatch.trainers.ranks.signals import Stop, die_with_parent

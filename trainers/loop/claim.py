@@ -10,8 +10,8 @@ import torch
 from isobatch.conf.existing import begun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import last_step, write_atomic
+from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.rundir.take import hold
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
