@@ -115,7 +115,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
 
 def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:
     """Describe a start of this ``command``."""
-    from isobatch.slurm.allocation import JobStart
+    from isobatch.slurm.state import JobStart
 
     start, job = Start(uuid.uuid4().hex[:12], command, **code_now(config)), JobStart.here()
     return replace(start, run_dir=run_dir, extends=extends, job=job.id, job_restart=job.restart)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from isobatch.conf.groups import Local, Slurm
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.state import address, hostnames, job_of, kill_wait_s
+from isobatch.slurm.state import address, ask, hostnames
 
 PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
 STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so that they meet no neighbouring job's
@@ -51,19 +52,14 @@ class Allocation:
             raise UserError(problem, fix, "cluster", "slurm")
         tasks, nodes = env.get("SLURM_NTASKS", "1"), env.get("SLURM_STEP_NUM_NODES", "1")
         if tasks != nodes:
-            raise UserError(
-                f"srun starts {tasks} tasks on {nodes} nodes, and needs one a node, which starts that node's workers",
-                "srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)",
+            problem = (
+                f"srun starts {tasks} tasks on {nodes} nodes, and needs one a node, which starts that node's workers"
             )
+            raise UserError(problem, "srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)")
         hosts = tuple(hostnames(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
-        gpus = env.get("SLURM_GPUS_ON_NODE", "")
-        return cls(
-            env["SLURM_JOB_ID"],
-            hosts,
-            env.get("SLURMD_NODENAME", hosts[0]),
-            int(gpus) if gpus.isdecimal() else None,
-            int(env["SLURM_STEP_ID"]),
-        )
+        host, gpus = env.get("SLURMD_NODENAME", hosts[0]), env.get("SLURM_GPUS_ON_NODE", "")
+        gpus_here = int(gpus) if gpus.isdecimal() else None
+        return cls(env["SLURM_JOB_ID"], hosts, host, gpus_here, int(env["SLURM_STEP_ID"]))
 
     def rendezvous(self) -> str:
         """Return where the machines meet: the first one, by Slurm's address of it, at a port of this job step."""
@@ -73,20 +69,9 @@ class Allocation:
     def kill_wait_s(self) -> int | None:
         """Return the seconds from Slurm's notice that the job ends to its kill; None where it isn't known."""
         with suppress(UserError):  # only to warn by
-            return kill_wait_s()
+            found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+            return int(found[1]) if found else None
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class JobStart:
-    """Name the job that a process is in, and how often that was queued again; outside of one, ``id`` is ""."""
-
-    id: str = ""
-    restart: int = 0
-
-    @classmethod
-    def here(cls, env: Mapping[str, str] = os.environ) -> JobStart:
-        return cls(job_of(env), int(env.get("SLURM_RESTART_COUNT", "0"))) if "SLURM_JOB_ID" in env else cls()
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
@@ -102,12 +87,11 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
         problem = f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}"
         raise UserError(problem, "leave it out", "cluster.nodes", cluster.nodes)
     if config.run.new:
-        raise UserError(
-            "run.new=true would begin another run each time that this job is queued again",
-            "give the new run a name of its own, run.name=…, or submit it: python launch.py cluster=slurm run.new=true",
-            "run.new",
-            True,
+        problem = "run.new=true would begin another run each time that this job is queued again"
+        fix = (
+            "give the new run a name of its own, run.name=…, or submit it: python launch.py cluster=slurm run.new=true"
         )
+        raise UserError(problem, fix, "run.new", True)
     local = Local(
         name="local",
         nodes=nodes,

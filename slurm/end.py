@@ -14,7 +14,7 @@ from typing import Any
 
 from isobatch.conf.rundir.files import events, last_step, outcome
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.state import Job, down_nodes, job, job_of, restarted_nodes
+from isobatch.slurm.state import Job, JobStart, down_nodes, job, restarted_nodes
 
 TAIL_BYTES = 1 << 16  # of an output, whose end has what Slurm said last
 
@@ -75,7 +75,7 @@ class End:
 
     @property
     def said(self) -> str:
-        """Return the cause in the run's own words."""
+        """The cause in the run's own words."""
         return str(self.outcome.get("cause", "")) if self.start else ""
 
 
@@ -88,33 +88,29 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
     if "SLURM_JOB_ID" not in env:
         problem = "action=requeue is what the script of a Slurm job does at its end, and this isn't a job"
         raise UserError(problem, key="action", value="requeue")
-    identifier, restart, said = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), tail(Path("/proc/self/fd/2"))
-    now, found = job(identifier), events(directory)
-    start = start_of(found, identifier, restart)
-    began = now.started if now.restarts == restart else None  # else it is put back already, and begins again
+    here, said = JobStart.here(env), tail(Path("/proc/self/fd/2"))
+    now, found = job(here.id), events(directory)
+    start = start_of(found, here.id, here.restart)
+    began = now.started if now.restarts == here.restart else None  # else it is put back already, and begins again
     began = when(start) if start and not began else began
-    due = parse_due(said, began or datetime.min)
+    due, nodes, down = parse_due(said, began or datetime.min), env["SLURM_JOB_NODELIST"], list[str]()
+    with suppress(UserError):  # what else is known tells enough
+        down = down_nodes(nodes)
     return End(
-        identifier=identifier,
-        restart=restart,
+        identifier=here.id,
+        restart=here.restart,
         outcome=outcome(directory),
         events=found,
         step=last_step(directory),
         code=int(env.get(STEP_CODE, "0")),
         job=now,
         due=due,
-        down=_down(env["SLURM_JOB_NODELIST"]),
+        down=down,
         now=datetime.now(),
-        back=restarted_nodes(env["SLURM_JOB_NODELIST"], began) if due == "NODE FAILURE" and began else (),
+        back=restarted_nodes(nodes, began) if due == "NODE FAILURE" and began else (),
         unreached=parse_unreached(said),
         complaint=parse_complaint(said) or "see its output",
     )
-
-
-def _down(nodes: str) -> list[str]:
-    with suppress(UserError):  # what else is known tells enough
-        return down_nodes(nodes)
-    return []
 
 
 def start_of(events: Sequence[Mapping[str, Any]], identifier: str, restart: int) -> Mapping[str, Any] | None:
@@ -131,12 +127,10 @@ def when(event: Mapping[str, Any]) -> datetime:
 
 def tail(output: Path) -> str:
     """Return the end of a job's output; empty where it can't be read."""
-    try:
-        with open(output, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
+    with suppress(OSError), open(output, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def parse_due(text: str, since: datetime) -> str | None:
@@ -154,14 +148,11 @@ def parse_unreached(text: str) -> list[str]:
 
     Of lines such as ``srun: error: Task launch for StepId=18.0 failed on node n2: Communication connection failure``.
     """
-    found = re.findall(r"^srun: error: Task launch for \S+ failed on node (\S+): ", _of_this_start(text), re.MULTILINE)
-    return sorted(set(found))
+    text = text.rpartition("*** JOB ")[2]
+    return sorted(set(re.findall(r"^srun: error: Task launch for \S+ failed on node (\S+): ", text, re.MULTILINE)))
 
 
 def parse_complaint(text: str) -> str:
     """Return the last thing that a launcher of this start said was wrong; empty where there is nothing."""
-    return "".join(re.findall(r"^isobatch: (.*)$", _of_this_start(text), re.MULTILINE)[-1:])
-
-
-def _of_this_start(text: str) -> str:
-    return text.rpartition("*** JOB ")[2]
+    text = text.rpartition("*** JOB ")[2]
+    return "".join(re.findall(r"^isobatch: (.*)$", text, re.MULTILINE)[-1:])

@@ -15,9 +15,9 @@ from isobatch.conf.rundir.files import last_step
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.allocation import JobStart
 from isobatch.slurm.end import end_of_job
 from isobatch.slurm.requeue import Verdict, decide_requeue, put_back, put_back_by_slurm
+from isobatch.slurm.state import JobStart
 from isobatch.slurm.submit import common_cluster, prepare, refuse_if_queued
 
 

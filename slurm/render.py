@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from isobatch.conf.groups import Slurm
 from isobatch.scaling.geometry import counted
@@ -13,23 +12,9 @@ from isobatch.scaling.geometry import counted
 MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """Hold what is submitted.
-
-    Attributes:
-        text: of the script.
-        options: of sbatch, all of them. The text has them, too; given beside it they win over SBATCH_* variables, and
-            may have values of several lines, which no ``#SBATCH`` line can hold.
-    """
-
-    text: str
-    options: tuple[str, ...]
-
-
 def render(
     cluster: Slurm, runs: Sequence[Sequence[str]], *, name: str, output: str, python: str, launcher: str
-) -> Script:
+) -> tuple[str, tuple[str, ...]]:
     """Write the script of a job that does one run, or of an array that does several.
 
     Args:
@@ -38,6 +23,10 @@ def render(
         output: the file that Slurm writes what is printed to; ``%j`` stands for the job.
         python: the interpreter, where ``cluster.setup`` brings none.
         launcher: the path of ``launch.py``.
+
+    Returns:
+        The text of the script, and all options of sbatch. The text has them, too; given beside it they win over
+        SBATCH_* variables, and may have values of several lines, which no ``#SBATCH`` line can hold.
     """
     options = list(_options(cluster, len(runs), name, output))
     lines = [directive(option) for option in options if "\n" not in option]
@@ -63,7 +52,7 @@ def render(
         f'ISOBATCH_STEP_CODE=$code exec {launch} "${{run[@]}}" action=requeue',
         "",
     ]
-    return Script("\n".join(text), tuple(options))
+    return "\n".join(text), tuple(options)
 
 
 def _options(cluster: Slurm, runs: int, name: str, output: str) -> Iterator[str]:

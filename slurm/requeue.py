@@ -12,7 +12,7 @@ from typing import Literal
 from isobatch.conf.rundir.files import events, outcome
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.end import DUE, End, parse_due, tail, when
-from isobatch.slurm.state import ask, down_nodes, job, job_of, restarted_nodes
+from isobatch.slurm.state import JobStart, ask, down_nodes, job, restarted_nodes
 
 STOPS_IN_A_ROW = 3  # at the same step, by the time limit, after which it isn't tried again
 EARLY_S = 60  # that Slurm may signal before it was asked to
@@ -45,10 +45,10 @@ def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> V
     told = [event for event in events(directory) if event.get("event") in ("start", "requeue")]
     if "SLURM_RESTART_COUNT" not in env or not told:
         return None
-    last = told[-1]
-    if (last["event"], last.get("job")) != ("start", job_of(env)):
+    last, here = told[-1], JobStart.here(env).id
+    if (last["event"], last.get("job")) != ("start", here):
         return None
-    output, hosts = job(job_of(env)).output, ",".join(last["hosts"])
+    output, hosts = job(here).output, ",".join(last["hosts"])
     due = parse_due(tail(Path(output)), when(last)) if output else None
     if due and due != "NODE FAILURE":
         lost = "" if outcome(directory).get("state") == "stopped" else "; it was killed before all was saved"

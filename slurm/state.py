@@ -28,17 +28,17 @@ def ask(*words: str, env: Mapping[str, str] = os.environ) -> str:
     Raises:
         UserError: the command isn't here, failed, or didn't answer.
     """
-    deadline = time.monotonic() + (PATIENCE_S if "SLURM_JOB_ID" in env else 0)
+    env, deadline = {**env, "SLURM_TIME_FORMAT": "standard"}, time.monotonic() + PATIENCE_S
     while True:
         try:
-            return _ask(words, {**env, "SLURM_TIME_FORMAT": "standard"})
+            return _ask_once(words, env)
         except UserError as error:
-            if not UNANSWERED.search(str(error)) or time.monotonic() > deadline:
+            if not UNANSWERED.search(str(error)) or "SLURM_JOB_ID" not in env or time.monotonic() > deadline:
                 raise
         time.sleep(ASK_AGAIN_S)
 
 
-def _ask(words: Sequence[str], env: Mapping[str, str]) -> str:
+def _ask_once(words: Sequence[str], env: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace", env=env)
     except FileNotFoundError:
@@ -75,7 +75,7 @@ class Queued:
 
     @property
     def root(self) -> str:
-        """Return the directory of its run or sweep, where Isobatch submitted it; else ""."""
+        """The directory of its run or sweep, where Isobatch submitted it; else ""."""
         script = Path(self.command)
         return str(script.parent.parent) if script.parent.name == "submissions" else ""
 
@@ -142,14 +142,23 @@ class Job:
         return (self.started + self.limit - now).total_seconds()
 
 
-def job_of(env: Mapping[str, str]) -> str:
-    """Return the id of the job that a process with this environment is in: ``123_4`` for an element of an array.
+@dataclass(frozen=True, slots=True)
+class JobStart:
+    """Name the job that a process is in, and how often that was queued again; outside of one, ``id`` is "".
 
-    The element that begins last has the array's own number as SLURM_JOB_ID, by which Slurm takes all of them.
+    The ``id`` of an element of an array is ``123_4``. The element that begins last has the array's own number as
+    SLURM_JOB_ID, by which Slurm takes all of them.
     """
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env["SLURM_JOB_ID"]
+
+    id: str = ""
+    restart: int = 0
+
+    @classmethod
+    def here(cls, env: Mapping[str, str] = os.environ) -> JobStart:
+        job = env.get("SLURM_JOB_ID", "")
+        if "SLURM_ARRAY_JOB_ID" in env:
+            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+        return cls(job, int(env.get("SLURM_RESTART_COUNT", "0")))
 
 
 def job(identifier: str) -> Job:
@@ -179,11 +188,8 @@ def _time(text: str) -> datetime | None:
 
 def _limit(text: str) -> timedelta | None:
     """Parse ``1-02:03:04``: days, hours, minutes, seconds."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)", text)
+    return timedelta(**{unit: int(number) for unit, number in match.groupdict("0").items()}) if match else None
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -193,39 +199,20 @@ def hostnames(nodes: str) -> list[str]:
 
 def address(node: str) -> str:
     """Return where Slurm reaches a node: of several networks, the one that the site has chosen."""
-    return parse_address(ask("scontrol", "--oneliner", "show", "node", node), node)
-
-
-def parse_address(text: str, node: str) -> str:
-    """Parse a line of ``scontrol --oneliner show node``."""
-    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", text)
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", ask("scontrol", "--oneliner", "show", "node", node))
     return match[1] if match else node
 
 
 def down_nodes(nodes: str) -> list[str]:
     """Return those nodes of a list such as ``n[1-3],n7`` that don't answer any more, or were taken out."""
-    return parse_down(ask("sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N %T"))
-
-
-def parse_down(text: str) -> list[str]:
-    """Parse lines of ``sinfo --Node --format='%N %T'``; a ``*`` says that a node doesn't answer."""
+    text = ask("sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N %T")
     states = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+    # a * says that a node doesn't answer
     return sorted(node for node, state in states.items() if state.lower().startswith(DOWN) or "*" in state)
 
 
 def restarted_nodes(nodes: str, since: datetime) -> list[str]:
     """Return those of ``nodes`` whose daemon began at ``since`` or later, as it does when a machine starts."""
-    began = parse_began(ask("scontrol", "--oneliner", "show", "node", nodes))
-    return sorted(node for node, when in began.items() if when >= since)
-
-
-def parse_began(text: str) -> dict[str, datetime]:
-    """Parse lines of ``scontrol --oneliner show node``."""
-    found = re.findall(r"^NodeName=(\S+) .*?SlurmdStartTime=(\d\S+)", text, re.MULTILINE)
-    return {node: datetime.fromisoformat(when) for node, when in found}
-
-
-def kill_wait_s() -> int | None:
-    """Return the seconds between the TERM and the KILL that end a job; None where Slurm doesn't say."""
-    match = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    return int(match[1]) if match else None
+    text = ask("scontrol", "--oneliner", "show", "node", nodes)
+    began = re.findall(r"^NodeName=(\S+) .*?SlurmdStartTime=(\d\S+)", text, re.MULTILINE)
+    return sorted({node for node, when in began if datetime.fromisoformat(when) >= since})

@@ -61,11 +61,7 @@ def refuse_unless_submittable(config: RunConfig) -> None:
 
 
 def common_cluster(configs: Sequence[RunConfig]) -> Slurm:
-    """Return the cluster of all runs of a sweep, which are one array of jobs.
-
-    Raises:
-        UserError: they ask for different ones.
-    """
+    """Return the cluster of all runs of a sweep, which are one array of jobs. Raises UserError where they differ."""
     first = configs[0].cluster
     if any(config.cluster != first for config in configs) or not isinstance(first, Slurm):
         problem = "the runs of a sweep are one array of jobs, and ask for different clusters"
@@ -90,19 +86,16 @@ def jobs_of(directory: Path, kind: str) -> list[str]:
     return [str(event["job"]) for event in events(directory) if event.get("event") == kind and "job" in event]
 
 
-def outside(env: Mapping[str, str]) -> dict[str, str]:
-    """Return ``env`` without the variables of a job that this process is in, which the new one would find."""
-    return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
-
-
 def sbatch(script: Path, options: Sequence[str]) -> str:
     """Submit a script; return the job's id.
 
     Raises:
         UserError: Slurm rejects it; the message quotes it, and says what would help.
     """
+    # without the variables of a job that this process is in, which the new one would find
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
     try:
-        answer = ask("sbatch", "--parsable", *options, str(script), env=outside(os.environ))
+        answer = ask("sbatch", "--parsable", *options, str(script), env=env)
     except UserError as error:
         hints = [hint for pattern, hint in HELP.items() if re.search(pattern, error.problem, re.IGNORECASE)]
         raise UserError(error.problem, hints[0] if hints else error.fix) from None
@@ -141,15 +134,11 @@ class Submission:
 
     def told(self, job: str) -> str:
         """Return what is said once Slurm has it."""
-        output = self.output_of(job)
-        return "\n".join(
-            [
-                f"submitted job {job}" + f", an array of {len(self.configs)} runs" * self.array,
-                f"run     {self.script.parent.parent}",
-                f"output  {output}",
-                f"follow  tail -F {shlex.quote(str(output.parent))}/{output.name}",
-                f"cancel  scancel {job}",
-            ]
+        output, array = self.output_of(job), f", an array of {len(self.configs)} runs" * self.array
+        follow = f"tail -F {shlex.quote(str(output.parent))}/{output.name}"
+        return (
+            f"submitted job {job}{array}\nrun     {self.script.parent.parent}\noutput  {output}\n"
+            f"follow  {follow}\ncancel  scancel {job}"
         )
 
     def give(self) -> str:
@@ -186,13 +175,6 @@ def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, la
     folder, job = str(root).replace("%", "%%"), "slurm-%A_%a" if len(runs) > 1 else "slurm-%j"
     if "\\" in folder:  # a path with one is taken as it is, and two of them for one
         folder, job = str(root).replace("\\", "\\\\"), "slurm"
-    output = root / f"logs/{job}.out"
-    script = render(
-        cluster,
-        words,
-        name=re.sub(r"[^\w.+-]", "_", root.name, flags=re.ASCII),
-        output=f"{folder}/logs/{job}.out",
-        python=sys.executable,
-        launcher=str(launcher),
-    )
-    return Submission(root / f"submissions/{stamp}.sh", script.text, script.options, configs, output)
+    name, pattern = re.sub(r"[^\w.+-]", "_", root.name, flags=re.ASCII), f"{folder}/logs/{job}.out"
+    text, options = render(cluster, words, name=name, output=pattern, python=sys.executable, launcher=str(launcher))
+    return Submission(root / f"submissions/{stamp}.sh", text, options, configs, root / f"logs/{job}.out")

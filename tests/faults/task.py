@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import isobatch.trainers.run
-from isobatch.slurm.state import job_of
+from isobatch.slurm.state import JobStart
 from tests.support.tasks import OneByOne, Slow
 
 SAMPLES = 500
@@ -164,5 +164,6 @@ class Rows(OneByOne):
 
 def start(env: Mapping[str, str]) -> str:
     """The name of this start of the workers: the elastic agent's number of it, after the job's in a job of Slurm's."""
-    job = f"{job_of(env)}.{env.get('SLURM_RESTART_COUNT', '0')}." if "SLURM_JOB_ID" in env else ""
+    here = JobStart.here(env)
+    job = f"{here.id}.{here.restart}." if here.id else ""
     return job + env.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,11 +22,11 @@ from isobatch.conf.identity import identity
 from isobatch.conf.overrides import override
 from isobatch.conf.saved import frozen
 from isobatch.scaling.errors import UserError
-from isobatch.slurm.allocation import Allocation, JobStart, as_local
+from isobatch.slurm.allocation import Allocation, as_local
 from isobatch.slurm.end import End, parse_due, parse_unreached
 from isobatch.slurm.render import directive, render
 from isobatch.slurm.requeue import decide_requeue, put_back_by_slurm
-from isobatch.slurm.state import Job, parse_address, parse_began, parse_down, parse_job, parse_queue
+from isobatch.slurm.state import Job, JobStart, address, down_nodes, parse_job, parse_queue, restarted_nodes
 from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
 from tests.support.examples import examples
 from tests.support.golden import golden
@@ -49,13 +50,13 @@ def cluster(*overrides: str) -> Slurm:
 
 def script(found: Slurm, runs: int = 1, output: str = "/scratch/runs/a b/logs/slurm-%j.out") -> str:
     words = [[f"run.dir=/scratch/{number}", f"run.config='/scratch/it\\'s {number}.yaml'"] for number in range(runs)]
-    made = render(
+    text, options = render(
         found, words, name="digits-1", output=output, python="/opt/my python", launcher="/opt/isobatch/launch.py"
     )
-    assert [directive(option) for option in made.options] == [
-        line for line in made.text.splitlines() if line.startswith("#SBATCH")
+    assert [directive(option) for option in options] == [
+        line for line in text.splitlines() if line.startswith("#SBATCH")
     ]
-    return made.text
+    return text
 
 
 # ---- scripts
@@ -99,7 +100,7 @@ def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
 
 def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
     words = [f"run.dir={text}" for text in ("it's", "a  b", "two\nlines", "$(touch x);`touch y`", "\\", '"')]
-    made = render(cluster(), [words], name="n", output="o", python="python", launcher="launch.py").text
+    made = render(cluster(), [words], name="n", output="o", python="python", launcher="launch.py")[0]
     array = next(line for line in made.split("\n\n") if line.startswith("run=("))
     done = subprocess.run(["bash", "-c", array + '\nprintf "%s\\0" "${run[@]}"'], capture_output=True, cwd=tmp_path)
     assert done.stdout.decode().split("\0")[:-1] == words
@@ -107,11 +108,11 @@ def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_no_directive_can_hold_goes_beside_the_script() -> None:
-    made = render(
+    text, options = render(
         cluster("cluster.comment='two\nlines'"), [["x"]], name="n", output="o", python="python", launcher="launch.py"
     )
-    assert made.options[-1] == "--comment=two\nlines"
-    assert "lines" not in made.text
+    assert options[-1] == "--comment=two\nlines"
+    assert "lines" not in text
 
 
 def test_directives_quote_what_has_to_be() -> None:
@@ -285,14 +286,32 @@ def test_the_queue_as_squeue_shows_it() -> None:
     assert parse_queue("") == {}
 
 
-def test_nodes_as_sinfo_and_scontrol_show_them() -> None:
-    assert parse_down("n1 idle\nn2 down*\nn3 mixed\nn3 mixed\nn4 idle*\nn5 DOWN\nn6 drained\n") == ["n2", "n4", "n5"]
-    assert parse_down("") == []
-    assert (
-        parse_address("NodeName=n2 Gres=gpu:2 NodeAddr=10.0.0.2 NodeHostName=n2.example.org Port=6818", "n2")
-        == "10.0.0.2"
-    )
-    assert parse_address("", "n2") == "n2"
+NODES = """\
+NodeName=n1 Arch=x86_64 CoresPerSocket=1 State=IDLE BootTime=2026-11-26T00:17:45 SlurmdStartTime=2026-11-26T01:18:41 \
+LastBusyTime=2026-11-26T01:19:05
+NodeName=n2 State=UNKNOWN BootTime=None SlurmdStartTime=None
+"""
+ONE = "NodeName=n2 Gres=gpu:2 NodeAddr=10.0.0.2 NodeHostName=n2.example.org Port=6818"
+STATES = "n1 idle\nn2 down*\nn3 mixed\nn3 mixed\nn4 idle*\nn5 DOWN\nn6 drained\n"
+BEGAN = datetime(2026, 11, 26, 1, 18, 41)
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "found"),
+    [
+        (STATES, lambda: down_nodes("n[1-6]"), ["n2", "n4", "n5"]),
+        ("", lambda: down_nodes("n1"), []),
+        (ONE, lambda: address("n2"), "10.0.0.2"),
+        ("", lambda: address("n2"), "n2"),
+        (NODES, lambda: restarted_nodes("n[1-2]", BEGAN), ["n1"]),
+        (NODES, lambda: restarted_nodes("n[1-2]", BEGAN + timedelta(seconds=1)), []),
+    ],
+)
+def test_nodes_as_sinfo_and_scontrol_show_them(
+    said: str, asked: Callable[[], Any], found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isobatch.slurm.state.ask", lambda *words: said)
+    assert asked() == found
 
 
 SAID = """\
@@ -459,17 +478,6 @@ def test_nodes_that_srun_did_not_reach() -> None:
     earlier = SRUN.format("n2") + SAID.format(" DUE TO JOB REQUEUE")
     assert parse_unreached(earlier) == []
     assert parse_unreached(earlier + SRUN.format("n3")) == ["n3"]
-
-
-NODES = """\
-NodeName=n1 Arch=x86_64 CoresPerSocket=1 State=IDLE BootTime=2026-11-26T00:17:45 SlurmdStartTime=2026-11-26T01:18:41 \
-LastBusyTime=2026-11-26T01:19:05
-NodeName=n2 State=UNKNOWN BootTime=None SlurmdStartTime=None
-"""
-
-
-def test_when_a_node_began() -> None:
-    assert parse_began(NODES) == {"n1": datetime(2026, 11, 26, 1, 18, 41)}
 
 
 # ---- what Slurm put back by itself
