@@ -28,8 +28,7 @@ from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.report.result import grid, plan_row, result
 from isobatch.trainers.launch.changes import differences
 from isobatch.trainers.launch.children import in_turn
-from isobatch.trainers.launch.repository import commit_of, repository_of
-from isobatch.trainers.launch.source import folder_of
+from isobatch.trainers.launch.source import commit_of, folder_of, repository_of
 from isobatch.trainers.launch.worker import import_torch
 from isobatch.trainers.ranks.session import Start
 

@@ -31,7 +31,8 @@ from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.data.validation import Validation, open_validation
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine, refuse_environment
-from isobatch.trainers.launch.source import Source, changes
+from isobatch.trainers.launch.changes import changes
+from isobatch.trainers.launch.source import Source
 from isobatch.trainers.loop.announce import (
     RUN_DEPENDS,
     announce_frozen,

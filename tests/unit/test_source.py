@@ -13,9 +13,9 @@ import pytest
 
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.trainers.launch import repository
-from isobatch.trainers.launch.repository import commit_of, repository_of
-from isobatch.trainers.launch.source import Source, changes, folder_of
+from isobatch.trainers.launch import source as source_module
+from isobatch.trainers.launch.changes import changes
+from isobatch.trainers.launch.source import Source, commit_of, folder_of, repository_of
 
 TASK = ("task=custom", "lr.peak=0.1")
 CODE: dict[str, Any] = {"commit": "", "repository": None}
@@ -150,7 +150,7 @@ def test_the_commit_and_whether_there_are_changes(tmp_path: Path, monkeypatch: p
 
 
 def test_git_that_fails_or_takes_long_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(source_module, "GIT_S", 0.2)
     fake = tmp_path / "git"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     for script, expected in (

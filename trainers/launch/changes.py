@@ -1,22 +1,78 @@
-"""Report what a finished run's result isn't of, when its command is given again. Torch-free."""
+"""Report what changed since a run was trained: its code, and keys of its command. Torch-free."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import events
 from isobatch.conf.saved import not_applied
-from isobatch.trainers.launch.source import changes
+from isobatch.trainers.launch.source import hash_of, places
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
+SHOWN = 8  # files that are named
+
+
+@dataclass(frozen=True)
+class Changes:
+    """List what changed since the run was trained.
+
+    Attributes:
+        files: path → hash of now; empty where the file is gone.
+        repository, commit: of the user's code and of Isobatch, then and now; empty where they are the same.
+    """
+
+    files: dict[str, str]
+    repository: list[Any]
+    commit: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.repository or self.commit)
+
+    def __str__(self) -> str:
+        named = [path if digest else f"{path} (gone)" for path, digest in self.files.items()]
+        said = [", ".join(named[:SHOWN]) + f" and {len(named) - SHOWN} more" * (len(named) > SHOWN)]
+        if self.repository:
+            said.append("the repository ({}, now {})".format(*map(_short, self.repository)))
+        if self.commit:
+            said.append("Isobatch ({:.7}, now {:.7})".format(*self.commit))
+        return ", ".join(filter(None, said))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For ``events.jsonl``."""
+        return asdict(self) | {"files": list(self.files)}
+
+
+def changes(run: RunDir, config: RunConfig, code: dict[str, Any], loaded: dict[str, str] | None = None) -> Changes:
+    """Return what changed since ``run`` was last trained.
+
+    Args:
+        code: ``commit`` and ``repository`` of now.
+        loaded: hashes of the files that are imported; others are read from the disk.
+    """
+    trained, start = _trained_by(run)
+    where, complete = places(config)
+    changed: dict[str, str] = {}
+    for path in sorted(trained):
+        hashes = ((loaded or {}).get(path), *(hash_of(os.path.join(place.root, path)) for place in where))
+        now = next(filter(None, hashes), "")
+        if now != trained[path] and (now or complete):
+            changed[path] = now
+    repository = _differing(start.get("repository"), code.get("repository"))
+    commit = [str(start.get("commit") or ""), str(code.get("commit") or "")]
+    own = [state["commit"] for state in repository] == commit  # Isobatch's, which is said once
+    return Changes(changed, repository, commit if all(commit) and commit[0] != commit[1] and not own else [])
+
 
 def differences(run: RunDir, config: RunConfig, code: dict[str, Any]) -> Iterator[str]:
-    """Note and yield, in a line each, what the result shown isn't of: keys of this command, and today's code.
+    """Note and yield, in a line each, what the result of a finished run isn't of: keys of this command, today's code.
 
     Args:
         code: ``commit`` and ``repository`` of now.
@@ -32,7 +88,33 @@ def differences(run: RunDir, config: RunConfig, code: dict[str, Any]) -> Iterato
 def _note(run: RunDir, event: str, **fields: Any) -> None:
     """Keep it in the events, once where it is the same again."""
     before = [one for one in events(run.path) if one.get("event") == event][-1:]
-    if any(all(one.get(name) == value for name, value in fields.items()) for one in before):
-        return
-    with suppress(OSError):  # a full disk doesn't change the result
-        run.event(event, **fields)
+    if not before or any(before[0].get(name) != value for name, value in fields.items()):
+        with suppress(OSError):  # a full disk doesn't change the result
+            run.event(event, **fields)
+
+
+def _trained_by(run: RunDir) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the hashes that the starts noted which came to train, and the ``start`` event of the last of them."""
+    files: dict[str, str] = {}
+    start: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    for event in events(run.path):
+        if event.get("event") == "start":
+            start = event
+        elif event.get("event") == "source" and isinstance(event.get("files"), dict):
+            files, trained = files | event["files"], start
+    return files, trained
+
+
+def _differing(then: Any, now: Any) -> list[Any]:
+    """Return both states of a repository where they are known and differ."""
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return []
+    unknown = None in (then.get("dirty"), now.get("dirty"))
+    keys = ["commit"] if unknown else ["commit", "dirty"]
+    return [then, now] if any(then.get(key) != now.get(key) for key in keys) else []
+
+
+def _short(repository: dict[str, Any]) -> str:
+    dirty = " with uncommitted changes" if repository.get("dirty") else ""
+    return (str(repository.get("commit", ""))[:7] or "no commit") + dirty
