@@ -48,8 +48,8 @@ from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
 from isobatch.trainers.launch.children import count_samples, guarded
-from isobatch.trainers.launch.start import launch
-from isobatch.trainers.launch.worker import import_torch, leave, run_in_process, run_under_torchrun
+from isobatch.trainers.launch.start import launch, run_in_process, run_under_torchrun
+from isobatch.trainers.launch.worker import import_torch, leave
 
 COUNT = partial(count_samples, stop=STOP)
 

@@ -30,7 +30,7 @@ from isobatch.conf.rundir.files import read_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
-from isobatch.trainers.launch.in_process import process_kept, run_here
+from isobatch.trainers.launch.start import process_kept, run_here
 from isobatch.trainers.launch.worker import import_torch
 
 if TYPE_CHECKING:

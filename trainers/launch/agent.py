@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -38,14 +39,7 @@ from isobatch.trainers.launch.failures import Starts, Verdict, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess
 from isobatch.trainers.launch.rendezvous import Alone
 from isobatch.trainers.launch.worker import Body, run_for_agent
-from isobatch.trainers.ranks.notes import (
-    GRACE_S,
-    await_failure,
-    first_failure,
-    note_failure,
-    read_note,
-    write_note,
-)
+from isobatch.trainers.ranks.notes import GRACE_S, await_failure, first_failure, note_failure, read_note, write_note
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import FRESH_STORE
 
@@ -105,17 +99,16 @@ class Agent(SimpleElasticAgent):
 
     @property
     def leads(self) -> bool:
-        """Tell whether rank 0 is one of this agent's workers."""
+        """Whether rank 0 is one of this agent's workers."""
         return self._worker_group.group_rank == 0
 
     @property
     def run_dir(self) -> RunDir | None:
         """Return the run directory, once rank 0 has it for this launch, in this start or in one before."""
-        path = read_note(self.notes, "entered", str) or self._entered
-        if path and self._run and self._lock:
-            place = self._identity and place_of(self._lock, self._identity)  # it may have been moved
-            return RunDir(place) if place else None
-        return RunDir(path) if path else None
+        place: Path | str | None = read_note(self.notes, "entered", str) or self._entered
+        if place and self._lock:  # it may have been moved
+            place = self._identity and place_of(self._lock, self._identity)
+        return RunDir(place) if place else None
 
     @property
     def restarts(self) -> int:
@@ -139,11 +132,9 @@ class Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
-        work: Any = spec.entrypoint
         context: Any = multiprocessing.get_context(self._start_method)
         self.starts, self.verdict = self.starts + 1, None
         lock = self._handed_on() if self._start_method == "fork" else {}
-        hurry, self._stop.hurry = self._stop.hurry, False  # the workers inherit it
         for worker in worker_group.workers:
             env = {
                 "RANK": worker.global_rank,
@@ -156,8 +147,8 @@ class Agent(SimpleElasticAgent):
                 FRESH_STORE: 1,
                 **lock,
             }
-            self._workers.append(WorkerProcess(context, worker.global_rank, env, self._stop, work, spec.args))
-        self._stop.hurry = hurry
+            process = WorkerProcess(context, worker.global_rank, env, self._stop, run_for_agent, spec.args)
+            self._workers.append(process)
         return {number: worker.pid for number, worker in enumerate(self._workers)}
 
     def _handed_on(self) -> dict[str, Any]:
@@ -244,13 +235,10 @@ class Agent(SimpleElasticAgent):
         Args:
             own: this agent's ranks; another agent may be about to say what became of its own.
         """
-        failure = await_failure(self.notes, self._worker_group.workers[0].world_size, own)
-        if failure is None:
+        if (failure := await_failure(self.notes, self._worker_group.workers[0].world_size, own)) is None:
             return None
-        over = bool(
-            self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)
-        )
-        verdict = self._failed_starts.decide(failure, over=over)
+        over = self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)
+        verdict = self._failed_starts.decide(failure, over=bool(over))
         write_note(self.notes, "verdict", verdict)
         return verdict
 
@@ -267,9 +255,9 @@ class Agent(SimpleElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_workers(worker_group)
         if self.verdict and self.leads:
-            limit = self.verdict.per_gpu_limit
+            limit, summary = self.verdict.per_gpu_limit, self.verdict.failure.summary
             smaller = "" if limit is None else f" with batch.per_gpu={limit}"
-            say(f"isobatch: {self.verdict.failure.summary}; starting the workers again{smaller}", sys.stderr)
+            say(f"isobatch: {summary}; starting the workers again{smaller}", sys.stderr)
             if run := self.run_dir:
                 record_restart(self.verdict, run, self.starts)
         super()._restart_workers(worker_group)

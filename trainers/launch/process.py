@@ -119,6 +119,7 @@ def _child(
     if LOCK_FD in env:
         hold(os.fdopen(int(env[LOCK_FD])))
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
+    stop.hurry = False
     stop.install()
     watch.beat()
     work(*args, watch)

@@ -1,15 +1,25 @@
-"""Start this machine's workers, and end with the command's exit code. Torch-free until used."""
+"""Start this machine's workers, or be one in this process, and record how it ended. Torch-free until used."""
 
 from __future__ import annotations
 
+import gc
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from isobatch.trainers.launch.failures import record_end
-from isobatch.trainers.launch.worker import Body
-from isobatch.trainers.ranks.failure import Failure
+from isobatch.conf.rundir.outcome import Outcome
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.launch.failures import Starts, record_end, record_restart
+from isobatch.trainers.launch.worker import Body, Worker
+from isobatch.trainers.ranks.failure import Failure, restarts
+from isobatch.trainers.ranks.notes import await_failure, lasting, note_failure, read_note, write_note
 from isobatch.trainers.ranks.session import Start
 from isobatch.trainers.ranks.signals import Stop, Stopped
+from isobatch.trainers.ranks.watch import Watch
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -58,3 +68,103 @@ def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
         failure = replace(failure, kind="stopped", again=False, cause=stopped)
     run = agent.run_dir if agent and agent.leads else None
     return record_end(failure, run, start.attempt, agent.restarts if agent else 0).exit_code
+
+
+def run_under_torchrun(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> int:
+    """Be a worker that torchrun started; return the exit code that torchrun expects.
+
+    torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and whoever needs to know
+    more reads ``outcome.json``.
+    """
+    stop.hurry, watch = False, Watch()
+    watch.beat()
+    end = Worker(config, start, body, stop, watch, _report_under_torchrun, kept).work()
+    return 0 if isinstance(end, Outcome) else end.exit_code
+
+
+def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
+    """Let the first worker that fails report for all of them, and leave notes for torchrun's next start."""
+    store = worker.store
+    note_failure(store, failure)
+    first = worker.rank == 0
+    with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+        first = store.add("failures", 1) == 1 if store else first
+    if not first:
+        return
+    kept = lasting(store)
+    starts = read_note(kept, "starts", Starts) or Starts()
+    failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
+    verdict = starts.decide(failure)
+    end = record_end(verdict.failure, worker.run, worker.start.attempt, restarts(), worker.terminal)
+    if not verdict.retry:
+        write_note(kept, "final", end)
+        return
+    starts.add(verdict)
+    write_note(kept, "starts", starts)
+    if worker.run and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        record_restart(verdict, worker.run, restarts() + 1)
+
+
+def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> Outcome | Failure:
+    """Be the only worker, in the calling process; a failure is printed at once."""
+    return Worker(config, start, body, stop, Watch(), _report_alone, kept, guarded=False).work()
+
+
+def _report_alone(worker: Worker, failure: Failure) -> None:
+    """Print the failure with its traceback, which is wanted where errors are looked for."""
+    record_end(replace(failure, log=""), worker.run, worker.start.attempt)
+
+
+def run_here(config: RunConfig, start: Start, body: Body) -> Outcome:
+    """Be the only worker, in the calling process, and give the run directory up at the end.
+
+    Raises:
+        UserError: something the user gave can't work.
+        RuntimeError: the run crashed; the cause is chained.
+        KeyboardInterrupt: the user interrupted it; it is recorded as stopped, after the last checkpoint.
+    """
+    worker = Worker(config, start, body, Stop(), Watch(), _raise, [], guarded=False)
+    try:
+        end = worker.work()
+    finally:
+        if worker.run and worker.run.held:
+            worker.run.held.close()
+    assert isinstance(end, Outcome)
+    return end
+
+
+def _raise(worker: Worker, failure: Failure) -> None:
+    """Record the failure without printing it, and raise it."""
+    error = sys.exception()
+    if isinstance(error, KeyboardInterrupt):
+        failure = replace(failure, kind="stopped", again=False, cause="KeyboardInterrupt")
+    end = record_end(replace(failure, log=""), worker.run, worker.start.attempt, to=io.StringIO())
+    if isinstance(error, UserError | KeyboardInterrupt):
+        raise error
+    raise RuntimeError(end.cause) from error
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """Put back what training sets for the whole process: environment, generators, threads, garbage collection."""
+    environment = dict(os.environ)
+    import torch
+
+    from isobatch.trainers.model.randomness import generators_kept
+
+    threads, collects, frozen = torch.get_num_threads(), gc.isenabled(), gc.get_freeze_count()
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with generators_kept(torch.device("cuda") if torch.cuda.is_initialized() else None):
+            yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.backends.cudnn.benchmark = benchmark
+        (gc.enable if collects else gc.disable)()
+        if not frozen:
+            gc.unfreeze()

@@ -1,7 +1,4 @@
-"""One worker of a run: joining the other ranks, doing the body, and ending, however it was started.
-
-Torch-free until used.
-"""
+"""One worker of a run: join the other ranks, do the body, and end, however it was started. Torch-free until used."""
 
 from __future__ import annotations
 
@@ -21,17 +18,9 @@ from isobatch.conf.hardware import under_torchrun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.launch.failures import Starts, record_end, record_restart
-from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of, restarts
-from isobatch.trainers.ranks.notes import (
-    await_failure,
-    from_json,
-    lasting,
-    note_failure,
-    read_note,
-    to_json,
-    write_note,
-)
+from isobatch.trainers.launch.failures import Starts
+from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of
+from isobatch.trainers.ranks.notes import from_json, lasting, note_failure, read_note, to_json, write_note
 from isobatch.trainers.ranks.session import Session, Start
 from isobatch.trainers.ranks.signals import Stop, show_cursor
 from isobatch.trainers.ranks.watch import Watch
@@ -168,27 +157,10 @@ class Worker:
             self._give_up(RunFailed(cause))
 
 
-def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> Outcome | Failure:
-    """Be the only worker, in the calling process; a failure is printed at once."""
-    return Worker(config, start, body, stop, Watch(), _report_alone, kept, guarded=False).work()
-
-
-def run_under_torchrun(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> int:
-    """Be a worker that torchrun started; return the exit code that torchrun expects.
-
-    torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and whoever needs to know
-    more reads ``outcome.json``.
-    """
-    stop.hurry, watch = False, Watch()
-    watch.beat()
-    end = Worker(config, start, body, stop, watch, _report_under_torchrun, kept).work()
-    return 0 if isinstance(end, Outcome) else end.exit_code
-
-
 def run_for_agent(config: RunConfig, start: Start, body: Body, stop: Stop, watch: Watch) -> NoReturn:
-    """Be a worker that our own agent started."""
+    """Be a worker that our own agent started, for which a failure is left as a note; the agent does the rest."""
     kept: list[object] = []
-    end = Worker(config, start, body, stop, watch, _report_to_agent, kept).work()
+    end = Worker(config, start, body, stop, watch, lambda worker, why: note_failure(worker.store, why), kept).work()
     leave(0 if isinstance(end, Outcome) else end.exit_code)
 
 
@@ -202,44 +174,10 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _report_alone(worker: Worker, failure: Failure) -> None:
-    """Print the failure with its traceback, which is wanted where errors are looked for."""
-    record_end(replace(failure, log=""), worker.run, worker.start.attempt)
-
-
-def _report_to_agent(worker: Worker, failure: Failure) -> None:
-    """Leave a note for our agent, which does the rest."""
-    note_failure(worker.store, failure)
-
-
-def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
-    """Let the first worker that fails report for all of them, and leave notes for torchrun's next start."""
-    store = worker.store
-    note_failure(store, failure)
-    first = worker.rank == 0
-    with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
-        first = store.add("failures", 1) == 1 if store else first
-    if not first:
-        return
-    kept = lasting(store)
-    starts = read_note(kept, "starts", Starts) or Starts()
-    failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
-    verdict = starts.decide(failure)
-    end = record_end(verdict.failure, worker.run, worker.start.attempt, restarts(), worker.terminal)
-    if not verdict.retry:
-        write_note(kept, "final", end)
-        return
-    starts.add(verdict)
-    write_note(kept, "starts", starts)
-    if worker.run and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        record_restart(verdict, worker.run, restarts() + 1)
-
-
 def _threads(config: RunConfig, local_size: int) -> int:
     """Return what OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of the cores.
 
-    Sums within an operation are rounded by their number. So where numerics are bitwise it is 1 everywhere, whatever
-    OMP_NUM_THREADS asks for, which can't be heard under torchrun.
+    Sums within an operation are rounded by their number, so where numerics are bitwise it is 1 everywhere.
     """
     if config.numerics == "bitwise":
         return 1
