@@ -48,19 +48,14 @@ class Best:
             return None
         self.told = True
         kind, _, name = self.name.partition("/")
-        near = get_close_matches(
-            name, [other.removeprefix(f"{kind}/") for other in values if other.startswith(kind)], n=1
-        )
-        return (
-            f"checkpoint.best={self.wanted}: this evaluation has no {self.name}, so it isn't the best; it has "
-            f"{', '.join(values) or 'no values'}{f'; did you mean {kind}/{near[0]}?' if near else ''}"
-        )
+        alike = [other.removeprefix(f"{kind}/") for other in values if other.startswith(kind)]
+        near = get_close_matches(name, alike, n=1)
+        has = f"{', '.join(values) or 'no values'}{f'; did you mean {kind}/{near[0]}?' if near else ''}"
+        return f"checkpoint.best={self.wanted}: this evaluation has no {self.name}, so it isn't the best; it has {has}"
 
     def never(self) -> str | None:
         """Return what to say at the end of a run in which no evaluation had the value; None: nothing."""
         if self.wanted is None or self.seen:
             return None
-        return (
-            f"checkpoint.best={self.wanted}: no evaluation of this run had a finite {self.name}, so there is no "
-            "checkpoints/best"
-        )
+        none = f"no evaluation of this run had a finite {self.name}"
+        return f"checkpoint.best={self.wanted}: {none}, so there is no checkpoints/best"

@@ -48,29 +48,20 @@ def compose(header: Header, parts: Iterable[Mapping[str, Any]], values: Mapping[
         files[file_of(rank)] = {"bytes": part["bytes"], "sha256": part["sha256"]}
         for name, (dtype, shape, start, stop) in part["slices"].items():
             stored = tensors.setdefault(name, {"dtype": dtype, "shape": shape, "slices": []})
-            if (stored["dtype"], stored["shape"]) != (dtype, shape):
-                raise Damaged(
-                    f"{name} is {dtype} {shape} on rank {rank}, and {stored['dtype']} {stored['shape']} before"
-                )
+            if (there := (stored["dtype"], stored["shape"])) != (dtype, shape):
+                raise Damaged(f"{name} is {dtype} {shape} on rank {rank}, and {there[0]} {there[1]} before")
             if start < stop:
                 stored["slices"].append((file_of(rank), start, stop))
     for stored in tensors.values():
         stored["slices"].sort(key=lambda piece: piece[1])
-    about = {name: getattr(header, name) for name in Header.__dataclass_fields__}
-    about["plan"] = json.loads(to_json(header.plan))
-    if header.evaluation is not None:
-        about["evaluation"] = {key: finite(value) for key, value in header.evaluation.items()}
-    if header.noise is not None:
-        about["noise"] = asdict(header.noise)
+    about = asdict(header) | {"plan": json.loads(to_json(header.plan))}
+    if header.evaluation is not None:  # JSON has no NaN and no infinity
+        finite = {key: value for key, value in header.evaluation.items() if value is not None and math.isfinite(value)}
+        about["evaluation"] = dict.fromkeys(header.evaluation) | finite
     content = {"format": FORMAT, **about, "files": files, "tensors": tensors, "values": values}
     text = sealed(json.dumps(content).removeprefix("{").encode() + b"\n")
     parse(text, Path())
     return text
-
-
-def finite(value: float | None) -> float | None:
-    """Return a number as JSON can hold it: None for NaN and infinity."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def commit(run: RunDir, step: int, manifest: bytes, *, best: bool) -> list[str]:
@@ -144,20 +135,16 @@ def pass_over(run: RunDir, step: int) -> list[Path]:
     for path in checkpoints(run):
         if step_of(path) > step:
             folder.mkdir(exist_ok=True)
-            moved.append(_move(path, first_free(folder / path.name)))
+            moved.append(to := first_free(folder / path.name))
+            if path.is_symlink():  # a relative one keeps pointing to the same folder
+                to.symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(to)
     best = run.checkpoints / BEST
     if moved and not best.exists():
         best.unlink(missing_ok=True)  # it was one of them
     return moved
-
-
-def _move(path: Path, to: Path) -> Path:
-    """Rename a checkpoint; a relative link keeps pointing to the same folder."""
-    if path.is_symlink():
-        to.symlink_to(os.path.realpath(path))
-        path.unlink()
-        return to
-    return path.rename(to)
 
 
 def drop_older(run: RunDir, step: int, keep: int) -> list[str]:

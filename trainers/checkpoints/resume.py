@@ -19,6 +19,7 @@ from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
 from isobatch.trainers.checkpoints.commit import clear_leftovers, link_best
+from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.optim.groups import Groups, are_groups
@@ -31,7 +32,6 @@ from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-SKIPPED_SHOWN = 5
 ANOTHER_RUN = "start another run with run.new=true (init_from=… begins it with these weights)"
 
 
@@ -65,9 +65,9 @@ def resume(
     plan = continued(fresh, header.plan, extends=header.identity != identity(config))
     try:
         engine.restore(Reader(found, beat))
-    except UserError:
-        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
+        if isinstance(error, UserError):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{found.path} doesn't fit the optimizer ({said:.200})", "was the task changed?") from error
     noise = header.noise or Smoothed() if measured else None
@@ -77,11 +77,7 @@ def resume(
 def header_of(
     config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
 ) -> Header:
-    """Return the header of a checkpoint of ``state``.
-
-    Args:
-        evaluation: the values of an evaluation at this step.
-    """
+    """Return the header of a checkpoint of ``state``; ``evaluation``: the values of one at this step."""
     return Header(
         identity=state.plan.identity,
         duration=str(config.duration),
@@ -114,10 +110,8 @@ def newest_good(
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
     if saved and not names:
-        raise UserError(
-            f"{run.checkpoints} has no checkpoint, but step {saved} was saved there",
-            "bring it back, or start another run beside this with run.new=true",
-        )
+        problem = f"{run.checkpoints} has no checkpoint, but step {saved} was saved there"
+        raise UserError(problem, "bring it back, or start another run beside this with run.new=true")
     groups = engine.values()[GROUPS] if names else []
     skipped = []
     for name in names:
@@ -133,12 +127,9 @@ def newest_good(
         skipped.append(f"{name}: {reasons[0]}")
         tell(f"checkpoint {name} is skipped: {reasons[0]}")
     if skipped:
-        more = f"; and {len(skipped) - SKIPPED_SHOWN} more" if len(skipped) > SKIPPED_SHOWN else ""
-        raise UserError(
-            f"no checkpoint in {run.checkpoints} is good ({'; '.join(skipped[:SKIPPED_SHOWN])}{more}), and nothing was "
-            "changed there",
-            "fix one, bring back the model that they are of, or start another run beside this with run.new=true",
-        )
+        problem = f"no checkpoint in {run.checkpoints} is good ({listed(skipped, '; ')}), and nothing was changed there"
+        fix = "fix one, bring back the model that they are of, or start another run beside this with run.new=true"
+        raise UserError(problem, fix)
     return None
 
 
@@ -172,11 +163,10 @@ def find_best(run: RunDir, best: str | None, world: World) -> float | None:
         with suppress(Damaged, OSError):
             if (value := (read(path).header.evaluation or {}).get(name)) is not None:
                 known.append((value, path))
-    found = None
-    if known:
-        found, best_one = max(known) if direction == "max" else min(known)
-        link_best(run, best_one)
-    agreed: float | None = json.loads(world.agree(json.dumps(found)))
+    found = (max(known) if direction == "max" else min(known)) if known else None
+    if found:
+        link_best(run, found[1])
+    agreed: float | None = json.loads(world.agree(json.dumps(found and found[0])))
     return agreed
 
 
@@ -230,18 +220,13 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 
 
 def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) -> None:
-    header = found.header
-    if header.plan.train_samples != fresh.train_samples:
-        raise UserError(
-            f"the training data has {fresh.train_samples} samples, and had {header.plan.train_samples} when "
-            f"{found.path.name} was saved: their order would be another",
-            f"bring the old data back, or {ANOTHER_RUN}",
-        )
-    if fingerprint and header.fingerprint and fingerprint != header.fingerprint:
-        raise UserError(
-            f"the training data has changed: its fingerprint is {fingerprint}, and was {header.fingerprint} when "
-            f"{found.path.name} was saved",
-            f"bring the old data back, {ANOTHER_RUN}, or go on all the same with data.fingerprint=false",
-            "data.fingerprint",
-            True,
-        )
+    before, saved = found.header, f"when {found.path.name} was saved"
+    if before.plan.train_samples != fresh.train_samples:
+        had = f"had {before.plan.train_samples} {saved}: their order would be another"
+        problem = f"the training data has {fresh.train_samples} samples, and {had}"
+        raise UserError(problem, f"bring the old data back, or {ANOTHER_RUN}")
+    if fingerprint and before.fingerprint and fingerprint != before.fingerprint:
+        was = f"was {before.fingerprint} {saved}"
+        problem = f"the training data has changed: its fingerprint is {fingerprint}, and {was}"
+        fix = f"bring the old data back, {ANOTHER_RUN}, or go on all the same with data.fingerprint=false"
+        raise UserError(problem, fix, "data.fingerprint", True)

@@ -7,8 +7,8 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,7 @@ class Policy:
     keep: int
 
 
-def _ignore(what: object = None) -> None:
-    pass
+def _ignore(what: object = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,6 @@ class _Save:
 
     Attributes:
         number: of the saves that this start has begun; ``began``: when, on the monotonic clock.
-        best: it is of the best evaluation so far.
         slices: the copy, complete after ``ready()``; ``failed``: why there is none.
         header, values: on rank 0.
     """
@@ -94,7 +92,7 @@ class Saver:
     """Save the state of a run in the background, and keep the newest checkpoints and the best one.
 
     All ranks call ``save`` and ``wait`` at the same places. Each rank writes its part; the descriptions of the parts
-    meet in the world's store, and rank 0 commits the checkpoint. The memory for the copy is reused by later saves.
+    meet in the world's store, and rank 0 commits the checkpoint.
 
     Args:
         header: makes what the manifest says of the run; called on rank 0.
@@ -189,7 +187,7 @@ class Saver:
         if self._thread is None:
             return
         key, seen, looked = f"save/{self._number}/result", 0, time.monotonic()
-        with _connected():
+        try:
             while not self._store.check([key]):
                 time.sleep(POLL_S)
                 if time.monotonic() - looked > TELL_S:
@@ -197,6 +195,9 @@ class Saver:
                     if seen != before:
                         self._reports.beat()
             result = self._store.get(key).decode()
+        except RuntimeError as error:
+            problem = f"Connection to the other ranks lost, while a checkpoint was saved: {error}"
+            raise RuntimeError(problem) from error
         # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
         self._failed, self._thread = self._world.agree(result) or None, None
         if self._world.rank == 0:
@@ -273,23 +274,11 @@ class Saver:
             return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
         try:
             self._reports.took(time.monotonic() - save.began)
-            self._tell(save.step, [*warnings, *drop_older(self._run, save.step, self._policy.keep)])
+            for warning in (*warnings, *drop_older(self._run, save.step, self._policy.keep)):
+                reason = warning.partition(": ")[0]
+                if reason not in self._warned:  # a checkpoint that can't be removed is met again at every save
+                    self._warned.add(reason)
+                    self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {warning}")
         except Exception as error:  # it is committed all the same, and other ranks wait to hear of it
             self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
         return None
-
-    def _tell(self, step: int, warnings: list[str]) -> None:
-        """Pass warnings on, one for each reason: a checkpoint that can't be removed is met again at every save."""
-        for warning in warnings:
-            reason = warning.partition(": ")[0]
-            if reason not in self._warned:
-                self._warned.add(reason)
-                self._reports.warn(f"the checkpoint of step {step} is saved, but: {warning}")
-
-
-@contextmanager
-def _connected() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"Connection to the other ranks lost, while a checkpoint was saved: {error}") from error

@@ -7,10 +7,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,9 +53,8 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
         if writes:
             _save_final(run, list(files), {name: layout[f"model/{name}"] for name in names}, tensors)
     except OSError as error:
-        raise RunFailed(
-            f"the trained weights can't be written to {run.final} ({error}); once they can, the same command does"
-        ) from error
+        what = f"the trained weights can't be written to {run.final} ({error})"
+        raise RunFailed(f"{what}; once they can, the same command does") from error
     finally:
         for _ in tensors:  # also where nobody writes them
             pass
@@ -117,11 +115,7 @@ def initialise(model: nn.Module, source: str, world: World) -> str:
 
 
 def load_average(model: nn.Module, found: str, world: World) -> bool:
-    """Set ``model`` to the moving average that was saved with the weights which ``initialise`` found, if there is one.
-
-    Returns:
-        Whether there was, on all ranks.
-    """
+    """Set ``model`` to the average that was saved with what ``initialise`` found; return whether there was one."""
 
     def load() -> str:
         averaged = _open_average(Path(found))
@@ -142,8 +136,11 @@ def find(source: str) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
     run = RunDir(path)
-    for file in (path / WEIGHTS, run.final / WEIGHTS):
-        if file.is_file() and not (file.parent == run.final and _goes_on(run)):
+    if (file := path / WEIGHTS).is_file():
+        return file
+    if (file := run.final / WEIGHTS).is_file():
+        outcome = run.outcome()
+        if not outcome or outcome.state == "finished" or not checkpoints(run):  # else it is older than a checkpoint
             return file
     # the link checkpoints/best is a checkpoint, too
     candidates = [followed(path)] if (path / NAME).exists() else checkpoints(run)
@@ -162,14 +159,7 @@ def find(source: str) -> Path:
     raise UserError(f"init_from={source} {what}", fix, "init_from", source)
 
 
-def _goes_on(run: RunDir) -> bool:
-    """Tell whether a finished run was extended, so that its newest checkpoint is newer than ``final/``."""
-    outcome = run.outcome()
-    return outcome is not None and outcome.state != "finished" and bool(checkpoints(run))
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
+class _Weights(NamedTuple):
     """Tensors in files: the dtype (None: unknown to torch) and shape of each, and how one is read."""
 
     kinds: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
@@ -206,11 +196,9 @@ def _of_file(path: Path) -> _Weights:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, names: dict[str, str]) -> _Weights:
-    reader = Reader(checkpoint)
-    stored = {name: checkpoint.tensors[there] for name, there in names.items()}
-    return _Weights(
-        {name: (DTYPES[one.dtype], one.shape) for name, one in stored.items()}, lambda name: reader.whole(names[name])
-    )
+    reader, stored = Reader(checkpoint), {name: checkpoint.tensors[there] for name, there in names.items()}
+    kinds = {name: (DTYPES.get(one.dtype), one.shape) for name, one in stored.items()}
+    return _Weights(kinds, lambda name: reader.whole(names[name]))
 
 
 def _names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
@@ -231,16 +219,11 @@ def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
         "has other dtypes:": [f"{name} {kinds[name][0]}, here {here[name].dtype}" for name in other],
     }
     if not any(misfits.values()):
-        misfits["has apart what the model has as one:"] = [
-            "/".join(group) for group in groups if not _set(group, weights)
-        ]
-    said = [f"it {has} {listed(names)}" for has, names in misfits.items() if names]
-    if said:
-        raise UserError(
-            f"{what} doesn't fit the model: {'; '.join(said)}",
-            "it brings weights alone: task, task.args and model have to be given as they were",
-            "init_from",
-        )
+        apart = ["/".join(group) for group in groups if not _set(group, weights)]
+        misfits = {"has apart what the model has as one:": apart}
+    if said := "; ".join(f"it {has} {listed(names)}" for has, names in misfits.items() if names):
+        fix = "it brings weights alone: task, task.args and model have to be given as they were"
+        raise UserError(f"{what} doesn't fit the model: {said}", fix, "init_from")
 
 
 def _set(group: dict[str, Tensor], weights: _Weights) -> bool:
@@ -264,8 +247,7 @@ def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
             refusal = [error.problem, error.fix, error.key]
         except (Damaged, OSError) as error:
             refusal = [str(error)]
-    agreed: tuple[list[str], str] = json.loads(world.agree(json.dumps([refusal, done])))
-    refusal, done = agreed
+    refusal, done = json.loads(world.agree(json.dumps([refusal, done])))
     if refusal:
         raise UserError(*refusal)
     if done and world.size > 1:

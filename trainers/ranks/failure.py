@@ -163,9 +163,10 @@ def _cause(error: BaseException) -> str:
 def place(stack: traceback.StackSummary) -> str:
     """Return the innermost line of the user's own code, to append to what happened there; empty where there is none."""
     ours = (str(Path(__file__).parents[2]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
-    frames = [frame for frame in stack if not frame.filename.startswith(ours)]
-    frames = [frame for frame in frames if Path(frame.filename).name not in COMMANDS]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    for frame in reversed(stack):
+        if not frame.filename.startswith(ours) and (name := Path(frame.filename).name) not in COMMANDS:
+            return f" ({name}:{frame.lineno} in {frame.name})"
+    return ""
 
 
 def log_of(run: RunDir, rank: int | str) -> Path:

@@ -79,8 +79,8 @@ def first_failure(store: Store | None, size: int) -> Failure | None:
         first = replace(first, rank=silent[0], cause=cause, silent_ranks=silent)
     if (first.lost or ABORTED in first.cause) and (cause := parting(store, range(size)) or ""):
         first = replace(first, kind="refused", again=False, cause=cause)
-    furthest = [max(getattr(note.reached, key) for note in notes.values()) for key in ("step", "samples")]
-    return replace(first, reached=replace(first.reached, step=furthest[0], samples=furthest[1]))
+    furthest = {key: max(getattr(note.reached, key) for note in notes.values()) for key in ("step", "samples")}
+    return replace(first, reached=replace(first.reached, **furthest))
 
 
 def await_failure(store: Store | None, size: int, own: set[int] | None = None) -> Failure | None:

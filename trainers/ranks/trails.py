@@ -12,9 +12,8 @@ import time
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from isobatch.scaling.errors import UserError
 
@@ -70,11 +69,11 @@ class Trail:
         with self._lock, suppress(RuntimeError):
             more = self._step[self._written :]
             if self._store and more:
-                text = "".join(f"\n{name}" for name in more)
+                key, text = f"trail/{self._rank}", "".join(f"\n{name}" for name in more)
                 if self._written:
-                    self._store.append(_key(self._rank), text)  # type: ignore[attr-defined]
+                    self._store.append(key, text)  # type: ignore[attr-defined]
                 else:
-                    self._store.set(_key(self._rank), f"{self._number}\n{self._kind}\n{self._instead}{text}")
+                    self._store.set(key, f"{self._number}\n{self._kind}\n{self._instead}{text}")
             self._written += len(more)
 
     def numbers(self) -> tuple[float, float]:
@@ -105,14 +104,14 @@ class Trail:
             self._known[self._kind] = self._step[self._start :]
             if self._rank == 0 and self._store:
                 with suppress(RuntimeError):
-                    self._store.set(_key(self._kind), "\n".join(self._known[self._kind]))
+                    self._store.set(f"trail/{self._kind}", "\n".join(self._known[self._kind]))
 
     def _await_parting(self) -> str | None:
         """``parting``, once all ranks have told the trails of this step."""
         deadline = time.monotonic() + TOLD_S
         while time.monotonic() < deadline:
             told = _told(self._store, range(self._size))
-            if len(told) == self._size and all(one.number == self._number for one in told.values()):
+            if [one.number for one in told.values()] == [self._number] * self._size:
                 self._await_readers(deadline)
                 trails = {rank: one.names for rank, one in told.items()}
                 return _sentence(self._kind, _only(trails) or _first(trails, whole=True), self._instead)
@@ -128,9 +127,8 @@ class Trail:
                 read = self._store.add(READ, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """Hold what the store knows of a rank's last step that differed from the usual one.
+class Told(NamedTuple):
+    """What the store knows of a rank's last step that differed from the usual one.
 
     Attributes:
         number: of steps and evaluations before it.
@@ -204,10 +202,6 @@ def _told(store: Store | None, ranks: Iterable[int]) -> dict[int, Told]:
 
 def _read(store: Store | None, of: int | str) -> list[str] | None:
     with suppress(RuntimeError):
-        if store and store.check([_key(of)]):
-            return str(store.get(_key(of)).decode()).split("\n")
+        if store and store.check([f"trail/{of}"]):
+            return str(store.get(f"trail/{of}").decode()).split("\n")
     return None
-
-
-def _key(of: int | str) -> str:
-    return f"trail/{of}"

@@ -54,9 +54,7 @@ class Watch:
         """Record that this worker makes progress, and how far the run has come; first of all, that it heeds signals."""
         self._row[0] += 1
         if steps is not None:
-            self._row[1] = steps
-        if samples is not None:
-            self._row[2] = samples
+            self._row[1:3] = steps, samples
 
     def expect_beats(self) -> None:
         """From now on, take this worker for hanging where beats are missing."""
@@ -65,17 +63,17 @@ class Watch:
 
     @property
     def started(self) -> bool:
-        """Tell whether the worker heeds signals."""
-        return bool(self._row[0] > 0)
+        """Whether the worker heeds signals."""
+        return bool(self._row[0])
 
     @property
     def training(self) -> bool:
-        """Tell whether missing beats are taken for hanging."""
+        """Whether missing beats are taken for hanging."""
         return bool(self._row[4])
 
     @property
     def reached(self) -> Reached:
-        """Return how far the run has come."""
+        """How far the run has come."""
         return self._reached() if self._reached else Reached(int(self._row[1]), int(self._row[2]))
 
     @contextmanager
@@ -115,47 +113,42 @@ class Watch:
             on_training: called once time counts.
             on_hang: called with a hang; last in a worker that waits for other ranks.
         """
+        look_s = min(LOOK_S, timeout_s / 20)
+        stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
+
+        def watch() -> None:
+            while not self.training:
+                time.sleep(look_s)
+            on_training()
+            while True:
+                time.sleep(look_s)
+                looks = self.look()
+                if not self._guarding:
+                    return None
+                if looks in STALLED and self.parting and (why := self.parting()):
+                    return on_hang(UserError(why))
+                if looks == stacks_at:
+                    with suppress(OSError):
+                        log.write(f"isobatch: no progress for {0.8 * timeout_s:g} s\n")
+                        log.flush()
+                    faulthandler.dump_traceback(log)
+                if looks >= hangs_at and (not (error := describe_hang(timeout_s)).waiting or looks >= all_at):
+                    _show_loaders()
+                    return on_hang(error)
+
         self._guarding = True
-        threading.Thread(target=self._guard, args=(timeout_s, on_training, on_hang, log), daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
 
     def unguard(self) -> None:
         self._guarding = False
-
-    def _guard(
-        self, timeout_s: float, on_training: Callable[[], None], on_hang: Callable[[Exception], None], log: TextIO
-    ) -> None:
-        look_s = min(LOOK_S, timeout_s / 20)
-        stacks_at, hangs_at, all_at = (round(share * timeout_s / look_s) - 1 for share in (0.8, 0.9, 1))
-        while not self.training:
-            time.sleep(look_s)
-        on_training()
-        while True:
-            time.sleep(look_s)
-            looks = self.look()
-            if not self._guarding:
-                return
-            if looks in STALLED and self.parting and (why := self.parting()):
-                on_hang(UserError(why))
-                return
-            if looks == stacks_at:
-                with suppress(OSError):
-                    log.write(f"isobatch: no progress for {0.8 * timeout_s:g} s\n")
-                    log.flush()
-                faulthandler.dump_traceback(log)
-            if looks >= hangs_at and (not (error := describe_hang(timeout_s)).waiting or looks >= all_at):
-                _show_loaders()
-                on_hang(error)
-                return
 
 
 def describe_hang(timeout_s: float) -> Hangs:
     """Describe where this process's main thread stands, which has made no progress for ``timeout_s``."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-    waiting, what = _WAITING.search(stack[-1].filename) is not None, "it hung"
-    if waiting:
-        what = "it waited for other ranks"
-    elif any(_LOADING.search(frame.filename) for frame in stack):
-        what = "it waited for a DataLoader worker"
+    waiting = _WAITING.search(stack[-1].filename) is not None
+    loading = any(_LOADING.search(frame.filename) for frame in stack)
+    what = "it waited for other ranks" if waiting else "it waited for a DataLoader worker" if loading else "it hung"
     return Hangs(f"{what}: no progress within cluster.timeout_s={timeout_s:g}{place(stack)}", waiting)
 
 

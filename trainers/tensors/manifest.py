@@ -28,7 +28,6 @@ from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, of_kind, 
 
 FORMAT = 1
 NAME = "manifest.json"
-
 MANIFEST_BYTES = 256 << 20  # some five million slices
 
 
@@ -148,8 +147,7 @@ def read(path: Path) -> Checkpoint:
 
 def _file_size(path: Path) -> int:
     """Return the size of a regular file. Raises Damaged for anything else, such as a pipe that never ends."""
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG((found := path.lstat()).st_mode):
         raise Damaged(f"{path.name} isn't a file")
     return found.st_size
 
