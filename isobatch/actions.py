@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isobatch.conf.existing import extends
+from isobatch.conf.existing import extends, lengthened
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.rundir.directory import RunDir
@@ -21,7 +21,7 @@ from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
-from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.printable import one_line
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
@@ -70,12 +70,24 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
 
 
 def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
-    """Return ``plan`` as it continues from the checkpoints of ``run``, if there are any."""
+    """Return ``plan`` as it continues from the newest readable checkpoint of ``run``; without one, as it is.
+
+    Raises:
+        UserError: it can't go on so.
+    """
     if not run.checkpoints.is_dir():
         return plan
-    from isobatch.trainers.checkpoints.preview import from_checkpoint
+    from isobatch.trainers.tensors.manifest import Damaged, read
+    from isobatch.trainers.tensors.names import checkpoints
 
-    return from_checkpoint(plan, config, run)
+    for path in checkpoints(run):
+        with suppress(Damaged):
+            header = read(path).header
+            longer = lengthened(config, header.identity, header.duration)
+            if not longer and header.identity != plan.identity:
+                break
+            return continued(plan, header.plan, extends=longer)
+    return plan
 
 
 def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> int:

@@ -51,9 +51,8 @@ from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.model.build import dependent_on_cut, prepare
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream, seed_generators
-from isobatch.trainers.ranks.agreement import refuse_other_source, stop_wish
 from isobatch.trainers.ranks.failure import Reached, RunFailed, restarts
-from isobatch.trainers.ranks.session import Session
+from isobatch.trainers.ranks.session import Session, refuse_other_source, stop_wish
 from isobatch.trainers.ranks.signals import SIGNALS
 from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header

@@ -11,7 +11,7 @@ from isobatch.conf.compose import compose
 from isobatch.conf.identity import identity
 from isobatch.conf.saved import dump
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.ranks.agreement import refuse_other_commands
+from isobatch.trainers.ranks.session import refuse_other_commands
 from isobatch.trainers.tasks.task import make_task
 from tests.support.harness import World, in_ranks
 

@@ -94,12 +94,7 @@ def header_of(
 
 
 def newest_good(
-    run: RunDir,
-    config: RunConfig,
-    world: World,
-    engine: Engine,
-    tell: Callable[[str], None],
-    beat: Callable[[], None],
+    run: RunDir, config: RunConfig, world: World, engine: Engine, tell: Callable[[str], None], beat: Callable[[], None]
 ) -> Checkpoint | None:
     """Return the newest checkpoint in which nothing is wrong, the same on all ranks, which share reading its files.
 

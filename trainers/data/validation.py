@@ -10,7 +10,7 @@ import numpy as np
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.fetch import Fetch, Fetched
 from isobatch.trainers.model.randomness import evaluation_seed
-from isobatch.trainers.ranks.agreement import refuse_unless_same
+from isobatch.trainers.ranks.session import refuse_unless_same
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task, check_map_style
 

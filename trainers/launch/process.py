@@ -29,34 +29,19 @@ class WorkerProcess:
     """
 
     def __init__(
-        self,
-        context: Any,
-        rank: int,
-        env: dict[str, Any],
-        stop: Stop,
-        work: Callable[..., Any],
-        args: tuple[Any, ...],
+        self, context: Any, rank: int, env: dict[str, Any], stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]
     ) -> None:
         self.rank = rank
         self._watch, self._told, self._seen_alive = Watch(context), False, time.time()
         texts = {key: str(value) for key, value in env.items()}
         self._process = context.Process(target=_child, args=(texts, os.getpid(), stop, self._watch, work, args))
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        return int(self._process.pid)
-
-    @property
-    def sentinel(self) -> int:
-        """Return the handle that is ready once the worker has ended."""
-        return int(self._process.sentinel)
+        self.pid, self.sentinel = int(self._process.pid), int(self._process.sentinel)  # ready once it has ended
 
     @property
     def code(self) -> int | None:
         """Return the exit code, negative for the signal that ended the worker; None: it hasn't ended."""
-        exitcode: int | None = self._process.exitcode
-        return exitcode
+        return self._process.exitcode  # type: ignore[no-any-return]
 
     def tell(self, wanted: str) -> None:
         """Pass a signal on, once, as soon as it can be heard."""

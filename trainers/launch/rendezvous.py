@@ -58,9 +58,7 @@ class Alone(RendezvousHandler):
         return True
 
 
-def rendezvous(
-    config: RunConfig, stop: Stop, hosts: Sequence[str] = (), host: str = ""
-) -> tuple[RendezvousHandler, str]:
+def rendezvous(config: RunConfig, stop: Stop, hosts: Sequence[str], host: str) -> tuple[RendezvousHandler, str]:
     """Return where the machines of this run find each other, and this machine's address for the others.
 
     Args:
@@ -74,8 +72,8 @@ def rendezvous(
     cluster = config.cluster
     if cluster.nodes == 1:
         return Alone(), "127.0.0.1"
-    assert isinstance(cluster, Local), "its machines are named before"
-    assert cluster.rendezvous, "checked before"
+    assert isinstance(cluster, Local)
+    assert cluster.rendezvous
     first, port = parse_rendezvous_endpoint(cluster.rendezvous, 29400)
     say(f"isobatch: meeting {cluster.nodes} machines at {cluster.rendezvous} …")
     with stop.interrupting():
@@ -121,8 +119,7 @@ def _address_towards(host: str, port: int, timeout_s: float, name: str) -> str:
                 return str(probe.getsockname()[0])
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RendezvousConnectionError(
-                    f"nobody answers there after {timeout_s:g} s ({error}); the same command has to be started on "
-                    f"{name} too, and the port be open"
-                ) from None
+                fix = f"the same command has to be started on {name} too, and the port be open"
+                problem = f"nobody answers there after {timeout_s:g} s ({error})"
+                raise RendezvousConnectionError(f"{problem}; {fix}") from None
             time.sleep(0.2)

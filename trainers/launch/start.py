@@ -107,12 +107,11 @@ def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
 
 def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> Outcome | Failure:
     """Be the only worker, in the calling process; a failure is printed at once."""
-    return Worker(config, start, body, stop, Watch(), _report_alone, kept, guarded=False).work()
 
+    def report(worker: Worker, failure: Failure) -> None:
+        record_end(replace(failure, log=""), worker.run, worker.start.attempt)  # with its traceback
 
-def _report_alone(worker: Worker, failure: Failure) -> None:
-    """Print the failure with its traceback, which is wanted where errors are looked for."""
-    record_end(replace(failure, log=""), worker.run, worker.start.attempt)
+    return Worker(config, start, body, stop, Watch(), report, kept, guarded=False).work()
 
 
 def run_here(config: RunConfig, start: Start, body: Body) -> Outcome:

@@ -16,9 +16,8 @@ from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.result import WITHOUT_A_WORD
-from isobatch.trainers.ranks.agreement import refuse_other_commands
 from isobatch.trainers.ranks.failure import restarts
-from isobatch.trainers.ranks.session import Session, Start
+from isobatch.trainers.ranks.session import Session, Start, refuse_other_commands
 from isobatch.trainers.ranks.world import World
 
 

@@ -21,9 +21,8 @@ from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream, seed_generators
-from isobatch.trainers.ranks.agreement import refuse_other_commands, stop_wish
 from isobatch.trainers.ranks.failure import RunFailed, restarts
-from isobatch.trainers.ranks.session import Session
+from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_wish
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_model, make_task
 

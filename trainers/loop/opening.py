@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.planning.sizes import evaluation_batch
-from isobatch.trainers.ranks.agreement import refuse_unless_same
-from isobatch.trainers.ranks.session import Session
+from isobatch.trainers.ranks.session import Session, refuse_unless_same
 from isobatch.trainers.tasks.prepare import prepare_data
 from isobatch.trainers.tasks.task import Task, open_data
 
