@@ -27,8 +27,7 @@ DUE = {
 }
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
-STOPPED = 75  # that of a launcher which a signal stopped
-SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # … which a signal met before it could heed one
+STOPPED = (75, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # of a launcher that a signal stopped, or met too early
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class End:
             return str(self.outcome.get("state", "running"))
         if self.code == 0:  # it showed the result of a finished run
             return "finished"
-        return "stopped" if self.code in (STOPPED, *SIGNALLED) else "refused"
+        return "stopped" if self.code in STOPPED else "refused"
 
     @property
     def said(self) -> str:

@@ -59,9 +59,8 @@ class Queued:
 
     Attributes:
         job: its id; ``123_4`` for an element of an array.
-        state: as Slurm calls it: PENDING, RUNNING, COMPLETING, …
-        reason: why it waits, if it does.
-        since: when it was submitted or, if it runs, started, as Slurm writes it.
+        state: PENDING, RUNNING, COMPLETING, …; ``reason``: why it waits, if it does.
+        since: when it was submitted or, if it runs, started.
         nodes: those it runs on, as Slurm writes them; "" while it waits.
         command: the path of its script.
     """

@@ -20,13 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed.elastic.agent.server.api import (
-    RunResult,
-    SimpleElasticAgent,
-    WorkerGroup,
-    WorkerSpec,
-    WorkerState,
-)
+from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
@@ -73,23 +68,17 @@ class Agent(SimpleElasticAgent):
         self, config: RunConfig, start: Start, body: Body, stop: Stop, handler: RendezvousHandler, address: str
     ) -> None:
         spec = WorkerSpec(
-            "worker",
-            workers_here(config),
-            handler,
-            entrypoint=run_for_agent,
-            args=(config, start, body, stop),
-            max_restarts=config.cluster.max_restarts,
-            monitor_interval=1e-3,
-        )
+            "worker", workers_here(config), handler, entrypoint=run_for_agent, args=(config, start, body, stop),
+            max_restarts=config.cluster.max_restarts, monitor_interval=1e-3,
+        )  # fmt: skip
         super().__init__(spec, exit_barrier_timeout=BARRIER_S)
         self.notes: Store | None = None
         self.end: Outcome | None = None
         self.verdict: Verdict | None = None
         self.starts = 0
-        self._stop, self._announced = stop, False
+        self._stop, self._announced, self._address = stop, False, address
         self._timeout_s = config.cluster.timeout_s
         self._failed_starts = Starts(config.cluster.max_restarts)  # kept on each agent: rank 0 may be another's later
-        self._address = address
         self._start_method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
         self._run = RunDir(start.run_dir) if start.run_dir else None
         self._entered: str | None = None  # the run directory, where a start before had it
@@ -112,7 +101,7 @@ class Agent(SimpleElasticAgent):
 
     @property
     def restarts(self) -> int:
-        return self.starts - 1 if self.starts else 0
+        return max(0, self.starts - 1)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         alone = isinstance(worker_group.spec.rdzv_handler, Alone)
@@ -134,19 +123,12 @@ class Agent(SimpleElasticAgent):
         spec = worker_group.spec
         context: Any = multiprocessing.get_context(self._start_method)
         self.starts, self.verdict = self.starts + 1, None
-        lock = self._handed_on() if self._start_method == "fork" else {}
+        here = {"LOCAL_WORLD_SIZE": spec.local_world_size, "TORCHELASTIC_RESTART_COUNT": self.restarts, FRESH_STORE: 1}
+        here |= {"MASTER_ADDR": worker_group.master_addr, "MASTER_PORT": worker_group.master_port}
+        here |= self._handed_on() if self._start_method == "fork" else {}
         for worker in worker_group.workers:
-            env = {
-                "RANK": worker.global_rank,
-                "WORLD_SIZE": worker.world_size,
-                "LOCAL_RANK": worker.local_rank,
-                "LOCAL_WORLD_SIZE": spec.local_world_size,
-                "MASTER_ADDR": worker_group.master_addr,
-                "MASTER_PORT": worker_group.master_port,
-                "TORCHELASTIC_RESTART_COUNT": self.restarts,
-                FRESH_STORE: 1,
-                **lock,
-            }
+            ranks = {"RANK": worker.global_rank, "WORLD_SIZE": worker.world_size, "LOCAL_RANK": worker.local_rank}
+            env = {key: str(value) for key, value in (here | ranks).items()}
             process = WorkerProcess(context, worker.global_rank, env, self._stop, run_for_agent, spec.args)
             self._workers.append(process)
         return {number: worker.pid for number, worker in enumerate(self._workers)}

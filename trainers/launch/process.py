@@ -29,12 +29,11 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, context: Any, rank: int, env: dict[str, Any], stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]
+        self, context: Any, rank: int, env: dict[str, str], stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]
     ) -> None:
         self.rank = rank
         self._watch, self._told, self._seen_alive = Watch(context), False, time.time()
-        texts = {key: str(value) for key, value in env.items()}
-        self._process = context.Process(target=_child, args=(texts, os.getpid(), stop, self._watch, work, args))
+        self._process = context.Process(target=_child, args=(env, os.getpid(), stop, self._watch, work, args))
         self._process.start()
         self.pid, self.sentinel = int(self._process.pid), int(self._process.sentinel)  # ready once it has ended
 

@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.trainers.ranks.world import World
 
+# What all workers of a run do: a function of a module, so that it can be sent to a spawned process. Its second argument
+# is to be called with the run directory once that is this launch's.
 Body = Callable[[Session, Callable[[RunDir], None]], Outcome]
-"""What all workers of a run do; its second argument is to be called with the run directory once that is this launch's.
-
-A function of a module, so that it can be sent to a spawned process.
-"""
 
 THREADS = "ISOBATCH_THREADS"  # in the environment: what OMP_NUM_THREADS was before the launcher's own 1 took its place
 HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way

@@ -57,7 +57,7 @@ class Reached:
 
     @property
     def half(self) -> int:
-        """Return half the samples of a pass, in whole granules; 0: there is no half."""
+        """Half the samples of a pass, in whole granules; 0: there is no half."""
         return self.per_gpu // 2 // self.granule * self.granule
 
 
@@ -95,14 +95,14 @@ class Failure:
 
     @property
     def summary(self) -> str:
-        """Return what failed, in one line."""
+        """What failed, in one line."""
         if not self.again or self.silent_ranks:
             return self.cause
-        what, per_gpu = "crashed", self.reached.per_gpu
-        if self.kind == "oom":
-            passing = f"with {counted(per_gpu, 'sample')} in a pass" if per_gpu else "before the first pass"
-            what = f"ran out of memory {passing}"
-        return f"rank {self.rank} {what}: {self.cause}"
+        if self.kind != "oom":
+            return f"rank {self.rank} crashed: {self.cause}"
+        per_gpu = self.reached.per_gpu
+        passing = f"with {counted(per_gpu, 'sample')} in a pass" if per_gpu else "before the first pass"
+        return f"rank {self.rank} ran out of memory {passing}: {self.cause}"
 
 
 def describe_failure(error: BaseException, rank: int, attempt: str, reached: Reached) -> Failure:
@@ -169,7 +169,7 @@ def place(stack: traceback.StackSummary) -> str:
     return ""
 
 
-def log_of(run: RunDir, rank: int | str) -> Path:
+def log_of(run: RunDir, rank: int) -> Path:
     """Return the file with a rank's output (rank 0: only its tracebacks, since it prints to the terminal)."""
     return run.logs / f"rank-{rank}.log"
 

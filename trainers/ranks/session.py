@@ -47,7 +47,6 @@ class Start:
 
     @property
     def code(self) -> dict[str, Any]:
-        """Return ``commit`` of Isobatch and ``repository`` of the user, as they were when the command was given."""
         return {"commit": self.commit, "repository": self.repository}
 
 
@@ -71,11 +70,7 @@ def refuse_unless_same(world: World, what: str, number: int) -> None:
 
 
 def refuse_other_source(files: dict[str, str], world: World) -> None:
-    """Raise UserError, on all ranks, where one imported another version of a source file than rank 0 did.
-
-    Args:
-        files: path → hash.
-    """
+    """Raise UserError, on all ranks, where one imported a source file (path → hash) that isn't what rank 0 has."""
     theirs = json.loads(world.agree(json.dumps(files)))
     other = ", ".join(sorted(path for path in files.keys() & theirs.keys() if files[path] != theirs[path]))
     for rank, text in enumerate(world.gather(other)):
@@ -90,7 +85,8 @@ def refuse_other_commands(config: RunConfig, world: World) -> None:
     """
     left_out = {"cluster": True, "run": True, "given": True, "task": {"local"}, "data": {"local"}}
     plain = config.model_dump(mode="json", by_alias=True, exclude=left_out)  # type: ignore[arg-type]
-    mine = {f"{name}.{key}": value for name, section in plain.items() for key, value in _items(section)}
+    sections = {name: section if isinstance(section, dict) else {"": section} for name, section in plain.items()}
+    mine = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     theirs = json.loads(world.agree(json.dumps(mine)))
     other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
     named = ", ".join(f"{key.rstrip('.')}={mine.get(key)} (rank 0: {theirs.get(key)})" for key in other)
@@ -102,7 +98,3 @@ def refuse_other_commands(config: RunConfig, world: World) -> None:
 def stop_wish(stop: Stop, world: World) -> str:
     """Return the signal by which some rank was asked to stop, the same on all ranks; empty where none was."""
     return next(filter(None, world.gather(stop.wanted or "")), "")
-
-
-def _items(section: Any) -> list[tuple[str, Any]]:
-    return list(section.items()) if isinstance(section, dict) else [("", section)]

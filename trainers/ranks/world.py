@@ -124,12 +124,9 @@ class World:
         return bool(self.sum(torch.tensor(int(wish), device=self.device)))
 
     def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
-        """Let collectives never time out from now on: a hang is noticed by the ranks' watches (ranks/watch.py).
+        """Let collectives of ``group`` (None: of all ranks) never time out: the watches notice a hang (ranks/watch.py).
 
         The time that a job was suspended counts in a collective's timeout, and not in a watch's.
-
-        Args:
-            group: whose; None: of all ranks together.
         """
         if self.size > 1:
             _set_pg_timeout(timedelta(days=365), group)
