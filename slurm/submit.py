@@ -87,11 +87,7 @@ def jobs_of(directory: Path, kind: str) -> list[str]:
 
 
 def sbatch(script: Path, options: Sequence[str]) -> str:
-    """Submit a script; return the job's id.
-
-    Raises:
-        UserError: Slurm rejects it; the message quotes it, and says what would help.
-    """
+    """Submit a script; return the job's id. Raises UserError where Slurm rejects it, with what would help."""
     # without the variables of a job that this process is in, which the new one would find
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
     try:
@@ -107,8 +103,7 @@ class Submission:
     """Describe a job, or an array of several, that is ready to be given to Slurm.
 
     Attributes:
-        script: its path; ``text`` its content.
-        options: of sbatch, beside it.
+        script: its path; ``text`` its content; ``options``: of sbatch, beside it.
         configs: of each run, the file that holds its config, and the content.
         output: the file that Slurm writes to; ``%j`` or ``%A_%a`` in it stand for the job.
     """
@@ -119,13 +114,9 @@ class Submission:
     configs: dict[Path, str]
     output: Path
 
-    @property
-    def array(self) -> bool:
-        return len(self.configs) > 1
-
     def job_of(self, job: str, number: int) -> str:
         """Return the id of the ``number``-th run's job."""
-        return f"{job}_{number}" if self.array else job
+        return f"{job}_{number}" if len(self.configs) > 1 else job
 
     def output_of(self, job: str) -> Path:
         """Return the file that a job writes to; of an array a pattern for all."""
@@ -134,7 +125,8 @@ class Submission:
 
     def told(self, job: str) -> str:
         """Return what is said once Slurm has it."""
-        output, array = self.output_of(job), f", an array of {len(self.configs)} runs" * self.array
+        output, runs = self.output_of(job), len(self.configs)
+        array = f", an array of {runs} runs" if runs > 1 else ""
         follow = f"tail -F {shlex.quote(str(output.parent))}/{output.name}"
         return (
             f"submitted job {job}{array}\nrun     {self.script.parent.parent}\noutput  {output}\n"
@@ -168,10 +160,8 @@ def prepare(cluster: Slurm, runs: Mapping[Path, str], root: Path, stamp: str, la
         stamp: the name of this submission.
     """
     configs = {directory / f"submissions/{stamp}.yaml": text for directory, text in runs.items()}
-    words = [
-        [override("run.dir", str(directory)), override("run.config", str(file))]
-        for directory, file in zip(runs, configs, strict=True)
-    ]
+    pairs = zip(runs, configs, strict=True)
+    words = [[override("run.dir", str(place)), override("run.config", str(file))] for place, file in pairs]
     folder, job = str(root).replace("%", "%%"), "slurm-%A_%a" if len(runs) > 1 else "slurm-%j"
     if "\\" in folder:  # a path with one is taken as it is, and two of them for one
         folder, job = str(root).replace("\\", "\\\\"), "slurm"

@@ -102,9 +102,9 @@ def tried(act: Callable[..., None], *args: Any) -> list[str]:
     """Call ``act``; return why it failed, if it did."""
     try:
         act(*args)
+        return []
     except OSError as error:
         return [said(error)]
-    return []
 
 
 def said(error: Exception) -> str:

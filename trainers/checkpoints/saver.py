@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch._C._distributed_c10d import HashStore, Store
 
@@ -32,8 +32,7 @@ TELL_S = 1.0  # between two signs of a rank that it still writes
 CLOSE_S = 2.0  # for a thread to notice that it isn't wanted any more
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """Say when a checkpoint is due by the clock, and how many stay.
 
     Attributes:
@@ -96,11 +95,8 @@ class Saver:
 
     Args:
         header: makes what the manifest says of the run; called on rank 0.
-        best: the best evaluation so far.
+        best: the best evaluation so far; kept up to date.
         resumed: the header of the checkpoint from which this start resumed.
-
-    Attributes:
-        best: the best evaluation so far, with the ones since.
     """
 
     def __init__(
@@ -130,11 +126,10 @@ class Saver:
         """Tell on rank 0 whether it's time to save. Once true, it isn't for a while: the save may come a step later."""
         if self._world.rank or self._policy.every_s is None or (self._thread and self._thread.is_alive()):
             return False
-        now = time.monotonic()
-        if now - self._began < self._policy.every_s:
-            return False
-        self._began = now
-        return True
+        due = time.monotonic() - self._began >= self._policy.every_s
+        if due:
+            self._began = time.monotonic()
+        return due
 
     def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
         """Begin to save ``state`` once the previous save is over. A state that is saved already isn't saved again.

@@ -168,18 +168,15 @@ class _Weights(NamedTuple):
 
 def _open(path: Path) -> _Weights:
     """Open what ``find`` found."""
-    if path.is_dir():
-        checkpoint = read(path)
-        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | _names(checkpoint, f"{EVAL}/"))
-    return _of_file(path)
+    return _of_checkpoint(read(path), "model/", f"{EVAL}/") if path.is_dir() else _of_file(path)
 
 
 def _open_average(path: Path) -> _Weights | None:
     """Open the average that was saved with what ``find`` found, and the buffers."""
     if path.is_dir():
         checkpoint = read(path)
-        averaged = _names(checkpoint, "ema/")
-        return _of_checkpoint(checkpoint, _names(checkpoint, "model/") | averaged) if averaged else None
+        averaged = any(name.startswith("ema/") for name in checkpoint.tensors)
+        return _of_checkpoint(checkpoint, "model/", "ema/") if averaged else None
     beside = path.with_name(AVERAGED)
     return _of_file(beside) if path.name == WEIGHTS and beside.is_file() else None
 
@@ -195,14 +192,12 @@ def _of_file(path: Path) -> _Weights:
     return _Weights(kinds, file.get_tensor)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, names: dict[str, str]) -> _Weights:
-    reader, stored = Reader(checkpoint), {name: checkpoint.tensors[there] for name, there in names.items()}
-    kinds = {name: (DTYPES.get(one.dtype), one.shape) for name, one in stored.items()}
+def _of_checkpoint(checkpoint: Checkpoint, *prefixes: str) -> _Weights:
+    """Return the tensors whose names have one of ``prefixes``; where several do, that of the last prefix."""
+    reader, stored = Reader(checkpoint), checkpoint.tensors
+    names = {name.removeprefix(begin): name for begin in prefixes for name in stored if name.startswith(begin)}
+    kinds = {name: (DTYPES.get(stored[there].dtype), stored[there].shape) for name, there in names.items()}
     return _Weights(kinds, lambda name: reader.whole(names[name]))
-
-
-def _names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
-    return {name.removeprefix(prefix): name for name in checkpoint.tensors if name.startswith(prefix)}
 
 
 def _fill(model: nn.Module, weights: _Weights, what: str) -> None:

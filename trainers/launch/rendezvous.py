@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from isobatch.conf.groups import Local
@@ -33,29 +34,14 @@ if TYPE_CHECKING:
 TELL_S = 10.0  # of waiting, after which it is said for whom
 
 
-class Alone(RendezvousHandler):
+class Alone(StaticTCPRendezvous):
     """Meet as a single machine: wait for nobody, and look up no names."""
 
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="alone", timeout=0)
+
     def next_rendezvous(self) -> RendezvousInfo:
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
-
-    def get_backend(self) -> str:
-        return "alone"
-
-    def get_run_id(self) -> str:
-        return "alone"
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def shutdown(self) -> bool:
-        return True
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(self.master_addr, self.master_port))
 
 
 def rendezvous(config: RunConfig, stop: Stop, hosts: Sequence[str], host: str) -> tuple[RendezvousHandler, str]:
