@@ -75,11 +75,7 @@ class Allocation:
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
-    """Return ``config`` for the machines of ``allocation``, as if they had been named by hand.
-
-    Raises:
-        UserError: it contradicts the allocation.
-    """
+    """Return ``config`` for the machines of ``allocation``. Raises UserError where it contradicts the allocation."""
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
     nodes = len(allocation.hosts)

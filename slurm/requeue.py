@@ -60,13 +60,11 @@ def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> V
 
 
 def decide_requeue(end: End, max_requeues: int, signal_s: int) -> Verdict:
-    """Decide whether the job goes back into the queue.
+    """Decide whether the job goes back into the queue; it is told to stop ``signal_s`` before its limit.
 
-    A run that was stopped does, unless its user cancelled the job, and so does one that lost a node. One that crashed
-    does ``max_requeues`` times, as long as it gets further than before. A finished or a rejected one doesn't.
-
-    Args:
-        signal_s: how long before its limit the job is told to stop.
+    A run that was stopped does, unless its user cancelled the job, and so does one that lost a node. One that
+    crashed does ``max_requeues`` times, as long as it gets further than before. A finished or a rejected one
+    doesn't.
     """
     why = _why(end, signal_s)
     if end.state == "finished":
@@ -149,11 +147,7 @@ def _why(end: End, signal_s: int) -> str | None:
 
 
 def put_back(end: End) -> None:
-    """Queue one's own job again, which ends this process soon.
-
-    Raises:
-        UserError: it can't be.
-    """
+    """Queue one's own job again, which ends this process soon. Raises UserError where it can't be."""
     try:
         ask("scontrol", "requeue", end.identifier)
     except UserError:

@@ -23,10 +23,9 @@ DOWN = ("down", "fail", "error")  # how a node's state begins that won't be hear
 
 
 def ask(*words: str, env: Mapping[str, str] = os.environ) -> str:
-    """Return what a command of Slurm's prints; within a job, ask a controller that doesn't answer again for a while.
+    """Return what a command of Slurm's prints. Raises UserError where it isn't here, failed, or didn't answer.
 
-    Raises:
-        UserError: the command isn't here, failed, or didn't answer.
+    Within a job, a controller that doesn't answer is asked again for a while.
     """
     env, deadline = {**env, "SLURM_TIME_FORMAT": "standard"}, time.monotonic() + PATIENCE_S
     while True:

@@ -23,11 +23,7 @@ UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EN
 
 
 class RunDir:
-    """Paths and small files of one run.
-
-    Attributes:
-        held: the lock on it, where this process or its launcher has taken it.
-    """
+    """Paths and small files of one run; ``held``: the lock on it, where this process or its launcher has taken it."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -44,11 +40,7 @@ class RunDir:
         return any(os.path.exists(self.path / name) for name in OF_RUNS)
 
     def refuse_foreign(self) -> None:
-        """Reject a folder that is neither empty nor a run's, so that nobody's files are taken for an old run's.
-
-        Raises:
-            UserError: the folder holds something, but no run.
-        """
+        """Raise UserError for a folder that holds something, but no run: nobody's files are taken for an old run's."""
         if self.begun or not self.path.is_dir():
             return
         ours = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
@@ -89,11 +81,7 @@ class RunDir:
             file.write(line.encode())
 
     def await_attempt(self, attempt: str, within_s: float = 30.0) -> None:
-        """Wait until what rank 0 wrote at the start can be read here; a network disk may take a moment.
-
-        Raises:
-            UserError: it can't, so this machine doesn't share the disk.
-        """
+        """Wait until what rank 0 wrote can be read here. Raises UserError where this machine has another disk."""
         deadline = time.monotonic() + within_s
         while (seen := self.outcome()) is None or (seen.attempt != attempt and seen.state != "finished"):
             if time.monotonic() > deadline:

@@ -51,11 +51,7 @@ def hold(lock: IO[str]) -> None:
 
 
 class Lock:
-    """The hold of this launch on a run directory.
-
-    Args:
-        file: the open lock file, which has the flock.
-    """
+    """The hold of this launch on a run directory; ``file``: the open lock file, which has the flock."""
 
     def __init__(self, folder: Path, file: IO[str], owner: Owner) -> None:
         self.folder, self.file, self.owner, self._by = folder, file, owner, os.getpid()

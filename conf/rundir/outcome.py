@@ -39,11 +39,7 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """Return what ``outcome.json`` in ``folder`` says; None if there is none.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return what ``outcome.json`` says; None if there is none. Raises UserError where it is damaged."""
         file, fields = folder / "outcome.json", None
         try:
             fields = read_json(file)

@@ -123,13 +123,10 @@ def link_best(run: RunDir, path: Path) -> None:
 
 
 def pass_over(run: RunDir, step: int) -> list[Path]:
-    """Move the checkpoints beyond ``step``, from which the run resumes, to ``checkpoints/passed-over/``.
+    """Move the checkpoints beyond ``step``, from which the run resumes, to ``checkpoints/passed-over/``; return where.
 
     They are kept for whoever can fix them. But the run comes by their steps again, and ``metrics.jsonl`` is then of
     the second time: so it never resumes from one of them, and none of them is the best.
-
-    Returns:
-        Where they are now.
     """
     folder, moved = run.checkpoints / PASSED_OVER, []
     for path in checkpoints(run):
@@ -150,10 +147,8 @@ def pass_over(run: RunDir, step: int) -> list[Path]:
 def drop_older(run: RunDir, step: int, keep: int) -> list[str]:
     """Remove the oldest checkpoints before ``step``, so that ``keep`` remain together with that of ``step``.
 
-    The best one stays. So do links, which the user made: they take no room here, and don't count.
-
-    Returns:
-        Warnings about those that couldn't be removed.
+    The best one stays. So do links, which the user made: they take no room here, and don't count. Return warnings
+    about those that couldn't be removed.
     """
     link = run.checkpoints / BEST
     best = os.readlink(link) if link.is_symlink() else None
@@ -192,11 +187,7 @@ def _put_away(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Remove a file, a link (never what it leads to), or as much of a folder as can be removed.
-
-    Raises:
-        OSError: something in the folder couldn't be removed.
-    """
+    """Remove a file, a link (never what it leads to), or as much of a folder as can be; raise OSError for the rest."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

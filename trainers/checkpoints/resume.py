@@ -96,11 +96,7 @@ def header_of(
 def newest_good(
     run: RunDir, config: RunConfig, world: World, engine: Engine, tell: Callable[[str], None], beat: Callable[[], None]
 ) -> Checkpoint | None:
-    """Return the newest checkpoint in which nothing is wrong, the same on all ranks, which share reading its files.
-
-    Raises:
-        UserError: there are checkpoints, but none is good.
-    """
+    """Return the newest good checkpoint, the same on all ranks. Raises UserError where none of them is good."""
     if world.rank == 0:
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))

@@ -132,11 +132,7 @@ class Saver:
         return due
 
     def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
-        """Begin to save ``state`` once the previous save is over. A state that is saved already isn't saved again.
-
-        Args:
-            evaluation: the values of an evaluation at this step.
-        """
+        """Begin to save ``state``, with its ``evaluation``, once the previous save is over; never a state twice."""
         if self._last == (state.steps, state.evaluation_owed) and evaluation is None and not self._failed:
             return
         self._settle()

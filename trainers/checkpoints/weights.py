@@ -127,11 +127,7 @@ def load_average(model: nn.Module, found: str, world: World) -> bool:
 
 
 def find(source: str) -> Path:
-    """Return the safetensors file, or the verified checkpoint, that ``source`` stands for.
-
-    Raises:
-        UserError: there is none that is good.
-    """
+    """Return the safetensors file, or the verified checkpoint, of ``source``. Raises UserError without a good one."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return path
@@ -242,7 +238,8 @@ def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
             refusal = [error.problem, error.fix, error.key]
         except (Damaged, OSError) as error:
             refusal = [str(error)]
-    refusal, done = json.loads(world.agree(json.dumps([refusal, done])))
+    agreed: tuple[list[str], str] = json.loads(world.agree(json.dumps([refusal, done])))
+    refusal, done = agreed
     if refusal:
         raise UserError(*refusal)
     if done and world.size > 1:

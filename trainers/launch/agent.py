@@ -212,11 +212,7 @@ class Agent(SimpleElasticAgent):
         note_failure(self.notes, worker.failure(cause, silent=silent))
 
     def _decide(self, own: set[int]) -> Verdict | None:
-        """Decide whether to start again, and tell the other agents.
-
-        Args:
-            own: this agent's ranks; another agent may be about to say what became of its own.
-        """
+        """Decide whether to start again, and tell the other agents, which may know more of ranks but ``own``."""
         if (failure := await_failure(self.notes, self._worker_group.workers[0].world_size, own)) is None:
             return None
         over = self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)

@@ -51,11 +51,9 @@ class Changes:
 
 
 def changes(run: RunDir, config: RunConfig, code: dict[str, Any], loaded: dict[str, str] | None = None) -> Changes:
-    """Return what changed since ``run`` was last trained.
+    """Return what changed between the last training of ``run`` and the ``commit`` and ``repository`` in ``code``.
 
-    Args:
-        code: ``commit`` and ``repository`` of now.
-        loaded: hashes of the files that are imported; others are read from the disk.
+    Files are read from the disk, but for those imported whose hashes are in ``loaded``.
     """
     trained, start = _trained_by(run)
     where, complete = places(config)

@@ -46,13 +46,10 @@ class Starts:
     per_gpu_limit: int | None = None
 
     def decide(self, failure: Failure, *, over: bool = False) -> Verdict:
-        """Decide whether to start the workers again after ``failure``.
+        """Decide whether to start the workers again after ``failure``; not where the run is ``over``, or asked to stop.
 
-        They aren't where that can't help, nor where the last start got no further than one before it. Where memory ran
-        out they are started with half the samples in a pass; that doesn't count as a restart.
-
-        Args:
-            over: the run has ended, or was asked to stop.
+        They aren't where that can't help, nor where the last start got no further than one before it. Where
+        memory ran out they are started with half the samples in a pass; that doesn't count as a restart.
         """
         retry = failure.again and not over
         if failure.kind == "oom":

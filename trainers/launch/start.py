@@ -26,16 +26,10 @@ if TYPE_CHECKING:
 
 
 def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
-    """Train with this machine's workers; say once what went wrong.
+    """Train with this machine's workers; say once what went wrong, and return the command's exit code.
 
-    Args:
-        body: from a module that was imported after ``import_torch``: the workers are forked with it.
-
-    Returns:
-        The command's exit code.
-
-    Raises:
-        UserError: it can't work, and nothing was started.
+    The module of ``body`` has to be imported after ``import_torch``: the workers are forked with it. Raises
+    UserError where nothing was started, since it can't work.
     """
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 

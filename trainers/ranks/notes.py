@@ -30,11 +30,7 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str | bytes, kind: type[T]) -> T:
-    """Return a value of type ``kind`` from its JSON.
-
-    Raises:
-        ValueError: the JSON has another type, as where machines run different versions.
-    """
+    """Return a ``kind`` from its JSON. Raises ValueError for another type, as where machines run different versions."""
     value: T = _adapter(kind).validate_json(text)
     return value
 

@@ -44,11 +44,7 @@ class Stop:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise within, where a signal comes: there is no step yet whose end could be waited for.
-
-        Raises:
-            Stopped: there was a signal, before or within.
-        """
+        """Raise Stopped where a signal came before or comes within: there is no step yet to wait for."""
         self._raises = True
         try:
             if self.wanted:

@@ -82,11 +82,7 @@ class Trail:
         return float(found), float(found * found)
 
     def check(self, total: float, squares: float) -> None:
-        """End the step, given the sums of ``numbers`` over all ranks.
-
-        Raises:
-            UserError: ranks ran different modules, or the same ones in another order.
-        """
+        """End the step, given the sums of ``numbers`` over all ranks. Raises UserError where their modules differ."""
         if self._size * squares != total * total:
             self.tell()
             raise UserError(self._await_parting() or _sentence(self._kind, "", self._instead))
@@ -128,13 +124,7 @@ class Trail:
 
 
 class Told(NamedTuple):
-    """What the store knows of a rank's last step that differed from the usual one.
-
-    Attributes:
-        number: of steps and evaluations before it.
-        kind: of its last pass.
-        instead: what the user can do.
-    """
+    """What the store knows of a rank's last unusual step, after ``number`` steps and evaluations."""
 
     number: int
     kind: str
@@ -167,11 +157,7 @@ def _sentence(kind: str, found: str, instead: str) -> str:
 
 
 def _first(trails: dict[int, list[str]], *, whole: bool) -> str:
-    """Say what ranks ran where their trails part; empty where they don't.
-
-    Args:
-        whole: the trails are complete, so that one which ends before another parts from it.
-    """
+    """Say what ranks ran where their trails part, or else ""; ``whole`` ones part where one ends before another."""
     lengths = [len(names) for names in trails.values()]
     for at in range(max(lengths) if whole else min(lengths)):
         here = {rank: names[at] if at < len(names) else "nothing more" for rank, names in sorted(trails.items())}

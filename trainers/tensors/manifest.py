@@ -153,11 +153,7 @@ def _file_size(path: Path) -> int:
 
 
 def parse(text: bytes, path: Path) -> Checkpoint:
-    """Return the checkpoint at ``path`` whose manifest is ``text``.
-
-    Raises:
-        Damaged: the text isn't what ``compose`` writes, or its position and tensors can't be those of a run.
-    """
+    """Return the checkpoint at ``path`` with this manifest. Raises Damaged where ``compose`` can't have written it."""
     if (found := of_kind(_Version, text, NAME).format) != FORMAT:
         raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
     if text != sealed(text[len(sealed(b"")) :]):
