@@ -95,21 +95,12 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
     due, nodes, down = parse_due(said, began or datetime.min), env["SLURM_JOB_NODELIST"], list[str]()
     with suppress(UserError):  # what else is known tells enough
         down = down_nodes(nodes)
+    back = restarted_nodes(nodes, began) if due == "NODE FAILURE" and began else ()
     return End(
-        identifier=here.id,
-        restart=here.restart,
-        outcome=outcome(directory),
-        events=found,
-        step=last_step(directory),
-        code=int(env.get(STEP_CODE, "0")),
-        job=now,
-        due=due,
-        down=down,
-        now=datetime.now(),
-        back=restarted_nodes(nodes, began) if due == "NODE FAILURE" and began else (),
-        unreached=parse_unreached(said),
-        complaint=parse_complaint(said) or "see its output",
-    )
+        identifier=here.id, restart=here.restart, outcome=outcome(directory), events=found, step=last_step(directory),
+        code=int(env.get(STEP_CODE, "0")), job=now, due=due, down=down, now=datetime.now(), back=back,
+        unreached=parse_unreached(said), complaint=parse_complaint(said) or "see its output",
+    )  # fmt: skip
 
 
 def start_of(events: Sequence[Mapping[str, Any]], identifier: str, restart: int) -> Mapping[str, Any] | None:

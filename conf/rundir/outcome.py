@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
-
-from isobatch.scaling.errors import UserError
-from isobatch.scaling.reading import read_json
+from pydantic import Field
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
@@ -36,20 +32,3 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         return EXIT_CODE[self.state]
-
-    @classmethod
-    def read(cls, folder: Path) -> Outcome | None:
-        """Return what ``outcome.json`` says; None if there is none. Raises UserError where it is damaged."""
-        file, fields = folder / "outcome.json", None
-        try:
-            fields = read_json(file)
-            return _ADAPTER.validate_python(fields)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            why = f"not an outcome: {fields!r:.200}" if isinstance(error, ValidationError) else error
-            fix = "move it away, or name another run.dir"
-            raise UserError(f"{file} is damaged ({why})", fix, "run.dir") from None
-
-
-_ADAPTER = TypeAdapter(Outcome)

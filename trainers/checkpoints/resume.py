@@ -79,18 +79,10 @@ def header_of(
 ) -> Header:
     """Return the header of a checkpoint of ``state``; ``evaluation``: the values of one at this step."""
     return Header(
-        identity=state.plan.identity,
-        duration=str(config.duration),
-        world_size=state.plan.world,
-        step=state.steps,
-        samples=state.samples,
-        skipped=state.skipped,
-        evaluation_owed=state.evaluation_owed,
-        fingerprint=fingerprint,
-        evaluation=None if evaluation is None else dict(evaluation),
-        plan=state.plan,
-        noise=state.noise,
-    )
+        identity=state.plan.identity, duration=str(config.duration), world_size=state.plan.world, step=state.steps,
+        samples=state.samples, skipped=state.skipped, evaluation_owed=state.evaluation_owed, fingerprint=fingerprint,
+        evaluation=None if evaluation is None else dict(evaluation), plan=state.plan, noise=state.noise,
+    )  # fmt: skip
 
 
 def newest_good(

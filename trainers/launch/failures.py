@@ -77,13 +77,10 @@ def record_end(
     failure: Failure, run: RunDir | None, attempt: str, restarts: int = 0, to: TextIO = sys.stderr
 ) -> Outcome:
     """Print once what ended the run, and write it to the run directory where that is this launch's."""
-    cause, where = failure.summary, ""
-    if failure.kind == "oom":
-        cause += f"; {_advice(failure)}"
-    if failure.again:
-        where = f"; traceback in {failure.log}" if failure.log else ""
-        if not where:
-            say(failure.traceback, to, end="")
+    cause = failure.summary + (f"; {_advice(failure)}" if failure.kind == "oom" else "")
+    where = f"; traceback in {failure.log}" if failure.again and failure.log else ""
+    if failure.again and not where:
+        say(failure.traceback, to, end="")
     say(f"isobatch: {cause}{where}", to)
     tell_torchrun(f"isobatch: {cause}{where}")
     step, samples = failure.reached.step, failure.reached.samples
