@@ -37,10 +37,7 @@ SHOWN = 5  # names of each kind of mismatch
 def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
     """Write the model's weights and buffers to ``final/``, and its average beside them; all or nothing.
 
-    All ranks call this, and gather one tensor at a time; one of them ``writes``.
-
-    Raises:
-        RunFailed: they can't be written.
+    All ranks call this, and gather one tensor at a time; one of them ``writes``. Raises RunFailed where it can't.
     """
     layout = engine.layout()
     names = [name.removeprefix("model/") for name in layout if name.startswith("model/")]
@@ -90,17 +87,14 @@ def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator
 
 
 def initialise(model: nn.Module, source: str, world: World) -> str:
-    """Set the weights and buffers of ``model`` to those of ``source``, on all ranks; only rank 0 reads them.
+    """Set the weights and buffers of ``model`` to those of ``source``, on all ranks; return the file they are from.
 
-    Names and shapes have to be the model's, all of them. Of tensors that share their memory one name is enough. Numbers
-    are converted between floating-point dtypes only.
+    Only rank 0 reads it. Names and shapes have to be the model's, all of them. Of tensors that share their memory one
+    name is enough. Numbers are converted between floating-point dtypes only.
 
     Args:
         source: as ``init_from``: a run directory (its ``final/`` where it is finished, else its newest good
             checkpoint), a checkpoint, or a safetensors file.
-
-    Returns:
-        The file or checkpoint that the weights are from.
 
     Raises:
         UserError: there are no weights, they are damaged, or they aren't this model's; on all ranks.

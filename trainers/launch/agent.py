@@ -20,14 +20,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server import api as elastic
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 from isobatch.conf.hardware import workers_here
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.lock import LOCK_FD, identity_of, open_lock, place_of
+from isobatch.conf.rundir.files import identity_of, place_of
+from isobatch.conf.rundir.lock import LOCK_FD, open_lock
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import say
 from isobatch.trainers.launch.failures import Starts, Verdict, record_restart
@@ -51,7 +51,7 @@ logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 logging.getLogger("torch.distributed.elastic").propagate = False
 
 
-class Agent(SimpleElasticAgent):
+class Agent(elastic.SimpleElasticAgent):
     """Run ``body`` in worker processes of this machine; exit code 0 is a good end of one.
 
     Where a worker has failed, the agent of rank 0 decides for all agents whether to start again.
@@ -59,15 +59,14 @@ class Agent(SimpleElasticAgent):
     Attributes:
         notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
             the workers, ``failed``, ``stopping``, ``verdict`` and ``starts`` from the agents.
-        end: what rank 0 returned.
+        end: what rank 0 returned; ``starts``: how often the workers were started.
         verdict: of the failure that was first, and whether to start again.
-        starts: how often the workers were started.
     """
 
     def __init__(
         self, config: RunConfig, start: Start, body: Body, stop: Stop, handler: RendezvousHandler, address: str
     ) -> None:
-        spec = WorkerSpec(
+        spec = elastic.WorkerSpec(
             "worker", workers_here(config), handler, entrypoint=run_for_agent, args=(config, start, body, stop),
             max_restarts=config.cluster.max_restarts, monitor_interval=1e-3,
         )  # fmt: skip
@@ -76,8 +75,8 @@ class Agent(SimpleElasticAgent):
         self.end: Outcome | None = None
         self.verdict: Verdict | None = None
         self.starts = 0
-        self._stop, self._announced, self._address = stop, False, address
-        self._timeout_s = config.cluster.timeout_s
+        self._stop, self._announced = stop, False
+        self._address, self._timeout_s = address, config.cluster.timeout_s
         self._failed_starts = Starts(config.cluster.max_restarts)  # kept on each agent: rank 0 may be another's later
         self._start_method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
         self._run = RunDir(start.run_dir) if start.run_dir else None
@@ -103,12 +102,11 @@ class Agent(SimpleElasticAgent):
     def restarts(self) -> int:
         return max(0, self.starts - 1)
 
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+    def _rendezvous(self, worker_group: elastic.WorkerGroup) -> None:
         alone = isinstance(worker_group.spec.rdzv_handler, Alone)
         with nullcontext() if alone else self._stop.interrupting():
             super()._rendezvous(worker_group)
-            # a store of its own for every start, which outlives the workers: the dead leave no addresses in it, and
-            # their errors can be read
+            # A new store for every start, which outlives the workers: without addresses of the dead, but their errors.
             shared: Store = worker_group.store  # type: ignore[assignment]
             if self.leads:
                 self.notes = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
@@ -119,13 +117,13 @@ class Agent(SimpleElasticAgent):
                 self.notes = TCPStore(address, port, wait_for_workers=False)
             worker_group.master_addr, worker_group.master_port = address, port
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(self, worker_group: elastic.WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
         context: Any = multiprocessing.get_context(self._start_method)
         self.starts, self.verdict = self.starts + 1, None
-        here = {"LOCAL_WORLD_SIZE": spec.local_world_size, "TORCHELASTIC_RESTART_COUNT": self.restarts, FRESH_STORE: 1}
+        here = self._handed_on() if self._start_method == "fork" else {}
+        here |= {"LOCAL_WORLD_SIZE": spec.local_world_size, "TORCHELASTIC_RESTART_COUNT": self.restarts, FRESH_STORE: 1}
         here |= {"MASTER_ADDR": worker_group.master_addr, "MASTER_PORT": worker_group.master_port}
-        here |= self._handed_on() if self._start_method == "fork" else {}
         for worker in worker_group.workers:
             ranks = {"RANK": worker.global_rank, "WORLD_SIZE": worker.world_size, "LOCAL_RANK": worker.local_rank}
             env = {key: str(value) for key, value in (here | ranks).items()}
@@ -144,23 +142,22 @@ class Agent(SimpleElasticAgent):
                 self._identity = self._identity or identity_of(self._run.path)
         return {LOCK_FD: self._lock.fileno()} if self._lock else {}
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def _monitor_workers(self, worker_group: elastic.WorkerGroup) -> elastic.RunResult:
         wait([worker.sentinel for worker in self._alive()], LOOK_S)
         if self._stop.wanted:
             self._pass_on_stop(self._stop.wanted)
-        hanging = False
-        for worker in self._alive():
-            if cause := worker.look(self._timeout_s):
-                self._note(worker, cause)
-                hanging = True
+        hanging = [(worker, cause) for worker in self._alive() if (cause := worker.look(self._timeout_s))]
+        for worker, cause in hanging:
+            self._note(worker, cause)
         codes = [worker.code for worker in self._workers]
         if hanging or any(codes) or read_note(self.notes, "failed", bool):
             self._handle_failure(worker_group)
-            return RunResult(WorkerState.FAILED)
+            return elastic.RunResult(elastic.WorkerState.FAILED)
         if None in codes or self._await_end():
-            return RunResult(WorkerState.HEALTHY)
+            return elastic.RunResult(elastic.WorkerState.HEALTHY)
         self.end = read_note(self.notes, "end", Outcome)
-        return RunResult(WorkerState.SUCCEEDED, return_values={worker.rank: None for worker in self._workers})
+        ended = {worker.rank: None for worker in self._workers}
+        return elastic.RunResult(elastic.WorkerState.SUCCEEDED, return_values=ended)
 
     def _await_end(self) -> bool:
         """Tell whether rank 0, on another machine, has neither noted the end of the run nor failed yet."""
@@ -177,7 +174,7 @@ class Agent(SimpleElasticAgent):
         for worker in self._alive():
             worker.tell(wanted)
 
-    def _handle_failure(self, worker_group: WorkerGroup) -> None:
+    def _handle_failure(self, worker_group: elastic.WorkerGroup) -> None:
         """End the other workers too, find the failure that was first, and learn whether to start again."""
         write_note(self.notes, "failed", True)  # the other agents' workers won't get on either
         self._note_deaths()
@@ -192,7 +189,7 @@ class Agent(SimpleElasticAgent):
         if alive:
             time.sleep(STACKS_S)
         own = {worker.rank for worker in self._workers}
-        self._stop_workers(worker_group)
+        self._shutdown()
         self.verdict = self._decide(own) if self.leads else self._await_verdict()
         self.end = read_note(self.notes, "end", Outcome)
         if self.verdict:
@@ -230,8 +227,8 @@ class Agent(SimpleElasticAgent):
         failure = first_failure(self.notes, self._worker_group.workers[0].world_size)
         return Verdict(failure, retry=False) if failure else None
 
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        self._stop_workers(worker_group)
+    def _restart_workers(self, worker_group: elastic.WorkerGroup) -> None:
+        self._shutdown()
         if self.verdict and self.leads:
             limit, summary = self.verdict.per_gpu_limit, self.verdict.failure.summary
             smaller = "" if limit is None else f" with batch.per_gpu={limit}"
@@ -240,7 +237,7 @@ class Agent(SimpleElasticAgent):
                 record_restart(self.verdict, run, self.starts)
         super()._restart_workers(worker_group)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _stop_workers(self, worker_group: elastic.WorkerGroup) -> None:
         self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
