@@ -11,22 +11,13 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-
-
-class Denoiser(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.noise = nn.Linear(width, 64)
-
-    def forward(self, noisy: Tensor, time: Tensor) -> Tensor:
-        return self.noise(self.layers(torch.cat([noisy, time], dim=1)))
 
 
 class Denoise:
     def model(self) -> nn.Module:
-        return Denoiser(128)
+        return nn.Sequential(nn.Linear(65, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64))
 
     def train_data(self) -> TensorDataset:
         return TensorDataset(torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32))
@@ -37,4 +28,5 @@ class Denoise:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         noisy, time, noise = batch
-        return (model(noisy, time) - noise).square().mean(1)  # a mean over pixels: still one loss per sample
+        predicted = model(torch.cat([noisy, time], dim=1))
+        return F.mse_loss(predicted, noise, reduction="none").mean(1)  # over pixels: still one loss per sample

@@ -22,7 +22,8 @@ class Adapted(nn.Module):
         nn.init.zeros_(self.up.weight)  # so that the first step starts from the base model
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.base(inputs) + self.up(self.down(inputs))
+        outputs: Tensor = self.base(inputs) + self.up(self.down(inputs))
+        return outputs
 
 
 class LoRA:

@@ -36,5 +36,5 @@ class MeanTeacher:
 
     def loss(self, model: nn.ModuleDict, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, logits = batch[0].float() / 8 - 1, model["student"](batch[0].float() / 8 - 1)
-        consistency = (logits.softmax(1) - model["teacher"](images).softmax(1)).square().sum(1)
-        return F.cross_entropy(logits, batch[1], reduction="none") + consistency
+        consistency = F.mse_loss(logits.softmax(1), model["teacher"](images).softmax(1), reduction="none")
+        return F.cross_entropy(logits, batch[1], reduction="none") + consistency.sum(1)
