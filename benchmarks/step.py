@@ -60,7 +60,7 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
         monitor = Monitor(config, state, Metrics(None, state, live=False), readback, stop)
         world.gather("")  # all start together
         began = time.perf_counter()
-        fit(state, stepper, monitor, nothing, None, stop, Watch())
+        fit(state, stepper, monitor, nothing, None, stop)
         return time.perf_counter() - began
 
     return seconds

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any, TextIO
 
-from isobatch.scaling.printable import printable
+from isobatch.scaling.limits import printable
 
 
 class Unwritable(OSError):

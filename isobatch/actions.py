@@ -20,9 +20,9 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.limits import one_line
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.resolve import continued, resolve
-from isobatch.scaling.printable import one_line
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.report.result import grid, plan_row, result

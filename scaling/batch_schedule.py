@@ -11,8 +11,7 @@ from itertools import count
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.rules import Rule
-from isobatch.scaling.schedule import Schedule
-from isobatch.scaling.segments import Segment, samples_after
+from isobatch.scaling.schedule import Schedule, Segment, samples_after
 from isobatch.scaling.units import Duration
 
 FORMS = (
@@ -20,12 +19,8 @@ FORMS = (
     '"curriculum" (doublings, from:32 to:512), "doubling" or "seesaw" (in place of the decay of the LR, to:4096 at '
     "most); lr:hold keeps the LR of stages, ramps and curricula"
 )
-OPTIONS = {
-    "ramp": ("from", "over", "to", "by", "lr"),
-    "curriculum": ("from", "to", "lr"),
-    "doubling": ("to",),
-    "seesaw": ("to",),
-}
+RAMP, CURRICULUM = ("from", "over", "to", "by", "lr"), ("from", "to", "lr")
+OPTIONS = {"ramp": RAMP, "curriculum": CURRICULUM, "doubling": ("to",), "seesaw": ("to",)}
 SEGMENTS = 10_000  # a schedule of more is a mistake
 OF_THE_DATA = 10  # a batch larger than this part of the data loses what the noise is good for (Smith et al. 2018)
 
@@ -61,23 +56,19 @@ class BatchSchedule:
         Raises:
             UserError: it isn't one; the message says what is wrong, and shows them.
         """
-        words = text.split() if isinstance(text, str) else []
+        words, problem = text.split() if isinstance(text, str) else [], f"{text!r} is no batch schedule"
         if not words:
-            raise UserError(f"{text!r} is no batch schedule", f"write {FORMS}", "batch.schedule", text)
+            raise UserError(problem, f"write {FORMS}", "batch.schedule", text)
         try:
             return cls._named(str(text), words) if words[0] in OPTIONS else cls._of_stages(str(text), words)
         except UserError as error:
-            raise UserError(
-                f"{text!r} is no batch schedule: {error}", f"write {FORMS}", "batch.schedule", text
-            ) from None
+            raise UserError(f"{problem}: {error}", f"write {FORMS}", "batch.schedule", text) from None
 
     @classmethod
     def _of_stages(cls, text: str, words: list[str]) -> BatchSchedule:
         options = _options("stages", [word for word in words if word.startswith("lr:")], ("lr",))
         stages = []
-        for word in words:
-            if word.startswith("lr:"):
-                continue
+        for word in (word for word in words if not word.startswith("lr:")):
             when, colon, size = word.rpartition(":")
             if not colon:
                 raise UserError(f"{word} isn't when:size")
@@ -90,9 +81,8 @@ class BatchSchedule:
     def _named(cls, text: str, words: list[str]) -> BatchSchedule:
         kind, *rest = words
         options = _options(kind, rest, OPTIONS[kind])
-        sizes = {
-            name: _size(f"{name}:{options[name]}", options[name]) for name in ("from", "to", "by") if name in options
-        }
+        given = {name: size for name, size in options.items() if name in ("from", "to", "by")}
+        sizes = {name: _size(f"{name}:{size}", size) for name, size in given.items()}
         over = _duration(options["over"]) if "over" in options else None
         if kind == "ramp" and ("from" not in sizes or over is None):
             raise UserError("a ramp needs from:… and over:…")
@@ -151,7 +141,12 @@ def segments_for(
     if len(starts) > SEGMENTS:
         raise _rejection(wanted, f" makes more than {SEGMENTS:,} steps of the batch", "use a larger by:…")
     segments = (first, *(Segment(start or 0, size, rule) for start, size in starts[1:]))
-    _refuse_disorder(wanted, segments, run_samples)
+    begins = [segment.start_sample for segment in segments]
+    if begins != sorted(set(begins)):
+        raise _rejection(wanted, f": its stages start at {begins}", "they have to come one after another")
+    if run_samples is not None and begins[-1] >= run_samples:
+        problem = f": its last stage starts at sample {begins[-1]:,}, and the run has {run_samples:,}"
+        raise _rejection(wanted, problem, "let it start earlier, or give a longer duration")
     return segments
 
 
@@ -229,15 +224,6 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
         problem = f" puts larger batches in place of the LR's decay, and {falls}"
         raise _rejection(wanted, problem, "choose another lr.decay")
     return tuple(segments)
-
-
-def _refuse_disorder(wanted: BatchSchedule, segments: Sequence[Segment], run_samples: int | None) -> None:
-    starts = [segment.start_sample for segment in segments]
-    if starts != sorted(set(starts)):
-        raise _rejection(wanted, f": its stages start at {starts}", "they have to come one after another")
-    if run_samples is not None and starts[-1] >= run_samples:
-        problem = f": its last stage starts at sample {starts[-1]:,}, and the run has {run_samples:,}"
-        raise _rejection(wanted, problem, "let it start earlier, or give a longer duration")
 
 
 def _rejection(wanted: BatchSchedule, problem: str, fix: str) -> UserError:

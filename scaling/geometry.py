@@ -189,12 +189,6 @@ def _fits(world: int, granules: int, most: int | None, accumulation: int | None,
     return accumulation in (None, passes) and not (even and (granules % pieces or pieces % world))
 
 
-def _divisors(number: int) -> set[int]:
-    """Return the divisors up to 10^6 and their counterparts: all of a number up to 10^12."""
-    small = [divisor for divisor in range(1, min(isqrt(number), 10**6) + 1) if number % divisor == 0]
-    return {*small, *(number // divisor for divisor in small)}
-
-
 def _contradiction(cut: Cut, accumulation: int, even: bool) -> UserError:
     """Name what would work in place of three sizes of which the two other than ``accumulation`` ask for ``cut``."""
     world, granule = cut.world, cut.granule
@@ -206,33 +200,28 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> UserError:
         f"batch.global_size={larger * granule}": (larger, most, accumulation),
     }
     fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even, cut.pieces is not None)]
-    return UserError(
-        f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation} "
-        f"contradict each other: on {counted(world, 'rank')} the first two take "
-        f"{counted(cut.accumulation, 'pass', 'passes')}",
-        f"leave one of the three out, or change one: {_or(fits)}",
-        "batch.accumulation",
-        accumulation,
-    )
+    sizes = f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation}"
+    passes = f"on {counted(world, 'rank')} the first two take {counted(cut.accumulation, 'pass', 'passes')}"
+    fix = f"leave one of the three out, or change one: {_or(fits)}"
+    return UserError(f"{sizes} contradict each other: {passes}", fix, "batch.accumulation", accumulation)
 
 
 def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> UserError:
     """Name the nearest even sizes."""
     granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
     ranks = counted(cut.world, "rank")
-    asked = (granules, most, accumulation, True, cut.pieces is not None)
-    worlds = sorted(world for world in _divisors(granules) if _fits(world, *asked))
+    sizes = (granules, most, accumulation, True, cut.pieces is not None)
+    small = [divisor for divisor in range(1, min(isqrt(granules), 10**6) + 1) if granules % divisor == 0]
+    divisors = {*small, *(granules // divisor for divisor in small)}  # all of them up to 10^12 granules
+    worlds = sorted(world for world in divisors if _fits(world, *sizes))
     above = bisect(worlds, cut.world)
     near = worlds[max(0, above - 1) : above + 1]
     parts = " and ".join(f"{count} of {size}" for size, count in cut.micro_batches)
-    return UserError(
-        f"batch.even=true, but batch.global_size={cut.global_size} on {ranks} × accumulation {cut.accumulation} gives "
-        f"unequal micro-batches ({parts})",
-        f"nearest even global batches on {ranks}: {_or(nearest_even(cut, per_gpu, accumulation))}; nearest world sizes "
-        f"for {cut.global_size}: {_or(near)}",
-        "batch.even",
-        True,
-    )
+    asked = f"batch.global_size={cut.global_size} on {ranks} × accumulation {cut.accumulation}"
+    problem = f"batch.even=true, but {asked} gives unequal micro-batches ({parts})"
+    batches = f"nearest even global batches on {ranks}: {_or(nearest_even(cut, per_gpu, accumulation))}"
+    fix = f"{batches}; nearest world sizes for {cut.global_size}: {_or(near)}"
+    return UserError(problem, fix, "batch.even", True)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -100,10 +100,9 @@ class Smoothed:
     weight_sq: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, astuple(self))) or min(self.count, self.grad_sq_var, self.trace_var) < 0:
+        finite = all(map(math.isfinite, astuple(self))) and min(self.count, self.grad_sq_var, self.trace_var) >= 0
+        if not finite or (self.count > 1 and not 0 < self.weight_sq < 1):
             raise ValueError(f"{self} is nothing that estimates add up to")
-        if self.count > 1 and not 0 < self.weight_sq < 1:
-            raise ValueError(f"{self}: the weights of {self.count} estimates don't add up so")
 
     def updated(self, new: Estimate) -> Smoothed:
         """Return the averages with one more estimate."""
@@ -169,8 +168,6 @@ def unmeasurable(plan: Plan) -> str | None:
     if any(filled(stage.cut) > 1 for stage in plan.stages):
         return None
     half = -(-cut.global_size // cut.granule // 2) * cut.granule
-    smaller = f"batch.per_gpu={plan.sized(half)}, or more ranks"
-    return (
-        f"noise.every measures by how much the micro-batches of a step differ, and on {counted(cut.world, 'rank')} a "
-        f"step is one: nothing is measured; give {smaller if half < cut.global_size else 'a larger global batch'}"
-    )
+    fix = f"batch.per_gpu={plan.sized(half)}, or more ranks" if half < cut.global_size else "a larger global batch"
+    one = f"on {counted(cut.world, 'rank')} a step is one: nothing is measured"
+    return f"noise.every measures by how much the micro-batches of a step differ, and {one}; give {fix}"

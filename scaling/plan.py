@@ -13,8 +13,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted, solve
 from isobatch.scaling.limits import Identity, Seed, Size, Text
 from isobatch.scaling.rules import OutOfRange, Recipe
-from isobatch.scaling.schedule import Schedule
-from isobatch.scaling.segments import Segment, boundaries
+from isobatch.scaling.schedule import Schedule, Segment, boundaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +130,6 @@ class Plan:
         starts = [segment.start_sample for segment in self.segments]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"segments have to start at sample 0 and rise; they start at {starts}")
-        for name in ("samples", "train_samples", "units_per_sample", "base_batch"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name}={number}: has to be at least 1")
         if self.base.lr <= 0:
             raise ValueError(f"the base LR is {self.base.lr:g}: has to be more than 0")
         if self.schedule and self.schedule.samples != self.samples:
@@ -141,10 +137,8 @@ class Plan:
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         if self.numerics == "bitwise" and self.sync:
-            problem = (
-                "numerics=bitwise doesn't go with batchnorm.mode=sync, whose statistics are of one pass of all ranks, "
-                "however many"
-            )
+            statistics = "whose statistics are of one pass of all ranks, however many"
+            problem = f"numerics=bitwise doesn't go with batchnorm.mode=sync, {statistics}"
             fix = "use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
         self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
@@ -174,10 +168,9 @@ class Plan:
 
     def _refuse_empty_passes(self, cut: Cut) -> None:
         if self.sync and not cut.micro_batches[-1][0]:
-            problem = (
-                f"batchnorm.mode=sync wants a sample on every rank in every pass, and {self.size(cut.global_size)} a "
-                f"step are fewer than {counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
-            )
+            passes = f"{counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
+            step = f"{self.size(cut.global_size)} a step are fewer than {passes}"
+            problem = f"batchnorm.mode=sync wants a sample on every rank in every pass, and {step}"
             fix = "use a larger batch.global_size, fewer of both, or batchnorm.mode=ghost"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
 
@@ -188,10 +181,8 @@ class Plan:
         except OutOfRange as error:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
             problem = f"a global batch of {self.size(segment.global_size)}: {error}"
-            fix = (
-                f"the largest at which it holds is {self.size(error.largest)}: use {use}, lr.rule=sqrt, or give "
-                "optimizer.betas for this batch"
-            )
+            ways = f"use {use}, lr.rule=sqrt, or give optimizer.betas for this batch"
+            fix = f"the largest at which it holds is {self.size(error.largest)}: {ways}"
             raise UserError(problem, fix, "lr.rule", segment.rule.name) from None
 
     def stage_at(self, sample: int) -> Stage:
@@ -262,12 +253,7 @@ class Plan:
         return self.samples / self.train_samples if self.samples is not None and self.train_samples else None
 
     def extend(self, segment: Segment) -> Plan:
-        """Return the plan with another segment after its last one.
-
-        Raises:
-            ValueError: it doesn't start after the last one.
-            UserError: its batch can't be dealt.
-        """
+        """Return the plan with another segment after its last one. Raises ValueError where it can't come there."""
         return replace(self, segments=(*self.segments, segment))
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:

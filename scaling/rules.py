@@ -86,16 +86,13 @@ class Rule:
     def __post_init__(self) -> None:
         if self.name not in LAWS:
             raise ValueError(f"lr.rule={self.name}: known rules are {', '.join(LAWS)}")
-        for key, value, used in (
-            ("lr.power", self.power, self.law.powers is not None),
-            ("lr.noise_scale", self.noise_scale, self.law.measured),
+        for key, value, uses in (
+            ("lr.power", self.power, lambda law: law.powers is not None),
+            ("lr.noise_scale", self.noise_scale, lambda law: law.measured),
         ):
-            if used is (value is None):
-                users = [name for name, law in LAWS.items() if (law.measured if "noise" in key else law.powers)]
-                raise ValueError(
-                    f"lr.rule={self.name} with {key}={value}: {', '.join(users)}, and no other rule, "
-                    f"{'needs' if len(users) == 1 else 'need'} it"
-                )
+            if uses(self.law) is (value is None):
+                users = ", ".join(name for name, law in LAWS.items() if uses(law))
+                raise ValueError(f"lr.rule={self.name} with {key}={value}: {users}, and no other rule, need it")
         known = ("lr", *PARTS)
         if set(self.fixed) - set(known) or len(set(self.fixed)) < len(self.fixed):
             raise ValueError(f"a rule can leave alone each of {', '.join(known)}, not {', '.join(self.fixed)}")
@@ -134,10 +131,8 @@ class Rule:
             _refuse_lost_memory(self.name, recipe, carried, move)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
-            problem = (
-                f"lr.rule={self.name}{exponent} turns the base LR {recipe.lr:g} into {carried.lr:g} at "
-                f"{move.kappa:.4g} × its batch"
-            )
+            turned = f"turns the base LR {recipe.lr:g} into {carried.lr:g} at {move.kappa:.4g} × its batch"
+            problem = f"lr.rule={self.name}{exponent} {turned}"
             raise UserError(problem, "give lr.peak, the LR at this batch, outright", "lr.rule", self.name)
         return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
 
@@ -263,12 +258,7 @@ LAWS = {
         beyond="its source goes to 32768 on ImageNet",
     ),
     "power": Law(power, "({ratio})^{power:g}", "an exponent of your own, lr.power", powers=(-math.inf, math.inf)),
-    "sde": Law(
-        sde,
-        "√({ratio})",
-        "Malladi et al. 2022",
-        moves={"betas": "1 − κ(1 − β)", "eps": "ε/√κ"},
-    ),
+    "sde": Law(sde, "√({ratio})", "Malladi et al. 2022", moves={"betas": "1 − κ(1 − β)", "eps": "ε/√κ"}),
     "half-life": Law(
         half_life,
         "({ratio})^{power:g}",

@@ -1,15 +1,16 @@
-"""The learning rate as a function of samples seen, never of steps: warmup, then one of six decays."""
+"""What changes over the samples of a run, never over its steps: the learning rate, and the global batch by segments."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import Count, NotNegative, Positive, Share, Size, Text
+from isobatch.scaling.rules import Rule
 
 LARGEST_POWER = 30  # of ten, by which milestones may multiply the LR
 
@@ -49,10 +50,8 @@ class Schedule:
             problem = f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}"
             raise UserError(problem, "shorten it, or say it in % of the run", "lr.warmup")
         if self.decay == "wsd" and self.warmup_samples + self.cooldown_samples > self.samples:
-            problem = (
-                f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples}) are longer "
-                f"together than the run ({self.samples})"
-            )
+            both = f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples})"
+            problem = f"{both} are longer together than the run ({self.samples})"
             raise UserError(problem, "shorten one of them", "lr.cooldown")
         if any(later < earlier for earlier, later in pairwise((self.warmup_samples, *self.milestones))):
             problem = f"lr.milestones are at samples {list(self.milestones)}"
@@ -61,10 +60,8 @@ class Schedule:
         if self.held_until > self.samples:
             raise ValueError(f"the LR is held until sample {self.held_until}, and the run has {self.samples}")
         if self.decay == "step" and len(self.milestones) * math.log10(self.gamma) > LARGEST_POWER:
-            problem = (
-                f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones multiplies the LR by more than "
-                f"1e{LARGEST_POWER}"
-            )
+            milestones = f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones"
+            problem = f"{milestones} multiplies the LR by more than 1e{LARGEST_POWER}"
             raise UserError(problem, "use a smaller lr.gamma", "lr.gamma", self.gamma)
 
     def lr(self, sample: int, peak: float) -> float:
@@ -123,11 +120,40 @@ def wsd(s: Schedule, sample: int) -> float:
     return s._between(1 - s._falling(sample, s.samples - s.cooldown_samples))
 
 
-DECAYS: dict[str, Callable[[Schedule, int], float]] = {
-    "cosine": cosine,
-    "linear": linear,
-    "polynomial": polynomial,
-    "step": step,
-    "constant": constant,
-    "wsd": wsd,
-}
+FORMS = (cosine, linear, polynomial, step, constant, wsd)
+DECAYS: dict[str, Callable[[Schedule, int], float]] = {form.__name__: form for form in FORMS}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Describe a stretch of the run with one global batch.
+
+    It starts at the first step boundary at or after ``start_sample``. ``rule`` carries the recipe of the first
+    segment's batch to ``global_size`` samples; in the first segment it carries the plan's base recipe.
+    """
+
+    start_sample: Count
+    global_size: Size
+    rule: Rule
+
+
+def boundaries(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the first sample and first step of each of ``segments`` (start, global batch).
+
+    A segment whose start lies inside a step of the previous one begins after that step. Where the next segment begins
+    there, too, it has no step.
+    """
+    found = [(0, 0)]
+    for (_, size), (wanted, _) in pairwise(segments):
+        start, step = found[-1]
+        steps = max(0, -(-(wanted - start) // size))
+        found.append((start + steps * size, step + steps))
+    return found
+
+
+def samples_after(steps: int, segments: Sequence[tuple[int, int]]) -> int:
+    """Return the samples seen after ``steps`` steps of ``segments`` (start, global batch)."""
+    found = boundaries(segments)
+    index = bisect_right(found, steps, key=lambda place: place[1]) - 1
+    start, first_step = found[index]
+    return start + (steps - first_step) * segments[index][1]

@@ -13,14 +13,7 @@ from isobatch.scaling.limits import LARGEST
 
 Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
 
-MEANING: dict[str, str] = {
-    "ep": "epochs",
-    "st": "steps",
-    "sa": "samples",
-    "tok": "tokens",
-    "%": "percent of the run",
-    "min": "minutes",
-}
+MEANING = {"ep": "epochs", "st": "steps", "sa": "samples", "tok": "tokens", "%": "percent of the run", "min": "minutes"}
 EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run), 10min (checkpoint.every)"
 
 _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
@@ -50,11 +43,8 @@ class Duration:
             raise UserError(f"{shown} is not a duration", f"write a number and its unit: {EXAMPLES}", value=text)
         value, unit = float(match[1]), match[2].lower()
         if not 0 <= value <= LARGEST:
-            raise UserError(
-                f"{shown} is not a duration",
-                f"the number has to be finite, 0 or more, and at most {LARGEST:.0e}",
-                value=text,
-            )
+            fix = f"the number has to be finite, 0 or more, and at most {LARGEST:.0e}"
+            raise UserError(f"{shown} is not a duration", fix, value=text)
         if not unit and value == 0:
             unit = "sa"
         if not unit:

@@ -9,7 +9,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Source
 from isobatch.scaling.planning.sizes import in_samples
 from isobatch.scaling.rules import PARTS, Recipe, Rule, make_rule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Segment
 
 
 @dataclass(frozen=True, slots=True)

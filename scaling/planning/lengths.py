@@ -9,8 +9,7 @@ from isobatch.conf.schema import LearningRate, RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Intervals, Plan
-from isobatch.scaling.schedule import Schedule
-from isobatch.scaling.segments import Segment, samples_after
+from isobatch.scaling.schedule import Schedule, Segment, samples_after
 from isobatch.scaling.units import Duration
 
 

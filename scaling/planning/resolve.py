@@ -16,8 +16,7 @@ from isobatch.scaling.planning.capabilities import check_engine, placement
 from isobatch.scaling.planning.engine_config import check_engine_config
 from isobatch.scaling.planning.lengths import Lengths, intervals_of, schedule_of
 from isobatch.scaling.planning.sizes import Sizes, asked, evaluation_batch, first_sizes, in_samples
-from isobatch.scaling.schedule import Schedule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Schedule, Segment
 
 
 def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> Plan:

@@ -15,7 +15,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import warnings
 from isobatch.scaling.planning.capabilities import check_placement
 from isobatch.scaling.reading import parse_json
-from isobatch.scaling.report.derivation import lr_why, moves
+from isobatch.scaling.report.plan_table import lr_why, moves
 from isobatch.scaling.rules import PARTS
 
 

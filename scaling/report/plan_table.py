@@ -1,4 +1,4 @@
-"""The plan as a table of plain text: what people read before a run starts."""
+"""The plan as a table of plain text for people, and how its recipe follows from the tuned one, in words."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ import textwrap
 from collections.abc import Iterator
 
 from isobatch.scaling.geometry import Cut, counted
-from isobatch.scaling.plan import EnginePlacement, Plan, Stage
+from isobatch.scaling.plan import EnginePlacement, Plan, Source, Stage
 from isobatch.scaling.planning.advice import FEW, warnings
 from isobatch.scaling.planning.capabilities import BITWISE_COST
-from isobatch.scaling.report.derivation import lr_why, moves, named
-from isobatch.scaling.rules import PARTS
+from isobatch.scaling.rules import PARTS, Recipe
 
 WIDTHS = (60, 110)  # least and most columns of the table
 LABEL = 15
 MOST = 12  # lines about stages
+BITWISE = (
+    "bitwise: the same weights, bit by bit, on any number of processes of one machine type; a step took {:g} × as long "
+    "as a fast one, up to {:g} × where it is mostly messages (benchmarks/README.md)"
+)
+BASE_SOURCES: dict[Source, str] = {
+    "peak": "lr.peak, given outright",
+    "given": "given (lr.base)",
+    "paired": "given (lr.base), at the batch of the task's or the optimizer's own (lr.base_batch names another)",
+    "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
+    "tuned": "tuned for this task and optimizer",
+    "adapted": "tuned for this task and optimizer, with another model, data or arguments",
+    "usual": "a usual starting point of the optimizer, not tuned for this task",
+}
+TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # how lr.scale_weight_decay moves the weight decay
 
 
 def table(plan: Plan, full: bool = False) -> str:
@@ -48,7 +61,9 @@ def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
         yield "" if number else "then", stage
     yield "duration", _duration(plan)
     chosen, _, why = plan.optimizer.why.partition(": ")
-    yield "optimizer", f"{plan.optimizer.name} ({chosen}){_recipe(plan)}"
+    fixed, parts = plan.segments[0].rule.fixed, [(part, *one) for part in PARTS for one in named(plan.peak, part)]
+    recipe = "".join(f", {name} {value:.6g}{' (given)' * (part in fixed)}" for part, name, value in parts)
+    yield "optimizer", f"{plan.optimizer.name} ({chosen}){recipe}"
     if why:
         yield "", why if full else why.partition("; or ")[0]
     yield "learning rate", lr_why(plan)
@@ -58,14 +73,15 @@ def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
     if full and (noise := plan.temperature(plan.stages[0])) is not None:
         later = f", {plan.temperature(plan.stages[-1]):.6g} in the last stage" if len(plan.stages) > 1 else ""
         yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak{later} (Smith & Le 2018)"
-    if plan.peak.ema is not None:
-        yield "weights' EMA", _ema(plan)
+    if (decay := plan.peak.ema) is not None:
+        half_life = round(plan.cut.global_size * math.log(0.5) / math.log(decay)) if 0 < decay < 1 else 0
+        yield "weights' EMA", f"half-life {plan.size(half_life)}: decay {decay:.6g} a step"
     if plan.granule > 1 or plan.sync:
         yield "BatchNorm", "over one pass of all ranks" if plan.sync else f"over ghosts of {plan.granule} samples"
     if plan.engine.name != "ddp":
         yield "engine", _engine(plan.engine, plan.world)
     if plan.numerics == "bitwise":
-        yield "numerics", _bitwise()
+        yield "numerics", BITWISE.format(*BITWISE_COST)
     if full:
         yield "seed", str(plan.seed)
 
@@ -88,16 +104,10 @@ def _stages(plan: Plan) -> list[str]:
 
 
 def _stage(plan: Plan, stage: Stage) -> str:
-    moved = "".join(
-        f", {name} {value:.6g}"
-        for part in PARTS
-        if getattr(stage.peak, part) != getattr(plan.peak, part)
-        for name, value in named(stage.peak, part)
-    )
-    return (
-        f"from sample {stage.start:,}, step {stage.first_step + 1:,}: {_batch(plan, stage.cut)}, "
-        f"peak LR {stage.peak.lr:.6g}{moved}"
-    )
+    parts = [part for part in PARTS if getattr(stage.peak, part) != getattr(plan.peak, part)]
+    moved = "".join(f", {name} {value:.6g}" for part in parts for name, value in named(stage.peak, part))
+    begins = f"from sample {stage.start:,}, step {stage.first_step + 1:,}"
+    return f"{begins}: {_batch(plan, stage.cut)}, peak LR {stage.peak.lr:.6g}{moved}"
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -126,29 +136,6 @@ def _list(names: tuple[str, ...]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[:-1] else names)
 
 
-def _bitwise() -> str:
-    usual, most = BITWISE_COST
-    return (
-        "bitwise: the same weights, bit by bit, on any number of processes of one machine type; a step took "
-        f"{usual:g} × as long as a fast one, up to {most:g} × where it is mostly messages (benchmarks/README.md)"
-    )
-
-
-def _recipe(plan: Plan) -> str:
-    fixed = plan.segments[0].rule.fixed
-    parts = [
-        f"{name} {value:.6g}{' (given)' * (part in fixed)}" for part in PARTS for name, value in named(plan.peak, part)
-    ]
-    return "".join(f", {part}" for part in parts)
-
-
-def _ema(plan: Plan) -> str:
-    decay = plan.peak.ema
-    assert decay is not None
-    half_life = round(plan.cut.global_size * math.log(0.5) / math.log(decay)) if 0 < decay < 1 else 0
-    return f"half-life {plan.size(half_life)}: decay {decay:.6g} a step"
-
-
 def _schedule(plan: Plan) -> str:
     schedule = plan.schedule
     if schedule is None:
@@ -158,10 +145,8 @@ def _schedule(plan: Plan) -> str:
         held = f", then constant to sample {schedule.held_until:,}, the batch growing in place of the decay"
     if schedule.warmup_samples:
         share, steps = schedule.warmup_samples / schedule.samples, schedule.warmup_samples / plan.cut.global_size
-        warmup = (
-            f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({100 * share:.3g}%"
-            f"{f', {steps:.2g} steps' if steps < FEW else ''})"
-        )
+        length = f"{100 * share:.3g}%" + (f", {steps:.2g} steps" if steps < FEW else "")
+        warmup = f"warmup from {schedule.warmup_from:.6g} over {plan.size(schedule.warmup_samples)} ({length})"
     end = f"{schedule.lr(schedule.samples, plan.stages[-1].peak.lr):.6g}"
     milestones = [f"{milestone:,}" for milestone in schedule.milestones if milestone > schedule.held_until]
     falls = {
@@ -171,3 +156,44 @@ def _schedule(plan: Plan) -> str:
         "wsd": f"constant, and linear decay to {end} over the last {plan.size(schedule.cooldown_samples)}",
     }
     return f"{warmup}{held}, then {falls.get(schedule.decay, f'{schedule.decay} decay to {end}')}"
+
+
+def lr_why(plan: Plan) -> str:
+    """Derive the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
+    rule = plan.segments[0].rule
+    if plan.base_source == "peak":
+        of = " for the first stage" if len(plan.segments) > 1 else ""
+        return f"peak {plan.peak.lr:.6g} ({BASE_SOURCES['peak']}{of})"
+    after, before = plan.sized(plan.cut.global_size), plan.sized(plan.base_batch)
+    noise = (rule.noise_scale or 0) * plan.sized(1)
+    numbers = {"ratio": f"{after}/{before}", "after": after, "before": before, "noise": f"{noise:g}"}
+    factor = rule.law.factor.format(**numbers, power=rule.power or 0)
+    derived = f"peak {plan.peak.lr:.6g} = {plan.base.lr:.6g} × {factor} ({rule.name}; {rule.law.source})"
+    return f"{derived}; base LR: {BASE_SOURCES[plan.base_source]}"
+
+
+def moves(plan: Plan) -> list[str]:
+    """Name what the first segment's rule moves beside the LR: ``β₁ 0.9 → 0.6 (1 − κ(1 − β))``.
+
+    Parts that were given for this batch, and so stay, are named, too.
+    """
+    rule, said = plan.segments[0].rule, []
+    parts = rule.law.moves | ({"weight_decay": TIMESCALE} if rule.scale_weight_decay else {})
+    for part, how in parts.items():
+        pairs = zip(named(plan.base, part), named(plan.peak, part), strict=True)
+        changed = ", ".join(f"{name} {was:.6g} → {now:.6g}" for (name, was), (_, now) in pairs if was != now)
+        if part in rule.fixed:
+            changed = " and ".join(name for name, _ in named(plan.peak, part)) + " given for this batch, so not moved"
+            how = f"lr.rule={rule.name} would"
+        said += [f"{changed} ({how})"] if changed else []
+    if rule.law.stretches_warmup and plan.cut.global_size != plan.base_batch:
+        said.append(f"warmup × {plan.cut.global_size / plan.base_batch:.6g} (as much as the batch)")
+    return said
+
+
+def named(recipe: Recipe, part: str) -> list[tuple[str, float]]:
+    """Return the numbers of a part of ``recipe``, by the names that people know them by."""
+    value = getattr(recipe, part)
+    if part == "betas":
+        return list(zip(("momentum",) if len(value) == 1 else ("β₁", "β₂"), value, strict=False))
+    return [] if value is None else [({"eps": "ε", "weight_decay": "weight decay"}[part], value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from isobatch.conf.rundir.files import read_run
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.limits import one_line
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.printable import one_line
 
 WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
 
@@ -40,11 +41,8 @@ class Result:
     damage: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        values = [
-            f"{one_line(name)} {value:.4g}"
-            for name, value in ({"loss": self.loss} | self.val).items()
-            if value is not None
-        ]
+        known = {name: value for name, value in {"loss": self.loss, **self.val}.items() if value is not None}
+        values = [f"{one_line(name)} {value:.4g}" for name, value in known.items()]
         done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
         return " · ".join([done, *self._mishaps(), *values])
 
@@ -61,16 +59,10 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """Return its row of a table of runs."""
-        return {
-            "state": self.state,
-            "steps": self.steps,
-            "samples": self.samples,
-            "peak LR": self.peak,
-            "loss": self.loss,
-            **self.val,
-            **({"restarts": self.restarts} if self.restarts else {}),
-            **({"skipped": self.skipped} if self.skipped else {}),
-        }
+        reached = {"state": self.state, "steps": self.steps, "samples": self.samples}
+        mishaps = {"restarts": self.restarts, "skipped": self.skipped}
+        seen = {name: number for name, number in mishaps.items() if number}
+        return {**reached, "peak LR": self.peak, "loss": self.loss, **self.val, **seen}
 
 
 def result(directory: Path) -> Result:
@@ -142,3 +134,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else one_line(str(value))
+
+
+def clock(seconds: float) -> str:
+    """Return ``3:05:07``, in whole seconds, rounded up."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

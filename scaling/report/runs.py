@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from isobatch.conf.rundir.files import holds_a_run, read_run
 from isobatch.conf.rundir.lock import works
-from isobatch.scaling.report.result import WITHOUT_A_WORD, grid
+from isobatch.scaling.report.result import WITHOUT_A_WORD, clock, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
@@ -54,25 +53,20 @@ class Row:
             "step": f"{self.step:,}/{'?' if self.steps is None else f'{self.steps:,}'}",
             "loss": self.loss,
             "samples/s": None if self.samples_per_s is None else round(self.samples_per_s),
-            "ETA": None if self.eta_s is None else _clock(self.eta_s),
+            "ETA": None if self.eta_s is None else clock(self.eta_s),
             "job": self.job and f"{self.job} {self.queue or 'over'}",
             "stopped last by": cause,
         }
 
 
-def directories(root: Path) -> list[Path]:
-    """Return the runs in ``root``: itself, or those below it, sweeps included; by name."""
-    return sorted(_runs_in(root, DEPTH))
-
-
-def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
-    if holds_a_run(folder):
-        yield folder
-    elif depth:
-        with suppress(OSError):  # it isn't a folder, or one that can't be listed
-            for inner in folder.iterdir():
-                if inner.is_dir() and not inner.is_symlink():
-                    yield from _runs_in(inner, depth - 1)
+def directories(root: Path, depth: int = DEPTH) -> list[Path]:
+    """Return the runs in ``root``: itself, or those at most ``depth`` below it, sweeps included; by name."""
+    if holds_a_run(root):
+        return [root]
+    inner: list[Path] = []
+    with suppress(OSError):  # it isn't a folder, or one that can't be listed
+        inner = [one for one in root.iterdir() if one.is_dir() and not one.is_symlink()] if depth else []
+    return sorted(run for one in inner for run in directories(one, depth - 1))
 
 
 def listing(roots: Sequence[str], queue: Mapping[str, str], output: str) -> str:
@@ -122,9 +116,3 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         queue=told,
         cause=files.damage or (causes[-1] if causes else None),
     )
-
-
-def _clock(seconds: float) -> str:
-    """Return ``3:05:07``, as the training prints it."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

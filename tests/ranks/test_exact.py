@@ -20,7 +20,7 @@ from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.order import indices
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Segment
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.fit import crossed

@@ -18,10 +18,9 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.order import indices
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.data.fetch import Fetch
+from isobatch.trainers.data.fetch import Fetch, to_device
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.data.transfer import to_device
 from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.engines.step_report import Note
 from isobatch.trainers.loop.metrics import PlainLines

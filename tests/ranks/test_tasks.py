@@ -17,12 +17,11 @@ from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.rules import Recipe
 from isobatch.trainers.optim.make import make_optimizer
-from isobatch.trainers.tasks.corpus import LIBRARY, Windows, open_corpus
 from isobatch.trainers.tasks.images import Images
 from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.tasks.mnist1d import generate
 from isobatch.trainers.tasks.task import make_task, open_data
-from isobatch.trainers.tasks.text import Text
+from isobatch.trainers.tasks.text import LIBRARY, Text, Windows, open_corpus
 from tests.support.harness import ROUNDING, Runs, distance
 
 TASKS = ["images", "mnist1d", "text"]

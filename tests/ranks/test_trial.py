@@ -22,7 +22,7 @@ from isobatch.trainers.model.randomness import generators_state
 from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.trial.halves import halves, own_generators
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
-from isobatch.trainers.trial.training import DRAWS, Found, LossTrial, batches_of
+from isobatch.trainers.trial.training import DRAWS, Found, batches_of, try_loss
 from tests.support.harness import Runs, distance
 from tests.support.tasks import Counted, OneByOne
 
@@ -60,8 +60,8 @@ def tried(task: Any, per_gpu: int = 64, device: torch.device = CPU) -> Found:
     fetch = Fetch(task.train_data(), Task(task), seed=0)
     model = task.model()
     batches = batches_of(solve(1, global_size=per_gpu, per_gpu=per_gpu), fetch.length)
-    trial = LossTrial(Sandbox(Task(task), model, device, 0, lambda: None), model.train)
-    return trial.run([halves(fetch, *batch) for batch in batches])
+    sandbox = Sandbox(Task(task), model, device, 0, lambda: None)
+    return try_loss(sandbox, [halves(fetch, *batch) for batch in batches], model.train)
 
 
 def ce(logits: Tensor, labels: Tensor, **how: Any) -> Tensor:
@@ -264,10 +264,10 @@ def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put
     task.torchs, task.numpys, task.pythons = torchs, np.random.default_rng(0), random.Random(0)
     task.older, task.last, task.pair = np.random.RandomState(0), deque([1.0], maxlen=2), (0, 1.0)
     task.holder, task.holders = Holder(inner=Holder()), [Holder(), Holder()]
-    task.trained = 0
+    task.trained, task.still = 0, [torch.ones(3), torch.Generator(), np.random.default_rng(0), random.Random(0)]
 
     def loss(x: Tensor, y: Tensor, model: nn.Module) -> Any:
-        noise = float(torch.rand((), generator=torchs)) + task.numpys.random() + task.pythons.random()
+        noise = float(torch.rand((), generator=task.torchs)) + task.numpys.random() + task.pythons.random()
         task.last.append(noise + task.older.random())
         task.pair = (task.pair[0] + 1, 1.0)
         for one in (task.holder.inner, task.holders[1]):
@@ -325,7 +325,7 @@ def test_nothing_remains_of_it() -> None:
     places = [value.data_ptr() for value in model.state_dict().values()]
     batches = [halves(Fetch(task.train_data(), Task(task), seed=0), 0, 8, 16)]
     generators, modes = generators_state(), [module.training for module in model.modules()]
-    LossTrial(Sandbox(Task(task), model, CPU, 0, lambda: None), model.train).run(batches)
+    try_loss(Sandbox(Task(task), model, CPU, 0, lambda: None), batches, model.train)
     assert generators_state() == generators
     assert [module.training for module in model.modules()] == modes
     assert [value.data_ptr() for value in model.state_dict().values()] == places

@@ -17,7 +17,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import warnings
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Segment
 from tests.support.examples import examples
 
 

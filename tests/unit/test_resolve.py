@@ -19,9 +19,8 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.planning.sizes import evaluation_batch
-from isobatch.scaling.report.derivation import lr_why, moves
 from isobatch.scaling.report.plan_json import from_json, to_json
-from isobatch.scaling.report.plan_table import table
+from isobatch.scaling.report.plan_table import lr_why, moves, table
 from isobatch.scaling.rules import Rule
 
 # A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.

@@ -17,7 +17,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.plan_table import table
-from isobatch.scaling.segments import samples_after
+from isobatch.scaling.schedule import samples_after
 
 TASK = (
     "task.train_samples=10000", "task.tuned={sgd: {lr: 0.1, batch: 64}, adamw: {lr: 0.001, batch: 64}}",

@@ -14,7 +14,7 @@ from isobatch.scaling.plan import EnginePlacement, Intervals, Plan
 from isobatch.scaling.planning.capabilities import ABILITIES
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.rules import Rule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Segment
 from tests.unit.test_plan import WHOLE
 
 (NAME, STAGE), ABLE = next((which, it) for which, it in ABILITIES.items() if which[1] and it.offloads)

@@ -12,7 +12,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.plan_table import WIDTHS, table
 from isobatch.scaling.rules import Rule
-from isobatch.scaling.segments import Segment
+from isobatch.scaling.schedule import Segment
 from tests.support.golden import golden
 
 TASK = (

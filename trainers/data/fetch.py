@@ -1,10 +1,10 @@
-"""From positions of the run to batches: samples in their order, fetched, augmented and collated."""
+"""From positions of the run to batches: samples in their order, fetched, augmented, collated, moved to the device."""
 
 from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from isobatch.scaling.order import indices
-from isobatch.trainers.data.transfer import pinned
 from isobatch.trainers.model.randomness import COLLATE, SAMPLE, SAMPLES, generator_for, generators_state, key_generators
 from isobatch.trainers.tasks.task import Task
 
@@ -34,7 +33,7 @@ class Fetched:
 
     def pin_memory(self) -> Fetched:
         """Return the same with its batch in pinned memory. DataLoader's pinning thread calls this."""
-        return replace(self, batch=pinned(self.batch))
+        return replace(self, batch=_map(self.batch, _pinned))
 
 
 class Fetch:
@@ -122,3 +121,24 @@ class Remote(Fetch):
             except Exception:
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             return Fetched(positions, None, error=error, traceback=traceback.format_exc())
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return ``batch`` with its tensors (and whatever else has ``.to``) on ``device``."""
+    return batch if device.type == "cpu" else _map(batch, lambda value: value.to(device, non_blocking=True))
+
+
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to everything with a ``.to`` within nested tuples, lists and mappings."""
+    if hasattr(value, "to"):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(inner, function) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        mapped = [_map(inner, function) for inner in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    return value

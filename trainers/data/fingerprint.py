@@ -69,12 +69,8 @@ def _short(content: Any) -> str:
 
 def digests(sample: Any) -> dict[str, str]:
     """Return a digest for each part of a sample: each entry of a dict or tuple, else the whole."""
-    if isinstance(sample, dict):
-        parts = {repr(key): value for key, value in sample.items()}
-    elif isinstance(sample, tuple):
-        parts = {str(index): value for index, value in enumerate(sample)}
-    else:
-        parts = {"": sample}
+    entries = sample.items() if isinstance(sample, dict) else enumerate(sample) if isinstance(sample, tuple) else None
+    parts = {"": sample} if entries is None else {repr(name): part for name, part in entries}
     digests = {}
     for name, part in parts.items():
         digest = blake2b(digest_size=16)

@@ -11,9 +11,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from isobatch.scaling.plan import Step
-from isobatch.trainers.data.fetch import Fetch, Fetched, Remote
+from isobatch.trainers.data.fetch import Fetch, Fetched, Remote, to_device
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.data.transfer import to_device
 from isobatch.trainers.ranks.signals import die_with_parent
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from isobatch.trainers.data.loader import as_it_is, begin_worker
+from isobatch.trainers.data.loader import begin_worker
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.tasks.task import Task
 
@@ -38,16 +38,14 @@ def look(
         beat: called after each of them.
         here: they change nothing but the default generators, so this process can do them.
     """
-    if here or sys.platform != "linux":
+    if here or not works or sys.platform != "linux":
         with generators_kept():
             return [_seen(work) for work in works]
-    if not works:
-        return []
     found: list[Any] = []
     with _places_in_files_kept(), closing(_forked(works)) as results:
         try:
             for _ in works:
-                found.append(_unpacked(next(results)))
+                found.append(_seen(pickle.loads, next(results), failing="a sample or batch can't be unpickled: "))
                 beat()
         except (OSError, RuntimeError) as error:  # the process died, was too slow, or couldn't be had
             found += [Unseen(str(error).splitlines()[0])] * (len(works) - len(found))
@@ -59,14 +57,14 @@ def has_no_state(data: Any, task: Task) -> bool:
     return type(data) is TensorDataset and not task.has("augment") and not task.has("collate")
 
 
-def _forked(works: Sequence[Callable[[], Any]]) -> Generator[Any, None, None]:
-    """Yield the results of a DataLoader's worker, one by one."""
+def _forked(works: Sequence[Callable[[], Any]]) -> Generator[bytes, None, None]:
+    """Yield what each of ``works`` returns in a DataLoader's worker, pickled."""
     loader: Any = DataLoader(
-        _Works(works),  # type: ignore[arg-type]
+        works,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=1,
         timeout=LOOK_S,
-        collate_fn=as_it_is,
+        collate_fn=_packed,  # type: ignore[arg-type]
         worker_init_fn=begin_worker,
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else it draws from the default one
@@ -78,40 +76,17 @@ def _forked(works: Sequence[Callable[[], Any]]) -> Generator[Any, None, None]:
         results._shutdown_workers()
 
 
-class _Works:
-    """Do one piece of work for each index, as a dataset."""
-
-    def __init__(self, works: Sequence[Callable[[], Any]]) -> None:
-        self._works = works
-
-    def __len__(self) -> int:
-        return len(self._works)
-
-    def __getitem__(self, index: int) -> bytes:
-        """Return what was seen, pickled here: what can't be pickled would be lost on the way, and waited for."""
-        seen = _seen(self._works[index])
-        try:
-            return pickle.dumps(seen)
-        except Exception as error:
-            return pickle.dumps(Unseen(f"a sample or batch can't be pickled: {_said(error)}"))
+def _packed(work: Callable[[], Any]) -> bytes:
+    """Pickle what ``work`` returns, here: what can't be pickled would be lost on the way, and waited for."""
+    packed = _seen(pickle.dumps, _seen(work), failing="a sample or batch can't be pickled: ")
+    return packed if isinstance(packed, bytes) else pickle.dumps(packed)
 
 
-def _seen(work: Callable[[], Any]) -> Any:
+def _seen(work: Callable[..., Any], *args: Any, failing: str = "") -> Any:
     try:
-        return work()
+        return work(*args)
     except Exception as error:
-        return Unseen(_said(error))
-
-
-def _unpacked(packed: bytes) -> Any:
-    try:
-        return pickle.loads(packed)  # noqa: S301  of this process's own child
-    except Exception as error:
-        return Unseen(f"a sample or batch can't be unpickled: {_said(error)}")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        return Unseen(f"{failing}{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Take the run directory: one launch at a time, one command on all machines, one disk under all of them."""
+"""Take the run directory, and record the end: one launch at a time, one command and one disk on all machines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from isobatch.conf.existing import begun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import last_step, write_atomic
 from isobatch.conf.rundir.lock import hold
-from isobatch.conf.rundir.outcome import Outcome
+from isobatch.conf.rundir.outcome import Outcome, State
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.result import WITHOUT_A_WORD
-from isobatch.trainers.ranks.failure import restarts
-from isobatch.trainers.ranks.session import Session, Start, refuse_other_commands
-from isobatch.trainers.ranks.world import World
+from isobatch.trainers.ranks.failure import Reached, restarts
+from isobatch.trainers.ranks.session import Session, refuse_other_commands
 
 
 def claim(session: Session) -> tuple[RunDir, Outcome | None]:
@@ -69,21 +68,26 @@ def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
         step = last_step(run.path)
         say(f"the last attempt {WITHOUT_A_WORD}, after step {step} or later")
         run.event("crashed", cause=WITHOUT_A_WORD, attempt=before.attempt, step=step, found=True)
-    _record_start(run, start, session.world, list(start.hosts) or hosts, new=before is None)
-    return before
-
-
-def _record_start(run: RunDir, start: Start, world: World, hosts: list[str], *, new: bool) -> None:
     run.event(
         "start",
         command=start.command,
         **start.code,
         attempt=start.attempt,
         restart=restarts(),
-        new=new,
-        hosts=hosts,
+        new=before is None,
+        hosts=list(start.hosts) or hosts,
         **({"job": start.job, "job_restart": start.job_restart} if start.job else {}),
-        world_size=world.size,
-        device=str(world.device),
+        world_size=session.world.size,
+        device=str(session.world.device),
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
+    return before
+
+
+def end(session: Session, run: RunDir, state: State, cause: str, reached: Reached) -> Outcome:
+    """Return the outcome of a run that ended after ``reached``; rank 0 writes it."""
+    outcome = Outcome(state, cause, reached.step, reached.samples, session.start.attempt, restarts())
+    if session.world.rank == 0:
+        run.event(state, cause=cause, step=outcome.step, samples=outcome.samples)
+        run.write_outcome(outcome)
+    return outcome

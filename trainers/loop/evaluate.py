@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.data.transfer import to_device
+from isobatch.trainers.checkpoints.weights import listed
+from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.model.modes import in_eval_mode
 from isobatch.trainers.model.precision import autocast
@@ -39,6 +40,7 @@ class Evaluator:
         stop: where some rank is asked to stop, all of them stop evaluating.
         watch: told of each forward, and of its size where it fails.
         patient: within it, the task's ``summarise`` may take as long as it likes.
+        last: evaluate at the end of the run.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class Evaluator:
     stop: Stop = field(default_factory=Stop)
     watch: Watch = field(default_factory=Watch)
     patient: Callable[[], AbstractContextManager[None]] = nullcontext
+    last: bool = True
 
     def __call__(self) -> dict[str, float] | None:
         """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop."""
@@ -70,6 +73,32 @@ class Evaluator:
             values = summarise(self.task, found)
             self.world.gather("")  # no rank is taken for hanging until all are through
         return values
+
+    def of_run(self) -> dict[str, float] | None:
+        """Return the values of the weights that are trained, and of their moving average where there is one."""
+        assert self.engine
+        engine = self.engine
+
+        def weights() -> Iterator[tuple[str, AbstractContextManager[None]]]:
+            yield "val", engine.eval_weights()
+            if engine.average:
+                yield "ema", engine.average.swapped()
+
+        return self.of_weights(weights())
+
+    def of_weights(self, weights: Iterable[tuple[str, AbstractContextManager[None]]]) -> dict[str, float] | None:
+        """Return the values within each context by name, behind the name of its weights: ``val/loss``, ``ema/loss``.
+
+        None, on all ranks, where some rank was asked to stop.
+        """
+        found: dict[str, float] = {}
+        for kind, weights_in_use in weights:
+            with weights_in_use:
+                values = self()
+            if values is None:
+                return None
+            found |= {f"{kind}/{name}": value for name, value in values.items()}
+        return found
 
     def chunk(self, start: int, stop: int) -> Totals:
         """Return sums and counts of one forward, of rows [start, stop) of those that are evaluated.
@@ -111,71 +140,25 @@ class Evaluator:
         return range(first, first + share + (rank < more)), share + (more > 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Evaluate the weights that are trained, and their moving average where there is one.
-
-    Attributes:
-        last: evaluate at the end of the run.
-    """
-
-    evaluator: Evaluator
-    engine: Engine
-    last: bool = True
-
-    def __call__(self) -> dict[str, float] | None:
-        """Return the values as ``val/<name>``, and those of the weights' average as ``ema/<name>``.
-
-        None, on all ranks, where some rank was asked to stop.
-        """
-        with self.engine.eval_weights():
-            values = self.evaluator()
-        if values is None:
-            return None
-        found = {f"val/{name}": value for name, value in values.items()}
-        if average := self.engine.average:
-            with average.swapped():
-                values = self.evaluator()
-            if values is None:
-                return None
-            found |= {f"ema/{name}": value for name, value in values.items()}
-        return found
-
-
 @contextmanager
 def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
     """Put ``model`` in eval mode, without gradients; then restore modes and buffers, so that training sees no trace."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers, changed = {name: buffer.clone() for name, buffer in model.named_buffers()}, []
     with in_eval_mode(model), torch.no_grad():
         yield
-        if changed := _put_back(model, buffers):
-            stream.tell_of_evaluation(f"evaluate changes {_some(changed)} of the model, which is put back after it")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> list[str]:
-    """Give buffers the values that they had, and return the names of those that had others.
-
-    One that has another shape now is a cache that has grown, and stays.
-    """
-    changed = []
-    for name, buffer in model.named_buffers():
-        before = buffers.get(name)
-        if before is not None and before.shape == buffer.shape and not torch.equal(before, buffer):
-            buffer.copy_(before)
-            changed.append(name)
-    return changed
+        for name, buffer in model.named_buffers():
+            before = buffers.get(name)
+            if before is None or before.shape != buffer.shape:  # a cache that has grown, which stays
+                continue
+            if not torch.equal(before, buffer):
+                buffer.copy_(before)
+                changed.append(name)
+        if changed:
+            stream.tell_of_evaluation(f"evaluate changes {listed(changed)} of the model, which is put back after it")
 
 
 def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
-    """Return {name: (sum, count)} of one batch, as the task's ``evaluate`` gives them.
-
-    Raises:
-        UserError: it gives something else.
-    """
+    """Return {name: (sum, count)} of one batch, as the task's ``evaluate`` gives them. Raises UserError otherwise."""
     result = task.evaluate(model, batch)
     pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
     if not pairs:
@@ -191,11 +174,7 @@ def add(totals: Totals, more: Totals) -> None:
 
 
 def summarise(task: Task, totals: Totals) -> dict[str, float]:
-    """Return each sum over its count, and what the task's ``summarise`` makes of all totals.
-
-    Raises:
-        UserError: ``summarise`` doesn't return {name: value}.
-    """
+    """Return each sum over its count, and the values that ``summarise`` makes of all totals. Raises UserError."""
     ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
     made = task.summarise(totals)
     if not isinstance(made, dict):

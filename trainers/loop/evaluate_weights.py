@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 
 from isobatch.conf.rundir.directory import RunDir
@@ -16,30 +16,20 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.capabilities import check_precision
 from isobatch.trainers.checkpoints.weights import initialise, load_average
 from isobatch.trainers.data.validation import open_validation
-from isobatch.trainers.loop.announce import EVALUATION_DEPENDS
 from isobatch.trainers.loop.evaluate import Evaluator
-from isobatch.trainers.loop.opening import open_task
+from isobatch.trainers.loop.opening import EVALUATION_DEPENDS, open_task
 from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import RunFailed, restarts
 from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_wish
-from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_model, make_task
 
 
 def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     """Evaluate the weights of ``init_from``: the body of every worker, the same on all ranks; rank 0 prints the result.
 
-    With ``output=json`` it alone is printed to stdout; what else would be goes to stderr.
-
-    Args:
-        enter: not called: there is no run directory.
-
-    Returns:
-        ``finished`` or ``stopped``, the same on all ranks.
-
-    Raises:
-        UserError: what the user gave can't work.
+    With ``output=json`` it alone is printed to stdout; what else would be goes to stderr. ``enter`` isn't called: there
+    is no run directory. Raises UserError where what the user gave can't work.
     """
     as_json, world, attempt = session.config.output == "json", session.world, session.start.attempt
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -73,29 +63,27 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
     if opened is None:
         return config.init_from, None
     check_precision(config, world.device.type)
-    stream = Stream(config.seed, world.device, tell=partial(_warn, world))
+
+    def warn(reason: str) -> None:
+        if world.rank == 0:
+            say(f"warning: {EVALUATION_DEPENDS}: {reason}")
+
+    stream = Stream(config.seed, world.device, tell=warn)
     as_trained = config.model_copy(update={"compile": False, "recompute": ()})
     model = prepare(make_model(config, task), as_trained, stream, world.size).to(world.device)
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     if validation is None:
         raise UserError(f"task {config.task.name} has no validation data to evaluate on", "its class needs val_data()")
-    evaluate = Evaluator(
+    evaluator = Evaluator(
         task, model, validation, world, stream, opened.evaluation_batch, config.precision,
         stop=session.stop, watch=session.watch, patient=partial(world.patient, timeout_s),
     )  # fmt: skip
     source = initialise(model, config.init_from, world)
-    found: dict[str, float] = {}
-    for kind in ("val", "ema"):
-        if kind == "ema" and not load_average(model, source, world):
-            break
-        values = evaluate()
-        if values is None:
-            return source, None
-        found |= {f"{kind}/{name}": value for name, value in values.items()}
-    return source, found
 
+    def weights() -> Iterator[tuple[str, AbstractContextManager[None]]]:
+        yield "val", nullcontext()
+        if load_average(model, source, world):
+            yield "ema", nullcontext()
 
-def _warn(world: World, reason: str) -> None:
-    if world.rank == 0:
-        say(f"warning: {EVALUATION_DEPENDS}: {reason}")
+    return source, evaluator.of_weights(weights())

@@ -13,7 +13,7 @@ from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.step_report import Note, Total, Update
-from isobatch.trainers.loop.evaluate import Evaluation
+from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.monitor import Monitor, crossed
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed
@@ -59,13 +59,7 @@ class Stepper:
 
 
 def fit(
-    state: TrainState,
-    stepper: Stepper,
-    monitor: Monitor,
-    saver: Saver,
-    evaluation: Evaluation | None,
-    stop: Stop,
-    watch: Watch,
+    state: TrainState, stepper: Stepper, monitor: Monitor, saver: Saver, evaluation: Evaluator | None, stop: Stop
 ) -> bool:
     """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
 
@@ -88,11 +82,13 @@ def fit(
         measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
         total, update = stepper.take(step, wishes, measure=measure)
         state.advance(step, skipped=update.skipped)
-        watch.beat(state.steps, state.samples)
+        stepper.watch.beat(state.steps, state.samples)
 
         following = state.plan.step_at(state.samples)
         saving = crossed(every.save, step.start, step.stop)
-        evaluating = is_evaluated(step, following, evaluation, every.evaluate)
+        evaluating = evaluation is not None and (
+            crossed(every.evaluate, step.start, step.stop) if following else evaluation.last
+        )
         flush = saving or evaluating or following is None
         stopping, save_due = monitor.record(step, total, update, flush=flush)
         if evaluating:
@@ -113,22 +109,11 @@ def fit(
     return done
 
 
-def is_evaluated(step: Step, following: Step | None, evaluation: Evaluation | None, every: int | None) -> bool:
-    """Return whether to evaluate after ``step``: at the end of the run, or where a multiple of ``every`` was passed."""
-    if evaluation is None:
-        return False
-    return crossed(every, step.start, step.stop) if following else evaluation.last
-
-
-def evaluate_now(evaluation: Evaluation | None, state: TrainState, monitor: Monitor, saver: Saver) -> bool:
-    """Evaluate, log the result and the time that it took from training, and save the best.
-
-    Returns:
-        False where some rank was asked to stop before it was done; it is then still owed.
-    """
+def evaluate_now(evaluation: Evaluator | None, state: TrainState, monitor: Monitor, saver: Saver) -> bool:
+    """Evaluate, log the result, and save the best; False where some rank was asked to stop, and it is still owed."""
     assert evaluation
     began = time.perf_counter()
-    values = evaluation()
+    values = evaluation.of_run()
     if values is None:
         return False
     state.evaluation_owed = False
@@ -141,11 +126,7 @@ def evaluate_now(evaluation: Evaluation | None, state: TrainState, monitor: Moni
 
 
 def settle(state: TrainState, monitor: Monitor, saver: Saver, done: bool) -> None:
-    """Wait for the last checkpoint.
-
-    Raises:
-        RunFailed: it can't be saved, and without it the run didn't end well.
-    """
+    """Wait for the last checkpoint. Raises RunFailed where it can't be saved, and was needed."""
     if done and (never := saver.best.never()):
         monitor.metrics.warn(never)
     if failure := saver.wait():

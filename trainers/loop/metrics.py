@@ -8,19 +8,17 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.terminal import say
+from isobatch.scaling.limits import one_line
 from isobatch.scaling.noise import Smoothed
-from isobatch.scaling.printable import one_line
 from isobatch.scaling.reading import parse_json, read_bytes
+from isobatch.scaling.report.result import clock
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.readback import StepResult
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 PLAIN_EVERY_S = 5.0  # seconds between two plain lines
 
@@ -37,14 +35,13 @@ class Metrics:
 
     def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
         self._state, self._run = state, run
-        self._file: IO[bytes] | None = None
         self._unwritten, self._told, self._told_of_slow_save = b"", False, False
+        self._file: IO[bytes] | None = None
+        self._show: LiveLine | PlainLines | None = None
         if run:
             file = run.path / "metrics.jsonl"
             write_atomic(file, b"".join(lines_until(file, state)))
             self._file = open(file, "ab", buffering=0)  # noqa: SIM115
-        self._show: LiveLine | PlainLines | None = None
-        if run:
             self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
         self._since, self._since_samples = time.perf_counter(), state.samples
 
@@ -78,12 +75,8 @@ class Metrics:
             values: by names such as ``val/loss``.
         """
         self._since += took_s
-        line: dict[str, Any] = {
-            "step": self._state.steps,
-            "samples": self._state.samples,
-            "epoch": self._state.epochs(self._state.samples),
-        }
-        line |= values
+        state = self._state
+        line = {"step": state.steps, "samples": state.samples, "epoch": state.epochs(state.samples), **values}
         self._write(line)
         if self._show:
             self._show.evaluation(line)
@@ -147,16 +140,9 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
     ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py); that of |G|² can be below 0 while noise hides
     it.
     """
-    known = noise.scale()
-    scale, low, high = (known.scale, known.low, known.high) if known else (None, None, None)
-    grad_sq, trace = (noise.grad_sq, noise.trace) if noise.count else (None, None)
-    return {
-        "noise/scale": scale,
-        "noise/low": low,
-        "noise/high": high,
-        "noise/grad_sq": grad_sq,
-        "noise/trace": trace,
-    }
+    scale, averages = noise.scale(), noise if noise.count else None
+    known = {f"noise/{name}": getattr(scale, name, None) for name in ("scale", "low", "high")}
+    return known | {f"noise/{name}": getattr(averages, name, None) for name in ("grad_sq", "trace")}
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:
@@ -192,10 +178,9 @@ class PlainLines:
         if now < self._next and line["step"] != self._state.plan.steps:
             return
         self._next = now + PLAIN_EVERY_S
-        self._print(
-            line,
-            f"{_figures(line)}  {self._eta(line, now)}",
-        )
+        pace_s = (now - self._started) / max(1, line["samples"] - self._begun_at)
+        left = max(0, (self._state.plan.samples or 0) - line["samples"])
+        self._print(line, f"{_figures(line)}  ETA {clock(pace_s * left)}")
 
     def evaluation(self, line: dict[str, Any]) -> None:
         loss = f"loss {self._last['loss']:.4f}  " if self._last.get("step") == line["step"] else ""
@@ -207,11 +192,6 @@ class PlainLines:
     def _print(self, line: dict[str, Any], text: str) -> None:
         say(f"step {line['step']}/{self._state.plan.steps}  epoch {line['epoch']:.2f}  {text}")
 
-    def _eta(self, line: dict[str, Any], now: float) -> str:
-        done, whole = line["samples"] - self._begun_at, self._state.plan.samples
-        left = max(0, (whole or 0) - line["samples"])
-        return f"ETA {_clock((now - self._started) / max(1, done) * left)}"
-
 
 class LiveLine:
     """One line that moves, on a terminal."""
@@ -219,13 +199,8 @@ class LiveLine:
     def __init__(self, state: TrainState) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress: Progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
+        step, figures = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[text]}")
+        self._progress = Progress(step, BarColumn(), figures, TextColumn("ETA"), TimeRemainingColumn())
         self._progress.start()
         self._bar = self._progress.add_task("", total=state.plan.steps, completed=state.steps, text="")
 
@@ -233,9 +208,8 @@ class LiveLine:
         self._progress.update(self._bar, completed=line["step"], text=_figures(line))
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        self._progress.console.print(
-            f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}", highlight=False, markup=False
-        )
+        text = f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}"
+        self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -246,12 +220,5 @@ def _figures(line: dict[str, Any]) -> str:
 
 
 def _values(line: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{one_line(name)} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "ema/"))
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    values = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))}
+    return "  ".join(f"{one_line(name)} {value:.4f}" for name, value in values.items())

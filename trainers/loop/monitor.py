@@ -23,11 +23,7 @@ SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being t
 
 
 class Monitor:
-    """Judge and log each step of a run.
-
-    Args:
-        stop: asked for a stop where the config ends a run that can't be saved.
-    """
+    """Judge and log each step of a run; ask for a ``stop`` where the config ends a run that can't be saved."""
 
     def __init__(
         self, config: RunConfig, state: TrainState, metrics: Metrics, readback: DelayedReadback, stop: Stop
@@ -59,8 +55,8 @@ class Monitor:
         for result in arrived:
             self.handle_step_result(result)
         if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):
-            nothing = "all of them were skipped, and nothing is trained"
-            raise RunFailed(f"none of the last {self._skips} steps was finite: {nothing}")
+            finite = f"none of the last {self._skips} steps was finite"
+            raise RunFailed(f"{finite}: all of them were skipped, and nothing is trained")
         return any(result.stop for result in arrived), any(result.save for result in arrived)
 
     def handle_step_result(self, result: StepResult) -> None:
@@ -68,9 +64,8 @@ class Monitor:
         step, state = result.step, self._state
         where = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
         if result.units <= 0:
-            raise UserError(
-                f"{where} has {result.units:g} units: the losses of its global batch returned no more than that"
-            )
+            problem = f"{where} has {result.units:g} units: the losses of its global batch returned no more than that"
+            raise UserError(problem)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             found = f"{where} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
             if not self._skip_nonfinite:
@@ -83,11 +78,7 @@ class Monitor:
         stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units a sample")
-        if (
-            step.index == 0
-            or crossed(state.plan.intervals.log, step.start, step.stop)
-            or step.index + 1 == state.plan.steps
-        ):
+        if step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop):
             self.metrics.step(result)
 
     def report_unsaved(self, failure: str) -> None:

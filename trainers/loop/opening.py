@@ -1,19 +1,38 @@
-"""Open the data of a run, and make the plan for it."""
+"""Open the data of a run, make the plan for it, and say what there is to say before step 1."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.outcome import Outcome
+from isobatch.conf.terminal import say
+from isobatch.scaling.noise import unmeasurable
 from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.advice import lr_jump
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.planning.sizes import evaluation_batch
+from isobatch.trainers.checkpoints.weights import listed
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.loop.metrics import tell
+from isobatch.trainers.model.batchnorm import Counting
+from isobatch.trainers.model.modes import Modes
+from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session, refuse_unless_same
 from isobatch.trainers.tasks.prepare import prepare_data
 from isobatch.trainers.tasks.task import Task, open_data
+from isobatch.trainers.tensors.manifest import Checkpoint
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
+
+RUN_DEPENDS = "this run isn't the same on other hardware or another batch.per_gpu"
+EVALUATION_DEPENDS = "the values of evaluations aren't the same on other hardware or another evaluate.per_gpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +53,7 @@ class Opened:
 def open_task(session: Session, task: Task) -> Opened | None:
     """Prepare and open the training data of ``task``, and make the plan; all ranks call this alike.
 
-    Returns:
-        None, on all ranks, where some rank was asked to stop before.
-
-    Raises:
-        UserError: the data can't be used, or no plan meets the config.
+    None, on all ranks, where some rank was asked to stop before. Raises UserError.
     """
     config, world, limit = session.config, session.world, session.start.per_gpu_limit
     if prepare_data(task, world, session.stop, config.cluster.timeout_s):
@@ -64,3 +79,51 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
     if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
         return plan.dealt(world, most)
     return plan
+
+
+def report_dependence(run: RunDir | None, what: str, reason: str) -> None:
+    """Report why ``what``, one of the above, depends on the cut; nothing where ``run`` is None."""
+    tell(run, "depends_on_cut", f"{what}: {reason}", reason=reason)
+
+
+def make_stream(session: Session, run: RunDir | None) -> Stream:
+    """Return the stream of random keys, which reports to ``run`` what makes the run depend on its cut."""
+    fixed_cut = session.config.numerics == "bitwise"
+    return Stream(
+        session.config.seed,
+        session.world.device,
+        partial(report_dependence, None if fixed_cut else run, RUN_DEPENDS),
+        partial(report_dependence, run, EVALUATION_DEPENDS),
+    )
+
+
+def announce_position(
+    run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, weights_from: str | None
+) -> None:
+    """Say where the training starts: at a checkpoint, from step 0 again, or with other weights."""
+    if found:
+        run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
+        say(f"goes on from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
+    elif before and before.state != "refused":
+        say("begins anew: the last attempt ended before its first checkpoint")
+    if weights_from:
+        run.event("initialised", source=weights_from)
+        say(f"weights from {weights_from}")
+
+
+def announce_frozen(run: RunDir, modes: Modes) -> None:
+    """Say which submodules stay in eval mode."""
+    if modes.frozen:
+        names = list(modes.frozen)
+        run.event("frozen", eval_mode=names)
+        say(f"stays in eval mode, as model() returned it: {listed(names)}")
+
+
+def warnings(config: RunConfig, model: nn.Module, state: TrainState, found: Checkpoint | None) -> Iterator[str]:
+    """Yield what the user should know before step 1."""
+    if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
+        yield jump
+    if config.noise.every and (why := unmeasurable(state.plan)):
+        yield why
+    if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
+        yield f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out"

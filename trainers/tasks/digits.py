@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.tasks.classify import measures
+from isobatch.trainers.tasks.classify import Classification
 
 VALIDATION = 360  # of 1,797 samples: a fifth
 
 
-class Digits:
+class Digits(Classification):
     """Classify digits with ``depth`` hidden layers of ``width``."""
 
     def __init__(self, width: int, depth: int, dropout: float) -> None:
@@ -37,20 +36,6 @@ class Digits:
         for inputs, outputs in pairwise(self.sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(self.dropout)]
         return nn.Sequential(*layers, nn.Linear(self.sizes[-1], 10))
-
-    def train_data(self) -> TensorDataset:
-        return self._train
-
-    def val_data(self) -> TensorDataset:
-        return self._val
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images), labels, reduction="none")
-
-    def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
-        images, labels = batch
-        return measures(model(images), labels)
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Images and their labels in arrays: MNIST from a package, or an .npz file; and what is held back for validation."""
+"""Images and their labels: MNIST from a package, an .npz file, or a folder; and what is held back for validation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from isobatch.scaling.errors import UserError
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Labelled(NamedTuple):
@@ -43,12 +45,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         problem = f"task.args.data={path} can't be read as an .npz file: {error}"
         raise UserError(problem, "", "task.args.data", str(path)) from None
     if not {"images", "labels"} <= arrays.keys() or ("val_images" in arrays) != ("val_labels" in arrays):
-        raise UserError(
-            f"task.args.data={path} has the arrays {', '.join(arrays) or 'none'}",
-            "it needs images and labels, and may have val_images and val_labels",
-            "task.args.data",
-            str(path),
-        )
+        problem = f"task.args.data={path} has the arrays {', '.join(arrays) or 'none'}"
+        fix = "it needs images and labels, and may have val_images and val_labels"
+        raise UserError(problem, fix, "task.args.data", str(path))
     return arrays
 
 
@@ -66,13 +65,8 @@ def from_arrays(what: str, arrays: dict[str, np.ndarray]) -> Labelled:
     images, labels = _checked(what, arrays["images"], arrays["labels"])
     classes = _classes(what, labels)
     if "val_images" not in arrays:
-        train, val = split(len(labels))
-        return Labelled(
-            TensorDataset(images[train], labels[train]),
-            TensorDataset(images[val], labels[val]),
-            classes,
-            images.shape[1],
-        )
+        train, val = (TensorDataset(images[part], labels[part]) for part in split(len(labels)))
+        return Labelled(train, val, classes, images.shape[1])
     val_images, val_labels = _checked(what, arrays["val_images"], arrays["val_labels"])
     if val_images.shape[1:] != images.shape[1:]:
         raise UserError(f"{what}: images are {list(images.shape[1:])} and val_images {list(val_images.shape[1:])}")
@@ -84,16 +78,12 @@ def from_arrays(what: str, arrays: dict[str, np.ndarray]) -> Labelled:
 def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     """As tensors: uint8 [images, channels, height, width], and int64 [images]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not 1 <= (*images.shape, 1)[3] <= 4:
-        raise UserError(
-            f"{what}: images are {images.dtype} {list(images.shape)}",
-            "they have to be uint8 (0 to 255), [images, height, width] or [images, height, width, channels] with 1 to "
-            "4 channels",
-        )
+        shapes = "[images, height, width] or [images, height, width, channels] with 1 to 4 channels"
+        problem = f"{what}: images are {images.dtype} {list(images.shape)}"
+        raise UserError(problem, f"they have to be uint8 (0 to 255), {shapes}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{what}: labels are {labels.dtype} {list(labels.shape)}",
-            f"they have to be integers, [{len(images)}]: one for each image",
-        )
+        problem = f"{what}: labels are {labels.dtype} {list(labels.shape)}"
+        raise UserError(problem, f"they have to be integers, [{len(images)}]: one for each image")
     channels_last = images if images.ndim == 4 else images[..., None]
     return torch.from_numpy(channels_last.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
@@ -104,10 +94,8 @@ def _classes(what: str, labels: Tensor) -> int:
     if not seen:
         raise UserError(f"{what} has no images")
     if seen != list(range(len(seen))):
-        raise UserError(
-            f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values",
-            "they have to count the classes from 0, with images of each",
-        )
+        problem = f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values"
+        raise UserError(problem, "they have to count the classes from 0, with images of each")
     return len(seen)
 
 
@@ -115,3 +103,75 @@ def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Which samples are for training, and which fifth is for validation: drawn, always the same."""
     order = np.random.default_rng(0).permutation(samples)
     return order[samples // 5 :], order[: samples // 5]
+
+
+def from_folder(path: Path, size: int | None) -> Labelled:
+    """The images below ``path``, or below its train/ and val/; only their names are read.
+
+    Raises:
+        UserError: no size is given, Pillow is missing, or some class has no images.
+    """
+    if find_spec("PIL") is None:
+        raise UserError(f"reading the images in {path} needs Pillow", "pip install '.[tasks]' (the extra tasks)")
+    if size is None:
+        fix = "give task.args.size, the pixels its images are scaled to"
+        raise UserError(f"task.args.data={path} is a folder", fix, "task.args.size")
+    root = path / "train" if (path / "train").is_dir() else path
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{root} has no sub-folders", "it needs one for each class")
+    train, val = _files(root, names), list[tuple[str, int]]()
+    if root == path:
+        for_training, for_validation = split(len(train))
+        train, val = [train[at] for at in for_training], [train[at] for at in for_validation]
+    elif (path / "val").is_dir():
+        val = _files(path / "val", names)
+    return Labelled(Folder(train, size), Folder(val, size), len(names), 3)
+
+
+def _files(root: Path, names: list[str]) -> list[tuple[str, int]]:
+    """All images in the sub-folders ``names`` of ``root``, and the number of the sub-folder."""
+    files = list[tuple[str, int]]()
+    for label, name in enumerate(names):
+        folder = root / name
+        inside = folder.iterdir() if folder.is_dir() else []
+        found = sorted(str(file) for file in inside if file.suffix.lower() in ENDINGS)
+        if not found:
+            fix = f"the classes are {', '.join(names[:10])}"
+            raise UserError(f"{folder} has no images ({', '.join(ENDINGS)})", fix)
+        files += [(file, label) for file in found]
+    return files
+
+
+class Folder(Dataset):
+    """Images in files, each decoded when it is asked for: uint8 [3, height, width] and a label.
+
+    Args:
+        files: of each image its file and its label.
+        size: height and width in pixels. Images are scaled and cut to that around their centre.
+    """
+
+    def __init__(self, files: list[tuple[str, int]], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import ImageOps
+
+        file, label = self.files[index]
+        image = _decoded(file)
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label
+
+
+def _decoded(file: str) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {file} can't be read: {error}") from None

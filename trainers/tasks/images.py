@@ -7,17 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.tasks.classify import measures
-from isobatch.trainers.tasks.image_data import Labelled, from_arrays, mnist, read_npz
-from isobatch.trainers.tasks.image_folder import from_folder
+from isobatch.trainers.tasks.classify import Classification
+from isobatch.trainers.tasks.image_data import Labelled, from_arrays, from_folder, mnist, read_npz
 
 Sample = tuple[Tensor, Tensor]
 
 
-class Images:
+class Images(Classification):
     """Classify images by a ResNet (He et al. 2016, arXiv:1512.03385) that starts as Goyal et al. 2017 say.
 
     Args:
@@ -36,22 +34,14 @@ class Images:
 
     def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
         if shift < 0 or min(width, blocks, 1 if size is None else size) < 1:
-            raise UserError(
-                f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}",
-                "shift is 0 or more, and the others are 1 or more",
-                "task.args",
-            )
+            problem = f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}"
+            raise UserError(problem, "shift is 0 or more, and the others are 1 or more", "task.args")
         self.images, self.shift, self.width, self.blocks = open_images(data, size), shift, width, blocks
+        self._train, self._val = self.images.train, self.images.val
         self.augment = self._moved if shift else None
 
     def model(self) -> nn.Module:
         return resnet(self.images.channels, self.images.classes, self.width, self.blocks)
-
-    def train_data(self) -> Dataset:
-        return self.images.train
-
-    def val_data(self) -> Dataset | None:
-        return self.images.val if len(self.images.val) else None  # type: ignore[arg-type]
 
     def _moved(self, sample: Sample, generator: torch.Generator) -> Sample:
         """A sample moved at random, with black where nothing was."""
@@ -60,13 +50,9 @@ class Images:
         bordered = F.pad(image, [self.shift] * 4)
         return bordered[:, down : down + image.shape[1], right : right + image.shape[2]], label
 
-    def loss(self, model: nn.Module, batch: Sample) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(scaled(images)), labels, reduction="none")
-
-    def evaluate(self, model: nn.Module, batch: Sample) -> dict[str, tuple[Tensor, int]]:
-        images, labels = batch
-        return measures(model(scaled(images)), labels)
+    def _scaled(self, inputs: Tensor) -> Tensor:
+        """Return pixels 0 to 255 as float32 from -1 to 1."""
+        return inputs.float() / 127.5 - 1
 
 
 def open_images(data: str | None, size: int | None) -> Labelled:
@@ -89,11 +75,6 @@ def open_images(data: str | None, size: int | None) -> Labelled:
         return from_arrays(f"task.args.data={data}", read_npz(path))
     problem = f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class"
     raise UserError(problem, "", "task.args.data", data)
-
-
-def scaled(images: Tensor) -> Tensor:
-    """Pixels 0 to 255 as float32 from -1 to 1."""
-    return images.float() / 127.5 - 1
 
 
 def resnet(channels: int, classes: int, width: int, blocks: int) -> nn.Sequential:

@@ -16,11 +16,7 @@ WANTED = "task.loss has to return (sum of the losses over units, number of units
 
 
 def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
-    """Return the sum of losses and the number of units of a loss that is trained on, as ``summed`` does.
-
-    Raises:
-        UserError: the result isn't a loss, or has no gradient.
-    """
+    """Return what ``summed`` does of a loss that is trained on. Raises UserError, also where it has no gradient."""
     loss, units = summed(result, samples)
     if not loss.requires_grad:
         raise UserError(f"{WANTED}; it returned {_shown(result)} without a gradient")
@@ -69,8 +65,4 @@ def _shown(value: Any) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    return (
-        f"{value!r:.60}, a {type(value).__name__}"
-        if isinstance(value, Real | str | None)
-        else f"a {type(value).__name__}"
-    )
+    return (f"{value!r:.60}, " if isinstance(value, Real | str | None) else "") + f"a {type(value).__name__}"

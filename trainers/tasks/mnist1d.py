@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from isobatch.trainers.tasks.classify import measures
+from isobatch.trainers.tasks.classify import Classification
 
 TRAIN, VALIDATION = 4000, 1000  # samples
 POINTS = 40
@@ -30,7 +29,7 @@ SHAPES = np.array(
 )
 
 
-class Mnist1D:
+class Mnist1D(Classification):
     """Classify ten shapes that are stretched, moved, tilted and buried in noise.
 
     The recipe is that of MNIST-1D (Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", 2020,
@@ -52,20 +51,6 @@ class Mnist1D:
             layers += [nn.Conv1d(channels, self.width, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(self.width * POINTS // 8, 10))
 
-    def train_data(self) -> TensorDataset:
-        return self._train
-
-    def val_data(self) -> TensorDataset:
-        return self._val
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        lines, labels = batch
-        return F.cross_entropy(model(lines), labels, reduction="none")
-
-    def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
-        lines, labels = batch
-        return measures(model(lines), labels)
-
 
 def generate(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Lines (float32 [samples, 40]) and labels (int64 [samples], 0 to 9 in turn), the same on every machine.
@@ -81,9 +66,7 @@ def generate(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     lines = scale * _read(labels, (along * (padded - 1) - turn) % padded) + slope * (2 * along - 1)
     lines += 0.25 * _smooth(random.standard_normal((samples, POINTS + 8)))
     lines += 0.02 * random.standard_normal((samples, POINTS))
-    return np.round(lines, 3).astype(
-        np.float32
-    ), labels  # rounded: the last bits of sums differ from machine to machine
+    return np.round(lines, 3).astype(np.float32), labels  # the last bits of sums differ from machine to machine
 
 
 def _read(labels: np.ndarray, places: np.ndarray) -> np.ndarray:

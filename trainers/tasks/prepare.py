@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
 
 from torch._C._distributed_c10d import Store
 
@@ -42,7 +41,11 @@ def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
     """
     if not task.has("prepare"):
         return ""
-    refuse_arguments(task.own)
+    try:
+        inspect.signature(task.own.prepare).bind()
+    except TypeError as error:
+        problem = f"{type(task.own).__name__}.prepare() is called without arguments, before the data is opened"
+        raise UserError(f"{problem}, and can't be ({error})", "give it none but self, or another name") from None
     first = [rank for rank, local in enumerate(world.gather(str(world.local_rank))) if local == "0"]
     mine = sum(rank <= world.rank for rank in first) - 1  # the place of this machine among all of them
     if world.rank == 0:
@@ -58,18 +61,6 @@ def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
         if stop.wanted:
             break
     return next(filter(None, world.gather(stop.wanted or "")), "")
-
-
-def refuse_arguments(own: Any) -> None:
-    """Raise UserError where ``prepare`` can't be called without arguments."""
-    try:
-        inspect.signature(own.prepare).bind()
-    except TypeError as error:
-        raise UserError(
-            f"{type(own).__name__}.prepare() is called without arguments, before the data is opened, and can't be "
-            f"({error})",
-            "give it none but self, or another name",
-        ) from None
 
 
 def _prepare(task: Task, store: Store | None, stop: Stop) -> None:

@@ -17,7 +17,7 @@ from isobatch.trainers.model.targets import build, check_call, locate, made, sci
 from isobatch.trainers.tasks.losses import summed
 
 if TYPE_CHECKING:
-    from isobatch.conf.schema import Data, RunConfig
+    from isobatch.conf.schema import RunConfig
 
 Totals = dict[str, tuple[float, float]]
 """Sums and counts by name."""
@@ -108,28 +108,23 @@ def make_task(config: RunConfig) -> Task:
         raise UserError(f"task._target_={target} is a {type(cls).__name__}, not a class", "", "task._target_", target)
     _warn_of_near_misses(cls)
     elsewhere = {"model": config.model.target, "train_data": config.data.target}
-    missing = [
-        signature
-        for name, signature in REQUIRED.items()
-        if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None
-    ]
-    if missing:
+    absent = [name for name in REQUIRED if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None]
+    if missing := [REQUIRED[name] for name in absent]:
         raise UserError(f"task._target_={target} lacks {', '.join(missing)}", "", "task._target_", target)
     local = config.task.local
     args = science_of(config.task.args, local)
     check_call("task.args", target, cls, (), args, local)
     own: Any = cls(**args, **made("task.local", local))
-    if config.data.target is not None:
-        _replace_data(own, config.data.target, config.data)
+    if (source := config.data.target) is not None:  # and the task's own validation data would be of other data
+        data, val_args = config.data, config.data.val_args
+        val = None if val_args is None else {**data.args, **val_args}
+        own.train_data = lambda: build("data", source, data.args, local=data.local)
+        own.val_data = lambda: None if val is None else build("data", source, val, local=data.local)
     return Task(own)
 
 
 def make_model(config: RunConfig, task: Task) -> nn.Module:
-    """Return the model that ``model._target_`` names, made with ``model.args``; without it the task's own.
-
-    Raises:
-        UserError: it isn't a module.
-    """
+    """Return the model that ``model._target_`` names, or the task's own. Raises UserError where it isn't a module."""
     if config.model.target is None:
         model, what = task.model(), "task.model()"
     else:
@@ -147,13 +142,6 @@ def _warn_of_near_misses(cls: type) -> None:
             warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=3)
 
 
-def _replace_data(own: Any, target: str, data: Data) -> None:
-    """Give the user's object the data that ``data._target_`` makes; its own validation data would be of other data."""
-    args, val_args, local = data.args, data.val_args, data.local
-    own.train_data = lambda: build("data", target, args, local=local)
-    own.val_data = lambda: None if val_args is None else build("data", target, {**args, **val_args}, local=local)
-
-
 def open_data(task: Task, config: RunConfig) -> Any:
     """Open the task's training data and check it against what its YAML states.
 
@@ -165,13 +153,10 @@ def open_data(task: Task, config: RunConfig) -> Any:
     if length == 0:
         raise UserError(f"train_data() of task {config.task.name} has 0 samples", "a run needs at least 1")
     if config.task.train_samples not in (None, length):
-        raise UserError(
-            f"train_data() of task {config.task.name} has {length} samples, but task.train_samples="
-            f"{config.task.train_samples}",
-            "correct that key, or set it to null to take what is there",
-            "task.train_samples",
-            config.task.train_samples,
-        )
+        stated = config.task.train_samples
+        problem = f"train_data() of task {config.task.name} has {length} samples, but task.train_samples={stated}"
+        fix = "correct that key, or set it to null to take what is there"
+        raise UserError(problem, fix, "task.train_samples", stated)
     return data
 
 

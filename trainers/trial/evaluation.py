@@ -15,8 +15,7 @@ from isobatch.trainers.loop.evaluate import measure, summarise
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.ranks.failure import is_oom, place
 from isobatch.trainers.tasks.task import Totals
-from isobatch.trainers.trial.additivity import Draw, judge
-from isobatch.trainers.trial.halves import OWN, TWICE, Halves, differ
+from isobatch.trainers.trial.halves import OWN, TWICE, Draw, Halves, differ, judge
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import Found
 
@@ -40,49 +39,49 @@ def own_generators_of_validation(validation: Validation) -> list[str]:
     return [f"[index] of the validation data, or collate(), {OWN}"] if differ(one, other) else []
 
 
-class EvaluationTrial:
-    """Call ``evaluate`` on a batch of validation data and on its halves, in eval mode.
+def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
+    """Call ``evaluate`` on a batch of validation data and on its halves, in eval mode, then ``summarise``.
 
     Args:
         precision: of the run.
+
+    Raises:
+        UserError: one of them returns something else than the contract says, or has a mistake.
+        Exception: memory ran out.
     """
+    task, model = sandbox.task, sandbox.model
 
-    def __init__(self, sandbox: Sandbox, precision: str, device: torch.device) -> None:
-        self._sandbox, self._task, self._model = sandbox, sandbox.task, sandbox.model
-        self._precision, self._device = precision, device
+    def work(inputs: Any) -> Totals:
+        with autocast(precision, sandbox.device):
+            return measure(task, model, inputs)
 
-    def run(self, batch: Halves) -> Found:
-        """Try ``evaluate`` and ``summarise`` on ``batch``, and return what was found.
+    def totals(inputs: Any, start: int) -> Totals:
+        sandbox.reset()
+        return sandbox.call(work, inputs, start)
 
-        Raises:
-            UserError: one of them returns something else than the contract says, or has a mistake.
-            Exception: memory ran out.
-        """
-        own = self._task.has("evaluate")
-        with self._sandbox, torch.no_grad(), exact_fp32():
-            self._model.eval()
-            with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so
-                whole = self._measure(batch.whole, batch.start)
-            with _told_of("summarise", MISTAKES):  # others may be of the totals of one batch alone
-                summarise(self._task, whole)
-            if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
-                return Found()
-            first, second = self._measure(batch.first, batch.start), self._measure(batch.second, batch.middle)
-        samples = (batch.stop - batch.start, batch.middle - batch.start, batch.stop - batch.middle)
-        draws = {
-            name: Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), samples)
-            for name, pair in whole.items()
-        }
-        return _judged(draws, noisy=self._sandbox.drew or self._sandbox.narrow)
-
-    def _measure(self, inputs: Any, start: int) -> Totals:
-        self._sandbox.reset()
-
-        def work(batch: Any) -> Totals:
-            with autocast(self._precision, self._device):
-                return measure(self._task, self._model, batch)
-
-        return self._sandbox.call(work, inputs, start)
+    own = task.has("evaluate")
+    with sandbox, torch.no_grad(), exact_fp32():
+        model.eval()
+        with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so
+            whole = totals(batch.whole, batch.start)
+        with _told_of("summarise", MISTAKES):  # others may be of the totals of one batch alone
+            summarise(task, whole)
+        if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
+            return Found()
+        first, second = totals(batch.first, batch.start), totals(batch.second, batch.middle)
+    depends = []
+    for name, pair in whole.items():
+        draw = Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), batch.samples)
+        verdict, _ = judge([draw], noisy=sandbox.drew or sandbox.narrow)
+        if verdict == "mean" and draw.counts_samples:
+            return Found(
+                f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples; return "
+                "the sum with the count, or the mean with 1"
+            )
+        constant = draw.whole[0] == draw.first[0] == draw.second[0]
+        if verdict != "sum" and not constant:
+            depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")
+    return Found(depends=depends)
 
 
 @contextmanager
@@ -97,18 +96,3 @@ def _told_of(what: str, mistakes: type[Exception] | tuple[type[Exception], ...])
             f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
             f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"
         ) from error
-
-
-def _judged(draws: dict[str, Draw], noisy: bool) -> Found:
-    depends = []
-    for name, draw in draws.items():
-        verdict, _ = judge([draw], noisy)
-        if verdict == "mean" and draw.counts_samples:
-            return Found(
-                f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples; return "
-                "the sum with the count, or the mean with 1"
-            )
-        constant = draw.whole[0] == draw.first[0] == draw.second[0]
-        if verdict != "sum" and not constant:
-            depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")
-    return Found(depends=depends)

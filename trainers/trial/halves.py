@@ -1,16 +1,22 @@
-"""Fetch a few batches of a task's training data, each as a whole and in two halves, for the trial of its contract."""
+"""A batch as a whole and in two halves: fetch it, and judge by the losses whether the loss is a sum over samples."""
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from isobatch.scaling.order import indices
 from isobatch.trainers.data.fetch import Fetch, fetches_many
 from isobatch.trainers.data.fingerprint import digests, fetched
+from isobatch.trainers.trial.untouched import copied
 
+LOSS_TOLERANCE = 1e-5  # of |L₁| + |L₂|; sound losses in fp32 stay below 1e-6
+GRADIENT_TOLERANCE = 3e-5  # of |g₁| + |g₂|; sound ones stay below 2e-6
+NOISY_MEAN = (0.35, 0.65)  # L / (L₁ + L₂) of a mean, where noise hides its exact value; a sum has about 1
+
+Verdict = Literal["sum", "mean", "coupled"]
 TWICE = 8  # samples, at most, that are fetched twice: one that is only flipped now and then may be equal by chance
 OWN = "draws from a generator of its own, or from a clock: use the default generators of torch, numpy or Python"
 
@@ -33,22 +39,19 @@ class Halves:
     second: Any
     unkeyed: bool
 
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """Return how many samples the whole, the first and the second half have."""
+        return self.stop - self.start, self.middle - self.start, self.stop - self.middle
+
 
 def halves(fetch: Fetch, start: int, middle: int, stop: int) -> Halves:
     """Fetch the samples at [start, stop) once, so that a generator of the dataset's own makes no difference."""
     samples, _ = fetch.samples(start, indices(fetch.seed, fetch.length, start, stop).tolist())
-    whole, unkeyed = fetch.collated(start, _again(samples))
-    first, _ = fetch.collated(start, _again(samples[: middle - start]))
+    whole, unkeyed = fetch.collated(start, copied(samples))  # collate may change them in place
+    first, _ = fetch.collated(start, copied(samples[: middle - start]))
     second, _ = fetch.collated(middle, samples[middle - start :])
     return Halves(start, middle, stop, whole, first, second, unkeyed is not None)
-
-
-def _again(samples: list[Any]) -> list[Any]:
-    """Copy samples if they can be copied: collate may change them in place."""
-    try:
-        return copy.deepcopy(samples)
-    except Exception:
-        return samples
 
 
 def own_generators(fetch: Fetch) -> list[str]:
@@ -61,10 +64,98 @@ def own_generators(fetch: Fetch) -> list[str]:
         samples, again = (fetch.samples(0, rows)[0] for _ in range(2))
         if differ(samples, again):
             return [f"augment() {OWN}, or the generator that it gets"]
-    one, other = ([fetch.collated(0, _again([sample]))[0] for sample in samples] for _ in range(2))
+    one, other = ([fetch.collated(0, copied([sample]))[0] for sample in samples] for _ in range(2))
     return [f"collate() {OWN}"] if differ(one, other) else []
 
 
 def differ(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Return whether samples, or batches, differ in what they hold."""
     return list(map(digests, one)) != list(map(digests, other))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The losses of some samples and of the same samples in two halves.
+
+    Attributes:
+        whole, first, second: (sum of losses, units) of all samples and of each half.
+        gradient_off: |g − g₁ − g₂| / (|g₁| + |g₂|); 0 where no gradient was taken.
+        samples: how many there were, and how many in each half.
+    """
+
+    whole: tuple[float, float]
+    first: tuple[float, float]
+    second: tuple[float, float]
+    samples: tuple[int, int, int]
+    gradient_off: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(number) for pair in (self.whole, self.first, self.second) for number in pair)
+
+    @property
+    def size(self) -> float:
+        return abs(self.first[0]) + abs(self.second[0])
+
+    @property
+    def counts_samples(self) -> bool:
+        """Tell whether the units of the halves add up to those of the whole."""
+        units = self.first[1] + self.second[1]
+        return abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
+
+    @property
+    def is_sum(self) -> bool:
+        """Tell whether loss, units and gradient of the halves add up to those of the whole."""
+        loss_off = abs(self.whole[0] - self.first[0] - self.second[0])
+        near = loss_off <= LOSS_TOLERANCE * self.size
+        return near and self.counts_samples and self.gradient_off <= GRADIENT_TOLERANCE
+
+    @property
+    def is_mean(self) -> bool:
+        """Tell whether the loss of the whole is the mean of those of the halves, by samples or by units."""
+        (_, first, second), units = self.samples, self.first[1] + self.second[1]
+        weights = [(first, second), *([(self.first[1], self.second[1])] if units else [])]
+        means = [(a * self.first[0] + b * self.second[0]) / (a + b) for a, b in weights]
+        return any(abs(self.whole[0] - mean) <= LOSS_TOLERANCE * self.size for mean in means)
+
+    @property
+    def lies_between(self) -> bool:
+        """Tell whether the loss of the whole lies strictly between those of the halves, as a weighted mean does.
+
+        Examples are a mean over tokens where the units are samples, and a mean with class weights. Losses of both signs
+        tell nothing. The largest loss of a batch isn't a mean: it equals that of one half.
+        """
+        low, high = sorted((abs(self.first[0]), abs(self.second[0])))
+        margin, same_sign = LOSS_TOLERANCE * self.size, self.first[0] * self.second[0] > 0
+        inside = low + margin < abs(self.whole[0]) < high - margin
+        return same_sign and inside and self.whole[0] * self.first[0] > 0 and self.counts_samples
+
+    def __str__(self) -> str:
+        by = 0 if abs(self.whole[0] - self.first[0] - self.second[0]) > LOSS_TOLERANCE * self.size else 1
+        whole, first, second = (f"{pair[by]:.6g}" for pair in (self.whole, self.first, self.second))
+        if by and self.gradient_off > GRADIENT_TOLERANCE:
+            return f"the gradient of {self.samples[0]} samples is {self.gradient_off:.1g} off the sum over their halves"
+        unit = " units" if by else ""
+        return f"{self.samples[0]} samples give {whole}{unit}, and their halves {first} and {second}"
+
+
+def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | None]:
+    """Return what the loss is, and the draw that shows it.
+
+    Args:
+        noisy: rounding in few bits, or random numbers, hide everything but the factor of two between sum and mean.
+    """
+    told = [draw for draw in draws if draw.finite and abs(draw.whole[0]) + draw.size > 0]
+    if noisy:
+        ratios = [draw.whole[0] / halves for draw in told if (halves := draw.first[0] + draw.second[0])]
+        whole, halves = sum(draw.whole[0] for draw in told), sum(draw.first[0] + draw.second[0] for draw in told)
+        low, high = NOISY_MEAN
+        near = [ratio for ratio in ratios if low < ratio < high]
+        halved = len(near) > 0.7 * len(ratios) and halves and low < whole / halves < high
+        return ("mean", told[0]) if halved else ("sum", None)
+    off = [draw for draw in told if not draw.is_sum]
+    if not off:
+        return "sum", None
+    exact = all(draw.is_mean for draw in off)
+    weighted = len(off) > 1 and all(draw.is_mean or draw.lies_between for draw in off)  # one alone may be by chance
+    return ("mean" if exact or weighted else "coupled"), off[0]

@@ -7,7 +7,9 @@ are found here, in some forwards of the bare model in fp32, of which nothing rem
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,7 @@ from isobatch.scaling.geometry import Cut, counted
 from isobatch.trainers.engines.reducer import norm_of
 from isobatch.trainers.ranks.failure import is_oom
 from isobatch.trainers.tasks.losses import checked
-from isobatch.trainers.trial.additivity import Draw, Verdict, judge
-from isobatch.trainers.trial.halves import Halves
+from isobatch.trainers.trial.halves import Draw, Halves, judge
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 
 DRAWS = 4  # batches; a single one can be balanced by luck
@@ -57,110 +58,93 @@ def batches_of(cut: Cut, train_samples: int) -> list[tuple[int, int, int]]:
     return [(start, start + half, start + samples) for start in range(0, DRAWS * samples, samples)]
 
 
-class LossTrial:
+def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Callable[[], Any]) -> Found:
     """Call ``task.loss`` on whole batches and on their halves, with dropout and batch statistics switched off.
 
     Args:
+        batches: at least one.
         to_training_mode: puts the model into the modes in which it is trained.
+
+    Raises:
+        UserError: the loss returns something else than the contract says.
+        Exception: the loss of a whole batch fails.
     """
-
-    def __init__(self, sandbox: Sandbox, to_training_mode: Callable[[], Any]) -> None:
-        self._sandbox, self._task, self._model = sandbox, sandbox.task, sandbox.model
-        self._to_training_mode = to_training_mode
-
-    def run(self, batches: Sequence[Halves]) -> Found:
-        """Return what the losses of ``batches`` show.
-
-        Raises:
-            UserError: the loss returns something else than the contract says.
-            Exception: the loss of a whole batch fails.
-        """
-        sandbox = self._sandbox
-        with sandbox, exact_fp32():
-            self._to_training_mode()
-            counters = [
-                f"{name} changes with every call of the forward or the loss, and the cut says how many calls a step has"
-                for name in self._counters(batches[0])
-            ]
-            comparable = [batch for batch in batches if not batch.unkeyed]
-            sandbox.drew = False
-            try:
-                draws = self._draws(comparable)
-                if sandbox.drew:  # as functional dropout does in training mode, and not in eval mode
-                    draws = self._in_eval_mode(comparable) or draws
-            except _HalfFails as failure:
-                return Found("", counters, [str(failure)])
-        return _said(*judge(draws, noisy=sandbox.drew or sandbox.narrow), counters)
-
-    def _counters(self, batch: Halves) -> list[str]:
-        switch_off(self._model)
-        return self._sandbox.moved_by(
-            lambda: self._sandbox.call(lambda inputs: self._task.loss(self._model, inputs), batch.whole, batch.start)
-        )
-
-    def _draws(self, batches: Sequence[Halves]) -> list[Draw]:
-        return [self._draw(batch) for batch in batches]
-
-    def _in_eval_mode(self, batches: Sequence[Halves]) -> list[Draw] | None:
-        """Measure in eval mode; return None where the model fails there, or still draws random numbers."""
-        self._sandbox.drew = False
-        self._model.eval()
+    loss, first = partial(sandbox.task.loss, sandbox.model), batches[0]
+    with sandbox, exact_fp32():
+        to_training_mode()
+        switch_off(sandbox.model)
+        moved = sandbox.moved_by(lambda: sandbox.call(loss, first.whole, first.start))
+        counters = [
+            f"{name} changes with every call of the forward or the loss, and the cut says how many calls a step has"
+            for name in moved
+        ]
         try:
-            draws = self._draws(batches)
-        except Exception:
-            draws = None
-        self._sandbox.drew = self._sandbox.drew or draws is None
-        return None if self._sandbox.drew else draws
-
-    def _draw(self, batch: Halves) -> Draw:
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        samples = (batch.stop - batch.start, batch.middle - batch.start, batch.stop - batch.middle)
-        whole, gradient = self._measure(batch.whole, batch.start, samples[0], parameters)
-        try:
-            first, of_first = self._measure(batch.first, batch.start, samples[1], parameters)
-            second, of_second = self._measure(batch.second, batch.middle, samples[2], parameters)
-        except Exception as error:
-            if is_oom(error):
-                raise
-            raise _HalfFails(
-                f"task.loss works for {counted(samples[0], 'sample')} and fails for {samples[1]} or {samples[2]} of "
-                f"them ({type(error).__name__}: {error})"
-            ) from error
-        size = norm_of(of_first) + norm_of(of_second)
-        for one, *halves in zip(gradient, of_first, of_second, strict=True):
-            one -= sum(halves)
-        return Draw(whole, first, second, samples, float(norm_of(gradient) / size) if size else 0.0)
-
-    def _measure(
-        self, batch: Any, start: int, samples: int, parameters: list[nn.Parameter]
-    ) -> tuple[tuple[float, float], list[Tensor]]:
-        """Return the loss with its units, and the gradient: zeros for a parameter that has none."""
-        self._sandbox.reset()
-        switch_off(self._model)
-        loss, units = self._sandbox.call(
-            lambda inputs: checked(self._task.loss(self._model, inputs), samples), batch, start
-        )
-        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-        dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradient, strict=True)]
-        self._sandbox.narrow = self._sandbox.narrow or any(one.dtype.itemsize < 4 for one in dense)
-        return (float(loss.detach()), float(units)), dense
-
-
-def _said(verdict: Verdict, draw: Draw | None, counters: list[str]) -> Found:
+            draws = _draws(sandbox, [batch for batch in batches if not batch.unkeyed])
+        except _HalfFails as failure:
+            return Found("", counters, [str(failure)])
+    verdict, shown = judge(draws, noisy=sandbox.drew or sandbox.narrow)
     if verdict == "mean":
         return Found(
-            f"task.loss returns a mean, not a sum: {draw}; return (sum, number of units), with reduction='sum', or one "
-            "loss per sample, with reduction='none'"
+            f"task.loss returns a mean, not a sum: {shown}; return (sum, number of units), with reduction='sum', or "
+            "one loss per sample, with reduction='none'"
         )
     depends = [
-        f"task.loss isn't a sum over samples: {draw}; negatives or statistics taken from the batch, the hardest of its "
-        "samples, or a penalty added once per call do that"
+        f"task.loss isn't a sum over samples: {shown}; negatives or statistics taken from the batch, the hardest of "
+        "its samples, or a penalty added once per call do that"
     ]
     return Found("", counters, depends if verdict == "coupled" else [])
 
 
 class _HalfFails(Exception):
     """The loss works for a whole batch and not for half of it."""
+
+
+def _draws(sandbox: Sandbox, batches: Sequence[Halves]) -> list[Draw]:
+    """Measure in training mode; where random numbers are drawn there, and not in eval mode, measure in eval mode."""
+    sandbox.drew = False
+    draws = [_draw(sandbox, batch) for batch in batches]
+    if sandbox.drew:  # as functional dropout does
+        sandbox.drew = False
+        sandbox.model.eval()
+        with suppress(Exception):  # the model may fail there
+            quiet = [_draw(sandbox, batch) for batch in batches]
+            if not sandbox.drew:
+                return quiet
+        sandbox.drew = True
+    return draws
+
+
+def _draw(sandbox: Sandbox, batch: Halves) -> Draw:
+    parameters = [parameter for parameter in sandbox.model.parameters() if parameter.requires_grad]
+    samples = batch.samples
+    whole, gradient = _measure(sandbox, batch.whole, batch.start, samples[0], parameters)
+    try:
+        first, of_first = _measure(sandbox, batch.first, batch.start, samples[1], parameters)
+        second, of_second = _measure(sandbox, batch.second, batch.middle, samples[2], parameters)
+    except Exception as error:
+        if is_oom(error):
+            raise
+        raise _HalfFails(
+            f"task.loss works for {counted(samples[0], 'sample')} and fails for {samples[1]} or {samples[2]} of "
+            f"them ({type(error).__name__}: {error})"
+        ) from error
+    size = norm_of(of_first) + norm_of(of_second)
+    for one, *halves in zip(gradient, of_first, of_second, strict=True):
+        one -= sum(halves)
+    return Draw(whole, first, second, samples, float(norm_of(gradient) / size) if size else 0.0)
+
+
+def _measure(
+    sandbox: Sandbox, batch: Any, start: int, samples: int, parameters: list[nn.Parameter]
+) -> tuple[tuple[float, float], list[Tensor]]:
+    """Return the loss with its units, and the gradient: zeros for a parameter that has none."""
+    sandbox.reset()
+    switch_off(sandbox.model)
+    loss, units = sandbox.call(lambda inputs: checked(sandbox.task.loss(sandbox.model, inputs), samples), batch, start)
+    gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+    dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradient, strict=True)]
+    sandbox.narrow = sandbox.narrow or any(one.dtype.itemsize < 4 for one in dense)
+    return (float(loss.detach()), float(units)), dense
 
 
 def switch_off(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Call a task and its model and leave no trace: tensors and attributes are put back bit by bit."""
+"""Let a task and its model compute on copies of what they hold, so that calls leave no trace."""
 
 from __future__ import annotations
 
@@ -7,194 +7,160 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy as shallow_copy
 from copy import deepcopy
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {  # how its state is read, and set
-    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
-    random.Random: (random.Random.getstate, random.Random.setstate),
-    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-    np.random.Generator: (
-        lambda generator: deepcopy(generator.bit_generator.state),
-        lambda generator, state: setattr(generator.bit_generator, "state", state),
-    ),
-}
-MODULES_OWN = ("training", "_parameters", "_buffers", "_modules")  # on_copies puts them back
+Value = TypeVar("Value")
+
+MODULES_OWN = (
+    "training",
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+)  # plain attributes are the others
+CONTAINERS = (dict, list, tuple, deque, set)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+COPIED = (*CONTAINERS, *GENERATORS, Tensor, np.ndarray)  # what calls may change in place
 COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
+COPIED_ENTRIES = 1000  # at most, of a container
 OBJECTS_DEPTH = 2  # of objects that are held by objects
-COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # at most, of a list or mapping of numbers
 
 
 class Copies:
-    """Within, ``module`` computes on copies of its parameters and buffers; afterwards it has the originals again.
+    """Hold the originals of what a task, its model and the objects that they hold are about to change.
 
-    Args:
-        device: where the copies are; None: each where its original is.
-        without: a model that has copies of its own, which ``module`` may contain.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device | None = None, without: nn.Module | None = None) -> None:
-        self._device = device
-        copied = set(without.modules()) if without else set[nn.Module]()
-        apart = [one for one in module.modules() if one not in copied]
-        parameters = dict.fromkeys(parameter for one in apart for parameter in one.parameters(recurse=False))
-        self._parameters = [(parameter, parameter.data) for parameter in parameters]
-        self._buffers = [(one, dict(one._buffers)) for one in apart]
-        self._modes = [(one, one.training) for one in apart]
-
-    def __enter__(self) -> Copies:
-        try:
-            for parameter, original in self._parameters:
-                parameter.data = original.to(self._device, copy=True)
-            self.reset_buffers()
-        except BaseException:  # the device has no room for all of them
-            self.__exit__()
-            raise
-        return self
-
-    def reset_buffers(self) -> None:
-        """Copy the original buffers once more."""
-        copies = dict[int, Tensor]()  # a buffer that two modules share stays one
-        for one, originals in self._buffers:
-            self._put(one, {name: self._copy(buffer, copies) for name, buffer in originals.items()})
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, original in self._parameters:
-            parameter.data = original
-        for one, originals in self._buffers:
-            self._put(one, originals)
-        for one, training in self._modes:
-            one.training = training
-
-    def _copy(self, buffer: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
-        if buffer is None:
-            return None
-        return copies.setdefault(id(buffer), buffer.to(self._device, copy=True))
-
-    def _put(self, one: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-        one._buffers.clear()
-        one._buffers.update(buffers)
-
-
-class Attributes:
-    """The plain attributes of a task, of its modules and of the objects that they hold.
+    These are parameters, buffers and modes of all modules, and the plain attributes of all objects.
 
     Args:
         task: the user's object.
-        model: whose modules' attributes count as well.
+        device: where the copies of the model's tensors are. Those of other modules are where their originals are.
     """
 
-    def __init__(self, task: Any, model: nn.Module) -> None:
+    def __init__(self, task: Any, model: nn.Module, device: torch.device) -> None:
+        self._model = model
         self._objects = dict(_objects(task, model))
-        self._before = {name: dict(_plain(one)) for name, one in self._objects.items()}
-        self._snapshots = [Snapshot(value) for attributes in self._before.values() for value in attributes.values()]
+        self._attributes = {name: dict(_plain(one)) for name, one in self._objects.items()}
+        modules = {one: None for one in self._objects.values() if isinstance(one, nn.Module)}  # a teacher's, say
+        self._modules = {**modules, **dict.fromkeys(model.modules(), device)}
+        self._parameters = {
+            parameter: (parameter.data, place)
+            for one, place in self._modules.items()
+            for parameter in one.parameters(recurse=False)
+        }
+        self._buffers = {one: dict(one._buffers) for one in self._modules}
+        self._modes = {one: one.training for one in self._modules}
 
-    def modules_apart_from(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules that task and model hold beside ``model``: an attribute of the task, or in a list."""
-        known, apart = set(model.modules()), []
-        for one in self._objects.values():
-            if isinstance(one, nn.Module) and one not in known:
-                known.update(one.modules())
-                apart.append(one)
-        return apart
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, everything computes on copies; afterwards, also where the device has no room, on the originals."""
+        try:
+            for parameter, (original, place) in self._parameters.items():
+                parameter.data = original.to(place, copy=True)
+            self.reset()
+            yield
+        finally:
+            for parameter, (original, _) in self._parameters.items():
+                parameter.data = original
+            for one, training in self._modes.items():
+                one.training = training
+            self._put(self._buffers, self._attributes)
 
-    def numbers(self) -> dict[tuple[str, str], Any]:
-        """Return copies of the numbers in every attribute, by the object's name and the attribute's."""
-        return {
-            (name, key): Snapshot(value).numbers
-            for name, one in self._objects.items()
-            for key, value in _plain(one).items()
+    def reset(self) -> None:
+        """Give buffers and attributes new copies of the originals."""
+        copies: dict[int, Any] = {}  # what two objects share stays one
+        buffers = {
+            one: {name: _copy(buffer, copies, self._modules[one]) for name, buffer in named.items()}
+            for one, named in self._buffers.items()
         }
 
-    def restore(self) -> None:
-        """Put back every attribute that was set, added or deleted, and the numbers that changed in place."""
+        def copy(value: Any) -> Any:
+            return _copy(value, copies) if _is_small(value) else value
+
+        def copies_of(held: dict[str, Any]) -> dict[str, Any]:
+            return {k: tree_map(copy, v, is_leaf=_is_large) if isinstance(v, COPIED) else v for k, v in held.items()}
+
+        self._put(buffers, {name: copies_of(held) for name, held in self._attributes.items()})
+
+    def _put(self, buffers: dict[nn.Module, dict[str, Tensor | None]], attributes: dict[str, dict[str, Any]]) -> None:
+        for module, named in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(named)
         for name, one in self._objects.items():
-            attributes, before = vars(one), self._before[name]
-            for key in _plain(one).keys() - before.keys():
-                del attributes[key]
-            attributes.update(before)
-        for snapshot in self._snapshots:
-            snapshot.restore()
+            for key in _plain(one).keys() - attributes[name].keys():
+                del vars(one)[key]
+            vars(one).update(attributes[name])
+
+    def moved_by(self, call: Callable[[], Any]) -> list[str]:
+        """Call it twice and return the names of the numbers that the second call moves; the first may fill caches."""
+        call()
+        before = self._numbers()
+        call()
+        after = self._numbers()
+        return [name for name in after if name in before and before[name] != after[name]]
+
+    def _numbers(self) -> dict[str, Any]:
+        """Return the numbers in attributes and in the model's buffers by name."""
+        held = {f"{name}.{key}": value for name, one in self._objects.items() for key, value in _plain(one).items()}
+        numbers = {name: _number(value) for name, value in held.items()}
+        return numbers | {f"model.{name}": _bits(buffer) for name, buffer in self._model.named_buffers()}
 
 
-class Snapshot:
-    """The numbers in a value: one of its own, those of a tensor, an array or a generator, and those in containers.
-
-    Attributes:
-        numbers: what can be compared, by the keys that lead to it; of each container how many entries it has.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.numbers: dict[tuple[Any, ...], Any] = {}
-        self._undo: list[Callable[[], Any]] = []
-        self._take(value, ())
-
-    def restore(self) -> None:
-        """Put the numbers back in place."""
-        for undo in self._undo:
-            undo()
-
-    def _take(self, value: Any, place: tuple[Any, ...]) -> None:
-        if isinstance(value, dict | list | tuple | deque):
-            if len(place) < COPIED_DEPTH and len(value) <= COPIED_ENTRIES:
-                self.numbers[place], entries = len(value), _entries(value)
-                if not isinstance(value, tuple):
-                    self._undo.append(partial(_refill, value, entries))
-                for key, inner in entries:
-                    self._take(inner, (*place, key))
-        elif isinstance(value, bool | int | float | complex | np.generic):  # which never change themselves
-            self.numbers[place] = type(value), repr(value)
-        elif isinstance(value, nn.Parameter):  # as an LSTM lists its own; they are computed on as copies
-            pass
-        elif isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
-            self.numbers[place] = comparable(value)
-            self._undo.append(partial(_put_back, value, value.detach().clone()))
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
-            self.numbers[place] = value.shape, value.tobytes()
-            if value.flags.writeable:
-                self._undo.append(partial(np.copyto, value, value.copy()))
-        else:
-            for kind, (get, put) in GENERATORS.items():
-                if isinstance(value, kind):
-                    self.numbers[place] = pickle.dumps(get(value))
-                    self._undo.append(partial(put, value, get(value)))
+def copied(value: Value) -> Value:
+    """Return a deep copy where there can be one, else the value itself."""
+    try:
+        return deepcopy(value)
+    except Exception:
+        return value
 
 
-def comparable(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what is equal for tensors of the same numbers, bit by bit."""
-    plain = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
-    return tensor.shape, tensor.device, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _copy(value: Any, copies: dict[int, Any], place: torch.device | None = None) -> Any:
+    """Return a copy of a tensor, an array or a generator, the same for the same one; a container's is shallow."""
+    if value is None or id(value) in copies:
+        return copies.get(id(value))
+    if isinstance(value, Tensor):
+        copies[id(value)] = value.detach().to(place, copy=True).requires_grad_(value.requires_grad)
+    else:
+        copies[id(value)] = copied(value) if isinstance(value, GENERATORS) else shallow_copy(value)
+    return copies[id(value)]
 
 
-def _put_back(tensor: Tensor, numbers: Tensor) -> None:
-    if not torch.equal(tensor, numbers):  # else it may be one that can't be written to
-        with torch.no_grad():
-            tensor.copy_(numbers)
+def _is_small(value: Any) -> bool:
+    """Tell whether calls may change ``value`` in place, and it isn't too large to be copied each time."""
+    if isinstance(value, nn.Parameter):  # an LSTM lists its own; they are copied as such
+        return False
+    size = value.numel() * value.element_size() if isinstance(value, Tensor) else getattr(value, "nbytes", 0)
+    return isinstance(value, COPIED) and not _is_large(value) and size <= COPIED_BYTES
 
 
-def _entries(container: Any) -> list[tuple[Any, Any]]:
-    return list(container.items() if isinstance(container, dict) else enumerate(container))
+def _is_large(value: Any) -> bool:
+    return isinstance(value, CONTAINERS) and len(value) > COPIED_ENTRIES
 
 
-def _refill(container: Any, entries: list[tuple[Any, Any]]) -> None:
-    """Give a mapping, list or deque the entries that it had."""
-    if [(key, id(inner)) for key, inner in _entries(container)] != [(key, id(inner)) for key, inner in entries]:
-        container.clear()
-        if isinstance(container, dict):
-            container.update(dict(entries))  # of pairs a Counter would count each
-        else:
-            container.extend(inner for _, inner in entries)
+def _number(value: Any) -> Any:
+    """Return what is equal for equal numbers, bit by bit; None for what holds none, or too many."""
+    if isinstance(value, CONTAINERS) and _is_small(value):
+        return [_number(entry) for entry in (value.values() if isinstance(value, dict) else value)]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return None
+    return _bits(value) if isinstance(value, int | float | complex | np.generic) or _is_small(value) else None
 
 
-def moved(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> list[str]:
-    """Return the names of the attributes whose numbers differ."""
-    return [".".join(place) for place in after if place in before and before[place] != after[place]]
+def _bits(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        value = value.get_state()
+    if not isinstance(value, Tensor):
+        return pickle.dumps(value)
+    plain = value.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
+    return value.shape, plain.reshape(-1).view(torch.uint8).numpy().tobytes()  # pickled, it would have an address
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -202,29 +168,29 @@ def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
     seen = set[int]()
     level = [("task", task), *_modules("model", model)]
     for _ in range(OBJECTS_DEPTH + 1):
-        new = [(name, one) for name, one in level if hasattr(one, "__dict__")]
-        level = []
+        new, level = [(name, one) for name, one in level if hasattr(one, "__dict__")], []
         for name, one in new:
             if id(one) not in seen:
                 seen.add(id(one))
                 yield name, one
                 for place, held in _held(_plain(one)):
-                    path = f"{name}.{place}"
-                    level += _modules(path, held) if isinstance(held, nn.Module) else [(path, held)]
+                    level += _modules(f"{name}.{place}", held)
 
 
 def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the modules and plain objects among some attributes, and in small lists and mappings there, with names."""
     for key, value in attributes.items():
-        if _is_looked_into(value):
-            yield key, value
-        elif isinstance(value, dict | list | tuple) and len(value) <= COPIED_ENTRIES:
+        if isinstance(value, dict | list | tuple) and not _is_large(value):
             inside = value.items() if isinstance(value, dict) else enumerate(value)
             yield from ((f"{key}.{place}", held) for place, held in inside if _is_looked_into(held))
+        elif _is_looked_into(value):
+            yield key, value
 
 
-def _modules(prefix: str, module: nn.Module) -> list[tuple[str, Any]]:
-    return [(f"{prefix}.{name}" if name else prefix, one) for name, one in module.named_modules()]
+def _modules(prefix: str, one: Any) -> list[tuple[str, Any]]:
+    """Return the submodules of a module, with itself, by name; any other object alone."""
+    inner = one.named_modules() if isinstance(one, nn.Module) else [("", one)]
+    return [(f"{prefix}.{name}" if name else prefix, module) for name, module in inner]
 
 
 def _is_looked_into(value: Any) -> bool:
@@ -234,7 +200,5 @@ def _is_looked_into(value: Any) -> bool:
 
 
 def _plain(one: Any) -> dict[str, Any]:
-    if not hasattr(one, "__dict__"):
-        return {}
     module = isinstance(one, nn.Module)
-    return {k: v for k, v in vars(one).items() if not (module and (k in MODULES_OWN or k.endswith("_hooks")))}
+    return {k: v for k, v in vars(one).items() if not (module and (k in MODULES_OWN or "_hooks" in k))}
