@@ -139,7 +139,7 @@ def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
         os._exit(0)
 
     handed_on = open_lock(run.path)
-    lock = {LOCK_FD: handed_on.fileno()}
+    lock = {LOCK_FD: str(handed_on.fileno())}
     worker = WorkerProcess(multiprocessing.get_context("fork"), 0, lock, Stop(), work, ())
     while worker.code is None:
         time.sleep(0.01)
