@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.composing import composed_once as composed_once
 from tests.support.harness import Runs
 
 
