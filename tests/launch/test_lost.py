@@ -85,7 +85,7 @@ def test_a_deleted_directory_ends_a_run_that_writes_nothing(folder: Path) -> Non
 @pytest.mark.parametrize("way", ["torchrun", "debug"])
 def test_another_directory_in_its_place_is_left_alone(folder: Path, way: str) -> None:
     if way == "torchrun":
-        run = torchrun(folder, *LONG)
+        run = torchrun(folder, *LONG, workers=1)
     else:
         run = Run(folder, [sys.executable, str(LAUNCH), *BASE, *LONG, "cluster.gpus_per_node=1", "debug=true"])
     run.await_training()

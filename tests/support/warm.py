@@ -1,4 +1,4 @@
-"""Commands of launch.py in processes that are forked with torch imported, which is most of what a start costs.
+"""Commands of launch.py and torchrun in processes forked with torch imported, which is most of what a start costs.
 
 All else is as in a process of its own: arguments, environment, folder, session, signal handlers and output. What is
 imported when, and what a signal does meanwhile, is for tests that start a real one.
@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 ROOM = 4096  # bytes of the server's command line, which the commands' own replace
@@ -31,12 +32,21 @@ class Warm:
 
     Args:
         output: a file for its stdout and stderr, instead of what ``communicate`` returns.
+        torchrun: run torchrun instead, whose workers are processes of their own.
     """
 
-    def __init__(self, arguments: list[str], folder: Path, env: dict[str, str], output: IO[Any] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        env: dict[str, str],
+        output: IO[Any] | None = None,
+        torchrun: bool = False,
+    ) -> None:
         self._output = [output or tempfile.TemporaryFile() for _ in ("stdout", "stderr")]  # noqa: SIM115
         ours, theirs = os.pipe()
-        request = json.dumps({"arguments": arguments, "folder": str(folder), "env": env}).encode()
+        words = ["torchrun" if torchrun else str(LAUNCH), *arguments]
+        request = json.dumps({"words": words, "folder": str(folder), "env": env}).encode()
         server = _server()
         socket.send_fds(server, [request], [*(file.fileno() for file in self._output), theirs])
         os.close(theirs)
@@ -113,7 +123,7 @@ def serve(requests: socket.socket) -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
-    """Run launch.py in this process as a shell would start it there; never returns."""
+    """Run launch.py or torchrun in this process as a shell would start it there; never returns."""
     try:
         os.setsid()
         for fd, own in zip((os.open(os.devnull, os.O_RDONLY), *fds[:2]), range(3), strict=True):
@@ -122,14 +132,30 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["env"])
-        sys.argv = [str(LAUNCH), *request["arguments"]]
+        sys.argv = request["words"]
         _show([sys.executable, *sys.argv])
         sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         sys.path[0] = str(LAUNCH.parent)
-        runpy.run_path(str(LAUNCH), run_name="__main__")
+        if sys.argv[0] == "torchrun":
+            _torchrun()
+        runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         os._exit(99)
+
+
+def _torchrun() -> NoReturn:
+    """Run torchrun and end as Python does after it."""
+    code: object = 0
+    try:
+        torchrun()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else 0)
 
 
 def _show(words: list[str]) -> None:
@@ -141,6 +167,8 @@ def _show(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from torch.distributed.run import main as torchrun
+
     from isobatch.conf.compose import compose
     from isobatch.trainers.launch.worker import import_torch
 

@@ -90,10 +90,18 @@ def test_a_step_dealt_sample_by_sample(world: int, granules: int, most: int, gra
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("granules", "most"), [(130_003, 1), (100_000, 3)])
+@pytest.mark.parametrize(
+    ("world", "granules", "most"),
+    [
+        (99_999, 130_003, 1),
+        (100_000, 100_000, 3),
+        (1000, 13_003, 1),
+        (64, 13_003, 1),
+        (7, 10_000, 1000),
+        (1, 10_003, 1000),
+    ],
+)
 def test_a_step_dealt_to_every_one_of_100_000_ranks(world: int, granules: int, most: int, bitwise: bool) -> None:
-    most *= 1 if world > 100 else 1000
     cut = solve(world, global_size=granules, per_gpu=most, bitwise=bitwise)
     check(cut, dealt_by_hand(world, granules, most, 1, bitwise))
 
