@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -327,12 +328,12 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     assert not extends(tmp_path, config)
     for content in ("", "[]", "{}"):
         (tmp_path / "plan.json").write_text(content)
-        with pytest.raises(UserError, match=r"plan\.json is damaged"):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/plan.json")):
             extends(tmp_path, config)
     (tmp_path / "plan.json").write_text(f'{{"identity": "{identity(config)}"}}')
     assert not extends(tmp_path, config)
     (tmp_path / "plan.json").write_text('{"identity": "abc"}')
-    with pytest.raises(UserError, match=f"another run .identity abc, not {identity(config)}"):
+    with pytest.raises(UserError, match=rf"\babc\b.*\b{identity(config)}\b"):
         extends(tmp_path, config)
 
 
@@ -351,11 +352,13 @@ def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
     assert extends(run, longer)
     assert not extends(run, compose([f"run.dir='{run}'"]))
     assert not extends(run, compose(["duration=40ep"]))
-    for duration, way in (("20ep", "resumes that"), ("50ep", "duration=50ep extends it")):
+    for duration, way in (("20ep", ""), ("50ep", " duration=50ep")):
         with pytest.raises(UserError) as refusal:
             extends(run, compose([f"duration={duration}"]))
-        assert f"holds this run with duration=40ep, not {duration}; run.dir={run} {way}" in str(refusal.value)
-    with pytest.raises(UserError, match="holds another run"):
+        assert "duration=40ep" in refusal.value.problem
+        assert duration in refusal.value.problem
+        assert f"run.dir={run}{way}" in refusal.value.fix
+    with pytest.raises(UserError, match=re.escape(str(run))):
         extends(run, compose(["duration=20ep", "seed=3"]))
     beside = compose([f"run.dir='{run}'", "duration=50ep", "run.new=true"])
     assert not extends(run_directory(beside), beside)
@@ -396,7 +399,7 @@ def test_weights_are_of_a_run_by_where_they_lie(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/version/x"])
 def test_what_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="isn't a folder that can be written to"):
+    with pytest.raises(UserError, match=re.escape(str(where if where.startswith("/") else tmp_path / "file"))):
         extends(tmp_path / where, compose([]))
     assert not extends(tmp_path / "new" / "and" / ("x" * 50), compose([]))
 
@@ -440,20 +443,20 @@ def test_sweeps_are_told_apart_by_what_their_runs_share() -> None:
 )
 def test_what_is_of_the_whole_sweep_is_not_swept(override: str) -> None:
     key = "run.dir" if override.startswith("run=") else override.partition("=")[0]
-    with pytest.raises(UserError, match=f"{key} is one for the whole sweep"):
+    with pytest.raises(UserError, match=re.escape(key)):
         places(override)
 
 
 @pytest.mark.parametrize("action", ["evaluate", "runs", "requeue"])
 def test_a_sweep_trains_or_plans(tmp_path: Path, action: str) -> None:
     runs = [holding(tmp_path / name) for name in "ab"]
-    with pytest.raises(UserError, match=f"give action={action} without it"):
+    with pytest.raises(UserError, match=f"action={action}"):
         places(f"action={action}", f"init_from={runs[0]},{runs[1]}")
 
 
 def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(compose([])))
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         places(f"run.dir='{tmp_path}'", "log.every=1st,2st")
     beside = places(f"run.dir='{tmp_path}'", "run.new=true", "seed=1,2")
     assert beside[0] == tmp_path.with_name(f"{tmp_path.name}-2") / "seed=1"

@@ -193,6 +193,21 @@ run.config=runs/there/config.yaml seed=3
 debug=true cluster.gpus_per_node=2
 cluster.nodes=2
 device=cuda cluster.environment.CUDA_VISIBLE_DEVICES=''
+cluster=slurm cluster.gpus_per_node=2 cluster.nodes=0
+cluster=slurm cluster.gpus_per_node=2 cluster.time_min=2
+cluster=slurm cluster.gpus_per_node=2 cluster.partition='a b'
+cluster=slurm cluster.gpus_per_node=2 cluster.extra=[exclusive]
+cluster=slurm cluster.gpus_per_node=2 cluster.gres=gpu:2
+cluster=slurm cluster.gpus_per_node=2 cluster.rendezvous=a:1
+cluster=slurm cluster.gpus_per_node=2 action=evaluate init_from=/
+cluster.rendezvous=127.0.0.1:99999 cluster.nodes=2
+task=custom
+-m batch.global_size=8,-8
+-m run.dir=a,b
+-m action=train,plan
+-m +experiment=digits_large
+-m run={dir:a},{dir:b}
+--cfg hydra
 seed=1,2
 -m lr.base=interval(0,1)
 -m seed=range(3,1)
