@@ -38,7 +38,6 @@ def references(on: Callable[[str], References]) -> References:
     ("engine", "fault"),
     [
         ("DDP", "TERM in mid-epoch; goes on on fewer ranks"),
-        ("FSDP", "TERM in mid-epoch; goes on on fewer ranks"),
         ("DDP", "SIGKILL of the launcher"),
         ("DDP", "rank 0 raises an exception; restarted"),
         ("ZeRO-3", "SIGKILL of rank 0; restarted"),

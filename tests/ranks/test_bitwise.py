@@ -29,7 +29,6 @@ TASK = (
 )  # fmt: skip
 SEVEN = ("batch.global_size=41", "batch.per_gpu=6")  # 7 micro-batches: 6 of 6 samples, and one of 5
 BITWISE = (*TASK, *SEVEN, "numerics=bitwise")
-WORLDS = (1, 2, 3, 4, 8)
 
 
 class Everything(Counted):
@@ -113,18 +112,16 @@ def test_every_bit_is_the_same_on_any_number_of_processes(runs: Runs, feature: s
     """Eight processes are more than there are micro-batches."""
     one = runs(1, *BITWISE, *FEATURES[feature])
     assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
-    for world in WORLDS[1:] if feature in ("sgd", "ghosts, a schedule, AdamW") else (3,):
+    for world in (2, 3, 8) if feature in ("sgd", "ghosts, a schedule, AdamW") else (3,):
         assert_same(one, runs(world, *BITWISE, *FEATURES[feature]))
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 8, 12, 41])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 8, 41])
 def test_any_number_of_micro_batches(runs: Runs, pieces: int) -> None:
     sizes = (f"batch.global_size={3 * pieces - 1}", "batch.per_gpu=3", "duration=2st")
     same = (*BITWISE, *sizes, "optimizer=adamw", "task.args.dtypes=false", "task.args.norms=false")
     assert resolve(compose(list(same)), 3, 500).cut.pieces == pieces
-    one = runs(1, *same)
-    for world in (2, 3):
-        assert_same(one, runs(world, *same))
+    assert_same(runs(1, *same), runs(3, *same))
 
 
 def test_plain_ddp_is_not_the_same(runs: Runs) -> None:
@@ -162,8 +159,7 @@ def test_what_is_not_finite_is_skipped_alike(runs: Runs) -> None:
     )  # fmt: skip
     one = runs(1, *skips)
     assert 0 < lines(one)[-1]["skipped"] < 8
-    for world in (3, 8):
-        assert_same(one, runs(world, *skips))
+    assert_same(one, runs(8, *skips))
 
 
 # ---- what is refused
@@ -174,7 +170,7 @@ def refusals(run: Run) -> list[str]:
     return [end["message"] for end in run.ends]
 
 
-@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("world", [1, 8])
 def test_a_buffer_that_the_forward_moves_is_refused(runs: Runs, world: int) -> None:
     """By all ranks, also by those that had no samples, and so didn't move it."""
     for message in refusals(runs(world, *BITWISE, "task._target_=tests.support.tasks.Odd")):
@@ -228,7 +224,7 @@ class Buffered(Odd):
 def test_a_buffer_that_stays_is_not(runs: Runs) -> None:
     """Also where a run that goes on has made another one before it read its checkpoint."""
     same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered", "evaluate.every=2st")
-    run = runs(8, *same, going_on=runs(1, *same, stop_at=2))
+    run = runs(3, *same, going_on=runs(1, *same, stop_at=2))
     assert run.ends[0]["state"] == "finished"
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import accelerate  # noqa: F401  once, for all ranks that are forked
-import deepspeed  # noqa: F401
 import pytest
 import torch
 from torch import Tensor, nn

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 from isobatch.conf.compose import compose
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.trainers.engines.deepspeed.replicated import import_deepspeed
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.ranks.world import World
@@ -31,7 +28,7 @@ from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
-from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, share_deepspeed
 from tests.support.tasks import Counted
 
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 3)
@@ -124,10 +121,7 @@ def zero(stage: int, *more: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed() -> None:
-    """In the parent, so that ranks needn't import it; it starts no thread."""
-    import_deepspeed(torch.device("cpu"))
-    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    gc.freeze()  # stage 3 collects as it begins
+    share_deepspeed()
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,7 @@ def test_units_of_any_size(runs: Runs, weight: float) -> None:
     assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < ROUNDING
 
 
-@pytest.mark.parametrize("world", [1, 3, 6, 7])
-@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(("world", "as_tensor"), [(1, False), (3, True), (7, False)])
 def test_no_units_are_refused_at_once(runs: Runs, world: int, as_tensor: bool) -> None:
     run = runs(world, *task("Weighted", "task.args.weight=0", f"task.args.as_tensor={as_tensor}"))
     assert {end["raised"] for end in run.ends} == {"UserError"}

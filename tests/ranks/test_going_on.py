@@ -50,8 +50,7 @@ def bitwise(a: Run, b: Run) -> bool:
     return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("world", "optimizer"), [(1, "sgd"), (3, "adamw")])
 def test_on_the_same_world_nothing_shows_of_a_stop(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
     """Weights, averages and every line of metrics, bit by bit, in mid-epoch, stopped twice."""
     overrides = (*FEWER, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.engines.ddp import DDP
+from isobatch.trainers.engines.deepspeed.replicated import import_deepspeed
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.reducer import Parts
 from isobatch.trainers.engines.state import Average
@@ -42,6 +46,14 @@ DEADLINE_S = 60.0
 # of a gradient: one that is 1/1000 of the terms it is the sum of is off by 1000 · 2^-24, and so is each step of it; in
 # 12 steps of 0.01 that is 7e-6.
 ROUNDING, ADAM_ROUNDING = 1e-6, 1e-5
+
+
+@cache
+def share_deepspeed() -> None:
+    """Import DeepSpeed, and what its first engine imports, once for all ranks forked from here; it starts no thread."""
+    import_deepspeed(torch.device("cpu"))
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    gc.freeze()  # stage 3 collects as it begins
 
 
 def free_port() -> int:
@@ -123,6 +135,8 @@ class Runs:
         self.count += 1
         run = going_on.run if going_on else RunDir(self.folder / f"run-{self.count}")
         config = configured(["data.workers=0", *([] if self.trial else ["check.contract=false"]), *overrides])
+        if config.engine.name == "deepspeed":
+            share_deepspeed()
 
         def body(ranks: World) -> Any:
             wish = Stop()
