@@ -41,12 +41,11 @@ MARK = "<!-- everything below is written by `make bench` -->"
 
 
 class Part(NamedTuple):
-    """A table: its title, what makes its rows, what they mean, and what else is done with it."""
+    """A table: its title, what makes its rows, and what they mean."""
 
     title: str
     rows: Callable[[], Rows]
     about: str
-    publish: Callable[[str], None] | None = None
 
 
 PARTS = {
@@ -126,7 +125,6 @@ PARTS = {
         "The cases of [tests/support/same.py](../tests/support/same.py): a small model with a shared and a frozen "
         "parameter, SGD unless the row says otherwise, 12 steps, global batch 41, at most 7 samples in a "
         "micro-batch. max |Δ| / max |w| over all weights against `ddp` on one rank, on 3 ranks.",
-        same.publish,
     ),
     "peers": Part(
         "What people use instead",
@@ -181,14 +179,12 @@ def main(names: Sequence[str]) -> None:
     head, _, measured = PAGE.read_text().partition(MARK)
     kept = {section.partition("\n")[0]: f"## {section.strip()}\n" for section in measured.split("\n## ")[1:]}
     for name in names or PARTS:
-        title, rows, about, publish = PARTS[name]
+        title, rows, about = PARTS[name]
         print(f"{title} …", flush=True)
         began = time.perf_counter()
         table = markdown(rows())
         took = f"Measured in {time.perf_counter() - began:.0f} s by `python -m benchmarks {name}`."
         kept[title] = f"## {title}\n\n{about} {took}\n\n{table}\n"
-        if publish:
-            publish(table)
         print(kept[title], flush=True)
     sections = [kept[part.title] for part in PARTS.values() if part.title in kept]
     PAGE.write_text(f"{head}{MARK}\n\nMeasured on {machine()}.\n\n" + "\n".join(sections))

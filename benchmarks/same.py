@@ -18,8 +18,6 @@ from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
 RANKS = 3
 DEADLINE_S = 300.0
-PAGE = Path(__file__).parent.parent / "trainers" / "README.md"
-MARKS = "<!-- what follows is written by `python -m benchmarks same` -->", "<!-- to here, too -->"
 
 
 def differences(case: str, folder: Path) -> Iterator[str]:
@@ -56,14 +54,6 @@ def rows() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, hushed():
             found.append({"feature": case, **dict(zip(ENGINES, differences(case, Path(folder)), strict=True))})
     return found
-
-
-def publish(table: str) -> None:
-    """Put the table where it is said what the same means."""
-    first, last = MARKS
-    head, _, rest = PAGE.read_text().partition(first)
-    _, _, tail = rest.partition(last)
-    PAGE.write_text(f"{head}{first}\n\n{table}\n\n{last}{tail}")
 
 
 if __name__ == "__main__":

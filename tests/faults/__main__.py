@@ -1,4 +1,4 @@
-"""`make faults`: every fault of the table for real, in some minutes on two cores; written into trainers/README.md.
+"""`make faults`: every fault of the table for real, in some minutes on two cores; written into benchmarks/faults.md.
 
     python -m tests.faults [--whole] [--engine NAME …] [WORD …]
 
@@ -28,8 +28,8 @@ from tests.faults.case import APART, Broken
 from tests.faults.table import ROWS, References, Row
 from tests.support.same import ENGINES
 
-PAGE = Path(__file__).parents[2] / "trainers/README.md"
-BEGIN, END = "<!-- what follows is written by `make faults` -->", "<!-- to here -->"
+PAGE = Path(__file__).parents[2] / "benchmarks/faults.md"
+MARK = "<!-- everything below is written by `make faults` -->"
 AT_ONCE = 2
 DETAILED = "DDP"  # whose rows are shown with all cells
 ABOUT = f"""{APART}, where a row holds in all else as above; each engine is compared with an uninterrupted run of its
@@ -73,8 +73,8 @@ def main(arguments: argparse.Namespace) -> int:
     if words or arguments.engine or broken:
         print(text)
     else:
-        head, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\nCaused on {machine()}.\n\n{text}\n{END}{rest.partition(END)[2]}")
+        head = PAGE.read_text().partition(MARK)[0]
+        PAGE.write_text(f"{head}{MARK}\n\nCaused on {machine()}.\n\n{text}")
     for fault in broken:
         print(f"doesn't hold: {fault}", file=sys.stderr)
     print(f"{len(found) - len(broken)} of {len(found)} rows hold")
@@ -85,7 +85,7 @@ def details(found: Found) -> Iterable[str]:
     """A table for each section, of one engine."""
     for title, rows in ROWS.items():
         if good := [cells for row in rows if isinstance(cells := found.get((DETAILED, row)), dict)]:
-            yield f"### {title}\n\n{markdown(good)}\n"
+            yield f"## {title}\n\n{markdown(good)}\n"
 
 
 def compact(found: Found, engines: list[str]) -> Iterable[str]:
@@ -96,7 +96,7 @@ def compact(found: Found, engines: list[str]) -> Iterable[str]:
         for row in others
     ]
     if lines:
-        yield f"### On every engine\n\n{ABOUT}\n\n{markdown(lines)}\n"
+        yield f"## On every engine\n\n{ABOUT}\n\n{markdown(lines)}\n"
 
 
 def apart(cells: Cells | str | None) -> str:
