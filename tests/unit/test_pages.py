@@ -1,0 +1,41 @@
+"""The README of each folder: short, its links lead somewhere, and its map names each file of the folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("trainers/*/README.md"))]
+LINES = 150
+TABLES = ROOT / "benchmarks/README.md"  # which a command writes
+MAPPED = [page for page in PAGES if "## Files" in page.read_text()]
+
+
+def names(page: Path) -> set[str]:
+    """Return the names at the beginning of the lines of a page's map."""
+    lines = re.findall(r"^    (\S.*)$", page.read_text().partition("## Files")[2], re.MULTILINE)
+    return {name.rstrip("/") for line in lines for name in re.split(r" {2,}", line)[0].split()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in titles], link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TABLES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_length(page: Path) -> None:
+    assert len(page.read_text().splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("page", MAPPED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_map(page: Path) -> None:
+    there = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__", "."))}
+    assert names(page) == there - {"README.md"}
