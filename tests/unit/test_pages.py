@@ -30,7 +30,9 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in titles], link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != TABLES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != TABLES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_length(page: Path) -> None:
     assert len(page.read_text().splitlines()) <= LINES
 
