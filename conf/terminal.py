@@ -6,11 +6,15 @@ import io
 import json
 import os
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from isobatch.scaling.limits import printable
+
+SLOW_S = 2.0  # after which people wonder whether something hangs
 
 
 class Unwritable(OSError):
@@ -64,6 +68,18 @@ def tell_torchrun(cause: str) -> None:
         with suppress(OSError), open(file, "x") as report:
             # a second early: torchrun takes the earliest for the root cause, and knows whole seconds only
             json.dump({"message": printable(cause), "timestamp": int(time.time()) - 1}, report)
+
+
+@contextmanager
+def say_if_slow(text: str, to: TextIO | None = None) -> Iterator[None]:
+    """Print ``text`` where the body takes longer than ``SLOW_S``."""
+    timer = threading.Timer(SLOW_S, say, (text, to))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def first() -> bool:

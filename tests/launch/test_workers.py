@@ -311,7 +311,7 @@ CRASHES = {
     "exits": r"rank 1 crashed: exited with 7",
     "SIGKILL": r"rank 1 crashed: killed by SIGKILL",
     "SIGSEGV": r"rank 1 crashed: killed by SIGSEGV",
-    "not finite": r"step 3 \(.*\) isn't finite",
+    "not finite": r"step 3 \(.*\) isn't finite.*learning rate.*clip_norm.*on_nonfinite=skip",
 }
 
 

@@ -59,6 +59,13 @@ def test_the_length_of_a_sample_is_its_units() -> None:
     assert compose(["task=text", "task.args.length=32"]).task.units_per_sample == 32
 
 
+@pytest.mark.parametrize("samples", [[torch.zeros(2), torch.zeros(3)], [Image.new("L", (2, 2))] * 2])
+def test_samples_that_make_no_batch(samples: list[Any]) -> None:
+    with pytest.raises(UserError) as error:
+        task_of("task=digits").collate(samples)
+    assert "collate(samples)" in error.value.fix
+
+
 @pytest.mark.parametrize("name", ["mnist1d", "text"])
 def test_two_ranks_train_as_one(runs: Runs, name: str) -> None:
     """Dropout, tied weights and uneven shares among them."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isobatch.conf.sweep import Element
-from isobatch.conf.terminal import Unwritable, say, tell_torchrun
+from isobatch.conf.terminal import Unwritable, say, say_if_slow, tell_torchrun
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.result import grid, result
 from isobatch.trainers.launch.worker import leave
@@ -78,7 +78,8 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
         with redirect_stdout(sys.stderr):  # stdout is the plan's
             task = make_task(config)
             prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
-            samples = len(open_data(task, config))
+            with say_if_slow("opening the data …", sys.stderr):
+                samples = len(open_data(task, config))
         os.write(reply, str(samples).encode())
         return 0
 

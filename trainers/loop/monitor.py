@@ -69,7 +69,8 @@ class Monitor:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             found = f"{where} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
             if not self._skip_nonfinite:
-                raise RunFailed(f"{found}; on_nonfinite=skip leaves such steps out")
+                fixes = "lower the learning rate, give clip_norm=1, or check the loss and its inputs"
+                raise RunFailed(f"{found}; {fixes} (on_nonfinite=skip skips such steps)")
             fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
             self.metrics.event("skip", f"{found}; skipped", **fields)
         if state.noise and result.parts_sq is not None and math.isfinite(result.parts_sq):

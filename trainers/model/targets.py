@@ -34,10 +34,12 @@ def locate(key: str, target: str) -> Any:
         owner = getattr(sys.modules.get(above), called, None)
         if inspect.isclass(owner):  # whose module is imported, as it is before what is below it
             return _attribute(key, target, owner, name)
-        ours = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
-        where = f" (looked for in {os.getcwd()}, too)" if ours else ""
-        said = f"{type(error).__name__}: {error}{where}"
-        raise UserError(f"{key}={target}: importing {module_name} failed: {said}", key=key, value=target) from error
+        problem = f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}"
+        fix = ""
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+            searched = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+            fix = f"give the command where a run of it was started, or install it (searched: {', '.join(searched)})"
+        raise UserError(problem, fix, key, target) from error
     return _attribute(key, target, module, name)
 
 

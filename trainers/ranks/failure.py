@@ -23,6 +23,7 @@ COMMANDS = ("launch.py", "isobatch")  # the scripts that a run is launched with
 KILLED_HINT = " (Linux does that where memory runs out)"
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
+_NO_CUDA = re.compile("Torch not compiled with CUDA|No CUDA GPUs are available|Found no NVIDIA driver")
 _LOADER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: (?P<signal>[\w ]+\w)|exited .*)")
 
 
@@ -157,7 +158,8 @@ def _cause(error: BaseException) -> str:
     for cause in (error.__cause__, error):
         if died := _LOADER_DIED.search(str(cause)):  # noticed wherever this process was meanwhile
             return died[0] + (KILLED_HINT if died["signal"] == "Killed" else "")
-    return said + place(traceback.extract_tb(error.__traceback__))
+    hint = "; batches are on the run's device already: leave out .cuda()" if _NO_CUDA.search(said) else ""
+    return said + place(traceback.extract_tb(error.__traceback__)) + hint
 
 
 def place(stack: traceback.StackSummary) -> str:

@@ -73,8 +73,15 @@ class Task:
         return self.own.augment(sample, generator) if self.has("augment") else sample
 
     def collate(self, samples: list[Any]) -> Any:
-        """Return samples as a batch; usually as torch's DataLoader does."""
-        return self.own.collate(samples) if self.has("collate") else default_collate(samples)
+        """Return samples as a batch; usually as torch's DataLoader does. Raises UserError where that can't."""
+        if self.has("collate"):
+            return self.own.collate(samples)
+        try:
+            return default_collate(samples)
+        except (RuntimeError, TypeError) as error:
+            problem = f"the samples can't be stacked to a batch: {str(error).splitlines()[0]}"
+            fix = f"give {type(self.own).__name__} a collate(samples), or return tensors of one size from [index]"
+            raise UserError(problem, fix, "task._target_") from error
 
     def param_groups(self, model: nn.Module) -> Any:
         """Return a list of the optimizer's groups; None: the usual ones.

@@ -1,0 +1,45 @@
+"""What people are told who are waiting, or whose code fails as everybody's does at first."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from isobatch.conf import terminal
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.model.targets import locate
+from isobatch.trainers.ranks.failure import Reached, describe_failure
+
+
+@pytest.mark.parametrize(("takes_s", "said"), [(0.0, ""), (0.3, "opening the data …\n")])
+def test_only_what_is_slow_is_announced(
+    takes_s: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SLOW_S", 0.1)
+    with terminal.say_if_slow("opening the data …"):
+        time.sleep(takes_s)
+    time.sleep(0.2)
+    assert capsys.readouterr().out == said
+
+
+def test_cuda_on_a_machine_without_it() -> None:
+    said = describe_failure(AssertionError("Torch not compiled with CUDA enabled"), 0, "", Reached()).cause
+    assert "leave out .cuda()" in said
+    assert "leave out .cuda()" not in describe_failure(AssertionError("something else"), 0, "", Reached()).cause
+
+
+def test_a_module_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said which folders were searched; of a module that fails itself, only how."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/beside/configs")
+    with pytest.raises(UserError) as error:
+        locate("task._target_", "no_such_module_here.Task")
+    assert (error.value.key, error.value.value) == ("task._target_", "no_such_module_here.Task")
+    assert all(named in error.value.fix for named in (str(tmp_path), "/beside/configs", "install it"))
+    (tmp_path / "broken_one.py").write_text("import missing_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="missing_dependency") as error:
+        locate("task._target_", "broken_one.Task")
+    assert error.value.fix == ""
