@@ -1,7 +1,7 @@
 """Train beside a moving average of the student (mean teacher, Tarvainen and Valpola 2017).
 
-Exact on any hardware: torch calls the hook once after each optimizer step, on every rank. The teacher is a part of the
-model, so checkpoints hold it; it is frozen and stays in eval mode. For ``engine=ddp`` and ``accelerate``.
+Exact on any hardware: torch calls the hook after each optimizer step, on every rank. The teacher is part of the model,
+so checkpoints hold it; it is frozen and stays in eval mode. Not with DeepSpeed: it steps flat copies of the parameters.
 
     python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.teacher.MeanTeacher lr.peak=0.1
 """
@@ -24,8 +24,8 @@ class MeanTeacher:
 
         def follow(optimizer: Optimizer, *args: Any) -> None:
             stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for mean, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-                if parameter in stepped:
+            if stepped.issuperset(student.parameters()):  # else it is a part of the run's optimizer, as in Muon's
+                for mean, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
                     mean.lerp_(parameter.detach(), 0.1)
 
         register_optimizer_step_post_hook(follow)
