@@ -3,7 +3,7 @@
 Exact on any hardware: each sample brings its latent vector, drawn in ``[index]``, and adds one loss. The value of
 ``2 * x.detach() - x`` is x and its gradient -1, so the generator climbs the loss that the discriminator descends.
 
-    python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.gan.GAN lr.peak=0.02
+    python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.gan.GAN lr.peak=0.002
 """
 
 import torch

@@ -3,7 +3,7 @@
 Exact on any hardware: an adapter is a sum of products per sample. The base has no trained parameter and is returned in
 eval mode, so it stays there, and its dropout is off; the run says so. The optimizer sees the adapters alone.
 
-    python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.lora.LoRA lr.peak=0.5
+    python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.lora.LoRA lr.peak=0.1
 """
 
 import torch
