@@ -41,7 +41,7 @@ from isobatch.trainers.model.build import dependent_on_cut, prepare
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import Reached, RunFailed
-from isobatch.trainers.ranks.session import Session, refuse_other_source, stop_wish
+from isobatch.trainers.ranks.session import Session, refuse_other_source, stop_signal
 from isobatch.trainers.ranks.signals import SIGNALS
 from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header
@@ -104,7 +104,7 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     opened = open_data(attempt)
     if opened is None:
         reached = session.watch.reached if checkpoints(run) else Reached()
-        return end(session, run, "stopped", stop_wish(session.stop, session.world), reached)
+        return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
     ready = build(attempt, opened)
     return finish(attempt, ready, loop(attempt, opened, ready))
 
@@ -151,7 +151,7 @@ def build(attempt: Attempt, opened: Opened) -> Ready:
     groups = () if begins else stored_groups(run, world)
     say_groups, say_skipped = (partial(tell, attempt.ours, event) for event in ("groups_kept", "skipped"))
     engine = make_engine(config, task, model, opened.plan.peak, world, groups, say_groups)
-    watch.parting = engine.parting
+    watch.describe_mismatch = engine.describe_mismatch
     watch.beat()
     state, found = resume(run, config, world, engine, opened.plan, looked.fingerprint, say_skipped, watch.beat)
     if world.agree("its last evaluation" if attempt.before and attempt.before.state == "finished" else ""):
@@ -238,7 +238,7 @@ def record_start(attempt: Attempt, ready: Ready) -> None:
 def finish(attempt: Attempt, ready: Ready, done: bool) -> Outcome:
     """Export the weights where the run is done, and write how it ended."""
     session = attempt.session
-    cause = "" if done else stop_wish(session.stop, session.world)
+    cause = "" if done else stop_signal(session.stop, session.world)
     if cause and cause not in {number.name for number in SIGNALS}:
         raise RunFailed(cause)
     if done:

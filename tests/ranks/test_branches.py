@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import isobatch.trainers.engines.fsdp  # noqa: F401
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.ranks.trails import Trail, parting
+from isobatch.trainers.ranks.trails import Trail, describe_mismatch
 from tests.support.harness import Runs, distance
 from tests.support.same import ENGINES
 
@@ -122,10 +122,10 @@ def test_rejected_before_a_weight_moves(runs: Runs, engine: tuple[str, ...], cal
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
 def test_other_models_tell_the_store_nothing(runs: Runs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tell(trail: Trail) -> None:
+    def fail_after_first(trail: Trail) -> None:
         assert trail._number == 0
 
-    monkeypatch.setattr(Trail, "tell", tell)
+    monkeypatch.setattr(Trail, "publish", fail_after_first)
     assert runs(2, *command(*ENGINES[engine], call="plain")).ends[0]["state"] == "finished"
 
 
@@ -148,11 +148,11 @@ def test_trails_part_where_modules_differ() -> None:
         trail.begin("training")
         for name in names:
             trail.ran(name)
-    assert two.parting() is None  # rank 0 may not have come that far
+    assert two.describe_mismatch() is None  # rank 0 may not have come that far
     said = "the ranks ran different modules in one step: rank 0 ran b, rank 1 ran x; do better"
-    assert parting(store, range(2)) == said
-    assert one.parting() is None
-    assert two.parting() == said
+    assert describe_mismatch(store, range(2)) == said
+    assert one.describe_mismatch() is None
+    assert two.describe_mismatch() == said
     with pytest.raises(UserError, match="only rank 1 ran x; do better"):
         two.check(sum(trail.numbers()[0] for trail in (one, two)), sum(trail.numbers()[1] for trail in (one, two)))
 
@@ -162,5 +162,5 @@ def test_a_rank_that_is_behind_parts_from_none() -> None:
     one, two = passes(store, 0, "abc", "xyz"), passes(store, 1, "abc", "xyz")
     two.begin("training")
     two.ran("x")
-    one.tell()
-    assert two.parting() is None
+    one.publish()
+    assert two.describe_mismatch() is None

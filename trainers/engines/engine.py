@@ -125,10 +125,10 @@ class Engine:
         with trails.evaluating() if trails else nullcontext():
             return self._reducer.call(work)
 
-    def parting(self) -> str | None:
-        """Say what this rank, which makes no progress, ran otherwise than rank 0; None: nothing shows that it did."""
+    def describe_mismatch(self) -> str | None:
+        """Describe how this stalled rank's modules differ from rank 0's; None if nothing shows a difference."""
         trails = self._reducer.trails
-        return trails.trail.parting() if trails else None
+        return trails.trail.describe_mismatch() if trails else None
 
     @property
     def _factor(self) -> float:

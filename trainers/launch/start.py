@@ -16,7 +16,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.failures import Starts, record_end, record_restart
 from isobatch.trainers.launch.worker import Body, Worker
 from isobatch.trainers.ranks.failure import Failure, restarts
-from isobatch.trainers.ranks.notes import await_failure, lasting, note_failure, read_note, write_note
+from isobatch.trainers.ranks.notes import await_failure, note_failure, read_note, store_of_all_starts, write_note
 from isobatch.trainers.ranks.session import Start
 from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.watch import Watch
@@ -85,7 +85,7 @@ def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
         first = store.add("failures", 1) == 1 if store else first
     if not first:
         return
-    kept = lasting(store)
+    kept = store_of_all_starts(store)
     starts = read_note(kept, "starts", Starts) or Starts()
     failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
     verdict = starts.decide(failure)

@@ -20,7 +20,7 @@ from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.failures import Starts
 from isobatch.trainers.ranks.failure import Failure, RunFailed, describe_failure, keep_failure, log_of
-from isobatch.trainers.ranks.notes import from_json, lasting, note_failure, read_note, to_json, write_note
+from isobatch.trainers.ranks.notes import from_json, note_failure, read_note, store_of_all_starts, to_json, write_note
 from isobatch.trainers.ranks.session import Session, Start
 from isobatch.trainers.ranks.signals import Stop, show_cursor
 from isobatch.trainers.ranks.watch import Watch
@@ -102,7 +102,7 @@ class Worker:
         gc.freeze()
         gc.enable()
         launches = tuple(world.gather(self.start.attempt))
-        failed = read_note(lasting(self.store), "starts", Starts) or Starts()
+        failed = read_note(store_of_all_starts(self.store), "starts", Starts) or Starts()
         known = replace(self.start, launches=launches, per_gpu_limit=failed.per_gpu_limit)
         self.start = from_json(world.agree(to_json(known)), Start)
         return world

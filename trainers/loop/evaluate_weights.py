@@ -21,7 +21,7 @@ from isobatch.trainers.loop.opening import EVALUATION_DEPENDS, open_task
 from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import RunFailed, restarts
-from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_wish
+from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_model, make_task
 
 
@@ -35,7 +35,7 @@ def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outco
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         source, values = measure_weights(session)
     if values is None:
-        return Outcome("stopped", stop_wish(session.stop, world), 0, 0, attempt, restarts())
+        return Outcome("stopped", stop_signal(session.stop, world), 0, 0, attempt, restarts())
     if world.rank == 0:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = " · ".join([*(f"{name} {value:.4f}" for name, value in values.items()), source])

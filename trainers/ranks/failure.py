@@ -1,4 +1,4 @@
-"""Describe why a worker failed: what ranks and launchers tell each other, and keep in ``logs/``. Torch-free."""
+"""Describe why a worker failed, for the other ranks, the launchers and ``logs/``. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 
-COMMANDS = ("launch.py", "isobatch")  # the scripts that a run is launched with
-KILLED_HINT = " (Linux does that where memory runs out)"
+COMMANDS = ("launch.py", "isobatch")  # the scripts that launch a run
+KILLED_HINT = " (Linux does that when memory runs out)"
 
 _NO_MEMORY = re.compile("out of memory|an't allocate memory|annot allocate memory|ALLOC_FAILED|bad_alloc")
 _NO_CUDA = re.compile("Torch not compiled with CUDA|No CUDA GPUs are available|Found no NVIDIA driver")
@@ -28,11 +28,11 @@ _LOADER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: (
 
 
 class RunFailed(RuntimeError):
-    """The run crashed and would crash again the same way, for example on a loss that isn't finite: don't restart it."""
+    """The run crashed and would crash the same way again, for example on a non-finite loss. Don't restart it."""
 
 
 class Hangs(RuntimeError):
-    """A worker made no progress for too long; ``waiting``: for other ranks, as far as its stack tells."""
+    """A worker made no progress for too long. ``waiting`` is true if its stack shows a wait for other ranks."""
 
     def __init__(self, message: str, waiting: bool) -> None:
         super().__init__(message)
@@ -41,13 +41,13 @@ class Hangs(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Describe how far a run has come, and how many samples a rank has in memory at once there.
+    """Describe how far a run has come, and how many samples a rank holds in memory at once.
 
     Attributes:
         step, samples: optimizer steps and samples completed.
-        per_gpu: samples of the largest pass; 0 before the first.
-        granule: samples that stay together in one pass.
-        fixed: a pass can't be smaller in the same run.
+        per_gpu: samples in the largest pass; 0 before the first.
+        granule: samples that must stay together in one pass.
+        fixed: the pass size can't shrink within this run.
     """
 
     step: int = 0
@@ -58,7 +58,7 @@ class Reached:
 
     @property
     def half(self) -> int:
-        """Half the samples of a pass, in whole granules; 0: there is no half."""
+        """Half the samples of a pass, rounded down to whole granules; 0 if a pass can't be halved."""
         return self.per_gpu // 2 // self.granule * self.granule
 
 
@@ -67,13 +67,13 @@ class Failure:
     """Describe why a worker failed.
 
     Attributes:
-        kind: refused, oom or crashed; of a whole start also stopped.
-        again: another try may end differently.
+        kind: refused, oom or crashed; for a whole start also stopped.
+        again: a retry may succeed.
         lost: the worker only noticed that another rank is gone or late.
-        silent: an agent reports this of a rank that said nothing itself.
-        time: when it failed, in seconds since 1970; ``restart``: in which restart of the workers.
-        log: file with the traceback; empty where there is none.
-        silent_ranks: the ranks that said nothing, where ``lost`` is all that the other ranks know.
+        silent: reported by an agent, because the rank left no note itself.
+        time: when it failed, in seconds since 1970; ``restart``: during which restart of the workers.
+        log: file with the traceback; empty if there is none.
+        silent_ranks: the ranks that left no note, if ``lost`` is all that the other ranks know.
     """
 
     rank: int
@@ -96,7 +96,7 @@ class Failure:
 
     @property
     def summary(self) -> str:
-        """What failed, in one line."""
+        """The failure in one line."""
         if not self.again or self.silent_ranks:
             return self.cause
         if self.kind != "oom":
@@ -107,15 +107,15 @@ class Failure:
 
 
 def describe_failure(error: BaseException, rank: int, attempt: str, reached: Reached) -> Failure:
-    """Classify ``error``, which ended this worker."""
-    told = isinstance(error, UserError | RunFailed)  # in the message, and the same on all ranks
-    kind: State = "refused" if isinstance(error, UserError) else "oom" if not told and is_oom(error) else "crashed"
+    """Classify the ``error`` that ended this worker."""
+    final = isinstance(error, UserError | RunFailed)  # its message is complete, and the same on all ranks
+    kind: State = "refused" if isinstance(error, UserError) else "oom" if not final and is_oom(error) else "crashed"
     return Failure(
         rank,
-        str(error) if told or isinstance(error, Hangs) else _cause(error),
+        str(error) if final or isinstance(error, Hangs) else _cause(error),
         kind,
-        again=not told,
-        lost=kind == "crashed" and not told and _is_lost(error),
+        again=not final,
+        lost=kind == "crashed" and not final and _is_lost(error),
         reached=reached,
         time=time.time(),
         attempt=attempt,
@@ -125,7 +125,7 @@ def describe_failure(error: BaseException, rank: int, attempt: str, reached: Rea
 
 
 def keep_failure(failure: Failure, run: RunDir) -> Failure:
-    """Write ``logs/error-rank-N.json`` and append the traceback to ``logs/rank-N.log``; return it with its log."""
+    """Write ``logs/error-rank-N.json``, append the traceback to ``logs/rank-N.log``, and return ``failure`` with it."""
     log = log_of(run, failure.rank)
     with suppress(OSError):
         with open(log, "a") as file:
@@ -138,7 +138,7 @@ def keep_failure(failure: Failure, run: RunDir) -> Failure:
 
 
 def is_oom(error: BaseException) -> bool:
-    """Return whether memory ran out, of whichever kind."""
+    """Return whether ``error`` says that host or device memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
@@ -151,19 +151,19 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the error in one line, with the last place in the user's own code that it came by."""
+    """Return the error in one line, with the innermost line of the user's own code in its traceback."""
     if isinstance(error, bdb.BdbQuit):
-        return "breakpoint() found nobody to talk to, or was quit; it works with debug=true"
-    said = "".join(traceback.format_exception_only(error)).strip()
+        return "breakpoint() has no terminal, or the debugger was quit; run it with debug=true"
+    message = "".join(traceback.format_exception_only(error)).strip()
     for cause in (error.__cause__, error):
-        if died := _LOADER_DIED.search(str(cause)):  # noticed wherever this process was meanwhile
+        if died := _LOADER_DIED.search(str(cause)):  # raised at an arbitrary line, so no line is named
             return died[0] + (KILLED_HINT if died["signal"] == "Killed" else "")
-    hint = "; batches are on the run's device already: leave out .cuda()" if _NO_CUDA.search(said) else ""
-    return said + place(traceback.extract_tb(error.__traceback__)) + hint
+    hint = "; batches are already on the run's device: leave out .cuda()" if _NO_CUDA.search(message) else ""
+    return message + user_line(traceback.extract_tb(error.__traceback__)) + hint
 
 
-def place(stack: traceback.StackSummary) -> str:
-    """Return the innermost line of the user's own code, to append to what happened there; empty where there is none."""
+def user_line(stack: traceback.StackSummary) -> str:
+    """Return the innermost line of the user's own code in ``stack``, as a suffix for a message; empty if none is."""
     ours = (str(Path(__file__).parents[2]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     for frame in reversed(stack):
         if not frame.filename.startswith(ours) and (name := Path(frame.filename).name) not in COMMANDS:
@@ -172,10 +172,10 @@ def place(stack: traceback.StackSummary) -> str:
 
 
 def log_of(run: RunDir, rank: int) -> Path:
-    """Return the file with a rank's output (rank 0: only its tracebacks, since it prints to the terminal)."""
+    """Return the log file of ``rank``. Rank 0 prints to the terminal, so its log holds only tracebacks."""
     return run.logs / f"rank-{rank}.log"
 
 
 def restarts() -> int:
-    """Return how often the elastic agent has started the workers again."""
+    """Return how often the elastic agent has restarted the workers."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

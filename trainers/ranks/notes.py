@@ -1,4 +1,4 @@
-"""Notes that ranks leave in the store they share, for each other and for the launchers. Torch-free."""
+"""Exchange notes between ranks and launchers through the ranks' store. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from isobatch.trainers.ranks.failure import Failure
-from isobatch.trainers.ranks.trails import parting
+from isobatch.trainers.ranks.trails import describe_mismatch
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-GRACE_S = 3.0  # for workers to end, and to say why, after one has failed
-ABORTED = "killed by SIGABRT"  # gloo does so to a process that gets a longer message than it waits for
+GRACE_S = 3.0  # for the other workers to end and report why, once one has failed
+ABORTED = "killed by SIGABRT"  # gloo aborts a process that receives a longer message than it expects
 
 T = TypeVar("T")
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
@@ -30,20 +30,20 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str | bytes, kind: type[T]) -> T:
-    """Return a ``kind`` from its JSON. Raises ValueError for another type, as where machines run different versions."""
+    """Parse JSON as a ``kind``. Raises ValueError if it doesn't match, such as JSON from another version."""
     value: T = _adapter(kind).validate_json(text)
     return value
 
 
 def write_note(store: Store | None, key: str, value: Any) -> None:
-    """Leave a note for the agents and the other ranks; nothing where there is nobody to read it any more."""
+    """Write a note for the agents and the other ranks. Does nothing if the store is gone."""
     with suppress(RuntimeError):
         if store:
             store.set(key, to_json(value))
 
 
 def read_note(store: Store | None, key: str, kind: type[T]) -> T | None:
-    """Return the note under ``key``; None if there is none, or the process that kept it is gone."""
+    """Return the note at ``key``; None if there is none, or if the store is gone."""
     with suppress(RuntimeError):
         if store and store.check([key]):
             return from_json(store.get(key), kind)
@@ -51,18 +51,18 @@ def read_note(store: Store | None, key: str, kind: type[T]) -> T | None:
 
 
 def note_failure(store: Store | None, failure: Failure) -> None:
-    """Note why a rank failed. Its first note holds: later ones are consequences, or guesses of an agent."""
+    """Record why a rank failed. Only the first note counts: later ones are consequences, or an agent's guesses."""
     with suppress(RuntimeError):
         if store:
             store.compare_set(f"error/{failure.rank}", "", to_json(failure))
 
 
 def first_failure(store: Store | None, size: int) -> Failure | None:
-    """Return the earliest failure that any of ``size`` ranks has noted, with how far any of them had come.
+    """Return the earliest failure recorded by any of ``size`` ranks, with the furthest step that any rank reached.
 
-    A rank that lost another is never the first, where there is any other failure. Where there isn't, the ranks that
-    left no note of their own are named, as ``silent_ranks``. Where ranks lost each other because they ran different
-    modules, that is the failure.
+    A rank that only lost another one counts as first if nothing else failed; ``silent_ranks`` then lists the ranks
+    that left no note of their own. If ranks lost each other because they ran different modules, that mismatch is
+    the failure.
     """
     notes = {rank: note for rank in range(size) if (note := read_note(store, f"error/{rank}", Failure))}
     own = {rank: note for rank, note in notes.items() if not note.silent}
@@ -73,14 +73,14 @@ def first_failure(store: Store | None, size: int) -> Failure | None:
         why = f"no word from rank {', '.join(map(str, silent))} (hanging, killed, or its machine is gone)"
         cause = f"{why}; rank {first.rank}: {first.cause}"
         first = replace(first, rank=silent[0], cause=cause, silent_ranks=silent)
-    if (first.lost or ABORTED in first.cause) and (cause := parting(store, range(size)) or ""):
+    if (first.lost or ABORTED in first.cause) and (cause := describe_mismatch(store, range(size)) or ""):
         first = replace(first, kind="refused", again=False, cause=cause)
     furthest = {key: max(getattr(note.reached, key) for note in notes.values()) for key in ("step", "samples")}
     return replace(first, reached=replace(first.reached, **furthest))
 
 
 def await_failure(store: Store | None, size: int, own: set[int] | None = None) -> Failure | None:
-    """Return ``first_failure`` once all ranks but ``own`` have noted theirs, where that may change which was first."""
+    """Return ``first_failure``, after waiting for notes of ranks outside ``own`` that could change which was first."""
     deadline = time.monotonic() + GRACE_S
     while True:
         failure = first_failure(store, size)
@@ -89,6 +89,6 @@ def await_failure(store: Store | None, size: int, own: set[int] | None = None) -
         time.sleep(0.1)
 
 
-def lasting(store: Store | None) -> Store | None:
-    """Return the store in which later starts find notes, too: torchrun keeps one store for all of them."""
+def store_of_all_starts(store: Store | None) -> Store | None:
+    """Return the store that later starts also read. torchrun keeps one store for all of them."""
     return getattr(store, "underlying_store", store)

@@ -1,4 +1,4 @@
-"""What one start of the command knows, what each of its workers has, and what ranks agree on. Torch-free."""
+"""Describe one start of the command, and check that all ranks were started alike. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Start:
 
     Attributes:
         attempt: id of this start.
-        commit: of Isobatch; ``repository``: commit and state of the user's.
-        run_dir: empty where nothing is trained.
-        extends: a finished run continues to a longer duration.
-        job: of a scheduler, empty outside of one; ``job_restart``: how often that was restarted.
-        hosts: names of all machines, where a scheduler knows them; ``host``: this one's.
+        commit: commit of Isobatch; ``repository``: commit and state of the user's repository.
+        run_dir: the run directory; empty if nothing is trained.
+        extends: a finished run is extended to a longer duration.
+        job: the scheduler's job id; empty without a scheduler. ``job_restart``: how often the job was restarted.
+        hosts: names of all machines, if a scheduler provides them; ``host``: the name of this machine.
         kill_wait_s: seconds from the scheduler's notice to its kill.
-        launches: the attempts of all machines, each of which was given the command.
-        per_gpu_limit: the most samples in a pass since memory ran out.
+        launches: attempt ids of all machines, if the command was started on each of them.
+        per_gpu_limit: upper bound on the samples in a pass, set after memory ran out.
     """
 
     attempt: str
@@ -52,7 +52,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Hold what each part of a worker's body needs."""
+    """Hold the config, the start, the ranks and the watchers of one worker."""
 
     config: RunConfig
     start: Start
@@ -61,40 +61,40 @@ class Session:
     watch: Watch
 
 
-def refuse_unless_same(world: World, what: str, number: int) -> None:
-    """Raise UserError, on all ranks, where ``number`` isn't the same on all of them."""
+def refuse_unless_same(world: World, name: str, number: int) -> None:
+    """Raise UserError on all ranks if ``number`` differs between them."""
     found = world.gather(str(number))
     if len(set(found)) > 1:
         numbers = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(found))
-        raise UserError(f"{what} differs between ranks: {numbers}", "every rank has to open the whole data")
+        raise UserError(f"{name} differs between ranks: {numbers}", "open the whole dataset on every rank")
 
 
 def refuse_other_source(files: dict[str, str], world: World) -> None:
-    """Raise UserError, on all ranks, where one imported a source file (path → hash) that isn't what rank 0 has."""
-    theirs = json.loads(world.agree(json.dumps(files)))
-    other = ", ".join(sorted(path for path in files.keys() & theirs.keys() if files[path] != theirs[path]))
-    for rank, text in enumerate(world.gather(other)):
-        if text:
-            raise UserError(f"{text} on rank {rank} isn't what rank 0 has", "use the same code on every machine")
+    """Raise UserError on all ranks if an imported source file (path → hash) differs from rank 0's copy."""
+    rank_0 = json.loads(world.agree(json.dumps(files)))
+    changed = ", ".join(sorted(path for path in files.keys() & rank_0.keys() if files[path] != rank_0[path]))
+    for rank, paths in enumerate(world.gather(changed)):
+        if paths:
+            raise UserError(f"{paths} on rank {rank} differs from rank 0", "use the same code on every machine")
 
 
 def refuse_other_commands(config: RunConfig, world: World) -> None:
-    """Raise UserError, on all ranks, where one was started for another run than rank 0 was.
+    """Raise UserError on all ranks if a rank was started with another configuration than rank 0.
 
-    ``task.local`` and ``data.local`` may differ: paths and caches are a machine's own.
+    ``task.local`` and ``data.local`` may differ, since paths and caches belong to a machine.
     """
     left_out = {"cluster": True, "run": True, "given": True, "task": {"local"}, "data": {"local"}}
     plain = config.model_dump(mode="json", by_alias=True, exclude=left_out)  # type: ignore[arg-type]
     sections = {name: section if isinstance(section, dict) else {"": section} for name, section in plain.items()}
-    mine = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    theirs = json.loads(world.agree(json.dumps(mine)))
-    other = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
-    named = ", ".join(f"{key.rstrip('.')}={mine.get(key)} (rank 0: {theirs.get(key)})" for key in other)
-    for rank, text in enumerate(world.gather(named)):
-        if text:
-            raise UserError(f"rank {rank} was started with {text}", "give the same command on every machine")
+    own = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    rank_0 = json.loads(world.agree(json.dumps(own)))
+    changed = [key for key in sorted(own | rank_0) if own.get(key) != rank_0.get(key)]
+    text = ", ".join(f"{key.rstrip('.')}={own.get(key)} (rank 0: {rank_0.get(key)})" for key in changed)
+    for rank, differences in enumerate(world.gather(text)):
+        if differences:
+            raise UserError(f"rank {rank} was started with {differences}", "run the same command on every machine")
 
 
-def stop_wish(stop: Stop, world: World) -> str:
-    """Return the signal by which some rank was asked to stop, the same on all ranks; empty where none was."""
+def stop_signal(stop: Stop, world: World) -> str:
+    """Return the signal that asked any rank to stop, the same on all ranks; empty if there was none."""
     return next(filter(None, world.gather(stop.wanted or "")), "")

@@ -1,4 +1,4 @@
-"""The ranks of a run, their devices, and the few messages between them besides gradients."""
+"""Connect the ranks of a run, choose their devices, and exchange the few messages that aren't gradients."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.notes import read_note
 
-FRESH_STORE = "ISOBATCH_FRESH_STORE"  # in the environment of workers whose agent is ours
+FRESH_STORE = "ISOBATCH_FRESH_STORE"  # set for workers whose agent is Isobatch's own
 
 
 @dataclass(frozen=True)
 class World:
-    """Describe the data-parallel ranks, as one of them sees them.
+    """Describe the data-parallel ranks from the point of view of one of them.
 
     Attributes:
-        rank, size: this rank, and how many there are.
-        local_rank, local_size: the same on this machine.
-        store: where ranks of this start leave each other notes; None for one that no launcher started.
-        kept: what must not be destroyed before the process ends by ``os._exit``: all that gloo's threads may still use.
-            torch 2.13's gloo hangs where it is destroyed (pytorch #190489: its destructor waits, holding the
-            interpreter's lock, for threads that need it).
+        rank, size: index of this rank, and number of ranks.
+        local_rank, local_size: the same among the ranks of this machine.
+        store: the store in which ranks of this start exchange notes; None without a launcher.
+        kept: objects that gloo's threads may still use, kept alive until the process ends by ``os._exit``. Destroying
+            gloo hangs in torch 2.13 (pytorch #190489: the destructor holds the interpreter's lock while it waits for
+            threads that need it).
     """
 
     rank: int
@@ -46,15 +46,15 @@ class World:
 
     @classmethod
     def join(cls, device: str, timeout_s: float, store: Store | None, kept: list[object]) -> World:
-        """Meet the ranks that the environment names in RANK, WORLD_SIZE, …; without them, be a world of one.
+        """Join the ranks that RANK, WORLD_SIZE, … describe. Without these variables, return a world of one.
 
         Args:
-            device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
-            timeout_s: seconds to wait for the others, now and in every collective until ``wait_patiently``.
-            store: of ``meeting_point``; ``kept``: as in the attributes.
+            device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
+            timeout_s: seconds to wait for the other ranks, now and in every collective until ``wait_patiently``.
+            store: the store from ``meeting_point``; ``kept``: see the attributes.
 
         Raises:
-            UserError: no such device, or fewer of them than processes on this machine.
+            UserError: the device doesn't exist, or there are fewer devices than processes on this machine.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -63,7 +63,7 @@ class World:
             accelerated = world.device.type != "cpu"
             backend = dist.get_default_backend_for_device(world.device)
             dist.init_process_group(
-                # strings and counts go over gloo on the CPU everywhere
+                # strings and counts always go over gloo on the CPU
                 f"cpu:gloo,{world.device.type}:{backend}" if accelerated else backend,
                 store=store,
                 rank=rank,
@@ -76,35 +76,35 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """Return a world of one on the CPU, whatever the environment says."""
+        """Return a world of one on the CPU, ignoring the environment."""
         return cls(0, 1, 0, 1, torch.device("cpu"), None)
 
     def connect(self) -> None:
-        """Make a process group for a world of one, which otherwise does without."""
+        """Create a process group even for a world of one, which has none by default."""
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(self.device)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             self.kept.append(dist.group.WORLD)
 
     def agree(self, text: str) -> str:
-        """Return rank 0's text, on all ranks."""
+        """Return rank 0's text on all ranks."""
         return self.gather(text if self.rank == 0 else "")[0]
 
     def gather(self, text: str) -> list[str]:
-        """Return every rank's text, by rank, on all ranks."""
+        """Return the texts of all ranks, by rank, on all ranks."""
         if self.size == 1:
             return [text]
         content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor(len(text.encode())))
-        mine = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
-        mine[: len(content)] = content
-        texts = [torch.empty_like(mine) for _ in lengths]
-        dist.all_gather(texts, mine)
-        return [bytes(one.tolist()[:length]).decode() for one, length in zip(texts, map(int, lengths), strict=True)]
+        padded = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        texts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(texts, padded)
+        return [bytes(text.tolist()[:length]).decode() for text, length in zip(texts, map(int, lengths), strict=True)]
 
     def share(self, tensor: torch.Tensor) -> None:
-        """Copy rank 0's values to all ranks, in place, whatever their dtype and strides."""
+        """Copy rank 0's values to all ranks, in place, for any dtype and strides."""
         if self.size == 1:
             return
         plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -114,26 +114,26 @@ class World:
             plain.copy_(flat.view(plain.dtype).reshape(plain.shape))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over the ranks, in place, and return it."""
+        """Sum ``tensor`` over the ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, wish: bool) -> bool:
-        """Tell, on all ranks, whether some rank has the wish."""
-        return bool(self.sum(torch.tensor(int(wish), device=self.device)))
+    def any(self, flag: bool) -> bool:
+        """Return, on all ranks, whether ``flag`` is true on any rank."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
 
     def wait_patiently(self, group: dist.ProcessGroup | None = None) -> None:
-        """Let collectives of ``group`` (None: of all ranks) never time out: the watches notice a hang (ranks/watch.py).
+        """Disable the timeout of ``group``'s collectives (None: of all ranks); ``Watch`` detects hangs instead.
 
-        The time that a job was suspended counts in a collective's timeout, and not in a watch's.
+        A collective's timeout would count the time that a job was suspended. A watch doesn't.
         """
         if self.size > 1:
             _set_pg_timeout(timedelta(days=365), group)
 
     @contextmanager
     def patient(self, timeout_s: float) -> Iterator[None]:
-        """Let collectives never time out within; afterwards they do after ``timeout_s`` seconds, as before."""
+        """Disable the timeout of collectives inside this block, then restore ``timeout_s`` seconds."""
         self.wait_patiently()
         try:
             yield
@@ -142,7 +142,7 @@ class World:
                 _set_pg_timeout(timedelta(seconds=timeout_s), None)
 
     def leave(self) -> None:
-        """End the process group; the process is expected to end by ``os._exit`` (see ``kept``)."""
+        """Destroy the process group. The process must then end by ``os._exit`` (see ``kept``)."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -153,57 +153,57 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         problem = f"device={name}, but torch finds no such device on this machine"
         raise UserError(problem, "try device=auto or cpu", "device", name)
-    there = torch.accelerator.device_count()
-    if local_size > there:
-        fix = f"set cluster.gpus_per_node={there} (torchrun: --nproc-per-node={there}), or device=cpu"
-        problem = f"{local_size} processes on this machine, but {there} GPUs are visible"
+    visible = torch.accelerator.device_count()
+    if local_size > visible:
+        fix = f"set cluster.gpus_per_node={visible} (torchrun: --nproc-per-node={visible}), or device=cpu"
+        problem = f"{local_size} processes on this machine, but {visible} GPUs are visible"
         raise UserError(problem, fix, "cluster.gpus_per_node", local_size)
     torch.accelerator.set_device_index(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def meeting_point(timeout_s: float, kept: list[object]) -> Store | None:
-    """Connect to the store in which ranks of this start leave each other notes; None without a launcher.
+    """Connect to the store in which ranks of this start exchange notes; return None without a launcher.
 
-    Our own agents make a new store for every start. torchrun's keeps one over all restarts, and ranks that find the
-    addresses of their predecessors there dial the dead; its restart count doesn't tell the starts apart, since each
-    agent counts its own. So there rank 0 names the start, and tells the name to every rank that greets it.
+    Isobatch's agents create a new store for every start. torchrun keeps one store over all restarts, in which ranks
+    would find the addresses of dead predecessors. Its restart count doesn't distinguish the starts, since each agent
+    counts its own. So under torchrun rank 0 names the start, and sends the name to every rank that registers.
 
     Raises:
-        UserError, RunFailed: what an earlier start ended with, which needn't be tried again.
+        UserError, RunFailed: an earlier start ended with this error, and a retry would end the same way.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     fresh = os.environ.get(FRESH_STORE) == "1"
-    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not (fresh or of_torchrun),
+        is_master=rank == 0 and not (fresh or by_torchrun),
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
         multi_tenant=True,
     )
     kept.append(store)
-    if not of_torchrun:
+    if not by_torchrun:
         return store
     if final := read_note(store, "final", Outcome):
         raise (UserError if final.state == "refused" else RunFailed)(final.cause)
-    me = uuid.uuid4().hex
+    identifier = uuid.uuid4().hex
     if rank:
-        store.set(f"hello/{rank}", me)
-        start = store.get(f"start/{me}").decode()
+        store.set(f"hello/{rank}", identifier)
+        start = store.get(f"start/{identifier}").decode()
         store.set(f"here/{start}/{rank}", "")
         return PrefixStore(start, store)
     absent, deadline = set(range(1, size)), time.monotonic() + timeout_s
     while absent:
         for other in sorted(absent):
             if store.check([f"hello/{other}"]):
-                store.set(f"start/{store.get(f'hello/{other}').decode()}", me)
-            if store.check([f"here/{me}/{other}"]):
+                store.set(f"start/{store.get(f'hello/{other}').decode()}", identifier)
+            if store.check([f"here/{identifier}/{other}"]):
                 absent.remove(other)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(absent)} didn't come within {timeout_s:g} s")
+            raise TimeoutError(f"ranks {sorted(absent)} didn't join within {timeout_s:g} s")
         time.sleep(0.002)
-    return PrefixStore(me, store)
+    return PrefixStore(identifier, store)

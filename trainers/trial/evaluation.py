@@ -13,7 +13,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.loop.evaluate import measure, summarise
 from isobatch.trainers.model.precision import autocast
-from isobatch.trainers.ranks.failure import is_oom, place
+from isobatch.trainers.ranks.failure import is_oom, user_line
 from isobatch.trainers.tasks.task import Totals
 from isobatch.trainers.trial.halves import OWN, TWICE, Draw, Halves, differ, judge
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
@@ -94,5 +94,5 @@ def _told_of(what: str, mistakes: type[Exception] | tuple[type[Exception], ...])
             raise
         raise UserError(
             f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
-            f"{type(error).__name__}: {error}{place(traceback.extract_tb(error.__traceback__))}"
+            f"{type(error).__name__}: {error}{user_line(traceback.extract_tb(error.__traceback__))}"
         ) from error
