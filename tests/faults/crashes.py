@@ -61,7 +61,7 @@ row("rank 1 raises an exception 15 steps after each of three starts; restarted 3
 def no_progress(case: Case, _: References) -> None:
     always = [fault("raise", "step", 25, 1), *(fault("raise", "step", 5, 1, restart) for restart in range(1, 10))]
     command = case.start("cluster.max_restarts=10", faults=always)
-    case.crashed(command, f"^rank 1 crashed: {BOOM}; not started again, since the last start got no further")
+    case.crashed(command, f"^rank 1 crashed: {BOOM}; not restarted, since the last start got no further")
     case.event("restart", cause=f"^{BOOM}$")
     case.goes_on()
 

@@ -524,7 +524,7 @@ def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
         sweep.send_signal(signal.SIGTERM)
     printed, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 75, said
-    assert "(the same command goes on)" in printed
+    assert "(run the same command to resume)" in printed
     (outcome,) = Path().glob("runs/*/*/outcome.json")
     assert json.loads(outcome.read_text())["state"] == "stopped"
     assert [line.split()[:2] for line in printed.splitlines()[-4:-2]] == [["1", "stopped"], ["2", "—"]]

@@ -220,5 +220,5 @@ def test_where_memory_runs_out_a_bitwise_run_ends() -> None:
     verdict = Starts().decide(failure)
     assert (verdict.failure.kind, verdict.per_gpu_limit, verdict.retry) == ("oom", 0, False)
     cause = record_end(failure, None, "attempt").cause
-    assert "numerics=bitwise can't go on with fewer samples in a pass" in cause
-    assert cause.endswith("as a run of its own batch.per_gpu=32 needs less")
+    assert "numerics=bitwise can't resume with fewer samples in a pass" in cause
+    assert cause.endswith("in another run, batch.per_gpu=32 needs less")

@@ -1,8 +1,8 @@
-"""Start, watch and restart this machine's workers, on torch's elastic agent and its rendezvous.
+"""Start, watch and restart this machine's workers with torch's elastic agent and its rendezvous.
 
-torch's own local agent returns results through a queue, allows no say in what is restarted, and takes its workers'
-exit for a hang if they leave by ``os._exit``, as they have to (see ``World.kept``). What it does for several
-machines (rendezvous, ranks, restart together) is used unchanged.
+torch's own local agent returns results through a queue, has no hook to decide about a restart, and mistakes a worker's
+``os._exit``, which is required here (see ``World.kept``), for a hang. Its support for several machines (rendezvous,
+ranks, common restarts) is used unchanged.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.trainers.ranks.session import Start
 
-STACKS_S = 0.3  # for workers that don't end by themselves to write down where they are
-VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to say what is to be done
-BARRIER_S = 5.0  # that an agent whose workers have ended stays, so that others can read how it ended
+STACKS_S = 0.3  # for workers that don't end by themselves to write their stacks
+VERDICT_S = 4 * GRACE_S  # for the agent of rank 0 to publish its verdict
+BARRIER_S = 5.0  # for which an agent outlives its workers, so that the other agents can read its notes
 
-# torch's agent logs each of its turns; what a user needs to know, the launcher says.
+# torch's agent logs every state change; the launcher prints the messages that users need.
 logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 logging.getLogger("torch.distributed.elastic").propagate = False
 
 
 class Agent(elastic.SimpleElasticAgent):
-    """Run ``body`` in worker processes of this machine; exit code 0 is a good end of one.
+    """Run ``body`` in worker processes on this machine. A worker succeeds with exit code 0.
 
-    Where a worker has failed, the agent of rank 0 decides for all agents whether to start again.
+    If a worker fails, the agent of rank 0 decides for all agents whether to restart.
 
     Attributes:
-        notes: the store that all ranks of the present start share; keys ``error/RANK``, ``entered`` and ``end`` from
-            the workers, ``failed``, ``stopping``, ``verdict`` and ``starts`` from the agents.
-        end: what rank 0 returned; ``starts``: how often the workers were started.
-        verdict: of the failure that was first, and whether to start again.
+        notes: the store that all ranks of the current start share, with the keys ``error/RANK``, ``entered`` and
+            ``end`` from the workers, and ``failed``, ``stopping``, ``verdict`` and ``starts`` from the agents.
+        end: the outcome that rank 0 returned; ``starts``: how often the workers were started.
+        verdict: the first failure, and whether to restart.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Agent(elastic.SimpleElasticAgent):
         self.starts = 0
         self._stop, self._announced = stop, False
         self._address, self._timeout_s = address, config.cluster.timeout_s
-        self._failed_starts = Starts(config.cluster.max_restarts)  # kept on each agent: rank 0 may be another's later
+        self._failed_starts = Starts(config.cluster.max_restarts)  # on each agent, since rank 0 may move to another
         self._start_method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
         self._run = RunDir(start.run_dir) if start.run_dir else None
-        self._entered: str | None = None  # the run directory, where a start before had it
+        self._entered: str | None = None  # the run directory, if an earlier start entered it
         self._lock: IO[str] | None = None
         self._identity: tuple[int, int] | None = None  # of the run directory
         self._workers: list[WorkerProcess] = []
@@ -92,11 +92,11 @@ class Agent(elastic.SimpleElasticAgent):
 
     @property
     def run_dir(self) -> RunDir | None:
-        """Return the run directory, once rank 0 has it for this launch, in this start or in one before."""
-        place: Path | str | None = read_note(self.notes, "entered", str) or self._entered
-        if place and self._lock:  # it may have been moved
-            place = self._identity and place_of(self._lock, self._identity)
-        return RunDir(place) if place else None
+        """Return the run directory, once rank 0 has entered it in this start or in an earlier one."""
+        path: Path | str | None = read_note(self.notes, "entered", str) or self._entered
+        if path and self._lock:  # it may have been moved
+            path = self._identity and place_of(self._lock, self._identity)
+        return RunDir(path) if path else None
 
     @property
     def restarts(self) -> int:
@@ -106,7 +106,7 @@ class Agent(elastic.SimpleElasticAgent):
         alone = isinstance(worker_group.spec.rdzv_handler, Alone)
         with nullcontext() if alone else self._stop.interrupting():
             super()._rendezvous(worker_group)
-            # A new store for every start, which outlives the workers: without addresses of the dead, but their errors.
+            # a new store per start has no addresses of dead workers; it outlives the workers, so it keeps their errors
             shared: Store = worker_group.store  # type: ignore[assignment]
             if self.leads:
                 self.notes = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
@@ -121,23 +121,23 @@ class Agent(elastic.SimpleElasticAgent):
         spec = worker_group.spec
         context: Any = multiprocessing.get_context(self._start_method)
         self.starts, self.verdict = self.starts + 1, None
-        here = self._handed_on() if self._start_method == "fork" else {}
-        here |= {"LOCAL_WORLD_SIZE": spec.local_world_size, "TORCHELASTIC_RESTART_COUNT": self.restarts, FRESH_STORE: 1}
-        here |= {"MASTER_ADDR": worker_group.master_addr, "MASTER_PORT": worker_group.master_port}
+        base = self._inherited_lock() if self._start_method == "fork" else {}
+        base |= {"LOCAL_WORLD_SIZE": spec.local_world_size, "TORCHELASTIC_RESTART_COUNT": self.restarts, FRESH_STORE: 1}
+        base |= {"MASTER_ADDR": worker_group.master_addr, "MASTER_PORT": worker_group.master_port}
         for worker in worker_group.workers:
             ranks = {"RANK": worker.global_rank, "WORLD_SIZE": worker.world_size, "LOCAL_RANK": worker.local_rank}
-            env = {key: str(value) for key, value in (here | ranks).items()}
+            env = {key: str(value) for key, value in (base | ranks).items()}
             process = WorkerProcess(context, worker.global_rank, env, self._stop, run_for_agent, spec.args)
             self._workers.append(process)
         return {number: worker.pid for number, worker in enumerate(self._workers)}
 
-    def _handed_on(self) -> dict[str, Any]:
-        """Return the lock file for rank 0, which this agent keeps open for it from start to start."""
+    def _inherited_lock(self) -> dict[str, Any]:
+        """Return the descriptor of rank 0's lock file, which this agent keeps open from start to start."""
         if self._lock and not self.leads:
             self._lock.close()
             self._lock = None
         if self._run and self.leads:
-            with suppress(OSError):  # the worker will say so
+            with suppress(OSError):  # the worker reports it
                 self._lock = self._lock or open_lock(self._run.path)
                 self._identity = self._identity or identity_of(self._run.path)
         return {LOCK_FD: self._lock.fileno()} if self._lock else {}
@@ -145,7 +145,7 @@ class Agent(elastic.SimpleElasticAgent):
     def _monitor_workers(self, worker_group: elastic.WorkerGroup) -> elastic.RunResult:
         wait([worker.sentinel for worker in self._alive()], LOOK_S)
         if self._stop.wanted:
-            self._pass_on_stop(self._stop.wanted)
+            self._forward_stop(self._stop.wanted)
         hanging = [(worker, cause) for worker in self._alive() if (cause := worker.look(self._timeout_s))]
         for worker, cause in hanging:
             self._note(worker, cause)
@@ -160,23 +160,23 @@ class Agent(elastic.SimpleElasticAgent):
         return elastic.RunResult(elastic.WorkerState.SUCCEEDED, return_values=ended)
 
     def _await_end(self) -> bool:
-        """Tell whether rank 0, on another machine, has neither noted the end of the run nor failed yet."""
-        with suppress(RuntimeError):  # that machine, which keeps the notes, is gone
+        """Return whether rank 0 is on another machine, and has neither ended the run nor failed yet."""
+        with suppress(RuntimeError):  # the machine that holds the notes is gone
             return not self.leads and self.notes is not None and not self.notes.check(["end"])
         return False
 
-    def _pass_on_stop(self, wanted: str) -> None:
+    def _forward_stop(self, wanted: str) -> None:
         if not self._announced:
             self._announced = True
             hint = "; Ctrl-C again ends at once" if wanted == "SIGINT" else ""
             say(f"isobatch: {wanted}: stopping at the next step{hint}", sys.stderr)
             write_note(self.notes, "stopping", wanted)
         for worker in self._alive():
-            worker.tell(wanted)
+            worker.forward_signal(wanted)
 
     def _handle_failure(self, worker_group: elastic.WorkerGroup) -> None:
-        """End the other workers too, find the failure that was first, and learn whether to start again."""
-        write_note(self.notes, "failed", True)  # the other agents' workers won't get on either
+        """End the other workers too, find the first failure, and get the verdict whether to restart."""
+        write_note(self.notes, "failed", True)  # the other agents' workers can't continue either
         self._note_deaths()
         deadline = time.monotonic() + GRACE_S
         while (alive := self._alive()) and (left := deadline - time.monotonic()) > 0:
@@ -184,7 +184,7 @@ class Agent(elastic.SimpleElasticAgent):
         self._note_deaths()
         for worker in alive:
             suspended = worker.suspended
-            self._note(worker, SUSPENDED if suspended else "it said nothing", silent=not suspended)
+            self._note(worker, SUSPENDED if suspended else "it reported nothing", silent=not suspended)
             worker.show_stacks()
         if alive:
             time.sleep(STACKS_S)
@@ -197,10 +197,10 @@ class Agent(elastic.SimpleElasticAgent):
             self._entered = read_note(self.notes, "entered", str) or self._entered
         self._remaining_restarts = int(self.verdict is not None and self.verdict.retry)
         if not self._remaining_restarts:
-            self._exit_barrier()  # as long as others may read it here
+            self._exit_barrier()  # until the other agents have read the notes here
 
     def _note_deaths(self) -> None:
-        """Note what became of the workers that couldn't note it themselves."""
+        """Note the deaths of workers that couldn't leave a note themselves."""
         for worker in self._workers:
             if cause := worker.death():
                 self._note(worker, cause)
@@ -209,7 +209,7 @@ class Agent(elastic.SimpleElasticAgent):
         note_failure(self.notes, worker.failure(cause, silent=silent))
 
     def _decide(self, own: set[int]) -> Verdict | None:
-        """Decide whether to start again, and tell the other agents, which may know more of ranks but ``own``."""
+        """Decide whether to restart, and publish the verdict. The other agents may still report ranks but ``own``."""
         if (failure := await_failure(self.notes, self._worker_group.workers[0].world_size, own)) is None:
             return None
         over = self._stop.wanted or read_note(self.notes, "stopping", str) or read_note(self.notes, "end", Outcome)
@@ -218,7 +218,7 @@ class Agent(elastic.SimpleElasticAgent):
         return verdict
 
     def _await_verdict(self) -> Verdict | None:
-        """Return the verdict of rank 0's agent; where it says nothing, what is known here, and no retry."""
+        """Return the verdict of rank 0's agent. Without one, don't retry, and name the first failure known here."""
         deadline = time.monotonic() + VERDICT_S
         while time.monotonic() < deadline and self._await_end():
             if verdict := read_note(self.notes, "verdict", Verdict):
@@ -232,7 +232,7 @@ class Agent(elastic.SimpleElasticAgent):
         if self.verdict and self.leads:
             limit, summary = self.verdict.per_gpu_limit, self.verdict.failure.summary
             smaller = "" if limit is None else f" with batch.per_gpu={limit}"
-            say(f"isobatch: {summary}; starting the workers again{smaller}", sys.stderr)
+            say(f"isobatch: {summary}; restarting the workers{smaller}", sys.stderr)
             if run := self.run_dir:
                 record_restart(self.verdict, run, self.starts)
         super()._restart_workers(worker_group)
@@ -249,5 +249,5 @@ class Agent(elastic.SimpleElasticAgent):
         return [worker for worker in self._workers if worker.code is None]
 
     def _construct_event(self, state: str, source: EventSource, *args: Any, **kwargs: Any) -> Event:
-        """Return a bare event: torch's asks name servers for this machine's full name, for a log that nobody reads."""
+        """Return a bare event. torch's version looks up this machine's full name, for a log that is switched off."""
         return Event(state, source)

@@ -1,4 +1,4 @@
-"""Report what changed since a run was trained: its code, and keys of its command. Torch-free."""
+"""Report changes since a run was trained: in its code, and in the keys of its command. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from isobatch.trainers.launch.source import hash_of, places
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-SHOWN = 8  # files that are named
+SHOWN = 8  # most files named in a message
 
 
 @dataclass(frozen=True)
 class Changes:
-    """List what changed since the run was trained.
+    """List the code that changed since the run was trained.
 
     Attributes:
-        files: path → hash of now; empty where the file is gone.
-        repository, commit: of the user's code and of Isobatch, then and now; empty where they are the same.
+        files: path → current hash; empty if the file is gone.
+        repository: old and current state of the user's repository; empty if unchanged.
+        commit: old and current commit of Isobatch; empty if unchanged.
     """
 
     files: dict[str, str]
@@ -37,43 +38,43 @@ class Changes:
 
     def __str__(self) -> str:
         named = [path if digest else f"{path} (gone)" for path, digest in self.files.items()]
-        said = [", ".join(named[:SHOWN]) + f" and {len(named) - SHOWN} more" * (len(named) > SHOWN)]
+        texts = [", ".join(named[:SHOWN]) + f" and {len(named) - SHOWN} more" * (len(named) > SHOWN)]
         if self.repository:
-            said.append("the repository ({}, now {})".format(*map(_short, self.repository)))
+            texts.append("the repository ({}, now {})".format(*map(_short, self.repository)))
         if self.commit:
-            said.append("Isobatch ({:.7}, now {:.7})".format(*self.commit))
-        return ", ".join(filter(None, said))
+            texts.append("Isobatch ({:.7}, now {:.7})".format(*self.commit))
+        return ", ".join(filter(None, texts))
 
     @property
     def fields(self) -> dict[str, Any]:
-        """For ``events.jsonl``."""
+        """The fields of the event in ``events.jsonl``."""
         return asdict(self) | {"files": list(self.files)}
 
 
 def changes(run: RunDir, config: RunConfig, code: dict[str, Any], loaded: dict[str, str] | None = None) -> Changes:
-    """Return what changed between the last training of ``run`` and the ``commit`` and ``repository`` in ``code``.
+    """Compare the code that last trained ``run`` with the ``commit`` and ``repository`` in ``code``.
 
-    Files are read from the disk, but for those imported whose hashes are in ``loaded``.
+    Files are read from the disk, except for imported files whose hashes are in ``loaded``.
     """
     trained, start = _trained_by(run)
-    where, complete = places(config)
+    source_places, complete = places(config)
     changed: dict[str, str] = {}
     for path in sorted(trained):
-        hashes = ((loaded or {}).get(path), *(hash_of(os.path.join(place.root, path)) for place in where))
+        hashes = ((loaded or {}).get(path), *(hash_of(os.path.join(place.root, path)) for place in source_places))
         now = next(filter(None, hashes), "")
         if now != trained[path] and (now or complete):
             changed[path] = now
     repository = _differing(start.get("repository"), code.get("repository"))
     commit = [str(start.get("commit") or ""), str(code.get("commit") or "")]
-    own = [state["commit"] for state in repository] == commit  # Isobatch's, which is said once
-    return Changes(changed, repository, commit if all(commit) and commit[0] != commit[1] and not own else [])
+    same = [state["commit"] for state in repository] == commit  # the user's repository is Isobatch's: report it once
+    return Changes(changed, repository, commit if all(commit) and commit[0] != commit[1] and not same else [])
 
 
 def differences(run: RunDir, config: RunConfig, code: dict[str, Any]) -> Iterator[str]:
-    """Note and yield, in a line each, what the result of a finished run isn't of: keys of this command, today's code.
+    """Record and yield, one line each, the keys and the code that differ from those behind a finished run's result.
 
     Args:
-        code: ``commit`` and ``repository`` of now.
+        code: the current ``commit`` and ``repository``.
     """
     if keys := not_applied(config, run.path):
         _note(run, "not_applied", keys=keys)
@@ -84,15 +85,15 @@ def differences(run: RunDir, config: RunConfig, code: dict[str, Any]) -> Iterato
 
 
 def _note(run: RunDir, event: str, **fields: Any) -> None:
-    """Keep it in the events, once where it is the same again."""
-    before = [one for one in events(run.path) if one.get("event") == event][-1:]
+    """Record an event, unless the last one of its kind has the same fields."""
+    before = [earlier for earlier in events(run.path) if earlier.get("event") == event][-1:]
     if not before or any(before[0].get(name) != value for name, value in fields.items()):
         with suppress(OSError):  # a full disk doesn't change the result
             run.event(event, **fields)
 
 
 def _trained_by(run: RunDir) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the hashes that the starts noted which came to train, and the ``start`` event of the last of them."""
+    """Return the source hashes recorded by the starts that trained, and the ``start`` event of the last of them."""
     files: dict[str, str] = {}
     start: dict[str, Any] = {}
     trained: dict[str, Any] = {}
@@ -105,7 +106,7 @@ def _trained_by(run: RunDir) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _differing(then: Any, now: Any) -> list[Any]:
-    """Return both states of a repository where they are known and differ."""
+    """Return both states of a repository if they are known and differ, else an empty list."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return []
     unknown = None in (then.get("dirty"), now.get("dirty"))

@@ -1,4 +1,4 @@
-"""Run parts of the launcher in child processes, one at a time, which are told of a wish to stop. Torch-free."""
+"""Run parts of the launcher in child processes, one at a time, and forward stop signals to them. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Return the exit code of ``work``; what is rejected is printed in one message, by one process of each machine."""
+    """Return the exit code of ``work``. A UserError is printed by one process per machine."""
     try:
         return work()
     except UserError as error:
@@ -32,11 +32,11 @@ def guarded(work: Callable[[], int]) -> int:
             say(f"isobatch: {error}", sys.stderr)
         tell_torchrun(f"isobatch: {error}")
         return 2
-    except Stopped as wish:
-        say(f"isobatch: {wish}, before anything was started", sys.stderr)
+    except Stopped as stopped:
+        say(f"isobatch: {stopped}, before anything was started", sys.stderr)
         return 75
     except Unwritable as error:
-        if str(error):  # else whoever read this has left
+        if str(error):  # empty if the reader of a pipe has gone
             say(f"isobatch: {error}", sys.stderr)
         return 1
     except SystemExit as end:
@@ -47,26 +47,26 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
-    """Return the exit code of ``work``, done in a forked process that gets ``number`` where this one stops or ends."""
+    """Return the exit code of ``work``, run in a forked process that gets ``number`` if this one stops or ends."""
     parent = os.getpid()
     child = os.fork()
     if child == 0:
         die_with_parent(number)
         leave(guarded(work) if os.getppid() == parent else 1)
-    told = False
+    signalled = False
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if stop.wanted and not told:
+        if stop.wanted and not signalled:
             os.kill(child, number)
-            told = True
+            signalled = True
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
 
 
 def count_samples(config: RunConfig, stop: Stop) -> int:
-    """Count the task's training samples in a child: the launcher is to be forked, and stays without torch.
+    """Count the task's training samples in a child, so that the launcher, which forks the workers, stays torch-free.
 
     Raises:
-        Stopped: a signal came first. The child is killed, since in the user's code it would only record it.
+        Stopped: a signal came first. The child is killed, since within the user's code it would only record a signal.
     """
     answer, reply = os.pipe()
 
@@ -75,7 +75,7 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
         from isobatch.trainers.tasks.prepare import prepare_data
         from isobatch.trainers.tasks.task import make_task, open_data
 
-        with redirect_stdout(sys.stderr):  # stdout is the plan's
+        with redirect_stdout(sys.stderr):  # stdout is reserved for the plan
             task = make_task(config)
             prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
             with say_if_slow("opening the data …", sys.stderr):
@@ -88,7 +88,7 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
         raise Stopped(stop.wanted)
     if code < 0:
         say(f"isobatch: killed by {signal.Signals(-code).name} while the training data was counted", sys.stderr)
-    if code:  # else the child has said why
+    if code:  # the child has printed the reason
         raise SystemExit(max(1, code))
     return int(os.read(answer, 20))
 
@@ -96,17 +96,17 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
 def in_turn(
     elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Callable[[], int]], stop: Stop
 ) -> int:
-    """Train the runs of a sweep one after another, each in a child, and show a table of them; return the exit code."""
+    """Train the runs of a sweep one after another, each in a child. Print a table and return the exit code."""
     codes: list[int] = []
     for element, training in zip(elements, trainings, strict=True):
         if stop.wanted or 75 in codes:
             break
         say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
         codes.append(in_child(training, stop))
-    say("\n" + grid([e.column | result(there).row() for e, there in zip(elements, directories, strict=True)]))
+    say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     if stop.wanted or 75 in codes:
-        say("stopped (the same command goes on)")
+        say("stopped (run the same command to resume)")
         return 75
     failed = set(codes) - {0}
     return 2 if failed == {2} else int(bool(failed))

@@ -1,4 +1,4 @@
-"""Decide what follows a failed start of the workers, and record it. Torch-free."""
+"""Decide whether to restart after a failed start of the workers, and record the failure. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from isobatch.trainers.ranks.failure import Failure
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Say what follows a failed start of the workers.
+    """Hold a failed start of the workers and the decision whether to restart them.
 
     Attributes:
-        retry: start the workers again.
-        per_gpu_limit: the most samples in a pass of the next start, where memory ran out; 0: there is no smaller pass,
-            or it would be another run. None: memory didn't run out.
+        retry: restart the workers.
+        per_gpu_limit: if memory ran out, the most samples in a pass of the next start; 0 if no smaller pass exists,
+            or it would change the run. None if memory didn't run out.
     """
 
     failure: Failure
@@ -30,13 +30,13 @@ class Verdict:
 
 @dataclass(slots=True)
 class Starts:
-    """Keep what the failed starts of the workers have come to, and decide whether there is another.
+    """Record the failed starts of the workers, and decide whether to restart.
 
     Attributes:
-        restarts: how many of them may still crash; None: torchrun counts them.
-        furthest: the step that one of them reached before it crashed; -1: none has crashed.
-        step, samples: that any of them reached.
-        per_gpu_limit: the most samples in a pass, since memory ran out.
+        restarts: remaining restarts after a crash; None if torchrun counts them.
+        furthest: the furthest step that a start reached before it crashed; -1 if none has crashed.
+        step, samples: the furthest position that any start reached.
+        per_gpu_limit: the most samples in a pass, set after memory ran out.
     """
 
     restarts: int | None = None
@@ -46,10 +46,10 @@ class Starts:
     per_gpu_limit: int | None = None
 
     def decide(self, failure: Failure, *, over: bool = False) -> Verdict:
-        """Decide whether to start the workers again after ``failure``; not where the run is ``over``, or asked to stop.
+        """Decide whether to restart the workers after ``failure``.
 
-        They aren't where that can't help, nor where the last start got no further than one before it. Where
-        memory ran out they are started with half the samples in a pass; that doesn't count as a restart.
+        Don't restart if the run is ``over``, if a retry can't help, or if the last start got no further than an
+        earlier one. After running out of memory, retry with half the samples in a pass, without counting a restart.
         """
         retry = failure.again and not over
         if failure.kind == "oom":
@@ -57,12 +57,12 @@ class Starts:
             return Verdict(failure, retry and limit > 0, limit)
         retry = retry and self.restarts != 0
         if retry and failure.reached.step <= self.furthest:
-            cause = f"{failure.cause}; not started again, since the last start got no further than one before"
+            cause = f"{failure.cause}; not restarted, since the last start got no further than an earlier one"
             return Verdict(replace(failure, cause=cause), retry=False)
         return Verdict(failure, retry)
 
     def add(self, verdict: Verdict) -> Verdict:
-        """Take in what a start has come to; return the verdict of it with how far any start had come."""
+        """Record a failed start. Return its verdict with the furthest position of any start."""
         failure, reached = verdict.failure, verdict.failure.reached
         if failure.kind != "oom":
             self.restarts = self.restarts and self.restarts - 1
@@ -76,13 +76,13 @@ class Starts:
 def record_end(
     failure: Failure, run: RunDir | None, attempt: str, restarts: int = 0, to: TextIO = sys.stderr
 ) -> Outcome:
-    """Print once what ended the run, and write it to the run directory where that is this launch's."""
+    """Print once why the run ended, and write the outcome to the run directory if this launch has entered it."""
     cause = failure.summary + (f"; {_advice(failure)}" if failure.kind == "oom" else "")
-    where = f"; traceback in {failure.log}" if failure.again and failure.log else ""
-    if failure.again and not where:
+    log = f"; traceback in {failure.log}" if failure.again and failure.log else ""
+    if failure.again and not log:
         say(failure.traceback, to, end="")
-    say(f"isobatch: {cause}{where}", to)
-    tell_torchrun(f"isobatch: {cause}{where}")
+    say(f"isobatch: {cause}{log}", to)
+    tell_torchrun(f"isobatch: {cause}{log}")
     step, samples = failure.reached.step, failure.reached.samples
     end = Outcome(failure.kind, cause, step, samples, attempt, restarts)
     if run:
@@ -95,20 +95,20 @@ def record_end(
 
 
 def record_restart(verdict: Verdict, run: RunDir, restart: int) -> None:
-    """Record in the events why the workers were restarted, for the ``restart``-th time."""
+    """Record the ``restart``-th restart of the workers and its cause in the events."""
     failure, reached = verdict.failure, verdict.failure.reached
     fields: dict[str, Any] = {"rank": failure.rank, "cause": failure.cause}
     fields |= {"step": reached.step, "samples": reached.samples}
     if verdict.per_gpu_limit is not None:
         fields |= {"kind": "oom", "per_gpu_before": reached.per_gpu, "per_gpu": verdict.per_gpu_limit}
-    with suppress(OSError):  # a full disk is no reason not to try again
+    with suppress(OSError):  # a full disk mustn't prevent the restart
         run.event("restart", **fields, restart=restart)
 
 
 def _advice(failure: Failure) -> str:
-    """Return what would work where memory ran out."""
+    """Return the fix to suggest after memory ran out."""
     if half := failure.reached.half:
-        alone = "numerics=bitwise can't go on with fewer samples in a pass; as a run of its own "
-        return f"{alone if failure.reached.fixed else ''}batch.per_gpu={half} needs less"
+        fixed = "numerics=bitwise can't resume with fewer samples in a pass; in another run, "
+        return f"{fixed if failure.reached.fixed else ''}batch.per_gpu={half} needs less"
     smallest = "there is no smaller batch.per_gpu: " if failure.reached.per_gpu else ""
-    return f"{smallest}a smaller model or more memory would do"
+    return f"{smallest}use a smaller model or more memory"

@@ -1,4 +1,4 @@
-"""One worker process, as the agent that started it sees it."""
+"""Start, watch and kill one worker process from its agent."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ SUSPENDED = "suspended (by SIGSTOP, or a debugger)"
 
 
 class WorkerProcess:
-    """Run ``work(*args, watch)`` in a process, with ``env`` added to its environment, that dies with this one.
+    """Run ``work(*args, watch)`` in a process that has ``env`` in its environment and dies with this process.
 
     Args:
-        context: how it is started: multiprocessing's ``fork`` or ``spawn``.
-        stop: records signals there; where one came here before, it knows.
+        context: multiprocessing's ``fork`` or ``spawn`` context.
+        stop: records signals in the worker, and holds a signal that this process received before.
     """
 
     def __init__(
         self, context: Any, rank: int, env: dict[str, str], stop: Stop, work: Callable[..., Any], args: tuple[Any, ...]
     ) -> None:
         self.rank = rank
-        self._watch, self._told, self._seen_alive = Watch(context), False, time.time()
+        self._watch, self._signalled, self._seen_alive = Watch(context), False, time.time()
         self._process = context.Process(target=_child, args=(env, os.getpid(), stop, self._watch, work, args))
         self._process.start()
         self.pid, self.sentinel = int(self._process.pid), int(self._process.sentinel)  # ready once it has ended
 
     @property
     def code(self) -> int | None:
-        """Return the exit code, negative for the signal that ended the worker; None: it hasn't ended."""
+        """Return the exit code, negative for the signal that ended the worker; None if it hasn't ended."""
         return self._process.exitcode  # type: ignore[no-any-return]
 
-    def tell(self, wanted: str) -> None:
-        """Pass a signal on, once, as soon as it can be heard."""
-        if self._watch.started and not self._told:
-            os.kill(self.pid, signal.Signals[wanted])
-            self._told = True
+    def forward_signal(self, name: str) -> None:
+        """Send the worker a signal once, as soon as it handles signals."""
+        if self._watch.started and not self._signalled:
+            os.kill(self.pid, signal.Signals[name])
+            self._signalled = True
             self._watch.reset()
 
     def look(self, timeout_s: float) -> str | None:
-        """Look at the worker, every ``LOOK_S``; return what is wrong where it hangs and doesn't notice by itself.
+        """Check the worker, every ``LOOK_S``. Return the problem if it hangs and can't detect that itself.
 
-        That is where it is suspended, keeps the interpreter's lock, or doesn't heed a signal before it trains.
+        A worker can't if it is suspended, holds the interpreter's lock, or ignores a signal before it trains.
         """
         self._seen_alive = time.time()
         silent_s = self._watch.look() * LOOK_S
-        if silent_s < timeout_s + GRACE_S or not (self._watch.training or self._told):
+        if silent_s < timeout_s + GRACE_S or not (self._watch.training or self._signalled):
             return None
-        what = SUSPENDED if self.suspended else "it hung"
-        return f"{what}: no sign of life within cluster.timeout_s={timeout_s:g}"
+        state = SUSPENDED if self.suspended else "it hung"
+        return f"{state}: no sign of life within cluster.timeout_s={timeout_s:g}"
 
     @property
     def suspended(self) -> bool:
@@ -68,18 +68,18 @@ class WorkerProcess:
         return False
 
     def death(self) -> str | None:
-        """Return what ended the worker, as far as it can be seen from here; None: it ended well, or hasn't."""
+        """Return the signal or exit code that ended the worker; None if it succeeded or hasn't ended."""
         if not (code := self.code):
             return None
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return cause + (KILLED_HINT if code == -signal.SIGKILL else "")
 
     def failure(self, cause: str, *, silent: bool = False) -> Failure:
-        """Describe the worker's failure, with how far it came and when it was last seen alive."""
+        """Describe the worker's failure, its progress, and when it was last seen alive."""
         return Failure(self.rank, cause, silent=silent, reached=self._watch.reached, time=self._seen_alive)
 
     def show_stacks(self) -> None:
-        """Let the worker and its data loaders write their stacks, even where they are suspended."""
+        """Let the worker and its data loaders write their stacks, even if they are suspended."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGQUIT)
             os.killpg(self.pid, signal.SIGCONT)
@@ -95,14 +95,14 @@ class WorkerProcess:
 def _child(
     env: dict[str, str], parent: int, stop: Stop, watch: Watch, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.setsid()  # Ctrl-C reaches the launcher, which passes it on
+    os.setsid()  # Ctrl-C reaches only the launcher, which forwards it
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     os.environ.update(env)
     if LOCK_FD in env:
         hold(os.fdopen(int(env[LOCK_FD])))
-    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until there is a log for stacks
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # until a log for stacks is open
     stop.hurry = False
     stop.install()
     watch.beat()

@@ -1,4 +1,4 @@
-"""Let the machines of a run find each other."""
+"""Connect the machines of a run."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 
-TELL_S = 10.0  # of waiting, after which it is said for whom
+REPORT_S = 10.0  # of waiting, before the absent machines are printed
 
 
 class Alone(StaticTCPRendezvous):
-    """Meet as a single machine: wait for nobody, and look up no names."""
+    """A rendezvous of a single machine, which waits for no other and looks up no host names."""
 
     def __init__(self) -> None:
         super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="alone", timeout=0)
@@ -45,14 +45,14 @@ class Alone(StaticTCPRendezvous):
 
 
 def rendezvous(config: RunConfig, stop: Stop, hosts: Sequence[str], host: str) -> tuple[RendezvousHandler, str]:
-    """Return where the machines of this run find each other, and this machine's address for the others.
+    """Return the rendezvous of this run's machines, and the address at which the others reach this machine.
 
     Args:
-        hosts: names of all machines, where a scheduler knows them; the first one keeps the meeting point. ``host``:
-            this one's.
+        hosts: names of all machines, if a scheduler provides them; the first one hosts the rendezvous.
+        host: the name of this machine.
 
     Raises:
-        RendezvousError: nobody answers there, or not all of ``hosts`` came.
+        RendezvousError: the rendezvous doesn't answer, or some of ``hosts`` didn't join.
         Stopped: a signal came first.
     """
     cluster = config.cluster
@@ -78,34 +78,34 @@ def rendezvous(config: RunConfig, stop: Stop, hosts: Sequence[str], host: str) -
 
 
 def _sign_in(store: Store, hosts: Sequence[str], host: str, timeout_s: float) -> None:
-    """Wait until all of ``hosts`` are there. Raise RendezvousTimeoutError, which names the absent ones."""
+    """Wait until all of ``hosts`` have joined. Raises RendezvousTimeoutError, which names the absent hosts."""
     store.set(f"here/{host}", "")
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while absent := [other for other in hosts if not store.check([f"here/{other}"])]:
         waited_s = time.monotonic() - began
         if waited_s > timeout_s:
             missing = f"{', '.join(absent)} of {', '.join(hosts)}"
             raise RendezvousTimeoutError(f"no word from {missing} within {timeout_s:g} s")
-        if waited_s > TELL_S and not told and host == hosts[0]:
+        if waited_s > REPORT_S and not reported and host == hosts[0]:
             say(f"isobatch: waiting for {', '.join(absent)} …")
-            told = True
+            reported = True
         time.sleep(0.1)
 
 
 def _address_towards(host: str, port: int, timeout_s: float, name: str) -> str:
-    """Return this machine's address as the machine ``host``, called ``name``, sees it, once somebody listens there."""
+    """Return this machine's address as seen from ``host``, once a process listens there. ``name`` is for messages."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            there = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(there[0], socket.SOCK_STREAM) as probe, suppress(OSError):
-                probe.bind((there[4][0], 0))
-                return host  # it is this machine
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe, suppress(OSError):
+                probe.bind((address[0], 0))
+                return host  # this machine has that address
             with socket.create_connection((host, port), timeout=1) as probe:
                 return str(probe.getsockname()[0])
         except OSError as error:
             if time.monotonic() > deadline:
-                fix = f"the same command has to be started on {name} too, and the port be open"
-                problem = f"nobody answers there after {timeout_s:g} s ({error})"
+                fix = f"start the same command on {name} too, and open the port"
+                problem = f"no answer within {timeout_s:g} s ({error})"
                 raise RendezvousConnectionError(f"{problem}; {fix}") from None
             time.sleep(0.2)

@@ -1,8 +1,8 @@
-"""Which code trains a run: hashes of the user's source files, and the git repository they are in. Torch-free.
+"""Record the code that trains a run: hashes of the user's source files, and the state of their git repository.
 
-Hashed are the imported files below the folder that the task's top-level package or module is in, keyed by their path
-from there, so that another checkout gives the same keys. The same goes for whatever else the config has as a
-``_target_``. Of Isobatch's own files only a shipped task's module is among them: its commit says the rest.
+All imported files below the folder of a ``_target_``'s top-level package or module are hashed. Keys are paths relative
+to that folder, so that another checkout gives the same keys. Of Isobatch's own files only the module of a shipped task
+is hashed, since Isobatch's commit covers the rest. Torch-free.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import isobatch
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-ISOBATCH = Path(isobatch.__file__).parent  # the package, in a clone as where it is installed
+ISOBATCH = Path(isobatch.__file__).parent  # the package, in a clone or installed
 _LAUNCHER = os.path.realpath(ISOBATCH / "launch.py")
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-GIT_S = 2.0  # for one answer of git: a huge repository on a slow disk may not give it
+GIT_S = 2.0  # timeout of a git command, which may take long in a huge repository on a slow disk
 
 
 class Place(NamedTuple):
-    """Where source files are looked for: below ``within``, or that file itself; their keys are relative to ``root``."""
+    """A file, or a folder of source files, at ``within``. Keys are paths relative to ``root``."""
 
     root: str
     within: str
@@ -52,13 +52,13 @@ def _is_installed(file: str) -> bool:
     return any(part in file for part in _INSTALLED)
 
 
-# ---- where the source is
+# ---- finding the source
 
 
 def places(config: RunConfig) -> tuple[list[Place], bool]:
-    """Return where the source of everything that ``config`` names by a ``_target_`` is; nothing is imported.
+    """Find the source of every ``_target_`` in ``config``, without importing it.
 
-    Also return whether all of it was found: else it can't be said which files are gone.
+    Also return whether all of it was found. If not, a missing file may just be outside of the known places.
     """
     found: dict[Place, None] = {}
     complete = True
@@ -71,7 +71,7 @@ def places(config: RunConfig) -> tuple[list[Place], bool]:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Return the folder of the task's file; that of the command where the task is shipped, or installed."""
+    """Return the folder of the task's file, or the working directory for a shipped or installed task."""
     _, file = _module_of(config.task.target)
     return Path.cwd() if not file or _is_ours(file) or _is_installed(file) else Path(file).parent
 
@@ -88,13 +88,13 @@ def _targets(plain: Any) -> Iterator[str]:
 
 
 def _module_of(target: str) -> tuple[str, str]:
-    """Return the folder of the top-level package or module of ``target``, and the file of the module that has it.
+    """Return the folder of ``target``'s top-level package or module, and the file of the module that defines it.
 
-    Both are "" where there is no such file. Only the top-level name is looked up as an import would: to find the rest
-    so, the packages that it is in would have to be imported.
+    Both are "" if there is no such file. Only the top-level name is looked up the way an import would do it, since
+    looking up inner names that way would import their packages.
     """
     top, *inner = target.split(".")[:-1] or [target]
-    with suppress(Exception):  # finders are others' code
+    with suppress(Exception):  # finders may be third-party code
         spec = find_spec(top)
         for folder in (spec and spec.submodule_search_locations) or ():
             package, files = Path(os.path.abspath(folder)), [os.path.join(folder, "__init__.py")]
@@ -110,7 +110,7 @@ def _module_of(target: str) -> tuple[str, str]:
 
 
 def _place(root: str, file: str, target: str, of_task: bool) -> Place | None:
-    """Return where the files of a module are; None where they are a library's."""
+    """Return the place of a module's files; None if they belong to a library."""
     installed = _is_installed(file)
     if file.startswith(_STDLIB) and not installed:
         return None
@@ -121,13 +121,13 @@ def _place(root: str, file: str, target: str, of_task: bool) -> Place | None:
     return Place(root, os.path.join(root, target.partition(".")[0])) if of_task else None
 
 
-# ---- its hashes
+# ---- hashes
 
 
 class Source:
-    """The user's source files as they were when they were first seen imported: path → hash.
+    """Hold the hashes of the user's source files by path, taken when they were first seen imported.
 
-    A file that is edited later keeps the hash of what is running.
+    A file that is edited later keeps the hash of the running code.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -135,16 +135,16 @@ class Source:
         self.files: dict[str, str] = {}
 
     def look(self) -> dict[str, str]:
-        """Take in what was imported since the last look; return what is new."""
+        """Hash the files imported since the last call, and return the new hashes."""
         if len(sys.modules) == self._modules:
             return {}
         self._modules = len(sys.modules)
         new: dict[str, str] = {}
-        where, _ = places(self._config)
+        source_places, _ = places(self._config)
         for module in list(sys.modules.values()):
             file = getattr(module, "__file__", None)
             if isinstance(file, str) and file.endswith(".py") and os.path.isabs(file):
-                place = next((place for place in where if place.holds(file)), None)
+                place = next((place for place in source_places if place.holds(file)), None)
                 path = place and Path(os.path.relpath(file, place.root)).as_posix()
                 if path and path not in self.files and (digest := hash_of(file)):
                     new[path] = digest
@@ -153,7 +153,7 @@ class Source:
 
 
 def hash_of(file: str) -> str | None:
-    """Return the hash of a file; None where it can't be read."""
+    """Return the hash of a file; None if it can't be read."""
     with suppress(OSError):
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
     return None
@@ -163,16 +163,16 @@ def hash_of(file: str) -> str | None:
 
 
 def repository_of(folder: Path) -> dict[str, Any] | None:
-    """Return the state of the git repository that ``folder`` is in; None without one, or where git doesn't tell.
+    """Return the state of the git repository that contains ``folder``; None without one, or if git fails.
 
-    Files that aren't tracked don't make it dirty: the run directory may be one of them.
+    Untracked files don't make it dirty, since the run directory may be one of them.
 
     Returns:
-        ``commit``: empty on a branch that has none yet. ``dirty``: tracked files were changed; None: not known.
+        ``commit``: empty on a branch without commits. ``dirty``: tracked files were changed; None if unknown.
     """
     options = ("--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty")
     status = _git(folder, "status", *options)
-    if status is None:  # without the look at every file
+    if status is None:  # the commit alone doesn't need a look at every file
         return {"commit": commit, "dirty": None} if (commit := commit_of(folder)) else None
     lines = status.splitlines()
     (commit,) = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")][:1] or [""]
@@ -181,14 +181,14 @@ def repository_of(folder: Path) -> dict[str, Any] | None:
 
 
 def commit_of(folder: Path) -> str:
-    """Return the commit of the repository that ``folder`` is in; empty without one."""
+    """Return the commit of the repository that contains ``folder``; empty without one."""
     return (_git(folder, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints; None where it fails, isn't there, or takes too long."""
-    of_another = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as in a hook of git's
-    env = {name: value for name, value in os.environ.items() if name not in of_another}
+    """Return git's output; None if git fails, isn't installed, or takes too long."""
+    redirecting = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a git hook sets them for another repository
+    env = {name: value for name, value in os.environ.items() if name not in redirecting}
     command = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(folder), *arguments]
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Start this machine's workers, or be one in this process, and record how it ended. Torch-free until used."""
+"""Start this machine's workers, or run one in this process, and record the outcome. Torch-free until used."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
-    """Train with this machine's workers; say once what went wrong, and return the command's exit code.
+    """Train with this machine's workers. Print a failure once, and return the command's exit code.
 
-    The module of ``body`` has to be imported after ``import_torch``: the workers are forked with it. Raises
-    UserError where nothing was started, since it can't work.
+    The module of ``body`` must be imported after ``import_torch``, since the workers are forked with it. Raises
+    UserError if the configuration can't work; no worker is started then.
     """
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
@@ -47,13 +47,13 @@ def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
         if agent.end:
             return agent.end.exit_code
         cause = cause if agent.leads else "the machine of rank 0 is gone"
-    except Stopped as wish:
-        stopped = f"{wish}, while waiting for other machines"
+    except Stopped as stop_signal:
+        stopped = f"{stop_signal}, while waiting for other machines"
     except RendezvousError as error:
         late = isinstance(error, RendezvousTimeoutError)
-        other = f"not all {cluster.nodes} came within {cluster.timeout_s:g} s" if late else type(error).__name__
-        where = getattr(cluster, "rendezvous", None)
-        cause = f"the machines didn't meet at cluster.rendezvous={where}: {str(error) or other}"
+        reason = f"not all {cluster.nodes} joined within {cluster.timeout_s:g} s" if late else type(error).__name__
+        address = getattr(cluster, "rendezvous", None)
+        cause = f"the machines didn't meet at cluster.rendezvous={address}: {str(error) or reason}"
     finally:
         if handler:
             handler.shutdown()
@@ -65,10 +65,10 @@ def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
 
 
 def run_under_torchrun(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> int:
-    """Be a worker that torchrun started; return the exit code that torchrun expects.
+    """Run as a worker that torchrun started, and return the exit code that torchrun expects.
 
-    torchrun knows 0 and not 0, and restarts what isn't 0: so ``stopped`` is a good end here, and whoever needs to know
-    more reads ``outcome.json``.
+    torchrun restarts a worker unless its exit code is 0, so ``stopped`` returns 0 here. ``outcome.json`` has the
+    actual outcome.
     """
     stop.hurry, watch = False, Watch()
     watch.beat()
@@ -77,30 +77,30 @@ def run_under_torchrun(config: RunConfig, start: Start, body: Body, stop: Stop, 
 
 
 def _report_under_torchrun(worker: Worker, failure: Failure) -> None:
-    """Let the first worker that fails report for all of them, and leave notes for torchrun's next start."""
+    """Let the first worker that fails report for all workers, and write notes for torchrun's next start."""
     store = worker.store
     note_failure(store, failure)
     first = worker.rank == 0
-    with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+    with suppress(RuntimeError):  # torchrun, which holds the store, is gone
         first = store.add("failures", 1) == 1 if store else first
     if not first:
         return
-    kept = store_of_all_starts(store)
-    starts = read_note(kept, "starts", Starts) or Starts()
+    lasting = store_of_all_starts(store)
+    starts = read_note(lasting, "starts", Starts) or Starts()
     failure = await_failure(store, int(os.environ["WORLD_SIZE"])) or failure
     verdict = starts.decide(failure)
     end = record_end(verdict.failure, worker.run, worker.start.attempt, restarts(), worker.terminal)
     if not verdict.retry:
-        write_note(kept, "final", end)
+        write_note(lasting, "final", end)
         return
     starts.add(verdict)
-    write_note(kept, "starts", starts)
+    write_note(lasting, "starts", starts)
     if worker.run and restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         record_restart(verdict, worker.run, restarts() + 1)
 
 
 def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept: list[object]) -> Outcome | Failure:
-    """Be the only worker, in the calling process; a failure is printed at once."""
+    """Run as the only worker, in the calling process, and print a failure at once."""
 
     def report(worker: Worker, failure: Failure) -> None:
         record_end(replace(failure, log=""), worker.run, worker.start.attempt)  # with its traceback
@@ -109,12 +109,12 @@ def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept
 
 
 def run_here(config: RunConfig, start: Start, body: Body) -> Outcome:
-    """Be the only worker, in the calling process, and give the run directory up at the end.
+    """Run as the only worker, in the calling process, and release the run directory at the end.
 
     Raises:
-        UserError: something the user gave can't work.
+        UserError: the user's input can't work.
         RuntimeError: the run crashed; the cause is chained.
-        KeyboardInterrupt: the user interrupted it; it is recorded as stopped, after the last checkpoint.
+        KeyboardInterrupt: the user interrupted the run, which is recorded as stopped after its last checkpoint.
     """
     worker = Worker(config, start, body, Stop(), Watch(), _raise, [], guarded=False)
     try:
@@ -139,7 +139,7 @@ def _raise(worker: Worker, failure: Failure) -> None:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back what training sets for the whole process: environment, generators, threads, garbage collection."""
+    """Restore the process-wide state that training sets: environment, generators, threads, garbage collection."""
     environment = dict(os.environ)
     import torch
 

@@ -1,4 +1,4 @@
-"""One worker of a run: join the other ranks, do the body, and end, however it was started. Torch-free until used."""
+"""Run one worker: join the other ranks, call the body, and end. The same for every launcher. Torch-free until used."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.trainers.ranks.world import World
 
-# What all workers of a run do: a function of a module, so that it can be sent to a spawned process. Its second argument
-# is to be called with the run directory once that is this launch's.
+# The work of every worker. It must be a module-level function, so that a spawned process can unpickle it. It calls its
+# second argument with the run directory, once this launch has entered that.
 Body = Callable[[Session, Callable[[RunDir], None]], Outcome]
 
-THREADS = "ISOBATCH_THREADS"  # in the environment: what OMP_NUM_THREADS was before the launcher's own 1 took its place
-HANG_S = 10.0  # for a worker that hangs to say so; its main thread may stand in the way
+THREADS = "ISOBATCH_THREADS"  # environment variable with the user's OMP_NUM_THREADS, which the launcher sets to 1
+HANG_S = 10.0  # for a hanging worker to report its failure, which its main thread may block
 
 
 class Worker:
     """One worker of a run.
 
     Args:
-        report: what to do about this worker's failure, besides keeping it in the run directory.
+        report: called with this worker's failure, after it was recorded in the run directory.
         kept: see ``World``; it has to outlive the worker.
-        guarded: end this process where it hangs.
+        guarded: end this process if it hangs.
 
     Attributes:
-        start: as rank 0 was told of it.
-        store: where ranks leave each other notes.
-        run: the run directory, once it is this launch's.
-        terminal: the error stream that this process was started with.
+        start: rank 0's description of the start.
+        store: the store in which ranks exchange notes.
+        run: the run directory, once this launch has entered it.
+        terminal: the standard error stream that this process was started with.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Worker:
         self.terminal: TextIO = sys.stderr
 
     def work(self) -> Outcome | Failure:
-        """Do the body; return how it ended, or this worker's failure."""
+        """Call the body. Return its outcome, or this worker's failure."""
         try:
             import_torch(self.config)
             world = self._join()
@@ -91,7 +91,7 @@ class Worker:
             return self._fail(error)
 
     def _join(self) -> World:
-        """Meet the other ranks, and agree on what this start knows."""
+        """Join the other ranks, and agree with them on the description of this start."""
         import torch
 
         from isobatch.trainers.ranks.world import World, meeting_point
@@ -108,11 +108,11 @@ class Worker:
         return world
 
     def _enter(self, world: World, run: RunDir) -> None:
-        """From now on, write errors, stacks and the output of ranks but 0 to the run directory."""
+        """Redirect errors, stacks and the output of all ranks but 0 to the run directory."""
         self.run = run
         if run.held:
             run.held.keep(self._lose)
-        log = open(log_of(run, self.rank), "a")  # noqa: SIM115  as long as this process lives
+        log = open(log_of(run, self.rank), "a")  # noqa: SIM115  open until this process ends
         if self.guarded:
             faulthandler.register(signal.SIGQUIT, log)
             self.watch.guard(self.config.cluster.timeout_s, world.wait_patiently, self._give_up, log)
@@ -127,12 +127,12 @@ class Worker:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     def _fail(self, error: BaseException) -> Failure:
-        """Keep the failure in the run directory, and report it."""
-        self.kept.append(error)  # its traceback holds what must not be destroyed
+        """Record the failure in the run directory, and report it."""
+        self.kept.append(error)  # its traceback references objects that must not be destroyed
         if isinstance(error, UserError) and self.run and self.run.held:
             self.run.held.release()
         elif self.run and (gone := self.run.gone):
-            error, self.run = RunFailed(gone), self.run.now  # it explains whatever it has led to
+            error, self.run = RunFailed(gone), self.run.now  # the missing directory caused any other error
         failure = describe_failure(error, self.rank, self.start.attempt, self.watch.reached)
         if self.run:
             failure = keep_failure(failure, self.run)
@@ -140,14 +140,14 @@ class Worker:
         return failure
 
     def _give_up(self, error: Exception) -> None:
-        """End this process, from another thread than the main one."""
-        saying = threading.Thread(target=self._fail, args=(error,), daemon=True)
-        saying.start()
-        saying.join(HANG_S)
+        """End this process from a thread other than the main thread."""
+        reporting = threading.Thread(target=self._fail, args=(error,), daemon=True)
+        reporting.start()
+        reporting.join(HANG_S)
         leave(EXIT_CODE["crashed"])
 
     def _lose(self, cause: str) -> None:
-        """End this process, or in the caller's the run, since the run directory isn't this launch's any more."""
+        """End this process, since it lost the run directory. In an API caller's process, end only the run."""
         if not self.stop.installed:
             self.stop.wanted = cause
             return
@@ -156,14 +156,14 @@ class Worker:
 
 
 def run_for_agent(config: RunConfig, start: Start, body: Body, stop: Stop, watch: Watch) -> NoReturn:
-    """Be a worker that our own agent started, for which a failure is left as a note; the agent does the rest."""
+    """Run as a worker of Isobatch's own agent. A failure is left as a note, which the agent handles."""
     kept: list[object] = []
     end = Worker(config, start, body, stop, watch, lambda worker, why: note_failure(worker.store, why), kept).work()
     leave(0 if isinstance(end, Outcome) else end.exit_code)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now: what torch does at a normal end takes time, and may hang."""
+    """End this process at once, since torch's cleanup at a normal end takes time and may hang."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -173,9 +173,9 @@ def leave(code: int) -> NoReturn:
 
 
 def _threads(config: RunConfig, local_size: int) -> int:
-    """Return what OMP_NUM_THREADS asked for (of a list, its first level), else a worker's share of the cores.
+    """Return the threads requested by OMP_NUM_THREADS (the first of a list), else a worker's share of the cores.
 
-    Sums within an operation are rounded by their number, so where numerics are bitwise it is 1 everywhere.
+    The number of threads changes the rounding of sums within an operation, so it is always 1 with bitwise numerics.
     """
     if config.numerics == "bitwise":
         return 1
@@ -185,15 +185,15 @@ def _threads(config: RunConfig, local_size: int) -> int:
 
 
 def import_torch(config: RunConfig) -> None:
-    """Import torch, with all that training imports later, once for all workers that are forked from here."""
+    """Import torch and everything else that training needs, once for all workers forked from this process."""
     os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
-    asked = "" if under_torchrun() else os.environ.get("OMP_NUM_THREADS", "")  # torchrun sets it to 1, unasked
-    os.environ.setdefault(THREADS, asked)
-    os.environ["OMP_NUM_THREADS"] = "1"  # children of a process that ever had a second one hang; workers ask for more
+    requested = "" if under_torchrun() else os.environ.get("OMP_NUM_THREADS", "")  # torchrun sets it to 1 by default
+    os.environ.setdefault(THREADS, requested)
+    os.environ["OMP_NUM_THREADS"] = "1"  # a fork hangs if its parent ever had a second OpenMP thread
     if config.numerics == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS isn't deterministic
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to count GPUs without starting CUDA, which can't be forked
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings say what the exceptions say, with C++ stacks
-    gc.disable()  # 0.5 s of looking through what stays anyway; workers turn it on again
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # count GPUs without CUDA, which doesn't survive a fork
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat the exceptions, with C++ stacks
+    gc.disable()  # collecting long-lived imports takes 0.5 s; workers enable it again
     import torch
     import torch._dynamo  # noqa: F401
