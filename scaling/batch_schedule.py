@@ -1,4 +1,4 @@
-"""Batch schedules: a global batch that changes while training, as text and as the segments of a plan."""
+"""Batch schedules: parse ``batch.schedule`` and convert it to the segments of a plan."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from isobatch.scaling.schedule import Schedule, Segment, samples_after
 from isobatch.scaling.units import Duration
 
 FORMS = (
-    '"0sa:256 200000sa:512" (from when: how much), "ramp from:32 over:30%" (in steps of by:32, to:512), '
-    '"curriculum" (doublings, from:32 to:512), "doubling" or "seesaw" (in place of the decay of the LR, to:4096 at '
-    "most); lr:hold keeps the LR of stages, ramps and curricula"
+    '"0sa:256 200000sa:512" (start:size), "ramp from:32 over:30%" (with by:32 to:512, if not the defaults), '
+    '"curriculum" (doublings, from:32 to:512), "doubling" or "seesaw" (instead of decaying the LR; limit: to:4096); '
+    "lr:hold keeps the LR of stages, ramps and curricula"
 )
 RAMP, CURRICULUM = ("from", "over", "to", "by", "lr"), ("from", "to", "lr")
 OPTIONS = {"ramp": RAMP, "curriculum": CURRICULUM, "doubling": ("to",), "seesaw": ("to",)}
-SEGMENTS = 10_000  # a schedule of more is a mistake
-OF_THE_DATA = 10  # a batch larger than this part of the data loses what the noise is good for (Smith et al. 2018)
+SEGMENTS = 10_000  # most segments of a schedule; more is a mistake
+OF_THE_DATA = 10  # a batch above a tenth of the data loses the benefit of gradient noise (Smith et al. 2018)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSchedule:
-    """Hold a batch schedule as it was asked for, sizes in ``batch.unit``.
+    """Hold a batch schedule as the user wrote it, with sizes in ``batch.unit``.
 
     >>> BatchSchedule.parse("0sa:256 200000sa:512").stages[1]
     (Duration(value=200000.0, unit='sa'), 512)
 
     Attributes:
-        text: as it was written.
-        kind: stages, or a name of OPTIONS.
-        stages: of the kind ``stages``: from when, how much.
-        first, last, by: sizes, where they are given; ``over`` is the length of a ramp.
-        hold: the LR stays what it is at the first size.
+        text: the schedule's text.
+        kind: ``stages``, or a name of OPTIONS.
+        stages: (start, size) of each stage, for the kind ``stages``.
+        first, last, by: sizes, if given; ``over`` is the length of a ramp.
+        hold: keep the LR of the first size.
     """
 
     text: str
@@ -51,12 +51,12 @@ class BatchSchedule:
 
     @classmethod
     def parse(cls, text: object) -> BatchSchedule:
-        """Read one of FORMS.
+        """Parse a schedule in one of FORMS.
 
         Raises:
-            UserError: it isn't one; the message says what is wrong, and shows them.
+            UserError: ``text`` has none of these forms; the message lists them.
         """
-        words, problem = text.split() if isinstance(text, str) else [], f"{text!r} is no batch schedule"
+        words, problem = text.split() if isinstance(text, str) else [], f"{text!r} is not a batch schedule"
         if not words:
             raise UserError(problem, f"write {FORMS}", "batch.schedule", text)
         try:
@@ -71,7 +71,7 @@ class BatchSchedule:
         for word in (word for word in words if not word.startswith("lr:")):
             when, colon, size = word.rpartition(":")
             if not colon:
-                raise UserError(f"{word} isn't when:size")
+                raise UserError(f"{word} isn't start:size")
             stages.append((_duration(when), _size(word, size)))
         if not stages or stages[0][0].value != 0:
             raise UserError("the first stage has to start at 0sa")
@@ -97,19 +97,19 @@ class BatchSchedule:
         return self.text
 
     @property
-    def of_the_run(self) -> bool:
-        """Tell whether its stages follow from the length of the run."""
+    def depends_on_duration(self) -> bool:
+        """Return True if the stages depend on the length of the run."""
         lengths = [when for when, _ in self.stages] + ([self.over] if self.over else [])
         return self.kind not in ("stages", "ramp") or any(length.unit == "%" for length in lengths)
 
     @property
     def for_decay(self) -> bool:
-        """Tell whether its larger batches stand in for the decay of the LR."""
+        """Return True if larger batches replace the decay of the LR."""
         return self.kind in ("doubling", "seesaw")
 
     @property
     def start(self) -> int | None:
-        """Return the size it begins with; None: the global batch of the run."""
+        """Return the first size; None: the global batch of the run."""
         return self.stages[0][1] if self.stages else self.first
 
 
@@ -122,16 +122,16 @@ def segments_for(
     in_samples: Callable[[Duration], int | None],
     run_samples: int | None,
 ) -> tuple[Segment, ...] | None:
-    """Return the segments of ``wanted`` in a run that begins with ``first``; None: not known yet.
+    """Return the segments of ``wanted`` in a run that starts with ``first``, or None if they aren't known yet.
 
     Args:
-        last: the run's global batch in samples, to which a ramp climbs that says nothing else.
-        batch: a size of ``wanted`` in samples.
-        in_samples: lengths in samples, of all units but steps; None where they aren't known yet.
+        last: the run's global batch in samples, at which a ramp without ``to`` ends.
+        batch: converts a size of ``wanted`` to samples.
+        in_samples: converts a length in any unit but steps to samples; returns None if that isn't known yet.
 
     Raises:
-        UserError: a stage doesn't come after the one before it, or not within the run; a size isn't a whole number of
-            samples; or the batch wouldn't move.
+        UserError: stages aren't in order or start after the run ends, a size isn't a whole number of samples, or the
+            batch never changes.
     """
     assert not wanted.for_decay
     rule = _later(first, Rule("none") if wanted.hold else first.rule)
@@ -143,15 +143,15 @@ def segments_for(
     segments = (first, *(Segment(start or 0, size, rule) for start, size in starts[1:]))
     begins = [segment.start_sample for segment in segments]
     if begins != sorted(set(begins)):
-        raise _rejection(wanted, f": its stages start at {begins}", "they have to come one after another")
+        raise _rejection(wanted, f": its stages start at {begins}", "each has to start after the previous one")
     if run_samples is not None and begins[-1] >= run_samples:
-        problem = f": its last stage starts at sample {begins[-1]:,}, and the run has {run_samples:,}"
-        raise _rejection(wanted, problem, "let it start earlier, or give a longer duration")
+        problem = f": its last stage starts at sample {begins[-1]:,}, but the run has only {run_samples:,}"
+        raise _rejection(wanted, problem, "start the stage earlier, or give a longer duration")
     return segments
 
 
 def _later(first: Segment, rule: Rule) -> Rule:
-    """Return ``rule`` for the segments after ``first``: parts given for the run stay, but lr.peak is of the first."""
+    """Return ``rule`` for the segments after ``first``: keep the fixed parts except the LR, which lr.peak gives."""
     return replace(rule, fixed=tuple(part for part in first.rule.fixed if part != "lr"))
 
 
@@ -163,20 +163,21 @@ def _starts(
     batch: Callable[[int], int],
     run_samples: int | None,
 ) -> Iterator[tuple[int | None, int]]:
-    """Yield from which sample on there are how many samples a step."""
+    """Yield the first sample and the global batch of each segment."""
     size = first.global_size
     if wanted.kind == "stages":
-        laid: list[tuple[int, int]] = []
-        for when, wants in wanted.stages:
-            start = samples_after(math.ceil(when.value), laid) if when.unit == "st" and laid else in_samples(when)
-            laid.append((start or 0, batch(wants)))
-            yield start, laid[-1][1]
+        previous: list[tuple[int, int]] = []
+        for when, stage_size in wanted.stages:
+            in_steps = when.unit == "st" and previous
+            start = samples_after(math.ceil(when.value), previous) if in_steps else in_samples(when)
+            previous.append((start or 0, batch(stage_size)))
+            yield start, previous[-1][1]
     elif wanted.kind == "ramp":
         assert wanted.over is not None
         over, top = in_samples(wanted.over), last if wanted.last is None else batch(wanted.last)
         by = batch(wanted.by) if wanted.by else size
         if top is None or top <= size:
-            raise _rejection(wanted, f" climbs from {size} to {top}", "give a larger to:…, or batch.global_size")
+            raise _rejection(wanted, f" goes from {size} to {top}", "give a larger to:…, or batch.global_size")
         climbs = -(-(top - size) // by)
         for climb in range(min(climbs, SEGMENTS) + 1):
             yield None if over is None else -(-over * climb // max(1, climbs)), min(top, size + climb * by)
@@ -186,30 +187,30 @@ def _starts(
         if doublings == 0 or size << doublings != batch(wanted.last):
             begins = wanted.first or 0
             fix = f"give to:{begins << doublings} or to:{begins << doublings + 1}"
-            raise _rejection(wanted, f": doublings of {begins} don't come to {wanted.last}", fix)
+            raise _rejection(wanted, f": doubling {begins} never gives {wanted.last}", fix)
         for doubling in range(doublings + 1):
             start = None if run_samples is None else -(-run_samples * doubling // (doublings + 1))
             yield start, size << doubling
 
 
 def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule: Schedule) -> tuple[Segment, ...]:
-    """Return segments of B × f where the LR's decay would come to η/f: f = 2, or 1/gamma of a decay by steps.
+    """Return segments that multiply the batch by f whenever the LR would have decayed by f.
 
-    ``doubling`` holds the LR (Smith et al. 2018, arXiv:1711.00489), ``seesaw`` divides it by √f (for Adam; Meterez et
-    al. 2025, arXiv:2510.14717).
+    f is 2, or 1/gamma for ``lr.decay=step``. ``doubling`` holds the LR (Smith et al. 2018, arXiv:1711.00489).
+    ``seesaw`` divides it by √f (for Adam; Meterez et al. 2025, arXiv:2510.14717).
 
     Args:
         most: the largest batch, in samples.
-        schedule: of the LR, which then holds it until the last of these segments starts.
+        schedule: the LR's schedule, which the caller holds until the last of these segments starts.
 
     Raises:
-        UserError: there is no place, or no larger batch, for even one.
+        UserError: the batch can't grow even once.
     """
     factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
     rule = _later(first, Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"))
     if not first.global_size * factor <= most:
-        limit = f"{most:,}, which is {'its to:…' if wanted.last else 'a tenth of the training data'}"
-        problem = f": {counted(first.global_size, 'sample')} × {factor:g} are more than {limit}"
+        limit = f"{most:,}, {'its to:…' if wanted.last else 'a tenth of the training data'}"
+        problem = f": {counted(first.global_size, 'sample')} × {factor:g} is more than {limit}"
         raise _rejection(wanted, problem, "give a larger to:…, or a smaller batch.global_size")
     segments = [first]
     for growth in count(1):
@@ -220,8 +221,8 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
             segments.pop()
         segments.append(Segment(start, round(size), rule))
     if len(segments) == 1:
-        falls = f"lr.decay={schedule.decay} with lr.final={schedule.final:g} never comes to 1/{factor:g} of the peak"
-        problem = f" puts larger batches in place of the LR's decay, and {falls}"
+        falls = f"lr.decay={schedule.decay} with lr.final={schedule.final:g} never reaches 1/{factor:g} of the peak"
+        problem = f" replaces the LR's decay by larger batches, but {falls}"
         raise _rejection(wanted, problem, "choose another lr.decay")
     return tuple(segments)
 
@@ -235,7 +236,7 @@ def _options(kind: str, words: Sequence[str], known: Sequence[str]) -> dict[str,
     for word in words:
         name, colon, value = word.partition(":")
         if not colon or name not in known or name in options:
-            raise UserError(f"{word} is nothing that {kind} takes once, which is {', '.join(f'{k}:…' for k in known)}")
+            raise UserError(f"{word} isn't valid: {kind} takes {', '.join(f'{k}:…' for k in known)}, each once")
         options[name] = value
     return options
 
@@ -243,7 +244,7 @@ def _options(kind: str, words: Sequence[str], known: Sequence[str]) -> dict[str,
 def _hold(options: dict[str, str]) -> bool:
     wanted = options.get("lr", "rule")
     if wanted not in ("rule", "hold"):
-        raise UserError(f"lr:{wanted} can't be: lr:rule moves the LR by lr.rule, lr:hold keeps it")
+        raise UserError(f"lr:{wanted} isn't valid: lr:rule scales the LR by lr.rule, lr:hold keeps it")
     return wanted == "hold"
 
 
@@ -256,5 +257,5 @@ def _duration(text: str) -> Duration:
 
 def _size(word: str, text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise UserError(f"{word} has no size, a whole number of 1 or more")
+        raise UserError(f"{word} has no valid size, a whole number of 1 or more")
     return int(text)

@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user."""
+"""The exception for mistakes of the user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user gave can't work. It is printed once, without a traceback, and the command ends with code 2.
+    """A mistake in the user's input, printed without a traceback; the command exits with code 2.
 
-    It is a ValueError so that pydantic, too, reports it as what is wrong with a value.
+    It is a ValueError so that pydantic reports it as a validation error.
 
     Args:
-        problem: what is wrong, with the value; lower case, no final period.
-        fix: what works instead; printed behind the problem.
-        key: the config key that it is about; empty where it is about none.
+        problem: the problem, with the value; lower case, no final period.
+        fix: what works instead; printed after the problem.
+        key: the config key at fault; empty if there is none.
         value: the key's value.
     """
 

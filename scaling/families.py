@@ -1,18 +1,18 @@
-"""Families of tasks: the global batches that people start from, and the optimizers that suit small and large ones."""
+"""Families of tasks: usual global batches, and optimizers for small and large batches."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-LARGE = 1024  # samples a step, from which on a batch counts as large
+LARGE = 1024  # a global batch of at least this many samples counts as large
 
 
 class Family(NamedTuple):
-    """What is known of a family.
+    """Describe a family of tasks.
 
     Attributes:
-        usual: the least and the most that people use as global batch, in ``unit``.
-        small: optimizers below LARGE, the first that has a base LR is taken; ``large``: from it on.
+        usual: the smallest and largest usual global batch, in ``unit``.
+        small: optimizers for batches below LARGE, the preferred one first; ``large``: for LARGE and above.
     """
 
     usual: tuple[int, int]
@@ -34,7 +34,7 @@ FAMILIES = {
 
 
 def optimizers(family: str | None, large: bool) -> tuple[str, ...]:
-    """Return the optimizers that suit a family, the best first; where it isn't stated, those that suit most."""
+    """Return the optimizers for ``family``, best first; for None, those that suit most tasks."""
     if family is None:
         return ("lamb", "adamw") if large else ("adamw", "sgd")
     return FAMILIES[family].large if large else FAMILIES[family].small

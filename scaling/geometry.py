@@ -1,8 +1,8 @@
-"""How one global batch is dealt to ranks and micro-batches: global = per-GPU × world size × accumulation.
+"""Split a global batch into micro-batches over ranks: global = per-GPU × world size × accumulation.
 
-Glossary: a *granule* is the fewest samples that may not be parted (1, or BatchNorm's ghost size); a *pass* is one
-forward/backward of every rank at once; micro-batch j of a step is pass j // world of rank j % world. Where numerics are
-bitwise, *pieces* is how many micro-batches there are, whatever the world, and each rank has a *block* of them.
+Glossary: a *granule* is the smallest group of samples that must not be split (1, or BatchNorm's ghost size). A *pass*
+is one forward/backward of every rank at once. Micro-batch j of a step is pass j // world of rank j % world. With
+bitwise numerics, *pieces* is the number of micro-batches on any world, and each rank has a contiguous *block* of them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from math import isqrt
 
 from isobatch.scaling.errors import UserError
 
-TOGETHER = "which have to stay together (batchnorm.ghost_size)"
+TOGETHER = "which have to stay in one micro-batch (batchnorm.ghost_size)"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One global batch, cut into world × accumulation consecutive micro-batches as equal as they can be.
+    """Cut a global batch into world × accumulation consecutive micro-batches of nearly equal size.
 
-    Sizes differ by at most one granule, the larger ones first, so 100 samples on 3 ranks × 2 passes are
+    Sizes differ by at most one granule, larger ones first, so 100 samples on 3 ranks × 2 passes are
     17, 17, 17 | 17, 16, 16. Micro-batches beyond the number of granules are empty.
 
     >>> cut = Cut(global_size=100, per_gpu=17, world=3, accumulation=2)
     >>> cut.micro_batches, [cut.share(rank) for rank in range(3)]
     (((17, 4), (16, 2)), [34, 33, 33])
 
-    With ``pieces`` the batch is cut into so many instead, the same on any world, and dealt in blocks of consecutive
-    ones which differ by at most one, the larger ones first. So sums over a fixed tree of them can begin on the ranks.
-    Where a block is shorter than ``accumulation``, the rank's last pass is empty.
+    With ``pieces`` the batch is cut into that many micro-batches on any world. Each rank gets a block of consecutive
+    ones, so each rank can start the sums of a fixed tree over them. Block lengths differ by at most one, longer ones
+    first. If a block is shorter than ``accumulation``, the rank's last pass is empty.
 
     >>> cut = Cut(global_size=100, per_gpu=20, world=3, accumulation=2, pieces=5)
     >>> cut.micro_batches, [cut.block(rank) for rank in range(3)]
@@ -39,10 +39,10 @@ class Cut:
     ([40, 40, 20], [(80, 100), (100, 100)])
 
     Attributes:
-        global_size, per_gpu: samples; ``per_gpu`` is the most that a micro-batch may hold.
+        global_size, per_gpu: samples; ``per_gpu`` is the limit of a micro-batch.
         world, accumulation: ranks; passes of each rank per optimizer step.
-        granule: samples that stay together; divides ``global_size``.
-        pieces: micro-batches of a step where their number isn't world × accumulation.
+        granule: samples that must not be split; divides ``global_size``.
+        pieces: micro-batches of a step, if not world × accumulation.
     """
 
     global_size: int
@@ -58,21 +58,21 @@ class Cut:
         assert self.pieces is None or self.accumulation == _ceil(self.pieces, self.world), self
         assert self.micro_batches[0][0] <= self.per_gpu, self
 
-    def _dealt(self) -> tuple[int, int]:
-        """Return the granules that every micro-batch has, and how many micro-batches have one more."""
+    def _granules_each(self) -> tuple[int, int]:
+        """Return the granules of every micro-batch, and the number of micro-batches with one more."""
         return divmod(self.global_size // self.granule, self.pieces or self.world * self.accumulation)
 
     @property
     def micro_batches(self) -> tuple[tuple[int, int], ...]:
-        """Return the sizes in the order j as run-lengths ((size, how many), …); then the passes without one."""
-        base, larger = self._dealt()
+        """Return the sizes by j as run-lengths ((size, count), …); passes without a micro-batch come last, as 0."""
+        base, larger = self._granules_each()
         passes = self.world * self.accumulation
         pieces = self.pieces or passes
         runs = ((base + 1) * self.granule, larger), (base * self.granule, pieces - larger), (0, passes - pieces)
         return tuple(run for run in runs if run[1])
 
     def block(self, rank: int) -> range:
-        """Return the micro-batches j of ``rank``, one per pass: every world-th, or with ``pieces`` consecutive ones."""
+        """Return the micro-batches j of ``rank``, one per pass: every world-th, or consecutive with ``pieces``."""
         if self.pieces is None:
             return range(rank, self.world * self.accumulation, self.world)
         base, larger = divmod(self.pieces, self.world)
@@ -80,8 +80,8 @@ class Cut:
         return range(start, start + base + (rank < larger))
 
     def _start(self, j: int) -> int:
-        """Return the samples of a step before its micro-batch j."""
-        base, larger = self._dealt()
+        """Return the number of samples before micro-batch j of a step."""
+        base, larger = self._granules_each()
         return (j * base + min(j, larger)) * self.granule
 
     def micro(self, rank: int, index: int) -> tuple[int, int]:
@@ -92,12 +92,12 @@ class Cut:
         return self._start(block.stop), self._start(block.stop)
 
     def passes(self, rank: int) -> Iterator[tuple[int, int]]:
-        """Return the ranges of all passes of ``rank``: always exactly ``accumulation`` of them."""
+        """Return the ranges of the ``accumulation`` passes of ``rank``."""
         return (self.micro(rank, index) for index in range(self.accumulation))
 
     def share(self, rank: int) -> int:
-        """Return the samples of ``rank`` in one step."""
-        base, larger = self._dealt()
+        """Return the number of samples of ``rank`` in one step."""
+        base, larger = self._granules_each()
         block = self.block(rank)
         more = len(range(block.start, min(larger, block.stop), block.step))
         return (len(block) * base + more) * self.granule
@@ -108,7 +108,7 @@ class Cut:
 
     @property
     def idle(self) -> float:
-        """Return the share of time in which ranks wait for the busiest one, rank 0."""
+        """Return the share of time that ranks wait for rank 0, the busiest one."""
         return 1 - self.global_size / (self.world * self.share(0))
 
 
@@ -122,35 +122,35 @@ def solve(
     even: bool = False,
     bitwise: bool = False,
 ) -> Cut:
-    """Solve the sizes that aren't given of global batch = per-GPU batch × world size × accumulation.
+    """Solve global batch = per-GPU batch × world size × accumulation for the missing sizes.
 
     With ``global_size`` and ``per_gpu``: accumulation = ⌈granules / (world × ⌊per_gpu / granule⌋)⌉. Without
     ``per_gpu``: per_gpu = ⌈granules / (world × accumulation)⌉ granules, accumulation 1 unless given. Without
-    ``global_size``: the product of the others.
+    ``global_size``: the product of the other sizes.
 
     Args:
         global_size, per_gpu, granule: samples.
-        even: refuse a cut whose micro-batches aren't all of one size.
-        bitwise: ``pieces`` follows from the global and the per-GPU batch alone: ⌈granules / ⌊per_gpu / granule⌋⌉.
+        even: reject a cut whose micro-batches have different sizes.
+        bitwise: derive ``pieces`` from the global and the per-GPU batch alone: ⌈granules / ⌊per_gpu / granule⌋⌉.
 
     Raises:
-        UserError: three sizes that contradict each other, a granule that doesn't fit, no ``per_gpu`` under
-            ``bitwise``, or an uneven cut under ``even``; with the nearest sizes that would do.
-        ValueError: a size below 1, or too few sizes.
+        UserError: the three sizes contradict each other, the granule doesn't fit, ``bitwise`` has no ``per_gpu``, or
+            ``even`` has an uneven cut. The message names the nearest sizes that work.
+        ValueError: a size is below 1, or too few sizes are given.
     """
     sizes = {"batch.global_size": global_size, "batch.per_gpu": per_gpu, "batch.accumulation": accumulation}
     for name, size in {**sizes, "the world size": world}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: has to be at least 1")
     if bitwise and per_gpu is None:
-        problem = "numerics=bitwise cuts a step by batch.per_gpu, the same on any number of processes"
-        raise UserError(problem, "give batch.per_gpu, which is then part of what the run is", "batch.per_gpu")
+        problem = "numerics=bitwise needs batch.per_gpu, to cut a step the same way on any number of processes"
+        raise UserError(problem, "give batch.per_gpu, which is then part of the run's identity", "batch.per_gpu")
     if per_gpu is not None and per_gpu < granule:
         problem = f"batch.per_gpu={per_gpu} is below {granule}, {TOGETHER}"
         raise UserError(problem, f"use {granule}", "batch.per_gpu", per_gpu)
     if global_size is None:
         if per_gpu is None:
-            raise ValueError("of batch.global_size and batch.per_gpu at least one has to be given")
+            raise ValueError("at least one of batch.global_size and batch.per_gpu has to be given")
         global_size = per_gpu // granule * granule * world * (accumulation or 1)
     granules, rest = divmod(global_size, granule)
     if rest:
@@ -168,7 +168,7 @@ def solve(
 
 
 def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> list[int]:
-    """Return the nearest global batches below and above an uneven cut's that are even, in samples."""
+    """Return the nearest even global batches below and above that of an uneven cut, in samples."""
     most, stride = per_gpu and per_gpu // cut.granule, cut.world * (accumulation or 1)
     first, reach = cut.global_size // cut.granule // stride * stride, 100_000 * stride
     ways = range(first, max(0, first - reach), -stride), range(first + stride, first + reach, stride)
@@ -178,19 +178,19 @@ def nearest_even(cut: Cut, per_gpu: int | None, accumulation: int | None) -> lis
 
 
 def _passes(world: int, granules: int, most: int | None, accumulation: int | None) -> int:
-    """Return the passes of each rank, where a micro-batch may hold ``most`` granules."""
+    """Return the passes of each rank if a micro-batch holds at most ``most`` granules."""
     return accumulation or 1 if most is None else _ceil(granules, world * most)
 
 
 def _fits(world: int, granules: int, most: int | None, accumulation: int | None, even: bool, bitwise: bool) -> bool:
-    """Tell whether these don't contradict each other, and are even where they have to be."""
+    """Return True if the sizes don't contradict each other, and are even if ``even`` asks for it."""
     passes = _passes(world, granules, most, accumulation)
     pieces = _ceil(granules, most) if bitwise and most else world * passes
     return accumulation in (None, passes) and not (even and (granules % pieces or pieces % world))
 
 
 def _contradiction(cut: Cut, accumulation: int, even: bool) -> UserError:
-    """Name what would work in place of three sizes of which the two other than ``accumulation`` ask for ``cut``."""
+    """Return an error that names the fixes; ``cut`` solves the global and per-GPU batch without ``accumulation``."""
     world, granule = cut.world, cut.granule
     granules, most = cut.global_size // granule, cut.per_gpu // granule
     smaller, larger = _ceil(granules, world * accumulation), most * world * accumulation
@@ -201,13 +201,13 @@ def _contradiction(cut: Cut, accumulation: int, even: bool) -> UserError:
     }
     fits = [text for text, sizes in alternatives.items() if _fits(world, *sizes, even, cut.pieces is not None)]
     sizes = f"batch.global_size={cut.global_size}, batch.per_gpu={cut.per_gpu} and batch.accumulation={accumulation}"
-    passes = f"on {counted(world, 'rank')} the first two take {counted(cut.accumulation, 'pass', 'passes')}"
+    passes = f"on {counted(world, 'rank')} the first two need {counted(cut.accumulation, 'pass', 'passes')}"
     fix = f"leave one of the three out, or change one: {_or(fits)}"
     return UserError(f"{sizes} contradict each other: {passes}", fix, "batch.accumulation", accumulation)
 
 
 def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> UserError:
-    """Name the nearest even sizes."""
+    """Return an error that names the nearest even sizes."""
     granules, most = cut.global_size // cut.granule, per_gpu and per_gpu // cut.granule
     ranks = counted(cut.world, "rank")
     sizes = (granules, most, accumulation, True, cut.pieces is not None)
@@ -225,7 +225,7 @@ def _uneven(cut: Cut, per_gpu: int | None, accumulation: int | None) -> UserErro
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Count ``number`` of a noun: ``1 rank``, ``1,024 ranks``."""
+    """Format a number with its noun: ``1 rank``, ``1,024 ranks``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 

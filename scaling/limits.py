@@ -1,4 +1,4 @@
-"""Ranges that numbers and texts of a config and of a stored plan have to be in, and text made safe to print."""
+"""Annotated types with the ranges of a config's and a stored plan's values, and helpers to print text safely."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Len, Lt, Predicate
 
-# Control characters but newline and tab, and those that turn the direction of what follows
+# Control characters except newline and tab, and characters that change the text's direction
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` with its control characters written as JSON writes them; newlines and tabs stay.
+    r"""Return ``text`` with control characters escaped as in JSON, except newlines and tabs.
 
     >>> print(printable("val/\x1b[2Jloss"))
     val/\u001b[2Jloss
@@ -21,21 +21,21 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` likewise, its newlines and tabs written too."""
+    """Return ``text`` with control characters, newlines and tabs escaped."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-LARGEST = 10**15  # of a number of samples, tokens, ranks or passes, and of any other number
+LARGEST = 10**15  # limit of any number: samples, tokens, ranks, passes, …
 LONGEST = 4096  # characters of a name or a reason
 
 
 def readable(text: str) -> bool:
-    """Tell whether ``text`` is one line of Unicode without control characters."""
+    """Return True if ``text`` is one line of Unicode without control characters."""
     return one_line(text) == text
 
 
 def hexadecimal(text: str) -> bool:
-    """Tell whether ``text`` is what ``isobatch.conf.identity.digest`` makes."""
+    """Return True if ``text`` has the form of ``isobatch.conf.identity.digest``."""
     return len(text) == 12 and set(text) <= set("0123456789abcdef")
 
 

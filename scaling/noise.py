@@ -1,10 +1,10 @@
-"""The gradient noise scale: by how much the gradients of samples differ, against the gradient that they share.
+"""The gradient noise scale: how much the gradients of samples differ, relative to their mean.
 
-Glossary: G is the mean of all samples' gradients, Σ the covariance of one sample's, B the global batch in samples. A
-step is cut into n micro-batches of b_j samples (Σ_j b_j = B) whose mean gradients are g_j; g_B is the whole step's. The
-simple noise scale is tr Σ / |G|², in samples: of a batch as large as that, half of |g_B|² is noise.
+Glossary: G is the mean gradient over all samples, Σ the covariance of one sample's gradient, B the global batch in
+samples. A step is cut into n micro-batches of b_j samples (Σ_j b_j = B) with mean gradients g_j; g_B is the gradient of
+the whole step. The simple noise scale is tr Σ / |G|², in samples: at a batch of that size, half of |g_B|² is noise.
 
-It isn't the critical batch, and can be far from it: it says in which way that moves (Merrill et al. 2025).
+The noise scale isn't the critical batch and can be far from it; it shows the trend (Merrill et al. 2025).
 Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.
 """
 
@@ -20,14 +20,14 @@ from isobatch.scaling.limits import Count
 if TYPE_CHECKING:
     from isobatch.scaling.plan import Plan
 
-MEMORY = 100  # measurements after which what was found weighs 1/e of what is found now
-FEWEST = 10  # measurements, before which nothing is said of how sure they are
+MEMORY = 100  # time constant of the moving averages, in measurements
+FEWEST = 10  # measurements before the first interval
 NORMAL = 1.959964  # the 0.975 quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one step says; unbiased, and so noisy that ``grad_sq`` is often negative.
+    """Hold the estimates of one step. They are unbiased, and so noisy that ``grad_sq`` is often negative.
 
     Attributes:
         grad_sq: |G|².
@@ -39,38 +39,38 @@ class Estimate:
 
 
 def estimate(parts_sq: float, whole_sq: float, batch: int, micro_batches: int) -> Estimate:
-    """Return the estimate of one step from squared norms of its gradient.
+    """Return the estimate of one step from squared gradient norms.
 
-    A mean of b gradients has E|g_b|² = |G|² + tr Σ / b. So, for micro-batches of any sizes,
+    A mean of b gradients has E|g_b|² = |G|² + tr Σ / b, so for micro-batches of any sizes
 
         tr Σ = (Σ_j b_j |g_j|² − B |g_B|²) / (n − 1),     |G|² = |g_B|² − tr Σ / B.
 
-    With n equal ones of b samples, Σ_j b_j |g_j|² is B times the mean of |g_j|², and these are the paper's formulas. As
-    gradients are accumulated, a micro-batch adds its part p_j = b_j g_j / B to g_B = Σ_j p_j.
+    With n equal micro-batches, Σ_j b_j |g_j|² is B times the mean of |g_j|², which gives the paper's formulas.
+    Micro-batch j accumulates p_j = b_j g_j / B into g_B = Σ_j p_j.
 
     Args:
-        parts_sq: Σ_j |p_j|² / b_j, over the micro-batches that have samples.
+        parts_sq: Σ_j |p_j|² / b_j over the non-empty micro-batches.
         whole_sq: |g_B|², before clipping.
         batch: B.
-        micro_batches: n, of those that have samples.
+        micro_batches: n, the number of non-empty micro-batches.
 
     Raises:
-        ValueError: fewer than two micro-batches: between one and itself there is no difference.
+        ValueError: there are fewer than two micro-batches to compare.
 
-    Of 3 samples, 2 with the mean gradient 3 and 1 with 6:
+    For 3 samples in two micro-batches, 2 samples with mean gradient 3 and 1 with gradient 6:
 
     >>> estimate(parts_sq=2.0**2 / 2 + 2.0**2 / 1, whole_sq=4.0**2, batch=3, micro_batches=2)
     Estimate(grad_sq=14.0, trace=6.0)
     """
     if micro_batches < 2:
-        raise ValueError(f"the noise scale is measured between micro-batches, and there is {micro_batches} of them")
-    trace = max(0.0, batch * (batch * parts_sq - whole_sq) / (micro_batches - 1))  # below 0 by rounding alone
+        raise ValueError(f"the noise scale needs at least 2 micro-batches, not {micro_batches}")
+    trace = max(0.0, batch * (batch * parts_sq - whole_sq) / (micro_batches - 1))  # only rounding makes it negative
     return Estimate(whole_sq - trace / batch, trace)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The noise scale in samples, and its interval of 95 %."""
+    """Hold the noise scale in samples, and its 95 % interval."""
 
     scale: float
     low: float
@@ -79,16 +79,15 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Smoothed:
-    """Moving averages of the estimates: numerator and denominator apart, as a mean of ratios is far off.
+    """Hold moving averages of the estimates, separately for numerator and denominator: a mean of ratios is biased.
 
-    Debiased, so the first estimates weigh the same. The variances are those of the estimates among each other.
+    The averages are debiased, so the first estimates have equal weights.
 
     Attributes:
-        count: estimates taken in.
-        grad_sq, trace: their averages, |G|² and tr Σ.
-        grad_sq_var, trace_var, covariance: of single estimates, around these.
-        weight_sq: sum of the squares of the estimates' weights, whose sum is 1: the variance of an average against that
-            of one estimate.
+        count: number of estimates.
+        grad_sq, trace: averages of |G|² and tr Σ.
+        grad_sq_var, trace_var, covariance: of single estimates around these averages.
+        weight_sq: sum of the squared weights, which sum to 1. An average has this share of one estimate's variance.
     """
 
     count: Count = 0
@@ -102,12 +101,12 @@ class Smoothed:
     def __post_init__(self) -> None:
         finite = all(map(math.isfinite, astuple(self))) and min(self.count, self.grad_sq_var, self.trace_var) >= 0
         if not finite or (self.count > 1 and not 0 < self.weight_sq < 1):
-            raise ValueError(f"{self} is nothing that estimates add up to")
+            raise ValueError(f"{self} isn't a valid average of estimates")
 
     def updated(self, new: Estimate) -> Smoothed:
         """Return the averages with one more estimate."""
         decay = math.exp(-1 / MEMORY)
-        weight = (1 - decay) / (1 - decay ** (self.count + 1))  # 1, 1/2, 1/3, … and in the end 1 - decay
+        weight = (1 - decay) / (1 - decay ** (self.count + 1))  # about 1, 1/2, 1/3, …; tends to 1 - decay
         off, off_trace = new.grad_sq - self.grad_sq, new.trace - self.trace
 
         def spread(before: float, product: float) -> float:
@@ -124,14 +123,14 @@ class Smoothed:
         )
 
     def scale(self) -> Scale | None:
-        """tr Σ / |G|² with its interval; None while that isn't known.
+        """Return tr Σ / |G|² with its interval, or None if the interval is unbounded.
 
-        The interval holds every ratio θ that the averages T of tr Σ and D of |G|² don't contradict (Fieller 1954):
+        The interval holds every ratio θ consistent with the averages T of tr Σ and D of |G|² (Fieller 1954):
 
             (T − θD)² ≤ t² (var T − 2θ cov(T, D) + θ² var D).
 
-        It has an end where D is positive beyond its error, D² > t² var D: only then the scale is known. t is Student's
-        for as many degrees of freedom as the weights leave.
+        It is bounded if D is positive beyond its error, D² > t² var D. t is Student's quantile at the effective
+        degrees of freedom of the weights.
         """
         if self.count < FEWEST:
             return None
@@ -146,7 +145,7 @@ class Smoothed:
 
 
 def student(freedom: float) -> float:
-    """Return the 0.975 quantile of Student's t distribution, to 0.3 % from 9 degrees of freedom on.
+    """Return the 0.975 quantile of Student's t distribution, within 0.3 % for 9 or more degrees of freedom.
 
     Source: Abramowitz & Stegun, 26.7.5, its first two terms.
 
@@ -158,16 +157,16 @@ def student(freedom: float) -> float:
 
 
 def filled(cut: Cut) -> int:
-    """Return the number of micro-batches of a step that have samples."""
+    """Return the number of non-empty micro-batches of a step."""
     return sum(count for size, count in cut.micro_batches if size)
 
 
 def unmeasurable(plan: Plan) -> str | None:
-    """Return what to do where every step is one micro-batch, so that the noise can't be measured; else None."""
+    """Return a message with a fix if every step is a single micro-batch, which can't be measured, else None."""
     cut = plan.cut
     if any(filled(stage.cut) > 1 for stage in plan.stages):
         return None
     half = -(-cut.global_size // cut.granule // 2) * cut.granule
     fix = f"batch.per_gpu={plan.sized(half)}, or more ranks" if half < cut.global_size else "a larger global batch"
-    one = f"on {counted(cut.world, 'rank')} a step is one: nothing is measured"
-    return f"noise.every measures by how much the micro-batches of a step differ, and {one}; give {fix}"
+    one = f"on {counted(cut.world, 'rank')} a step has only one, so nothing is measured"
+    return f"noise.every measures how much the micro-batches of a step differ, but {one}; give {fix}"

@@ -1,9 +1,8 @@
-"""The sample order: a pseudo-random permutation of the dataset for each epoch, without storing one.
+"""The sample order: a pseudo-random permutation of the dataset for each epoch, computed without storing it.
 
-Where a sample stands in the order is computed, not looked up: a balanced Feistel network shuffles the smallest
-range(4^k) that holds the dataset, and cycle-walking (shuffle again while the result is outside) brings that down to
-range(n). So the order costs no memory that grows with n, any position is reached at once, and the whole data state of
-a run is one number, the samples seen.
+A balanced Feistel network permutes the smallest range(4^k) that covers the dataset, and cycle-walking (permute again
+while the result is outside) restricts it to range(n). The order needs no memory that grows with n, any position is
+computed directly, and the whole data state of a run is one number: the samples seen.
 
 Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains" (cycle-walking); Appleby's MurmurHash3 (mixing).
 """
@@ -20,30 +19,30 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-MAX_SAMPLES = 2**62  # the most whose shuffled range still fits an int64
+MAX_SAMPLES = 2**62  # largest dataset whose permuted range fits an int64
 
-# Some thousand epochs of a dataset of 16 to 64 tell six rounds from chance, of 256 four; eight they don't.
+# A few thousand epochs distinguish six rounds from chance for 16 to 64 samples, and four rounds for 256, but not eight.
 _ROUNDS = 8
-# On 2^4 elements eight rounds aren't enough, and that every Feistel network is an even permutation shows, too.
+# For 2^4 elements eight rounds aren't enough, and it shows that every Feistel network is an even permutation.
 _LEAST_HALF_BITS = 3
-# Up to 2^16 elements the network is tabulated once an epoch (half a megabyte): small requests are then look-ups.
+# Up to 2^16 elements the permutation is tabulated once per epoch (half a megabyte), so small requests are look-ups.
 _TABLE_HALF_BITS = 8
-# So many are evaluated at a time: enough to hide the cost of calling numpy, few enough for a core's cache.
+# Elements per evaluation: enough to amortise the numpy calls, few enough for a core's cache.
 _BLOCK = 1 << 14
 
 
 def indices(seed: int, n: int, start: int, stop: int) -> Indices:
     """Return the dataset indices at the run's positions [start, stop).
 
-    Position p is entry p mod n of epoch p div n, and every epoch is a permutation of range(n) of its own.
+    Position p is entry p mod n of epoch p div n. Every epoch has its own permutation of range(n).
 
     Args:
         seed: any integer.
-        n: samples in the dataset.
-        start, stop: positions, counted in samples from the start of the run; they may lie epochs apart.
+        n: number of samples in the dataset.
+        start, stop: positions in samples from the start of the run; the range may span epochs.
 
     Raises:
-        ValueError: an n below 1 or above 2^62, a negative start, a stop before the start.
+        ValueError: ``n`` is below 1 or above 2^62, ``start`` is negative, or ``stop`` is before ``start``.
 
     >>> indices(seed=0, n=5, start=3, stop=12).tolist()
     [1, 2, 0, 1, 4, 2, 3, 2, 4]
@@ -52,7 +51,7 @@ def indices(seed: int, n: int, start: int, stop: int) -> Indices:
     if not 1 <= n <= MAX_SAMPLES:
         raise ValueError(f"the sample order needs between 1 and 2^62 samples, not n = {n}")
     if not 0 <= start <= stop:
-        raise ValueError(f"positions [{start}, {stop}) are no range; start has to be 0 or more, stop at least start")
+        raise ValueError(f"positions [{start}, {stop}) aren't a range; start has to be 0 or more, stop at least start")
     half_bits = max(_LEAST_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
     order = np.empty(stop - start, np.int64)
     done = 0
@@ -72,8 +71,8 @@ def indices(seed: int, n: int, start: int, stop: int) -> Indices:
 
 @lru_cache(maxsize=4)
 def _shuffle(seed: int, epoch: int, half_bits: int) -> Callable[[Indices], Indices]:
-    """Return the permutation of range(4^half_bits) that belongs to this seed and epoch."""
-    # A hash, because seed + epoch would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+    """Return the permutation of range(4^half_bits) for this seed and epoch."""
+    # A hash: with seed + epoch, epoch 1 of seed 0 would equal epoch 0 of seed 1.
     digest = blake2b(f"sample order {seed} {epoch}".encode(), digest_size=4 * _ROUNDS).digest()
     keys = np.frombuffer(digest, "<u4").tolist()
     feistel = partial(_feistel, half_bits, keys)
@@ -81,12 +80,12 @@ def _shuffle(seed: int, epoch: int, half_bits: int) -> Callable[[Indices], Indic
 
 
 def _feistel(half_bits: int, keys: list[int], values: Indices) -> Indices:
-    """Shuffle values of range(4^half_bits): each round XORs a keyed hash of one half of the bits into the other."""
+    """Permute values of range(4^half_bits): each round XORs a keyed hash of one half of the bits into the other."""
     left = (values >> half_bits).astype(np.uint32)
     right = (values & ((1 << half_bits) - 1)).astype(np.uint32)
     mixed, shifted = np.empty_like(left), np.empty_like(left)
     for key in keys:
-        # murmur's finaliser; its last shift takes the product's high bits, the best mixed, instead of folding them
+        # murmur's finaliser, except that its last shift keeps the product's high bits, which are mixed best
         np.bitwise_xor(right, key, out=mixed)
         mixed ^= np.right_shift(mixed, 16, out=shifted)
         mixed *= 0x85EBCA6B

@@ -1,4 +1,4 @@
-"""The plan: every step of a run, known before anything has started. Frozen, torch-free, JSON both ways."""
+"""The plan: every step of a run, computed before it starts. Frozen, torch-free, convertible to and from JSON."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from isobatch.scaling.schedule import Schedule, Segment, boundaries
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Describe one optimizer step: the samples [start, stop) of the sample order, and what the optimizer is told.
+    """Describe one optimizer step: its samples [start, stop) of the sample order, and its recipe.
 
-    ``index`` counts from 0; ``expected_units`` is what the loss is divided by before backward.
+    ``index`` counts from 0. The loss is divided by ``expected_units`` before backward.
     """
 
     index: int
@@ -44,11 +44,11 @@ Source = Literal["peak", "given", "paired", "moved", "tuned", "adapted", "usual"
 
 @dataclass(frozen=True, slots=True)
 class EnginePlacement:
-    """Name where an engine keeps a run's tensors.
+    """Describe where an engine keeps a run's tensors.
 
     Attributes:
-        stage: of DeepSpeed's ZeRO.
-        shards: tensors that are split, one part per rank; each rank holds all others whole.
+        stage: stage of DeepSpeed's ZeRO.
+        shards: tensors that are sharded over the ranks; every rank holds all other tensors whole.
         offloads: tensors in the host's memory.
     """
 
@@ -60,7 +60,7 @@ class EnginePlacement:
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Hold what a run does every so many samples; None: never, by the clock, or not known before the data is opened."""
+    """Hold the intervals of a run in samples; None: never, in minutes, or not known until the data is opened."""
 
     log: Size | None
     evaluate: Size | None
@@ -69,7 +69,7 @@ class Intervals:
 
 
 class Stage(NamedTuple):
-    """Describe a segment as it runs: its first sample and step, its cut and its peak recipe."""
+    """Describe a segment in a run: its first sample and step, its cut and its peak recipe."""
 
     start: int
     first_step: int
@@ -79,27 +79,27 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Describe a run by its global batch.
+    """Describe every step of a run by its global batch.
 
-    The types state the range of each field; ``plan_json.from_json`` checks them when a stored plan is read. How fields
-    have to fit each other is checked here.
+    The types state the range of each field; ``plan_json.from_json`` checks them when it reads a stored plan. The plan
+    itself validates that its fields are consistent.
 
     Attributes:
-        segments: at least one, by rising ``start_sample``, the first at 0.
-        world: data-parallel ranks. ``per_gpu`` and ``accumulation`` are as asked (None: solved by ``Cut``).
-        granule: samples that stay together in one micro-batch.
-        even: uneven cuts are rejected.
-        samples: what ``duration`` asks for; None until the data is opened. The last step is whole, see ``added``.
-        train_samples: samples of one epoch, None until the data is opened.
-        units_per_sample: tokens per sample; None where the unit is the sample. ``unit`` is how sizes are printed.
-        base, base_batch: the recipe, and the global batch it is for, from which the rules start.
-        base_source: where they come from. ``peak``: lr.peak was given outright, and is the LR of the base; the batch
-            is then the first segment's, unless the rule moves more than the LR.
-        schedule: of the LR over samples; None until ``samples`` is known.
-        sync: BatchNorm takes its statistics from one pass of all ranks.
-        numerics: bitwise: each step is cut by ``per_gpu`` alone, the same on any world.
-        engine: where it keeps the run's tensors; follows today's hardware, as ``world`` does.
-        intervals: of today's command, and no part of what the run is: plans that differ in them are equal.
+        segments: at least one, sorted by ``start_sample``, the first at 0.
+        world: data-parallel ranks. ``per_gpu`` and ``accumulation`` are as requested (None: solved by ``Cut``).
+        granule: samples that must stay in one micro-batch.
+        even: reject uneven cuts.
+        samples: the requested duration; None until the data is opened. The last step is whole, see ``added``.
+        train_samples: samples of one epoch; None until the data is opened.
+        units_per_sample: tokens per sample; None if the unit is the sample. ``unit`` is the unit of printed sizes.
+        base, base_batch: the recipe that the rules start from, and the global batch it was tuned at.
+        base_source: where the base comes from. ``peak``: the base LR is lr.peak, and the batch is that of the first
+            segment unless the rule moves more than the LR.
+        schedule: the LR over samples; None until ``samples`` is known.
+        sync: BatchNorm computes its statistics over one pass of all ranks.
+        numerics: ``bitwise`` cuts each step by ``per_gpu`` alone, the same way on any world.
+        engine: the engine's placement of tensors on the current hardware.
+        intervals: of the current command. They aren't part of the run: plans that differ only in them are equal.
     """
 
     segments: Annotated[tuple[Segment, ...], Len(1)]
@@ -129,23 +129,23 @@ class Plan:
     def __post_init__(self) -> None:
         starts = [segment.start_sample for segment in self.segments]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError(f"segments have to start at sample 0 and rise; they start at {starts}")
+            raise ValueError(f"segments start at {starts}; they have to start at sample 0 and rise")
         if self.base.lr <= 0:
             raise ValueError(f"the base LR is {self.base.lr:g}: has to be more than 0")
         if self.schedule and self.schedule.samples != self.samples:
-            raise ValueError(f"the schedule is of {self.schedule.samples} samples, and the run has {self.samples}")
+            raise ValueError(f"the schedule has {self.schedule.samples} samples, but the run has {self.samples}")
         if self.unit == "tokens" and self.units_per_sample is None:
             raise ValueError("sizes in tokens need units_per_sample, the tokens of a sample")
         if self.numerics == "bitwise" and self.sync:
-            statistics = "whose statistics are of one pass of all ranks, however many"
-            problem = f"numerics=bitwise doesn't go with batchnorm.mode=sync, {statistics}"
-            fix = "use batchnorm.mode=ghost, or null, which normalises a micro-batch, here always the same"
+            statistics = "whose statistics depend on the number of ranks"
+            problem = f"numerics=bitwise doesn't support batchnorm.mode=sync, {statistics}"
+            fix = "use batchnorm.mode=ghost, or null, which normalises each micro-batch"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
-        self.stages  # noqa: B018  (every segment's cut is checked before the start, not when it is reached)
+        self.stages  # noqa: B018  (validate the cut of every segment before the run starts)
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """Return the segments as they run: each from the first step boundary that its start allows."""
+        """Return the stages: each segment starts at the first step boundary at or after its start."""
         stages: list[Stage] = []
         begins = boundaries([(segment.start_sample, segment.global_size) for segment in self.segments])
         for segment, (start, first_step) in zip(self.segments, begins, strict=True):
@@ -161,7 +161,7 @@ class Plan:
             self._refuse_empty_passes(cut)
             stage = Stage(start, first_step, cut, self._carried(segment, stages))
             if stages and start == stages[-1].start:
-                stages.pop()  # it has no step
+                stages.pop()  # the previous stage has no step
             if not stages or self.samples is None or start < self.samples:
                 stages.append(stage)
         return stages
@@ -169,9 +169,9 @@ class Plan:
     def _refuse_empty_passes(self, cut: Cut) -> None:
         if self.sync and not cut.micro_batches[-1][0]:
             passes = f"{counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
-            step = f"{self.size(cut.global_size)} a step are fewer than {passes}"
-            problem = f"batchnorm.mode=sync wants a sample on every rank in every pass, and {step}"
-            fix = "use a larger batch.global_size, fewer of both, or batchnorm.mode=ghost"
+            step = f"{self.size(cut.global_size)} per step are fewer than {passes}"
+            problem = f"batchnorm.mode=sync needs a sample on every rank in every pass, but {step}"
+            fix = "use a larger batch.global_size, fewer ranks or passes, or batchnorm.mode=ghost"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
 
     def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
@@ -182,15 +182,15 @@ class Plan:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
             problem = f"a global batch of {self.size(segment.global_size)}: {error}"
             ways = f"use {use}, lr.rule=sqrt, or give optimizer.betas for this batch"
-            fix = f"the largest at which it holds is {self.size(error.largest)}: {ways}"
+            fix = f"the largest batch at which it holds is {self.size(error.largest)}: {ways}"
             raise UserError(problem, fix, "lr.rule", segment.rule.name) from None
 
     def stage_at(self, sample: int) -> Stage:
-        """Return the stage that ``sample`` is in."""
+        """Return the stage that contains ``sample``."""
         return self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.start) - 1]
 
     def step_at(self, sample: int) -> Step | None:
-        """Return the step that starts at ``sample``; None where the run is over. O(log segments).
+        """Return the step that starts at ``sample``, or None after the last step. O(log segments).
 
         Raises:
             AssertionError: ``sample`` lies inside a step, or the plan isn't complete yet.
@@ -223,9 +223,9 @@ class Plan:
         return self.stages[0].peak
 
     def temperature(self, stage: Stage) -> float | None:
-        """Return SGD's noise ηN/(B(1−m)) at a stage's peak, N being the samples of an epoch; None for other optimizers.
+        """Return SGD's noise ηN/(B(1−m)) at a stage's peak, with N samples per epoch; None for other optimizers.
 
-        What a rule for SGD holds constant (Smith & Le 2018, arXiv:1710.06451), so two plans can be compared by it.
+        The linear rule keeps it constant, so it compares two plans (Smith & Le 2018, arXiv:1710.06451).
         """
         if self.optimizer.name != "sgd" or self.train_samples is None or not stage.peak.betas:
             return None
@@ -233,7 +233,7 @@ class Plan:
 
     @property
     def steps(self) -> int | None:
-        """Return the optimizer steps of the run: ⌈samples / global batch⌉, segment by segment."""
+        """Return the number of optimizer steps: ⌈samples / global batch⌉, summed over the stages."""
         if self.samples is None:
             return None
         last = self.stage_at(max(0, self.samples - 1))
@@ -253,18 +253,18 @@ class Plan:
         return self.samples / self.train_samples if self.samples is not None and self.train_samples else None
 
     def extend(self, segment: Segment) -> Plan:
-        """Return the plan with another segment after its last one. Raises ValueError where it can't come there."""
+        """Return the plan with ``segment`` appended. Raises ValueError if its start doesn't come after the others."""
         return replace(self, segments=(*self.segments, segment))
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
-        """Return the plan on other hardware: only the cut of a step changes, and of a bitwise one only its deal."""
-        assert self.numerics == "fast" or per_gpu == self.per_gpu, "batch.per_gpu is science here"
+        """Return the plan on other hardware; only the cut of a step changes, not its micro-batches if bitwise."""
+        assert self.numerics == "fast" or per_gpu == self.per_gpu, "batch.per_gpu is part of a bitwise run's identity"
         return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
 
     def sized(self, samples: int) -> int:
-        """Return a size in ``unit``, as it is given and printed."""
+        """Convert ``samples`` to ``unit``."""
         return samples * (self.units_per_sample or 1) if self.unit == "tokens" else samples
 
     def size(self, samples: int) -> str:
-        """Return a size with its unit: ``1,024 samples``, ``1 token``."""
+        """Format a size with its unit: ``1,024 samples``, ``1 token``."""
         return counted(self.sized(samples), self.unit.removesuffix("s"))

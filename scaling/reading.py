@@ -1,6 +1,6 @@
-"""Read small files that anything may have been done to: bounded in size, depth and digits, and regular files only.
+"""Read untrusted small files: regular files only, with bounded size, depth and digits.
 
-A file that isn't there raises FileNotFoundError; whatever else is wrong raises Unreadable.
+A missing file raises FileNotFoundError; every other problem raises Unreadable.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Any, NoReturn
 
 import yaml
 
-MOST_BYTES = 1 << 30  # of a file: metrics.jsonl of some five million steps
+MOST_BYTES = 1 << 30  # of a file: a metrics.jsonl of about five million steps
 YAML_BYTES = 1 << 20
 MOST_DEPTH = 64
-MOST_NODES = 100_000  # of YAML, an alias counted as what it stands for
-MOST_DIGITS = 300  # of a number; no float has more
+MOST_NODES = 100_000  # of YAML with its aliases expanded
+MOST_DIGITS = 300  # of a number, about as many as the largest float has
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBER = re.compile(r"[-+]?(0[xob])?[0-9a-f_:]+", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
-    """A file or a text doesn't hold what it should; the message says what is wrong with it."""
+    """A file or text with invalid content; the message describes the problem."""
 
 
 def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
     """Return the content of a regular file of at most ``most`` bytes.
 
     Raises:
-        FileNotFoundError: it isn't there.
-        Unreadable: it is something else (a folder, a pipe, a device), too large, or can't be read.
+        FileNotFoundError: the file doesn't exist.
+        Unreadable: it isn't a regular file (a folder, a pipe, a device), is too large, or can't be read.
     """
     try:
-        # a pipe that nobody writes to would block without O_NONBLOCK
+        # without O_NONBLOCK, opening a pipe without a writer would block
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as opened:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise Unreadable("it isn't a regular file")
-            if about.st_size > most:
+            if status.st_size > most:
                 raise Unreadable(f"it has more than {most:,} bytes")
-            return opened.read()  # as long as it is: with a length, Python takes memory for all of that at once
+            return opened.read()  # no length: read(length) allocates all of it at once
     except NotADirectoryError as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
     except OSError as error:
@@ -57,7 +57,7 @@ def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(file: Path | str, most: int = MOST_BYTES) -> str:
-    """Return the content of a regular file that is UTF-8. Raises as ``read_bytes``."""
+    """Return the content of a regular UTF-8 file. Raises like ``read_bytes``."""
     try:
         return read_bytes(file, most).decode()
     except UnicodeDecodeError:
@@ -65,10 +65,10 @@ def read_text(file: Path | str, most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says: no NaN, no key twice.
+    """Parse JSON, without NaN or duplicate keys.
 
     Raises:
-        Unreadable: it isn't that.
+        Unreadable: ``text`` isn't valid JSON.
     """
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
@@ -79,14 +79,14 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: Path | str) -> Any:
-    """Return what a JSON file says. Raises as ``read_bytes`` and ``parse_json``."""
+    """Parse a JSON file. Raises like ``read_bytes`` and ``parse_json``."""
     return parse_json(read_bytes(file))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Unreadable("a key stands there twice")
+        raise Unreadable("it has a duplicate key")
     return found
 
 
@@ -95,11 +95,11 @@ def _constant(name: str) -> NoReturn:
 
 
 def read_yaml(file: Path | str) -> Any:
-    """Return what a YAML file says, as plain values.
+    """Parse a YAML file into plain values.
 
     Raises:
-        FileNotFoundError: it isn't there.
-        Unreadable: it can't be read, or ``check_yaml`` raises.
+        FileNotFoundError: the file doesn't exist.
+        Unreadable: it can't be read, or ``check_yaml`` rejects it.
     """
     text = read_text(file, YAML_BYTES)
     check_yaml(text)
@@ -113,17 +113,17 @@ def check_yaml(text: str) -> None:
     """Check that loading YAML takes little time and memory, without loading it.
 
     Raises:
-        Unreadable: it isn't YAML, is too deep or too large once its aliases are expanded, an alias lies within what it
-            stands for, or a number has too many digits.
+        Unreadable: it isn't YAML, is too deep or too large with its aliases expanded, an alias refers to itself, or a
+            number has too many digits.
     """
-    nodes: dict[str | None, int] = {}  # of what an anchor names
-    opened: list[tuple[str | None, int]] = [(None, 0)]  # anchor, and nodes before it
+    nodes: dict[str | None, int] = {}  # nodes under each anchor
+    opened: list[tuple[str | None, int]] = [(None, 0)]  # (anchor, nodes before it) of each open collection
     total = 0
     try:
         for event in yaml.parse(text, _Loader):
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor not in nodes:
-                    raise Unreadable(f"its alias *{event.anchor} stands for nothing, or for itself")
+                    raise Unreadable(f"its alias *{event.anchor} is undefined or refers to itself")
                 total += nodes[event.anchor]
             elif isinstance(event, yaml.CollectionStartEvent):
                 opened.append((event.anchor, total))
@@ -138,7 +138,7 @@ def check_yaml(text: str) -> None:
                 if event.anchor is not None:
                     nodes[event.anchor] = 1
                 if not event.style and len(event.value) > MOST_DIGITS and _NUMBER.fullmatch(event.value):
-                    raise Unreadable(f"a number there has {len(event.value):,} digits")
+                    raise Unreadable(f"it has a number of {len(event.value):,} digits")
             if len(opened) > MOST_DEPTH:
                 raise Unreadable(f"it is nested more than {MOST_DEPTH} deep")
             if total > MOST_NODES:

@@ -1,7 +1,7 @@
-"""Rules that carry a recipe from the global batch it was tuned at to another one.
+"""Scaling rules: adapt a recipe from the global batch it was tuned at to another one.
 
-Each is a small function of a recipe and a move from batch B₀ to B, with κ = B/B₀. A rule is a starting point, not a
-promise: none of them transfers everywhere (Shallue et al. 2018, arXiv:1811.03600).
+Each rule is a small function of a recipe and a move from batch B₀ to B, with κ = B/B₀. A rule is a starting point, not
+a promise: none of them transfers everywhere (Shallue et al. 2018, arXiv:1811.03600).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import Memory, NotNegative, Number, Positive, Share, Text
 
-PARTS = ("betas", "eps", "weight_decay")  # of a recipe, which may be given for one batch, beside the LR
+PARTS = ("betas", "eps", "weight_decay")  # parts of a recipe besides the LR that a run's config may fix
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hold what the optimizer is told at one step.
+    """Hold the optimizer's hyperparameters at one step.
 
     Attributes:
         lr: learning rate; a parameter group's own LR is a factor of it.
-        betas: memory of the moments: (momentum,) for SGD, (β₁, β₂) for the Adam family, () where it isn't known.
-        eps: Adam's ε; None where the optimizer has none.
-        weight_decay: None: not told, the optimizer keeps its own.
-        ema: decay per step of the weights' moving average; None: there is none.
+        betas: decay rates of the moments: (momentum,) for SGD, (β₁, β₂) for the Adam family, () if unknown.
+        eps: Adam's ε; None if the optimizer has none.
+        weight_decay: None: the optimizer keeps its own.
+        ema: decay per step of the weights' moving average; None: no average.
     """
 
     lr: NotNegative
@@ -41,7 +41,7 @@ class Recipe:
 
 
 class OutOfRange(UserError):
-    """A rule doesn't hold at this batch; ``largest`` is the largest at which it does, in samples."""
+    """A batch outside a rule's range; ``largest`` is the largest batch at which the rule holds, in samples."""
 
     def __init__(self, reason: str, largest: int) -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class OutOfRange(UserError):
 
 
 class Move(NamedTuple):
-    """Describe a move from the batch ``before`` to the batch ``after``, in samples, with a rule's own numbers."""
+    """Describe a move from the batch ``before`` to the batch ``after``, in samples, with the rule's parameters."""
 
     before: int
     after: int
@@ -63,18 +63,18 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Hold a rule as data, so that a plan is JSON.
+    """Hold a rule as data, so that a plan can be written as JSON.
 
     >>> tuned = Recipe(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     >>> Rule("linear").apply(tuned, 256, 1024).lr, Rule("sde").apply(tuned, 256, 1024).betas
     (0.4, (0.6, 0.8))
 
     Attributes:
-        name: of LAWS.
-        power: the exponent α of the laws that have one.
-        noise_scale: B_noise in samples, of the laws that use it.
-        scale_weight_decay: move the weight decay, too, see ``timescale``.
-        fixed: parts of the recipe that were given for this very batch, and stay.
+        name: a name of LAWS.
+        power: the exponent α, for the laws that have one.
+        noise_scale: B_noise in samples, for the laws that use it.
+        scale_weight_decay: scale the weight decay, too; see ``timescale``.
+        fixed: parts of the recipe given for this batch, which the rule doesn't change.
     """
 
     name: Text
@@ -92,10 +92,10 @@ class Rule:
         ):
             if uses(self.law) is (value is None):
                 users = ", ".join(name for name, law in LAWS.items() if uses(law))
-                raise ValueError(f"lr.rule={self.name} with {key}={value}: {users}, and no other rule, need it")
+                raise ValueError(f"lr.rule={self.name} with {key}={value}: needed by {users}, and only by these rules")
         known = ("lr", *PARTS)
         if set(self.fixed) - set(known) or len(set(self.fixed)) < len(self.fixed):
-            raise ValueError(f"a rule can leave alone each of {', '.join(known)}, not {', '.join(self.fixed)}")
+            raise ValueError(f"fixed parts are {', '.join(self.fixed)}; known are {', '.join(known)}, each once")
         least, most = self.law.powers or (-math.inf, math.inf)
         if self.power is not None and not least <= self.power <= most:
             problem = f"lr.power={self.power:g} is out of range"
@@ -107,14 +107,14 @@ class Rule:
         return LAWS[self.name]
 
     def apply(self, recipe: Recipe, before: int, after: int) -> Recipe:
-        """Return ``recipe``, tuned at a global batch of ``before`` samples, carried to one of ``after`` samples.
+        """Return ``recipe``, tuned at a global batch of ``before`` samples, scaled to one of ``after`` samples.
 
-        The EMA's half-life is a number of samples, so its decay per step is ρ^κ under every rule (Busbridge et al.
+        The EMA's half-life is a number of samples, so its decay per step becomes ρ^κ under every rule (Busbridge et al.
         2023, arXiv:2307.13813).
 
         Raises:
-            OutOfRange: the rule doesn't hold there.
-            UserError: it isn't for this optimizer, or the LR would be zero or endless.
+            OutOfRange: the rule doesn't hold at ``after``.
+            UserError: the rule doesn't fit the optimizer, or the LR would be zero or infinite.
         """
         if before == after:
             return recipe
@@ -131,13 +131,13 @@ class Rule:
             _refuse_lost_memory(self.name, recipe, carried, move)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
-            turned = f"turns the base LR {recipe.lr:g} into {carried.lr:g} at {move.kappa:.4g} × its batch"
-            problem = f"lr.rule={self.name}{exponent} {turned}"
-            raise UserError(problem, "give lr.peak, the LR at this batch, outright", "lr.rule", self.name)
+            scaled = f"scales the base LR {recipe.lr:g} to {carried.lr:g} at {move.kappa:.4g} × its batch"
+            problem = f"lr.rule={self.name}{exponent} {scaled}"
+            raise UserError(problem, "give lr.peak, the LR at this batch", "lr.rule", self.name)
         return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
 
     def warmup(self, samples: int, before: int, after: int) -> int:
-        """Return the warmup at ``after`` samples a step, where it was ``samples`` samples long at ``before``."""
+        """Return the warmup in samples at a batch of ``after``, given the warmup ``samples`` at ``before``."""
         return round(samples * after / before) if self.law.stretches_warmup else samples
 
 
@@ -159,7 +159,7 @@ def power(recipe: Recipe, move: Move) -> Recipe:
 def sde(recipe: Recipe, move: Move) -> Recipe:
     """η = η₀·√κ, 1−β = κ(1−β₀) for both, ε = ε₀/√κ (Malladi et al. 2022, arXiv:2205.10287).
 
-    Holds while κ(1−β₀) < 1 for both, and while noise dominates the gradient. A β of 0 has no memory to move.
+    Holds while κ(1−β₀) < 1 for both betas, and while noise dominates the gradient. A β of 0 stays 0.
     """
     kappa, root = Fraction(move.after, move.before), math.sqrt(move.kappa)
     betas = tuple(float(1 - kappa * (1 - _exact(beta))) if beta else 0.0 for beta in recipe.betas)
@@ -170,8 +170,8 @@ def sde(recipe: Recipe, move: Move) -> Recipe:
 def half_life(recipe: Recipe, move: Move) -> Recipe:
     """β = β₀^κ, so that each moment's half-life stays the same number of samples (Marek et al. 2025, arXiv:2507.07101).
 
-    The source says so of β₂ and tunes η: that β₁ follows, and η = η₀·κ^α with α = ½ unless ``lr.power`` says otherwise,
-    are our choice.
+    The source tests β₂ and tunes η. Scaling β₁ the same way, and η = η₀·κ^α with a default α = ½ (``lr.power``), are
+    our choice.
     """
     betas = tuple(beta**move.kappa for beta in recipe.betas)
     return replace(recipe, lr=recipe.lr * move.kappa**move.power, betas=betas)
@@ -201,22 +201,22 @@ def none(recipe: Recipe, move: Move) -> Recipe:
 
 
 def timescale(recipe: Recipe, lr: float, move: Move) -> float | None:
-    """λ = λ₀·κ·η₀/η: decoupled weight decay forgets over B/(ηλ) samples, and that stays (Bergsma et al. 2025)."""
+    """λ = λ₀·κ·η₀/η: keep the timescale of decoupled weight decay, B/(ηλ) samples (Bergsma et al. 2025)."""
     return None if recipe.weight_decay is None else recipe.weight_decay * move.kappa * recipe.lr / lr
 
 
 class Law(NamedTuple):
-    """Hold a rule's function and what the plan says about it.
+    """Hold a rule's function and its description in the plan.
 
     Attributes:
-        factor: how the LR's factor is written, from B/B₀, the exponent and the noise scale.
-        moves: what else of the recipe it moves, and how that is written.
-        powers: the least and largest exponent; None where it has none. ``usual_power``: by the optimizer's family.
-        measured: it uses the noise scale.
+        factor: format of the LR's factor, from B/B₀, the exponent and the noise scale.
+        moves: the other parts of the recipe that the rule changes, with their formulas.
+        powers: the smallest and largest exponent; None if the rule has none. ``usual_power``: by optimizer family.
+        measured: the rule uses the noise scale.
         stretches_warmup: the warmup is κ times as many samples.
-        kappa_tested: the largest κ at which its source saw it hold; infinite where nothing is claimed.
-        batch_tested: likewise the largest global batch, in samples.
-        beyond: what was seen, or isn't known, beyond that.
+        kappa_tested: the largest κ at which the source found it to hold; infinite if the source makes no claim.
+        batch_tested: the same for the largest global batch, in samples.
+        beyond: the findings beyond that range.
     """
 
     carry: Callable[[Recipe, Move], Recipe]
@@ -224,7 +224,7 @@ class Law(NamedTuple):
     source: str
     moves: dict[str, str] = {}  # noqa: RUF012  read only
     powers: tuple[float, float] | None = None
-    usual_power: dict[str, float] = {}  # noqa: RUF012  likewise
+    usual_power: dict[str, float] = {}  # noqa: RUF012  read only
     measured: bool = False
     stretches_warmup: bool = False
     kappa_tested: float = math.inf
@@ -296,10 +296,11 @@ def make_rule(
     scale_weight_decay: bool = False,
     fixed: tuple[str, ...] = (),
 ) -> Rule:
-    """Make the rule ``name``; without an exponent it has the usual one of the optimizer's ``family``.
+    """Make the rule ``name``. The exponent defaults to the usual one of the optimizer's ``family``.
 
     Raises:
-        UserError: no such rule, or numbers that don't go with it.
+        UserError: the exponent is out of the rule's range.
+        ValueError: the rule is unknown, or its parameters don't fit it.
     """
     if name == "auto":
         name = "linear" if family == "sgd" else "sqrt"
@@ -309,22 +310,22 @@ def make_rule(
 
 
 def _refuse_lost_memory(name: str, recipe: Recipe, carried: Recipe, move: Move) -> None:
-    """Raise UserError where a rule would move betas that aren't known, or to below 0."""
+    """Raise UserError if a rule would change unknown betas, or make one negative."""
     law = LAWS[name]
     if "betas" in law.moves and len(recipe.betas) < (2 if name == "sde" else 1):
-        needs = "two betas, as adamw's and lamb's" if name == "sde" else "betas or a momentum that the plan knows"
-        problem = f"lr.rule={name} moves {needs}, which this optimizer doesn't have"
+        needs = "two betas, such as adamw's or lamb's" if name == "sde" else "betas or a momentum that the plan knows"
+        problem = f"lr.rule={name} scales {needs}, which this optimizer doesn't have"
         raise UserError(problem, "use lr.rule=sqrt or linear", "lr.rule", name)
     if name != "sde" or all(beta > 0 or was == 0 for beta, was in zip(carried.betas, recipe.betas, strict=True)):
         return
     shortest = min(beta for beta in recipe.betas if beta)
     raise OutOfRange(
-        f"lr.rule={name} doesn't hold from {counted(move.before, 'sample')} to {move.after:,}, as 1 − β would become "
+        f"lr.rule={name} doesn't hold from {counted(move.before, 'sample')} to {move.after:,}: 1 − β would become "
         f"{move.kappa:.6g} × (1 − {shortest:g}), which isn't below 1",
         largest=math.ceil(move.before / (1 - _exact(shortest))) - 1,
     )
 
 
 def _exact(beta: float) -> Fraction:
-    """Return a float as it was written: 10 × (1 − 0.9) is 1, and not a hair below."""
+    """Convert a float to its decimal value exactly, so that 10 × (1 − 0.9) is 1, not slightly less."""
     return Fraction(repr(beta))

@@ -1,4 +1,4 @@
-"""What changes over the samples of a run, never over its steps: the learning rate, and the global batch by segments."""
+"""Schedules over the samples of a run, not its steps: the learning rate, and the global batch by segments."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import Count, NotNegative, Positive, Share, Size, Text
 from isobatch.scaling.rules import Rule
 
-LARGEST_POWER = 30  # of ten, by which milestones may multiply the LR
+LARGEST_POWER = 30  # milestones may multiply the LR by at most 10^30
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Linear warmup from an LR to the peak, then a decay to ``final`` × peak.
+    """Describe an LR schedule: linear warmup to the peak, then a decay to ``final`` × peak.
 
     Attributes:
-        samples: length of the run that the schedule is laid over, in samples.
-        warmup_samples: LR climbs linearly over [0, warmup_samples), the decay goes over the rest.
+        samples: length of the run, in samples.
+        warmup_samples: the LR rises linearly over [0, warmup_samples) and decays over the rest of the run.
         warmup_from: LR at sample 0 (Goyal et al. 2017: the small batch's LR).
         decay: a name of DECAYS.
-        final: share of the peak at the end (all but ``step`` and ``constant``).
-        exponent: of ``polynomial``.
+        final: share of the peak at the end (not for ``step`` and ``constant``).
+        exponent: exponent of ``polynomial``.
         milestones: samples at which ``step`` multiplies the LR by ``gamma``.
-        cooldown_samples: length of the falling part of ``wsd``.
-        held_until: sample of the last of the larger batches that stand in for the decay; 0: none do. Until it the LR
-            stays at the peak, from there on it falls as the decay does.
+        cooldown_samples: length of the decay of ``wsd``.
+        held_until: sample until which the LR stays at its peak because larger batches replace the decay; after it the
+            LR decays from the peak. 0: the LR isn't held.
     """
 
     samples: Size
@@ -48,17 +48,17 @@ class Schedule:
             raise ValueError(f"lr.decay={self.decay}: known decays are {', '.join(DECAYS)}")
         if self.warmup_samples > self.samples:
             problem = f"lr.warmup takes {self.warmup_samples} samples, but the run has {self.samples}"
-            raise UserError(problem, "shorten it, or say it in % of the run", "lr.warmup")
+            raise UserError(problem, "shorten it, or give it in % of the run", "lr.warmup")
         if self.decay == "wsd" and self.warmup_samples + self.cooldown_samples > self.samples:
             both = f"lr.warmup ({self.warmup_samples} samples) and lr.cooldown ({self.cooldown_samples})"
-            problem = f"{both} are longer together than the run ({self.samples})"
+            problem = f"{both} are together longer than the run ({self.samples})"
             raise UserError(problem, "shorten one of them", "lr.cooldown")
         if any(later < earlier for earlier, later in pairwise((self.warmup_samples, *self.milestones))):
             problem = f"lr.milestones are at samples {list(self.milestones)}"
-            fix = f"they have to rise, and not to come within lr.warmup ({self.warmup_samples} samples)"
+            fix = f"they have to rise, and start after lr.warmup ({self.warmup_samples} samples)"
             raise UserError(problem, fix, "lr.milestones")
         if self.held_until > self.samples:
-            raise ValueError(f"the LR is held until sample {self.held_until}, and the run has {self.samples}")
+            raise ValueError(f"the LR is held until sample {self.held_until}, but the run has {self.samples}")
         if self.decay == "step" and len(self.milestones) * math.log10(self.gamma) > LARGEST_POWER:
             milestones = f"lr.gamma={self.gamma:g} at {len(self.milestones)} milestones"
             problem = f"{milestones} multiplies the LR by more than 1e{LARGEST_POWER}"
@@ -73,20 +73,20 @@ class Schedule:
         return peak * self.decayed(sample) / (self.decayed(self.held_until) if self.held_until else 1.0)
 
     def decayed(self, sample: int) -> float:
-        """Return the share of the peak that the decay leaves at ``sample``, the warmup being over."""
+        """Return the LR at ``sample`` as a share of the peak, by the decay alone."""
         return DECAYS[self.decay](self, sample)
 
     def falls_to(self, share: float) -> int | None:
-        """Return the first sample after the warmup at which at most ``share`` of the peak is left, if there is one."""
-        there = bisect_left(range(self.samples), True, self.warmup_samples, key=lambda s: self.decayed(s) <= share)
-        return there if there < self.samples else None
+        """Return the first sample after the warmup at which the decay is at most ``share``, or None if it never is."""
+        sample = bisect_left(range(self.samples), True, self.warmup_samples, key=lambda s: self.decayed(s) <= share)
+        return sample if sample < self.samples else None
 
     def _falling(self, sample: int, start: int) -> float:
-        """Return the progress in [0, 1] of a fall that starts at ``start`` and ends with the run."""
+        """Return the progress t in [0, 1] of a decay from ``start`` to the end of the run."""
         return min(1.0, max(0.0, (sample - start) / max(1, self.samples - start)))
 
     def _between(self, remaining: float) -> float:
-        """Return ``final`` where nothing remains, 1 where all does."""
+        """Interpolate from 1, at ``remaining`` = 1, to ``final``, at 0."""
         return self.final + (1 - self.final) * remaining
 
 
@@ -116,7 +116,7 @@ def constant(s: Schedule, sample: int) -> float:
 
 
 def wsd(s: Schedule, sample: int) -> float:
-    """Warmup-stable-decay: 1, then a linear fall over the last ``cooldown_samples`` (Hu et al. 2024)."""
+    """Warmup-stable-decay: 1, then a linear decay over the last ``cooldown_samples`` (Hu et al. 2024)."""
     return s._between(1 - s._falling(sample, s.samples - s.cooldown_samples))
 
 
@@ -126,10 +126,10 @@ DECAYS: dict[str, Callable[[Schedule, int], float]] = {form.__name__: form for f
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Describe a stretch of the run with one global batch.
+    """Describe a part of the run with one global batch.
 
-    It starts at the first step boundary at or after ``start_sample``. ``rule`` carries the recipe of the first
-    segment's batch to ``global_size`` samples; in the first segment it carries the plan's base recipe.
+    It starts at the first step boundary at or after ``start_sample``. ``rule`` scales the recipe of the first segment
+    to ``global_size`` samples; in the first segment it scales the plan's base recipe.
     """
 
     start_sample: Count
@@ -140,8 +140,8 @@ class Segment:
 def boundaries(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the first sample and first step of each of ``segments`` (start, global batch).
 
-    A segment whose start lies inside a step of the previous one begins after that step. Where the next segment begins
-    there, too, it has no step.
+    A segment whose start lies inside a step of the previous segment starts after that step. A segment that starts where
+    the next one does has no step.
     """
     found = [(0, 0)]
     for (_, size), (wanted, _) in pairwise(segments):

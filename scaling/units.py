@@ -1,4 +1,4 @@
-"""Durations that carry their unit, so that a schedule means the same at every batch."""
+"""Durations with units, so that a schedule means the same at every batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A non-negative length of training: a number and its unit. All units but minutes stand for a number of samples.
+    """A non-negative length of training: a number and its unit. All units except minutes convert to samples.
 
     >>> Duration.parse("10ep"), str(Duration.parse("1e6sa"))
     (Duration(value=10.0, unit='ep'), '1000000sa')
@@ -32,10 +32,10 @@ class Duration:
 
     @classmethod
     def parse(cls, text: object) -> Duration:
-        """Read ``"10ep"``; a bare 0 needs no unit.
+        """Parse a duration such as ``"10ep"``; a bare 0 needs no unit.
 
         Raises:
-            UserError: no number, no unit, an unknown unit, a negative or an endless number.
+            UserError: the number is missing, negative or too large, or the unit is missing or unknown.
         """
         match = _NUMBER_THEN_UNIT.fullmatch(str(text)) if isinstance(text, str | int | float) else None
         shown = f"{text!r:.100}"
@@ -64,7 +64,7 @@ class Duration:
         units_per_sample: int | None = None,
         run_samples: int | None = None,
     ) -> int | None:
-        """Return this duration in samples, rounded up to a whole one.
+        """Return this duration in samples, rounded up.
 
         Args:
             global_size: samples per optimizer step, for ``st``.
@@ -73,15 +73,15 @@ class Duration:
             run_samples: samples of the whole run, for ``%``.
 
         Returns:
-            The samples, or None where they follow from a number that isn't known yet (``ep`` and ``%`` before the
-            data is opened).
+            The samples, or None if they depend on a number that isn't known yet (``ep`` and ``%`` before the data is
+            opened).
         """
         assert self.unit != "min", "minutes aren't a number of samples"
-        assert self.unit != "tok" or units_per_sample, "tokens need a fixed number of them per sample"
+        assert self.unit != "tok" or units_per_sample, "tokens need a fixed number of tokens per sample"
         share = {"sa": 1, "st": global_size, "ep": train_samples, "%": run_samples, "tok": units_per_sample}[self.unit]
         if share is None:
             return None
-        number = Fraction(repr(self.value))  # as it was written: 0.1 of 30 is 3, not a hair above it and so 4
+        number = Fraction(repr(self.value))  # the exact decimal: 0.1 of 30 is 3, not slightly above and so 4
         if self.unit == "tok":
             return math.ceil(number / share)
         return math.ceil(number * share / (100 if self.unit == "%" else 1))

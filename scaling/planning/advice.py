@@ -1,4 +1,4 @@
-"""Warn of what often goes wrong with a plan; nothing is enforced."""
+"""Warn about common problems of a plan; nothing is enforced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from isobatch.scaling.plan import Plan
 FAR = 4  # times outside the usual range
 IDLE = 0.05  # share of the work
 FEW = 5  # steps: a warmup of fewer is a jump
-SHORT = 0.5  # of a beta that a rule moved
-SCALED, LARGE = 4, 4096  # times the batch of the tuning, or samples, from which on a missing warmup is worth a word
+SHORT = 0.5  # a beta below this, after scaling by a rule, is warned about
+SCALED, LARGE = 4, 4096  # × the tuned batch, or samples: a missing warmup is warned about from either on
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Return a sentence for each warning about ``plan``; of its stages, about the worst one."""
+    """Return the warnings about ``plan``, a sentence each; each is about the worst stage."""
     return [
         text
         for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
@@ -26,14 +26,14 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
-    """Return how a longer duration changes the LR of a run that has reached ``sample``, or None if it doesn't."""
+    """Return a message if a longer duration changes the LR of a run that has reached ``sample``, else None."""
     old, new = before.schedule, after.schedule
     if old is None or new is None or old == new:
         return None
     was, now = (schedule.lr(sample, after.stage_at(sample).peak.lr) for schedule in (old, new))
     return (
-        f"the run is extended from {before.size(old.samples)} to {after.size(new.samples)}, and its schedule with it: "
-        f"at sample {sample:,} the learning rate goes from {was:.4g} to {now:.4g}; a run planned at this "
+        f"the run and its schedule are extended from {before.size(old.samples)} to {after.size(new.samples)}: "
+        f"at sample {sample:,} the learning rate changes from {was:.4g} to {now:.4g}; a run planned at this "
         "length from the start would have used different learning rates so far"
     )
 
@@ -64,10 +64,10 @@ def _warmup(plan: Plan) -> str | None:
         return None
     scaled = f", {kappa:,.6g} × that of the base LR" if kappa >= SCALED else ""
     longer = min(30, max(5, math.ceil(100 * FEW * batch / plan.schedule.samples)))
-    found = f"a warmup of {steps:.2g} steps" if steps else "no warmup"
+    warmup = f"a warmup of {steps:.2g} steps" if steps else "no warmup"
     return (
-        f"{found} at a large batch ({plan.size(batch)}{scaled}): large batches lost 1 to 2 points of accuracy without "
-        f"one (Goyal et al. 2017); try lr.warmup={longer}%"
+        f"{warmup} at a large batch ({plan.size(batch)}{scaled}): large batches lost 1 to 2 points of accuracy "
+        f"without warmup (Goyal et al. 2017); try lr.warmup={longer}%"
     )
 
 
@@ -77,8 +77,8 @@ def _jump(plan: Plan) -> str | None:
     if times < SCALED:
         return None
     return (
-        f"the learning rate becomes {times:.3g} × as large in one step, at sample {stage.start:,}, as the batch does: "
-        "a run has one warmup, at its start; take more stages on the way (curriculum, ramp), lr.rule=sqrt, or lr:hold"
+        f"the learning rate becomes {times:.3g} × as large in one step, at sample {stage.start:,}, where the batch "
+        "grows: a run has one warmup, at its start; use more stages (curriculum, ramp), lr.rule=sqrt, or lr:hold"
     )
 
 
@@ -88,8 +88,8 @@ def _memory(plan: Plan) -> str | None:
     if not short:
         return None
     return (
-        f"lr.rule={plan.segments[0].rule.name} leaves a beta of {min(short):.3g}, which is hardly any memory: that is "
-        "the end of the range in which the rule holds; compare with lr.rule=sqrt"
+        f"lr.rule={plan.segments[0].rule.name} gives a beta of {min(short):.3g}, which has hardly any memory and is at "
+        "the end of the rule's range; compare with lr.rule=sqrt"
     )
 
 
@@ -98,7 +98,7 @@ def _base(plan: Plan) -> str | None:
         return None
     return (
         f"the base LR {plan.base.lr:g} at a batch of {plan.size(plan.base_batch)} is only a usual starting point for "
-        f"{plan.optimizer.name}, nobody tuned it for {plan.task}; tune it and give lr.base and lr.base_batch"
+        f"{plan.optimizer.name}, not tuned for {plan.task}; tune it and give lr.base and lr.base_batch"
     )
 
 
@@ -130,7 +130,7 @@ def _family(plan: Plan) -> str | None:
         return None
     (least, most), unit = FAMILIES[plan.family].usual, FAMILIES[plan.family].unit
     per_sample = 1 if unit == "sample" else plan.units_per_sample
-    known = plan.base_source == "tuned"  # somebody has been there with this very task
+    known = plan.base_source == "tuned"  # batches near a tuned one are fine
     sizes = [
         segment.global_size * (per_sample or 1)
         for segment in plan.segments
@@ -142,7 +142,7 @@ def _family(plan: Plan) -> str | None:
     if per_sample is None or not far:
         return None
     return (
-        f"a global batch of {counted(far[0], unit)} is far from what people use for "
+        f"a global batch of {counted(far[0], unit)} is far from the usual range for "
         f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
     )
 
@@ -152,6 +152,6 @@ def _sync(plan: Plan) -> str | None:
     if not plan.sync or accumulation == 1:
         return None
     return (
-        f"batchnorm.mode=sync takes its statistics from one pass of all ranks, which is a part of the global batch at "
-        f"accumulation {accumulation}: the run changes with it; batchnorm.mode=ghost doesn't"
+        f"batchnorm.mode=sync computes its statistics over one pass of all ranks, only a part of the global batch at "
+        f"accumulation {accumulation}, so the run depends on it; batchnorm.mode=ghost doesn't"
     )

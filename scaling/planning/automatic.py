@@ -1,4 +1,4 @@
-"""Settle ``optimizer=auto``, which the rest of the config decides."""
+"""Resolve ``optimizer=auto`` from the rest of the config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isobatch.scaling.reading import read_yaml
 
 
 def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -> RunConfig:
-    """Return the config that ``overrides`` ask for, with the optimizer that ``optimizer=auto`` chooses.
+    """Return the config of ``overrides``, with ``optimizer=auto`` resolved.
 
     Raises:
         UserError: an override, a choice or a value isn't valid.
@@ -37,19 +37,18 @@ def configured(overrides: Sequence[str], config_dir: Path | str | None = None) -
 
 
 def choose_optimizer(config: RunConfig) -> Choice:
-    """Return the optimizer for ``config``, whatever its own.
+    """Return the best optimizer for the task and batch of ``config``, ignoring its own optimizer.
 
     Raises:
-        UserError: the config has a learning rate of no named optimizer; the global batch isn't known; or no optimizer
-            has a base LR.
+        UserError: the config gives a learning rate, the global batch isn't known, or no optimizer has a base LR.
     """
     if given := [key for key in ("lr.base", "lr.peak") if key in config.given]:
-        problem = f"{given[0]} is of one optimizer, and optimizer=auto of several"
-        raise UserError(problem, "name the one that it is for", "optimizer", "auto")
+        problem = f"{given[0]} is for one optimizer, but optimizer=auto chooses among several"
+        raise UserError(problem, "name the optimizer that it is for", "optimizer", "auto")
     if config.batch.global_size == "all" and config.task.train_samples is None:
-        problem = "optimizer=auto goes by the global batch, and batch.global_size=all is as large as the data is"
+        problem = "optimizer=auto needs the global batch, but batch.global_size=all depends on the data"
         raise UserError(problem, "state task.train_samples=N, or name an optimizer", "optimizer", "auto")
-    # Whatever the LR will be: which batches the run has doesn't depend on how large it is.
+    # A placeholder LR: the batches of a run don't depend on its value.
     neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
     lr = config.lr.model_copy(update={**neutral, "warmup_from": None})
     optimizer = compose(["optimizer=sgd"]).optimizer

@@ -1,4 +1,4 @@
-"""Find the tuned recipe of a run, the batch it was tuned at, and the rule that carries it."""
+"""Find the tuned recipe of a run, the batch it was tuned at, and the rule that scales it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Base:
     """Hold the recipe that the rules start from.
 
     Attributes:
-        batch: its global batch in samples.
-        tuned_lr: the LR that a warmup may start at.
+        batch: the global batch it was tuned at, in samples.
+        tuned_lr: the LR at which a warmup may start.
     """
 
     recipe: Recipe
@@ -28,23 +28,19 @@ class Base:
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """Return ``lr.rule`` with the parts of the recipe that were given for this batch and that it doesn't move."""
+    """Return ``lr.rule``; it keeps the parts of the recipe that the config gives for this batch."""
     lr, decay = config.lr, "optimizer.weight_decay"
     keys = {"betas": ("optimizer.betas", "optimizer.momentum"), "eps": ("optimizer.eps",), "weight_decay": (decay,)}
     fixed = tuple(part for part, names in keys.items() if set(names) & set(config.given))
     if lr.peak is not None:
         fixed += ("lr",)
         if lr.scale_weight_decay:
-            problem = "lr.scale_weight_decay=true goes by the LR of the tuning, which lr.peak takes the place of"
+            problem = "lr.scale_weight_decay=true needs the tuned LR, which lr.peak replaces"
             raise UserError(problem, "leave out one of the two", "lr.scale_weight_decay", True)
     if lr.scale_weight_decay and (decay in config.given or config.optimizer.weight_decay is None):
-        what = (
-            f"given for this batch ({decay}={config.optimizer.weight_decay:g})" if decay in config.given else "unknown"
-        )
-        problem = (
-            "lr.scale_weight_decay=true moves the weight decay from the batch of the tuning to this one, and it is "
-            + what
-        )
+        given = f"is given for this batch ({decay}={config.optimizer.weight_decay:g})"
+        reason = given if decay in config.given else "is unknown"
+        problem = f"lr.scale_weight_decay=true scales the weight decay from the tuned batch, but it {reason}"
         fix = f"leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay"
         raise UserError(problem, fix, "lr.scale_weight_decay", True)
     return make_rule(
@@ -60,7 +56,7 @@ def rule_of(config: RunConfig) -> Rule:
 def base_of(config: RunConfig, segment: Segment) -> Base:
     """Return the recipe that the rules start from.
 
-    In order of precedence: lr.base (command line or experiment), the task's ``tuned``, the optimizer's ``usual``.
+    In order of precedence: lr.base (command line or experiment), the task's ``tuned``, and the optimizer's ``usual``.
     """
     optimizer, lr = config.optimizer, config.lr
     tuned = config.task.tuned.get(optimizer.name)
@@ -72,51 +68,47 @@ def base_of(config: RunConfig, segment: Segment) -> Base:
     recipe = Recipe(base or 0.0, optimizer.memory, optimizer.epsilon, optimizer.weight_decay)
     if tuned:
         _check_tuned(config, tuned)
-        said = {name: getattr(tuned, name) for name in PARTS if name not in segment.rule.fixed}
-        recipe = replace(recipe, **{name: value for name, value in said.items() if value is not None})
+        parts = {name: getattr(tuned, name) for name in PARTS if name not in segment.rule.fixed}
+        recipe = replace(recipe, **{name: value for name, value in parts.items() if value is not None})
     if lr.peak is not None:
-        # Nobody chose the optimizer's usual LR for this run: a warmup to a given peak doesn't start there.
+        # The optimizer's usual LR isn't tuned for this run, so a warmup to lr.peak doesn't start at it.
         tuned_lr = lr.base or (tuned.lr if tuned else None)
         return Base(replace(recipe, lr=lr.peak), _batch_of_peak(lr.peak, batch, segment), "peak", tuned_lr)
     if base is None or batch is None:
         missing = "lr.base" if base is None else "lr.base_batch"
         problem = f"no {missing} for optimizer={optimizer.name} with task {config.task.name}"
-        fix = "give lr.base and lr.base_batch (the LR and the global batch it was tuned at), or lr.peak outright"
+        fix = "give lr.base and lr.base_batch (the LR and the global batch it was tuned at), or lr.peak"
         raise UserError(problem, fix, missing)
     if lr.base is not None:
         return Base(recipe, batch, "given" if lr.base_batch is not None else "paired", base)
-    of_another = any(key.startswith(("model.", "data._target_", "data.args", "task.args")) for key in config.given)
-    there: Source = "usual" if not tuned else "adapted" if of_another else "tuned"
-    return Base(recipe, batch, "moved" if lr.base_batch is not None else there, base)
+    adapted = any(key.startswith(("model.", "data._target_", "data.args", "task.args")) for key in config.given)
+    source: Source = "usual" if not tuned else "adapted" if adapted else "tuned"
+    return Base(recipe, batch, "moved" if lr.base_batch is not None else source, base)
 
 
 def _check_tuned(config: RunConfig, tuned: Tuned) -> None:
-    """Reject a tuned recipe with betas or an ε that the optimizer doesn't have."""
+    """Raise UserError if the tuned recipe has betas or an ε that the optimizer doesn't have."""
     optimizer = config.optimizer
     key = f"task.tuned.{optimizer.name}"
     if tuned.betas is not None and len(tuned.betas) != len(optimizer.memory):
         problem = f"{key}.betas={list(tuned.betas)}"
-        fix = f"{optimizer.name} has {len(optimizer.memory)}, as {list(optimizer.memory)}"
+        fix = f"{optimizer.name} has {len(optimizer.memory)}, such as {list(optimizer.memory)}"
         raise UserError(problem, fix, f"{key}.betas", tuned.betas)
     if tuned.eps is not None and optimizer.epsilon is None:
-        problem = f"{key}.eps={tuned.eps:g}: no rule knows an ε of {optimizer.name}"
+        problem = f"{key}.eps={tuned.eps:g}, but {optimizer.name} has no ε that a rule knows"
         raise UserError(problem, "leave it out", f"{key}.eps", tuned.eps)
 
 
 def _batch_of_peak(peak: float, batch: int | None, segment: Segment) -> int:
-    """Return the batch from which the rule moves the parts that ``lr.peak`` doesn't give, else the segment's own.
+    """Return the batch that the rule starts from with ``lr.peak``.
 
-    Args:
-        batch: the tuned batch; None: not known.
+    A rule that scales more than the LR starts from the tuned ``batch``, any other from the segment's own batch.
     """
     law = segment.rule.law
     if not (law.moves or law.stretches_warmup):
         return segment.global_size
     if batch is None:
-        problem = (
-            f"lr.rule={segment.rule.name} moves more than the LR, which lr.peak={peak:g} gives, and doesn't know from "
-            "which batch"
-        )
-        fix = "give lr.base_batch, that of the tuning, or lr.rule=none"
+        problem = f"lr.rule={segment.rule.name} with lr.peak={peak:g} scales more than the LR, but from no known batch"
+        fix = "give lr.base_batch, the tuned batch, or lr.rule=none"
         raise UserError(problem, fix, "lr.rule", segment.rule.name)
     return batch

@@ -1,4 +1,4 @@
-"""Convert the durations of a config to samples: its intervals and the schedule of the LR."""
+"""Convert a config's durations to samples: its intervals and the LR's schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Lengths:
     """Convert durations of one run to samples.
 
     Attributes:
-        segments: the run's segments, by which steps are counted; None where they aren't known yet.
+        segments: the run's segments, which define its steps; None: not known yet.
     """
 
     segments: tuple[Segment, ...] | None
@@ -27,13 +27,13 @@ class Lengths:
     run_samples: int | None = None
 
     def samples(self, label: str, duration: Duration) -> int | None:
-        """Return ``duration`` in samples; None where it isn't known yet.
+        """Return ``duration`` in samples, or None if it isn't known yet.
 
         Args:
-            label: text before the duration in an error, beginning with its key: ``lr.warmup=``.
+            label: text before the duration in an error, starting with its key: ``lr.warmup=``.
 
         Raises:
-            UserError: it is too long, or counts tokens of samples that have no fixed number of them.
+            UserError: the duration is too long, or is in tokens and the task has no fixed number of tokens per sample.
         """
         if self.segments is None and duration.unit == "st":
             return None
@@ -73,7 +73,7 @@ def intervals_of(config: RunConfig, lengths: Lengths) -> Intervals:
 
 
 def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float | None) -> Schedule | None:
-    """Return the LR over samples, or None where the run's length isn't known yet."""
+    """Return the LR's schedule, or None if the run's length isn't known yet."""
     warmup = lengths.samples("lr.warmup=", lr.warmup)
     # Keys of other decays are ignored: they may not fit this run, or not be known yet.
     cooldown = lengths.samples("lr.cooldown=", lr.cooldown) if lr.decay == "wsd" else 0
@@ -84,7 +84,7 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
     if warmup_from is None:
         warmup_from = tuned_lr if tuned_lr is not None and peak > tuned_lr else 0.0
     elif warmup and warmup_from > peak:
-        problem = f"lr.warmup_from={warmup_from:g} is above the peak LR, to which the warmup climbs"
+        problem = f"lr.warmup_from={warmup_from:g} is above the peak LR"
         raise UserError(problem, f"use at most {peak}", "lr.warmup_from", warmup_from)
     return Schedule(
         samples=lengths.run_samples,
@@ -100,14 +100,14 @@ def schedule_of(lr: LearningRate, lengths: Lengths, plan: Plan, tuned_lr: float 
 
 
 def _warmup(samples: int, run_samples: int, plan: Plan) -> int:
-    """Return the warmup in samples, as the rule carries it from the tuned batch."""
+    """Return the warmup in samples, scaled by the rule from the tuned batch."""
     rule, batch = plan.segments[0].rule, plan.cut.global_size
     carried = rule.warmup(samples, plan.base_batch, batch)
     if carried > samples and carried > run_samples:
         largest = plan.base_batch * run_samples // samples
         raise UserError(
-            f"lr.rule={rule.name} makes the warmup as many times longer as the batch is larger, {carried:,} samples at "
-            f"{plan.size(batch)}, and the run has {run_samples:,}",
+            f"lr.rule={rule.name} scales the warmup with the batch to {carried:,} samples at {plan.size(batch)}, but "
+            f"the run has only {run_samples:,}",
             f"the largest batch at which it fits is {plan.size(largest)}: use that, a longer duration, or a shorter "
             "lr.warmup",
             "lr.rule",

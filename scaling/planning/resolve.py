@@ -1,4 +1,4 @@
-"""Resolve a config to its plan: convert units to samples, solve missing sizes, derive the LR."""
+"""Resolve a config to a plan: convert units to samples, solve missing sizes, derive the LR."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     """Return the plan of ``config`` on ``world`` ranks.
 
     Args:
-        train_samples: length of the opened training data; None: the length that the task's YAML states, if any.
+        train_samples: length of the opened training data; None: the length in the task's YAML, if any.
 
     Raises:
-        UserError: there is no such plan; the message names the nearest ones that work, or the key to change.
+        UserError: the config can't be met; the message names the nearest values that work, or the key to change.
     """
     train_samples = config.task.train_samples if train_samples is None else train_samples
     if train_samples == 0:
@@ -44,19 +44,19 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
 
 
 def _lengths(config: RunConfig, first: Segment, train_samples: int | None) -> Lengths:
-    """Return the lengths of the run, with its segments unless they follow from the LR's decay."""
+    """Return the lengths of the run, with its segments unless they depend on the LR's decay."""
     wanted = config.batch.schedule
     lengths = Lengths((first,), train_samples, config.task.units_per_sample)
-    if wanted and not wanted.of_the_run:
+    if wanted and not wanted.depends_on_duration:
         lengths = replace(lengths, segments=_segments(config, first, lengths))
     lengths = replace(lengths, run_samples=_duration(config, lengths))
-    if wanted and not wanted.for_decay:  # also once more, since its last stage has to start within the run
+    if wanted and not wanted.for_decay:  # repeated to check that the last stage starts within the run
         lengths = replace(lengths, segments=_segments(config, first, lengths))
     return lengths
 
 
 def _unscheduled(config: RunConfig, world: int, sizes: Sizes, first: Segment, base: Base, lengths: Lengths) -> Plan:
-    """Return the plan with its first segment alone, and without a schedule."""
+    """Return the plan with only its first segment, and without a schedule."""
     recipe = base.recipe
     half_life = None if config.ema is None else lengths.samples("ema=", config.ema)
     if half_life:
@@ -90,14 +90,14 @@ def _unscheduled(config: RunConfig, world: int, sizes: Sizes, first: Segment, ba
 
 
 def _scheduled(config: RunConfig, plan: Plan, lengths: Lengths, tuned_lr: float | None) -> Plan:
-    """Return ``plan`` with its segments and schedule; without its length while some segments aren't known."""
+    """Return ``plan`` with its segments and schedule, or without its length if the segments aren't known yet."""
     wanted, first = config.batch.schedule, plan.segments[0]
     segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
     if wanted and wanted.for_decay:
         segments = _segments_for_decay(config, first, plan.train_samples, schedule)
         if segments and schedule:
             schedule = replace(schedule, held_until=segments[-1].start_sample)
-    if segments is None:  # not known before the data is opened, and neither are the steps
+    if segments is None:  # without segments, the steps aren't known either
         return replace(plan, samples=None)
     return replace(plan, segments=segments, schedule=schedule)
 
@@ -107,8 +107,8 @@ def _duration(config: RunConfig, lengths: Lengths) -> int | None:
     duration, moving = config.duration, config.batch.schedule
     if duration.unit == "%":
         raise UserError(f"duration={duration} is a share of itself", "use ep, st, sa or tok", "duration", duration)
-    if duration.unit == "st" and moving and moving.of_the_run:
-        problem = f"duration={duration} depends on the batch, which batch.schedule={moving} lays over the duration"
+    if duration.unit == "st" and moving and moving.depends_on_duration:
+        problem = f"duration={duration} depends on the batch, but batch.schedule={moving} depends on the duration"
         raise UserError(problem, "give the duration in ep, sa or tok", "duration", duration)
     samples = lengths.samples("duration=", duration)
     if samples == 0:
@@ -117,7 +117,7 @@ def _duration(config: RunConfig, lengths: Lengths) -> int | None:
 
 
 def _segments(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segment, ...] | None:
-    """Return the segments of a batch schedule with its own boundaries, or None where they aren't known yet."""
+    """Return the segments of a batch schedule that doesn't replace the decay, or None if they aren't known yet."""
     wanted, last = config.batch.schedule, asked(config, lengths.train_samples)
     assert wanted
     return segments_for(
@@ -133,9 +133,9 @@ def _segments(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segm
 def _segments_for_decay(
     config: RunConfig, first: Segment, train_samples: int | None, schedule: Schedule | None
 ) -> tuple[Segment, ...] | None:
-    """Return the segments of a schedule that grows the batch in place of decaying the LR.
+    """Return the segments of a schedule that grows the batch instead of decaying the LR.
 
-    Without a largest size the batch grows up to a tenth of the data.
+    Without ``to``, the batch grows up to a tenth of the data.
     """
     wanted = config.batch.schedule
     assert wanted
@@ -146,19 +146,19 @@ def _segments_for_decay(
 
 
 def _check_evaluations(config: RunConfig, plan: Plan) -> None:
-    """Check the keys of evaluations against the plan.
+    """Validate the evaluation keys against the plan.
 
     Raises:
-        UserError: ``evaluate.per_gpu`` isn't a whole number of samples, or ``checkpoint.best`` waits for an evaluation
-            that never comes.
+        UserError: ``evaluate.per_gpu`` isn't a whole number of samples, or ``checkpoint.best`` is set but the run
+            never evaluates.
     """
     evaluation_batch(config, plan)
     wanted, best, every = config.evaluate, config.checkpoint.best, plan.intervals.evaluate
     if not best or wanted.first or wanted.last:
         return
-    never = f"checkpoint.best={best} waits for an evaluation, and evaluate.last=false with evaluate.every="
+    never = f"checkpoint.best={best} needs an evaluation, but evaluate.last=false with evaluate.every="
     if wanted.every is None:
-        problem = f"{never}null means that there is none"
+        problem = f"{never}null never evaluates"
         raise UserError(problem, "give evaluate.every=1ep, or leave one of the two keys out", "checkpoint.best", best)
     if every is None or plan.samples is None:
         return
@@ -166,35 +166,35 @@ def _check_evaluations(config: RunConfig, plan: Plan) -> None:
     start = plan.samples + (plan.added or 0) - last.cut.global_size
     if every > start:
         problem = (
-            f"{never}{wanted.every} means that there is none: the run's last step begins at sample {start:,}, before "
-            f"the first evaluation is due (sample {every:,})"
+            f"{never}{wanted.every} never evaluates: the run's last step starts at sample {start:,}, before the first "
+            f"evaluation is due (sample {every:,})"
         )
         fix = "give a shorter evaluate.every, or leave evaluate.last=false out"
         raise UserError(problem, fix, "checkpoint.best", best)
 
 
 def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
-    """Return the run of ``stored`` on the hardware and with the engine of ``fresh``, today's plan of the same config.
+    """Return the plan of a resumed run: ``stored``, with the hardware, engine and intervals of ``fresh``.
 
     Args:
-        extends: ``fresh`` has a longer duration, which replaces the stored one, with its schedule.
+        extends: take the longer duration and the schedule of ``fresh``, too.
 
     Raises:
-        UserError: it can't be dealt there, or is extended by another global batch.
+        UserError: the batch can't be split on this hardware, or the extended run would have another global batch.
     """
-    of_today = ("world", "per_gpu", "accumulation", "engine", "intervals")
-    there = replace(stored, **{name: getattr(fresh, name) for name in of_today})
+    current = ("world", "per_gpu", "accumulation", "engine", "intervals")
+    resumed = replace(stored, **{name: getattr(fresh, name) for name in current})
     if not extends:
-        return there
+        return resumed
     if fresh.cut.global_size != stored.cut.global_size:
         problem = (
-            f"per-GPU batch × accumulation are {fresh.size(fresh.cut.global_size)} on {counted(fresh.world, 'rank')}, "
-            f"and the run has {stored.size(stored.cut.global_size)} a step"
+            f"per-GPU batch × accumulation is {fresh.size(fresh.cut.global_size)} on {counted(fresh.world, 'rank')}, "
+            f"but the run has {stored.size(stored.cut.global_size)} per step"
         )
-        fix = "extend it on a number of ranks that gives these; after that it resumes on any"
+        fix = "extend it on a number of ranks that gives the same batch; after that it resumes on any number"
         raise UserError(problem, fix, "batch.global_size", fresh.cut.global_size)
     if fresh.segments != stored.segments:
-        problem = "a longer duration moves the stages of batch.schedule, and so changes what was trained already"
+        problem = "a longer duration moves the stages of batch.schedule, including those already trained"
         fix = "start another run, or give the stages in sa, ep, st or tok from the start"
         raise UserError(problem, fix, "batch.schedule")
-    return replace(there, samples=fresh.samples, schedule=fresh.schedule, identity=fresh.identity)
+    return replace(resumed, samples=fresh.samples, schedule=fresh.schedule, identity=fresh.identity)

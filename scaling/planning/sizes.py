@@ -1,4 +1,4 @@
-"""Convert the batch sizes that a config asks for to samples."""
+"""Convert a config's batch sizes to samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isobatch.scaling.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Hold the first stage's global batch and the sizes that every stage's cut is solved from, in samples."""
+    """Hold the first stage's global batch, and the sizes that the cut of every stage is solved from, in samples."""
 
     global_size: int
     per_gpu: int | None
@@ -24,7 +24,7 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
     """Return the sizes of the first stage.
 
     Raises:
-        UserError: they contradict each other, aren't known, or aren't a whole number of samples.
+        UserError: the sizes contradict each other, aren't known, or aren't whole numbers of samples.
     """
     batch, per_sample = config.batch, size_of_a_sample(config)
     global_size = asked(config, train_samples)
@@ -32,12 +32,12 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
         unused = batch.schedule.kind != "ramp" or batch.schedule.last is not None
         if unused and "batch.global_size" in config.given and global_size != start:
             problem = (
-                f"batch.global_size={global_size} and batch.schedule={batch.schedule}, which begins with {start} and "
-                "says itself what follows, contradict each other"
+                f"batch.global_size={global_size} contradicts batch.schedule={batch.schedule}, which starts at {start} "
+                "and sets every later size"
             )
             raise UserError(problem, "leave batch.global_size out", "batch.global_size", global_size)
         global_size = start
-    # Solved in the unit that was asked in, so that an error's numbers are, too; the granule is then a sample.
+    # Solve in the user's unit, so that errors use it, too; with tokens, the granule is at least one sample.
     label = f"batch.schedule={batch.schedule}: a first size of " if batch.schedule else "batch.global_size="
     cut = solve(
         world,
@@ -49,24 +49,23 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
         bitwise=config.numerics == "bitwise",
     )
     first = cut.global_size // per_sample
-    # per_gpu bounds every later segment, too; an accumulation that was given without it stays what it is.
+    # per_gpu bounds every later segment, too; an accumulation given without it applies to every segment.
     if batch.per_gpu is None:
         return Sizes(first, None, cut.accumulation)
     return Sizes(first, batch.per_gpu // per_sample, None)
 
 
 def asked(config: RunConfig, train_samples: int | None) -> int | None:
-    """Return the global batch that is asked for, in ``batch.unit``; None where it follows from the other sizes.
+    """Return the requested global batch in ``batch.unit``, or None if it follows from the other sizes.
 
     Raises:
-        UserError: it isn't known, or follows the number of processes though numerics are bitwise.
+        UserError: it isn't known, or it depends on the number of processes while numerics are bitwise.
     """
     if not global_size_rules(config):
         if config.numerics == "bitwise":
             problem = (
-                f"numerics=bitwise: batch.per_gpu={config.batch.per_gpu} and "
-                f"batch.accumulation={config.batch.accumulation} make another global batch on another number of "
-                "processes"
+                f"numerics=bitwise, but with batch.per_gpu={config.batch.per_gpu} and "
+                f"batch.accumulation={config.batch.accumulation} the global batch depends on the number of processes"
             )
             raise UserError(problem, "give batch.global_size, or leave batch.accumulation out", "numerics", "bitwise")
         return None
@@ -74,27 +73,27 @@ def asked(config: RunConfig, train_samples: int | None) -> int | None:
         return config.batch.global_size
     if train_samples is None:
         problem = "batch.global_size=all needs the number of training samples"
-        fix = "state it as task.train_samples=N (plan.open_data=true opens the data)"
+        fix = "give it as task.train_samples=N, or open the data with plan.open_data=true"
         raise UserError(problem, fix, "batch.global_size", "all")
     return train_samples * size_of_a_sample(config)
 
 
 def size_of_a_sample(config: RunConfig) -> int:
-    """Return how many units one sample counts: 1, or its tokens with ``batch.unit=tokens``."""
+    """Return the units per sample: 1, or its tokens with ``batch.unit=tokens``."""
     if config.batch.unit == "samples":
         return 1
     if config.task.units_per_sample is None:
         problem = f"batch.unit=tokens, but task {config.task.name} has no fixed number of tokens per sample"
-        fix = "state it as task.units_per_sample=N, or use batch.unit=samples"
+        fix = "give it as task.units_per_sample=N, or use batch.unit=samples"
         raise UserError(problem, fix, "batch.unit", "tokens")
     return config.task.units_per_sample
 
 
 def in_samples(config: RunConfig, label: str, size: int) -> int:
-    """Return a size that was given in ``batch.unit``.
+    """Convert a size from ``batch.unit`` to samples.
 
     Args:
-        label: text before the size in an error, beginning with its key: ``lr.base_batch=``.
+        label: text before the size in an error, starting with its key: ``lr.base_batch=``.
     """
     return (_whole(config, label, size) or 0) // size_of_a_sample(config)
 
@@ -103,7 +102,7 @@ def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) ->
     """Return the most samples per forward of an evaluation.
 
     Args:
-        limit: the most samples since memory ran out.
+        limit: the lower limit after running out of memory, if any.
 
     Raises:
         UserError: ``evaluate.per_gpu`` isn't a whole number of samples.
@@ -114,7 +113,7 @@ def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) ->
 
 
 def _whole(config: RunConfig, label: str, size: int | None) -> int | None:
-    """Return ``size`` if it is a whole number of samples, else raise UserError."""
+    """Return ``size``, or raise UserError if it isn't a whole number of samples."""
     per_sample = size_of_a_sample(config)
     if size is not None and size % per_sample:
         near = [whole * per_sample for whole in (size // per_sample, size // per_sample + 1) if whole]

@@ -1,4 +1,4 @@
-"""A plan as JSON, both ways: ``plan.json``, and what ``action=plan output=json`` prints."""
+"""Convert a plan to and from JSON: ``plan.json`` and the output of ``action=plan output=json``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isobatch.scaling.rules import PARTS
 
 
 def to_json(plan: Plan) -> str:
-    """Write the plan as JSON: its summary, and its fields (``asked`` holds those the summary gives solved)."""
+    """Return the plan as JSON: its summary, and its fields. ``asked`` holds the sizes as requested."""
     fields = asdict(plan)
     fields["optimizer"] |= {part: getattr(plan.peak, part) for part in PARTS}
     asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
@@ -28,22 +28,22 @@ def to_json(plan: Plan) -> str:
 
 
 def from_json(text: str) -> Plan:
-    """Read what ``to_json`` wrote.
+    """Parse the JSON of ``to_json``, also of an earlier version with fewer keys in its summary.
 
     Raises:
-        ValueError: not JSON, a field is missing or of the wrong kind, or the summary's numbers aren't those that
-            follow from the fields (the file was edited or damaged). What an earlier version didn't write isn't missed.
+        ValueError: the text isn't JSON, a field is missing or has the wrong type, or the summary doesn't follow from
+            the fields because the file was edited or damaged.
     """
     try:
         stored = parse_json(text)
         fields = {**stored, **stored["asked"]}
-        mine = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
-        plan = _adapter().validate_json(mine, strict=True)
+        own_fields = json.dumps({name: fields[name] for name in Plan.__dataclass_fields__ if name in fields})
+        plan = _adapter().validate_json(own_fields, strict=True)
         if plan.family not in (None, *FAMILIES):
-            raise ValueError(f"task.family={plan.family}: known are {', '.join(FAMILIES)}")
+            raise ValueError(f"task.family={plan.family}: known families are {', '.join(FAMILIES)}")
         check_placement(plan.engine)
         if plan.optimizer.name not in OPTIMIZERS:
-            raise ValueError(f"optimizer={plan.optimizer.name}: known are {', '.join(OPTIMIZERS)}")
+            raise ValueError(f"optimizer={plan.optimizer.name}: known optimizers are {', '.join(OPTIMIZERS)}")
         was, now = _numbers(text), _numbers(to_json(plan))
     except ValidationError as error:
         first = error.errors()[0]
@@ -62,8 +62,8 @@ def _adapter() -> TypeAdapter[Plan]:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Return what ``plan.json`` says on top of the fields it is read back from. Sizes in samples."""
-    outright = plan.base_source == "peak"
+    """Return the derived values that ``plan.json`` has in addition to the plan's fields. Sizes are in samples."""
+    peak_given = plan.base_source == "peak"
     return {
         "global_size": plan.cut.global_size,
         "per_gpu": plan.cut.per_gpu,
@@ -75,10 +75,10 @@ def summary(plan: Plan) -> dict[str, Any]:
         "added_samples": plan.added,
         "epochs": plan.epochs,
         "lr": {
-            "base": None if outright else plan.base.lr,
-            "base_batch": None if outright else plan.base_batch,
-            "rule": None if outright else plan.segments[0].rule.name,
-            "factor": None if outright else plan.peak.lr / plan.base.lr,
+            "base": None if peak_given else plan.base.lr,
+            "base_batch": None if peak_given else plan.base_batch,
+            "rule": None if peak_given else plan.segments[0].rule.name,
+            "factor": None if peak_given else plan.peak.lr / plan.base.lr,
             "peak": plan.peak.lr,
             "warmup_samples": plan.schedule.warmup_samples if plan.schedule else None,
             "noise_temperature": plan.temperature(plan.stages[0]),
@@ -102,7 +102,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def _agree(was: Any, now: Any) -> bool:
-    """Tell whether two values are the same, as far as the first has keys of the second."""
+    """Return True if two values are equal, ignoring keys that only one of them has."""
     if isinstance(was, dict) and isinstance(now, dict):
         return all(_agree(was[name], now[name]) for name in now if name in was)
     if isinstance(was, list) and isinstance(now, list):
@@ -111,6 +111,6 @@ def _agree(was: Any, now: Any) -> bool:
 
 
 def _numbers(text: str) -> dict[str, Any]:
-    """Return a plan's JSON without its explanations, floats to the digits that all machines agree on."""
+    """Return a plan's JSON without explanations, floats rounded to the digits that all machines agree on."""
     content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.9g}"))
     return {**content, "warnings": None, "lr": {**content["lr"], "why": None, "moves": None}}

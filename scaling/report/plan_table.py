@@ -1,4 +1,4 @@
-"""The plan as a table of plain text for people, and how its recipe follows from the tuned one, in words."""
+"""Print a plan as a plain-text table, and explain how its recipe follows from the tuned one."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from isobatch.scaling.rules import PARTS, Recipe
 
 WIDTHS = (60, 110)  # least and most columns of the table
 LABEL = 15
-MOST = 12  # lines about stages
+MOST = 12  # most lines about stages
 BITWISE = (
-    "bitwise: the same weights, bit by bit, on any number of processes of one machine type; a step took {:g} × as long "
-    "as a fast one, up to {:g} × where it is mostly messages (benchmarks/README.md)"
+    "bitwise: identical weights on any number of processes of one machine type; a step took {:g} × as long as a fast "
+    "one, up to {:g} × where it is mostly communication (benchmarks/README.md)"
 )
 BASE_SOURCES: dict[Source, str] = {
-    "peak": "lr.peak, given outright",
+    "peak": "given as lr.peak",
     "given": "given (lr.base)",
-    "paired": "given (lr.base), at the batch of the task's or the optimizer's own (lr.base_batch names another)",
-    "moved": "of the task or the optimizer, at a batch given instead of its own (lr.base_batch)",
+    "paired": "given (lr.base), at the batch of the task's or the optimizer's base LR (lr.base_batch sets another)",
+    "moved": "of the task or the optimizer, at the batch given as lr.base_batch",
     "tuned": "tuned for this task and optimizer",
     "adapted": "tuned for this task and optimizer, with another model, data or arguments",
     "usual": "a usual starting point of the optimizer, not tuned for this task",
 }
-TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # how lr.scale_weight_decay moves the weight decay
+TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # formula of lr.scale_weight_decay
 
 
 def table(plan: Plan, full: bool = False) -> str:
-    """Return lines of ``label  value``, then the warnings, as wide as the terminal.
+    """Return the plan as lines of ``label  value``, followed by warnings, wrapped to the terminal.
 
     Args:
-        full: add what only some readers need: the seed, SGD's noise, the alternatives to a chosen optimizer.
+        full: add the seed, SGD's noise and the alternatives to an automatically chosen optimizer.
     """
     width = min(max(shutil.get_terminal_size((WIDTHS[1], 0)).columns, WIDTHS[0]), WIDTHS[1])
     lines = [f"Isobatch plan · {plan.task} · {plan.identity}", "─" * width]
@@ -75,7 +75,7 @@ def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
         yield "SGD's noise", f"{noise:.6g} = ηN/(B(1−m)) at the peak{later} (Smith & Le 2018)"
     if (decay := plan.peak.ema) is not None:
         half_life = round(plan.cut.global_size * math.log(0.5) / math.log(decay)) if 0 < decay < 1 else 0
-        yield "weights' EMA", f"half-life {plan.size(half_life)}: decay {decay:.6g} a step"
+        yield "weights' EMA", f"half-life {plan.size(half_life)}: decay {decay:.6g} per step"
     if plan.granule > 1 or plan.sync:
         yield "BatchNorm", "over one pass of all ranks" if plan.sync else f"over ghosts of {plan.granule} samples"
     if plan.engine.name != "ddp":
@@ -96,10 +96,10 @@ def _batch(plan: Plan, cut: Cut) -> str:
 
 
 def _stages(plan: Plan) -> list[str]:
-    """Return the stages after the first; of many, the first ones and the last."""
+    """Return a line for each stage after the first, or for the first few and the last if there are many."""
     later = [_stage(plan, stage) for stage in plan.stages[1:]]
     if len(later) > MOST:
-        later[MOST - 2 : -1] = [f"… {len(later) - MOST + 1:,} stages between, which plan.json and output=json list …"]
+        later[MOST - 2 : -1] = [f"… {len(later) - MOST + 1:,} more stages, listed in plan.json and by output=json …"]
     return later
 
 
@@ -129,7 +129,7 @@ def _engine(engine: EnginePlacement, world: int) -> str:
     if not engine.shards:
         return f"{name}: parameters, gradients and optimizer state whole on each rank"
     offloads = f"; {_list(engine.offloads)} in the host's memory" if engine.offloads else ""
-    return f"{name}: {_list(engine.shards)} in {counted(world, 'part')}, one a rank{offloads}"
+    return f"{name}: {_list(engine.shards)} sharded over {counted(world, 'rank')}{offloads}"
 
 
 def _list(names: tuple[str, ...]) -> str:
@@ -159,11 +159,11 @@ def _schedule(plan: Plan) -> str:
 
 
 def lr_why(plan: Plan) -> str:
-    """Derive the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
+    """Return the derivation of the peak LR: ``peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: …``."""
     rule = plan.segments[0].rule
     if plan.base_source == "peak":
-        of = " for the first stage" if len(plan.segments) > 1 else ""
-        return f"peak {plan.peak.lr:.6g} ({BASE_SOURCES['peak']}{of})"
+        scope = " for the first stage" if len(plan.segments) > 1 else ""
+        return f"peak {plan.peak.lr:.6g} ({BASE_SOURCES['peak']}{scope})"
     after, before = plan.sized(plan.cut.global_size), plan.sized(plan.base_batch)
     noise = (rule.noise_scale or 0) * plan.sized(1)
     numbers = {"ratio": f"{after}/{before}", "after": after, "before": before, "noise": f"{noise:g}"}
@@ -173,26 +173,26 @@ def lr_why(plan: Plan) -> str:
 
 
 def moves(plan: Plan) -> list[str]:
-    """Name what the first segment's rule moves beside the LR: ``β₁ 0.9 → 0.6 (1 − κ(1 − β))``.
+    """Return what the first segment's rule changes besides the LR: ``β₁ 0.9 → 0.6 (1 − κ(1 − β))``.
 
-    Parts that were given for this batch, and so stay, are named, too.
+    Parts that the config gives for this batch are listed as not scaled.
     """
-    rule, said = plan.segments[0].rule, []
+    rule, lines = plan.segments[0].rule, []
     parts = rule.law.moves | ({"weight_decay": TIMESCALE} if rule.scale_weight_decay else {})
     for part, how in parts.items():
         pairs = zip(named(plan.base, part), named(plan.peak, part), strict=True)
         changed = ", ".join(f"{name} {was:.6g} → {now:.6g}" for (name, was), (_, now) in pairs if was != now)
         if part in rule.fixed:
-            changed = " and ".join(name for name, _ in named(plan.peak, part)) + " given for this batch, so not moved"
-            how = f"lr.rule={rule.name} would"
-        said += [f"{changed} ({how})"] if changed else []
+            changed = " and ".join(name for name, _ in named(plan.peak, part)) + " given for this batch, so not scaled"
+            how = f"lr.rule={rule.name} would scale it"
+        lines += [f"{changed} ({how})"] if changed else []
     if rule.law.stretches_warmup and plan.cut.global_size != plan.base_batch:
-        said.append(f"warmup × {plan.cut.global_size / plan.base_batch:.6g} (as much as the batch)")
-    return said
+        lines.append(f"warmup × {plan.cut.global_size / plan.base_batch:.6g} (as much as the batch)")
+    return lines
 
 
 def named(recipe: Recipe, part: str) -> list[tuple[str, float]]:
-    """Return the numbers of a part of ``recipe``, by the names that people know them by."""
+    """Return the values of a part of ``recipe`` with their usual names."""
     value = getattr(recipe, part)
     if part == "betas":
         return list(zip(("momentum",) if len(value) == 1 else ("β₁", "β₂"), value, strict=False))

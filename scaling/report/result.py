@@ -1,4 +1,4 @@
-"""The result of a run, read from its directory; and tables of results and of plans."""
+"""Read the result of a run from its directory, and format tables of results and plans."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.plan import Plan
 
-WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+WITHOUT_A_WORD = "ended without recording an outcome: it was killed, or its machine went down"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Say where a run is, or how it ended.
+    """Hold the progress of a run, or how it ended.
 
     Attributes:
-        state: of ``outcome.json``; ``—`` where there is none.
-        loss: of the last step that was logged and had one; ``val`` holds the values of the last evaluation by name.
+        state: the state in ``outcome.json``; ``—`` if there is none.
+        loss: the last logged loss; ``val`` holds the values of the last evaluation by name.
         peak: the plan's peak learning rate.
-        restarts: of the workers, in all attempts at the run; ``skipped``: steps whose loss or gradient wasn't finite.
-        damage: what is wrong in the run's files; it counts for nothing above.
-        per_gpu: the largest micro-batch before memory ran out first, and since it ran out last; None: it never did.
+        restarts: restarts of the workers in all attempts; ``skipped``: steps whose loss or gradient wasn't finite.
+        damage: the problem of a damaged file, which the other fields leave out.
+        per_gpu: the largest micro-batch before the first and after the last out-of-memory error; None: no such error.
     """
 
     state: str = "—"
@@ -47,7 +47,7 @@ class Result:
         return " · ".join([done, *self._mishaps(), *values])
 
     def _mishaps(self) -> Iterator[str]:
-        """Yield what went otherwise than planned."""
+        """Yield a description of each deviation from the plan."""
         if self.damage:
             yield f"damaged: {one_line(self.damage)}"
         if self.restarts:
@@ -58,7 +58,7 @@ class Result:
             yield f"{counted(self.skipped, 'step')} skipped (not finite)"
 
     def row(self) -> dict[str, Any]:
-        """Return its row of a table of runs."""
+        """Return the result as a row of a table of runs."""
         reached = {"state": self.state, "steps": self.steps, "samples": self.samples}
         mishaps = {"restarts": self.restarts, "skipped": self.skipped}
         seen = {name: number for name, number in mishaps.items() if number}
@@ -66,7 +66,7 @@ class Result:
 
 
 def result(directory: Path) -> Result:
-    """Return the result of the run in ``directory``; what is missing or damaged there is None."""
+    """Return the result of the run in ``directory``; values from missing or damaged files keep their defaults."""
     files = read_run(directory)
     ended = files.outcome
     loss: float | None = None
@@ -87,7 +87,7 @@ def result(directory: Path) -> Result:
 
 
 def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int] | None]:
-    """Return restarts, skipped steps, and the per-GPU batch before and after memory ran out, of a run's events."""
+    """Return the restarts, the skipped steps, and the per-GPU batch before and after memory ran out, from events."""
     restarts = [event for event in events if event.get("event") == "restart"]
     sizes = [(event.get("per_gpu_before"), event.get("per_gpu")) for event in restarts if event.get("kind") == "oom"]
     halved = [(before, after) for before, after in sizes if before is not None and after is not None]
@@ -95,13 +95,13 @@ def _mishaps(events: Sequence[dict[str, Any]]) -> tuple[int, int, tuple[int, int
     for event in events:
         if event.get("event") == "skip":
             skipped.add(event.get("step", 0))
-        elif event.get("event") == "going_on":  # from there the steps were done again
+        elif event.get("event") == "going_on":  # later steps were repeated after resuming
             skipped = {step for step in skipped if step <= event.get("step", 0)}
     return len(restarts), len(skipped), (halved[0][0], halved[-1][1]) if halved else None
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
-    """Return a plan's row of a table of plans."""
+    """Return ``plan`` as a row of a table of plans."""
     return {
         "global batch": plan.cut.global_size,
         "per GPU": plan.cut.per_gpu,
@@ -115,7 +115,7 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 
 
 def grid(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay out columns under their names, in the order in which the names first come up; numbers to the right."""
+    """Format rows as columns under their names, in order of first appearance; numbers are right-aligned."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -137,6 +137,6 @@ def _cell(value: Any) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return ``3:05:07``, in whole seconds, rounded up."""
+    """Format a time as ``3:05:07``, rounded up to whole seconds."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

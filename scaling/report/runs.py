@@ -1,4 +1,4 @@
-"""Runs that are there, a row each: how far they have come, and why they stopped last."""
+"""List runs: a row each, with their progress and why they last stopped."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from isobatch.conf.rundir.lock import works
 from isobatch.scaling.report.result import WITHOUT_A_WORD, clock, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
-DEPTH = 3  # of runs below a folder: runs/<sweep>/<run>
-CAUSE_CHARS = 60  # of a cause, in a table
+DEPTH = 3  # levels below a folder that are searched for runs: runs/<sweep>/<run>
+CAUSE_CHARS = 60  # of a cause in a table
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Describe a run, as far as its directory tells.
+    """Describe a run from its directory.
 
     Attributes:
-        state: of ``outcome.json``; ``queued`` where a job waits; ``died`` where it says that it is running, and isn't;
-            ``damaged`` where a file isn't what a run writes, and ``cause`` says which.
-        step, steps: completed, and of the whole run.
-        samples_per_s, eta_s: where it is running: of the last logged step, and seconds to the end at that pace.
-        job: of Slurm, the last one that was submitted for it, or worked on it; ``queue``: what Slurm says of it; None:
-            it is over.
-        cause: why it stopped last.
+        state: the state in ``outcome.json``; ``queued``: a job waits; ``died``: the outcome is ``running``, but no
+            process works on the run; ``damaged``: a file is invalid, and ``cause`` names it.
+        step, steps: completed steps, and steps of the whole run.
+        samples_per_s, eta_s: speed at the last logged step, and seconds to the end at that speed; only while running.
+        job: the last Slurm job submitted for the run or working on it; ``queue``: its state; None: the job is over.
+        cause: why the run last stopped.
     """
 
     run: str
@@ -60,50 +59,50 @@ class Row:
 
 
 def directories(root: Path, depth: int = DEPTH) -> list[Path]:
-    """Return the runs in ``root``: itself, or those at most ``depth`` below it, sweeps included; by name."""
+    """Return the directories of runs, sorted: ``root`` itself, or those up to ``depth`` levels below it."""
     if holds_a_run(root):
         return [root]
     inner: list[Path] = []
-    with suppress(OSError):  # it isn't a folder, or one that can't be listed
-        inner = [one for one in root.iterdir() if one.is_dir() and not one.is_symlink()] if depth else []
-    return sorted(run for one in inner for run in directories(one, depth - 1))
+    with suppress(OSError):  # root isn't a folder, or can't be listed
+        inner = [child for child in root.iterdir() if child.is_dir() and not child.is_symlink()] if depth else []
+    return sorted(run for child in inner for run in directories(child, depth - 1))
 
 
 def listing(roots: Sequence[str], queue: Mapping[str, str], output: str) -> str:
-    """Return the runs in ``roots`` as a table, or as JSON where ``output`` says so.
+    """Return the runs in ``roots`` as a table, or as JSON if ``output`` is ``json``.
 
     Args:
-        queue: what Slurm says of the jobs that aren't over, by id.
+        queue: Slurm's states of unfinished jobs, by id.
     """
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     rows = [row(run, works(run), queue) for run in found.values()]
     if output == "json":
-        return json.dumps([asdict(one) for one in rows], indent=1)
-    return grid([one.cells() for one in rows]) if rows else f"no runs in {', '.join(roots)}"
+        return json.dumps([asdict(found_row) for found_row in rows], indent=1)
+    return grid([found_row.cells() for found_row in rows]) if rows else f"no runs in {', '.join(roots)}"
 
 
 def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
     """Return the row of the run in ``directory``.
 
     Args:
-        works: some launch has it now.
-        queue: what Slurm says of the jobs that aren't over, by id.
+        works: a launch is working on the run now.
+        queue: Slurm's states of unfinished jobs, by id.
     """
     files = read_run(directory)
-    happened, logged = files.events, [line for line in files.metrics if "loss" in line]
-    jobs = [str(event["job"]) for event in happened if event.get("event") in ("submitted", "start") and "job" in event]
-    told = queue.get(jobs[-1]) if jobs else None
+    events, logged = files.events, [line for line in files.metrics if "loss" in line]
+    jobs = [str(event["job"]) for event in events if event.get("event") in ("submitted", "start") and "job" in event]
+    job_state = queue.get(jobs[-1]) if jobs else None
     state = files.outcome.get("state", "—")
-    if told and told.startswith("PENDING"):
+    if job_state and job_state.startswith("PENDING"):
         state = "queued"
     elif state == "running" and not works:
         state = "died"
-        happened = [*happened, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # as its next start will note
+        events = [*events, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # which the next start will record
     running, last = state == "running", logged[-1] if logged else {}
     pace = last.get("samples_per_s") if running else None
-    whole, at = files.plan.get("samples"), last.get("samples")
-    left = None if whole is None or at is None else whole - at
-    causes = [event["cause"] for event in happened if event.get("event") in ENDS and event.get("cause")]
+    total, done = files.plan.get("samples"), last.get("samples")
+    left = None if total is None or done is None else total - done
+    causes = [event["cause"] for event in events if event.get("event") in ENDS and event.get("cause")]
     return Row(
         run=str(directory),
         state="damaged" if files.damage else state,
@@ -113,6 +112,6 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
         samples_per_s=pace,
         eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
         job=jobs[-1] if jobs else None,
-        queue=told,
+        queue=job_state,
         cause=files.damage or (causes[-1] if causes else None),
     )

@@ -152,7 +152,7 @@ def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
 def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
     assert end["raised"] == "UserError"
-    assert "2 samples a step are fewer than 3 ranks × accumulation 1" in end["message"]
+    assert "2 samples per step are fewer than 3 ranks × accumulation 1" in end["message"]
 
 
 def swapped(layer: nn.Module, size: int = 4) -> tuple[nn.Module, Stream]:

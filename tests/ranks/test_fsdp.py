@@ -112,7 +112,7 @@ def test_offload_is_for_gpus(runs: Runs) -> None:
     end = runs(1, *overrides(PLAIN, "FSDP"), "engine.offload=true").ends[0]
     assert end == {
         "raised": "UserError",
-        "message": "engine.offload=true is for what a GPU holds, and this runs on cpu; leave it out",
+        "message": "engine.offload=true moves tensors out of a GPU's memory, but this runs on cpu; leave it out",
     }
 
 

@@ -170,7 +170,7 @@ def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.C
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
     assert file.read_text().startswith(marked)  # its last evaluation isn't owed any more
     assert distance(run.weights(), final) > 0
-    assert "the learning rate goes from" in capfd.readouterr().out
+    assert "the learning rate changes from" in capfd.readouterr().out
     stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, extends=True)
     assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
 

@@ -133,7 +133,7 @@ def test_a_model_of_bf16_weights(runs: Runs) -> None:
 def test_fp16_is_for_cuda(runs: Runs) -> None:
     end = runs(1, *BLOCKS, "precision=fp16").ends[0]
     assert end["raised"] == "UserError"
-    assert end["message"].startswith("precision=fp16 is for CUDA, and this runs on cpu; use precision=bf16")
+    assert end["message"].startswith("precision=fp16 needs CUDA, but this runs on cpu; use precision=bf16")
 
 
 def fp16_engine(**options: Any) -> tuple[Engine, Any]:

@@ -119,9 +119,9 @@ def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
     least, most = FAMILIES[family].usual
     for size in (max(1, -(-least // 4)), least, most, 4 * most):
         assert said(size, family=family, world=1) == []
-    assert f"people use for {family} ({least} to {most})" in said(4 * most + 1, family=family, world=1)[0]
+    assert f"the usual range for {family} ({least} to {most})" in said(4 * most + 1, family=family, world=1)[0]
     if least > 4:
-        assert f"people use for {family}" in said((least - 1) // 4, family=family, world=1)[0]
+        assert f"the usual range for {family}" in said((least - 1) // 4, family=family, world=1)[0]
 
 
 def test_language_is_counted_in_tokens_and_only_where_they_are_known() -> None:
@@ -152,13 +152,13 @@ def test_every_stage_is_looked_at() -> None:
     (far,) = staged(64, 250, 990, 3900, 4096, rule="linear")
     assert far.startswith("lr.rule=linear is far above its tested range: the global batch of 4,096 samples")
     (unusual,) = staged(64, 4096, family="images")
-    assert unusual.startswith("a global batch of 4,096 samples is far from what people use")
+    assert unusual.startswith("a global batch of 4,096 samples is far from the usual range")
 
 
 def test_statistics_of_a_pass_change_with_accumulation() -> None:
     assert said(64, sync=True) == []
     (warning,) = said(64, sync=True, accumulation=2)
-    assert warning.startswith("batchnorm.mode=sync takes its statistics from one pass of all ranks")
+    assert warning.startswith("batchnorm.mode=sync computes its statistics over one pass of all ranks")
     assert "accumulation 2" in warning
 
 
@@ -178,12 +178,12 @@ def test_a_learning_rate_that_jumps_within_a_run() -> None:
         return warnings(replace(quiet(), segments=segments))
 
     (jumps,) = staged(64, 128, 512, rule="linear")
-    assert jumps.startswith("the learning rate becomes 4 × as large in one step, at sample 2,048, as the batch does")
+    assert jumps.startswith("the learning rate becomes 4 × as large in one step, at sample 2,048")
     assert staged(64, 128, 510, rule="linear") == staged(64, 128, 512, rule="sqrt") == []
 
 
 def test_a_rule_that_leaves_hardly_any_memory() -> None:
     adam = replace(quiet().base, betas=(0.9, 0.99), eps=1e-8)
     (short,) = said(576, Rule("sde"), base=adam)  # 1 − 9 × 0.1
-    assert short.startswith("lr.rule=sde leaves a beta of 0.1, which is hardly any memory")
+    assert short.startswith("lr.rule=sde gives a beta of 0.1, which has hardly any memory")
     assert said(320, Rule("sde"), base=adam) == []

@@ -42,7 +42,7 @@ def test_the_table(family: str | None, batch: int, chosen: str) -> None:
 def test_only_what_has_a_base_lr_is_chosen() -> None:
     assert choose("images", 4096, {"sgd", "adamw"}).name == "sgd"
     assert choose("images", 64, {"adamw"}).name == "adamw"
-    with pytest.raises(ValueError, match="of lars, lamb, sgd none has a base LR"):
+    with pytest.raises(ValueError, match="none of lars, lamb, sgd has a base LR"):
         choose("images", 4096, {"adamw"})
 
 
@@ -85,7 +85,7 @@ def test_an_experiment_may_ask_for_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["lr.peak", "lr.base"])
 def test_a_learning_rate_is_of_a_named_optimizer(key: str) -> None:
-    with pytest.raises(UserError, match=f"{key} is of one optimizer"):
+    with pytest.raises(UserError, match=f"{key} is for one optimizer"):
         configured(["optimizer=auto", f"{key}=0.1"])
 
 

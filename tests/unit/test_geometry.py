@@ -254,7 +254,7 @@ def test_a_contradiction_names_sizes_that_agree(wanted: dict[str, Any], other: i
 
 def test_a_contradiction_by_hand() -> None:
     message = refusal(world=2, global_size=100, per_gpu=8, accumulation=4)
-    assert "on 2 ranks the first two take 7 passes" in message
+    assert "on 2 ranks the first two need 7 passes" in message
     assert message.endswith("batch.accumulation=7 or batch.per_gpu=13 or batch.global_size=64")
     message = refusal(world=2, global_size=100, per_gpu=8, accumulation=4, even=True)
     assert message.endswith("change one: batch.global_size=64"), "the others aren't even"

@@ -133,7 +133,7 @@ def test_quantiles_are_those_of_the_tables() -> None:
 
 
 def test_one_micro_batch_has_nothing_to_differ_from() -> None:
-    with pytest.raises(ValueError, match="and there is 1 of them"):
+    with pytest.raises(ValueError, match="needs at least 2 micro-batches, not 1"):
         estimate(1.0, 1.0, 8, 1)
 
 
@@ -145,13 +145,15 @@ def test_micro_batches_without_samples_are_none() -> None:
 
 def test_what_to_do_where_a_step_is_one_micro_batch() -> None:
     plan = make(1000, batches=((0, 33),), world=1)
-    assert "on 1 rank a step is one" in (text := unmeasurable(plan) or "")
+    assert "on 1 rank a step has only one" in (text := unmeasurable(plan) or "")
     assert "give batch.per_gpu=17, or more ranks" in text
     assert unmeasurable(replace(plan, per_gpu=17)) is None
     assert unmeasurable(replace(plan, world=2)) is None
     assert unmeasurable(replace(make(1000, batches=((0, 32), (320, 64)), world=1), per_gpu=32)) is None
     whole = replace(make(1000, batches=((0, 32),), world=2), granule=32)
-    assert "on 2 ranks a step is one: nothing is measured; give a larger global batch" in (unmeasurable(whole) or "")
+    assert "on 2 ranks a step has only one, so nothing is measured; give a larger global batch" in (
+        unmeasurable(whole) or ""
+    )
 
 
 def manifest(noise: Smoothed | None) -> bytes:

@@ -214,7 +214,7 @@ def test_refusals_name_sizes_in_tokens_too() -> None:
 
 
 def test_tokens_of_a_task_without_them_are_refused() -> None:
-    assert "state it as task.units_per_sample=N, or use batch.unit=samples" in refusal("batch.unit=tokens")
+    assert "give it as task.units_per_sample=N, or use batch.unit=samples" in refusal("batch.unit=tokens")
     assert "duration=5tok counts tokens" in refusal("duration=5tok")
 
 
@@ -258,7 +258,7 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
         (["lr.warmup=11ep"], "lr.warmup takes 11000 samples, but the run has 10000"),
         (["lr.warmup=60%", "lr.decay=wsd", "lr.cooldown=50%"], "lr.warmup (6000 samples) and lr.cooldown (5000)"),
         (["lr.decay=step", "lr.milestones=[60%,30%]"], "lr.milestones are at samples [6000, 3000]; they have to rise"),
-        (["lr.decay=step", "lr.warmup=40%"], "not to come within lr.warmup (4000 samples)"),
+        (["lr.decay=step", "lr.warmup=40%"], "start after lr.warmup (4000 samples)"),
         (["lr.warmup=5tok"], "lr.warmup=5tok counts tokens"),
         (["log.every=5tok"], "log.every=5tok counts tokens"),
         (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
@@ -340,7 +340,7 @@ def test_the_rule(overrides: list[str], rule: Rule, factor: float) -> None:
 def test_a_peak_given_outright_wins_over_any_rule() -> None:
     plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
     assert plan.peak.lr == 0.3
-    assert lr_why(plan) == "peak 0.3 (lr.peak, given outright)"
+    assert lr_why(plan) == "peak 0.3 (given as lr.peak)"
     said = json.loads(to_json(plan))["lr"]
     assert [said[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
 
@@ -450,17 +450,17 @@ def test_a_tuning_may_state_the_whole_recipe() -> None:
 def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
     plan = plan_of(*ADAMW, "lr.rule=sde", "optimizer.betas=[0.8,0.9]")
     assert plan.base.betas == plan.peak.betas == (0.8, 0.9)
-    assert moves(plan)[0] == "β₁ and β₂ given for this batch, so not moved (lr.rule=sde would)"
+    assert moves(plan)[0] == "β₁ and β₂ given for this batch, so not scaled (lr.rule=sde would scale it)"
     assert plan_of(*ADAMW, "optimizer.weight_decay=0.3").peak.weight_decay == 0.3
     assert plan_of("optimizer=sgd", "optimizer.momentum=0.5").peak.betas == (0.5,)
 
 
 def test_a_refusal_names_the_largest_legal_batch_in_the_unit_that_was_asked_in() -> None:
     said = refusal(*ADAMW, "lr.rule=sde", "batch.global_size=1280")
-    assert "the largest at which it holds is 1,279 samples: use batch.global_size=1279" in said
+    assert "the largest batch at which it holds is 1,279 samples: use batch.global_size=1279" in said
     plan_of(*ADAMW, "lr.rule=sde", "batch.global_size=1279")
     tokens = ("batch.unit=tokens", "task.units_per_sample=16", "batch.global_size=20480")
-    assert "the largest at which it holds is 20,464 tokens: use batch.global_size=20464" in refusal(
+    assert "the largest batch at which it holds is 20,464 tokens: use batch.global_size=20464" in refusal(
         *ADAMW, "lr.rule=sde", *tokens
     )
 
@@ -507,20 +507,20 @@ def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
 def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
     plan = plan_of(*ADAMW, "lr.rule=sde", "lr.peak=0.03")
     assert (plan.peak.lr, plan.peak.betas) == (0.03, (0.9, 0.96))
-    assert lr_why(plan) == "peak 0.03 (lr.peak, given outright)"
-    assert "the largest at which it holds is 1,279 samples" in refusal(
+    assert lr_why(plan) == "peak 0.03 (given as lr.peak)"
+    assert "the largest batch at which it holds is 1,279 samples" in refusal(
         *ADAMW, "lr.rule=sde", "lr.peak=0.03", "batch.global_size=1280"
     )
     assert moves(plan_of("lr.peak=0.3", "lr.rule=legw", "lr.base_batch=64")) == ["warmup × 2 (as much as the batch)"]
     said = refusal("optimizer=adamw", "optimizer.usual=null", "~task.tuned.adamw", "lr.rule=sde", "lr.peak=0.03")
-    assert "give lr.base_batch, that of the tuning" in said
-    assert "which lr.peak takes the place of" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
+    assert "give lr.base_batch, the tuned batch" in said
+    assert "which lr.peak replaces" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
 
 
 def test_a_tuning_of_other_shape_is_refused() -> None:
     said = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
     assert said.startswith("task.tuned.adamw.betas=[0.9]; adamw has 2")
-    assert "no rule knows an ε of sgd" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
+    assert "sgd has no ε that a rule knows" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
 
 
 def test_a_tuning_of_another_model_isn_t_called_one_of_this() -> None:
@@ -535,7 +535,7 @@ def test_every_rank_of_synced_statistics_needs_a_sample() -> None:
     sync = ("batchnorm.mode=sync", "batch.global_size=2")
     assert plan_of(*sync, world=2).sync
     said = refusal(*sync, world=3)
-    assert said.startswith("batchnorm.mode=sync wants a sample on every rank in every pass, and 2 samples a step")
+    assert said.startswith("batchnorm.mode=sync needs a sample on every rank in every pass, but 2 samples per step")
 
 
 # ---- numerics=bitwise
@@ -577,7 +577,7 @@ def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes(
     """Else one identity is of many runs."""
     sizes = ("task=digits", "batch.per_gpu=4", "batch.accumulation=2")
     assert resolve(compose(sizes), 2).cut.global_size == 16
-    with pytest.raises(ValueError, match=r"another global batch on .*; give batch\.global_size, or leave"):
+    with pytest.raises(ValueError, match=r"global batch depends on .*; give batch\.global_size, or leave"):
         resolve(compose([*sizes, "numerics=bitwise"]), 2)
     resolve(compose([*sizes, "numerics=bitwise", "batch.global_size=16"]), 2)
 

@@ -125,7 +125,7 @@ def test_what_was_given_for_this_batch_stays() -> None:
 
 @pytest.mark.parametrize(("name", "betas"), [("sde", (0.9,)), ("sde", ()), ("half-life", ())])
 def test_a_rule_of_betas_wants_some(name: str, betas: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"lr\.rule={name} moves .*, which this optimizer doesn't have"):
+    with pytest.raises(ValueError, match=rf"lr\.rule={name} scales .*, which this optimizer doesn't have"):
         rule(name).apply(replace(ADAM, betas=betas), 256, 512)
 
 
@@ -161,10 +161,10 @@ def test_an_unknown_rule_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "own", "says"),
     [
-        ("power", {}, "lr.power=None: power, half-life, noise, and no other rule, need it"),
-        ("linear", {"power": 0.5}, "lr.power=0.5: power, half-life, noise, and no other rule, need it"),
-        ("noise", {"power": 1.0}, "lr.noise_scale=None: noise, surge, and no other rule, need it"),
-        ("sqrt", {"noise_scale": 5.0}, "lr.noise_scale=5.0: noise, surge, and no other"),
+        ("power", {}, "lr.power=None: needed by power, half-life, noise, and only by these"),
+        ("linear", {"power": 0.5}, "lr.power=0.5: needed by power, half-life, noise, and only by these"),
+        ("noise", {"power": 1.0}, "lr.noise_scale=None: needed by noise, surge, and only by these"),
+        ("sqrt", {"noise_scale": 5.0}, "lr.noise_scale=5.0: needed by noise, surge, and only"),
         (
             "noise",
             {"power": 2.0, "noise_scale": 5.0},
@@ -188,7 +188,7 @@ def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -
     ],
 )
 def test_a_rule_that_leads_nowhere_is_refused(rule: Rule, base: float, before: int, after: int, found: str) -> None:
-    with pytest.raises(ValueError, match=rf"lr\.rule={rule.name}.* into {found} at .*lr\.peak"):
+    with pytest.raises(ValueError, match=rf"lr\.rule={rule.name}.* to {found} at .*lr\.peak"):
         rule.apply(replace(SGD, lr=base), before, after)
 
 

@@ -133,7 +133,7 @@ def test_a_run_that_is_all_warmup_and_one_without(decay: str) -> None:
         ({"warmup_samples": 1001, "milestones": ()}, "lr.warmup takes 1001 samples, but the run has 1000"),
         ({"decay": "wsd", "cooldown_samples": 901}, r"lr.warmup \(100 samples\) and lr.cooldown \(901\)"),
         ({"milestones": (600, 300)}, r"\[600, 300\]; they have to rise"),
-        ({"milestones": (99, 300)}, r"\[99, 300\]; .* not to come within lr.warmup \(100 samples\)"),
+        ({"milestones": (99, 300)}, r"\[99, 300\]; .* start after lr.warmup \(100 samples\)"),
     ],
 )
 def test_what_does_not_fit_the_run_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -205,26 +205,26 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
 @pytest.mark.parametrize(
     ("schedule", "overrides", "says"),
     [
-        ("rampp", [], "rampp isn't when:size; write"),
+        ("rampp", [], "rampp isn't start:size; write"),
         ("100sa:32", [], "the first stage has to start at 0sa"),
         ("0sa:32 1000:64", [], "'1000' has no unit"),
         ("0sa:32 10min:64", [], "10min is in minutes"),
-        ("0sa:0", [], "0sa:0 has no size"),
-        ("0sa:32 2ep:6.5", [], "2ep:6.5 has no size"),
-        ("0sa:32 lr:hld", [], "lr:hld can't be: lr:rule moves the LR"),
+        ("0sa:0", [], "0sa:0 has no valid size"),
+        ("0sa:32 2ep:6.5", [], "2ep:6.5 has no valid size"),
+        ("0sa:32 lr:hld", [], "lr:hld isn't valid: lr:rule scales the LR"),
         ("ramp from:32", [], "a ramp needs from:… and over:…"),
-        ("ramp from:32 over:5% up:3", [], "up:3 is nothing that ramp takes once, which is from:…, over:…"),
-        ("doubling lr:hold", [], "lr:hold is nothing that doubling takes once"),
+        ("ramp from:32 over:5% up:3", [], "up:3 isn't valid: ramp takes from:…, over:…"),
+        ("doubling lr:hold", [], "lr:hold isn't valid: doubling takes to:…, each once"),
         ("curriculum from:64 to:32", [], "from:64 is above to:32"),
-        ("0sa:32 3ep:64 2ep:128", [], "they have to come one after another"),
-        ("0sa:32 90ep:64", [], "its last stage starts at sample 900,000, and the run has 100,000"),
+        ("0sa:32 3ep:64 2ep:128", [], "each has to start after the previous one"),
+        ("0sa:32 90ep:64", [], "its last stage starts at sample 900,000, but the run has only 100,000"),
         ("0sa:32 50%:64", ["duration=100st"], "duration=100st depends on the batch"),
         ("curriculum", ["duration=100st"], "duration=100st depends on the batch"),
-        ("0sa:32 2ep:64", ["batch.global_size=48"], "batch.global_size=48 and batch.schedule=0sa:32 2ep:64"),
+        ("0sa:32 2ep:64", ["batch.global_size=48"], "batch.global_size=48 contradicts batch.schedule=0sa:32 2ep:64"),
         ("0sa:32 2ep:64", ["batch.accumulation=2"], "batch.accumulation=2 can't hold"),
-        ("doubling to:100", [], "64 samples × 2 are more than 100, which is its to:…"),
-        ("doubling", ["lr.decay=constant"], "never comes to 1/2 of the peak"),
-        ("ramp from:128 over:10%", [], "climbs from 128 to 64; give a larger to:…"),
+        ("doubling to:100", [], "64 samples × 2 is more than 100, its to:…"),
+        ("doubling", ["lr.decay=constant"], "never reaches 1/2 of the peak"),
+        ("ramp from:128 over:10%", [], "goes from 128 to 64; give a larger to:…"),
         ("0sa:64 2ep:100", ["batch.unit=tokens", "task.units_per_sample=32"], "100 tokens isn't a whole number of"),
     ],
 )
@@ -241,7 +241,7 @@ def test_it_is_stored_as_it_was_written(text: str) -> None:
 
 @pytest.mark.parametrize("junk", [None, 7, "", "  ", ["0sa:1"], {}])
 def test_junk_is_no_schedule(junk: Any) -> None:
-    with pytest.raises(ValueError, match="is no batch schedule; write"):
+    with pytest.raises(ValueError, match="is not a batch schedule; write"):
         BatchSchedule.parse(junk)
 
 
@@ -270,7 +270,7 @@ def test_every_milestone_is_a_larger_batch_where_the_growth_is_no_whole_number()
 
 
 def test_a_factor_beyond_all_numbers_is_refused() -> None:
-    assert "× inf are more than 1,000" in refusal("doubling", "lr.decay=step", "lr.gamma=1e-320")
+    assert "× inf is more than 1,000" in refusal("doubling", "lr.decay=step", "lr.gamma=1e-320")
 
 
 def test_a_plan_whose_stages_are_not_known_yet_says_nothing_of_its_steps() -> None:
