@@ -237,12 +237,12 @@ def test_the_others_own_keys_that_do_not() -> None:
     [
         (["engine=ddp"], None),
         (["engine=accelerate"], "accelerate: parameters, gradients and optimizer state whole on each rank"),
-        (["engine=fsdp"], "fsdp: parameters, gradients and optimizer state in 8 parts, one a rank"),
+        (["engine=fsdp"], "fsdp: parameters, gradients and optimizer state sharded over 8 ranks"),
         (["engine=deepspeed", "engine.stage=0"], "deepspeed (ZeRO 0): parameters, gradients and optimizer state whole"),
-        (["engine=deepspeed"], "deepspeed (ZeRO 1): optimizer state in 8 parts, one a rank"),
+        (["engine=deepspeed"], "deepspeed (ZeRO 1): optimizer state sharded over 8 ranks"),
         (
             ["engine=deepspeed", "engine.stage=2", "engine.offload=true"],
-            "deepspeed (ZeRO 2): gradients and optimizer state in 8 parts, one a rank; optimizer state in the host's",
+            "deepspeed (ZeRO 2): gradients and optimizer state sharded over 8 ranks; optimizer state in the host's",
         ),
     ],
 )
