@@ -73,7 +73,7 @@ def full_to_the_last_byte(case: Case, _: References) -> None:
 def full_at_the_end(case: Case, _: References) -> None:
     with filling(case, 1 << 20, "evaluation", 14) as faults:  # the last one of each rank
         command = case.start(faults=faults)
-        case.crashed(command, f"^the trained weights can't be written to .*/final .*({SAID}).*the same command does$")
+        case.crashed(command, f"^the trained weights can't be written to .*/final .*({SAID}).*run the same command")
         check(not list(case.run.glob("final*")), "there is something of final/")
     case.goes_on()
     check(case.event("going_on")["step"] == STEPS, "steps were done again")
@@ -160,7 +160,7 @@ def none_there(case: Case, references: References) -> None:
     folder, away = case.run / "checkpoints", case.folder / "away"
     folder.rename(away)
     folder.mkdir()
-    case.ended(case.start(), "refused", 2, "checkpoints has no checkpoint, but step 45 was saved there; bring it back")
+    case.ended(case.start(), "refused", 2, "checkpoints has no checkpoint, but step 45 was saved there; restore it")
     check(not any(folder.iterdir()), "something was saved there")
     folder.rmdir()
     away.rename(folder)
@@ -170,7 +170,7 @@ def none_there(case: Case, references: References) -> None:
 @row("other data (one sample less, data.fingerprint=false): refused; then the old data again")
 def less_data(case: Case, references: References) -> None:
     case.begin_as(references("stopped"))
-    cause = f"the training data has {SAMPLES - 1} samples, and had {SAMPLES} when step-00000045 was saved"
+    cause = f"the training data has {SAMPLES - 1} samples, but had {SAMPLES} when step-00000045 was saved"
     case.ended(case.start(SAMPLES=str(SAMPLES - 1)), "refused", 2, cause)
     case.goes_on()
 

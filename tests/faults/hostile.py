@@ -108,7 +108,7 @@ def gap(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"].pop())
 
 
-@damage("a tensor has another shape, as large", "is float32 .* there, and float32 .* in the model")
+@damage("a tensor has another shape, as large", "is float32 .*, but float32 .* in the model")
 def misshapen(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"]["model/0.weight"]["shape"].reverse())
 
@@ -134,7 +134,7 @@ def pickled(checkpoint: Path) -> None:
     forge(checkpoint, pickle.dumps(Payload(checkpoint.parents[2] / "unpickled")).ljust(size, b"\0"))
 
 
-@damage("a header that points beyond its file, its checksum right", "lies where it can't|its header describes")
+@damage("a header that points beyond its file, its checksum right", "has an impossible position|its header describes")
 def lying(checkpoint: Path) -> None:
     content = (checkpoint / PART).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -144,7 +144,7 @@ def lying(checkpoint: Path) -> None:
     forge(checkpoint, len(text).to_bytes(8, "little") + text.encode() + content[8 + length :])
 
 
-@damage("it is of another run", "it is of another run")
+@damage("it belongs to another run", "it belongs to another run")
 def foreign(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest.update(identity="0123456789ab"))
 

@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_when_all_files_are_there(small_disk: Path, tmp_path
     assert names(run) == []
 
 
-@pytest.mark.parametrize(("size_mb", "said"), [(150, "no memory to copy to: "), (3, "can't start new thread")])
+@pytest.mark.parametrize(("size_mb", "said"), [(150, "no memory for a copy"), (3, "can't start new thread")])
 def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
     """For a copy, or a thread. The others don't wait for it in what slices() has to talk about.
 
@@ -384,7 +384,7 @@ def test_a_dtype_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
         keep.save(state(1))
         return keep.wait()
 
-    said = "step 1: w is torch.complex128, which a checkpoint can't hold (TypeError) on rank 0, and 1 more"
+    said = "step 1: w is torch.complex128, which safetensors can't store (TypeError) on rank 0, and 1 more"
     assert in_ranks(2, body, tmp_path / "ranks") == [said, said]
     assert names(RunDir(tmp_path)) == []
 
@@ -546,7 +546,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a slow disk isn't taken for a hang; a rank that is stuck is."""
-    monkeypatch.setattr(saver_module, "TELL_S", 0.05)
+    monkeypatch.setattr(saver_module, "PROGRESS_S", 0.05)
 
     def body(world: World) -> Any:
         beats, chunks = [], 0
@@ -598,5 +598,5 @@ def test_a_rank_that_lost_the_first_says_so(tmp_path: Path) -> None:
 
     end = in_ranks(2, body, folder)[1]
     assert end["raised"] == "RuntimeError"
-    assert "Connection to the other ranks lost, while a checkpoint was saved" in end["message"]
+    assert "Connection to the other ranks lost while saving a checkpoint" in end["message"]
     assert json.loads((folder / "rank-0.json").read_text()) is None

@@ -256,7 +256,7 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     again = runs(1, *TASK, going_on=run)
     assert again.ends[0]["raised"] == "UserError"
     assert "step-00000025" in again.ends[0]["message"]
-    advice = "fix one, bring back the model that they are of, or start another run beside this with run.new=true"
+    advice = "repair one, restore the model that they were saved from, or start another run with run.new=true"
     assert advice in again.ends[0]["message"]
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
     assert changed <= {"outcome.json", "events.jsonl", "lock", ".owner"}
@@ -284,7 +284,7 @@ def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> N
     np.save(file, data[:-1])
     refused = runs(2, *task, going_on=run).ends[0]
     assert refused["raised"] == "UserError"
-    assert "has 39 samples, and had 40" in refused["message"]
+    assert "has 39 samples, but had 40" in refused["message"]
     np.save(file, data + 1)
     refused = runs(2, *task, going_on=run).ends[0]
     assert refused["raised"] == "UserError"

@@ -74,7 +74,7 @@ def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
     ("env", "said"),
     [
         ("groups", "groups of 2 and 2 when the checkpoint was saved, and now in groups of 1 and 3"),
-        ("dtype", "float32 [32, 8] there, and"),
+        ("dtype", "float32 [32, 8], but"),
     ],
 )
 def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:

@@ -285,9 +285,9 @@ def test_the_average_beside_the_weights_is_found(trained: Run, copied: Path) -> 
 
 
 OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "nothing": (lambda path: None, "isn't there; name a run directory, a checkpoint of one, or a .safetensors file"),
-    "empty": (lambda path: path.mkdir(), "holds no weights; name a run"),
-    "model.pt": (lambda path: torch.save({"w": torch.ones(1)}, path), "is a file of another kind; name a run"),
+    "nothing": (lambda path: None, "doesn't exist; give a run directory, a checkpoint, or a .safetensors file"),
+    "empty": (lambda path: path.mkdir(), "has no weights; give a run"),
+    "model.pt": (lambda path: torch.save({"w": torch.ones(1)}, path), "isn't a .safetensors file; give a run"),
     "pickle.safetensors": (lambda path: torch.save({"w": torch.ones(1)}, path), "can't be read as safetensors"),
     "short.safetensors": (lambda path: path.write_bytes(b"\x08"), "can't be read as safetensors"),
 }
@@ -304,12 +304,12 @@ def test_sources_that_are_none(tmp_path: Path, name: str) -> None:
 PLAIN = Counted().model().state_dict()
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"0.bias": None}, "doesn't fit the model: it lacks 0.bias$"),
-    "unexpected": ({"9.bias": torch.ones(1)}, "it has, unlike the model, 9.bias$"),
-    "shape": ({"0.weight": torch.ones(16, 8)}, r"it has other shapes: 0.weight \[16, 8\], here \[32, 8\]$"),
-    "dtype": ({"0.bias": torch.ones(32).int()}, "it has other dtypes: 0.bias torch.int32, here torch.float32$"),
+    "unexpected": ({"9.bias": torch.ones(1)}, "it has unexpected tensors: 9.bias$"),
+    "shape": ({"0.weight": torch.ones(16, 8)}, r"it has other shapes: 0.weight \[16, 8\], not \[32, 8\]$"),
+    "dtype": ({"0.bias": torch.ones(32).int()}, "it has other dtypes: 0.bias torch.int32, not torch.float32$"),
     "many": (
         {"0.bias": None, **{f"m.{i}": torch.ones(1) for i in range(9)}},
-        "it lacks 0.bias; it has, unlike the model, m.0, m.1, m.2, m.3, m.4, and 4 more$",
+        "it lacks 0.bias; it has unexpected tensors: m.0, m.1, m.2, m.3, m.4, and 4 more$",
     ),
 }
 
@@ -320,14 +320,14 @@ def test_what_does_not_fit_is_listed_and_nothing_set(tmp_path: Path, name: str) 
     save_file({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, tmp_path / "other.safetensors")
     model = Counted().model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=said.replace("$", "; it brings weights alone: task, .*")):
+    with pytest.raises(UserError, match=said.replace("$", "; init_from loads only weights: .*")):
         initialise(model, str(tmp_path / "other.safetensors"), ALONE)
     assert distance(model.state_dict(), before) == 0
 
 
 def test_a_checkpoint_of_another_model_is_listed_too(trained: Run) -> None:
     with pytest.raises(
-        UserError, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], here \[64, 8\]"
+        UserError, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], not \[64, 8\]"
     ):
         initialise(nn.Sequential(*Counted(width=64).model(), nn.Linear(2, 2)), str(trained.run.path), ALONE)
 
@@ -353,7 +353,7 @@ def test_of_shared_tensors_one_name_is_enough(tmp_path: Path) -> None:
         assert again.head.weight is again.embed.weight
         assert again.scratch.tolist() == [1, 1]
     save_file({**plain, "head.weight": plain["embed.weight"] + 1}, file)
-    with pytest.raises(UserError, match=r"has apart what the model has as one: embed.weight/head.weight/turned.weight"):
+    with pytest.raises(UserError, match=r"different values for shared tensors: embed.weight/head.weight/turned.weight"):
         initialise(Shared(seed=1), str(file), ALONE)
 
 
@@ -389,7 +389,7 @@ def test_all_ranks_refuse_what_rank_0_refuses(tmp_path: Path) -> None:
 
     ends = in_ranks(2, body, tmp_path / "ranks")
     assert [end["raised"] for end in ends] == ["UserError"] * 2
-    assert "nothing isn't there" in ends[1]["message"]
+    assert "nothing doesn't exist" in ends[1]["message"]
 
 
 def test_a_run_that_starts_from_another(runs: Runs, trained: Run) -> None:

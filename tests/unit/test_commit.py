@@ -163,7 +163,7 @@ def test_a_link_that_leads_nowhere_is_damaged_and_not_overlooked(tmp_path: Path)
     linked(run, 2, tmp_path / "away").parent.joinpath("step-00000009").symlink_to(tmp_path / "gone")
     found = checkpoints(run)
     assert [path.name for path in found] == ["step-00000009", "step-00000002"]
-    with pytest.raises(Damaged, match=r"it is a link to .*gone, which isn't there"):
+    with pytest.raises(Damaged, match=r"it is a link to .*gone, which doesn't exist"):
         read(found[0])
     assert verified(found[1]).header.step == 2
 

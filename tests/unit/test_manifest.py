@@ -220,7 +220,7 @@ def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_step(folder: Path) -> None:
     moved = folder.rename(folder.with_name("step-00000004"))
-    assert "manifest.json is of step 3" in why(moved)
+    assert "manifest.json belongs to step 3" in why(moved)
 
 
 # What may be wrong with what a manifest says. Each is sealed again, as somebody would who means harm.
@@ -262,7 +262,7 @@ R0, R1 = file_of(0), file_of(1)
 W = ("tensors", "w")
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another format": (at("format", to=2), "has format 2, and this version reads 1"),
+    "another format": (at("format", to=2), "has format 2, but this version reads 1"),
     "format true": (at("format", to=True), "'format'"),
     "format 1.0": (at("format", to=1.0), "'format'"),
     "no plan": (lambda f: f.pop("plan"), "'plan'"),
@@ -305,7 +305,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a file with another checksum": (at("files", R1, "sha256", to="0" * 64), "other bytes than were written"),
     "a checksum that is none": (at("files", R1, "sha256", to=None), "'files.rank-00001.safetensors.sha256'"),
     "tensors as a list": (at("tensors", to=[]), "'tensors'"),
-    "no slices": (at(*W, "slices", to=[]), "'w' has the shape [5, 4], but slices of 0 elements"),
+    "no slices": (at(*W, "slices", to=[]), "'w' has shape [5, 4], but slices of 0 elements"),
     "slices missing at the end": (at(*W, "slices", to=lambda s: s[:1]), "but slices of 12 elements"),
     "slices missing at the start": (at(*W, "slices", to=lambda s: s[1:]), "elements 12 to 20 after those up to 0"),
     "slices overlapping": (at(*W, "slices", to=[[R0, 0, 12], [R1, 11, 20]]), "elements 11 to 20 after those up to 12"),
@@ -324,7 +324,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a slice of an absolute file": (at(*W, "slices", to=[["/etc/passwd", 0, 20]]), "which isn't one of its files"),
     "a slice more than is there": (at(*W, "slices", to=[[R0, 0, 13], [R1, 13, 20]]), "holds other tensors than"),
     "slices in each other's files": (at(*W, "slices", to=[[R1, 0, 12], [R0, 12, 20]]), "holds other tensors than"),
-    "another shape": (at(*W, "shape", to=[5, 5]), "'w' has the shape [5, 5], but slices of 20"),
+    "another shape": (at(*W, "shape", to=[5, 5]), "'w' has shape [5, 5], but slices of 20"),
     "a huge shape": (at(*W, "shape", to=[1 << 62] * 64), "but slices of 20 elements"),
     "a shape beyond any": (at(*W, "shape", to=[10**400]), "'tensors.w.shape.0'"),
     "a shape of too many": (at(*W, "shape", to=[1] * 100), "'tensors.w.shape'"),
@@ -337,7 +337,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another dtype's size": (at(*W, "dtype", to="F64"), "holds other tensors than"),
     "another name": (renamed("tensors", "w", to="v"), "holds other tensors than"),
     "a tensor less": (lambda f: f["tensors"].pop("b"), "holds other tensors than"),
-    "elements from nowhere": (at("tensors", "n", "shape", to=[1]), "'n' has the shape [1], but slices of 0"),
+    "elements from nowhere": (at("tensors", "n", "shape", to=[1]), "'n' has shape [1], but slices of 0"),
     "values as a list": (at("values", to=[]), "'values'"),
 }
 
@@ -450,13 +450,13 @@ NO_TENSOR_FILES: dict[str, tuple[bytes, str]] = {
     "bytes of no tensor": (described({}), "has 74 bytes, but its header describes 10"),
     "bytes at the end": (described({"w": entry()}, bytes(65)), "but its header describes"),
     "fewer bytes than it says": (described({"w": entry()}, bytes(63)), "but its header describes"),
-    "a hole": (described({"w": entry(shape=[15], offsets=[4, 64])}), "lies where it can't"),
-    "on top of each other": (described({"w": entry(), "v": entry()}), "lies where it can't"),
-    "of another size": (described({"w": entry(shape=[17])}), "lies where it can't"),
-    "offsets backwards": (described({"w": entry(offsets=[64, 0])}), "lies where it can't"),
+    "a hole": (described({"w": entry(shape=[15], offsets=[4, 64])}), "has an impossible position"),
+    "on top of each other": (described({"w": entry(), "v": entry()}), "has an impossible position"),
+    "of another size": (described({"w": entry(shape=[17])}), "has an impossible position"),
+    "offsets backwards": (described({"w": entry(offsets=[64, 0])}), "has an impossible position"),
     "offsets that are negative": (described({"w": entry(offsets=[-64, 0])}), "the header of x"),
     "offsets of floats": (described({"w": entry(offsets=[0.0, 64])}), "the header of x"),
-    "a huge shape": (described({"w": entry(shape=[1 << 62])}), "lies where it can't"),
+    "a huge shape": (described({"w": entry(shape=[1 << 62])}), "has an impossible position"),
     "more dimensions": (described({"w": entry(shape=[4, 4])}), "the header of x"),
     "an unknown dtype": (described({"w": entry("F31")}), "the header of x: 'w.dtype'"),
     "something more": (described({"w": entry() | {"more": 1}}), "the header of x"),
@@ -490,5 +490,5 @@ def test_parts_that_nobody_could_read(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="elements 12 to 20 after those up to 20"):
         compose(header_of(), parts, {})
     parts[0]["slices"] = {"w": ["F64", [20], 0, 12]}
-    with pytest.raises(Damaged, match=r"w is F32 \[20\] on rank 1, and F64 \[20\] before"):
+    with pytest.raises(Damaged, match=r"w is F32 \[20\] on rank 1, but F64 \[20\] on a lower rank"):
         compose(header_of(), parts, {})

@@ -1,4 +1,4 @@
-"""The evaluation that is the best so far: ``checkpoint.best=val/accuracy:max``. Torch-free."""
+"""Track the best evaluation so far, as in ``checkpoint.best=val/accuracy:max``. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Best:
     """Compare evaluations by one value.
 
     Attributes:
-        wanted: as in the config; None: no evaluation is the best.
-        value: the best so far; None: none was finite.
-        seen: some evaluation had a finite value; ``told``: that one lacked it was said.
+        wanted: ``checkpoint.best`` of the config; None to track nothing.
+        value: the best value so far; None if there was no finite one.
+        seen: some evaluation had a finite value; ``warned``: the warning about a missing value was given.
     """
 
     wanted: str | None
     value: float | None = None
     seen: bool = False
-    told: bool = False
+    warned: bool = False
 
     def __post_init__(self) -> None:
         self.seen = self.value is not None
@@ -33,7 +33,7 @@ class Best:
         return (self.wanted or "").rpartition(":")[0]
 
     def improves(self, values: Evaluation) -> bool:
-        """Return whether an evaluation is the best so far; one whose value is missing or isn't finite never is."""
+        """Return whether an evaluation is the best so far. A missing or non-finite value never is."""
         value = values.get(self.name)
         if value is None or not math.isfinite(value):
             return False
@@ -43,10 +43,10 @@ class Best:
         return value > self.value if str(self.wanted).endswith(":max") else value < self.value
 
     def missing(self, values: Evaluation) -> str | None:
-        """Return what to say of an evaluation that lacks the value, the first time; None: nothing."""
-        if self.wanted is None or self.told or self.name in values:
+        """Return a warning for the first evaluation that lacks the value, else None."""
+        if self.wanted is None or self.warned or self.name in values:
             return None
-        self.told = True
+        self.warned = True
         kind, _, name = self.name.partition("/")
         alike = [other.removeprefix(f"{kind}/") for other in values if other.startswith(kind)]
         near = get_close_matches(name, alike, n=1)
@@ -54,8 +54,8 @@ class Best:
         return f"checkpoint.best={self.wanted}: this evaluation has no {self.name}, so it isn't the best; it has {has}"
 
     def never(self) -> str | None:
-        """Return what to say at the end of a run in which no evaluation had the value; None: nothing."""
+        """Return a warning for the end of a run in which no evaluation had the value, else None."""
         if self.wanted is None or self.seen:
             return None
-        none = f"no evaluation of this run had a finite {self.name}"
-        return f"checkpoint.best={self.wanted}: {none}, so there is no checkpoints/best"
+        problem = f"no evaluation of this run had a finite {self.name}"
+        return f"checkpoint.best={self.wanted}: {problem}, so there is no checkpoints/best"

@@ -1,4 +1,4 @@
-"""Copies on the CPU of what is saved, made while the training waits."""
+"""Copy the state to be saved to the CPU while training waits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from isobatch.trainers.tensors.slices import Slice
 
 
 class Copies:
-    """Hold the memory in which a rank's slices wait to be written while the training changes the originals.
+    """Hold copies of a rank's slices until they are written, while training changes the originals.
 
-    The memory is kept from one save to the next: into fresh memory a copy takes ten times as long.
+    The memory is reused from save to save, since a copy into fresh memory takes ten times as long.
     """
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class Copies:
     def take(self, slices: Iterable[Slice]) -> tuple[list[Slice], Callable[[], None]]:
         """Copy slices to the CPU, into the memory of the previous copies.
 
-        ``slices`` is walked to its end in any case, since ranks may talk to each other in it.
+        ``slices`` is always iterated to its end, even after a failure, since it may contain collectives.
 
         Returns:
             The copies, and a function that waits until they are complete.
 
         Raises:
-            MemoryError: there isn't enough memory for them.
+            MemoryError: there isn't enough memory for the copies.
         """
         kept, self._kept = self._kept, {}
         copies, accelerated, failed = [], False, ""
@@ -43,14 +43,14 @@ class Copies:
                 failed = f"{error!s:.200}"
                 copies, kept, self._kept = [], {}, {}
         if failed:
-            raise MemoryError(f"no memory to copy to: {failed}")
+            raise MemoryError(f"no memory for a copy of the state: {failed}")
         if accelerated:
             return copies, torch.accelerator.current_stream().record_event().synchronize
         return copies, lambda: None
 
 
 def _copy(live: Tensor, kept: Tensor | None) -> Tensor:
-    """Copy ``live`` into the memory of ``kept`` if it fits; from an accelerator the copy may still be on its way."""
+    """Copy ``live`` into the memory of ``kept`` if that fits. A copy from an accelerator is asynchronous."""
     if kept is None or (kept.shape, kept.dtype) != (live.shape, live.dtype):
         kept = _memory_for(live)
     return kept.copy_(live, non_blocking=True)
@@ -58,6 +58,6 @@ def _copy(live: Tensor, kept: Tensor | None) -> Tensor:
 
 def _memory_for(live: Tensor) -> Tensor:
     if not live.is_cpu:
-        with suppress(RuntimeError):  # there is only so much that can be pinned
+        with suppress(RuntimeError):  # pinned memory is limited
             return torch.empty(live.shape, dtype=live.dtype, pin_memory=True)
     return torch.empty(live.shape, dtype=live.dtype)

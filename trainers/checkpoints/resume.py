@@ -1,4 +1,4 @@
-"""Resume from the newest good checkpoint of a run, on whatever hardware is there."""
+"""Resume a run from its newest good checkpoint, on any hardware."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from isobatch.trainers.tensors.slices import DTYPES, EVAL, Layout, Reader
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-ANOTHER_RUN = "start another run with run.new=true (init_from=… begins it with these weights)"
+ANOTHER_RUN = "start another run with run.new=true (init_from=… starts it from these weights)"
 
 
 def resume(
@@ -42,21 +42,21 @@ def resume(
     engine: Engine,
     fresh: Plan,
     fingerprint: str | None,
-    tell: Callable[[str], None],
+    warn: Callable[[str], None],
     beat: Callable[[], None],
 ) -> tuple[TrainState, Checkpoint | None]:
-    """Restore the newest good checkpoint into the engine; without any, return the state of step 0.
+    """Restore the newest good checkpoint into the engine. Without any checkpoint, return the state of step 0.
 
     Args:
-        fresh: the plan of today's command on today's hardware.
-        fingerprint: of the data; None: not to be compared.
-        tell: called with a warning for each checkpoint that is skipped.
+        fresh: the plan of the current command on the current hardware.
+        fingerprint: fingerprint of the data; None to skip the comparison.
+        warn: called with a warning for each checkpoint that is skipped.
         beat: called for every few MB that are read.
 
     Raises:
         UserError: there are checkpoints, but no good one; or the data has changed.
     """
-    found = newest_good(run, config, world, engine, tell, beat)
+    found = newest_good(run, config, world, engine, warn, beat)
     measured = config.noise.every is not None
     if found is None:
         return TrainState(fresh, noise=Smoothed() if measured else None), None
@@ -65,11 +65,11 @@ def resume(
     plan = continued(fresh, header.plan, extends=header.identity != identity(config))
     try:
         engine.restore(Reader(found, beat))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # its checksums hold: so it was written
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # not damaged, since its checksums match
         if isinstance(error, UserError):
             raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{found.path} doesn't fit the optimizer ({said:.200})", "was the task changed?") from error
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{found.path} doesn't fit the optimizer ({text:.200})", "was the task changed?") from error
     noise = header.noise or Smoothed() if measured else None
     return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed, noise), found
 
@@ -77,7 +77,7 @@ def resume(
 def header_of(
     config: RunConfig, fingerprint: str | None, state: TrainState, evaluation: Mapping[str, float | None] | None
 ) -> Header:
-    """Return the header of a checkpoint of ``state``; ``evaluation``: the values of one at this step."""
+    """Return the header of a checkpoint of ``state``. ``evaluation`` holds the values of an evaluation at this step."""
     return Header(
         identity=state.plan.identity, duration=str(config.duration), world_size=state.plan.world, step=state.steps,
         samples=state.samples, skipped=state.skipped, evaluation_owed=state.evaluation_owed, fingerprint=fingerprint,
@@ -86,15 +86,15 @@ def header_of(
 
 
 def newest_good(
-    run: RunDir, config: RunConfig, world: World, engine: Engine, tell: Callable[[str], None], beat: Callable[[], None]
+    run: RunDir, config: RunConfig, world: World, engine: Engine, warn: Callable[[str], None], beat: Callable[[], None]
 ) -> Checkpoint | None:
-    """Return the newest good checkpoint, the same on all ranks. Raises UserError where none of them is good."""
+    """Return the newest good checkpoint, the same on all ranks. Raises UserError if all checkpoints are damaged."""
     if world.rank == 0:
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
     if saved and not names:
         problem = f"{run.checkpoints} has no checkpoint, but step {saved} was saved there"
-        raise UserError(problem, "bring it back, or start another run beside this with run.new=true")
+        raise UserError(problem, "restore it, or start another run with run.new=true")
     groups = engine.values()[GROUPS] if names else []
     skipped = []
     for name in names:
@@ -108,16 +108,16 @@ def newest_good(
         if not (reasons := [text for text in world.gather(reason) if text]):
             return checkpoint
         skipped.append(f"{name}: {reasons[0]}")
-        tell(f"checkpoint {name} is skipped: {reasons[0]}")
+        warn(f"checkpoint {name} is skipped: {reasons[0]}")
     if skipped:
-        problem = f"no checkpoint in {run.checkpoints} is good ({listed(skipped, '; ')}), and nothing was changed there"
-        fix = "fix one, bring back the model that they are of, or start another run beside this with run.new=true"
+        problem = f"no checkpoint in {run.checkpoints} is good ({listed(skipped, '; ')}); all of them were kept"
+        fix = "repair one, restore the model that they were saved from, or start another run with run.new=true"
         raise UserError(problem, fix)
     return None
 
 
 def stored_groups(run: RunDir, world: World) -> Groups:
-    """Return the optimizer's groups of the newest checkpoint that can be read, the same on all ranks."""
+    """Return the optimizer's groups from the newest readable checkpoint, the same on all ranks."""
     found: Any = None
     for path in checkpoints(run) if world.rank == 0 else []:
         with suppress(Damaged, OSError):
@@ -128,15 +128,15 @@ def stored_groups(run: RunDir, world: World) -> Groups:
 
 
 def last_saved(run: RunDir) -> int:
-    """Return the last step at which, by its events, the run stopped, ended or resumed, so had a checkpoint; 0: none."""
+    """Return the last step that must have a checkpoint, since the run stopped, finished or resumed there; 0 if none."""
     saved = [event for event in events(run.path) if event.get("event") in ("stopped", "finished", "going_on")]
     return next((event["step"] for event in reversed(saved) if "step" in event), 0)
 
 
 def find_best(run: RunDir, best: str | None, world: World) -> float | None:
-    """Return the best value so far of the evaluation that ``checkpoint.best`` names, the same on all ranks.
+    """Return the best value so far that a checkpoint has for ``checkpoint.best``, the same on all ranks.
 
-    ``checkpoints/best`` is linked to the checkpoint that has it, since the previous best may have been passed over.
+    Also link ``checkpoints/best`` to that checkpoint, since the previous best may have been passed over.
     """
     if best is None:
         return None
@@ -156,36 +156,36 @@ def find_best(run: RunDir, best: str | None, world: World) -> float | None:
 def refuse_misfit(
     checkpoint: Checkpoint, config: RunConfig, engine: Engine, groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raise Damaged where a checkpoint isn't of this run, or doesn't fit its model, or the optimizer's ``groups``."""
-    header, ours = checkpoint.header, identity(config)
-    if header.identity != ours and not lengthened(config, header.identity, header.duration):
-        raise Damaged(f"it is of another run (identity {header.identity} with duration={header.duration}, not {ours})")
+    """Raise Damaged if a checkpoint belongs to another run, or doesn't fit the model or the optimizer's ``groups``."""
+    header, current = checkpoint.header, identity(config)
+    if header.identity != current and not lengthened(config, header.identity, header.duration):
+        raise Damaged(f"it belongs to another run ({header.identity}, duration={header.duration}, not {current})")
     if header.plan.seed != config.seed:
-        raise Damaged(f"its plan has seed={header.plan.seed}, and the run has {config.seed}")
+        raise Damaged(f"its plan has seed={header.plan.seed}, but the run has {config.seed}")
     layout, stored = engine.layout(), checkpoint.tensors
     for name, (dtype, shape) in layout.items():
         if name not in stored:
             raise Damaged(f"it lacks {name}, which the model has")
-        there = DTYPES[stored[name].dtype], stored[name].shape
-        if there != (dtype, shape):
-            raise Damaged(f"{name} is {_kind(*there)} there, and {_kind(dtype, shape)} in the model")
+        saved_kind = DTYPES[stored[name].dtype], stored[name].shape
+        if saved_kind != (dtype, shape):
+            raise Damaged(f"{name} is {_kind(*saved_kind)}, but {_kind(dtype, shape)} in the model")
     own = config.optimizer.name == "custom"
     left = {name for name in stored.keys() - layout.keys() if not _is_version(name, stored, layout)}
     for name in (*left, *(checkpoint.values.keys() - {GROUPS, MORE})):
         kind, _, rest = name.partition("/")
         parameter = layout.get(f"model/{rest.rpartition('/')[0]}")
         if kind != "optim" or parameter is None:
-            raise Damaged(f"{name!r:.100} is nothing that the model or its optimizer has")
-        if not own and name in stored and not _spreads(stored[name].shape, parameter[1]):
-            raise Damaged(f"{name} has the shape {list(stored[name].shape)}, and its parameter {list(parameter[1])}")
-    if said := misfit(checkpoint.values, groups, own=own):
-        raise Damaged(said)
+            raise Damaged(f"{name!r:.100} isn't part of the model or its optimizer")
+        if not own and name in stored and not _broadcasts(stored[name].shape, parameter[1]):
+            raise Damaged(f"{name} has shape {list(stored[name].shape)}, but its parameter has {list(parameter[1])}")
+    if problem := misfit(checkpoint.values, groups, own=own):
+        raise Damaged(problem)
 
 
 def _is_version(name: str, stored: Mapping[str, Stored], layout: Layout) -> bool:
     """Return whether a tensor is another version of one of the model's parameters.
 
-    It is the average of a frozen one, which older checkpoints have, or what an optimizer's ``eval()`` gives.
+    That is the average of a frozen parameter, as in older checkpoints, or the weights of an optimizer's ``eval()``.
     """
     kind, _, parameter = name.partition("/")
     averaged = kind == "ema" and any(other.startswith("ema/") for other in layout)
@@ -193,9 +193,9 @@ def _is_version(name: str, stored: Mapping[str, Stored], layout: Layout) -> bool
     return own is not None and (averaged or kind == EVAL) and stored[name].shape == own[1]
 
 
-def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
-    """Tell whether a shape is that of one number, ``over``, or ``over`` without dimensions, as in Adafactor's state."""
-    return shape == () or (len(shape) == len(over) and all(a in (1, b) for a, b in zip(shape, over, strict=True)))
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Return whether ``shape`` is () or broadcasts to ``to`` dimension by dimension, such as Adafactor's state."""
+    return shape == () or (len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True)))
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
@@ -205,11 +205,11 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 def _refuse_other_data(found: Checkpoint, fresh: Plan, fingerprint: str | None) -> None:
     before, saved = found.header, f"when {found.path.name} was saved"
     if before.plan.train_samples != fresh.train_samples:
-        had = f"had {before.plan.train_samples} {saved}: their order would be another"
-        problem = f"the training data has {fresh.train_samples} samples, and {had}"
-        raise UserError(problem, f"bring the old data back, or {ANOTHER_RUN}")
+        old = f"{before.plan.train_samples} {saved}, which changes their order"
+        problem = f"the training data has {fresh.train_samples} samples, but had {old}"
+        raise UserError(problem, f"restore the old data, or {ANOTHER_RUN}")
     if fingerprint and before.fingerprint and fingerprint != before.fingerprint:
-        was = f"was {before.fingerprint} {saved}"
-        problem = f"the training data has changed: its fingerprint is {fingerprint}, and {was}"
-        fix = f"bring the old data back, {ANOTHER_RUN}, or go on all the same with data.fingerprint=false"
+        old = f"{before.fingerprint} {saved}"
+        problem = f"the training data has changed: its fingerprint is {fingerprint}, but was {old}"
+        fix = f"restore the old data, {ANOTHER_RUN}, or resume anyway with data.fingerprint=false"
         raise UserError(problem, fix, "data.fingerprint", True)

@@ -1,4 +1,4 @@
-"""Save checkpoints in the background: the training waits for a copy, which a thread of each rank writes."""
+"""Save checkpoints in the background: training waits only for a copy, which a thread of each rank writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.best import Best, Evaluation
-from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, drop_older, said
+from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, describe_error, drop_older
 from isobatch.trainers.checkpoints.copies import Copies
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.world import World
@@ -27,34 +27,34 @@ from isobatch.trainers.tensors.slices import Slice, write_part
 if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine
 
-POLL_S = 0.005  # between two looks for what other ranks have to say
-TELL_S = 1.0  # between two signs of a rank that it still writes
-CLOSE_S = 2.0  # for a thread to notice that it isn't wanted any more
+POLL_S = 0.005  # between reads of the other ranks' results
+PROGRESS_S = 1.0  # between progress reports of a rank that writes
+CLOSE_S = 2.0  # for the thread to notice that its save was dropped
 
 
 class Policy(NamedTuple):
-    """Say when a checkpoint is due by the clock, and how many stay.
+    """Hold the interval between timed saves, and the number of checkpoints to keep.
 
     Attributes:
-        every_s: seconds from one save to the next; None: none is due by the clock.
-        keep: how many of the newest checkpoints stay; the best one stays in addition.
+        every_s: seconds from one save to the next; None for no timed saves.
+        keep: number of newest checkpoints to keep, in addition to the best one.
     """
 
     every_s: float | None
     keep: int
 
 
-def _ignore(what: object = None) -> None: ...
+def _ignore(value: object = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """Hold the functions that a saver reports to. All of them are called in its thread, too.
+    """Hold a saver's callbacks. All of them may be called in its thread.
 
     Attributes:
-        beat: called for every few MB that are written, and for what other ranks are seen to write.
-        took: called on rank 0 with the seconds that a save took from its start to its commit.
-        warn: called on rank 0 with what failed after a checkpoint was committed; once for each reason.
+        beat: called for every few MB that this rank writes, and when another rank reports progress.
+        took: called on rank 0 with the seconds from the start of a save to its commit.
+        warn: called on rank 0 with a failure after a checkpoint was committed, once for each reason.
     """
 
     beat: Callable[[], None] = _ignore
@@ -63,17 +63,17 @@ class Reports:
 
 
 class _Dropped(Exception):
-    """The save under way isn't wanted any more."""
+    """The save in progress was dropped."""
 
 
 @dataclass(slots=True)
 class _Save:
-    """One checkpoint under way, as a rank's thread sees it.
+    """Hold one save in progress for a rank's thread.
 
     Attributes:
-        number: of the saves that this start has begun; ``began``: when, on the monotonic clock.
-        slices: the copy, complete after ``ready()``; ``failed``: why there is none.
-        header, values: on rank 0.
+        number: index of the save within this start; ``began``: its start on the monotonic clock.
+        slices: the copy, complete after ``ready()``; ``failed``: why there is no copy.
+        header, values: set on rank 0.
     """
 
     number: int
@@ -90,12 +90,12 @@ class _Save:
 class Saver:
     """Save the state of a run in the background, and keep the newest checkpoints and the best one.
 
-    All ranks call ``save`` and ``wait`` at the same places. Each rank writes its part; the descriptions of the parts
-    meet in the world's store, and rank 0 commits the checkpoint.
+    All ranks must call ``save`` and ``wait`` at the same steps. Each rank writes its part, and describes it in the
+    world's store. Rank 0 then commits the checkpoint.
 
     Args:
-        header: makes what the manifest says of the run; called on rank 0.
-        best: the best evaluation so far; kept up to date.
+        header: returns the header of the manifest; called on rank 0.
+        best: the best evaluation so far; updated by ``save``.
         resumed: the header of the checkpoint from which this start resumed.
     """
 
@@ -118,12 +118,12 @@ class Saver:
         self._number, self._began = 0, time.monotonic()
         self._last = (resumed.step, resumed.evaluation_owed) if resumed else None
         self._thread: Thread | None = None
-        self._failed: str | None = None  # the last save, as all ranks know
-        self._untold: str | None = None
+        self._failed: str | None = None  # why the last save failed, the same on all ranks
+        self._unreported: str | None = None
         self._dropped = Event()
 
     def due(self) -> bool:
-        """Tell on rank 0 whether it's time to save. Once true, it isn't for a while: the save may come a step later."""
+        """Return, on rank 0, whether a timed save is due. Once true, the interval restarts: the save may come later."""
         if self._world.rank or self._policy.every_s is None or (self._thread and self._thread.is_alive()):
             return False
         due = time.monotonic() - self._began >= self._policy.every_s
@@ -132,7 +132,7 @@ class Saver:
         return due
 
     def save(self, state: TrainState, evaluation: Evaluation | None = None) -> None:
-        """Begin to save ``state``, with its ``evaluation``, once the previous save is over; never a state twice."""
+        """Start saving ``state`` and its ``evaluation`` after the previous save. The same state isn't saved twice."""
         if self._last == (state.steps, state.evaluation_owed) and evaluation is None and not self._failed:
             return
         self._settle()
@@ -151,24 +151,24 @@ class Saver:
         self._thread = Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError as error:  # there is no memory for its stack either
+        except RuntimeError as error:  # no memory for its stack
             save.failed = save.failed or str(error)
             self._work(save)
 
     def wait(self) -> str | None:
-        """Wait for the save under way. Return why the last save failed, the same on all ranks; None: it didn't."""
+        """Wait for the save in progress. Return why the last save failed, the same on all ranks, or None."""
         self._settle()
-        self._untold = None
+        self._unreported = None
         return self._failed
 
     def failure(self) -> str | None:
-        """Return on rank 0, once, why a save failed whose failure wasn't returned yet."""
-        if failure := self._untold:
-            self._untold = None
+        """Return, on rank 0, the reason of a failed save that wasn't returned before, else None."""
+        if failure := self._unreported:
+            self._unreported = None
         return failure
 
     def close(self) -> None:
-        """Drop the save under way."""
+        """Drop the save in progress."""
         self._dropped.set()
         if self._thread and self._thread.is_alive():
             self._thread.join(CLOSE_S)
@@ -181,15 +181,15 @@ class Saver:
         try:
             while not self._store.check([key]):
                 time.sleep(POLL_S)
-                if time.monotonic() - looked > TELL_S:
+                if time.monotonic() - looked > PROGRESS_S:
                     before, seen, looked = seen, self._store.add(self._progress, 0), time.monotonic()
                     if seen != before:
                         self._reports.beat()
             result = self._store.get(key).decode()
         except RuntimeError as error:
-            problem = f"Connection to the other ranks lost, while a checkpoint was saved: {error}"
+            problem = f"Connection to the other ranks lost while saving a checkpoint: {error}"
             raise RuntimeError(problem) from error
-        # agreed on, so that rank 0, where the store may be, doesn't leave before others have looked
+        # a collective, so that rank 0, which may hold the store, doesn't exit before the other ranks have read it
         self._failed, self._thread = self._world.agree(result) or None, None
         if self._world.rank == 0:
             for done in (key, self._progress):
@@ -203,31 +203,31 @@ class Saver:
 
     def _work(self, save: _Save) -> None:
         """Write this rank's part and, on rank 0, commit the checkpoint. Runs in the thread."""
-        with suppress(_Dropped, RuntimeError):  # without its store, the process is about to end
+        with suppress(_Dropped, RuntimeError):  # if the store is gone, the process is about to end
             part = json.dumps(self._write(save)).encode()
             self._store.set(f"save/{save.number}/part/{self._world.rank}", zlib.compress(part))  # type: ignore[arg-type]
             if self._world.rank == 0:
-                self._untold = self._finish(save, self._parts(save.number))
-                self._store.set(f"save/{save.number}/result", self._untold or "")
+                self._unreported = self._finish(save, self._parts(save.number))
+                self._store.set(f"save/{save.number}/result", self._unreported or "")
 
     def _write(self, save: _Save) -> dict[str, Any]:
         """Write this rank's file. Return its part of the manifest, or why it failed."""
-        told = time.monotonic()
+        reported = time.monotonic()
 
         def beat() -> None:
-            nonlocal told
+            nonlocal reported
             self._reports.beat()
             if self._dropped.is_set():
                 raise _Dropped
-            if time.monotonic() - told > TELL_S:
-                told, _ = time.monotonic(), self._store.add(self._progress, 1)
+            if time.monotonic() - reported > PROGRESS_S:
+                reported, _ = time.monotonic(), self._store.add(self._progress, 1)
 
         try:
             if save.failed:
                 raise MemoryError(save.failed)
             save.ready()
             if gone := self._run.gone:
-                raise FileNotFoundError(gone)  # another directory may be in its place
+                raise FileNotFoundError(gone)  # another directory may have its path
             aside = aside_of(self._run, save.step)
             for folder in (self._run.checkpoints, aside):
                 with suppress(FileExistsError):
@@ -235,11 +235,11 @@ class Saver:
             return write_part(aside, self._world.rank, save.slices, beat)
         except _Dropped:
             raise
-        except Exception as error:  # whatever it is, others wait to hear of it
-            return {"failed": said(error)}
+        except Exception as error:  # the other ranks wait for a result
+            return {"failed": describe_error(error)}
 
     def _parts(self, number: int) -> list[dict[str, Any]]:
-        """Return every rank's part, by rank, once all of them are there."""
+        """Wait for the parts of all ranks, and return them by rank."""
         parts = []
         for rank in range(self._world.size):
             key = f"save/{number}/part/{rank}"
@@ -252,14 +252,14 @@ class Saver:
         return parts
 
     def _finish(self, save: _Save, parts: list[dict[str, Any]]) -> str | None:
-        """Commit what all ranks wrote, or remove it and return why."""
+        """Commit the checkpoint. If any rank failed, remove it and return the reason."""
         assert save.header
         failed = [f"{part['failed']} on rank {rank}" for rank, part in enumerate(parts) if "failed" in part]
         if not failed:
             try:
                 warnings = commit(self._run, save.step, compose(save.header, parts, save.values), best=save.best)
             except Exception as error:
-                failed = [said(error)]
+                failed = [describe_error(error)]
         if failed:
             shutil.rmtree(aside_of(self._run, save.step), ignore_errors=True)
             return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
@@ -267,9 +267,9 @@ class Saver:
             self._reports.took(time.monotonic() - save.began)
             for warning in (*warnings, *drop_older(self._run, save.step, self._policy.keep)):
                 reason = warning.partition(": ")[0]
-                if reason not in self._warned:  # a checkpoint that can't be removed is met again at every save
+                if reason not in self._warned:  # a checkpoint that can't be removed fails again at every save
                     self._warned.add(reason)
                     self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {warning}")
-        except Exception as error:  # it is committed all the same, and other ranks wait to hear of it
-            self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {said(error)}")
+        except Exception as error:  # the checkpoint is committed, and the other ranks wait for a result
+            self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {describe_error(error)}")
         return None

@@ -1,4 +1,4 @@
-"""Write the weights that a run leaves in ``final/``, and read those that it starts from."""
+"""Write the trained weights to ``final/``, and read the weights that ``init_from`` names."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from isobatch.trainers.engines.engine import Engine
 
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
-ASIDE = ".tmp"  # the folder in ``final/`` in which its files are written
-SHOWN = 5  # names of each kind of mismatch
+ASIDE = ".tmp"  # the folder in ``final/`` in which files are written before they are renamed
+SHOWN = 5  # most names shown for each kind of mismatch
 
 
 def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
-    """Write the model's weights and buffers to ``final/``, and its average beside them; all or nothing.
+    """Write the model's weights and buffers, and their average if there is one, to ``final/``; all or nothing.
 
-    All ranks call this, and gather one tensor at a time; one of them ``writes``. Raises RunFailed where it can't.
+    All ranks must call this. They gather one tensor at a time, and one rank ``writes``. Raises RunFailed if it can't.
     """
     layout = engine.layout()
     names = [name.removeprefix("model/") for name in layout if name.startswith("model/")]
@@ -50,16 +50,16 @@ def save_final(run: RunDir, engine: Engine, writes: bool) -> None:
         if writes:
             _save_final(run, list(files), {name: layout[f"model/{name}"] for name in names}, tensors)
     except OSError as error:
-        what = f"the trained weights can't be written to {run.final} ({error})"
-        raise RunFailed(f"{what}; once they can, the same command does") from error
+        problem = f"the trained weights can't be written to {run.final} ({error})"
+        raise RunFailed(f"{problem}; fix that and run the same command again") from error
     finally:
-        for _ in tensors:  # also where nobody writes them
+        for _ in tensors:  # gathering is collective, so every rank must iterate to the end
             pass
 
 
 def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator[Tensor]) -> None:
-    """Write all files aside, then rename each. ``final/`` stays the folder, link or mount that it is."""
-    for left in (run.path / ".final.tmp", run.path / ".final.old"):  # of earlier versions
+    """Write all files to a temporary folder, then rename each. ``final/`` itself may be a folder, a link or a mount."""
+    for left in (run.path / ".final.tmp", run.path / ".final.old"):  # from earlier versions
         left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
     folder = Path(os.path.realpath(run.final))
     if made := not folder.is_dir():
@@ -73,7 +73,7 @@ def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator
         sync(aside)
         for file in files:
             if (run.final / file).is_symlink():
-                say(f"warning: {run.final / file} was a link to {os.readlink(run.final / file)}, and is a file now")
+                say(f"warning: {run.final / file} was a link to {os.readlink(run.final / file)} and is a file now")
             (aside / file).replace(run.final / file)
         for stale in {WEIGHTS, AVERAGED}.difference(files):
             (run.final / stale).unlink(missing_ok=True)
@@ -82,22 +82,22 @@ def _save_final(run: RunDir, files: list[str], layout: Layout, tensors: Iterator
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if made:
-            with suppress(OSError):  # it isn't empty
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def initialise(model: nn.Module, source: str, world: World) -> str:
-    """Set the weights and buffers of ``model`` to those of ``source``, on all ranks; return the file they are from.
+    """Set the weights and buffers of ``model`` from ``source``, on all ranks. Return the path that was read.
 
-    Only rank 0 reads it. Names and shapes have to be the model's, all of them. Of tensors that share their memory one
-    name is enough. Numbers are converted between floating-point dtypes only.
+    Only rank 0 reads. All names and shapes must match the model's. One name is enough for tensors that share memory.
+    Values are converted between floating-point dtypes only.
 
     Args:
-        source: as ``init_from``: a run directory (its ``final/`` where it is finished, else its newest good
+        source: the value of ``init_from``: a run directory (its ``final/`` if it is finished, else its newest good
             checkpoint), a checkpoint, or a safetensors file.
 
     Raises:
-        UserError: there are no weights, they are damaged, or they aren't this model's; on all ranks.
+        UserError: there are no weights, they are damaged, or they don't fit the model; raised on all ranks.
     """
 
     def load() -> str:
@@ -109,7 +109,7 @@ def initialise(model: nn.Module, source: str, world: World) -> str:
 
 
 def load_average(model: nn.Module, found: str, world: World) -> bool:
-    """Set ``model`` to the average that was saved with what ``initialise`` found; return whether there was one."""
+    """Set ``model`` to the average saved with the weights that ``initialise`` found. Return whether there was one."""
 
     def load() -> str:
         averaged = _open_average(Path(found))
@@ -121,7 +121,7 @@ def load_average(model: nn.Module, found: str, world: World) -> bool:
 
 
 def find(source: str) -> Path:
-    """Return the safetensors file, or the verified checkpoint, of ``source``. Raises UserError without a good one."""
+    """Return the safetensors file or verified checkpoint for ``source``. Raises UserError if there is no good one."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return path
@@ -130,9 +130,9 @@ def find(source: str) -> Path:
         return file
     if (file := run.final / WEIGHTS).is_file():
         outcome = run.outcome()
-        if not outcome or outcome.state == "finished" or not checkpoints(run):  # else it is older than a checkpoint
+        if not outcome or outcome.state == "finished" or not checkpoints(run):  # else a checkpoint is newer
             return file
-    # the link checkpoints/best is a checkpoint, too
+    # source may be the link checkpoints/best
     candidates = [followed(path)] if (path / NAME).exists() else checkpoints(run)
     damaged = []
     for folder in candidates:
@@ -144,25 +144,25 @@ def find(source: str) -> Path:
             damaged.append(f"{folder.name}: {error}")
     if damaged:
         raise UserError(f"init_from={source} has no good weights: {listed(damaged, '; ')}", "", "init_from", source)
-    what = "is a file of another kind" if path.is_file() else "holds no weights" if path.exists() else "isn't there"
-    fix = "name a run directory, a checkpoint of one, or a .safetensors file"
-    raise UserError(f"init_from={source} {what}", fix, "init_from", source)
+    problem = "isn't a .safetensors file" if path.is_file() else "has no weights" if path.exists() else "doesn't exist"
+    fix = "give a run directory, a checkpoint, or a .safetensors file"
+    raise UserError(f"init_from={source} {problem}", fix, "init_from", source)
 
 
 class _Weights(NamedTuple):
-    """Tensors in files: the dtype (None: unknown to torch) and shape of each, and how one is read."""
+    """Tensors in files: the dtype (None if torch doesn't have it) and shape of each, and a function that reads one."""
 
     kinds: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
     read: Callable[[str], Tensor]
 
 
 def _open(path: Path) -> _Weights:
-    """Open what ``find`` found."""
+    """Open a path that ``find`` returned."""
     return _of_checkpoint(read(path), "model/", f"{EVAL}/") if path.is_dir() else _of_file(path)
 
 
 def _open_average(path: Path) -> _Weights | None:
-    """Open the average that was saved with what ``find`` found, and the buffers."""
+    """Open the average and the buffers that belong to a path that ``find`` returned; None without an average."""
     if path.is_dir():
         checkpoint = read(path)
         averaged = any(name.startswith("ema/") for name in checkpoint.tensors)
@@ -174,56 +174,56 @@ def _open_average(path: Path) -> _Weights | None:
 def _of_file(path: Path) -> _Weights:
     try:
         file = safe_open(path, framework="pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it isn't a dict
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
         problem = f"init_from={path} can't be read as safetensors: {error}"
         raise UserError(problem, "", "init_from", str(path)) from None
-    kinds = {name: (DTYPES.get(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+    kinds = {name: (DTYPES.get(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in slices.items()}
     return _Weights(kinds, file.get_tensor)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, *prefixes: str) -> _Weights:
-    """Return the tensors whose names have one of ``prefixes``; where several do, that of the last prefix."""
+    """Return the tensors whose names start with one of ``prefixes``. A later prefix overrides an earlier one."""
     reader, stored = Reader(checkpoint), checkpoint.tensors
-    names = {name.removeprefix(begin): name for begin in prefixes for name in stored if name.startswith(begin)}
-    kinds = {name: (DTYPES.get(stored[there].dtype), stored[there].shape) for name, there in names.items()}
+    names = {name.removeprefix(prefix): name for prefix in prefixes for name in stored if name.startswith(prefix)}
+    kinds = {name: (DTYPES.get(stored[full].dtype), stored[full].shape) for name, full in names.items()}
     return _Weights(kinds, lambda name: reader.whole(names[name]))
 
 
-def _fill(model: nn.Module, weights: _Weights, what: str) -> None:
-    """Set the model's tensors to ``weights``. Raises UserError, listing what doesn't fit."""
+def _fill(model: nn.Module, weights: _Weights, source: str) -> None:
+    """Set the model's tensors to ``weights``. Raises UserError with a list of the tensors that don't fit."""
     groups, kinds = tied(model), weights.kinds
-    here = {name: tensor for group in groups for name, tensor in group.items()}
-    both = [name for name in here if name in kinds]
-    shaped = [name for name in both if kinds[name][1] != here[name].shape]
-    other = [name for name in both if name not in shaped and not _convertible(kinds[name][0], here[name].dtype)]
+    tensors = {name: tensor for group in groups for name, tensor in group.items()}
+    both = [name for name in tensors if name in kinds]
+    shaped = [name for name in both if kinds[name][1] != tensors[name].shape]
+    other = [name for name in both if name not in shaped and not _convertible(kinds[name][0], tensors[name].dtype)]
     misfits = {
         "lacks": ["/".join(group) for group in groups if not group.keys() & kinds.keys()],
-        "has, unlike the model,": [name for name in kinds if name not in here],
-        "has other shapes:": [f"{name} {list(kinds[name][1])}, here {list(here[name].shape)}" for name in shaped],
-        "has other dtypes:": [f"{name} {kinds[name][0]}, here {here[name].dtype}" for name in other],
+        "has unexpected tensors:": [name for name in kinds if name not in tensors],
+        "has other shapes:": [f"{name} {list(kinds[name][1])}, not {list(tensors[name].shape)}" for name in shaped],
+        "has other dtypes:": [f"{name} {kinds[name][0]}, not {tensors[name].dtype}" for name in other],
     }
     if not any(misfits.values()):
-        apart = ["/".join(group) for group in groups if not _set(group, weights)]
-        misfits = {"has apart what the model has as one:": apart}
-    if said := "; ".join(f"it {has} {listed(names)}" for has, names in misfits.items() if names):
-        fix = "it brings weights alone: task, task.args and model have to be given as they were"
-        raise UserError(f"{what} doesn't fit the model: {said}", fix, "init_from")
+        untied = ["/".join(group) for group in groups if not _set(group, weights)]
+        misfits = {"has different values for shared tensors:": untied}
+    if problem := "; ".join(f"it {has} {listed(names)}" for has, names in misfits.items() if names):
+        fix = "init_from loads only weights: give the same task, task.args and model as when they were saved"
+        raise UserError(f"{source} doesn't fit the model: {problem}", fix, "init_from")
 
 
 def _set(group: dict[str, Tensor], weights: _Weights) -> bool:
-    """Set tensors that share their memory; return False where ``weights`` has different values for them."""
+    """Set tensors that share their memory. Return False if ``weights`` has different values for them."""
     first, *others = [name for name in group if name in weights.kinds]
     group[first].copy_(weights.read(first))
     return all(torch.equal(group[name], weights.read(name).to(group[name])) for name in others)
 
 
-def _convertible(there: torch.dtype | None, here: torch.dtype) -> bool:
-    return there == here or (there is not None and there.is_floating_point and here.is_floating_point)
+def _convertible(source: torch.dtype | None, target: torch.dtype) -> bool:
+    return source == target or (source is not None and source.is_floating_point and target.is_floating_point)
 
 
 def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
-    """Let rank 0 ``load`` into its model, and share the weights with the other ranks; return what ``load`` returned."""
+    """Call ``load`` on rank 0 and copy its model's weights to the other ranks. Return the result of ``load``."""
     refusal, done = list[str](), ""
     if world.rank == 0:
         try:
@@ -243,6 +243,6 @@ def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
 
 
 def listed(names: list[str], separator: str = ", ") -> str:
-    """Return the first names, and how many more there are."""
+    """Join the first names, and append how many more there are."""
     more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return separator.join(names[:SHOWN]) + more

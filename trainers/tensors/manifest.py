@@ -1,8 +1,8 @@
-"""Read and check what a checkpoint holds. Torch-free.
+"""Read and validate checkpoints. Torch-free.
 
-A checkpoint is a folder ``checkpoints/step-00000300/`` with a ``manifest.json`` and, of each rank that wrote it, a
-safetensors file with slices of the flattened tensors. The manifest maps every tensor to its slices, so that any engine
-on any number of ranks finds the range it wants.
+A checkpoint is a folder ``checkpoints/step-00000300/`` with a ``manifest.json`` and one safetensors file per rank that
+wrote it, which holds slices of flattened tensors. The manifest maps every tensor to its slices, so that any engine on
+any number of ranks can find the range it needs.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
 from isobatch.trainers.tensors.names import file_of, followed
 from isobatch.trainers.tensors.tensorfile import Damaged as Damaged
-from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, of_kind, sha256, strict
+from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, parse_json, sha256, strict
 
 FORMAT = 1
 NAME = "manifest.json"
-MANIFEST_BYTES = 256 << 20  # some five million slices
+MANIFEST_BYTES = 256 << 20  # about five million slices
 
 
 @strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a checkpoint says of its run.
+    """Describe the run that a checkpoint belongs to, and its position.
 
     Attributes:
-        identity, duration: of the run, as its configuration gave them.
-        world_size: how many ranks wrote it.
-        step, samples, skipped: how far the run had come, as in TrainState.
-        evaluation_owed: one is due at this step, and wasn't done yet when this was saved.
-        fingerprint: of the data; None where it couldn't be told.
-        evaluation: the values of the evaluation at this step, if it was the best so far; None of those that weren't
-            finite.
-        plan: the one in force.
-        noise: what was known of the gradient noise scale; None where it wasn't measured (and in old checkpoints).
+        identity, duration: of the run, as configured.
+        world_size: number of ranks that wrote the checkpoint.
+        step, samples, skipped: the position, as in TrainState.
+        evaluation_owed: an evaluation was due at this step, but wasn't done before the checkpoint was saved.
+        fingerprint: fingerprint of the data; None if it couldn't be computed.
+        evaluation: the values of the evaluation at this step, if it was the best so far. Non-finite values are None.
+        plan: the plan in force at this step.
+        noise: state of the gradient noise scale; None if it wasn't measured, and in old checkpoints.
     """
 
     identity: str
@@ -64,12 +63,12 @@ class Header:
 @strict
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor and where it is.
+    """A tensor's dtype, shape and location.
 
     Attributes:
-        dtype: safetensors' name of it, a key of ITEMSIZE.
-        slices: (file, start, stop) in elements of the flattened tensor, by rising start, without gaps, at most one in a
-            file; none where it has no elements.
+        dtype: its name in safetensors, a key of ITEMSIZE.
+        slices: (file, start, stop) in elements of the flattened tensor, sorted by start, without gaps, at most one per
+            file; empty if the tensor has no elements.
     """
 
     dtype: Dtype
@@ -84,7 +83,7 @@ class Stored:
 @strict
 @dataclass(frozen=True, slots=True)
 class File:
-    """A rank's file: its size, and the sha256 of all of it."""
+    """The size and the sha256 of a rank's file."""
 
     bytes: Size
     sha256: str
@@ -92,7 +91,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What every version writes; the rest may be another in a later one."""
+    """The only field that every version of the manifest has."""
 
     format: Any = None
 
@@ -100,7 +99,7 @@ class _Version:
 @strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Content(Header):
-    """All of ``manifest.json``; ``sha256`` is of all that follows it there."""
+    """The content of ``manifest.json``. ``sha256`` is the hash of everything after it."""
 
     sha256: str
     format: int
@@ -111,7 +110,7 @@ class _Content(Header):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose manifest is sound; ``verify`` checks what its files hold."""
+    """A checkpoint with a valid manifest. ``verify`` checks its files."""
 
     path: Path
     header: Header
@@ -121,20 +120,20 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read the manifest of the checkpoint at ``path``, or where a link there points to, and check its files' sizes.
+    """Read the manifest of the checkpoint at ``path``, which may be a link, and check the sizes of its files.
 
     Raises:
         Damaged: the checkpoint can't be used.
     """
     path = followed(path)
     if path.is_symlink() and not path.exists():
-        raise Damaged(f"it can't be read: it is a link to {os.readlink(path)}, which isn't there")
+        raise Damaged(f"it can't be read: it is a link to {os.readlink(path)}, which doesn't exist")
     try:
         if _file_size(path / NAME) > MANIFEST_BYTES:
             raise Damaged(f"{NAME} is larger than {MANIFEST_BYTES} bytes")
         checkpoint = parse((path / NAME).read_bytes(), path)
         if path.name != f"step-{checkpoint.header.step:08d}":
-            raise Damaged(f"{NAME} is of step {checkpoint.header.step}")
+            raise Damaged(f"{NAME} belongs to step {checkpoint.header.step}")
         for name, file in checkpoint.files.items():
             if (size := _file_size(path / name)) != file.bytes:
                 raise Damaged(f"{name} has {size} bytes, not the {file.bytes} that were written")
@@ -146,19 +145,19 @@ def read(path: Path) -> Checkpoint:
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of a regular file. Raises Damaged for anything else, such as a pipe that never ends."""
+    """Return the size of a regular file. Raises Damaged for anything else, such as a pipe, which may never end."""
     if not stat.S_ISREG((found := path.lstat()).st_mode):
         raise Damaged(f"{path.name} isn't a file")
     return found.st_size
 
 
 def parse(text: bytes, path: Path) -> Checkpoint:
-    """Return the checkpoint at ``path`` with this manifest. Raises Damaged where ``compose`` can't have written it."""
-    if (found := of_kind(_Version, text, NAME).format) != FORMAT:
-        raise Damaged(f"{NAME} has format {found!r:.20}, and this version reads {FORMAT}")
+    """Parse the manifest of the checkpoint at ``path``. Raises Damaged if ``compose`` can't have written it."""
+    if (found := parse_json(_Version, text, NAME).format) != FORMAT:
+        raise Damaged(f"{NAME} has format {found!r:.20}, but this version reads {FORMAT}")
     if text != sealed(text[len(sealed(b"")) :]):
         raise Damaged(f"{NAME} has other bytes than were written (sha256)")
-    content: _Content = of_kind(_Content, text, NAME)
+    content: _Content = parse_json(_Content, text, NAME)
     _check_position(content)
     _check_tensors(content)
     header = Header(**{name: getattr(content, name) for name in Header.__dataclass_fields__})
@@ -166,12 +165,12 @@ def parse(text: bytes, path: Path) -> Checkpoint:
 
 
 def sealed(rest: bytes) -> bytes:
-    """Return a manifest's text: the sha256 of ``rest``, and ``rest``, which is all of it but the opening brace."""
+    """Prepend the sha256 of ``rest``, the manifest's JSON without its opening brace."""
     return b'{"sha256": "%b", %b' % (hashlib.sha256(rest).hexdigest().encode(), rest)
 
 
 def _check_position(header: Header) -> None:
-    """Raise Damaged unless a run by this plan comes by this position."""
+    """Raise Damaged unless a run with this plan reaches this position."""
     try:
         following = header.plan.step_at(header.samples)
     except (AssertionError, ArithmeticError, ValueError) as error:
@@ -184,10 +183,10 @@ def _check_position(header: Header) -> None:
 
 
 def _check_tensors(content: _Content) -> None:
-    """Raise Damaged unless every tensor is there once, from its first element to its last, in files of the ranks."""
+    """Raise Damaged unless the slices in the ranks' files cover every element of every tensor exactly once."""
     count = len(content.files)
     if count != content.world_size or sorted(content.files) != [file_of(rank) for rank in range(count)]:
-        raise Damaged(f"its files aren't {file_of(0)} to {file_of(content.world_size - 1)}, those of its ranks")
+        raise Damaged(f"its files aren't {file_of(0)} to {file_of(content.world_size - 1)}, one per rank")
     for name, stored in content.tensors.items():
         end = 0
         for file, start, stop in stored.slices:
@@ -197,17 +196,17 @@ def _check_tensors(content: _Content) -> None:
                 raise Damaged(f"{name!r:.100} has elements {start} to {stop} after those up to {end}")
             end = stop
         if end != stored.numel:
-            raise Damaged(f"{name!r:.100} has the shape {list(stored.shape)!s:.100}, but slices of {end} elements")
+            raise Damaged(f"{name!r:.100} has shape {list(stored.shape)!s:.100}, but slices of {end} elements")
 
 
 def verify(checkpoint: Checkpoint, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
-    """Read the files ``names`` whole and compare them with the manifest.
+    """Read the files ``names`` completely and compare them with the manifest.
 
     Args:
         beat: called every few MB.
 
     Raises:
-        Damaged: a file has other bytes than were written, holds other tensors than the manifest says, or can't be read.
+        Damaged: a file has another checksum or other tensors than the manifest says, or can't be read.
     """
     expected: dict[str, dict[str, tuple[str, int]]] = {name: {} for name in checkpoint.files}
     for tensor, stored in checkpoint.tensors.items():

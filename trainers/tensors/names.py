@@ -9,11 +9,11 @@ from pathlib import Path
 from isobatch.conf.rundir.directory import RunDir
 
 STEP = re.compile("step-[0-9]{8,}")  # the name of a checkpoint's folder
-LINKS = 40  # one after another, which are followed; the kernel follows as many
+LINKS = 40  # longest chain of links to follow, as in the Linux kernel
 
 
 def file_of(rank: int) -> str:
-    """Return the name of the file that ``rank`` writes."""
+    """Return the name of the file written by ``rank``."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -23,9 +23,9 @@ def folder_of(run: RunDir, step: int) -> Path:
 
 
 def checkpoints(run: RunDir) -> list[Path]:
-    """List the folders of checkpoints and links with such names, newest step first; none that is half-written.
+    """List the folders and links named like a checkpoint, newest step first, without half-written ones.
 
-    A link may lead nowhere: ``read`` then says so.
+    A link may be broken. ``read`` reports that.
     """
     try:
         found = [path for path in run.checkpoints.iterdir() if STEP.fullmatch(path.name)]
@@ -35,12 +35,12 @@ def checkpoints(run: RunDir) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a checkpoint's folder is named after."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def followed(path: Path) -> Path:
-    """Follow a link such as ``best`` to what is named after a step, which may be a link in turn."""
+    """Follow a link such as ``best`` to a path named after a step, which may be a link as well."""
     for _ in range(LINKS):
         if STEP.fullmatch(path.name) or not path.is_symlink():
             break

@@ -1,4 +1,4 @@
-"""Tensors of which a rank holds a part: DTensors, sharded by their first dimension, and Parts. Plain ones are whole."""
+"""Handle sharded tensors (DTensors sharded by their first dimension, and Parts) and plain tensors alike."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from isobatch.trainers.tensors.slices import DTYPES, Reader, Slice
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What this rank holds of a tensor: a range of it, flattened. The ranks' parts are all of it, once.
+    """This rank's range of a flattened tensor. The ranges of all ranks cover every element exactly once.
 
     Attributes:
-        shape: of the whole tensor.
-        start: place of the first element in the flattened tensor.
-        data: 1-D.
+        shape: shape of the whole tensor.
+        start: index of the first element in the flattened tensor.
+        data: the elements, 1-D.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Part:
         return self.data
 
     def full_tensor(self) -> Tensor:
-        """The whole tensor on all ranks, which call this alike; bit by bit, since only one of them has an element."""
+        """Return the whole tensor, bit for bit, since only one rank has each element. A collective."""
         whole = torch.zeros(self.numel(), dtype=self.dtype, device=self.data.device)
         whole[slice(*self.span)] = self.data
         if dist.get_world_size() > 1:
@@ -55,12 +55,12 @@ class Part:
 
 
 def sharded(tensor: Any) -> bool:
-    """Return whether it is a DTensor or a Part."""
+    """Return whether ``tensor`` is a DTensor or a Part."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor, in the memory of its own and without a gradient; a plain tensor as it is."""
+    """Return this rank's part of a sharded tensor, sharing its memory, without a gradient. Return a plain one as is."""
     if not sharded(tensor):
         return cast(Tensor, tensor)
     with torch.no_grad():
@@ -68,38 +68,38 @@ def local(tensor: Any) -> Tensor:
 
 
 def copied(tensor: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy of what this rank holds of ``tensor``, of its kind; as ``dtype``, or as it is."""
+    """Copy this rank's part of ``tensor``, keeping its kind, and its dtype unless ``dtype`` is given."""
     if isinstance(tensor, Part):
         return Part(tensor.shape, tensor.start, tensor.data.to(dtype or tensor.dtype, copy=True))
     return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Return the tensor on all ranks, which have to call this alike."""
+    """Return the whole tensor on all ranks. A collective."""
     return cast(Tensor, tensor.detach().full_tensor() if sharded(tensor) else tensor.detach())
 
 
 def in_one_part(tensor: Any) -> bool:
-    """Return whether a rank's part of it is a range of the flattened tensor, as checkpoints have them."""
-    return not sharded(tensor) or isinstance(tensor, Part) or all(one.is_shard(0) for one in tensor.placements)
+    """Return whether each rank's part is one range of the flattened tensor, as checkpoints require."""
+    return not sharded(tensor) or isinstance(tensor, Part) or all(place.is_shard(0) for place in tensor.placements)
 
 
 def keep(tensor: Any, whole: Tensor) -> None:
-    """Set what this rank holds of ``tensor`` to what ``whole`` has there."""
+    """Set this rank's part of ``tensor`` from the tensor ``whole``."""
     part = local(tensor)
     with torch.no_grad():
         part.copy_(whole.detach().reshape(-1)[slice(*range_of(tensor))].view(part.shape))
 
 
 def range_of(tensor: Any) -> tuple[int, int]:
-    """Which elements [start, stop) of the flattened tensor this rank holds."""
+    """Return the range [start, stop) of the flattened tensor that this rank holds."""
     if not sharded(tensor):
         return 0, tensor.numel()
     if isinstance(tensor, Part):
         return tensor.span
     (placement,) = tensor.placements
     assert placement.is_shard(0), f"{placement}: parts have to be contiguous"
-    # rows are parted as torch.chunk parts them
+    # rows are split the way torch.chunk does it
     ranks, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
     row, rows = math.prod(tensor.shape[1:]), -(-len(tensor) // ranks)
     start = min(rank * rows, len(tensor)) * row
@@ -107,7 +107,7 @@ def range_of(tensor: Any) -> tuple[int, int]:
 
 
 def slices_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:
-    """This rank's part of ``tensors``: what it holds of sharded ones, and its share of the rest."""
+    """Yield the slices that this rank saves: its parts of sharded tensors, and its share of the plain ones."""
     for name, tensor in tensors.items():
         if sharded(tensor):
             start, stop = range_of(tensor)
@@ -117,12 +117,12 @@ def slices_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[
 
 
 def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[Slice]:
-    """A rank's part of tensors that all ranks have whole: laid end to end, they are parted equally, by bytes."""
+    """Yield a rank's share of tensors that all ranks hold whole. Concatenated, they are split evenly by bytes."""
     total, end = sum(tensor.nbytes for tensor in tensors.values()), 0
     first, last = (total * bound // ranks for bound in (rank, rank + 1))
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        # an element belongs to the rank in whose part its first byte lies
+        # an element belongs to the rank whose share contains its first byte
         size, count = tensor.element_size(), tensor.numel()
         start, stop = (min(count, max(0, -((begin - bound) // size))) for bound in (first, last))
         if start < stop or (tensor.numel() == 0 and rank == 0):
@@ -130,17 +130,17 @@ def share_of(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> Iterator[S
 
 
 def fill(tensor: Tensor, reader: Reader, name: str) -> None:
-    """Set what this rank holds of ``tensor`` to what a checkpoint has as ``name``; only that is read."""
+    """Set this rank's part of ``tensor`` from the tensor ``name`` of a checkpoint, reading only that part."""
     part = local(tensor)
     part.copy_(reader(name, *range_of(tensor)).view(part.shape))
 
 
 def read_like(parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-    """Return what a checkpoint has as ``name``, on ``device``; sharded as ``parameter`` where it has its shape."""
+    """Read the tensor ``name`` of a checkpoint to ``device``, sharded like ``parameter`` if the shapes are equal."""
     stored = reader.tensors[name]
     if stored.shape != parameter.shape:
         return reader.whole(name).to(device)
-    # the strides, too, are those of the parameter, as fused kernels need them
+    # fused kernels need the parameter's strides, too
     value = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
     fill(value, reader, name)
     return value.to(device)

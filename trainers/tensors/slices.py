@@ -1,4 +1,4 @@
-"""Write a rank's part of a checkpoint to a file, and read any range of any tensor back, on any number of ranks."""
+"""Write a rank's part of a checkpoint, and read any range of any tensor on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tensors.names import file_of
 from isobatch.trainers.tensors.tensorfile import CHUNK_BYTES, TORCH_NAMES, Damaged, Entry, entries, header_text
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, its) for name, its in TORCH_NAMES.items()}
-"""torch's dtypes by safetensors' names."""
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
+"""torch dtypes by their names in safetensors."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape by name."""
 
-EVAL = "eval"  # of the names of weights that an optimizer evaluates, where it steps others
+EVAL = "eval"  # name prefix of the weights that an optimizer evaluates, if it steps other ones
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-SYNC_BYTES = 256 << 20  # written between two waits for the disk, so that what counts as progress is on it
+SYNC_BYTES = 256 << 20  # written between two fsyncs, so that heartbeats mean progress on the disk
 
-OPEN_FILES = 100  # at a time; a thousand ranks may have written one each
+OPEN_FILES = 100  # most files open at a time, since thousands of ranks may have written one each
 
 
 class Slice(NamedTuple):
@@ -35,8 +35,8 @@ class Slice(NamedTuple):
 
     Attributes:
         name, shape: of the whole tensor.
-        start: its first element's place in the flattened tensor.
-        data: 1-D, contiguous.
+        start: index of its first element in the flattened tensor.
+        data: the elements, 1-D and contiguous.
     """
 
     name: str
@@ -46,20 +46,21 @@ class Slice(NamedTuple):
 
 
 def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[[], None]) -> dict[str, Any]:
-    """Write this rank's slices, on the CPU and at most one of a tensor, to its file in ``folder``.
+    """Write this rank's slices to its file in ``folder``.
 
-    safetensors' own functions first copy everything into one buffer, and hold the GIL while the training needs it. The
-    format is simple enough: the length of a JSON header in 8 bytes, the header, the bytes of all tensors.
+    safetensors' own functions first copy everything into one buffer, and hold the GIL, which training needs. The file
+    format is simple: the length of a JSON header in 8 bytes, the header, the bytes of all tensors.
 
     Args:
+        slices: slices on the CPU, at most one per tensor.
         beat: called every few MB.
 
     Returns:
-        What ``compose`` needs of each rank, as JSON.
+        This rank's argument for ``compose``, as JSON.
 
     Raises:
-        OSError: the disk is full, or gone.
-        TypeError: a dtype that safetensors doesn't have.
+        OSError: the disk is full or gone.
+        TypeError: safetensors doesn't have the dtype.
     """
     pieces = sorted(slices, key=lambda piece: -piece.data.element_size())
     dtypes = {piece.name: name_of(piece.data.dtype, piece.name) for piece in pieces}
@@ -83,21 +84,21 @@ def write_part(folder: Path, rank: int, slices: Iterable[Slice], beat: Callable[
 
 
 def name_of(dtype: torch.dtype, tensor: str) -> str:
-    """Return safetensors' name of the dtype of ``tensor``. Raises TypeError where safetensors has none."""
+    """Return the name in safetensors of the dtype of ``tensor``. Raises TypeError if safetensors doesn't have it."""
     if dtype not in _NAMES:
-        raise TypeError(f"{tensor} is {dtype}, which a checkpoint can't hold")
+        raise TypeError(f"{tensor} is {dtype}, which safetensors can't store")
     return _NAMES[dtype]
 
 
 def write_whole(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
-    """Write whole tensors, one after another, so that no more than one of them is needed at a time.
+    """Write whole tensors one after another, with only one of them in memory at a time.
 
     Args:
-        layout: their names, dtypes and shapes, in the order of ``tensors``, the larger elements first.
+        layout: dtype and shape by name, in the order of ``tensors``, larger elements first.
 
     Raises:
-        OSError: the disk is full, or gone.
-        TypeError: a dtype that safetensors doesn't have.
+        OSError: the disk is full or gone.
+        TypeError: safetensors doesn't have the dtype.
     """
     with open(path, "wb") as file:
         kinds = [(name, name_of(dtype, name), shape) for name, (dtype, shape) in layout.items()]
@@ -119,7 +120,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 class Reader:
-    """The tensors and values of a verified checkpoint; only what is asked for is read, ``beat`` called every few MB."""
+    """Read ranges of tensors from a verified checkpoint, calling ``beat`` every few MB."""
 
     def __init__(self, checkpoint: Checkpoint, beat: Callable[[], None] = lambda: None) -> None:
         self._path, self._beat = checkpoint.path, beat
@@ -128,7 +129,7 @@ class Reader:
         self._open: dict[str, BinaryIO] = {}
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened tensor, 1-D on the CPU.
+        """Return elements [start, stop) of the flattened tensor ``name``, 1-D on the CPU.
 
         Raises:
             KeyError: there is no such tensor.
@@ -145,18 +146,18 @@ class Reader:
         return result
 
     def whole(self, name: str) -> Tensor:
-        """Return the tensor in its shape."""
+        """Return the whole tensor ``name`` in its shape."""
         return self(name).reshape(self.tensors[name].shape)
 
     def _fill(self, result: Tensor, name: str, tensor: str, skip: int) -> None:
-        """Read the elements from ``skip`` on of a file's slice of ``tensor``."""
+        """Read into ``result`` the elements of the slice of ``tensor`` in file ``name``, starting at ``skip``."""
         file = self._opened(name)
         file.seek(self._headers[name][tensor].offset + skip * result.element_size())
         whole = _bytes(result)
         for begin in range(0, len(whole), CHUNK_BYTES):
             chunk = whole[begin : begin + CHUNK_BYTES]
             if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
-                raise Damaged(f"{name} is shorter than it was")
+                raise Damaged(f"{name} is shorter than when it was verified")
             self._beat()
 
     def _opened(self, name: str) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Read and write the headers of safetensors files, without torch and without trusting what a header says."""
+"""Read and write headers of safetensors files. Every header is validated. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-# safetensors' names of dtypes, and torch's
+# dtype names in torch by dtype names in safetensors
 TORCH_NAMES = {
     "BOOL": "bool", "C64": "complex64", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
@@ -25,7 +25,7 @@ TORCH_NAMES = {
 ITEMSIZE = {name: int(bits[0]) // 8 if (bits := re.search(r"\d+", name)) else 1 for name in TORCH_NAMES}
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit
-CHUNK_BYTES = 4 << 20  # read or written, and hashed, in one go
+CHUNK_BYTES = 4 << 20  # read or written, and hashed, at a time
 
 strict = with_config(ConfigDict(extra="forbid"))
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -33,12 +33,12 @@ Dtype = Annotated[str, Field(pattern=f"^({'|'.join(TORCH_NAMES)})$")]
 
 
 class Damaged(ValueError):
-    """A checkpoint can't be used; the message says why, in a few words."""
+    """A checkpoint can't be used, for the reason in the message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A 1-D tensor in a file: ``count`` elements, the first of them at byte ``offset``."""
+    """A 1-D tensor of ``count`` elements in a file, starting at byte ``offset``."""
 
     dtype: str
     count: int
@@ -48,7 +48,7 @@ class Entry:
 @strict
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """An entry as the header has it; offsets count from the header's end."""
+    """An entry of the header. Its offsets count from the header's end."""
 
     dtype: Dtype
     shape: tuple[Size]
@@ -56,21 +56,21 @@ class _Described:
 
 
 def entries(file: BinaryIO, name: str) -> dict[str, Entry]:
-    """Return the tensors in an open file by their names.
+    """Return the tensors in an open file by name.
 
     Raises:
-        Damaged: it isn't a safetensors file of 1-D tensors, or its header doesn't describe exactly what follows it.
+        Damaged: it isn't a safetensors file of 1-D tensors, or its header doesn't match the data after it.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, HEADER_BYTES):
         raise Damaged(f"{name} isn't a safetensors file")
-    described: dict[str, _Described] = of_kind(dict[str, _Described], file.read(length), f"the header of {name}")
+    described: dict[str, _Described] = parse_json(dict[str, _Described], file.read(length), f"the header of {name}")
     found, end = {}, 0
     for tensor, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         if start != end or stop - start != ITEMSIZE[entry.dtype] * entry.shape[0]:
-            raise Damaged(f"{name} says that {tensor!r:.100} lies where it can't")
+            raise Damaged(f"{name} has an impossible position or size for {tensor!r:.100}")
         found[tensor] = Entry(entry.dtype, entry.shape[0], 8 + length + start)
         end = stop
     if 8 + length + end != size:
@@ -79,7 +79,7 @@ def entries(file: BinaryIO, name: str) -> dict[str, Entry]:
 
 
 def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
-    """Return the sha256 of the rest of an open file; ``beat`` is called every few MB."""
+    """Return the sha256 of the rest of an open file, calling ``beat`` every few MB."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
@@ -88,10 +88,10 @@ def sha256(file: BinaryIO, beat: Callable[[], None]) -> str:
 
 
 def header_text(kinds: Sequence[tuple[str, str, tuple[int, ...]]], **metadata: str) -> bytes:
-    """Return what a safetensors file begins with: the length of a JSON header, and the header, padded to 8 bytes.
+    """Return the start of a safetensors file: the length of a JSON header, and the header, padded to 8 bytes.
 
     Args:
-        kinds: name, dtype and shape of each tensor that follows, the larger elements first, so that all are aligned.
+        kinds: name, dtype and shape of each tensor, larger elements first, so that all are aligned.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -104,16 +104,16 @@ def header_text(kinds: Sequence[tuple[str, str, tuple[int, ...]]], **metadata: s
     return len(text).to_bytes(8, "little") + text
 
 
-def of_kind(kind: Any, text: bytes, what: str) -> Any:
-    """Return JSON as ``kind``. Raises Damaged where it is something else."""
+def parse_json(kind: Any, text: bytes, name: str) -> Any:
+    """Parse JSON as ``kind``. Raises Damaged, naming the input as ``name``, if it doesn't match."""
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] == "json_invalid":
-            raise Damaged(f"{what} isn't JSON: {first['msg']:.200}") from None
-        where = ".".join(map(str, first["loc"]))
-        raise Damaged(f"{what}: {where!r:.100}: {first['msg']:.200}") from None
+            raise Damaged(f"{name} isn't JSON: {first['msg']:.200}") from None
+        location = ".".join(map(str, first["loc"]))
+        raise Damaged(f"{name}: {location!r:.100}: {first['msg']:.200}") from None
 
 
 _adapter = cache(TypeAdapter)
