@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import events, last_step, outcome
+from isobatch.conf.rundir.files import events, last_step
+from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome, known_outcome
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.state import Job, JobStart, down_nodes, job, restarted_nodes
 
@@ -27,7 +28,11 @@ DUE = {
 }
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
-STOPPED = (75, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)  # of a launcher that a signal stopped, or met too early
+STOPPED = (
+    EXIT_CODE["stopped"],
+    128 + signal.SIGTERM,
+    128 + signal.SIGUSR2,
+)  # of a launcher that a signal stopped, or met too early
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class End:
 
     Attributes:
         identifier: the job's id; ``restart``: how often it was put back before this start.
-        outcome: content of ``outcome.json``, which needn't be of this start; ``events``: of the run.
+        outcome: as in ``outcome.json``, which needn't be of this start; ``events``: of the run.
         step: the last one that the run is known to have completed.
         code: exit code of the job's step.
         job: as Slurm shows it now.
@@ -46,7 +51,7 @@ class End:
 
     identifier: str
     restart: int
-    outcome: Mapping[str, Any]
+    outcome: Outcome | None
     events: Sequence[Mapping[str, Any]]
     step: int
     code: int
@@ -67,7 +72,7 @@ class End:
     def state(self) -> str:
         """Return the state of the run; where it never started, ``stopped`` or ``refused``."""
         if self.start:
-            return str(self.outcome.get("state", "running"))
+            return self.outcome.state if self.outcome else "running"
         if self.code == 0:  # it showed the result of a finished run
             return "finished"
         return "stopped" if self.code in STOPPED else "refused"
@@ -75,7 +80,7 @@ class End:
     @property
     def said(self) -> str:
         """The cause in the run's own words."""
-        return str(self.outcome.get("cause", "")) if self.start else ""
+        return self.outcome.cause if self.outcome and self.start else ""
 
 
 def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
@@ -97,7 +102,7 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
         down = down_nodes(nodes)
     back = restarted_nodes(nodes, began) if due == "NODE FAILURE" and began else ()
     return End(
-        identifier=here.id, restart=here.restart, outcome=outcome(directory), events=found, step=last_step(directory),
+        identifier=here.id, restart=here.restart, outcome=known_outcome(directory), events=found, step=last_step(directory),
         code=int(env.get(STEP_CODE, "0")), job=now, due=due, down=down, now=datetime.now(), back=back,
         unreached=parse_unreached(said), complaint=parse_complaint(said) or "see its output",
     )  # fmt: skip

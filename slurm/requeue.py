@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from isobatch.conf.rundir.files import events, outcome
+from isobatch.conf.rundir.files import events
+from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.end import DUE, End, parse_due, tail, when
 from isobatch.slurm.state import JobStart, ask, down_nodes, job, restarted_nodes
@@ -51,7 +52,8 @@ def put_back_by_slurm(directory: Path, env: Mapping[str, str] = os.environ) -> V
     output, hosts = job(here).output, ",".join(last["hosts"])
     due = parse_due(tail(Path(output)), when(last)) if output else None
     if due and due != "NODE FAILURE":
-        lost = "" if outcome(directory).get("state") == "stopped" else "; it was killed before all was saved"
+        ended = known_outcome(directory)
+        lost = "" if ended and ended.state == "stopped" else "; it was killed before all was saved"
         return Verdict("requeue", "stop", DUE[due] + lost)
     down, back = down_nodes(hosts), restarted_nodes(hosts, when(last))
     if due or down or back:

@@ -12,18 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.lock import LOCK, LOCK_FD, Lock, become_owner, open_lock
-from isobatch.conf.rundir.outcome import Outcome
+from isobatch.conf.rundir.outcome import Outcome, read_outcome
 from isobatch.conf.rundir.owner import OWNER, Owner
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.reading import read_json
+from isobatch.scaling.reading import Unreadable
 
 OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
 UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # None: a pipe can't be read back
-_OUTCOME = TypeAdapter(Outcome)
 
 
 class RunDir:
@@ -36,16 +33,11 @@ class RunDir:
 
     def outcome(self) -> Outcome | None:
         """Return what ``outcome.json`` says; None if there is none. Raises UserError where it is damaged."""
-        file, fields = self.path / "outcome.json", None
         try:
-            fields = read_json(file)
-            return _OUTCOME.validate_python(fields)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            why = f"not an outcome: {fields!r:.200}" if isinstance(error, ValidationError) else error
-            fix = "move it away, or name another run.dir"
-            raise UserError(f"{file} is damaged ({why})", fix, "run.dir") from None
+            return read_outcome(self.path)
+        except Unreadable as error:
+            problem = f"{self.path / 'outcome.json'} is damaged ({error})"
+            raise UserError(problem, "move it away, or name another run.dir", "run.dir") from None
 
     @property
     def begun(self) -> bool:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from isobatch.conf.rundir.outcome import Outcome, known_outcome, read_outcome
 from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
 
 Check = Callable[[Any], bool]
@@ -19,14 +20,14 @@ MOST = 2**63  # of a step or a number of samples
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The content of a run's files; empty where a file isn't there or is damaged.
+    """The content of a run's files; empty, or None, where a file isn't there or is damaged.
 
     Attributes:
         events, metrics: the lines that can be read, in order; the last one may be half written, and is then left out.
         damage: the first thing that is wrong in them, and where; None: nothing is.
     """
 
-    outcome: dict[str, Any]
+    outcome: Outcome | None
     plan: dict[str, Any]
     events: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
@@ -61,7 +62,6 @@ def _has_a_peak(value: Any) -> bool:
 
 
 # What is used of each file, and what it has to be where it is there.
-OUTCOME: dict[str, Check] = {"state": _is_text, "cause": _is_text, "step": _is_count, "samples": _is_count}
 PLAN: dict[str, Check] = {"steps": _or_none(_is_count), "samples": _or_none(_is_count), "lr": _has_a_peak}
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,
@@ -89,9 +89,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def read_run(directory: Path) -> RunFiles:
     """Return what the files of the run in ``directory`` say."""
-    damage: list[str] = []
-    outcome = _mapping(directory / "outcome.json", OUTCOME, damage)
-    plan = _mapping(directory / "plan.json", PLAN, damage)
+    outcome, plan, damage = None, dict[str, Any](), list[str]()
+    try:
+        outcome = read_outcome(directory)
+    except Unreadable as error:
+        damage.append(f"outcome.json: {error}")
+    try:
+        plan = _checked(read_json(directory / "plan.json"), PLAN)
+    except FileNotFoundError:
+        pass
+    except Unreadable as error:
+        damage.append(f"plan.json: {error}")
     events = _lines(directory / "events.jsonl", EVENT, damage)
     metrics = _lines(directory / "metrics.jsonl", METRICS, damage)
     return RunFiles(outcome, plan, events, metrics, damage[0] if damage else None)
@@ -102,24 +110,11 @@ def events(directory: Path) -> list[dict[str, Any]]:
     return _lines(directory / "events.jsonl", EVENT, [])
 
 
-def outcome(directory: Path) -> dict[str, Any]:
-    """Return how the run in ``directory`` ended, or that it is running; empty where that isn't told."""
-    return _mapping(directory / "outcome.json", OUTCOME, [])
-
-
 def last_step(directory: Path) -> int:
     """Return the last step that the run in ``directory`` is known to have completed."""
-    told = [outcome(directory), *_lines(directory / "metrics.jsonl", METRICS, [])[-1:]]
-    return max(int(line.get("step", 0)) for line in told)
-
-
-def _mapping(file: Path, checks: Mapping[str, Check], damage: list[str]) -> dict[str, Any]:
-    with suppress(FileNotFoundError):
-        try:
-            return _checked(read_json(file), checks)
-        except Unreadable as error:
-            damage.append(f"{file.name}: {error}")
-    return {}
+    ended, logged = known_outcome(directory), _lines(directory / "metrics.jsonl", METRICS, [])
+    last: int = logged[-1].get("step", 0) if logged else 0
+    return max(ended.step if ended else 0, last)
 
 
 def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[dict[str, Any]]:

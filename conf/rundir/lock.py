@@ -21,7 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from isobatch.conf.rundir.files import has_files, identity_of, outcome, place_of
+from isobatch.conf.rundir.files import has_files, identity_of, place_of
+from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.rundir.owner import OWNER, Owner, Seen, create
 from isobatch.scaling.errors import UserError
 
@@ -164,9 +165,9 @@ def become_owner(lock: Lock, launches: Collection[str]) -> None:
             _refuse_flocked(lock, waited_s)
         elif (seen := Seen.of(lock.folder)) is None:
             lock.known()
-            told = outcome(lock.folder) if not met and waited_s < LOOKS * BEAT_S else {}
+            told = known_outcome(lock.folder) if not met and waited_s < LOOKS * BEAT_S else None
             # An owner that works names itself again, where somebody removed the file.
-            if told.get("state") != "running" and lock.claim():
+            if (told is None or told.state != "running") and lock.claim():
                 return
         else:
             met, lives = True, _lives(seen.owner, lock, launches) if seen.owner else None
@@ -208,8 +209,8 @@ def _lives(owner: Owner, lock: Lock, launches: Collection[str]) -> bool | None:
 
 def _has_ended(folder: Path, owner: Owner) -> bool:
     """Tell whether an owner has said how it ended."""
-    told = outcome(folder)
-    return told.get("attempt") == owner.attempt and told.get("state", "running") != "running"
+    told = known_outcome(folder)
+    return told is not None and told.attempt == owner.attempt and told.state != "running"
 
 
 def _flocked(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:

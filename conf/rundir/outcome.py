@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
+
+from isobatch.scaling.reading import Unreadable, read_json
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 State = Literal["running", "finished", "stopped", "refused", "oom", "crashed"]
@@ -32,3 +36,25 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         return EXIT_CODE[self.state]
+
+
+_ADAPTER = TypeAdapter(Outcome)
+
+
+def read_outcome(directory: Path) -> Outcome | None:
+    """Return how the run in ``directory`` ended; None if it has no outcome. Raises Unreadable where it is damaged."""
+    fields = None
+    try:
+        fields = read_json(directory / "outcome.json")
+        return _ADAPTER.validate_python(fields)
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        raise Unreadable(f"not an outcome: {fields!r:.200}") from None
+
+
+def known_outcome(directory: Path) -> Outcome | None:
+    """Return how the run in ``directory`` ended; None if it has no outcome, or a damaged one."""
+    with suppress(Unreadable):
+        return read_outcome(directory)
+    return None

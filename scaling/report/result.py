@@ -75,9 +75,7 @@ def result(directory: Path) -> Result:
         loss = loss if line.get("loss") is None else line["loss"]
         val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
     return Result(
-        ended.get("state", "—"),
-        ended.get("step", 0),
-        ended.get("samples", 0),
+        *((ended.state, ended.step, ended.samples) if ended else ("—", 0, 0)),
         loss,
         val,
         files.plan.get("lr", {}).get("peak"),

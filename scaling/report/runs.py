@@ -92,7 +92,7 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
     events, logged = files.events, [line for line in files.metrics if "loss" in line]
     jobs = [str(event["job"]) for event in events if event.get("event") in ("submitted", "start") and "job" in event]
     job_state = queue.get(jobs[-1]) if jobs else None
-    state = files.outcome.get("state", "—")
+    state: str = files.outcome.state if files.outcome else "—"
     if job_state and job_state.startswith("PENDING"):
         state = "queued"
     elif state == "running" and not works:
@@ -106,7 +106,7 @@ def row(directory: Path, works: bool, queue: Mapping[str, str]) -> Row:
     return Row(
         run=str(directory),
         state="damaged" if files.damage else state,
-        step=max(line.get("step", 0) for line in (files.outcome, *files.metrics[-1:])),
+        step=max(files.outcome.step if files.outcome else 0, files.metrics[-1].get("step", 0) if files.metrics else 0),
         steps=files.plan.get("steps"),
         loss=next((line["loss"] for line in reversed(logged) if line.get("loss") is not None), None),
         samples_per_s=pace,

@@ -201,6 +201,19 @@ def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str)
     assert time.monotonic() - began < DYING_S
 
 
+@pytest.mark.parametrize("change", [{"state": "over"}, {"step": None}, {"samples": -1}])
+def test_an_owner_has_not_ended_by_a_damaged_outcome(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
+    disown(run, boot="another")
+    ended = dataclasses.asdict(dataclasses.replace(OUTCOME, state="stopped"))
+    (run.path / "outcome.json").write_text(json.dumps(ended | change))
+    began = time.monotonic()
+    run.lock().close()
+    assert time.monotonic() - began > 0.5
+
+
 def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its owner is at work, in the other one."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)

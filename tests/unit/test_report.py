@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.report.result import Result, grid, result
 
 
 def test_result_of_a_finished_run(tmp_path: Path) -> None:
-    (tmp_path / "outcome.json").write_text(json.dumps({"state": "finished", "step": 1200, "samples": 4800}))
+    (tmp_path / "outcome.json").write_text(json.dumps(asdict(Outcome("finished", "", 1200, 4800, "a1"))))
     (tmp_path / "plan.json").write_text(json.dumps({"lr": {"peak": 0.4}}))
     lines = [{"step": 1, "loss": 2.0}, {"step": 1, "val/loss": 9.0, "val/f1": 0.1}, {"loss": 1.5}, {"val/loss": 1.25}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"loss": 0.')  # killed while writing
@@ -21,7 +23,7 @@ def test_result_of_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_what_went_otherwise_than_planned_is_said(tmp_path: Path) -> None:
-    (tmp_path / "outcome.json").write_text(json.dumps({"state": "finished", "step": 9, "samples": 90}))
+    (tmp_path / "outcome.json").write_text(json.dumps(asdict(Outcome("finished", "", 9, 90, "a1"))))
     lines = [{"loss": 0.5}, {"loss": None}, {"val/loss": 0.25, "ema/loss": 0.125}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     events = [

@@ -21,7 +21,8 @@ SUBMITTED = {"event": "submitted", "job": "7"}
 def make(folder: Path, state: str | None, events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True)
     if state:
-        (folder / "outcome.json").write_text(json.dumps({"state": state, "cause": "", "step": 40, "samples": 2560}))
+        outcome = {"state": state, "cause": "", "step": 40, "samples": 2560, "attempt": "a1"}
+        (folder / "outcome.json").write_text(json.dumps(outcome))
         (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))

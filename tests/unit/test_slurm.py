@@ -20,6 +20,7 @@ from isobatch.conf.compose import compose
 from isobatch.conf.groups import Slurm
 from isobatch.conf.identity import identity
 from isobatch.conf.overrides import override
+from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.saved import frozen
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.allocation import Allocation, as_local
@@ -332,7 +333,7 @@ def end(state: str, cause: str = "", *, events: tuple[dict[str, Any], ...] = (),
         **{
             "identifier": "7",
             "restart": 0,
-            "outcome": {"state": state, "cause": cause},
+            "outcome": Outcome(state, cause, 50, 800, "a1"),  # type: ignore[arg-type]
             "events": (*events, start),
             **known,
             **more,
@@ -492,7 +493,9 @@ def test_what_slurm_put_back_by_itself(
     monkeypatch.setattr(
         "isobatch.slurm.state.ask", lambda *words: next(text for key, text in answers.items() if key in words)
     )
-    (tmp_path / "outcome.json").write_text(json.dumps({"state": state}))
+    (tmp_path / "outcome.json").write_text(
+        json.dumps({"state": state, "cause": "", "step": 5, "samples": 80, "attempt": "a1"})
+    )
     (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     found = put_back_by_slurm(tmp_path, env)
