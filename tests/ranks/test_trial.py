@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,53 @@ def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put
         np.random.RandomState(0).random(),
     )
     assert (list(task.last), task.pair, task.holder.inner.calls, task.trained) == ([1.0], (0, 1.0), 0, 0)
+
+
+class Hooked(Base):
+    """Keep what a layer computed, in containers that a forward hook and the task share; the loss reads it."""
+
+    def __init__(self, mean: bool = False) -> None:
+        self.mean = mean
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        seen, counts, order = {}, Counter(a=1), OrderedDict(a=0)
+        self.seen, self.counts, self.order, self.bank = seen, counts, order, (bank := [])
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen["hidden"] = output
+            counts["a"] += 1
+            order.update(b=1)
+            bank.append(len(bank))
+
+        model[0].register_forward_hook(hook)
+        return model
+
+    def of(self, logits: Tensor, labels: Tensor, model: nn.Module) -> Any:
+        losses = ce(logits, labels, reduction="none") + 1e-3 * self.seen["hidden"].square().mean(1)
+        return (losses.mean(), len(labels)) if self.mean else losses
+
+
+def test_a_closure_may_hold_what_the_task_holds() -> None:
+    """They stay one object: a sound loss is sound, a mean a mean, and what both see is restored in place."""
+    task = Hooked()
+    found = tried(task)
+    assert not found.rejected
+    assert not found.skipped
+    assert not found.depends
+    assert {name.split()[0] for name in found.counters} == {"task.counts", "task.bank"}
+    assert (task.seen, task.bank, task.counts, list(task.order)) == ({}, [], Counter(a=1), ["a"])
+    assert "mean" in tried(Hooked(mean=True)).rejected
+
+
+def test_attributes_that_cannot_be_copied_are_left_alone() -> None:
+    task = task_of(lambda x, y, m: ce(x, y, reduction="none"))
+    task.tree = {"name": "root"}
+    task.tree["child"] = {"parent": task.tree}
+    task.ragged = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)
+    task.sparse = torch.eye(3).to_sparse()
+    assert tried(task) == Found()
+    assert task.tree["child"]["parent"] is task.tree
 
 
 def test_modules_that_nobody_registered_are_left_as_they_were() -> None:

@@ -1,4 +1,4 @@
-"""Let a task and its model compute on copies of what they hold, so that calls leave no trace."""
+"""Let a task and its model compute on copies or put back what they change, so that calls leave no trace."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy as shallow_copy
 from copy import deepcopy
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 Value = TypeVar("Value")
 
-MODULES_OWN = (
-    "training",
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-)  # plain attributes are the others
-CONTAINERS = (dict, list, tuple, deque, set)
-GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-COPIED = (*CONTAINERS, *GENERATORS, Tensor, np.ndarray)  # what calls may change in place
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {  # how to read and set the state
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda generator: deepcopy(generator.bit_generator.state),
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+}
+MODULES_OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
-COPIED_ENTRIES = 1000  # at most, of a container
+COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # at most, of a container and of containers in containers
 OBJECTS_DEPTH = 2  # of objects that are held by objects
 
 
 class Copies:
-    """Hold the originals of what a task, its model and the objects that they hold are about to change.
+    """Hold the state of a task, its model and their objects, so that calls can change it and nothing remains.
 
-    These are parameters, buffers and modes of all modules, and the plain attributes of all objects.
+    Parameters and buffers are replaced by copies. Plain attributes stay the same objects, since closures and other
+    objects may hold them, too; the numbers and entries in them are restored in place.
 
     Args:
         task: the user's object.
-        device: where the copies of the model's tensors are. Those of other modules are where their originals are.
+        device: device of the copies of the model's tensors; other modules are copied where they are.
     """
 
     def __init__(self, task: Any, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._objects = dict(_objects(task, model))
         self._attributes = {name: dict(_plain(one)) for name, one in self._objects.items()}
-        modules = {one: None for one in self._objects.values() if isinstance(one, nn.Module)}  # a teacher's, say
+        self._snapshots = [Snapshot(value) for held in self._attributes.values() for value in held.values()]
+        modules = {one: None for one in self._objects.values() if isinstance(one, nn.Module)}  # a teacher, for example
         self._modules = {**modules, **dict.fromkeys(model.modules(), device)}
         self._parameters = {
             parameter: (parameter.data, place)
@@ -61,7 +62,7 @@ class Copies:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within, everything computes on copies; afterwards, also where the device has no room, on the originals."""
+        """Compute on copies within; restore everything afterwards, also where the device has no room for the copies."""
         try:
             for parameter, (original, place) in self._parameters.items():
                 parameter.data = original.to(place, copy=True)
@@ -72,32 +73,28 @@ class Copies:
                 parameter.data = original
             for one, training in self._modes.items():
                 one.training = training
-            self._put(self._buffers, self._attributes)
+            for one, buffers in self._buffers.items():
+                _replace(one._buffers, buffers)
+            self._restore_attributes()
 
     def reset(self) -> None:
-        """Give buffers and attributes new copies of the originals."""
-        copies: dict[int, Any] = {}  # what two objects share stays one
-        buffers = {
-            one: {name: _copy(buffer, copies, self._modules[one]) for name, buffer in named.items()}
-            for one, named in self._buffers.items()
-        }
+        """Give the modules new copies of their buffers, and restore the attributes."""
+        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+        for one, buffers in self._buffers.items():
+            for buffer in buffers.values():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.to(self._modules[one], copy=True)
+            _replace(one._buffers, {name: copies.get(id(buffer)) for name, buffer in buffers.items()})
+        self._restore_attributes()
 
-        def copy(value: Any) -> Any:
-            return _copy(value, copies) if _is_small(value) else value
-
-        def copies_of(held: dict[str, Any]) -> dict[str, Any]:
-            return {k: tree_map(copy, v, is_leaf=_is_large) if isinstance(v, COPIED) else v for k, v in held.items()}
-
-        self._put(buffers, {name: copies_of(held) for name, held in self._attributes.items()})
-
-    def _put(self, buffers: dict[nn.Module, dict[str, Tensor | None]], attributes: dict[str, dict[str, Any]]) -> None:
-        for module, named in buffers.items():
-            module._buffers.clear()
-            module._buffers.update(named)
+    def _restore_attributes(self) -> None:
+        """Restore attributes that were set, added or deleted, and the numbers and entries that changed in place."""
         for name, one in self._objects.items():
-            for key in _plain(one).keys() - attributes[name].keys():
+            for key in _plain(one).keys() - self._attributes[name].keys():
                 del vars(one)[key]
-            vars(one).update(attributes[name])
+            vars(one).update(self._attributes[name])
+        for snapshot in self._snapshots:
+            snapshot.restore()
 
     def moved_by(self, call: Callable[[], Any]) -> list[str]:
         """Call it twice and return the names of the numbers that the second call moves; the first may fill caches."""
@@ -110,8 +107,52 @@ class Copies:
     def _numbers(self) -> dict[str, Any]:
         """Return the numbers in attributes and in the model's buffers by name."""
         held = {f"{name}.{key}": value for name, one in self._objects.items() for key, value in _plain(one).items()}
-        numbers = {name: _number(value) for name, value in held.items()}
+        numbers: dict[str, Any] = {name: Snapshot(value).numbers for name, value in held.items()}
         return numbers | {f"model.{name}": _bits(buffer) for name, buffer in self._model.named_buffers()}
+
+
+class Snapshot:
+    """Record the numbers and entries in a value: in a tensor, an array, a generator or nested containers of these.
+
+    Attributes:
+        numbers: the numbers by the keys that lead to them, comparable bit by bit; of a container its length.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.numbers: dict[tuple[Any, ...], Any] = {}
+        self._undo: list[Callable[[], Any]] = []
+        self._take(value, ())
+
+    def restore(self) -> None:
+        """Restore the numbers and entries in place."""
+        for undo in self._undo:
+            undo()
+
+    def _take(self, value: Any, place: tuple[Any, ...]) -> None:
+        if isinstance(value, dict | list | tuple | deque | set):
+            if len(place) < COPIED_DEPTH and len(value) <= COPIED_ENTRIES:
+                self.numbers[place], entries = len(value), _entries(value)
+                if not isinstance(value, tuple):
+                    self._undo.append(partial(_refill, value, entries))
+                for key, inner in entries:
+                    self._take(inner, (*place, key))
+        elif isinstance(value, bool | int | float | complex | np.generic):  # immutable
+            self.numbers[place] = type(value), repr(value)
+        elif isinstance(value, nn.Parameter):  # an LSTM lists its own; they are replaced by copies
+            pass
+        elif isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
+            self.numbers[place] = _bits(value)
+            self._undo.append(partial(_put_back, value, value.detach().clone()))
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= COPIED_BYTES:
+            self.numbers[place] = value.shape, value.tobytes()
+            if value.flags.writeable:
+                self._undo.append(partial(np.copyto, value, value.copy()))
+        else:
+            for kind, (get, put) in GENERATORS.items():
+                if isinstance(value, kind):
+                    state = get(value)
+                    self.numbers[place] = _bits(state)
+                    self._undo.append(partial(put, value, state))
 
 
 def copied(value: Value) -> Value:
@@ -122,45 +163,40 @@ def copied(value: Value) -> Value:
         return value
 
 
-def _copy(value: Any, copies: dict[int, Any], place: torch.device | None = None) -> Any:
-    """Return a copy of a tensor, an array or a generator, the same for the same one; a container's is shallow."""
-    if value is None or id(value) in copies:
-        return copies.get(id(value))
-    if isinstance(value, Tensor):
-        copies[id(value)] = value.detach().to(place, copy=True).requires_grad_(value.requires_grad)
-    else:
-        copies[id(value)] = copied(value) if isinstance(value, GENERATORS) else shallow_copy(value)
-    return copies[id(value)]
-
-
-def _is_small(value: Any) -> bool:
-    """Tell whether calls may change ``value`` in place, and it isn't too large to be copied each time."""
-    if isinstance(value, nn.Parameter):  # an LSTM lists its own; they are copied as such
-        return False
-    size = value.numel() * value.element_size() if isinstance(value, Tensor) else getattr(value, "nbytes", 0)
-    return isinstance(value, COPIED) and not _is_large(value) and size <= COPIED_BYTES
-
-
-def _is_large(value: Any) -> bool:
-    return isinstance(value, CONTAINERS) and len(value) > COPIED_ENTRIES
-
-
-def _number(value: Any) -> Any:
-    """Return what is equal for equal numbers, bit by bit; None for what holds none, or too many."""
-    if isinstance(value, CONTAINERS) and _is_small(value):
-        return [_number(entry) for entry in (value.values() if isinstance(value, dict) else value)]
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return None
-    return _bits(value) if isinstance(value, int | float | complex | np.generic) or _is_small(value) else None
-
-
 def _bits(value: Any) -> Any:
-    if isinstance(value, torch.Generator):
-        value = value.get_state()
+    """Return what is equal for equal numbers, bit by bit: a pickled tensor would hold its address."""
     if not isinstance(value, Tensor):
         return pickle.dumps(value)
     plain = value.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
-    return value.shape, plain.reshape(-1).view(torch.uint8).numpy().tobytes()  # pickled, it would have an address
+    return value.shape, value.device, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _put_back(tensor: Tensor, numbers: Tensor) -> None:
+    if not torch.equal(tensor, numbers):  # else it may be read-only
+        with torch.no_grad():
+            tensor.copy_(numbers)
+
+
+def _entries(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _refill(container: Any, entries: list[tuple[Any, Any]]) -> None:
+    """Give a mapping, list, deque or set its former entries."""
+    if [(key, id(inner)) for key, inner in _entries(container)] == [(key, id(inner)) for key, inner in entries]:
+        return
+    container.clear()
+    if isinstance(container, dict):
+        container.update(dict(entries))  # a Counter would count pairs
+    elif isinstance(container, set):
+        container.update(inner for _, inner in entries)
+    else:
+        container.extend(inner for _, inner in entries)
+
+
+def _replace(mapping: dict[str, Any], content: dict[str, Any]) -> None:
+    mapping.clear()
+    mapping.update(content)
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -180,7 +216,7 @@ def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the modules and plain objects among some attributes, and in small lists and mappings there, with names."""
     for key, value in attributes.items():
-        if isinstance(value, dict | list | tuple) and not _is_large(value):
+        if isinstance(value, dict | list | tuple) and len(value) <= COPIED_ENTRIES:
             inside = value.items() if isinstance(value, dict) else enumerate(value)
             yield from ((f"{key}.{place}", held) for place, held in inside if _is_looked_into(held))
         elif _is_looked_into(value):
