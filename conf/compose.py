@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from isobatch.conf.existing import begun, refuse_missing, refuse_other_science, run_of
+from isobatch.conf.existing import ever_trained, refuse_missing, refuse_other_science, run_of
 from isobatch.conf.identity import housekeeping
 from isobatch.conf.keys import choices_of
 from isobatch.conf.layers import layered, roots_with
@@ -66,7 +66,7 @@ def _config_in_run_dir(values: Mapping[str, Any]) -> Path | None:
         return None
     file = Path(os.path.expanduser(_resolved(values["run.dir"]))) / "config.yaml"
     science = [key for key in values if not housekeeping(key.replace("/", "."))]
-    return file if os.path.lexists(file) and (begun(file.parent) or not science) else None
+    return file if os.path.lexists(file) and (ever_trained(file.parent) or not science) else None
 
 
 def _resolved(value: Any) -> str:

@@ -63,7 +63,7 @@ def lengthened(config: RunConfig, identity_there: str, duration_there: str) -> b
     return False
 
 
-def begun(directory: Path) -> bool:
+def ever_trained(directory: Path) -> bool:
     """Return whether the run there ever trained. If it failed before, a corrected command may replace it."""
     return os.path.exists(directory / "plan.json")
 
@@ -77,7 +77,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
     """
     refuse_unwritable(directory)
     named = config.run.dir is not None and Path(os.path.expanduser(config.run.dir)) == directory
-    if named and begun(directory) and (length := _length(directory)):
+    if named and ever_trained(directory) and (length := _length(directory)):
         return length != config.duration  # they were compared when the config was composed from the one there
     try:
         there = read_json(directory / "plan.json")["identity"]

@@ -17,6 +17,7 @@ from isobatch.conf.existing import extends, lengthened
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
@@ -105,7 +106,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         say_once(
             table(foretold(plan, config, run), full=config.output == "full")
         )  # else rank 0 prints it, once the data is opened
-    if config.run.dir and not run.begun and not dry:
+    if config.run.dir and not holds_run(directory) and not dry:
         say_once(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):
         say_once(jobs.submit([config], [run], run, LAUNCHER))

@@ -26,7 +26,7 @@ from isobatch.conf.hardware import under_torchrun, workers_here
 from isobatch.conf.identity import run_directory
 from isobatch.conf.overrides import override
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import read_run
+from isobatch.conf.rundir.files import holds_run, read_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
@@ -115,7 +115,7 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
         UserError: the directory holds no run or no good weights, or the task can't be imported.
     """
     run = RunDir(Path(directory).expanduser())
-    if not run.begun:
+    if not holds_run(run.path):
         raise UserError(f"{directory} holds no run", "name a run directory, such as the directory of a Result")
     with _importable(None), process_kept():
         from isobatch.trainers.checkpoints.weights import initialise
@@ -146,13 +146,9 @@ def _task_words(task: type | str | None, overrides: Sequence[str]) -> list[str]:
         return []
     if isinstance(task, str) and "=" in task:
         raise UserError(f"{task!r} is an override, and the first argument is the task", "give the task or None first")
-    resumed = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
-    chosen = any(text.startswith("task=") for text in overrides) or any(map(_begun, resumed))
+    resumed = [Path(text.removeprefix("run.dir=")).expanduser() for text in overrides if text.startswith("run.dir=")]
+    chosen = any(text.startswith("task=") for text in overrides) or any(map(holds_run, resumed))
     return [*([] if chosen else ["task=custom"]), f"task._target_={_target(task)}"]
-
-
-def _begun(directory: str) -> bool:
-    return RunDir(Path(directory).expanduser()).begun
 
 
 def _target(task: type | str) -> str:

@@ -28,11 +28,8 @@ DUE = {
 }
 
 STEP_CODE = "ISOBATCH_STEP_CODE"  # in the environment: the exit code of the job's step
-STOPPED = (
-    EXIT_CODE["stopped"],
-    128 + signal.SIGTERM,
-    128 + signal.SIGUSR2,
-)  # of a launcher that a signal stopped, or met too early
+# Of a launcher that a signal stopped, or met too early.
+STOPPED = (EXIT_CODE["stopped"], 128 + signal.SIGTERM, 128 + signal.SIGUSR2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +99,10 @@ def end_of_job(directory: Path, env: Mapping[str, str] = os.environ) -> End:
         down = down_nodes(nodes)
     back = restarted_nodes(nodes, began) if due == "NODE FAILURE" and began else ()
     return End(
-        identifier=here.id, restart=here.restart, outcome=known_outcome(directory), events=found, step=last_step(directory),
-        code=int(env.get(STEP_CODE, "0")), job=now, due=due, down=down, now=datetime.now(), back=back,
-        unreached=parse_unreached(said), complaint=parse_complaint(said) or "see its output",
+        identifier=here.id, restart=here.restart, outcome=known_outcome(directory), events=found,
+        step=last_step(directory), code=int(env.get(STEP_CODE, "0")), job=now, due=due, down=down,
+        now=datetime.now(), back=back, unreached=parse_unreached(said),
+        complaint=parse_complaint(said) or "see its output",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from isobatch.conf.groups import Slurm
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import last_step
+from isobatch.conf.rundir.files import holds_run, last_step
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -45,9 +45,9 @@ def submit(configs: Sequence[RunConfig], runs: Sequence[RunDir], root: RunDir, l
             job = submission.give()
         except BaseException:
             for run in runs:
-                if not run.begun:
+                if not holds_run(run.path):
                     shutil.rmtree(run.path, ignore_errors=True)
-            if not root.begun:
+            if not holds_run(root.path):
                 with suppress(OSError):  # other runs of the sweep are there
                     submission.output.parent.rmdir()
                     root.path.rmdir()
@@ -94,6 +94,6 @@ def begin(run: RunDir) -> str:
 
 def _note(run: RunDir, verdict: Verdict) -> None:
     with suppress(OSError):  # a full disk is no reason not to go on
-        if run.begun:  # a refused start leaves a foreign folder alone
+        if holds_run(run.path):  # a refused start leaves a foreign folder alone
             job, step = JobStart.here().id, last_step(run.path)
             run.event(verdict.event, job=job, kind=verdict.kind, cause=verdict.cause, step=step)

@@ -12,14 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.files import holds_run, write_atomic
 from isobatch.conf.rundir.lock import LOCK, LOCK_FD, Lock, become_owner, open_lock
 from isobatch.conf.rundir.outcome import Outcome, read_outcome
 from isobatch.conf.rundir.owner import OWNER, Owner
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable
 
-OF_RUNS = ("outcome.json", "config.yaml", "events.jsonl", "submissions")  # any of them makes a folder a run's
 UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # None: a pipe can't be read back
 
 
@@ -39,14 +38,9 @@ class RunDir:
             problem = f"{self.path / 'outcome.json'} is damaged ({error})"
             raise UserError(problem, "move it away, or name another run.dir", "run.dir") from None
 
-    @property
-    def begun(self) -> bool:
-        """Tell whether the folder holds a run, however far it came."""
-        return any(os.path.exists(self.path / name) for name in OF_RUNS)
-
     def refuse_foreign(self) -> None:
         """Raise UserError for a folder that holds something, but no run: nobody's files are taken for an old run's."""
-        if self.begun or not self.path.is_dir():
+        if holds_run(self.path) or not self.path.is_dir():
             return
         ours = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
         links = {path for path in (self.checkpoints, self.final) if path.is_symlink()}  # to another disk

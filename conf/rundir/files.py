@@ -147,14 +147,10 @@ def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
     return content
 
 
-def holds_a_run(folder: Path) -> bool:
-    """Tell whether ``folder`` is the directory of a run."""
-    return any(os.path.lexists(folder / name) for name in ("outcome.json", "events.jsonl"))
-
-
-def has_files(folder: Path) -> bool:
-    """Tell whether ``folder`` has more of a run than its lock."""
-    return any((folder / name).exists() for name in ("outcome.json", "config.yaml", "plan.json", "submissions"))
+def holds_run(folder: Path) -> bool:
+    """Tell whether ``folder`` holds a run or a sweep, however far it came: more than its lock."""
+    names = ("outcome.json", "config.yaml", "events.jsonl", "submissions")
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 def identity_of(folder: Path) -> tuple[int, int]:
@@ -167,6 +163,6 @@ def place_of(file: IO[str], identity: tuple[int, int]) -> Path | None:
     with suppress(OSError):
         link = os.readlink(f"/proc/self/fd/{file.fileno()}")
         path = Path(link.removesuffix(REMOVED)).parent
-        if (not link.endswith(REMOVED) or identity_of(path) == identity) and has_files(path):
+        if (not link.endswith(REMOVED) or identity_of(path) == identity) and holds_run(path):
             return path
     return None

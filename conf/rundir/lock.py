@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from isobatch.conf.rundir.files import has_files, identity_of, place_of
+from isobatch.conf.rundir.files import holds_run, identity_of, place_of
 from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.rundir.owner import OWNER, Owner, Seen, create
 from isobatch.scaling.errors import UserError
@@ -95,7 +95,7 @@ class Lock:
             if not self._is_there():
                 place = self.place
                 return f"run directory {self.folder} was {f'moved to {place}' if place else 'deleted'} during the run"
-            if not has_files(self.folder):
+            if not holds_run(self.folder):
                 return f"run directory {self.folder} was emptied during the run"
             if seen is None:
                 return "" if self.claim() else self.beat()

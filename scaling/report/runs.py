@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import holds_a_run, read_run
+from isobatch.conf.rundir.files import read_run
 from isobatch.conf.rundir.lock import works
 from isobatch.scaling.report.result import WITHOUT_A_WORD, clock, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
+LISTED = ("outcome.json", "events.jsonl")  # of a run: a config.yaml may be anybody's, and sweeps have submissions
 DEPTH = 3  # levels below a folder that are searched for runs: runs/<sweep>/<run>
 CAUSE_CHARS = 60  # of a cause in a table
 
@@ -60,7 +61,7 @@ class Row:
 
 def directories(root: Path, depth: int = DEPTH) -> list[Path]:
     """Return the directories of runs, sorted: ``root`` itself, or those up to ``depth`` levels below it."""
-    if holds_a_run(root):
+    if any(os.path.lexists(root / name) for name in LISTED):
         return [root]
     inner: list[Path] = []
     with suppress(OSError):  # root isn't a folder, or can't be listed

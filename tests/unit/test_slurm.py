@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -493,9 +493,8 @@ def test_what_slurm_put_back_by_itself(
     monkeypatch.setattr(
         "isobatch.slurm.state.ask", lambda *words: next(text for key, text in answers.items() if key in words)
     )
-    (tmp_path / "outcome.json").write_text(
-        json.dumps({"state": state, "cause": "", "step": 5, "samples": 80, "attempt": "a1"})
-    )
+    outcome = Outcome(state, "", 5, 80, "a1")  # type: ignore[arg-type]
+    (tmp_path / "outcome.json").write_text(json.dumps(asdict(outcome)))
     (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     found = put_back_by_slurm(tmp_path, env)

@@ -7,7 +7,7 @@ import socket
 
 import torch
 
-from isobatch.conf.existing import begun
+from isobatch.conf.existing import ever_trained
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import last_step, write_atomic
 from isobatch.conf.rundir.lock import hold
@@ -60,7 +60,7 @@ def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
     if before and before.state == "finished" and not start.extends:
         return before
     at = (before.step, before.samples) if before else (0, 0)
-    if not begun(run.path):  # else what is there holds until this attempt trains, too
+    if not ever_trained(run.path):  # else what is there holds until this attempt trains, too
         write_atomic(run.path / "config.yaml", dump(session.config))
     run.write_outcome(Outcome("running", "", *at, start.attempt, restarts()))
     run.logs.mkdir(exist_ok=True)
