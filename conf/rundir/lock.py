@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -186,12 +185,10 @@ def become_owner(lock: Lock, launches: Collection[str]) -> None:
 
 def _refuse_flocked(lock: Lock, waited_s: float) -> None:
     """Raise UserError where the flock of another process won't be given up soon."""
-    lock.file.seek(0)
-    holder, mine = lock.file.read().strip(), lock.owner
-    before = re.search(rf", job {re.escape(mine.job)} start (\d+)$", holder)
-    ours = before is not None and int(before[1]) < mine.job_restart
-    if waited_s > (LEASE_S if ours else DYING_S):
-        raise _refusal(lock.folder, holder or "it just started")
+    seen = Seen.of(lock.folder)
+    before = seen and seen.owner and seen.owner.is_earlier_start_of(lock.owner)
+    if waited_s > (LEASE_S if before else DYING_S):
+        raise _refusal(lock.folder, str(seen or "it just started"))
 
 
 def _refusal(folder: Path, holder: str) -> UserError:
@@ -202,8 +199,7 @@ def _refusal(folder: Path, holder: str) -> UserError:
 def _lives(owner: Owner, lock: Lock, launches: Collection[str]) -> bool | None:
     """Tell whether an owner is another launch that works; None where that can't be told from here."""
     mine = lock.known()
-    before = mine.job and owner.job == mine.job and owner.job_restart < mine.job_restart
-    ours = owner.attempt in launches or owner.same_launch(mine) or before
+    ours = owner.attempt in launches or owner.same_launch(mine) or owner.is_earlier_start_of(mine)
     return False if ours or _has_ended(lock.folder, owner) else owner.lives(mine)
 
 

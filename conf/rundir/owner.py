@@ -62,6 +62,10 @@ class Owner:
             other.boot, other.namespace, other.pid, other.started,
         )  # fmt: skip
 
+    def is_earlier_start_of(self, other: Owner) -> bool:
+        """Tell whether both are starts of one job, of which this one isn't at work any more."""
+        return bool(self.job) and self.job == other.job and self.job_restart < other.job_restart
+
     def lives(self, mine: Owner) -> bool | None:
         """Tell whether this owner is at work; None where that can't be told from here.
 

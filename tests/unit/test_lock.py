@@ -214,6 +214,17 @@ def test_an_owner_has_not_ended_by_a_damaged_outcome(
     assert time.monotonic() - began > 0.5
 
 
+def test_the_flock_of_an_earlier_start_of_the_same_job_is_awaited(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "DYING_S", 0.2)
+    first = run.lock("7", 0)
+    with pytest.raises(UserError, match=re.escape(f"another launch works in {run.path} ({first.owner})")):
+        RunDir(run.path).lock("8", 1)
+    closing = threading.Timer(0.6, first.file.close)
+    closing.start()
+    RunDir(run.path).lock("7", 1).close()
+    closing.join()
+
+
 def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its owner is at work, in the other one."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
