@@ -1,4 +1,4 @@
-"""`make bench`: every measurement in one run, printed and kept in benchmarks/README.md.
+"""Run the benchmarks, print their tables and write them to benchmarks/README.md (``make bench``).
 
 python -m benchmarks rules large    # only these
 """
@@ -41,7 +41,7 @@ MARK = "<!-- everything below is written by `make bench` -->"
 
 
 class Part(NamedTuple):
-    """A table: its title, what makes its rows, and what they mean."""
+    """A table: its title, the function that measures its rows, and its description."""
 
     title: str
     rows: Callable[[], Rows]
@@ -53,74 +53,74 @@ PARTS = {
         "A training step",
         step.rows,
         "784-128-10 MLP, 32 samples per process, SGD with Nesterov momentum, clipping, a schedule; against the "
-        "loop of [plain.py](plain.py) in the same processes, turn by turn. At most 1.0 is the aim.",
+        "loop of [plain.py](plain.py) in the same processes, taking turns. Target: at most 1.0.",
     ),
     "engines": Part(
         "A training step, by engine",
         engines.rows,
-        "The same work as above, on each engine against that engine by hand, as its own documentation has it "
-        "([by_hand.py](by_hand.py)), in the same processes, turn by turn; *MLP* is the one above, *blocks* has four "
-        "residual blocks of 0.5 million parameters; each with one parameter group, as by hand (where biases decay "
-        "otherwise, ZeRO sends one message more). At most 1.05 is the aim.",
+        "The same work as above, with each engine against that engine used by hand as in its documentation "
+        "([by_hand.py](by_hand.py)), in the same processes, taking turns. *MLP* is the model above; *blocks* has four "
+        "residual blocks of 0.5 million parameters. Both have one parameter group, as by hand: a second group for "
+        "biases costs ZeRO one more message. Target: at most 1.05.",
     ),
     "bitwise": Part(
         "A training step with numerics=bitwise",
         bitwise.rows,
-        "Against one with numerics=fast, of as many micro-batches, in the same processes, turn by turn.",
+        "Against numerics=fast with as many micro-batches, in the same processes, taking turns.",
     ),
     "start": Part(
         "Whole commands",
         start.rows,
-        "From start to exit. Two ranks and two steps against `torchrun` with [plain.py](plain.py) (at most 0.75 "
-        "is the aim), and with an engine against [by_hand.py](by_hand.py); a plan against the imports that it can't do "
-        "without (at most 2). The last column counts runs that failed, ours / the other's, and weren't timed.",
+        "From start to exit. Two ranks and two steps against `torchrun` with [plain.py](plain.py) (target: at most "
+        "0.75), and with an engine against [by_hand.py](by_hand.py); a plan against the imports that it needs "
+        "(target: at most 2). The last column counts failed runs, ours / the other's, which weren't timed.",
     ),
     "sample_order": Part("The sample order", sample_order.rows, "One core."),
     "optimizers": Part(
         "A step of the optimizer",
         optimizers.rows,
-        "The tensors of a small BERT (12 layers, hidden 256, 17.4 million numbers), one thread, turn by turn: "
-        "medians, and medians of the turns' ratios. The kernel is built in C on first use; without a compiler "
-        "torch's own operations do the work. For LAMB at most 2 × fused AdamW is the aim, and 2.5 × faster than "
-        "the fastest of the others.",
+        "The tensors of a small BERT (12 layers, hidden 256, 17.4 million numbers), one thread, taking turns: "
+        "medians, and medians of the turns' ratios. The C kernel is compiled on first use; without a compiler, "
+        "LAMB and LARS use torch's operations. Target for LAMB: at most 2 × fused AdamW, and 2.5 × faster than "
+        "the fastest other LAMB.",
     ),
     "noise": Part(
         "Measuring the gradient noise",
         noise.rows,
-        "A step in which it is measured against one in which it isn't, turn by turn: what it takes is one more read "
-        "of the gradient in each pass. `noise.every` says how many steps are measured: with 10st all of them "
-        "together take a tenth of that longer, and at most 1.02 is the aim.",
+        "A step that measures the noise against one that doesn't, taking turns: the cost is one more read of the "
+        "gradient in each pass. `noise.every` sets how often a step measures: with 10st the average cost is a tenth "
+        "of the one below. Target: at most 1.02.",
     ),
     "checkpoints": Part(
-        "Saving and going on",
+        "Saving and resuming",
         checkpoints.rows,
-        "Weights in layers of 1 MiB with AdamW's state, so three times as much; in the same processes, turn by "
-        "turn with what plain torch does. *copy*: what the training waits for; the first one goes to fresh "
-        "memory. Against a mere copy of as many bytes, and against `torch.save` of the whole by rank 0 (neither "
-        "checksums nor fsync), for which all wait. *write*: what follows in the background, with both. *taken in "
-        "all*: how much longer that many steps take with a save than without, where the training has all cores at "
-        "work already. *resume*: reading and checking included.",
+        "Weights in layers of 1 MiB with AdamW's state, so three times as many bytes; in the same processes, taking "
+        "turns with plain torch. *copy*: the time that training waits; the first copy goes to newly allocated "
+        "memory. It is compared with a plain copy of as many bytes, and with `torch.save` of everything by rank 0 "
+        "(without checksums and fsync), for which all ranks wait. *write*: the write in the background, with checksums "
+        "and fsync. *total cost*: how much longer the same steps take with a save than without, while training uses "
+        "all cores. *resume*: includes reading and validation.",
     ),
     "saving": Part(
-        "Saving and going on, by engine",
+        "Saving and resuming, by engine",
         checkpoints.engine_rows,
-        "The same weights and optimizer, so that all engines save as many bytes; ranks hold and write parts of them, "
-        "or, where each has all, as much each. Of each time that of the slowest rank.",
+        "The same weights and optimizer, so all engines save as many bytes. Each rank writes its shard, or an equal "
+        "part of the state if every rank holds all of it. Times are those of the slowest rank.",
     ),
     "far": Part(
-        "Going on in the middle of an epoch",
+        "Resuming in the middle of an epoch",
         far.rows,
-        "10^9 samples, from a checkpoint in the middle, against a run from the beginning. Nothing is skipped by "
-        "going through it: 1 is the aim.",
+        "10^9 samples, resumed from a checkpoint in the middle, against a run from the start. Isobatch doesn't iterate "
+        "over the samples before the checkpoint. Target: 1.",
     ),
     "invariance": Part(
         "One global batch, cut in six ways",
         invariance.rows,
         "A small model with dropout and unequal numbers of units, SGD, 20 steps, global batch 96: Δ = max |Δ| / "
-        "max |w| over all weights, against the first. 1e-6 is the aim.",
+        "max |w| over all weights, against the first cut. Target: at most 1e-6.",
     ),
     "same": Part(
-        "The same, by engine and feature",
+        "The same run, by engine and feature",
         same.rows,
         "The cases of [tests/support/same.py](../tests/support/same.py): a small model with a shared and a frozen "
         "parameter, SGD unless the row says otherwise, 12 steps, global batch 41, at most 7 samples in a "
@@ -129,45 +129,45 @@ PARTS = {
     "peers": Part(
         "What people use instead",
         compare.rows,
-        "The same work by each, used as its documentation says, and in a second row its best opt-in way. *Steps*: "
-        "the MLP of [plain.py](plain.py), 32 samples per process, SGD with Nesterov momentum, clipping, a schedule; "
-        "in the same processes, turn by turn. Nothing is logged or saved; progress bars are on where they come so, "
-        "and off in the second row. *Start to exit*: by `torchrun`, `accelerate launch --multi_gpu` (which is "
-        "`torchrun` within) and `launch.py`. In brackets: the ratio to plain.py. *Δ*: a task whose samples have 1 "
-        "to 7 tokens, without dropout, 20 steps of 96 samples (two epochs), cut as world × per-GPU × accumulation: "
-        "max |Δ| / max |w| of the final weights against its own run on 1 × 96 × 1; *can't*: its batch is always the "
-        "product of the three. *Lost / repeated*: samples of an epoch of 960 that were never trained on, and "
-        "trainings beyond a sample's first, where the run is stopped in mid-epoch, with a checkpoint, on 2 × 16 × "
-        "3, and goes on on 3 ranks (of what it does then, Lightning warns). To keep the global batch, the others "
-        "are told 3 × 16 × 2; ours finds that itself.",
+        "The same work in each framework, used as in its documentation, and in a second row with its best opt-in "
+        "features. *Steps*: the MLP of [plain.py](plain.py), 32 samples per process, SGD with Nesterov momentum, "
+        "clipping, a schedule; in the same processes, taking turns. Nothing is logged or saved; progress bars have "
+        "their default in the first row and are off in the second. *Start to exit*: by `torchrun`, `accelerate launch "
+        "--multi_gpu` (which calls `torchrun`) and `launch.py`. In brackets: the ratio to plain.py. *Δ*: a task whose "
+        "samples have 1 to 7 tokens, without dropout, 20 steps of 96 samples (two epochs), cut as world × per-GPU × "
+        "accumulation: max |Δ| / max |w| of the final weights against its own run on 1 × 96 × 1; *can't*: the batch is "
+        "always the product of the three. *Lost / repeated*: the samples of an epoch of 960 that were never trained "
+        "on, and the repeated uses of samples, if the run is stopped in mid-epoch with a checkpoint on 2 × 16 × 3 and "
+        "resumed on 3 ranks (Lightning warns about the result). To keep the global batch, the other frameworks are "
+        "set to 3 × 16 × 2; Isobatch derives that itself.",
     ),
     "rules": Part(
         "Rules, by the betas",
         rules.rows,
-        "A small GPT on bytes (`task=text`, 32 tokens a sample, 6,000 samples, no weight decay), AdamW, its LR "
-        "tuned at a batch of 4 for each pair of betas; then at larger batches, with the same number of samples, "
-        "by each rule. Validation loss in nats, mean ± standard deviation over 3 seeds.",
+        "A small GPT on bytes (`task=text`, 32 tokens per sample, 6,000 samples, no weight decay) with AdamW. The LR "
+        "was tuned at a batch of 4 for each pair of betas, then scaled by each rule to larger batches, for the same "
+        "number of samples. Validation loss in nats, mean ± standard deviation over 3 seeds.",
     ),
     "critical": Part(
         "Steps to a target, by batch",
         critical.rows,
-        "`task=mnist1d`, SGD with momentum, a constant LR after 5 % of warmup, the best of three at each batch: "
+        "`task=mnist1d`, SGD with momentum, a constant LR after 5 % of warmup, the best of three LRs at each batch: "
         f"steps until the validation loss is {critical.TARGET}, means over 2 seeds. Linear scaling holds while the "
         "best LR is that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the "
-        "same runs, at the step at which the target was reached.",
+        "same runs, at the step that reached the target.",
     ),
     "large": Part(
         "A large batch, without and with a rule",
         large.rows,
         "`task=images` (width 8, ghosts of 32), 15 epochs, base LR tuned at 32: validation accuracy, mean ± "
         "standard deviation over 3 seeds, and how much of the gap to a batch of 64 a rule and a warmup close. "
-        "Times are of a run on one core, all else included.",
+        "Times are those of whole runs on one core.",
     ),
 }
 
 
 def machine() -> str:
-    """What it was measured on."""
+    """Return a description of the machine and the versions of the libraries."""
     return (
         f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
         f"torch {torch.__version__}, numpy {numpy.__version__}, hydra-core {version('hydra-core')}, "

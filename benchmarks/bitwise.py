@@ -1,4 +1,4 @@
-"""What ``numerics=bitwise`` costs: a step of it against a fast one, in the same ranks, turn by turn."""
+"""Time a step with ``numerics=bitwise`` against a fast one, in the same ranks, taking turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.step import compared, fitting
 from isobatch.trainers.ranks.world import World
 
 TURNS = 9
-WORK = {  # overrides, steps of a turn, samples of a micro-batch
+WORK = {  # name -> (overrides, steps per turn, samples per micro-batch)
     "MLP 784-128-10": (("task._target_=benchmarks.plain.Yardstick", "lr.peak=0.05"), 200, 32),
     "GPT, 0.8 million weights": (
         (
@@ -25,7 +25,7 @@ WORK = {  # overrides, steps of a turn, samples of a micro-batch
 
 
 def turns(overrides: tuple[str, ...], steps: int, per_gpu: int, passes: int, world: World) -> list[tuple[float, float]]:
-    """Seconds a step, (bitwise, fast), turn by turn."""
+    """Return seconds per step, (bitwise, fast), of each turn."""
     sizes = f"batch.global_size={per_gpu * passes * world.size}", f"batch.per_gpu={per_gpu}", f"duration={steps}st"
     fit = {numerics: fitting(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
 
@@ -38,7 +38,7 @@ def turns(overrides: tuple[str, ...], steps: int, per_gpu: int, passes: int, wor
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each work, number of processes and of passes: medians in ms, and the median of the turns' ratios."""
+    """Return a row per model, number of processes and passes: medians in ms, and the median of the turns' ratios."""
     found = []
     for name, (overrides, steps, per_gpu) in WORK.items():
         for size, passes in ((1, 1), (1, 4), (2, 1), (2, 4)):

@@ -1,4 +1,4 @@
-"""Each engine as people use it without Isobatch, by its own documentation: the same work as plain.py.
+"""Use each engine without Isobatch, as in its documentation, on the same work as plain.py.
 
 torchrun --nproc-per-node=2 -m benchmarks.by_hand fsdp --steps 2
 """
@@ -34,8 +34,8 @@ class Block(nn.Module):
         self.enter, self.leave = nn.Linear(self.WIDTH, 4 * self.WIDTH), nn.Linear(4 * self.WIDTH, self.WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found: Tensor = inputs + self.leave(F.gelu(self.enter(self.norm(inputs))))
-        return found
+        outputs: Tensor = inputs + self.leave(F.gelu(self.enter(self.norm(inputs))))
+        return outputs
 
 
 class Tower(nn.Module):
@@ -54,14 +54,14 @@ class Tower(nn.Module):
 
 
 class OneGroup(Yardstick):
-    """All parameters in one group of the optimizer, as they are by hand: ZeRO sends each group by itself."""
+    """Put all parameters in one group of the optimizer, as by hand: ZeRO sends each group separately."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return [{"params": list(model.parameters())}]
 
 
 class Blocks(OneGroup):
-    """The yardstick's data, and a model in which there is something to shard."""
+    """The yardstick's data with a model that is worth sharding."""
 
     def model(self) -> nn.Module:
         return Tower()
@@ -76,14 +76,14 @@ def falling(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
 
 
 def fsdp(steps: int, task: Yardstick) -> Iterator[float]:
-    """FSDP2: the blocks and the root are sharded, the optimizer has DTensors."""
+    """Train by FSDP2: shard the blocks and the root; the optimizer gets DTensors."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model = task.model()
     for module in (*getattr(model, "blocks", ()), model):
         fully_shard(module)
         assert isinstance(module, FSDPModule)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo doesn't support averaging
     optimizer = sgd(model.parameters())
     scheduler = falling(optimizer, steps)
     for images, labels in batches(task.train_data()):
@@ -97,7 +97,7 @@ def fsdp(steps: int, task: Yardstick) -> Iterator[float]:
 
 
 def deepspeed(stage: int, steps: int, task: Yardstick) -> Iterator[float]:
-    """DeepSpeed: it clips and steps the scheduler."""
+    """Train by DeepSpeed, which clips and steps the scheduler itself."""
     import deepspeed
 
     model = task.model()
@@ -119,12 +119,12 @@ def deepspeed(stage: int, steps: int, task: Yardstick) -> Iterator[float]:
 
 
 def accelerate(steps: int, task: Yardstick) -> Iterator[float]:
-    """Accelerate: all that it can prepare is prepared."""
+    """Train by Accelerate, with everything prepared by it."""
     from accelerate import Accelerator
 
     accelerator, bare = Accelerator(cpu=True), task.model()
     optimizer: Any = sgd(bare.parameters())
-    # it counts as many steps at once as there are processes
+    # Accelerate steps a scheduler once per process
     schedule: Any = falling(optimizer, steps * accelerator.num_processes)
     loader: Any = DataLoader(task.train_data(), batch_size=PER_GPU, shuffle=True, drop_last=True)
     model, optimizer, loader, schedule = accelerator.prepare(bare, optimizer, loader, schedule)
@@ -152,11 +152,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=LOOPS)
     parser.add_argument("--steps", type=int, required=True)
-    asked = parser.parse_args()
-    if asked.engine != "accelerate":  # which does it itself
+    args = parser.parse_args()
+    if args.engine != "accelerate":  # Accelerate does it itself
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    for step, loss in enumerate(itertools.islice(LOOPS[asked.engine](asked.steps, Yardstick()), asked.steps), 1):
+    for step, loss in enumerate(itertools.islice(LOOPS[args.engine](args.steps, Yardstick()), args.steps), 1):
         if int(os.environ["RANK"]) == 0:
             print(f"step {step}: loss {loss:.4f}", flush=True)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a save takes from training, and what going on takes: by size and ranks, and by engine.
+"""Time saving and resuming, by size and ranks, and by engine.
 
 python -m benchmarks.checkpoints
 """
@@ -24,15 +24,15 @@ from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
-TURNS = {1: 9, 10: 5, 100: 3}  # by MiB of weights
+TURNS = {1: 9, 10: 5, 100: 3}  # MiB of weights -> turns
 RANKS = (1, 2, 4)
 BY_ENGINE = ((10, 2), (100, 2), (100, 4))  # MiB of weights, ranks
 SAVED_BY = ("ddp", "fsdp", "deepspeed 1", "deepspeed 3")
-WIDTH = 512  # of a layer, whose weights are then 1 MiB
+WIDTH = 512  # of a layer, which gives 1 MiB of weights
 
 
 class Layers:
-    """So many layers of 1 MiB."""
+    """A task whose model has ``layers`` layers of 1 MiB."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
@@ -48,7 +48,7 @@ class Layers:
 
 
 class Saving:
-    """A run of ``layers`` that can train, save and go on; without its files but for checkpoints."""
+    """A run of ``Layers`` that can train, save and resume; it writes no files except checkpoints."""
 
     def __init__(self, layers: int, options: Sequence[str], folder: Path, world: World) -> None:
         from isobatch.conf.compose import compose
@@ -117,84 +117,84 @@ class Saving:
 
 
 def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
-    """Medians of seconds on this rank, turn by turn with plain torch."""
-    one = Saving(layers, (), folder, world)
-    model, optimizer, torchs = one.engine.model, one.engine._tuned.optimizer, folder / "torch.pt"
-    keeper, timed, train = one.keeper, one.timed, one.train
+    """Return median seconds on this rank, taking turns with plain torch."""
+    run = Saving(layers, (), folder, world)
+    model, optimizer, torch_file = run.engine.model, run.engine._tuned.optimizer, folder / "torch.pt"
+    keeper, timed, train = run.keeper, run.timed, run.train
 
-    def saved_by_torch() -> None:
+    def save_by_torch() -> None:
         if world.rank == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, torchs)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, torch_file)
         world.gather("")
 
-    def loaded_by_torch() -> None:
-        found = torch.load(torchs, weights_only=True)
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
+    def load_by_torch() -> None:
+        loaded = torch.load(torch_file, weights_only=True)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
 
-    def saved(steps: int) -> None:
-        one.save()
+    def save_and_train(steps: int) -> None:
+        run.save()
         train(steps)
 
-    share = [piece.data for piece in _slices(train, one.engine)]
+    share = [piece.data for piece in _slices(train, run.engine)]
     copies = [torch.zeros_like(tensor) for tensor in share]
 
-    def copied() -> None:
+    def copy_share() -> None:
         for copy, tensor in zip(copies, share, strict=True):
             copy.copy_(tensor)
 
-    found: dict[str, list[float]] = {}
-    first = timed(one.save)
+    seconds: dict[str, list[float]] = {}
+    first = timed(run.save)
     keeper.wait()
     step_s, steps = timed(lambda: train(3)) / 3, 0
     for turn in range(TURNS[layers] + 1):
         train(1)
         once = {
-            "copy": timed(one.save),
+            "copy": timed(run.save),
             "write": timed(keeper.wait),
-            "torch.save": timed(saved_by_torch),
-            "memcpy": timed(copied),
-            "resume": timed(one.resume),
-            "torch.load": timed(loaded_by_torch),
+            "torch.save": timed(save_by_torch),
+            "memcpy": timed(copy_share),
+            "resume": timed(run.resume),
+            "torch.load": timed(load_by_torch),
         }
-        if turn == 0:  # a warm-up, by which it is known how many steps the writing takes
+        if turn == 0:  # a warm-up that finds how many steps the write overlaps
             steps = int(world.agree(str(max(4, math.ceil(1.5 * once["write"] / step_s)))))
             continue
         train(1)
-        once["with a save"] = timed(partial(saved, steps))
+        once["with a save"] = timed(partial(save_and_train, steps))
         keeper.wait()
         once["without"] = timed(partial(train, steps))
         once["taken"] = once["with a save"] - once["without"]
         for name, value in once.items():
-            found.setdefault(name, []).append(value)
+            seconds.setdefault(name, []).append(value)
     keeper.close()
-    return {"first copy": first, **{name: statistics.median(values) for name, values in found.items()}}
+    return {"first copy": first, **{name: statistics.median(values) for name, values in seconds.items()}}
 
 
 def _slices(train: Callable[[int], None], engine: Any) -> list[Any]:
-    """This rank's part of the state, once there is all of it."""
+    """Return this rank's shard of the state, after steps that create the optimizer's state."""
     train(2)
     return list(engine.slices())
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each size and number of ranks; of each time that of the slowest rank."""
+    """Return a row per size and number of ranks, with the times of the slowest rank."""
     found = []
     for size in TURNS:
         for ranks in RANKS:
             with tempfile.TemporaryDirectory() as name:
                 body = partial(measure, size, Path(name) / "run")
                 measured = in_ranks(ranks, body, Path(name), deadline_s=600)
-            slowest = {key: max(one[key] for one in measured) for key in measured[0]}
+            slowest = {key: max(times[key] for times in measured) for key in measured[0]}
             found.append(
                 {
                     "weights, ranks": f"{size} MiB, {ranks}",
-                    "copy ms (the first)": f"{1e3 * slowest['copy']:.3g} ({1e3 * slowest['first copy']:.3g})",
+                    "copy ms (first)": f"{1e3 * slowest['copy']:.3g} ({1e3 * slowest['first copy']:.3g})",
                     "/ memcpy": slowest["copy"] / slowest["memcpy"],
                     "/ torch.save": slowest["copy"] / slowest["torch.save"],
                     "write ms": 1e3 * slowest["write"],
-                    "taken in all ms": 1e3 * slowest["taken"],
-                    "in all / torch.save": slowest["taken"] / slowest["torch.save"],
+                    "total cost ms": 1e3 * slowest["taken"],
+                    "total / torch.save": slowest["taken"] / slowest["torch.save"],
                     "resume ms": 1e3 * slowest["resume"],
                     "resume / torch.load": slowest["resume"] / slowest["torch.load"],
                 }
@@ -203,24 +203,24 @@ def rows() -> list[dict[str, Any]]:
 
 
 def by_engine(name: str, layers: int, folder: Path, world: World) -> dict[str, float]:
-    """Medians of seconds on this rank."""
-    one, found = Saving(layers, ENGINES[name], folder, world), dict[str, list[float]]()
+    """Return median seconds on this rank."""
+    run, seconds = Saving(layers, ENGINES[name], folder, world), dict[str, list[float]]()
     for _ in range(TURNS[layers] + 1):
-        one.train(2)
-        for what, work in {"copy": one.save, "write": one.keeper.wait, "resume": one.resume}.items():
-            found.setdefault(what, []).append(one.timed(work))
-    one.keeper.close()
-    return {what: statistics.median(values[1:]) for what, values in found.items()}
+        run.train(2)
+        for part, work in {"copy": run.save, "write": run.keeper.wait, "resume": run.resume}.items():
+            seconds.setdefault(part, []).append(run.timed(work))
+    run.keeper.close()
+    return {part: statistics.median(values[1:]) for part, values in seconds.items()}
 
 
 def engine_rows() -> list[dict[str, Any]]:
-    """One row for each size, number of ranks and engine; of each time that of the slowest rank."""
+    """Return a row per size, number of ranks and engine, with the times of the slowest rank."""
     found = []
     for (size, ranks), name in itertools.product(BY_ENGINE, SAVED_BY):
         with tempfile.TemporaryDirectory() as folder:
             body = partial(by_engine, name, size, Path(folder) / "run")
             measured = in_ranks(ranks, body, Path(folder), deadline_s=600)
-        slowest = {f"{what} ms": 1e3 * max(one[what] for one in measured) for what in measured[0]}
+        slowest = {f"{part} ms": 1e3 * max(times[part] for times in measured) for part in measured[0]}
         found.append({"weights, ranks, engine": f"{size} MiB, {ranks}, {name}", **slowest})
     return found
 

@@ -1,6 +1,6 @@
-"""Time of a training step by engine against that engine used by hand, in the same ranks, turn by turn.
+"""Time a training step by engine against that engine used by hand, in the same ranks, taking turns.
 
-python -m benchmarks.engines fsdp    # one of them
+python -m benchmarks.engines fsdp    # one engine
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.step import compared, fitting
 from isobatch.trainers.ranks.world import World
 
 TURNS = 5
-STEPS = {"MLP": 60, "blocks": 20}  # in a turn
+STEPS = {"MLP": 60, "blocks": 20}  # per turn
 TASKS: dict[str, tuple[type[Yardstick], str]] = {
     "MLP": (by_hand.OneGroup, "benchmarks.by_hand.OneGroup"),
     "blocks": (by_hand.Blocks, "benchmarks.by_hand.Blocks"),
@@ -31,7 +31,7 @@ RANKS = (1, 2)
 
 
 def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Two functions that train as many steps as a turn has, and give the seconds that it took: ours, and by hand."""
+    """Return two functions that train a turn's steps and return the seconds: ours, and by hand."""
     task, target = TASKS[model]
     seconds = fitting(
         world, *ENGINES[name], f"task._target_={target}", f"batch.global_size={PER_GPU * world.size}",
@@ -52,7 +52,7 @@ def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Call
 
 
 def turns(name: str, model: str, world: World) -> list[tuple[float, float]]:
-    """Seconds a step, (ours, by hand), turn by turn; each goes first as often."""
+    """Return seconds per step, (ours, by hand), of each turn; the order alternates."""
     ours, other = ways(name, model, world)
     ours(), other()
     found = []
@@ -64,12 +64,12 @@ def turns(name: str, model: str, world: World) -> list[tuple[float, float]]:
 
 
 def rows(names: Sequence[str] = tuple(ENGINES)) -> list[dict[str, Any]]:
-    """One row for each engine and model: medians in ms, and medians of the turns' ratios."""
+    """Return a row per engine and model: medians in ms, and medians of the turns' ratios."""
     found = []
     for name, model in itertools.product(names, TASKS):
         row: dict[str, Any] = {"engine, model": f"{name}, {model}"}
         for size in RANKS:
-            columns = (f"on {size}: {what}" for what in ("ours ms", "by hand ms", "ours / by hand"))
+            columns = (f"on {size}: {column}" for column in ("ours ms", "by hand ms", "ours / by hand"))
             row |= compared(size, partial(turns, name, model), *columns)
         found.append(row)
     return found

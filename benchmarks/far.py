@@ -1,4 +1,4 @@
-"""What going on takes in the middle of 10^9 samples, against a start.
+"""Time resuming in the middle of 10^9 samples against a new run.
 
 python -m benchmarks.far
 """
@@ -21,11 +21,11 @@ from benchmarks.start import LAUNCH, ROOT, seconds
 from tests.faults.hostile import edit
 
 SAMPLES, MIDDLE, GLOBAL = 10**9, 500_000_000, 32
-COMMANDS = 4  # after the first, which reads from the disk
+COMMANDS = 4  # after the first command, which reads from the disk
 
 
 class Far:
-    """A dataset of 10^9 samples, none of which is stored; a run of it that asks for a stop at its second step."""
+    """A task with 10^9 computed samples; with STOPS in the environment, its run stops at its second step."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -52,7 +52,7 @@ class Computed(torch.utils.data.Dataset):
 
 
 def rows() -> list[dict[str, Any]]:
-    """Two steps in the middle of an epoch of 10^9 samples against two at its beginning, from start to exit."""
+    """Time two steps in the middle of an epoch of 10^9 samples against two at its start, from start to exit."""
     task = ("task=custom", "task._target_=benchmarks.far.Far", "lr.peak=0.05", f"batch.global_size={GLOBAL}")
     ranks = ("device=cpu", "cluster.gpus_per_node=2")
     measured = []
@@ -67,12 +67,12 @@ def rows() -> list[dict[str, Any]]:
         for _ in range(COMMANDS + 1):
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(begun, run)
-            there = seconds([*LAUNCH, *ranks, f"run.dir={run}"], name, [])
-            fresh = [*LAUNCH, *task, *ranks, "duration=2st", "run.new=true"]
-            measured.append((there, seconds(fresh, name, [])))
-    there, anew = (statistics.median(values) for values in zip(*measured[1:], strict=True))
+            resumed = seconds([*LAUNCH, *ranks, f"run.dir={run}"], name, [])
+            new_run = [*LAUNCH, *task, *ranks, "duration=2st", "run.new=true"]
+            measured.append((resumed, seconds(new_run, name, [])))
+    resumed, new = (statistics.median(values) for values in zip(*measured[1:], strict=True))
     ratio = statistics.median(a / b for a, b in measured[1:])
-    return [{"command": "2 ranks, 2 steps", "in the middle s": there, "from the beginning s": anew, "ratio": ratio}]
+    return [{"command": "2 ranks, 2 steps", "in the middle s": resumed, "from the start s": new, "ratio": ratio}]
 
 
 def _move_to_the_middle(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""The same global batch, cut in six ways: how far the weights come apart after 20 steps.
+"""Cut the same global batch in six ways, and compare the weights after 20 steps.
 
 python -m benchmarks.invariance
 """
@@ -19,7 +19,7 @@ CUTS = ((1, 96, 1), (1, 32, 3), (2, 16, 3), (3, 32, 1), (3, 7, 5), (4, 25, 1))  
 
 
 def train(world: int, per_gpu: int, directory: Path) -> dict[str, torch.Tensor]:
-    """The final weights of the dropout model with unequal unit counts, by the command that a user would give."""
+    """Train the dropout model with unequal unit counts by the command line, and return its final weights."""
     command = [
         sys.executable, str(ROOT / "launch.py"), f"run.dir='{directory}'", f"cluster.gpus_per_node={world}",
         "device=cpu", "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=96",
@@ -32,14 +32,14 @@ def train(world: int, per_gpu: int, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """max |Δ| / max |w| over all weights, against the first cut."""
+    """Return max |Δ| / max |w| over all weights for each cut, against the first cut."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         weights = [train(world, per_gpu, Path(folder) / f"{world}x{per_gpu}") for world, per_gpu, _ in CUTS]
     largest = max(float(tensor.abs().max()) for tensor in weights[0].values())
     for (world, per_gpu, accumulation), other in zip(CUTS, weights, strict=True):
-        apart = max(float((other[name] - tensor).abs().max()) for name, tensor in weights[0].items())
-        found.append({"world × per-GPU × accumulation": f"{world} × {per_gpu} × {accumulation}", "Δ": apart / largest})
+        delta = max(float((other[name] - tensor).abs().max()) for name, tensor in weights[0].items())
+        found.append({"world × per-GPU × accumulation": f"{world} × {per_gpu} × {accumulation}", "Δ": delta / largest})
     return found
 
 

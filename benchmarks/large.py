@@ -1,4 +1,4 @@
-"""What a large batch costs on images, and how much of it a rule and a warmup bring back: AdamW and LAMB."""
+"""Measure the accuracy that a large batch loses on images, and how much a rule and a warmup recover: AdamW and LAMB."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ OPTIMIZERS = ("adamw", "lamb")
 TASK = (
     "task=images", "task.args.width=8", "duration=15ep", "batchnorm.mode=ghost", "batchnorm.ghost_size=32",
 )  # fmt: skip
-AS_IT_IS, SCALED = ("lr.rule=none", "lr.warmup=0"), ("lr.rule=sqrt", "lr.warmup=20%")
+UNSCALED, SCALED = ("lr.rule=none", "lr.warmup=0"), ("lr.rule=sqrt", "lr.warmup=20%")
 WAYS = {
     f"{SMALL}, by the rule sqrt, with a warmup": (SMALL, SCALED),
-    f"{LARGE}, the LR of {TUNED}, no warmup": (LARGE, AS_IT_IS),
+    f"{LARGE}, the LR of {TUNED}, no warmup": (LARGE, UNSCALED),
     f"{LARGE}, by the rule sqrt, with a warmup": (LARGE, SCALED),
 }
 
 
 def rows() -> list[dict[str, Any]]:
-    """Accuracy, mean ± standard deviation over seeds; how much of the gap to the small batch is closed; the time."""
+    """Return the accuracy (mean ± standard deviation over seeds), the closed part of the gap, and the time."""
     cells = [(optimizer, way) for optimizer in OPTIMIZERS for way in WAYS]
     commands = [
         (*TASK, f"optimizer={optimizer}", f"batch.global_size={WAYS[way][0]}", *WAYS[way][1], f"seed={seed}")
@@ -32,8 +32,8 @@ def rows() -> list[dict[str, Any]]:
     runs = train_all(commands)
     found, mean = [], dict[str, float]()
     for number, (optimizer, way) in enumerate(cells):
-        mine = runs[len(SEEDS) * number :][: len(SEEDS)]
-        accuracies = [100 * run.last("val/accuracy") for run in mine]
+        seeds = runs[len(SEEDS) * number :][: len(SEEDS)]
+        accuracies = [100 * run.last("val/accuracy") for run in seeds]
         mean[way] = statistics.fmean(accuracies)
         small, plain, scaled = (mean.get(name) for name in WAYS)
         closed = None if small is None or plain is None or scaled is None or plain >= small else scaled - plain
@@ -46,7 +46,7 @@ def rows() -> list[dict[str, Any]]:
                 if small is None or way == f"{SMALL}, by the rule sqrt, with a warmup"
                 else f"{small - mean[way]:.3g}",
                 "of the gap closed": "" if closed is None else f"{closed / (small - plain):.0%}",  # type: ignore[operator]
-                "s a run": statistics.fmean(run.seconds for run in mine),
+                "s per run": statistics.fmean(run.seconds for run in seeds),
             }
         )
         if scaled is not None:

@@ -1,4 +1,4 @@
-"""What measuring the gradient noise in every step takes, against the same steps without it, turn by turn.
+"""Time steps that measure the gradient noise against the same steps without it, taking turns.
 
 python -m benchmarks.noise
 """
@@ -21,11 +21,11 @@ TURNS = 11
 SAMPLES, WIDTH, CLASSES = 1024, 1024, 10
 VOCABULARY, LENGTH = 256, 64
 PER_GPU = {"MLP": 128, "Transformer": 8}
-STEPS = {"MLP": 5, "Transformer": 2}  # in a turn
+STEPS = {"MLP": 5, "Transformer": 2}  # per turn
 
 
 class MLP:
-    """3.2 million parameters, 128 vectors in a micro-batch."""
+    """A task with 3.2 million parameters and 128 vectors per micro-batch."""
 
     def model(self) -> nn.Module:
         hidden = [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
@@ -42,7 +42,7 @@ class MLP:
 
 
 class Transformer:
-    """3.3 million parameters in 52 tensors, 8 sequences of 64 tokens in a micro-batch."""
+    """A task with 3.3 million parameters in 52 tensors and 8 sequences of 64 tokens per micro-batch."""
 
     def model(self) -> nn.Module:
         layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
@@ -60,15 +60,15 @@ class Transformer:
 
 
 def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
-    """Seconds a step, (measured, not measured), turn by turn."""
+    """Return seconds per step, (measured, not measured), of each turn."""
     seconds = fitting(
         world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
         f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
     )  # fmt: skip
-    both = PER_GPU[name] * passes * world.size, None  # in every step, in none
+    both = PER_GPU[name] * passes * world.size, None  # every step, no step
     seconds(both[0])
     found = []
-    for turn in range(TURNS):  # each goes first as often
+    for turn in range(TURNS):  # the order alternates
         order = both if turn % 2 else both[::-1]
         took = {every: seconds(every) / STEPS[name] for every in order}
         found.append((took[both[0]], took[None]))
@@ -76,7 +76,7 @@ def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each model and number of ranks and passes: medians in ms, and the median of the turns' ratios."""
+    """Return a row per model and ranks × passes: medians in ms, and the median of the turns' ratios."""
     found = []
     for name in PER_GPU:
         for ranks, passes in ((1, 2), (2, 1)):

@@ -1,4 +1,4 @@
-"""Time of LAMB's and LARS's steps against torch's fused AdamW and SGD, and others' LAMB and LARS, turn by turn."""
+"""Time LAMB's and LARS's steps against torch's fused AdamW and SGD and other LAMBs and LARSs, taking turns."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LAYERS, HIDDEN, VOCABULARY, WARM, TURNS = 12, 256, 30522, 2, 15
 
 
 def shapes() -> list[tuple[int, ...]]:
-    """A small BERT's, as they are registered."""
+    """Return the shapes of a small BERT's parameters in the order of registration."""
     block = [(HIDDEN, HIDDEN), (HIDDEN,)] * 4 + [(HIDDEN,)] * 2
     block += [(4 * HIDDEN, HIDDEN), (4 * HIDDEN,), (HIDDEN, 4 * HIDDEN), *[(HIDDEN,)] * 3]
     return [(VOCABULARY, HIDDEN), (512, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,), *block * LAYERS]
 
 
 def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """No decay on vectors, and no trust ratio, by what each takes for that."""
+    """Return two groups: matrices, and vectors without weight decay and trust ratio."""
     matrices, vectors = ([p for p in parameters if (p.ndim > 1) is many] for many in (True, False))
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0, "trust": False}]
 
 
 def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
-    """Name → (what it is compared with, how it is made)."""
+    """Return name → (baseline, constructor)."""
     from isobatch.trainers.optim.lamb import LAMB
     from isobatch.trainers.optim.lars import LARS
 
@@ -54,23 +54,23 @@ def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
     def peer(path: str, **options: Any) -> Callable[[Any], Optimizer]:
         module, _, name = path.rpartition(".")
         made: Callable[..., Optimizer] = getattr(alone(module), name)
-        return lambda own: made(own, lr=1e-4, **options)
+        return lambda groups: made(groups, lr=1e-4, **options)
 
     return {
-        adamw: (adamw, lambda own: AdamW(own, lr=1e-4, fused=True, **decay)),
-        "AdamW, foreach": (adamw, lambda own: AdamW(own, lr=1e-4, foreach=True, **decay)),
-        "LAMB, ours": (adamw, lambda own: LAMB(own, lr=1e-4, **decay)),
-        "LAMB, ours without the kernel": (adamw, lambda own: LAMB(own, lr=1e-4, native=False, **decay)),
-        **{f"LAMB, {who}": (adamw, peer(f"{where}.lamb.Lamb", **decay)) for who, where in lambs.items()},
-        sgd: (sgd, lambda own: SGD(own, lr=1e-4, fused=True, **momentum)),
-        "LARS, ours": (sgd, lambda own: LARS(own, lr=1e-4, **momentum)),
-        "LARS, ours without the kernel": (sgd, lambda own: LARS(own, lr=1e-4, native=False, **momentum)),
-        **{f"LARS, {who}": (sgd, peer(path, **momentum)) for who, path in larses.items()},
+        adamw: (adamw, lambda groups: AdamW(groups, lr=1e-4, fused=True, **decay)),
+        "AdamW, foreach": (adamw, lambda groups: AdamW(groups, lr=1e-4, foreach=True, **decay)),
+        "LAMB, ours": (adamw, lambda groups: LAMB(groups, lr=1e-4, **decay)),
+        "LAMB, ours without the kernel": (adamw, lambda groups: LAMB(groups, lr=1e-4, native=False, **decay)),
+        **{f"LAMB, {package}": (adamw, peer(f"{path}.lamb.Lamb", **decay)) for package, path in lambs.items()},
+        sgd: (sgd, lambda groups: SGD(groups, lr=1e-4, fused=True, **momentum)),
+        "LARS, ours": (sgd, lambda groups: LARS(groups, lr=1e-4, **momentum)),
+        "LARS, ours without the kernel": (sgd, lambda groups: LARS(groups, lr=1e-4, native=False, **momentum)),
+        **{f"LARS, {package}": (sgd, peer(path, **momentum)) for package, path in larses.items()},
     }
 
 
 def turns(world: World) -> dict[str, tuple[float, list[float]]]:
-    """Name → seconds of making it with its first step, and of each step after that; one thread."""
+    """Return name → (seconds of construction and first step, seconds of each later step) on one thread."""
     random = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(0.02 * torch.randn(shape, generator=random)) for shape in shapes()]
     gradients = [0.01 * torch.randn(shape, generator=random) for shape in shapes()]
@@ -78,7 +78,7 @@ def turns(world: World) -> dict[str, tuple[float, list[float]]]:
         parameter.grad = torch.zeros_like(parameter)
 
     def timed(body: Callable[[], Any]) -> float:
-        for parameter, gradient in zip(parameters, gradients, strict=True):  # some write into them
+        for parameter, gradient in zip(parameters, gradients, strict=True):  # some optimizers modify gradients
             assert isinstance(parameter.grad, Tensor)
             parameter.grad.copy_(gradient)
         began = time.perf_counter()
@@ -87,7 +87,7 @@ def turns(world: World) -> dict[str, tuple[float, list[float]]]:
 
     optimizers: dict[str, Optimizer] = {}
     first: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as cache:  # so that the kernel is built here
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache, so that the kernel is compiled
         os.environ["XDG_CACHE_HOME"] = cache
         for name, (_, make) in makers().items():
 
@@ -101,20 +101,20 @@ def turns(world: World) -> dict[str, tuple[float, list[float]]]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each optimizer: the median in ms, the median of the turns' ratios, and what the first step took."""
+    """Return a row per optimizer: the median in ms, the median of the turns' ratios, and the time of the first step."""
     with tempfile.TemporaryDirectory() as folder:
         measured = in_ranks(1, turns, Path(folder), deadline_s=600)[0]
     found = []
     for name, (against, _) in makers().items():
-        began, steps = measured[name]
-        ratios = [mine / other for mine, other in zip(steps, measured[against][1], strict=True)]
+        first, steps = measured[name]
+        ratios = [step / baseline for step, baseline in zip(steps, measured[against][1], strict=True)]
         found.append(
             {
                 "optimizer": name,
-                "ms a step": 1e3 * statistics.median(steps),
+                "ms per step": 1e3 * statistics.median(steps),
                 "ratio": statistics.median(ratios),
                 "to": against,
-                "made, with its first step, s": began,
+                "construction and first step, s": first,
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""What people write by hand: torchrun, DDP, DataLoader, DistributedSampler, clipping, a scheduler. The yardstick.
+"""A typical hand-written loop: torchrun, DDP, DataLoader, DistributedSampler, clipping, a scheduler.
 
 torchrun --nproc-per-node=2 benchmarks/plain.py --steps 2
 """
@@ -22,7 +22,7 @@ SAMPLES, PER_GPU = 4096, 32
 
 
 class Yardstick:
-    """The same work as a task of ours: a 784-128-10 MLP on random images."""
+    """The same work as an Isobatch task: a 784-128-10 MLP on random images."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -38,7 +38,7 @@ class Yardstick:
 
 
 def batches(data: TensorDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's, epoch after epoch, without end."""
+    """Yield this rank's batches, epoch after epoch, forever."""
     sampler: Any = DistributedSampler(data, shuffle=True)
     loader = DataLoader(data, batch_size=PER_GPU, sampler=sampler, drop_last=True)
     for epoch in itertools.count():
@@ -47,7 +47,7 @@ def batches(data: TensorDataset) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def loop(steps: int, task: Yardstick | None = None) -> Iterator[float]:
-    """Train ``steps`` steps in the process group that is there; gives each step's loss."""
+    """Train ``steps`` steps in the initialised process group, and yield the loss of each step."""
     torch.manual_seed(0)
     task = task or Yardstick()
     model = DistributedDataParallel(task.model())

@@ -1,4 +1,4 @@
-"""Which rule keeps a language model's loss when its batch grows: AdamW, tuned at a small batch, by its betas."""
+"""Compare how well rules keep a language model's loss as its batch grows: AdamW tuned at a small batch, by betas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.trained import spread, train_all
 
 SMALL, KAPPAS, SEEDS = 4, (4, 8), (0, 1, 2)
 RULES = ("none", "sqrt", "linear", "sde")
-# Betas, and the LR that was best with them at SMALL: of 0.002, 0.004, 0.008 and 0.016, on two seeds.
+# Betas -> the best LR at SMALL of 0.002, 0.004, 0.008 and 0.016, on two seeds
 TUNED = {(0.9, 0.95): 0.004, (0.98, 0.995): 0.004}
 TASK = (
     "task=text", "task.args.length=32", "task.args.width=32", "task.args.dropout=0.0", "task.train_samples=null",
@@ -23,7 +23,7 @@ def command(betas: tuple[float, float], kappa: int, rule: str, seed: int) -> tup
 
 
 def rows() -> list[dict[str, Any]]:
-    """Validation loss at equal samples, mean ± standard deviation over seeds; a row for each betas and batch."""
+    """Return the validation loss at equal samples (mean ± standard deviation over seeds), a row per betas and batch."""
     cells = [(betas, 1, "none") for betas in TUNED]
     cells += [(betas, kappa, rule) for betas in TUNED for kappa in KAPPAS for rule in RULES]
     runs = train_all([command(*cell, seed) for cell in cells for seed in SEEDS])

@@ -1,4 +1,4 @@
-"""The same run, by engine and feature: how far the weights of each are from those of DDP on one rank.
+"""Compare the weights of the same run by engine and feature with those of DDP on one rank.
 
 python -m benchmarks.same
 """
@@ -21,7 +21,7 @@ DEADLINE_S = 300.0
 
 
 def differences(case: str, folder: Path) -> Iterator[str]:
-    """The cells of a row: max |Δ| / max |w|, or whatever else it came to."""
+    """Yield the cells of a row: max |Δ| / max |w|, or whether the engine refused the feature."""
     runs = Runs(folder, DEADLINE_S)
     truth = finished(runs(1, *overrides(case, "DDP")))
     for engine in ENGINES:
@@ -33,22 +33,22 @@ def differences(case: str, folder: Path) -> Iterator[str]:
 
 
 def finished(run: Run) -> Run:
-    """Raises RuntimeError for one that isn't."""
+    """Return ``run``. Raises RuntimeError if it didn't finish."""
     if any(end.get("state") != "finished" for end in run.ends):
         raise RuntimeError(f"{run.run.path}: {run.ends}")
     return run
 
 
 def refused(runs: Runs, case: str, engine: str) -> bool:
-    """Whether all ranks refuse it."""
+    """Return True if all ranks refuse the combination."""
     return all(end.get("raised") == "UserError" for end in runs(RANKS, *overrides(case, engine)).ends)
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each case, one column for each engine."""
+    """Return a row per case with a column per engine."""
     found = []
     with hushed():
-        for engine in ENGINES.values():  # once for all that are forked from here
+        for engine in ENGINES.values():  # imported once, before forking
             import_engine(compose([*TASK, *engine]))
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder, hushed():

@@ -1,4 +1,4 @@
-"""What the sample order costs, on one core: `python -m benchmarks.sample_order`."""
+"""Time the sample order on one core: `python -m benchmarks.sample_order`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isobatch.scaling.order import indices
 RANGE = 1 << 20
 REQUEST = 32
 REQUESTS = 1000
-# name -> (samples, least million indices a second); just above an even power of two most is walked
+# name -> (samples, target in million indices per second); just above an even power of two, cycle-walking is longest
 DATASETS = {
     "50,000": (50_000, 5.0),
     "10^6": (10**6, 5.0),
@@ -25,7 +25,7 @@ DATASETS = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row a measurement: what, value, unit, and the target ("" where there is none)."""
+    """Return a row per measurement: name, value, unit, and target ("" if there is none)."""
     table = []
     for name, (n, target) in DATASETS.items():
         rate = RANGE / _best(_range, n, RANGE) / 1e6
@@ -43,7 +43,7 @@ def _range(seed: int, n: int, length: int) -> None:
 
 
 def _micro_batches(seed: int, n: int, requests: int) -> None:
-    """Requests one after another, as a loader asks; what an epoch costs at its start is in it."""
+    """Make consecutive requests like a loader, including the cost of starting an epoch."""
     for start in range(0, requests * REQUEST, REQUEST):
         indices(seed, n, start, start + REQUEST)
 
@@ -53,7 +53,7 @@ def _numpy(seed: int, n: int) -> None:
 
 
 def _best(work: Callable[..., None], *args: int) -> float:
-    """Seconds of the quickest of five tries, each with a seed of its own: no table is left from the one before."""
+    """Return the seconds of the fastest of five tries, each with a new seed, so that no table is cached."""
     seconds = []
     for seed in range(5):
         start = perf_counter()

@@ -1,8 +1,8 @@
-"""Starts and ends of two workers, many times: does any of them hang, end with the wrong code, or leave a process?
+"""Start and end two workers many times, and count hangs, wrong exit codes and leftover processes.
 
     python -m benchmarks.soak --starts 100
 
-Every fourth one is stopped by a TERM at a random moment, from before the workers exist to the middle of the training.
+Every fourth run is stopped by SIGTERM at a random moment, from before the workers exist to the middle of training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isobatch.conf.rundir.directory import RunDir
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 WAYS = {
     "python launch.py": ([sys.executable, str(LAUNCH), "cluster.gpus_per_node=2"], {"finished": 0, "stopped": 75}),
-    # torchrun ends with 1 when a signal ends it, however well its workers stopped
+    # torchrun exits with 1 after a signal, even if its workers stopped cleanly
     "torchrun launch.py": (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(LAUNCH)],
         {"finished": 0, "stopped": 1},
@@ -35,7 +35,7 @@ WAYS = {
 
 @dataclass
 class Tally:
-    """What came of the starts of one way."""
+    """Count the outcomes of one way to start."""
 
     seconds: list[float] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
@@ -81,11 +81,11 @@ def _one(way: str, run: Path, *, stopped: bool, deadline_s: float, tally: Tally)
         return
     if not stopped:
         tally.seconds.append(time.monotonic() - began)
-    left = time.monotonic() + 1
-    while (others := processes_of(run)) and time.monotonic() < left:
+    deadline = time.monotonic() + 1
+    while (leftovers := processes_of(run)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    tally.leftovers += len(others)
-    for pid in others:
+    tally.leftovers += len(leftovers)
+    for pid in leftovers:
         os.kill(pid, signal.SIGKILL)
     outcome = RunDir(run).outcome()
     end, wanted = outcome.state if outcome else "no outcome", "stopped" if stopped else "finished"
@@ -96,14 +96,14 @@ def _one(way: str, run: Path, *, stopped: bool, deadline_s: float, tally: Tally)
 
 
 def _wait_for_random_moment(run: Path, way: str) -> None:
-    """Up to 3 s from the start; or from the first event, since torchrun kills what hasn't got its handlers yet."""
+    """Wait up to 3 s from the start, or from the first event: torchrun kills workers that have no handlers yet."""
     while way.startswith("torchrun") and not (run / "events.jsonl").exists():
         time.sleep(0.01)
     time.sleep(0.2 + 2.8 * random.random())
 
 
 def processes_of(run: Path) -> list[int]:
-    """Processes that have this run directory in their command line, which forked workers inherit."""
+    """Return the processes with this run directory in their command line, which forked workers inherit."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -120,9 +120,9 @@ def _state(process: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=100, help="of each way (100)")
+    parser.add_argument("--starts", type=int, default=100, help="starts of each way (100)")
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds after which a start counts as hung (60)")
-    parser.add_argument("--way", choices=WAYS, action="append", help="only this one")
+    parser.add_argument("--way", choices=WAYS, action="append", help="only this way")
     arguments = parser.parse_args()
     print(f"{'two workers by':20} {'starts':>6} {'hangs':>6} {'wrong':>6} {'left':>6} {'median':>8}  ends", flush=True)
     clean = True
@@ -133,8 +133,8 @@ def main() -> int:
         seconds = f"{median(tally.seconds):6.2f} s" if tally.seconds else ""
         counts = f"{arguments.starts:6} {tally.hangs:6} {len(tally.wrong):6} {tally.leftovers:6}"
         print(f"{way:20} {counts} {seconds:>8}  {ends}", flush=True)
-        for what in tally.wrong:
-            print(what)
+        for failure in tally.wrong:
+            print(failure)
     return 0 if clean else 1
 
 

@@ -1,4 +1,4 @@
-"""Whole commands, from start to exit, turn by turn with what they are compared to."""
+"""Time whole commands from start to exit, taking turns with the commands they are compared to."""
 
 from __future__ import annotations
 
@@ -52,38 +52,38 @@ PAIRS = {
 
 
 def seconds(command: list[str], folder: str, failed: list[int]) -> float:
-    """From start to exit, in an empty folder; what fails isn't timed, but counted in ``failed``, and tried again.
+    """Return the seconds from start to exit in ``folder``. A failed run is added to ``failed`` and repeated.
 
-    The plain script's gloo aborts or hangs at exit now and then.
+    The plain script's gloo sometimes aborts or hangs at exit.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    said = "it took more than 60 s"
+    reason = "it took more than 60 s"
     for _ in range(5):
         began = time.perf_counter()
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=60)
             if done.returncode == 0:
                 return time.perf_counter() - began
-            said = done.stderr
+            reason = done.stderr
         failed.append(1)
-    raise RuntimeError(f"{' '.join(command)} failed five times in a row: {said}")
+    raise RuntimeError(f"{' '.join(command)} failed five times in a row: {reason}")
 
 
 def rows() -> list[dict[str, Any]]:
-    """Medians in seconds, and the median of the turns' ratios."""
+    """Return a row per pair of commands: medians in seconds, and the median of the turns' ratios."""
     found = []
     for name, (ours, other, turns) in PAIRS.items():
         failed: tuple[list[int], list[int]] = ([], [])
         with tempfile.TemporaryDirectory() as folder:
             measured = [
                 (seconds(ours, folder, failed[0]), seconds(other, folder, failed[1])) for _ in range(turns + 1)
-            ][1:]  # without the first, which reads from the disk
+            ][1:]  # the first turn reads from the disk
         found.append(
             {
                 "command / compared to": name,
-                "s": statistics.median(mine for mine, _ in measured),
-                "compared to s": statistics.median(theirs for _, theirs in measured),
-                "ratio": statistics.median(mine / theirs for mine, theirs in measured),
+                "s": statistics.median(ours_s for ours_s, _ in measured),
+                "compared to s": statistics.median(other_s for _, other_s in measured),
+                "ratio": statistics.median(ours_s / other_s for ours_s, other_s in measured),
                 "failed": f"{len(failed[0])} / {len(failed[1])}",
             }
         )

@@ -1,4 +1,4 @@
-"""Time of a training step against the hand-written DDP loop, in the same ranks, turn by turn."""
+"""Time a training step against the hand-written DDP loop, in the same ranks, taking turns."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ STEPS, WARM, TURNS = 300, 30, 9
 
 
 def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
-    """A function that runs our loop over a task's whole plan, and gives the seconds that it took.
+    """Return a function that runs our loop over a task's whole plan and returns the seconds.
 
-    Its argument says how often the gradient noise is measured, in samples. Nothing writes files or lines meanwhile.
+    Its argument is the interval at which the gradient noise is measured, in samples. The loop writes no files or lines.
     """
     from isobatch.conf.compose import compose
     from isobatch.scaling.noise import Smoothed
@@ -49,7 +49,7 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     model = task.model()
     engine = make_engine(config, task, model, plan.peak, world)
     kept.append(engine)
-    nothing: Any = KeepsNothing()
+    saver: Any = NoSaver()
 
     def seconds(noise_every: int | None) -> float:
         intervals = Intervals(10 * plan.cut.global_size, evaluate=None, save=None, noise=noise_every)
@@ -58,9 +58,9 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
         stepper = Stepper(engine, loader, Stream(0, world.device), Watch(), clip_norm=1.0)
         readback, stop = DelayedReadback(world.device), Stop()
         monitor = Monitor(config, state, Metrics(None, state, live=False), readback, stop)
-        world.gather("")  # all start together
+        world.gather("")  # all ranks start together
         began = time.perf_counter()
-        fit(state, stepper, monitor, nothing, None, stop)
+        fit(state, stepper, monitor, saver, None, stop)
         return time.perf_counter() - began
 
     return seconds
@@ -69,22 +69,22 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
 def compared(
     ranks: int, turns: Callable[[World], list[tuple[float, float]]], ours: str, other: str, ratio: str
 ) -> dict[str, float]:
-    """Cells of a row, by their columns: medians in ms of both, and the median of the turns' ratios.
+    """Return the cells of a row by column: medians in ms of both, and the median of the turns' ratios.
 
     Args:
-        turns: called on each rank; gives the seconds of (ours, other), turn by turn.
+        turns: called on each rank; returns the seconds of (ours, other) for each turn.
     """
     with tempfile.TemporaryDirectory() as folder:
         measured = in_ranks(ranks, turns, Path(folder), deadline_s=600)[0]
     return {
-        ours: 1e3 * statistics.median(mine for mine, _ in measured),
-        other: 1e3 * statistics.median(theirs for _, theirs in measured),
-        ratio: statistics.median(mine / theirs for mine, theirs in measured),
+        ours: 1e3 * statistics.median(ours_s for ours_s, _ in measured),
+        other: 1e3 * statistics.median(other_s for _, other_s in measured),
+        ratio: statistics.median(ours_s / other_s for ours_s, other_s in measured),
     }
 
 
 def ours(world: World, steps: int) -> float:
-    """Seconds of ``steps`` steps of our loop."""
+    """Return the seconds of ``steps`` steps of our loop."""
     return fitting(
         world, "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
         f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
@@ -94,8 +94,8 @@ def ours(world: World, steps: int) -> float:
 kept: list[Any] = []
 
 
-class KeepsNothing:
-    """In the Saver's place: what a save takes is measured elsewhere."""
+class NoSaver:
+    """A Saver that never saves; saving is measured elsewhere."""
 
     best = Best(None)
 
@@ -110,7 +110,7 @@ class KeepsNothing:
 
 
 def plain(world: World, steps: int) -> float:
-    """Seconds of ``steps`` steps of the hand-written loop, without its set-up."""
+    """Return the seconds of ``steps`` steps of the hand-written loop, without its set-up."""
     losses = loop(steps + 1)
     next(losses)
     began = time.perf_counter()
@@ -120,7 +120,7 @@ def plain(world: World, steps: int) -> float:
 
 
 def turns(world: World) -> list[tuple[float, float]]:
-    """Seconds a step, (ours, plain), turn by turn."""
+    """Return seconds per step, (ours, plain), of each turn."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method="env://")
     ours(world, WARM), plain(world, WARM)
@@ -128,7 +128,7 @@ def turns(world: World) -> list[tuple[float, float]]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each number of processes: medians in ms, and the median of the turns' ratios."""
+    """Return a row per number of processes: medians in ms, and the median of the turns' ratios."""
     return [{"processes": size, **compared(size, turns, "ours ms", "plain DDP ms", "ours / plain")} for size in (1, 2)]
 
 

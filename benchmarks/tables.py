@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the silence in which they are measured."""
+"""Format tables in Markdown, and silence the output of measured code."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def cell(value: Any) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """A table of rows with the same keys."""
+    """Format rows with the same keys as a table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Nothing is said by this process nor by what it forks."""
+    """Discard the output of this process and its forks."""
     sys.stdout.flush()
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    kept = [os.dup(stream) for stream in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    saved = [os.dup(stream) for stream in (1, 2)]
     try:
         for stream in (1, 2):
-            os.dup2(nothing, stream)
+            os.dup2(null, stream)
         yield
     finally:
-        for stream, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, stream)
-        for one in (nothing, *kept):
-            os.close(one)
+        for stream, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, stream)
+        for descriptor in (null, *saved):
+            os.close(descriptor)

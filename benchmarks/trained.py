@@ -1,4 +1,4 @@
-"""Whole trainings for the benchmarks of what is learned: many short runs, one on each core."""
+"""Train many short runs, one per core, for the benchmarks of learning."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CONSTANT = ("evaluate.every=null", "checkpoint.every=null", "data.fingerprint=fa
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run that has ended: its lines of metrics (none where it broke down), and its time."""
+    """A run that has ended: its lines of metrics (none if it failed), and its time."""
 
     lines: list[dict[str, Any]]
     seconds: float
 
     def last(self, name: str) -> float:
-        """The last value of ``name``; infinite where the run broke down."""
+        """Return the last value of ``name``; infinity if the run failed."""
         values = [line[name] for line in self.lines if line.get(name) is not None]
         return float(values[-1]) if values and values[-1] == values[-1] else float("inf")
 
 
 def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
-    """The run of each command (overrides), as many at a time as there are cores, one thread each."""
+    """Train a run per command (its overrides), one single-threaded run per core at a time."""
     with tempfile.TemporaryDirectory() as folder:
         cores = os.cpu_count() or 1
         drivers = [_drive(commands, first, cores, Path(folder)) for first in range(min(cores, len(commands)))]
@@ -40,18 +40,18 @@ def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
         if any(codes):
             raise RuntimeError("".join(file.read_text() for file in Path(folder).glob("*.log")))
         found = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(len(commands))]
-    return [Trained(*one) for one in found]
+    return [Trained(*result) for result in found]
 
 
 def _drive(commands: Sequence[Sequence[str]], first: int, stride: int, folder: Path) -> int:
-    """A process that runs every ``stride``-th command."""
+    """Fork a process that runs every ``stride``-th command, and return its id."""
     if pid := os.fork():
         return pid
     code = 1
     try:
-        said = os.open(folder / f"{first}.log", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        log = os.open(folder / f"{first}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         for index in range(first, len(commands), stride):
             began = time.perf_counter()
             run = Runs(folder / f"run-{index}", deadline_s=600)(1, *CONSTANT, *commands[index])
@@ -65,7 +65,7 @@ def _drive(commands: Sequence[Sequence[str]], first: int, stride: int, folder: P
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Format the mean ± standard deviation over seeds."""
     if not all(value < float("inf") for value in values):
         return "diverged"
     return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values) if len(values) > 1 else 0:.2g}"

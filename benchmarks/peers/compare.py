@@ -1,4 +1,4 @@
-"""What people use instead, and ours, on the same work: time, difference over cuts, and what a resume loses.
+"""Compare Isobatch with other frameworks on the same work: time, difference over cuts, and losses on resume.
 
 python -m benchmarks peers
 """
@@ -30,21 +30,22 @@ from tests.support.harness import Runs, in_ranks
 
 STEPS, WARM, TURNS, START_TURNS = 150, 20, 5, 2
 CUT_STEPS = 20
-CUTS = ((1, 96, 1), (2, 16, 3), (3, 32, 1))  # world × per-GPU × accumulation; all against the first
+CUTS = ((1, 96, 1), (2, 16, 3), (3, 32, 1))  # world × per-GPU × accumulation, compared with the first
 UNEVEN = (3, 7, 5)
-BEFORE, AFTER = (2, 16, 3), (3, 16, 2)  # the cut that is stopped, and the one that goes on
-STOP_AT, LAST = 5, Tokens.SAMPLES // GLOBAL  # steps: in the middle, and at the end, of an epoch
+BEFORE, AFTER = (2, 16, 3), (3, 16, 2)  # the cut of the stopped run, and of the resumed one
+STOP_AT, LAST = 5, Tokens.SAMPLES // GLOBAL  # steps: in the middle and at the end of an epoch
 
 PLAIN, OURS = "plain.py", "ours"
-TIMED = ("1 process: ms a step", "2 processes: ms a step", "two steps on 2, start to exit: s")
+TIMED = ("1 process: ms per step", "2 processes: ms per step", "two steps on 2, start to exit: s")
 MEASURED = (*("Δ, " + " × ".join(map(str, cut)) for cut in (*CUTS[1:], UNEVEN)), "lost / repeated")
 
 
 class Peer(NamedTuple):
-    """One row: which script, how it is used there, and by which command it is started.
+    """A row of the table: a framework, its script and its launcher.
 
     Attributes:
-        title: of the row, perhaps with ``{}`` for the version of ``package``.
+        title: title of the row, optionally with ``{}`` for the version of ``package``.
+        best: use the best opt-in features.
     """
 
     title: str
@@ -66,33 +67,33 @@ PEERS = (
     Peer("transformers {}'s Trainer", "transformers", "with_transformers", False, TORCHRUN_2),
     Peer("… the loss takes `num_items_in_batch`", "transformers", "with_transformers", True, TORCHRUN_2),
     Peer("Lightning {}", "lightning", "with_lightning", False, TORCHRUN_2),
-    Peer("… manual optimization, a sampler and a loader of one's own", "lightning", "with_lightning", True, TORCHRUN_2),
+    Peer("… manual optimization, a custom sampler and loader", "lightning", "with_lightning", True, TORCHRUN_2),
 )
 
 
 def train(peer: Peer, job: Job) -> list[float]:
-    """When each step ended."""
-    os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun would; else Lightning takes WORLD_SIZE away at its end
+    """Train, and return the time at the end of each step."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as under torchrun; else Lightning unsets WORLD_SIZE at its end
     ends: list[float] = importlib.import_module(f"benchmarks.peers.{peer.module}").train(job)
     return ends
 
 
 def in_all(world: int, body: Callable[[World], Any], folder: Path, deadline_s: float) -> list[Any]:
-    """What ``body`` returns on each of ``world`` forked ranks.
+    """Call ``body`` on ``world`` forked ranks and return its results.
 
     Raises:
-        RuntimeError: it failed on one of them.
+        RuntimeError: it failed on a rank.
     """
     with hushed():
-        ended = in_ranks(world, body, folder, deadline_s=deadline_s)
-    for rank, end in enumerate(ended):
-        if isinstance(end, dict) and "raised" in end:
-            raise RuntimeError(f"rank {rank} of {world}: {end['raised']}: {end['message']}")
-    return ended
+        results = in_ranks(world, body, folder, deadline_s=deadline_s)
+    for rank, result in enumerate(results):
+        if isinstance(result, dict) and "raised" in result:
+            raise RuntimeError(f"rank {rank} of {world}: {result['raised']}: {result['message']}")
+    return results
 
 
 def ms_of_steps(world: int) -> dict[str, list[float]]:
-    """Milliseconds a step in each turn, by row, in the same ``world`` ranks, turn by turn."""
+    """Return milliseconds per step in each turn, by row, measured in the same ``world`` ranks."""
 
     def turns(ranks: World) -> dict[str, list[float]]:
         if not dist.is_initialized():
@@ -116,13 +117,13 @@ def ms_of_steps(world: int) -> dict[str, list[float]]:
 
 
 def _per_step(steps: int, ends: list[float]) -> float:
-    """Milliseconds, without the first step and what is set up before it."""
+    """Return milliseconds per step, without the set-up and the first step."""
     assert len(ends) == steps
     return 1e3 * (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
 def s_of_starts() -> dict[str, list[float]]:
-    """Seconds from start to exit of two steps on two ranks, by row, turn by turn."""
+    """Return seconds from start to exit of two steps on two ranks in each turn, by row."""
     commands = {PLAIN: PLAIN_TWO_STEPS, OURS: TWO_STEPS}
     for peer in PEERS:
         if not peer.best:
@@ -135,7 +136,7 @@ def s_of_starts() -> dict[str, list[float]]:
 
 
 def differences(peer: Peer | None) -> list[float]:
-    """max |Δ| / max |w| of the weights after ``CUT_STEPS``, for each cut but the first, against the first."""
+    """Return max |Δ| / max |w| of the weights after ``CUT_STEPS`` for each further cut, against the first cut."""
     found = []
     for world, per_gpu, accumulation in (*CUTS, UNEVEN) if peer is None else CUTS:
         with tempfile.TemporaryDirectory() as name:
@@ -154,7 +155,7 @@ def differences(peer: Peer | None) -> list[float]:
 
 
 def overrides(per_gpu: int, steps: int) -> tuple[str, ...]:
-    """Ours, on the same work."""
+    """Return the overrides with which Isobatch does the same work."""
     return (
         "task=custom", "task._target_=benchmarks.peers.work.Tokens", f"batch.global_size={GLOBAL}",
         f"batch.per_gpu={per_gpu}", f"duration={steps}st", "lr.peak=0.05", "lr.warmup=0", "lr.decay=linear",
@@ -163,9 +164,9 @@ def overrides(per_gpu: int, steps: int) -> tuple[str, ...]:
 
 
 def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
-    """Samples of the epoch that were never trained on, and trainings beyond a sample's first.
+    """Return the samples of an epoch that were never trained on, and the number of repeated uses of samples.
 
-    It is stopped in its middle on 2 ranks, with a checkpoint, and goes on to its end on 3.
+    The run is stopped in mid-epoch on 2 ranks, with a checkpoint, and resumed on 3.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, seen = Path(name), Path(name) / "seen"
@@ -188,21 +189,21 @@ def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for the hand-written loop, one for ours, and for each peer its usual and its best way."""
+    """Return a row for the hand-written loop, one for Isobatch, and two per framework: default and best features."""
     for peer in PEERS:
-        importlib.import_module(f"benchmarks.peers.{peer.module}")  # once for all forked ranks
+        importlib.import_module(f"benchmarks.peers.{peer.module}")  # imported once, before forking
     steps, starts = [ms_of_steps(1), ms_of_steps(2)], s_of_starts()
     table = [timed(PLAIN, steps, starts) | dict.fromkeys(MEASURED, "")]
     for way in (None, *PEERS):
         name = way.name if way else OURS
-        apart, (lost, repeated) = differences(way), lost_and_repeated(way)
-        cells: list[Any] = [*apart, *["can't"] * (len(CUTS) - len(apart)), f"{lost} / {repeated}"]
+        deltas, (lost, repeated) = differences(way), lost_and_repeated(way)
+        cells: list[Any] = [*deltas, *["can't"] * (len(CUTS) - len(deltas)), f"{lost} / {repeated}"]
         table.append(timed(name, steps, starts) | dict(zip(MEASURED, cells, strict=True)))
     return table
 
 
 def timed(name: str, steps: list[dict[str, list[float]]], starts: dict[str, list[float]]) -> dict[str, Any]:
-    """The times of a row: medians, and in brackets the medians of the turns' ratios to the hand-written loop."""
+    """Return the times of a row: medians, and in brackets the medians of the ratios to the hand-written loop."""
     cells: dict[str, Any] = {"": name}
     for column, turns in zip(TIMED, (*steps, starts), strict=True):
         if name in turns:

@@ -1,4 +1,4 @@
-"""Accelerate as its documentation uses it: `accumulate` and `skip_first_batches`; and with its recipe for tokens.
+"""Train with Accelerate as in its documentation, and with its recipe for samples of variable size.
 
 accelerate launch --multi_gpu --num_processes 2 -m benchmarks.peers.with_accelerate --steps 2
 """
@@ -21,7 +21,7 @@ MAX_NORM = 1.0
 
 
 class Progress:
-    """How far it is: in batches of a rank, as the documentation's example counts, and in steps."""
+    """Count the batches of a rank, as in the documentation's example, and the steps."""
 
     def __init__(self) -> None:
         self.batches = self.steps = 0
@@ -34,7 +34,7 @@ class Progress:
 
 
 class Training:
-    """What `prepare` gave, and what both ways do with it."""
+    """Hold the prepared objects and the code that both ways share."""
 
     def __init__(self, job: Job) -> None:
         set_seed(SEED)
@@ -46,7 +46,7 @@ class Training:
         )
         bare, data = job.begin()
         optimizer = job.optimizer(bare)
-        # it counts as many steps at once as there are processes
+        # Accelerate steps a scheduler once per process
         schedule = job.schedule(optimizer, job.steps * self.accelerator.num_processes)
         loader: Any = DataLoader(data, batch_size=job.per_gpu, shuffle=True)
         self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
@@ -72,7 +72,7 @@ class Training:
         return self.progress.steps in (self.job.stop_at, self.job.steps)
 
     def usual(self, batches: Iterator[Any]) -> None:
-        """One epoch, its losses means over each batch."""
+        """Train an epoch with the mean loss of each batch."""
         for batch in batches:
             if isinstance(self.job.task, Tokens):
                 note_seen(batch[2])
@@ -85,7 +85,7 @@ class Training:
                 return
 
     def exact(self, batches: Iterator[Any]) -> None:
-        """One epoch by the recipe for samples of variable size: all tokens of a step are counted before it begins."""
+        """Train an epoch by the recipe for samples of variable size, which counts a step's tokens before the step."""
         accumulation, ranks = self.job.accumulation, self.accelerator.num_processes
         while window := list(itertools.islice(batches, accumulation)):
             total = self.accelerator.gather(sum(units(batch[1]) for batch in window)).sum().item()
@@ -93,8 +93,8 @@ class Training:
                 if isinstance(self.job.task, Tokens):
                     note_seen(batch[2])
                 self.progress.batches += 1
-                waits = number < len(window) and ranks > 1
-                with self.model.no_sync() if waits else nullcontext():
+                accumulates = number < len(window) and ranks > 1
+                with self.model.no_sync() if accumulates else nullcontext():
                     loss = cross_entropy(self.model(batch[0]), batch[1], "sum")
                     self.accelerator.backward(loss * accumulation * ranks / total)
             self.update()
@@ -103,13 +103,13 @@ class Training:
 
 
 def train(job: Job) -> list[float]:
-    """When each step ended."""
+    """Train, and return the time at the end of each step."""
     training, first, skip = Training(job), 0, 0
     accelerator, loader = training.accelerator, training.loader
     if job.resume:
         accelerator.load_state(str(job.folder))
         progress = training.progress
-        # a rank's batches are other ones on other ranks: the usual way doesn't know
+        # the number of a rank's batches depends on the number of ranks, which the usual way ignores
         batches = progress.steps * job.accumulation if job.best else progress.batches
         first, skip = divmod(batches, len(loader))
     for epoch in range(first, job.epochs):

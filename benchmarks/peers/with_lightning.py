@@ -1,4 +1,4 @@
-"""Lightning: automatic optimization; and manual, with every sum and sampler in one's own hands.
+"""Train with Lightning by automatic optimization, and by manual optimization with custom sums and sampler.
 
 torchrun --nproc-per-node=2 -m benchmarks.peers.with_lightning --steps 2
 """
@@ -22,7 +22,7 @@ MAX_NORM = 1.0
 
 
 class Usual(LightningModule):
-    """Lightning accumulates, clips and steps; a loss is a mean over its batch."""
+    """Automatic optimization: Lightning accumulates, clips and steps; the loss is a mean over the batch."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Usual(LightningModule):
 
 
 class Exact(Usual):
-    """Manual optimization: sums of losses, divided by the step's units on all ranks once they are known."""
+    """Manual optimization: sums of losses, divided by the step's units on all ranks."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -75,9 +75,9 @@ class Exact(Usual):
         self.units.zero_()
 
     def train_dataloader(self) -> Any:
-        """A sampler of one's own has the same order on any world; a loader with a state can resume."""
+        """Return a stateful loader, which can resume, with a sampler whose order is the same on any world."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own deprecations
+            warnings.simplefilter("ignore")  # torch's deprecation warnings
             from torchdata.stateful_dataloader import StatefulDataLoader
         sampler: Any = DistributedSampler(
             self.data, num_replicas=self.trainer.world_size, rank=self.trainer.global_rank, seed=SEED
@@ -86,7 +86,7 @@ class Exact(Usual):
 
 
 class Clock(Callback):
-    """When each step ended."""
+    """Record the time at the end of each step."""
 
     def __init__(self) -> None:
         self.ends = list[float]()
@@ -97,7 +97,7 @@ class Clock(Callback):
 
 
 def train(job: Job) -> list[float]:
-    """When each step ended."""
+    """Train, and return the time at the end of each step."""
     seed_everything(SEED, verbose=False)
     module, clock = (Exact if job.best else Usual)(job), Clock()
     stop: list[Callback] = []

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with a model whose forward returns its loss: a mean; or one that takes num_items_in_batch.
+"""Train with transformers' Trainer, with a model that returns a mean loss, and one that uses num_items_in_batch.
 
 torchrun --nproc-per-node=2 -m benchmarks.peers.with_transformers --steps 2
 """
@@ -18,7 +18,7 @@ from benchmarks.peers.work import SEED, Job, cross_entropy, main, note_seen
 
 
 class WithLoss(nn.Module):
-    """The usual way: the Trainer sees no more than a mean."""
+    """A model that returns the mean loss of its batch."""
 
     def __init__(self, bare: nn.Module) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class WithLoss(nn.Module):
 
 
 class WithCount(WithLoss):
-    """As the library's own models: the Trainer tells how many labels all ranks and passes of the step have."""
+    """A model like the library's own, which gets the number of labels in all ranks and passes of the step."""
 
     def forward(self, inputs: Tensor, labels: Tensor, index: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         if index is not None:
@@ -42,7 +42,7 @@ class WithCount(WithLoss):
 
 
 class Named(Dataset):
-    """Samples as the Trainer wants them: what its model's forward is called with, by name."""
+    """Samples as a dictionary of the arguments of the model's forward."""
 
     NAMES = ("inputs", "labels", "index")
 
@@ -57,7 +57,7 @@ class Named(Dataset):
 
 
 class Clock(TrainerCallback):
-    """When each step ended; and the stop, with a checkpoint, after ``stop_at``."""
+    """Record the time at the end of each step, and stop with a checkpoint after ``stop_at``."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.ends, self.stop_at = list[float](), stop_at
@@ -69,12 +69,12 @@ class Clock(TrainerCallback):
 
 
 def train(job: Job) -> list[float]:
-    """When each step ended."""
+    """Train, and return the time at the end of each step."""
     bare, data = job.begin()
     model = (WithCount if job.best else WithLoss)(bare)
     optimizer, clock = job.optimizer(model), Clock(job.stop_at)
-    with tempfile.TemporaryDirectory() as nowhere:
-        folder = str(job.folder or nowhere)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(job.folder or temporary)
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=job.steps,
@@ -87,7 +87,7 @@ def train(job: Job) -> list[float]:
             use_cpu=True,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False if job.best else None,  # as torch then advises
+            ddp_find_unused_parameters=False if job.best else None,  # as torch's warning advises
             seed=SEED,
         )
         trainer = Trainer(

@@ -1,4 +1,4 @@
-"""What every peer is asked to do: two tasks, and one training of either."""
+"""The work that every framework does: two tasks, and the description of a training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 from benchmarks.plain import SAMPLES, Yardstick
 
-GLOBAL = 96  # samples a step of the cuts and the resuming
+GLOBAL = 96  # global batch of the runs that compare cuts and resume
 SEED = 0
-SEEN = "ISOBATCH_BENCHMARK_SEEN"  # in the environment: the folder in which ranks write down what they trained on
+SEEN = "ISOBATCH_BENCHMARK_SEEN"  # environment variable: folder where ranks record the samples they trained on
 
 
 class Tokens:
-    """Labels for the tokens of short texts: sample i has 1 + i mod 7 of them, the rest is padding."""
+    """A task with a label per token: sample i has 1 + i mod 7 tokens, the rest is padding."""
 
     SAMPLES, LENGTH, FEATURES, CLASSES = 960, 7, 8, 10
 
@@ -40,14 +40,14 @@ class Tokens:
         return TensorDataset(inputs, labels, index)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Ours: a sum and its number of units."""
+        """Return Isobatch's form of the loss: the sum and the number of units."""
         inputs, labels, index = batch
         note_seen(index)
         return cross_entropy(model(inputs), labels, "sum"), units(labels)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Over all labels that aren't padding."""
+    """Return the cross entropy over all labels except padding."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
 
 
@@ -56,22 +56,22 @@ def units(labels: Tensor) -> Tensor:
 
 
 def note_seen(index: Tensor) -> None:
-    """Write down which samples are trained on, in a file of this process."""
+    """Record the samples trained on in a file of this process."""
     if folder := os.environ.get(SEEN):
         with open(f"{folder}/{os.getpid()}", "a") as file:
-            file.writelines(f"{one}\n" for one in index.tolist())
+            file.writelines(f"{sample}\n" for sample in index.tolist())
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """Describe a training.
 
     Attributes:
-        per_gpu, accumulation: of the world that the environment speaks of.
-        best: the peer's opt-in way, not its usual one.
-        folder: for its checkpoints and final weights; None: it leaves nothing.
-        stop_at: the step after which it saves a checkpoint and ends.
-        resume: go on from that checkpoint.
+        per_gpu, accumulation: samples per micro-batch, and passes per step, in the environment's world.
+        best: use the framework's best opt-in features.
+        folder: folder of its checkpoints and final weights; None: none are written.
+        stop_at: step after which it saves a checkpoint and stops.
+        resume: resume from that checkpoint.
     """
 
     task: Yardstick | Tokens
@@ -93,7 +93,7 @@ class Job:
         return -(-self.steps * self.per_gpu * self.accumulation * self.world // samples)
 
     def begin(self) -> tuple[nn.Module, Dataset]:
-        """The model as all start with it, and the data."""
+        """Return the model, initialised the same for all frameworks, and the data."""
         torch.manual_seed(SEED)
         return self.task.model(), self.task.train_data()
 
@@ -104,7 +104,7 @@ class Job:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
 
     def keep(self, model: nn.Module) -> None:
-        """Leave the final weights, from rank 0."""
+        """Write the final weights on rank 0."""
         if self.folder and os.environ.get("RANK", "0") == "0":
             save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights(self.folder))
 
@@ -114,7 +114,7 @@ def weights(folder: Path) -> Path:
 
 
 def main(train: Callable[[Job], list[float]]) -> None:
-    """A script's body: the yardstick's task, as many steps as it is told, 32 samples per process."""
+    """Run a script: train the yardstick's task for ``--steps`` steps of 32 samples per process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
     train(Job(Yardstick(), parser.parse_args().steps, per_gpu=32))

@@ -114,14 +114,14 @@ def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
             (tmp_path / "noticed").touch()
 
     end = in_ranks(2, body, tmp_path / "ranks")[0]
-    assert end["message"] == "no sign of life of rank 1, which prepares the data, for 0.5 s"
+    assert end["message"] == "no heartbeat from rank 1, which prepares the data, for 0.5 s"
 
 
 def test_a_method_that_takes_arguments_is_rejected() -> None:
     class Wants:
         def prepare(self, folder: str) -> None: ...
 
-    with pytest.raises(UserError, match=r"Wants.prepare\(\) is called without arguments.*'folder'"):
+    with pytest.raises(UserError, match=r"Wants.prepare\(\) can't be called without arguments.*'folder'"):
         prepare_data(Task(Wants()), World.alone(), Stop(), 5.0)
 
 

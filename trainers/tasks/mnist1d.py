@@ -1,4 +1,4 @@
-"""Ten shapes on a line of 40 points, and a small network of convolutions: effects of the batch size in seconds."""
+"""Ten shapes on a line of 40 points, and a small convolutional network: shows effects of the batch size in seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isobatch.trainers.tasks.classify import Classification
 TRAIN, VALIDATION = 4000, 1000  # samples
 POINTS = 40
 
-# A height at each of 12 points: drawn for this task, after what the digits' strokes look like from left to right.
+# Heights at 12 points, drawn for this task after the digits' strokes from left to right.
 SHAPES = np.array(
     [
         [0.3, 0.7, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.7, 0.3],
@@ -30,11 +30,11 @@ SHAPES = np.array(
 
 
 class Mnist1D(Classification):
-    """Classify ten shapes that are stretched, moved, tilted and buried in noise.
+    """Classify ten shapes that are stretched, shifted, tilted and noisy.
 
     The recipe is that of MNIST-1D (Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", 2020,
-    arXiv:2011.14439); shapes and random numbers are this file's own, so results don't compare with those of the paper.
-    The network, three convolutions of ``width`` channels, is of the kind they use.
+    arXiv:2011.14439). Shapes and random numbers are different, so results can't be compared with those of the paper.
+    The network has three convolutions of ``width`` channels, as in the paper.
     """
 
     def __init__(self, width: int) -> None:
@@ -53,31 +53,31 @@ class Mnist1D(Classification):
 
 
 def generate(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Lines (float32 [samples, 40]) and labels (int64 [samples], 0 to 9 in turn), the same on every machine.
+    """Generate lines (float32 [samples, 40]) and labels (int64 [samples], 0 to 9 in turn), equal on every machine.
 
-    A shape is padded with zeros to 48 to 72 points, turned round by up to 47 of them, read at 40 places, scaled by 0.8
-    to 1.2, and laid on a slope of up to ±0.375; noise comes on top, smoothed (0.25) and not (0.02).
+    A shape is padded with zeros to 48 to 72 points, rotated by up to 47 of them, sampled at 40 points, scaled by 0.8
+    to 1.2, and added to a slope of up to ±0.375, smoothed noise (0.25) and white noise (0.02).
     """
     random = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(samples) % 10
-    padded, turn = random.integers(48, 73, (samples, 1)), random.integers(0, 48, (samples, 1))
+    padded, shift = random.integers(48, 73, (samples, 1)), random.integers(0, 48, (samples, 1))
     scale, slope = random.uniform(0.8, 1.2, (samples, 1)), random.uniform(-0.375, 0.375, (samples, 1))
     along = np.arange(POINTS) / (POINTS - 1)
-    lines = scale * _read(labels, (along * (padded - 1) - turn) % padded) + slope * (2 * along - 1)
+    lines = scale * _heights(labels, (along * (padded - 1) - shift) % padded) + slope * (2 * along - 1)
     lines += 0.25 * _smooth(random.standard_normal((samples, POINTS + 8)))
     lines += 0.02 * random.standard_normal((samples, POINTS))
-    return np.round(lines, 3).astype(np.float32), labels  # the last bits of sums differ from machine to machine
+    return np.round(lines, 3).astype(np.float32), labels  # rounded: the last bits of sums differ between machines
 
 
-def _read(labels: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Heights of the labels' shapes at ``places`` [samples, points], between their points by a straight line."""
+def _heights(labels: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the heights of the labels' shapes at ``positions`` [samples, points], interpolated linearly."""
     heights = np.pad(SHAPES, ((0, 0), (1, 2)))
-    left = np.minimum(places.astype(int) + 1, SHAPES.shape[1] + 1)
-    share = np.where(left > SHAPES.shape[1], 0.0, places % 1)
+    left = np.minimum(positions.astype(int) + 1, SHAPES.shape[1] + 1)
+    share = np.where(left > SHAPES.shape[1], 0.0, positions % 1)
     return np.asarray(heights[labels[:, None], left] * (1 - share) + heights[labels[:, None], left + 1] * share)
 
 
 def _smooth(noise: np.ndarray) -> np.ndarray:
-    """A running mean of [samples, points + 8] by the binomial weights of 8, whose standard deviation is √2 points."""
+    """Return a moving average of [samples, points + 8] with binomial weights, whose standard deviation is √2 points."""
     weights = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1]) / 256
     return np.asarray(sum(weight * noise[:, start : start + POINTS] for start, weight in enumerate(weights)))

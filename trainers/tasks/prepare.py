@@ -1,4 +1,4 @@
-"""Call a task's ``prepare()`` on one process of each machine in turn, for as long as it takes."""
+"""Call a task's ``prepare()`` on one process of each machine in turn, without a time limit."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
 
-LOOK_S = 0.2  # between the looks of a rank that waits
+LOOK_S = 0.2  # polling interval of a waiting rank
 FAILED, STOPPED, ALIVE, DONE = ("prepare/failed", "prepare/stopped", "prepare/alive", "prepare/done/{}")
 
 
 def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
     """Call the task's ``prepare()`` on local rank 0 of one machine after another, while the other ranks wait.
 
-    It may take as long as it likes. A signal interrupts it. An exception of it is its rank's, and ends all of them.
+    There is no time limit. A signal interrupts ``prepare()``. An exception ends all ranks.
 
     Args:
-        timeout_s: time without a sign of life of another machine, after which it counts as lost.
+        timeout_s: time without a heartbeat after which another machine counts as lost.
 
     Returns:
-        The signal by which some rank was asked to stop meanwhile, on all ranks; empty where none was.
+        The signal that asked any rank to stop meanwhile, the same on all ranks; empty if there was none.
 
     Raises:
-        UserError: it takes arguments.
-        Hangs: the rank whose turn it is failed, or its machine is lost.
+        UserError: ``prepare()`` takes arguments.
+        Hangs: the rank that prepares the data failed, or its machine is lost.
     """
     if not task.has("prepare"):
         return ""
     try:
         inspect.signature(task.own.prepare).bind()
     except TypeError as error:
-        problem = f"{type(task.own).__name__}.prepare() is called without arguments, before the data is opened"
-        raise UserError(f"{problem}, and can't be ({error})", "give it none but self, or another name") from None
+        problem = f"{type(task.own).__name__}.prepare() can't be called without arguments: {error}"
+        raise UserError(problem, "let it take only self, or rename it") from None
     first = [rank for rank, local in enumerate(world.gather(str(world.local_rank))) if local == "0"]
-    mine = sum(rank <= world.rank for rank in first) - 1  # the place of this machine among all of them
+    own_turn = sum(rank <= world.rank for rank in first) - 1  # index of this machine
     if world.rank == 0:
         say("preparing the data …")
     for turn, rank in enumerate(first):
@@ -56,7 +56,7 @@ def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
                 _prepare(task, world.store, stop)
             if world.store:
                 world.store.set(*((STOPPED, stop.wanted) if stop.wanted else (DONE.format(turn), "")))
-        elif not _await(DONE.format(turn), rank, world.store, stop, None if turn == mine else timeout_s):
+        elif not _await(DONE.format(turn), rank, world.store, stop, None if turn == own_turn else timeout_s):
             break
         if stop.wanted:
             break
@@ -65,23 +65,23 @@ def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
 
 def _prepare(task: Task, store: Store | None, stop: Stop) -> None:
     try:
-        with suppress(Stopped), stop.interrupting(), generators_kept():  # only some ranks draw
+        with suppress(Stopped), stop.interrupting(), generators_kept():  # only some ranks call it
             task.prepare()
     except BaseException:
         if store:
-            with suppress(RuntimeError):  # whoever keeps it is gone
+            with suppress(RuntimeError):  # the store's host is gone
                 store.set(FAILED, "")
         raise
 
 
 @contextmanager
 def _answering(store: Store | None, stop: Stop) -> Iterator[None]:
-    """Meanwhile show the other machines that this one is alive, and stop where one of them was asked to."""
+    """Send heartbeats to the other machines, and stop this process if one of them was asked to stop."""
     assert store
     over = threading.Event()
 
     def answer() -> None:
-        with suppress(RuntimeError):  # whoever keeps the store is gone
+        with suppress(RuntimeError):  # the store's host is gone
             while not over.wait(LOOK_S):
                 store.add(ALIVE, 1)
                 if store.check([STOPPED]) and not stop.wanted:
@@ -98,10 +98,10 @@ def _answering(store: Store | None, stop: Stop) -> Iterator[None]:
 
 
 def _await(key: str, rank: int, store: Store | None, stop: Stop, lost_s: float | None) -> bool:
-    """Wait until ``rank`` has set ``key``; return False where somebody was asked to stop before.
+    """Wait until ``rank`` has set ``key``; return False if any rank was asked to stop first.
 
     Args:
-        lost_s: time after which the machine of ``rank`` counts as lost; None: it is this one.
+        lost_s: time without a heartbeat after which the machine of ``rank`` counts as lost; None: it is this machine.
 
     Raises:
         Hangs: ``rank`` failed, or is lost.
@@ -118,8 +118,8 @@ def _await(key: str, rank: int, store: Store | None, stop: Stop, lost_s: float |
             raise Hangs(f"rank {rank} failed in prepare()", waiting=True)
         if lost_s is not None:
             alive = store.add(ALIVE, 0)
-            seen, looks = alive, looks + 1 if alive == seen else 0  # not by the clock: this job may be suspended
+            seen, looks = alive, looks + 1 if alive == seen else 0  # counts polls, as this job may be suspended
             if looks * LOOK_S > lost_s:
-                raise Hangs(f"no sign of life of rank {rank}, which prepares the data, for {lost_s:g} s", waiting=True)
+                raise Hangs(f"no heartbeat from rank {rank}, which prepares the data, for {lost_s:g} s", waiting=True)
         time.sleep(LOOK_S)
     return True

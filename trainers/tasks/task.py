@@ -1,4 +1,4 @@
-"""What a task is: a small class of the user's, of whose methods only model, train_data and loss are needed."""
+"""The interface of a task: a small class of the user with the required methods model, train_data and loss."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Totals = dict[str, tuple[float, float]]
 
 
 class Task:
-    """A user's task with all methods: each calls the user's own, or does what is usual where there is none.
+    """A user's task with defaults for the methods that it doesn't define.
 
-    The user's object is asked anew at each call, so it may set its methods as attributes at any time.
+    Methods are looked up at each call, so the user's object may set them as attributes at any time.
 
     Args:
         own: the user's object.
@@ -36,11 +36,11 @@ class Task:
         self.own = own
 
     def has(self, name: str) -> bool:
-        """Tell whether the user's object has a method of its own; an attribute that is None isn't one."""
+        """Return True if the user's object defines the method; None counts as undefined."""
         return getattr(self.own, name, None) is not None
 
     def model(self) -> nn.Module:
-        """Return the model that is trained."""
+        """Return the model to train."""
         model: nn.Module = self.own.model()
         return model
 
@@ -49,47 +49,46 @@ class Task:
         return self.own.train_data()
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor] | Tensor:
-        """Return the sum of the losses over the batch's units with the number of units, or one loss per sample.
+        """Return the sum of the losses over the batch's units and the number of units, or one loss per sample.
 
-        Never a mean: the loss of a step is divided once, by the number of units in its whole global batch.
+        Never return a mean: the loss of a step is divided once, by the units of the whole global batch.
         """
         result: tuple[Tensor, float | Tensor] | Tensor = self.own.loss(model, batch)
         return result
 
     def val_data(self) -> Any:
-        """Return a map-style dataset to evaluate on; None: there is none."""
+        """Return a map-style dataset to evaluate on, or None."""
         return self.own.val_data() if self.has("val_data") else None
 
     def evaluate(self, model: nn.Module, batch: Any) -> Any:
-        """Return {name: (sum, count)} of a batch of validation data; usually its loss."""
+        """Return {name: (sum, count)} of a batch of validation data. Default: its loss."""
         return self.own.evaluate(model, batch) if self.has("evaluate") else {"loss": summed(self.loss(model, batch))}
 
     def summarise(self, totals: Totals) -> Any:
-        """Return {name: value}, more values made of the sums and counts of a whole evaluation; usually none."""
+        """Return {name: value}, derived from the sums and counts of a whole evaluation. Default: none."""
         return self.own.summarise(totals) if self.has("summarise") else {}
 
     def augment(self, sample: Any, generator: torch.Generator) -> Any:
-        """Return a training sample changed at random; usually as it is."""
+        """Return a randomly augmented training sample. Default: the sample itself."""
         return self.own.augment(sample, generator) if self.has("augment") else sample
 
     def collate(self, samples: list[Any]) -> Any:
-        """Return samples as a batch; usually as torch's DataLoader does. Raises UserError where that can't."""
+        """Return samples as a batch. Default: torch's ``default_collate``. Raises UserError if that fails."""
         if self.has("collate"):
             return self.own.collate(samples)
         try:
             return default_collate(samples)
         except (RuntimeError, TypeError) as error:
-            problem = f"the samples can't be stacked to a batch: {str(error).splitlines()[0]}"
+            problem = f"the samples can't be collated into a batch: {str(error).splitlines()[0]}"
             fix = f"give {type(self.own).__name__} a collate(samples), or return tensors of one size from [index]"
             raise UserError(problem, fix, "task._target_") from error
 
     def param_groups(self, model: nn.Module) -> Any:
-        """Return a list of the optimizer's groups; None: the usual ones.
+        """Return a list of parameter groups, or None for the default groups.
 
-        A group may have, beside ``params``: ``lr``, a factor of the plan's; ``weight_decay``, instead of the
-        optimizer's; ``trust``: whether LAMB and LARS scale its tensors by their norms (they do, unless its weight_decay
-        is 0); ``muon``: whether Muon takes it, or AdamW (without it, inner matrices are Muon's); and what its optimizer
-        knows.
+        Besides ``params``, a group can have ``lr``, a factor of the plan's LR; ``weight_decay``, instead of the
+        optimizer's; ``trust``: LAMB and LARS scale its tensors by their norms (default: unless its weight_decay is 0);
+        ``muon``: Muon steps it, not AdamW (default: only inner matrices); and options of its optimizer.
         """
         return self.own.param_groups(model) if self.has("param_groups") else None
 
@@ -104,7 +103,7 @@ OPTIONAL = [name for name in vars(Task) if not name.startswith("_") and name != 
 
 
 def make_task(config: RunConfig) -> Task:
-    """Make the task that the config names.
+    """Make the config's task.
 
     Raises:
         UserError: ``task._target_`` doesn't import, isn't a class or lacks a method; or ``task.args`` don't fit it.
@@ -122,7 +121,7 @@ def make_task(config: RunConfig) -> Task:
     args = science_of(config.task.args, local)
     check_call("task.args", target, cls, (), args, local)
     own: Any = cls(**args, **made("task.local", local))
-    if (source := config.data.target) is not None:  # and the task's own validation data would be of other data
+    if (source := config.data.target) is not None:  # replaces the validation data, too
         data, val_args = config.data, config.data.val_args
         val = None if val_args is None else {**data.args, **val_args}
         own.train_data = lambda: build("data", source, data.args, local=data.local)
@@ -131,18 +130,18 @@ def make_task(config: RunConfig) -> Task:
 
 
 def make_model(config: RunConfig, task: Task) -> nn.Module:
-    """Return the model that ``model._target_`` names, or the task's own. Raises UserError where it isn't a module."""
+    """Return the model of ``model._target_``, or of the task. Raises UserError if it isn't a module."""
     if config.model.target is None:
-        model, what = task.model(), "task.model()"
+        model, source = task.model(), "task.model()"
     else:
-        model, what = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
+        model, source = build("model", config.model.target, config.model.args), f"model._target_={config.model.target}"
     if not isinstance(model, nn.Module):
-        raise UserError(f"{what} gives a {type(model).__name__}, not a torch.nn.Module", key="model._target_")
+        raise UserError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module", key="model._target_")
     return model
 
 
 def _warn_of_near_misses(cls: type) -> None:
-    """Warn of methods whose names are nearly those of optional methods that the class doesn't have."""
+    """Warn about methods with a name similar to an optional method that the class doesn't define."""
     for name in vars(cls):
         near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
         if near and name not in OPTIONAL and not name.startswith("_") and not hasattr(cls, near[0]):
@@ -150,10 +149,10 @@ def _warn_of_near_misses(cls: type) -> None:
 
 
 def open_data(task: Task, config: RunConfig) -> Any:
-    """Open the task's training data and check it against what its YAML states.
+    """Open the task's training data and validate its type and length.
 
     Raises:
-        UserError: not a map-style dataset, empty, or of another length than ``task.train_samples``.
+        UserError: the data isn't a map-style dataset, is empty, or has another length than ``task.train_samples``.
     """
     data = task.train_data()
     length = check_map_style(data, "train_data()")
@@ -162,19 +161,20 @@ def open_data(task: Task, config: RunConfig) -> Any:
     if config.task.train_samples not in (None, length):
         stated = config.task.train_samples
         problem = f"train_data() of task {config.task.name} has {length} samples, but task.train_samples={stated}"
-        fix = "correct that key, or set it to null to take what is there"
+        fix = "correct that key, or set it to null to accept any length"
         raise UserError(problem, fix, "task.train_samples", stated)
     return data
 
 
-def check_map_style(data: Any, what: str) -> int:
+def check_map_style(data: Any, source: str) -> int:
     """Return the length of a map-style dataset. Raises UserError for anything else."""
     if isinstance(data, IterableDataset):
         raise UserError(
-            f"{what} is an IterableDataset ({type(data).__name__}): its order can't be recomputed on another number of "
-            "ranks or after a stop",
+            f"{source} is an IterableDataset ({type(data).__name__}): its order can't be recomputed on another number "
+            "of ranks or after a stop",
             "give a map-style dataset with len() and [index]",
         )
     if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-        raise UserError(f"{what} is a {type(data).__name__}", "it has to be a map-style dataset with len() and [index]")
+        fix = "it has to be a map-style dataset with len() and [index]"
+        raise UserError(f"{source} is a {type(data).__name__}", fix)
     return len(data)

@@ -1,4 +1,4 @@
-"""Text, byte by byte, and a small GPT with dropout. The unit is the token; a file is mapped into memory, never read."""
+"""Byte-level text and a small GPT with dropout. The unit is the token; a file is memory-mapped, not read at once."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from torch.utils.data import Dataset
 
 from isobatch.scaling.errors import UserError
 
-BYTES = 256  # tokens there are
-LIBRARY = 1_000_000  # bytes of the standard library: the same number of samples, whatever the version of Python
+BYTES = 256  # size of the vocabulary
+LIBRARY = 1_000_000  # bytes of the standard library, so that every Python version has as many samples
 Open = Callable[[], np.ndarray]
 
 
 def open_corpus(data: str | None) -> Open:
-    """What opens the bytes (uint8) of the text file ``data``, or of the standard library where that is None."""
+    """Return a function that opens the bytes (uint8) of the text file ``data``; None: of the standard library."""
     return standard_library if data is None else partial(mapped, Path(data).expanduser().absolute())
 
 
 def mapped(file: Path) -> np.ndarray:
-    """The bytes of ``file``, of which only those are read that are asked for. Raises UserError."""
+    """Map the bytes of ``file`` into memory. Raises UserError if that fails."""
     try:
         return np.memmap(file, np.uint8, "r")
     except FileNotFoundError:
-        raise UserError(f"task.args.data={file}: there is no such file", "", "task.args.data", file) from None
+        raise UserError(f"task.args.data={file} doesn't exist", "", "task.args.data", file) from None
     except (OSError, ValueError) as error:
         problem = f"task.args.data={file} can't be mapped into memory: {error}"
         raise UserError(problem, "", "task.args.data", file) from None
 
 
 def standard_library() -> np.ndarray:
-    """The source of the modules of Python's standard library, in the order of their names, up to 1 MB.
+    """Return the first 1 MB of the source of Python's standard library, its modules sorted by name.
 
-    The text, not its length, differs from one version of Python to another.
+    The text, but not its length, depends on the version of Python.
     """
     folder, text = Path(sysconfig.get_path("stdlib")), bytearray()
     for file in sorted(folder.glob("*.py")):
@@ -53,14 +53,14 @@ def standard_library() -> np.ndarray:
 
 
 class Windows(Dataset):
-    """Consecutive windows of a corpus: uint8 [length + 1], whose last byte is the first of the next one.
+    """Consecutive windows of a corpus, uint8 [length + 1]; the last byte of each is the first of the next.
 
-    So each byte but the first is predicted once; fewer than ``length`` at the end are left out.
+    Each byte except the first is predicted once. An incomplete window at the end is left out.
 
     Args:
         corpus: opens the bytes, in each process that needs them.
-        start, stop: the bytes that the windows are taken from.
-        length: bytes that one window predicts.
+        start, stop: the range of bytes to use.
+        length: predicted bytes per window.
     """
 
     def __init__(self, corpus: Open, start: int, stop: int, length: int) -> None:
@@ -80,33 +80,33 @@ class Windows(Dataset):
         return self.corpus()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process gets: not the bytes."""
+        """Leave out the bytes, which another process opens itself."""
         return {name: value for name, value in vars(self).items() if name != "_bytes"}
 
 
 class Text:
-    """Predict the next byte of a text by a GPT (Radford et al. 2019): norms before, tied embeddings, dropout.
+    """Predict the next byte of a text by a GPT (Radford et al. 2019): pre-norm, tied embeddings, dropout.
 
-    It also takes another causal language model (``model._target_``) with at least 256 tokens, whose output are the
-    logits, or has them as ``.logits``.
+    It also trains another causal language model (``model._target_``) with at least 256 tokens that returns logits, or
+    an object with ``.logits``.
 
     Args:
-        data: a text file, mapped into memory; null: 1 MB of the source of Python's standard library, which isn't the
-            same text in each version of Python. The last tenth is for validation.
-        length: tokens of a sample.
-        width: of the residual stream.
-        depth: blocks.
-        heads: of the attention.
+        data: a text file, mapped into memory; null: 1 MB of the source of Python's standard library, whose text
+            depends on the version of Python. The last tenth is for validation.
+        length: tokens per sample.
+        width: width of the residual stream.
+        depth: number of blocks.
+        heads: number of attention heads.
         dropout: probability, after the embedding and at the end of each branch.
 
     Raises:
-        UserError: the text can't be read or is too short, or the sizes don't fit each other.
+        UserError: the text can't be read or is too short, or the sizes are invalid.
     """
 
     def __init__(self, data: str | None, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
         if min(length, width, depth, heads) < 1 or width % heads or not 0 <= dropout < 1:
             problem = f"task.args.length={length}, width={width}, depth={depth}, heads={heads}, dropout={dropout}"
-            fix = "sizes are 1 or more, heads have to divide width, and dropout is from 0 to below 1"
+            fix = "sizes have to be 1 or more, heads has to divide width, and dropout has to be from 0 to below 1"
             raise UserError(problem, fix, "task.args")
         self.sizes = length, width, depth, heads, dropout
         corpus = open_corpus(data)
@@ -114,8 +114,8 @@ class Text:
         held_back = size - size // 10
         self._train, self._val = Windows(corpus, 0, held_back, length), Windows(corpus, held_back, size, length)
         if not len(self._train):
-            fix = f"a sample of task.args.length={length} needs more"
-            raise UserError(f"task.args.data={data} has {size:,} bytes", fix, "task.args.data", data)
+            problem = f"task.args.data={data} has only {size:,} bytes, too few for task.args.length={length}"
+            raise UserError(problem, "use a longer text, or a smaller length", "task.args.data", data)
 
     def model(self) -> nn.Module:
         return GPT(*self.sizes)
@@ -138,7 +138,7 @@ class Text:
 
 
 class GPT(nn.Module):
-    """tokens int64 [samples, tokens] → logits [samples, tokens, 256]."""
+    """A decoder-only transformer: tokens int64 [samples, tokens] → logits [samples, tokens, 256]."""
 
     def __init__(self, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        """Initial weights: 0.1 in embeddings, 1/√inputs in layers; as in GPT-2, less in those that end a branch."""
+        """Initialise weights: std 0.1 in embeddings, 1/√inputs in layers; less at the end of a branch, as in GPT-2."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 std = 0.1 if name in ("tokens.weight", "positions.weight") else parameter.shape[1] ** -0.5
@@ -169,7 +169,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each a branch that is added to the stream [samples, tokens, width]."""
+    """Attention and an MLP, each a branch added to the residual stream [samples, tokens, width]."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two layers, four times as wide between them."""
+    """Two linear layers with a hidden width of 4 × ``width``."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

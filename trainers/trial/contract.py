@@ -1,4 +1,4 @@
-"""Look at a run's data and try its task before step 1, on all ranks alike."""
+"""Inspect a run's data and try its task before step 1, with the same outcome on all ranks."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 
-TOO_FEW = Found(skipped="a micro-batch has one sample, so there is nothing to compare; a larger batch.per_gpu has more")
+TOO_FEW = Found(skipped="a micro-batch has only one sample, which can't be halved; use a larger batch.per_gpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """Hold what was found in the data and the task before step 1, the same on all ranks.
+    """Hold the findings about the data and the task before step 1, the same on all ranks.
 
     Attributes:
-        fingerprint: of the data; None: it can't be compared.
-        depends_on_hardware: why the run isn't the same on another number of ranks.
-        depends_on_cut: why the run isn't the same with micro-batches of other sizes.
-        evaluation_depends: why the values of evaluations aren't the same with batches of other sizes.
-        skipped: why something couldn't be tried.
+        fingerprint: fingerprint of the data; None: it can't be compared.
+        depends_on_hardware: reasons why the run changes with the number of ranks.
+        depends_on_cut: reasons why the run changes with the sizes of micro-batches.
+        evaluation_depends: reasons why evaluations change with the sizes of their batches.
+        skipped: reasons why a part of the trial was skipped.
     """
 
     fingerprint: str | None
@@ -58,16 +58,16 @@ class Looked:
 def look_and_try(
     opened: Opened, model: nn.Module, validation: Validation | None, config: RunConfig, world: World, watch: Watch
 ) -> Looked:
-    """Look at the data, and try the contract of the task where ``check.contract`` says so.
+    """Take the fingerprint of the data and, with ``check.contract``, try the task.
 
     Args:
-        model: bare, as it will be trained.
-        watch: told of every look and forward. Looking at data, and ``summarise``, may take their time.
+        model: the bare model that will be trained.
+        watch: gets a heartbeat after every fetch and forward. Fetches and ``summarise`` have no time limit.
 
     Raises:
         UserError: the task breaks the contract; on all ranks.
     """
-    wanted = config.check.contract and not config.debug  # which is for breakpoints, and they would be met here
+    wanted = config.check.contract and not config.debug  # the trial would hit the breakpoints of a debug run
     works: dict[str, Callable[[], Any]] = {}
     if world.rank == 0 and config.data.fingerprint:
         works["fingerprint"] = partial(fingerprint, opened.data, config.seed)
@@ -79,7 +79,7 @@ def look_and_try(
         seen = dict(zip(works, look(list(works.values()), watch.beat, here=here), strict=True))
     digits = seen.get("fingerprint")
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
-    unseen = next((one.why for one in seen.values() if isinstance(one, Unseen)), "")
+    unseen = next((sample.why for sample in seen.values() if isinstance(sample, Unseen)), "")
     if any(reasons := world.gather(unseen)) or not wanted:
         return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
     sandbox = Sandbox(task, model, world.device, config.seed, watch.beat)
@@ -101,7 +101,7 @@ def look_and_try(
 
 
 def announce(looked: Looked, run: RunDir | None, stream: Stream) -> None:
-    """Say what was found, and keep it in the events of ``run``."""
+    """Print the findings, and record them in the events of ``run``."""
     for reason in looked.depends_on_hardware:
         report_dependence(run, RUN_DEPENDS, reason)
     for reason in looked.depends_on_cut:
@@ -109,11 +109,11 @@ def announce(looked: Looked, run: RunDir | None, stream: Stream) -> None:
     for reason in looked.evaluation_depends:
         stream.tell_of_evaluation(reason)
     for reason in looked.skipped:
-        tell(run, "trial_skipped", f"before step 1 the task could only be tried in part: {reason}", reason=reason)
+        tell(run, "trial_skipped", f"the trial of the task before step 1 was incomplete: {reason}", reason=reason)
 
 
 def _looks(opened: Opened, validation: Validation | None) -> dict[str, Callable[[], Any]]:
-    """Return what fetches samples for the trial, by name."""
+    """Return the functions that fetch samples for the trial, by name."""
     fetch = Fetch(opened.data, opened.task, opened.plan.seed)
     cut = max((stage.cut for stage in opened.plan.stages), key=lambda cut: cut.per_gpu)
     batches = {f"batch {batch[0]}": partial(halves, fetch, *batch) for batch in batches_of(cut, fetch.length)}
@@ -124,16 +124,16 @@ def _looks(opened: Opened, validation: Validation | None) -> dict[str, Callable[
     return looks
 
 
-def _agreed(world: World, what: str, trial: Callable[[], Found]) -> Found:
-    """Return what some rank found. Raises UserError, on all ranks, where one of them rejects the task."""
+def _agreed(world: World, method: str, trial: Callable[[], Found]) -> Found:
+    """Run ``trial`` on all ranks and return one rank's findings. Raises UserError on all ranks if any rank rejects."""
     try:
         found = trial()
     except UserError as error:
         found = Found(rejected=str(error))
     except Exception as error:
         why = "memory ran out" if is_oom(error) else f"{type(error).__name__}: {error}"
-        found = Found(skipped=f"task.{what} failed in this trial, and may fail in training: {why}")
-    everyone = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
-    if rejected := next((one.rejected for one in everyone if one.rejected), ""):
+        found = Found(skipped=f"task.{method} failed in this trial, and may fail in training: {why}")
+    findings = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
+    if rejected := next((finding.rejected for finding in findings if finding.rejected), ""):
         raise UserError(rejected)
-    return next((one for one in everyone if one != Found()), found)  # numbers in it may be others on each rank
+    return next((finding for finding in findings if finding != Found()), found)  # numbers may differ between ranks

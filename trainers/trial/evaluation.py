@@ -1,4 +1,4 @@
-"""Try a task's ``evaluate`` and ``summarise`` on one batch before step 1, so that a mistake in them costs nothing."""
+"""Try a task's ``evaluate`` and ``summarise`` on one batch before step 1, to find mistakes before training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import Found
 
 NOTHING = (0.0, 0.0)
-MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # that no other data and no training would fix
+MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # errors that other data wouldn't fix
 
 
 def validation_halves(validation: Validation, most: int) -> Halves:
-    """Fetch the first ``most`` rows that are evaluated, as one batch and as two."""
+    """Fetch the first ``most`` rows of the validation data, as one batch and as two."""
     stop = min(most, len(validation.rows))
     middle = stop // 2
     whole, second = validation[0, stop], validation[middle, stop]
@@ -33,20 +33,20 @@ def validation_halves(validation: Validation, most: int) -> Halves:
 
 
 def own_generators_of_validation(validation: Validation) -> list[str]:
-    """Fetch a few rows twice, and say what in fetching them isn't a function of the row."""
+    """Fetch a few rows twice, and report whether the results differ."""
     number = min(TWICE, len(validation.rows))
-    one, other = ([validation[row, row + 1].batch for row in range(number)] for _ in range(2))
-    return [f"[index] of the validation data, or collate(), {OWN}"] if differ(one, other) else []
+    first, second = ([validation[row, row + 1].batch for row in range(number)] for _ in range(2))
+    return [f"[index] of the validation data, or collate(), {OWN}"] if differ(first, second) else []
 
 
 def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
     """Call ``evaluate`` on a batch of validation data and on its halves, in eval mode, then ``summarise``.
 
     Args:
-        precision: of the run.
+        precision: the run's precision.
 
     Raises:
-        UserError: one of them returns something else than the contract says, or has a mistake.
+        UserError: one of them violates the contract, or has a mistake.
         Exception: memory ran out.
     """
     task, model = sandbox.task, sandbox.model
@@ -62,9 +62,9 @@ def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
     own = task.has("evaluate")
     with sandbox, torch.no_grad(), exact_fp32():
         model.eval()
-        with _told_of("evaluate" if own else "loss, in eval mode,", Exception):  # the first evaluation would end so
+        with _rejecting("evaluate" if own else "loss, in eval mode,", Exception):  # would fail in any evaluation
             whole = totals(batch.whole, batch.start)
-        with _told_of("summarise", MISTAKES):  # others may be of the totals of one batch alone
+        with _rejecting("summarise", MISTAKES):  # other errors may come from having the totals of only one batch
             summarise(task, whole)
         if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
             return Found()
@@ -85,14 +85,14 @@ def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
 
 
 @contextmanager
-def _told_of(what: str, mistakes: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
-    """Reject a mistake; where memory runs out, fewer samples may do."""
+def _rejecting(method: str, mistakes: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
+    """Convert ``mistakes`` to UserError, except running out of memory, which smaller batches may avoid."""
     try:
         yield
     except mistakes as error:
         if isinstance(error, UserError) or is_oom(error):
             raise
         raise UserError(
-            f"task.{what} has a mistake, found by calling it on one batch of the validation data: "
+            f"task.{method} has a mistake, found by calling it on one batch of the validation data: "
             f"{type(error).__name__}: {error}{user_line(traceback.extract_tb(error.__traceback__))}"
         ) from error

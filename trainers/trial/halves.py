@@ -1,4 +1,4 @@
-"""A batch as a whole and in two halves: fetch it, and judge by the losses whether the loss is a sum over samples."""
+"""Fetch a batch whole and in two halves, and decide from their losses whether the loss is a sum over samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from isobatch.trainers.data.fetch import Fetch, fetches_many
 from isobatch.trainers.data.fingerprint import digests, fetched
 from isobatch.trainers.trial.untouched import copied
 
-LOSS_TOLERANCE = 1e-5  # of |L₁| + |L₂|; sound losses in fp32 stay below 1e-6
-GRADIENT_TOLERANCE = 3e-5  # of |g₁| + |g₂|; sound ones stay below 2e-6
-NOISY_MEAN = (0.35, 0.65)  # L / (L₁ + L₂) of a mean, where noise hides its exact value; a sum has about 1
+LOSS_TOLERANCE = 1e-5  # relative to |L₁| + |L₂|; correct losses in fp32 stay below 1e-6
+GRADIENT_TOLERANCE = 3e-5  # relative to |g₁| + |g₂|; correct gradients stay below 2e-6
+NOISY_MEAN = (0.35, 0.65)  # range of L / (L₁ + L₂) for a mean of noisy losses; a sum has about 1
 
 Verdict = Literal["sum", "mean", "coupled"]
-TWICE = 8  # samples, at most, that are fetched twice: one that is only flipped now and then may be equal by chance
+TWICE = 8  # most samples fetched twice; a single sample with a rare random flip may be equal by chance
 OWN = "draws from a generator of its own, or from a clock: use the default generators of torch, numpy or Python"
 
 
@@ -26,9 +26,9 @@ class Halves:
     """Hold the same samples, collated as one batch and as two.
 
     Attributes:
-        start, middle, stop: their positions; [start, middle) is the first half.
+        start, middle, stop: positions of the samples; [start, middle) is the first half.
         whole, first, second: the batches.
-        unkeyed: collate drew random numbers, so the batches may differ in more than their samples.
+        unkeyed: collate drew random numbers, so the halves may differ from the whole.
     """
 
     start: int
@@ -41,12 +41,12 @@ class Halves:
 
     @property
     def samples(self) -> tuple[int, int, int]:
-        """Return how many samples the whole, the first and the second half have."""
+        """Return the number of samples of the whole, the first and the second half."""
         return self.stop - self.start, self.middle - self.start, self.stop - self.middle
 
 
 def halves(fetch: Fetch, start: int, middle: int, stop: int) -> Halves:
-    """Fetch the samples at [start, stop) once, so that a generator of the dataset's own makes no difference."""
+    """Fetch the samples at [start, stop) once, so that random numbers of the dataset are the same in the halves."""
     samples, _ = fetch.samples(start, indices(fetch.seed, fetch.length, start, stop).tolist())
     whole, unkeyed = fetch.collated(start, copied(samples))  # collate may change them in place
     first, _ = fetch.collated(start, copied(samples[: middle - start]))
@@ -55,7 +55,7 @@ def halves(fetch: Fetch, start: int, middle: int, stop: int) -> Halves:
 
 
 def own_generators(fetch: Fetch) -> list[str]:
-    """Fetch a few samples twice under the same keys, and say what in fetching them isn't a function of these."""
+    """Fetch a few samples twice with the same keys, and report the first step whose results differ."""
     rows = indices(fetch.seed, fetch.length, 0, min(TWICE, fetch.length)).tolist()
     samples, again = (list(fetched(fetch.data, fetch.seed, rows)) for _ in range(2))
     if differ(samples, again):
@@ -64,23 +64,23 @@ def own_generators(fetch: Fetch) -> list[str]:
         samples, again = (fetch.samples(0, rows)[0] for _ in range(2))
         if differ(samples, again):
             return [f"augment() {OWN}, or the generator that it gets"]
-    one, other = ([fetch.collated(0, copied([sample]))[0] for sample in samples] for _ in range(2))
-    return [f"collate() {OWN}"] if differ(one, other) else []
+    batches, again = ([fetch.collated(0, copied([sample]))[0] for sample in samples] for _ in range(2))
+    return [f"collate() {OWN}"] if differ(batches, again) else []
 
 
-def differ(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether samples, or batches, differ in what they hold."""
-    return list(map(digests, one)) != list(map(digests, other))
+def differ(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Return True if the contents of two lists of samples or batches differ."""
+    return list(map(digests, first)) != list(map(digests, second))
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The losses of some samples and of the same samples in two halves.
+    """Hold the losses of a batch and of its two halves.
 
     Attributes:
-        whole, first, second: (sum of losses, units) of all samples and of each half.
-        gradient_off: |g − g₁ − g₂| / (|g₁| + |g₂|); 0 where no gradient was taken.
-        samples: how many there were, and how many in each half.
+        whole, first, second: (sum of losses, units) of the batch and of each half.
+        gradient_off: |g − g₁ − g₂| / (|g₁| + |g₂|); 0 if no gradient was computed.
+        samples: number of samples of the batch and of each half.
     """
 
     whole: tuple[float, float]
@@ -99,20 +99,20 @@ class Draw:
 
     @property
     def counts_samples(self) -> bool:
-        """Tell whether the units of the halves add up to those of the whole."""
+        """Return True if the units of the halves add up to those of the whole."""
         units = self.first[1] + self.second[1]
         return abs(self.whole[1] - units) <= LOSS_TOLERANCE * units
 
     @property
     def is_sum(self) -> bool:
-        """Tell whether loss, units and gradient of the halves add up to those of the whole."""
+        """Return True if loss, units and gradient of the halves add up to those of the whole."""
         loss_off = abs(self.whole[0] - self.first[0] - self.second[0])
         near = loss_off <= LOSS_TOLERANCE * self.size
         return near and self.counts_samples and self.gradient_off <= GRADIENT_TOLERANCE
 
     @property
     def is_mean(self) -> bool:
-        """Tell whether the loss of the whole is the mean of those of the halves, by samples or by units."""
+        """Return True if the loss of the whole is the mean of the halves' losses, weighted by samples or by units."""
         (_, first, second), units = self.samples, self.first[1] + self.second[1]
         weights = [(first, second), *([(self.first[1], self.second[1])] if units else [])]
         means = [(a * self.first[0] + b * self.second[0]) / (a + b) for a, b in weights]
@@ -120,10 +120,10 @@ class Draw:
 
     @property
     def lies_between(self) -> bool:
-        """Tell whether the loss of the whole lies strictly between those of the halves, as a weighted mean does.
+        """Return True if the loss of the whole lies strictly between those of the halves, like a weighted mean.
 
-        Examples are a mean over tokens where the units are samples, and a mean with class weights. Losses of both signs
-        tell nothing. The largest loss of a batch isn't a mean: it equals that of one half.
+        Examples are a mean over tokens while the units are samples, and a mean with class weights. Losses of different
+        signs prove nothing. The largest loss of a batch isn't a mean: it equals that of one half.
         """
         low, high = sorted((abs(self.first[0]), abs(self.second[0])))
         margin, same_sign = LOSS_TOLERANCE * self.size, self.first[0] * self.second[0] > 0
@@ -140,22 +140,22 @@ class Draw:
 
 
 def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | None]:
-    """Return what the loss is, and the draw that shows it.
+    """Return the verdict on the loss, and a draw that shows it.
 
     Args:
-        noisy: rounding in few bits, or random numbers, hide everything but the factor of two between sum and mean.
+        noisy: random numbers, or rounding in low precision, hide all but the factor of two between sum and mean.
     """
-    told = [draw for draw in draws if draw.finite and abs(draw.whole[0]) + draw.size > 0]
+    usable = [draw for draw in draws if draw.finite and abs(draw.whole[0]) + draw.size > 0]
     if noisy:
-        ratios = [draw.whole[0] / halves for draw in told if (halves := draw.first[0] + draw.second[0])]
-        whole, halves = sum(draw.whole[0] for draw in told), sum(draw.first[0] + draw.second[0] for draw in told)
+        ratios = [draw.whole[0] / halves for draw in usable if (halves := draw.first[0] + draw.second[0])]
+        whole, halves = sum(draw.whole[0] for draw in usable), sum(draw.first[0] + draw.second[0] for draw in usable)
         low, high = NOISY_MEAN
         near = [ratio for ratio in ratios if low < ratio < high]
         halved = len(near) > 0.7 * len(ratios) and halves and low < whole / halves < high
-        return ("mean", told[0]) if halved else ("sum", None)
-    off = [draw for draw in told if not draw.is_sum]
+        return ("mean", usable[0]) if halved else ("sum", None)
+    off = [draw for draw in usable if not draw.is_sum]
     if not off:
         return "sum", None
     exact = all(draw.is_mean for draw in off)
-    weighted = len(off) > 1 and all(draw.is_mean or draw.lies_between for draw in off)  # one alone may be by chance
+    weighted = len(off) > 1 and all(draw.is_mean or draw.lies_between for draw in off)  # a single draw proves little
     return ("mean" if exact or weighted else "coupled"), off[0]

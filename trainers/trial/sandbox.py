@@ -1,4 +1,4 @@
-"""Call a task and its model before step 1 in a sandbox: every call finds the same state, and nothing remains of it."""
+"""Call a task and its model in a sandbox before step 1: every call starts from the same state and leaves no trace."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Result = TypeVar("Result")
 
 
 class Sandbox:
-    """Within, task and model compute on copies; afterwards all is as it was, bit by bit.
+    """Run task and model on copies of their state; on exit the original state is restored bit by bit.
 
     Args:
-        seed: of the run, by which what a forward draws is keyed.
+        seed: the run's seed, which keys the random numbers of a forward.
         beat: called after every call.
 
     Attributes:
-        drew: some call drew random numbers.
-        narrow: some module computed in fewer than 32 bits.
+        drew: a call drew random numbers.
+        narrow: a module computed in fewer than 32 bits.
     """
 
     def __init__(self, task: Task, model: nn.Module, device: torch.device, seed: int, beat: Callable[[], None]) -> None:
@@ -40,13 +40,14 @@ class Sandbox:
         self.drew = self.narrow = False
 
     def __enter__(self) -> Sandbox:
-        with ExitStack() as stack:  # which undoes all of it where the device has no room for the copies
+        with ExitStack() as stack:  # undoes everything if the device has no room for the copies
             if self.device.type != "cpu":
                 stack.callback(torch.accelerator.empty_cache)
             stack.enter_context(generators_kept(self.device))
             stack.enter_context(self._held())
-            stack.enter_context(warnings.catch_warnings(action="ignore"))  # training gives those that matter,
-            stack.enter_context(redirect_stdout(StringIO()))  # and prints what the task prints
+            # training repeats the warnings and the output of the task
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.enter_context(redirect_stdout(StringIO()))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(register_module_forward_hook(self._note_narrow).remove)
             self._stack = stack.pop_all()
@@ -56,7 +57,7 @@ class Sandbox:
         self._stack.__exit__(*error)
 
     def call(self, work: Callable[[Any], Result], batch: Any, start: int) -> Result:
-        """Return what ``work`` gives for a copy of ``batch``, whose first sample is at position ``start``."""
+        """Return the result of ``work`` on a copy of ``batch``, whose first sample is at position ``start``."""
         key_forward(self._seed, start, self.device)
         before = self._generators()
         result = work(to_device(copied(batch), self.device))  # a loss may write to its inputs
@@ -65,8 +66,8 @@ class Sandbox:
         return result
 
     def _note_narrow(self, module: nn.Module, args: Any, output: Any) -> None:
-        for one in output if isinstance(output, tuple) else (output,):
-            if isinstance(one, Tensor) and one.is_floating_point() and one.dtype.itemsize < 4:
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
                 self.narrow = True
 
     def _generators(self) -> Any:
@@ -76,26 +77,27 @@ class Sandbox:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Compute in fp32 without the shortcuts that a user may allow: their rounding would hide what is looked for.
+    """Compute in IEEE fp32, without TF32 or bf16 in its place: their rounding would hide a dependence on the cut.
 
-    torch has two interfaces to them. The older one can't be read where a task has used the newer one, and is then left.
+    torch has two interfaces for this. The older one can't be read once a task has used the newer one; it is then left
+    unchanged.
     """
     cuda, cpu = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
-    places: list[Any] = [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
-    before, benchmark = [place.fp32_precision for place in places], cuda.benchmark
+    backends: list[Any] = [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+    before, benchmark = [backend.fp32_precision for backend in backends], cuda.benchmark
     older: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
     ]
     with ExitStack() as stack:
-        for place, precision in zip(places, before, strict=True):
-            stack.callback(setattr, place, "fp32_precision", precision)
+        for backend, precision in zip(backends, before, strict=True):
+            stack.callback(setattr, backend, "fp32_precision", precision)
         for get, put, exact in older:
             with suppress(RuntimeError):
                 stack.callback(put, get())
                 put(exact)
         stack.callback(setattr, cuda, "benchmark", benchmark)
         cuda.benchmark = False
-        for place in places:
-            place.fp32_precision = "ieee"
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield

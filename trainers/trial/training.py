@@ -1,7 +1,7 @@
-"""Try a task's contract on a few samples before step 1: its loss is a sum, and nothing in it counts calls.
+"""Try a task's loss on a few samples before step 1: it has to be a sum over samples, and must not count calls.
 
-A loss of n samples that isn't the sum over their halves changes with the cut, and a mean is wrong by a factor. Both
-are found here, in some forwards of the bare model in fp32, of which nothing remains.
+A loss that isn't the sum of its halves' losses changes with the cut, and a mean is wrong by a factor. A few forwards of
+the bare model in fp32 find both, and leave no trace.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.trial.halves import Draw, Halves, judge
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 
-DRAWS = 4  # batches; a single one can be balanced by luck
-LEAST, GRANULES = 4, 16  # of a batch, where a micro-batch has as many; granules are samples that stay together
+DRAWS = 4  # batches; the halves of a single batch may agree by chance
+LEAST, GRANULES = 4, 16  # granules of a batch, if a micro-batch has as many
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Hold what a trial found.
+    """Hold the findings of a trial.
 
     Attributes:
-        rejected: why the task can't be trained; empty where it can.
-        counters: numbers that change with every call, and so depend on the number of ranks too.
-        depends: what else makes the run depend on its cut.
-        skipped: why something couldn't be tried.
+        rejected: why the task can't be trained; empty if it can.
+        counters: numbers that change with every call, and so also depend on the number of ranks.
+        depends: other reasons why the run depends on its cut.
+        skipped: why a part of the trial was skipped.
     """
 
     rejected: str = ""
@@ -46,9 +46,9 @@ class Found:
 
 
 def batches_of(cut: Cut, train_samples: int) -> list[tuple[int, int, int]]:
-    """Return start, middle and stop of the batches to try, in whole granules; none where a batch would have one alone.
+    """Return start, middle and stop of the batches to try, in whole granules; none if a batch can't be halved.
 
-    A batch is a quarter of a micro-batch, so that all of them together cost as much as a few steps.
+    A batch is a quarter of a micro-batch, so that all batches together cost as much as a few steps.
     """
     most = min(cut.per_gpu, train_samples) // cut.granule
     granules = min(most, max(LEAST, min(GRANULES, most // DRAWS)))
@@ -63,10 +63,10 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
 
     Args:
         batches: at least one.
-        to_training_mode: puts the model into the modes in which it is trained.
+        to_training_mode: sets the modes in which the model is trained.
 
     Raises:
-        UserError: the loss returns something else than the contract says.
+        UserError: the result of the loss violates the contract.
         Exception: the loss of a whole batch fails.
     """
     loss, first = partial(sandbox.task.loss, sandbox.model), batches[0]
@@ -75,7 +75,7 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
         switch_off(sandbox.model)
         moved = sandbox.moved_by(lambda: sandbox.call(loss, first.whole, first.start))
         counters = [
-            f"{name} changes with every call of the forward or the loss, and the cut says how many calls a step has"
+            f"{name} changes with every call of the forward or the loss, and the calls per step depend on the cut"
             for name in moved
         ]
         try:
@@ -89,24 +89,24 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
             "one loss per sample, with reduction='none'"
         )
     depends = [
-        f"task.loss isn't a sum over samples: {shown}; negatives or statistics taken from the batch, the hardest of "
-        "its samples, or a penalty added once per call do that"
+        f"task.loss isn't a sum over samples: {shown}; possible causes are negatives or statistics from the batch, "
+        "the hardest of its samples, or a penalty added once per call"
     ]
     return Found("", counters, depends if verdict == "coupled" else [])
 
 
 class _HalfFails(Exception):
-    """The loss works for a whole batch and not for half of it."""
+    """The loss works for a whole batch but fails for a half."""
 
 
 def _draws(sandbox: Sandbox, batches: Sequence[Halves]) -> list[Draw]:
-    """Measure in training mode; where random numbers are drawn there, and not in eval mode, measure in eval mode."""
+    """Measure in training mode, or in eval mode if only training mode draws random numbers."""
     sandbox.drew = False
     draws = [_draw(sandbox, batch) for batch in batches]
-    if sandbox.drew:  # as functional dropout does
+    if sandbox.drew:  # such as functional dropout
         sandbox.drew = False
         sandbox.model.eval()
-        with suppress(Exception):  # the model may fail there
+        with suppress(Exception):  # the model may fail in eval mode
             quiet = [_draw(sandbox, batch) for batch in batches]
             if not sandbox.drew:
                 return quiet
@@ -125,37 +125,37 @@ def _draw(sandbox: Sandbox, batch: Halves) -> Draw:
         if is_oom(error):
             raise
         raise _HalfFails(
-            f"task.loss works for {counted(samples[0], 'sample')} and fails for {samples[1]} or {samples[2]} of "
+            f"task.loss works for {counted(samples[0], 'sample')} but fails for {samples[1]} or {samples[2]} of "
             f"them ({type(error).__name__}: {error})"
         ) from error
     size = norm_of(of_first) + norm_of(of_second)
-    for one, *halves in zip(gradient, of_first, of_second, strict=True):
-        one -= sum(halves)
+    for whole_gradient, *halves in zip(gradient, of_first, of_second, strict=True):
+        whole_gradient -= sum(halves)
     return Draw(whole, first, second, samples, float(norm_of(gradient) / size) if size else 0.0)
 
 
 def _measure(
     sandbox: Sandbox, batch: Any, start: int, samples: int, parameters: list[nn.Parameter]
 ) -> tuple[tuple[float, float], list[Tensor]]:
-    """Return the loss with its units, and the gradient: zeros for a parameter that has none."""
+    """Return the loss with its units, and the gradient, with zeros for parameters without one."""
     sandbox.reset()
     switch_off(sandbox.model)
     loss, units = sandbox.call(lambda inputs: checked(sandbox.task.loss(sandbox.model, inputs), samples), batch, start)
     gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
     dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradient, strict=True)]
-    sandbox.narrow = sandbox.narrow or any(one.dtype.itemsize < 4 for one in dense)
+    sandbox.narrow = sandbox.narrow or any(tensor.dtype.itemsize < 4 for tensor in dense)
     return (float(loss.detach()), float(units)), dense
 
 
 def switch_off(model: nn.Module) -> None:
-    """Switch off what makes the loss of a sample random or couples samples by design, and is reported as such.
+    """Switch off dropout and batch statistics.
 
-    That is dropout, and normalisation by statistics of the batch.
+    They make the loss random or couple samples by design, and are reported elsewhere.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-            if module.running_mean is None:  # else it takes statistics of the batch in eval mode, too
+            if module.running_mean is None:  # without running statistics, eval mode uses those of the batch
                 like = next(model.parameters())
                 module.running_mean = like.new_zeros(module.num_features)
                 module.running_var = like.new_ones(module.num_features)

@@ -33,7 +33,7 @@ class Balanced:
 
     def train_data(self) -> Balance:
         pixels, labels = map(torch.as_tensor, load_digits(return_X_y=True))
-        kept = (labels > 0) | (torch.arange(len(labels)) % 20 == 0)  # few zeros, to have something to balance
+        kept = (labels > 0) | (torch.arange(len(labels)) % 20 == 0)  # keep few zeros, so that classes are unbalanced
         return Balance(pixels[kept].float() / 8 - 1, labels[kept])
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Train a denoiser: draw the time and the noise of each sample in ``augment``.
 
 Exact on any hardware: the generator that ``augment`` gets is keyed by the sample's position in the run, on any rank and
-in any micro-batch. Evaluations don't call ``augment``: there, draw in the ``[index]`` of the validation data.
+in any micro-batch. Evaluations don't call ``augment``: draw in the ``[index]`` of the validation data instead.
 
     python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.diffusion.Denoise lr.peak=0.1
 """

@@ -1,7 +1,7 @@
 """Distil a frozen teacher into a small student (Hinton et al. 2015).
 
 Exact on any hardware: the teacher has no trained parameter and is returned in eval mode. It stays in eval mode, draws
-nothing, and updates no statistics; the run says so. The loss is a divergence per sample, summed over classes.
+nothing, and updates no statistics; the run reports it. The loss is a divergence per sample, summed over classes.
 
     python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.distillation.Distil lr.peak=0.1
 """
@@ -29,6 +29,6 @@ class Distil:
         return TensorDataset(self.images)
 
     def loss(self, model: nn.ModuleDict, batch: tuple[Tensor]) -> Tensor:
-        wanted = F.log_softmax(model["teacher"](batch[0]) / 4, dim=1)
-        got = F.log_softmax(model["student"](batch[0]) / 4, dim=1)
-        return 16 * F.kl_div(got, wanted, log_target=True, reduction="none").sum(1)
+        teacher = F.log_softmax(model["teacher"](batch[0]) / 4, dim=1)
+        student = F.log_softmax(model["student"](batch[0]) / 4, dim=1)
+        return 16 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)

@@ -1,7 +1,7 @@
 """Fine-tune by LoRA (Hu et al. 2022): low-rank adapters beside the frozen layers of a base model.
 
 Exact on any hardware: an adapter is a sum of products per sample. The base has no trained parameter and is returned in
-eval mode, so it stays there, and its dropout is off; the run says so. The optimizer sees the adapters alone.
+eval mode, so it stays there, and its dropout is off; the run reports it. The optimizer gets only the adapters.
 
     python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.lora.LoRA lr.peak=0.1
 """
@@ -29,7 +29,7 @@ class Adapted(nn.Module):
 class LoRA:
     def model(self) -> nn.Module:
         base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))  # load your pretrained weights here
-        return nn.Sequential(*(Adapted(one, rank=4) if isinstance(one, nn.Linear) else one for one in base))
+        return nn.Sequential(*(Adapted(layer, rank=4) if isinstance(layer, nn.Linear) else layer for layer in base))
 
     def train_data(self) -> TensorDataset:
         pixels, labels = map(torch.as_tensor, load_digits(return_X_y=True))

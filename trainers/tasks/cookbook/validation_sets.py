@@ -1,7 +1,7 @@
 """Evaluate on several validation sets: one dataset whose samples carry the number of their set.
 
-Exact on any hardware: each batch gives a sum and a count per set, 0 of 0 for a set that it has no samples of. They are
-added up over ranks, then divided. ``summarise`` gets all of them; ``checkpoint.best=val/worst:max`` works, too.
+Exact on any hardware: each batch gives a sum and a count per set, both 0 if it has no samples of the set. They are
+summed over ranks, then divided. ``summarise`` gets the totals; ``checkpoint.best=val/worst:max`` works, too.
 
     python launch.py task=custom task._target_=isobatch.trainers.tasks.cookbook.validation_sets.Sets lr.peak=0.1
 """
@@ -34,7 +34,7 @@ class Sets:
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, Tensor]]:
         hits = model(batch[0]).argmax(1) == batch[1]
         inside = {name: batch[2] == number for number, name in enumerate(("clean", "mirrored", "negative"))}
-        return {name: (hits[one].sum(), one.sum()) for name, one in inside.items()}
+        return {name: (hits[mask].sum(), mask.sum()) for name, mask in inside.items()}
 
     def summarise(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         return {"worst": min(hits / count for hits, count in totals.values() if count)}
