@@ -102,7 +102,7 @@ def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
     [
         (HANDLER % "comm_hook:fp16", "comm_hook=fp16 compresses gradients"),
         ("engine.config.kwargs_handlers=[{_target_:accelerate.utils.GradScalerKwargs}]", "has a GradScalerKwargs"),
-        ("engine.config.bucket_cap_mb=50", "engine.config.bucket_cap_mb=50 can't be; engine=accelerate takes"),
+        ("engine.config.bucket_cap_mb=50", "engine=accelerate takes"),
         ("engine.config.log_with=no-such-tracker", "accelerate.Accelerator can't be made"),
     ],
 )

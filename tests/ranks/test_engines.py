@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from isobatch.conf.schema import RunConfig
+from isobatch.trainers.engines import ddp
+from isobatch.trainers.engines.reducer import Parts, Reducer
 from tests.support.harness import Run, Runs, distance
 from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
@@ -48,6 +51,20 @@ def test_the_same_run(runs: Runs, truth: Any, case: str, engine: str) -> None:
     expected, run = truth(case), runs(3 if engine == "DDP" else 2, *overrides(case, engine))
     assert run.ends[0]["state"] == "finished", run.ends[0]
     same(run, expected, CASES[case].apart)
+
+
+class Bare(Reducer):
+    """What CONTRIBUTING.md shows: an engine that overrides nothing."""
+
+    def __init__(self, parts: Parts, config: RunConfig) -> None:
+        parts.model.to(parts.world.device)
+        super().__init__(parts, parts.make_optimizer())
+
+
+def test_a_reducer_that_overrides_nothing_is_an_engine(runs: Runs, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sums the gradients, and what rides with them, over the ranks."""
+    monkeypatch.setattr(ddp, "make_reducer", Bare)
+    same(runs(3, *overrides(PLAIN, "DDP")), truth(PLAIN), CASES[PLAIN].apart)
 
 
 @pytest.mark.parametrize("engine", HERE)

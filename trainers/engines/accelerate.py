@@ -82,12 +82,17 @@ def accelerator(world: World, config: dict[str, Any]) -> Any:
     world.connect()  # it wants a group for a world of one, too
     one_pass = accelerate.utils.GradientAccumulationPlugin(num_steps=1)  # sums are the plan's; else the environment's
     try:
-        return accelerate.Accelerator(
+        found = accelerate.Accelerator(
             **theirs, cpu=world.device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=one_pass,
             dynamo_backend="no",
         )  # fmt: skip
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"accelerate.Accelerator can't be made: {error}", key="engine.config", value=config) from error
+    if found.num_processes != world.size or found.device.type != world.device.type:
+        sees = f"{found.num_processes} processes on {found.device.type}"
+        problem = f"accelerate sees {sees}, and Isobatch {world.size} on {world.device.type}"
+        raise UserError(problem, "use engine=ddp, which reads less of the environment", "engine", "accelerate")
+    return found
 
 
 def refuse_contradictions(env: Mapping[str, str], precision: str, compiled: bool, device: str) -> None:

@@ -91,7 +91,7 @@ class Bitwise(Reducer):
             told.wait()
         if count:
             raise self._buffers.error(moved)
-        return super().reduce()
+        return self.norm()
 
     def _over_ranks(self, mine: Sequence[Sums], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
         """Return the root of the tree, in the first sheet."""

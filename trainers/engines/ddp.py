@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.reducer import Parts, Reducer
-from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.engines.step_report import Note, Number
 from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.targets import check_call
 
@@ -69,6 +69,10 @@ class DDP(Reducer):
         self._run_backward(loss)
         if self._wrapper:
             _add_unused(self._wrapper)
+
+    def reduce(self) -> Number:
+        """Return the gradient's norm: DDP summed gradients and riders in the last backward."""
+        return self.norm()
 
 
 def _add_unused(wrapper: DistributedDataParallel) -> None:

@@ -43,7 +43,7 @@ class FSDP(Reducer):
         assert isinstance(config.engine, engines.FSDP)
         world.connect()
         place(parts.model, world)
-        self._riders, self._device = parts.riders, world.device
+        self._device = world.device
         root = shard(parts.root, config.engine, world)
         if world.size > 1:
             self.trails = Lockstep(world, INSTEAD)

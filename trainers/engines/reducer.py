@@ -99,7 +99,7 @@ class Reducer:
     """Bring the gradients of all ranks and passes together, and step the optimizer.
 
     A step is: ``accumulation`` times ``micro``, ``forward`` and ``backward``, then ``reduce``, then ``step`` or
-    ``drop``. As it is here, gradients are summed over the ranks in the ``backward`` of the last pass.
+    ``drop``. The base class sums all gradients in ``reduce``, by one message.
 
     Args:
         tuned: the optimizer of the parameters that are trained.
@@ -121,6 +121,7 @@ class Reducer:
     def __init__(self, parts: Parts, tuned: Tuned, root: Callable[..., Any] | None = None) -> None:
         self.tuned = tuned
         self._root: Any = root or parts.root
+        self._riders = parts.riders
         self.storage, self.shares_buffers = Storage(parts.model), settled(parts.model)
         self.parameters = [parameter for group in tuned.optimizer.param_groups for parameter in group["params"]]
         self.observed: Sequence[nn.Parameter] = self.parameters
@@ -143,7 +144,12 @@ class Reducer:
         loss.backward()
 
     def reduce(self) -> Number:
-        """Sum gradients and riders over the ranks, as far as the backwards haven't; return the gradient's norm."""
+        """Sum gradients and riders over the ranks unless the backwards did, and return the gradient's norm."""
+        self._riders.total(self.held()[0].new_zeros(()), *self.held())
+        return self.norm()
+
+    def norm(self) -> Number:
+        """Return the norm of the gradients that this rank holds."""
         return number(norm_of(self.held()))
 
     def held(self) -> list[Tensor]:

@@ -74,6 +74,10 @@ class Replicated(Reducer):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def reduce(self) -> Number:
+        """Return the gradient's norm: DeepSpeed summed gradients and riders in the last backward."""
+        return self.norm()
+
     def step(self, factor: Number) -> None:
         multiply(self.held(), factor)
         self._held = None

@@ -32,7 +32,7 @@ class ZeRO(Replicated):
     def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
         super().__init__(parts, config)
         self._stage, self._offload = config.stage, config.offload
-        self._riders, self._device, self._zero = parts.riders, parts.world.device, self._engine.optimizer
+        self._device, self._zero = parts.world.device, self._engine.optimizer
         self._late = False
         # Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite.
         self._told = 0.0
