@@ -11,8 +11,10 @@ import pytest
 from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
+from isobatch.scaling.errors import UserError
 from isobatch.trainers.launch.failures import Starts, record_end
 from isobatch.trainers.ranks.failure import Failure, Reached
+from isobatch.trainers.ranks.session import raise_on_all
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.run import train
 from tests.support.harness import Runs, in_ranks, session_of
@@ -200,6 +202,18 @@ def test_texts_travel_between_ranks(runs: Runs) -> None:
     for agreed, gathered in in_ranks(3, body, runs.folder / "texts"):
         assert agreed
         assert gathered == ["rank 0 ü", "rank 1 ü", "rank 2 ü"]
+
+
+def test_the_error_of_one_rank_is_raised_by_all_with_its_fields(runs: Runs) -> None:
+    error = UserError("lr.peak=0 is no rate", "give another", "lr.peak", 0)
+
+    def body(world: World) -> Any:
+        raise_on_all(world, None)
+        with pytest.raises(UserError) as raised:
+            raise_on_all(world, error if world.rank == 1 else None)
+        return list(raised.value.args)
+
+    assert in_ranks(3, body, runs.folder / "errors") == [list(error.args)] * 3
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.checkpoints.commit import sync
 from isobatch.trainers.model.build import tied
 from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.ranks.session import raise_on_all
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, read, verify
 from isobatch.trainers.tensors.names import checkpoints, followed
@@ -224,18 +224,14 @@ def _convertible(source: torch.dtype | None, target: torch.dtype) -> bool:
 
 def _by_rank_0(model: nn.Module, world: World, load: Callable[[], str]) -> str:
     """Call ``load`` on rank 0 and copy its model's weights to the other ranks. Return the result of ``load``."""
-    refusal, done = list[str](), ""
+    error, done = None, ""
     if world.rank == 0:
         try:
             done = load()
-        except UserError as error:
-            refusal = [error.problem, error.fix, error.key]
-        except (Damaged, OSError) as error:
-            refusal = [str(error)]
-    agreed: tuple[list[str], str] = json.loads(world.agree(json.dumps([refusal, done])))
-    refusal, done = agreed
-    if refusal:
-        raise UserError(*refusal)
+        except (UserError, Damaged, OSError) as caught:
+            error = caught if isinstance(caught, UserError) else UserError(str(caught))
+    raise_on_all(world, error)
+    done = world.agree(done)
     if done and world.size > 1:
         for group in tied(model):
             world.share(next(iter(group.values())))

@@ -17,7 +17,7 @@ from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.result import WITHOUT_A_WORD
 from isobatch.trainers.ranks.failure import Reached, restarts
-from isobatch.trainers.ranks.session import Session, refuse_other_commands
+from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands
 
 
 def claim(session: Session) -> tuple[RunDir, Outcome | None]:
@@ -36,16 +36,16 @@ def claim(session: Session) -> tuple[RunDir, Outcome | None]:
     refuse_other_commands(session.config, world)
     run, before = RunDir(start.run_dir), None
     hosts = world.gather(socket.gethostname())
-    refusal = ""
+    error = None
     if world.rank == 0:
         try:
             before = _begin(run, session, sorted(set(hosts)))
-        except (UserError, OSError) as error:
-            refusal = str(error) if isinstance(error, UserError) else f"run.dir={run.path} can't be written: {error}"
+        except (UserError, OSError) as caught:
+            unwritable = UserError(f"run.dir={run.path} can't be written: {caught}", "", "run.dir", str(run.path))
+            error = caught if isinstance(caught, UserError) else unwritable
             if run.held:
                 run.held.release()
-    if refusal := world.agree(refusal):
-        raise UserError(refusal)
+    raise_on_all(world, error)
     run.await_attempt(start.attempt)
     return run, before if world.rank == 0 else run.outcome()
 

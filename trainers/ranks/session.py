@@ -61,6 +61,13 @@ class Session:
     watch: Watch
 
 
+def raise_on_all(world: World, error: UserError | None) -> None:
+    """Raise the first rank's ``error`` on all ranks, with its problem, fix, key and value; None: this rank has none."""
+    for text in world.gather(json.dumps(error.args if error else None, default=str)):
+        if fields := json.loads(text):
+            raise UserError(*fields) from error
+
+
 def refuse_unless_same(world: World, name: str, number: int) -> None:
     """Raise UserError on all ranks if ``number`` differs between them."""
     found = world.gather(str(number))

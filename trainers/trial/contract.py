@@ -22,6 +22,7 @@ from isobatch.trainers.loop.opening import RUN_DEPENDS, Opened, report_dependenc
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import is_oom
+from isobatch.trainers.ranks.session import raise_on_all
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.trial.evaluation import own_generators_of_validation, try_evaluation, validation_halves
@@ -126,14 +127,15 @@ def _looks(opened: Opened, validation: Validation | None) -> dict[str, Callable[
 
 def _agreed(world: World, method: str, trial: Callable[[], Found]) -> Found:
     """Run ``trial`` on all ranks and return one rank's findings. Raises UserError on all ranks if any rank rejects."""
+    found, error = Found(), None
     try:
         found = trial()
-    except UserError as error:
-        found = Found(rejected=str(error))
-    except Exception as error:
-        why = "memory ran out" if is_oom(error) else f"{type(error).__name__}: {error}"
+        error = UserError(found.rejected) if found.rejected else None
+    except UserError as caught:
+        error = caught
+    except Exception as caught:
+        why = "memory ran out" if is_oom(caught) else f"{type(caught).__name__}: {caught}"
         found = Found(skipped=f"task.{method} failed in this trial, and may fail in training: {why}")
+    raise_on_all(world, error)
     findings = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
-    if rejected := next((finding.rejected for finding in findings if finding.rejected), ""):
-        raise UserError(rejected)
     return next((finding for finding in findings if finding != Found()), found)  # numbers may differ between ranks
