@@ -1,4 +1,4 @@
-"""The run directory: the files by which launchers, workers and Slurm scripts know of each other. Torch-free."""
+"""The run directory, through whose files launchers, workers and Slurm scripts communicate. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNUSABLE = (None, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EN
 
 
 class RunDir:
-    """Paths and small files of one run; ``held``: the lock on it, where this process or its launcher has taken it."""
+    """The paths and small files of one run. ``held`` is the lock, if this process or its launcher has taken it."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -31,28 +31,28 @@ class RunDir:
         self.held: Lock | None = None
 
     def outcome(self) -> Outcome | None:
-        """Return what ``outcome.json`` says; None if there is none. Raises UserError where it is damaged."""
+        """Return the content of ``outcome.json``; None if there is none. Raises UserError if it is damaged."""
         try:
             return read_outcome(self.path)
         except Unreadable as error:
             problem = f"{self.path / 'outcome.json'} is damaged ({error})"
-            raise UserError(problem, "move it away, or name another run.dir", "run.dir") from None
+            raise UserError(problem, "move it away, or give another run.dir", "run.dir") from None
 
     def refuse_foreign(self) -> None:
-        """Raise UserError for a folder that holds something, but no run: nobody's files are taken for an old run's."""
+        """Raise UserError for a folder with files but no run, so that foreign files are never mixed with a run's."""
         if holds_run(self.path) or not self.path.is_dir():
             return
-        ours = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # of a start that was killed at once
+        early = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # left by a start that was killed at once
         links = {path for path in (self.checkpoints, self.final) if path.is_symlink()}  # to another disk
-        if foreign := sorted(path.name for path in {*self.path.iterdir()} - links if not path.name.startswith(ours)):
+        if foreign := sorted(path.name for path in {*self.path.iterdir()} - links if not path.name.startswith(early)):
             shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)
             problem = f"run.dir={self.path} holds no run, but {shown}"
-            raise UserError(problem, "name an empty folder or a new one", "run.dir", str(self.path))
+            raise UserError(problem, "give an empty or a new folder", "run.dir", str(self.path))
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Set ``outcome.json``. ``stopped`` never replaces another end of the same attempt.
+        """Write ``outcome.json``. ``stopped`` never replaces another final state of the same attempt.
 
-        On a disk that is full to the last byte it is written into the space that the old file has.
+        If the disk is completely full, the space of the old file is overwritten.
         """
         if outcome.state == "stopped":
             before = self.outcome()
@@ -64,14 +64,14 @@ class RunDir:
         except OSError:
             if not file.exists() or file.stat().st_blocks * 512 < len(content):
                 raise
-            with open(file, "r+b", buffering=0) as there:  # in one call: whoever is killed leaves no half of each
-                there.write(content.ljust(file.stat().st_size))
+            with open(file, "r+b", buffering=0) as existing:  # one call, so that a kill can't leave a mix of both
+                existing.write(content.ljust(file.stat().st_size))
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl`` in one write, so that a reader never sees half a line.
 
         Raises:
-            OSError: the disk is full, or the directory isn't this launch's any more.
+            OSError: the disk is full, or this launch has lost the directory.
         """
         if gone := self.gone:
             raise FileNotFoundError(gone)
@@ -80,36 +80,36 @@ class RunDir:
             file.write(line.encode())
 
     def await_attempt(self, attempt: str, within_s: float = 30.0) -> None:
-        """Wait until what rank 0 wrote can be read here. Raises UserError where this machine has another disk."""
+        """Wait until rank 0's outcome can be read here. Raises UserError if this machine uses another disk."""
         deadline = time.monotonic() + within_s
         while (seen := self.outcome()) is None or (seen.attempt != attempt and seen.state != "finished"):
             if time.monotonic() > deadline:
-                problem = f"{socket.gethostname()} doesn't see what rank 0 wrote to {self.path}"
-                raise UserError(problem, "run.dir has to be on a disk that all nodes share", "run.dir", str(self.path))
+                problem = f"{socket.gethostname()} can't see the files that rank 0 wrote to {self.path}"
+                raise UserError(problem, "put run.dir on a disk shared by all nodes", "run.dir", str(self.path))
             time.sleep(0.05)
 
     def lock(self, job: str = "", restart: int = 0, attempt: str = "", launches: Collection[str] = ()) -> Lock:
-        """Take the directory for this launch, until the returned lock and those it was handed on from are closed.
+        """Lock the directory for this launch, until the returned lock and the lock it was inherited from are closed.
 
         Args:
-            job: a scheduler's, that this launch is of, and how often that was restarted. A start of the same job before
-                this one isn't at work any more, but the disk may not know that yet, if its machine was lost.
-            attempt: of this launch; ``launches``: those of all machines of it, of which any may have had it.
+            job: the scheduler's job of this launch; ``restart``: how often that was restarted. Earlier starts of the
+                job have ended, though the disk may still hold their lock if their machine was lost.
+            attempt: id of this launch; ``launches``: ids on all of its machines, any of which may hold the lock.
 
         Raises:
-            UserError: another launch has it, and which; or its files can't be used.
+            UserError: another launch holds the lock, or the lock's files can't be used.
         """
-        handed_on = os.environ.get(LOCK_FD)
+        inherited = os.environ.get(LOCK_FD)
         try:
-            file = os.fdopen(os.dup(int(handed_on)), "a+") if handed_on else open_lock(self.path)
-            pid = os.getppid() if handed_on else os.getpid()
+            file = os.fdopen(os.dup(int(inherited)), "a+") if inherited else open_lock(self.path)
+            pid = os.getppid() if inherited else os.getpid()
             lock = Lock(self.path, file, Owner.here(self.path, file, pid, attempt, job, restart))
             become_owner(lock, launches)
         except OSError as error:
             if error.errno not in UNUSABLE:
                 raise
             problem = f"{LOCK} or {OWNER} in {self.path} can't be used ({error})"
-            fix = "they have to be files that can be written; remove them where no launch works there"
+            fix = "make them writable files, or remove them if no launch works there"
             raise UserError(problem, fix, "run.dir", str(self.path)) from error
         file.truncate(0)
         file.write(str(lock.owner))
@@ -119,13 +119,13 @@ class RunDir:
 
     @property
     def gone(self) -> str:
-        """Return why the directory isn't this launch's any more, as far as this process can tell; else ""."""
+        """Return why this launch has lost the directory; "" if it hasn't."""
         if self.held:
             return self.held.beat()
         return "" if self.path.is_dir() else f"run directory {self.path} was moved or deleted during the run"
 
     @property
     def now(self) -> RunDir | None:
-        """Return this directory where it is now, if it was moved during the run; None where it is gone."""
+        """Return this directory at its current path, in case it was moved during the run; None if it is gone."""
         place = self.held.place if self.held else self.path
         return RunDir(place) if place else None

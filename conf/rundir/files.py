@@ -1,4 +1,4 @@
-"""Write and read the small files of a run directory. Damage is reported, and the rest is used. Torch-free."""
+"""Write and read the small files of a run directory. Damage is reported, and the other files are used. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from isobatch.conf.rundir.outcome import Outcome, known_outcome, read_outcome
 from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
 
 Check = Callable[[Any], bool]
-MOST = 2**63  # of a step or a number of samples
+MOST = 2**63  # upper bound of steps and samples
 
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The content of a run's files; empty, or None, where a file isn't there or is damaged.
+    """The content of a run's files. Missing and damaged files are empty or None.
 
     Attributes:
-        events, metrics: the lines that can be read, in order; the last one may be half written, and is then left out.
-        damage: the first thing that is wrong in them, and where; None: nothing is.
+        events, metrics: the readable lines, in order. A half-written last line is left out.
+        damage: the first problem and the file it is in; None if there is none.
     """
 
     outcome: Outcome | None
@@ -61,7 +61,7 @@ def _has_a_peak(value: Any) -> bool:
     return isinstance(value, dict) and ("peak" not in value or _is_number(value["peak"]))
 
 
-# What is used of each file, and what it has to be where it is there.
+# the checks of the keys that are used; every key is optional
 PLAN: dict[str, Check] = {"steps": _or_none(_is_count), "samples": _or_none(_is_count), "lr": _has_a_peak}
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,
@@ -71,11 +71,11 @@ METRICS: dict[str, Check] = {
     "step": _is_count, "samples": _is_count, "loss": _or_none(_is_number), "samples_per_s": _or_none(_is_number),
     "val/": _or_none(_is_number), "ema/": _or_none(_is_number),
 }  # fmt: skip
-REMOVED = " (deleted)"  # behind the path of an open file that was removed
+REMOVED = " (deleted)"  # suffix of the path of an open file that was removed
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name in the same folder, fsync, rename: readers see all of it or the old file."""
+    """Write a temporary file in the same folder, fsync and rename it. Readers see the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -88,7 +88,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_run(directory: Path) -> RunFiles:
-    """Return what the files of the run in ``directory`` say."""
+    """Read the files of the run in ``directory``."""
     outcome, plan, damage = None, dict[str, Any](), list[str]()
     try:
         outcome = read_outcome(directory)
@@ -106,7 +106,7 @@ def read_run(directory: Path) -> RunFiles:
 
 
 def events(directory: Path) -> list[dict[str, Any]]:
-    """Return what happened to the run in ``directory``, in order."""
+    """Return the events of the run in ``directory``, in order."""
     return _lines(directory / "events.jsonl", EVENT, [])
 
 
@@ -137,7 +137,7 @@ def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[d
 
 
 def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """Return ``content`` where it is a mapping whose values are what they have to be. Raises Unreadable."""
+    """Return ``content`` if it is a mapping whose values pass ``checks``. Raises Unreadable otherwise."""
     if not isinstance(content, dict):
         raise Unreadable("it isn't a mapping")
     for name, value in content.items():
@@ -148,18 +148,18 @@ def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Tell whether ``folder`` holds a run or a sweep, however far it came: more than its lock."""
+    """Return whether ``folder`` holds more of a run or a sweep than its lock."""
     names = ("outcome.json", "config.yaml", "events.jsonl", "submissions")
     return any(os.path.lexists(folder / name) for name in names)
 
 
 def identity_of(folder: Path) -> tuple[int, int]:
-    there = folder.stat()
-    return there.st_dev, there.st_ino
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def place_of(file: IO[str], identity: tuple[int, int]) -> Path | None:
-    """Return where the directory is now in which ``file`` was opened; None where it is gone or empty."""
+    """Return the current path of the directory in which ``file`` was opened; None if it is gone or empty."""
     with suppress(OSError):
         link = os.readlink(f"/proc/self/fd/{file.fileno()}")
         path = Path(link.removesuffix(REMOVED)).parent

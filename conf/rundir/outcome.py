@@ -1,4 +1,4 @@
-"""How an attempt at a run ended: the content of ``outcome.json``. Torch-free."""
+"""The outcome of an attempt at a run, as stored in ``outcome.json``. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXIT_CODE: dict[State, int] = {"finished": 0, "refused": 2, "stopped": 75, "oom"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Say how an attempt at a run ended, or that it is ``running``.
+    """Hold the final state of an attempt at a run, or ``running``.
 
     Attributes:
         step, samples: optimizer steps and samples completed.

@@ -1,4 +1,4 @@
-"""The owner of a run directory, as ``.owner`` there names it, and whether it is still at work. Torch-free."""
+"""Read and write the owner of a run directory in ``.owner``, and check whether it is alive. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ READ_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Describe the launch that has a directory, as ``.owner`` does.
+    """Describe the launch that owns a run directory, as stored in ``.owner``.
 
     Attributes:
-        pid: of the launcher; ``started``: when, in the kernel's ticks, since process ids are used again.
-        job, job_restart: of a scheduler's job, and how often that was restarted; "" outside of one.
-        boot, namespace: of the machine and of its process ids.
-        folder, lock: inodes of the run directory and of its lock file; ``lock`` is 0 where flock excludes nobody.
-        attempt: as in ``outcome.json``; ``token``: of this start alone.
+        pid: process id of the launcher; ``started``: its start in kernel ticks, since process ids are reused.
+        job, job_restart: the scheduler's job id ("" without one), and how often the job was restarted.
+        boot, namespace: ids of the machine's boot and of its process id namespace.
+        folder, lock: inodes of the run directory and of its lock file; ``lock`` is 0 if flock doesn't exclude.
+        attempt: as in ``outcome.json``; ``token``: unique id of this start.
     """
 
     host: str
@@ -44,7 +44,7 @@ class Owner:
 
     @classmethod
     def here(cls, folder: Path, file: IO[str], pid: int, attempt: str, job: str, job_restart: int) -> Owner:
-        """Describe the launch ``pid`` of this machine, which has opened ``file`` as the lock of ``folder``."""
+        """Describe the launch with process id ``pid`` on this machine, which opened ``folder``'s lock as ``file``."""
         host, boot, namespace = socket.gethostname(), socket.gethostname(), ""
         with suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -66,22 +66,22 @@ class Owner:
         """Tell whether both are starts of one job, of which this one isn't at work any more."""
         return bool(self.job) and self.job == other.job and self.job_restart < other.job_restart
 
-    def lives(self, mine: Owner) -> bool | None:
-        """Tell whether this owner is at work; None where that can't be told from here.
+    def lives(self, observer: Owner) -> bool | None:
+        """Return whether this owner is alive; None if ``observer`` can't tell.
 
         Args:
-            mine: the launch that asks, which has the flock: on this machine an owner that lives would still have it.
+            observer: a launch that has the flock. A live owner on the same machine would still have it.
         """
-        if self.boot != mine.boot:
+        if self.boot != observer.boot:
             return None
-        here = self.folder == mine.folder  # else it was copied with the directory
-        if here and mine.lock and self.lock == mine.lock:
+        same_folder = self.folder == observer.folder  # else it was copied with the directory
+        if same_folder and observer.lock and self.lock == observer.lock:
             return False
-        if self.namespace != mine.namespace or (started := _started(self.pid)) == 0:
+        if self.namespace != observer.namespace or (started := _started(self.pid)) == 0:
             return None
         if started != self.started:
             return False
-        return True if here else None
+        return True if same_folder else None
 
 
 _ADAPTER = TypeAdapter(Owner)
@@ -89,7 +89,7 @@ _ADAPTER = TypeAdapter(Owner)
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Hold ``.owner`` as it was found: its text, its time, and the owner, None where the text can't be parsed."""
+    """Hold the content of ``.owner``: its text, its time, and the owner, or None if the text can't be parsed."""
 
     text: str
     time_ns: int
@@ -97,7 +97,7 @@ class Seen:
 
     @classmethod
     def of(cls, folder: Path) -> Seen | None:
-        """Look at the owner of ``folder``; None where there is none. Raises OSError, also where it is a link."""
+        """Read the owner of ``folder``; None if there is none. Raises OSError, also if the file is a link."""
         try:
             descriptor = os.open(folder / OWNER, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -114,17 +114,17 @@ class Seen:
         return str(self.owner) if self.owner else "it just started"
 
     def remove(self, folder: Path) -> None:
-        """Remove this owner's ``.owner``, since it is dead, unless it is another's by now."""
-        grave = folder / f"{OWNER}.{uuid.uuid4().hex}"
+        """Remove the ``.owner`` of this dead owner, unless another owner has replaced it."""
+        removed = folder / f"{OWNER}.{uuid.uuid4().hex}"
         with suppress(FileNotFoundError):
-            (folder / OWNER).rename(grave)
-            if (text := grave.read_text(errors="replace")) != self.text:
+            (folder / OWNER).rename(removed)
+            if (text := removed.read_text(errors="replace")) != self.text:
                 create(folder / OWNER, text)
-            grave.unlink()
+            removed.unlink()
 
 
 def create(path: Path, text: str) -> bool:
-    """Write a file that wasn't there; False where it was. Of all who try, also over a network, one succeeds."""
+    """Create a file exclusively, also over a network. Return False if it exists."""
     try:
         file = open(path, "xb", buffering=0)  # noqa: SIM115  closed below
     except FileExistsError:
@@ -139,7 +139,7 @@ def create(path: Path, text: str) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process started, in the kernel's ticks; 0 if unknown; None if there is no such process."""
+    """Return the start of a process in kernel ticks; 0 if unknown; None if there is no such process."""
     with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])
