@@ -1,4 +1,4 @@
-"""Within a job's step: which machines it has, and which of them this one is."""
+"""Find the machines of the job step that this process belongs to."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.state import address, ask, hostnames
 
-PORTS = range(10_000, 30_000)  # below those that kernels give out by themselves
-STEP_STRIDE = 7919  # between the ports of two steps of one job: a prime, so that they meet no neighbouring job's
+PORTS = range(10_000, 30_000)  # below the kernel's ephemeral ports
+STEP_STRIDE = 7919  # between the ports of a job's steps; a prime, so that they differ from a neighbouring job's
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Hold what a task of ``srun`` knows of its job.
+    """Describe the job and the machines of a task of ``srun``.
 
     Attributes:
-        job: its number; each element of an array has one of its own.
-        step: the number of its step in the job; several may run at once.
-        hosts: its machines, as Slurm names them; ``host``: this one.
-        gpus: of this machine that are the job's; None: Slurm doesn't say.
+        job: the job's number; each element of an array has its own.
+        step: the number of the step in the job; several steps may run at once.
+        hosts: the machines by their names in Slurm; ``host``: this machine.
+        gpus: number of the job's GPUs on this machine; None if Slurm doesn't report it.
     """
 
     job: str
@@ -36,46 +36,43 @@ class Allocation:
 
     @classmethod
     def within(cls, env: Mapping[str, str] = os.environ) -> Allocation | None:
-        """Return the job that this process is a task of; None outside of a job.
+        """Return the allocation of this task; None outside of a job.
 
         Raises:
-            UserError: it is in a job and no task of it, or a machine has several, or Slurm can't name the machines.
+            UserError: the process isn't a task of its job, or a machine has several tasks, or Slurm can't name the
+                machines.
         """
         if "SLURM_JOB_ID" not in env:
             return None
         if "SLURM_STEP_ID" not in env:
-            problem = f"this is inside of Slurm's job {env['SLURM_JOB_ID']}"
-            fix = (
-                "start its nodes with `srun --ntasks-per-node=1 python launch.py cluster=slurm …`, or submit another "
-                "job from outside (env -u SLURM_JOB_ID …)"
-            )
+            problem = f"this process runs inside Slurm job {env['SLURM_JOB_ID']}, but not under srun"
+            run = "start the job's nodes with `srun --ntasks-per-node=1 python launch.py cluster=slurm …`"
+            fix = f"{run}, or submit another job from outside (env -u SLURM_JOB_ID …)"
             raise UserError(problem, fix, "cluster", "slurm")
         tasks, nodes = env.get("SLURM_NTASKS", "1"), env.get("SLURM_STEP_NUM_NODES", "1")
         if tasks != nodes:
-            problem = (
-                f"srun starts {tasks} tasks on {nodes} nodes, and needs one a node, which starts that node's workers"
-            )
-            raise UserError(problem, "srun --ntasks-per-node=1 (and #SBATCH --ntasks-per-node=1)")
+            problem = f"srun starts {tasks} tasks on {nodes} nodes, instead of one per node"
+            raise UserError(problem, "use srun --ntasks-per-node=1 and #SBATCH --ntasks-per-node=1")
         hosts = tuple(hostnames(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
         host, gpus = env.get("SLURMD_NODENAME", hosts[0]), env.get("SLURM_GPUS_ON_NODE", "")
         gpus_here = int(gpus) if gpus.isdecimal() else None
         return cls(env["SLURM_JOB_ID"], hosts, host, gpus_here, int(env["SLURM_STEP_ID"]))
 
     def rendezvous(self) -> str:
-        """Return where the machines meet: the first one, by Slurm's address of it, at a port of this job step."""
+        """Return the rendezvous: the first machine's address in Slurm, and a port derived from the job step."""
         return f"{address(self.hosts[0])}:{PORTS[(int(self.job) + STEP_STRIDE * self.step) % len(PORTS)]}"
 
     @property
     def kill_wait_s(self) -> int | None:
-        """Return the seconds from Slurm's notice that the job ends to its kill; None where it isn't known."""
-        with suppress(UserError):  # only to warn by
+        """Return the seconds between Slurm's TERM and KILL; None if unknown."""
+        with suppress(UserError):  # only needed for a warning
             found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
             return int(found[1]) if found else None
         return None
 
 
 def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
-    """Return ``config`` for the machines of ``allocation``. Raises UserError where it contradicts the allocation."""
+    """Return ``config`` for the machines of ``allocation``. Raises UserError if it contradicts the allocation."""
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
     nodes = len(allocation.hosts)
@@ -83,10 +80,8 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
         problem = f"cluster.nodes={cluster.nodes}, but job {allocation.job} has {nodes}"
         raise UserError(problem, "leave it out", "cluster.nodes", cluster.nodes)
     if config.run.new:
-        problem = "run.new=true would begin another run each time that this job is queued again"
-        fix = (
-            "give the new run a name of its own, run.name=…, or submit it: python launch.py cluster=slurm run.new=true"
-        )
+        problem = "run.new=true would start another run each time that this job is requeued"
+        fix = "give the new run its own run.name=…, or submit it with python launch.py cluster=slurm run.new=true"
         raise UserError(problem, fix, "run.new", True)
     local = Local(
         name="local",

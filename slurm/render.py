@@ -1,4 +1,4 @@
-"""A job's script, as text. Pure: nothing is asked, started or written here."""
+"""Render the script of a job as text, without side effects."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MAIL = "END,FAIL,REQUEUE,INVALID_DEPEND"
 def render(
     cluster: Slurm, runs: Sequence[Sequence[str]], *, name: str, output: str, python: str, launcher: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Write the script of a job that does one run, or of an array that does several.
+    """Render the script of a job for one run, or of an array for several.
 
     Args:
-        runs: of each, the words that name it to the launcher: ``run.dir=…``, ``run.config=…``.
-        name: of the job.
-        output: the file that Slurm writes what is printed to; ``%j`` stands for the job.
-        python: the interpreter, where ``cluster.setup`` brings none.
+        runs: the launcher's arguments for each run: ``run.dir=…``, ``run.config=…``.
+        name: the name of the job.
+        output: the path of the job's output; ``%j`` stands for the job.
+        python: the interpreter, if ``cluster.setup`` doesn't provide one.
         launcher: the path of ``launch.py``.
 
     Returns:
-        The text of the script, and all options of sbatch. The text has them, too; given beside it they win over
-        SBATCH_* variables, and may have values of several lines, which no ``#SBATCH`` line can hold.
+        The text of the script, and all options of sbatch. The text contains the options, too. On the command line they
+        override SBATCH_* variables, and may have multi-line values, which ``#SBATCH`` lines can't.
     """
     options = list(_options(cluster, len(runs), name, output))
     lines = [directive(option) for option in options if "\n" not in option]
@@ -34,16 +34,16 @@ def render(
     launch = f"{'python' if cluster.setup else shlex.quote(python)} {shlex.quote(launcher)}"
     cpus = _cpus_per_task(cluster)
     srun = ["srun", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else []), "--kill-on-bad-exit=0"]
-    srun.append(f"--wait={math.ceil(cluster.timeout_s)}")  # after the first task has ended, for one that hangs
+    srun.append(f"--wait={math.ceil(cluster.timeout_s)}")  # ends hanging tasks after the first task has ended
     text = [
         "#!/bin/bash",
-        f"# {counted(len(runs), 'run')} of Isobatch on {workers}, as `python launch.py cluster=slurm` submits it.",
+        f"# {counted(len(runs), 'run')} of Isobatch on {workers}, submitted by `python launch.py cluster=slurm`.",
         *lines,
         "",
         *(_array(runs) if len(runs) > 1 else [f"run=({shlex.join(runs[0])})"]),
         "",
-        "# One task a node starts that node's workers. When the job has to stop, Slurm signals them: they save, and",
-        "# end. This shell outlives them, looks how they ended, and queues the job again where they were stopped.",
+        "# One task per node starts that node's workers. When the job has to stop, Slurm signals them, they save",
+        "# and end. This shell outlives them, checks how they ended, and requeues the job if they were stopped.",
         "trap : TERM",
         *(["", "# cluster.setup", *cluster.setup, ""] if cluster.setup else []),
         f'{" ".join(srun)} {launch} "${{run[@]}}" &',
@@ -93,7 +93,7 @@ def _cpus_per_task(cluster: Slurm) -> int | None:
 
 
 def _array(runs: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield lines that choose the run of this element."""
+    """Yield the lines that select the run of an array element."""
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     for number, words in enumerate(runs):
         yield f"{number}) run=({shlex.join(words)}) ;;"
@@ -101,7 +101,7 @@ def _array(runs: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def directive(option: str) -> str:
-    """Return a line that gives sbatch ``option``; sbatch reads double quotes and backslashes as a shell does."""
+    """Return the ``#SBATCH`` line of ``option``. sbatch parses double quotes and backslashes like a shell."""
     name, equals, value = option.partition("=")
     if set(value) & set(" \t\r#'\"\\"):
         value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

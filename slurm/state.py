@@ -1,4 +1,4 @@
-"""What Slurm's own commands say of jobs, nodes and settings, as values."""
+"""Run Slurm's commands, and parse their output about jobs, nodes and settings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from isobatch.scaling.errors import UserError
 
 ANSWER_S = 60.0  # for a busy controller
-PATIENCE_S = 300.0  # within a job, whose stop or start would be lost: as long as a controller may take to come back
+PATIENCE_S = 300.0  # for a controller to come back, within a job, which can't requeue without it
 ASK_AGAIN_S = 3.0
 UNANSWERED = re.compile(
     r"unable to contact|timed out|didn't answer|connection (refused|failure)|zero bytes", re.IGNORECASE
 )
-DOWN = ("down", "fail", "error")  # how a node's state begins that won't be heard of
+DOWN = ("down", "fail", "error")  # prefixes of the states of unavailable nodes
 
 
 def ask(*words: str, env: Mapping[str, str] = os.environ) -> str:
-    """Return what a command of Slurm's prints. Raises UserError where it isn't here, failed, or didn't answer.
+    """Return the output of a Slurm command. Raises UserError if it doesn't exist, fails, or doesn't answer.
 
-    Within a job, a controller that doesn't answer is asked again for a while.
+    Within a job, the command is retried for a while if the controller doesn't answer.
     """
     env, deadline = {**env, "SLURM_TIME_FORMAT": "standard"}, time.monotonic() + PATIENCE_S
     while True:
@@ -42,13 +42,13 @@ def _ask_once(words: Sequence[str], env: Mapping[str, str]) -> str:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S, errors="replace", env=env)
     except FileNotFoundError:
         problem = f"there is no {words[0]} on this machine"
-        fix = "give the command on a login node of the cluster; cluster.dry_run=true prints the job's script anywhere"
+        fix = "run the command on a login node of the cluster; cluster.dry_run=true prints the job's script anywhere"
         raise UserError(problem, fix) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{words[0]} didn't answer within {ANSWER_S:g} s") from None
     if done.returncode:
-        said = "\n".join(line for line in done.stderr.splitlines() if line.strip())
-        raise UserError(f"{words[0]} failed ({done.returncode}): {said or 'it said nothing'}")
+        errors = "\n".join(line for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{words[0]} failed ({done.returncode}): {errors or 'no output'}")
     return done.stdout
 
 
@@ -57,10 +57,10 @@ class Queued:
     """Describe a job in the queue.
 
     Attributes:
-        job: its id; ``123_4`` for an element of an array.
-        state: PENDING, RUNNING, COMPLETING, …; ``reason``: why it waits, if it does.
+        job: the job's id; ``123_4`` for an element of an array.
+        state: PENDING, RUNNING, COMPLETING, …; ``reason``: why it waits; "" if it doesn't.
         since: when it was submitted or, if it runs, started.
-        nodes: those it runs on, as Slurm writes them; "" while it waits.
+        nodes: the nodes it runs on, in Slurm's notation; "" while it waits.
         command: the path of its script.
     """
 
@@ -73,7 +73,7 @@ class Queued:
 
     @property
     def root(self) -> str:
-        """The directory of its run or sweep, where Isobatch submitted it; else ""."""
+        """The directory of its run or sweep; "" if Isobatch didn't submit it."""
         script = Path(self.command)
         return str(script.parent.parent) if script.parent.name == "submissions" else ""
 
@@ -84,20 +84,20 @@ class Queued:
 
 
 def queued(jobs: Iterable[str] = ()) -> dict[str, Queued]:
-    """Return the jobs of this user that aren't over, by id: all of them, or those of ``jobs``."""
-    asked = sorted({job.partition("_")[0] for job in jobs})
-    which = ["--jobs", ",".join(asked)] if asked else ["--me"]
+    """Return the unfinished jobs of this user by id: all of them, or only ``jobs``."""
+    identifiers = sorted({job.partition("_")[0] for job in jobs})
+    selection = ["--jobs", ",".join(identifiers)] if identifiers else ["--me"]
     try:
-        text = ask("squeue", "--noheader", "--array", *which, "--format", "%i|%T|%r|%V|%S|%N|%o")
+        text = ask("squeue", "--noheader", "--array", *selection, "--format", "%i|%T|%r|%V|%S|%N|%o")
     except UserError as error:
-        if "Invalid job id" in error.problem:  # all of them are over, and forgotten
+        if "Invalid job id" in error.problem:  # Slurm has purged all of these jobs
             return {}
         raise
     return parse_queue(text)
 
 
 def parse_queue(text: str) -> dict[str, Queued]:
-    """Parse lines of ``squeue --format='%i|%T|%r|%V|%S|%N|%o'``, of which the last field may hold anything."""
+    """Parse lines of ``squeue --format='%i|%T|%r|%V|%S|%N|%o'``, whose last field may contain any characters."""
     found = {}
     for line in re.split(r"\n(?=\d+\S*\|[A-Z_]+\|)", text.removesuffix("\n")) if text else ():
         job, state, reason, submitted, started, nodes, command = line.split("|", 6)
@@ -108,14 +108,14 @@ def parse_queue(text: str) -> dict[str, Queued]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Describe this process's own job, as ``scontrol`` shows it.
+    """Describe this process's own job, as shown by ``scontrol``.
 
     Attributes:
-        restarts: how often it was put back into the queue.
+        restarts: how often it was requeued.
         preempted: a job with a higher priority takes its place.
-        ended: when it is or was to end at the latest; None without a limit, or where it waits again.
-        limit: how long it may run; None: without a limit.
-        output: the file that it writes to; "" where that isn't told.
+        ended: when it ends, or ended, at the latest; None without a limit, or if it waits again.
+        limit: how long it may run; None without a limit.
+        output: the path of its output; "" if unknown.
     """
 
     state: str
@@ -128,13 +128,13 @@ class Job:
 
     @property
     def at_its_limit(self) -> bool:
-        """Tell whether it has ended, or ends, because its time is over."""
+        """Return whether the job has ended, or is ending, because of its time limit."""
         if self.state == "RUNNING" or None in (self.started, self.ended, self.limit):
             return False
         return self.ended >= self.started + self.limit  # type: ignore[operator]
 
     def left_s(self, now: datetime) -> float | None:
-        """Return the seconds until its limit; None without one."""
+        """Return the seconds until the time limit; None without one."""
         if self.started is None or self.limit is None:
             return None
         return (self.started + self.limit - now).total_seconds()
@@ -142,10 +142,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """Name the job that a process is in, and how often that was queued again; outside of one, ``id`` is "".
+    """Identify the start of the job that a process is in. Outside of a job, ``id`` is "".
 
-    The ``id`` of an element of an array is ``123_4``. The element that begins last has the array's own number as
-    SLURM_JOB_ID, by which Slurm takes all of them.
+    The ``id`` of an array element is ``123_4``. SLURM_JOB_ID wouldn't do: in the element that starts last it is the
+    number of the array, which means all of its elements.
     """
 
     id: str = ""
@@ -160,14 +160,14 @@ class JobStart:
 
 
 def job(identifier: str) -> Job:
-    """Return the job with this id. Raises UserError where Slurm doesn't answer."""
+    """Return the job with this id. Raises UserError if Slurm doesn't answer."""
     return parse_job(ask("scontrol", "show", "job", identifier))
 
 
 def parse_job(text: str) -> Job:
     """Parse the lines of ``scontrol show job``."""
     found = re.findall(r"(?:^|\s)(JobState|Restarts|PreemptTime|StartTime|EndTime|TimeLimit)=(\S*)", text)
-    fields = dict(reversed(found))  # the first of each: behind them come texts of the user's own
+    fields = dict(reversed(found))  # the first match of each key, since user-defined texts follow
     started, preempted = _time(fields.get("StartTime", "")), _time(fields.get("PreemptTime", ""))
     return Job(
         fields.get("JobState", "UNKNOWN"),
@@ -191,26 +191,26 @@ def _limit(text: str) -> timedelta | None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """Return the machines of a list such as ``gpu-b2[1-3,5],login1``, by Slurm's own reading of it."""
+    """Let Slurm expand a node list such as ``gpu-b2[1-3,5],login1``."""
     return ask("scontrol", "show", "hostnames", nodes).split()
 
 
 def address(node: str) -> str:
-    """Return where Slurm reaches a node: of several networks, the one that the site has chosen."""
+    """Return the address at which Slurm reaches a node, on the network that the site has chosen."""
     match = re.search(r"(?:^|\s)NodeAddr=(\S+)", ask("scontrol", "--oneliner", "show", "node", node))
     return match[1] if match else node
 
 
 def down_nodes(nodes: str) -> list[str]:
-    """Return those nodes of a list such as ``n[1-3],n7`` that don't answer any more, or were taken out."""
+    """Return the nodes of a list such as ``n[1-3],n7`` that don't answer, or were taken out of service."""
     text = ask("sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N %T")
     states = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
-    # a * says that a node doesn't answer
+    # * marks a node that doesn't answer
     return sorted(node for node, state in states.items() if state.lower().startswith(DOWN) or "*" in state)
 
 
 def restarted_nodes(nodes: str, since: datetime) -> list[str]:
-    """Return those of ``nodes`` whose daemon began at ``since`` or later, as it does when a machine starts."""
+    """Return the ``nodes`` whose daemon started at ``since`` or later, for example after a reboot."""
     text = ask("scontrol", "--oneliner", "show", "node", nodes)
     began = re.findall(r"^NodeName=(\S+) .*?SlurmdStartTime=(\d\S+)", text, re.MULTILINE)
     return sorted({node for node, when in began if datetime.fromisoformat(when) >= since})

@@ -42,7 +42,7 @@ _ADAPTER = TypeAdapter(Outcome)
 
 
 def read_outcome(directory: Path) -> Outcome | None:
-    """Return how the run in ``directory`` ended; None if it has no outcome. Raises Unreadable where it is damaged."""
+    """Return the outcome of the run in ``directory``; None if there is none. Raises Unreadable if it is damaged."""
     fields = None
     try:
         fields = read_json(directory / "outcome.json")
@@ -54,7 +54,7 @@ def read_outcome(directory: Path) -> Outcome | None:
 
 
 def known_outcome(directory: Path) -> Outcome | None:
-    """Return how the run in ``directory`` ended; None if it has no outcome, or a damaged one."""
+    """Return the outcome of the run in ``directory``; None if it is missing or damaged."""
     with suppress(Unreadable):
         return read_outcome(directory)
     return None

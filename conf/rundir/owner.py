@@ -63,7 +63,7 @@ class Owner:
         )  # fmt: skip
 
     def is_earlier_start_of(self, other: Owner) -> bool:
-        """Tell whether both are starts of one job, of which this one isn't at work any more."""
+        """Return whether this is an earlier, already ended start of the job of ``other``."""
         return bool(self.job) and self.job == other.job and self.job_restart < other.job_restart
 
     def lives(self, observer: Owner) -> bool | None:

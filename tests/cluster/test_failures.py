@@ -38,7 +38,7 @@ def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
     comes_back(case, node)
     case.finishes(job)
     case.same("2 ranks")
-    case.event("requeue", job=job, kind="node", cause=f"^node {node} (is down|went down, and came back)$")
+    case.event("requeue", job=job, kind="node", cause=f"^node {node} (is down|went down and came back)$")
     check(case.event("going_on")["step"] >= 10, "it began anew")
 
 
@@ -59,7 +59,7 @@ def test_a_node_that_was_down_already(case: JobCase) -> None:
     case.finishes(job)
     case.same("2 ranks")
     tries = case.events("requeue")
-    check(tries, "it wasn't queued again")
+    check(tries, "the job wasn't requeued")
     for event in tries:
         check((event["kind"], event["cause"]) == ("node", f"node {node} can't be reached"), f"{event}")
 
@@ -75,7 +75,7 @@ def test_a_node_that_does_not_sign_in(case: JobCase) -> None:
     state = case.await_over(job)
     check(state == "FAILED", f"it is {state}")
     missing = f"no word from {node} of {', '.join(case.nodes)} within 10 s"
-    case.event("not_requeued", job=job, cause=f"before it began: the machines didn't meet at .*: {missing}")
+    case.event("not_requeued", job=job, cause=f"before the run started: the machines didn't meet at .*: {missing}")
     wait_until(lambda: not case.lab.tasks_of(node), f"processes that are left on {node}", 30)
     case.finishes(case.submit())
     case.same("2 ranks")
@@ -101,8 +101,8 @@ def test_a_crash_that_gets_further_is_queued_again_so_many_times(case: JobCase) 
     state = case.await_over(job)
     check((state, case.outcome["state"]) == ("FAILED", "crashed"), f"{state}, {case.outcome}")
     steps = [(event["kind"], event["step"]) for event in case.events("requeue")]
-    check(steps == [("crash", 12), ("crash", 22)], f"queued again: {steps}")
-    case.event("not_requeued", job=job, kind="crash", cause="; that was done cluster.max_requeues=2 times$", step=32)
+    check(steps == [("crash", 12), ("crash", 22)], f"requeued at {steps}")
+    case.event("not_requeued", job=job, kind="crash", cause="; already requeued cluster.max_requeues=2 times$", step=32)
     case.finishes(case.submit())
     case.same("2 ranks")
 
@@ -113,7 +113,7 @@ def test_a_later_start_that_is_refused_is_not_queued_again(case: JobCase) -> Non
     job = case.submit(**SLOWLY)
     case.await_step(12)
     run("scontrol", "requeue", job)
-    wait_until(lambda: case.events("requeue"), "the job to be queued again")
+    wait_until(lambda: case.events("requeue"), "the job to be requeued")
     away = (case.run / "checkpoints").rename(case.folder / "away")
     state = case.await_over(job)
     check((state, case.outcome["state"]) == ("FAILED", "refused"), f"{state}, {case.outcome}")

@@ -50,7 +50,7 @@ def preempted(case: JobCase, partition: str) -> None:
     take_nodes(case)
     case.finishes(job)
     case.same("2 ranks")
-    put_back(case, "^preempted: a job with a higher priority took its place$")
+    check_requeued(case, "^preempted: a job with a higher priority took its place$")
 
 
 @on_nodes(2)
@@ -62,7 +62,7 @@ def test_killed_before_it_saved(case: JobCase) -> None:
     take_nodes(case)
     case.finishes(job)
     case.same("2 ranks")
-    cause = "^preempted: a job with a higher priority took its place; it was killed before all was saved$"
+    cause = "^preempted: a job with a higher priority took its place; it was killed before the run was saved$"
     case.event("requeue", kind="stop", cause=cause, job=job, step=29)
     case.event("crashed", cause="^ended without a word", found=True)
     case.event("going_on", step=20)
@@ -74,12 +74,12 @@ def take_nodes(case: JobCase) -> None:
     run("sbatch", "--partition=high", *nodes, "--wrap=true")
 
 
-def put_back(case: JobCase, cause: str, times: int | None = 1) -> None:
+def check_requeued(case: JobCase, cause: str, times: int | None = 1) -> None:
     """The run stopped, all was saved, the job was queued again for this, and went on from there."""
     stops, requeues, goings_on = (case.events(name) for name in ("stopped", "requeue", "going_on"))
     check(len(stops) == times or (times is None and stops), f"{len(stops)} stops")
     steps = [event["step"] for event in stops]
-    check(steps == [event["step"] for event in requeues], f"stopped at {steps}, and queued again: {requeues}")
+    check(steps == [event["step"] for event in requeues], f"stopped at {steps}, and requeued: {requeues}")
     check(steps == [event["step"] for event in goings_on], f"stopped at {steps}, and went on: {goings_on}")
     for event in requeues:
         check(event["kind"] == "stop" and re.search(cause, event["cause"]), f"{event}")
@@ -93,7 +93,7 @@ def test_time_limit(case: JobCase) -> None:
     job = case.submit("cluster.time_min=1", "cluster.signal_s=20", DELAY_S="0.9")  # which takes some 45 s
     case.finishes(job)
     case.same("2 ranks")
-    put_back(case, "^its time limit$", times=None)
+    check_requeued(case, "^its time limit$", times=None)
 
 
 @on_nodes(2)
@@ -102,7 +102,7 @@ def test_time_limit_without_a_signal_before(case: JobCase) -> None:
     job = case.submit("cluster.time_min=1", "cluster.signal_s=0", DELAY_S="1.5")
     case.finishes(job)
     case.same("2 ranks")
-    put_back(case, "^its time limit$", times=None)
+    check_requeued(case, "^its time limit$", times=None)
 
 
 @on_nodes(2)
@@ -112,7 +112,7 @@ def test_requeue_by_hand(case: JobCase) -> None:
     run("scontrol", "requeue", job)
     case.finishes(job)
     case.same("2 ranks")
-    put_back(case, "^`scontrol requeue`$")
+    check_requeued(case, "^`scontrol requeue`$")
 
 
 @on_nodes(2)
@@ -122,7 +122,7 @@ def test_signal(case: JobCase) -> None:
     run("scancel", "--signal=USR2", job)
     case.finishes(job)
     case.same("2 ranks")
-    put_back(case, "^SIGUSR2, as by `scancel --signal`$")
+    check_requeued(case, "^SIGUSR2, for example from `scancel --signal`$")
 
 
 @on_nodes(2)
@@ -132,7 +132,7 @@ def test_signal_before_there_is_anything_to_save(case: JobCase) -> None:
     run("scancel", "--signal=USR2", job)
     case.finishes(job)
     case.same("2 ranks")
-    case.event("requeue", job=job, kind="stop", cause="^(a signal|SIGUSR2), as by `scancel --signal`$")
+    case.event("requeue", job=job, kind="stop", cause="^(a signal|SIGUSR2), for example from `scancel --signal`$")
     check(not case.events("crashed"), "it counts as a crash")
 
 
@@ -147,7 +147,7 @@ def test_cancel(case: JobCase) -> None:
     step = case.event("stopped")["step"]
     wait_until(lambda: case.events("cancelled"), "the event", 20)
     case.event("cancelled", job=job, cause="^`scancel`$", step=step)
-    check(not case.events("requeue"), "it was queued again")
+    check(not case.events("requeue"), "the job was requeued")
     case.finishes(case.submit())
     case.same("2 ranks")
     case.event("going_on", step=step)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from isobatch.conf.overrides import override
 from tests.cluster.jobs import ONE_THREAD, JobCase, field, on_nodes, over
 from tests.cluster.lab import run
-from tests.cluster.test_stops import put_back, take_nodes
+from tests.cluster.test_stops import check_requeued, take_nodes
 from tests.faults.case import BASE, ROOT, check, wait_until
 
 SLOWLY = {"DELAY_S": "0.15"}
@@ -40,7 +40,7 @@ def test_a_sweep_is_an_array(case: JobCase) -> None:
         element.finishes(one)
         element.same(f"peak {peak}")
         element.event("submitted", job=f"^{one}$")
-    put_back(elements[last], "^preempted: ")
+    check_requeued(elements[last], "^preempted: ")
     check([field(one, "Restarts") for one in others] == ["0", "0"], "others were queued again, too")
 
 
@@ -68,7 +68,7 @@ def test_twice(case: JobCase) -> None:
     refused, submitted = sorted(both, key=lambda done: -done.returncode)
     check((refused.returncode, submitted.returncode) == (2, 0), f"{refused}, {submitted}")
     job = case.event("submitted")["job"]
-    named = f"isobatch: job {job} does the run in {case.run} already"
+    named = f"isobatch: job {job} already does the run in {case.run}"
     check(refused.stderr.startswith(named), f"it doesn't name the first: {refused.stderr}")
     case.await_step(1)
     third = case.command()
@@ -149,7 +149,9 @@ def by_hand(case: JobCase, script: str) -> None:
     case.finishes(job)
     case.same("4 ranks")
     stop = case.event("stopped", cause="SIGUSR2")
-    case.event("requeue", job=job, kind="stop", cause="^SIGUSR2, as by `scancel --signal`$", step=stop["step"])
+    case.event(
+        "requeue", job=job, kind="stop", cause="^SIGUSR2, for example from `scancel --signal`$", step=stop["step"]
+    )
     case.event("going_on", step=stop["step"])
 
 

@@ -180,6 +180,6 @@ def other_data(case: Case, _: References) -> None:
     case.counted = False  # the fingerprint looks at samples, too
     base = (*BASE, "data.fingerprint=true")
     case.stopped(case.start(base=base, faults=[signalled("SIGTERM", "step", 25)]), "SIGTERM")
-    cause = "the training data has changed: its fingerprint is .*, and was "
+    cause = "the training data has changed: its fingerprint is .*, but was "
     case.ended(case.start(base=base, SHIFT="1"), "refused", 2, cause)
     case.goes_on(base=base)

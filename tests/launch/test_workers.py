@@ -445,7 +445,7 @@ def test_restarts_are_counted(folder: Path) -> None:
     reached = [event["step"] for event in run.events("restart")] + [run.outcome["step"]]
     assert reached == [step + 2 for step in begun]
     assert run.outcome["samples"] == 64 * run.outcome["step"]
-    assert ["again" in line for line in run.said] == [True, True, False]
+    assert ["restarting" in line for line in run.said] == [True, True, False]
 
 
 def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
@@ -453,7 +453,7 @@ def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
     assert run.end() == 1
     assert run.outcome["restarts"] == 1
     assert "killed by SIGKILL" in run.outcome["cause"]
-    assert "the last start got no further than one before" in run.said[1]
+    assert "the last start got no further than an earlier one" in run.said[1]
 
 
 @pytest.mark.parametrize(("code", "state"), [("os._exit(7)", "crashed"), ("raise UserError('not here')", "refused")])
@@ -493,7 +493,7 @@ def test_half_the_samples_at_once_where_memory_runs_out(folder: Path) -> None:
     assert (restart["kind"], restart["per_gpu_before"], restart["per_gpu"]) == ("oom", 32, 16)
     assert (restart["rank"], restart["step"]) == (1, 2)
     assert re.search(r"can't allocate memory.* in loss\)$", restart["cause"])
-    assert "again with batch.per_gpu=16" in run.said[0]
+    assert "restarting the workers with batch.per_gpu=16" in run.said[0]
     plan = json.loads((run.dir / "plan.json").read_text())
     assert (plan["global_size"], plan["per_gpu"], plan["accumulation"]) == (64, 16, 2)
     assert run.events("going_on")[0]["step"] in (1, 2)

@@ -26,7 +26,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.slurm.allocation import Allocation, as_local
 from isobatch.slurm.end import End, parse_due, parse_unreached
 from isobatch.slurm.render import directive, render
-from isobatch.slurm.requeue import decide_requeue, put_back_by_slurm
+from isobatch.slurm.requeue import decide_requeue, requeued_by_slurm
 from isobatch.slurm.state import Job, JobStart, address, down_nodes, parse_job, parse_queue, restarted_nodes
 from isobatch.slurm.submit import common_cluster, prepare, refuse_unless_submittable
 from tests.support.examples import examples
@@ -182,7 +182,7 @@ def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
 def test_a_sweep_is_one_array() -> None:
     two = [compose([*ON_SLURM, f"cluster.nodes={nodes}"]) for nodes in (1, 2)]
     assert common_cluster([two[0], two[0]]) == two[0].cluster
-    with pytest.raises(UserError, match="one array of jobs"):
+    with pytest.raises(UserError, match="one job array"):
         common_cluster(two)
 
 
@@ -353,7 +353,7 @@ STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
     ("ended", "event", "kind", "cause"),
     [
         (end("finished"), "finished", None, ""),
-        (end("stopped", "SIGUSR2"), "requeue", "stop", "SIGUSR2, as by `scancel --signal`"),
+        (end("stopped", "SIGUSR2"), "requeue", "stop", "SIGUSR2, for example from `scancel --signal`"),
         (end("stopped", "SIGUSR2", now=NOW + HOUR - timedelta(seconds=150)), "requeue", "stop", "its time limit"),
         (end("stopped", "SIGTERM", job=replace(RUNNING, preempted=True)), "requeue", "stop", "preempted: a job with"),
         (end("stopped", "SIGTERM", job=replace(ENDING, preempted=True)), "requeue", "stop", "preempted: a job with"),
@@ -371,7 +371,7 @@ STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
             end("running", job=replace(ENDING, ended=NOW + HOUR)),
             "requeue",
             "stop",
-            "its time limit; it ended before all",
+            "its time limit; it ended before the run was saved",
         ),
         (
             end("stopped", "SIGUSR2", now=LATE, events=3 * (STOP,)),
@@ -472,14 +472,14 @@ KILLED = "`scontrol requeue`; it was killed before"
     ("due", "state", "down", "began", "kind", "cause"),
     [
         (None, "running", ["n1"], "2026-11-26T00:00:00", "node", "node n1 is down"),
-        (None, "running", [], "2026-11-26T00:37:00", "node", "node n2 went down, and came back"),
+        (None, "running", [], "2026-11-26T00:37:00", "node", "node n2 went down and came back"),
         (" DUE TO NODE FAILURE", "running", [], "2026-11-26T00:00:00", "node", "a node failed"),
         (" DUE TO JOB REQUEUE", "running", [], "2026-11-26T00:37:00", "stop", KILLED),
         (" DUE TO JOB REQUEUE", "stopped", [], "2026-11-26T00:37:00", "stop", "`scontrol requeue`"),
-        (None, "running", [], "2026-11-26T00:00:00", None, "Slurm queued it again by itself"),
+        (None, "running", [], "2026-11-26T00:00:00", None, "Slurm requeued it for an unknown reason"),
     ],
 )
-def test_what_slurm_put_back_by_itself(
+def test_what_slurm_requeued_by_itself(
     due: str | None, state: str, down: list[str], began: str, kind: str | None, cause: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -497,12 +497,12 @@ def test_what_slurm_put_back_by_itself(
     (tmp_path / "outcome.json").write_text(json.dumps(asdict(outcome)))
     (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
-    found = put_back_by_slurm(tmp_path, env)
+    found = requeued_by_slurm(tmp_path, env)
     assert found is not None
     assert (found.event, found.kind) == ("requeue", kind)
     assert found.cause.startswith(cause)
     assert ("killed" in found.cause) == ("killed" in cause)
-    assert put_back_by_slurm(tmp_path, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}) is None
-    assert put_back_by_slurm(tmp_path, {"SLURM_JOB_ID": "7"}) is None
+    assert requeued_by_slurm(tmp_path, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}) is None
+    assert requeued_by_slurm(tmp_path, {"SLURM_JOB_ID": "7"}) is None
     (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n" + json.dumps(crash(5)) + "\n")
-    assert put_back_by_slurm(tmp_path, env) is None
+    assert requeued_by_slurm(tmp_path, env) is None
