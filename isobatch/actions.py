@@ -18,6 +18,7 @@ from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import holds_run
+from isobatch.conf.rundir.outcome import EXIT_CODE
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
@@ -115,13 +116,14 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         say_once(why)
     before = run.outcome()
     code = work(config, str(directory), extends(directory, config))
-    if code not in (0, 75):
+    if code not in (EXIT_CODE["finished"], EXIT_CODE["stopped"]):
         return code  # the cause is printed already; another directory may be in this one's place by now
     after = run.outcome()
     if after and after != before:
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
             how = f"run.dir={directory}" if config.run.new else "the same command"
-            say_once(f"{result(directory)} · {directory}{f' ({how} resumes)' * (code == 75)}")
+            resumes = f" ({how} resumes)" if code == EXIT_CODE["stopped"] else ""
+            say_once(f"{result(directory)} · {directory}{resumes}")
     return code
 
 

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isobatch.conf.rundir.outcome import EXIT_CODE
 from isobatch.conf.sweep import Element
 from isobatch.conf.terminal import Unwritable, say, say_if_slow, tell_torchrun
 from isobatch.scaling.errors import UserError
@@ -31,10 +32,10 @@ def guarded(work: Callable[[], int]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"isobatch: {error}", sys.stderr)
         tell_torchrun(f"isobatch: {error}")
-        return 2
+        return EXIT_CODE["refused"]
     except Stopped as stopped:
         say(f"isobatch: {stopped}, before anything was started", sys.stderr)
-        return 75
+        return EXIT_CODE["stopped"]
     except Unwritable as error:
         if str(error):  # empty if the reader of a pipe has gone
             say(f"isobatch: {error}", sys.stderr)
@@ -99,14 +100,14 @@ def in_turn(
     """Train the runs of a sweep one after another, each in a child. Print a table and return the exit code."""
     codes: list[int] = []
     for element, training in zip(elements, trainings, strict=True):
-        if stop.wanted or 75 in codes:
+        if stop.wanted or EXIT_CODE["stopped"] in codes:
             break
         say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
         codes.append(in_child(training, stop))
     say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
-    if stop.wanted or 75 in codes:
+    if stop.wanted or EXIT_CODE["stopped"] in codes:
         say("stopped (run the same command to resume)")
-        return 75
+        return EXIT_CODE["stopped"]
     failed = set(codes) - {0}
-    return 2 if failed == {2} else int(bool(failed))
+    return EXIT_CODE["refused"] if failed == {EXIT_CODE["refused"]} else int(bool(failed))
