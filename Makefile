@@ -1,4 +1,4 @@
-# Everything runs in VENV, made from constraints.txt on first use.
+# Everything runs in VENV, created from constraints.txt on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +12,11 @@ install: $(VENV)/.installed
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# All at a time, as each waits for processes, and for time to pass, much of the while. The unit tests, which wait for
-# nothing, take what the others leave.
+# All suites run at once, as most of them spend much time waiting. The unit tests never wait, and run at a lower priority.
 test: install
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
-# Half of the time that tests/ranks takes.
+# These take half of the time of tests/ranks.
 ENGINES := $(patsubst %,tests/ranks/test_%.py,accelerate bitwise branches crossing deepspeed engines fsdp memory)
 
 test-engines: install
@@ -35,11 +34,11 @@ test-unit: install
 test-cluster: install
 	$(PYTEST) tests/cluster
 
-# Rewrite the files in tests/golden where what the tests make differs; look at the difference before you commit it.
+# Rewrite the golden files whose tests differ; read the difference before you commit it.
 golden: install
 	GOLDEN=rewrite $(PYTEST) -p tests.support.no_torch $(shell grep -rl 'tests.support.golden' tests/unit)
 
-# `make fuzz EXAMPLES_SEED=N` tries the examples of an earlier run again.
+# `make fuzz EXAMPLES_SEED=N` repeats the examples of an earlier run.
 fuzz: install
 	@echo "To reproduce: make fuzz EXAMPLES_SEED=$(EXAMPLES_SEED)"
 	$(PYTEST) -p tests.support.no_torch -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(EXAMPLES_SEED) tests/unit || \
@@ -61,15 +60,15 @@ soak: install
 	$(BIN)/python -m benchmarks.soak
 
 $(VENV)/.installed: constraints.txt pyproject.toml
-	@echo "Installing into $(VENV) what constraints.txt names (some minutes, once) …"
+	@echo "Installing the packages of constraints.txt into $(VENV) (a few minutes, once) …"
 	@$(PYTHON) -m venv $(VENV)
-	@# DeepSpeed builds what it can compile when that is first used: nothing now.
+	@# DeepSpeed compiles its ops on first use, not now.
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		".[tasks,accelerate,deepspeed,peers,test,lint]"
-	@$(BIN)/pip uninstall --quiet --yes isobatch  # a copy of now; what is run is this clone
-	@# Others' optimizers, which ours are compared with: single modules, without what their packages bring, and so not
-	@# where others look for them (see tests/support/peers.py).
+	@$(BIN)/pip uninstall --quiet --yes isobatch  # a copy; everything runs from this clone
+	@# Other optimizer packages to compare with, without their dependencies, and so outside site-packages
+	@# (see tests/support/peers.py).
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
 		--target $(VENV)/peers pytorch-optimizer timm torch-optimizer
-	@rm -rf build isobatch.egg-info  # what pip left beside it
+	@rm -rf build isobatch.egg-info  # left by pip
 	@touch $@

@@ -1,7 +1,7 @@
-"""Check how the source is laid out: ``python -m tests.structure`` fails on anything that breaks a rule below.
+"""Check the structure of the source: ``python -m tests.structure`` fails if a rule below is broken.
 
-- Imports go down only, in the order of LAYERS. Lazy imports and those for type checkers count, too.
-- No files import each other in a circle.
+- Imports only go down, in the order of LAYERS. Lazy imports and those for type checkers count, too.
+- Imports have no cycles.
 - A function has at most 50 lines (without its docstring) and 8 parameters (without self).
 - A folder has more than one file, besides ``__init__.py``.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("conf", "scaling", "slurm", "trainers")
 LINES, PARAMETERS = 50, 8
-# Bottom first. What is in one tuple is on one level: its folders don't import each other.
+# Bottom first. The folders in one tuple are on one level, and don't import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("scaling",),  # its own files; not its folders
+    ("scaling",),  # its own files, without its folders
     ("conf",),
     ("scaling.planning",),
     ("scaling.report",),
@@ -44,12 +44,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Module:
-    """One source file.
+    """A source file.
 
     Attributes:
-        name: dotted, without ``isobatch.``.
-        path: from the root of the source.
-        imports: names of our modules that it imports, wherever in the file.
+        name: dotted name, without ``isobatch.``.
+        path: path relative to the root of the source.
+        imports: names of Isobatch's modules that it imports, anywhere in the file.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Module:
 
     @property
     def layer(self) -> int:
-        """Return the index in LAYERS of the innermost folder that is named there."""
+        """Return the index in LAYERS of the innermost folder that LAYERS names."""
         return max((len(name), level) for level, names in enumerate(LAYERS) for name in names if _within(self, name))[1]
 
 
 def modules(root: Path = ROOT) -> dict[str, Module]:
-    """Return all source files below ``root`` by their dotted names."""
+    """Return all source files below ``root``, by dotted name."""
     files = [root / "launch.py", *(file for file in sorted((root / "isobatch").glob("*.py")) if not file.is_symlink())]
     files += [file for folder in FOLDERS for file in sorted((root / folder).rglob("*.py"))]
     parts = {file: file.relative_to(root).with_suffix("").parts for file in files}
@@ -78,19 +78,19 @@ def modules(root: Path = ROOT) -> dict[str, Module]:
 
 
 def upward(found: dict[str, Module]) -> list[str]:
-    """Return the imports from a lower layer of a higher one, or between the folders of one level."""
+    """Return the imports of a higher layer by a lower one, and those between the folders of one level."""
     lines = []
     for module in found.values():
         for name in module.imports:
             other = found[name]
-            apart = other.layer == module.layer and _folder(other) != _folder(module)
-            if other.layer > module.layer or apart:
+            sideways = other.layer == module.layer and _folder(other) != _folder(module)
+            if other.layer > module.layer or sideways:
                 lines.append(f"{module.path} imports {other.path}, which is above it")
     return lines
 
 
 def circles(found: dict[str, Module]) -> list[str]:
-    """Return the groups of files that import each other, directly or through others (Tarjan's algorithm)."""
+    """Return the import cycles: groups of files that import each other (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -132,7 +132,7 @@ def functions(found: dict[str, Module]) -> list[str]:
 
 
 def single(found: dict[str, Module]) -> list[str]:
-    """Return the folders that hold one file only, and no folders."""
+    """Return the files that are the only one in their folder and its sub-folders."""
     files = [module.path for module in found.values() if module.path.name != "__init__.py"]
     inside = Counter(folder for file in files for folder in file.parents)
     lonely = [file for file in files if inside[file.parent] == 1]
@@ -140,7 +140,7 @@ def single(found: dict[str, Module]) -> list[str]:
 
 
 def main(root: Path = ROOT) -> int:
-    """Print what breaks a rule; return the exit code."""
+    """Print the broken rules, and return the exit code."""
     found = modules(root)
     problems = {
         "imports upward": upward(found),
@@ -187,9 +187,9 @@ def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    given = node.args
-    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
-    return len(named) - (named[:1] != [] and named[0].arg in ("self", "cls"))
+    args = node.args
+    names = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+    return len(names) - (names[:1] != [] and names[0].arg in ("self", "cls"))
 
 
 if __name__ == "__main__":

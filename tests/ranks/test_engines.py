@@ -15,7 +15,7 @@ from tests.support.harness import Run, Runs, distance
 from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
 # The others share their code with these, and have tests of their own; `python -m benchmarks same` has all on all.
-EVERYWHERE = ("the model is called twice in a pass", "its forward is never called, only parts of it")
+EVERYWHERE = ("the model is called twice in a pass", "only parts of the model are called, never its forward")
 # What is missing here of DDP's, test_invariance.py has, in float64; of FSDP's, the test of all that goes together.
 HERE = {
     "DDP": (

@@ -1,4 +1,4 @@
-"""Real disks for tests that need one: a folder that can't be renamed or removed."""
+"""Mount real file systems for tests, such as for a folder that can't be renamed or removed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str = "size=64m") -> Iterator[None]:
-    """Within, ``folder`` is a disk of its own. Skips the test where nothing may be mounted."""
+    """Mount a tmpfs on ``folder``. Skip the test if this process may not mount."""
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
     if done.returncode:
-        pytest.skip(f"no right to mount: {done.stderr.decode().strip()}")
+        pytest.skip(f"mounting isn't permitted: {done.stderr.decode().strip()}")
     try:
         yield
     finally:

@@ -1,12 +1,12 @@
-"""How many examples a property is tried on."""
+"""Set the number of examples of a property test."""
 
 from __future__ import annotations
 
 from hypothesis import settings
 
-USUAL = 100  # Hypothesis's own number, which `make test` keeps and `make fuzz` raises
+USUAL = 100  # Hypothesis's default, which `make test` keeps and `make fuzz` raises
 
 
 def examples(number: int) -> settings:
-    """Return settings for ``number`` examples, or for as many times more as the loaded profile asks for."""
+    """Return settings for ``number`` examples, scaled by the loaded profile."""
     return settings(max_examples=number * settings().max_examples // USUAL)

@@ -1,4 +1,4 @@
-"""The second ring of tests: ranks forked from this process, which has torch imported, so that a start costs 0.1 s."""
+"""Run tests on ranks forked from this process, which has torch imported, so that a start takes 0.1 s."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from isobatch.trainers.run import train
 from isobatch.trainers.tasks.task import Task
 
 DEADLINE_S = 60.0
-# How far apart runs in float32 may be whose sums are rounded otherwise. A step rounds a weight by 2^-24 of its size, in
-# either run: √(2 · 30) · 2^-24 = 5e-7 after 30 steps, where nothing amplifies it. Adam does, as it divides by the size
-# of a gradient: one that is 1/1000 of the terms it is the sum of is off by 1000 · 2^-24, and so is each step of it; in
-# 12 steps of 0.01 that is 7e-6.
+# Tolerances between float32 runs that differ only in the rounding of sums. A step rounds a weight by 2^-24 of its size
+# in both runs: √(2 · 30) · 2^-24 = 5e-7 after 30 steps, if nothing amplifies it. Adam amplifies it by dividing by the
+# size of a gradient: a gradient of 1/1000 of its terms' size is off by 1000 · 2^-24, and so is each of its steps; in 12
+# steps of 0.01 that is 7e-6.
 ROUNDING, ADAM_ROUNDING = 1e-6, 1e-5
 
 
 @cache
 def share_deepspeed() -> None:
-    """Import DeepSpeed, and what its first engine imports, once for all ranks forked from here; it starts no thread."""
+    """Import DeepSpeed and the imports of its first engine once, before ranks are forked; that starts no thread."""
     import_deepspeed(torch.device("cpu"))
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    gc.freeze()  # stage 3 collects as it begins
+    gc.freeze()  # stage 3 collects garbage when it starts
 
 
 def free_port() -> int:
@@ -63,10 +63,10 @@ def free_port() -> int:
 
 
 def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
-    """What ``body`` returns (as JSON) on each of ``size`` gloo ranks; on a world of one, too, in a process of its own.
+    """Call ``body`` on ``size`` forked gloo ranks, also for a size of 1, and return its results (as JSON).
 
-    An exception on a rank comes out as ``{"raised": its class, "message": its text}``. Ranks that are still there after
-    the deadline are killed, and fail the test.
+    An exception on a rank is returned as ``{"raised": its class, "message": its text}``. Ranks that still run after the
+    deadline are killed, and fail the test.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -102,14 +102,14 @@ def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        os._exit(0)  # as every gloo process has to leave
+        os._exit(0)  # gloo may hang or abort in a normal exit
 
 
 class Runs:
-    """Trains in forked ranks, a run directory for each call.
+    """Train on forked ranks, with a run directory per call.
 
     Args:
-        trial: each start tries the task's contract, as it does for users (see test_trial.py); here it is mostly time.
+        trial: try the task before step 1, as for users (see test_trial.py); off by default to save time.
     """
 
     def __init__(self, folder: Path, deadline_s: float = DEADLINE_S, trial: bool = False) -> None:
@@ -128,8 +128,8 @@ class Runs:
         """Run ``overrides`` on ``world`` ranks.
 
         Args:
-            stop_at: the step in which the rank ``by_rank`` is asked to stop, from 1.
-            going_on: in whose directory; None: in a new one.
+            stop_at: step, from 1, in which rank ``by_rank`` is asked to stop.
+            going_on: run to resume; None: start a new run.
             known: fields of ``Start``.
         """
         self.count += 1
@@ -151,12 +151,12 @@ class Runs:
 
 
 def session_of(config: RunConfig, world: World, stop: Stop | None = None, **known: Any) -> Session:
-    """What a worker's body gets, ``known`` of its start."""
+    """Return a worker's session; ``known`` are fields of its ``Start``."""
     return Session(config, Start("attempt", **known), world, stop or Stop(), Watch())
 
 
 class AskedAt(Watch):
-    """Asks for a stop once so many steps are done, as a signal at that moment would."""
+    """Ask for a stop after ``steps`` steps, like a signal at that moment."""
 
     def __init__(self, stop: Stop, steps: int | None) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class AskedAt(Watch):
 
 
 class Run:
-    """A run that has ended: its directory, and what each rank returned."""
+    """A run that has ended: its directory, and the result of each rank."""
 
     def __init__(self, run: RunDir, ends: list[Any]) -> None:
         self.run, self.ends = run, ends
@@ -193,13 +193,13 @@ class Run:
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """max |Δ| / max |w| over all weights, to be compared with ``ROUNDING``."""
+    """Return max |Δ| / max |w| over all weights, to compare with ``ROUNDING``."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(w.abs().max()) for w in a.values())
 
 
 def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: Any) -> Evaluator:
-    """What evaluates ``model`` on the validation data of ``task``."""
+    """Return an evaluator of ``model`` on the validation data of ``task``."""
     filled = Task(task)
     data = open_validation(filled, world, seed=0, samples=more.pop("samples", None))
     assert data
@@ -207,7 +207,7 @@ def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: A
 
 
 def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:
-    """Write ``final/`` as the end of a run with this model does."""
+    """Write ``final/`` as a run with this model does at its end."""
     parts = Parts(model, World.alone(), lambda: Tuned(torch.optim.SGD(model.parameters()), [1.0], [False]))
     task: Any = None
     engine = Engine(task, parts, DDP(parts, {}))

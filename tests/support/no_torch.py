@@ -1,4 +1,4 @@
-"""Block torch, so that a test which needs it fails: ``python -m pytest -p tests.support.no_torch tests/unit``."""
+"""Block torch, so that a test that needs it fails: ``python -m pytest -p tests.support.no_torch tests/unit``."""
 
 import sys
 

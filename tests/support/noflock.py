@@ -1,4 +1,4 @@
-"""A flock that excludes nobody, as on an NFS that is mounted with nolock: compiled, and loaded before the C library."""
+"""Preload a flock that always succeeds, as on an NFS mounted with nolock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SOURCE = "int flock(int descriptor, int operation) { return 0; }\n"
 
 
 def without_flock(folder: Path) -> dict[str, str]:
-    """The environment of a process in which every flock succeeds."""
+    """Return the environment of a process in which every flock succeeds."""
     library = folder / "noflock.so"
     if not library.exists():
         command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]

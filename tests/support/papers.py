@@ -1,4 +1,4 @@
-"""LAMB and LARS as their papers have them, in float64, and a few steps of any optimizer to compare with them."""
+"""LAMB and LARS as in their papers, in float64, and a few steps of any optimizer to compare with them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lars_by_the_paper(
 ) -> Tensor:  # fmt: skip
     w, v = w.double(), 0.0
     for step, g in enumerate(g.double() for g in gs):
-        eta = lr / (1 + step)  # a rate that falls tells momentum of steps from momentum of gradients
+        eta = lr / (1 + step)  # a falling LR distinguishes momentum of steps from momentum of gradients
         local = 1.0
         if adapt and w.norm() > 0 and g.norm() > 0:
             local = trust * float(w.norm()) / (float(g.norm()) + decay * float(w.norm()) + eps)

@@ -1,6 +1,6 @@
-"""Others' optimizers, to be compared with: modules alone, as their packages import torchvision, or for seconds.
+"""Import single modules of other optimizer packages, whose ``__init__`` imports torchvision or takes seconds.
 
-They lie beside site-packages: who looks whether timm is there finds one that can't be imported.
+They are installed outside site-packages: code that checks for timm would find a package that can't be imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PLACE = os.path.join(sys.prefix, "peers")
 
 
 def installed() -> bool:
-    """Whether timm, torch_optimizer and pytorch_optimizer are there; `make test` installs them."""
+    """Return True if timm, torch_optimizer and pytorch_optimizer are installed, as by `make test`."""
     return all(_spec(name) for name in ("timm", "torch_optimizer", "pytorch_optimizer"))
 
 
@@ -24,7 +24,7 @@ def _spec(package: str) -> ModuleSpec | None:
 
 
 def alone(name: str) -> ModuleType:
-    """The module ``name``, below packages that are empty but for their place."""
+    """Import the module ``name`` below empty packages that have only a path."""
     package, *parts = name.split(".")
     for above in range(len(parts)):
         dotted = ".".join((package, *parts[:above]))

@@ -1,4 +1,4 @@
-"""What has to be the same on every engine: cases, each with what goes wrong where it isn't handled exactly."""
+"""Cases that have to give the same weights on every engine, each with a feature that is easy to get wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK = (
 
 
 class Block(nn.Module):
-    """A residual block with dropout and, where wanted, a BatchNorm."""
+    """A residual block with dropout and a BatchNorm or LayerNorm."""
 
     def __init__(self, width: int, dropout: float, norm: bool) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Centred(nn.Linear):
-    """A linear layer of inputs less their running mean, of which it has seen some."""
+    """A linear layer that subtracts a running mean from its inputs, and has an expanded buffer."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__(width, outputs)
@@ -44,7 +44,7 @@ class Centred(nn.Linear):
 
 
 class Net(nn.Module):
-    """Blocks between two layers; with a frozen parameter, and one that two layers share."""
+    """Blocks between two layers, with a frozen parameter and one that two layers share."""
 
     def __init__(self, width: int, blocks: int, dropout: float, norm: bool, gain: bool) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class Blocks(Slow):
     """A task with unequal numbers of units, augmentation and dropout.
 
     Args:
-        call: how the loss uses the model: whole, twice (in one forward), or parts (never its own forward).
-        odd: a sample whose input isn't a number, or -1.
+        call: how the loss calls the model: whole, twice (in one pass), or parts (never its own forward).
+        odd: a sample with NaN as input, or -1.
         gain: the model has a parameter without dimensions.
-        moved: the forward moves a buffer that nobody brings together over ranks, and has one that is expanded.
-        strided: its weights lie in memory column by column, as those of channels_last do in their way.
+        moved: the forward changes a buffer that isn't synchronised over ranks, and the model has an expanded buffer.
+        strided: weights are column-major in memory, similar to channels_last.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Blocks(Slow):
 
 
 class Case(NamedTuple):
-    """What is set, how far apart (max |Δ| / max |w|) runs may be that round otherwise, and where it can't be.
+    """A case: its overrides, its tolerance (max |Δ| / max |w|), and the engines that don't support it.
 
-    In float32 that is 1e-6 after these 12 steps, ten times as much where what is rounded is divided by a size that may
-    be small (of a gradient, as Adam does, or the deviation of a group, as BatchNorm does; tests/support/harness.py has
-    the numbers), a hundred times where both are of factors (Adafactor), and 2^-8 a step in bf16, of what it adds.
-    ``exempt`` are beginnings of engines' names.
+    The tolerance is 1e-6 in float32 after these 12 steps. It is ten times larger if rounded values are divided by a
+    size that may be small, such as a gradient's in Adam or a standard deviation in BatchNorm (see
+    tests/support/harness.py), a hundred times larger for factored sizes (Adafactor), and 2^-8 of each step's change in
+    bf16. ``exempt`` are prefixes of engine names.
     """
 
     overrides: tuple[str, ...]
@@ -130,14 +130,14 @@ class Case(NamedTuple):
     exempt: tuple[str, ...] = ()
 
 
-FLAT = ("ZeRO-1", "ZeRO-2", "ZeRO-3")  # whose optimizer sees one flat tensor
+FLAT = ("ZeRO-1", "ZeRO-2", "ZeRO-3")  # their optimizer gets one flat tensor
 
 CASES: dict[str, Case] = {
     "SGD, dropout, augmentation, unequal units, uneven cuts, clipping": Case(()),
     "a schedule of batches": Case(("batch.schedule='0sa:16 160sa:41'",)),
     "ranks without samples": Case(("batch.global_size=2",)),
     "the model is called twice in a pass": Case(("task.args.call=twice",)),
-    "its forward is never called, only parts of it": Case(("task.args.call=parts",)),
+    "only parts of the model are called, never its forward": Case(("task.args.call=parts",)),
     "a parameter without dimensions": Case(("task.args.gain=true",), exempt=("ZeRO-3",)),
     "weights that aren't contiguous": Case(("task.args.strided=true", "optimizer=adamw", "lr.peak=0.01"), 1e-5),
     "ghost BatchNorm": Case(
@@ -155,7 +155,7 @@ CASES: dict[str, Case] = {
     "AdamW": Case(("optimizer=adamw", "lr.peak=0.01"), 1e-5),
     "LARS": Case(("optimizer=lars", "lr.peak=0.5"), 1e-6, FLAT),
     "LAMB": Case(("optimizer=lamb", "lr.peak=0.02"), 1e-5, FLAT),
-    # its Newton-Schulz iteration is in bf16, and so rounds anew what was rounded otherwise
+    # its Newton-Schulz iteration in bf16 amplifies differences in rounding
     "Muon": Case(("optimizer=muon", "lr.peak=0.02"), 1e-2, FLAT),
     "Adafactor": Case(("optimizer=adafactor", "lr.peak=0.02"), 1e-4, (*FLAT, "FSDP")),
     "RMSprop": Case(("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.002"), 1e-5),
@@ -172,14 +172,14 @@ ENGINES: dict[str, tuple[str, ...]] = {
 
 
 def overrides(case: str, engine: str) -> tuple[str, ...]:
-    """The command line of a case on an engine, but for the number of ranks."""
+    """Return the overrides of a case on an engine."""
     own = CASES[case].overrides
-    size = () if any(one.startswith("batch.schedule") for one in own) else ("batch.global_size=41",)
+    size = () if any(text.startswith("batch.schedule") for text in own) else ("batch.global_size=41",)
     return (*TASK, *size, *own, *ENGINES[engine])
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every case and engine that can be."""
+    """Return every supported pair of case and engine."""
     return [
         (case, engine)
         for case, (_, _, exempt) in CASES.items()

@@ -1,4 +1,4 @@
-"""The steps of a plan, for tests."""
+"""Iterate over the steps of a plan in tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from isobatch.scaling.plan import Plan, Step
 
 
 def walk(plan: Plan, sample: int = 0) -> Iterator[Step]:
-    """All steps from the one that starts at ``sample``."""
+    """Yield all steps from the step that starts at ``sample``."""
     while step := plan.step_at(sample):
         yield step
         sample = step.stop

@@ -1,4 +1,4 @@
-"""Tasks for tests: small, seeded, and each with something that goes wrong where the batch isn't handled exactly."""
+"""Small, seeded tasks for tests, each with a feature that fails if the batch isn't handled exactly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Counted:
 
 
 class Slow(Counted):
-    """The same through a plain dataset: no fast path, samples fetched one by one or many at once."""
+    """``Counted`` through a plain dataset: no fast path, samples fetched one by one or many at once."""
 
     def __init__(self, many: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -59,21 +59,21 @@ class Slow(Counted):
 
 
 class Tells(Slow):
-    """Writes down, in a file of each process, which samples are fetched for training."""
+    """Record the samples fetched for training in a file per process."""
 
     def __init__(self, folder: str, **args: Any) -> None:
         super().__init__(**args)
         self.folder = folder
 
     def train_data(self) -> Any:
-        return Told(self)
+        return Recorded(self)
 
     def val_data(self) -> Any:
         return None
 
 
 class FromFile(Counted):
-    """Its inputs are what a .npy file holds when the data is opened."""
+    """``Counted`` with inputs from a .npy file, read when the task is made."""
 
     def __init__(self, file: str) -> None:
         inputs = torch.from_numpy(np.load(file))
@@ -92,7 +92,7 @@ class OneByOne(Dataset):
         return self.task.inputs[index], self.task.targets[index], self.task.units[index]
 
 
-class Told(OneByOne):
+class Recorded(OneByOne):
     def __getitem__(self, index: int) -> Any:
         with open(f"{self.task.folder}/{os.getpid()}", "a") as file:  # type: ignore[attr-defined]
             file.write(f"{index}\n")
@@ -101,7 +101,7 @@ class Told(OneByOne):
 
 class Many(OneByOne):
     def __getitem__(self, index: int) -> Any:
-        raise AssertionError("__getitems__ is there")
+        raise AssertionError("[index] called instead of __getitems__")
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return [OneByOne.__getitem__(self, index) for index in indices]
@@ -123,7 +123,7 @@ class Empty(Counted):
 
 
 class MeanLoss(Counted):
-    """Returns what most people's loss returns: one number."""
+    """Return the mean loss, as most training code does."""
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         return F.mse_loss(model(batch[0]), batch[1])
@@ -135,7 +135,7 @@ class NoUnits(Counted):
 
 
 class BecomesNaN(Counted):
-    """One call's loss isn't a number, on one rank."""
+    """Return NaN as the loss of one call on one rank."""
 
     def __init__(self, call: int = 3, rank: int = 1, **args: Any) -> None:
         super().__init__(**args)
@@ -154,7 +154,7 @@ class AlwaysNaN(Counted):
 
 
 class Lacking:
-    """Not a task: has no train_data."""
+    """An invalid task, without train_data."""
 
     def model(self) -> nn.Module:
         return nn.Linear(1, 1)
@@ -164,7 +164,7 @@ class Lacking:
 
 
 class Odd(Counted):
-    """A model with what models have: tied weights, a buffer that is made anew, a frozen parameter, other dtypes."""
+    """A model with a reassigned buffer, a frozen parameter, or weights in float64."""
 
     def __init__(self, kind: str = "", call: int = -1, **args: Any) -> None:
         super().__init__(**args)
@@ -187,7 +187,7 @@ class Odd(Counted):
 
 
 class Running(nn.Linear):
-    """A linear layer that keeps a running mean of its inputs, as a new tensor each time."""
+    """A linear layer with a running mean of its inputs, assigned as a new tensor each time."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 7)
@@ -200,7 +200,7 @@ class Running(nn.Linear):
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer with state of its own, which its state_dict has, or which nobody can save."""
+    """An optimizer with additional state, either in its state_dict or of a type that can't be saved."""
 
     def __init__(self, params: Any, lr: float, state: str = "counter") -> None:
         super().__init__(params, lr=lr, momentum=0.9)
@@ -224,7 +224,7 @@ class Counting(torch.optim.SGD):
 
 
 class Edited(Counted):
-    """Its code changes as the environment says."""
+    """A task whose code changes with the environment variable EDITED."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -242,7 +242,7 @@ class FailsToEvaluate(Counted):
 
 
 class Coupled(Counted):
-    """Samples that look at the mean of their micro-batch, a counter, and noise of the dataset's own."""
+    """Samples coupled by the mean of their micro-batch, a counter, and noise from the dataset's own generator."""
 
     def __init__(self, mean: bool = False, **args: Any) -> None:
         super().__init__(**args)

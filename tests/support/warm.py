@@ -1,7 +1,7 @@
-"""Commands of launch.py and torchrun in processes forked with torch imported, which is most of what a start costs.
+"""Run launch.py and torchrun in processes forked with torch imported, which saves most of a start's time.
 
-All else is as in a process of its own: arguments, environment, folder, session, signal handlers and output. What is
-imported when, and what a signal does meanwhile, is for tests that start a real one.
+Everything else is as in a new process: arguments, environment, folder, session, signal handlers and output. Tests of
+imports, and of signals during them, start a real process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
-ROOM = 4096  # bytes of the server's command line, which the commands' own replace
+ROOM = 4096  # bytes of the server's command line, to be overwritten by that of a command
 POLL_S = 0.005
 
 
@@ -31,8 +31,8 @@ class Warm:
     """A process that runs launch.py, with the methods of ``subprocess.Popen`` that tests use.
 
     Args:
-        output: a file for its stdout and stderr, instead of what ``communicate`` returns.
-        torchrun: run torchrun instead, whose workers are processes of their own.
+        output: a file for stdout and stderr; ``communicate`` then returns no output of its own.
+        torchrun: run torchrun instead, whose workers are new processes.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Warm:
         torchrun: bool = False,
     ) -> None:
         self._output = [output or tempfile.TemporaryFile() for _ in ("stdout", "stderr")]  # noqa: SIM115
-        ours, theirs = os.pipe()
+        reader, writer = os.pipe()
         words = ["torchrun" if torchrun else str(LAUNCH), *arguments]
         request = json.dumps({"words": words, "folder": str(folder), "env": env}).encode()
         server = _server()
-        socket.send_fds(server, [request], [*(file.fileno() for file in self._output), theirs])
-        os.close(theirs)
+        socket.send_fds(server, [request], [*(file.fileno() for file in self._output), writer])
+        os.close(writer)
         self.pid = int(server.recv(64))
-        self._end = ours
+        self._end = reader
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -70,7 +70,7 @@ class Warm:
         return code
 
     def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end, and return what it wrote to stdout and stderr."""
+        """Wait for the end of the process, and return its stdout and stderr."""
         self.wait(timeout)
         for file in self._output:
             file.seek(0)
@@ -88,23 +88,23 @@ class Warm:
         self.send_signal(signal.SIGKILL)
 
 
-_SERVERS: list[socket.socket] = []  # one, once it is needed; it ends with this process, which holds the other end
+_SERVERS: list[socket.socket] = []  # one at most; the server ends with this process, which holds the other end
 
 
 def _server() -> socket.socket:
     """Return the socket of the process that forks, started on first use."""
     if not _SERVERS:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.support.warm", str(theirs.fileno()), "-" * ROOM]
-        subprocess.Popen(command, cwd=LAUNCH.parent, pass_fds=[theirs.fileno()])
-        theirs.close()
-        _SERVERS.append(ours)
+        client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "tests.support.warm", str(server.fileno()), "-" * ROOM]
+        subprocess.Popen(command, cwd=LAUNCH.parent, pass_fds=[server.fileno()])
+        server.close()
+        _SERVERS.append(client)
     return _SERVERS[0]
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request, and write its exit code where the request says, until nobody asks any more."""
-    running: dict[int, int] = {}  # by pid: where its exit code is written
+    """Fork a process for each request, and write its exit code to the request's pipe, until the client closes."""
+    running: dict[int, int] = {}  # pid -> pipe for its exit code
     while True:
         if select.select([requests], [], [], POLL_S)[0]:
             message, fds, *_ = socket.recv_fds(requests, 1 << 20, 3)
@@ -123,7 +123,7 @@ def serve(requests: socket.socket) -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
-    """Run launch.py or torchrun in this process as a shell would start it there; never returns."""
+    """Run launch.py or torchrun in this process as if started by a shell; never return."""
     try:
         os.setsid()
         for fd, own in zip((os.open(os.devnull, os.O_RDONLY), *fds[:2]), range(3), strict=True):
@@ -145,7 +145,7 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
 
 
 def _torchrun() -> NoReturn:
-    """Run torchrun and end as Python does after it."""
+    """Run torchrun and exit as Python would after it."""
     code: object = 0
     try:
         torchrun()
@@ -159,7 +159,7 @@ def _torchrun() -> NoReturn:
 
 
 def _show(words: list[str]) -> None:
-    """Put a command line in place of the server's, which is how tests find a run's processes."""
+    """Overwrite the server's command line, by which tests find the processes of a run."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])
     line = b"\0".join(os.fsencode(word) for word in words)[: end - start - 1]

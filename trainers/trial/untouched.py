@@ -1,4 +1,4 @@
-"""Let a task and its model compute on copies or put back what they change, so that calls leave no trace."""
+"""Let a task and its model compute on copies, and restore what they change, so that calls leave no trace."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] =
     ),
 }
 MODULES_OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-COPIED_BYTES = 1 << 24  # at most, of a tensor or an array that is a plain attribute
-COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # at most, of a container and of containers in containers
-OBJECTS_DEPTH = 2  # of objects that are held by objects
+COPIED_BYTES = 1 << 24  # limit of a tensor or an array in a plain attribute
+COPIED_ENTRIES, COPIED_DEPTH = 1000, 3  # limits of a container, and of nested containers
+OBJECTS_DEPTH = 2  # levels of objects held by other objects
 
 
 class Copies:
-    """Hold the state of a task, its model and their objects, so that calls can change it and nothing remains.
+    """Hold the state of a task, its model and their objects, to restore it after calls that change it.
 
     Parameters and buffers are replaced by copies. Plain attributes stay the same objects, since closures and other
-    objects may hold them, too; the numbers and entries in them are restored in place.
+    objects may refer to them; their numbers and entries are restored in place.
 
     Args:
         task: the user's object.
@@ -62,7 +62,7 @@ class Copies:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Compute on copies within; restore everything afterwards, also where the device has no room for the copies."""
+        """Compute on copies inside the context; restore everything on exit, even if the device has no room for them."""
         try:
             for parameter, (original, place) in self._parameters.items():
                 parameter.data = original.to(place, copy=True)
@@ -97,7 +97,7 @@ class Copies:
             snapshot.restore()
 
     def moved_by(self, call: Callable[[], Any]) -> list[str]:
-        """Call it twice and return the names of the numbers that the second call moves; the first may fill caches."""
+        """Return the names of the numbers that a second ``call()`` changes; the first call may fill caches."""
         call()
         before = self._numbers()
         call()
@@ -105,7 +105,7 @@ class Copies:
         return [name for name in after if name in before and before[name] != after[name]]
 
     def _numbers(self) -> dict[str, Any]:
-        """Return the numbers in attributes and in the model's buffers by name."""
+        """Return the numbers in attributes and in the model's buffers, by name."""
         held = {f"{name}.{key}": value for name, one in self._objects.items() for key, value in _plain(one).items()}
         numbers: dict[str, Any] = {name: Snapshot(value).numbers for name, value in held.items()}
         return numbers | {f"model.{name}": _bits(buffer) for name, buffer in self._model.named_buffers()}
@@ -138,7 +138,7 @@ class Snapshot:
                     self._take(inner, (*place, key))
         elif isinstance(value, bool | int | float | complex | np.generic):  # immutable
             self.numbers[place] = type(value), repr(value)
-        elif isinstance(value, nn.Parameter):  # an LSTM lists its own; they are replaced by copies
+        elif isinstance(value, nn.Parameter):  # an LSTM keeps a list of its parameters, which are replaced by copies
             pass
         elif isinstance(value, Tensor) and value.layout is torch.strided and value.nbytes <= COPIED_BYTES:
             self.numbers[place] = _bits(value)
@@ -156,7 +156,7 @@ class Snapshot:
 
 
 def copied(value: Value) -> Value:
-    """Return a deep copy where there can be one, else the value itself."""
+    """Return a deep copy of ``value``, or ``value`` itself if it can't be copied."""
     try:
         return deepcopy(value)
     except Exception:
@@ -164,7 +164,7 @@ def copied(value: Value) -> Value:
 
 
 def _bits(value: Any) -> Any:
-    """Return what is equal for equal numbers, bit by bit: a pickled tensor would hold its address."""
+    """Return a value that compares numbers bit by bit; a pickled tensor would contain its address."""
     if not isinstance(value, Tensor):
         return pickle.dumps(value)
     plain = value.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
@@ -172,7 +172,7 @@ def _bits(value: Any) -> Any:
 
 
 def _put_back(tensor: Tensor, numbers: Tensor) -> None:
-    if not torch.equal(tensor, numbers):  # else it may be read-only
+    if not torch.equal(tensor, numbers):  # an unchanged tensor may be read-only
         with torch.no_grad():
             tensor.copy_(numbers)
 
@@ -182,12 +182,12 @@ def _entries(container: Any) -> list[tuple[Any, Any]]:
 
 
 def _refill(container: Any, entries: list[tuple[Any, Any]]) -> None:
-    """Give a mapping, list, deque or set its former entries."""
+    """Restore the entries of a mapping, list, deque or set."""
     if [(key, id(inner)) for key, inner in _entries(container)] == [(key, id(inner)) for key, inner in entries]:
         return
     container.clear()
     if isinstance(container, dict):
-        container.update(dict(entries))  # a Counter would count pairs
+        container.update(dict(entries))  # a Counter would count the pairs of a list
     elif isinstance(container, set):
         container.update(inner for _, inner in entries)
     else:
@@ -200,7 +200,7 @@ def _replace(mapping: dict[str, Any], content: dict[str, Any]) -> None:
 
 
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the task, the modules of the model and of the task, and what these hold two levels down, with names."""
+    """Yield the task, the modules of the model and the task, and objects up to two levels below them, with names."""
     seen = set[int]()
     level = [("task", task), *_modules("model", model)]
     for _ in range(OBJECTS_DEPTH + 1):
@@ -214,7 +214,7 @@ def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the modules and plain objects among some attributes, and in small lists and mappings there, with names."""
+    """Yield modules and plain objects in attributes, and in small lists and mappings among them, with names."""
     for key, value in attributes.items():
         if isinstance(value, dict | list | tuple) and len(value) <= COPIED_ENTRIES:
             inside = value.items() if isinstance(value, dict) else enumerate(value)
@@ -224,13 +224,13 @@ def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _modules(prefix: str, one: Any) -> list[tuple[str, Any]]:
-    """Return the submodules of a module, with itself, by name; any other object alone."""
+    """Return a module and its submodules by name, or any other object alone."""
     inner = one.named_modules() if isinstance(one, nn.Module) else [("", one)]
     return [(f"{prefix}.{name}" if name else prefix, module) for name, module in inner]
 
 
 def _is_looked_into(value: Any) -> bool:
-    """Tell whether ``value`` is a module, or of a class that is neither Python's, torch's nor numpy's; no dataset."""
+    """Return True for a module, and for an object of a user's class that isn't a dataset."""
     foreign = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy", *sys.stdlib_module_names)
     return isinstance(value, nn.Module) or not (foreign or isinstance(value, type | Dataset))
 
