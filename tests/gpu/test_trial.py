@@ -1,4 +1,4 @@
-"""The trial of a task's contract on a GPU: `python -m pytest tests/gpu` where there is one, no part of `make test`."""
+"""Test the trial of a task on a GPU, by `python -m pytest tests/gpu`; not part of `make test`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_samples_that_look_at_each_other_are_reported(name: str) -> None:
 
 
 class Images:
-    """A convolutional network with BatchNorm, where TF32 would round."""
+    """A convolutional network with BatchNorm, which TF32 would round."""
 
     def model(self) -> nn.Module:
         return resnet(3, 10, 32, 2)
@@ -61,7 +61,7 @@ class Images:
 
 
 class Tokens:
-    """GPT-2 of 124M parameters."""
+    """A task with a GPT-2 of 124M parameters."""
 
     def model(self) -> nn.Module:
         return GPT(1024, 768, 12, 12, 0.1)
@@ -99,7 +99,7 @@ def test_nothing_remains_on_the_gpu() -> None:
 
 
 def command(folder: Path, *overrides: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit code, events and output of a run on the GPU."""
+    """Train on the GPU, and return exit code, events and output."""
     done = subprocess.run(
         [sys.executable, str(LAUNCHER), f"run.dir={folder}", "device=cuda", *overrides],
         capture_output=True, text=True, cwd=LAUNCHER.parent,

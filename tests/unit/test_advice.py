@@ -1,4 +1,4 @@
-"""Each warning, shown and not shown at its boundary."""
+"""Test each warning on both sides of its boundary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.examples import examples
 
 @cache
 def quiet() -> Plan:
-    """A plan that nothing can be said against."""
+    """Return a plan without warnings."""
     overrides = [
         "lr.base=0.1",
         "lr.base_batch=64",
@@ -89,7 +89,7 @@ def test_work_that_idles() -> None:
     assert said(19, world=10)[0].startswith("5% of the work idles: 10 ranks × accumulation 1 can't share 19 samples")
     assert said(191, world=100) == []  # 4.5 %
     (warning,) = said(19, world=3, per_gpu=2, accumulation=None)[:1]
-    assert warning.endswith("are even: 24")  # 18 isn't in 4 passes, which may have been given, too
+    assert warning.endswith("are even: 24")  # 18 doesn't divide into 4 passes, which may be given
     (warning,) = said(1, world=2)
     assert warning.startswith("50% of the work idles: 2 ranks × accumulation 1 can't share 1 sample evenly")
     assert warning.endswith("are even: 2")
@@ -168,7 +168,7 @@ def test_a_warmup_of_a_step_or_two_is_none() -> None:
     short = replace(schedule, warmup_samples=5 * 256 - 1)
     (warning,) = said(256, schedule=short)
     assert warning.startswith("a warmup of 5 steps at a large batch (256 samples, 4 × that of the base LR)")
-    assert said(254, schedule=short) == []  # 5.04 steps, and not 4 × the base
+    assert said(254, schedule=short) == []  # 5.04 steps, less than 4 × the base
     assert said(256, schedule=replace(schedule, warmup_samples=5 * 256)) == []
 
 

@@ -1,4 +1,4 @@
-"""``optimizer=auto``."""
+"""Test ``optimizer=auto``."""
 
 from __future__ import annotations
 

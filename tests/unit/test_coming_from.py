@@ -1,4 +1,4 @@
-"""Every key that conf/coming_from.md names for a line of another launcher is one of ours."""
+"""Test that every key in conf/coming_from.md is a key of Isobatch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THEIRS = ("split_batches=True",)
 
 
 def ours(cell: str) -> list[list[str]]:
-    """Return the overrides that each piece of code in a cell has; code in Python has none."""
+    """Return the overrides in each piece of code in a cell; Python code has none."""
     codes = [shlex.split(code) for code in re.findall(r"`([^`]+)`", cell) if "return" not in code and '"' not in code]
     found = [[word for word in code if re.match(r"[a-z_.]+=(?!…)", word) and word not in THEIRS] for code in codes]
     return [overrides for overrides in found if overrides]

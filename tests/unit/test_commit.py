@@ -1,4 +1,4 @@
-"""A checkpoint gets its name, and older ones lose theirs, so that at any moment there is one to go on from."""
+"""Test that a run can resume from a checkpoint at any moment while checkpoints are committed and dropped."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
 
 
 def test_what_was_passed_over_is_no_checkpoint_any_more_but_kept(tmp_path: Path) -> None:
-    """The run went on from 2, as 4 and 9 were damaged; and later once more."""
+    """The run resumed from 2, as 4 and 9 were damaged, and resumed again later."""
     run = RunDir(tmp_path)
     for step in (1, 2, 4, 9):
         commit_step(run, step, best=step == 9)
@@ -96,7 +96,7 @@ def test_what_has_its_name_is_replaced(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_cannot_be_replaced_stays(tmp_path: Path) -> None:
-    """Really caused: a folder that is a disk of its own can't be renamed."""
+    """A mount point can't be renamed."""
     run = RunDir(tmp_path)
     save(run, 3)
     aside = aside_of(run, 3)
@@ -123,7 +123,7 @@ def test_one_that_cannot_be_removed_is_named_and_the_others_go(tmp_path: Path) -
 
 
 def test_what_fails_after_it_has_its_name_is_a_warning(tmp_path: Path) -> None:
-    """A folder in the place of the link can't be replaced."""
+    """A folder in place of the link can't be replaced."""
     run = RunDir(tmp_path)
     (run.checkpoints / "best").mkdir(parents=True)
     parts = write_files(aside_of(run, 3))
@@ -148,7 +148,7 @@ def test_one_that_was_moved_away_and_linked_back_is_a_checkpoint(tmp_path: Path)
     assert [verified(path).header.step for path in checkpoints(run)] == [3, 2, 1]
     assert verified(run.checkpoints / "best").header.step == 2  # a link to a link
     link_best(run, run.checkpoints / "step-00000003")
-    assert drop_older(run, 3, keep=1) == []  # what its user made stays, and what it leads to
+    assert drop_older(run, 3, keep=1) == []  # the user's link and its target stay
     assert names(run) == ["best", "step-00000002", "step-00000003"]
     (moved,) = pass_over(run, 2)[:1]
     assert moved.name == "step-00000003"
@@ -194,7 +194,7 @@ EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"
 
 
 def killed_at(event: int, run: RunDir) -> bool:
-    """Save step 3 again in a process that is killed at its ``event``-th act on the disk; whether it came so far."""
+    """Save step 3 again in a process killed at its ``event``-th disk operation; return whether it got that far."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
     seen = 0
@@ -214,7 +214,7 @@ def killed_at(event: int, run: RunDir) -> bool:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Afterwards step 3 is there, either as it was or as it was saved again; once it has come, it stays; no litter."""
+    """Step 3 always exists, either the old or the new one, and no temporary files are left."""
     event, skipped = 0, []
     killed = True
     while killed:

@@ -1,4 +1,4 @@
-"""What the other tests compose, with the files read once, is what Hydra composes."""
+"""Test that composing with cached files gives the same configs as Hydra."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def test_composed_with_files_read_once(overrides: list[str]) -> None:
 
     expected = made(compose)
     assert made(remembered) == expected
-    assert made(remembered) == expected  # what was remembered isn't changed
+    assert made(remembered) == expected  # the cached config isn't changed

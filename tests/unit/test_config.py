@@ -1,4 +1,4 @@
-"""The config: what may be asked for, and what is said where it can't be."""
+"""Test the config: valid values, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGE = set(leaves("", yaml.safe_load((HERE / "experiment/digits_large.yaml").re
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
-    """The defaults, as plain values."""
+    """Return the defaults as plain values."""
     return compose([]).model_dump(mode="json", by_alias=True)
 
 
@@ -90,7 +90,7 @@ def test_config_is_frozen() -> None:
         compose([]).batch.global_size = 3  # type: ignore[misc]
 
 
-# ---- what the command line gives
+# ---- values from the command line
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -214,7 +214,7 @@ def test_a_choice_may_be_put_where_it_means_something(tmp_path: Path) -> None:
     assert compose(["+net@model=big"], tmp_path).model.args == {"width": 3}
 
 
-# ---- what is rejected: the key that the error is about, and what else it names (test_messages has the wording)
+# ---- rejected values: the error's key, and what else it names (test_messages has the wording)
 
 CUSTOM = "optimizer=custom optimizer._target_=my.Optimizer"
 REJECTED = [
@@ -450,7 +450,7 @@ def test_sweeps_of_nothing_are_refused(override: str) -> None:
         expand([override])
 
 
-# ---- going on from a run directory
+# ---- resuming a run directory
 
 
 def stored(directory: Path, *overrides: str) -> RunConfig:
@@ -533,7 +533,7 @@ def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
 
 
 def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:
-    """By a whole command; its folder alone, with what isn't science, is still that run."""
+    """A whole command replaces its config; its folder alone, or with keys outside the identity, keeps it."""
     was = stored(tmp_path, "task=custom", "task._target_=my.Tsk", "clip_norm=1", "duration=2ep")
     (tmp_path / "plan.json").unlink()
     named = f"run.dir='{tmp_path}'"
@@ -655,7 +655,7 @@ def test_a_damaged_config_is_refused_by_name(tmp_path: Path, content: bytes, sai
     assert str(tmp_path / "config.yaml") in text
 
 
-# ---- what is printed
+# ---- printed texts
 
 
 def test_printed_config_is_the_config() -> None:
@@ -677,7 +677,7 @@ def test_help_names_every_key_and_choice(tmp_path: Path) -> None:
 
 
 def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> None:
-    """Not by another task's; a task of one's own by its YAML, and by the one that it begins with."""
+    """A user's task is explained by its YAML and by the one in its defaults, not by another task's."""
     write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: a.B\nargs:\n  data: x  # my own\n")
 
     def line(key: str, *overrides: str) -> str:

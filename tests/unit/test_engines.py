@@ -1,4 +1,4 @@
-"""What an engine can't have is refused before anything starts, by name, and what is named instead works."""
+"""Test that unsupported combinations with an engine are rejected early, and that the named alternatives work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(*overrides: str) -> str:
 
 
 def named(message: str) -> list[list[str]]:
-    """The overrides of each way out that a refusal names: ``engine=a, engine=b or engine=deepspeed engine.stage=0``."""
+    """Return the overrides of each alternative: ``engine=a, engine=b or engine=deepspeed engine.stage=0``."""
     ways = message.rpartition("; use ")[2]
     key, found = "", []
     for text in re.split(r", or |, | or ", ways):
@@ -55,7 +55,7 @@ def named(message: str) -> list[list[str]]:
 
 
 def with_way(overrides: list[str], way: list[str]) -> list[str]:
-    """What was refused, done as a refusal says."""
+    """Apply an alternative of an error to the rejected overrides."""
     keys = {text.partition("=")[0] for text in way}
     dropped = {*keys, "engine.stage"} if "engine" in keys else keys
     return [*(text for text in overrides if text.partition("=")[0] not in dropped), *way]
@@ -111,7 +111,7 @@ def test_the_engine_chooses_no_optimizer() -> None:
     assert "optimizer=lars (optimizer=auto chose it): " in refusal("engine=deepspeed", *auto)
 
 
-# ---- engine and what else is asked for
+# ---- engine and other keys
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
@@ -229,7 +229,7 @@ def test_the_others_own_keys_that_do_not() -> None:
     plan_of("engine=accelerate", "engine.config.cpu=true", "device=cpu", "engine.config.log_with=tensorboard")
 
 
-# ---- what the plan says of it
+# ---- the engine in the plan
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Any global batch on any world size: dealt completely, as equally as can be, and refusals that lead on."""
+"""Test that any global batch is split completely and evenly on any world size, and that errors name fixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sizes = st.integers(1, 12) | st.integers(1, 5000)
 
 @st.composite
 def asked(draw: st.DrawFn, worlds: st.SearchStrategy[int] = worlds, ways: str = "g p ga gp pa gpa") -> dict[str, Any]:
-    """Arguments of ``solve`` that don't contradict each other: each combination of given sizes, by their initials."""
+    """Return consistent arguments of ``solve`` for each combination of given sizes, by their initials."""
     world, granule = draw(worlds), draw(st.sampled_from([1, 1, 2, 7, 32]))
     global_size = draw(granule_counts) * granule
     per_gpu = draw(sizes) + granule - 1
@@ -40,7 +40,7 @@ def asked(draw: st.DrawFn, worlds: st.SearchStrategy[int] = worlds, ways: str = 
 
 
 def place(cut: Cut, j: int) -> tuple[int, int]:
-    """Rank and pass of micro-batch j: pass j div world of rank j mod world; of ``pieces``, the next of a block."""
+    """Return rank and pass of micro-batch j: rank j mod world, pass j div world; with ``pieces``, by blocks."""
     if cut.pieces is None:
         return j % cut.world, j // cut.world
     shorter, longer = divmod(cut.pieces, cut.world)
@@ -51,7 +51,7 @@ def place(cut: Cut, j: int) -> tuple[int, int]:
 
 
 def ranges(cut: Cut) -> list[tuple[int, int]]:
-    """Of all micro-batches, in the order j."""
+    """Return the sizes of all micro-batches, in the order j."""
     return [cut.micro(*place(cut, j)) for j in range(cut.pieces or cut.world * cut.accumulation)]
 
 
@@ -158,7 +158,7 @@ def test_what_is_bitwise_is_cut_alike_on_any_world(wanted: dict[str, Any], world
 
 
 def test_nothing_takes_longer_on_more_ranks() -> None:
-    cut = solve(10**12, global_size=10**18 + 1, per_gpu=10**3)  # a loop over ranks or passes would never come back
+    cut = solve(10**12, global_size=10**18 + 1, per_gpu=10**3)  # a loop over ranks or passes would take forever
     assert cut.accumulation == 10**3 + 1
     assert cut.micro(10**12 - 1, 10**3)[1] == 10**18 + 1
     assert cut.share(0) - cut.share(10**12 - 1) in (0, 1)
@@ -169,7 +169,7 @@ def test_nothing_takes_longer_on_more_ranks() -> None:
     assert cut.share(0) - cut.share(10**12 - 1) <= 2 * 10**3 + 1
 
 
-# ---- what isn't given is solved
+# ---- missing sizes are solved
 
 
 @given(asked())
@@ -184,7 +184,7 @@ def test_what_is_not_given_is_solved(wanted: dict[str, Any]) -> None:
     elif "per_gpu" not in wanted:
         assert wanted.get("accumulation", 1) == cut.accumulation
         assert cut.per_gpu == cut.micro_batches[0][0]
-    else:  # no pass more than it takes
+    else:  # no pass more than needed
         assert most * cut.world * (cut.accumulation - 1) < granules <= most * cut.world * cut.accumulation
 
 
@@ -209,7 +209,7 @@ def test_solved_by_hand(wanted: dict[str, Any], solved: tuple[int, int, int]) ->
     assert (cut.global_size, cut.per_gpu, cut.accumulation) == solved
 
 
-# ---- refusals, and that what they name works
+# ---- errors, and that their alternatives work
 
 
 def refusal(**wanted: Any) -> str:
@@ -219,7 +219,7 @@ def refusal(**wanted: Any) -> str:
 
 
 def numbers(text: str, after: str) -> list[int]:
-    """The alternatives ``1 or 2`` that follow some words."""
+    """Return the alternatives ``1 or 2`` after some words."""
     return [int(number) for number in re.findall(r"\d+", text.split(after)[1].split(";")[0])]
 
 

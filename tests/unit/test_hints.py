@@ -1,4 +1,4 @@
-"""What people are told who are waiting, or whose code fails as everybody's does at first."""
+"""Test hints for users who wait, or whose code fails in a common way."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_cuda_on_a_machine_without_it() -> None:
 
 
 def test_a_module_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said which folders were searched; of a module that fails itself, only how."""
+    """The error names the searched folders; for a module that fails while importing, only its error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/beside/configs")
     with pytest.raises(UserError) as error:

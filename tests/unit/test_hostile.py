@@ -1,4 +1,4 @@
-"""Whatever a file or a command line holds: exit code 0, or 2 with one message. Never a traceback, never a hang."""
+"""Test that any file or command line gives exit code 0, or 2 with one message, and never a traceback or a hang."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def put(file: Path, content: bytes | Callable[[Path], object]) -> None:
 
 
 def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return what the command says; it has to end with 0, or with 2 and one message."""
+    """Return the command's output; it has to exit with 0, or with 2 and one message."""
     code = guarded(lambda: launch.main(list(arguments)))
     out, err = capsys.readouterr()
     assert code in (0, 2), err
@@ -88,7 +88,7 @@ def test_a_config_of_a_run_that_is_damaged(
     tmp_path: Path, what: str, stored: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, file = YAML[what], tmp_path / "config.yaml"
-    if isinstance(content, bytes) and content.startswith(b"args: "):  # in its place, so that nothing else is wrong
+    if isinstance(content, bytes) and content.startswith(b"args: "):  # replaced, so that nothing else is wrong
         content = stored.encode().replace(b"  args: {}", b"  args: " + content[6:], 1)
     put(file, content)
     assert str(file) in answered(capsys, f"run.dir={tmp_path}", "action=plan")
@@ -104,7 +104,7 @@ def test_a_yaml_of_the_users_that_is_damaged(
         content = TASK.encode() + content[6:]
     put(tmp_path / group / "mine.yaml", content)
     said = answered(capsys, "action=plan", f"--config-dir={tmp_path}", f"{group}=mine")
-    assert said or what in ("nothing", "a date that there isn't")  # which is text to Hydra
+    assert said or what in ("nothing", "a date that there isn't")  # Hydra reads these as text
 
 
 def test_aliases_that_stay_small_are_fine(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_aliases_that_stay_small_are_fine(tmp_path: Path) -> None:
 def test_a_run_directory_with_a_damaged_file(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for number, content in enumerate((b"[" * 100_000, b"\xff\xfe", b"[]", b'{"identity": [[1]]}', os.mkfifo, os.mkdir)):
         put(tmp_path / str(number) / name, content)
-        task = [] if name == "config.yaml" else ["task=digits"]  # which a folder without a config needs
+        task = [] if name == "config.yaml" else ["task=digits"]  # a folder without a config needs a task
         assert name in answered(capsys, *task, f"run.dir={tmp_path / str(number)}")
 
 
@@ -192,7 +192,7 @@ KEYS = sorted(key for key in set(keys()) if key not in ("given", "chosen", "acti
 
 
 def overrides() -> Iterator[st.SearchStrategy[str]]:
-    """Yield strategies for one override: of any key, with a value that may suit it or not."""
+    """Yield strategies for an override of any key, with a valid or invalid value."""
     for values in (NUMBERS, DURATIONS, WORDS):
         yield st.builds(lambda key, value: f"{key}={value}", st.sampled_from(KEYS), values)
 
@@ -210,7 +210,7 @@ def test_any_values_make_a_plan_that_is_read_back_or_one_message(
         from_json(out)
 
 
-# ---- what is printed
+# ---- printed texts
 
 
 def test_escape_codes_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:

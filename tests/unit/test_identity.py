@@ -1,4 +1,4 @@
-"""A run's identity: all of its science, and nothing else; and the folder that follows from it."""
+"""Test a run's identity, a hash of exactly its science, and the folder that follows from it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.support.examples import examples
 
 
 def optimizer_yaml(choice: str) -> dict[str, Any]:
-    """The keys of an optimizer, with their defaults."""
+    """Return the keys of an optimizer, with their defaults."""
     content: dict[str, Any] = yaml.safe_load((HERE / "optimizer" / f"{choice}.yaml").read_text())
     return content
 
 
-# Of every key another value than its default, so that a key which is new has to be thought of here.
+# A value other than the default for every key, so that a new key has to be added here.
 OTHER_SCIENCE: dict[str, Any] = {
     "duration": "21ep",
     "seed": 1,
@@ -189,7 +189,7 @@ def test_every_change_is_a_run_of_its_own(default: RunConfig) -> None:
     runs = [changed(default, key, value) for key, value in OTHER_SCIENCE.items()]
     runs += [compose(overrides) for overrides in (["optimizer=adamw"], ["lr.rule=power", "lr.power=0.7"])]
     runs += [compose(["model._target_=my.Model", "model.args.x=1"]), compose(["model._target_=my.Model"])]
-    assert len({identity(run) for run in runs}) == len(runs) - 1  # model._target_ alone is there twice
+    assert len({identity(run) for run in runs}) == len(runs) - 1  # only model._target_ occurs twice
 
 
 STORED = """
@@ -222,7 +222,7 @@ given: [task]
 
 
 def test_a_stored_config_keeps_its_identity(tmp_path: Path) -> None:
-    """Whatever keys and defaults have come since: else runs no longer find their directories."""
+    """New keys and defaults must not change it, or runs wouldn't find their directories."""
     (tmp_path / "config.yaml").write_text(STORED)
     assert identity(compose([f"run.dir='{tmp_path}'"])) == "8e651bcbf0c3"
 
@@ -338,7 +338,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def holding(directory: Path, *overrides: str) -> Path:
-    """A directory as a run leaves it."""
+    """Create a directory as a run leaves it."""
     config = compose(overrides)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump(config))
@@ -365,7 +365,7 @@ def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
 
 
 def test_an_extension_that_was_cut_short_goes_on(tmp_path: Path) -> None:
-    """Killed between the two files: the config is what counts."""
+    """A start killed between the two files: only the config counts."""
     run = holding(tmp_path / "run", "duration=20ep")
     (run / "config.yaml").write_text(dump(compose(["duration=40ep"])))
     for again in ([f"run.dir='{run}'"], [f"run.dir='{run}'", "duration=40ep"]):
@@ -416,7 +416,7 @@ def test_runs_of_a_sweep_live_side_by_side() -> None:
     few, more = places("batch.global_size=64,256"), places("batch.global_size=64,256,1024")
     assert [place.name for place in more] == [f"batch.global_size={size}" for size in (64, 256, 1024)]
     assert few == more[:2]
-    assert places("batch.global_size=64") != few[:1]  # nothing varies: a sweep of another kind
+    assert places("batch.global_size=64") != few[:1]  # nothing varies: another kind of sweep
     assert few[0].parent.parent == Path("runs")
     assert few[0].parent.name.startswith("digits-sweep-")
 

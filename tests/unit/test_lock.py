@@ -1,4 +1,4 @@
-"""Who has a run directory: with flock and without, on this machine and on others, moved, removed or taken."""
+"""Test the lock of a run directory: with and without flock, on this and other machines, moved, removed or taken."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An owner on another machine, whose locks aren't seen here."""
+    """Return an owner on another machine, whose locks aren't visible here."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, boot="another")
     yield
-    assert not list(run.path.glob(f"{OWNER}?*"))  # no litter
+    assert not list(run.path.glob(f"{OWNER}?*"))  # no temporary files
 
 
 def start(folder: Path, stays_s: float = 60, **env: str) -> subprocess.Popen[str]:
-    """A process that takes the directory and stays, or is rejected."""
+    """Start a process that takes the directory and stays, or is rejected."""
     command = [sys.executable, "-c", TAKES, str(folder), str(stays_s)]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
 
@@ -74,7 +74,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def disown(run: RunDir, **changes: Any) -> None:
-    """Leave an owner that was this process, but for these fields, and holds nothing any more."""
+    """Write an owner file of this process, with these ``changes``, that no longer holds the lock."""
     run.lock(attempt="a1").file.close()
     run.write_outcome(OUTCOME)
     change(run, **changes)
@@ -106,7 +106,7 @@ def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
 
 
 def test_one_that_died_is_followed_at_once(tmp_path: Path) -> None:
-    """Though its process wasn't waited for: it is a zombie then."""
+    """A dead process that wasn't waited for is a zombie."""
     env = without_flock(tmp_path)
     first = start(tmp_path / "run", **env)
     assert first.stdout
@@ -140,7 +140,7 @@ def test_files_that_were_removed(run: RunDir, removed: tuple[str, ...]) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_an_owner_elsewhere_that_is_silent_is_dead(run: RunDir) -> None:
-    """Whatever the clocks say."""
+    """The clocks of the machines may differ."""
     os.utime(run.path / OWNER, (time.time() + 3600,) * 2)
     began = time.monotonic()
     run.lock().close()
@@ -181,7 +181,7 @@ def test_an_owner_that_cannot_be_read_is_watched(run: RunDir, text: str) -> None
 
 
 def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container of this machine whose flock isn't seen."""
+    """The owner is in a container of this machine whose flock isn't visible."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, namespace="pid:[1]", pid=1 << 30, lock=0)
     began = time.monotonic()
@@ -191,7 +191,7 @@ def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pyte
 
 @pytest.mark.parametrize("way", ["ended", "job", "launch", "pid", "flock"])
 def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str) -> None:
-    """Init is at work, but doesn't have this flock."""
+    """Init runs, but doesn't hold this flock."""
     changes = {"pid": {"pid": 1 << 30, "lock": 0}, "flock": {"pid": 1}}.get(way, {"boot": "another"})
     disown(run, job="7", job_restart=1, **changes)
     if way == "ended":
@@ -226,7 +226,7 @@ def test_the_flock_of_an_earlier_start_of_the_same_job_is_awaited(run: RunDir, m
 
 
 def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though its owner is at work, in the other one."""
+    """The owner still works in the other directory."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     lock = run.lock(attempt="a1")
     shutil.copytree(run.path, run.path.with_name("copy"))
@@ -235,7 +235,7 @@ def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
-    """Two have judged the same one; the first has taken its place when the second removes it."""
+    """Two launches found the same stale owner; the first took over before the second removes the file."""
     disown(run, boot="another")
     seen = Seen.of(run.path)
     assert seen
@@ -248,7 +248,7 @@ def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
 
 
 def test_it_is_shown_whether_one_works(run: RunDir, tmp_path: Path) -> None:
-    """Also where the one can't see the other's flock."""
+    """Also if one can't see the other's flock."""
     assert not works(run.path)
     first = start(run.path, **without_flock(tmp_path))
     assert first.stdout
@@ -262,7 +262,7 @@ def test_it_is_shown_whether_one_works(run: RunDir, tmp_path: Path) -> None:
     assert not works(run.path)
 
 
-# ---- what becomes of the directory
+# ---- a moved or removed directory
 
 
 def moved(run: RunDir) -> None:
@@ -303,7 +303,7 @@ def taken(run: RunDir) -> None:
 def test_a_directory_that_is_lost(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, what: Callable[[RunDir], None], cause: str, place: str | None
 ) -> None:
-    """It is told within some looks, once, and nothing is made again."""
+    """It is reported within a few checks, once, and nothing is created again."""
     monkeypatch.setattr(lock_module, "BEAT_S", 0.1)
     lock, lost, told = run.lock(attempt="a1"), [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, contradict themselves or mean harm are told apart from good ones, without torch."""
+"""Test that damaged, contradictory and malicious checkpoints are rejected, without torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def header_of(step: int = 3, plan: Plan = PLAN, **changes: Any) -> Header:
 
 
 def tensor_file(tensors: dict[str, tuple[str, int]]) -> bytes:
-    """A safetensors file of (dtype, elements) by name."""
+    """Return a safetensors file of (dtype, elements) by name."""
     header, end = {}, 0
     for name, (dtype, count) in tensors.items():
         span = (end, end := end + count * ITEMSIZE[dtype])
@@ -55,7 +55,7 @@ def tensor_file(tensors: dict[str, tuple[str, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(i % 251 for i in range(end))
 
 
-# "w" is 5 x 4, parted at 12; "b" whole on rank 1; "n" has no elements, "c" no dimensions
+# "w" is 5 x 4, sharded at 12; "b" is whole on rank 1; "n" has no elements, "c" no dimensions
 FILES = [{"w": ("F32", 12), "c": ("I64", 1)}, {"w": ("F32", 8), "b": ("BF16", 3)}]
 SLICES = [
     {"w": ["F32", [5, 4], 0, 12], "c": ["I64", [], 0, 1], "n": ["F32", [0, 7], 0, 0]},
@@ -64,7 +64,7 @@ SLICES = [
 
 
 def write_files(folder: Path) -> list[dict[str, Any]]:
-    """The files of all ranks, and what their ``write_part`` would return."""
+    """Return the files of all ranks, and the results of their ``write_part``."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for rank in range(RANKS):
@@ -76,7 +76,7 @@ def write_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def save(run: RunDir, step: int = 3, **header: Any) -> Path:
-    """A whole checkpoint."""
+    """Write a whole checkpoint."""
     folder = folder_of(run, step)
     text = compose(header_of(step, **header), write_files(folder), {"optim/groups": [{"lr": 0.1}]})
     (folder / NAME).write_bytes(text)
@@ -95,7 +95,7 @@ def verified(folder: Path) -> Checkpoint:
 
 
 def why(folder: Path) -> str:
-    """For what reason it is damaged, by the manifest or by its files."""
+    """Return the reason why it is damaged, found in the manifest or in its files."""
     with pytest.raises(Damaged) as error:
         verified(folder)
     assert len(str(error.value)) < 400
@@ -125,7 +125,7 @@ def test_torch_stays_out() -> None:
 
 
 def test_the_end_of_a_run_is_a_position(tmp_path: Path) -> None:
-    """Its last step is whole, so it may be beyond what duration asks for."""
+    """The last step is whole, so it may exceed the duration."""
     assert (PLAN.steps, PLAN.samples, PLAN.added) == (21, 1000, 24)
     assert read(save(RunDir(tmp_path), 21, samples=1024)).header.step == 21
     with pytest.raises(Damaged, match="samples=1025"):
@@ -161,7 +161,7 @@ def test_by_a_link_to_it(folder: Path) -> None:
     assert "can't be read" in why(link)
 
 
-# What may be wrong with the files
+# Damage of the files
 
 Damage = Callable[[Path], Any]
 
@@ -223,7 +223,7 @@ def test_a_manifest_of_another_step(folder: Path) -> None:
     assert "manifest.json belongs to step 3" in why(moved)
 
 
-# What may be wrong with what a manifest says. Each is sealed again, as somebody would who means harm.
+# Wrong content of a manifest. Each is sealed again, as an attacker would do.
 
 
 def reseal(folder: Path, text: str | bytes) -> None:
@@ -239,7 +239,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 
 def at(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    """Sets what stands at this path of a manifest; a callable gets what stood there."""
+    """Set the value at a path of a manifest; a callable gets the old value."""
 
     def change(fields: Any) -> None:
         for key in path[:-1]:
@@ -385,7 +385,7 @@ def test_what_is_said_has_no_control_characters(folder: Path) -> None:
 @examples(100)
 @given(data=st.data())
 def test_any_value_anywhere_is_damage_or_harmless(folder: Path, data: st.DataObject) -> None:
-    """Nothing but Damaged comes out; and what is read nonetheless has tensors that are all there."""
+    """Only Damaged is raised; a manifest that is still accepted has all its tensors."""
     fields: Any = fields_of(folder)
     places = list(_places(fields))
     *path, last = data.draw(st.sampled_from(places))
@@ -420,7 +420,7 @@ def test_any_bit_of_a_manifest_that_flips_is_found(folder: Path, data: st.DataOb
         parse(bytes(text), folder)
 
 
-# What may be wrong with a rank's file that has the right size and checksum
+# Wrong content of a rank's file with the right size and checksum
 
 
 class Boom:
@@ -473,7 +473,7 @@ def test_files_that_hold_no_tensors(tmp_path: Path, content: str) -> None:
 
 
 def test_a_pickle_with_the_right_checksum(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It isn't unpickled."""
+    """The file isn't unpickled."""
     monkeypatch.chdir(folder.parent)
     content = pickle.dumps(Boom()) + bytes(200)
     (folder / R0).write_bytes(content)
@@ -485,7 +485,7 @@ def test_a_pickle_with_the_right_checksum(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_parts_that_nobody_could_read(tmp_path: Path) -> None:
-    """They are found before they are committed."""
+    """The errors are found before the checkpoint is committed."""
     parts = [{"bytes": 500, "sha256": "", "slices": {"w": ["F32", [20], 12 * rank, 20]}} for rank in range(RANKS)]
     with pytest.raises(Damaged, match="elements 12 to 20 after those up to 20"):
         compose(header_of(), parts, {})

@@ -1,4 +1,4 @@
-"""What wrong command lines are answered with: ``tests/golden/messages.txt``, which ``make golden`` rewrites."""
+"""Compare the errors of wrong command lines with ``tests/golden/messages.txt``, which ``make golden`` rewrites."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ seed=1,2
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of the commands: YAML of one's own, and runs."""
+    """Create the working directory of the commands: a user's YAML files, and runs."""
     for name, content in {**FILES, "runs/there/config.yaml": dump(compose([])), "runs/there/plan.json": "{}"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -230,7 +230,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answer(line: str) -> str:
-    """Return what the command ``line`` is rejected with before anything starts."""
+    """Return the error that rejects the command ``line`` before anything starts."""
     try:
         args = command_line(shlex.split(line))
         if args.multirun:

@@ -1,4 +1,4 @@
-"""The gradient noise scale on numbers alone: planted gradients, whose |G|² and tr Σ are known."""
+"""Test the gradient noise scale on synthetic gradients with known |G|² and tr Σ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE /= SHAPE.sum()
 
 
 def planted(scale: float, sizes: tuple[int, ...], runs: int, steps: int, seed: int = 0) -> list[list[Estimate]]:
-    """Estimates of steps whose micro-batches have ``sizes`` samples, where |G|² is 1 and tr Σ is ``scale``."""
+    """Return estimates of steps with micro-batches of ``sizes`` samples, for |G|² = 1 and tr Σ = ``scale``."""
     random, batch = np.random.default_rng(seed), sum(sizes)
     mean = np.full(DIMENSIONS, DIMENSIONS**-0.5)
     parts_sq: NDArray[np.float64] = np.zeros((runs, steps))
@@ -52,7 +52,7 @@ def test_the_examples() -> None:
 
 
 def test_equal_sizes_are_the_formulas_of_the_paper() -> None:
-    """McCandlish et al. 2018, A.1, with b = 4 and B = 12, from norms of any three gradients."""
+    """McCandlish et al. 2018, A.1, with b = 4 and B = 12, for the norms of any three gradients."""
     parts = np.random.default_rng(0).standard_normal((3, 5))
     small_sq, big_sq = float((parts**2).sum(1).mean()), float((parts.mean(0) ** 2).sum())
     found = estimate(float(((parts / 3) ** 2).sum()) / 4, big_sq, 12, 3)
@@ -70,7 +70,7 @@ def test_estimates_are_unbiased_whatever_the_sizes(sizes: tuple[int, ...]) -> No
 
 
 def test_averages_apart_find_a_scale_far_above_the_batch() -> None:
-    """Of single steps' ratios a third is negative here, and their mean means nothing."""
+    """A third of the single steps' ratios are negative here, so their mean is meaningless."""
     runs = planted(100.0, (4, 4, 4, 4), runs=20, steps=300)
     assert np.mean([e.grad_sq < 0 for run in runs for e in run]) > 0.3
     found = [known.scale for run in runs if (known := smoothed(run).scale())]
@@ -91,7 +91,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(scale: float, sizes: t
 
 
 def test_noise_alone_is_seldom_taken_for_a_scale() -> None:
-    """Where |G|² is nothing against tr Σ, it is "not yet known"; what slips through is still a number of samples."""
+    """If |G|² is negligible, the scale is mostly unknown; the remaining estimates are still valid numbers."""
     found = [smoothed(run).scale() for run in planted(1e9, (8, 8), runs=400, steps=60)]
     known = [each for each in found if each]
     assert len(known) <= 0.05 * len(found)

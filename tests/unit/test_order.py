@@ -1,6 +1,6 @@
-"""The sample order: a permutation each epoch, reached anywhere at once, that no test here can tell from a random one.
+"""Test the sample order: a permutation per epoch, computed at any position, that passes tests of randomness.
 
-The statistics have fixed seeds, so they never flake: a bound is crossed only when the function has changed.
+The statistics have fixed seeds, so they never flake: only a change of the function can exceed a bound.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from isobatch.scaling import order
 from isobatch.scaling.order import MAX_SAMPLES, Indices, indices
 
 POSITIONS = 2**17
-# The order is a table for the first three, computed for the others; 4^k + 1 walks the most, 4^k not at all.
+# The order is tabulated for the first three and computed for the others. Cycle-walking is longest at 4^k + 1.
 SIZES = [4**6 + 1, 50_000, 4**8, 4**8 + 1, 1_281_167, 4**15 + 1, 10**12, 4**31]
 
 
 def excess(counts: np.ndarray, expected: np.ndarray | float, freedom: int) -> float:
-    """Chi-square of the counts, in standard deviations above its mean; about normal for a random permutation."""
+    """Return the chi-square of the counts in standard deviations above its mean; about normal if random."""
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     return (chi_square - freedom) / math.sqrt(2 * freedom)
 
@@ -30,7 +30,7 @@ def is_permutation(order_of_epoch: Indices, n: int) -> bool:
     return len(order_of_epoch) == n and bool((np.bincount(order_of_epoch, minlength=n) == 1).all())
 
 
-# ---- a permutation, whatever n
+# ---- a permutation for any n
 
 
 def test_every_sample_once_an_epoch_for_every_n_to_4096() -> None:
@@ -51,7 +51,7 @@ def test_no_index_twice_or_outside_a_dataset_that_fits_no_memory(n: int) -> None
     assert some.max() < n
 
 
-# ---- the same wherever it is cut, at no cost of memory
+# ---- independent of the requested ranges, without growing memory
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 1437, 50_000, 10**12])
@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_the_dataset() -> None:
     ],
 )
 def test_the_order_never_changes(seed: int, n: int, start: int, expected: list[int]) -> None:
-    """A run goes on from its samples seen: another order in a new version, or on another machine, would break it."""
+    """A run resumes by its samples seen, so a new version or another machine must not change the order."""
     assert indices(seed, n, start, start + 4).tolist() == expected
 
 
@@ -127,7 +127,7 @@ def test_what_is_no_range_is_refused(n: int, start: int, stop: int, message: str
 def test_differences_are_those_of_a_random_permutation(n: int) -> None:
     """The difference (mod n) of entries a lag apart is uniform, in 256 bins: at lags 1 to 16 and all powers of two.
 
-    A stride shows as a peak; the powers of two are where a network over halves of bits would repeat itself.
+    A stride shows as a peak; a network over halves of bits would repeat itself at powers of two.
     """
     entries = indices(1, n, 0, min(n, POSITIONS))
     lags = {*range(1, 17), *(2**k for k in range(5, 17) if 2**k <= len(entries) // 2)}
@@ -139,10 +139,10 @@ def test_differences_are_those_of_a_random_permutation(n: int) -> None:
 
 @pytest.mark.parametrize("n", SIZES)
 def test_no_serial_correlation_and_no_period(n: int) -> None:
-    """Correlations at all lags up to half the length stay below 6 / sqrt(length), no frequency holds 25 x its share.
+    """Correlations at all lags up to half the length stay below 6 / sqrt(length), no frequency has 25 x its share.
 
-    For white noise, the largest of 65,536 correlations is near 4.4 / sqrt(length), the largest share near ln 65,536
-    = 11; e^-25 is the odds for each to pass 25.
+    For white noise, the largest of 65,536 correlations is near 4.4 / sqrt(length), and the largest share near
+    ln 65,536 = 11; a frequency exceeds 25 with a probability of e^-25.
     """
     entries = indices(2, n, 0, min(n, POSITIONS)).astype(np.float64)
     entries = (entries - entries.mean()) / entries.std()
@@ -156,7 +156,7 @@ def test_no_serial_correlation_and_no_period(n: int) -> None:
 
 @pytest.mark.parametrize("n", SIZES)
 def test_where_a_sample_stands_says_nothing_about_where_it_lands(n: int) -> None:
-    """Positions by entries, each by its 64 equal blocks and by its lowest 6 bits: all four tables are independent."""
+    """Positions and entries are independent, each taken by its 64 equal blocks and by its lowest 6 bits."""
     length = min(n, POSITIONS)
     entries = indices(3, n, 0, length)
     positions = np.arange(length)
@@ -169,7 +169,7 @@ def test_where_a_sample_stands_says_nothing_about_where_it_lands(n: int) -> None
 
 @pytest.mark.parametrize("half_bits", [10, 16, 20, 31])
 def test_one_bit_of_the_position_flips_each_bit_of_the_entry_half_of_the_time(half_bits: int) -> None:
-    """The strict avalanche criterion, for each pair of bits."""
+    """The strict avalanche criterion holds for each pair of bits."""
     bits = 2 * half_bits
     shuffle = order._shuffle(4, 0, half_bits)
     positions = np.random.default_rng(0).integers(0, 2**bits, 4000)
@@ -183,7 +183,7 @@ def test_one_bit_of_the_position_flips_each_bit_of_the_entry_half_of_the_time(ha
 
 
 def test_no_epoch_of_any_seed_is_that_of_another() -> None:
-    """Seed + epoch as the key would make epoch 1 of seed 0 the same as epoch 0 of seed 1."""
+    """With seed + epoch as the key, epoch 1 of seed 0 would equal epoch 0 of seed 1."""
     orders = {tuple(indices(seed, 50, 50 * epoch, 50 * epoch + 50)) for seed in range(-20, 20) for epoch in range(40)}
     assert len(orders) == 40 * 40
 
@@ -209,7 +209,7 @@ def test_neighbouring_epochs_and_seeds_are_independent(step: tuple[int, int]) ->
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_orders_of_a_tiny_dataset_are_equally_likely(n: int) -> None:
-    """Over 3,000 epochs of one seed, and over the first epoch of 3,000 seeds, by chi-square."""
+    """By chi-square over 3,000 epochs of one seed, and over the first epoch of 3,000 seeds."""
     places = n ** np.arange(n)
     by_epoch = indices(5, n, 0, 3000 * n).reshape(-1, n) @ places
     by_seed = np.array([indices(seed, n, 0, n) @ places for seed in range(3000)])
@@ -223,7 +223,7 @@ def test_all_orders_of_a_tiny_dataset_are_equally_likely(n: int) -> None:
 def test_neighbours_in_a_small_dataset_land_anywhere(n: int, epochs: int) -> None:
     """Over thousands of epochs each entry is uniform, and so is the XOR of entries whose positions differ in one bit.
 
-    Few rounds show here first: with so few bits, they still remember that two positions share half of them.
+    Too few rounds show here first: with few bits, two positions that share half of their bits stay related.
     """
     orders = indices(6, n, 0, epochs * n).reshape(epochs, n)
     for entry in range(16):

@@ -1,4 +1,4 @@
-"""The README of each folder: short, its links lead somewhere, and its map names each file of the folder."""
+"""Test that each folder's README is short, its links work, and its map names each file of the folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("trainers/*/README.md"))]
 LINES = 150
-TABLES = ROOT / "benchmarks/README.md"  # which a command writes
+TABLES = ROOT / "benchmarks/README.md"  # written by `make bench`
 MAPPED = [page for page in PAGES if "## Files" in page.read_text()]
 
 
 def names(page: Path) -> set[str]:
-    """Return the names at the beginning of the lines of a page's map."""
+    """Return the names at the start of the lines of a page's map."""
     lines = re.findall(r"^    (\S.*)$", page.read_text().partition("## Files")[2], re.MULTILINE)
     return {name.rstrip("/") for line in lines for name in re.split(r" {2,}", line)[0].split()}
 

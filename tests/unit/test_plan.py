@@ -1,4 +1,4 @@
-"""The plan is the contract: the same steps from anywhere, on any hardware, and from its own JSON."""
+"""Test the plan: the same steps from any position, on any hardware, and from its JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ quick = examples(25)
 
 
 def make(samples: int | None = 1000, *, batches: tuple[tuple[int, int], ...] = ((0, 32),), **changes: Any) -> Plan:
-    """A plan of ``samples`` with (start sample, global batch) for each segment."""
+    """Return a plan of ``samples`` with (start sample, global batch) for each segment."""
     rule = changes.pop("rule", Rule("linear"))
     schedule = samples and Schedule(
         samples=samples,
@@ -70,7 +70,7 @@ dealings = st.fixed_dictionaries({"per_gpu": st.none() | st.integers(1, 50)}) | 
 
 @st.composite
 def plans(draw: st.DrawFn, most_samples: int = 3000) -> Plan:
-    """Plans of one to five segments, some shorter than a step, some beyond the end of the run."""
+    """Draw plans of one to five segments, some shorter than a step, some beyond the end of the run."""
     samples = draw(st.integers(1, most_samples))
     starts = sorted({0} | draw(st.sets(st.integers(1, samples + 50), max_size=4)))
     batches = tuple((start, draw(st.integers(1, 40) | st.integers(1, 700))) for start in starts)
@@ -224,7 +224,7 @@ def test_dealt_anew_an_accumulation_that_was_asked_for_is_solved() -> None:
 
 
 def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """What the ranks fetch, step by step, joined in the order of the batch."""
+    """Return the samples that the ranks fetch in each step, in the order of the batch."""
     for step in walk(plan, start):
         if step.start >= until:
             return
@@ -283,7 +283,7 @@ def test_json_of_a_plan_that_waits_for_the_data() -> None:
 
 
 def places(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
-    """The path to every value within nested JSON."""
+    """Yield the path to every value in nested JSON."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in inside:
         yield (*path, name)
@@ -321,10 +321,10 @@ def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | i
         assert "\n" not in plan
         return
     if replace(plan, optimizer=WHOLE.optimizer) == WHOLE:
-        return  # it only explains, or is as an earlier version wrote it
+        return  # an explanation, or a key that earlier versions didn't write
     assert _numbers(to_json(plan)) == _numbers(json.dumps(content))
     another_kind = type(junk) is not type(before) and (type(before), type(junk)) != (float, int)
-    left_out = junk == "remove" and isinstance(path[-1], int)  # of a list: another plan, but a plan
+    left_out = junk == "remove" and isinstance(path[-1], int)  # an item of a list: another plan, but a valid one
     assert left_out or junk is None or not another_kind, f"{path} = {junk!r} was taken"
 
 
@@ -367,7 +367,7 @@ def test_another_wording_and_another_last_digit_are_no_damage() -> None:
     content = json.loads(to_json(make(rule=Rule("power", 0.7), batches=((0, 99),))))
     content["warnings"].append("a warning of a later version")
     content["lr"]["why"] = "because"
-    content["lr"]["peak"] *= 1 + 1e-15  # another machine's pow
+    content["lr"]["peak"] *= 1 + 1e-15  # pow differs between machines
     content["a_later_version"] = 1
     assert from_json(json.dumps(content)).peak.lr == pytest.approx(content["lr"]["peak"])
 

@@ -1,4 +1,4 @@
-"""What a run directory says of its run, whatever state it is in."""
+"""Test the result read from a run directory in any state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command line to its plan: units, sizes, where the learning rate comes from, and what is refused."""
+"""Test how a command line becomes a plan: units, sizes, the source of the learning rate, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.plan_table import lr_why, moves, table
 from isobatch.scaling.rules import Rule
 
-# A task of 1,000 samples, its LR tuned with both optimizers; nothing here hangs on the defaults of the YAML.
+# A task of 1,000 samples, its LR tuned with both optimizers; independent of the YAML defaults.
 TASK = (
     "task=custom",
     "task._target_=my_package.MyTask",
@@ -41,7 +41,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def config_of(*overrides: str) -> RunConfig:
-    """What ``compose([*TASK, *overrides])`` gives, in a twentieth of the time where no group is chosen."""
+    """Return ``compose([*TASK, *overrides])``, in a twentieth of the time if no group is chosen."""
     if any("=" not in text or "." not in text.partition("=")[0] for text in overrides if text[:9] != "duration="):
         return composed(*TASK, *overrides)
     base = composed(*TASK)
@@ -126,7 +126,7 @@ def test_even_is_refused_with_what_is_even() -> None:
     assert plan_of("batch.even=true", world=4).cut.even
     message = refusal("batch.even=true", world=3)
     assert "nearest even global batches on 3 ranks: 126 or 129; nearest world sizes for 128: 2 or 4" in message
-    assert plan_of("batch.even=true", "batch.global_size=126", world=3).even  # and so are all later segments
+    assert plan_of("batch.even=true", "batch.global_size=126", world=3).even  # as well as all later segments
 
 
 def test_no_world_is_refused() -> None:
@@ -218,7 +218,7 @@ def test_tokens_of_a_task_without_them_are_refused() -> None:
     assert "duration=5tok counts tokens" in refusal("duration=5tok")
 
 
-# ---- the data isn't open yet
+# ---- before the data is opened
 
 
 def test_what_is_unknown_before_the_data_is_opened() -> None:
@@ -364,7 +364,7 @@ def test_a_rule_that_leaves_the_numbers_is_refused_and_the_way_out_works() -> No
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [
-        ([], 0.05),  # the base LR, where the peak is above it
+        ([], 0.05),  # the base LR if the peak is above it
         (["batch.global_size=32"], 0.0),
         (["batch.global_size=16"], 0.0),
         (["lr.rule=none"], 0.0),
@@ -574,7 +574,7 @@ def test_what_is_not_bitwise_is_refused(overrides: list[str], said: str) -> None
 
 
 def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes() -> None:
-    """Else one identity is of many runs."""
+    """Otherwise several runs would have one identity."""
     sizes = ("task=digits", "batch.per_gpu=4", "batch.accumulation=2")
     assert resolve(compose(sizes), 2).cut.global_size == 16
     with pytest.raises(ValueError, match=r"global batch depends on .*; give batch\.global_size, or leave"):

@@ -1,4 +1,4 @@
-"""Rules against numbers worked out by hand, and what they must not touch."""
+"""Test rules against numbers computed by hand, and that they leave other values alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rule(name: str, **own: Any) -> Rule:
         (Rule("noise", 1.0, 1000.0), 0.1, 1000, 250, 0.25),  # η_max = 0.5, half of it at B = B_noise
         (Rule("noise", 0.5, 1000.0), 0.1, 1000, 250, 0.1 * math.sqrt(2.5)),
         (Rule("surge", None, 1000.0), 0.1, 1000, 250, 0.125),  # ½(√4 + √¼) = 1.25 below the top, which is at B_noise
-        (Rule("surge", None, 1000.0), 0.1, 4000, 250, 0.1),  # as far above it as below
+        (Rule("surge", None, 1000.0), 0.1, 4000, 250, 0.1),  # as far above B_noise as below
         (Rule("none"), 0.1, 1024, 256, 0.1),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_rule_moves_what_it_speaks_of_and_nothing_at_the_tuned_batch(
     assert carried.ema == (None if recipe.ema is None else recipe.ema ** (after / before))
 
 
-@given(*[st.integers(1, 1000)] * 3)  # from betas that are next to nothing there is no way back
+@given(*[st.integers(1, 1000)] * 3)  # rounding makes betas near 0 irreversible
 @quick
 def test_two_moves_are_one(first: int, second: int, third: int) -> None:
     for name in LAWS:
@@ -116,7 +116,7 @@ def test_weight_decay_keeps_its_timescale_where_that_is_asked_for(name: str, kap
 
 
 def test_what_was_given_for_this_batch_stays() -> None:
-    carried = rule("sde", fixed=("betas",)).apply(ADAM, 256, 256 * 100)  # beyond where its betas could go
+    carried = rule("sde", fixed=("betas",)).apply(ADAM, 256, 256 * 100)  # beyond the range of its betas
     assert (carried.betas, carried.lr, carried.eps) == (ADAM.betas, 0.01, 1e-9)
     both = rule("sde", fixed=("eps", "weight_decay"), scale_weight_decay=True).apply(ADAM, 256, 1024)
     assert (both.eps, both.weight_decay) == (ADAM.eps, ADAM.weight_decay)
@@ -181,8 +181,8 @@ def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -
 @pytest.mark.parametrize(
     ("rule", "base", "before", "after", "found"),
     [
-        (Rule("power", 1e5), 0.1, 1, 4, "inf"),  # Python's ** overflows by an exception,
-        (Rule("linear"), 1e308, 1, 32, "inf"),  # its product doesn't
+        (Rule("power", 1e5), 0.1, 1, 4, "inf"),  # Python's ** raises on overflow,
+        (Rule("linear"), 1e308, 1, 32, "inf"),  # a product gives inf
         (Rule("power", 1e5), 0.1, 2, 1, "0"),
         (Rule("linear"), math.nan, 1, 2, "nan"),
     ],

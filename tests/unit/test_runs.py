@@ -1,4 +1,4 @@
-"""The list of runs: what a row says of a run, whatever state it is in."""
+"""Test the rows of the list of runs for runs in any state."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ DAMAGE: dict[str, Any] = {
 }  # fmt: skip
 VALUES = ["x", [], {}, True, -1, 1.5, 10**30, 1e999, [[[1]]]]
 NAMES = ("outcome.json", "plan.json", "events.jsonl", "metrics.jsonl")
-# Of each file a name, and what is right there
+# Valid content of each file, by name
 FIELDS = {"outcome.json": "step", "plan.json": "samples", "events.jsonl": "step", "metrics.jsonl": "samples"}
 
 

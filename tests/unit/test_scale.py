@@ -1,4 +1,4 @@
-"""1 to 100,000 ranks in one process: what the arithmetic says of each of them, against dealing and walking by hand."""
+"""Test the arithmetic of 1 to 100,000 ranks in one process against dealing and walking by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ quick = examples(60)
 
 
 def dealt_by_hand(world: int, granules: int, most: int, granule: int, bitwise: bool) -> list[list[list[int]]]:
-    """The samples of every pass of every rank, by counting alone: nothing here divides."""
+    """Return the samples of every pass of every rank, by counting without division."""
     passes = 1
     while passes * world * most < granules:
         passes += 1
@@ -61,7 +61,7 @@ def dealt_by_hand(world: int, granules: int, most: int, granule: int, bitwise: b
 
 
 def check(cut: Cut, by_hand: list[list[list[int]]]) -> None:
-    """Every rank has the samples, in the passes, that it was dealt by hand; and what the cut says of itself is so."""
+    """Every rank has the passes and samples dealt by hand, and the properties of the cut are correct."""
     for rank, passes in enumerate(by_hand):
         found = list(cut.passes(rank))
         assert [list(range(*one)) for one in found] == passes
@@ -125,7 +125,7 @@ RUNS = {
     "ramp": ("batch.schedule='ramp from:16 over:50%'", "batch.global_size=128", "lr.warmup=20st"),
     "held": ("batch.schedule='0sa:32 3ep:64 lr:hold'", "lr.decay=wsd", "lr.cooldown=30%"),
 }
-BATCHES = {  # the batch from which sample on, as RUNS have them; 7 epochs are 7,091 samples
+BATCHES = {  # start sample and batch of each stage of RUNS; 7 epochs are 7,091 samples
     "one batch": {0: 37},
     "stages": {0: 32, 1013: 48, 2837: 7, 5065: 129},
     "leapt over": {0: 500, 600: 64, 700: 32, 1500: 256},
@@ -139,7 +139,7 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def steps_by_hand(batches: dict[int, int], samples: int) -> list[tuple[int, int, int]]:
-    """(index, start, stop) of every step: from a step's end on, the batch is the last that has begun."""
+    """Yield (index, start, stop) of every step; each step uses the last batch that started before it."""
     found, at = [], 0
     while at < samples:
         size = 0
@@ -151,7 +151,7 @@ def steps_by_hand(batches: dict[int, int], samples: int) -> list[tuple[int, int,
 
 
 def lr_by_hand(name: str, sample: int, batch: int, samples: int) -> float:
-    """The LR of RUNS at a sample, by what the recipes say in words."""
+    """Return the LR of RUNS at a sample, computed from the description of the recipes."""
     first = BATCHES[name][0]
     peak = 0.05 * first / 32 * (1 if name == "held" else batch / first)
     start = 0.05 if peak > 0.05 else 0.0
@@ -189,7 +189,7 @@ def test_a_run_walked_step_by_step(name: str, numerics: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_number_of_ranks_has_the_same_steps(name: str) -> None:
-    """Bit by bit, but for the cut; and a run that changes its ranks at every step is still that run."""
+    """Steps are equal bit by bit except for the cut, even if the ranks change at every step."""
     alone = resolve(config_of(*RUNS[name]), 1)
     plans = [resolve(config_of(*RUNS[name]), world) for world in WORLDS]
     for number, step in enumerate(walk(alone)):
@@ -199,11 +199,11 @@ def test_every_number_of_ranks_has_the_same_steps(name: str) -> None:
         assert (there.expected_units, there.recipe) == (step.expected_units, step.recipe)
 
 
-# ---- the data: what all ranks fetch together
+# ---- the data that all ranks fetch together
 
 
 def fetched(plan: Plan) -> Iterator[np.ndarray]:
-    """Step by step, what every rank fetches in every pass, in the order of the ranks."""
+    """Yield for each step what every rank fetches in every pass, in the order of the ranks."""
     assert plan.train_samples
     for step in walk(plan):
         ranges = [
@@ -228,7 +228,7 @@ def test_all_ranks_together_see_every_sample_once_an_epoch(world: int, numerics:
     assert (seen == indices(plan.seed, n, 0, len(seen))).all()
 
 
-# ---- what a plan of many ranks costs
+# ---- the cost of a plan for many ranks
 
 
 LARGE = ("task.train_samples=1000000000", "duration=3ep", "lr.decay=step")
@@ -241,7 +241,7 @@ MANY = {
 
 
 def calls_of(work: Callable[[], Any]) -> int:
-    """How many functions are called: what work is, on a machine of any speed."""
+    """Count function calls, a measure of work that doesn't depend on the machine's speed."""
     count = 0
 
     def called(frame: FrameType, event: str, argument: object) -> None:
@@ -265,7 +265,7 @@ def test_a_plan_of_100_000_ranks_costs_what_one_of_two_does(name: str, numerics:
         plan = resolve(config, world)
         return to_json(plan) + table(plan)
 
-    texts = [planned(world) for world in (2, 100_000)]  # and what is done once is done
+    texts = [planned(world) for world in (2, 100_000)]  # fills the caches
     few, many = (calls_of(lambda world=world: planned(world)) for world in (2, 100_000))  # type: ignore[misc]
     assert many < 2 * few + 10_000, "work grows with the ranks"
     assert all(len(text.encode()) < 10_000 for text in texts)

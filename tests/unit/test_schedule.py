@@ -1,4 +1,4 @@
-"""Warmup and decays as functions of samples: ends, joints, shapes."""
+"""Test warmup and decays as functions of samples: ends, joints, shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEAK = 0.4
 
 
 def schedule(decay: str = "cosine", **changes: Any) -> Schedule:
-    """1,000 samples: 100 of warmup from 0.1, then ``decay`` to a tenth of the peak."""
+    """Return a schedule of 1,000 samples: 100 of warmup from 0.1, then ``decay`` to a tenth of the peak."""
     fields: dict[str, Any] = {
         "samples": 1000,
         "warmup_samples": 100,
@@ -55,7 +55,7 @@ def test_all_six_decays_are_there() -> None:
 
 @pytest.mark.parametrize(
     ("decay", "at_550", "at_the_end"),
-    [  # 550 is half-way between the warmup's end and the run's
+    [  # 550 is halfway between the end of the warmup and the end of the run
         ("cosine", 0.22, 0.04),
         ("linear", 0.22, 0.04),
         ("polynomial", 0.04 + 0.36 * 0.25, 0.04),

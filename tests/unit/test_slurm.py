@@ -1,4 +1,4 @@
-"""Slurm as text: scripts by full equality, its answers as they really were, and what becomes of a job that ended."""
+"""Test Slurm scripts by full equality, the parsing of real answers of Slurm, and the handling of ended jobs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 @given(texts)
 @examples(40)
 def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
-    """Through Hydra's grammar; and through the shell of the script, which runs nothing of it."""
+    """Arguments survive Hydra's grammar and the script's shell, which executes none of them."""
     words = [override("run.dir", f"/{text}")]
     assert shlex.split(shlex.join(words)) == words
     assert compose([*words, "action=plan"]).run.dir == f"/{text}"
@@ -93,7 +93,7 @@ def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
 @example("${HOME}")
 @examples(20)
 def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
-    """As Hydra and OmegaConf read its path."""
+    """Paths are quoted as Hydra and OmegaConf read them."""
     with pytest.raises(UserError, match="can't be read") as error:
         compose([override("run.config", f"/absent/{text}")])
     assert str(Path(f"/absent/{text}")) in str(error.value)
@@ -122,7 +122,7 @@ def test_directives_quote_what_has_to_be() -> None:
     assert directive('--comment=a "b" \\ #c') == '#SBATCH --comment="a \\"b\\" \\\\ #c"'
 
 
-# ---- what is frozen, and where
+# ---- frozen files and their folders
 
 
 def test_a_frozen_config_is_the_whole_run(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
     assert backslash.output_of("7") == Path("/a\\b/logs/slurm.out")
 
 
-# ---- what is refused before anything is submitted
+# ---- errors before anything is submitted
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_job_that_a_process_is_in() -> None:
     assert JobStart.here({"SLURM_JOB_ID": "7"}) == JobStart("7", 0)
     assert JobStart.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == JobStart("7", 2)
     element = {"SLURM_JOB_ID": "22", "SLURM_ARRAY_JOB_ID": "22", "SLURM_ARRAY_TASK_ID": "3"}
-    assert JobStart.here(element).id == "22_3"  # 22 would be all of them
+    assert JobStart.here(element).id == "22_3"  # 22 would be the whole array
 
 
 def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: py
     assert (local.nodes, local.gpus_per_node, local.max_restarts) == (2, 4, 2)
     assert local.rendezvous == "gpu-b21-ib0:10042"  # type: ignore[union-attr]
     beside = [replace(here, job=job, step=step).rendezvous() for job in ("20042", "20043") for step in range(9)]
-    assert len({here.rendezvous(), *beside}) == len(beside)  # steps at once, in this job and the next, meet apart
+    assert len({here.rendezvous(), *beside}) == len(beside)  # steps of this job and the next
     assert as_local(compose([*ON_SLURM]), here).cluster.gpus_per_node == 2
     assert as_local(compose([*ON_SLURM]), replace(here, hosts=("gpu-b21",))).cluster.rendezvous is None  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"cluster\.nodes=3\b.* 20042\b.*\b2\b"):
@@ -226,7 +226,7 @@ def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: py
         as_local(compose([*ON_SLURM, "run.new=true"]), here)
 
 
-# ---- what Slurm answers (22.05)
+# ---- answers of Slurm (22.05)
 
 SHOWN = (
     "JobId=23 ArrayJobId=22 ArrayTaskId=0 ArrayTaskThrottle=1 JobName=wrap UserId=me(1000) GroupId=me(1000) "
@@ -248,7 +248,7 @@ def test_a_job_as_scontrol_shows_it() -> None:
     over = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="2026-11-27T01:53:52", preempt="None"))
     assert over.at_its_limit
     earlier = parse_job(SHOWN.format(state="RUNNING", restarts=1, end="Unknown", preempt="2026-11-26T00:36:37"))
-    assert not earlier.preempted  # another start was
+    assert not earlier.preempted  # another start was preempted
     preempted = parse_job(SHOWN.format(state="COMPLETING", restarts=0, end="Unknown", preempt="2026-11-26T01:36:37"))
     assert (preempted.preempted, preempted.ended, preempted.at_its_limit) == (True, None, False)
     assert parse_job("JobState=RUNNING TimeLimit=UNLIMITED StartTime=Unknown").left_s(began) is None
@@ -313,12 +313,12 @@ srun: forcing job termination
     ],
 )
 def test_what_slurm_ended_a_job_for(due: str, found: str | None) -> None:
-    """An earlier start's doesn't count."""
+    """An earlier start doesn't count."""
     assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 38)) == found
     assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 40)) is None
 
 
-# ---- what becomes of a job
+# ---- the handling of an ended job
 
 NOW = datetime(2026, 11, 26, 12)
 HOUR = timedelta(hours=1)
@@ -429,7 +429,7 @@ STARTS = [
 
 @pytest.mark.parametrize(("code", "event"), STARTS)
 def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
-    """Another launch may have the run, whose outcome isn't this job's."""
+    """Another launch may own the run; its outcome isn't this job's."""
     other = end("running", code=code, identifier="8")
     assert decide_requeue(other, max_requeues=2, signal_s=120).event == event
     again = end("stopped", code=code, restart=1)
@@ -443,7 +443,7 @@ UNREACHED = {"event": "requeue", "kind": "node", "job": "8", "step": 0}
     ("events", "event"), [((), "requeue"), ((UNREACHED,), "requeue"), (2 * (UNREACHED,), "not_requeued")]
 )
 def test_a_node_that_cannot_be_reached_is_tried_so_many_times(events: Any, event: str) -> None:
-    """Whatever code srun ends with; since the last start that there was."""
+    """For any exit code of srun; only events since the last start count."""
     ended = end("finished", identifier="8", code=140, unreached=("n2",), events=2 * (UNREACHED,))
     verdict = decide_requeue(replace(ended, events=(*ended.events, *events)), max_requeues=2, signal_s=120)
     assert (verdict.event, verdict.kind) == (event, "node")
@@ -454,14 +454,14 @@ SRUN = "srun: error: Task launch for StepId=8.0 failed on node {}: Communication
 
 
 def test_nodes_that_srun_did_not_reach() -> None:
-    """In this start; an earlier one's output ends with the end of its job."""
+    """Only the output of this start counts; an earlier one's ends with its job."""
     assert parse_unreached(SRUN.format("n2") + SRUN.format("n1")) == ["n1", "n2"]
     earlier = SRUN.format("n2") + SAID.format(" DUE TO JOB REQUEUE")
     assert parse_unreached(earlier) == []
     assert parse_unreached(earlier + SRUN.format("n3")) == ["n3"]
 
 
-# ---- what Slurm put back by itself
+# ---- jobs requeued by Slurm itself
 
 AT = datetime(2026, 11, 26, 0, 36, 30).astimezone().strftime("%Y-%m-%dT%H:%M:%S%z")
 EVENT = {"event": "start", "job": "7", "time": AT, "hosts": ["n1", "n2"]}

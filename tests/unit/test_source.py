@@ -1,4 +1,4 @@
-"""Which code trains a run: the files whose hashes are kept, what changed, and the repository they are in."""
+"""Test the record of a run's code: hashes of its files, changes, and the repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODE: dict[str, Any] = {"commit": "", "repository": None}
 
 @pytest.fixture(params=["package", "namespace", "module"])
 def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A task with a helper beside it and one elsewhere in its package; its import, which comes later; its files."""
+    """Create a task with a helper beside it, one elsewhere in its package, and a late import; return its files."""
     name = f"task_in_{request.param}"
     files = {"helper_of.py": "", f"{name}.py": "import helper_of\nclass Task: ...\n"}
     target, late = f"{name}.Task", "late_of"
@@ -95,7 +95,7 @@ def test_an_edit_while_it_trains_is_of_the_next_start(project: Any, tmp_path: Pa
     source.look()
     file = f"{target.rpartition('.')[0].replace('.', '/')}.py"
     (tmp_path / file).write_text("# edited")
-    importlib.import_module("wave")  # something more is imported
+    importlib.import_module("wave")  # a late import
     assert not source.look()
     assert changes(trained(tmp_path / "run", source.files), config, CODE).files.keys() == {file}
 

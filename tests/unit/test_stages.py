@@ -1,4 +1,4 @@
-"""Batch schedules: what they say, and the steps that a plan makes of them."""
+"""Test batch schedules: parsing, and the steps of their plans."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def plan_of(schedule: str, *overrides: str, world: int = 1) -> Plan:
 
 
 def sizes(plan: Plan) -> list[tuple[int, int]]:
-    """Which sample each stage starts at, and its global batch."""
+    """Return the start sample and the global batch of each stage."""
     return [(segment.start_sample, segment.global_size) for segment in plan.segments]
 
 
 def walk(plan: Plan) -> list[tuple[int, int, float]]:
-    """Start, size and LR of every step, one after another as the loop asks for them."""
+    """Return start, size and LR of every step, in the order of the loop."""
     found, sample = [], 0
     while step := plan.step_at(sample):
         assert step.index == len(found)
@@ -81,7 +81,7 @@ def test_steps_are_counted_over_stages() -> None:
 
 
 def test_samples_of_steps_follow_the_boundaries_that_a_plan_makes() -> None:
-    """A stage starts where the step before it ends; one that a step leaps over has none."""
+    """A stage starts at the end of a step; a stage that lies inside a step has no steps."""
     plan = plan_of("0sa:300 310sa:7 320sa:11 900sa:5", "duration=2000sa")
     starts = [start for start, _, _ in walk(plan)]
     assert [samples_after(steps, sizes(plan)) for steps in range(len(starts))] == starts
@@ -119,7 +119,7 @@ def test_the_curriculum_doubles_from_32_to_512_over_equal_parts() -> None:
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "step"])
 def test_doubling_stands_in_for_the_decay(decay: str) -> None:
-    """Smith et al. 2018: where the LR would come to η/f, the batch is f times larger, and the LR stays."""
+    """Smith et al. 2018: where the LR would decay to η/f, the batch is f times larger, and the LR stays."""
     milestones = ("lr.milestones=[30%,60%,90%]", "lr.gamma=0.1") if decay == "step" else ()
     plan = plan_of("doubling to:1000", f"lr.decay={decay}", *milestones)
     usual = resolve(compose([*TASK, f"lr.decay={decay}", *milestones]), 1)
@@ -133,7 +133,7 @@ def test_doubling_stands_in_for_the_decay(decay: str) -> None:
     for start, size, lr in walk(plan):
         if start < last:
             assert lr == pytest.approx(0.1)
-        elif decay == "linear":  # and then falls to where the decay would have ended
+        elif decay == "linear":  # then decays to the final LR
             assert lr == pytest.approx(0.1 * usual.schedule.lr(start, 1.0) * size / 64, rel=1e-3)
     assert usual.steps
     assert plan.steps

@@ -1,4 +1,4 @@
-"""Every field of a stored plan is validated when it is read: its kind, its range, its set of values."""
+"""Test that every field of a stored plan is validated when read: its type, its range, its set of values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.test_plan import WHOLE
 
 (NAME, STAGE), ABLE = next((which, it) for which, it in ABILITIES.items() if which[1] and it.offloads)
 assert WHOLE.schedule
-# Every field has a value here, so that none is passed over.
+# Every field has a value here, so that every field is tested.
 FULL = replace(
     WHOLE,
     accumulation=2,

@@ -1,4 +1,4 @@
-"""``python -m tests.structure`` finds what breaks the rules of the layout, in small trees made for that."""
+"""Test that ``python -m tests.structure`` finds broken rules in small source trees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.structure import main
 
-LONG = '"""One.\n\n' + "    Line.\n" * 90 + '    """\n'  # of a docstring, which doesn't count
+LONG = '"""One.\n\n' + "    Line.\n" * 90 + '    """\n'  # a docstring, which doesn't count
 SOUND = {
     "launch.py": "from isobatch.trainers.run import train\n",
     "isobatch/__init__.py": "from isobatch.launch import main\n",

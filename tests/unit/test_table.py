@@ -1,4 +1,4 @@
-"""The plan as people read it."""
+"""Test the plan's table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_golden() -> None:
 
 
 def test_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken at words alone; and of a very narrow one no narrower than can be read."""
+    """Lines break only between words, and a very narrow terminal gets the minimum width."""
     plan = staged()
     wide = table(plan)
     for columns in (100, 72, 20):

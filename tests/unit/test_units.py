@@ -1,4 +1,4 @@
-"""Durations carry their unit and come to whole samples, exactly."""
+"""Test that durations convert to whole samples exactly."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ LENGTHS = {"global_size": 256, "train_samples": 1437, "units_per_sample": 512, "
     ("text", "samples"),
     [
         ("20ep", 28_740),
-        ("0.5ep", 719),  # 718.5: a whole sample more
+        ("0.5ep", 719),  # 718.5, rounded up
         ("10st", 2560),
         ("0.5st", 128),
         ("1e6sa", 1_000_000),
@@ -86,7 +86,7 @@ LENGTHS = {"global_size": 256, "train_samples": 1437, "units_per_sample": 512, "
         ("1025tok", 3),
         ("5%", 1437),
         ("0.001%", 1),
-        ("1e-9ep", 1),  # never rounded away to nothing
+        ("1e-9ep", 1),  # never rounded to 0
         ("1e-300sa", 1),
         ("0%", 0),
         ("120%", 34_488),
@@ -97,7 +97,7 @@ def test_in_samples(text: str, samples: int) -> None:
 
 
 def test_a_decimal_number_is_what_was_written() -> None:
-    assert math.ceil(0.07 * 100) == 8  # what binary fractions make of it
+    assert math.ceil(0.07 * 100) == 8  # the error of binary fractions
     assert Duration.parse("0.07ep").samples(global_size=1, train_samples=100) == 7
     assert Duration.parse("7%").samples(global_size=1, run_samples=100) == 7
     assert Duration.parse("1e15sa").samples(global_size=1) == 10**15
