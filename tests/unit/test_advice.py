@@ -37,7 +37,7 @@ def quiet() -> Plan:
     return plan
 
 
-def said(batch: int = 64, rule: Rule | None = None, **changes: Any) -> list[str]:
+def advised(batch: int = 64, rule: Rule | None = None, **changes: Any) -> list[str]:
     segment = Segment(0, batch, rule or Rule("none"))
     return warnings(replace(quiet(), segments=(segment,), **changes))
 
@@ -57,40 +57,40 @@ def without_warmup(plan: Plan) -> Any:
     ],
 )
 def test_a_rule_beyond_what_its_source_saw(rule: str, base_batch: int, within: int, beyond: int) -> None:
-    assert said(within, Rule(rule), base_batch=base_batch) == []
-    (warning,) = said(beyond, Rule(rule), base_batch=base_batch)
+    assert advised(within, Rule(rule), base_batch=base_batch) == []
+    (warning,) = advised(beyond, Rule(rule), base_batch=base_batch)
     assert warning.startswith(f"lr.rule={rule} is far above its tested range: the global batch of {beyond:,} samples")
     assert "lr.peak" in warning
-    assert said(beyond, Rule("none"), base_batch=base_batch) == []
-    assert said(beyond, Rule("power", 0.1), base_batch=base_batch) == []
-    assert said(beyond, Rule(rule), base_batch=beyond, base_source="peak") == []
+    assert advised(beyond, Rule("none"), base_batch=base_batch) == []
+    assert advised(beyond, Rule("power", 0.1), base_batch=base_batch) == []
+    assert advised(beyond, Rule(rule), base_batch=beyond, base_source="peak") == []
 
 
 def test_no_warmup_at_a_large_batch() -> None:
     none = without_warmup(quiet())
-    assert said(254, schedule=none) == []
-    (warning,) = said(256, schedule=none)
+    assert advised(254, schedule=none) == []
+    (warning,) = advised(256, schedule=none)
     assert warning.startswith("no warmup at a large batch (256 samples, 4 × that of the base LR)")
-    assert said(256) == []
-    assert said(4094, schedule=none, base_batch=4094) == []
-    (warning,) = said(4096, schedule=none, base_batch=4096, base_source="peak")
+    assert advised(256) == []
+    assert advised(4094, schedule=none, base_batch=4094) == []
+    (warning,) = advised(4096, schedule=none, base_batch=4096, base_source="peak")
     assert warning.startswith("no warmup at a large batch (4,096 samples):")
-    assert said(4096, schedule=None, samples=None) == []
+    assert advised(4096, schedule=None, samples=None) == []
 
 
 def test_a_base_that_is_only_a_usual_starting_point() -> None:
-    (warning,) = said(base_source="usual")
+    (warning,) = advised(base_source="usual")
     assert "0.1 at a batch of 64 samples is only a usual starting point for sgd" in warning
     for source in ("given", "tuned", "moved", "peak"):
-        assert said(base_source=source) == []
+        assert advised(base_source=source) == []
 
 
 def test_work_that_idles() -> None:
-    assert said(19, world=10)[0].startswith("5% of the work idles: 10 ranks × accumulation 1 can't share 19 samples")
-    assert said(191, world=100) == []  # 4.5 %
-    (warning,) = said(19, world=3, per_gpu=2, accumulation=None)[:1]
+    assert advised(19, world=10)[0].startswith("5% of the work idles: 10 ranks × accumulation 1 can't share 19 samples")
+    assert advised(191, world=100) == []  # 4.5 %
+    (warning,) = advised(19, world=3, per_gpu=2, accumulation=None)[:1]
     assert warning.endswith("are even: 24")  # 18 doesn't divide into 4 passes, which may be given
-    (warning,) = said(1, world=2)
+    (warning,) = advised(1, world=2)
     assert warning.startswith("50% of the work idles: 2 ranks × accumulation 1 can't share 1 sample evenly")
     assert warning.endswith("are even: 2")
 
@@ -101,16 +101,16 @@ def test_the_batches_named_against_idling_do_not_idle(
     world: int, batch: int, per_gpu: int | None, passes: int | None
 ) -> None:
     asked: dict[str, Any] = {"world": world, "per_gpu": per_gpu, "accumulation": None if per_gpu else passes}
-    found = [text for text in said(batch, **asked) if "idles" in text]
+    found = [text for text in advised(batch, **asked) if "idles" in text]
     for size in re.findall(r"\d+", found[0].split("are even:")[1]) if found else []:
         plan = replace(quiet(), segments=(Segment(0, int(size), Rule("none")),), even=True, **asked)
         assert plan.cut.idle == 0
 
 
 def test_a_batch_that_is_larger_than_the_data() -> None:
-    assert said(1000, train_samples=1000) == []
-    assert said(1000, train_samples=None) == []
-    (warning,) = said(1000, train_samples=999)
+    assert advised(1000, train_samples=1000) == []
+    assert advised(1000, train_samples=None) == []
+    (warning,) = advised(1000, train_samples=999)
     assert warning.startswith("the global batch of 1,000 samples is larger than the data (999 samples)")
 
 
@@ -118,23 +118,23 @@ def test_a_batch_that_is_larger_than_the_data() -> None:
 def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
     least, most = FAMILIES[family].usual
     for size in (max(1, -(-least // 4)), least, most, 4 * most):
-        assert said(size, family=family, world=1) == []
-    assert f"the usual range for {family} ({least} to {most})" in said(4 * most + 1, family=family, world=1)[0]
+        assert advised(size, family=family, world=1) == []
+    assert f"the usual range for {family} ({least} to {most})" in advised(4 * most + 1, family=family, world=1)[0]
     if least > 4:
-        assert f"the usual range for {family}" in said((least - 1) // 4, family=family, world=1)[0]
+        assert f"the usual range for {family}" in advised((least - 1) // 4, family=family, world=1)[0]
 
 
 def test_language_is_counted_in_tokens_and_only_where_they_are_known() -> None:
     tokens = {"family": "language", "units_per_sample": 1000, "world": 1, "base_batch": 100_000}
-    assert said(63, **tokens) == []
-    assert said(16_000, **tokens) == []
-    assert "a global batch of 62,000 tokens is far from" in said(62, **tokens)[0]
-    assert "a global batch of 16,001,000 tokens is far from" in said(16_001, **tokens)[0]
-    assert said(1, **{**tokens, "units_per_sample": None}) == []
+    assert advised(63, **tokens) == []
+    assert advised(16_000, **tokens) == []
+    assert "a global batch of 62,000 tokens is far from" in advised(62, **tokens)[0]
+    assert "a global batch of 16,001,000 tokens is far from" in advised(16_001, **tokens)[0]
+    assert advised(1, **{**tokens, "units_per_sample": None}) == []
 
 
 def test_sizes_are_said_in_the_unit_they_were_given_in() -> None:
-    (warning,) = said(1, world=2, unit="tokens", units_per_sample=512)
+    (warning,) = advised(1, world=2, unit="tokens", units_per_sample=512)
     assert "can't share 512 tokens evenly" in warning
     assert warning.endswith("are even: 1024")
 
@@ -156,8 +156,8 @@ def test_every_stage_is_looked_at() -> None:
 
 
 def test_statistics_of_a_pass_change_with_accumulation() -> None:
-    assert said(64, sync=True) == []
-    (warning,) = said(64, sync=True, accumulation=2)
+    assert advised(64, sync=True) == []
+    (warning,) = advised(64, sync=True, accumulation=2)
     assert warning.startswith("batchnorm.mode=sync computes its statistics over one pass of all ranks")
     assert "accumulation 2" in warning
 
@@ -166,10 +166,10 @@ def test_a_warmup_of_a_step_or_two_is_none() -> None:
     schedule = quiet().schedule
     assert schedule
     short = replace(schedule, warmup_samples=5 * 256 - 1)
-    (warning,) = said(256, schedule=short)
+    (warning,) = advised(256, schedule=short)
     assert warning.startswith("a warmup of 5 steps at a large batch (256 samples, 4 × that of the base LR)")
-    assert said(254, schedule=short) == []  # 5.04 steps, less than 4 × the base
-    assert said(256, schedule=replace(schedule, warmup_samples=5 * 256)) == []
+    assert advised(254, schedule=short) == []  # 5.04 steps, less than 4 × the base
+    assert advised(256, schedule=replace(schedule, warmup_samples=5 * 256)) == []
 
 
 def test_a_learning_rate_that_jumps_within_a_run() -> None:
@@ -184,6 +184,6 @@ def test_a_learning_rate_that_jumps_within_a_run() -> None:
 
 def test_a_rule_that_leaves_hardly_any_memory() -> None:
     adam = replace(quiet().base, betas=(0.9, 0.99), eps=1e-8)
-    (short,) = said(576, Rule("sde"), base=adam)  # 1 − 9 × 0.1
+    (short,) = advised(576, Rule("sde"), base=adam)  # 1 − 9 × 0.1
     assert short.startswith("lr.rule=sde gives a beta of 0.1, which has hardly any memory")
-    assert said(320, Rule("sde"), base=adam) == []
+    assert advised(320, Rule("sde"), base=adam) == []

@@ -22,9 +22,9 @@ def ours(cell: str) -> list[list[str]]:
     return [overrides for overrides in found if overrides]
 
 
-@pytest.mark.parametrize(("theirs", "here"), [row for row in ROWS if ours(row[1])])
-def test_the_keys_compose(theirs: str, here: str) -> None:
-    for overrides in ours(here):
+@pytest.mark.parametrize(("line", "cell"), [row for row in ROWS if ours(row[1])])
+def test_the_keys_compose(line: str, cell: str) -> None:
+    for overrides in ours(cell):
         task = ["task=digits"] if any(word.startswith("run.dir=") for word in overrides) else []
         configured([*overrides, *task, "action=plan"])
 

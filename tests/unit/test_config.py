@@ -176,9 +176,9 @@ def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "task/list.yaml", "- a\n")
     assert 'task=["a"]' in message("task=list", config_dir=tmp_path)
     write(tmp_path / "task/short.yaml", "name: short\n")
-    said = message("task=short", config_dir=tmp_path)
-    assert "_target_, args, local, train_samples, units_per_sample, family, tuned" in said
-    assert "task=custom" in said
+    text = message("task=short", config_dir=tmp_path)
+    assert "_target_, args, local, train_samples, units_per_sample, family, tuned" in text
+    assert "task=custom" in text
     write(tmp_path / "task/typo.yaml", "name: typo\n_target_: a.B\ntrain_sample: 3\n")
     assert "did you mean task.train_samples?" in message("task=typo", config_dir=tmp_path)
     write(tmp_path / "optimizer/mine.yaml", "eps: 1.0e-6\n")
@@ -511,10 +511,10 @@ def test_a_custom_choice_of_a_run_directory_needs_no_target_again(tmp_path: Path
 
 def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> None:
     stored(tmp_path, "batch.global_size=64")
-    said = message(f"run.dir='{tmp_path}'", "batch.global_size=128", "lr.base=0.1", "evaluate.every=2ep")
-    assert "batch.global_size=128 (the run has 64)" in said
-    assert "lr.base=0.1 (the run has none)" in said
-    assert "evaluate" not in said
+    text = message(f"run.dir='{tmp_path}'", "batch.global_size=128", "lr.base=0.1", "evaluate.every=2ep")
+    assert "batch.global_size=128 (the run has 64)" in text
+    assert "lr.base=0.1 (the run has none)" in text
+    assert "evaluate" not in text
     assert "optimizer.name=adamw (the run has sgd)" in message(f"run.dir='{tmp_path}'", "optimizer=adamw")
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
 
@@ -528,8 +528,8 @@ def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
         compose([named, "engine=deepspeed", "engine.stage=3"]).engine
         == compose(["engine=deepspeed", "engine.stage=3"]).engine
     )
-    said = message(named, "engine=ddp", "numerics=bitwise", "batch.per_gpu=8")
-    assert "can't resume with batch.per_gpu=8 (the run has none), numerics=bitwise (the run has fast); leave" in said
+    text = message(named, "engine=ddp", "numerics=bitwise", "batch.per_gpu=8")
+    assert "can't resume with batch.per_gpu=8 (the run has none), numerics=bitwise (the run has fast); leave" in text
 
 
 def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:
@@ -551,15 +551,15 @@ def test_a_longer_duration_extends_the_run_in_a_directory(tmp_path: Path) -> Non
     assert compose([named, "duration=30ep"]).duration == Duration(30, "ep")
     assert compose([named, "duration=20.0ep"]).duration == Duration(20, "ep")
     for other in ("10ep", "50000st", "1e9sa"):
-        said = message(named, f"duration={other}")
-        assert said.startswith(
+        text = message(named, f"duration={other}")
+        assert text.startswith(
             f"run.dir={tmp_path} has duration=20ep, which a longer one in the same unit extends (as "
         )
-        assert "duration=40ep" in said
-        assert f"duration={Duration.parse(other)} doesn't" in said
-    said = message(named, "duration=30ep", "seed=3")
-    assert "seed=3 (the run has 0)" in said
-    assert "duration=" not in said
+        assert "duration=40ep" in text
+        assert f"duration={Duration.parse(other)} doesn't" in text
+    text = message(named, "duration=30ep", "seed=3")
+    assert "seed=3 (the run has 0)" in text
+    assert "duration=" not in text
     assert "duration=10ep (the run has 20ep)" in message(named, "duration=10ep", "seed=3")
     assert compose([named, "duration=10ep", "run.new=true"]).duration == Duration(10, "ep")
 
@@ -636,7 +636,7 @@ def test_a_config_from_before_a_key_was_there_gets_its_default(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"", "is damaged"),
         (b"\x00\x01\xff", "can't be read"),
@@ -648,10 +648,10 @@ def test_a_config_from_before_a_key_was_there_gets_its_default(tmp_path: Path) -
         (b"format: 1\ngiven: []\nbatch: 3\n", "batch=3"),
     ],
 )
-def test_a_damaged_config_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_damaged_config_is_refused_by_name(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     text = message(f"run.dir='{tmp_path}'")
-    assert said in text
+    assert expected in text
     assert str(tmp_path / "config.yaml") in text
 
 
@@ -769,15 +769,15 @@ def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["cluster.nodes=2"], "needs cluster.rendezvous=host:port"),
         (["debug=true", "cluster.gpus_per_node=2"], "cluster.gpus_per_node=2"),
         (["device=cuda", "cluster.environment.CUDA_VISIBLE_DEVICES=''"], "no GPU is visible"),
     ],
 )
-def test_what_cannot_start_here(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_what_cannot_start_here(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
         hardware.refuse_unless_startable(compose(overrides))
 
 

@@ -87,14 +87,14 @@ def test_engine_and_an_optimizer_of_ones_own(engine: str) -> None:
     for name in ("Adam", "RMSprop", "SGD", "NAdam"):
         plan_of(*ENGINES[engine], *CUSTOM, f"optimizer._target_=torch.optim.{name}")
     assert "torch.optim.Adagrad" not in ELEMENTWISE
-    mine = [*ENGINES[engine], *CUSTOM, "optimizer._target_=my_package.Mine"]
+    rejected = [*ENGINES[engine], *CUSTOM, "optimizer._target_=my_package.Mine"]
     if not engine.startswith("zero") or engine == "zero0":
-        plan_of(*mine)
+        plan_of(*rejected)
         return
-    message = refusal(*mine)
+    message = refusal(*rejected)
     assert "doesn't support optimizer=custom optimizer._target_=my_package.Mine: " in message
     for way in named(message):
-        plan_of(*with_way(mine, way))
+        plan_of(*with_way(rejected, way))
     assert [f"optimizer._target_={target}" for target in ELEMENTWISE] == [way[0] for way in named(message)[-10:]]
 
 
@@ -253,11 +253,11 @@ def test_the_plan_shows_what_is_sharded(overrides: list[str], row: str | None) -
 
 
 def test_the_plan_as_json_says_what_is_sharded() -> None:
-    said = json.loads(to_json(plan_of("engine=fsdp", "engine.offload=true")))["engine"]
+    content = json.loads(to_json(plan_of("engine=fsdp", "engine.offload=true")))["engine"]
     everything = ["parameters", "gradients", "optimizer state"]
-    assert said == {"name": "fsdp", "stage": None, "shards": everything, "offloads": everything}
-    said = json.loads(to_json(plan_of("engine=deepspeed", "engine.stage=2")))["engine"]
-    assert said == {"name": "deepspeed", "stage": 2, "shards": everything[1:], "offloads": []}
+    assert content == {"name": "fsdp", "stage": None, "shards": everything, "offloads": everything}
+    content = json.loads(to_json(plan_of("engine=deepspeed", "engine.stage=2")))["engine"]
+    assert content == {"name": "deepspeed", "stage": 2, "shards": everything[1:], "offloads": []}
 
 
 def test_a_plan_goes_on_with_todays_engine() -> None:

@@ -151,10 +151,10 @@ def test_blocks_by_hand() -> None:
 @given(asked(ways="gp"), worlds)
 @quick
 def test_what_is_bitwise_is_cut_alike_on_any_world(wanted: dict[str, Any], world: int) -> None:
-    here, there = (solve(**{**wanted, "bitwise": True, "world": each}) for each in (wanted["world"], world))
-    assert here.pieces == there.pieces
-    assert [run for run in here.micro_batches if run[0]] == [run for run in there.micro_batches if run[0]]
-    assert solve(**{**wanted, "bitwise": False}).accumulation == here.accumulation
+    cut, other = (solve(**{**wanted, "bitwise": True, "world": each}) for each in (wanted["world"], world))
+    assert cut.pieces == other.pieces
+    assert [run for run in cut.micro_batches if run[0]] == [run for run in other.micro_batches if run[0]]
+    assert solve(**{**wanted, "bitwise": False}).accumulation == cut.accumulation
 
 
 def test_nothing_takes_longer_on_more_ranks() -> None:

@@ -13,20 +13,20 @@ from isobatch.trainers.model.targets import locate
 from isobatch.trainers.ranks.failure import Reached, describe_failure
 
 
-@pytest.mark.parametrize(("takes_s", "said"), [(0.0, ""), (0.3, "opening the data …\n")])
+@pytest.mark.parametrize(("takes_s", "expected"), [(0.0, ""), (0.3, "opening the data …\n")])
 def test_only_what_is_slow_is_announced(
-    takes_s: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    takes_s: float, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "SLOW_S", 0.1)
     with terminal.say_if_slow("opening the data …"):
         time.sleep(takes_s)
     time.sleep(0.2)
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == expected
 
 
 def test_cuda_on_a_machine_without_it() -> None:
-    said = describe_failure(AssertionError("Torch not compiled with CUDA enabled"), 0, "", Reached()).cause
-    assert "leave out .cuda()" in said
+    message = describe_failure(AssertionError("Torch not compiled with CUDA enabled"), 0, "", Reached()).cause
+    assert "leave out .cuda()" in message
     assert "leave out .cuda()" not in describe_failure(AssertionError("something else"), 0, "", Reached()).cause
 
 

@@ -103,8 +103,8 @@ def test_a_yaml_of_the_users_that_is_damaged(
     if isinstance(content, bytes) and content.startswith(b"args: ") and group == "task":
         content = TASK.encode() + content[6:]
     put(tmp_path / group / "mine.yaml", content)
-    said = answered(capsys, "action=plan", f"--config-dir={tmp_path}", f"{group}=mine")
-    assert said or what in ("nothing", "a date that there isn't")  # Hydra reads these as text
+    output = answered(capsys, "action=plan", f"--config-dir={tmp_path}", f"{group}=mine")
+    assert output or what in ("nothing", "a date that there isn't")  # Hydra reads these as text
 
 
 def test_aliases_that_stay_small_are_fine(tmp_path: Path) -> None:

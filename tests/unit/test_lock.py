@@ -93,16 +93,16 @@ def change(run: RunDir, **changes: Any) -> None:
 def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
     env = without_flock(tmp_path)
     many = [start(tmp_path / "run", **env) for _ in range(6)]
-    said = []
+    lines = []
     try:
         for process in many:
             assert process.stdout
-            said.append(process.stdout.readline())
+            lines.append(process.stdout.readline())
     finally:
         for process in many:
             end(process)
-    assert sum(line == "has it\n" for line in said) == 1, said
-    assert sum("another launch works in" in line for line in said) == 5, said
+    assert sum(line == "has it\n" for line in lines) == 1, lines
+    assert sum("another launch works in" in line for line in lines) == 5, lines
 
 
 def test_one_that_died_is_followed_at_once(tmp_path: Path) -> None:
@@ -305,18 +305,18 @@ def test_a_directory_that_is_lost(
 ) -> None:
     """It is reported within a few checks, once, and nothing is created again."""
     monkeypatch.setattr(lock_module, "BEAT_S", 0.1)
-    lock, lost, told = run.lock(attempt="a1"), [], threading.Event()
+    lock, lost, reported = run.lock(attempt="a1"), [], threading.Event()
 
     def tell(cause: str) -> None:
         lost.append(cause)
-        told.set()
+        reported.set()
 
     assert lock.beat() == ""
     lock.keep(tell)
     what(run)
-    assert told.wait(3 * LOOKS * BEAT_S)
-    (said,) = lost
-    assert re.search(cause, said), said
+    assert reported.wait(3 * LOOKS * BEAT_S)
+    (message,) = lost
+    assert re.search(cause, message), message
     assert lock.place == (run.path.with_name(place) if place else None)
     assert run.path.exists() == (what not in (moved, deleted))
     lock.close()

@@ -207,9 +207,9 @@ FILES_DAMAGED: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("damage", FILES_DAMAGED)
 def test_damaged_files(folder: Path, damage: str) -> None:
-    cause, said = FILES_DAMAGED[damage]
+    cause, reason = FILES_DAMAGED[damage]
     cause(folder)
-    assert said in why(folder)
+    assert reason in why(folder)
 
 
 def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
@@ -344,11 +344,11 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_manifests_that_lie(folder: Path, lie: str) -> None:
-    change, said = LIES[lie]
+    change, reason = LIES[lie]
     fields = fields_of(folder)
     change(fields)
     reseal(folder, json.dumps(fields))
-    assert said in why(folder)
+    assert reason in why(folder)
 
 
 TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
@@ -367,12 +367,12 @@ TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_that_are_no_manifest(folder: Path, text: str) -> None:
-    change, said = TEXTS[text]
+    change, reason = TEXTS[text]
     before = json.dumps(fields_of(folder))
     after = change(before)
     assert after != before
     reseal(folder, after)
-    assert said in why(folder)
+    assert reason in why(folder)
 
 
 def test_what_is_said_has_no_control_characters(folder: Path) -> None:
@@ -466,9 +466,9 @@ NO_TENSOR_FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("content", NO_TENSOR_FILES)
 def test_files_that_hold_no_tensors(tmp_path: Path, content: str) -> None:
-    data, said = NO_TENSOR_FILES[content]
+    data, reason = NO_TENSOR_FILES[content]
     (tmp_path / "x").write_bytes(data)
-    with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match=said.replace("(", r"\(")):
+    with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match=reason.replace("(", r"\(")):
         entries(file, "x")
 
 

@@ -248,7 +248,7 @@ def answer(line: str) -> str:
 
 def test_messages(folder: Path) -> None:
     answers = {line: answer(line).replace(str(folder), "HERE") for line in WRONG.strip().splitlines()}
-    golden("messages", "\n\n".join(f"$ python launch.py {line}\n{said}" for line, said in answers.items()) + "\n")
-    for line, said in answers.items():
-        assert not any(word in said for word in ("pydantic", "hydra.cc", "ConfigKeyError", "Traceback")), line
-        assert len(said) < 600, line
+    golden("messages", "\n\n".join(f"$ python launch.py {line}\n{message}" for line, message in answers.items()) + "\n")
+    for line, message in answers.items():
+        assert not any(word in message for word in ("pydantic", "hydra.cc", "ConfigKeyError", "Traceback")), line
+        assert len(message) < 600, line

@@ -160,9 +160,9 @@ def test_where_a_sample_stands_says_nothing_about_where_it_lands(n: int) -> None
     length = min(n, POSITIONS)
     entries = indices(3, n, 0, length)
     positions = np.arange(length)
-    for here in (positions * 64 // length, positions % 64):
-        for there in ((entries / n * 64).astype(np.int64), entries % 64):
-            table = np.bincount(here * 64 + there, minlength=64 * 64).reshape(64, 64)
+    for rows in (positions * 64 // length, positions % 64):
+        for columns in ((entries / n * 64).astype(np.int64), entries % 64):
+            table = np.bincount(rows * 64 + columns, minlength=64 * 64).reshape(64, 64)
             expected = np.outer(table.sum(1), table.sum(0)) / length
             assert abs(excess(table, expected, 63 * 63)) < 5
 

@@ -39,5 +39,5 @@ def test_length(page: Path) -> None:
 
 @pytest.mark.parametrize("page", MAPPED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_map(page: Path) -> None:
-    there = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__init__", "__pycache__", "."))}
-    assert names(page) == there - {"README.md"}
+    files = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__init__", "__pycache__", "."))}
+    assert names(page) == files - {"README.md"}

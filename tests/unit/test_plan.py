@@ -208,11 +208,11 @@ def test_the_lr_at_a_sample_is_the_same_whatever_the_batch(sizes: list[int]) -> 
 def test_the_same_step_is_the_same_on_any_hardware_but_for_its_cut(plan: Plan, world: int, per_gpu: int | None) -> None:
     per_gpu = plan.per_gpu if plan.numerics == "bitwise" else per_gpu
     other = plan.dealt(world, per_gpu)
-    for here, there in zip(walk(plan), walk(other), strict=True):
-        assert without_cut(here) == without_cut(there)
-        assert there.cut.world == world
-        assert there.cut.global_size == here.cut.global_size
-        assert per_gpu is None or there.cut.micro_batches[0][0] <= per_gpu
+    for step, moved in zip(walk(plan), walk(other), strict=True):
+        assert without_cut(step) == without_cut(moved)
+        assert moved.cut.world == world
+        assert moved.cut.global_size == step.cut.global_size
+        assert per_gpu is None or moved.cut.micro_batches[0][0] <= per_gpu
     assert other.dealt(plan.world, plan.per_gpu) == plan
 
 
@@ -275,10 +275,10 @@ def test_json_reads_back_as_the_same_plan(plan: Plan) -> None:
 
 def test_json_of_a_plan_that_waits_for_the_data() -> None:
     plan = make(None, train_samples=None, family=None, unit="tokens", units_per_sample=16)
-    said = json.loads(to_json(plan))
-    assert [said[name] for name in ("samples", "steps", "epochs", "added_samples", "schedule")] == [None] * 5
-    assert said["lr"]["warmup_samples"] is None
-    assert said["lr"]["peak"] == 0.1
+    content = json.loads(to_json(plan))
+    assert [content[name] for name in ("samples", "steps", "epochs", "added_samples", "schedule")] == [None] * 5
+    assert content["lr"]["warmup_samples"] is None
+    assert content["lr"]["peak"] == 0.1
     assert from_json(to_json(plan)) == plan
 
 

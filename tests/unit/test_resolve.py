@@ -180,8 +180,8 @@ def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_sai
     step = plan.step_at(0)
     assert step
     assert step.expected_units == 65536
-    said = json.loads(to_json(plan))
-    assert (said["unit"], said["units_per_sample"], said["global_size"]) == ("tokens", 512, 128)
+    content = json.loads(to_json(plan))
+    assert (content["unit"], content["units_per_sample"], content["global_size"]) == ("tokens", 512, 128)
 
 
 def test_units_of_a_sample_count_in_the_loss_also_where_sizes_are_samples() -> None:
@@ -226,8 +226,8 @@ def test_what_is_unknown_before_the_data_is_opened() -> None:
     assert (plan.samples, plan.steps, plan.epochs, plan.schedule) == (None, None, None, None)
     assert (plan.cut.global_size, plan.peak.lr) == (128, 0.2)
     assert "unknown until the data is opened (plan.open_data=true opens it)" in table(plan)
-    said = json.loads(to_json(plan))
-    assert [said[name] for name in ("samples", "steps", "epochs", "train_samples")] == [None] * 4
+    content = json.loads(to_json(plan))
+    assert [content[name] for name in ("samples", "steps", "epochs", "train_samples")] == [None] * 4
     opened = plan_of("task.train_samples=null", world=3, train_samples=1000)
     assert opened.steps == 79
 
@@ -251,7 +251,7 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["duration=0ep"], "duration=0ep trains nothing"),
         (["duration=50%"], "duration=50% is a share of itself; use ep, st, sa or tok"),
@@ -264,8 +264,8 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
         (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
     ],
 )
-def test_refused_with_what_would_do(overrides: list[str], said: str) -> None:
-    assert said in refusal(*overrides)
+def test_refused_with_what_would_do(overrides: list[str], expected: str) -> None:
+    assert expected in refusal(*overrides)
 
 
 def test_an_empty_data_set_is_refused() -> None:
@@ -283,8 +283,8 @@ def test_the_derivation_of_the_peak() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024")
     assert plan.peak.lr == pytest.approx(0.4)
     assert lr_why(plan) == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
-    said = json.loads(to_json(plan))["lr"]
-    assert said == {
+    content = json.loads(to_json(plan))["lr"]
+    assert content == {
         "base": 0.1,
         "base_batch": 256,
         "rule": "linear",
@@ -341,8 +341,8 @@ def test_a_peak_given_outright_wins_over_any_rule() -> None:
     plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
     assert plan.peak.lr == 0.3
     assert lr_why(plan) == "peak 0.3 (given as lr.peak)"
-    said = json.loads(to_json(plan))["lr"]
-    assert [said[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
+    content = json.loads(to_json(plan))["lr"]
+    assert [content[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
 
 
 def test_without_any_base_the_keys_to_give_are_named() -> None:
@@ -418,18 +418,18 @@ def test_the_optimizer_and_why() -> None:
 
 def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
     plan = plan_of("batch.per_gpu=20", world=3)
-    said = json.loads(to_json(plan))
-    assert said["micro_batches"] == [[15, 2], [14, 7]]
+    content = json.loads(to_json(plan))
+    assert content["micro_batches"] == [[15, 2], [14, 7]]
     named = ("global_size", "per_gpu", "accumulation", "world_size", "steps", "samples", "epochs", "unit")
-    assert [said[name] for name in named] == [128, 20, 3, 3, 79, 10_000, 10.0, "samples"]
-    (segment,) = said["segments"]
+    assert [content[name] for name in named] == [128, 20, 3, 3, 79, 10_000, 10.0, "samples"]
+    (segment,) = content["segments"]
     assert (segment["start_sample"], segment["global_size"], segment["rule"]["name"]) == (0, 128, "linear")
-    (stage,) = said["stages"]
+    (stage,) = content["stages"]
     assert [stage[name] for name in ("first_step", "global_size", "per_gpu", "accumulation")] == [1, 128, 20, 3]
-    assert said["units_per_sample"] is None
-    assert said["identity"] == plan.identity
-    assert isinstance(said["warnings"], list)
-    assert set(said["lr"]) >= {"base", "base_batch", "rule", "factor", "peak", "warmup_samples", "why"}
+    assert content["units_per_sample"] is None
+    assert content["identity"] == plan.identity
+    assert isinstance(content["warnings"], list)
+    assert set(content["lr"]) >= {"base", "base_batch", "rule", "factor", "peak", "warmup_samples", "why"}
     assert from_json(to_json(plan)) == plan
 
 
@@ -456,8 +456,8 @@ def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
 
 
 def test_a_refusal_names_the_largest_legal_batch_in_the_unit_that_was_asked_in() -> None:
-    said = refusal(*ADAMW, "lr.rule=sde", "batch.global_size=1280")
-    assert "the largest batch at which it holds is 1,279 samples: use batch.global_size=1279" in said
+    message = refusal(*ADAMW, "lr.rule=sde", "batch.global_size=1280")
+    assert "the largest batch at which it holds is 1,279 samples: use batch.global_size=1279" in message
     plan_of(*ADAMW, "lr.rule=sde", "batch.global_size=1279")
     tokens = ("batch.unit=tokens", "task.units_per_sample=16", "batch.global_size=20480")
     assert "the largest batch at which it holds is 20,464 tokens: use batch.global_size=20464" in refusal(
@@ -470,8 +470,8 @@ def test_a_warmup_that_grows_with_the_batch() -> None:
     assert plan.schedule
     assert plan.schedule.warmup_samples == 4000
     assert moves(plan) == ["warmup × 4 (as much as the batch)"]
-    said = refusal("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%", "batch.global_size=321")
-    assert "the largest batch at which it fits is 320 samples" in said
+    message = refusal("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%", "batch.global_size=321")
+    assert "the largest batch at which it fits is 320 samples" in message
 
 
 def test_weight_decay_moves_where_that_is_asked_for() -> None:
@@ -512,14 +512,14 @@ def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
         *ADAMW, "lr.rule=sde", "lr.peak=0.03", "batch.global_size=1280"
     )
     assert moves(plan_of("lr.peak=0.3", "lr.rule=legw", "lr.base_batch=64")) == ["warmup × 2 (as much as the batch)"]
-    said = refusal("optimizer=adamw", "optimizer.usual=null", "~task.tuned.adamw", "lr.rule=sde", "lr.peak=0.03")
-    assert "give lr.base_batch, the tuned batch" in said
+    message = refusal("optimizer=adamw", "optimizer.usual=null", "~task.tuned.adamw", "lr.rule=sde", "lr.peak=0.03")
+    assert "give lr.base_batch, the tuned batch" in message
     assert "which lr.peak replaces" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
 
 
 def test_a_tuning_of_other_shape_is_refused() -> None:
-    said = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
-    assert said.startswith("task.tuned.adamw.betas=[0.9]; adamw has 2")
+    message = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
+    assert message.startswith("task.tuned.adamw.betas=[0.9]; adamw has 2")
     assert "sgd has no ε that a rule knows" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
 
 
@@ -534,8 +534,8 @@ def test_a_tuning_of_another_model_isn_t_called_one_of_this() -> None:
 def test_every_rank_of_synced_statistics_needs_a_sample() -> None:
     sync = ("batchnorm.mode=sync", "batch.global_size=2")
     assert plan_of(*sync, world=2).sync
-    said = refusal(*sync, world=3)
-    assert said.startswith("batchnorm.mode=sync needs a sample on every rank in every pass, but 2 samples per step")
+    message = refusal(*sync, world=3)
+    assert message.startswith("batchnorm.mode=sync needs a sample on every rank in every pass, but 2 samples per step")
 
 
 # ---- numerics=bitwise
@@ -559,7 +559,7 @@ def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         ([], "give batch.per_gpu"),
         (["batch.accumulation=2"], "give batch.per_gpu"),
@@ -569,8 +569,8 @@ def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
         (["batch.per_gpu=16", "batch.global_size=100", "batch.even=true"], "nearest world sizes for 100: none"),
     ],
 )
-def test_what_is_not_bitwise_is_refused(overrides: list[str], said: str) -> None:
-    assert said in refusal("numerics=bitwise", *overrides, world=2 if "batch.accumulation=2" in overrides else 3)
+def test_what_is_not_bitwise_is_refused(overrides: list[str], expected: str) -> None:
+    assert expected in refusal("numerics=bitwise", *overrides, world=2 if "batch.accumulation=2" in overrides else 3)
 
 
 def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes() -> None:

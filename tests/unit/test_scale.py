@@ -193,10 +193,10 @@ def test_every_number_of_ranks_has_the_same_steps(name: str) -> None:
     alone = resolve(config_of(*RUNS[name]), 1)
     plans = [resolve(config_of(*RUNS[name]), world) for world in WORLDS]
     for number, step in enumerate(walk(alone)):
-        there = plans[number % len(plans)].step_at(step.start)
-        assert there
-        assert (there.index, there.start, there.stop) == (step.index, step.start, step.stop)
-        assert (there.expected_units, there.recipe) == (step.expected_units, step.recipe)
+        other = plans[number % len(plans)].step_at(step.start)
+        assert other
+        assert (other.index, other.start, other.stop) == (step.index, step.start, step.stop)
+        assert (other.expected_units, other.recipe) == (step.expected_units, step.recipe)
 
 
 # ---- the data that all ranks fetch together

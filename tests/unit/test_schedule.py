@@ -127,7 +127,7 @@ def test_a_run_that_is_all_warmup_and_one_without(decay: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"decay": "cosin"}, "lr.decay=cosin: known decays are cosine, linear, polynomial, step, constant, wsd"),
         ({"warmup_samples": 1001, "milestones": ()}, "lr.warmup takes 1001 samples, but the run has 1000"),
@@ -136,8 +136,8 @@ def test_a_run_that_is_all_warmup_and_one_without(decay: str) -> None:
         ({"milestones": (99, 300)}, r"\[99, 300\]; .* start after lr.warmup \(100 samples\)"),
     ],
 )
-def test_what_does_not_fit_the_run_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_does_not_fit_the_run_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         schedule(**changes)
 
 

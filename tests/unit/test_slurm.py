@@ -168,14 +168,14 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["cluster=slurm"], "cluster.gpus_per_node="),
         ([*ON_SLURM, "debug=true"], "debug=true"),
     ],
 )
-def test_what_no_job_can_be_made_of(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_what_no_job_can_be_made_of(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         refuse_unless_submittable(compose(overrides))
 
 
@@ -278,7 +278,7 @@ BEGAN = datetime(2026, 11, 26, 1, 18, 41)
 
 
 @pytest.mark.parametrize(
-    ("said", "asked", "found"),
+    ("answer", "asked", "found"),
     [
         (STATES, lambda: down_nodes("n[1-6]"), ["n2", "n4", "n5"]),
         ("", lambda: down_nodes("n1"), []),
@@ -289,9 +289,9 @@ BEGAN = datetime(2026, 11, 26, 1, 18, 41)
     ],
 )
 def test_nodes_as_sinfo_and_scontrol_show_them(
-    said: str, asked: Callable[[], Any], found: Any, monkeypatch: pytest.MonkeyPatch
+    answer: str, asked: Callable[[], Any], found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isobatch.slurm.state.ask", lambda *words: said)
+    monkeypatch.setattr("isobatch.slurm.state.ask", lambda *words: answer)
     assert asked() == found
 
 

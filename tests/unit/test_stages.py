@@ -100,8 +100,8 @@ def test_a_given_peak_is_the_first_stages() -> None:
 def test_the_sde_rule_moves_the_betas_of_each_stage() -> None:
     plan = plan_of("0sa:64 20000sa:256", "optimizer=adamw", "lr.rule=sde")
     assert [stage.peak.betas for stage in plan.stages] == [(0.9, 0.999), (0.6, 0.996)]
-    said = refusal("0sa:64 20000sa:1024", "optimizer=adamw", "lr.rule=sde")
-    assert "639 samples" in said
+    message = refusal("0sa:64 20000sa:1024", "optimizer=adamw", "lr.rule=sde")
+    assert "639 samples" in message
 
 
 def test_a_ramp_climbs_by_a_quantum() -> None:

@@ -38,7 +38,7 @@ def test_a_number_and_its_unit(text: object, value: float, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("ten epochs", "not a duration"),
         ("", "not a duration"),
@@ -58,8 +58,8 @@ def test_a_number_and_its_unit(text: object, value: float, unit: str) -> None:
         ("3epochs", "unknown unit 'epochs'"),
     ],
 )
-def test_what_is_no_duration_is_refused_with_its_value_and_examples(text: object, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as refusal:
+def test_what_is_no_duration_is_refused_with_its_value_and_examples(text: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected) as refusal:
         Duration.parse(text)
     assert repr(text) in str(refusal.value)
 
