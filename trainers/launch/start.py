@@ -105,7 +105,7 @@ def run_in_process(config: RunConfig, start: Start, body: Body, stop: Stop, kept
     def report(worker: Worker, failure: Failure) -> None:
         record_end(replace(failure, log=""), worker.run, worker.start.attempt)  # with its traceback
 
-    return Worker(config, start, body, stop, Watch(), report, kept, guarded=False).work()
+    return Worker(config, start, body, stop, Watch(), report, kept).work()
 
 
 def run_here(config: RunConfig, start: Start, body: Body) -> Outcome:
@@ -116,7 +116,7 @@ def run_here(config: RunConfig, start: Start, body: Body) -> Outcome:
         RuntimeError: the run crashed; the cause is chained.
         KeyboardInterrupt: the user interrupted the run, which is recorded as stopped after its last checkpoint.
     """
-    worker = Worker(config, start, body, Stop(), Watch(), _raise, [], guarded=False)
+    worker = Worker(config, start, body, Stop(), Watch(), _raise, [])
     try:
         end = worker.work()
     finally:

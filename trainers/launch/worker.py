@@ -45,7 +45,6 @@ class Worker:
     Args:
         report: called with this worker's failure, after it was recorded in the run directory.
         kept: see ``World``; it has to outlive the worker.
-        guarded: end this process if it hangs.
 
     Attributes:
         start: rank 0's description of the start.
@@ -63,10 +62,9 @@ class Worker:
         watch: Watch,
         report: Callable[[Worker, Failure], None],
         kept: list[object],
-        guarded: bool = True,
     ) -> None:
         self.config, self.start, self.body, self.stop, self.watch = config, start, body, stop, watch
-        self.kept, self.guarded, self._report = kept, guarded, report
+        self.kept, self._report = kept, report
         self.rank = int(os.environ.get("RANK", "0"))
         self.store: Store | None = None
         self.run: RunDir | None = None
@@ -113,7 +111,7 @@ class Worker:
         if run.held:
             run.held.keep(self._lose)
         log = open(log_of(run, self.rank), "a")  # noqa: SIM115  open until this process ends
-        if self.guarded:
+        if self.stop.installed and not self.config.debug:  # else a hang may be the caller's, or a breakpoint's
             faulthandler.register(signal.SIGQUIT, log)
             self.watch.guard(self.config.cluster.timeout_s, world.wait_patiently, self._give_up, log)
         if self.rank == 0:
