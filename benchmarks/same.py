@@ -40,7 +40,6 @@ def finished(run: Run) -> Run:
 
 
 def refused(runs: Runs, case: str, engine: str) -> bool:
-    """Return True if all ranks refuse the combination."""
     return all(end.get("raised") == "UserError" for end in runs(RANKS, *overrides(case, engine)).ends)
 
 

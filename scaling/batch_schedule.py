@@ -151,7 +151,7 @@ def segments_for(
 
 
 def _later(first: Segment, rule: Rule) -> Rule:
-    """Return ``rule`` for the segments after ``first``: keep the fixed parts except the LR, which lr.peak gives."""
+    """Return ``rule`` for the segments after ``first``, without a fixed LR: lr.peak only applies to the first."""
     return replace(rule, fixed=tuple(part for part in first.rule.fixed if part != "lr"))
 
 

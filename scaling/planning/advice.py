@@ -9,9 +9,9 @@ from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.geometry import counted, nearest_even
 from isobatch.scaling.plan import Plan
 
-FAR = 4  # times outside the usual range
-IDLE = 0.05  # share of the work
-FEW = 5  # steps: a warmup of fewer is a jump
+FAR = 4  # a batch this many times outside the usual range is warned about
+IDLE = 0.05  # share of the work that may idle without a warning
+FEW = 5  # steps of the shortest warmup without a warning
 SHORT = 0.5  # a beta below this, after scaling by a rule, is warned about
 SCALED, LARGE = 4, 4096  # × the tuned batch, or samples: a missing warmup is warned about from either on
 

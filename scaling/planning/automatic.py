@@ -47,7 +47,7 @@ def choose_optimizer(config: RunConfig) -> Choice:
         raise UserError(problem, "name the optimizer that it is for", "optimizer", "auto")
     if config.batch.global_size == "all" and config.task.train_samples is None:
         problem = "optimizer=auto needs the global batch, but batch.global_size=all depends on the data"
-        raise UserError(problem, "state task.train_samples=N, or name an optimizer", "optimizer", "auto")
+        raise UserError(problem, "give task.train_samples=N, or name an optimizer", "optimizer", "auto")
     # A placeholder LR: the batches of a run don't depend on its value.
     neutral = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1.0}
     lr = config.lr.model_copy(update={**neutral, "warmup_from": None})

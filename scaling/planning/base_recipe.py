@@ -41,7 +41,7 @@ def rule_of(config: RunConfig) -> Rule:
         given = f"is given for this batch ({decay}={config.optimizer.weight_decay:g})"
         reason = given if decay in config.given else "is unknown"
         problem = f"lr.scale_weight_decay=true scales the weight decay from the tuned batch, but it {reason}"
-        fix = f"leave out one of the two, or state the tuned one: task.tuned.{config.optimizer.name}.weight_decay"
+        fix = f"leave out one of the two, or give the tuned one: task.tuned.{config.optimizer.name}.weight_decay"
         raise UserError(problem, fix, "lr.scale_weight_decay", True)
     return make_rule(
         lr.rule,

@@ -15,7 +15,7 @@ from isobatch.conf.rundir.lock import works
 from isobatch.scaling.report.result import WITHOUT_A_WORD, clock, grid
 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
-LISTED = ("outcome.json", "events.jsonl")  # of a run: a config.yaml may be anybody's, and sweeps have submissions
+LISTED = ("outcome.json", "events.jsonl")  # mark a run; config.yaml is a common name, and sweeps have submissions, too
 DEPTH = 3  # levels below a folder that are searched for runs: runs/<sweep>/<run>
 CAUSE_CHARS = 60  # of a cause in a table
 

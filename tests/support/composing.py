@@ -34,8 +34,7 @@ def remembered(primary: str, overrides: Sequence[str]) -> Any:
         parsed = [_parsed(text) for text in overrides]
         choices = tuple(override.input_line for override in parsed if _chooses_a_file(override))
         config = pickle.loads(_of_files(primary, choices))  # noqa: S301
-        values = [override for override in parsed if not _chooses_a_file(override)]
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        ConfigLoaderImpl._apply_overrides_to_config([key for key in parsed if not _chooses_a_file(key)], config)
     except Exception:  # compose again for Hydra's own error, whose text may differ
         return compose(primary, list(overrides))
     return config

@@ -119,10 +119,9 @@ class Blocks(Slow):
 class Case(NamedTuple):
     """A case: its overrides, its tolerance (max |Δ| / max |w|), and the engines that don't support it.
 
-    The tolerance is 1e-6 in float32 after these 12 steps. It is ten times larger if rounded values are divided by a
-    size that may be small, such as a gradient's in Adam or a standard deviation in BatchNorm (see
-    tests/support/harness.py), a hundred times larger for factored sizes (Adafactor), and 2^-8 of each step's change in
-    bf16. ``exempt`` are prefixes of engine names.
+    The tolerance is 1e-6 in float32 after 12 steps, ten times more for divisions by sizes that may be small, such as a
+    gradient's in Adam or a deviation in BatchNorm (see tests/support/harness.py), a hundred times more for factored
+    sizes (Adafactor), and 2^-8 of each step's change in bf16. ``exempt`` are prefixes of engine names.
     """
 
     overrides: tuple[str, ...]
