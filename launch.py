@@ -25,7 +25,6 @@ if __name__ == "__main__" and not (find_spec("hydra") and find_spec("pydantic"))
 from isobatch.trainers.ranks.signals import Stop
 
 STOP = Stop()
-KEPT: list[object] = []  # see ``World.kept``: this process is a worker under torchrun and with debug=true
 if __name__ == "__main__":
     STOP.install()  # before all else: a signal that comes while the rest is imported isn't lost
     gc.disable()  # what is imported stays; workers turn it on again
@@ -33,7 +32,7 @@ if __name__ == "__main__":
 import shlex
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from isobatch.actions import describe_start, foretold, forget_other_launchers, list_runs, planned, sweep, train
 from isobatch.conf.compose import refuse_typo
@@ -55,16 +54,18 @@ COUNT = partial(count_samples, stop=STOP)
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
-    from isobatch.slurm.allocation import Allocation
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], kept: list[object]) -> int:
     """Do what ``arguments`` ask for; return the exit code.
+
+    Args:
+        kept: see ``World``; this process is a worker under torchrun and with ``debug=true``.
 
     Raises:
         UserError: the command isn't valid.
     """
-    args = command_line(arguments)
+    args, trains = command_line(arguments), partial(work, kept, allocation=None)
     if args.config_dir is not None:  # a task may lie beside its YAML; jobs and spawned workers look for it there, too
         beside = os.path.dirname(os.path.abspath(args.config_dir))
         sys.path.insert(1, beside)
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
         if args.cfg or under_torchrun():
             other = "--cfg prints one config" if args.cfg else "torchrun starts workers of one run"
             raise UserError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
-        return sweep(args.overrides, args.config_dir, COUNT, work, STOP)
+        return sweep(args.overrides, args.config_dir, COUNT, trains, STOP)
     config = configured(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
     if args.cfg:
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> int:
             config = as_local(config, allocation)
     if config.action == "evaluate":
         refuse_unless_startable(config)
-        return work(config, allocation=allocation)
+        return trains(config, allocation=allocation)
     if config.action == "plan" and not first():
         return 0  # the first of the ranks prints it
     plan, directory = planned(config, COUNT), run_directory(config)
@@ -106,10 +107,10 @@ def main(arguments: list[str]) -> int:
         plan = foretold(plan, config, RunDir(directory))
         answer_once(to_json(plan) if config.output == "json" else table(plan, full=config.output == "full"))
         return 0
-    return train(config, plan, directory, partial(work, allocation=allocation))
+    return train(config, plan, directory, partial(trains, allocation=allocation))
 
 
-def work(config: RunConfig, run_dir: str = "", extends: bool = False, allocation: Allocation | None = None) -> int:
+def work(kept: list[object], config: RunConfig, run_dir: str = "", extends: bool = False, *, allocation: Any) -> int:
     """Start the workers, or be one of them; return the exit code."""
     start = describe_start(config, shlex.join(["python", *sys.argv]), run_dir, extends)
     if allocation:
@@ -120,19 +121,19 @@ def work(config: RunConfig, run_dir: str = "", extends: bool = False, allocation
     else:
         from isobatch.trainers.run import train as body
     if under_torchrun():
-        return run_under_torchrun(config, start, body, STOP, KEPT)
+        return run_under_torchrun(config, start, body, STOP, kept)
     if config.debug:
-        return run_in_process(config, start, body, STOP, KEPT).exit_code
+        return run_in_process(config, start, body, STOP, kept).exit_code
     return launch(config, start, body, STOP)
 
 
-def begin() -> int:
+def begin(kept: list[object]) -> int:
     """Run the command in the working directory, whose modules are found before any others."""
     try:
         sys.path.insert(0, os.getcwd())
     except FileNotFoundError:
         raise UserError("the working directory was deleted", "change to one that exists") from None
-    return main(sys.argv[1:])
+    return main(sys.argv[1:], kept)
 
 
 def command() -> NoReturn:
@@ -142,7 +143,8 @@ def command() -> NoReturn:
     secure_streams()
     if not under_torchrun():
         forget_other_launchers()
-    leave(guarded(begin))
+    kept: list[object] = []  # until this process has ended
+    leave(guarded(partial(begin, kept)))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def put(file: Path, content: bytes | Callable[[Path], object]) -> None:
 
 def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Return the command's output; it has to exit with 0, or with 2 and one message."""
-    code = guarded(lambda: launch.main(list(arguments)))
+    code = guarded(lambda: launch.main(list(arguments), []))
     out, err = capsys.readouterr()
     assert code in (0, 2), err
     assert "Traceback" not in err
@@ -203,7 +203,7 @@ def test_any_values_make_a_plan_that_is_read_back_or_one_message(
     capsys: pytest.CaptureFixture[str], given_overrides: list[str]
 ) -> None:
     plain = [text for text in given_overrides if not text.startswith(("output=", "cluster=slurm", "debug="))]
-    code = guarded(lambda: launch.main(["action=plan", "cluster.gpus_per_node=1", *plain, "output=json"]))
+    code = guarded(lambda: launch.main(["action=plan", "cluster.gpus_per_node=1", *plain, "output=json"], []))
     out, err = capsys.readouterr()
     assert code in (0, 2), (plain, err)
     if code == 0:
