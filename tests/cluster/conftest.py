@@ -1,4 +1,4 @@
-"""One lab for all tests here."""
+"""Start one Slurm cluster for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.cluster.lab import running
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Slurm on which all acts of the session are being done, in the order of their tests."""
+    """Start a Slurm cluster and begin all acts of the session on it, in the order of their tests."""
     functions = [item.function for item in request.session.items if isinstance(item, pytest.Function)]
     acts = [(function.act, function.nodes) for function in functions if hasattr(function, "act")]
     with ExitStack() as stack:
         try:
             lab = stack.enter_context(running())
         except (OSError, subprocess.SubprocessError) as error:
-            pytest.exit(f"there can be no Slurm here: {error}", 1)
+            pytest.exit(f"can't start Slurm: {error}", 1)
         pool = ThreadPoolExecutor(AT_ONCE)
         stack.callback(pool.shutdown, cancel_futures=True)
         cluster = Cluster(lab, tmp_path_factory.mktemp("cluster"), pool)

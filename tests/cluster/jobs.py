@@ -1,4 +1,4 @@
-"""Runs as jobs of the lab: submitted, disturbed, waited for, and compared with ones that nobody disturbed."""
+"""Submit runs as jobs of the lab, disturb them, and compare them with undisturbed runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faults.case import BASE, ROOT, Case, check, wait_until
 from tests.faults.table import REFERENCES, References
 from tests.faults.task import Fault
 
-ONE_THREAD = "cluster.environment.OMP_NUM_THREADS=1"  # so that sums are rounded the same wherever a rank works
+ONE_THREAD = "cluster.environment.OMP_NUM_THREADS=1"  # so that sums are rounded the same on every node
 WITHIN_S = 240.0
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 AT_ONCE = 2
@@ -38,11 +38,11 @@ REFERENCES |= {f"peak {peak}": reference(f"lr.peak={peak}") for peak in ("0.05",
 
 @dataclass(kw_only=True)
 class JobCase(Case):
-    """One run, and all jobs that work on it.
+    """One run and its jobs.
 
     Attributes:
-        lab: the cluster; ``nodes``: those of its nodes that are this run's alone.
-        references: runs that nobody disturbed.
+        lab: the cluster; ``nodes``: the nodes reserved for this run.
+        references: undisturbed runs.
     """
 
     lab: Lab
@@ -58,7 +58,7 @@ class JobCase(Case):
     def command(
         self, *overrides: str, faults: Iterable[Fault] = (), base: Iterable[str] = BASE, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Give a command that submits, for all of this case's nodes and one worker on each, if nothing else is said."""
+        """Run a command that submits, by default for all of this case's nodes and one worker on each."""
         given = {override.partition("=")[0] for override in overrides}
         usual = {
             "cluster": "slurm", "cluster.nodes": len(self.nodes), "cluster.gpus_per_node": 1, "cluster.gres": "none",
@@ -69,7 +69,7 @@ class JobCase(Case):
         return launch(*words, **env)
 
     def submit(self, *overrides: str, **more: Any) -> str:
-        """Give a command that submits; the id of the job."""
+        """Run a command that submits, and return the id of the job."""
         done = self.command(*overrides, **more)
         check(done.returncode == 0, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
         found = re.search(r"^submitted job (\d+)", done.stdout, re.MULTILINE)
@@ -78,7 +78,7 @@ class JobCase(Case):
         return found[1]
 
     def sbatch(self, script: str, *overrides: str, **env: str) -> str:
-        """Submit a script of slurm/ by hand; the id of the job."""
+        """Submit a script of slurm/ by hand, and return the id of the job."""
         env |= {"FAULTS": "[]", "FETCHED": str(self.folder / "fetched")}
         env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         options = (f"--nodelist={','.join(self.nodes)}", f"--output={self.folder}/slurm-%j.out")
@@ -88,30 +88,30 @@ class JobCase(Case):
     # ---- jobs
 
     def part(self, name: str) -> JobCase:
-        """A run of a sweep that this case is."""
+        """Return a run of the sweep in this case."""
         part = dataclasses.replace(self)
         part.run = self.run / name
         return part
 
     def await_over(self, job: str) -> str:
-        """The state of a job, once it is over for good."""
+        """Wait for the end of a job, and return its state."""
         wait_until(lambda: over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
         return field(job, "JobState")
 
     def finishes(self, job: str) -> None:
-        """The job comes to the end of the run, and leaves nothing behind."""
+        """Check that the job finishes the run and leaves no processes."""
         state = self.await_over(job)
         check((state, self.outcome["state"]) == ("COMPLETED", "finished"), f"{state}, {self.outcome}")
         wait_until(lambda: not processes_of(self.run), "processes that are left", 10)
 
     @property
     def told(self) -> str:
-        """What its jobs wrote, and its events."""
+        """The output of its jobs, and its events."""
         files = [*sorted(self.folder.rglob("slurm*.out")), self.run / "events.jsonl"]
         return "\n".join(f"{file}:\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
     def same(self, reference: str) -> None:
-        """It is the run that nobody disturbed, and no sample was lost or repeated."""
+        """Check that the result equals the undisturbed run, without lost or repeated samples."""
         self.compared(self.references(reference))
 
     def _files(self, event: dict[str, Any], first: int) -> list[Path]:
@@ -120,7 +120,7 @@ class JobCase(Case):
 
 
 def launch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Give a command on the login node, so to speak."""
+    """Run a command as on a login node."""
     return subprocess.run(
         [sys.executable, "launch.py", *words], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True,
         timeout=60,
@@ -128,17 +128,17 @@ def launch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def quoted(text: str) -> str:
-    """As Hydra reads it: text, whatever is in it."""
+    """Quote a text for Hydra."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def show(job: str) -> str:
-    """A job, as Slurm shows it; of an array that isn't over, the element that is named."""
+    """Return Slurm's description of a job, or of an array element."""
     return run("scontrol", "--oneliner", "show", "job", job)
 
 
 def field(job: str, name: str) -> str:
-    """What Slurm shows of a job under this name."""
+    """Return a field of Slurm's description of a job."""
     found = re.search(rf"(?:^|\s){name}=(.*?)(?: \w+=|$)", show(job), re.DOTALL)
     return found[1].strip() if found else ""
 
@@ -153,7 +153,7 @@ Act = Callable[[JobCase], None]
 
 
 class Cluster:
-    """The lab, and what is done on it: at most ``AT_ONCE`` acts at a time, each on nodes that it has for itself."""
+    """Run acts on the lab, at most ``AT_ONCE`` at a time, each on nodes of its own."""
 
     def __init__(self, lab: Lab, folder: Path, pool: ThreadPoolExecutor) -> None:
         self.lab, self.folder = lab, folder
@@ -166,7 +166,7 @@ class Cluster:
         self._done = {act: self._pool.submit(self._do, act, nodes) for act, nodes in acts}
 
     def result(self, act: Act) -> None:
-        """Wait for its end. Raises what it raised."""
+        """Wait for the end of ``act``, and raise its error."""
         self._done[act].result()
 
     def _do(self, act: Act, count: int) -> None:
@@ -182,7 +182,7 @@ class Cluster:
 
     @contextmanager
     def _lent(self, count: int) -> Iterator[tuple[str, ...]]:
-        with self._next, self._changed:  # whoever waits first is served first
+        with self._next, self._changed:  # first come, first served
             self._changed.wait_for(lambda: len(self._free) >= count)
             self._free.sort()
             nodes = [self._free.pop(0) for _ in range(count)]
@@ -195,7 +195,7 @@ class Cluster:
 
 
 def on_nodes(count: int) -> Callable[[Act], Callable[[Cluster], None]]:
-    """Make an act a test, which runs beside others from the first test on."""
+    """Turn an act into a test. All acts start with the first test."""
 
     def made(act: Act) -> Callable[[Cluster], None]:
         def test(cluster: Cluster) -> None:

@@ -1,7 +1,7 @@
 """A real Slurm of four nodes on this machine, for tests: `python -m tests.cluster.lab` starts one and stays.
 
-Needs root and Debian's packages `slurm-wlm` and `munge`, which it installs where they are missing. Nothing is written
-to /etc: all is in a folder of its own, which SLURM_CONF names, and all that was started is ended by its process id.
+Needs root and Debian's packages `slurm-wlm` and `munge`, which it installs if they are missing. Nothing is written to
+/etc: all files are in a temporary folder, which SLURM_CONF names, and all daemons are ended by their process ids.
 
 Each node has two CPUs and two GPUs in name. Partitions: main (Slurm requeues what it preempts), cheap (it cancels it),
 graceful (it cancels it 20 s after a TERM), high (preempts all of them).
@@ -67,7 +67,7 @@ READY_S = 60.0
 
 
 class Lab:
-    """A Slurm that runs.
+    """A running Slurm.
 
     Attributes:
         folder: its configuration, logs, state and process ids.
@@ -86,13 +86,13 @@ class Lab:
 
     @property
     def told(self) -> str:
-        """What can be known of a failure."""
+        """Diagnostics for a failure."""
         shown = run("scontrol", "--oneliner", "show", "node", check=False) + run("squeue", check=False)
         return shown + (self.folder / "log/ctld.log").read_text()[-5000:]
 
     def start(self) -> None:
         if os.geteuid():
-            raise PermissionError("a Slurm of one's own needs root: its daemons start processes as other users")
+            raise PermissionError("Slurm's daemons need root: they start processes as other users")
         install()
         start_munge(self.folder)
         for name in ("state", "log", "run", *(f"spool/{node}" for node in self.nodes)):
@@ -113,17 +113,17 @@ class Lab:
         self._gone.discard(node)
 
     def kill_node(self, node: str) -> None:
-        """As if the machine went down: its slurmd, and all that runs on it, at once, so that none tells of another."""
+        """Simulate a crash of the machine: kill its slurmd and all its processes at once, so that none can report."""
         self.freeze_node(node)
         self._send(node, signal.SIGKILL)
 
     def freeze_node(self, node: str) -> None:
-        """As if the machine had no power, or no network: nobody hears of it any more, or that its connections ended."""
+        """Simulate a machine without power or network: it doesn't answer, and its connections stay open."""
         self._send(node, signal.SIGSTOP)
         self._gone.add(node)
 
     def clear(self, nodes: Iterable[str]) -> None:
-        """Whatever was done to them: no job is on these nodes, and they work."""
+        """Cancel the jobs on these nodes, and bring the nodes back into service."""
         run("scancel", "--me", f"--nodelist={','.join(nodes)}", check=False)
         for node in self._gone & set(nodes):
             self.kill_node(node)
@@ -136,7 +136,7 @@ class Lab:
                 os.kill(pid, number)
 
     def processes_of(self, node: str) -> list[int]:
-        """A node's slurmd and step daemons, which all have its log, and what they started."""
+        """Return a node's slurmd and step daemons, which all have its log open, and their children."""
         log = self.folder / f"log/{node}.log"
         return [*_processes(lambda entry: log in _files(entry)), *self.tasks_of(node)]
 
@@ -190,12 +190,12 @@ def _files(process: Path) -> set[Path]:
 
 
 def run(*words: str, check: bool = True, **how: Any) -> str:
-    """What a command of Slurm's prints."""
+    """Return the output of a Slurm command."""
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=check, **how).stdout
 
 
 def install() -> None:
-    """Slurm and munge, from the distribution's packages."""
+    """Install Slurm and munge from the distribution's packages."""
     if shutil.which("slurmctld") and shutil.which("munged"):
         return
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -204,7 +204,7 @@ def install() -> None:
 
 
 def start_munge(folder: Path) -> None:
-    """munge signs Slurm's messages; one that runs already will do."""
+    """Start munge, which signs Slurm's messages, unless it is running."""
     if subprocess.run("munge -n | unmunge", shell=True, capture_output=True).returncode == 0:
         return
     Path("/run/munge").mkdir(exist_ok=True)
@@ -222,7 +222,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running() -> Iterator[Lab]:
-    """A Slurm, while it is within."""
+    """Run a Slurm inside this block."""
     with tempfile.TemporaryDirectory(prefix="isobatch-slurm-", ignore_cleanup_errors=True) as name:
         lab = Lab(Path(name))
         try:

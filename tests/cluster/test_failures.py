@@ -1,4 +1,4 @@
-"""Nodes that are lost, and crashes: what goes on by itself, what doesn't, and what is told of it."""
+"""Lost nodes and crashes: which jobs resume, which don't, and the recorded causes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOWLY = {"DELAY_S": "0.15"}
 
 @on_nodes(2)
 def test_the_first_node_goes_down(case: JobCase) -> None:
-    """With the job's own script, and the meeting point."""
+    """It runs the job's script and hosts the rendezvous."""
     loses(case, case.nodes[0])
 
 
@@ -26,12 +26,12 @@ def test_another_node_goes_down(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_a_node_vanishes(case: JobCase) -> None:
-    """Its connections stay open, and nobody answers: the others wait, until Slurm notices."""
+    """Its connections stay open, so the other nodes wait until Slurm notices."""
     loses(case, case.nodes[1], vanishes=True)
 
 
 def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
-    """Slurm queues the job again, and the run goes on from its last checkpoint; that isn't a crash of the run."""
+    """Slurm requeues the job, and the run resumes from its last checkpoint. It doesn't count as a crash."""
     job = case.submit("cluster.max_requeues=0", **SLOWLY)
     case.await_step(12)
     (case.lab.freeze_node if vanishes else case.lab.kill_node)(node)
@@ -39,11 +39,11 @@ def loses(case: JobCase, node: str, vanishes: bool = False) -> None:
     case.finishes(job)
     case.same("2 ranks")
     case.event("requeue", job=job, kind="node", cause=f"^node {node} (is down|went down and came back)$")
-    check(case.event("going_on")["step"] >= 10, "it began anew")
+    check(case.event("going_on")["step"] >= 10, "it restarted from step 0")
 
 
 def comes_back(case: JobCase, node: str) -> None:
-    """As a machine that was started again, once Slurm has noticed that it was gone."""
+    """Restart a machine, once Slurm has noticed that it was down."""
     wait_until(lambda: "State=DOWN" in run("scontrol", "show", "node", node), f"the end of {node}", poll_s=0.2)
     case.lab.kill_node(node)
     case.lab.start_node(node)
@@ -51,7 +51,7 @@ def comes_back(case: JobCase, node: str) -> None:
 
 @on_nodes(2)
 def test_a_node_that_was_down_already(case: JobCase) -> None:
-    """Slurm takes it for a good one, and gives it to the job."""
+    """Slurm hasn't noticed, and allocates it to the job."""
     node = case.nodes[1]
     case.lab.kill_node(node)
     job = case.submit()
@@ -66,7 +66,7 @@ def test_a_node_that_was_down_already(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_a_node_that_does_not_sign_in(case: JobCase) -> None:
-    """It is named, nobody waits for it longer than is allowed, and nothing is left of it."""
+    """It is named, the other node stops waiting after the timeout, and no process is left."""
     node = case.nodes[1]
     job = case.submit("cluster.timeout_s=10")
     wait_until(lambda: case.lab.tasks_of(node), f"the launcher on {node}", poll_s=0.002)
@@ -83,7 +83,7 @@ def test_a_node_that_does_not_sign_in(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_a_crash_does_not_loop(case: JobCase) -> None:
-    """It is tried once more, and that got no further."""
+    """The job is requeued once, and gets no further."""
     job = case.submit("cluster.max_requeues=9", faults=[fault("raise", "step", 5, 1)])
     state = case.await_over(job)
     check((state, case.outcome["state"]) == ("FAILED", "crashed"), f"{state}, {case.outcome}")
@@ -109,7 +109,7 @@ def test_a_crash_that_gets_further_is_queued_again_so_many_times(case: JobCase) 
 
 @on_nodes(2)
 def test_a_later_start_that_is_refused_is_not_queued_again(case: JobCase) -> None:
-    """What Slurm said of an earlier one isn't taken for its."""
+    """Slurm's message about an earlier start isn't attributed to it."""
     job = case.submit(**SLOWLY)
     case.await_step(12)
     run("scontrol", "requeue", job)

@@ -1,4 +1,4 @@
-"""Jobs that have to stop, for whatever reason, go on by themselves; with nothing lost, and the true reason told."""
+"""Jobs that have to stop resume by themselves, lose nothing, and record the true cause."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def preempted(case: JobCase, partition: str) -> None:
 
 @on_nodes(2)
 def test_killed_before_it_saved(case: JobCase) -> None:
-    """Two ranks that don't get on can't stop; when Slurm has killed them, it says why, and the run loses some steps."""
+    """Two hanging ranks can't stop. After Slurm has killed them, the cause is recorded, and some steps are lost."""
     hang = [fault("hang", "step", 30, rank) for rank in (0, 1)]  # after the checkpoint of step 20, and never again
     job = case.submit("cluster.extra=[--exclusive]", faults=hang)
     case.await_step(29)
@@ -69,13 +69,13 @@ def test_killed_before_it_saved(case: JobCase) -> None:
 
 
 def take_nodes(case: JobCase) -> None:
-    """A job with a higher priority wants this case's nodes, for a moment."""
+    """Submit a short job with a higher priority on this case's nodes."""
     nodes = (f"--nodes={len(case.nodes)}", f"--nodelist={','.join(case.nodes)}", "--exclusive", "--output=/dev/null")
     run("sbatch", "--partition=high", *nodes, "--wrap=true")
 
 
 def check_requeued(case: JobCase, cause: str, times: int | None = 1) -> None:
-    """The run stopped, all was saved, the job was queued again for this, and went on from there."""
+    """Check that the run stopped, was saved, was requeued for ``cause``, and resumed at the same step."""
     stops, requeues, goings_on = (case.events(name) for name in ("stopped", "requeue", "going_on"))
     check(len(stops) == times or (times is None and stops), f"{len(stops)} stops")
     steps = [event["step"] for event in stops]
@@ -98,7 +98,7 @@ def test_time_limit(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_time_limit_without_a_signal_before(case: JobCase) -> None:
-    """What Slurm ends saves in the time between TERM and KILL."""
+    """The run saves in the time between TERM and KILL."""
     job = case.submit("cluster.time_min=1", "cluster.signal_s=0", DELAY_S="1.5")
     case.finishes(job)
     case.same("2 ranks")
@@ -138,7 +138,7 @@ def test_signal_before_there_is_anything_to_save(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_cancel(case: JobCase) -> None:
-    """What its user cancelled isn't queued again; given once more, the command goes on."""
+    """A job that its user cancelled isn't requeued; the same command resumes."""
     job = case.submit(**SLOWLY)
     case.await_step(12)
     run("scancel", job)

@@ -1,4 +1,4 @@
-"""Submitting: what is refused, what is quoted, sweeps, other numbers of nodes, and the scripts to submit by hand."""
+"""Submit jobs: rejections, quoting, sweeps, other numbers of nodes, and the scripts to submit by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_sweep_is_an_array(case: JobCase) -> None:
         element.same(f"peak {peak}")
         element.event("submitted", job=f"^{one}$")
     check_requeued(elements[last], "^preempted: ")
-    check([field(one, "Restarts") for one in others] == ["0", "0"], "others were queued again, too")
+    check([field(one, "Restarts") for one in others] == ["0", "0"], "other elements were requeued, too")
 
 
 @on_nodes(4)
@@ -62,7 +62,7 @@ def test_other_numbers_of_nodes(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_twice(case: JobCase) -> None:
-    """Of two that are submitted at once, and later ones, all but one are refused, and name it."""
+    """Of several submissions all but one are rejected, and name the job."""
     with ThreadPoolExecutor() as pool:
         both = [one.result() for one in [pool.submit(case.command, **SLOWLY) for _ in range(2)]]
     refused, submitted = sorted(both, key=lambda done: -done.returncode)
@@ -80,7 +80,7 @@ def test_twice(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_refusals_are_quoted_and_explained(case: JobCase) -> None:
-    """sbatch's own; and nothing of what was refused stays."""
+    """sbatch's errors are quoted with a fix, and no files are left."""
     for given, said, hint in (
         (("cluster.partition=nowhere",), "invalid partition specified: nowhere", "`sinfo -s` lists the partitions"),
         (("cluster.nodes=9", "cluster.nodelist=null"), "More processors requested than permitted", "cluster.nodes"),
@@ -99,7 +99,7 @@ def test_refusals_are_quoted_and_explained(case: JobCase) -> None:
 
 @on_nodes(2)
 def test_nothing_that_is_given_is_run(case: JobCase) -> None:
-    """What a shell, sbatch or Hydra might take as theirs reaches the program as it is."""
+    """Text that is special to a shell, sbatch or Hydra reaches the program unchanged."""
     text = """it's "$(touch ran)" `touch ran`; touch ran # %j %%A é ${HOME} *\n&& touch ran"""
     task = ("task=custom", "task._target_=tests.support.tasks.Tells", "batch.global_size=32", "lr.peak=0.05")
     parts = [case.part(f"run {text}"), case.part(f"\\ {text}")]  # backslashes are special in paths of outputs
@@ -142,7 +142,7 @@ def test_by_hand_with_torchrun(case: JobCase) -> None:
 
 
 def by_hand(case: JobCase, script: str) -> None:
-    """The script as it is; its job is told to stop, and goes on."""
+    """Submit the unchanged script, signal its job, and check that it resumes."""
     job = case.sbatch(script, **SLOWLY)
     case.await_step(12)
     run("scancel", "--signal=USR2", job)
@@ -157,7 +157,7 @@ def by_hand(case: JobCase, script: str) -> None:
 
 @on_nodes(2)
 def test_steps_at_once_in_one_job(case: JobCase) -> None:
-    """Each meets at a port of its own, trains, and has its outcome; of two in one directory one is rejected."""
+    """Each step has its own port and outcome. Of two steps in one directory, one is rejected."""
     parts = [case.part("a"), case.part("b")]
     usual = ("cluster=slurm", "cluster.gpus_per_node=1", "device=cpu", ONE_THREAD, *BASE)
     lines = ["#!/bin/bash"]

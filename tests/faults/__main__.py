@@ -1,9 +1,9 @@
-"""`make faults`: every fault of the table for real, in some minutes on two cores; written into benchmarks/faults.md.
+"""`make faults`: cause every fault of the table, and write benchmarks/faults.md. Takes some minutes on two cores.
 
     python -m tests.faults [--whole] [--engine NAME …] [WORD …]
 
-All rows run on DDP, some on the other engines, too; with ``--whole`` all on all. With words only the rows that have one
-of them, with engines only these, on which all rows run; then nothing is written.
+All rows run on DDP, and some on the other engines; with ``--whole`` all rows run on all engines. Words select the rows
+that contain one of them. Engines select these engines, on which all rows run. With either, nothing is written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Found = dict[tuple[str, Row], Cells | str]  # by engine and row: its cells, or w
 
 
 def attempt(folder: Path, references: dict[str, References], numbered: tuple[int, tuple[str, Row]]) -> Cells | str:
-    """The cells of a row on an engine, or why it doesn't hold."""
+    """Return the cells of a row on an engine, or the reason why it doesn't hold."""
     number, (engine, row) = numbered
     began = time.monotonic()
     try:
@@ -56,7 +56,7 @@ def attempt(folder: Path, references: dict[str, References], numbered: tuple[int
 
 
 def cause(chosen: list[tuple[str, Row]]) -> Found:
-    """Cause them all, some at once."""
+    """Run all chosen rows, ``AT_ONCE`` at a time."""
     with tempfile.TemporaryDirectory(prefix="isobatch-faults-") as name, ThreadPoolExecutor(AT_ONCE) as pool:
         references = {engine: References(Path(name) / engine, words) for engine, words in ENGINES.items()}
         work = partial(attempt, Path(name), references)
@@ -82,14 +82,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def details(found: Found) -> Iterable[str]:
-    """A table for each section, of one engine."""
+    """Yield a table for each section, for one engine."""
     for title, rows in ROWS.items():
         if good := [cells for row in rows if isinstance(cells := found.get((DETAILED, row)), dict)]:
             yield f"## {title}\n\n{markdown(good)}\n"
 
 
 def compact(found: Found, engines: list[str]) -> Iterable[str]:
-    """One table of all engines."""
+    """Yield one table for all engines."""
     others = {row: None for engine, row in found if engine != DETAILED}
     lines = [
         {"fault": row.fault, "ranks": row.ranks} | {engine: apart(found.get((engine, row))) for engine in engines}

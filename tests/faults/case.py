@@ -1,4 +1,4 @@
-"""One run of the fault table: the commands given for it, what became of them, and whether anything was lost."""
+"""One run of the fault table: its commands, their outcomes, and checks that nothing was lost."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def started(words: list[str], env: dict[str, str], output: IO[Any]) -> subproces
 
 
 class Command:
-    """A command that works in ``directory``."""
+    """A running command whose run directory is ``directory``."""
 
     def __init__(self, words: Iterable[str], directory: Path, env: dict[str, str]) -> None:
         self.directory, self.env = directory, env
@@ -92,7 +92,7 @@ class Command:
         self.process.send_signal(signal.Signals[name])
 
     def everyone(self) -> list[int]:
-        """The launcher and all of its processes."""
+        """Return the process ids of the launcher and all of its processes."""
         return [self.process.pid, *processes_of(self.directory)]
 
     def kill(self, pids: Iterable[int]) -> None:
@@ -110,7 +110,7 @@ class Command:
 
 @dataclass
 class Case:
-    """One run and all that is done to it.
+    """One run and its commands.
 
     Attributes:
         engine: what names it on the command line.
@@ -134,7 +134,7 @@ class Case:
         self.run = self.folder / "run"
 
     def begin_as(self, other: Case) -> None:
-        """Take over what was done to another run."""
+        """Copy the state of another case."""
         shutil.copytree(other.folder, self.folder, dirs_exist_ok=True, symlinks=True)
         self._started = [(self.folder / fetched.name, before) for fetched, before in other._started]
 
@@ -148,7 +148,7 @@ class Case:
         base: Iterable[str] = BASE,
         **env: str,
     ) -> Command:
-        """Give a command of this run; by default two ranks and no faults. A ``base`` brings the engine, too."""
+        """Start a command of this run, by default with two ranks and no faults. ``base`` includes the engine."""
         fetched = self.folder / f"fetched-{len(self._started)}"
         fetched.mkdir()
         self._started.append((fetched, len(self.events("start"))))
@@ -161,7 +161,7 @@ class Case:
         return Command([*words, *base, *engine, f"run.dir={self.run}", "device=cpu", *overrides], self.run, env)
 
     def ended(self, command: Command, state: str | None, code: int, cause: str = "") -> Command:
-        """Wait for its end, which has to be this one.
+        """Wait for the end of a command, and check it.
 
         Args:
             state: in ``outcome.json``; None: nothing of this command.
@@ -190,27 +190,27 @@ class Case:
         return self.ended(command, "crashed", code, cause)
 
     def finished(self, command: Command) -> Command:
-        """It went on by itself."""
+        """Check that a command recovered by itself."""
         self.ended(command, "finished", 0)
         self.ends.append("finished, 0")
         return command
 
     def goes_on(self, *overrides: str, **more: Any) -> Command:
-        """The same command without faults, to the end of the run."""
+        """Run the same command without faults to the end of the run."""
         return self.ended(self.start(*overrides, **more), "finished", 0)
 
     def goes_on_elsewhere(self, *overrides: str, **more: Any) -> Command:
-        """By the run directory alone, on other hardware, to the end of the run."""
+        """Resume from the run directory alone, on other hardware, to the end of the run."""
         self.exact = False
         return self.goes_on(*overrides, base=(), **more)
 
     def found_dead(self) -> None:
-        """The start after it has noted that the last attempt ended without a word."""
+        """Check that the next start recorded that the previous attempt ended without a word."""
         (event,) = self.events("crashed")[-1:] or [{}]
         check(event.get("found"), f"no event says that the attempt before was found dead, the last crash is {event}")
         self.causes.append(event["cause"])
 
-    # ---- what the run directory says
+    # ---- files of the run directory
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Case:
         return [event for event in _lines(self.run / "events.jsonl") if name in (None, event["event"])]
 
     def event(self, name: str, **expected: Any) -> dict[str, Any]:
-        """The only event of this name; what is expected of it are patterns of strings, and values."""
+        """Return the only event of this name, after checking its fields against patterns and values."""
         (found, *more) = self.events(name) or [{}]
         check(found and not more, f"{len(self.events(name))} events {name}, not 1")
         for key, value in expected.items():
@@ -230,7 +230,7 @@ class Case:
         return found
 
     def await_start(self, number: int) -> None:
-        """All workers are there for the ``number``-th time."""
+        """Wait until all workers have started for the ``number``-th time."""
         wait_until(lambda: len(self.events("start")) >= number, f"start {number}")
 
     def await_step(self, step: int) -> None:
@@ -245,7 +245,7 @@ class Case:
         return sorted((self.run / "checkpoints").glob("step-*"))
 
     def saving(self) -> bool:
-        """A checkpoint is being written."""
+        """Return whether a checkpoint is being written."""
         return any((self.run / "checkpoints").glob(".step-*.tmp/*"))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -254,7 +254,7 @@ class Case:
         return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
     def state(self) -> dict[str, bytes]:
-        """What the last checkpoint holds, as it is in its files."""
+        """Return the tensor files of the last checkpoint."""
         return {file.name: file.read_bytes() for file in self.checkpoints()[-1].glob("*.safetensors")}
 
     # ---- nothing lost

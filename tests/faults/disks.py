@@ -1,4 +1,4 @@
-"""Rows of the fault table: disks that are full, checkpoints that can't be used, data that changed."""
+"""Rows of the fault table: full disks, damaged checkpoints, changed data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that can't be used: what was done to one, and what is said of it."""
+"""Damage a checkpoint in many ways, each with a pattern of the expected error."""
 
 from __future__ import annotations
 

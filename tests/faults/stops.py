@@ -1,4 +1,4 @@
-"""Rows of the fault table: a run that is told to stop, and goes on, on the same hardware and on other."""
+"""Rows of the fault table: runs that are stopped and resume, on the same and on other hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of the fault table is: something caused for real, and the run that it must not have changed."""
+"""Rows of the fault table. Each causes a real fault, and compares the run with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAUSE_CHARS = 200  # of a cause, as the table shows it
 
 
 def signalled(name: str, at: str, call: int = 1, to: str = "launcher", rank: int = 0) -> Fault:
-    """A signal that the task sends, to its launcher or to itself."""
+    """Return a signal that the task sends to its launcher or to itself."""
     return fault(name, at, call, rank, to=to)
 
 
@@ -34,7 +34,7 @@ REFERENCES: dict[str, Callable[[Case], object]] = {
 
 
 class References:
-    """Runs of one engine to compare with or to begin from, each made once, when it is first asked for.
+    """Runs of one engine to compare with or to start from, each created on first use.
 
     Args:
         engine: what names it on the command line.
@@ -95,7 +95,7 @@ class Row:
 
 
 def _shortened(cause: str, case: Case) -> str:
-    """Without paths, and what differs from one making of the table to the next."""
+    """Remove paths, and values that differ from run to run."""
     cause = re.sub(r"pid \d+", "pid N", cause.replace(str(case.run), "DIR"))
     cause = re.sub(r"host \S+,", "host H,", re.sub(r"since [\d-]+ [\d:]+", "since T", cause))
     cause = cause.replace("|", r"\|")
@@ -107,12 +107,12 @@ ROWS: dict[str, list[Row]] = {}  # by section
 
 
 def section(title: str) -> None:
-    """The rows that follow are of this one."""
+    """Start a new section, to which the following rows belong."""
     ROWS[title] = []
 
 
 def row(fault: str, ranks: str = "2 → 2", reference: str = "plain", everywhere: bool = False) -> Callable[[Act], Act]:
-    """Add a row to the section at hand."""
+    """Add a row to the current section."""
 
     def add(act: Act) -> Act:
         list(ROWS.values())[-1].append(Row(fault, ranks, act, reference, everywhere))

@@ -1,4 +1,4 @@
-"""The task of the fault table: it tells which samples it fetched, and meets the faults that its environment names.
+"""The task of the fault table, which records the samples it fetches and causes the faults in its environment.
 
 FAULTS is a JSON list of ``fault(...)``; FETCHED a folder. Both are in the environment, so that the config, and with it
 the run's identity, is the same with faults and without.

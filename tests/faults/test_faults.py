@@ -1,4 +1,4 @@
-"""Some rows of the fault table, and that a row would see what it says it looks for."""
+"""Run some rows of the fault table, and test that rows detect the differences they check for."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_row(engine: str, fault: str, on: Callable[[str], References], tmp_path:
 
 @pytest.fixture
 def whole(references: References, tmp_path: Path) -> Case:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     case = Case(tmp_path / "whole")
     case.begin_as(references("plain"))
     assert case.compared(references("plain"))[APART] == "0 (bitwise)"

@@ -1,4 +1,4 @@
-"""The Python API in processes of its own: scripts that train, and a notebook."""
+"""The Python API, in scripts that run in their own processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python launch.py`` as a user calls it: what it prints, its exit code, and what it leaves behind."""
+"""``python launch.py`` end to end: its output, its exit code, and the files it leaves."""
 
 from __future__ import annotations
 

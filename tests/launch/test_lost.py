@@ -1,4 +1,4 @@
-"""Run directories that are moved or deleted in mid-run, and launches that flock doesn't keep apart."""
+"""Run directories that are moved or deleted during a run, and launches that flock doesn't exclude."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README says nothing that isn't so: its commands are run, its output is compared, its links and tree exist."""
+"""The README is true: its commands run, its output matches, its links and files exist."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Pop
 
 
 def test_from_top_to_bottom(tmp_path: Path) -> None:
-    """Given in one go, in one folder, every command does what the text says."""
+    """All commands, run in order in one folder, do what the text says."""
     for command in COMMANDS:
         if command.startswith("source"):
             continue

@@ -1,4 +1,4 @@
-"""Workers as users meet them: real commands, real signals, and what is left when they have ended."""
+"""Workers end to end: real commands, real signals, and no processes left behind."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ class Changes:
 
     Attributes:
         files: path → current hash; empty if the file is gone.
-        repository: old and current state of the user's repository; empty if unchanged.
-        commit: old and current commit of Isobatch; empty if unchanged.
+        repository, commit: old and current, of the user's repository and of Isobatch; empty if unchanged.
     """
 
     files: dict[str, str]

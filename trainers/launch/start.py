@@ -52,8 +52,8 @@ def launch(config: RunConfig, start: Start, body: Body, stop: Stop) -> int:
     except RendezvousError as error:
         late = isinstance(error, RendezvousTimeoutError)
         reason = f"not all {cluster.nodes} joined within {cluster.timeout_s:g} s" if late else type(error).__name__
-        address = getattr(cluster, "rendezvous", None)
-        cause = f"the machines didn't meet at cluster.rendezvous={address}: {str(error) or reason}"
+        endpoint = getattr(cluster, "rendezvous", None)
+        cause = f"the machines didn't meet at cluster.rendezvous={endpoint}: {str(error) or reason}"
     finally:
         if handler:
             handler.shutdown()
