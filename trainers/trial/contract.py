@@ -130,7 +130,6 @@ def _agreed(world: World, method: str, trial: Callable[[], Found]) -> Found:
     found, error = Found(), None
     try:
         found = trial()
-        error = UserError(found.rejected) if found.rejected else None
     except UserError as caught:
         error = caught
     except Exception as caught:

@@ -74,10 +74,8 @@ def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
         draw = Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), batch.samples)
         verdict, _ = judge([draw], noisy=sandbox.drew or sandbox.narrow)
         if verdict == "mean" and draw.counts_samples:
-            return Found(
-                f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples; return "
-                "the sum with the count, or the mean with 1"
-            )
+            problem = f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples"
+            raise UserError(problem, "return the sum with the count, or the mean with 1", "task")
         constant = draw.whole[0] == draw.first[0] == draw.second[0]
         if verdict != "sum" and not constant:
             depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.trainers.engines.reducer import norm_of
 from isobatch.trainers.ranks.failure import is_oom
@@ -33,13 +34,11 @@ class Found:
     """Hold the findings of a trial.
 
     Attributes:
-        rejected: why the task can't be trained; empty if it can.
         counters: numbers that change with every call, and so also depend on the number of ranks.
         depends: other reasons why the run depends on its cut.
         skipped: why a part of the trial was skipped.
     """
 
-    rejected: str = ""
     counters: list[str] = field(default_factory=list)
     depends: list[str] = field(default_factory=list)
     skipped: str = ""
@@ -66,7 +65,7 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
         to_training_mode: sets the modes in which the model is trained.
 
     Raises:
-        UserError: the result of the loss violates the contract.
+        UserError: the result of the loss violates the contract, or is a mean.
         Exception: the loss of a whole batch fails.
     """
     loss, first = partial(sandbox.task.loss, sandbox.model), batches[0]
@@ -81,18 +80,16 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
         try:
             draws = _draws(sandbox, [batch for batch in batches if not batch.unkeyed])
         except _HalfFails as failure:
-            return Found("", counters, [str(failure)])
+            return Found(counters, [str(failure)])
     verdict, shown = judge(draws, noisy=sandbox.drew or sandbox.narrow)
     if verdict == "mean":
-        return Found(
-            f"task.loss returns a mean, not a sum: {shown}; return (sum, number of units), with reduction='sum', or "
-            "one loss per sample, with reduction='none'"
-        )
+        fix = "return (sum, number of units), with reduction='sum', or one loss per sample, with reduction='none'"
+        raise UserError(f"task.loss returns a mean, not a sum: {shown}", fix, "task")
     depends = [
         f"task.loss isn't a sum over samples: {shown}; possible causes are negatives or statistics from the batch, "
         "the hardest of its samples, or a penalty added once per call"
     ]
-    return Found("", counters, depends if verdict == "coupled" else [])
+    return Found(counters, depends if verdict == "coupled" else [])
 
 
 class _HalfFails(Exception):
