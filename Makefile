@@ -12,7 +12,8 @@ install: $(VENV)/.installed
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# All suites run at once, as most of them spend much time waiting. The unit tests never wait, and run at a lower priority.
+# All suites run at once, as most of them spend much time waiting. The unit tests, which never
+# wait, run at a lower priority.
 test: install
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
