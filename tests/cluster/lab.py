@@ -141,7 +141,7 @@ class Lab:
         return [*_processes(lambda entry: log in _files(entry)), *self.tasks_of(node)]
 
     def tasks_of(self, node: str) -> list[int]:
-        """What Slurm has started on a node: the jobs' scripts and tasks."""
+        """Return the processes that Slurm started on a node: the jobs' scripts and tasks."""
         named = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
         return _processes(lambda entry: named <= set((entry / "environ").read_bytes().split(b"\0")))
 

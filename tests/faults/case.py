@@ -287,7 +287,7 @@ class Case:
         return [start for start in found if start[1]]
 
     def _files(self, event: dict[str, Any], first: int) -> list[Path]:
-        """What the workers of a start fetched; ``first``: how many starts there were before its command."""
+        """Return the files of a start's fetched samples. ``first`` is the number of starts before its command."""
         folders = [folder for folder, before in self._started if before == first]
         return [file for folder in folders for file in folder.glob(f"{event['restart']}-*")]
 

@@ -23,10 +23,10 @@ SAID = "No space left|File too large"
 
 @contextmanager
 def filling(case: Case, leave: int, at: str = "step", call: int = 18) -> Iterator[list[Fault]]:
-    """What fills the disk of the run directory but for ``leave`` bytes from a call of the task on, while it is within.
+    """Yield faults that fill the disk of the run directory, except for ``leave`` bytes, from a call of the task on.
 
-    What the commands print is kept there, too. Only root can give them a small disk of their own; for others it's the
-    size of the ranks' files that has a limit.
+    The output of the commands is on that disk, too. Only root can mount a small disk; for other users the size of the
+    ranks' files is limited instead.
     """
     disk = case.folder / "disk"
     disk.mkdir()

@@ -33,7 +33,7 @@ Fault = dict[str, Any]
 
 
 def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 0, **more: Any) -> Fault:
-    """What to do at which call of something in a process of ``rank``.
+    """Return a fault: an action at a numbered call of a hook in a process of ``rank``.
 
     Args:
         do: a signal's name; raise, hang, wait, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that

@@ -139,7 +139,7 @@ def test_a_class_of_the_script_trains_in_its_process() -> None:
 
 
 def test_it_is_the_run_of_the_command_line() -> None:
-    """The same weights, bit by bit; and the command shows the result of the API's run, which is in its directory."""
+    """Both give the same weights, bit for bit, and the command shows the result of the API's run."""
     answer = script("""
         import isobatch
         result = isobatch.train("mine.Mine", *QUICK)

@@ -143,7 +143,7 @@ def test_a_task_beside_the_config_dir(place: str, installed: Path, project: Path
 
 
 def test_shipped_tasks_and_help(installed: Path, tmp_path: Path) -> None:
-    """What needs the package's data: YAML, and the hash of a shipped task's file, the same as in a clone."""
+    """The package contains the YAML, and a shipped task's file has the same hash as in a clone."""
     assert "lr.base_batch" in _use(installed, ["isobatch", "--help"], tmp_path)
     assert "optimizer      lars" in _use(installed, ["isobatch", "action=plan", "optimizer=lars"], tmp_path)
     quick = ("duration=1st", "device=cpu", "cluster.gpus_per_node=1", "evaluate.every=null", "evaluate.last=false")

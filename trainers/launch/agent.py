@@ -87,7 +87,7 @@ class Agent(elastic.SimpleElasticAgent):
 
     @property
     def leads(self) -> bool:
-        """Whether rank 0 is one of this agent's workers."""
+        """True if rank 0 is one of this agent's workers."""
         return self._worker_group.group_rank == 0
 
     @property

@@ -151,8 +151,8 @@ def describe_mismatch(store: Store | None, ranks: Iterable[int], *, assume_usual
 
 
 def _sentence(kind: str, found: str, instead: str) -> str:
-    where = "one step" if kind == "training" else f"one {kind}"
-    return f"the ranks ran different modules in {where}{found and f': {found}'}; {instead}"
+    unit = "one step" if kind == "training" else f"one {kind}"
+    return f"the ranks ran different modules in {unit}{found and f': {found}'}; {instead}"
 
 
 def _first(trails: dict[int, list[str]], *, whole: bool) -> str:

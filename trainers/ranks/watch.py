@@ -63,12 +63,12 @@ class Watch:
 
     @property
     def started(self) -> bool:
-        """Whether the worker handles signals."""
+        """True once the worker handles signals."""
         return bool(self._row[0])
 
     @property
     def training(self) -> bool:
-        """Whether missing beats count as a hang."""
+        """True once missing beats count as a hang."""
         return bool(self._row[4])
 
     @property
