@@ -123,18 +123,18 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
 @pytest.mark.parametrize(
     ("said", "instead"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "give precision=bf16 with it"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "give precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "give precision=bf16 instead"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "deepspeed engine.stage=3"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1 isn't here, and 2 is engine=fsdp"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1 isn't supported"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true",
              "FSDP_RESHARD_AFTER_FORWARD": "false"},
             "engine=fsdp engine.offload=true engine.config.reshard_after_forward=false",
         ),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "engine=fsdp and engine=deepspeed share a model"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "engine=fsdp and engine=deepspeed shard a model"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "runs are data-parallel"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "compile=true compiles"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "give compile=true"),
     ],
 )  # fmt: skip
 def test_what_its_launcher_says_against_the_plan(said: dict[str, str], instead: str) -> None:
@@ -168,10 +168,10 @@ def test_its_launcher_is_heard_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     assert distance(runs(1, *three).weights(), plain.weights()) == 0
     refused = runs(1, *three, "batch.per_gpu=41").ends[0]["message"]
-    assert "STEPS=3, and the plan has batch.accumulation=1; give 1 or auto there, or leave it out" in refused
+    assert "STEPS=3, but the plan has batch.accumulation=1; set it to 1 or auto, or leave it out" in refused
     moves = (option for option in three if not option.startswith("batch.global_size"))
     moving = runs(1, *moves, "batch.schedule=0sa:42 42sa:84")
-    assert "has batch.accumulation=3, 6; give 1 or auto there" in moving.ends[0]["message"]
+    assert "has batch.accumulation=3, 6; set it to 1 or auto" in moving.ends[0]["message"]
     assert not (moving.run.path / "metrics.jsonl").exists()  # nothing was trained before
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "give precision=fp16" in runs(1, *three).ends[0]["message"]

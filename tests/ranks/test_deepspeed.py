@@ -315,15 +315,15 @@ def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (zero(2, "task.args.double=true"), "spare is torch.float64, and DeepSpeed steps in torch.float32"),
+        (zero(2, "task.args.double=true"), "spare is torch.float64, but DeepSpeed steps in torch.float32"),
         (
             zero(3, "task.args.scalar=true"),
-            "scale has no dimensions, by which stage 3 could part it; use engine.stage=2",
+            "scale has no dimensions, so stage 3 can't shard it; use engine.stage=2",
         ),
-        (zero(3, "task.args.hollow=true"), "hollow has no elements, and stage 3 takes no such parameter"),
+        (zero(3, "task.args.hollow=true"), "hollow has no elements, so stage 3 can't shard it"),
         (
             zero(1, "engine.config.zero_optimization.stages=2"),
-            "engine.config: DeepSpeed doesn't take it: stages: Extra inputs are not permitted",
+            "DeepSpeed rejects engine.config: stages: Extra inputs are not permitted",
         ),
         (
             zero(1, "engine.config.steps_per_print=5", "engine.config.wall_clock_breakdwn=true"),

@@ -107,7 +107,7 @@ def half(third: dict[str, Any]) -> dict[str, Any]:
     ("args", "message"),
     [
         ({"config": {"_target_": "transformers.GPT2Confg"}}, "args.config._target_=.* mean transformers.GPT2Config?"),
-        ({"config": {"_target_": 3}}, "model.args.config._target_=3 is no dotted path"),
+        ({"config": {"_target_": 3}}, "model.args.config._target_=3 isn't a dotted path"),
         ({"config": {"_target_": "builtins.dict.fromkey"}}, "builtins.dict has no fromkey; did you mean"),
         ({"confg": {"_target_": "transformers.GPT2Config"}}, "model.args=.* don't fit transformers.GPT2LMHeadModel"),
     ],

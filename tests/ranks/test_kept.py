@@ -58,7 +58,7 @@ def test_what_cannot_be_kept_is_refused_after_the_first_step(runs: Runs) -> None
     """A tuple would come back as a list."""
     end = runs(2, *TASK, *OWN, "optimizer.args.state=tuple").ends[0]
     assert end["raised"] == "UserError"
-    assert "the optimizer Counting keeps as optim/0.weight/odd what a checkpoint can't hold: (1, 2)" in end["message"]
+    assert "the optimizer Counting keeps optim/0.weight/odd=(1, 2), which a checkpoint can't hold" in end["message"]
 
 
 def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:

@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     optimizer = LAMB(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(UserError, match=r"LAMB needs the whole gradient.*\[10, 4\] is sparse.*sparse=False"):
+    with pytest.raises(UserError, match=r"LAMB needs dense gradients.*\[10, 4\] is sparse.*sparse=False"):
         optimizer.step()
     parameter = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     parameter.grad = torch.zeros_like(parameter)

@@ -182,7 +182,7 @@ def test_muon_refuses_what_is_no_matrix() -> None:
         def param_groups(self, model: Any) -> list[dict[str, Any]]:
             return [{"params": model.parameters(), "muon": True}]
 
-    with pytest.raises(UserError, match=r"Muon is for matrices, .* shape \[4\]"):
+    with pytest.raises(UserError, match=r"Muon needs matrices, .* shape \[4\]"):
         optimizer_of(Tied(), "optimizer=muon", task=Wrong())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isobatch.scaling.geometry import Cut, solve
-from isobatch.trainers.engines.tree import Growing, added, dealt, halves, nodes_in, over_ranks
+from isobatch.trainers.engines.tree import Growing, halves, node_sum, nodes_by_rank, nodes_in, sum_over_ranks
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
@@ -63,9 +63,9 @@ def test_every_world_makes_the_same_additions(leaves: int) -> None:
         cut, found = cut_of(leaves, world), {}
         for rank in range(world):
             sums = grown(cut.block(rank), leaves).sums
-            assert tuple(node for node, _ in sums) == dealt(cut)[rank]
+            assert tuple(node for node, _ in sums) == nodes_by_rank(cut)[rank]
             found |= dict(sums)
-        assert added((0, leaves), found).text == by_hand(0, leaves)
+        assert node_sum((0, leaves), found).text == by_hand(0, leaves)
 
 
 @pytest.mark.parametrize("leaves", LEAVES)
@@ -94,9 +94,9 @@ def test_what_ranks_send() -> None:
     """Where 2, 4 or 8 ranks share the leaves evenly, one node each: as many bytes as an all-reduce takes."""
     for leaves in range(2, 200):
         for world in (world for world in (2, 4, 8) if world == 2 or leaves % world == 0):
-            assert [len(nodes) for nodes in dealt(cut_of(leaves, world))] == [1] * world, (world, leaves)
+            assert [len(nodes) for nodes in nodes_by_rank(cut_of(leaves, world))] == [1] * world, (world, leaves)
         for world in range(3, min(leaves, 12) + 1):
-            most = max(len(nodes) for nodes in dealt(cut_of(leaves, world)))
+            most = max(len(nodes) for nodes in nodes_by_rank(cut_of(leaves, world)))
             assert most <= 2 * math.log2(leaves / world + 1) + 1, (world, leaves)
 
 
@@ -112,10 +112,10 @@ def test_over_real_ranks(tmp_path: Path, world: int, leaves: int) -> None:
             growing.add(leaf, numbers(leaf), leaves)
         mine = [sums for _, sums in growing.sums]
         root = mine[0] if mine else torch.empty(24)
-        over_ranks(mine, dealt(cut), leaves, root)
+        sum_over_ranks(mine, nodes_by_rank(cut), leaves, root)
         return root.tolist()
 
-    wanted = added((0, leaves), {(leaf, leaf + 1): numbers(leaf) for leaf in range(leaves)}).tolist()
+    wanted = node_sum((0, leaves), {(leaf, leaf + 1): numbers(leaf) for leaf in range(leaves)}).tolist()
     one_by_one = sum((numbers(leaf) for leaf in range(1, leaves)), numbers(0)).tolist()
     assert in_ranks(world, body, tmp_path) == [wanted] * world
     assert leaves < 4 or wanted != one_by_one  # these numbers do tell another order

@@ -1,13 +1,14 @@
 """``numerics=bitwise``: the same weights, bit by bit, on any number of processes of one machine type.
 
-The argument, link by link:
+The argument, step by step:
 
-- The step's micro-batches follow from the global and the per-GPU batch alone, and so does what is random in them.
-- Each one's gradient is computed from zero, from the same numbers, by the same deterministic code on as many threads.
-- They are summed by a tree that knows nothing of ranks (tree.py, with the argument); and with them the notes and what
-  BatchNorm found. What is measured of the gradient's noise is summed in the order of the micro-batches.
-- From there on all ranks compute the same from the same: norm, clipping, optimizer, average, running statistics. A
-  gradient even lies as it would by itself, on a boundary of the allocator, for code that looks at addresses.
+- The step's micro-batches and their random numbers follow from the global and the per-GPU batch alone.
+- Each micro-batch's gradient is computed from zero, from the same inputs, by the same deterministic code, on the same
+  number of threads.
+- The gradients, the notes and BatchNorm's statistics are summed by a tree that doesn't depend on ranks (tree.py). The
+  measurements of the noise scale are summed in the order of the micro-batches.
+- All ranks compute everything else from the same inputs: norm, clipping, optimizer, average, running statistics. Each
+  gradient is aligned as if allocated by itself, for kernels that depend on the address.
 """
 
 from __future__ import annotations
@@ -26,35 +27,35 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
 from isobatch.trainers.engines.step_report import Number
-from isobatch.trainers.engines.tree import Growing, Node, dealt, over_ranks
+from isobatch.trainers.engines.tree import Growing, Node, nodes_by_rank, sum_over_ranks
 from isobatch.trainers.model.batchnorm import Counting
 from isobatch.trainers.ranks.world import World
 
-BOUNDARY = 512  # bytes: of torch's allocators, that of CUDA
+BOUNDARY = 512  # bytes: the alignment of torch's CUDA allocator, the largest
 
 
 class Bitwise(Reducer):
-    """Gradients are sums over micro-batches, by a tree; the engine ``ddp`` where numerics are bitwise.
+    """Sum gradients over micro-batches with a tree; the reducer of ``engine=ddp`` with ``numerics=bitwise``.
 
     Raises:
-        UserError: an operation has no deterministic implementation; after a step: the forward moved a buffer.
+        UserError: an operation has no deterministic implementation, or, after a step, the forward changed a buffer.
     """
 
     def __init__(self, parts: Parts, config: RunConfig) -> None:
         model, self._world = parts.model, parts.world
         model.to(self._world.device)
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False  # it chooses by the clock, among algorithms that round otherwise
+        torch.backends.cudnn.benchmark = False  # its timings choose among algorithms that round differently
         for tensor in chain(model.parameters(), model.buffers()):
-            self._world.share(tensor.data)  # the same on all ranks, as DDP makes them
+            self._world.share(tensor.data)  # from rank 0, as DDP does
         super().__init__(parts, parts.make_optimizer())
-        self.shares_buffers = True  # they are the same on all ranks, or the run is refused
+        self.shares_buffers = True  # buffers that differ between ranks are rejected
         self._buffers = Buffers(model, self._world)
         self.storage = Storage(model, self._buffers.remember)
         self._summed: list[Any] = [*parts.riders.parameters, *self.parameters]
         self._tree, self._passes = Growing(), 0
         self._sheets: list[Sheet] = []
-        self._wishes = torch.zeros_like(self._summed[0])  # of a rank that has no leaf for them to go with
+        self._requests = torch.zeros_like(self._summed[0])  # to stop or save, of a rank without leaves
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         assert cut.pieces
@@ -68,45 +69,45 @@ class Bitwise(Reducer):
             sums = Sums(torch.zeros_like(t) if t.grad is None else t.grad for t in self._summed)
             self._tree.add(block[self._passes], sums, self._leaves)
             self._passes += 1
-        else:  # a stand-in: it has wishes alone, whole numbers, which may be added in any order
-            wishes = self._tree.sums[-1][1][0] if self._tree.sums else self._wishes
-            wishes += self._summed[0].grad
+        else:  # a stand-in has only requests to stop or save: integers, exact in any order of addition
+            requests = self._tree.sums[-1][1][0] if self._tree.sums else self._requests
+            requests += self._summed[0].grad
         for tensor in self._summed:
             tensor.grad = None
 
     def reduce(self) -> Number:
-        held, mine = dealt(self._cut), [sums for _, sums in self._tree.sums]
-        assert [node for node, _ in self._tree.sums] == [*held[self._world.rank]]
+        by_rank, own = nodes_by_rank(self._cut), [sums for _, sums in self._tree.sums]
+        assert [node for node, _ in self._tree.sums] == [*by_rank[self._world.rank]]
         moved = self._buffers.moved()
-        count = torch.tensor(len(moved))  # on the CPU everywhere: no look at it waits for a device
-        told = dist.all_reduce(count, async_op=True) if self._world.size > 1 else None
-        root = mine[0] if self._world.size == 1 else self._over_ranks(mine, held)
+        count = torch.tensor(len(moved))  # on the CPU always, so that reading it doesn't wait for a device
+        sent = dist.all_reduce(count, async_op=True) if self._world.size > 1 else None
+        root = own[0] if self._world.size == 1 else self._sum_over_ranks(own, by_rank)
         if self._world.size > self._leaves:
-            root[0].add_(self._world.sum(self._wishes))
-            self._wishes.zero_()
+            root[0].add_(self._world.sum(self._requests))
+            self._requests.zero_()
         for tensor, gradient in zip(self._summed, root, strict=True):
             tensor.grad = gradient
         self._tree, self._passes = Growing(), 0
-        if told:
-            told.wait()
+        if sent:
+            sent.wait()
         if count:
             raise self._buffers.error(moved)
         return self.norm()
 
-    def _over_ranks(self, mine: Sequence[Sums], held: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
+    def _sum_over_ranks(self, own: Sequence[Sums], by_rank: Sequence[Sequence[Node]]) -> Sequence[Tensor]:
         """Return the root of the tree, in the first sheet."""
-        while len(self._sheets) < max(1, len(mine)):
+        while len(self._sheets) < max(1, len(own)):
             self._sheets.append(Sheet(self._summed, self._world.size))
-        for sheet, sums in zip(self._sheets, mine, strict=False):
+        for sheet, sums in zip(self._sheets, own, strict=False):
             torch._foreach_copy_(sheet.views, sums)
         for index, flat in enumerate(self._sheets[0].flats):
-            over_ranks([sheet.flats[index] for sheet in self._sheets[: len(mine)]], held, self._leaves, flat)
+            sum_over_ranks([sheet.flats[index] for sheet in self._sheets[: len(own)]], by_rank, self._leaves, flat)
         return self._sheets[0].views
 
     def explain(self, text: str) -> UserError | None:
         if "does not have a deterministic implementation" in text:
             problem = f"numerics=bitwise: {text.partition(',')[0]}"
-            return UserError(problem, "leave it out, or use numerics=fast", key="numerics", value="bitwise")
+            return UserError(problem, "replace it, or use numerics=fast", key="numerics", value="bitwise")
         return super().explain(text)
 
 
@@ -114,21 +115,21 @@ make_reducer = Bitwise
 
 
 class Buffers:
-    """Buffers of a model that nobody brings together over ranks: a forward may not move them."""
+    """The buffers of a model that aren't reduced over ranks, which a forward may not change."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
-        modules = model.named_modules()  # but those whose buffers are brought together over ranks
+        modules = model.named_modules()  # the buffers of Counting layers are reduced over ranks
         self._layers = [(name, module) for name, module in modules if not isinstance(module, Counting)]
         self.remember()
 
     def remember(self) -> None:
-        """Take what they are now for what they have to be."""
+        """Record the current values as those that ``moved`` compares with."""
         self._first = {name: buffer.clone() for name, buffer in self._named()}
-        self._seen: dict[str, tuple[Tensor, int]] = {}  # with the versions in which they were looked at
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # the buffers last compared, and their versions
 
     def moved(self) -> list[str]:
-        """Return those that have moved; values are compared where one was made anew or written to."""
+        """Return the names of changed buffers; values are compared only if a buffer was replaced or written to."""
         moved = []
         for name, buffer in self._named():
             before, version = self._seen.get(name, (None, 0))
@@ -140,11 +141,11 @@ class Buffers:
         return moved
 
     def error(self, moved: list[str]) -> UserError:
-        """Return what to say where some rank has ``moved`` any; called by all ranks."""
-        said = next(filter(None, self._world.gather(", ".join(moved[:3]))))  # a rank without samples moves none
+        """Return the error for the ``moved`` buffers of any rank; called by all ranks."""
+        names = next(filter(None, self._world.gather(", ".join(moved[:3]))))  # a rank without samples moves none
         problem = (
-            f"numerics=bitwise: the model's forward moves its buffer {said}, on each rank by what that rank has seen, "
-            "so it isn't the same on any number of processes, and only BatchNorm's statistics are brought together"
+            f"numerics=bitwise: the model's forward moves its buffer {names} by this rank's samples alone, "
+            "so it differs between ranks; only BatchNorm's statistics are combined over ranks"
         )
         return UserError(problem, "use numerics=fast, or a model that doesn't", "numerics", "bitwise")
 
@@ -154,21 +155,21 @@ class Buffers:
 
 
 class Sums(list[Tensor]):
-    """The gradients of all that is summed, one by one."""
+    """One gradient for each summed parameter."""
 
     def add_(self, other: Sums) -> None:
         torch._foreach_add_(self, other)
 
 
 class Sheet:
-    """Room for the gradients of ``tensors``: those of one dtype one after another, each in the order of its own memory.
+    """Flat memory for the gradients of ``tensors``, one flat tensor per dtype.
 
     Args:
-        ranks: each flat tensor's length is a multiple of them.
+        ranks: each flat tensor's length is padded to a multiple of ``ranks``.
 
     Attributes:
-        flats: 1-D, one for each dtype.
-        views: of them, like ``tensors``, and in their order.
+        flats: the flat tensors, 1-D.
+        views: views into the flat tensors with the shapes and strides of ``tensors``, in the same order.
     """
 
     def __init__(self, tensors: Sequence[Tensor], ranks: int) -> None:
@@ -179,7 +180,7 @@ class Sheet:
             *starts, size = accumulate((-(-tensor.numel() // step) * step for tensor in alike), initial=0)
             flat = torch.zeros(-(-size // ranks) * ranks, dtype=dtype, device=tensors[0].device)
             for tensor, start in zip(alike, starts, strict=True):
-                strides = torch.empty_like(tensor, device="meta").stride()  # which fused optimizers take for granted
+                strides = torch.empty_like(tensor, device="meta").stride()  # fused optimizers rely on them
                 views[id(tensor)] = flat.as_strided(tensor.shape, strides, start)
             self.flats.append(flat)
         self.views = [views[id(tensor)] for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Reduce gradients by torch's DistributedDataParallel; without it on a world of one."""
+"""Reduce gradients with torch's DistributedDataParallel; a single rank trains without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
 
 
 class DDP(Reducer):
-    """Gradients are means over ranks; ``wrap`` makes DistributedDataParallel of a module, with ``keywords``."""
+    """Average gradients over ranks; ``wrap`` wraps a module in DistributedDataParallel, with ``keywords``."""
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class DDP(Reducer):
             self._settle_buckets(parts)
 
     def _settle_buckets(self, parts: Parts) -> None:
-        """Let DDP arrange its buckets, as it does after its first backward; sums over ranks are rounded by buckets.
+        """Run one backward, after which DDP rearranges its buckets.
 
-        Else the first step of a run that resumes would be rounded otherwise than that of one that was never stopped.
+        The rounding of sums over ranks depends on the buckets. Without this, the first step after a resume would be
+        rounded differently from the same step of an uninterrupted run.
         """
         loss = self.forward(lambda: parts.riders.attach(parts.zero()))
         parts.riders.write(Note(loss, 0.0, 0))
@@ -78,8 +79,8 @@ class DDP(Reducer):
 def _add_unused(wrapper: DistributedDataParallel) -> None:
     """Add a zero gradient for each parameter that this rank's pass didn't use.
 
-    DDP reduces a bucket once each of its parameters has a gradient, and leaves the rest as they are. Which
-    parameters have none, only this rank knows; the other ranks wait for its buckets.
+    DDP reduces a bucket only once each of its parameters has a gradient. Only this rank knows which of its parameters
+    were unused, and the other ranks wait for its buckets.
     """
     try:
         wrapper._check_reducer_finalized()

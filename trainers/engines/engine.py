@@ -1,4 +1,4 @@
-"""Train one model over all ranks: what all engines do alike. What they differ in is their reducer's (reducer.py)."""
+"""Train one model over all ranks: the code that all engines share. Each engine adds its own reducer (reducer.py)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Engine:
     A step is: ``accumulation`` times ``micro``, ``loss`` and ``backward``, then ``total``, then ``update``.
 
     Args:
-        reducer: of the ranks' gradients; made of ``parts``.
+        reducer: the reducer of the ranks' gradients, made of ``parts``.
         ema: keep a moving average of the weights.
-        skip_nonfinite: a step whose gradient isn't finite changes nothing.
+        skip_nonfinite: skip a step whose gradient isn't finite.
 
     Attributes:
-        model: the bare model.
-        average: the moving average of its weights; None: none is kept.
+        model: the unwrapped model.
+        average: the moving average of the weights, or None.
         layout, slices, values, whole, eval_weights: see State.
-        lockstep: a forward sends messages, so all ranks run as many: one that has no samples runs a stand-in, of other
-            samples.
+        lockstep: the forward communicates, so every rank runs the same number of forwards. A rank without samples
+            runs a stand-in with other samples.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Engine:
         self.model, self.lockstep = parts.model, reducer.lockstep
         self._task, self._world, self._precision = task, parts.world, precision
         self._riders, self._zero, self._reducer, self._tuned = parts.riders, parts.zero, reducer, reducer.tuned
-        self._lift = 1 << (reducer.mean_over - 1).bit_length()  # against mean_over; a power of two rounds nothing
+        self._lift = 1 << (reducer.mean_over - 1).bit_length()  # undoes mean_over; a power of two is exact
         self._skip_nonfinite, self._loss_scale = skip_nonfinite, LossScale() if precision == "fp16" else None
         self._may_skip = skip_nonfinite or precision == "fp16"
         self._squares, self._cut = GradientSquares(parts.world), Cut(1, 1, 1, 1)
@@ -69,7 +69,7 @@ class Engine:
     # ---- a pass
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass, perhaps the ``last``, of a step that is cut so."""
+        """Return a context for one pass of a step with this ``cut``; ``last``: it is the step's last pass."""
         self._cut = cut
         return self._reducer.micro(cut, last)
 
@@ -77,14 +77,14 @@ class Engine:
         """Return the task's sum of losses and number of units.
 
         Args:
-            samples: of the batch; 0: a stand-in, which adds nothing to any sum and touches no statistics. Its batch is
-                None, but where ranks go in lockstep.
+            samples: number of samples in the batch. 0 marks a stand-in, which adds nothing to any sum and leaves all
+                statistics unchanged. Without ``lockstep`` its batch is None.
 
         Raises:
             UserError: the task's loss isn't (sum, units).
         """
         if not (self._reducer.shares_buffers or self._begun):
-            self._state.share_buffers()  # a step begins with those of rank 0, on every engine
+            self._state.share_buffers()  # every step starts with the buffers of rank 0, on every engine
         self._begun = True
         with self._reducer.explained():
             return self._reducer.forward(lambda: self._forward(batch, samples))
@@ -96,23 +96,23 @@ class Engine:
         return self._riders.attach(loss), units
 
     def _stand_in(self, batch: Any | None) -> tuple[Tensor, float]:
-        """Return a zero that gives every parameter a zero gradient, and leaves the statistics as they are."""
+        """Return a zero loss that gives every parameter a zero gradient and leaves the statistics unchanged."""
         if batch is None:
             return self._zero(), 0.0
         kept = [buffer.clone() for buffer in self.model.buffers()]
         loss, _ = checked(self._task.loss(self.model, batch))
         for buffer, before in zip(self.model.buffers(), kept, strict=True):
-            if not torch.equal(buffer, before):  # autograd minds, where one that is saved for the backward is written
+            if not torch.equal(buffer, before):  # autograd raises if a tensor saved for the backward is written to
                 buffer.copy_(before)
         self._riders.begin()
         return loss * 0, 0.0
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
-        """Add the gradient of a pass to the step's; ``note`` travels with it.
+        """Add the gradient of a pass to the step's gradient, and send ``note`` along with it.
 
         Args:
-            measured: samples of this micro-batch (0: a stand-in), where its gradient's norm is to be measured: in all
-                passes of a step on all ranks, or in none.
+            measured: number of samples of this micro-batch (0: a stand-in), to measure the norm of its gradient. Pass
+                it in all passes of a step on all ranks, or in none.
         """
         self._riders.write(note)
         measuring = nullcontext() if measured is None else self._squares.of(self._reducer.observed, measured)
@@ -120,7 +120,7 @@ class Engine:
             self._reducer.backward(loss * (self._lift * self._factor))
 
     def call(self, work: Callable[[], Found]) -> Found:
-        """Return what ``work`` returns, which calls the model outside of a step; in lockstep, on all ranks."""
+        """Run ``work``, which calls the model outside of a step. With ``lockstep``, all ranks have to call this."""
         trails = self._reducer.trails
         with trails.evaluating() if trails else nullcontext():
             return self._reducer.call(work)
@@ -137,20 +137,20 @@ class Engine:
     # ---- a step
 
     def total(self, expected_units: int) -> Total:
-        """Return the notes of all ranks and passes of a step that is expected to have ``expected_units``, summed."""
+        """Return the sum of the notes of all ranks and passes of a step of ``expected_units``."""
         self._norm = self._reducer.reduce()
         return self._riders.take(expected_units)
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
         """Scale the summed gradient, clip it to ``clip_norm``, step the optimizer, drop the gradient.
 
-        Where ``on_nonfinite`` is skip, a gradient or scale that isn't finite is dropped, on all ranks, and with it what
-        the step did to the model's buffers. So it is in fp16, and the loss scale is halved.
+        With ``on_nonfinite=skip``, a gradient or scale that isn't finite is dropped on all ranks, and the model's
+        buffers are reset to their values before the step. fp16 does the same, and halves the loss scale.
 
         Raises:
-            RunFailed: in fp16, it wasn't finite at the lowest loss scale.
-            UserError: ranks ran different modules; after the first step: the optimizer keeps what a checkpoint can't
-                hold.
+            RunFailed: in fp16, the gradient wasn't finite at the lowest loss scale.
+            UserError: ranks ran different modules, or, after the first step, the optimizer has state that a
+                checkpoint can't hold.
         """
         self._begun = False
         if self._reducer.trails:
@@ -159,7 +159,7 @@ class Engine:
         scale = scale * (mean_over / self._lift) / self._factor
         norm = self._norm * scale
         squares = self._squares.take(self._cut)
-        if self._may_skip and not math.isfinite(norm):  # on an accelerator this look waits for it
+        if self._may_skip and not math.isfinite(norm):  # on an accelerator this waits for the device
             self._discard()
             return Update(norm, skipped=True)
         self._tuned.tell(recipe)
@@ -173,7 +173,7 @@ class Engine:
         self._keep_buffers()
         if not self._stepped:
             self._stepped = True
-            self.values()  # what can't be saved is refused now, and not when it would be lost
+            self.values()  # reject state that can't be saved now, not at the first checkpoint
         return Update(norm, parts_sq=None if squares is None else number(squares) * (scale / mean_over) ** 2)
 
     def _keep_buffers(self) -> None:
@@ -181,7 +181,7 @@ class Engine:
             self._buffers_before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def _discard(self) -> None:
-        """Undo what the step did to the buffers. Raises RunFailed where no lower loss scale can help."""
+        """Drop the gradient and restore the buffers. Raise RunFailed if the loss scale can't be lowered."""
         if self._loss_scale and not self._loss_scale.lower() and not self._skip_nonfinite:
             lowest = f"the loss scale of precision=fp16 is at its lowest, {LossScale.LOWEST:g}"
             fix = "try precision=bf16, or a lower learning rate"
@@ -192,6 +192,6 @@ class Engine:
             buffer.copy_(self._buffers_before[name])
 
     def restore(self, reader: Reader) -> None:
-        """Resume from a checkpoint, of any engine and number of ranks."""
+        """Restore a checkpoint that any engine wrote, on any number of ranks."""
         self._state.restore(reader)
         self._keep_buffers()

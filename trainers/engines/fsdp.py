@@ -1,8 +1,8 @@
-"""Reduce gradients by torch's FSDP2 (``fully_shard``): each rank holds a part of every tensor, its rows.
+"""Reduce gradients with torch's FSDP2 (``fully_shard``): each rank holds some rows of every tensor.
 
-A forward gathers the weights of one group of modules after another, a backward parts its gradients. What FSDP doesn't
-reduce (notes, statistics, parameters without dimensions) travels with the norm of the gradient, which is a message
-anyway.
+A forward gathers the weights of one group of modules after another, and a backward scatters their gradients. The notes,
+the statistics and the gradients that FSDP doesn't reduce (of parameters without dimensions) are summed in the message
+with the gradient's norm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INSTEAD = "engine=ddp, engine.shard=[], or engine.shard with modules that all ra
 
 
 class FSDP(Reducer):
-    """Gradients are sums over ranks; each rank steps its parts."""
+    """Sum gradients over ranks; each rank steps its shards of the parameters."""
 
     lockstep = True
 
@@ -54,7 +54,7 @@ class FSDP(Reducer):
         self._observe_unsharded(root)
 
     def _observe_unsharded(self, root: Root) -> None:
-        """From the first forward on, observe the gradients of whole parameters: parts get theirs reduced."""
+        """Observe the unsharded parameters from the first forward on: shards only get reduced gradients."""
         found, hooks = list[nn.Parameter](), list[Any]()
         trained = {p for p in self._replicated if p.requires_grad}
 
@@ -86,10 +86,10 @@ class FSDP(Reducer):
             return self._root(work)  # type: ignore[no-any-return]
         finally:
             for module in sharded_modules(self._root):
-                module.reshard()  # else what was gathered is used again, whatever becomes of the parts
+                module.reshard()  # else the gathered weights are reused after the shards have changed
 
     def reduce(self) -> Number:
-        """One message: the notes, the statistics, gradients that FSDP left alone, and the norm of the rest."""
+        """Sum the notes, the statistics, the gradients that FSDP didn't reduce, and the squared norm in one message."""
         own = [held for held, parameter in zip(self.held(), self.parameters, strict=True) if sharded(parameter)]
         square = norm_of(own).to(self._device).square() if own else torch.zeros((), device=self._device)
         apart: list[Any] = [parameter.grad for parameter in self._replicated]
@@ -98,9 +98,9 @@ class FSDP(Reducer):
 
     def explain(self, text: str) -> UserError | None:
         if "mixed torch.Tensor and DTensor" in text:
-            how = "is used otherwise, by another method or its weight alone"
-            fix = "name modules that are only called, engine.shard=[…], or none of them, engine.shard=[]"
-            return UserError(f"a module whose weights are gathered when it is called {how}", fix, "engine.shard")
+            problem = "a sharded module is used without being called: by another method, or by its weight alone"
+            fix = "name only modules that are called in engine.shard=[…], or use engine.shard=[]"
+            return UserError(problem, fix, "engine.shard")
         return super().explain(text)
 
 
@@ -108,21 +108,21 @@ make_reducer = FSDP
 
 
 def place(model: nn.Module, world: World) -> None:
-    """Bring to the device what isn't parted; the parts alone follow, group by group."""
+    """Move buffers and unsharded parameters to the device; FSDP moves the shards, group by group."""
     place_buffers(model, world.device)
     for parameter in model.parameters():
-        world.share(parameter.data)  # the same on all ranks, as DDP makes it
-        # FSDP takes no others
+        world.share(parameter.data)  # from rank 0, as DDP does
+        # FSDP takes contiguous parameters only
         parameter.data = parameter.data.contiguous() if partable(parameter) else parameter.data.to(world.device)
 
 
 def shard(root: Root, config: engines.FSDP, world: World) -> Root:
-    """Part the model in ``root`` as ``config`` says, in place. Raises UserError where it can't be."""
+    """Shard the model in ``root`` in place as ``config`` says. Raise UserError if it can't be sharded so."""
     computed = DTYPES.get(config.param_dtype or "")
     reduced = DTYPES.get(config.reduce_dtype or "", torch.float32 if computed else None)
     options = {
         "mesh": init_device_mesh(world.device.type, (world.size,)),
-        # inputs are cast by autocast, which knows what may be
+        # autocast casts inputs, and knows which ones to cast
         "mp_policy": MixedPrecisionPolicy(computed, reduced, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
         "ignored_params": {p for p in root.parameters() if not partable(p)},
@@ -134,19 +134,19 @@ def shard(root: Root, config: engines.FSDP, world: World) -> Root:
         fully_shard(module, **options)  # type: ignore[call-overload]
     for one in sharded_modules(root):
         one.set_force_sum_reduction_for_comms(True)  # gloo has no mean
-        if world.size > 1:  # by 1 it would divide, too
+        if world.size > 1:  # on one rank, FSDP would still divide by 1
             one.set_gradient_divide_factor(1.0)
         one.set_reduce_scatter_unused_params(True, recurse=False)
     return root
 
 
 def sharded_modules(root: nn.Module) -> list[Any]:
-    """Return the modules whose parameters are gathered together, ``root`` first."""
+    """Return the modules that FSDP shards as one group each, ``root`` first."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def record(root: Root, trail: Trail) -> None:
-    """Record each message in which weights are gathered, or gradients reduced."""
+    """Record each message that gathers weights or reduces gradients."""
     names = {module: name or "the model" for name, module in root.model.named_modules()}
     for module in sharded_modules(root):
         name = names.get(module, "the rest of the model")
@@ -155,7 +155,7 @@ def record(root: Root, trail: Trail) -> None:
 
 
 class Recorded:
-    """Record a message of FSDP's, before it is sent."""
+    """Record an FSDP message before it is sent."""
 
     def __init__(self, trail: Trail, name: str) -> None:
         self._trail, self._name = trail, name
@@ -172,13 +172,13 @@ class Reduce(Recorded, DefaultReduceScatter): ...
 
 
 def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
-    """Return the modules whose parameters are gathered together, inner ones first; the rest goes with the root.
+    """Return the modules to shard as one group each, inner ones first; other parameters belong to the root's group.
 
     Args:
-        shard: patterns of their names; ``auto``: the elements of the outermost ModuleLists.
+        shard: patterns of module names; ``auto`` takes the elements of the outermost ModuleLists.
 
     Raises:
-        UserError: a pattern matches none, or one of them shares a parameter with what is outside of it.
+        UserError: a pattern matches no module, or a module shares a parameter with a module outside of it.
     """
     chosen = set(_elements(model) if shard == "auto" else matching(model, shard, "engine.shard").values())
     inner_first = [module for module in reversed(list(model.modules())) if module in chosen]
@@ -192,7 +192,7 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if shared and shard != "auto":
             name = next(name for name, one in model.named_modules() if one is module)
-            problem = f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be apart"
+            problem = f"engine.shard: {name} shares a parameter with a module outside of it, so it can't be a group"
             raise UserError(problem, key="engine.shard", value=shard)
         if not shared and any(map(partable, module.parameters())):
             apart.append(module)
@@ -200,24 +200,24 @@ def groups(model: nn.Module, shard: Any) -> list[nn.Module]:
 
 
 def refuse_mixed(modules: Iterable[nn.Module]) -> None:
-    """Raise UserError where a group's gradients, which are reduced as one, have several dtypes."""
+    """Raise UserError if the gradients of a group, which are reduced together, have several dtypes."""
     seen = set[nn.Parameter]()
     for module in modules:
         own = [p for p in module.parameters() if p.requires_grad and partable(p) and p not in seen]
         seen.update(own)
         if len(dtypes := sorted({str(p.dtype) for p in own})) > 1:
-            those = f"those of a {type(module).__name__} are {' and '.join(dtypes)}"
-            problem = f"engine=fsdp reduces the gradients of a group of modules as one, and {those}"
-            raise UserError(problem, "part them by engine.shard, or use engine=ddp", "engine.shard")
+            found = f"a {type(module).__name__} has {' and '.join(dtypes)}"
+            problem = f"engine=fsdp needs one dtype for the gradients of a group of modules, and {found}"
+            raise UserError(problem, "split the group with engine.shard, or use engine=ddp", "engine.shard")
 
 
 def partable(parameter: Tensor) -> bool:
-    """Return whether FSDP takes it: what has no dimensions, or no elements, all ranks have whole."""
+    """Return whether FSDP can shard the parameter. One without dimensions or elements is whole on all ranks."""
     return parameter.ndim > 0 and parameter.numel() > 0
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
-    """Those of the outermost ModuleLists that are called themselves."""
+    """Yield the elements of the outermost ModuleLists that have a forward."""
     for child in module.children():
         if isinstance(module, nn.ModuleList) and is_called(child):
             yield child

@@ -1,4 +1,4 @@
-"""Engines whose forward sends messages: all ranks have to run the same modules in the same order."""
+"""Check that all ranks run the same modules in the same order, for engines whose forward communicates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from isobatch.trainers.ranks.world import World
 
 
 class Lockstep:
-    """Compare what ranks run, in each step and each pass of an evaluation.
+    """Compare the modules that ranks run in each step and in each pass of an evaluation.
 
     Args:
-        instead: what to use where ranks run different modules.
+        instead: the engine or settings that the error suggests if ranks run different modules.
 
     Attributes:
-        trail: what this rank runs.
+        trail: the record of the modules that this rank runs.
     """
 
     def __init__(self, world: World, instead: str) -> None:
@@ -32,16 +32,16 @@ class Lockstep:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around one forward outside of a step. Raises UserError where ranks run different modules."""
+        """Record one forward outside of a step. Raise UserError if ranks run different modules."""
         with self.trail.begin("evaluation"):
             yield
             numbers = torch.tensor(self.trail.numbers(), dtype=torch.float64)
             self.trail.check(*self._world.sum(numbers).tolist())
 
     def ride(self) -> list[Tensor]:
-        """Return what is to be summed over ranks with the step's message, in place.
+        """Return the tensors that the step's message has to sum over ranks, in place.
 
-        On an accelerator that is nothing: the CPUs send a message of their own, so that no look waits for the device.
+        On an accelerator there are none: the CPUs send a separate message, and nothing waits for the device.
         """
         self._numbers = torch.tensor(self.trail.numbers(), dtype=torch.float64)
         if self._world.device.type == "cpu":
@@ -50,7 +50,7 @@ class Lockstep:
         return []
 
     def check(self) -> None:
-        """Raise UserError where ranks have run different modules in this step; call it before any weight moves."""
+        """Raise UserError if ranks have run different modules in this step; call it before weights change."""
         if self._sent:
             self._sent.wait()
             self._sent = None

@@ -1,8 +1,8 @@
 """Make the engine that a config names.
 
-Its module, which is named as it is, is imported where it is chosen. It has ``make_reducer(parts, config)``; it may have
-``preload(config)``, which imports what a step does, and ``refuse_environment(config, plan)``, which raises UserError
-where what it is launched with contradicts the plan.
+The engine's module has the engine's name and is imported only if the engine is chosen. It has
+``make_reducer(parts, config)``. It may have ``preload(config)``, which imports the modules that a step needs, and
+``refuse_environment(config, plan)``, which raises UserError if the launcher's environment contradicts the plan.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def make_engine(
     """Return the engine that the config names.
 
     Args:
-        recipe: what the optimizer is made with; so are ``stored`` and ``tell``.
+        recipe, stored, tell: passed to ``make_optimizer``.
 
     Raises:
-        UserError: it can't train this model, or the package that it needs isn't installed.
+        UserError: the engine can't train this model, or the package that it needs isn't installed.
     """
     check_device(config, world.device.type)
     parts = Parts(model, world, lambda: make_optimizer(config, task, model, recipe, stored, tell))
@@ -51,15 +51,15 @@ def make_engine(
 
 
 def refuse_environment(config: RunConfig, plan: Plan) -> None:
-    """Raise UserError where what the engine is launched with contradicts the plan."""
+    """Raise UserError if the environment that the engine was launched with contradicts the plan."""
     if refuse := getattr(_module(config), "refuse_environment", None):
         refuse(config, plan)
 
 
 def import_engine(config: RunConfig) -> None:
-    """Import what ``make_engine`` and the first step import, once for all workers that are forked from here.
+    """Import the modules that ``make_engine`` and the first step need, once for all workers forked from here.
 
-    It starts no thread, and no CUDA. A package that can't be imported is the workers' to reject.
+    It starts no threads and doesn't initialise CUDA. Import errors are ignored here: the workers report them.
     """
     module = _module(config)
     with suppress(Exception):

@@ -1,4 +1,4 @@
-"""What the gradient noise scale (scaling/noise.py) is measured from: each micro-batch's own gradient, as it comes."""
+"""Measure the norms of the micro-batches' gradients, from which the noise scale (scaling/noise.py) is estimated."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from isobatch.trainers.ranks.world import World
 
 
 class GradientSquares:
-    """Sum |G_j|²/b_j over the micro-batches of a step, G_j being the gradient that a backward gives.
+    """Sum |G_j|²/b_j over the micro-batches of a step; G_j is the gradient of one backward, b_j its samples.
 
-    A hook on each parameter sees it before it is accumulated, reduced over ranks or clipped. Nothing is kept of it, and
-    nothing waits for the device.
+    A hook on each parameter sees the gradient before it is accumulated, reduced over ranks or clipped. The gradient
+    isn't kept, and nothing waits for the device.
     """
 
     def __init__(self, world: World) -> None:
@@ -26,10 +26,10 @@ class GradientSquares:
 
     @contextmanager
     def of(self, parameters: Sequence[nn.Parameter], samples: int) -> Iterator[None]:
-        """Around the backward of a micro-batch of so many samples; none: a stand-in, which is no part of the step.
+        """Measure the backward of a micro-batch of ``samples``; 0 is a stand-in, which isn't part of the step.
 
         Args:
-            parameters: one that is frozen, or has no part in the loss, adds nothing.
+            parameters: the parameters to observe; a frozen or unused one adds nothing.
         """
         norms: list[Tensor] = []
 
@@ -47,9 +47,9 @@ class GradientSquares:
         self._by_pass.append(torch.stack(norms).double().square().sum() / samples if norms else nothing)
 
     def take(self, cut: Cut) -> Tensor | None:
-        """Return the sum over a step that is cut so, 0-dim float64, the same on all ranks; None: nothing was measured.
+        """Return the sum over a step with this ``cut``, 0-dim float64, the same on all ranks; None if not measured.
 
-        It is added up rank by rank: with ``numerics=bitwise`` in the order of the micro-batches.
+        It is added up rank by rank; with ``numerics=bitwise`` that is the order of the micro-batches.
         """
         if not self._by_pass:
             return None

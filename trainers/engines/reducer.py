@@ -1,7 +1,7 @@
-"""What engines differ in: how ranks bring their gradients together, and where the parameters that are trained are kept.
+"""The base of all engines: how gradients are reduced over ranks, and where the trained parameters are stored.
 
-A new engine is a file here that is named as the engine is, with ``make_reducer(parts, config)``, and a YAML in
-conf/engine/; keys and limits of its own go into a section in conf/engines.py.
+To add an engine, add a file here with the engine's name and ``make_reducer(parts, config)``, and a YAML in
+conf/engine/. Its own config keys and limits go into a section in conf/engines.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from isobatch.trainers.tensors.slices import Reader
 
 Found = TypeVar("Found")
 Read = Callable[[Tensor, Reader, str, torch.device], Tensor]
-"""Return what this rank holds of a parameter's state, by its name in a checkpoint, for a device."""
+"""Return this rank's part of a parameter's state, given the state's name in the checkpoint and a device."""
 
 
 class Root(nn.Module):
-    """A module whose forward is whatever is to be done with the model: so a task may call it twice, or only a part."""
+    """A module whose forward runs a function, so that a task may call the model twice, or only a part of it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,19 +43,19 @@ class Root(nn.Module):
 
 
 class Parts:
-    """What a reducer is made of.
+    """The parts that a reducer is made of.
 
     Args:
-        model: on the CPU, the same on all ranks; the reducer brings it to its device.
-        make_optimizer: called once the model has the parameters that are trained.
+        model: the model on the CPU, the same on all ranks; the reducer moves it to its device.
+        make_optimizer: makes the optimizer; called after the reducer has placed and sharded the parameters.
 
     Attributes:
-        names: of the model's tensors that a checkpoint holds.
+        names: names of the model's tensors in a checkpoint.
         root: the module to wrap.
-        riders: what ranks tell each other beside the gradient.
+        riders: the notes and statistics that travel with the gradient.
 
     Raises:
-        UserError: the model keeps what a checkpoint can't hold.
+        UserError: the model has state that a checkpoint can't hold.
     """
 
     def __init__(self, model: nn.Module, world: World, make_optimizer: Callable[[], Tuned]) -> None:
@@ -72,46 +72,46 @@ class Parts:
 
 @dataclass
 class Storage:
-    """Where the parameters that are trained are kept, and the optimizer's state; here in the parameters themselves."""
+    """The storage of the trained parameters and the optimizer's state; this base stores them in the model itself."""
 
     model: nn.Module
-    restored: Callable[[], None] = lambda: None  # called once weights and state are those of a checkpoint
+    restored: Callable[[], None] = lambda: None  # called after a checkpoint was restored
 
     def parts(self) -> Mapping[str, Tensor | Part]:
-        """Return what this rank holds of each parameter, by its name in the model."""
+        """Return this rank's part of each parameter, by the parameter's name in the model."""
         return dict(self.model.named_parameters())
 
     def optimizer_seen(self) -> AbstractContextManager[None]:
-        """Within, the optimizer's groups and state are those of the model's parameters."""
+        """Return a context in which the optimizer's groups and state refer to the model's parameters."""
         return nullcontext()
 
     @contextmanager
     def restoring(self) -> Iterator[Read]:
-        """Within, as in ``optimizer_seen``, it is given another state by what this yields; weights are set already."""
+        """Yield a function that reads the optimizer's state, as in ``optimizer_seen``; weights are restored before."""
         yield read_like
         self.restored()
 
     def refresh(self) -> None:
-        """Compute from now on with the weights that are stored; called by all ranks."""
+        """Copy the stored weights to the weights that the model computes with; called by all ranks."""
 
 
 class Reducer:
-    """Bring the gradients of all ranks and passes together, and step the optimizer.
+    """Reduce the gradients of all ranks and passes, and step the optimizer.
 
     A step is: ``accumulation`` times ``micro``, ``forward`` and ``backward``, then ``reduce``, then ``step`` or
-    ``drop``. The base class sums all gradients in ``reduce``, by one message.
+    ``drop``. The base class sums all gradients in ``reduce``, in one message.
 
     Args:
-        tuned: the optimizer of the parameters that are trained.
-        root: what runs a pass; None: nothing has to be wrapped.
+        tuned: the optimizer of the trained parameters.
+        root: the wrapped module that runs a pass; None if nothing is wrapped.
 
     Attributes:
-        parameters: those of the optimizer, in the order of its groups.
-        observed: parameters; the gradients that one backward gives them are those of its pass.
-        mean_over: by how many the summed gradient is divided: ranks where it is a mean, else 1.
-        lockstep: a forward sends messages, so all ranks run as many.
-        trails: what compares the modules that ranks run; None: they may differ.
-        shares_buffers: buffers are rank 0's in each step, or the same on all ranks anyway.
+        parameters: the optimizer's parameters, in the order of its groups.
+        observed: parameters on which a hook sees the gradient of one pass alone.
+        mean_over: the divisor of the summed gradient: the number of ranks if it is a mean, else 1.
+        lockstep: the forward communicates, so every rank runs the same number of forwards.
+        trails: compares the modules that ranks run; None if they may differ.
+        shares_buffers: buffers are the same on all ranks in each step without ``State.share_buffers``.
     """
 
     lockstep = False
@@ -128,19 +128,19 @@ class Reducer:
         self._held: list[Tensor] | None = None
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass, perhaps the ``last``, of a step that is cut so."""
+        """Return a context for one pass of a step with this ``cut``; ``last``: it is the step's last pass."""
         return nullcontext()
 
     def forward(self, work: Callable[[], Found]) -> Found:
-        """Return what ``work`` returns: the loss of a pass."""
+        """Run ``work``, which computes the loss of a pass, and return its result."""
         return self._root(work)  # type: ignore[no-any-return]
 
     def call(self, work: Callable[[], Found]) -> Found:
-        """Return what ``work`` returns, which calls the model outside of a step."""
+        """Run ``work``, which calls the model outside of a step, and return its result."""
         return work()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a pass to the step's."""
+        """Add the gradient of a pass to the step's gradient."""
         loss.backward()
 
     def reduce(self) -> Number:
@@ -153,16 +153,16 @@ class Reducer:
         return number(norm_of(self.held()))
 
     def held(self) -> list[Tensor]:
-        """Return what this rank holds of all gradients, in its own memory; they are looked for once a step."""
+        """Return this rank's parts of all gradients as local tensors; collected once per step."""
         if self._held is None:
             for parameter in self.parameters:
-                if parameter.grad is None:  # has no part in the loss: a zero, as it is where some rank has no samples
+                if parameter.grad is None:  # unused in the loss: zero, as if some rank had no samples
                     parameter.grad = torch.zeros_like(parameter)
             self._held = [local(parameter.grad) for parameter in self.parameters]
         return self._held
 
     def step(self, factor: Number) -> None:
-        """Multiply the summed gradient, step the optimizer, drop the gradient."""
+        """Multiply the summed gradient by ``factor``, step the optimizer, drop the gradient."""
         multiply(self.held(), factor)
         self._held = None
         self.tuned.optimizer.step()
@@ -175,7 +175,7 @@ class Reducer:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within, an error of torch's is raised as a UserError that says what to do, where there is one."""
+        """Turn an error of torch's that ``explain`` knows into a UserError with a fix."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
@@ -184,16 +184,16 @@ class Reducer:
             raise
 
     def explain(self, text: str) -> UserError | None:
-        """Return what to say for an error of a forward or a backward, by its text; None: nothing better."""
+        """Return the UserError for the error ``text`` of a forward or a backward; None if the text is unknown."""
         if "Expected more than 1 value per channel" not in text:
             return None
-        problem = "BatchNorm has no statistics of a single sample, which a micro-batch is here"
-        ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N, which takes them from N samples on any hardware"
+        problem = "BatchNorm needs more than one sample, and a micro-batch has one"
+        ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N, which takes statistics of N samples on any hardware"
         return UserError(problem, f"use a larger batch.per_gpu or batch.global_size, or {ghosts}", "batch.per_gpu")
 
 
 def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
-    """Return ``scale``, with what clips a gradient whose norm is then ``norm``."""
+    """Return ``scale`` times the clipping factor of a gradient whose scaled norm is ``norm``."""
     if clip_norm is None:
         return scale
     limit = clip_norm / (norm + 1e-6)
@@ -201,7 +201,7 @@ def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
 
 
 def multiply(gradients: list[Tensor], factor: Number) -> None:
-    """Multiply all of them by ``factor``, in place; for those that are in the host's memory it is brought there."""
+    """Multiply ``gradients`` by ``factor`` in place; the factor is moved to the gradients' device."""
     if isinstance(factor, Tensor):
         torch._foreach_mul_(gradients, factor.float().to(gradients[0].device))
     elif factor != 1.0:
@@ -209,7 +209,7 @@ def multiply(gradients: list[Tensor], factor: Number) -> None:
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
-    """Return the norm of all of them together, 0-dim float64."""
+    """Return the norm of all gradients together, 0-dim float64."""
     gradients = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
@@ -217,5 +217,5 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
 
 
 def number(scalar: Tensor) -> Number:
-    """Return a float, where a look at it doesn't wait for a device."""
+    """Return a CPU tensor as a float; leave a tensor on a device as it is, so that nothing waits for the device."""
     return scalar.item() if scalar.is_cpu else scalar

@@ -1,8 +1,8 @@
-"""Let what ranks tell each other of a step travel with the gradient: notes, and what BatchNorm layers found.
+"""Send notes and BatchNorm statistics to the other ranks along with the gradient.
 
-A note is the gradient of a small extra parameter, so it travels in the engine's own reduction and costs no message. In
-fp32 a mean over ranks isn't exact. So units go twice: as their deviation from the plan, which is exactly 0 where the
-plan is met, and as they are, which is right to rounding where they are few, and exactly 0 where there are none.
+A note is the gradient of a small extra parameter, so the engine's own reduction sums it and it costs no message. In
+fp32 a mean over ranks isn't exact, so units are sent twice. Their deviation from the plan is exactly 0 if the plan is
+met. Their number is accurate to rounding if it is small, and exactly 0 if there are none.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FIELDS = ("loss", "units", "deviation", "stop", "save")
 
 
 class Riders:
-    """Gradients of extra parameters, which are summed over passes and ranks as those of the model.
+    """Gradients of extra parameters, summed over passes and ranks like the model's gradients.
 
-    Either they ride in the reduction of the model's gradients, or in the message that sums the gradient's norm.
+    They travel in the reduction of the model's gradients, or in the message that sums the gradient's norm.
 
     Attributes:
-        parameters: whose gradients they are; the note's is the first. They belong to no optimizer, norm or checkpoint.
+        parameters: the extra parameters, the note's first. They are in no optimizer, norm or checkpoint.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
@@ -36,17 +36,17 @@ class Riders:
         self.parameters = [self._note, *([self._statistics.sums] if self._statistics else [])]
 
     def ride_in(self, root: nn.Module, mean_over: int) -> None:
-        """Ride with the gradients of the parameters of ``root``, whose sums are divided by ``mean_over``."""
+        """Add the riders to the parameters of ``root``, whose summed gradients are divided by ``mean_over``."""
         self._rides, self._mean_over = True, mean_over
         root.add_module("riders", nn.ParameterList(self.parameters))
 
     def begin(self) -> None:
-        """Before a forward."""
+        """Reset the statistics of the pass; called before each forward."""
         if self._statistics:
             self._statistics.begin()
 
     def attach(self, loss: Tensor) -> Tensor:
-        """Return ``loss``, with whose backward what this pass has to say is told."""
+        """Attach the note and the statistics of this pass to the backward of ``loss``."""
         if self._statistics and self._rides:
             loss = attach(loss, self._statistics.sums, self._statistics.of_this_pass())
         elif self._statistics:
@@ -54,11 +54,11 @@ class Riders:
         return attach(loss, self._note, self._outgoing) if self._rides else loss
 
     def write(self, note: Note) -> None:
-        """Set the note of the coming backward."""
+        """Set the note that the next backward sends."""
         loss, rest = note.loss.detach(), (note.units, note.units - note.expected_units, note.stop, note.save)
         if self._outgoing.is_cpu:
             self._outgoing.copy_(torch.tensor((loss.item(), *rest)))
-        else:  # without a wait for the device, and in as few operations as can be
+        else:  # without waiting for the device, and in few operations
             known = [0.0 if isinstance(number, Tensor) else float(number) for number in rest]
             self._outgoing[1:].copy_(torch.tensor(known), non_blocking=True)
             for index, number in enumerate((loss, *rest)):
@@ -68,7 +68,7 @@ class Riders:
             accumulate(self._note, self._outgoing)
 
     def total(self, square: Tensor, *more: Tensor) -> Tensor:
-        """Return ``square`` (0-dim) summed over all ranks, by one message; riders and ``more`` are summed in place."""
+        """Sum ``square`` (0-dim), the riders and ``more`` over all ranks in one message, the last two in place."""
         riding = [*(rider.grad for rider in self.parameters if rider.grad is not None), *more]
         message = torch.cat([square.reshape(1).double(), *(one.reshape(-1).double() for one in riding)])
         self._world.sum(message)
@@ -77,7 +77,7 @@ class Riders:
         return message[0]
 
     def take(self, expected_units: int) -> Total:
-        """Return the notes of a step that is expected to have ``expected_units``, summed; leave none behind."""
+        """Return and reset the sum of the notes of a step of ``expected_units``."""
         assert self._note.grad is not None, "no backward since the last take"
         numbers = self._note.grad.double() * self._mean_over
         self._note.grad = None
@@ -88,7 +88,7 @@ class Riders:
         return Total(loss, units if few else planned, stop, save)
 
     def settle(self, keep: bool) -> None:
-        """End the step: move the running statistics of BatchNorm layers; without ``keep`` forget what they found."""
+        """Update the running statistics of BatchNorm layers, or drop the step's statistics if ``keep`` is false."""
         if self._statistics and keep:
             self._statistics.update()
         elif self._statistics:
@@ -96,13 +96,13 @@ class Riders:
 
 
 def attach(loss: Tensor, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """Return `loss` unchanged; its backward adds to the gradient of `parameter` what `gradient` holds by then."""
+    """Return `loss` unchanged; its backward adds the value that `gradient` then has to the gradient of `parameter`."""
     attached: Tensor = _Attach.apply(loss, parameter, gradient)  # type: ignore[no-untyped-call]
     return attached
 
 
 def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add `gradient` to that of `parameter`, as a backward does."""
+    """Add `gradient` to the gradient of `parameter`, as a backward does."""
     parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
 
 

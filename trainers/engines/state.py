@@ -1,4 +1,4 @@
-"""What an engine keeps between steps, as a checkpoint holds it: weights, their average, the optimizer's state."""
+"""The state of an engine between steps, as saved in a checkpoint: weights, their average, the optimizer's state."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from isobatch.trainers.tensors.slices import EVAL, Reader, Slice
 
 
 class State:
-    """The state of a model and its optimizer over all ranks; ``average`` is None where no ``ema`` is kept."""
+    """The state of a model and its optimizer over all ranks; ``average`` is None without ``ema``."""
 
     def __init__(self, parts: Parts, reducer: Reducer, loss_scale: LossScale | None, ema: bool) -> None:
         self._model, self._world, self._names = parts.model, parts.world, parts.names
         self._storage, self._loss_scale = reducer.storage, loss_scale
         self._optimizer: Any = reducer.tuned.optimizer
         self._by_parameter: dict[Tensor, str] = {parameter: name for name, parameter in parts.model.named_parameters()}
-        # Other weights are evaluated than are stepped, as by schedule-free methods; torch's own have no such methods.
+        # Schedule-free optimizers evaluate other weights than they step; torch's own optimizers have no such methods.
         modes = (getattr(self._optimizer, "train", None), getattr(self._optimizer, "eval", None))
         self._has_modes = all(map(callable, modes))
         if self._has_modes:
-            self._optimizer.train()  # type: ignore[attr-defined]  # some begin in eval mode
+            self._optimizer.train()  # type: ignore[attr-defined]  # some start in eval mode
         self.average = Average(self._trained(), self._storage.refresh) if ema else None
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
-        """Within, the model has the weights that the optimizer evaluates; called by all ranks, between two steps.
+        """Put the optimizer's evaluation weights into the model; called by all ranks, between two steps.
 
-        ``eval()`` and then ``train()`` would round, so the weights are put back, bit by bit.
+        ``eval()`` followed by ``train()`` rounds, so the training weights are copied back afterwards, bit by bit.
         """
         if not self._has_modes:
             yield
@@ -53,24 +53,24 @@ class State:
             self._world.share(buffer)
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return dtype and shape of what every checkpoint has: ``model/<name>`` and ``ema/<name>``."""
+        """Return dtype and shape of the tensors in every checkpoint: ``model/<name>`` and ``ema/<name>``."""
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._always().items()}
 
     def slices(self) -> Iterator[Slice]:
-        """Yield this rank's part of what a checkpoint holds; the parts of all ranks are everything, once.
+        """Yield this rank's slices of a checkpoint; the slices of all ranks cover every tensor exactly once.
 
-        Called by all ranks after the same step: ranks may talk to each other.
+        All ranks call it after the same step, since it may communicate.
         """
-        self.share_buffers()  # rank 0's running statistics are those of the run
+        self.share_buffers()  # the run's running statistics are those of rank 0
         state = {**self._always(), **self._optimizer_state()[0], **self._evaluated()}
         return slices_of(state, self._world.rank, self._world.size)
 
     def values(self) -> dict[str, Any]:
-        """Return what isn't a tensor, as JSON; the same on all ranks."""
+        """Return the state that isn't a tensor, as JSON values; the same on all ranks."""
         return self._optimizer_state()[1]
 
     def restore(self, reader: Reader) -> None:
-        """Resume from a checkpoint, of any engine and number of ranks."""
+        """Restore a checkpoint that any engine wrote, on any number of ranks."""
         with torch.no_grad():
             for name, tensor in self._always().items():
                 fill(tensor, reader, name)
@@ -78,16 +78,16 @@ class State:
             restore_optimizer(self._optimizer, self._by_parameter, reader, read)
 
     def whole(self, name: str) -> Tensor:
-        """Return a tensor of ``layout`` on all ranks, which call this alike."""
+        """Return the whole tensor ``name`` of ``layout`` on every rank; called by all ranks in the same order."""
         return gathered(self._always()[name])
 
     def _trained(self) -> dict[str, Tensor | Part]:
-        """Return what this rank holds of the parameters that are trained."""
+        """Return this rank's parts of the trained parameters."""
         trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         return {name: part for name, part in self._storage.parts().items() if name in trained}
 
     def _evaluated(self) -> dict[str, Any]:
-        """Return the weights that the optimizer evaluates, where these are others; nothing restores them."""
+        """Return the optimizer's evaluation weights if they differ from the trained ones; they are never restored."""
         if not self._has_modes:
             return {}
         with self.eval_weights():
@@ -105,19 +105,19 @@ class State:
 
 
 class Average:
-    """The moving average of parameters, those that are trained; at the start it is what they are.
+    """The moving average of the trained parameters, initialised with the parameters.
 
     After each step: average ← decay × average + (1 − decay) × weights. The decay of a step is 0.5^(global batch /
     half-life), both in samples, so that the average forgets at the same pace whatever the batch.
 
     Args:
-        named: what this rank holds of the parameters.
-        refresh: lets the model compute with what was put into ``named``, where that isn't one thing; called by all
-            ranks.
+        named: this rank's parts of the parameters.
+        refresh: copy the parts in ``named`` to the weights that the model computes with, if these are separate;
+            called by all ranks.
 
     Attributes:
-        tensors: the averages by name, on the parameters' devices: float32 where a parameter has fewer bits (the small
-            part of a step would be rounded away), else of its dtype.
+        tensors: the averages by name, on the parameters' devices, in the dtype of the parameter, but at least
+            float32: fewer bits would round the small change of a step away.
     """
 
     def __init__(self, named: Mapping[str, Tensor | Part], refresh: Callable[[], None] = lambda: None) -> None:
@@ -127,15 +127,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Take in what the parameters are now."""
+        """Update the average with the current parameters."""
         averages = self._averages()
         weights = [local(p).to(average.dtype) for p, average in zip(self._parameters, averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def swapped(self) -> AbstractContextManager[None]:
-        """Within, the parameters hold the average (rounded to their dtype); after it, bit by bit what they held before.
+        """Put the average, rounded to their dtype, into the parameters; copy the parameters back afterwards.
 
-        Takes as much memory again as the parameters have: between two steps, when there are no gradients.
+        It needs the memory of one more copy of the parameters, between two steps, when there are no gradients.
         """
         weights = [local(parameter) for parameter in self._parameters]
         return _replaced(weights, lambda: _copy(weights, self._averages()), self._refresh)
@@ -146,14 +146,14 @@ class Average:
 
 @contextmanager
 def _replaced(weights: list[Tensor], replace: Callable[[], object], refresh: Callable[[], None]) -> Iterator[None]:
-    """Within, ``weights`` are what ``replace`` makes of them; afterwards what they were before."""
+    """Let ``replace`` change ``weights``; copy the previous values back afterwards."""
     kept = [weight.clone() for weight in weights]
     try:
         replace()
         refresh()
         yield
     except BaseException:
-        _copy(weights, kept)  # and no message: other ranks may be elsewhere
+        _copy(weights, kept)  # without refresh, which communicates: the other ranks may not be here
         raise
     _copy(weights, kept)
     refresh()

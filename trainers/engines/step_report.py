@@ -1,4 +1,4 @@
-"""What ranks tell each other of a step, and what comes of it."""
+"""The notes that ranks exchange about a step, and the result of the step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Number = float | Tensor
-"""A float on the CPU; elsewhere, where a look would wait for the device, a 0-dim float64 tensor on it."""
+"""A float on the CPU; on an accelerator a 0-dim float64 tensor, since reading it would wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What one pass of one rank has to say.
+    """The report of one pass of one rank.
 
     Attributes:
-        loss, units: sum of the losses over its units, and their number.
-        expected_units: as many as the plan expects of it.
+        loss, units: sum of the losses over the pass's units, and their number.
+        expected_units: number of units that the plan expects of the pass.
         stop: this rank was asked to stop.
-        save: this rank says that it's time for a checkpoint.
+        save: this rank asks for a checkpoint.
     """
 
     loss: Tensor
@@ -35,8 +35,8 @@ class Total:
 
     Attributes:
         loss: sum of the losses over all units of the global batch.
-        units: their number.
-        stop, save: above 0 where some rank was asked to stop, or says that it's time for a checkpoint.
+        units: number of units of the global batch.
+        stop, save: above 0 if any rank was asked to stop, or asks for a checkpoint.
     """
 
     loss: Number
@@ -45,9 +45,9 @@ class Total:
     save: Number
 
     def scale(self, expected_units: int) -> Number:
-        """What the sum of gradients, divided by ``expected_units`` already, is short of the mean over the units.
+        """Return the factor from the summed gradient, already divided by ``expected_units``, to the mean over units.
 
-        Not finite where the loss isn't: then no gradient of this step can be used.
+        It isn't finite if the loss isn't, since the step's gradient can't be used then.
         """
         if isinstance(self.units, Tensor):
             return expected_units / self.units + 0 * self.loss
@@ -56,12 +56,12 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one optimizer step found.
+    """The result of one optimizer step.
 
     Attributes:
-        grad_norm: of the whole normalised gradient, before clipping.
-        skipped: it wasn't finite, and nothing was changed.
-        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None where it wasn't measured.
+        grad_norm: norm of the whole normalised gradient, before clipping.
+        skipped: the gradient wasn't finite, and nothing was changed.
+        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None if it wasn't measured.
     """
 
     grad_norm: Number

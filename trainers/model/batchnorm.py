@@ -1,8 +1,8 @@
-"""BatchNorm whose statistics, and their running averages, don't depend on how many ranks and passes a batch took.
+"""BatchNorm whose statistics and running averages don't depend on the number of ranks and passes of a batch.
 
-Layers are given another class in place: names, sharing and hooks stay. What the passes of a step find of means and
-variances travels as the note does (engines/riders.py): as the gradient of an extra parameter, at no cost.
-After the step all ranks move their running statistics alike, once, by the mean over all groups of the global batch.
+The class of each layer is replaced in place, so names, sharing and hooks stay. The means and variances of a step's
+passes travel as the gradient of an extra parameter, like the note (engines/riders.py), and cost no message.
+After the step all ranks update their running statistics once, by the mean over all groups of the global batch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from isobatch.trainers.model.over_ranks import normalise_over_ranks
 from isobatch.trainers.model.precision import widened
 from isobatch.trainers.model.randomness import Stream
 
-FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that do nothing else
+FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # forwards that only normalise
 
 
 class Counting(_BatchNorm):
-    """A BatchNorm that tells ``Statistics`` what it finds, and leaves its running statistics alone.
+    """A BatchNorm that reports its statistics to ``Statistics`` and doesn't update its running statistics.
 
     Attributes:
-        name: in the model.
-        does_more: its class has a forward of its own, say with an activation: in it the normalising alone is replaced.
-        found: sums over ``groups`` (0-dim) of their means and unbiased variances, [2, C], in this pass; None: not kept.
+        name: the layer's name in the model.
+        does_more: its class has its own forward, such as one with an activation. Only the normalisation in it is
+            replaced.
+        found: the sums over ``groups`` (0-dim) of means and unbiased variances in this pass, [2, C]; None: not kept.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Counting(_BatchNorm):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalise(self, input: Tensor) -> Tensor:
-        # not compiled: the loop over ghosts would be compiled again for each number of samples
+        # not compiled: the loop over ghosts would be recompiled for each number of samples
         if self.does_more:
             with _Instead(self):
                 return super().forward(input)
@@ -52,17 +53,17 @@ class Counting(_BatchNorm):
         return self.normalised(input)
 
     def normalised(self, input: Tensor) -> Tensor:
-        """``input`` by statistics of its own."""
+        """Return ``input`` normalised by its own statistics."""
         raise NotImplementedError
 
     def tell(self, statistics: Tensor) -> None:
-        """Take in means and unbiased variances: [groups, 2, C]."""
+        """Add means and unbiased variances, [groups, 2, C], to ``found``."""
         if self.found is not None:
             self.groups.add_(len(statistics))
             self.found.add_(statistics.sum(0))
 
     def in_parts(self, input: Tensor, rows: int) -> Tensor:
-        """Normalise every ``rows`` consecutive rows by themselves."""
+        """Normalise each run of ``rows`` consecutive rows by itself."""
         parts = input.split(rows)
         like = next(tensor for tensor in (self.running_mean, self.weight, input) if tensor is not None)
         statistics = like.new_zeros(len(parts), 2, self.num_features)
@@ -75,7 +76,7 @@ class Counting(_BatchNorm):
 
 
 class _Instead(TorchFunctionMode):
-    """Within, ``F.batch_norm`` is what ``layer`` does, and its steps aren't counted."""
+    """Replace ``F.batch_norm`` by ``layer.normalised``, and don't count the layer's steps."""
 
     def __init__(self, layer: Counting) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class _Instead(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
             self._used = True
-            return self._layer.normalised(args[0] if args else kwargs["input"])  # here the mode is off
+            return self._layer.normalised(args[0] if args else kwargs["input"])  # torch switches the mode off here
         if func is Tensor.add_ and args[0] is self._layer.num_batches_tracked:
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -98,9 +99,9 @@ class _Instead(TorchFunctionMode):
 
 
 class Ghosts(Counting):
-    """Normalises ghosts, ``ghost_size`` consecutive samples each, which no cut parts.
+    """Normalise ghosts of ``ghost_size`` consecutive samples, which no cut splits.
 
-    The rows of its input have to be a multiple of the micro-batch's samples, in their order; else they are one group.
+    The rows of the input have to be a multiple of the micro-batch's samples, in their order; else they are one group.
     """
 
     ghost_size: int
@@ -115,7 +116,7 @@ class Ghosts(Counting):
 
 
 class Synced(Counting):
-    """Normalises one pass over all ranks, each of which has to call it as often, and in the same order."""
+    """Normalise one pass over all ranks, which have to call the layers equally often and in the same order."""
 
     ranks: int
 
@@ -124,12 +125,12 @@ class Synced(Counting):
             return self.in_parts(input, len(input))
         output: Tensor
         output, statistics = normalise_over_ranks(input, self.weight, self.bias, self.eps, self.ranks)
-        self.tell(statistics)  # all ranks the same, which their mean is, too
+        self.tell(statistics)  # the same on all ranks, and so is their mean
         return output
 
 
 class Statistics:
-    """Bring together what all ranks and passes of a step have found, and move the running statistics of ``layers``."""
+    """Combine the statistics of all ranks and passes of a step, and update the running statistics of ``layers``."""
 
     def __init__(self, layers: list[Any], device: torch.device) -> None:
         self._layers = layers
@@ -144,54 +145,54 @@ class Statistics:
         self.sums = nn.Parameter(self.of_this_pass())
 
     def begin(self) -> None:
-        """Before a pass: forget the one before it, and what its backward has computed again."""
+        """Reset the statistics before a pass; those of the previous pass include its recomputed activations."""
         torch._foreach_zero_([*(layer.groups for layer in self._layers), *self._found])
 
     def of_this_pass(self) -> Tensor:
-        """Return the numbers of groups, then means and variances, layer by layer."""
+        """Return the numbers of groups of this pass, then its means and variances, layer by layer."""
         groups = torch.stack([layer.groups for layer in self._layers])
         return torch.cat((groups, *(found.reshape(-1) for found in self._found)))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the running statistics by the mean over all groups of the step; a layer that had none stays.
+        """Update the running statistics by the mean over all groups of the step; unused layers don't change.
 
-        Sums and their numbers may have been divided by the ranks, both.
+        The sums and the numbers of groups may both be divided by the number of ranks.
         """
         assert self.sums.grad is not None, "no backward since the last update"
         groups, found = self.sums.grad.split([len(self._layers), len(self.sums) - len(self._layers)])
-        any_there = groups > 0
+        used = groups > 0
         self.sums.grad = None
         counts = [layer.num_batches_tracked for layer in self._layers]
         buffers = [buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var)]
-        tracked = torch.stack(counts) + any_there
-        momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * any_there
-        means = found / self._each(torch.where(any_there, groups, 1.0))
+        tracked = torch.stack(counts) + used
+        momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * used
+        means = found / self._each(torch.where(used, groups, 1.0))
         moved = torch.cat(buffers).to(found).lerp(means, self._each(momentum.to(found)))
         torch._foreach_copy_(counts, list(tracked))
         torch._foreach_copy_(buffers, list(moved.split([len(buffer) for buffer in buffers])))
 
     def _each(self, values: Tensor) -> Tensor:
-        """A layer's value for each of its means and variances."""
+        """Repeat each layer's value for each of its means and variances."""
         return values.repeat_interleave(self._widths, output_size=len(self.sums) - len(self._layers))
 
 
 def settled(model: nn.Module) -> bool:
-    """Whether every buffer of ``model`` is one that is moved alike on all ranks."""
+    """Return whether all buffers of ``model`` are updated identically on all ranks."""
     layers = [layer for layer in model.modules() if isinstance(layer, Counting)]
     return {*map(id, model.buffers())} <= {id(buffer) for layer in layers for buffer in layer.buffers()}
 
 
 def statistics_of(model: nn.Module, device: torch.device) -> Statistics | None:
-    """Return those of the layers that keep running statistics, on ``device`` already; None where none does."""
+    """Return the statistics of the layers that keep running statistics; None if no layer does."""
     layers = [layer for layer in model.modules() if isinstance(layer, Counting) and layer.running_mean is not None]
     return Statistics(layers, device) if layers else None
 
 
 def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, stream: Stream, ranks: int) -> nn.Module:
-    """Make every BatchNorm of ``model`` normalise as ``mode`` says: ghost, sync, or as it does (None).
+    """Make every BatchNorm of ``model`` normalise by ``mode``: ghost or sync; None changes nothing.
 
-    Those that stay in eval mode are left as they are.
+    Layers that stay in eval mode aren't changed.
     """
     kind = Ghosts if mode == "ghost" else Synced
     state: dict[str, Any] = {"found": None, "ranks": ranks, "ghost_size": ghost_size, "stream": stream}

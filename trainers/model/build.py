@@ -1,4 +1,4 @@
-"""What a run does to the model that it trains, and what in it makes the run depend on its cut."""
+"""Prepare the model for training, and find the modules that make the run depend on its cut."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from isobatch.trainers.model.randomness import Stream
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
-    """Return what in ``model``, in its mode, makes training depend on the cut, as far as its modules tell."""
+    """Return the reasons why training ``model`` in its current mode depends on the cut, judged by its modules."""
     training = {name: module for name, module in model.named_modules() if module.training}
     norms = [m for m in training.values() if isinstance(m, _BatchNorm) and not isinstance(m, Counting)]
     inside = {name: m for name, m in training.items() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)}
     dropping = [name for name, module in inside.items() if module.dropout > 0]
     ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
-    told = {
+    reasons = {
         f"{counted(len(norms), 'BatchNorm layer')} with statistics of one micro-batch: {ghosts}": norms,
         f"dropout inside of {', '.join(dropping)}, which isn't an nn.Dropout": dropping,
     }
-    return [reason for reason, found in told.items() if found]
+    return [reason for reason, found in reasons.items() if found]
 
 
 def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> nn.Module:
-    """Make ``model``, in place, follow the samples as far as it can, and be computed as the config says; return it.
+    """Prepare ``model`` in place and return it: keyed dropout, BatchNorm mode, compilation and recomputation.
 
     Raises:
-        UserError: ``recompute`` matches no module, or there is no compiler.
+        UserError: ``recompute`` matches no module, or ``compile`` finds no compiler.
     """
     mode = config.batchnorm.mode
     if mode is None and config.numerics == "bitwise":
-        mode, ranks = "sync", 1  # statistics of one micro-batch, which no number of ranks changes
+        mode, ranks = "sync", 1  # statistics of one micro-batch, on any number of ranks
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if 0 in buffer.stride():  # expanded: ranks can't write to its elements one by one
+            if 0 in buffer.stride():  # expanded: its elements share memory, so it can't be received in place
                 module._buffers[name] = buffer.contiguous()
     model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
-        model.forward = torch.compile(model.forward)  # model.compile() leaves out torch's own, as nn.Sequential
+        model.forward = torch.compile(model.forward)  # model.compile() skips torch's own modules, such as nn.Sequential
     recompute(model, config.recompute, compiled=config.compile)
     return model
 
@@ -61,15 +61,15 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
 def _want_compiler(device: torch.device) -> None:
     names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if not any(map(which, names)):
-        problem = f"compile=true needs the compiler {names[0]}, which isn't here"
+        problem = f"compile=true needs the compiler {names[0]}, which isn't installed"
         raise UserError(problem, "install it, or leave compile out", "compile", True)
 
 
 def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False) -> None:
-    """Let the outermost modules that a pattern matches compute their activations again in the backward.
+    """Recompute the activations of the outermost modules that match a pattern in the backward.
 
     Args:
-        compiled: each of them is compiled, by itself.
+        compiled: compile each of these modules by itself.
     """
     modules = matching(model, patterns, "recompute")
     names = modules.keys()
@@ -78,13 +78,13 @@ def recompute(model: nn.Module, patterns: Sequence[str], compiled: bool = False)
 
 
 def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` whose names one of ``patterns`` matches, in the order of their registration.
+    """Return the modules of ``model`` whose names match one of ``patterns``, in the order of their registration.
 
     Args:
-        key: of the config, for errors.
+        key: the config key, for errors.
 
     Raises:
-        UserError: a pattern matches none.
+        UserError: a pattern matches no module.
     """
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and is_called(m)}
     matched = {pattern: fnmatch.filter(modules, pattern) for pattern in patterns}
@@ -92,31 +92,31 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
         parents = [f"{name.rpartition('.')[0]}.*" for name in modules if "." in name]
         near = get_close_matches(pattern, [*modules, *dict.fromkeys(parents)], n=3, cutoff=0.4) or list(modules)[:3]
         fix = f"did you mean {' or '.join(near)}?"
-        raise UserError(f"{key}={pattern} is the name of no module of the model", fix, key, pattern)
-    wanted = {name for names in matched.values() for name in names}
-    return {name: module for name, module in modules.items() if name in wanted}
+        raise UserError(f"{key}={pattern} matches no module of the model", fix, key, pattern)
+    chosen = {name for names in matched.values() for name in names}
+    return {name: module for name, module in modules.items() if name in chosen}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # not compiled itself: such code doesn't restore the generator by which masks are known again
+    # not compiled: compiled checkpoints don't restore the generator state that identifies a mask
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def is_called(module: nn.Module) -> bool:
-    """Return whether it has a forward; a ModuleList has none."""
+    """Return whether ``module`` has a forward; a ModuleList has none."""
     return type(module).forward is not nn.Module.forward
 
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers of ``model`` to ``device``; its parameters stay where they are."""
+    """Move the buffers of ``model`` to ``device``, but not its parameters."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Return the model's state_dict in groups: tensors that share all of their memory are together."""
+    """Return the model's state_dict, grouped by memory: tensors that share all of their memory form one group."""
     groups: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
@@ -126,8 +126,8 @@ def tied(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by the first of their names. Raises UserError where it keeps no tensor."""
+    """Return parameters and buffers by their first name. Raise UserError if the state_dict has another value."""
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            raise UserError(f"the model keeps a {type(value).__name__} as {name}; a checkpoint holds a model's tensors")
+            raise UserError(f"the model keeps a {type(value).__name__} as {name}; a checkpoint holds tensors only")
     return {next(iter(group)): next(iter(group.values())) for group in tied(model)}

@@ -9,10 +9,10 @@ from isobatch.trainers.model.randomness import STREAMS, Stream
 
 
 def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: bool) -> Tensor:
-    """Return ``Stream.keys`` for each row of an input, and where in its sample's mask a row begins: int32 [3, rows, 1].
+    """Return ``Stream.keys`` and the offset into the sample's mask for each row of an input: int32 [3, rows, 1].
 
     Args:
-        elements: of a row.
+        elements: number of elements of a row.
         channels: each sample has to be one row.
     """
     if misfits(stream, layer, rows, channels):
@@ -25,7 +25,7 @@ def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: boo
 
 
 def misfits(stream: Stream, layer: int, rows: int, channels: bool) -> bool:
-    """Return whether the rows of a layer's input aren't a multiple of the samples; report it if so."""
+    """Return whether the rows of a layer's input aren't a multiple of the samples, and report it."""
     misfit = not stream.samples or bool(rows % stream.samples) or (channels and rows != stream.samples)
     if misfit:
         name = stream.names.get(layer) or "model"
@@ -35,10 +35,10 @@ def misfits(stream: Stream, layer: int, rows: int, channels: bool) -> bool:
 
 @torch.library.custom_op("isobatch::mask_keys", mutates_args=("clock",))
 def mask_keys(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, stream: int) -> Tensor:
-    """``row_keys`` as a compiler sees it, which is to look at nothing that changes between two forwards.
+    """Wrap ``row_keys`` in an operator, so that compiled code reads nothing that changes between two forwards.
 
-    The number of samples does: code that looked at it would be compiled again for each. The compiler is told that the
-    clock moves, so that calls stay as many as they are, and in their order.
+    The number of samples changes: code that read it would be recompiled for each. The operator mutates the clock, so
+    the compiler keeps all calls, in their order.
     """
     clock += 1
     return row_keys(STREAMS[stream], int(layer), rows, elements, channels)
@@ -52,7 +52,7 @@ def _(clock: Tensor, layer: Tensor, rows: int, elements: int, channels: bool, st
 def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
     """Return 31 uniform bits for each element of each row: int32 [rows, elements], by ``Stream.keys`` or ``row_keys``.
 
-    murmur3's finaliser twice over, with one key before each, in place. Logical shifts are spelled out.
+    Apply murmur3's finaliser twice, with one key before each, in place. Masks turn arithmetic shifts into logical ones.
     """
     places = torch.arange(elements, dtype=torch.int32, device=keys.device)
     if len(keys) == 3:
@@ -73,15 +73,15 @@ def _uniform_bits(keys: Tensor, elements: int) -> Tensor:
 class KeyedDropout(nn.Dropout):
     """nn.Dropout (and, with ``channels``, Dropout1d to 3d) whose mask follows the sample.
 
-    The rows of its input have to be a multiple of the micro-batch's samples, in their order (as [samples, …] and
-    [samples × tokens, …] are); for other inputs it falls back to torch's dropout, keyed by micro-batch.
+    The rows of its input have to be a multiple of the micro-batch's samples, in their order, such as [samples, …] or
+    [samples × tokens, …]. Other inputs fall back to torch's dropout, keyed by micro-batch.
     """
 
     def __init__(self, p: float, inplace: bool, stream: Stream, name: str, layer: int, channels: bool) -> None:
         super().__init__(p, inplace)
         self._stream, self._channels = stream, channels
         stream.names[layer] = name
-        self._layer = torch.tensor(layer)  # a compiler takes a number for a constant, and makes code for each layer
+        self._layer = torch.tensor(layer)  # an int would be a compile-time constant
 
     def forward(self, input: Tensor) -> Tensor:
         stream = self._stream
@@ -108,14 +108,14 @@ _SWAPPED = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropou
 
 
 def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
-    """Swap every dropout module of ``model`` for a keyed one, in place (a shared one stays shared)."""
+    """Replace every dropout module of ``model`` by a keyed one, in place; shared modules stay shared."""
     swapped: dict[nn.Module | None, nn.Module] = {}
     for layer, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) in _SWAPPED:
             keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
             swapped[module] = keyed.train(module.training)
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() leaves out the second name of a shared one
+        for name, child in list(parent._modules.items()):  # named_children() omits the second name of a shared module
             if child in swapped:
                 setattr(parent, name, swapped[child])
     return swapped.get(model, model)

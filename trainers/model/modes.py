@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 TORCH = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
 # "norm" or "normalization" at the end of a word (LlamaRMSNorm, LayerNorm2d, LayerNormalization, MambaRMSNormGated; not
-# NormalizedLinear), and behind it nothing that says that the layer is another one, with a norm in it (WeightNormLinear,
+# NormalizedLinear), and no word after it that names another kind of layer, with a norm in it (WeightNormLinear,
 # PreNormBlock).
 NAME = re.compile(
     r"(norm|Norm|NORM)(ali[sz]ation)?(?![a-z])"
@@ -24,12 +24,12 @@ NAME = re.compile(
 class Modes:
     """Put a model into train mode, except for the submodules that stay in eval mode.
 
-    Of the outermost submodules in eval mode, one stays in eval mode, with all that is in it, if it is a normalisation
-    layer, or has parameters of which none is trained. Everything else is trained. So is all of a model that is in eval
-    mode as a whole, as ``from_pretrained`` of Hugging Face returns it.
+    An outermost submodule in eval mode stays in eval mode, with its own submodules, if it is a normalisation layer, or
+    if it has parameters and none is trained. Everything else is trained. So is a model that is in eval mode as a whole,
+    as Hugging Face's ``from_pretrained`` returns it.
 
     Attributes:
-        frozen: the names and modules of what stays in eval mode.
+        frozen: names and modules of the submodules that stay in eval mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +39,7 @@ class Modes:
         self._kept = {inner: inner.training for module in self.frozen.values() for inner in module.modules()}
 
     def train(self) -> None:
-        """Put the model into train mode, except for what stays in eval mode."""
+        """Put the model into train mode, except for the frozen submodules."""
         self._model.train()
         for module in self.frozen.values():
             module.eval()
@@ -47,7 +47,7 @@ class Modes:
             module.training = training
 
     def __contains__(self, module: nn.Module) -> bool:
-        """Tell whether ``module`` keeps its mode in training."""
+        """Return whether ``module`` keeps its mode in training."""
         return module in self._kept
 
 
@@ -66,12 +66,12 @@ def _stays(module: nn.Module) -> bool:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode; afterwards give each of its modules the mode that it had."""
+    """Put ``model`` into eval mode; restore the mode of each module afterwards."""
     modes, training = [(module, module.training) for module in model.modules()], model.training
     model.eval()
     yield
     if training:
-        model.train()  # a method of its own undoes what it did for eval mode, say merging adapters into weights
+        model.train()  # the model's own train() may undo its eval(), such as merging adapters into weights
     for module, mode in modes:
         module.training = mode
 
@@ -79,9 +79,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def is_norm(module: nn.Module) -> bool:
     """Return whether `module` is a normalisation layer.
 
-    It is one by its type (torch's, and subclasses), or by the name of its class or of one of that class's bases:
-    ``norm`` or ``normalization`` ends a word of it. Subclasses of torch's layers with matrices (nn.Linear, nn.Conv2d,
-    …) never are.
+    Instances of torch's normalisation layers are. So are modules whose class, or a base of it, has a name in which
+    ``norm`` or ``normalization`` ends a word. Subclasses of torch's layers with matrices (nn.Linear, nn.Conv2d, …)
+    never are.
 
     >>> is_norm(nn.InstanceNorm2d(3)), is_norm(nn.Linear(3, 3))
     (True, False)

@@ -1,4 +1,4 @@
-"""BatchNorm's arithmetic over all ranks, on the CPU, too."""
+"""BatchNorm over all ranks, also on the CPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from isobatch.trainers.model.precision import widened
 def normalise_over_ranks(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: int
 ) -> tuple[Tensor, Tensor]:
-    """Batch normalisation by the values of all ranks, which have to call it alike; its backward sends a message, too.
+    """Normalise a batch by the statistics of all ranks; all ranks have to call it, and its backward communicates, too.
 
     Args:
         input: [rows, C, …]; a rank may have no rows.
-        weight, bias: [C]; their gradients are this rank's own.
+        weight, bias: [C]; their gradients aren't summed over ranks.
 
     Returns:
         The output, like ``input``; mean and unbiased variance, [1, 2, C], without a gradient.
@@ -30,8 +30,8 @@ def normalise_over_ranks(
 
 
 class _OverRanks(torch.autograd.Function):
-    """The ranks' means and sums of squares about them are combined as in Chan et al. 1979 ("Updating Formulae and a
-    Pairwise Algorithm for Computing Sample Variances"): a difference of sums would cancel.
+    """Combine the ranks' means and sums of squared deviations as in Chan et al. 1979 ("Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances"): a difference of sums of squares would cancel.
     """
 
     @staticmethod
@@ -51,8 +51,8 @@ class _OverRanks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        entered, weight, mean, scale, count = ctx.saved_tensors
-        x, g = widened(entered), widened(grad)
+        inputs, weight, mean, scale, count = ctx.saved_tensors
+        x, g = widened(inputs), widened(grad)
         unit = (x - _along(mean, x)) * _along(scale, x)
         own = torch.stack((g.sum(_but_channels(g)), (g * unit).sum(_but_channels(g))))
         sums = own / count
@@ -60,18 +60,18 @@ class _OverRanks(torch.autograd.Function):
         back = g - _along(sums[0], x) - unit * _along(sums[1], x)
         back *= _along(scale if weight is None else scale * weight, x)
         by_weight, by_bias = (None, None) if weight is None else (own[1].to(weight), own[0].to(weight))
-        return back.to(entered), by_weight, by_bias, None, None
+        return back.to(inputs), by_weight, by_bias, None, None
 
 
 def _combined(x: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, sum of squares about it (both [C]) and number of the values of all ranks, float64."""
+    """Return mean and sum of squared deviations (both [C]) and number of the values of all ranks, float64."""
     channels, count = x.shape[1], x.numel() // x.shape[1]
-    mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
-    if count:  # a rank that has no values takes part with zeros
+    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)
+    if count:  # a rank without values contributes zeros
         variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
-        mine.copy_(torch.cat((mean, variance * count, mean.new_full((1,), count))))
-    everyone = mine.new_empty(ranks * len(mine))
-    dist.all_gather_single(everyone, mine)
+        own.copy_(torch.cat((mean, variance * count, mean.new_full((1,), count))))
+    everyone = own.new_empty(ranks * len(own))
+    dist.all_gather_single(everyone, own)
     means, squares, counts = everyone.view(ranks, -1).split((channels, channels, 1), 1)
     total = counts.sum()
     mean = (means * counts).sum(0) / total
@@ -83,5 +83,5 @@ def _but_channels(x: Tensor) -> list[int]:
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` [C] as they are broadcast over ``x`` [rows, C, …]."""
+    """Reshape ``values`` [C] to broadcast over ``x`` [rows, C, …]."""
     return values.to(x).view(-1, *[1] * (x.dim() - 2))

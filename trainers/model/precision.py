@@ -1,4 +1,4 @@
-"""What the forward computes in, and the factor on the loss that keeps gradients from vanishing in fp16."""
+"""The precision of the forward, and the loss scale that keeps gradients from vanishing in fp16."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Around a forward: autocast to ``precision``, whose losses stay in fp32; for fp32 nothing."""
+    """Return a context that runs a forward under autocast to ``precision``; losses stay in fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 class LossScale:
-    """The factor on the loss: halved where the gradient overflowed, doubled after 2,000 steps in a row without.
+    """The factor on the loss: halved if the gradient overflows, doubled after 2,000 steps in a row without overflow.
 
-    As in Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740; numbers as in torch.amp.GradScaler.
+    The method is of Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740; the constants are those of
+    torch.amp.GradScaler.
 
     Attributes:
-        state: the factor, and the steps since it was last changed: float64 [2], on the CPU; part of a checkpoint.
+        state: the factor and the number of steps since its last change: float64 [2], on the CPU; saved in checkpoints.
     """
 
     FIRST, LOWEST, PATIENCE = 2.0**16, 1.0, 2000
@@ -35,13 +36,13 @@ class LossScale:
         return float(self.state[0])
 
     def kept(self) -> None:
-        """Count a step that was finite; raise the factor after PATIENCE of them."""
+        """Count a step with a finite gradient; double the factor after PATIENCE of them."""
         self.state[1] += 1
         if self.state[1] == self.PATIENCE:
             self.state.copy_(torch.tensor([self.factor * 2, 0]))
 
     def lower(self) -> bool:
-        """Lower the factor, as a step wasn't finite; False: it can't be lower, and so isn't to blame."""
+        """Halve the factor after a step that wasn't finite. Return False if the factor is at its lowest already."""
         if self.factor <= self.LOWEST:
             return False
         self.state.copy_(torch.tensor([self.factor / 2, 0]))
@@ -49,5 +50,5 @@ class LossScale:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in at least 32 bits: sums of fewer are rounded, otherwise on each number of ranks."""
+    """Return ``tensor`` in at least 32 bits: the rounding of narrower sums depends on the number of ranks."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor

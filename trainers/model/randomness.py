@@ -1,8 +1,8 @@
 """Randomness that follows the sample, not the rank: the same masks however a global batch is cut.
 
-A mask is a function of (seed, the sample's position in the run, layer, call). Whatever else draws random numbers in a
-forward takes them from default generators, which are keyed by micro-batch: reproducible, not equal over cuts.
-What a dataset draws while it fetches one sample is keyed by that sample.
+A mask is a function of (seed, the sample's position in the run, layer, call). Other random numbers of a forward come
+from the default generators, which are keyed by micro-batch: reproducible, but not the same on another cut.
+Random numbers that a dataset draws while it fetches one sample are keyed by that sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 
-# What random numbers are for: part of every key.
+# The use of random numbers: part of every key.
 AUGMENT, FORWARD, MASK, SAMPLE, SAMPLES, COLLATE, EVALUATION = range(1, 8)
 
 
@@ -41,10 +41,10 @@ def generator_for(seed: int, position: int) -> torch.Generator:
 
 
 def key_generators(seed: int, position: int, use: int) -> int:
-    """Key Python's, numpy's and torch's default generators by a position of the run, and give the key.
+    """Key Python's, numpy's and torch's default generators by a position of the run, and return the key.
 
     Args:
-        use: one of FORWARD, SAMPLE, …: whatever draws at one position draws other numbers than the rest.
+        use: one of FORWARD, SAMPLE, …, so that different uses at one position draw different numbers.
     """
     key = mix(seed, position, use) >> 1
     random.seed(key)
@@ -59,7 +59,7 @@ def generator_of(device: torch.device | None) -> torch.Generator | None:
 
 
 def key_forward(seed: int, position: int, device: torch.device) -> int:
-    """Key the default generators, and that of ``device``, for the forward from a position of the run; give the key."""
+    """Key the default generators, also that of ``device``, for the forward at ``position``, and return the key."""
     key = key_generators(seed, position, FORWARD)
     if accelerator := generator_of(device):
         accelerator.manual_seed(key)
@@ -68,22 +68,22 @@ def key_forward(seed: int, position: int, device: torch.device) -> int:
 
 @contextmanager
 def generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put the default generators of Python, numpy and torch back; also that of an accelerator ``device``."""
+    """Restore the default generators of Python, numpy, torch and an accelerator ``device`` afterwards."""
     accelerator = generator_of(device)
-    pythons, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerators = accelerator.get_state() if accelerator else None
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator_state = accelerator.get_state() if accelerator else None
     try:
         yield
     finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)
-        torch.set_rng_state(torchs)
-        if accelerator and accelerators is not None:
-            accelerator.set_state(accelerators)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if accelerator and accelerator_state is not None:
+            accelerator.set_state(accelerator_state)
 
 
 def seed_generators(seed: int) -> None:
-    """Seed all default generators for what is drawn before the first step: by the task itself, for the weights."""
+    """Seed all default generators for the draws before the first step, such as the task's and the initial weights."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -94,33 +94,33 @@ def generators_state(
     pythons: random.Random = random._inst,  # type: ignore[attr-defined]
     numpys: np.random.RandomState = np.random.mtrand._rand,
 ) -> tuple[bytes, Any, bytes]:
-    """Return where three generators stand: the default ones, if not given."""
+    """Return the states of torch's, Python's and numpy's generators; by default of the default generators."""
     _, words, place, *_ = numpys.get_state(legacy=True)
     return bytes(torchs.get_state().numpy()), pythons.getstate(), np.asarray(words).tobytes() + str(place).encode()
 
 
 def evaluation_seed(seed: int) -> int:
-    """Return the seed of all random numbers in evaluations: none of them is one of training's."""
+    """Return the seed of all random numbers in evaluations, which differ from those of training."""
     return mix(seed, EVALUATION) >> 1
 
 
 class _Use:
-    """Training or evaluation, which a stream is used for; ``tell`` is called once with each reason."""
+    """The use of a stream, training or evaluation; ``tell`` is called once with each reason."""
 
     def __init__(self, seed: int, tell: Callable[[str], None]) -> None:
         self.seed, self.tell_once, self.forwards = seed, cache(tell), 0
 
 
 class Stream:
-    """Which samples the current forward is about; shared by all keyed layers of a model (dropout.py).
+    """The samples of the current forward; shared by all keyed layers of a model (dropout.py).
 
     Args:
-        tell: called with what makes the run depend on its cut, once for each reason, when it is first seen.
-        tell_of_evaluation: called likewise with what makes the values of evaluations depend on it; None: ``tell``.
+        tell: called once with each reason why the run depends on its cut, when it is first seen.
+        tell_of_evaluation: called once with each reason why evaluations depend on their cut; None uses ``tell``.
 
     Attributes:
-        samples: how many they are.
-        clock: int64, moves on with each draw, for compiled code: see dropout.py.
+        samples: number of samples of the current forward.
+        clock: int64, increased by each draw of compiled code: see dropout.py.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class Stream:
         self._use = self._training
         self.positions: Sequence[int] = range(0)
         self.samples = 0
-        self.draws = 0  # of keyed layers from torch's generator, in this forward
+        self.draws = 0  # from torch's generator, by keyed layers, in this forward
         self.clock = torch.zeros((), dtype=torch.int64)
-        self.names: dict[int, str] = {}  # of keyed layers
+        self.names: dict[int, str] = {}  # layer → name
         self.number = next(_NUMBERS)
         STREAMS[self.number] = self
         self._calls: dict[int, dict[int, int]] = {}
@@ -154,9 +154,9 @@ class Stream:
 
     @contextmanager
     def evaluating(self, rows: Sequence[int]) -> Iterator[None]:
-        """Key what is drawn within by ``rows`` of the validation data (at least one), which a forward evaluates.
+        """Key the draws of one evaluation forward by its ``rows`` of the validation data, at least one.
 
-        Training doesn't notice: it keys its own forwards by ``start``.
+        Training isn't affected: ``start`` keys its forwards.
         """
         self._use = self._evaluation
         try:
@@ -172,9 +172,9 @@ class Stream:
         self._key = key_forward(self._use.seed, first, self.device)
 
     def stop(self) -> None:
-        """End of the forward. Now and then: tell if anything but keyed layers has drawn random numbers in it."""
+        """End the forward. Sometimes check whether anything but keyed layers drew random numbers, and report it."""
         self._use.forwards = forwards = self._use.forwards + 1
-        if forwards & (forwards - 1):  # a look takes as long as a small layer: at the 1st, 2nd, 4th, 8th, …
+        if forwards & (forwards - 1):  # the check costs as much as a small layer: run it at the 1st, 2nd, 4th, 8th, …
             return
         untouched = torch.Generator().manual_seed(self._key)
         for _ in range(self.draws):
@@ -189,19 +189,19 @@ class Stream:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tell(self, reason: str) -> None:
-        """Report, once, why this run (while an evaluation runs: its values) isn't the same on another cut."""
+        """Report once why the run, or the evaluation that runs now, isn't the same on another cut."""
         self._use.tell_once(reason)
 
     def tell_of_evaluation(self, reason: str) -> None:
-        """Report, once, why the values of evaluations aren't the same on another cut."""
+        """Report once why the values of evaluations aren't the same on another cut."""
         self._evaluation.tell_once(reason)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keys(self, layer: int) -> Tensor:
-        """Return two 32-bit keys for each sample, for another call of a layer: int32 [2, samples, 1].
+        """Return two 32-bit keys per sample for the next call of a layer: int32 [2, samples, 1].
 
-        A layer that is called again in one forward needs another mask, a recomputed activation the same one. What tells
-        them apart is torch's own generator: checkpointing restores it before it recomputes.
+        A second call in one forward needs another mask, but a recomputed activation needs the same mask. A draw from
+        torch's generator tells them apart: checkpointing restores the generator before it recomputes.
         """
         self.draws += 1
         calls = self._calls.setdefault(layer, {})
@@ -212,8 +212,8 @@ class Stream:
 
 
 STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()
-"""Streams by their number: an operator that a compiler sees takes no objects."""
-_NUMBERS = count()  # never one that was another's
+"""Streams by their number: a custom operator can't take objects."""
+_NUMBERS = count()  # numbers are never reused
 
 
 def _int64(positions: Sequence[int]) -> Tensor:
@@ -223,12 +223,12 @@ def _int64(positions: Sequence[int]) -> Tensor:
 
 
 def _finalise64(words: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64; ``>>`` keeps the sign, so the copies of it are masked away."""
+    """Apply splitmix64's finaliser to int64; masks turn the arithmetic ``>>`` into a logical shift."""
     words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * -7723592293110705685
     return words ^ ((words >> 31) & ((1 << 33) - 1))
 
 
 def draw(generator: torch.Generator) -> int:
-    """Return a random integer, from the CPU: nothing waits for it."""
+    """Return a random integer drawn on the CPU, without waiting for a device."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))

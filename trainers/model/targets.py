@@ -1,4 +1,4 @@
-"""From a dotted ``_target_`` to the object it names, with errors that say what is wrong with it."""
+"""Import and build the object that a dotted ``_target_`` names, with errors that name the wrong part."""
 
 from __future__ import annotations
 
@@ -19,32 +19,36 @@ DOTTED = "write one such as my_package.my_module.MyClass"
 def locate(key: str, target: str) -> Any:
     """Import the object that ``target`` names; ``key`` is the config key, for errors.
 
-    It is ``package.module.Name``, or what a class there has: ``package.module.Name.from_config``.
+    ``target`` is ``package.module.Name``, or an attribute of a class: ``package.module.Name.from_config``.
 
     Raises:
-        UserError: the module or the name in it can't be found, or importing it failed (the real cause is shown).
+        UserError: the module or the name in it can't be found, or importing it failed (the message has the cause).
     """
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(f"{key}={target} is no dotted path", DOTTED, key, target)
+        raise UserError(f"{key}={target} isn't a dotted path", DOTTED, key, target)
     try:
         module: Any = importlib.import_module(module_name)
     except Exception as error:
-        above, _, called = module_name.rpartition(".")
-        owner = getattr(sys.modules.get(above), called, None)
-        if inspect.isclass(owner):  # whose module is imported, as it is before what is below it
+        parent, _, child = module_name.rpartition(".")
+        owner = getattr(sys.modules.get(parent), child, None)
+        if inspect.isclass(owner):  # the failed import has imported the parent, which has the class
             return _attribute(key, target, owner, name)
         problem = f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}"
         fix = ""
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             searched = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            fix = f"give the command where a run of it was started, or install it (searched: {', '.join(searched)})"
+            fix = f"start the command in the folder that has it, or install it (searched: {', '.join(searched)})"
         raise UserError(problem, fix, key, target) from error
     return _attribute(key, target, module, name)
 
 
 def import_engine_package(name: str) -> Any:
-    """Import the package named as the engine, and as the extra that installs it. Raises UserError where it can't."""
+    """Import the package of the engine ``name``; the extra that installs it has the same name.
+
+    Raises:
+        UserError: the package can't be imported.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -56,9 +60,9 @@ def _attribute(key: str, target: str, owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError:
-        near, where = get_close_matches(name, dir(owner), n=1), target.removesuffix(f".{name}")
-        hint = f"did you mean {where}.{near[0]}?" if near else ""
-        raise UserError(f"{key}={target}: {where} has no {name}", hint, key, target) from None
+        near, path = get_close_matches(name, dir(owner), n=1), target.removesuffix(f".{name}")
+        hint = f"did you mean {path}.{near[0]}?" if near else ""
+        raise UserError(f"{key}={target}: {path} has no {name}", hint, key, target) from None
 
 
 def build(
@@ -70,16 +74,16 @@ def build(
     positional: tuple[Any, ...] = (),
     of: type = object,
 ) -> Any:
-    """Call what ``target`` names with ``args`` (the mapping ``<key>.args``) and ``local`` (``<key>.local``).
+    """Call the object that ``target`` names with ``args`` (config ``<key>.args``) and ``local`` (``<key>.local``).
 
-    Within both, a mapping with a ``_target_`` of its own stands for what that makes of the rest of the mapping.
+    In both, a mapping with its own ``_target_`` is replaced by the result of calling that with the rest of the mapping.
 
     Args:
-        positional: passed before ``args``.
-        of: the class that has to come out; other than ``object``, ``target`` has to be a class of it.
+        positional: arguments passed before ``args``.
+        of: the required base class; unless it is ``object``, ``target`` has to be a subclass.
 
     Raises:
-        UserError: not callable, not such a class, or its signature doesn't take ``args``.
+        UserError: ``target`` isn't callable or not a subclass of ``of``, or its signature doesn't take ``args``.
     """
     factory = _factory(key, target)
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
@@ -92,12 +96,12 @@ def build(
 
 
 def science_of(args: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``args`` without the ones that are null there and given in ``local``."""
+    """Return ``args`` without the names that ``local`` sets, which are null in ``args``."""
     return {name: value for name, value in args.items() if name not in local}
 
 
 def made(key: str, value: Any) -> Any:
-    """Return ``value`` with the objects that its mappings stand for, the innermost made first."""
+    """Replace each mapping with a ``_target_`` in ``value`` by the object that it describes, innermost first."""
     if isinstance(value, list):
         return [made(f"{key}.{index}", inner) for index, inner in enumerate(value)]
     if not isinstance(value, dict):
@@ -108,7 +112,7 @@ def made(key: str, value: Any) -> Any:
         return found
     target = value["_target_"]
     if not isinstance(target, str):
-        raise UserError(f"{key}._target_={target!r} is no dotted path", DOTTED, f"{key}._target_", target)
+        raise UserError(f"{key}._target_={target!r} isn't a dotted path", DOTTED, f"{key}._target_", target)
     factory = _factory(key, target)
     check_call(key, target, factory, (), args)
     return factory(**found)
@@ -130,7 +134,7 @@ def check_call(
     args: dict[str, Any],
     local: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Raise UserError where ``args`` and ``local`` don't fit the signature of ``factory``, as far as it is known."""
+    """Raise UserError if ``args`` and ``local`` don't fit the signature of ``factory``, if it has one."""
     try:
         signature = inspect.signature(factory)
     except ValueError:

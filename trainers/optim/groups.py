@@ -1,4 +1,4 @@
-"""The groups of parameters of an optimizer: those of a new run, or where these are others those of the checkpoint."""
+"""Make the parameter groups of an optimizer: those of a new run, or the checkpoint's if the two differ."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from isobatch.trainers.model.modes import is_norm
 from isobatch.trainers.tasks.task import Task
 
 Groups = Sequence[Mapping[str, Any]]
-"""Groups as a checkpoint has them: hyperparameters, and the names of the ``params``."""
+"""Groups in the form of a checkpoint: hyperparameters, and the names of the ``params``."""
 
 Regroup = Callable[[list[dict[str, Any]], nn.Module, list[dict[str, Any]] | None], list[dict[str, Any]]]
-"""Return groups, of a model, with what an optimizer wants to know of each: as the optimizer chooses, or as it was in
-the groups that are kept of a checkpoint."""
+"""Add the optimizer's own keys to the groups of a model, or take them from the groups of a checkpoint, if given."""
 
 SHOWN = 5
 
-# Of parameters without weight decay; the rule is the same for all optimizers.
+# The names of parameters without weight decay; the rule is the same for all optimizers.
 NAMED = ("bias", "scale", "gain", "gamma", "beta", "norm")
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
 
@@ -30,36 +29,36 @@ CONTAINERS = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
 def groups_for(
     task: Task, model: nn.Module, regroup: Regroup | None, stored: Groups, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return the groups of a new run, or where they are others those ``stored``, if they fit task and model.
+    """Return the groups of a new run, or the ``stored`` groups if they differ but fit the task and the model.
 
     Args:
-        regroup: of the optimizer; None: it wants to know nothing more of them.
-        tell: told where the stored ones are kept.
+        regroup: adds the optimizer's own keys to the groups; None if it has none.
+        tell: called with a report if the stored groups are kept.
 
     Raises:
         UserError: the model has no trainable parameters, or the task's groups leave some out.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
-    def wanted(kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    def fresh(kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         found = _task_groups(task, model)
         return regroup(found, model, kept) if regroup else found
 
-    groups = wanted()
+    groups = fresh()
     if same(stored, groups, names):
         return groups
     kept = as_stored(groups, stored, names)
-    if task.has("param_groups"):  # these are the task's, except for what Muon takes of them
-        kept = wanted(kept)
+    if task.has("param_groups"):  # the task decides its groups, except for the matrices that go to Muon
+        kept = fresh(kept)
     if not same(stored, kept, names):
         return groups
-    otherwise = "also for what a new run would decay, or give to Muon, otherwise"
-    tell(f"the optimizer keeps the checkpoint's groups, {otherwise}: {moved(groups, kept, names)}")
+    differ = "also for parameters that a new run would decay, or give to Muon, differently"
+    tell(f"the optimizer keeps the checkpoint's groups, {differ}: {regrouped(groups, kept, names)}")
     return kept
 
 
 def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
-    """Return the task's own groups; without any, what has weight decay and what has none."""
+    """Return the task's groups, or by default one group with weight decay and one without."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UserError("the model has no trainable parameters")
@@ -73,7 +72,7 @@ def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
         if left_out := [name for name, parameter in trainable.items() if id(parameter) not in covered]:
             problem = f"task.param_groups leaves out {', '.join(left_out[:SHOWN])}{' …' * (len(left_out) > SHOWN)}"
             raise UserError(problem, "put them into a group, or set requires_grad=False to freeze them")
-        # frozen ones would be moved by weight decay and momentum
+        # weight decay and momentum would change frozen parameters
         groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
         return [group for group in groups if group["params"]]
     without, every = undecayed(model), trainable.values()
@@ -83,7 +82,7 @@ def _task_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def are_groups(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Return whether `value` is what a checkpoint has as the groups of an optimizer."""
+    """Return whether `value` has the form of an optimizer's groups in a checkpoint."""
     return _list_of(dict, value) and all(_list_of(str, group.get("params")) for group in value)
 
 
@@ -92,11 +91,11 @@ def _list_of(kind: type, value: Any) -> bool:
 
 
 def same(stored: Groups, groups: list[dict[str, Any]], names: Mapping[Tensor, str]) -> bool:
-    """Return whether `groups` are the `stored` ones; True where there are no stored ones.
+    """Return whether `groups` match the `stored` groups; True if nothing is stored.
 
-    They are where they have the same parameters, go to the same part of Muon, and have weight decay or none.
+    They match if they have the same parameters, go to the same part of Muon, and agree on having weight decay.
     """
-    decays = any(group.get("weight_decay") for group in stored)  # else it makes no difference which groups have it
+    decays = any(group.get("weight_decay") for group in stored)  # else it doesn't matter which groups have it
 
     def kind(group: Mapping[str, Any], params: list[str]) -> tuple[Any, ...]:
         return params, bool(group.get("muon")), decays and group.get("weight_decay") == 0
@@ -106,9 +105,9 @@ def same(stored: Groups, groups: list[dict[str, Any]], names: Mapping[Tensor, st
 
 
 def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
-    """Return the parameters of `groups`, grouped as `stored`; `groups` themselves where the parameters are others.
+    """Regroup the parameters of `groups` as `stored`; return `groups` if the parameters differ.
 
-    A group without weight decay stays one.
+    A stored group without weight decay stays without.
     """
     parameters = {names[parameter]: parameter for group in groups for parameter in group["params"]}
     if sorted(name for group in stored for name in group["params"]) != sorted(parameters):
@@ -121,8 +120,8 @@ def as_stored(groups: list[dict[str, Any]], stored: Groups, names: Mapping[Tenso
     return found
 
 
-def moved(groups: list[dict[str, Any]], kept: list[dict[str, Any]], names: Mapping[Tensor, str]) -> str:
-    """Return the names of the parameters that a new run would treat otherwise."""
+def regrouped(groups: list[dict[str, Any]], kept: list[dict[str, Any]], names: Mapping[Tensor, str]) -> str:
+    """Return the names of the parameters that a new run would treat differently."""
 
     def treated(groups: list[dict[str, Any]]) -> dict[Tensor, tuple[bool, bool]]:
         return {
@@ -138,11 +137,11 @@ def undecayed(model: nn.Module) -> dict[Tensor, str]:
     """Return the parameters without weight decay, with their names.
 
     These are gains and biases, parameters with fewer than 2 dimensions, and those that ``model.no_weight_decay()``
-    names. All others, embeddings included, are decayed. One that several modules share has none if it has none in one
-    of them.
+    names. All others, embeddings included, are decayed. A parameter that several modules share isn't decayed if one of
+    its names is exempt.
 
     Raises:
-        UserError: ``no_weight_decay()`` returns something else than names.
+        UserError: ``no_weight_decay()`` doesn't return names.
     """
     named, found = _own_names(model), gains_and_biases(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -152,7 +151,7 @@ def undecayed(model: nn.Module) -> dict[Tensor, str]:
 
 
 def gains_and_biases(model: nn.Module) -> dict[Tensor, str]:
-    """Return the parameters that scale or shift, whatever their dimensions, with their names.
+    """Return the parameters that scale or shift, of any number of dimensions, with their names.
 
     These are the parameters of normalisation layers, those whose last name part contains one of ``NAMED``, and the
     lengths of weight_norm.
@@ -166,9 +165,10 @@ def gains_and_biases(model: nn.Module) -> dict[Tensor, str]:
 
 
 def _owner(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, list[str]]:
-    """Return the layer that has a parameter, and the last part of its name, in lower case.
+    """Return the layer that owns a parameter, and the last part of the parameter's name in lower case.
 
-    In a container (``scales.0``, ``parametrizations.weight.original``) what the layer calls it is another part.
+    For a parameter in a container (``scales.0``, ``parametrizations.weight.original``), also return the layer's name
+    of the container.
     """
     path, _, last = name.rpartition(".")
     words = [last.lower()]
@@ -181,7 +181,7 @@ def _owner(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, list[st
 
 
 def _is_length(modules: dict[str, nn.Module], name: str) -> bool:
-    """Return whether it is the g of weight_norm, torch's old one or the parametrisation."""
+    """Return whether the parameter is the g of torch's weight_norm, the old function or the parametrisation."""
     path, _, last = name.rpartition(".")
     owner = modules[path]
     if isinstance(owner, ParametrizationList):
@@ -194,5 +194,5 @@ def _own_names(model: Any) -> set[str]:
     several = isinstance(names, Iterable) and not isinstance(names, str)
     if not several or not all(isinstance(name, str) for name in names):
         problem = f"model.no_weight_decay() returned {names!r:.100}"
-        raise UserError(problem, "return the names of parameters, say {'pos_embed'}")
+        raise UserError(problem, "return the names of parameters, such as {'pos_embed'}")
     return set(names)

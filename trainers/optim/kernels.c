@@ -1,12 +1,12 @@
-// LAMB and LARS on the CPU: two passes over each tensor, of which the second finds in the cache what the first left there.
+// LAMB and LARS on the CPU: two passes over each tensor, so that the second reads from the cache.
 // Norms are summed in blocks of a fixed size, so that they don't depend on the number of threads.
-// The formulas are explained in lamb.py and lars.py, whose path by torch's own operations does the same.
+// The formulas are in lamb.py and lars.py, which do the same with torch's operations.
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-enum { BLOCK = 4096, SERIAL = 16 };  // floats a block; up to so many blocks one thread is faster
+enum { BLOCK = 4096, SERIAL = 16 };  // floats per block; up to SERIAL blocks, one thread is faster
 
 static int64_t blocks_of(int64_t numel) { return (numel + BLOCK - 1) / BLOCK; }
 
@@ -26,7 +26,7 @@ static double norm(const double *squares, int64_t count) {
 
 static double clamped(double value, double least, double most) { return fmin(fmax(value, least), most); }
 
-// correction: 0 none, 1 inside, 2 after. Returns 0 where memory is lacking.
+// correction: 0 none, 1 in u, 2 after the ratio. Returns 0 if out of memory.
 int lamb(int64_t count, const int64_t *numel, float **w_of, float **g_of, float **m_of, float **v_of, float **step_of,
          double lr, double beta1, double beta2, double eps, double decay, int correction, int adapt, int maximize,
          double norm_least, double norm_most, double trust_least, double trust_most) {
@@ -70,7 +70,7 @@ int lamb(int64_t count, const int64_t *numel, float **w_of, float **g_of, float 
     return 1;
 }
 
-// inner scales what the momentum takes, outer what the weights take of it. Returns 0 where memory is lacking.
+// inner scales the input of the momentum, outer the step of the weights. Returns 0 if out of memory.
 int lars(int64_t count, const int64_t *numel, float **w_of, float **g_of, float **buffer_of, double inner, double outer,
          double momentum, double decay, double trust, double eps, double most, int adapt, int nesterov, int maximize) {
     double *sums = room_for_sums(count, numel);

@@ -1,4 +1,4 @@
-"""The C kernels of LAMB and LARS (kernels.c): compiled on first use, kept in the user's cache, and not needed."""
+"""Compile and call the C kernels of LAMB and LARS (kernels.c), which are optional and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
-# What isn't linked is in the process already: so the threads are those of torch's OpenMP, as many as torch has.
+# OpenMP isn't linked, so the kernels use torch's OpenMP, which is loaded already, with torch's number of threads.
 FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-nodefaultlibs")
 VECTORS = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -29,15 +29,15 @@ LONGEST_BUILD_S = 60
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The library, or None, with one warning, where it can't be built or loaded."""
+    """Return the compiled library; if it can't be built or loaded, warn once and return None."""
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            "LAMB and LARS go on with torch's own operations, at about half the speed on a CPU, because their C kernel "
-            f"couldn't be built or loaded ({' '.join(said.split()):.300}): it takes a C compiler with OpenMP, as cc or "
-            "as CC names it, and a folder to keep it in, ~/.cache or what XDG_CACHE_HOME names",
+            f"the C kernel of LAMB and LARS couldn't be built or loaded ({' '.join(reason.split()):.300}), so they use "
+            "torch's operations, at about half the speed on a CPU; install a C compiler with OpenMP as cc or set CC, "
+            "and make ~/.cache writable or set XDG_CACHE_HOME",
             stacklevel=2,
         )
         return None
@@ -47,8 +47,8 @@ def call(name: str, tensors: Sequence[Sequence[Tensor]], *numbers: float) -> Non
     """Run a kernel over lists of tensors, the weights first.
 
     Args:
-        tensors: float32 on the CPU and dense; those that belong together are of the same strides.
-        numbers: bool and int go as int, float as double.
+        tensors: dense float32 tensors on the CPU; the tensors of one parameter have the same strides.
+        numbers: passed as int (bool and int) or as double (float).
     """
     library = kernels()
     assert library is not None
@@ -61,19 +61,19 @@ def call(name: str, tensors: Sequence[Sequence[Tensor]], *numbers: float) -> Non
 
 
 def _built() -> Path:
-    """The compiled library: of this source, these flags and this kind of processor.
+    """Return the path of the library for this source, these flags and this processor; build it if it's missing.
 
-    Several processes may build it at once: each writes a file of its own, and the name is given to one that is whole.
+    Several processes may build it at once: each writes its own file and renames it when it is complete.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     command = [*compiler, *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    what = f"{SOURCE.read_text()}{command}{platform.system()}{platform.machine()}"
+    identity = f"{SOURCE.read_text()}{command}{platform.system()}{platform.machine()}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isobatch"
-    library = folder / f"kernels-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            built = Path(aside) / library.name
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / library.name
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(built), "-lm", "-lc"],
                 check=True, capture_output=True, text=True, timeout=LONGEST_BUILD_S,

@@ -1,4 +1,4 @@
-"""LAMB: Adam whose step is scaled, tensor by tensor, to the size of the weights."""
+"""LAMB: Adam with each tensor's step scaled to the norm of its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 ANY = (0.0, math.inf)
 PAPER = {
-    "bias_correction": True,  # "after": of the step and not of u, which the ratio sees (DeepSpeed); False: none
-    "trust_clip": None,  # least and most of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) DeepSpeed's bounds
-    "norm_clip": None,  # φ: least and most of ‖w‖ in the ratio; (0, 10) is torch_optimizer's ``clamp_value``
+    "bias_correction": True,  # "after": correct the step, but not u in the ratio (DeepSpeed); False: no correction
+    "trust_clip": None,  # bounds of the ratio: (0, 1) is timm's ``trust_clip``, (0.01, 10) DeepSpeed's bounds
+    "norm_clip": None,  # φ: bounds of ‖w‖ in the ratio; (0, 10) is torch_optimizer's ``clamp_value``
     "always_adapt": False,  # scale groups with ``trust=False``, too
     "maximize": False,  # ascend
 }
-"""What implementations differ in, as the paper has it."""
+"""The options in which implementations differ, with the values of the paper."""
 
 
 class LAMB(Layerwise):
@@ -38,12 +38,12 @@ class LAMB(Layerwise):
         betas: β1, β2.
         eps: ε.
         weight_decay: λ.
-        native: use the C kernel for float32 on the CPU, where it can be built.
-        variant: what is otherwise than in PAPER.
+        native: use the C kernel for float32 on the CPU, if it can be built.
+        variant: options that differ from PAPER.
 
     Raises:
         ValueError: a number is out of its range.
-        UserError: in ``step``: a gradient is sparse, or a parameter complex.
+        UserError: in ``step``, a gradient is sparse or a parameter complex.
     """
 
     keeps = ("exp_avg", "exp_avg_sq")
@@ -92,7 +92,7 @@ def _adapted(group: dict[str, Any]) -> bool:
 
 
 def _rates(group: dict[str, Any], part: Part, directions: list[Tensor]) -> Tensor:
-    """What each tensor takes of its u: η times the ratio, and the bias correction that u lacks."""
+    """Return each tensor's factor on its u: η times the ratio, and the bias correction if u has none."""
     steps, like = torch.stack(part.state["step"]), part.weights[0]
     rates = torch.full_like(steps, group["lr"], dtype=like.dtype)
     if _adapted(group):
@@ -107,9 +107,9 @@ def _rates(group: dict[str, Any], part: Part, directions: list[Tensor]) -> Tenso
 
 
 def _directions(group: dict[str, Any], part: Part) -> list[Tensor]:
-    """Every u, and the moments moved on, by torch's fused AdamW, which at η = −1 and a decay of λ − 1 makes w to u.
+    """Return u of each tensor and update the moments with torch's fused AdamW.
 
-    Where u has no bias correction, it is told that infinitely many steps were made.
+    With η = −1 and a decay of λ − 1, AdamW's step turns w into u. Infinitely many steps turn its bias correction off.
     """
     (beta1, beta2), steps = group["betas"], part.state["step"]
     if group["bias_correction"] is not True:

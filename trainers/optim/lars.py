@@ -1,4 +1,4 @@
-"""LARS: SGD with momentum whose step is scaled, tensor by tensor, by the norms of weights and gradient."""
+"""LARS: SGD with momentum, each tensor's step scaled by the norms of its weights and gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from isobatch.trainers.optim.layerwise import Layerwise, Part
 
 PAPER = {
     "eps": 0.0,  # ε; the paper has none, timm 1e-8
-    "nesterov": False,  # w moves by the next step's share of v, too
-    "scaled_momentum": True,  # False: v holds gradients, as in torch's SGD and timm, and not steps: w ← w − η·v
-    "trust_clip": False,  # η·local becomes the smaller of local and η (LARC, and timm's ``trust_clip``)
+    "nesterov": False,  # Nesterov momentum
+    "scaled_momentum": True,  # False: v sums gradients instead of steps, as in torch's SGD and timm: w ← w − η·v
+    "trust_clip": False,  # use min(local, η) instead of η·local (LARC, and timm's ``trust_clip``)
     "always_adapt": False,  # scale groups with ``trust=False``, too
     "maximize": False,  # ascend
 }
-"""What implementations differ in, as the paper has it."""
+"""The options in which implementations differ, with the values of the paper."""
 
 
 class LARS(Layerwise):
@@ -33,15 +33,15 @@ class LARS(Layerwise):
     Args:
         params: parameters or groups; a group's ``trust=False`` makes ``local`` 1.
         lr: η.
-        momentum: share of v that is kept.
+        momentum: the decay of v.
         trust_coefficient: c.
         weight_decay: λ.
-        native: use the C kernel for float32 on the CPU, where it can be built.
-        variant: what is otherwise than in PAPER.
+        native: use the C kernel for float32 on the CPU, if it can be built.
+        variant: options that differ from PAPER.
 
     Raises:
         ValueError: a number is out of its range.
-        UserError: in ``step``: a gradient is sparse, or a parameter complex.
+        UserError: in ``step``, a gradient is sparse or a parameter complex.
     """
 
     keeps = ("momentum_buffer",)
@@ -80,7 +80,7 @@ class LARS(Layerwise):
             weights, gradients = part.norms(part.weights), part.norms(part.gradients)
             local = (c * weights / (gradients + decay * weights + eps)).clamp(max=most)
             rates = torch.where((weights > 0) & (gradients > 0), rates * local, rates)
-        # v and w move by shares of the gradients and the weights, without a copy of any
+        # multiples of gradients and weights are added to v and w in place, without copies
         buffers, decays = part.state["momentum_buffer"], list((rates * decay).unbind())
         shares = list((-rates if maximize else rates).unbind())
         torch._foreach_mul_(buffers, momentum)

@@ -1,4 +1,4 @@
-"""What LAMB and LARS share: whose step is scaled by the norms of each whole tensor."""
+"""The base of LAMB and LARS, which scale each tensor's step by norms of the whole tensor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LARGE = 10_000  # elements
 
 @dataclass(slots=True)
 class Part:
-    """Tensors of one group that are updated together: of one device and dtype, as plain, dense, wide tensors.
+    """Parameters of one group that are updated together: local, dense tensors of one device and dtype.
 
     Attributes:
-        native: they may go to the C kernel.
+        native: the C kernel may update them.
         owners: the parameters.
-        weights: what is updated: of each parameter, or of a copy in at least float32.
-        state: key → of each parameter.
-        copies: (original, copy) of what has to be copied back.
+        weights: the parameters' values, or copies in at least float32.
+        state: key → the state of each parameter.
+        copies: (original, copy) pairs to copy back after the update.
     """
 
     native: bool
@@ -38,56 +38,53 @@ class Part:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
-        """‖·‖ of each tensor, over all shards where its parameter is a DTensor."""
+        """Return the norm of each tensor, over all shards if its parameter is a DTensor."""
         norms = torch._foreach_norm(tensors)
         return torch.stack([_whole_norm(norm, owner) for norm, owner in zip(norms, self.owners, strict=True)])
 
 
 class Layerwise(Optimizer):
-    """State and updates in at least float32, whatever the parameters are in; a group with ``trust=False`` isn't scaled.
+    """Keep state and compute updates in at least float32; groups with ``trust=False`` aren't scaled.
 
     Args:
         defaults: hyperparameters, by name; ``variant`` replaces some.
-        native: use the C kernel for float32 on the CPU, where it can be built.
+        native: use the C kernel for float32 on the CPU, if it can be built.
 
     Raises:
-        TypeError: ``variant`` has other names.
-        UserError: in ``step``: a gradient is sparse, or a parameter complex.
+        TypeError: ``variant`` has unknown names.
+        UserError: in ``step``, a gradient is sparse or a parameter complex.
     """
 
     keeps: tuple[str, ...]
-    """Its state of a parameter, in the parameter's shape."""
+    """The keys of a parameter's state tensors, which have the parameter's shape."""
 
     counts = False
-    """Whether it counts the ``step`` of each parameter, too."""
+    """Whether the state also has the ``step`` of each parameter."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], variant: dict[str, Any], native: bool) -> None:
         if unknown := variant.keys() - defaults.keys():
-            takes = ", ".join((*defaults, "native"))
-            raise TypeError(f"{type(self).__name__} takes no {' and no '.join(sorted(unknown))}; it takes {takes}")
-        # fused: where steps are counted, they are counted on the device
+            known = ", ".join((*defaults, "native"))
+            raise TypeError(f"{type(self).__name__} takes no {' and no '.join(sorted(unknown))}; it takes {known}")
+        # fused: the step counts are on the device
         super().__init__(params, {**defaults, **variant, "trust": True, "fused": True})
         self._on_cpu = any(parameter.is_cpu for group in self.param_groups for parameter in group["params"])
         self._native = native and self._on_cpu and kernels() is not None
 
     @staticmethod
     def regroup(groups: list[dict[str, Any]], model: nn.Module, kept: object) -> list[dict[str, Any]]:
-        """Return groups, each with ``trust``: those without weight decay aren't scaled, unless they say so."""
+        """Add ``trust`` to groups that don't set it: False for groups without weight decay, else True."""
         return [{"trust": group.get("weight_decay") != 0, **group} for group in groups]
 
     def agree(self) -> None:
-        """Use the kernel where all ranks have it, and else nowhere: replicas that round otherwise drift apart.
-
-        Called by all ranks.
-        """
+        """Use the C kernel only if all ranks have it: replicas that round differently diverge. Called by all ranks."""
         if self._on_cpu and dist.is_available() and dist.is_initialized():
-            have = torch.tensor(int(self._native))
-            dist.all_reduce(have, dist.ReduceOp.MIN)
-            self._native = bool(have)
+            available = torch.tensor(int(self._native))
+            dist.all_reduce(available, dist.ReduceOp.MIN)
+            self._native = bool(available)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update; what ``closure`` returned, where it is given."""
+        """Make one update, and return the result of ``closure``, if given."""
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for part in self._parts(group):
@@ -99,7 +96,7 @@ class Layerwise(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast the state to the parameters' dtype."""
+        """Load the state without torch's cast to the parameters' dtype."""
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -118,7 +115,7 @@ class Layerwise(Optimizer):
             self._check(parameter)
             wide = _wide(parameter.dtype)
             native = self._native and wide == torch.float32 and parameter.is_cpu and not sharded(parameter)
-            # By torch's operations on a CPU large ones go one by one: so a pass finds in the cache what the last left.
+            # torch's operations on a CPU update large parameters one by one, while their data is in the cache
             alone = id(parameter) if parameter.is_cpu and not native and parameter.numel() > LARGE else None
             part = parts.setdefault((parameter.device, wide, native, alone), Part(native))
             self._add(parameter, part, wide)
@@ -131,28 +128,28 @@ class Layerwise(Optimizer):
                 state["step"] = torch.zeros((), device=parameter.device)
             for key in self.keeps:
                 state[key] = _zeros(parameter)
-        mine = local(parameter)
-        strides = mine.stride() if mine.is_contiguous() else torch.empty_like(mine).stride()
+        own = local(parameter)
+        strides = own.stride() if own.is_contiguous() else torch.empty_like(own).stride()
         part.owners.append(parameter)
         kept = [(local(state[key]), part.state.setdefault(key, [])) for key in self.keeps]
-        for original, whole in ((mine, part.weights), *kept):
-            whole.append(_as(original, strides, wide))
-            if whole[-1] is not original:
-                part.copies.append((original, whole[-1]))
+        for original, tensors in ((own, part.weights), *kept):
+            tensors.append(_as(original, strides, wide))
+            if tensors[-1] is not original:
+                part.copies.append((original, tensors[-1]))
         assert parameter.grad is not None
         part.gradients.append(_as(local(parameter.grad), strides, wide))
         if self.counts:
             part.state.setdefault("step", []).append(state["step"])
 
     def _check(self, parameter: Tensor) -> None:
-        who, shape = type(self).__name__, list(parameter.shape)
+        name, shape = type(self).__name__, list(parameter.shape)
         assert parameter.grad is not None
         if parameter.grad.layout != torch.strided:
-            problem = f"{who} needs the whole gradient, and that of a parameter of shape {shape} is sparse"
+            problem = f"{name} needs dense gradients, but the gradient of a parameter of shape {shape} is sparse"
             other = "optimizer=custom optimizer._target_=torch.optim.SparseAdam"
             raise UserError(problem, f"give its nn.Embedding sparse=False, or use {other}")
         if parameter.is_complex():
-            raise UserError(f"{who} takes no complex parameters, and one of shape {shape} is")
+            raise UserError(f"{name} takes no complex parameters, but one of shape {shape} is complex")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -164,7 +161,7 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 def _as(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor itself where it is so already, else a copy."""
+    """Return ``tensor`` if it has these strides and this dtype already, else a copy."""
     if tensor.dtype == dtype and tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)

@@ -1,4 +1,4 @@
-"""Make the optimizer of a config, and tell it each step's recipe."""
+"""Make the optimizer of a config, and set each step's recipe on it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from isobatch.trainers.tensors.sharding import sharded
 
 @dataclass(slots=True)
 class Tuned:
-    """An optimizer and what each of its groups makes of a recipe.
+    """An optimizer, with the learning rate factors and own weight decays of its groups.
 
-    A group's own ``lr`` is a factor of the recipe's, its own ``weight_decay`` replaces the recipe's.
+    A group's own ``lr`` is a factor on the recipe's; its own ``weight_decay`` replaces the recipe's.
     """
 
     optimizer: Optimizer
@@ -32,7 +32,7 @@ class Tuned:
     own_decay: list[bool]
 
     def tell(self, recipe: Recipe) -> None:
-        """Set the hyperparameters of the coming step."""
+        """Set the hyperparameters of the next step."""
         for group, factor, own_decay in zip(self.optimizer.param_groups, self.lr_factors, self.own_decay, strict=True):
             group["lr"] = recipe.lr * factor
             if recipe.weight_decay is not None and not own_decay:
@@ -48,15 +48,15 @@ def make_optimizer(
     stored: Groups = (),
     tell: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
-    """Return the optimizer of the config over the model's parameters; no weight decay where ``undecayed`` says so.
+    """Return the config's optimizer over the model's parameters; ``undecayed`` parameters have no weight decay.
 
     Args:
-        recipe: what it is constructed with; ``tell`` replaces it step by step.
-        stored: the groups of the checkpoint that the run resumes; none where it starts from step 0.
-        tell: told where these aren't the groups of a new run, and are kept.
+        recipe: the recipe of the first step; ``Tuned.tell`` replaces it step by step.
+        stored: the groups of the checkpoint that the run resumes; empty if it starts from step 0.
+        tell: called with a report if the stored groups differ from those of a new run and are kept.
 
     Raises:
-        UserError: ``task.param_groups`` leaves trainable parameters out, or the optimizer refuses its arguments.
+        UserError: ``task.param_groups`` leaves trainable parameters out, or the optimizer rejects its arguments.
     """
     chosen = config.optimizer
     cls = None if chosen.name == "custom" else locate("optimizer", chosen.target)
@@ -74,14 +74,14 @@ def make_optimizer(
 
 
 def _construct(cls: Any, chosen: Any, groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
-    told = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
+    rates = {"lr": recipe.lr} | ({} if recipe.weight_decay is None else {"weight_decay": recipe.weight_decay})
     optimizer: Optimizer
     if cls is None:
-        args = {**told, **chosen.args}
+        args = {**rates, **chosen.args}
         optimizer = build("optimizer", chosen.target, args, positional=(groups,), of=Optimizer)
         return optimizer
     own = chosen.model_dump(exclude={"name", "family", "usual", "args", "weight_decay"})
-    args = {**told, **own, **_moments(recipe), **chosen.args}
+    args = {**rates, **own, **_moments(recipe), **chosen.args}
     if "fused" in inspect.signature(cls).parameters:
         return fused(cls, groups, args)
     optimizer = cls(groups, **args)
@@ -91,8 +91,8 @@ def _construct(cls: Any, chosen: Any, groups: list[dict[str, Any]], recipe: Reci
 
 
 def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, Any]) -> Optimizer:
-    """Return an optimizer of torch's, with its fused kernel where `args` don't choose and there is one."""
-    # that of torch 2.13 for SGD can't do DTensors, and leaves 16-bit numbers on the CPU as they are (pytorch #191763)
+    """Return an optimizer of torch's, with its fused kernel if it has one and `args` don't choose otherwise."""
+    # torch 2.13's fused SGD fails on DTensors, and doesn't update 16-bit parameters on the CPU (pytorch #191763)
     parameters = [parameter for group in groups for parameter in group["params"]]
     unfused = cls is SGD and any(sharded(p) or (p.is_cpu and p.dtype.itemsize < 4) for p in parameters)
     if "fused" in args or "foreach" in args or unfused:
@@ -104,6 +104,6 @@ def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, An
 
 
 def _moments(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe says of the moments, by the names of torch's hyperparameters."""
+    """Return the recipe's momentum or betas and eps, under torch's names."""
     memory = {"momentum": recipe.betas[0]} if len(recipe.betas) == 1 else {"betas": recipe.betas}
     return (memory if recipe.betas else {}) | ({} if recipe.eps is None else {"eps": recipe.eps})

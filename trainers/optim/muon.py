@@ -1,4 +1,4 @@
-"""Muon for the matrices inside of a model and AdamW for all else, both torch's own, as one optimizer."""
+"""Combine torch's Muon for a model's inner matrices and torch's AdamW for everything else into one optimizer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class MuonAdamW(Optimizer):
 
     Args:
         groups: parameter groups, each with ``muon``, a bool.
-        lr, weight_decay: of both.
-        momentum, nesterov: Muon's.
-        betas, eps: AdamW's.
+        lr, weight_decay: for both optimizers.
+        momentum, nesterov: for Muon.
+        betas, eps: for AdamW.
 
     Raises:
         UserError: a parameter of a group with ``muon=True`` isn't a matrix.
-        ValueError: torch's optimizers refuse a number.
+        ValueError: torch's optimizers reject a number.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class MuonAdamW(Optimizer):
     ) -> None:
         groups = list(groups)
         for shape in (list(p.shape) for group in groups if group["muon"] for p in group["params"] if p.ndim != 2):
-            raise UserError(f"Muon is for matrices, and a group with muon=True has a parameter of shape {shape}")
+            raise UserError(f"Muon needs matrices, but a group with muon=True has a parameter of shape {shape}")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         inner, rest = ([group for group in self.param_groups if group["muon"] is muon] for muon in (True, False))
-        # Each writes the rest of its hyperparameters into the groups, which it shares with this optimizer.
+        # Muon and AdamW share the groups with this optimizer, and add their other hyperparameters to them.
         self._parts: dict[bool, Optimizer] = {}
         if inner:
             self._parts[True] = Muon(inner, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
@@ -60,10 +60,10 @@ class MuonAdamW(Optimizer):
     def regroup(
         groups: list[dict[str, Any]], model: nn.Module, kept: list[dict[str, Any]] | None
     ) -> list[dict[str, Any]]:
-        """Return groups, each with ``muon``: those that don't say so themselves are parted into matrices and the rest.
+        """Split each group that doesn't set ``muon`` into Muon's matrices and the other parameters.
 
         Args:
-            kept: of a checkpoint, whose matrices they are; None: the inner ones.
+            kept: the groups of a checkpoint, which say which matrices are Muon's; None takes the inner matrices.
         """
         if kept is None:
             matrices = inner_matrices(model)
@@ -81,7 +81,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update; what ``closure`` returned, where it is given."""
+        """Make one update, and return the result of ``closure``, if given."""
         loss = torch.enable_grad()(closure)() if closure else None
         for muon, part in self._parts.items():
             groups = [group for group in self.param_groups if group["muon"] is muon]
@@ -95,7 +95,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _step_whole(self, part: Optimizer, group: dict[str, Any], matrix: Tensor) -> None:
-        """Muon's step of a sharded matrix, brought together: in parts, its products would be rounded to bf16."""
+        """Gather a sharded matrix for Muon's step: DTensor would round its products to bf16 per shard."""
         if matrix.grad is None:
             return
         whole, state = nn.Parameter(gathered(matrix)), self.state[matrix]
@@ -109,11 +109,10 @@ class MuonAdamW(Optimizer):
 
 
 def inner_matrices(model: nn.Module) -> set[Tensor]:
-    """Return the matrices that Muon takes.
+    """Return the matrices that Muon updates.
 
-    Those of embeddings, and of the last ``nn.Linear`` that the model registers, which is its head as a rule, are
-    AdamW's, as Muon's author advises (https://kellerjordan.github.io/posts/muon/); so are gains and biases of two
-    dimensions.
+    AdamW updates embeddings and the last ``nn.Linear`` that the model registers, usually its head, as Muon's author
+    advises (https://kellerjordan.github.io/posts/muon/). It also updates gains and biases of two dimensions.
     """
     modules = list(model.modules())
     embeddings = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]

@@ -1,4 +1,4 @@
-"""Reduce gradients by DeepSpeed: whole at stage 0 (replicated.py), in parts at stages 1 to 3 (zero.py)."""
+"""Reduce gradients with DeepSpeed: replicated at stage 0 (replicated.py), sharded at stages 1 to 3 (zero.py)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
 
 
 def preload(config: RunConfig) -> None:
-    """Import what the first step imports."""
+    """Import the modules that the first step needs."""
     import_deepspeed()
-    import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # ZeRO asks whether the optimizer is one
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # ZeRO checks whether the optimizer is one of these

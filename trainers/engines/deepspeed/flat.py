@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps what: ZeRO's flat tensors, seen as parts of the model's parameters."""
+"""The layout of ZeRO's flat tensors, and views of them as parts of the model's parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from isobatch.trainers.tensors.slices import Reader
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """This rank's elements [start, start + size) of a parameter of ``shape`` in a flat tensor, from ``offset``."""
+    """This rank's elements [start, start + size) of a parameter of ``shape``, at ``offset`` in a flat tensor."""
 
     shape: tuple[int, ...]
     start: int
@@ -29,18 +29,18 @@ class Span:
     offset: int
 
     def of(self, flat: Tensor) -> Part:
-        """What ``flat``, as long as the flat tensor, has there."""
+        """Return the view of these elements in ``flat``, which has the length of the flat tensor."""
         return Part(self.shape, self.start, flat.detach()[self.offset : self.offset + self.size])
 
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A tensor that the optimizer steps: parts of parameters, one after another, and padding.
+    """A flat tensor that the optimizer steps: parts of parameters, one after another, and padding.
 
     Attributes:
-        master: 1-D; its elements are what is trained.
-        group: of the optimizer, by its number.
-        spans: by parameter, in the order of the group; those of which this rank has nothing are empty.
+        master: the flat tensor, 1-D; its elements are trained.
+        group: index of the optimizer's group.
+        spans: spans by parameter, in the order of the group; empty for a parameter of which this rank has no part.
     """
 
     master: Any
@@ -49,7 +49,7 @@ class Flat:
 
 
 def _by_group(zero: Any) -> Iterator[Flat]:
-    """Stages 1 and 2 lay a group's parameters end to end, and part that equally."""
+    """Yield the flat tensors of stages 1 and 2, which concatenate a group's parameters and split the result equally."""
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
         begin, spans = dist.get_rank() * master.numel(), dict[Tensor, Span]()
         parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
@@ -60,7 +60,7 @@ def _by_group(zero: Any) -> Iterator[Flat]:
 
 
 def _by_parameter(zero: Any) -> Iterator[Flat]:
-    """Stage 3 parts every parameter equally, and lays the parts end to end."""
+    """Yield the flat tensors of stage 3, which splits every parameter equally and concatenates the parts."""
     for index, master in enumerate(zero.fp32_partitioned_groups_flat):
         offset, spans = 0, dict[Tensor, Span]()
         for parameter in zero.fp16_groups[index]:
@@ -70,19 +70,19 @@ def _by_parameter(zero: Any) -> Iterator[Flat]:
 
 
 def span_of(parameter: Any, offset: int = 0) -> Span:
-    """Return what this rank holds of a parameter in stage 3, the last part of which may be shorter, or empty."""
+    """Return this rank's span of a parameter in stage 3; the last ranks' spans may be shorter, or empty."""
     each, whole = parameter.partition_numel(), parameter.ds_numel
     start = min(dist.get_rank() * each, whole)
     return Span(tuple(parameter.ds_shape), start, min(each, whole - start), offset)
 
 
 class FlatStorage(Storage):
-    """What is trained is kept in flat tensors; seen from outside, its optimizer is that of the parameters in them.
+    """Store the trained parameters in flat tensors, and show the optimizer as one of the model's parameters.
 
     Args:
         zero: DeepSpeed's optimizer.
-        optimizer: the user's, of flat tensors.
-        groups: the parameters of its groups, before they were made flat.
+        optimizer: the user's optimizer, which steps the flat tensors.
+        groups: the parameters of the optimizer's groups before DeepSpeed flattened them.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class FlatStorage(Storage):
         if self._stage < 3:
             self._zero.update_lp_params()
             return
-        self._zero.checkpoint_event_prologue()  # what was gathered is forgotten
+        self._zero.checkpoint_event_prologue()  # drop gathered weights
         for index in range(len(self.flats)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
 
     @contextmanager
     def optimizer_seen(self) -> Iterator[None]:
-        """Within, it has the parameters in its groups, and parts of their states. Raises UserError where it can't."""
+        """Put the model's parameters into the optimizer's groups and state. Raise UserError if it doesn't fit."""
         optimizer = self._optimizer
         flat, groups = optimizer.state, [group["params"] for group in optimizer.param_groups]
         try:
@@ -131,12 +131,12 @@ class FlatStorage(Storage):
             states = [found[parameter] for parameter in flat.spans if parameter in found]
             for key in dict.fromkeys(key for state in states for key in state):
                 self._optimizer.state[flat.master][key] = self._flattened(flat, key, found)
-                for state in states:  # what is flat isn't needed any more: memory for all of it twice isn't there
+                for state in states:  # free each part once it is flat: two copies may not fit in memory
                     state.pop(key, None)
         self.refresh()
 
     def _read(self, parameter: Tensor, reader: Reader, name: str, device: torch.device) -> Tensor:
-        """Return this rank's elements, which stay on the CPU until they are made flat, or a scalar."""
+        """Return this rank's elements, on the CPU until they are flattened, or a scalar."""
         span = self._spans[parameter]
         if reader.tensors[name].shape == span.shape and (span.shape or not _one_for_all(reader, name)):
             return reader(name, span.start, span.start + span.size)
@@ -158,18 +158,18 @@ class FlatStorage(Storage):
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if value.shape != flat.master.shape:
-            kept = f"a {key} of shape {list(value.shape)} for {flat.master.numel()} elements"
-            problem = f"the optimizer {type(self._optimizer).__name__} keeps {kept}, and DeepSpeed takes those that"
-            raise UserError(f"{problem} keep a number for each", "use engine=ddp", "optimizer")
+            state = f"a {key} of shape {list(value.shape)} for {flat.master.numel()} elements"
+            problem = f"the optimizer {type(self._optimizer).__name__} keeps {state}, but DeepSpeed needs one number"
+            raise UserError(f"{problem} per element", "use engine=ddp", "optimizer")
         return span.of(value)
 
     def _flattened(self, flat: Flat, key: str, states: Mapping[Tensor, dict[str, Any]]) -> Any:
-        """One value for all of ``flat``, of those for its parameters."""
+        """Return the state ``key`` for all of ``flat``, made of its parameters' states."""
         values = {parameter: states[parameter][key] for parameter in flat.spans if key in states.get(parameter, {})}
         first = next(iter(values.values()))
         if not isinstance(first, Tensor) or first.ndim == 0:
             if any(value != first for value in values.values()):
-                problem = f"the checkpoint has different {key} for parameters of a group, and DeepSpeed keeps one"
+                problem = f"the checkpoint has different {key} for parameters of a group, but DeepSpeed keeps one"
                 raise UserError(problem, "use engine=ddp", "engine")
             return first.cpu() if isinstance(first, Tensor) and flat.master.is_cpu else first
         whole = torch.zeros_like(flat.master, dtype=first.dtype, requires_grad=False)
@@ -179,8 +179,8 @@ class FlatStorage(Storage):
 
 
 def _one_for_all(reader: Reader, name: str) -> bool:
-    """Whether the state ``name`` of a parameter without dimensions is a scalar for those that have some, too."""
+    """Return whether the state ``name`` of a 0-dim parameter is a scalar for parameters with dimensions, too."""
     key = name.rpartition("/")[2]
     scalars = [other for other, stored in reader.tensors.items() if other.endswith(f"/{key}") and not stored.shape]
-    of = [other.removeprefix("optim/").removesuffix(f"/{key}") for other in scalars if other.startswith("optim/")]
-    return key == "step" or any(reader.tensors[f"model/{one}"].shape for one in of)
+    owners = [other.removeprefix("optim/").removesuffix(f"/{key}") for other in scalars if other.startswith("optim/")]
+    return key == "step" or any(reader.tensors[f"model/{owner}"].shape for owner in owners)

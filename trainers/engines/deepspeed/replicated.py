@@ -1,4 +1,4 @@
-"""DeepSpeed's own engine around a model and its optimizer; with it stage 0, at which all is whole on each rank."""
+"""Wrap a model and its optimizer in DeepSpeed's engine; on its own this is stage 0, which shards nothing."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ OURS = {
     "train_batch_size": None,
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
-    "gradient_clipping": 0.0,  # clipping is part of what the gradient is multiplied by
+    "gradient_clipping": 0.0,  # Isobatch clips by its factor on the gradient
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
 
 
 class Replicated(Reducer):
-    """Gradients are means over ranks; as it is here (stage 0), all else is whole on each.
+    """Average gradients over ranks; model and optimizer are replicated (stage 0).
 
     Raises:
-        UserError: DeepSpeed isn't installed, or can't take the config, the model or the optimizer.
+        UserError: DeepSpeed isn't installed, or rejects the config, the model or the optimizer.
     """
 
     def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
@@ -48,28 +48,27 @@ class Replicated(Reducer):
         world.connect()
         settings = settings_of(config)
         place(model, world, config.stage)
-        elements = sum(parameter.numel() for parameter in model.parameters())  # of a buffer: as many, or its own number
+        elements = sum(parameter.numel() for parameter in model.parameters())  # DeepSpeed's default at most
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, elements))
         tuned = parts.make_optimizer()
         refuse_untrainable(model, tuned, config.stage)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it asks for it there
-        self._groups = [group["params"] for group in tuned.optimizer.param_groups]  # DeepSpeed may make them flat
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it
+        self._groups = [group["params"] for group in tuned.optimizer.param_groups]  # before DeepSpeed flattens them
         super().__init__(parts, tuned)
         if config.stage == 3:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         if config.stage == 0:
             parts.riders.ride_in(parts.root, world.size)
-        self._engine = self._root = initialised(deepspeed, parts, tuned, settings)
+        self._engine = self._root = make_engine(deepspeed, parts, tuned, settings)
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def call(self, work: Callable[[], Found]) -> Found:
-        """Return what ``work`` returns, as it is: DeepSpeed would look into what a forward gives."""
-        found = list[Found]()
-        self._engine(lambda: found.append(work()))
-        return found[0]
+        results = list[Found]()  # DeepSpeed inspects what a forward returns, so return nothing to it
+        self._engine(lambda: results.append(work()))
+        return results[0]
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -85,16 +84,16 @@ class Replicated(Reducer):
 
 
 def import_deepspeed(device: torch.device | None = None) -> Any:
-    """Return the package, quiet, and told of the device; None: it is only imported, for processes forked from here."""
+    """Import DeepSpeed, with its warnings off, and set its device; None only imports it, for forked processes."""
     logger = logging.getLogger("DeepSpeed")
-    logger.disabled = True  # it warns of every device that isn't there
+    logger.disabled = True  # DeepSpeed warns of every missing device
     try:
         deepspeed = import_engine_package("deepspeed")
     finally:
         logger.disabled = False
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
-    # of its inference, and compiled as it starts on a CPU, where there is a compiler
+    # an inference operator, which DeepSpeed would compile at its start on a CPU
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     if device and device.type == "cpu":
         cpu = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
@@ -103,10 +102,10 @@ def import_deepspeed(device: torch.device | None = None) -> Any:
 
 
 def settings_of(config: engines.DeepSpeed) -> dict[str, Any]:
-    """Return what DeepSpeed is told: ``engine.config``, and ours, which it doesn't contradict.
+    """Return DeepSpeed's config: ``engine.config`` and Isobatch's settings, which it doesn't contradict.
 
-    Its sizes of batches are for its own counts: the plan makes the passes, and says which is a step's last. Raises
-    UserError where DeepSpeed doesn't take it.
+    DeepSpeed only counts with its batch sizes: the plan decides the passes, and which is a step's last. Raise
+    UserError if DeepSpeed rejects the config.
     """
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload else {}
     ours = {
@@ -119,9 +118,9 @@ def settings_of(config: engines.DeepSpeed) -> dict[str, Any]:
     try:
         module.DeepSpeedConfig(dict(settings))
     except (AssertionError, KeyError, TypeError, ValueError, module.DeepSpeedConfigError) as error:
-        said = error.errors() if isinstance(error, ValidationError) else []
-        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in said) or str(error)
-        raise UserError(f"engine.config: DeepSpeed doesn't take it: {why}", key="engine.config") from error
+        errors = error.errors() if isinstance(error, ValidationError) else []
+        reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors) or str(error)
+        raise UserError(f"DeepSpeed rejects engine.config: {reason}", key="engine.config") from error
     return settings
 
 
@@ -132,19 +131,19 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def place(model: nn.Module, world: World, stage: int) -> None:
-    """Bring the model to the device; at stage 3 parameters follow one by one, as they are parted."""
+    """Move the model to the device; stage 3 moves the parameters itself, one by one, as it shards them."""
     if stage < 3:
         model.to(world.device)
     else:
         place_buffers(model, world.device)
-    for parameter in model.parameters():  # DeepSpeed takes no others
+    for parameter in model.parameters():  # DeepSpeed takes contiguous parameters only
         parameter.data = parameter.data.contiguous()
 
 
-def initialised(deepspeed: Any, parts: Parts, tuned: Tuned, settings: dict[str, Any]) -> Any:
-    """Return DeepSpeed's engine."""
+def make_engine(deepspeed: Any, parts: Parts, tuned: Tuned, settings: dict[str, Any]) -> Any:
+    """Return DeepSpeed's engine around the model and its optimizer."""
     scalars: list[Any] = [parameter for parameter in parts.model.parameters() if parameter.ndim == 0]
-    for parameter in scalars:  # it can't share them
+    for parameter in scalars:  # DeepSpeed can't broadcast 0-dim parameters
         parts.world.share(parameter.data)
         parameter.ds_optim_param = True
     try:
@@ -153,24 +152,24 @@ def initialised(deepspeed: Any, parts: Parts, tuned: Tuned, settings: dict[str, 
     finally:
         for parameter in scalars:
             del parameter.ds_optim_param
-    parts.world.wait_patiently(engine.data_parallel_group)  # a group of its own
+    parts.world.wait_patiently(engine.data_parallel_group)  # DeepSpeed makes its own group
     return engine
 
 
 def refuse_untrainable(model: nn.Module, tuned: Tuned, stage: int) -> None:
-    """Raise UserError for a model or an optimizer that DeepSpeed can't take."""
+    """Raise UserError for a model or an optimizer that DeepSpeed can't train."""
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
-            problem = f"{name} is {parameter.dtype}, and DeepSpeed steps in torch.float32"
+            problem = f"{name} is {parameter.dtype}, but DeepSpeed steps in torch.float32"
             raise UserError(problem, "use engine=ddp or fsdp", key="engine")
         if stage == 3 and parameter.ndim == 0:
-            problem = f"{name} has no dimensions, by which stage 3 could part it"
+            problem = f"{name} has no dimensions, so stage 3 can't shard it"
             raise UserError(problem, "use engine.stage=2, or engine=fsdp", key="engine.stage", value=3)
         if stage == 3 and parameter.numel() == 0:
-            problem = f"{name} has no elements, and stage 3 takes no such parameter"
+            problem = f"{name} has no elements, so stage 3 can't shard it"
             raise UserError(problem, "use engine.stage=2, or engine=ddp", key="engine.stage", value=3)
     if stage and any(not any(p.requires_grad for p in group["params"]) for group in tuned.optimizer.param_groups):
-        problem = "the optimizer has a group without a trained parameter, which DeepSpeed doesn't take"
+        problem = "the optimizer has a group without trained parameters, which DeepSpeed rejects"
         raise UserError(problem, "leave such groups out of task.param_groups")
     if stage and tuned.optimizer.state:
         problem = f"the optimizer {type(tuned.optimizer).__name__} keeps state from the start, which DeepSpeed drops"

@@ -1,7 +1,7 @@
-"""Reduce gradients by ZeRO: stage 1 parts the optimizer's state, 2 the gradients, 3 the parameters, too.
+"""Reduce gradients with ZeRO: stage 1 shards the optimizer's state, 2 also the gradients, 3 also the parameters.
 
-DeepSpeed steps flat tensors (flat.py), of which each rank has a part. Its gradient is scaled and clipped where it lies
-before DeepSpeed's own step, which is told of neither.
+DeepSpeed steps flat tensors (flat.py), of which each rank has a part. The gradient is scaled and clipped in place
+before DeepSpeed's own step, which does neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
 
 class ZeRO(Replicated):
-    """Stages 1 to 3: gradients are means over ranks, in parts."""
+    """Average gradients over ranks and shard them (stages 1 to 3)."""
 
     lockstep = True
 
@@ -34,12 +34,12 @@ class ZeRO(Replicated):
         self._stage, self._offload = config.stage, config.offload
         self._device, self._zero = parts.world.device, self._engine.optimizer
         self._late = False
-        # Where DeepSpeed would find the norm, and send it, once more, it is told whether that is finite.
-        self._told = 0.0
+        # DeepSpeed would compute and send the norm once more, only to check whether it is finite.
+        self._norm_for_deepspeed = 0.0
         if self._stage == 3:
-            self._zero._get_norm_groups = lambda: [self._told]
+            self._zero._get_norm_groups = lambda: [self._norm_for_deepspeed]
         else:
-            self._zero.scaled_global_norm = lambda: self._told
+            self._zero.scaled_global_norm = lambda: self._norm_for_deepspeed
         if parts.world.size > 1:
             InOrder(self._zero, self._stage, parts.model.parameters())
             if self._stage == 3:
@@ -49,16 +49,14 @@ class ZeRO(Replicated):
         self._flats = storage.flats
 
     def micro(self, cut: Cut, last: bool) -> AbstractContextManager[Any]:
-        """Where the gradient goes to the host, DeepSpeed is told of a step's end after its last pass.
-
-        Told before, it would bring there only the gradients of what that pass uses.
-        """
+        # If DeepSpeed knew the last pass before it ran, it would offload only the gradients of parameters that this
+        # pass uses. So with offload it is told after the last pass, in reduce().
         self._late = self._offload and self._stage > 1 and cut.accumulation > 1
         self._engine.set_gradient_accumulation_boundary(last and not self._late)
         return self.trails.trail.begin("training") if self.trails else nullcontext()
 
     def reduce(self) -> Number:
-        """One message: the notes, the statistics, and the norm of the gradient."""
+        """Sum the notes, the statistics and the squared norm of the gradient in one message."""
         if self._late:
             self._engine.set_gradient_accumulation_boundary(True)
             self._zero.finalize_gradient_accumulation_boundary()
@@ -73,9 +71,9 @@ class ZeRO(Replicated):
         self._clear()
 
     def drop(self) -> None:
-        self._told = math.inf  # so it drops the gradient itself, wherever it keeps some of it
+        self._norm_for_deepspeed = math.inf  # so that DeepSpeed drops all copies of the gradient itself
         self._engine.step()
-        self._told = 0.0
+        self._norm_for_deepspeed = 0.0
         self._clear()
 
     def _gradients(self) -> list[Tensor]:
@@ -86,7 +84,7 @@ class ZeRO(Replicated):
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
 
     def _clear(self) -> None:
-        """Zero what is kept for the next gradient: where a parameter isn't in all passes, this one would be in it."""
+        """Zero the gradient buffers: else a parameter that the next pass doesn't use would keep this gradient."""
         kept = self._gradients() if self._offload else []
         if self._stage == 3:
             kept.append(self._zero.grad_partitions_flat_buffer)
@@ -97,7 +95,7 @@ class ZeRO(Replicated):
 
 
 def record(zero: Any, model: nn.Module, trail: Trail) -> None:
-    """Record the modules for which stage 3 gathers weights: its messages follow from their order."""
+    """Record the modules for which stage 3 gathers weights, since their order decides its messages."""
     coordinator = zero.parameter_offload.get_param_coordinator()
     fetch, names = coordinator.fetch_sub_module, {one: name for name, one in model.named_modules()}
 
@@ -110,50 +108,50 @@ def record(zero: Any, model: nn.Module, trail: Trail) -> None:
 
 
 class InOrder:
-    """Hand gradients to DeepSpeed's buckets in the reverse order of the model's parameters.
+    """Pass gradients to DeepSpeed's buckets in the reverse order of the model's parameters.
 
-    DeepSpeed puts a gradient into a bucket when it comes, and adds up the buckets of all ranks. Where ranks use
-    different parameters, that adds gradients of different parameters. Here a gradient waits for those before it, and
-    after a rank's backward each parameter that it didn't use gets a zero gradient.
+    DeepSpeed puts gradients into buckets as they are computed, and sums the buckets over ranks. If ranks use different
+    parameters, that adds gradients of different parameters. This class holds a gradient back until its predecessors
+    have been passed on. After a rank's backward, each unused parameter gets a zero gradient.
 
     Args:
         zero: DeepSpeed's optimizer of stage 1, 2 or 3.
-        parameters: of the model, in the same order on all ranks.
+        parameters: the model's parameters, in the same order on all ranks.
     """
 
     def __init__(self, zero: Any, stage: int, parameters: Iterable[Tensor]) -> None:
-        self._zero, self._always = zero, stage > 1  # stage 1 adds up on each rank until a step's last pass
+        self._zero, self._always = zero, stage > 1  # stage 1 reduces only in a step's last pass
         groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
         more = {p: () if stage == 3 else (index,) for index, group in enumerate(groups) for p in group}
         self._order = [(p, more[p]) for p in reversed(list(parameters)) if p in more and p.requires_grad]
-        self._came, self._handed = set[Tensor](), 0
-        self._hand = zero.reduce_ready_partitions_and_remove_grads
+        self._ready, self._passed = set[Tensor](), 0
+        self._pass_on = zero.reduce_ready_partitions_and_remove_grads
         self._reduce = zero.overlapping_partition_gradients_reduce_epilogue
         zero.reduce_ready_partitions_and_remove_grads = self._take
         zero.overlapping_partition_gradients_reduce_epilogue = self._finish
 
     def _take(self, parameter: Tensor, *_: int) -> None:
-        """Hand over the gradient of ``parameter``, and those that waited for it, once its turn has come."""
+        """Mark the gradient of ``parameter`` as ready, and pass on all gradients whose turn has come."""
         if not self._always and not self._zero.is_gradient_accumulation_boundary():
             return
-        self._came.add(parameter)
-        while self._handed < len(self._order) and self._order[self._handed][0] in self._came:
-            self._hand_next()
+        self._ready.add(parameter)
+        while self._passed < len(self._order) and self._order[self._passed][0] in self._ready:
+            self._pass_on_next()
 
-    def _hand_next(self) -> None:
-        parameter, more = self._order[self._handed]
-        self._handed += 1
-        self._hand(parameter, *more)
+    def _pass_on_next(self) -> None:
+        parameter, more = self._order[self._passed]
+        self._passed += 1
+        self._pass_on(parameter, *more)
 
     def _finish(self) -> None:
-        """Hand over what is left of a pass, and reduce it."""
-        while self._handed < len(self._order):
-            parameter = self._order[self._handed][0]
+        """Pass on the remaining gradients of a pass, and reduce them."""
+        while self._passed < len(self._order):
+            parameter = self._order[self._passed][0]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
                 if parameter.grad.shape != (whole := getattr(parameter, "ds_shape", parameter.shape)):
-                    parameter.grad.data = parameter.new_zeros(whole)  # stage 3 has parted the parameter itself
-            self._hand_next()
-        self._came.clear()
-        self._handed = 0
+                    parameter.grad.data = parameter.new_zeros(whole)  # stage 3 has sharded the parameter
+            self._pass_on_next()
+        self._ready.clear()
+        self._passed = 0
         self._reduce()
