@@ -1,6 +1,6 @@
-"""What ``engine=`` chooses from: a YAML in engine/ for each, and a section here for one with keys or limits of its own.
+"""The choices of ``engine=``: each has a YAML in engine/, and a section here if it has its own keys or limits.
 
-An engine changes nothing of what a run is: neither its identity nor ``optimizer=auto`` depends on it.
+The engine isn't part of a run's identity, and ``optimizer=auto`` doesn't depend on it.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from pydantic import Field, create_model, model_validator
 from isobatch.conf.types import Dtype, Free, Modules, Section, tag
 from isobatch.scaling.errors import UserError
 
-# Those of torch that treat each number by itself, whatever tensor it is in, and keep no state before the first step, as
-# Adagrad does, which DeepSpeed makes anew.
+# torch's optimizers that are elementwise and have no state before the first step. Adagrad has some, and DeepSpeed drops
+# it.
 ELEMENTWISE = tuple(
     f"torch.optim.{name}"
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "ASGD")
 )
 FLAT = (
-    "its optimizer sees a part of one flat tensor, and only one that treats each number by itself, and begins without "
-    "state, does the same there"
+    "its optimizer steps part of a flat tensor, which is only right for an elementwise optimizer that starts without "
+    "state"
 )
 ALL = ("parameters", "gradients", "optimizer state")
 
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """Describe what an engine can do.
+    """Describe the abilities of an engine.
 
     Attributes:
-        shards: what is in parts, one a rank.
-        offloads: what ``engine.offload=true`` moves to the host's memory.
-        takes: the optimizers that it carries, by their targets; None: all. Of them it ``refuses`` some.
-        why_not: why it doesn't carry the others.
-        bitwise: it carries ``numerics=bitwise``.
+        shards: the state that is sharded over ranks.
+        offloads: the state that ``engine.offload=true`` moves to the host's memory.
+        takes: the supported optimizers, by their targets, except for those in ``refuses``; None supports all.
+        why_not: why the engine doesn't support other optimizers.
+        bitwise: the engine supports ``numerics=bitwise``.
     """
 
     shards: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Ability:
     bitwise: bool = False
 
     def carries(self, target: str) -> bool:
-        """Return whether it carries the optimizer with this target."""
+        """Return whether the engine supports the optimizer with this target."""
         return target not in self.refuses and (self.takes is None or target in self.takes)
 
 
@@ -56,7 +56,7 @@ class Engine(Section):
 
     name: str
     config: Free
-    abilities: ClassVar[tuple[Ability, ...]] = (Ability(),)  # of each stage; of an engine without stages only one
+    abilities: ClassVar[tuple[Ability, ...]] = (Ability(),)  # one for each stage; engines without stages have one
 
 
 class DDP(Engine):
@@ -75,7 +75,7 @@ class FSDP(Engine):
             shards=ALL,
             offloads=ALL,
             refuses=("torch.optim.Adafactor", "torch.optim.Rprop"),
-            why_not="torch's Adafactor and Rprop don't work on tensors that are in parts",
+            why_not="torch's Adafactor and Rprop don't work on sharded tensors",
         ),
     )
 

@@ -1,6 +1,6 @@
-"""What ``optimizer=`` and ``cluster=`` choose from: a section each, with the YAML beside this file.
+"""The choices of ``optimizer=`` and ``cluster=``: a section each, with a YAML in optimizer/ or cluster/.
 
-An optimizer is a section here, its YAML and its implementation.
+An optimizer consists of a section here, its YAML and its implementation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from isobatch.conf.types import (
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import Count, Memory, NotNegative, Number, Positive, Size
 
-# ---- optimizers; each says which class it stands for
+# ---- optimizers; ``target`` is the class
 
 
 class _Optimizer(Section):
@@ -43,12 +43,12 @@ class _Optimizer(Section):
         for name in self.args:
             if name == "lr" or (name in keys and getattr(self, name) is not None):
                 key, use = f"optimizer.args.{name}", "lr.base or lr.peak" if name == "lr" else f"optimizer.{name}"
-                raise UserError(f"{key} repeats a key of the config, which rules", f"use {use}", key)
+                raise UserError(f"{key} repeats a key of the config, which decides", f"use {use}", key)
         return self
 
     @property
     def memory(self) -> tuple[float, ...]:
-        """Return the decay rates of the moments: (momentum,), (beta 1, beta 2), or () where they aren't known."""
+        """Return the decay rates of the moments: (momentum,), (beta 1, beta 2), or () if unknown."""
         return ()
 
     @property
@@ -135,9 +135,9 @@ class CustomOptimizer(_Optimizer):
 
 
 class AutoOptimizer(_Optimizer, extra="allow"):
-    """The wish for one that suits the task and the batch; ``scaling.planning.automatic.configured`` settles it.
+    """A placeholder for the optimizer that suits the task and the batch; ``scaling.planning.automatic`` replaces it.
 
-    It takes any further key, as the section of the optimizer that is chosen checks them.
+    It accepts any other key: the section of the chosen optimizer validates them.
     """
 
     name: Literal["auto"]
@@ -167,7 +167,7 @@ class Local(_Cluster):
     @model_validator(mode="after")
     def _one_machine_meets_nobody(self) -> Local:
         if self.rendezvous is not None and self.nodes == 1:
-            problem = f"cluster.rendezvous={self.rendezvous} is where several machines meet, and cluster.nodes is 1"
+            problem = f"cluster.rendezvous={self.rendezvous} is for several machines, but cluster.nodes=1"
             raise UserError(problem, "give cluster.nodes, too, or neither", "cluster.rendezvous")
         return self
 
@@ -178,7 +178,7 @@ class Slurm(_Cluster):
     account: Word | None
     qos: Word | None
     time_min: Size | None
-    signal_s: Annotated[int, Field(ge=0, le=65535)]  # Slurm holds it in 16 bits
+    signal_s: Annotated[int, Field(ge=0, le=65535)]  # Slurm stores it in 16 bits
     mem_gb: Positive | None
     cpus_per_gpu: Size | None
     gres: Literal["gpus-per-node", "gres", "none"]
@@ -198,8 +198,8 @@ class Slurm(_Cluster):
     @model_validator(mode="after")
     def _the_signal_comes_before_the_end(self) -> Slurm:
         if self.time_min is not None and self.signal_s >= 60 * self.time_min:
-            problem = f"cluster.signal_s={self.signal_s} is no less than all of cluster.time_min={self.time_min}"
-            raise UserError(problem, "give a smaller cluster.signal_s, or a longer time", "cluster.signal_s")
+            problem = f"cluster.signal_s={self.signal_s} isn't shorter than cluster.time_min={self.time_min}"
+            raise UserError(problem, "lower cluster.signal_s, or raise cluster.time_min", "cluster.signal_s")
         return self
 
 

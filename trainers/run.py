@@ -1,4 +1,4 @@
-"""One run, as every worker of it sees it: open the data, build the model, restore the state, train, finish."""
+"""Run the training on one worker: open the data, build the model, restore the state, train, finish."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from isobatch.trainers.trial.contract import Looked, announce, look_and_try
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Hold what this start has of the run directory; ``before`` is how the attempt before this one ended, if any."""
+    """Hold the run directory and its session; ``before`` is the outcome of the previous attempt, if any."""
 
     session: Session
     run: RunDir
@@ -60,18 +60,18 @@ class Attempt:
 
     @property
     def ours(self) -> RunDir | None:
-        """Return the run directory on rank 0, which writes and says what concerns all ranks; else None."""
+        """Return the run directory on rank 0, which writes and reports for all ranks; else None."""
         return self.run if self.session.world.rank == 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Hold a model and its engine at the position where this start begins to train.
+    """Hold a model and its engine at the position where this attempt starts training.
 
     Attributes:
-        looked: what was found when the task was tried.
-        found: the checkpoint that the state was restored from; None: there was none.
-        weights_from: where ``init_from`` found the initial weights.
+        looked: the results of trying the task.
+        found: the checkpoint that the state was restored from, or None.
+        weights_from: the source of the initial weights, by ``init_from``.
     """
 
     model: nn.Module
@@ -86,13 +86,13 @@ class Ready:
 
 
 def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
-    """Train as the config says, and leave the run directory: every worker's body, with one outcome on all ranks.
+    """Train as the config says, and return the same outcome on all ranks; every worker runs this function.
 
     Args:
-        enter: called with the run directory once it is this launch's; before that nothing is written to it.
+        enter: called with the run directory once this launch has claimed it.
 
     Raises:
-        UserError: what the user gave can't work.
+        UserError: the config, the task or the checkpoint can't be trained on.
     """
     run, before = claim(session)
     if before:
@@ -110,7 +110,7 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
 
 
 def open_data(attempt: Attempt) -> Opened | None:
-    """Make the task, open its training data, and plan; None, on all ranks, where some rank was asked to stop."""
+    """Make the task, open its training data, and plan; return None on all ranks if any rank was asked to stop."""
     session = attempt.session
     session.watch.expect_beats()
     seed_generators(session.config.seed)
@@ -125,7 +125,7 @@ def open_data(attempt: Attempt) -> Opened | None:
 
 
 def build(attempt: Attempt, opened: Opened) -> Ready:
-    """Make the model, try the task, make the engine; restore the newest good checkpoint, or begin at step 0."""
+    """Make the model, try the task, make the engine; resume from the newest valid checkpoint, or start at step 0."""
     run, session, task = attempt.run, attempt.session, opened.task
     config, world, watch = session.config, session.world, session.watch
     refuse_environment(config, opened.plan)
@@ -133,13 +133,13 @@ def build(attempt: Attempt, opened: Opened) -> Ready:
     model = make_model(config, task)
     attempt.source.look()
     refuse_other_source(attempt.source.files, world)
-    with watch.excused():  # val_data() may take its time
+    with watch.excused():  # val_data() may be slow
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     best, first = config.checkpoint.best, config.evaluate.first
-    for given, asked in ((f"checkpoint.best={best}", best), ("evaluate.first=true", first)):
-        if asked and validation is None:
-            problem = f"{given} needs validation data, and task {config.task.name} has no val_data()"
-            raise UserError(problem, "leave it out, or define val_data()", given.partition("=")[0], asked)
+    for setting, value in ((f"checkpoint.best={best}", best), ("evaluate.first=true", first)):
+        if value and validation is None:
+            problem = f"{setting} needs validation data, but task {config.task.name} has no val_data()"
+            raise UserError(problem, "leave it out, or define val_data()", setting.partition("=")[0], value)
     looked = look_and_try(opened, model, validation, config, world, watch)
     model = prepare(model, config, stream, world.size)
     modes = Modes(model)
@@ -155,14 +155,14 @@ def build(attempt: Attempt, opened: Opened) -> Ready:
     watch.beat()
     state, found = resume(run, config, world, engine, opened.plan, looked.fingerprint, say_skipped, watch.beat)
     if world.agree("its last evaluation" if attempt.before and attempt.before.state == "finished" else ""):
-        state.evaluation_owed = False  # it came after the last checkpoint
+        state.evaluation_owed = False  # done after the last checkpoint
     if found is None and config.evaluate.first:
         state.evaluation_owed = True
     return Ready(model, modes, stream, validation, looked, engine, state, found, weights_from)
 
 
 def loop(attempt: Attempt, opened: Opened, ready: Ready) -> bool:
-    """Train to the end of the plan; False, on all ranks, where some rank was asked to stop before."""
+    """Train to the end of the plan; return False on all ranks if any rank was asked to stop before."""
     session, config, world = attempt.session, attempt.session.config, attempt.session.world
     task, engine, state, stream, watch = opened.task, ready.engine, ready.state, ready.stream, session.watch
     loader = Loader(opened.data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
@@ -194,7 +194,7 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready) -> bool:
 
 
 def make_saver(attempt: Attempt, ready: Ready, metrics: Metrics) -> Saver:
-    """Return what saves the checkpoints of this start."""
+    """Return the saver of this attempt's checkpoints."""
     session, config = attempt.session, attempt.session.config.checkpoint
     every_s = config.every.value * 60 if config.every and config.every.unit == "min" else None
     return Saver(
@@ -210,7 +210,7 @@ def make_saver(attempt: Attempt, ready: Ready, metrics: Metrics) -> Saver:
 
 
 def checkpoint_header(attempt: Attempt, fingerprint: str | None, state: TrainState, best: Evaluation | None) -> Header:
-    """Return the header of a checkpoint, which is of all source that was imported when it was saved; on rank 0."""
+    """Return the header of a checkpoint, on rank 0, and record source files imported since the last one."""
     if late := attempt.source.look():
         with suppress(OSError):
             attempt.run.event("source", files=late)
@@ -218,14 +218,14 @@ def checkpoint_header(attempt: Attempt, fingerprint: str | None, state: TrainSta
 
 
 def record_start(attempt: Attempt, ready: Ready) -> None:
-    """Write config and plan of this start over those of the attempt before, and say where it begins; on rank 0."""
+    """Replace the config and plan of the previous attempt, and report where training starts; on rank 0."""
     session, run, state = attempt.session, attempt.run, ready.state
     write_atomic(run.path / "config.yaml", dump(session.config))
     write_atomic(run.path / "plan.json", to_json(state.plan) + "\n")
     if session.config.task.train_samples is None:
         say(table(state.plan, full=session.config.output == "full"))
     for path in pass_over(run, state.steps):
-        tell(run, "passed_over", f"what was checkpoint {path.name} is kept in {path.parent}", checkpoint=path.name)
+        tell(run, "passed_over", f"unused checkpoint {path.name} moved to {path.parent}", checkpoint=path.name)
     changed = changes(run, session.config, session.start.code, attempt.source.files)
     if ready.found and changed:
         tell(run, "changed", f"changed since the run was last trained: {changed}", **changed.fields)
@@ -236,7 +236,7 @@ def record_start(attempt: Attempt, ready: Ready) -> None:
 
 
 def finish(attempt: Attempt, ready: Ready, done: bool) -> Outcome:
-    """Export the weights where the run is done, and write how it ended."""
+    """Export the weights if the run is done, and write the outcome."""
     session = attempt.session
     cause = "" if done else stop_signal(session.stop, session.world)
     if cause and cause not in {number.name for number in SIGNALS}:

@@ -392,7 +392,7 @@ def test_a_named_run_is_made_longer() -> None:
     run = only_run()
     done = launch(f"run.dir={run}", "duration=5st", "device=cpu").stdout
     assert "duration       5 steps = 320 samples" in done
-    assert "goes on from step 2 of 5" in done
+    assert "resuming from step 2 of 5" in done
     assert done.splitlines()[-1].startswith("finished after 5 steps, 320 samples")
     assert yaml.safe_load((run / "config.yaml").read_text())["duration"] == "5st"
     assert json.loads((run / "plan.json").read_text())["steps"] == 5

@@ -177,7 +177,7 @@ def test_a_run_without_a_checkpoint_begins_anew(runs: Runs, capfd: pytest.Captur
     (directory.path / "metrics.jsonl").write_text('{"step": 3}\n')
     run = runs(2, *TASK)
     assert run.ends[0]["state"] == "finished"
-    assert "begins anew: the last attempt ended before its first checkpoint" in capfd.readouterr().out
+    assert "restarting from step 0: the last attempt ended before its first checkpoint" in capfd.readouterr().out
     assert [line["step"] for line in run.metrics()][:2] == [1, 10]
 
 

@@ -123,7 +123,7 @@ class Unvalidated(Normed):
 
 
 REFUSALS = {
-    "task._target_=tests.ranks.test_evaluate_action.Unvalidated": "task custom has no validation data to evaluate on",
+    "task._target_=tests.ranks.test_evaluate_action.Unvalidated": "task custom has no validation data",
     "task.args.width=16": "doesn't fit the model: it has other shapes: 1.weight [32, 8], not [16, 8]",
     "init_from=tests": "init_from=tests has no weights",
 }

@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, cap
     out = capfd.readouterr().out
     assert "checkpoint step-00000025 is skipped: rank-00001.safetensors" in out
     assert "checkpoint step-00000020 is skipped: optim/groups has momentum='x' in group 0" in out
-    assert "goes on from step 10 of 75" in out
+    assert "resuming from step 10 of 75" in out
     assert bitwise(run, uninterrupted)
     assert lines(run) == lines(uninterrupted)
 

@@ -1,4 +1,4 @@
-"""From positions of the run to batches: samples in their order, fetched, augmented, collated, moved to the device."""
+"""Make batches from positions of the run: fetch the samples in order, augment, collate and move them to the device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from isobatch.trainers.tasks.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The batch of a range of positions (None where it is empty), or what went wrong with it in a DataLoader's worker.
+    """The batch of a range of positions (None if empty), or the error that a DataLoader worker raised.
 
-    ``unkeyed`` says what in the fetching makes it depend on the cut.
+    ``unkeyed`` is the reason why the batch depends on the cut, or None.
     """
 
     positions: tuple[int, int]
@@ -32,15 +32,15 @@ class Fetched:
     traceback: str = ""
 
     def pin_memory(self) -> Fetched:
-        """Return the same with its batch in pinned memory. DataLoader's pinning thread calls this."""
+        """Return a copy with the batch in pinned memory. DataLoader's pinning thread calls this."""
         return replace(self, batch=_map(self.batch, _pinned))
 
 
 class Fetch:
-    """Make micro-batches of ranges of positions. DataLoader's workers run this, too.
+    """Make micro-batches from ranges of positions, also in DataLoader's workers.
 
     Attributes:
-        instead: where to draw random numbers, so that they follow the sample.
+        instead: the advice where to draw random numbers so that they follow the sample.
     """
 
     instead = "draw in augment()"
@@ -57,20 +57,20 @@ class Fetch:
             return Fetched(positions, None)
         return self._fetched(positions, start, indices(self.seed, self.length, start, stop))
 
-    def _fetched(self, positions: tuple[int, int], first: int, where: np.ndarray) -> Fetched:
-        """Return the batch of the rows ``where``, at least one; draws for the batch are keyed by ``first``."""
+    def _fetched(self, positions: tuple[int, int], first: int, rows: np.ndarray) -> Fetched:
+        """Return the batch of ``rows``, at least one; random numbers for the batch are keyed by ``first``."""
         if self._tensors is not None:
-            at = torch.from_numpy(where)
-            return Fetched(positions, tuple(tensor.index_select(0, at.to(tensor.device)) for tensor in self._tensors))
-        samples, unkeyed = self.samples(first, where.tolist())
+            index = torch.from_numpy(rows)
+            return Fetched(positions, tuple(t.index_select(0, index.to(t.device)) for t in self._tensors))
+        samples, unkeyed = self.samples(first, rows.tolist())
         batch, collate_draws = self.collated(first, samples)
         return Fetched(positions, batch, unkeyed or collate_draws)
 
     def samples(self, first: int, rows: list[int]) -> tuple[list[Any], str | None]:
-        """Fetch the samples of ``rows``, which are at positions from ``first`` of the run, and augment them.
+        """Fetch and augment the samples of ``rows``, which are at consecutive positions of the run from ``first``.
 
         Returns:
-            The samples, and what in fetching them depends on the cut.
+            The samples, and why they depend on the cut, or None.
         """
         if not fetches_many(self.data):
             return [self._one(key, row) for key, row in zip(self._keys(first, rows), rows, strict=True)], None
@@ -84,14 +84,14 @@ class Fetch:
         return samples, unkeyed
 
     def collated(self, first: int, samples: list[Any]) -> tuple[Any, str | None]:
-        """Collate samples at positions from ``first`` into a batch; the second value is as of ``samples``."""
+        """Collate samples at positions from ``first``; return the batch, and why it depends on the cut, or None."""
         key_generators(self.seed, first, COLLATE)
         before = generators_state()
         batch = self.collate(samples)
         return batch, f"collate draws random numbers; {self.instead}" if generators_state() != before else None
 
     def _keys(self, first: int, rows: list[int]) -> Sequence[int]:
-        """Return what the draws of each sample are keyed by: its position in the run."""
+        """Return the key of each sample's random numbers: its position in the run."""
         return range(first, first + len(rows))
 
     def _one(self, position: int, row: int) -> Any:
@@ -103,28 +103,28 @@ class Fetch:
 
 
 def fetches_many(data: Any) -> bool:
-    """Tell whether a dataset itself has ``__getitems__``: that of a Subset asks for the samples one by one."""
+    """Return whether the dataset has its own ``__getitems__``; a Subset's fetches samples one by one."""
     while isinstance(data, Subset):
         data = data.dataset
     return hasattr(data, "__getitems__")
 
 
 class Remote(Fetch):
-    """Fetch in a DataLoader's worker: what it raises is returned, to be raised as it was where it is understood."""
+    """Fetch in a DataLoader's worker; return an exception instead of raising it, so that the loop can raise it."""
 
     def __getitem__(self, positions: tuple[int, int]) -> Fetched:
         try:
             return super().__getitem__(positions)
         except Exception as error:
             try:
-                pickle.loads(pickle.dumps(error))  # noqa: S301  not every exception survives the way, if it starts it
+                pickle.loads(pickle.dumps(error))  # noqa: S301  some exceptions can't be pickled or unpickled
             except Exception:
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             return Fetched(positions, None, error=error, traceback=traceback.format_exc())
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return ``batch`` with its tensors (and whatever else has ``.to``) on ``device``."""
+    """Return ``batch`` with its tensors, and other objects with a ``.to``, on ``device``."""
     return batch if device.type == "cpu" else _map(batch, lambda value: value.to(device, non_blocking=True))
 
 
@@ -133,7 +133,7 @@ def _pinned(value: Any) -> Any:
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to everything with a ``.to`` within nested tuples, lists and mappings."""
+    """Apply ``function`` to each object with a ``.to`` in nested tuples, lists and dicts."""
     if hasattr(value, "to"):
         return function(value)
     if isinstance(value, dict):

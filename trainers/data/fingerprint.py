@@ -1,4 +1,4 @@
-"""What a dataset holds, in a few digits: by them a run that goes on sees whether its data changed."""
+"""Fingerprint a dataset, so that a resumed run can tell whether its data changed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from isobatch.scaling.order import indices
 from isobatch.trainers.data.fetch import fetches_many
 from isobatch.trainers.model.randomness import SAMPLE, SAMPLES, key_generators
 
-LOOKS = 16  # samples that are looked at
-WHOLE_BYTES = 1 << 28  # a TensorDataset of no more than this, a fraction of a second's work, is looked at as a whole
+LOOKS = 16  # number of hashed samples
+WHOLE_BYTES = 1 << 28  # a TensorDataset up to this size is hashed whole, in a fraction of a second
 
 
 def fingerprint(data: Any, seed: int) -> str | None:
-    """Return 16 hexadecimal digits of the length of ``data`` and of some of its samples, the same in every process.
+    """Return a hash of the length of ``data`` and some of its samples: 16 hex digits, the same in every process.
 
-    A TensorDataset is looked at as a whole, if it isn't too large. Of others some samples are, each fetched twice, with
-    the default generators keyed alike. A part that still differs from itself (it draws from a generator of its own, or
-    from a clock) is left out of all samples. Of an object that is neither data nor a container only its type counts, of
-    a path only the file's name.
+    A TensorDataset is hashed whole if it isn't too large. From other datasets, some samples are fetched twice with the
+    same keys of the default generators. A part of a sample that differs between the two, because it has its own
+    generator or reads a clock, is left out. For objects that are neither data nor containers only the type is hashed,
+    for an absolute path only the file's name.
 
     Args:
-        data: a map-style dataset of at least one sample. It is fetched from: see trainers/data/look.py.
-        seed: of the sample order, whose first samples are looked at.
+        data: a map-style dataset of at least one sample; fetching may change its state: see trainers/data/look.py.
+        seed: the seed of the sample order, whose first samples are hashed.
 
     Returns:
-        None where nothing could be told: every part differs, or a sample can't be fetched (training will say why).
+        None if every part differs or a sample can't be fetched; training then reports the error.
     """
     if type(data) is TensorDataset and sum(tensor.nbytes for tensor in data.tensors) <= WHOLE_BYTES:
         return _short(digests(data.tensors))
@@ -53,7 +53,7 @@ def fingerprint(data: Any, seed: int) -> str | None:
 
 
 def fetched(data: Any, seed: int, rows: list[int]) -> Iterator[Any]:
-    """Yield the samples of ``rows`` as the dataset gives them, with the default generators keyed."""
+    """Yield the samples of ``rows``, with the default generators keyed."""
     if fetches_many(data):
         key_generators(seed, 0, SAMPLES)
         yield from data.__getitems__(rows)
@@ -68,7 +68,7 @@ def _short(content: Any) -> str:
 
 
 def digests(sample: Any) -> dict[str, str]:
-    """Return a digest for each part of a sample: each entry of a dict or tuple, else the whole."""
+    """Return a digest of each entry of a dict or tuple, or of the whole sample."""
     entries = sample.items() if isinstance(sample, dict) else enumerate(sample) if isinstance(sample, tuple) else None
     parts = {"": sample} if entries is None else {repr(name): part for name, part in entries}
     digests = {}
@@ -81,7 +81,7 @@ def digests(sample: Any) -> dict[str, str]:
 
 
 def _contents(value: Any) -> Iterator[bytes | memoryview]:
-    """The bytes of what may be nested, kinds and sizes before contents."""
+    """Yield the bytes of a value that may be nested, types and sizes before contents."""
     yield f"{type(value).__name__} ".encode()
     if isinstance(value, str):
         yield repr(os.path.basename(value) if os.path.isabs(value) else value).encode()  # data may be moved

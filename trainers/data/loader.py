@@ -1,4 +1,4 @@
-"""From the plan to this rank's micro-batches: the sample order dealt by each step's cut, fetched ahead of the loop."""
+"""Load this rank's micro-batches: split each step of the plan by its cut, and fetch ahead of the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isobatch.trainers.ranks.signals import die_with_parent
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
 
-LOADER_DEATH_S = 0.2  # from the first that is seen of a DataLoader worker's death to the signal
+LOADER_DEATH_S = 0.2  # from the broken connection of a dead DataLoader worker to its signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Micro:
     """One rank's part of one pass: the samples at positions [start, stop) of the run.
 
     Attributes:
-        samples: how many of them are this rank's: all of them, or none, where they are only there to stand in.
-        expected_units: its part of the step's.
-        last: pass of the step.
-        batch: None where the range is empty.
+        samples: number of samples that count: all, or none if the micro-batch is a stand-in.
+        expected_units: the micro-batch's share of the step's expected units.
+        last: it is the step's last pass.
+        batch: None if the range is empty.
     """
 
     start: int
@@ -40,13 +40,13 @@ class Micro:
 
 
 class Loader:
-    """Called with a step, gives this rank's ``accumulation`` micro-batches of it, on the training device.
+    """Yield this rank's ``accumulation`` micro-batches of a step, on the training device.
 
-    With ``workers``, DataLoader's processes fetch ahead of the loop, across the ends of steps and epochs: they follow
-    the plan, not an epoch.
+    With ``workers``, DataLoader's processes fetch ahead of the loop, also across the ends of steps and epochs, because
+    they follow the plan.
 
     Args:
-        stand_ins: where a rank's part of a pass is empty, give it the first granule of the step.
+        stand_ins: load the step's first granule if this rank's part of a pass is empty.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Loader:
             yield Micro(*positions, stop - start, expected, last, to_device(fetched.batch, self._device))
 
     def _positions(self, step: Step, start: int, stop: int) -> tuple[int, int]:
-        """The range of the run that is fetched for [start, stop) of a step."""
+        """Return the positions of the run to fetch for [start, stop) of a step."""
         if start == stop and self._stand_ins:
             return step.start, step.start + step.cut.granule
         return step.start + start, step.start + stop
@@ -90,13 +90,13 @@ class Loader:
         try:
             return next(batches)
         except (OSError, EOFError):
-            # A worker that was killed breaks the connection a moment before the kernel says that it died; torch's
-            # handler of that signal raises the true cause, here.
+            # The connection of a killed worker breaks shortly before SIGCHLD arrives. torch's handler of that signal
+            # raises the true cause, during this sleep.
             time.sleep(LOADER_DEATH_S)
             raise
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Every range of positions that this rank will ask for, by the plan that is in force when it is fetched."""
+        """Yield every range of positions that this rank needs, by the plan in force when the range is fetched."""
         sample = self._state.samples
         while step := self._state.plan.step_at(sample):
             for start, stop in step.cut.passes(self._rank):
@@ -123,12 +123,12 @@ class Loader:
 
 
 def as_it_is(batch: Any) -> Any:
-    """The collate_fn of batches that are collated already."""
+    """Return ``batch``: the collate_fn for batches that are collated already."""
     return batch
 
 
 def begin_worker(_: int) -> None:
-    """What a process that loads data does first: a stop is the business of training, and this one ends with it."""
+    """Initialise a DataLoader worker: it ignores requests to stop, and ends with the training process."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

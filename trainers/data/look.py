@@ -1,4 +1,4 @@
-"""Look at data in a process that is thrown away, so that no look moves a dataset's state or its place in a file."""
+"""Run functions on data in a forked process, so that they don't change a dataset's state or its file positions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from isobatch.trainers.data.loader import begin_worker
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.tasks.task import Task
 
-LOOK_S = 60.0  # at most, for one look: a dataset that can't be used after a fork may hang
+LOOK_S = 60.0  # time limit of one function: a dataset that doesn't survive a fork may hang
 
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Say why a look saw nothing."""
+    """Hold the reason why a function failed in the forked process."""
 
     why: str
 
@@ -32,11 +32,11 @@ class Unseen:
 def look(
     works: Sequence[Callable[[], Any]], beat: Callable[[], None] = lambda: None, *, here: bool = False
 ) -> list[Any]:
-    """Return what each of ``works`` returns in a forked process, or ``Unseen`` where that failed.
+    """Run each of ``works`` in a forked process, and return its result, or ``Unseen`` if it failed.
 
     Args:
-        beat: called after each of them.
-        here: they change nothing but the default generators, so this process can do them.
+        beat: called after each function.
+        here: run the functions in this process, because they change nothing but the default generators.
     """
     if here or not works or sys.platform != "linux":
         with generators_kept():
@@ -47,18 +47,18 @@ def look(
             for _ in works:
                 found.append(_seen(pickle.loads, next(results), failing="a sample or batch can't be unpickled: "))
                 beat()
-        except (OSError, RuntimeError) as error:  # the process died, was too slow, or couldn't be had
+        except (OSError, RuntimeError) as error:  # the process died, was too slow, or couldn't be started
             found += [Unseen(str(error).splitlines()[0])] * (len(works) - len(found))
     return found
 
 
 def has_no_state(data: Any, task: Task) -> bool:
-    """Tell whether fetching a sample of ``data`` changes nothing, so that this process can look at it."""
+    """Return whether fetching a sample of ``data`` changes no state, so that no fork is needed."""
     return type(data) is TensorDataset and not task.has("augment") and not task.has("collate")
 
 
 def _forked(works: Sequence[Callable[[], Any]]) -> Generator[bytes, None, None]:
-    """Yield what each of ``works`` returns in a DataLoader's worker, pickled."""
+    """Yield the pickled result of each of ``works``, run in a DataLoader worker."""
     loader: Any = DataLoader(
         works,  # type: ignore[arg-type]
         batch_size=None,
@@ -67,7 +67,7 @@ def _forked(works: Sequence[Callable[[], Any]]) -> Generator[bytes, None, None]:
         collate_fn=_packed,  # type: ignore[arg-type]
         worker_init_fn=begin_worker,
         multiprocessing_context="fork",
-        generator=torch.Generator(),  # else it draws from the default one
+        generator=torch.Generator(),  # else DataLoader draws from the default generator
     )
     results = iter(loader)
     try:
@@ -77,7 +77,7 @@ def _forked(works: Sequence[Callable[[], Any]]) -> Generator[bytes, None, None]:
 
 
 def _packed(work: Callable[[], Any]) -> bytes:
-    """Pickle what ``work`` returns, here: what can't be pickled would be lost on the way, and waited for."""
+    """Pickle the result of ``work`` in the worker: DataLoader would wait forever for one that can't be pickled."""
     packed = _seen(pickle.dumps, _seen(work), failing="a sample or batch can't be pickled: ")
     return packed if isinstance(packed, bytes) else pickle.dumps(packed)
 
@@ -91,7 +91,7 @@ def _seen(work: Callable[..., Any], *args: Any, failing: str = "") -> Any:
 
 @contextmanager
 def _places_in_files_kept() -> Iterator[None]:
-    """Put back where open files are read next: a forked process shares that with this one."""
+    """Restore the positions of open files afterwards: a forked process shares them with this process."""
     places = dict(_places_in_files())
     try:
         yield
@@ -102,7 +102,7 @@ def _places_in_files_kept() -> Iterator[None]:
 
 
 def _places_in_files() -> Iterator[tuple[int, int]]:
-    """Every regular file that is open for reading alone: where others are written, other ranks may write, too."""
+    """Yield descriptor and position of each regular file that is open for reading only; ranks may share other files."""
     with suppress(OSError):
         for name in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""All that a run is between two steps."""
+"""The state of a run between two steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from isobatch.trainers.ranks.failure import Reached
 
 @dataclass(slots=True)
 class TrainState:
-    """The plan in force, and how far it has come.
+    """The plan in force, and the run's position in it.
 
     Attributes:
-        samples: samples seen: the whole position in the data, on any hardware.
+        samples: samples seen; the whole data position, independent of the hardware.
         steps: optimizer steps completed.
-        skipped: how many of them changed no weights, as loss or gradient wasn't finite.
-        evaluation_owed: an evaluation is due at this position and wasn't done yet.
-        noise: what is known of the gradient noise scale; None: it isn't measured.
+        skipped: number of completed steps that changed no weights, because loss or gradient wasn't finite.
+        evaluation_owed: an evaluation is due at this position and isn't done yet.
+        noise: the smoothed gradient noise; None if it isn't measured.
     """
 
     plan: Plan
@@ -29,17 +29,17 @@ class TrainState:
     noise: Smoothed | None = None
 
     def advance(self, step: Step, *, skipped: bool) -> None:
-        """Move past ``step``, which changed no weights where it was ``skipped``."""
+        """Move past ``step``; ``skipped``: it changed no weights."""
         self.samples, self.steps = step.stop, step.index + 1
         self.skipped += skipped
 
     def epochs(self, samples: int) -> float:
-        """``samples`` as passes over the data."""
+        """Convert ``samples`` to epochs."""
         assert self.plan.train_samples
         return samples / self.plan.train_samples
 
     @property
     def reached(self) -> Reached:
-        """Return how far the run has come, and the samples of the largest pass there."""
+        """Return the run's position, and the number of samples of the largest pass there."""
         per_gpu = self.plan.stage_at(self.samples).cut.micro_batches[0][0]
         return Reached(self.steps, self.samples, per_gpu, self.plan.granule, fixed=self.plan.numerics == "bitwise")

@@ -1,4 +1,4 @@
-"""The validation data: which rows are evaluated, and what each of them draws."""
+"""Open the validation data, choose the rows to evaluate, and key their random numbers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from isobatch.trainers.tasks.task import Task, check_map_style
 
 
 class Validation(Fetch):
-    """Fetch batches of the rows that are evaluated: ``validation[start, stop]`` has ``rows[start:stop]``.
+    """Fetch batches of the evaluated rows: ``validation[start, stop]`` is the batch of ``rows[start:stop]``.
 
-    What ``[index]`` draws from the default generators follows the row, so it is the same in any batch, in any order.
-    What ``__getitems__`` and ``collate`` draw follows the first row of the batch, and is reported. ``augment`` is for
-    training alone.
+    Random numbers that ``[index]`` draws from the default generators are keyed by the row, so they are the same in any
+    batch and order. Those of ``__getitems__`` and ``collate`` are keyed by the batch's first row, and reported.
+    ``augment`` is for training only.
 
     Args:
-        seed: of the run.
-        samples: how many rows are evaluated, spread evenly over the data; None, or more than there are: all.
+        seed: the seed of the run.
+        samples: number of rows to evaluate, spread evenly over the data; None evaluates all.
 
     Attributes:
-        rows: the rows that are evaluated, ascending.
+        rows: the evaluated rows, ascending.
     """
 
     instead = "draw in [index] of the validation data"
@@ -45,7 +45,7 @@ class Validation(Fetch):
 
 
 def spread(length: int, samples: int | None) -> Sequence[int]:
-    """Return ``samples`` of the numbers below ``length``, evenly spaced; all of them where there are no more.
+    """Return ``samples`` evenly spaced numbers below ``length``, or all numbers if ``samples`` is None or larger.
 
     >>> spread(7, 3), spread(7, None)
     ([0, 2, 4], range(0, 7))
@@ -56,10 +56,10 @@ def spread(length: int, samples: int | None) -> Sequence[int]:
 
 
 def open_validation(task: Task, world: World, seed: int, samples: int | None = None) -> Validation | None:
-    """Open the task's validation data; None where it has none. All ranks call this alike.
+    """Open the task's validation data, or return None if it has none; called by all ranks.
 
     Raises:
-        UserError: ``val_data()`` isn't a map-style dataset, is empty, or is of another length on another rank.
+        UserError: ``val_data()`` isn't a map-style dataset, is empty, or has different lengths on different ranks.
     """
     data = task.val_data()
     length = -1 if data is None else check_map_style(data, "val_data()")
@@ -67,5 +67,5 @@ def open_validation(task: Task, world: World, seed: int, samples: int | None = N
     if data is None:
         return None
     if length == 0:
-        raise UserError("val_data() has 0 samples", "return None where there is nothing to evaluate on")
+        raise UserError("val_data() has 0 samples", "return None to train without evaluations")
     return Validation(data, task, seed, samples)

@@ -59,10 +59,7 @@ def nodes_by_rank(cut: Cut) -> tuple[tuple[Node, ...], ...]:
 
 
 class Growing:
-    """This rank's nodes while leaves are added one by one; about 2·log₂(leaves) nodes at most.
-
-    A leaf is anything that has ``add_``.
-    """
+    """This rank's nodes while leaves, which have ``add_``, are added one by one; at most about 2·log₂(leaves)."""
 
     def __init__(self) -> None:
         self.sums: list[tuple[Node, Any]] = []

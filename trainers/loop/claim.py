@@ -1,4 +1,4 @@
-"""Take the run directory, and record the end: one launch at a time, one command and one disk on all machines."""
+"""Claim the run directory for this launch, and record the end of the run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_
 
 
 def claim(session: Session) -> tuple[RunDir, Outcome | None]:
-    """Take the run directory for this launch: rank 0 locks it and writes ``running``, the others see that it did.
+    """Claim the run directory: rank 0 locks it and writes ``running``, and the other ranks wait until they see that.
 
-    What an earlier attempt left is not touched yet: this one may still be rejected.
+    The files of an earlier attempt aren't changed yet, because this attempt may still be rejected.
 
     Returns:
-        The directory, and how the run had ended before: the same on all ranks where it was ``finished``.
+        The directory, and the outcome of the previous attempt; ``finished`` is the same on all ranks.
 
     Raises:
-        UserError: ranks were started with other configs, the folder isn't writable or no run's, another launch works in
-            it, or a node doesn't see what rank 0 wrote there.
+        UserError: ranks were started with different configs, the folder isn't writable or isn't a run's, another
+            launch works in it, or a node doesn't see the files that rank 0 writes.
     """
     world, start = session.world, session.start
     refuse_other_commands(session.config, world)
@@ -51,7 +51,7 @@ def claim(session: Session) -> tuple[RunDir, Outcome | None]:
 
 
 def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
-    """Lock the directory and record the start, on rank 0; return the outcome of the attempt before."""
+    """Lock the directory and record the start, on rank 0; return the outcome of the previous attempt."""
     start = session.start
     run.path.mkdir(parents=True, exist_ok=True)
     run.refuse_foreign()
@@ -60,7 +60,7 @@ def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
     if before and before.state == "finished" and not start.extends:
         return before
     at = (before.step, before.samples) if before else (0, 0)
-    if not ever_trained(run.path):  # else what is there holds until this attempt trains, too
+    if not ever_trained(run.path):  # else keep the previous config until this attempt trains
         write_atomic(run.path / "config.yaml", dump(session.config))
     run.write_outcome(Outcome("running", "", *at, start.attempt, restarts()))
     run.logs.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
 
 
 def end(session: Session, run: RunDir, state: State, cause: str, reached: Reached) -> Outcome:
-    """Return the outcome of a run that ended after ``reached``; rank 0 writes it."""
+    """Return the outcome of a run that ended at ``reached``; rank 0 writes it."""
     outcome = Outcome(state, cause, reached.step, reached.samples, session.start.attempt, restarts())
     if session.world.rank == 0:
         run.event(state, cause=cause, step=outcome.step, samples=outcome.samples)

@@ -1,4 +1,4 @@
-"""Evaluate a model exactly over ranks: every sample once, sums added up, then divided."""
+"""Evaluate a model over all ranks: every sample counts exactly once, and sums are added up before the division."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Evaluator:
-    """Evaluate ``model`` on the rows of ``data``, a contiguous share of them on each rank.
+    """Evaluate ``model`` on the rows of ``data``; each rank evaluates a contiguous share.
 
     Attributes:
-        stream: that the model's dropout layers follow, and by which draws of a forward are keyed.
+        stream: keys the random numbers of a forward and of the model's dropout layers.
         per_gpu: the most samples per forward.
-        precision: what a forward computes in.
-        engine: that calls the model; None: it is called as it is.
-        stop: where some rank is asked to stop, all of them stop evaluating.
-        watch: told of each forward, and of its size where it fails.
-        patient: within it, the task's ``summarise`` may take as long as it likes.
+        precision: the precision of the forward.
+        engine: calls the model; None calls it directly.
+        stop: all ranks stop evaluating if any rank is asked to stop.
+        watch: records each forward, and its size if it fails.
+        patient: returns a context in which the task's ``summarise`` may take any time.
         last: evaluate at the end of the run.
     """
 
@@ -57,13 +57,13 @@ class Evaluator:
     last: bool = True
 
     def __call__(self) -> dict[str, float] | None:
-        """Return the values by name, the same on all ranks; None, on all of them, where some rank was asked to stop."""
-        mine, longest = self._share()
+        """Return the values by name, the same on all ranks; None on all ranks if any rank was asked to stop."""
+        own, longest = self._share()
         for buffer in self.model.buffers():
-            self.world.share(buffer)  # what is evaluated is what is kept: rank 0's running statistics
+            self.world.share(buffer)  # checkpoints hold the running statistics of rank 0, so evaluate these
         reached = replace(self.watch.reached, per_gpu=min(self.per_gpu, longest), granule=1, fixed=False)
         with self.watch.tracking(lambda: reached), evaluating(self.model, self.stream):
-            totals = self._totals(mine, longest)
+            totals = self._totals(own, longest)
         found = _over_ranks(None if self.stop.wanted else totals, self.world)
         if found is None:
             return None
@@ -71,11 +71,11 @@ class Evaluator:
             return summarise(self.task, found)
         with self.patient():
             values = summarise(self.task, found)
-            self.world.gather("")  # no rank is taken for hanging until all are through
+            self.world.gather("")  # stay patient until all ranks are done
         return values
 
     def of_run(self) -> dict[str, float] | None:
-        """Return the values of the weights that are trained, and of their moving average where there is one."""
+        """Return the values of the trained weights, and of their moving average if there is one."""
         assert self.engine
         engine = self.engine
 
@@ -87,9 +87,9 @@ class Evaluator:
         return self.of_weights(weights())
 
     def of_weights(self, weights: Iterable[tuple[str, AbstractContextManager[None]]]) -> dict[str, float] | None:
-        """Return the values within each context by name, behind the name of its weights: ``val/loss``, ``ema/loss``.
+        """Evaluate in each context and return all values as ``<kind>/<name>``, such as ``val/loss`` and ``ema/loss``.
 
-        None, on all ranks, where some rank was asked to stop.
+        Return None on all ranks if any rank was asked to stop.
         """
         found: dict[str, float] = {}
         for kind, weights_in_use in weights:
@@ -101,9 +101,9 @@ class Evaluator:
         return found
 
     def chunk(self, start: int, stop: int) -> Totals:
-        """Return sums and counts of one forward, of rows [start, stop) of those that are evaluated.
+        """Return sums and counts of one forward over the evaluated rows [start, stop).
 
-        In lockstep all ranks call this alike.
+        With ``engine.lockstep``, all ranks have to call this equally often.
         """
         fetched = self.data[start, stop]
         batch = to_device(fetched.batch, self.world.device)
@@ -115,25 +115,25 @@ class Evaluator:
         self.watch.beat()
         return totals
 
-    def _totals(self, mine: range, longest: int) -> Totals:
-        """Return the totals of this rank, up to where it is asked to stop."""
+    def _totals(self, own: range, longest: int) -> Totals:
+        """Return the totals of this rank; stop early if asked to."""
         totals: Totals = {}
         lockstep = self.engine is not None and self.engine.lockstep
-        for start in range(mine.start, mine.start + longest, self.per_gpu):
+        for start in range(own.start, own.start + longest, self.per_gpu):
             wanted = self.stop.wanted is not None
             if self.world.any(wanted) if lockstep else wanted:
                 break
-            stop = min(start + self.per_gpu, mine.stop)
+            stop = min(start + self.per_gpu, own.stop)
             if start < stop:
                 add(totals, self.chunk(start, stop))
             elif lockstep:
-                self.chunk(0, 1)  # as many forwards as the other ranks have
+                self.chunk(0, 1)  # a stand-in, to run as many forwards as the other ranks
             else:
                 break
         return totals
 
     def _share(self) -> tuple[range, int]:
-        """Return this rank's share, and the size of the largest: rank 0's, which has at least one."""
+        """Return this rank's share of the rows, and the size of the largest share, which is rank 0's."""
         share, more = divmod(len(self.data.rows), self.world.size)
         rank = self.world.rank
         first = rank * share + min(rank, more)
@@ -142,23 +142,23 @@ class Evaluator:
 
 @contextmanager
 def evaluating(model: nn.Module, stream: Stream) -> Iterator[None]:
-    """Put ``model`` in eval mode, without gradients; then restore modes and buffers, so that training sees no trace."""
+    """Put ``model`` in eval mode, without gradients; restore modes and buffers afterwards."""
     buffers, changed = {name: buffer.clone() for name, buffer in model.named_buffers()}, []
     with in_eval_mode(model), torch.no_grad():
         yield
         for name, buffer in model.named_buffers():
             before = buffers.get(name)
-            if before is None or before.shape != buffer.shape:  # a cache that has grown, which stays
+            if before is None or before.shape != buffer.shape:  # a cache that has grown, to be kept
                 continue
             if not torch.equal(before, buffer):
                 buffer.copy_(before)
                 changed.append(name)
         if changed:
-            stream.tell_of_evaluation(f"evaluate changes {listed(changed)} of the model, which is put back after it")
+            stream.tell_of_evaluation(f"evaluate changes {listed(changed)} of the model, restored afterwards")
 
 
 def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
-    """Return {name: (sum, count)} of one batch, as the task's ``evaluate`` gives them. Raises UserError otherwise."""
+    """Return the task's {name: (sum, count)} of one batch. Raise UserError if ``evaluate`` returns anything else."""
     result = task.evaluate(model, batch)
     pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
     if not pairs:
@@ -174,7 +174,7 @@ def add(totals: Totals, more: Totals) -> None:
 
 
 def summarise(task: Task, totals: Totals) -> dict[str, float]:
-    """Return each sum over its count, and the values that ``summarise`` makes of all totals. Raises UserError."""
+    """Return each sum divided by its count, and the task's ``summarise``. Raise UserError if that isn't a dict."""
     ratios = {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
     made = task.summarise(totals)
     if not isinstance(made, dict):
@@ -186,11 +186,11 @@ def _numbers(name: str, pair: Any) -> tuple[float, float]:
     with suppress(TypeError, ValueError):
         value, count = (one for one in pair if not isinstance(one, Tensor) or one.numel() == 1)
         return float(value), float(count)
-    raise UserError(f"task.evaluate has to return sums and counts, numbers both; {name} has {pair!r:.100}")
+    raise UserError(f"task.evaluate has to return a sum and a count, both numbers; {name} has {pair!r:.100}")
 
 
 def _over_ranks(totals: Totals | None, world: World) -> Totals | None:
-    """Add up the totals of all ranks; return None where some rank has None."""
+    """Sum the totals of all ranks; return None if any rank has None."""
     if world.size == 1:
         return totals
     found = [json.loads(names) for names in world.gather(json.dumps(None if totals is None else list(totals)))]

@@ -1,4 +1,4 @@
-"""``action=evaluate``: weights that lie in files, on the task's validation data. Nothing is written."""
+"""``action=evaluate``: evaluate saved weights on the task's validation data, without writing anything."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from isobatch.trainers.tasks.task import make_model, make_task
 
 
 def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
-    """Evaluate the weights of ``init_from``: the body of every worker, the same on all ranks; rank 0 prints the result.
+    """Evaluate the weights of ``init_from`` on all ranks; rank 0 prints the result. Every worker runs this function.
 
-    With ``output=json`` it alone is printed to stdout; what else would be goes to stderr. ``enter`` isn't called: there
-    is no run directory. Raises UserError where what the user gave can't work.
+    With ``output=json``, stdout has the result alone, and all other output goes to stderr. ``enter`` isn't called,
+    because there is no run directory. Raise UserError if the config, the task or the weights can't be evaluated.
     """
     as_json, world, attempt = session.config.output == "json", session.world, session.start.attempt
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -42,16 +42,16 @@ def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outco
         try:
             answer(json.dumps({"source": source, **finite}) if as_json else line)
         except Unwritable as error:
-            if str(error):  # else whoever read this has left
+            if str(error):  # empty if the reader has closed the pipe
                 raise RunFailed(str(error)) from None
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
 def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
-    """Return where the weights are from, and their values as ``val/<name>``, those of their average as ``ema/<name>``.
+    """Return the source of the weights, and their values as ``val/<name>``, their average's as ``ema/<name>``.
 
-    All is made in the order that training makes it in, so that a task which draws its validation data draws the same.
-    The values are None, on all ranks, where some rank was asked to stop meanwhile.
+    Task, data and model are made in the same order as in training, so that a task that draws its validation data draws
+    the same. The values are None on all ranks if any rank was asked to stop.
     """
     config, world, timeout_s = session.config, session.world, session.config.cluster.timeout_s
     assert config.init_from is not None
@@ -74,7 +74,7 @@ def measure_weights(session: Session) -> tuple[str, dict[str, float] | None]:
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     if validation is None:
-        raise UserError(f"task {config.task.name} has no validation data to evaluate on", "its class needs val_data()")
+        raise UserError(f"task {config.task.name} has no validation data", "define val_data() in its class")
     evaluator = Evaluator(
         task, model, validation, world, stream, opened.evaluation_batch, config.precision,
         stop=session.stop, watch=session.watch, patient=partial(world.patient, timeout_s),

@@ -1,4 +1,4 @@
-"""The training loop. It knows nothing of ranks, engines or batch sizes: the plan says what each step is."""
+"""The training loop. It doesn't depend on ranks, engines or batch sizes: the plan defines each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stepper:
     """Take optimizer steps of a run.
 
     Attributes:
-        clip_norm: of the gradient; None: it isn't clipped.
+        clip_norm: the largest norm of the gradient; None doesn't clip.
     """
 
     engine: Engine
@@ -35,11 +35,11 @@ class Stepper:
     watch: Watch
     clip_norm: float | None
 
-    def take(self, step: Step, wishes: Callable[[], tuple[bool, bool]], *, measure: bool) -> tuple[Total, Update]:
+    def take(self, step: Step, requests: Callable[[], tuple[bool, bool]], *, measure: bool) -> tuple[Total, Update]:
         """Run all passes of ``step``, then update the weights.
 
         Args:
-            wishes: of this rank, to stop and to save; asked as late as they can still ride along with the gradients.
+            requests: returns whether this rank asks to stop and to save; called as late as the note allows.
             measure: measure the gradient noise.
 
         Raises:
@@ -52,7 +52,7 @@ class Stepper:
             with engine.micro(step.cut, last=micro.last):
                 loss, units = engine.loss(micro.batch, micro.samples)
                 self.stream.stop()
-                note = Note(loss, units, micro.expected_units, *(wishes() if micro.last else ()))
+                note = Note(loss, units, micro.expected_units, *(requests() if micro.last else ()))
                 engine.backward(loss / step.expected_units, note, micro.samples if measure else None)
         total = engine.total(step.expected_units)
         return total, engine.update(total.scale(step.expected_units), self.clip_norm, step.recipe)
@@ -61,17 +61,17 @@ class Stepper:
 def fit(
     state: TrainState, stepper: Stepper, monitor: Monitor, saver: Saver, evaluation: Evaluator | None, stop: Stop
 ) -> bool:
-    """Train from ``state`` to the end of its plan, and leave a checkpoint of where it ended.
+    """Train from ``state`` to the end of its plan, and save a last checkpoint.
 
     Returns:
-        True at the end of the plan; False where some rank was asked to stop before, on all ranks after the same step.
+        True at the end of the plan; False, on all ranks after the same step, if any rank was asked to stop.
 
     Raises:
-        RunFailed: the loss or the gradient isn't finite, or the checkpoint to stop or end with can't be saved.
+        RunFailed: the loss or the gradient isn't finite, or the last checkpoint can't be saved.
         UserError: the task's loss isn't (sum, units), or a whole step had no units.
     """
 
-    def wishes() -> tuple[bool, bool]:
+    def requests() -> tuple[bool, bool]:
         return stop.wanted is not None, saver.due()
 
     every = state.plan.intervals
@@ -80,7 +80,7 @@ def fit(
     stopping = state.evaluation_owed and not evaluate_now(evaluation, state, monitor, saver)
     while step and not stopping:
         measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
-        total, update = stepper.take(step, wishes, measure=measure)
+        total, update = stepper.take(step, requests, measure=measure)
         state.advance(step, skipped=update.skipped)
         stepper.watch.beat(state.steps, state.samples)
 
@@ -94,7 +94,7 @@ def fit(
         if evaluating:
             state.evaluation_owed = True
             if following is None:
-                saver.save(state)  # and wait: an evaluation which fails then costs no training
+                saver.save(state)  # before the last evaluation, so that no training is lost if it fails
                 saver.wait()
             stopping = stopping or not evaluate_now(evaluation, state, monitor, saver)
         if (saving or save_due) and following and not stopping:
@@ -103,14 +103,14 @@ def fit(
             monitor.report_unsaved(failure)
         step = following
     done = step is None and not state.evaluation_owed
-    if not (done and evaluation and evaluation.last):  # else it was saved before the last evaluation
+    if not (done and evaluation and evaluation.last):  # else saved before the last evaluation
         saver.save(state)
     settle(state, monitor, saver, done)
     return done
 
 
 def evaluate_now(evaluation: Evaluator | None, state: TrainState, monitor: Monitor, saver: Saver) -> bool:
-    """Evaluate, log the result, and save the best; False where some rank was asked to stop, and it is still owed."""
+    """Evaluate, log the values, and save the best; return False if a rank was asked to stop before it was complete."""
     assert evaluation
     began = time.perf_counter()
     values = evaluation.of_run()
@@ -126,7 +126,7 @@ def evaluate_now(evaluation: Evaluator | None, state: TrainState, monitor: Monit
 
 
 def settle(state: TrainState, monitor: Monitor, saver: Saver, done: bool) -> None:
-    """Wait for the last checkpoint. Raises RunFailed where it can't be saved, and was needed."""
+    """Wait for the last checkpoint. Raise RunFailed if it can't be saved but is required."""
     if done and (never := saver.best.never()):
         monitor.metrics.warn(never)
     if failure := saver.wait():

@@ -1,4 +1,4 @@
-"""Write ``metrics.jsonl``, and report to rank 0's terminal and ``events.jsonl``."""
+"""Write ``metrics.jsonl``, and report on rank 0's terminal and in ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PLAIN_EVERY_S = 5.0  # seconds between two plain lines
 class Metrics:
     """Record the run on rank 0; on other ranks (``run`` is None) write and show nothing.
 
-    A run that goes on keeps the lines up to its state. What can't be written (a full disk) is tried again with the
+    A resumed run keeps the lines up to its state. Lines that can't be written, as on a full disk, are written with the
     next line.
 
     Args:
-        live: show a line that moves, on a terminal; not under a debugger, which wants the terminal for itself.
+        live: show a progress bar on a terminal; off under a debugger, which needs the terminal.
     """
 
     def __init__(self, run: RunDir | None, state: TrainState, *, live: bool) -> None:
         self._state, self._run = state, run
-        self._unwritten, self._told, self._told_of_slow_save = b"", False, False
+        self._unwritten, self._warned_unwritten, self._warned_slow_save = b"", False, False
         self._file: IO[bytes] | None = None
         self._show: LiveLine | PlainLines | None = None
         if run:
@@ -46,7 +46,7 @@ class Metrics:
         self._since, self._since_samples = time.perf_counter(), state.samples
 
     def step(self, result: StepResult) -> None:
-        """Write a line of metrics of one step."""
+        """Write a line of metrics for one step."""
         now = time.perf_counter()
         rate = (result.step.stop - self._since_samples) / max(1e-9, now - self._since)
         self._since, self._since_samples = now, result.step.stop
@@ -69,10 +69,11 @@ class Metrics:
             self._show.step(line)
 
     def evaluation(self, values: dict[str, float], took_s: float) -> None:
-        """Write a line with the results of an evaluation at the state's position; its time counts for no step.
+        """Write a line with the values of an evaluation at the state's position.
 
         Args:
-            values: by names such as ``val/loss``.
+            values: values by name, such as ``val/loss``.
+            took_s: the time of the evaluation, which no step's ``samples_per_s`` includes.
         """
         self._since += took_s
         state = self._state
@@ -82,33 +83,32 @@ class Metrics:
             self._show.evaluation(line)
 
     def warn(self, text: str) -> None:
-        """Report what the user should know, on the terminal and in the events."""
+        """Report a warning on the terminal and in the events."""
         self.event("warning", text)
 
     def warn_of_slow_save(self, limit_s: float | None, took_s: float) -> None:
-        """Say once that a stop may take longer than a scheduler grants to a job that it ends without notice.
+        """Warn once if a stop may take longer than the time until the scheduler kills the job.
 
-        It is a step, a save that may be under way, one more, and the job's own end.
+        A stop takes one step, a save in progress, one more save, and the end of the job.
 
         Args:
-            limit_s: from the scheduler's notice to its kill; None: not known.
+            limit_s: time from the scheduler's signal to its kill; None if not known.
         """
-        if limit_s is None or took_s <= limit_s / 2 or self._told_of_slow_save:
+        if limit_s is None or took_s <= limit_s / 2 or self._warned_slow_save:
             return
-        self._told_of_slow_save = True
+        self._warned_slow_save = True
         self.warn(
-            f"a save took {took_s:.1f} s, and {limit_s:g} s after a job is told to stop it is killed (Slurm's "
-            "KillWait): a step, a save under way and one more may not fit. Where a stop comes without notice, as by a "
-            "preemption, steps since the last checkpoint are then done again: checkpoint.every says how many those can "
-            "be"
+            f"a save took {took_s:.1f} s, but a job is killed {limit_s:g} s after its signal to stop (Slurm's "
+            "KillWait), which may not suffice for a step, a save in progress and one more save; after a stop without "
+            "notice, such as a preemption, steps since the last checkpoint are repeated: checkpoint.every limits them"
         )
 
     def event(self, event: str, text: str, **fields: Any) -> None:
-        """Report an event of another kind than a mere warning."""
+        """Report a warning of the kind ``event``."""
         tell(self._run, event, text, **fields)
 
     def close(self) -> None:
-        """Restore the terminal, and complete the file."""
+        """Restore the terminal, and write the remaining lines."""
         if self._show:
             self._show.close()
         if self._file:
@@ -128,17 +128,17 @@ class Metrics:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if not self._told:
-                say(f"warning: metrics.jsonl can't be written now: {error}")
-            self._told = True
+            if not self._warned_unwritten:
+                say(f"warning: metrics.jsonl can't be written, and is tried again with the next line: {error}")
+            self._warned_unwritten = True
 
 
 def noise_values(noise: Smoothed) -> dict[str, float | None]:
-    """Return the gradient noise scale for a line of metrics; None is what isn't known yet.
+    """Return the gradient noise scale for a line of metrics; values that aren't known yet are None.
 
-    ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its interval of 95 %, in samples. ``noise/grad_sq``,
-    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py); that of |G|² can be below 0 while noise hides
-    it.
+    ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its 95 % interval, in samples. ``noise/grad_sq``,
+    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py). The average of |G|² can be negative while
+    noise dominates.
     """
     scale, averages = noise.scale(), noise if noise.count else None
     known = {f"noise/{name}": getattr(scale, name, None) for name in ("scale", "low", "high")}
@@ -146,19 +146,19 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:
-    """Return the lines of a metrics file up to ``state``; later ones are of steps that no checkpoint has."""
+    """Return the lines of a metrics file up to ``state``; the steps of later lines are in no checkpoint."""
     kept = []
     for line in read_bytes(file).splitlines(keepends=True) if file.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
             content = parse_json(line)
-            again = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
-            if 0 <= content["step"] <= state.steps and not again and line.endswith(b"\n"):
+            repeated = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
+            if 0 <= content["step"] <= state.steps and not repeated and line.endswith(b"\n"):
                 kept.append(line)
     return kept
 
 
 def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
-    """Print a warning, and keep it in ``events.jsonl`` where the disk has room; do nothing where ``run`` is None."""
+    """Print a warning, and record it in ``events.jsonl`` if the disk has room; do nothing if ``run`` is None."""
     if run:
         with suppress(OSError):
             run.event(event, text=text, **fields)
@@ -166,11 +166,11 @@ def tell(run: RunDir | None, event: str, text: str, **fields: Any) -> None:
 
 
 class PlainLines:
-    """A line every few seconds, for logs and pipes."""
+    """Print a line every few seconds, for logs and pipes."""
 
     def __init__(self, state: TrainState) -> None:
         self._state, self._started, self._begun_at = state, time.perf_counter(), state.samples
-        self._next = self._started  # the first step is shown: it's where things go wrong
+        self._next = self._started  # show the first step, since most errors show there
         self._last: dict[str, Any] = {}
 
     def step(self, line: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ class PlainLines:
 
 
 class LiveLine:
-    """One line that moves, on a terminal."""
+    """Show a progress bar on a terminal."""
 
     def __init__(self, state: TrainState) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,4 +1,4 @@
-"""Judge and log each step of a run: what can't be trained on ends it, what can is logged where that is due."""
+"""Check and log each step of a run: end the run if it can't train on, and log the steps that are due."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from isobatch.trainers.ranks.signals import Stop
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-UNITS_OFF = 0.05  # share by which the units of the first step may miss what the task's YAML states
-SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which nothing is being trained any more
+UNITS_OFF = 0.05  # relative difference allowed between the units of the first step and the task's YAML
+SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which the run fails
 
 
 class Monitor:
-    """Judge and log each step of a run; ask for a ``stop`` where the config ends a run that can't be saved."""
+    """Check and log each step of a run; ask for a ``stop`` after a failed save if the config says so."""
 
     def __init__(
         self, config: RunConfig, state: TrainState, metrics: Metrics, readback: DelayedReadback, stop: Stop
     ) -> None:
-        # in fp16 the engine says when to end
+        # in fp16 the engine skips steps, and fails if the loss scale can't be lowered
         self._skip_nonfinite = config.on_nonfinite == "skip" or config.precision == "fp16"
         self._state, self.metrics, self._readback, self._stop = state, metrics, readback, stop
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
 
     def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> tuple[bool, bool]:
-        """Handle what has arrived of the steps' results.
+        """Handle the step results that have arrived from the device.
 
         Args:
-            flush: wait for the result of this step; so it is, too, where some rank has a wish.
+            flush: wait for the result of this step. It is also waited for if any rank asks to stop or to save.
 
         Returns:
-            Whether some rank was asked to stop, and whether it's time for a checkpoint.
+            Whether any rank was asked to stop, and whether any rank asks for a checkpoint.
 
         Raises:
-            RunFailed: the loss or the gradient isn't finite, or hasn't been for many steps.
+            RunFailed: the loss or the gradient isn't finite, or many steps in a row were skipped.
             UserError: a whole step had no units.
         """
         self._skips = self._skips + 1 if update.skipped else 0
@@ -56,18 +56,18 @@ class Monitor:
             self.handle_step_result(result)
         if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):
             finite = f"none of the last {self._skips} steps was finite"
-            raise RunFailed(f"{finite}: all of them were skipped, and nothing is trained")
+            raise RunFailed(f"{finite}, so all of them were skipped; lower the learning rate, or give clip_norm=1")
         return any(result.stop for result in arrived), any(result.save for result in arrived)
 
     def handle_step_result(self, result: StepResult) -> None:
-        """Reject what can't be trained on, take in what was measured, log what is due."""
+        """Raise if the step can't be trained on; update the noise scale; log the step if it is due."""
         step, state = result.step, self._state
-        where = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
+        name = f"step {step.index + 1} (samples {step.start} to {step.stop - 1} of the run)"
         if result.units <= 0:
-            problem = f"{where} has {result.units:g} units: the losses of its global batch returned no more than that"
-            raise UserError(problem)
+            problem = f"{name} has {result.units:g} units in its global batch"
+            raise UserError(problem, "return a positive number of units from task.loss")
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            found = f"{where} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
+            found = f"{name} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
             if not self._skip_nonfinite:
                 fixes = "lower the learning rate, give clip_norm=1, or check the loss and its inputs"
                 raise RunFailed(f"{found}; {fixes} (on_nonfinite=skip skips such steps)")
@@ -78,12 +78,12 @@ class Monitor:
             state.noise = state.noise.updated(new)
         stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
-            self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units a sample")
+            self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
         if step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop):
             self.metrics.step(result)
 
     def report_unsaved(self, failure: str) -> None:
-        """Warn of a checkpoint that couldn't be saved, and ask for a stop where the config says so."""
+        """Warn that a checkpoint couldn't be saved, and ask for a stop if the config says so."""
         text = f"a checkpoint couldn't be saved: {failure}"
         self.metrics.warn(text)
         if self.must_save:

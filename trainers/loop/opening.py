@@ -1,4 +1,4 @@
-"""Open the data of a run, make the plan for it, and say what there is to say before step 1."""
+"""Open the data of a run, make the plan for it, and report before step 1."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ EVALUATION_DEPENDS = "the values of evaluations aren't the same on other hardwar
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Hold a task whose training data is open.
+    """Hold a task and its open training data.
 
     Attributes:
-        data: map-style, of the same length on all ranks.
+        data: map-style dataset, of the same length on all ranks.
         evaluation_batch: the most samples in a forward of an evaluation.
     """
 
@@ -51,9 +51,9 @@ class Opened:
 
 
 def open_task(session: Session, task: Task) -> Opened | None:
-    """Prepare and open the training data of ``task``, and make the plan; all ranks call this alike.
+    """Prepare and open the training data of ``task``, and make the plan; called by all ranks.
 
-    None, on all ranks, where some rank was asked to stop before. Raises UserError.
+    Return None on all ranks if any rank was asked to stop. Raise UserError if the data or the config is invalid.
     """
     config, world, limit = session.config, session.world, session.start.per_gpu_limit
     if prepare_data(task, world, session.stop, config.cluster.timeout_s):
@@ -68,8 +68,8 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
     """Return the plan of ``config`` for ``world`` ranks.
 
     Args:
-        per_gpu_limit: the most samples in a pass, where memory asks for fewer than the config. It may be of an
-            evaluation, and then below what a micro-batch can be.
+        per_gpu_limit: the most samples in a pass that fit in memory, if fewer than the config's. An evaluation may
+            have set it below the smallest micro-batch.
 
     Raises:
         UserError: no plan meets the config.
@@ -81,13 +81,13 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
     return plan
 
 
-def report_dependence(run: RunDir | None, what: str, reason: str) -> None:
-    """Report why ``what``, one of the above, depends on the cut; nothing where ``run`` is None."""
-    tell(run, "depends_on_cut", f"{what}: {reason}", reason=reason)
+def report_dependence(run: RunDir | None, message: str, reason: str) -> None:
+    """Report ``message``, RUN_DEPENDS or EVALUATION_DEPENDS, with its reason; do nothing if ``run`` is None."""
+    tell(run, "depends_on_cut", f"{message}: {reason}", reason=reason)
 
 
 def make_stream(session: Session, run: RunDir | None) -> Stream:
-    """Return the stream of random keys, which reports to ``run`` what makes the run depend on its cut."""
+    """Return the stream of random keys, which reports in ``run`` why the run depends on its cut."""
     fixed_cut = session.config.numerics == "bitwise"
     return Stream(
         session.config.seed,
@@ -100,30 +100,30 @@ def make_stream(session: Session, run: RunDir | None) -> Stream:
 def announce_position(
     run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, weights_from: str | None
 ) -> None:
-    """Say where the training starts: at a checkpoint, from step 0 again, or with other weights."""
+    """Report where training starts: at a checkpoint, again at step 0, or with the weights of ``init_from``."""
     if found:
         run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
-        say(f"goes on from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
+        say(f"resuming from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
     elif before and before.state != "refused":
-        say("begins anew: the last attempt ended before its first checkpoint")
+        say("restarting from step 0: the last attempt ended before its first checkpoint")
     if weights_from:
         run.event("initialised", source=weights_from)
         say(f"weights from {weights_from}")
 
 
 def announce_frozen(run: RunDir, modes: Modes) -> None:
-    """Say which submodules stay in eval mode."""
+    """Report the submodules that stay in eval mode."""
     if modes.frozen:
         names = list(modes.frozen)
         run.event("frozen", eval_mode=names)
-        say(f"stays in eval mode, as model() returned it: {listed(names)}")
+        say(f"in eval mode, as model() returned it: {listed(names)}")
 
 
 def warnings(config: RunConfig, model: nn.Module, state: TrainState, found: Checkpoint | None) -> Iterator[str]:
-    """Yield what the user should know before step 1."""
+    """Yield the warnings that are due before step 1."""
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
         yield jump
-    if config.noise.every and (why := unmeasurable(state.plan)):
-        yield why
+    if config.noise.every and (reason := unmeasurable(state.plan)):
+        yield reason
     if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
         yield f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out"

@@ -1,4 +1,4 @@
-"""Bring each step's numbers from the device to the host without waiting for it."""
+"""Copy each step's numbers from the device to the host without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from isobatch.trainers.engines.step_report import Total, Update
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the host knows of a completed step.
+    """The numbers of a completed step, on the host.
 
     Attributes:
-        loss: the mean over the units of the global batch.
-        stop, save: some rank was asked to stop, or says that it's time for a checkpoint.
-        parts_sq: of its micro-batches' gradients, where that was measured (see ``Update``).
+        loss: mean loss over the units of the global batch.
+        stop, save: any rank was asked to stop, or asks for a checkpoint.
+        parts_sq: see ``Update``; None if it wasn't measured.
     """
 
     step: Step
@@ -31,14 +31,14 @@ class StepResult:
 
 
 class DelayedReadback:
-    """Read each step's numbers: at once on the CPU, elsewhere a step late, so that nothing waits for the device."""
+    """Read each step's numbers: on the CPU at once, on an accelerator one step late, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._under_way: tuple[Step, Tensor, torch.Event] | None = None
+        self._pending: tuple[Step, Tensor, torch.Event] | None = None
 
     def read(self, step: Step, total: Total, update: Update) -> StepResult | None:
-        """Return the result of ``step``, or, on an accelerator, of the step before it (None at the first)."""
+        """Return the result of ``step``; on an accelerator that of the previous step, None at the first."""
         found = [total.loss, total.units, total.stop, total.save, update.grad_norm]
         if update.parts_sq is not None:
             found.append(update.parts_sq)
@@ -49,13 +49,13 @@ class DelayedReadback:
         host.copy_(numbers, non_blocking=True)
         copied = torch.Event(self._device)
         copied.record()
-        before, self._under_way = self._under_way, (step, host, copied)
-        return _arrived(before)
+        previous, self._pending = self._pending, (step, host, copied)
+        return _arrived(previous)
 
     def flush(self) -> StepResult | None:
-        """Wait for the result that is still under way, and return it."""
-        before, self._under_way = self._under_way, None
-        return _arrived(before)
+        """Wait for the pending result and return it; None if there is none."""
+        previous, self._pending = self._pending, None
+        return _arrived(previous)
 
 
 def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> StepResult | None:

@@ -30,8 +30,7 @@ class Counting(_BatchNorm):
 
     Attributes:
         name: the layer's name in the model.
-        does_more: its class has its own forward, such as one with an activation. Only the normalisation in it is
-            replaced.
+        does_more: its class has its own forward, such as one with an activation; only its normalisation is replaced.
         found: the sums over ``groups`` (0-dim) of means and unbiased variances in this pass, [2, C]; None: not kept.
     """
 

@@ -19,8 +19,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 class LossScale:
     """The factor on the loss: halved if the gradient overflows, doubled after 2,000 steps in a row without overflow.
 
-    The method is of Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740; the constants are those of
-    torch.amp.GradScaler.
+    Source: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740; constants of torch.amp.GradScaler.
 
     Attributes:
         state: the factor and the number of steps since its last change: float64 [2], on the CPU; saved in checkpoints.

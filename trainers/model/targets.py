@@ -44,11 +44,7 @@ def locate(key: str, target: str) -> Any:
 
 
 def import_engine_package(name: str) -> Any:
-    """Import the package of the engine ``name``; the extra that installs it has the same name.
-
-    Raises:
-        UserError: the package can't be imported.
-    """
+    """Import the package of the engine ``name``, which is also the name of its extra. Raise UserError if it fails."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
