@@ -28,17 +28,17 @@ tried = partial(test_trial.tried, device=CUDA)
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_loss_is_left_alone(name: str) -> None:
+def test_valid_loss_is_accepted(name: str) -> None:
     assert tried(task_of(SOUND[name])) == Found()
 
 
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_is_rejected(name: str) -> None:
+def test_mean_is_rejected(name: str) -> None:
     assert "returns a mean" in tried(task_of(MEANS[name])).rejected
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_samples_that_look_at_each_other_are_reported(name: str) -> None:
+def test_samples_that_depend_on_each_other_are_reported(name: str) -> None:
     found = tried(task_of(COUPLED[name]))
     assert not found.rejected
     assert len(found.depends) == 1

@@ -1,4 +1,4 @@
-"""The engine ``accelerate``: the same run as ``ddp``, and what its launcher may say beside the plan."""
+"""The engine ``accelerate``: it trains the same run as ``ddp``, and respects its launcher's options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTED = task("Counted", "clip_norm=0.5")  # dropout, unequal units
 
 
 def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
-    """By ``ddp`` and by ``accelerate``."""
+    """Return the runs of ``ddp`` and ``accelerate``."""
     return runs(world, *overrides), runs(world, *overrides, "engine=accelerate")
 
 
@@ -37,20 +37,20 @@ def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
         (2, ("precision=bf16",)),
     ],
 )
-def test_the_same_run_as_by_ddp(runs: Runs, world: int, asked: tuple[str, ...]) -> None:
-    """Bit for bit on the same cut: it reduces the same sums in the same buckets."""
+def test_same_run_as_ddp(runs: Runs, world: int, asked: tuple[str, ...]) -> None:
+    """Bit for bit on the same cut: both reduce the same sums in the same buckets."""
     ddp, ours = both(runs, world, *COUNTED, *asked)
     assert distance(ddp.weights(), ours.weights()) == 0
     assert ours.losses() == ddp.losses()
 
 
-def test_the_same_run_on_another_cut(runs: Runs) -> None:
+def test_same_run_on_another_cut(runs: Runs) -> None:
     whole = runs(1, *COUNTED)
     assert distance(whole.weights(), runs(3, *COUNTED, "batch.per_gpu=5", "engine=accelerate").weights()) < ROUNDING
 
 
 def test_running_statistics(runs: Runs) -> None:
-    """A buffer that a module makes anew is rank 0's at every forward, as by ddp."""
+    """A buffer that a module replaces is rank 0's at every forward, as with ddp."""
     odd = (
         "task=custom",
         "task._target_=tests.support.tasks.Odd",
@@ -62,14 +62,14 @@ def test_running_statistics(runs: Runs) -> None:
     assert distance(ddp.weights(), ours.weights()) == 0
 
 
-def test_a_step_that_is_not_finite_is_skipped(runs: Runs) -> None:
+def test_nonfinite_step_is_skipped(runs: Runs) -> None:
     nan = (*COUNTED, "task._target_=tests.support.tasks.BecomesNaN", "on_nonfinite=skip")
     ddp, ours = both(runs, 2, *nan)
     assert any(event["event"] == "skip" for event in ours.events())
     assert distance(ddp.weights(), ours.weights()) == 0
 
 
-def test_stopped_on_three_ranks_it_goes_on_under_ddp_on_two(runs: Runs) -> None:
+def test_resumes_with_ddp_on_another_world_size(runs: Runs) -> None:
     adamw = (*COUNTED, "optimizer=adamw", "lr.peak=0.01")
     stopped = runs(3, *adamw, "engine=accelerate", stop_at=5)
     assert [end["state"] for end in stopped.ends] == ["stopped"] * 3
@@ -77,8 +77,8 @@ def test_stopped_on_three_ranks_it_goes_on_under_ddp_on_two(runs: Runs) -> None:
     assert distance(rest.weights(), runs(1, *adamw).weights()) < 1e-5
 
 
-def test_what_it_is_wrapped_with_is_what_ddp_is(runs: Runs) -> None:
-    """Gradients that are views of the buckets, and no message about buffers that none has."""
+def test_wrapper_has_the_options_of_ddp(runs: Runs) -> None:
+    """Gradients are views of the buckets, and no message is sent for buffers if there are none."""
 
     def wrapped(world: World) -> list[bool]:
         config = compose([*COUNTED, "engine=accelerate", "device=cpu"])
@@ -91,7 +91,7 @@ def test_what_it_is_wrapped_with_is_what_ddp_is(runs: Runs) -> None:
     assert in_ranks(2, wrapped, runs.folder) == [[True, False]] * 2
 
 
-def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
+def test_keywords_of_the_ddp_handler(runs: Runs) -> None:
     partial = task("Partial", "batch.global_size=4", "engine=accelerate")
     unused = runs(2, *partial, HANDLER % "find_unused_parameters:true,broadcast_buffers:false")
     assert distance(unused.weights(), runs(1, *partial).weights()) < ROUNDING
@@ -106,7 +106,7 @@ def test_keywords_of_ddp_come_by_its_handler(runs: Runs) -> None:
         ("engine.config.log_with=no-such-tracker", "accelerate.Accelerator can't be made"),
     ],
 )
-def test_what_its_config_may_not_say(runs: Runs, asked: str, said: str) -> None:
+def test_invalid_config_is_rejected(runs: Runs, asked: str, said: str) -> None:
     for end in runs(2, *COUNTED, "engine=accelerate", asked).ends:
         assert end["raised"] == "UserError"
         assert said in end["message"]
@@ -137,7 +137,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "give compile=true"),
     ],
 )  # fmt: skip
-def test_what_its_launcher_says_against_the_plan(said: dict[str, str], instead: str) -> None:
+def test_launcher_options_that_contradict_the_plan(said: dict[str, str], instead: str) -> None:
     with pytest.raises(UserError, match="accelerate launch says") as refused:
         refuse_contradictions(LAUNCHED | said, "fp32", compiled=False, device="cpu")
     assert instead in str(refused.value)
@@ -152,17 +152,17 @@ def test_what_its_launcher_says_against_the_plan(said: dict[str, str], instead: 
         ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "false"}, {}),
     ],
 )
-def test_what_its_launcher_says_with_the_plan(said: dict[str, str], plan: dict[str, Any]) -> None:
+def test_launcher_options_that_agree_with_the_plan(said: dict[str, str], plan: dict[str, Any]) -> None:
     refuse_contradictions(LAUNCHED | said, **{"precision": "fp32", "compiled": False, "device": "cpu"} | plan)
 
 
-def test_a_cpu_that_its_launcher_wants_against_a_gpu() -> None:
+def test_launcher_asks_for_the_cpu_on_a_gpu() -> None:
     with pytest.raises(UserError, match="give device=cpu"):
         refuse_contradictions({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False, device="cuda")
 
 
-def test_its_launcher_is_heard_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accumulation that is the plan's changes nothing; another one is refused; and so is the rest."""
+def test_launcher_options_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's accumulation changes nothing; another one is rejected, and so are other contradictions."""
     three = (*COUNTED, "batch.per_gpu=14", "engine=accelerate")
     plain = runs(1, *three)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")

@@ -1,4 +1,4 @@
-"""BatchNorm: the same weights and running statistics however a global batch is cut."""
+"""BatchNorm: weights and running statistics are the same however a global batch is cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SYNC = (*NORMED, "batchnorm.mode=sync")
 
 
 class Normed(Counted):
-    """Images of 3 × 3, and BatchNorm of all kinds."""
+    """Images of 3 × 3, and BatchNorm layers of all kinds."""
 
     def model(self) -> nn.Module:
         return Net(self.width, self.dropout)
@@ -43,7 +43,7 @@ class Normed(Counted):
 
 
 class Net(nn.Module):
-    """Norms: with an activation, frozen, without weights, called twice, without running statistics."""
+    """Norms with an activation, frozen, without weights, called twice, and without running statistics."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Net(nn.Module):
 
 
 class Activated(nn.BatchNorm2d):
-    """BatchNorm and an activation in one module, as some libraries have them."""
+    """BatchNorm and an activation in one module, as in some libraries."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
@@ -77,7 +77,7 @@ class Activated(nn.BatchNorm2d):
 
 
 class NaNOnce(Normed):
-    """One pass of the last rank finds what isn't a number."""
+    """One pass of the last rank has a NaN loss."""
 
     calls = 0
 
@@ -88,7 +88,7 @@ class NaNOnce(Normed):
 
 
 def apart(one: Run, other: Run) -> float:
-    """The larger of two distances: of the weights, and of the running statistics."""
+    """Return the larger of two distances: of the weights, and of the running statistics."""
 
     def only(run: Run, running: bool) -> dict[str, Tensor]:
         floats = {name: weight for name, weight in run.weights().items() if weight.is_floating_point()}
@@ -97,8 +97,8 @@ def apart(one: Run, other: Run) -> float:
     return max(distance(only(one, running), only(other, running)) for running in (False, True))
 
 
-def test_ghosts_are_the_same_over_all_cuts(runs: Runs) -> None:
-    """Uneven shares, accumulation, a moving average, evaluations between: weights and running statistics."""
+def test_ghosts_are_the_same_on_all_cuts(runs: Runs) -> None:
+    """Uneven shares, accumulation, a moving average, evaluations in between: weights and running statistics."""
     more = ("ema=30sa", "evaluate.every=3st")
     first = runs(1, *GHOST, *more)
     assert not [event for event in first.events() if event["event"] == "depends_on_cut"]
@@ -111,24 +111,24 @@ def test_ghosts_are_the_same_over_all_cuts(runs: Runs) -> None:
             assert other.metrics()[-1][name] == pytest.approx(first.metrics()[-1][name], rel=1e-5)
 
 
-def test_ghosts_go_on_elsewhere(runs: Runs) -> None:
-    """Stopped on one rank and going on with three: the running statistics, too."""
+def test_ghosts_resume_on_other_ranks(runs: Runs) -> None:
+    """Stopped on one rank and resumed on three, including the running statistics."""
     whole = runs(2, *GHOST)
     begun = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
     assert begun.ends[0]["step"] == 5
     assert apart(runs(3, *GHOST, going_on=begun), whole) < ROUNDING
 
 
-def test_a_skipped_step_moves_no_statistics(runs: Runs) -> None:
-    """A loss that isn't a number on one rank of two: no trace of it, nor of the step's other groups."""
+def test_skipped_step_updates_no_statistics(runs: Runs) -> None:
+    """A NaN loss on one of two ranks leaves no trace, nor do the step's other groups."""
     skip = ("on_nonfinite=skip", "task._target_=tests.ranks.test_batchnorm.NaNOnce")
     weights = runs(2, *GHOST, *skip).weights()
     assert weights["norm.num_batches_tracked"] == 7
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
-    """Over one pass: any number of ranks, also with uneven shares; with accumulation it is another run."""
+def test_synced_is_the_same_on_any_number_of_ranks(runs: Runs) -> None:
+    """Over one pass, also with uneven shares; accumulation changes the run."""
     synced = (*SYNC, "batch.global_size=25", "duration=6st")
     one = runs(1, *synced)
     assert apart(one, runs(3, *synced)) < ROUNDING
@@ -136,20 +136,20 @@ def test_synced_is_the_same_over_ranks(runs: Runs) -> None:
     assert apart(*twice) < ROUNDING < 1e-4 < apart(twice[0], one)
 
 
-def test_a_single_sample_has_no_statistics(runs: Runs) -> None:
+def test_single_sample_is_rejected(runs: Runs) -> None:
     end = runs(1, *NORMED, "batch.per_gpu=1").ends[0]
     assert end["raised"] == "UserError"
     assert "larger batch.per_gpu or batch.global_size, or batchnorm.mode=ghost" in end["message"]
 
 
-def test_a_mode_for_no_layers_is_told(runs: Runs) -> None:
+def test_mode_without_layers_is_reported(runs: Runs) -> None:
     run = runs(2, *GHOST, "task._target_=tests.support.tasks.Counted", "duration=1st")
     warnings = [event["text"] for event in run.events() if event["event"] == "warning"]
     assert warnings == ["batchnorm.mode=ghost, but the model trains no BatchNorm layer: leave it out"]
     assert not [event for event in runs(2, *GHOST, "duration=1st").events() if event["event"] == "warning"]
 
 
-def test_synced_wants_a_sample_on_every_rank(runs: Runs) -> None:
+def test_synced_needs_a_sample_on_every_rank(runs: Runs) -> None:
     end = runs(3, *SYNC, "batch.global_size=2").ends[0]
     assert end["raised"] == "UserError"
     assert "2 samples per step are fewer than 3 ranks × accumulation 1" in end["message"]
@@ -171,8 +171,8 @@ def swapped(layer: nn.Module, size: int = 4) -> tuple[nn.Module, Stream]:
         (Activated(5), (12, 5, 2, 2)),
     ],
 )
-def test_a_ghost_is_what_torch_makes_of_it_alone(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """Output and all gradients; in eval mode it is torch's own."""
+def test_ghost_equals_torch_on_its_samples_alone(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Output and all gradients; in eval mode the layer is torch's own."""
     plain, ghosts = copy.deepcopy(layer), copy.deepcopy(layer)
     ghosts, stream = swapped(ghosts)
     dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
@@ -193,7 +193,7 @@ def test_a_ghost_is_what_torch_makes_of_it_alone(layer: nn.Module, shape: tuple[
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -> None:
-    """Against the formula, in two steps of two passes of two calls: one move a step, by all of its ghosts."""
+    """Against the formula, in two steps of two passes of two calls: one update per step, by all of its ghosts."""
     layer, stream = swapped(nn.BatchNorm1d(3, momentum=momentum).double())
     statistics, x = statistics_of(layer, CPU), torch.randn(2, 12, 3).double()
     assert isinstance(layer, nn.BatchNorm1d)
@@ -214,7 +214,7 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
     assert layer.num_batches_tracked == 2
 
 
-def test_rows_may_be_a_multiple_of_the_samples_and_others_are_told() -> None:
+def test_other_rows_than_multiples_of_the_samples_are_reported() -> None:
     told: list[str] = []
     stream = Stream(0, CPU, told.append)
     layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), "ghost", 2, stream, 1)
@@ -227,7 +227,7 @@ def test_rows_may_be_a_multiple_of_the_samples_and_others_are_told() -> None:
     assert told == ["the rows of BatchNorm layer 0 aren't a multiple of the samples"]
 
 
-def test_what_normalises_by_itself_is_refused() -> None:
+def test_forward_without_batch_norm_is_rejected() -> None:
     class Own(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
             return input - input.mean(0)

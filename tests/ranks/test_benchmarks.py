@@ -1,4 +1,4 @@
-"""The tables come up where the packages that they compare with aren't installed."""
+"""The benchmarks' tables work without the optional packages that they compare with."""
 
 from __future__ import annotations
 

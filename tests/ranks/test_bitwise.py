@@ -1,4 +1,4 @@
-"""``numerics=bitwise``: every bit of what a run leaves is the same on any number of processes."""
+"""``numerics=bitwise``: a run is the same, bit by bit, on any number of processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BITWISE = (*TASK, *SEVEN, "numerics=bitwise")
 
 
 class Everything(Counted):
-    """What a model may have that could depend on ranks: see its parts. ``norms`` and ``dtypes`` are the odder ones."""
+    """Everything in a model that could depend on ranks; ``norms`` and ``dtypes`` are optional."""
 
     def __init__(self, norms: bool = True, dtypes: bool = True, **args: Any) -> None:
         super().__init__(**args)
@@ -48,7 +48,7 @@ class Everything(Counted):
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout of samples, channels and by a function, three dtypes, a frozen parameter and an unused one."""
+    """BatchNorm, dropout of samples, channels and by a function, three dtypes, a frozen and an unused parameter."""
 
     def __init__(self, width: int, dropout: float, norms: bool, dtypes: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Net(nn.Module):
 
 
 def tensors(run: Run) -> dict[str, bytes]:
-    """Every bit of the newest checkpoint (weights, statistics, average, optimizer's state) and of what is in final/."""
+    """Return the bytes of all tensors of the newest checkpoint and of final/."""
     reader = Reader(checkpoint := read(checkpoints(run.run)[0]))
     stored = {name: reader.whole(name) for name in checkpoint.tensors}
     final = {f"final/{name}": tensor for name, tensor in run.weights().items()}
@@ -82,7 +82,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    """All that is said of steps but how fast they were. Evaluations aren't compared: ranks sum up shares of theirs."""
+    """Return the metrics of steps without their speed. Evaluations aren't compared: ranks sum up their shares."""
     return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in run.metrics() if "loss" in line]
 
 
@@ -108,7 +108,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_bit_is_the_same_on_any_number_of_processes(runs: Runs, feature: str) -> None:
+def test_bitwise_equal_on_any_number_of_processes(runs: Runs, feature: str) -> None:
     """Eight processes are more than there are micro-batches."""
     one = runs(1, *BITWISE, *FEATURES[feature])
     assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
@@ -124,8 +124,8 @@ def test_any_number_of_micro_batches(runs: Runs, pieces: int) -> None:
     assert_same(runs(1, *same), runs(3, *same))
 
 
-def test_plain_ddp_is_not_the_same(runs: Runs) -> None:
-    """Else none of the tests here could fail: these numbers show in which order they were added."""
+def test_plain_ddp_differs(runs: Runs) -> None:
+    """A check of the tests here: the order of additions shows in the results."""
     fast = (*TASK, *SEVEN, "task.args.norms=false", "task.args.dtypes=false", "optimizer=adamw", "lr.peak=0.003")
     one = tensors(runs(1, *fast))
     for world in (2, 3):
@@ -134,8 +134,8 @@ def test_plain_ddp_is_not_the_same(runs: Runs) -> None:
     assert tensors(runs(1, *fast, "numerics=bitwise")) != one
 
 
-def test_a_stopped_run_goes_on_elsewhere(runs: Runs, tmp_path: Path) -> None:
-    """Stopped on three processes, and again on eight, by one that has no samples: bit by bit what was never stopped."""
+def test_resumes_on_other_numbers_of_processes(runs: Runs, tmp_path: Path) -> None:
+    """Stopped on three processes, and on eight by one without samples: equal to the uninterrupted run."""
     same = (*BITWISE, "ema=100sa", "optimizer=adamw", "lr.peak=0.003", "noise.every=1st")
     run = runs(3, *same, stop_at=2, by_rank=2)
     assert run.ends[0] == {"state": "stopped", "step": 2, "samples": 82, "cause": "SIGTERM"}
@@ -145,14 +145,14 @@ def test_a_stopped_run_goes_on_elsewhere(runs: Runs, tmp_path: Path) -> None:
 
 
 class SometimesNaN(Everything):
-    """Sample 7 of every epoch is none."""
+    """Sample 7 of every epoch is NaN."""
 
     def __init__(self, **args: Any) -> None:
         super().__init__(**args)
         self.inputs[7] = float("nan")
 
 
-def test_what_is_not_finite_is_skipped_alike(runs: Runs) -> None:
+def test_nonfinite_steps_are_skipped_alike(runs: Runs) -> None:
     skips = (
         *BITWISE, "task._target_=tests.ranks.test_bitwise.SometimesNaN", "task.args.samples=60",
         "task.args.dtypes=false", "on_nonfinite=skip", "duration=8st",
@@ -171,14 +171,14 @@ def refusals(run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("world", [1, 8])
-def test_a_buffer_that_the_forward_moves_is_refused(runs: Runs, world: int) -> None:
-    """By all ranks, also by those that had no samples, and so didn't move it."""
+def test_changed_buffer_is_rejected(runs: Runs, world: int) -> None:
+    """By all ranks, also by those without samples, which didn't change it."""
     for message in refusals(runs(world, *BITWISE, "task._target_=tests.support.tasks.Odd")):
         assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
 
 
 class Late(Odd):
-    """Its buffer moves once a rank had 14 micro-batches: it is made anew, or, ``kind=inside``, written to."""
+    """Its buffer changes after 14 micro-batches: it is replaced, or, with ``kind=inside``, written to."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -202,8 +202,8 @@ class Moving(nn.Linear):
 
 
 @pytest.mark.parametrize(("world", "kind", "steps"), [(1, "", 2), (1, "inside", 2), (3, "inside", 4)])
-def test_a_buffer_that_moves_later_is_refused(runs: Runs, world: int, kind: str, steps: int) -> None:
-    """Once it does on one rank, by all; also beside saves and evaluations, which write to buffers what is in them."""
+def test_later_changed_buffer_is_rejected(runs: Runs, world: int, kind: str, steps: int) -> None:
+    """By all ranks once one changes it; saves and evaluations, which write to buffers, aren't reported."""
     late = ("task._target_=tests.ranks.test_bitwise.Late", f"+task.args.kind='{kind}'", "duration=9st")
     run = runs(world, *BITWISE, *late, "evaluate.every=1st", "checkpoint.every=1st")
     for message in refusals(run):
@@ -212,7 +212,7 @@ def test_a_buffer_that_moves_later_is_refused(runs: Runs, world: int, kind: str,
 
 
 class Buffered(Odd):
-    """Its buffer isn't moved, and is another in each process that makes the model."""
+    """Its buffer doesn't change, but differs between processes."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -221,15 +221,15 @@ class Buffered(Odd):
         return model
 
 
-def test_a_buffer_that_stays_is_not(runs: Runs) -> None:
-    """Also where a run that goes on has made another one before it read its checkpoint."""
+def test_unchanged_buffer_is_accepted(runs: Runs) -> None:
+    """Also if a resumed run made a different one before it read its checkpoint."""
     same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered", "evaluate.every=2st")
     run = runs(3, *same, going_on=runs(1, *same, stop_at=2))
     assert run.ends[0]["state"] == "finished"
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_nor_where_the_first_step_is_skipped(runs: Runs, world: int) -> None:
+def test_unchanged_buffer_is_accepted_after_a_skipped_first_step(runs: Runs, world: int) -> None:
     nan = ("task._target_=tests.ranks.test_bitwise.Buffered", "+task.args.call=1", "on_nonfinite=skip")
     run = runs(world, *BITWISE, *nan)
     assert {end["state"] for end in run.ends} == {"finished"}
@@ -237,14 +237,14 @@ def test_nor_where_the_first_step_is_skipped(runs: Runs, world: int) -> None:
 
 
 class Undetermined(Everything):
-    """Uses an operation that rounds, or orders, as it likes."""
+    """Uses a nondeterministic operation."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         batch[0].put_(torch.tensor([0]), torch.zeros(1))
         return super().loss(model, batch)
 
 
-def test_an_operation_that_is_not_deterministic_is_refused(runs: Runs) -> None:
+def test_nondeterministic_operation_is_rejected(runs: Runs) -> None:
     for message in refusals(runs(2, *BITWISE, "task._target_=tests.ranks.test_bitwise.Undetermined")):
         assert message == (
             "numerics=bitwise: put_ does not have a deterministic implementation; leave it out, or use numerics=fast"
@@ -256,14 +256,14 @@ def test_an_operation_that_is_not_deterministic_is_refused(runs: Runs) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradients_have_the_strides_of_their_parameters(runs: Runs, optimizer: str) -> None:
-    """Fused optimizers go through both as they lie in memory."""
+    """Fused optimizers read both in memory order."""
     last = (*TASK, *SEVEN, "task._target_=tests.ranks.test_optim_runs.ChannelsLast", f"optimizer={optimizer}")
     fast = runs(1, *last).weights()
     for world in (1, 3):
         assert distance(fast, runs(world, *last, "numerics=bitwise").weights()) < 1e-5
 
 
-def test_the_noise_is_that_of_fast(runs: Runs) -> None:
+def test_noise_equals_fast(runs: Runs) -> None:
     noisy = (*TASK, "batch.global_size=48", "batch.per_gpu=12", "noise.every=1st", "task.args.dtypes=false")
     names = ("noise/grad_sq", "noise/trace", "loss", "grad_norm")
     fast, ours = (
@@ -278,7 +278,7 @@ def test_the_noise_is_that_of_fast(runs: Runs) -> None:
 
 
 def test_threads_are_the_same_everywhere(tmp_path: Path) -> None:
-    """By them the sums of convolutions are rounded: a worker on several cores has one, whatever it is asked to have."""
+    """Threads decide the rounding of convolutions: every worker has one thread, whatever OMP_NUM_THREADS says."""
     found = []
     for workers, threads in ((1, {"OMP_NUM_THREADS": "2"}), (2, {})):
         directory = tmp_path / str(workers)

@@ -24,7 +24,7 @@ FINDING = ("engine.config.find_unused_parameters=true",)
 
 
 class Experts(nn.Module):
-    """Three branches; the flag of a sample says which one it takes."""
+    """Three branches; a sample's flag selects one."""
 
     def __init__(self, call: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
 
 class Routed:
-    """Squares of what the experts give.
+    """Squares of the experts' outputs.
 
     Args:
         call: ``flags``, ``order`` of two experts by the first sample's flag, ``plain``, or ``evaluated``: by flags in
@@ -71,7 +71,7 @@ class Routed:
 
 
 def command(*more: str, call: str = "flags") -> tuple[str, ...]:
-    """Momentum and decay also move what gets a zero gradient; a step has three passes on 2 ranks, two on 3."""
+    """Momentum and decay also move parameters with a zero gradient; a step has three passes on 2 ranks, two on 3."""
     return (
         "task=custom", "task._target_=tests.ranks.test_branches.Routed", f"task.args.call={call}", "lr.peak=0.05",
         "optimizer.weight_decay=0.1", "batch.global_size=6", "batch.per_gpu=1", "duration=5st", *more,
@@ -80,7 +80,7 @@ def command(*more: str, call: str = "flags") -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The weights on one rank, by the least samples of a pass, which is what bitwise follows."""
+    """Return the weights on one rank with one sample per pass, as in bitwise."""
     return cache(lambda: Runs(tmp_path_factory.mktemp("truth"))(1, *command()).weights())
 
 
@@ -94,7 +94,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_trained_as_on_one_rank(runs: Runs, truth: Any, world: int, engine: tuple[str, ...]) -> None:
-    """The last step too; what no rank uses in a step gets a zero gradient, on any cut."""
+    """Also in the last step; parameters that no rank uses get a zero gradient, on any cut."""
     assert distance(runs(world, *command(*engine)).weights(), truth()) < 1e-6
 
 
@@ -110,7 +110,7 @@ SPLIT = (*ENGINES["FSDP"], "engine.shard=['experts.0','experts.1','experts.2']")
         (ENGINES["FSDP"], "evaluated", "one evaluation: only rank 0 ran experts.0, only rank 1 ran experts.1"),
     ],
 )
-def test_rejected_before_a_weight_moves(runs: Runs, engine: tuple[str, ...], call: str, named: str) -> None:
+def test_rejected_before_weights_change(runs: Runs, engine: tuple[str, ...], call: str, named: str) -> None:
     run = runs(2, *command(*engine, "batch.global_size=2", call=call))
     for end in run.ends:
         assert end["raised"] == "UserError"
@@ -121,7 +121,7 @@ def test_rejected_before_a_weight_moves(runs: Runs, engine: tuple[str, ...], cal
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
-def test_other_models_tell_the_store_nothing(runs: Runs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_without_branches_publish_nothing(runs: Runs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_after_first(trail: Trail) -> None:
         assert trail._number == 0
 
@@ -130,7 +130,7 @@ def test_other_models_tell_the_store_nothing(runs: Runs, engine: str, monkeypatc
 
 
 def passes(store: HashStore, rank: int, *steps: str) -> Trail:
-    """A rank that has run steps of one pass, whose modules are letters."""
+    """Return a rank's trail of steps of one pass, whose modules are letters."""
     trail = Trail(store, rank, 2, "do better")
     for step in steps:
         trail.begin("training")
@@ -141,7 +141,7 @@ def passes(store: HashStore, rank: int, *steps: str) -> Trail:
     return trail
 
 
-def test_trails_part_where_modules_differ() -> None:
+def test_trails_show_where_modules_differ() -> None:
     store = HashStore()
     one, two = passes(store, 0, "abc"), passes(store, 1, "abc")
     for trail, names in ((one, "abc"), (two, "axbc")):
@@ -157,7 +157,7 @@ def test_trails_part_where_modules_differ() -> None:
         two.check(sum(trail.numbers()[0] for trail in (one, two)), sum(trail.numbers()[1] for trail in (one, two)))
 
 
-def test_a_rank_that_is_behind_parts_from_none() -> None:
+def test_rank_that_is_behind_has_no_mismatch() -> None:
     store = HashStore()
     one, two = passes(store, 0, "abc", "xyz"), passes(store, 1, "abc", "xyz")
     two.begin("training")

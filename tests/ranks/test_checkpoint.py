@@ -1,4 +1,4 @@
-"""Saving on real ranks: what is read back on any number of them, and what a save that fails leaves."""
+"""Saving on real ranks: reading on any number of ranks, and the state after a failed save."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.unit.test_manifest import PLAN, header_of, verified
 
 
 class FakeEngine:
-    """Each rank's part of some tensors, parted equally; ranks talk to each other in between."""
+    """Each rank's equal part of some tensors; ranks communicate in between."""
 
     def __init__(self, world: World, tensors: Mapping[str, Tensor]) -> None:
         self.world, self.tensors = world, tensors
@@ -91,7 +91,7 @@ PLAN_STEPS = [step.start for step in walk(PLAN)]
 
 
 def every_kind() -> dict[str, Tensor]:
-    """A tensor of every dtype, of many shapes; the same on all ranks."""
+    """Return tensors of every dtype and many shapes, the same on all ranks."""
     noise = torch.Generator().manual_seed(1)
     found = {
         "model/weight": torch.randn(7, 11, generator=noise),
@@ -123,7 +123,7 @@ def names(run: RunDir) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_any_tensor_comes_back_on_any_number_of_ranks(tmp_path: Path, size: int) -> None:
+def test_tensors_are_restored_on_any_number_of_ranks(tmp_path: Path, size: int) -> None:
     run, tensors = RunDir(tmp_path), every_kind()
 
     def save(world: World) -> Any:
@@ -153,7 +153,7 @@ def test_any_tensor_comes_back_on_any_number_of_ranks(tmp_path: Path, size: int)
 
 
 def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that begins and ends inside of slices, or is empty; with fewer files open than there are."""
+    """Also ranges that start or end inside slices, and empty ones; with fewer open files than slices."""
     monkeypatch.setattr(checkpoint_module, "OPEN_FILES", 2)
     run, tensor = RunDir(tmp_path), torch.arange(23)
 
@@ -190,8 +190,8 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
             assert same_bits(file.get_tensor(name), tensors[name].reshape(-1)), name
 
 
-def test_the_copy_is_saved_though_the_training_goes_on(tmp_path: Path) -> None:
-    """The thread waits before it writes any tensor, until the live ones have changed. Twice, in the same memory."""
+def test_the_copy_is_saved_while_training_changes_the_weights(tmp_path: Path) -> None:
+    """The thread waits until the live tensors have changed. Twice, in the same memory."""
     run, changed = RunDir(tmp_path), threading.Event()
 
     def body(world: World) -> Any:
@@ -213,7 +213,7 @@ def test_the_copy_is_saved_though_the_training_goes_on(tmp_path: Path) -> None:
         assert torch.equal(Reader(checkpoint).whole("w"), torch.full((1000,), float(checkpoint.header.step)))
 
 
-def test_memory_of_a_copy_is_used_again() -> None:
+def test_memory_of_a_copy_is_reused() -> None:
     live = {"a": torch.zeros(5), "b": torch.zeros(3, dtype=torch.int64)}
     copies = Copies()
 
@@ -236,7 +236,7 @@ def test_memory_of_a_copy_is_used_again() -> None:
 def fails_once(
     run: RunDir, size: int, folder: Path, hinder: Callable[[World], Any], mend: Callable[[World], Any]
 ) -> Any:
-    """Save steps 1, 2 and 3 of some 0.4 MB, the second with a hindrance; what rank 0 and the others were told."""
+    """Save steps 1, 2 and 3 of about 0.4 MB, the second with a failure; return each rank's reports."""
 
     def body(world: World) -> Any:
         live = torch.zeros(100_000)
@@ -264,8 +264,8 @@ def fails_once(
     return ends
 
 
-def test_a_rank_whose_disk_is_full(tmp_path: Path) -> None:
-    """All ranks hear of it, and why; what the others wrote is removed, what was there stays, and the next one works."""
+def test_disk_full_on_one_rank(tmp_path: Path) -> None:
+    """All ranks report the cause; the new files are removed, the old ones stay, and the next save works."""
 
     def limit(to: int, world: World) -> None:
         if world.rank == 1:
@@ -277,7 +277,7 @@ def test_a_rank_whose_disk_is_full(tmp_path: Path) -> None:
     assert ends == [[said, None, said, None], [None, None, said, None], [None, None, said, None]]
 
 
-def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_run_directory(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
 
     def body(world: World) -> Any:
@@ -292,7 +292,7 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
+    """Mount a disk of 1 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
@@ -302,7 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path) -> None:
+def test_disk_full(small_disk: Path, tmp_path: Path) -> None:
     other = small_disk / "somebody else's"
 
     def fill(world: World) -> None:
@@ -321,7 +321,7 @@ def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path) -> None:
     assert ends == [[ends[0][0], None, ends[0][0], None], [None, None, ends[0][0], None]]
 
 
-def test_a_disk_that_is_full_when_all_files_are_there(small_disk: Path, tmp_path: Path) -> None:
+def test_disk_full_at_the_manifest(small_disk: Path, tmp_path: Path) -> None:
     """Rank 0 can't write the manifest."""
     run = RunDir(small_disk)
 
@@ -348,9 +348,9 @@ def test_a_disk_that_is_full_when_all_files_are_there(small_disk: Path, tmp_path
 
 @pytest.mark.parametrize(("size_mb", "said"), [(150, "no memory for a copy"), (3, "can't start new thread")])
 def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
-    """For a copy, or a thread. The others don't wait for it in what slices() has to talk about.
+    """For a copy or a thread. The other ranks don't wait for it in the communication of slices().
 
-    A rank's third of 150 MB is more than what malloc may have kept of what was freed before.
+    A rank's third of 150 MB is more than the freed memory that malloc may have kept.
     """
     room_mb = 25 if size_mb > 50 else 5
 
@@ -378,7 +378,7 @@ def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
     assert steps_of(RunDir(tmp_path)) == [1]
 
 
-def test_a_dtype_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
+def test_unsupported_dtype(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(5, dtype=torch.complex128)})
         keep.save(state(1))
@@ -389,7 +389,7 @@ def test_a_dtype_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
     assert names(RunDir(tmp_path)) == []
 
 
-def test_an_engine_that_forgets_a_part(tmp_path: Path) -> None:
+def test_missing_slices(tmp_path: Path) -> None:
     class Forgetful(FakeEngine):
         def slices(self) -> Iterator[Slice]:
             return (piece for piece in super().slices() if self.world.rank != 1)
@@ -427,7 +427,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (best.step, best.evaluation) == (2, {"val/accuracy": 0.7, "val/loss": 0.0})
 
 
-def test_a_best_one_that_could_not_be_saved_is_none(tmp_path: Path) -> None:
+def test_best_checkpoint_that_failed_to_save_does_not_count(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         keep, found = saver(RunDir(tmp_path), world, {"w": torch.zeros(100_000)}, best="val/accuracy:max"), []
         for step, accuracy, limit in ((1, 0.5, -1), (2, 0.9, 50_000), (3, 0.7, -1)):
@@ -442,8 +442,8 @@ def test_a_best_one_that_could_not_be_saved_is_none(tmp_path: Path) -> None:
     assert read(tmp_path / "checkpoints" / "best").header.step == 3
 
 
-def test_a_committed_one_counts_though_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
-    """The best stays the best, nothing is reported as failed, and it is told once."""
+def test_committed_checkpoint_counts_if_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
+    """The best stays the best, the save isn't reported as failed, and the warning comes once."""
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
@@ -469,7 +469,7 @@ def test_a_committed_one_counts_though_an_older_one_cannot_be_removed(tmp_path: 
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
-    """But again with its evaluation, or where that was done since; and not where the run went on from it."""
+    """But again with its evaluation, or if that was done since; and not if the run resumed from it."""
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
@@ -498,8 +498,8 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
     assert [read(path).header.evaluation for path in checkpoints(run)] == [None, {"val/loss": 0.5}]
 
 
-def test_when_it_is_due(tmp_path: Path) -> None:
-    """On rank 0 alone, some time after the last save began, once, and not while one is under way."""
+def test_when_a_save_is_due(tmp_path: Path) -> None:
+    """On rank 0 alone, some time after the last save began, once, and not during a save."""
     hold = threading.Event()
 
     def body(world: World) -> Any:
@@ -544,8 +544,8 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     assert steps_of(RunDir(tmp_path)) == [2, 1]
 
 
-def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a slow disk isn't taken for a hang; a rank that is stuck is."""
+def test_waiting_ranks_see_progress_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk isn't taken for a hang; a stuck rank is."""
     monkeypatch.setattr(saver_module, "PROGRESS_S", 0.05)
 
     def body(world: World) -> Any:
@@ -567,7 +567,7 @@ def test_ranks_that_wait_see_the_others_write(tmp_path: Path, monkeypatch: pytes
     assert in_ranks(2, body, tmp_path / "ranks")[0] >= 2
 
 
-def test_what_is_dropped_is_cleared_by_the_next_start(tmp_path: Path) -> None:
+def test_dropped_checkpoints_are_removed_by_the_next_start(tmp_path: Path) -> None:
     run, hold = RunDir(tmp_path), threading.Event()
 
     def body(world: World) -> Any:
@@ -584,8 +584,8 @@ def test_what_is_dropped_is_cleared_by_the_next_start(tmp_path: Path) -> None:
     assert in_ranks(2, body, tmp_path / "ranks")[0][:2] == [[".step-00000001.tmp"], []]
 
 
-def test_a_rank_that_lost_the_first_says_so(tmp_path: Path) -> None:
-    """Rank 0 is gone in mid-save, and with it what the others waited for."""
+def test_ranks_report_the_loss_of_rank_0(tmp_path: Path) -> None:
+    """Rank 0 dies during a save that the other ranks wait for."""
     folder = tmp_path / "ranks"
 
     def body(world: World) -> Any:

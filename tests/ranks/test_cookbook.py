@@ -22,13 +22,13 @@ def command(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_recipe_is_short_and_listed(name: str) -> None:
+def test_recipe_is_short_and_listed(name: str) -> None:
     assert len(FILES[name].read_text().splitlines()) <= 40
     assert f"(cookbook/{name}.py)" in (FOLDER.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_recipe_is_the_same_run_on_any_cut(name: str, tmp_path: Path) -> None:
+def test_recipe_is_the_same_run_on_any_cut(name: str, tmp_path: Path) -> None:
     runs, made = Runs(tmp_path, trial=True), {}
     for cut, (ranks, overrides) in CUTS.items():
         made[cut] = runs(ranks, *command(name), "batch.global_size=32", "duration=5st", *overrides)

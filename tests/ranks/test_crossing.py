@@ -1,4 +1,4 @@
-"""One checkpoint for all engines and world sizes: what one of them wrote is what the others go on from."""
+"""One checkpoint for all engines and world sizes: each engine resumes from the checkpoints of the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLES, GLOBAL, STEPS = 500, 48, 12
 # dropout, augmentation, unequal units, BatchNorm, clipping that bites, a moving average; on four ranks some have none
 TASK = (
-    "task=custom", "task._target_=tests.ranks.test_crossing.Told", "task.args.norm=true", "batchnorm.mode=ghost",
+    "task=custom", "task._target_=tests.ranks.test_crossing.Recorded", "task.args.norm=true", "batchnorm.mode=ghost",
     "batchnorm.ghost_size=8", "batch.per_gpu=8", "log.every=1st",
     f"batch.global_size={GLOBAL}", f"duration={STEPS}st", "evaluate.every=null",
     "clip_norm=0.5", "ema=60sa", "data.fingerprint=false",
@@ -50,12 +50,12 @@ SMALL = (
 )  # fmt: skip
 
 
-class Told(Blocks, Tells):
-    """It writes down which samples are fetched."""
+class Recorded(Blocks, Tells):
+    """A task that records which samples are fetched."""
 
 
 class Stage(NamedTuple):
-    """A part of a run: on which engine and how many ranks, and the last of its steps."""
+    """A part of a run: the engine, the number of ranks, and the last step."""
 
     engine: str
     ranks: int
@@ -72,7 +72,7 @@ CHAIN = (
 
 
 def test_one_run_on_all_engines(runs: Runs, tmp_path: Path) -> None:
-    """Every checkpoint comes back bit by bit from the next engine; the samples are those of the order."""
+    """Every checkpoint comes back bit by bit from the next engine; samples follow the order."""
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     options, run = (*TASK, *ADAMW, f"task.args.folder={fetched}"), None
@@ -91,7 +91,7 @@ def test_one_run_on_all_engines(runs: Runs, tmp_path: Path) -> None:
 
 
 def taken(folder: Path) -> list[int]:
-    """The rows that were written down there, which are removed."""
+    """Return and remove the recorded rows."""
     rows = [int(row) for file in folder.iterdir() for row in file.read_text().split()]
     for file in folder.iterdir():
         file.unlink()
@@ -99,7 +99,7 @@ def taken(folder: Path) -> list[int]:
 
 
 def saved_again(run: RunDir, ranks: int, options: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """What ranks that go on from the last checkpoint of a run save, with no step in between."""
+    """Return the checkpoint that ranks save right after they resume from a run's last checkpoint."""
     config, other = compose(["data.workers=0", *options]), RunDir(folder)
 
     def body(world: World) -> str | None:
@@ -119,7 +119,7 @@ def saved_again(run: RunDir, ranks: int, options: tuple[str, ...], folder: Path)
 
 
 def stored(run: RunDir) -> dict[str, Any]:
-    """Dtype, shape and bytes of each tensor of its last checkpoint, and what isn't a tensor."""
+    """Return dtype, shape and bytes of each tensor of a run's last checkpoint, and its other values."""
     reader = Reader(read(checkpoints(run)[0]))
     tensors = {
         name: (one.dtype, one.shape, reader(name).view(torch.uint8).numpy().tobytes())
@@ -130,7 +130,7 @@ def stored(run: RunDir) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """By an engine, on two ranks, and stopped; made once."""
+    """Return a stopped run of an engine on two ranks, made once."""
     runs = Runs(tmp_path_factory.mktemp("begun"))
     return cache(lambda engine: runs(2, *SMALL, *ENGINES[engine], stop_at=2))
 
@@ -151,8 +151,8 @@ def test_from_each_to_each(runs: Runs, begun: Callable[[str], Run], uninterrupte
     assert distance(run.weights(), uninterrupted.weights()) < ADAM_ROUNDING
 
 
-def test_what_an_optimizer_counts_goes_along(runs: Runs) -> None:
-    """State of its own, which its state_dict has, on engines that leave it the parameters."""
+def test_own_state_of_an_optimizer_is_restored(runs: Runs) -> None:
+    """State beyond its parameters in its state_dict, on engines that leave the optimizer the parameters."""
     options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.support.tasks.Counting", "duration=5st")
     whole, run = runs(1, *options), None
     for number, engine in enumerate(("DDP", "FSDP", "ZeRO-0", "Accelerate", "DDP"), 1):
@@ -163,7 +163,7 @@ def test_what_an_optimizer_counts_goes_along(runs: Runs) -> None:
     assert distance(run.weights(), whole.weights()) < ROUNDING
 
 
-def test_an_optimizer_that_the_next_engine_cannot_carry_is_refused(runs: Runs) -> None:
+def test_optimizer_that_the_next_engine_does_not_support_is_rejected(runs: Runs) -> None:
     run = runs(2, "duration=2ep", "optimizer=lamb", "lr.peak=0.01", stop_at=2).run.path
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     command = [sys.executable, "launch.py", f"run.dir={run}", "engine=deepspeed", "engine.stage=2", "device=cpu"]

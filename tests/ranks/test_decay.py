@@ -1,4 +1,4 @@
-"""Weight decay: which parameters have none, under every optimizer; and that a resumed run keeps its groups."""
+"""Weight decay: which parameters have none, with every optimizer; and a resumed run keeps its groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class Net(nn.Module):
-    """Parameters that are decayed, and those of two dimensions that aren't."""
+    """Decayed parameters, and two-dimensional ones that aren't decayed."""
 
     own_names: Any = ()
 
@@ -47,7 +47,7 @@ class Net(nn.Module):
 MATRICES = ["head.weight", "inner.weight", "layers.0", "length.parametrizations.weight.original1", "own.proj.weight", "pos"]  # fmt: skip # noqa: E501
 
 
-def test_what_is_decayed() -> None:
+def test_decayed_parameters() -> None:
     model = Net()
     swap_batchnorm(model, "ghost", 2, Stream(0, torch.device("cpu")), 1)
     without = undecayed(model)
@@ -64,7 +64,7 @@ def test_all_optimizers_decay_the_same(name: str) -> None:
     assert len(found) == 2
 
 
-def test_muon_takes_no_gains_and_biases() -> None:
+def test_muon_excludes_gains_and_biases() -> None:
     model = Net()
     model.own_names = ["pos"]
     found = names_by(optimizer_of(model, "optimizer=muon"), model, "muon", "weight_decay")
@@ -74,7 +74,7 @@ def test_muon_takes_no_gains_and_biases() -> None:
 
 
 @pytest.mark.parametrize("names", ["pos", [1], 7])
-def test_names_have_to_be_names(names: Any) -> None:
+def test_no_weight_decay_has_to_return_names(names: Any) -> None:
     model = Net()
     model.own_names = names
     with pytest.raises(UserError, match=r"no_weight_decay\(\) returned .*; return the names of parameters"):
@@ -90,7 +90,7 @@ class Normed(Counted):
 
 
 class Grouped(Normed):
-    """With groups of its own, in which Muon finds its matrices."""
+    """A task with its own groups, in which Muon chooses its matrices."""
 
     def param_groups(self, model: nn.Module) -> Any:
         return [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1:].parameters()}]
@@ -104,10 +104,10 @@ class Grouped(Normed):
         (2, "lamb engine=fsdp", "Normed"),
     ],
 )
-def test_a_resumed_run_keeps_the_groups_of_its_checkpoint(
+def test_resumed_run_keeps_the_groups_of_its_checkpoint(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, world: int, name: str, task: str
 ) -> None:
-    """As versions before this one had them, which went by dimensions alone."""
+    """Of a checkpoint of an earlier version, whose groups depend on the dimensions alone."""
     overrides = (
         "task=custom", f"task._target_=tests.ranks.test_decay.{task}", "batch.global_size=24", "duration=8st",
         "lr.peak=0.02", "evaluate.every=null", "optimizer.weight_decay=0.5", *f"optimizer={name}".split(),

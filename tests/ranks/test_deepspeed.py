@@ -1,4 +1,4 @@
-"""The engine ``deepspeed`` against one rank of ``ddp``: the same run on ZeRO 0 to 3, on any number of ranks."""
+"""The engine ``deepspeed`` against ``ddp`` on one rank: the same run with ZeRO 0 to 3, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ ODD = ("task._target_=tests.ranks.test_deepspeed.Odd", "batch.global_size=10", "
 
 
 class Odd(Counted):
-    """A model that is called twice, with tied, frozen and small weights, and one without a part in the loss at times.
+    """A model that is called twice, with tied, frozen and small weights, and one that is unused at times.
 
     Args:
-        passes: of a rank in a step.
+        passes: number of passes of a rank in a step.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class InOnePass(Counted):
     """A parameter is used in one pass of a step alone: the first, the second and the last, in turn.
 
     Args:
-        passes: of a rank in a step.
+        passes: number of passes of a rank in a step.
     """
 
     def __init__(self, passes: int = 1, **args: Any) -> None:
@@ -107,7 +107,7 @@ class InOnePass(Counted):
 
 
 class NaNLoss(Normed):
-    """One pass of the last rank has a loss that isn't a number, and a gradient that is one."""
+    """One pass of the last rank has a NaN loss and gradient."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         loss, units = super().loss(model, batch)
@@ -126,13 +126,13 @@ def deepspeed() -> None:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One rank of ``ddp``, cut into so many micro-batches that the noise can be measured."""
+    """Return the run of ``ddp`` on one rank, with enough micro-batches to measure the noise."""
     return Runs(tmp_path_factory.mktemp("truth"))(1, *EVERYTHING, "batch.per_gpu=4")
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Runs that several tests compare theirs with, each made once."""
+    """Return runs that several tests compare with, each made once."""
     return cache(Runs(tmp_path_factory.mktemp("once")))
 
 
@@ -142,8 +142,8 @@ def averages(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_everything_is_the_same(runs: Runs, truth: Run, stage: int, world: int) -> None:
-    """Weights, running statistics, moving averages, losses, norms and the noise, with ranks that have no sample."""
+def test_same_run_as_ddp(runs: Runs, truth: Run, stage: int, world: int) -> None:
+    """Weights, running statistics, moving averages, losses, norms and the noise, with ranks without samples."""
     run = runs(world, *EVERYTHING, "batch.per_gpu=4", *zero(stage))
     assert distance(run.weights(), truth.weights()) < ROUNDING
     assert distance(averages(run), averages(truth)) < ROUNDING
@@ -153,7 +153,7 @@ def test_everything_is_the_same(runs: Runs, truth: Run, stage: int, world: int) 
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
-def test_odd_models_are_the_same(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
+def test_same_run_of_odd_models(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
     """Tied, frozen, unused and small parameters, a model called twice, AdamW: to 1e-6 of the largest weight."""
     options = (
         *COUNTED,
@@ -174,7 +174,7 @@ def test_odd_models_are_the_same(runs: Runs, once: Callable[..., Run], stage: in
 
 
 @pytest.mark.parametrize(("stage", "offload"), [*product((0, 1, 2, 3), ["false"]), *product((1, 2, 3), ["true"])])
-def test_a_parameter_that_not_all_passes_use(runs: Runs, once: Callable[..., Run], stage: int, offload: str) -> None:
+def test_parameter_used_in_some_passes(runs: Runs, once: Callable[..., Run], stage: int, offload: str) -> None:
     """None of its gradients is lost, and none is left for the next step."""
     options = (
         *COUNTED, "task._target_=tests.ranks.test_deepspeed.InOnePass", "task.args.passes=3", "batch.global_size=12",
@@ -187,7 +187,7 @@ def test_a_parameter_that_not_all_passes_use(runs: Runs, once: Callable[..., Run
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16(runs: Runs, stage: int) -> None:
-    """On the same cut as fp32 is; weights are fp32, and DeepSpeed isn't told, whatever is left to it."""
+    """Equal to fp32's cut; weights stay fp32, and DeepSpeed's own precision stays off."""
     options = (*COUNTED, "precision=bf16", "batch.per_gpu=24", "optimizer=adamw", "lr.peak=0.003")
     left = ("engine.config.bf16.enabled=auto", "engine.config.fp16=auto", "engine.config.zero_optimization.stage=auto")
     whole, parts = runs(2, *options), runs(2, *options, *zero(stage, *left))
@@ -196,8 +196,8 @@ def test_bf16(runs: Runs, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
-def test_a_step_that_is_not_finite_is_skipped(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
-    """A loss or a gradient on one rank of two: nothing is left of it, nor of the other gradients of the step."""
+def test_nonfinite_step_is_skipped(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
+    """A loss or a gradient on one of two ranks: nothing of the step's gradients is left."""
     task = "test_deepspeed.NaNLoss" if stage == 2 or offload else "test_batchnorm.NaNOnce"
     skip = (*GHOST, "on_nonfinite=skip", f"task._target_=tests.ranks.{task}", "batch.per_gpu=4")
     ours = runs(2, *skip, *zero(stage, f"engine.offload={str(offload).lower()}"))
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_is_skipped(runs: Runs, once: Callable[..., Ru
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_goes_on_is_the_same_bit_by_bit(runs: Runs, stage: int) -> None:
+def test_resumed_run_is_bitwise_equal(runs: Runs, stage: int) -> None:
     options = (*GHOST, "ema=30sa", "optimizer=adamw", "lr.peak=0.01", "clip_norm=0.5", "batch.per_gpu=4", *zero(stage))
     begun = runs(2, *options, stop_at=3)
     assert begun.ends[0]["step"] == 3
@@ -216,8 +216,8 @@ def test_a_run_that_goes_on_is_the_same_bit_by_bit(runs: Runs, stage: int) -> No
     assert all(same_bits(tensor, averages(resumed)[name]) for name, tensor in averages(whole).items())
 
 
-def test_one_run_on_all_of_them(runs: Runs) -> None:
-    """Begun by ``ddp`` on one rank, then ZeRO 1 on three, ZeRO 3 on two, ZeRO 2 on three, and ``ddp`` on two."""
+def test_one_run_on_all_stages(runs: Runs) -> None:
+    """Started by ``ddp`` on one rank, then ZeRO 1 on three, ZeRO 3 on two, ZeRO 2 on three, and ``ddp`` on two."""
     options = (*GHOST, "ema=30sa", "clip_norm=0.5", "batch.per_gpu=4", "duration=10st")
     whole = runs(1, *options)
     run = runs(1, *options, stop_at=2)
@@ -231,13 +231,13 @@ def test_one_run_on_all_of_them(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("stages", "scalar"), [((0, 1, 2), "true"), ((3,), "false")])
-def test_a_checkpoint_comes_back_bit_by_bit(runs: Runs, tmp_path: Path, stages: tuple[int, ...], scalar: str) -> None:
-    """What ``ddp`` has saved, every engine on any number of ranks would save again: weights, averages, optimizer."""
+def test_checkpoint_is_restored_bitwise(runs: Runs, tmp_path: Path, stages: tuple[int, ...], scalar: str) -> None:
+    """A checkpoint of ``ddp``, restored and saved again by every stage: weights, averages, optimizer."""
     options = (*COUNTED, *ODD, f"task.args.scalar={scalar}", "optimizer=adamw", "ema=40sa", "duration=3st")
     saved = runs(1, *options).run
     reader = Reader(read(checkpoints(saved)[0]))
     for stage, world in product(stages, WORLDS):
-        body = partial(again, options=[*options, *zero(stage)], reader=reader)
+        body = partial(saved_again, options=[*options, *zero(stage)], reader=reader)
         ranks = in_ranks(world, body, tmp_path / f"{stage}-{world}")
         spans = [span for rank in ranks for span in rank["spans"]]
         assert {name for name, *_ in spans} == reader.tensors.keys()
@@ -247,8 +247,8 @@ def test_a_checkpoint_comes_back_bit_by_bit(runs: Runs, tmp_path: Path, stages: 
         assert all(rank["values"] == reader.values for rank in ranks)
 
 
-def again(world: World, options: list[str], reader: Reader) -> dict[str, Any]:
-    """Restore, and give the ranges of what would be saved, each compared with what is stored."""
+def saved_again(world: World, options: list[str], reader: Reader) -> dict[str, Any]:
+    """Restore, and return the ranges of a new save, each compared with the stored values."""
     engine = made(world, options)
     engine.restore(reader)
     spans = []
@@ -267,8 +267,8 @@ def made(world: World, options: list[str]) -> Engine:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_parameter_without_elements(runs: Runs, stage: int) -> None:
-    """It has nothing to be trained, and is in the way of none that has; so also in a checkpoint."""
+def test_parameter_without_elements(runs: Runs, stage: int) -> None:
+    """It isn't trained, and doesn't disturb the other parameters or a checkpoint."""
     options = (*COUNTED, *ODD, "task.args.hollow=true", "ema=40sa")
     begun = runs(2, *options, *zero(stage), stop_at=3)
     resumed = runs(3, *options, *zero(stage), going_on=begun)
@@ -285,8 +285,8 @@ def test_a_parameter_without_elements(runs: Runs, stage: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["NAdam", "ASGD"])
-def test_scalars_of_an_optimizer_for_a_parameter_that_is_one(runs: Runs, optimizer: str) -> None:
-    """What it keeps once for all elements is told from what it keeps for the only one."""
+def test_optimizer_scalars_of_a_0_dim_parameter(runs: Runs, optimizer: str) -> None:
+    """State that is one for all elements is told from state of the only element."""
     options = (
         *COUNTED, *ODD, "task.args.scalar=true", "optimizer=custom", f"optimizer._target_=torch.optim.{optimizer}",
         "lr.peak=0.003",
@@ -297,8 +297,8 @@ def test_scalars_of_an_optimizer_for_a_parameter_that_is_one(runs: Runs, optimiz
     assert distance(resumed.weights(), whole.weights()) < 1e-5
 
 
-def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: Path) -> None:
-    """On the rank that has it, whatever the others are at."""
+def test_exception_while_the_average_is_swapped_in_is_raised_at_once(tmp_path: Path) -> None:
+    """On its rank, wherever the other ranks are."""
 
     def body(world: World) -> None:
         average = made(world, [*COUNTED, *zero(1), "ema=40sa"]).average
@@ -331,7 +331,7 @@ def test_an_exception_while_the_average_is_in_place_comes_out_at_once(tmp_path: 
         ),
     ],
 )
-def test_what_it_cannot_have_is_refused(runs: Runs, options: tuple[str, ...], message: str) -> None:
+def test_unsupported_models_and_configs_are_rejected(runs: Runs, options: tuple[str, ...], message: str) -> None:
     end = runs(1, *COUNTED, *ODD, *options).ends[0]
     assert end["raised"] == "UserError"
     assert message in end["message"]
@@ -347,7 +347,7 @@ def test_without_the_package(tmp_path: Path) -> None:
     assert "pip install '.[deepspeed]'" in end["message"]
 
 
-def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_output(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(2, *COUNTED, *zero(3), "duration=2st")
     out, err = capfd.readouterr()
     assert err == ""

@@ -1,4 +1,4 @@
-"""How runs end other than well: refused by a worker, not finite, stopped; and what is left behind."""
+"""Failed and stopped runs: rejected by a worker, not finite, or stopped; and the files they leave."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("override", REFUSALS)
-def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
-    """All ranks refuse for the same reason, so none waits for another."""
+def test_rejected_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
+    """All ranks reject for the same reason, so none waits for another."""
     run = runs(2, *TASK, *override.split())
     assert [end["raised"] for end in run.ends] == ["UserError", "UserError"]
     assert run.ends[0]["message"] == run.ends[1]["message"]
@@ -58,15 +58,15 @@ def test_refused_on_every_rank_with_one_message(runs: Runs, override: str) -> No
     assert not run.run.final.exists()
 
 
-def test_a_loss_that_is_nan_names_step_and_samples(runs: Runs) -> None:
-    """NaN on one rank is NaN on all; nothing is trained further."""
+def test_nan_loss_names_step_and_samples(runs: Runs) -> None:
+    """NaN on one rank ends all ranks."""
     run = runs(2, *TASK, "task._target_=tests.support.tasks.BecomesNaN")
     assert [end["raised"] for end in run.ends] == ["RunFailed", "RunFailed"]
     assert "step 3 (samples 40 to 59 of the run)" in run.ends[0]["message"]
     assert not run.run.final.exists()
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
+def test_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
     run = runs(3, *TASK, "batch.per_gpu=4", stop_at=4, by_rank=1)
     assert [end["state"] for end in run.ends] == ["stopped"] * 3
     assert {(end["step"], end["samples"], end["cause"]) for end in run.ends} == {(4, 80, "SIGTERM")}
@@ -75,7 +75,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
     assert (outcome.state, outcome.step) == ("stopped", 4)
 
 
-def test_a_finished_directory_is_left_as_it_is(runs: Runs) -> None:
+def test_finished_directory_is_not_changed(runs: Runs) -> None:
     run = runs(1, *TASK)
     before = (run.run.path / "metrics.jsonl").read_bytes()
     again = runs(1, *TASK, going_on=run)
@@ -84,7 +84,7 @@ def test_a_finished_directory_is_left_as_it_is(runs: Runs) -> None:
 
 
 def test_two_launches_on_one_directory(runs: Runs) -> None:
-    """The second is refused, names the first, and writes nothing."""
+    """The second is rejected with a message that names the first, and writes nothing."""
     directory = RunDir(runs.folder / "run-1")
     directory.path.mkdir()
     with directory.lock():
@@ -93,7 +93,7 @@ def test_two_launches_on_one_directory(runs: Runs) -> None:
     assert [file.name for file in directory.path.iterdir()] == ["lock"]
 
 
-def test_a_folder_of_other_things_is_left_alone(runs: Runs) -> None:
+def test_folder_that_is_not_a_run_is_not_changed(runs: Runs) -> None:
     directory = runs.folder / "run-1" / "logs"
     directory.mkdir(parents=True)
     (directory / "precious.txt").write_text("years of work")
@@ -102,8 +102,8 @@ def test_a_folder_of_other_things_is_left_alone(runs: Runs) -> None:
     assert (directory / "precious.txt").read_text() == "years of work"
 
 
-def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
-    """As on two machines: all of them refuse, naming the keys; nothing is written."""
+def test_ranks_with_different_commands_are_rejected(runs: Runs) -> None:
+    """As on two machines: all ranks name the keys, and nothing is written."""
     folder = runs.folder / "other"
 
     def body(world: World) -> Any:
@@ -116,8 +116,8 @@ def test_ranks_that_were_started_with_other_commands_refuse(runs: Runs) -> None:
     assert not folder.exists()
 
 
-def test_a_start_that_was_killed_at_once_locks_nobody_out(runs: Runs) -> None:
-    """What can be left of it: the lock, and half of the first files under their temporary names."""
+def test_start_that_was_killed_at_once_blocks_nothing(runs: Runs) -> None:
+    """It may leave the lock, and part of the first files under temporary names."""
     directory = runs.folder / "run-1"
     directory.mkdir()
     (directory / "lock").write_text("host x, pid 1")
@@ -126,8 +126,8 @@ def test_a_start_that_was_killed_at_once_locks_nobody_out(runs: Runs) -> None:
     assert runs(1, *TASK).ends[0]["state"] == "finished"
 
 
-def test_an_outcome_that_was_moved_away_locks_nobody_out(runs: Runs) -> None:
-    """As is said to do where it's damaged."""
+def test_removed_outcome_blocks_nothing(runs: Runs) -> None:
+    """As the message for a damaged one advises."""
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "outcome.json"
     file.write_text(file.read_text()[:20])
@@ -140,10 +140,8 @@ def test_an_outcome_that_was_moved_away_locks_nobody_out(runs: Runs) -> None:
     assert run.events()[-2]["checkpoint"] == "step-00000005"
 
 
-def test_an_outcome_that_has_no_room_takes_the_place_of_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one call, so that nobody who is killed leaves half of each; so a shorter one is filled up."""
+def test_outcome_is_overwritten_in_place_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call, so that a kill leaves no half; a shorter one is padded."""
     run, sizes = RunDir(tmp_path), []
     run.write_outcome(Outcome("running", "", 0, 0, "a"))
 
@@ -158,8 +156,8 @@ def test_an_outcome_that_has_no_room_takes_the_place_of_the_one_before(
     assert sizes[0] == sizes[1]
 
 
-def test_a_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
-    """By which its folder alone goes on; or that of the next one, where what it was is put right."""
+def test_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
+    """Its folder alone resumes it; a corrected start replaces the config."""
     run = runs(1, *TASK, "task.args.widht=3")
     assert "widht" in run.ends[0]["message"]
     alone = [f"run.dir='{run.run.path}'"]
@@ -170,7 +168,7 @@ def test_a_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
     assert compose(alone).task.args == {}
 
 
-def test_a_run_without_a_checkpoint_begins_anew(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_without_a_checkpoint_restarts_from_step_0(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     directory = RunDir(runs.folder / "run-1")
     directory.path.mkdir()
     directory.write_outcome(Outcome("crashed", "boom", 3, 60, "before"))
@@ -181,7 +179,7 @@ def test_a_run_without_a_checkpoint_begins_anew(runs: Runs, capfd: pytest.Captur
     assert [line["step"] for line in run.metrics()][:2] == [1, 10]
 
 
-def test_run_directory_has_what_the_design_says(runs: Runs) -> None:
+def test_files_of_a_run_directory(runs: Runs) -> None:
     run = runs(2, *TASK)
     names = {path.name for path in run.run.path.iterdir()}
     assert names >= {"plan.json", "config.yaml", "metrics.jsonl", "events.jsonl", "outcome.json", "logs", "final"}
@@ -192,8 +190,8 @@ def test_run_directory_has_what_the_design_says(runs: Runs) -> None:
     assert run.metrics()[-1].keys() == {"step", "samples", "epoch", "val/loss"}
 
 
-def test_texts_travel_between_ranks(runs: Runs) -> None:
-    """Strings as long as a traceback, with letters of every kind."""
+def test_gather_texts(runs: Runs) -> None:
+    """Strings as long as a traceback, with characters of every kind."""
 
     def body(world: World) -> Any:
         text = "é" * 5000 if world.rank == 0 else ""
@@ -219,7 +217,7 @@ def test_the_error_of_one_rank_is_raised_by_all_with_its_fields(runs: Runs) -> N
 @pytest.mark.parametrize(
     ("per_gpu", "granule", "half"), [(96, 32, 32), (64, 32, 32), (32, 32, 0), (33, 1, 16), (1, 1, 0)]
 )
-def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: int, half: int) -> None:
+def test_out_of_memory_halves_whole_ghosts(per_gpu: int, granule: int, half: int) -> None:
     failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu, granule))
     verdict = Starts().decide(failure)
     assert (verdict.per_gpu_limit, verdict.retry) == (half, half > 0)
@@ -228,8 +226,8 @@ def test_where_memory_runs_out_whole_ghosts_are_halved(per_gpu: int, granule: in
     assert ("there is no smaller batch.per_gpu" in cause) is (half == 0)
 
 
-def test_where_memory_runs_out_a_bitwise_run_ends() -> None:
-    """With a smaller micro-batch it would be another run."""
+def test_out_of_memory_ends_a_bitwise_run() -> None:
+    """A smaller micro-batch would change the run."""
     failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu=64, fixed=True))
     verdict = Starts().decide(failure)
     assert (verdict.failure.kind, verdict.per_gpu_limit, verdict.retry) == ("oom", 0, False)

@@ -1,4 +1,4 @@
-"""The second promise over engines: one plan, the same run, whoever reduces the gradients and holds the weights."""
+"""The second promise for engines: one plan is the same run, whichever engine trains it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of a case by DDP, on one rank unless another number is given, made once."""
+    """Return the run of a case with DDP, by default on one rank, made once."""
     runs = Runs(tmp_path_factory.mktemp("truth"))
     return cache(lambda case, ranks=1, *more: runs(ranks, *overrides(case, "DDP"), *more))
 
@@ -47,7 +47,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("case", "engine"),
     [(case, engine) for case, engine in pairs() if case in EVERYWHERE or case in HERE.get(engine, ())],
 )
-def test_the_same_run(runs: Runs, truth: Any, case: str, engine: str) -> None:
+def test_same_run(runs: Runs, truth: Any, case: str, engine: str) -> None:
     expected, run = truth(case), runs(3 if engine == "DDP" else 2, *overrides(case, engine))
     assert run.ends[0]["state"] == "finished", run.ends[0]
     same(run, expected, CASES[case].apart)
@@ -68,12 +68,12 @@ def test_a_reducer_that_overrides_nothing_is_an_engine(runs: Runs, truth: Any, m
 
 
 @pytest.mark.parametrize("engine", HERE)
-def test_what_goes_together(runs: Runs, engine: str) -> None:
+def test_options_together(runs: Runs, engine: str) -> None:
     same(runs(3, *TASK, *TOGETHER, *ENGINES[engine]), runs(1, *TASK, *TOGETHER), 1e-12)
 
 
 def same(run: Run, expected: Run, apart: float) -> None:
-    """Weights, their average and every line of metrics."""
+    """Compare weights, their average and every line of metrics."""
     assert distance(run.weights(), expected.weights()) < apart
     if (averaged := Path(expected.run.final / "ema.safetensors")).exists():
         assert distance(run.weights(averaged.name), expected.weights(averaged.name)) < apart
@@ -86,8 +86,8 @@ def same(run: Run, expected: Run, apart: float) -> None:
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-0", "ZeRO-2", "ZeRO-3", "Accelerate"])
-def test_a_buffer_that_the_forward_moves_is_rank_0_s(runs: Runs, truth: Any, engine: str) -> None:
-    """On every engine alike, and however often it is saved: on the same number of ranks, as each sees other samples."""
+def test_buffer_that_the_forward_changes_is_rank_0s(runs: Runs, truth: Any, engine: str) -> None:
+    """On every engine, however often it is saved; on the same number of ranks, as its value depends on the samples."""
     moved = ("task.args.moved=true", "duration=6st")
     expected = truth(PLAIN, 2, *moved)
     for more in ((), ("checkpoint.every=1st",)) if engine == "FSDP" else (("checkpoint.every=3st",),):

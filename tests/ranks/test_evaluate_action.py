@@ -1,4 +1,4 @@
-"""action=evaluate: the values that the run itself found, on any ranks; and an evaluation that is broken off."""
+"""action=evaluate: the same values as in the run, on any number of ranks; and interrupted evaluations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", 
 
 
 class Normed(Counted):
-    """With running statistics, and validation data that it draws when the task is made."""
+    """Has running statistics, and draws its validation data when the task is made."""
 
     def __init__(self, **args: Any) -> None:
         super().__init__(**args)
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def evaluated(run: Path, world: int, source: Path, *overrides: str) -> list[Any]:
-    """(source, values) by rank."""
+    """Return (source, values) by rank."""
     config = compose(["action=evaluate", f"init_from={source}", *overrides])
     return in_ranks(world, lambda ranks: measure_weights(session_of(config, ranks)), run)
 
@@ -55,7 +55,7 @@ def values_at(run: Run, step: int) -> Any:
 
 
 @pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 4)])
-def test_the_values_are_those_of_the_run(trained: Run, tmp_path: Path, world: int, per_gpu: int) -> None:
+def test_same_values_as_the_run(trained: Run, tmp_path: Path, world: int, per_gpu: int) -> None:
     """Of its last step and its average; on other ranks, in other batches."""
     for source in (trained.run.path, trained.run.checkpoints / "step-00000030"):
         found = evaluated(tmp_path / source.name, world, source, f"batch.per_gpu={per_gpu}")
@@ -65,13 +65,13 @@ def test_the_values_are_those_of_the_run(trained: Run, tmp_path: Path, world: in
         assert {said for said, _ in found} == {str(file if file.exists() else source)}
 
 
-def test_the_values_of_the_best_checkpoint(trained: Run, tmp_path: Path) -> None:
+def test_values_of_the_best_checkpoint(trained: Run, tmp_path: Path) -> None:
     best = max((10, 20, 30), key=lambda step: values_at(trained, step)["val/loss"].expected)
     [(said, values)] = evaluated(tmp_path / "ranks", 1, trained.run.checkpoints / "best")
     assert (Path(said).name, values) == (f"step-{best:08d}", values_at(trained, best))
 
 
-def test_a_file_of_its_own_has_no_average(trained: Run, tmp_path: Path) -> None:
+def test_weights_file_has_no_average(trained: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes((trained.run.final / "model.safetensors").read_bytes())
     [(said, values)] = evaluated(tmp_path / "ranks", 1, file, *TASK)
@@ -104,7 +104,7 @@ def test_rank_0_prints_a_line(trained: Run, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_json_is_alone_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """And is JSON also where a value isn't finite."""
+    """It is valid JSON also if a value isn't finite."""
     model = Normed().model()
     initialise(model, str(trained.run.path), World(0, 1, 0, 1, torch.device("cpu"), None))
     nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[index]
@@ -130,7 +130,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("override", REFUSALS)
-def test_refused_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
+def test_rejected_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
     ends = evaluated(tmp_path / "ranks", 2, trained.run.path, override)
     assert [end["raised"] for end in ends] == ["UserError"] * 2
     assert REFUSALS[override] in ends[0]["message"]
@@ -143,8 +143,8 @@ class Large(Normed):
         return {"units": (batch[2].sum(), len(batch[2]))}
 
 
-def test_where_memory_runs_out_half_as_many_samples_are_tried(trained: Run, tmp_path: Path) -> None:
-    """The watch knows how many there were, for whoever starts the ranks again; the next start takes no more."""
+def test_out_of_memory_halves_the_batch(trained: Run, tmp_path: Path) -> None:
+    """The watch reports the batch size, and the next start uses no more than half."""
     target = TASK[1].replace("Normed", "Large")
     config = compose(["action=evaluate", target, f"init_from={trained.run.path}"])
 
@@ -159,7 +159,7 @@ def test_where_memory_runs_out_half_as_many_samples_are_tried(trained: Run, tmp_
 
 
 class Interrupted(Counted):
-    """Asks for a stop at its third batch, once, where ``here``."""
+    """Asks for a stop at its third batch, once, if ``here``."""
 
     def __init__(self, stop: Stop, here: bool) -> None:
         super().__init__()
@@ -187,8 +187,8 @@ def broken_off(told: Callable[[World], bool]) -> Callable[[World], Any]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_an_evaluation_is_broken_off_where_one_rank_is_told_to_stop(tmp_path: Path, world: int) -> None:
-    """By all, with the told one leaving at once; the next one has all samples."""
+def test_stop_on_one_rank_interrupts_the_evaluation_on_all(tmp_path: Path, world: int) -> None:
+    """The stopped rank leaves at once; the next evaluation has all samples."""
     last = world - 1
     ends = in_ranks(world, broken_off(lambda ranks: ranks.rank == last), tmp_path)
     shares = [37 // world + (rank < 37 % world) for rank in range(last)]

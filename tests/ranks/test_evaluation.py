@@ -1,4 +1,4 @@
-"""Evaluation is keyed: equal on any cut, by action=evaluate and after a resume; and training sees no trace."""
+"""Evaluation is keyed: the same on any cut, by action=evaluate and after a resume; it doesn't affect training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TASK = (
 
 
 class Drawing(Dataset):
-    """Adds to each row what all three default generators give."""
+    """Adds draws of all three default generators to each row."""
 
     def __init__(self, task: Counted, rows: int) -> None:
         self.task, self.rows = task, rows
@@ -53,7 +53,7 @@ class DrawingMany(Drawing):
 
 
 class Noisy(Counted):
-    """Its validation draws in ``[index]``, and the dropout of its model stays on there."""
+    """Draws in ``[index]`` of its validation data, and keeps dropout on in eval mode."""
 
     def __init__(self, draws: str = "", dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)
@@ -88,7 +88,7 @@ class Noisy(Counted):
 
 
 def values(run: Run) -> dict[int, dict[str, float]]:
-    """What evaluations found, by step."""
+    """Return the values of evaluations by step."""
     return {
         line["step"]: {name: line[name] for name in line if "/" in name} for line in run.metrics() if "loss" not in line
     }
@@ -115,8 +115,8 @@ CUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_the_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
-    """Draws of the dataset and masks of a dropout that stays on follow the row; step 0 is evaluated, too."""
+def test_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
+    """Random numbers of the dataset and of dropout follow the row; step 0 is evaluated, too."""
     world, overrides = CUTS[cut]
     run = runs(world, *TASK, "ema=100sa", *overrides)
     assert values(run) == close(values(whole))
@@ -124,7 +124,7 @@ def test_the_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
     assert told(run) == []
 
 
-def test_the_same_values_by_action_evaluate(whole: Run, tmp_path: Path) -> None:
+def test_same_values_by_action_evaluate(whole: Run, tmp_path: Path) -> None:
     config = compose(["action=evaluate", f"init_from={whole.run.path}", "evaluate.per_gpu=5"])
     found = in_ranks(3, lambda ranks: measure_weights(session_of(config, ranks))[1], tmp_path)
     assert found == [close(values(whole))[6]] * 3
@@ -139,8 +139,8 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("draws", DRAWS)
-def test_what_follows_the_batch_is_reported_and_leaves_no_trace(tmp_path: Path, draws: str) -> None:
-    """Once, however often; it is the same in the same batches, and another one in others; buffers are put back."""
+def test_draws_of_a_batch_are_reported_and_leave_no_trace(tmp_path: Path, draws: str) -> None:
+    """Reported once; equal in equal batches, different in others; buffers are restored."""
     task, said, trained = Noisy(draws), list[str](), list[str]()
     stream = Stream(0, ALONE.device, trained.append, said.append)
     model = key_dropout(task.model(), stream).train()
@@ -156,8 +156,8 @@ def test_what_follows_the_batch_is_reported_and_leaves_no_trace(tmp_path: Path, 
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_training_does_not_notice(runs: Runs) -> None:
-    """Whatever is drawn and changed in evaluations: bit by bit the weights of a run without any."""
+def test_evaluation_does_not_affect_training(runs: Runs) -> None:
+    """Weights are bit by bit those of a run without evaluations."""
     task = (*TASK, "task.args.draws=modes")
     without = runs(1, *task, "evaluate.every=null", "evaluate.last=false", "evaluate.first=false")
     weights, others = runs(1, *task).weights(), without.weights()
@@ -168,8 +168,8 @@ def test_training_does_not_notice(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("stop_at", "step", "engine"), [(4, 4, ()), (1, 0, ("engine=fsdp",)), (1, 0, CUTS["zero 3"][1])]
 )
-def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: int, engine: tuple[str, ...]) -> None:
-    """The first one, too, which is at step 0; after the resume it finds what it would have found."""
+def test_interrupted_evaluation_is_owed(runs: Runs, stop_at: int, step: int, engine: tuple[str, ...]) -> None:
+    """Also the first, at step 0; after the resume it has the same values."""
     overrides = (*TASK, "checkpoint.best=val/loss:max", *engine)
     whole = runs(2, *overrides)
     run = runs(2, *overrides, stop_at=stop_at)
@@ -181,8 +181,8 @@ def test_a_stop_in_an_evaluation_leaves_it_owed(runs: Runs, stop_at: int, step: 
     assert (run.run.checkpoints / "best").resolve().name == (whole.run.checkpoints / "best").resolve().name
 
 
-def test_memory_that_runs_out_in_an_evaluation_leaves_a_step_what_it_has_to_be() -> None:
-    """Its limit may be below what a micro-batch can be."""
+def test_out_of_memory_in_an_evaluation_does_not_change_steps() -> None:
+    """Its limit may be below the smallest micro-batch."""
     bitwise = (*TASK, "batch.per_gpu=8", "numerics=bitwise", "evaluate.per_gpu=30")
     ghosts = (*TASK, "batch.per_gpu=8", "batchnorm.mode=ghost", "batchnorm.ghost_size=4")
     for overrides, micro, before in ((bitwise, 8, 30), (ghosts, 4, 8)):
@@ -202,7 +202,7 @@ def test_rows_are_spread(length: int, samples: int | None) -> None:
 
 
 def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
-    """And draw what they draw where all are evaluated."""
+    """Each sample draws the same numbers as if all were evaluated."""
     task = Noisy()
     one, three = (
         in_ranks(world, lambda ranks: evaluator(task, task.model().double(), ranks, 4, samples=11)(), runs.folder / "s")
@@ -211,7 +211,7 @@ def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
     assert three == [pytest.approx(one[0])] * 3
 
 
-def test_draws_follow_the_row_and_are_not_those_of_training() -> None:
+def test_draws_follow_the_row_and_differ_from_training() -> None:
     task: Any = Noisy()
     data = task.val_data()
     every, some = Validation(data, Task(task), 3), Validation(data, Task(task), 3, samples=5)
@@ -223,7 +223,7 @@ def test_draws_follow_the_row_and_are_not_those_of_training() -> None:
 
 
 class Rare(Counted):
-    """Its loss has another name, but in every second evaluation."""
+    """Its loss has another name, except in every second evaluation."""
 
     evaluations = 0
 
@@ -233,8 +233,8 @@ class Rare(Counted):
         return {name: self.loss(model, batch), "empty": (0, 0)}
 
 
-def test_an_evaluation_without_the_best_value(runs: Runs) -> None:
-    """Isn't the best; it is said the first time."""
+def test_evaluation_without_the_best_value(runs: Runs) -> None:
+    """It isn't the best, and is reported once."""
     rare = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/iou:max")
     run = runs(1, *rare, "evaluate.per_gpu=37", "check.contract=false")  # which calls evaluate, too
     assert run.ends[0]["state"] == "finished"
@@ -245,8 +245,8 @@ def test_an_evaluation_without_the_best_value(runs: Runs) -> None:
     assert (run.run.checkpoints / "best").exists()
 
 
-def test_a_best_value_that_never_comes(runs: Runs) -> None:
-    """Nor is the end evaluated, which is saved all the same."""
+def test_best_value_that_never_comes(runs: Runs) -> None:
+    """The end is saved without being evaluated."""
     never = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/empty:max")
     run = runs(1, *never, "evaluate.last=false")
     assert list(values(run)) == [0, 2, 4]
@@ -257,7 +257,7 @@ def test_a_best_value_that_never_comes(runs: Runs) -> None:
     ]
 
 
-def test_what_is_best() -> None:
+def test_which_checkpoint_is_best() -> None:
     lowest, none = Best("val/loss:min", 0.5), Best(None)
     assert [lowest.improves({"val/loss": value}) for value in (0.6, 0.5, 0.4, float("-inf"), None)] == [
         False, False, True, False, False,

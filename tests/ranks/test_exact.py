@@ -1,4 +1,4 @@
-"""Against plain torch and against each other: the cases in which a batch that isn't handled exactly shows."""
+"""Runs against plain torch and against each other, in the cases in which an inexact batch shows."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def task(name: str, *overrides: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("optimizer", [(), ("optimizer=adamw", "lr.peak=0.01")])
-def test_the_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
-    """Losses, gradient norms and weights are those of the loop that one would write by hand for the whole batch."""
+def test_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
+    """Losses, gradient norms and weights equal a handwritten loop over the whole batch."""
     clipped = (*task("Counted", "task.args.dropout=0.0", "clip_norm=0.5"), *optimizer)
     config = compose(clipped)
     torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ def test_the_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None
 
 
 class Weighted(Counted):
-    """Importance weights, all of them as small as ``weight``."""
+    """Importance weights, each as small as ``weight``."""
 
     def __init__(self, weight: float = 1.0, as_tensor: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -83,26 +83,26 @@ class Weighted(Counted):
 
 @pytest.mark.parametrize("weight", [1e-6, 0.3, 1e6])
 def test_units_of_any_size(runs: Runs, weight: float) -> None:
-    """Units that are nothing like what the plan expects are counted as well."""
+    """Units that differ much from the plan's are counted, too."""
     same = task("Weighted", f"task.args.weight={weight}")
     assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < ROUNDING
 
 
 @pytest.mark.parametrize(("world", "as_tensor"), [(1, False), (3, True), (7, False)])
-def test_no_units_are_refused_at_once(runs: Runs, world: int, as_tensor: bool) -> None:
+def test_zero_units_are_rejected_at_once(runs: Runs, world: int, as_tensor: bool) -> None:
     run = runs(world, *task("Weighted", "task.args.weight=0", f"task.args.as_tensor={as_tensor}"))
     assert {end["raised"] for end in run.ends} == {"UserError"}
     assert all("step 1 (samples 0 to 40 of the run) has 0 units" in end["message"] for end in run.ends)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_negative_units_are_refused(runs: Runs, as_tensor: bool) -> None:
+def test_negative_units_are_rejected(runs: Runs, as_tensor: bool) -> None:
     run = runs(2, *task("Weighted", "task.args.weight=-1", f"task.args.as_tensor={as_tensor}"))
     assert all("not a number of 0 or more" in end["message"] for end in run.ends)
 
 
 class Random(Counted):
-    """What torchvision's transforms do: the dataset itself draws, from whichever default generator there is."""
+    """Draws in the dataset, as torchvision's transforms do, from any of the default generators."""
 
     def __init__(self, split: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -121,7 +121,7 @@ class Drawing(OneByOne):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_what_a_dataset_draws_follows_the_sample(runs: Runs, split: bool) -> None:
+def test_draws_of_a_dataset_follow_the_sample(runs: Runs, split: bool) -> None:
     same = task("Random", f"task.args.split={split}")
     here = runs(1, *same)
     assert distance(here.weights(), runs(3, *same, "batch.per_gpu=6").weights()) < ROUNDING
@@ -137,7 +137,7 @@ def test_augmentation_differs_between_epochs(runs: Runs) -> None:
 
 
 class Partial(Counted):
-    """The second half of the model has no part in the loss."""
+    """The loss doesn't use the second half of the model."""
 
     def model(self) -> nn.Module:
         return nn.ModuleList([super().model(), nn.Linear(3, 3)])
@@ -146,8 +146,8 @@ class Partial(Counted):
         return super().loss(model[0], batch)  # type: ignore[index]
 
 
-def test_parameters_without_a_part_in_the_loss(runs: Runs) -> None:
-    """They get a zero gradient on any cut, empty micro-batches included, whether DDP looks for them or not."""
+def test_unused_parameters(runs: Runs) -> None:
+    """They get a zero gradient on any cut, also with empty micro-batches and find_unused_parameters."""
     same = task("Partial", "batch.global_size=4", "optimizer.weight_decay=0.1")
     one = runs(1, *same).weights()
     for more in ((), ("engine.config.find_unused_parameters=true",)):
@@ -155,7 +155,7 @@ def test_parameters_without_a_part_in_the_loss(runs: Runs) -> None:
 
 
 class SomeClasses(Counted):
-    """Metrics whose names depend on what is in the batch."""
+    """The names of its metrics depend on the batch."""
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
         return {f"units{n}": (1.0, 1) for n in batch[2].tolist()}
@@ -174,8 +174,8 @@ class Normed(Counted):
         return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 7))
 
 
-def test_what_is_evaluated_is_what_is_kept(runs: Runs) -> None:
-    """Ranks have running statistics of their own; the evaluation is of rank 0's, which final/ has."""
+def test_evaluated_buffers_are_the_saved_ones(runs: Runs) -> None:
+    """Ranks have different running statistics; rank 0's are evaluated, and saved in final/."""
     run = runs(3, *task("Normed"))
     counted = Normed()
     model = counted.model()
@@ -203,7 +203,7 @@ class Broken(Counted):
         return Failing(self)
 
 
-def test_an_error_in_a_data_worker_is_raised_as_it_was(runs: Runs) -> None:
+def test_error_in_a_data_worker_is_raised_unchanged(runs: Runs) -> None:
     run = runs(1, *task("Broken", "data.workers=2", "duration=1ep"))
     assert run.ends == [{"raised": "ValueError", "message": "sample 7 is broken"}]
 
@@ -222,7 +222,7 @@ class Attention(Counted):
         return super().loss(model[0], (inputs, *batch[1:]))  # type: ignore[index]
 
 
-def test_what_depends_on_the_cut_is_said(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dependence_on_the_cut_is_reported(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     assert warnings_of(runs(1, *task("Counted"))) == []
     assert warnings_of(runs(2, *task("Normed"))) == [
         "1 BatchNorm layer with statistics of one micro-batch: batchnorm.mode=ghost batchnorm.ghost_size=N takes them "
@@ -235,7 +235,7 @@ def test_what_depends_on_the_cut_is_said(runs: Runs, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().out.count("warning: this run isn't the same on other hardware") == 3
 
 
-def test_what_metrics_say(runs: Runs) -> None:
+def test_metrics(runs: Runs) -> None:
     """Values, not only names: the mean loss per unit, the epoch, the schedule's LR, which steps are logged."""
     run = runs(2, *task("Counted", "duration=20st", "log.every=100sa", "evaluate.every=1ep"))
     steps = [line for line in run.metrics() if "loss" in line]
@@ -257,7 +257,7 @@ def test_another_seed_is_another_run(runs: Runs) -> None:
     assert distance(runs(1, *same).weights(), runs(1, *same, "seed=1").weights()) > 0.1
 
 
-def test_stopped_never_replaces_another_end(tmp_path: Path) -> None:
+def test_stopped_replaces_no_other_outcome(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.write_outcome(Outcome("crashed", "rank 1", 3, 30, "a"))
     run.write_outcome(Outcome("stopped", "SIGTERM", 4, 40, "a"))
@@ -266,7 +266,7 @@ def test_stopped_never_replaces_another_end(tmp_path: Path) -> None:
     assert run.outcome() == Outcome("stopped", "SIGTERM", 4, 40, "b")
 
 
-def test_data_of_a_kind_that_is_no_tensor(runs: Runs) -> None:
+def test_data_that_is_not_a_tensor(runs: Runs) -> None:
     """A TensorDataset is fetched whole; the same samples one by one give the same weights."""
     assert isinstance(Counted().train_data(), TensorDataset)
     slow = task("OneAtATime")
@@ -278,8 +278,8 @@ class OneAtATime(Counted):
         return OneByOne(self)
 
 
-def test_the_loader_follows_a_plan_that_is_extended() -> None:
-    """A batch that changes beyond what was fetched ahead: the same ranges from this process and from others."""
+def test_loader_follows_an_extended_plan() -> None:
+    """The batch changes beyond the prefetched ranges: the same ranges with and without data workers."""
     for workers in (0, 1):
         whole = resolve(compose([*task("Counted", "duration=40st", "batch.global_size=10")]), 1, 500)
         state, counted = TrainState(whole), Counted()
@@ -295,7 +295,7 @@ def test_the_loader_follows_a_plan_that_is_extended() -> None:
 
 
 class ByRank(Counted):
-    """A rank that opens other data than the others do."""
+    """A rank that opens different data."""
 
     def __init__(self, val: bool = False) -> None:
         rank = int(os.environ["RANK"])
@@ -309,14 +309,14 @@ class ByRank(Counted):
 @pytest.mark.parametrize(
     ("val", "said"), [(False, "500 on rank 0, 400 on rank 1"), (True, "37 on rank 0, 30 on rank 1")]
 )
-def test_ranks_with_other_data_refuse(runs: Runs, val: bool, said: str) -> None:
+def test_ranks_with_different_data_are_rejected(runs: Runs, val: bool, said: str) -> None:
     run = runs(2, *task("ByRank", f"task.args.val={val}"))
     assert [end["raised"] for end in run.ends] == ["UserError"] * 2
     assert said in run.ends[0]["message"]
 
 
-def test_a_refused_start_destroys_nothing(runs: Runs) -> None:
-    """What an earlier attempt left is there until the next one has passed all checks."""
+def test_rejected_start_destroys_nothing(runs: Runs) -> None:
+    """The files of an earlier attempt stay until the next one has passed all checks."""
     before = runs(1, *task("Counted"))
     before.run.write_outcome(Outcome("stopped", "SIGTERM", 12, 492, "before"))
     files = [before.run.path / name for name in ("metrics.jsonl", "plan.json", "config.yaml")]
@@ -359,7 +359,7 @@ class CollateDraws(OneAtATime):
     [("Mixup", "the forward draws"), ("ManyDrawn", "__getitems__ draws"), ("CollateDraws", "collate draws")],
 )
 def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, said: str) -> None:
-    """They are told, by DataLoader's workers too; on one cut they repeat, whoever fetches."""
+    """They are reported, also from data workers; on one cut they repeat."""
     here = runs(1, *task(name))
     there = runs(1, *task(name, "data.workers=2"))
     for run in (here, there):
@@ -368,13 +368,13 @@ def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, said: str) -> 
     assert distance(here.weights(), runs(1, *task(name, "batch.per_gpu=7")).weights()) > 1e-3
 
 
-def test_units_that_the_task_states_are_checked(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stated_units_are_checked(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(2, *task("Weighted", "task.units_per_sample=9"))
     assert "warning: task.units_per_sample=9, but the first step has 3." in capfd.readouterr().out
 
 
 class Odd(Exception):
-    """Can be sent to another process, and not be received there."""
+    """Can be pickled, but not unpickled."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")
@@ -385,6 +385,6 @@ class OddlyBroken(OneAtATime):
         raise Odd(404, "image 7 is broken")
 
 
-def test_an_exception_that_cannot_travel_keeps_its_words(runs: Runs) -> None:
+def test_exception_that_cannot_be_pickled_keeps_its_message(runs: Runs) -> None:
     run = runs(1, *task("OddlyBroken", "data.workers=1"))
     assert run.ends == [{"raised": "RuntimeError", "message": "Odd: 404: image 7 is broken"}]

@@ -1,4 +1,4 @@
-"""The data's fingerprint: the same in every process, another where a sample changed, nothing of what is drawn."""
+"""The data's fingerprint: the same in every process, different if a sample changed, independent of random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Record:
 
 
 class Picture:
-    """As PIL's images are, for what asks them."""
+    """Has the attributes of a PIL image."""
 
     mode, size = "L", (2, 2)
 
@@ -45,7 +45,7 @@ class Picture:
 
 
 class Made(list):  # type: ignore[type-arg]
-    """Samples that are made anew for each fetch."""
+    """Makes its samples at each fetch."""
 
     def __getitem__(self, index: Any) -> Any:
         made = super().__getitem__(index)
@@ -80,8 +80,8 @@ CHANGES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_changed_sample_shows(kind: str) -> None:
-    """Of whichever kind, in any one of the samples that are looked at."""
+def test_changed_sample(kind: str) -> None:
+    """Of any kind, in any one of the hashed samples."""
     before, after = CHANGES[kind]
     data = [before] * 100
     same = fingerprint(data, seed=1)
@@ -92,17 +92,17 @@ def test_a_changed_sample_shows(kind: str) -> None:
         assert fingerprint([*data[:row], after, *data[row + 1 :]], seed=1) != same
 
 
-def test_length_shows() -> None:
+def test_changed_length() -> None:
     assert len({fingerprint([1] * length, seed=0) for length in (1, 3, 15, 16, 17, 500)}) == 6
 
 
-def test_moved_files_and_other_objects_are_no_change() -> None:
+def test_moved_files_and_other_objects_do_not_count() -> None:
     assert fingerprint(["/here/a.png"] * 9, seed=0) == fingerprint(["/scratch/77/a.png"] * 9, seed=0)
     assert fingerprint(Made([object] * 9), seed=0) == fingerprint(Made([object] * 9), seed=0)
 
 
 class Drawing:
-    """Pictures that are cropped by chance, and labels."""
+    """Randomly cropped pictures, and labels."""
 
     def __init__(self, draw: Any, label: int = 0) -> None:
         self.draw, self.label = draw, label
@@ -123,13 +123,13 @@ class Stateful:
 
 
 def clock() -> int:
-    """One that float32 holds to the last digit."""
+    """Return a time that float32 represents exactly."""
     return time.perf_counter_ns() % 10**6
 
 
 @pytest.mark.parametrize("draw", [Stateful, lambda: clock], ids=["generator", "clock"])
-def test_a_part_that_differs_from_itself_is_left_out(draw: Any) -> None:
-    """The rest still tells; where there is no rest, nothing does."""
+def test_part_that_varies_is_left_out(draw: Any) -> None:
+    """The other parts still count; without other parts there is no fingerprint."""
     found = {fingerprint(Drawing(draw()), seed=0) for _ in range(10)}
     assert len(found) == 1
     assert found != {fingerprint(Drawing(draw(), label=1), seed=0)}
@@ -137,16 +137,16 @@ def test_a_part_that_differs_from_itself_is_left_out(draw: Any) -> None:
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
-def test_what_default_generators_give_is_the_same_each_time(draw: Any) -> None:
-    """So pictures that are cropped by chance are looked at, too."""
+def test_default_generators_are_keyed(draw: Any) -> None:
+    """So randomly cropped pictures count, too."""
     same = fingerprint(Drawing(draw), seed=0)
     draw()
     assert same == fingerprint(Drawing(draw), seed=0)
     assert same != fingerprint(Drawing(lambda: draw() + 1), seed=0)
 
 
-def test_generators_are_left_as_they_were() -> None:
-    """So a run draws the same weights with and without it."""
+def test_generators_are_restored() -> None:
+    """A run draws the same weights with and without a fingerprint."""
     for data in (Counted().train_data(), OneByOne(Counted())):
         before = generators_state()
         look([partial(fingerprint, data, seed=0)])
@@ -154,7 +154,7 @@ def test_generators_are_left_as_they_were() -> None:
         assert generators_state() == before
 
 
-def test_a_sample_that_cannot_be_fetched_is_for_training_to_complain_of() -> None:
+def test_sample_that_cannot_be_fetched_gives_no_fingerprint() -> None:
     broken = Made([1] * 20)
     broken[3] = lambda: 1 / 0
     assert fingerprint(broken, seed=0) is None
@@ -169,7 +169,7 @@ def test_many_at_once_and_through_a_subset() -> None:
 
 
 class Opening:
-    """Opens its file when it is first asked, as many do."""
+    """Opens its file at the first access, as many datasets do."""
 
     def __init__(self) -> None:
         self.opened_by: int | None = None
@@ -182,14 +182,14 @@ class Opening:
         return index
 
 
-def test_data_that_is_looked_at_stays_unopened_here() -> None:
+def test_look_does_not_open_files_in_this_process() -> None:
     there, here = Opening(), Opening()
     assert look([partial(fingerprint, there, seed=0)]) == [fingerprint(here, seed=0)]
     assert (there.opened_by, here.opened_by) == (None, os.getpid())
 
 
 class Records:
-    """Reads them one after another from a file that is opened at once, as its caller asks for them."""
+    """Reads records one after another from a file that is open from the start."""
 
     def __init__(self, file: Path) -> None:
         file.write_bytes(bytes(range(100)))
@@ -202,13 +202,13 @@ class Records:
         return self.file.read(1)
 
 
-def test_a_look_moves_no_place_in_an_open_file(tmp_path: Path) -> None:
+def test_look_does_not_move_the_position_of_an_open_file(tmp_path: Path) -> None:
     data = Records(tmp_path / "records")
     look([partial(fingerprint, data, seed=0)])
     assert data[0] == b"\0"
 
 
-def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_that_fails_dies_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isobatch.trainers.data.look.LOOK_S", 0.5)
     works = [lambda: 1 / 0, lambda: 3, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 4]
     first, second, *rest = look(works)
@@ -221,8 +221,8 @@ def test_a_look_that_fails_dies_or_hangs_sees_nothing(monkeypatch: pytest.Monkey
     assert ("pickled" in lost.why, kept) == (True, 3)
 
 
-def test_the_same_in_another_process() -> None:
-    """One whose hashes of texts are others, by which sets are ordered."""
+def test_same_in_another_process() -> None:
+    """With another hash seed, which orders sets differently."""
     data = '[{"text": "a", "ids": [1, 2.5], "of": {"x", "y", "z"}, "image": np.eye(2), "label": torch.ones(2)}] * 40'
     imports = "import numpy as np, torch; from isobatch.trainers.data.fingerprint import fingerprint"
     code = f"{imports}; print(fingerprint({data}, 3))"
@@ -233,8 +233,8 @@ def test_the_same_in_another_process() -> None:
     assert done.stdout.strip() == fingerprint(eval(data), 3), done.stderr
 
 
-def test_tensors_in_memory_are_looked_at_whole() -> None:
-    """Any value of any sample, not only of those that others are judged by."""
+def test_tensors_in_memory_are_hashed_whole() -> None:
+    """Any value of any sample counts."""
     found = set()
     for row in range(0, 500, 50):
         counted = Counted()

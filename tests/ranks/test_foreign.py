@@ -1,4 +1,4 @@
-"""Models and data that are named, and know nothing of this project."""
+"""Models and data that a config names, and that know nothing of this project."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LANGUAGE = (*TASK, *MODEL, *DATA, "data.val_args.rows=11")
 
 
 class Language:
-    """Only a loss: model and data are brought."""
+    """Only a loss: the config names model and data."""
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         tokens = batch["input_ids"]
@@ -43,7 +43,7 @@ class Language:
 
 
 class Rows:
-    """Rows as a Hugging Face dataset has them: dicts, many at once."""
+    """Rows of a Hugging Face dataset: dicts, fetched many at once."""
 
     def __init__(self, rows: int) -> None:
         self.tokens = torch.randint(50, (rows, 9), generator=torch.Generator().manual_seed(0))
@@ -58,8 +58,8 @@ class Rows:
         return [self[key] for key in keys]
 
 
-def test_a_gpt2_is_the_same_over_cuts(runs: Runs) -> None:
-    """With dropout on embeddings and residuals; its tied weights are kept as one, and load."""
+def test_gpt2_is_the_same_on_all_cuts(runs: Runs) -> None:
+    """With dropout on embeddings and residuals; its tied weights are saved once, and load."""
     one, two = runs(1, *LANGUAGE), runs(2, *LANGUAGE, "batch.per_gpu=4")
     assert one.ends[0]["state"] == "finished", one.log()
     assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
@@ -73,7 +73,7 @@ def test_a_gpt2_is_the_same_over_cuts(runs: Runs) -> None:
     assert torch.equal(began.lm_head.weight, next(w for n, w in one.weights().items() if n.endswith("wte.weight")))
 
 
-def test_its_dropout_is_on_and_recomputed_alike(runs: Runs) -> None:
+def test_gpt2_dropout_is_on_and_recomputed_alike(runs: Runs) -> None:
     off = ("model.args.config.resid_pdrop=0", "model.args.config.embd_pdrop=0")
     on = runs(1, *LANGUAGE)
     assert distance(on.weights(), runs(1, *LANGUAGE, "recompute=[transformer.h.*]").weights()) < ROUNDING
@@ -86,13 +86,13 @@ def test_named_data_without_val_args_has_no_validation(runs: Runs) -> None:
     assert not any("val/loss" in line for line in run.metrics())
 
 
-def test_what_a_task_lacks_has_to_be_named(runs: Runs) -> None:
+def test_missing_model_and_data_have_to_be_named(runs: Runs) -> None:
     end = runs(1, *TASK).ends[0]
     assert end["message"] == f"task._target_={HERE}.Language lacks model() -> nn.Module, train_data() -> Dataset"
 
 
 def test_arguments_with_a_target_are_made_first() -> None:
-    """Also within lists and within each other; a class's method is a target, too."""
+    """Also in lists and in each other; a class's method is a target, too."""
     third = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 3}
     made = build("model", "builtins.dict", {"plain": {"a": 1}, "listed": [third, 2], "half": half(third)})
     assert made == {"plain": {"a": 1}, "listed": [Fraction(1, 3), 2], "half": Fraction(1, 6)}
@@ -112,6 +112,6 @@ def half(third: dict[str, Any]) -> dict[str, Any]:
         ({"confg": {"_target_": "transformers.GPT2Config"}}, "model.args=.* don't fit transformers.GPT2LMHeadModel"),
     ],
 )
-def test_what_cannot_be_made_is_named(args: dict[str, Any], message: str) -> None:
+def test_invalid_targets_are_named(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build("model", "transformers.GPT2LMHeadModel", args)

@@ -1,4 +1,4 @@
-"""What is FSDP's own: which modules are gathered together, what a rank holds, and that nothing gathered is stale."""
+"""FSDP's own features: groups of modules, the memory of a rank, and that gathered weights are never stale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def net() -> Net:
     return Net(8, 3, 0.0, False, False)
 
 
-def test_the_elements_of_module_lists_are_gathered_one_by_one() -> None:
+def test_elements_of_module_lists_are_gathered_one_by_one() -> None:
     model = net()
     assert set(groups(model, "auto")) == set(model.blocks)
     assert groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "auto") == []
@@ -37,7 +37,7 @@ def test_containers_within_module_lists_are_not_called() -> None:
     assert set(groups(model, "auto")) == set(inner)
 
 
-def test_patterns_say_what_is_gathered_together() -> None:
+def test_patterns_select_groups() -> None:
     model = net()
     assert groups(model, ["blocks.*.inner", "blocks.1"]) == [
         model.blocks[2].inner, model.blocks[1].inner, model.blocks[1], model.blocks[0].inner,
@@ -46,7 +46,7 @@ def test_patterns_say_what_is_gathered_together() -> None:
         groups(model, ["block.*"])
 
 
-def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
+def test_module_that_shares_a_parameter_stays_with_the_root() -> None:
     model = net()
     with pytest.raises(UserError, match=r"engine.shard: again shares a parameter with a module outside of it"):
         groups(model, ["again"])
@@ -55,7 +55,7 @@ def test_what_shares_a_parameter_with_the_rest_stays_with_it() -> None:
     assert groups(nn.Sequential(lists), "auto") == [lists[2]]
 
 
-def test_a_group_has_one_dtype() -> None:
+def test_group_has_one_dtype() -> None:
     model = net()
     model.leave.double()
     with pytest.raises(UserError, match=r"a Net has torch.float32 and torch.float64") as error:
@@ -64,8 +64,8 @@ def test_a_group_has_one_dtype() -> None:
     refuse_mixed([*model.blocks, model.leave, model])
 
 
-def test_a_rank_holds_its_part_alone(runs: Runs) -> None:
-    """Of parameters and of the optimizer's state, also after a step; in groups that are freed after the forward."""
+def test_rank_holds_only_its_part(runs: Runs) -> None:
+    """Of parameters and optimizer state, also after a step; groups are freed after the forward."""
     config = compose([*overrides("AdamW", "FSDP"), "optimizer=adamw", "task.args.width=64"])
     task = make_task(config)
     everything = sum(p.numel() for p in task.model().parameters())
@@ -87,7 +87,7 @@ def test_a_rank_holds_its_part_alone(runs: Runs) -> None:
 
 
 def test_evaluating_leaves_no_stale_weights(runs: Runs) -> None:
-    """The average is swapped in and out around evaluations, between which weights are gathered."""
+    """The average is swapped in and out around evaluations, which gather weights."""
     often = ("evaluate.every=1st", "ema=60sa")
     there = runs(1, *overrides(PLAIN, "DDP"), *often)
     here = runs(3, *overrides(PLAIN, "FSDP"), *often)
@@ -101,14 +101,14 @@ def test_groups_change_nothing(runs: Runs, more: tuple[str, ...]) -> None:
     same(runs(2, *overrides(PLAIN, "FSDP"), *more, often), runs(1, *overrides(PLAIN, "DDP"), often), 1e-6)
 
 
-def test_weights_in_bf16_are_those_of_autocast_to_its_rounding(runs: Runs) -> None:
+def test_bf16_weights_equal_autocast_to_rounding(runs: Runs) -> None:
     half = ("precision=bf16", "engine.param_dtype=bf16")
     there = runs(1, *overrides("bf16", "DDP"))
     apart = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), there.weights())
     assert 1e-7 < apart < 2e-2
 
 
-def test_offload_is_for_gpus(runs: Runs) -> None:
+def test_offload_needs_gpus(runs: Runs) -> None:
     end = runs(1, *overrides(PLAIN, "FSDP"), "engine.offload=true").ends[0]
     assert end == {
         "raised": "UserError",
@@ -116,7 +116,7 @@ def test_offload_is_for_gpus(runs: Runs) -> None:
     }
 
 
-def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_output(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(2, *overrides(PLAIN, "FSDP"), "duration=2st")
     out, err = capfd.readouterr()
     assert (err, "Warning" in out) == ("", False)
@@ -124,7 +124,7 @@ def test_it_says_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("call", ["method", "weight", "penalty"])
 def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
-    """UserError with what would do, which does."""
+    """A UserError that suggests what works."""
     odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
     end = runs(2, *odd).ends[0]
     assert end["raised"] == "UserError"
@@ -133,7 +133,7 @@ def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
 
 
 class Uncalled(Blocks):
-    """The loss uses the first block by a method, or its weight, or has a penalty on that."""
+    """The loss uses the first block's method or weight, or a penalty on the weight."""
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
         loss, units = super().loss(model, batch)
@@ -147,7 +147,7 @@ class Uncalled(Blocks):
         return model.leave(model.blocks[1](hidden))
 
 
-def test_state_that_is_not_in_parts_is_refused_after_the_first_step(runs: Runs) -> None:
+def test_state_that_is_not_sharded_is_rejected_after_the_first_step(runs: Runs) -> None:
     """And not at the first checkpoint, when ten minutes of training would be lost."""
     columns = ("optimizer=custom", "optimizer._target_=tests.ranks.test_fsdp.Columns", "checkpoint.every=null")
     end = runs(2, *overrides(PLAIN, "FSDP"), *columns, "duration=3st").ends[0]
@@ -158,7 +158,7 @@ def test_state_that_is_not_in_parts_is_refused_after_the_first_step(runs: Runs) 
 
 
 class Columns(torch.optim.Optimizer):
-    """Keeps a mean of each column."""
+    """Keeps the mean of each column."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -173,6 +173,6 @@ class Columns(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD"])
-def test_torch_s_optimizers_step_tensors_in_parts(runs: Runs, name: str) -> None:
+def test_torchs_optimizers_step_sharded_tensors(runs: Runs, name: str) -> None:
     chosen = ("optimizer=custom", f"optimizer._target_=torch.optim.{name}", "lr.peak=0.002", "duration=3st")
     same(runs(2, *overrides(PLAIN, "FSDP"), *chosen), runs(1, *overrides(PLAIN, "DDP"), *chosen), 1e-5)

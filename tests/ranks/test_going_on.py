@@ -1,4 +1,4 @@
-"""Going on: stopped at a step and taken up on other hardware, a run ends where it would have ended."""
+"""Resuming: a run that was stopped and resumed on other hardware ends as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEWER = (*TASK, "task.args.samples=200")  # 10 steps an epoch
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run]:
-    """Runs by (world, *overrides), and those stopped at a step by (world, *overrides, step), each made once."""
+    """Return runs by (world, *overrides), and those stopped at a step by (world, *overrides, step), each made once."""
     runs, found = Runs(tmp_path_factory.mktemp("whole")), {}
 
     class Whole(dict):  # type: ignore[type-arg]
@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    """Metrics without what the clock says."""
+    """Return the metrics without times."""
     return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in run.metrics()]
 
 
@@ -51,8 +51,8 @@ def bitwise(a: Run, b: Run) -> bool:
 
 
 @pytest.mark.parametrize(("world", "optimizer"), [(1, "sgd"), (3, "adamw")])
-def test_on_the_same_world_nothing_shows_of_a_stop(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
-    """Weights, averages and every line of metrics, bit by bit, in mid-epoch, stopped twice."""
+def test_bitwise_equal_on_the_same_world(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
+    """Weights, averages and every line of metrics; stopped twice in an epoch."""
     overrides = (*FEWER, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
     run = runs(world, *overrides, stop_at=13)
     assert run.ends[0] == {"state": "stopped", "step": 13, "samples": 260, "cause": "SIGTERM"}
@@ -68,7 +68,7 @@ CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2"
 
 
 @pytest.mark.parametrize(("world", "overrides"), CUTS, ids=lambda value: str(value))
-def test_on_other_hardware_it_is_the_same_but_for_rounding(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
+def test_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
     begun = whole[(3, *FEWER, 13)]
     shutil.copytree(begun.run.path, runs.folder / "run")
     run = runs(world, *FEWER, *overrides, going_on=Run(RunDir(runs.folder / "run"), []))
@@ -92,7 +92,7 @@ def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: 
     assert sorted(rows) == sorted(3 * list(range(500)))
 
 
-def test_global_batch_that_was_a_product_holds(runs: Runs) -> None:
+def test_global_batch_that_was_a_product_is_kept(runs: Runs) -> None:
     """Given per GPU and accumulation on 2 ranks, the run keeps that global batch on 3."""
     product = [part for part in TASK if "global_size" not in part] + ["batch.per_gpu=5", "batch.accumulation=2"]
     run = runs(2, *product, stop_at=10)
@@ -116,8 +116,8 @@ def test_the_newest_are_kept_and_the_best(runs: Runs) -> None:
     assert (run.run.checkpoints / "best").resolve().name == f"step-{best:08d}"
 
 
-def test_by_the_clock(runs: Runs) -> None:
-    """Rank 0's clock decides for all."""
+def test_saves_by_the_clock(runs: Runs) -> None:
+    """Rank 0's clock decides for all ranks."""
     run = runs(
         2, *TASK, "task._target_=tests.support.tasks.Counted", "checkpoint.every=0.001min", "checkpoint.keep=1000"
     )
@@ -126,13 +126,13 @@ def test_by_the_clock(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("every", ["1ep", "500sa", "25st"])
-def test_by_what_was_trained(runs: Runs, every: str) -> None:
+def test_saves_by_epochs(runs: Runs, every: str) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
     assert steps_kept(run) == [25, 50, 75]
 
 
 class Late(DelayedReadback):
-    """As on an accelerator: the result of a step arrives with the next one."""
+    """Like an accelerator: the result of a step arrives with the next one."""
 
     before: Any = None
 
@@ -145,10 +145,8 @@ class Late(DelayedReadback):
         return before
 
 
-def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock wants a save in step 14, which is evaluated, and somebody a stop in step 17, which is saved anyway."""
+def test_late_requests_are_handled_in_steps_that_wait_for_results(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock asks for a save in step 14, which is evaluated, and a signal for a stop in step 17, which is saved."""
     asked = iter([False] * 13 + [True] + [False] * 99)
     monkeypatch.setattr("isobatch.trainers.run.DelayedReadback", Late)
     monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(asked))
@@ -156,11 +154,11 @@ def test_wishes_that_come_late_are_heeded_where_a_step_waits_for_them(
     assert steps_kept(run) == [14, 17]
 
 
-def test_only_at_the_end_where_every_is_null(runs: Runs) -> None:
+def test_saves_only_at_the_end_if_every_is_null(runs: Runs) -> None:
     assert steps_kept(runs(1, *TASK, "checkpoint.every=null")) == [STEPS]
 
 
-def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_extended_to_a_longer_duration(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     run = runs(2, *TASK)
     final = run.weights()
     file = run.run.path / "metrics.jsonl"
@@ -178,7 +176,7 @@ def test_a_finished_run_goes_on_to_a_longer_duration(runs: Runs, capfd: pytest.C
 # ---- what isn't good
 
 
-def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     run = runs(2, *TASK, "checkpoint.every=10st", "checkpoint.keep=3", stop_at=25)
     uninterrupted = runs(2, *TASK)
     part = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
@@ -196,8 +194,8 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(runs: Runs, cap
     assert lines(run) == lines(uninterrupted)
 
 
-def test_what_was_passed_over_is_not_gone_back_to(runs: Runs) -> None:
-    """The newest one's file is missing for one start, and then it's back."""
+def test_skipped_checkpoint_is_not_used_later(runs: Runs) -> None:
+    """The newest checkpoint's file is missing for one start, and then it's back."""
     run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
     file = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
     content = file.read_bytes()
@@ -211,8 +209,8 @@ def test_what_was_passed_over_is_not_gone_back_to(runs: Runs) -> None:
     assert [event["checkpoint"] for event in run.events() if event["event"] == "passed_over"] == [kept.name]
 
 
-def test_the_best_one_was_passed_over(runs: Runs) -> None:
-    """The best of those before takes its place, until it is done again."""
+def test_skipped_best_checkpoint(runs: Runs) -> None:
+    """An earlier one is the best until that step is trained again."""
     task = (*TASK, "evaluate.every=5st", "checkpoint.every=null", "checkpoint.keep=3", "checkpoint.best=val/loss:min")
     run = runs(1, *task, stop_at=12)
     best = run.run.checkpoints / "best"
@@ -227,7 +225,7 @@ def test_the_best_one_was_passed_over(runs: Runs) -> None:
 
 
 def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With on_error=stop the run has crashed, and the same command makes up for it."""
+    """With on_error=stop the run has crashed, and the same command finishes it."""
     task = (*TASK, "checkpoint.every=60st", "checkpoint.on_error=stop")
 
     def full(run: RunDir, step: int, *_: Any, **options: Any) -> list[str]:
@@ -248,7 +246,7 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
     assert bitwise(run, other)
 
 
-def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
+def test_no_valid_checkpoint_is_rejected_and_nothing_overwritten(runs: Runs) -> None:
     run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
     for manifest in run.run.checkpoints.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text()[:-100])
@@ -262,8 +260,8 @@ def test_none_good_refuses_and_overwrites_nothing(runs: Runs) -> None:
     assert changed <= {"outcome.json", "events.jsonl", "lock", ".owner"}
 
 
-def test_checkpoints_that_are_gone_are_missed(runs: Runs) -> None:
-    """A run that had saved doesn't begin anew without a word."""
+def test_missing_checkpoints_are_reported(runs: Runs) -> None:
+    """A run that had saved doesn't silently restart from step 0."""
     run = runs(1, *TASK, stop_at=5)
     shutil.rmtree(run.run.checkpoints)
     metrics = run.metrics()
@@ -273,7 +271,7 @@ def test_checkpoints_that_are_gone_are_missed(runs: Runs) -> None:
     assert run.metrics() == metrics
 
 
-def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> None:
+def test_changed_data_is_rejected_with_both_values(runs: Runs, tmp_path: Path) -> None:
     """Another length, and the same length with a value changed; the second can be overruled."""
     file = tmp_path / "data.npy"
     data = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
@@ -292,8 +290,8 @@ def test_other_data_is_refused_with_both_values(runs: Runs, tmp_path: Path) -> N
     assert runs(2, *task, "data.fingerprint=false", going_on=run).ends[0]["state"] == "finished"
 
 
-def test_metrics_that_were_never_saved_are_dropped(runs: Runs) -> None:
-    """Lines beyond the checkpoint, and half a line of a process that was killed while it wrote."""
+def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
+    """Also half a line of a process that was killed while it wrote."""
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 6, "loss": 1}\n{"step": 7, "lo')
@@ -304,8 +302,8 @@ def test_metrics_that_were_never_saved_are_dropped(runs: Runs) -> None:
 # ---- what isn't finite
 
 
-def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
-    """NaN on one rank: the weights are those of a run in which that step changed nothing; counted and told."""
+def test_nonfinite_step_is_skipped_on_all_ranks(runs: Runs) -> None:
+    """NaN on one rank: weights as if the step changed nothing; it is counted and reported."""
     task = (
         *TASK,
         "task._target_=tests.support.tasks.BecomesNaN",
@@ -323,7 +321,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(runs: Runs) -> None:
     assert [line.get("skipped") for line in run.metrics() if "loss" in line] == [None, None, 1, 1]
 
 
-def test_a_run_of_nothing_but_skips_is_no_run(runs: Runs) -> None:
+def test_run_of_skipped_steps_fails(runs: Runs) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip")
     assert run.ends[0]["raised"] == "RunFailed"
     assert "none of the last 20 steps was finite" in run.ends[0]["message"]
@@ -340,7 +338,7 @@ def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("limit", "said"), [(0, 1), (1000, 0)])
-def test_a_save_that_a_scheduler_would_not_wait_for_is_told_once(runs: Runs, limit: float, said: int) -> None:
+def test_save_too_slow_for_the_scheduler_is_reported_once(runs: Runs, limit: float, said: int) -> None:
     run = runs(2, *TASK, "duration=10st", "checkpoint.every=4st", kill_wait_s=limit)
     warnings = [event for event in run.events() if "KillWait" in event.get("text", "")]
     assert len(warnings) == said

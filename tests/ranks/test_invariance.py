@@ -25,8 +25,8 @@ def cut(per_gpu: int) -> tuple[str, ...]:
 
 
 class All(Counted):
-    """All of what follows the sample: ghost BatchNorm, dropout of numbers and channels, augmentation, what ``[index]``
-    draws; a model that is called twice in a forward, and whose samples count 0 to 6 units, or ``weight`` as much each.
+    """Everything that follows the sample: ghost BatchNorm, dropout of numbers and channels, augmentation, draws of
+    ``[index]``; a model that is called twice in a forward; samples of 0 to 6 units, or ``weight`` times as many.
 
     In float64, as BatchNorm amplifies rounding: ghosts of two samples whose values are close have a tiny variance.
     """
@@ -90,7 +90,7 @@ ALL_CUTS = [(1, 8), (2, 10), (3, 4), (4, 12)]
 
 
 def same(one: Run, other: Run, within: float) -> float:
-    """How far two runs are apart: weights with running statistics, averages."""
+    """Return the distances of two runs: of weights with running statistics, and of averages."""
     from safetensors.torch import load_file
 
     assert {end["state"] for end in (*one.ends, *other.ends)} == {"finished"}
@@ -105,8 +105,8 @@ def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def test_weights_are_the_same_over_all_cuts(runs: Runs) -> None:
-    """Dropout, unequal units, uneven shares: in the second epoch, too."""
+def test_weights_are_the_same_on_all_cuts(runs: Runs) -> None:
+    """Dropout, unequal units, uneven shares; in the second epoch, too."""
     first = runs(1, *cut(96))
     assert first.ends[0]["step"] == 8
     for world, per_gpu in CUTS:
@@ -116,7 +116,7 @@ def test_weights_are_the_same_over_all_cuts(runs: Runs) -> None:
         assert other.metrics()[-1]["val/loss"] == pytest.approx(first.metrics()[-1]["val/loss"], rel=1e-5)
 
 
-def test_all_that_follows_the_sample_at_once(runs: Runs) -> None:
+def test_everything_that_follows_the_sample(runs: Runs) -> None:
     first = runs(1, *ALL)
     assert not [event for event in first.events() if event["event"] == "depends_on_cut"]
     for world, per_gpu in ALL_CUTS:
@@ -138,7 +138,7 @@ def test_all_that_follows_the_sample_at_once(runs: Runs) -> None:
     ],
 )
 def test_other_batches_and_units(runs: Runs, overrides: tuple[str, ...]) -> None:
-    """A batch schedule, float weights, few units, activations computed again."""
+    """A batch schedule, float weights, few units, recomputed activations."""
     first = runs(1, *ALL, *overrides)
     for world, per_gpu in ((2, 4), (3, 8)):
         same(first, runs(world, *ALL, *overrides, f"batch.per_gpu={per_gpu}"), EXACT)
@@ -146,13 +146,13 @@ def test_other_batches_and_units(runs: Runs, overrides: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars", "adafactor", "muon"])
 def test_every_optimizer(runs: Runs, optimizer: str) -> None:
-    """Muon, too, whose iteration is in bfloat16: what enters it in float64 rounds to the same numbers there."""
+    """Also Muon, whose iteration is in bfloat16: its float64 inputs round to the same numbers."""
     chosen = (*ALL, f"optimizer={optimizer}", "lr.peak=0.003")
     same(runs(1, *chosen), runs(4, *chosen, "batch.per_gpu=4"), EXACT)
 
 
-def test_what_adam_amplifies_is_rounding_and_nothing_else(runs: Runs) -> None:
-    """A bias before BatchNorm has no gradient but rounding, which AdamW takes for as much as any other.
+def test_adam_amplifies_only_rounding(runs: Runs) -> None:
+    """A bias before BatchNorm has only rounding as gradient, which AdamW scales to a full step.
 
     So these biases walk at random, at most the learning rate each step and in each of the two runs: 12 × 2 × 0.003, or
     0.072. In float64 rounding is 1e-8 of Adam's ε, so that a step of a bias is at most 1e-8 of the learning rate.
@@ -164,7 +164,7 @@ def test_what_adam_amplifies_is_rounding_and_nothing_else(runs: Runs) -> None:
 
 
 def test_clipping_sees_the_whole_gradient(runs: Runs) -> None:
-    """Clipping that bites at every step changes the run, and not with the cut."""
+    """Clipping at every step changes the run, but doesn't depend on the cut."""
     whole = runs(1, *cut(96), "clip_norm=0.05")
     parts = runs(3, *cut(7), "clip_norm=0.05")
     assert distance(whole.weights(), runs(1, *cut(96)).weights()) > 1e-2
@@ -173,19 +173,19 @@ def test_clipping_sees_the_whole_gradient(runs: Runs) -> None:
 
 
 def test_more_ranks_than_samples(runs: Runs) -> None:
-    """Ranks without a sample take part by stand-ins; the weights are those of one rank."""
+    """Ranks without a sample run stand-ins; the weights are those of one rank."""
     two = ("batch.global_size=2", "task.args.samples=50", "duration=10st")
     assert distance(runs(1, *COUNTED, *two).weights(), runs(4, *COUNTED, *two).weights()) < ROUNDING
 
 
-def test_a_dataset_shorter_than_a_batch_wraps(runs: Runs) -> None:
+def test_dataset_shorter_than_a_batch_wraps(runs: Runs) -> None:
     short = ("task.args.samples=40", "duration=7st")
     one, three = runs(1, *cut(96), *short), runs(3, *cut(7), *short)
     assert distance(one.weights(), three.weights()) < ROUNDING
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_loading_by_other_processes_changes_nothing(runs: Runs, many: bool) -> None:
+def test_data_workers_change_nothing(runs: Runs, many: bool) -> None:
     """Augmentation is keyed by the sample: the same from workers, on two ranks, by single or by many samples."""
     slow = (*COUNTED, "task._target_=tests.support.tasks.Slow", "duration=8st")
     here = runs(1, *slow, "batch.per_gpu=50")

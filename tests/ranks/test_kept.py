@@ -1,4 +1,4 @@
-"""What a checkpoint keeps: of models and optimizers of every kind, nothing may be missing, or it is refused at once."""
+"""Checkpoints of models and optimizers of every kind: nothing may be missing, or the run is rejected at once."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def test_optimizers(runs: Runs, optimizer: str) -> None:
 
 @pytest.mark.parametrize("kind", ["double", "frozen"])
 def test_models(runs: Runs, kind: str) -> None:
-    """float64, clipped; a frozen parameter, a buffer that the module makes anew, an average of all."""
+    """float64, clipped; a frozen parameter, a buffer that the module replaces, an average of all."""
     task = (*TASK, "lr.peak=0.05", f"task.args.kind={kind}", "clip_norm=0.5", "ema=100sa")
     run = runs(2, *task, going_on=runs(2, *task, stop_at=13))
     assert same(run, runs(2, *task))
 
 
-def test_what_cannot_be_kept_is_refused_after_the_first_step(runs: Runs) -> None:
+def test_state_that_cannot_be_saved_is_rejected_after_the_first_step(runs: Runs) -> None:
     """A tuple would come back as a list."""
     end = runs(2, *TASK, *OWN, "optimizer.args.state=tuple").ends[0]
     assert end["raised"] == "UserError"
     assert "the optimizer Counting keeps optim/0.weight/odd=(1, 2), which a checkpoint can't hold" in end["message"]
 
 
-def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
-    """NaN in one micro-batch's inputs: also where the module made a new buffer of it."""
+def test_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
+    """NaN in one micro-batch's inputs: also if the module made a new buffer of it."""
     run = runs(1, *TASK, "lr.peak=0.05", "task.args.call=5", "on_nonfinite=skip")
     assert run.ends[0]["state"] == "finished"
     assert all(torch.isfinite(value).all() for value in run.weights().values())
@@ -73,12 +73,12 @@ def test_a_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ("groups", "groups of 2 and 2 when the checkpoint was saved, and now in groups of 1 and 3"),
+        ("groups", "groups of 2 and 2 parameters, but this run's has groups of 1 and 3"),
         ("dtype", "float32 [32, 8], but"),
     ],
 )
-def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:
-    """Of which the identity knows nothing."""
+def test_edited_task_is_rejected(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:
+    """The identity doesn't include the source."""
     task = (*TASK, "task._target_=tests.support.tasks.Edited", "lr.peak=0.05")
     run = runs(1, *task, stop_at=3)
     monkeypatch.setenv("EDITED", env)
@@ -88,8 +88,8 @@ def test_an_edited_task_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in refused["message"]
 
 
-def test_what_was_trained_outlives_the_last_evaluation(runs: Runs) -> None:
-    """One that fails costs no training: the checkpoint of the end is there before it."""
+def test_last_checkpoint_is_saved_before_the_last_evaluation(runs: Runs) -> None:
+    """A failed evaluation costs no training."""
     task = (*TASK, "task._target_=tests.support.tasks.FailsToEvaluate", "lr.peak=0.05", "evaluate.every=null")
     run = runs(2, *task)
     assert run.ends[0]["raised"] == "ValueError"
@@ -101,7 +101,7 @@ def test_what_was_trained_outlives_the_last_evaluation(runs: Runs) -> None:
     }
 
 
-def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
+def test_lock_outlives_its_process(tmp_path: Path) -> None:
     """Between a worker's death and the next start the directory is still its launch's."""
     run = RunDir(tmp_path / "run")
 
@@ -128,7 +128,7 @@ def test_the_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
     assert in_fork(lambda: run.lock()) == 0
 
 
-def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
+def test_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
     """It may outlive the launch."""
     run = RunDir(tmp_path / "run")
 
@@ -149,8 +149,8 @@ def test_what_a_task_forks_leaves_the_directory_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("job", "code"), [(("7", 1), 0), (("7", 0), 2), (("8", 1), 2), ((), 2)])
-def test_a_job_that_is_queued_again_waits_for_its_own_lock(tmp_path: Path, job: tuple[Any, ...], code: int) -> None:
-    """A disk of the network may keep the lock of a machine that was lost for a while."""
+def test_requeued_job_waits_for_its_own_lock(tmp_path: Path, job: tuple[Any, ...], code: int) -> None:
+    """A network disk may keep the lock of a machine that was lost for a while."""
     run = RunDir(tmp_path / "run")
     lost = run.lock("7", 0)
     if (pid := os.fork()) == 0:

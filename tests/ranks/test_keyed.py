@@ -1,4 +1,4 @@
-"""Dropout keyed by the sample: that it drops what it should, independently, and the same however a batch is cut."""
+"""Dropout keyed by the sample: its rate, its independence, and that it is the same however a batch is cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def masks(p: float, positions: range, features: int, *, seed: int = 0, layers: int = 1, calls: int = 1) -> Tensor:
-    """What is kept, float [layers, calls, samples, features], by as many dropout layers called as often."""
+    """Return the kept elements, float [layers, calls, samples, features], of as many layers and calls."""
     stream = Stream(seed, CPU)
     model = key_dropout(nn.ModuleList(nn.Dropout(p) for _ in range(layers)), stream)
     assert isinstance(model, nn.ModuleList)
@@ -31,7 +31,7 @@ def masks(p: float, positions: range, features: int, *, seed: int = 0, layers: i
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_keep_rate(p: float) -> None:
-    """Over a million elements within five standard deviations; so, too, over each sample and each feature."""
+    """Over a million elements within five standard deviations, also over each sample and each feature."""
     kept = masks(p, range(1000), 1000)[0, 0]
     for part, count in ((kept.mean(), 1e6), (kept.mean(0), 1e3), (kept.mean(1), 1e3)):
         assert (part - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / count)
@@ -42,7 +42,7 @@ def test_the_ends_of_p(p: float) -> None:
     assert masks(p, range(10), 100).mean() == 1 - p
 
 
-def test_what_is_kept_is_scaled_up() -> None:
+def test_kept_elements_are_scaled_up() -> None:
     stream = Stream(0, CPU)
     dropout = key_dropout(nn.Dropout(0.25), stream)
     stream.start(0, 100)
@@ -69,14 +69,14 @@ def test_masks_are_independent() -> None:
 
 
 def test_element_pairs_are_independent() -> None:
-    """Correlations of all pairs of 64 elements over 10,000 samples: none beyond what 2,016 draws of noise reach."""
+    """Correlations of all pairs of 64 elements over 10,000 samples stay within 2,016 draws of noise."""
     kept = masks(0.5, range(10_000), 64)[0, 0] * 2 - 1
     correlations = (kept.T @ kept / len(kept)).fill_diagonal_(0)
     assert correlations.abs().max() < 5 / math.sqrt(len(kept))
 
 
 def test_mask_follows_the_sample() -> None:
-    """Cut anywhere, a sample has the mask that it has in the whole."""
+    """A sample has the same mask in any cut as in the whole batch."""
     whole = masks(0.3, range(40, 100), 33)[0, 0]
     for start, stop in ((40, 41), (47, 90), (99, 100)):
         assert torch.equal(masks(0.3, range(start, stop), 33)[0, 0], whole[start - 40 : stop - 40])
@@ -95,7 +95,7 @@ def test_rows_may_be_a_multiple_of_the_samples() -> None:
     assert not told
 
 
-def test_other_rows_fall_back_and_are_named() -> None:
+def test_other_rows_fall_back_and_are_reported() -> None:
     told: list[str] = []
     stream = Stream(0, CPU, told.append)
     model = key_dropout(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), stream)
@@ -106,8 +106,8 @@ def test_other_rows_fall_back_and_are_named() -> None:
     assert told == ["the rows of dropout layer 1 aren't a multiple of the samples"]
 
 
-def test_other_draws_of_a_forward_are_seen_and_repeat() -> None:
-    """Functional dropout isn't keyed by sample, but by micro-batch; the first forward tells."""
+def test_other_draws_of_a_forward_are_reported_and_repeat() -> None:
+    """Functional dropout is keyed by micro-batch; the first forward reports it."""
     told: list[str] = []
     stream = Stream(0, CPU, told.append)
     keyed = key_dropout(nn.Dropout(0.5), stream)
@@ -153,7 +153,7 @@ def test_recomputed_activations_get_the_same_masks() -> None:
 
 
 class Twice(nn.Module):
-    """One layer that is called twice on the same input."""
+    """Calls one layer twice on the same input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ class Twice(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-def test_compiled_masks_are_those_of_eager_code() -> None:
-    """For whatever positions there is one piece of code for each number of samples; calls stay apart."""
+def test_compiled_masks_equal_eager_ones() -> None:
+    """One compilation per number of samples serves all positions; calls stay separate."""
     counters.clear()
     stream = Stream(0, CPU)
     plain = key_dropout(Twice(), stream)
@@ -204,8 +204,8 @@ def test_augmentation_is_keyed_by_position() -> None:
     assert again in draws
 
 
-def test_what_draws_at_one_position_draws_other_numbers() -> None:
-    """A forward doesn't repeat what the dataset, augment or collate drew for its first sample."""
+def test_different_uses_at_one_position_draw_different_numbers() -> None:
+    """A forward doesn't repeat the dataset's, augment's or collate's draws for its first sample."""
 
     class Drawing:
         collate = staticmethod(lambda samples: (*samples[0], torch.rand(3)))
@@ -224,12 +224,12 @@ def test_what_draws_at_one_position_draws_other_numbers() -> None:
     assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) == 4
 
 
-def test_mix_tells_words_and_their_order_apart() -> None:
+def test_mix_depends_on_words_and_their_order() -> None:
     words = [(0,), (0, 0), (1, 0), (0, 1), (-1, 0), (2**64 - 2, 0)]
     assert len({mix(*w) for w in words}) == len(words)
 
 
-def test_compiled_code_finds_its_own_stream_when_others_have_gone() -> None:
+def test_compiled_code_finds_its_stream_after_others_are_freed() -> None:
     first, second = (Stream(seed, torch.device("cpu")) for seed in (1, 2))
     del first
     third = Stream(3, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Keyword arguments that aren't science: ``task.local`` and ``data.local``."""
+"""Keyword arguments that aren't part of the identity: ``task.local`` and ``data.local``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def task_of(*overrides: str) -> Any:
     return make_task(compose(overrides))
 
 
-def test_they_reach_the_constructors_beside_args() -> None:
+def test_local_reaches_the_constructors_beside_args() -> None:
     cache = f"{{_target_: {HERE}.Rows, rows: 7}}"
     task = task_of(
         *TASK, "task.args.width=2", "task.args.folder=null", "task.local.folder=/x", f"task.local.cache={cache}"
@@ -66,18 +66,18 @@ def test_they_reach_the_constructors_beside_args() -> None:
         ((*TASK, "data.local.cache=/x"), "data.local need data._target_"),
     ],
 )
-def test_an_argument_is_given_once_and_to_somebody(overrides: tuple[str, ...], said: str) -> None:
+def test_argument_is_given_once(overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         compose(overrides)
 
 
-def test_what_the_constructor_does_not_take_is_rejected() -> None:
+def test_unknown_argument_is_rejected() -> None:
     with pytest.raises(UserError, match=r"task.args and task.local=.*'foldr'.*width, folder, cache"):
         task_of(*TASK, "task.local.foldr=/x")
 
 
-def test_they_are_free_to_change_on_a_resume(tmp_path: Path) -> None:
-    """What isn't given again is kept, one by one; and a run that is evaluated elsewhere takes another path."""
+def test_local_may_change_on_a_resume(tmp_path: Path) -> None:
+    """Arguments that aren't given again are kept, one by one; action=evaluate takes another path."""
     before = compose([*DATA, "task.local={folder: /x, cache: 1}", "data.local.cache=/x"])
     assert identity(before) == identity(compose(DATA))
     (tmp_path / "config.yaml").write_text(dump(before))
@@ -89,7 +89,7 @@ def test_they_are_free_to_change_on_a_resume(tmp_path: Path) -> None:
     assert identity(again[0]) == identity(before)
 
 
-def test_they_may_differ_between_machines(tmp_path: Path) -> None:
+def test_local_may_differ_between_machines(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         local = f"task.local.folder=/scratch/{world.rank}"
         refuse_other_commands(compose([*DATA, local, f"data.local.cache={world.rank}"]), world)
@@ -98,6 +98,6 @@ def test_they_may_differ_between_machines(tmp_path: Path) -> None:
     assert all("rank 1 was started with task.args" in end["message"] for end in in_ranks(2, body, tmp_path))
 
 
-def test_a_private_method_is_not_taken_for_a_misspelt_one(recwarn: pytest.WarningsRecorder) -> None:
+def test_private_method_is_not_a_misspelling(recwarn: pytest.WarningsRecorder) -> None:
     task_of(*TASK)
     assert not recwarn.list

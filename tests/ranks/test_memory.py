@@ -1,4 +1,4 @@
-"""No rank needs the whole model to save it or to go on with it, where an engine parts it: by peaks of its memory."""
+"""No rank needs the whole sharded model to save it or to resume, measured by peaks of memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Layer(nn.Linear):
 
 
 def peak_mb(work: Callable[[], object]) -> float:
-    """By how much this process's memory grows, at most, in ``work``."""
+    """Return the peak growth of this process's memory in ``work``."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mb("VmRSS")
     work()
@@ -82,10 +82,10 @@ def _status_mb(name: str) -> float:
 
 
 def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, float]:
-    """The peaks of a save after a step, of what makes ``final/``, and of going on in a new engine.
+    """Return the peaks of a save after a step, of writing ``final/``, and of resuming in a new engine.
 
     Args:
-        naive: all that is parted is brought together for each of them.
+        naive: gather all shards for each of them.
     """
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that what is freed is seen to be
     config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
@@ -123,7 +123,7 @@ def step(engine: Engine, state: TrainState) -> None:
 
 
 def bring_together(engine: Any, world: World) -> None:
-    """Let it save, restore and give whole tensors as many do: each rank has all of them at once."""
+    """Make it save, restore and return whole tensors, so that each rank has all of them at once."""
     kept, whole, restore = list[Tensor](), engine.whole, engine.restore
 
     def slices() -> Iterator[Slice]:
@@ -144,7 +144,7 @@ def bring_together(engine: Any, world: World) -> None:
 
 
 def largest(engine: str, folder: Path, naive: bool = False) -> dict[str, float]:
-    """The peaks of the rank that needs most, in MB."""
+    """Return the peaks of the rank that needs most, in MB."""
     ranks = in_ranks(RANKS, partial(phases, engine=engine, folder=folder, naive=naive), folder)
     assert all("raised" not in rank for rank in ranks), ranks
     return {phase: max(rank[phase] for rank in ranks) for phase in ranks[0]}
@@ -159,11 +159,11 @@ def measurable() -> None:
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
-def test_a_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
+def test_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
     found = largest(engine, tmp_path)
     assert all(found[phase] < most for phase, most in MOST_MB.items()), found
 
 
-def test_a_rank_that_has_all_at_once_would_be_seen(tmp_path: Path) -> None:
+def test_gathering_everything_shows(tmp_path: Path) -> None:
     found = largest("FSDP", tmp_path, naive=True)
     assert all(found[phase] > 2 * most for phase, most in MOST_MB.items()), found

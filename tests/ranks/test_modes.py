@@ -1,4 +1,4 @@
-"""Frozen submodules: what model() left in eval mode stays so, in training, around evaluations, and on every engine."""
+"""Frozen submodules: those that model() returns in eval mode stay in it, on every engine."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def shared() -> nn.Module:
         (block(frozen=True).eval(), []),
     ],
 )
-def test_what_stays_in_eval_mode(model: nn.Module, frozen: list[str]) -> None:
+def test_modules_that_stay_in_eval_mode(model: nn.Module, frozen: list[str]) -> None:
     returned = {module: module.training for module in model.modules()}
     modes = Modes(model)
     assert list(modes.frozen) == frozen
@@ -77,7 +77,7 @@ def test_what_stays_in_eval_mode(model: nn.Module, frozen: list[str]) -> None:
 
 
 class Merging(nn.Linear):
-    """As loralib's layers, which merge their adapter into the weight for evaluations, and take it out for training."""
+    """Merges an adapter into the weight for evaluations, and takes it out for training, like loralib."""
 
     merged = False
 
@@ -119,7 +119,7 @@ def test_normalisation_layers_are_recognised(module: nn.Module, norm: bool) -> N
 
 
 class Distilled(Counted):
-    """A student with a frozen and a trained BatchNorm, and a teacher whose running statistics and dropout show."""
+    """A student with a frozen and a trained BatchNorm, and a teacher with visible running statistics and dropout."""
 
     def model(self) -> nn.Module:
         return Student(self.width)
@@ -152,7 +152,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Runs(tmp_path_factory.mktemp("whole"))(1, *DISTILLED)
 
 
-def test_frozen_modules_stay_as_they_are(whole: Any) -> None:
+def test_frozen_modules_do_not_change(whole: Any) -> None:
     """With an evaluation in between; the average has no copy of them, and final/ is complete."""
     torch.manual_seed(0)
     first, final, average = Distilled().model().state_dict(), whole.weights(), whole.weights("ema.safetensors")
@@ -169,7 +169,7 @@ def test_frozen_modules_stay_as_they_are(whole: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["engine=ddp", "engine=fsdp", "engine=deepspeed engine.stage=1", "engine=deepspeed engine.stage=3"])  # fmt: skip # noqa: E501
-def test_they_do_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, whole: Any, engine: str) -> None:
+def test_frozen_modules_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, whole: Any, engine: str) -> None:
     overrides = (*DISTILLED, *engine.split())
     run = runs(2, *overrides, going_on=runs(3, *overrides, "batch.per_gpu=4", stop_at=4))
     assert run.ends[0]["state"] == "finished", run.ends
@@ -177,10 +177,10 @@ def test_they_do_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, whole: 
         assert distance(whole.weights(file), run.weights(file)) < 1e-5  # ghosts of 4 amplify rounding
 
 
-def test_a_checkpoint_with_an_average_of_frozen_parameters_resumes(
+def test_checkpoint_with_an_average_of_frozen_parameters_resumes(
     runs: Runs, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As versions before this one saved it."""
+    """As earlier versions saved it."""
     with monkeypatch.context() as older:
         older.setattr(State, "_trained", lambda self: dict(self._model.named_parameters()))
         run = runs(1, *DISTILLED, stop_at=4)

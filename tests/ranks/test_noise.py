@@ -1,4 +1,4 @@
-"""The gradient noise scale of real models: against what plain torch gives for the same micro-batches and samples."""
+"""The gradient noise scale of real models against plain torch on the same micro-batches and samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAINED = (
 
 
 class Kinds(Counted):
-    """Without dropout, in some of the ways in which a model's gradients come."""
+    """A model without dropout whose gradients come in several ways."""
 
     def __init__(self, kind: str = "plain", **args: Any) -> None:
         super().__init__(dropout=0.0, **args)
@@ -70,7 +70,7 @@ def noise(run: Run) -> list[list[float | None]]:
 
 
 def by_hand(world: int, overrides: tuple[str, ...]) -> list[Smoothed]:
-    """After each step, by the definition of tr Σ: how far the micro-batches' gradients are from their mean."""
+    """Return tr Σ after each step by its definition: the deviation of the micro-batches' gradients from their mean."""
     config = compose(list(overrides))
     seed_generators(config.seed)
     task = Kinds(**config.task.args)
@@ -116,10 +116,10 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
         (2, command("plain", "batch.global_size=21", "batch.per_gpu=6", "precision=fp16", "clip_norm=0.01"), 1e-2),
     ],
 )
-def test_it_is_what_the_micro_batches_say(
+def test_noise_of_the_micro_batches(
     runs: Runs, world: int, overrides: tuple[str, ...], off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; whatever the dtype."""
+    """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; any dtype."""
     monkeypatch.setattr(
         "isobatch.trainers.engines.make.check_device", lambda config, device: None
     )  # fp16, on the CPU, too
@@ -131,11 +131,11 @@ def test_it_is_what_the_micro_batches_say(
         assert grad_sq == pytest.approx(known.grad_sq, rel=off, abs=off * known.trace)
 
 
-def test_it_is_that_of_the_samples(runs: Runs) -> None:
+def test_noise_of_the_samples(runs: Runs) -> None:
     """Ten epochs at fixed weights, against the gradients of all samples one by one.
 
-    Batches that are drawn from N samples without replacement say of |G|² what it is for all that the data was drawn
-    from: by tr Σ/N less than that of the data itself.
+    Batches drawn from N samples without replacement estimate the |G|² of the distribution that the data is drawn from:
+    tr Σ/N less than the data's own.
     """
     size = 1000
     seed_generators(0)
@@ -154,7 +154,7 @@ def test_it_is_that_of_the_samples(runs: Runs) -> None:
     assert scale / 1.5 < low < trace / grad_sq < high < scale * 1.5
 
 
-def test_the_same_micro_batches_say_the_same_on_any_ranks(runs: Runs) -> None:
+def test_same_noise_on_any_ranks(runs: Runs) -> None:
     """While it trains, with dropout: 1 rank of 4 passes, 2 of 2, 4 of 1."""
     first, *others = (noise(runs(world, *TRAINED, "noise.every=1st")) for world in (1, 2, 4))
     assert first[8][:3] == [None] * 3
@@ -164,7 +164,7 @@ def test_the_same_micro_batches_say_the_same_on_any_ranks(runs: Runs) -> None:
         assert other[-1] == pytest.approx(first[-1], rel=1e-4)
 
 
-def test_measuring_changes_nothing_else_and_is_done_when_it_is_due(runs: Runs) -> None:
+def test_measuring_changes_nothing_else_and_follows_its_interval(runs: Runs) -> None:
     without, every = runs(2, *TRAINED, "clip_norm=0.5"), runs(2, *TRAINED, "clip_norm=0.5", "noise.every=7st")
     assert all(torch.equal(tensor, every.weights()[name]) for name, tensor in without.weights().items())
     assert not any(name in line for line in without.metrics() for name in NAMES)
@@ -173,8 +173,8 @@ def test_measuring_changes_nothing_else_and_is_done_when_it_is_due(runs: Runs) -
     assert traces[5] is None
 
 
-def test_a_run_that_goes_on_knows_what_it_knew(runs: Runs) -> None:
-    """Stopped after 14 of 20 steps: on as many ranks bit by bit, on others to rounding."""
+def test_resumed_run_keeps_the_noise(runs: Runs) -> None:
+    """Stopped after 14 of 20 steps: bit by bit on as many ranks, to rounding on others."""
     whole = noise(runs(2, *TRAINED, "noise.every=1st"))
     assert None not in whole[-1]
     for world, off in ((2, 0), (1, 1e-4)):
@@ -183,15 +183,15 @@ def test_a_run_that_goes_on_knows_what_it_knew(runs: Runs) -> None:
         assert noise(run)[-1] == pytest.approx(whole[-1], rel=off, abs=0)
 
 
-def test_one_micro_batch_a_step_is_warned_of(runs: Runs) -> None:
+def test_one_micro_batch_per_step_is_reported(runs: Runs) -> None:
     run = runs(1, *command("plain", "batch.global_size=24", "duration=2st"))
     assert noise(run) == [[None] * 5] * 2
     told = [event["text"] for event in run.events() if event["event"] == "warning"]
     assert ["give batch.per_gpu=12, or more ranks" in text for text in told] == [True]
 
 
-def test_a_step_that_is_not_finite_is_not_measured(runs: Runs) -> None:
-    """The second step is skipped; before it, at it and after it all numbers are numbers."""
+def test_nonfinite_step_is_not_measured(runs: Runs) -> None:
+    """The second step is skipped; all values stay finite."""
     bad = (
         "task=custom",
         "task._target_=tests.support.tasks.BecomesNaN",

@@ -46,7 +46,7 @@ LARSES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize(("options", "terms"), LAMBS)
-def test_lamb_is_the_papers(options: dict[str, Any], terms: dict[str, Any], native: bool) -> None:
+def test_lamb_follows_the_paper(options: dict[str, Any], terms: dict[str, Any], native: bool) -> None:
     given = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, **options}
     found = after_steps(LAMB, **given, native=native)
     for k, (start, end) in enumerate(zip(weights(), found, strict=True)):
@@ -60,7 +60,7 @@ def test_lamb_is_the_papers(options: dict[str, Any], terms: dict[str, Any], nati
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize(("options", "terms"), LARSES)
-def test_lars_is_the_papers(options: dict[str, Any], terms: dict[str, Any], native: bool) -> None:
+def test_lars_follows_the_paper(options: dict[str, Any], terms: dict[str, Any], native: bool) -> None:
     given = {"lr": 2.0, "trust_coefficient": 0.01, "weight_decay": 0.1, **options}
     found = after_steps(LARS, falling=True, **given, native=native)
     for k, (start, end) in enumerate(zip(weights(), found, strict=True)):
@@ -72,7 +72,7 @@ def test_lars_is_the_papers(options: dict[str, Any], terms: dict[str, Any], nati
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
-def test_a_group_without_trust_is_not_scaled_unless_all_are(cls: type[Layerwise], native: bool) -> None:
+def test_group_without_trust_is_scaled_only_by_always_adapt(cls: type[Layerwise], native: bool) -> None:
     by = lamb_by_the_paper if cls is LAMB else lars_by_the_paper
     terms = {"lr": 0.01, "decay": 0.1} | ({"eps": 1e-6, "betas": (0.9, 0.999)} if cls is LAMB else {"trust": 0.001})
     for options, adapt in (({}, False), ({"always_adapt": True}, True)):
@@ -84,7 +84,7 @@ def test_a_group_without_trust_is_not_scaled_unless_all_are(cls: type[Layerwise]
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
-def test_maximize_is_the_descent_of_the_negative(cls: type[Layerwise], native: bool) -> None:
+def test_maximize_minimises_the_negative(cls: type[Layerwise], native: bool) -> None:
     up, down = weights(), weights()
     ascent, descent = cls(up, maximize=True, native=native), cls(down, native=native)
     for a, b, gradient in zip(up, down, gradients(1), strict=True):
@@ -106,7 +106,7 @@ def test_float64_stays_float64(cls: type[Layerwise]) -> None:
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
 def test_bf16_parameters_have_fp32_state_also_after_loading(cls: type[Layerwise], native: bool) -> None:
-    """The update is that of the same weights in float32, rounded once; bit by bit the same after a state_dict."""
+    """The update equals that of float32 weights, rounded once; bit by bit the same after loading a state_dict."""
     low, high = weights(torch.bfloat16), [nn.Parameter(each.detach().float()) for each in weights(torch.bfloat16)]
     for a, b, gradient in zip(low, high, gradients(1), strict=True):
         a.grad, b.grad = gradient.bfloat16(), gradient.bfloat16().float()
@@ -130,7 +130,7 @@ def test_bf16_parameters_have_fp32_state_also_after_loading(cls: type[Layerwise]
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
 def test_any_order_in_memory(cls: type[Layerwise], native: bool) -> None:
-    """Channels last, a gradient in another order than its parameter, and a parameter with gaps."""
+    """Channels last, a gradient with other strides than its parameter, and a parameter with gaps."""
     plain = nn.Parameter(torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0)))
     last = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
     gaps = nn.Parameter(torch.zeros(4, 3, 5, 4)[..., ::2].copy_(plain.detach()))
@@ -147,7 +147,7 @@ def test_any_order_in_memory(cls: type[Layerwise], native: bool) -> None:
     torch.testing.assert_close(gaps, plain, rtol=1e-6, atol=1e-7)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     optimizer = LAMB(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
@@ -165,7 +165,7 @@ def test_what_cannot_be_is_refused() -> None:
             cls([nn.Parameter(torch.zeros(2))], **options)
 
 
-def test_a_closure_is_called_with_gradients() -> None:
+def test_closure_is_called_with_gradients() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = LAMB([parameter])
 

@@ -1,4 +1,4 @@
-"""The C kernel of LAMB and LARS: built once, by whoever is first, and not needed."""
+"""The C kernel of LAMB and LARS: built once, by the first process, and optional."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_kernels_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     kernels.kernels.cache_clear()
 
 
-def test_without_a_compiler_one_warning_says_so(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_one_warning(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.warns(UserWarning, match="the C kernel of LAMB and LARS couldn't be built.*no-such-compiler"):
         found = after_steps(LAMB)
@@ -41,7 +41,7 @@ def test_without_a_compiler_one_warning_says_so(no_kernels_yet: Path, monkeypatc
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_ranks_take_the_kernel_together_or_not_at_all(no_kernels_yet: Path) -> None:
+def test_all_ranks_use_the_kernel_or_none(no_kernels_yet: Path) -> None:
     def body(world: World, lacking: int) -> list[bool]:
         if world.rank == lacking:
             os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(no_kernels_yet / "other")}
@@ -64,7 +64,7 @@ def test_many_processes_may_build_at_once(no_kernels_yet: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_threads_are_torchs_and_change_no_bit(tmp_path: Path) -> None:
-    """In a process of its own: one that ran threads can't be forked. There is one OpenMP in it, torch's."""
+    """In its own process, since one that ran threads can't be forked. The only OpenMP in it is torch's."""
 
     def body(world: World) -> Any:
         found, before = [], libraries()

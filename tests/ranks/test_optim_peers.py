@@ -1,4 +1,4 @@
-"""What timm, torch_optimizer and pytorch_optimizer call LAMB and LARS is ours with options."""
+"""LAMB and LARS of timm, torch_optimizer and pytorch_optimizer are options of ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.peers import alone, installed
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
 @pytest.mark.parametrize("native", PATHS)
-def test_the_lambs_of_others_are_options(native: bool) -> None:
+def test_lambs_of_other_packages(native: bool) -> None:
     """timm's with its clip off, torch_optimizer's, and pytorch_optimizer's with the decay in the step."""
     timm, ranger, kozistr = (
         alone(f"{package}.lamb").Lamb for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
@@ -39,7 +39,7 @@ def test_the_lambs_of_others_are_options(native: bool) -> None:
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_lars_of_others_are_options(native: bool, nesterov: bool) -> None:
+def test_lars_of_other_packages(native: bool, nesterov: bool) -> None:
     timm, ranger = alone("timm.optim.lars").Lars, alone("torch_optimizer.lars").LARS
     for peer, theirs, ours in (
         (timm, {"trust_coeff": 0.01}, {}),

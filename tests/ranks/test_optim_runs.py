@@ -1,4 +1,4 @@
-"""LAMB, LARS, Adafactor and Muon in runs: their groups, stops, other numbers of ranks, and shards."""
+"""LAMB, LARS, Adafactor and Muon in runs: their groups, resumes, other numbers of ranks, and shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COUNTED = (
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "adafactor", "muon"])
-def test_a_stopped_run_goes_on_exactly(runs: Runs, tmp_path: Path, name: str) -> None:
+def test_resumed_run_is_exact(runs: Runs, tmp_path: Path, name: str) -> None:
     """Bit by bit on the same number of ranks, to rounding on another; and it does train."""
     overrides = (*COUNTED, f"optimizer={name}", *(["optimizer.trust_coefficient=1"] if name == "lars" else []))
     whole = runs(2, *overrides)
@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_exactly(runs: Runs, tmp_path: Path, name: str) ->
     assert whole.losses()[-1] < whole.losses()[0]
 
 
-def test_options_are_keys(runs: Runs) -> None:
+def test_options_are_config_keys(runs: Runs) -> None:
     deepspeed = ("optimizer.eps=1e-8", "optimizer.bias_correction=after", "optimizer.trust_clip=[0.01,10]")
     overrides = (*COUNTED, "optimizer=lamb", *deepspeed)
     run = runs(1, *overrides, stop_at=4)
@@ -64,14 +64,14 @@ def test_options_are_keys(runs: Runs) -> None:
 
 
 class ChannelsLast(Counted):
-    """A convolution whose weights lie in another order in memory than a checkpoint has them."""
+    """A convolution whose weights have other strides than in a checkpoint."""
 
     def model(self) -> nn.Module:
         convolution = nn.Conv2d(2, 7, 2).to(memory_format=torch.channels_last)
         return nn.Sequential(nn.Unflatten(1, (2, 2, 2)), convolution, nn.Flatten())
 
 
-def test_state_comes_back_in_the_memory_order_of_its_parameter(runs: Runs) -> None:
+def test_state_has_the_strides_of_its_parameter(runs: Runs) -> None:
     overrides = (*COUNTED, "optimizer=adamw", "task._target_=tests.ranks.test_optim_runs.ChannelsLast")
     whole = runs(1, *overrides)
     again = runs(1, *overrides, going_on=runs(1, *overrides, stop_at=4))
@@ -79,8 +79,8 @@ def test_state_comes_back_in_the_memory_order_of_its_parameter(runs: Runs) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sgd_moves_every_number_of_16_bits(dtype: torch.dtype) -> None:
-    """The fused kernel of torch 2.13 leaves those that fill a vector as they are, on the CPU."""
+def test_sgd_updates_every_16_bit_number(dtype: torch.dtype) -> None:
+    """torch 2.13's fused kernel doesn't update those that fill a vector, on the CPU."""
     ours, plain = (nn.Parameter(torch.ones(67, dtype=dtype)) for _ in range(2))
     optimizers = fused(torch.optim.SGD, [{"params": [ours]}], {"lr": 0.5}), torch.optim.SGD([plain], 0.5, fused=False)
     for parameter, optimizer in zip((ours, plain), optimizers, strict=True):
@@ -135,7 +135,7 @@ class Grouped(Counted):
         ]
 
 
-def test_the_groups_of_a_task_may_say_it_themselves() -> None:
+def test_groups_of_a_task_may_set_decay_and_trust() -> None:
     model = Tied(tied=False)
     lamb = optimizer_of(model, "optimizer=lamb", task=Grouped())
     assert [group["trust"] for group in lamb.optimizer.param_groups] == [True, False, False, True]
@@ -147,7 +147,7 @@ def test_the_groups_of_a_task_may_say_it_themselves() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muon_takes_inner_matrices_alone(tied: bool) -> None:
+def test_muon_updates_inner_matrices_only(tied: bool) -> None:
     model = Tied(tied)
     tuned = optimizer_of(model, "optimizer=muon")
     outer = ["convolution.weight", "embedding.weight", *([] if tied else ["head.weight"])]
@@ -161,7 +161,7 @@ def test_muon_takes_inner_matrices_alone(tied: bool) -> None:
     assert set(tuned.optimizer.state[model.norm.weight]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_muons_state_is_loaded_for_both() -> None:
+def test_state_is_loaded_for_both_optimizers_of_muon() -> None:
     first, second = Tied(), Tied()
     second.load_state_dict(first.state_dict())
     ours, again = (optimizer_of(model, "optimizer=muon").optimizer for model in (first, second))
@@ -177,7 +177,7 @@ def test_muons_state_is_loaded_for_both() -> None:
     assert distance(first.state_dict(), second.state_dict()) == 0
 
 
-def test_muon_refuses_what_is_no_matrix() -> None:
+def test_muon_rejects_other_shapes() -> None:
     class Wrong(Counted):
         def param_groups(self, model: Any) -> list[dict[str, Any]]:
             return [{"params": model.parameters(), "muon": True}]
@@ -187,8 +187,8 @@ def test_muon_refuses_what_is_no_matrix() -> None:
 
 
 @pytest.mark.parametrize("cls", [LAMB, LARS])
-def test_norms_are_of_the_whole_tensor_where_it_is_sharded(cls: type[Layerwise], tmp_path: Path) -> None:
-    """FSDP2 shards by rows: 7 of them unequally, and of one row the second rank has nothing."""
+def test_norms_of_sharded_tensors_are_of_the_whole_tensor(cls: type[Layerwise], tmp_path: Path) -> None:
+    """FSDP2 shards by rows: 7 rows unequally, and the second rank has none of a single row."""
     shapes, random = [(7, 5), (1, 6), (4,)], torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=random) for shape in shapes]
     gradients = [torch.randn(shape, generator=random) for shape in shapes]
@@ -218,7 +218,7 @@ def test_norms_are_of_the_whole_tensor_where_it_is_sharded(cls: type[Layerwise],
 
 
 class Frozen(Counted):
-    """A task whose groups list a parameter that is frozen."""
+    """A task whose groups list a frozen parameter."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -229,8 +229,8 @@ class Frozen(Counted):
         return [{"params": [model[0].weight]}, {"params": [model[0].bias, *model[3].parameters()]}]
 
 
-def test_frozen_parameters_in_a_group_stay(runs: Runs) -> None:
-    """Neither weight decay nor momentum moves them."""
+def test_frozen_parameters_in_a_group_do_not_change(runs: Runs) -> None:
+    """Neither weight decay nor momentum changes them."""
     frozen = ("task=custom", "task._target_=tests.ranks.test_optim_runs.Frozen", "duration=3st", "lr.peak=0.1")
     run = runs(2, *frozen, "optimizer.weight_decay=0.5", "lr.warmup=0st")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The loader, evaluation, optimizers and the engine, each by itself."""
+"""Unit tests of the loader, evaluation, optimizers and the engine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Indexed(Counted):
 @pytest.mark.parametrize(("world", "per_gpu"), [(1, 64), (3, 10), (4, 100)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None:
-    """All ranks together get the sample order, step by step, each exactly ``accumulation`` passes."""
+    """All ranks together get the sample order, step by step, each in exactly ``accumulation`` passes."""
     whole = plan("batch.global_size=64", f"batch.per_gpu={per_gpu}", world=world)
     task = Indexed()
     loaders = [
@@ -86,7 +86,7 @@ def test_every_sample_once_an_epoch_through_the_loader() -> None:
 
 
 @pytest.mark.parametrize("data", [OneByOne, Many])
-def test_all_ways_to_fetch_give_the_same(data: type) -> None:
+def test_all_ways_to_fetch_are_equal(data: type) -> None:
     task = Counted()
     fast = Fetch(task.train_data(), Task(task), seed=3)
     slow = Fetch(data(task), Task(task), seed=3)
@@ -94,7 +94,7 @@ def test_all_ways_to_fetch_give_the_same(data: type) -> None:
         assert torch.equal(a, b)
 
 
-def test_nested_batches_move_whole() -> None:
+def test_nested_batches_are_moved_to_the_device() -> None:
     batch = {"a": [torch.ones(1), ("text", torch.ones(2))], "b": 3}
     moved = to_device(batch, torch.device("meta"))
     assert moved["a"][0].device.type == moved["a"][1][1].device.type == "meta"
@@ -102,7 +102,7 @@ def test_nested_batches_move_whole() -> None:
 
 
 class Tables(Counted):
-    """Evaluates to a count of each kind; what it makes of the totals isn't a mean of anything."""
+    """Evaluates to a count of each kind; its summary isn't a mean of anything."""
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
         sevens = (batch[2] == 7).sum()
@@ -114,7 +114,7 @@ class Tables(Counted):
 
 @pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 5), (4, 1)])
 def test_evaluation_counts_every_sample_once(runs: Runs, world: int, per_gpu: int) -> None:
-    """37 samples over 1, 3 and 4 ranks: no padded duplicates, also where ranks get unequal shares."""
+    """37 samples over 1, 3 and 4 ranks: no padded duplicates, also with unequal shares."""
     task = Tables()
 
     def body(ranks: World) -> Any:
@@ -201,7 +201,7 @@ def test_custom_optimizer() -> None:
 
 
 def test_custom_optimizers_and_weight_decay() -> None:
-    """None on biases; a group's own stays; where none is given, the class's own default for the rest."""
+    """None on biases; a group's own stays; without a value, the class's default applies to the rest."""
     adamw = ("optimizer=custom", "optimizer._target_=torch.optim.AdamW")
     for given, expected in (("optimizer.weight_decay=0.3", 0.3), ("optimizer.weight_decay=null", 0.01)):
         groups = optimizer(*adamw, given).optimizer.param_groups
@@ -221,7 +221,7 @@ def test_custom_optimizers_and_weight_decay() -> None:
         (("optimizer._target_=torch.optim.RMSprop", "optimizer.args.alpha=-1"), "Invalid alpha value"),
     ],
 )
-def test_custom_optimizers_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
+def test_invalid_custom_optimizers(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         optimizer("optimizer=custom", *overrides)
 
@@ -252,7 +252,7 @@ ONE = torch.ones(1, requires_grad=True).sum()
         ((3.0, 1), "3.0, a float"),
     ],
 )
-def test_losses_that_are_not_sum_and_units(result: Any, message: str) -> None:
+def test_losses_other_than_sum_and_units(result: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         checked(result)
 
@@ -264,7 +264,7 @@ def test_units_may_be_floats() -> None:
 
 
 def test_note_adds_no_collective(runs: Runs) -> None:
-    """One reduction a step of three passes: loss, units and stop flag ride in DDP's own bucket."""
+    """One reduction in a step of three passes: loss, units and stop flag are in DDP's own bucket."""
 
     def body(ranks: World) -> Any:
         task = Counted()
@@ -291,14 +291,14 @@ def test_note_adds_no_collective(runs: Runs) -> None:
 
 
 def test_find_unused_parameters(runs: Runs) -> None:
-    """DDP's own options reach it, and the note isn't taken for an unused parameter."""
+    """DDP gets its own options, and the note isn't an unused parameter."""
     same = [*TASK, "batch.global_size=30", "duration=5st"]
     run = runs(2, *same, "engine.config.find_unused_parameters=true")
     assert run.ends[0]["state"] == "finished"
     assert run.losses() == pytest.approx(runs(1, *same).losses(), rel=1e-5)
 
 
-def test_metrics_are_json_where_values_are_not_finite(runs: Runs) -> None:
+def test_metrics_are_valid_json_if_values_are_not_finite(runs: Runs) -> None:
     run = runs(1, *TASK, "task._target_=tests.ranks.test_parts.NotFinite", "duration=2st")
     assert json.loads((run.run.path / "metrics.jsonl").read_text().splitlines()[-1])["val/odd"] is None
 
@@ -321,7 +321,7 @@ class NotFinite(Counted):
         return {"odd": (float("nan"), 1)}
 
 
-def test_ranks_are_ended_by_the_harness_not_by_luck(runs: Runs) -> None:
+def test_harness_kills_hanging_ranks(runs: Runs) -> None:
     """The harness itself: a rank that hangs is killed and fails the test."""
     with pytest.raises(AssertionError, match=r"ranks \[0\] of 1 hung"):
         in_ranks(1, lambda ranks: os.read(os.pipe()[0], 1), runs.folder / "hang", deadline_s=0.5)

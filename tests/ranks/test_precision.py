@@ -1,4 +1,4 @@
-"""Lower precision, and activations that are computed again: what they change of a run, and what they don't."""
+"""Lower precision, recomputed activations and compilation: what they change of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BLOCKS = (
 
 
 class Blocks(Counted):
-    """A stack of blocks with dropout and BatchNorm; of ``dtype``, if one is given."""
+    """A stack of blocks with dropout and BatchNorm; of ``dtype``, if given."""
 
     def __init__(self, dtype: str = "float32", blocks: int = 4) -> None:
         super().__init__()
@@ -69,15 +69,15 @@ class Stack(nn.Module):
 
 
 def test_recomputing_changes_no_weight_and_no_statistics(runs: Runs) -> None:
-    """A block is called twice: its masks are two, and its statistics count once."""
+    """A block is called twice: it has two masks, and its statistics count once."""
     again = "recompute=[blocks.*]"
     plain = runs(1, *BLOCKS)
     assert apart(plain, runs(1, *BLOCKS, again)) < ROUNDING
     assert apart(plain, runs(2, *BLOCKS, again)) < ROUNDING
 
 
-def test_recomputing_keeps_less() -> None:
-    """Of each block, its input alone: a fifth of the bytes, or less."""
+def test_recomputing_saves_memory() -> None:
+    """Each block only keeps its input: a fifth of the bytes, or less."""
 
     def kept(patterns: list[str]) -> int:
         model, bytes_of = Stack(64), dict[int, int]()
@@ -106,12 +106,12 @@ def test_recompute_takes_the_outermost_that_match() -> None:
 @pytest.mark.parametrize(
     ("pattern", "near"), [("block.*", "blocks.*"), ("blocks", "blocks.*"), ("outwards", "outward")]
 )
-def test_recompute_of_nothing_is_refused(pattern: str, near: str) -> None:
+def test_recompute_without_a_match_is_rejected(pattern: str, near: str) -> None:
     with pytest.raises(UserError, match=f"recompute={pattern!r} matches no module.*{near}".replace("'", "")):
         recompute(Stack(4), [pattern])
 
 
-def test_bf16_is_the_same_over_cuts(runs: Runs) -> None:
+def test_bf16_is_the_same_on_all_cuts(runs: Runs) -> None:
     """Each pass rounds its gradient to 8 bits: after 20 steps cuts are within 2e-3, and fp32 is within 1e-2."""
     counted = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=24", "duration=20st")
     fp32, bf16 = (runs(1, *counted, "lr.peak=0.05", f"precision={precision}") for precision in ("fp32", "bf16"))
@@ -122,22 +122,22 @@ def test_bf16_is_the_same_over_cuts(runs: Runs) -> None:
     assert parts.metrics()[-1]["val/loss"] == pytest.approx(bf16.metrics()[-1]["val/loss"], rel=1e-3)
 
 
-def test_a_model_of_bf16_weights(runs: Runs) -> None:
-    """Its own dtype is kept; the sum of its losses is in fp32."""
+def test_model_of_bf16_weights(runs: Runs) -> None:
+    """It keeps its dtype; the sum of its losses is in fp32."""
     run = runs(2, *BLOCKS, "task.args.dtype=bfloat16")
     assert run.weights()["inward.weight"].dtype == torch.bfloat16
     assert run.losses()[0] == pytest.approx(runs(1, *BLOCKS).losses()[0], rel=0.02)
     assert run.losses()[-1] < run.losses()[0]
 
 
-def test_fp16_is_for_cuda(runs: Runs) -> None:
+def test_fp16_needs_cuda(runs: Runs) -> None:
     end = runs(1, *BLOCKS, "precision=fp16").ends[0]
     assert end["raised"] == "UserError"
     assert end["message"].startswith("precision=fp16 needs CUDA, but this runs on cpu; use precision=bf16")
 
 
 def fp16_engine(**options: Any) -> tuple[Engine, Any]:
-    """The engine, and a function that makes one step with the loss multiplied by so much."""
+    """Return the engine, and a function that makes one step with the loss multiplied by its argument."""
     config = compose([*BLOCKS, "batchnorm.mode=null", "batchnorm.ghost_size=null"])
     task, plan = Counted(dropout=0), resolve(config, 1, 500)
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def fp16_engine(**options: Any) -> tuple[Engine, Any]:
     return engine, step
 
 
-def test_the_loss_scale_changes_nothing_but_rounding() -> None:
+def test_loss_scale_changes_only_rounding() -> None:
     (plain, step), (scaled, scaled_step) = fp16_engine(), fp16_engine(precision="fp16")
     for _ in range(5):
         assert scaled_step().grad_norm == pytest.approx(step().grad_norm, rel=1e-2)
@@ -161,7 +161,7 @@ def test_the_loss_scale_changes_nothing_but_rounding() -> None:
     assert scaled.layout()["precision/loss_scale"] == (torch.float64, (2,))
 
 
-def test_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
+def test_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
     engine, step = fp16_engine(precision="fp16")
     before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
     assert step(math.inf).skipped
@@ -179,7 +179,7 @@ def test_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
         step(math.nan)
 
 
-def test_the_loss_scale_is_doubled_after_2000_steps() -> None:
+def test_loss_scale_is_doubled_after_2000_steps() -> None:
     scale = LossScale()
     for _ in range(1999):
         scale.kept()
@@ -190,7 +190,7 @@ def test_the_loss_scale_is_doubled_after_2000_steps() -> None:
 
 @pytest.fixture
 def graphs() -> Iterator[list[str]]:
-    """What is compiled: traced as ever, but C++ is not made of it, which takes half a minute."""
+    """Return the compiled graphs, traced but not compiled to C++, which would take half a minute."""
     found: list[str] = []
     torch._dynamo.reset()  # what earlier tests compiled decides what is dynamic
 
@@ -203,7 +203,7 @@ def graphs() -> Iterator[list[str]]:
     torch.compiler.set_default_backend(None)
 
 
-def test_a_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
+def test_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
     stream = Stream(0, ALONE.device)
     model = prepare(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), compose([*BLOCKS, "compile=true"]), stream, 1)
     stream.start(0, 12)
@@ -214,7 +214,7 @@ def test_a_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
 
 @pytest.mark.parametrize("mode", ["batchnorm.mode=null", "batchnorm.mode=ghost batchnorm.ghost_size=4"])
 def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str) -> None:
-    """For the first one, for all others, and for a single sample; each with the masks that it has without compiling."""
+    """One compilation for the first number, one for all others, one for a single sample; masks equal eager ones."""
 
     def made(compiled: bool) -> tuple[nn.Module, Stream]:
         torch.manual_seed(0)
@@ -240,15 +240,15 @@ def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str
 
 
 @pytest.mark.usefixtures("graphs")
-def test_a_compiled_model_is_the_same_run(runs: Runs) -> None:
-    """Dropout, BatchNorm, a block that is recomputed, passes of 24 and 12 samples: weights, statistics and names."""
+def test_compiled_model_is_the_same_run(runs: Runs) -> None:
+    """Dropout, BatchNorm, a recomputed block, passes of 24 and 12 samples: weights, statistics and names."""
     uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
     compiled = runs(1, *uneven, "compile=true", "recompute=[blocks.1]", "batch.per_gpu=24")
     assert apart(runs(1, *uneven), compiled) < ROUNDING
     assert not [event for event in compiled.events() if event["event"] == "depends_on_cut"]
 
 
-def test_compiling_without_a_compiler_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_rejected(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     end = runs(1, *BLOCKS, "compile=true").ends[0]
     assert end["message"].startswith("compile=true needs the compiler no-such-compiler, which isn't installed")

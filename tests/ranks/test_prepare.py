@@ -1,4 +1,4 @@
-"""``task.prepare()``: one process of each machine in turn, before any rank opens the data; and what may be slow."""
+"""``task.prepare()``: one process of each machine in turn, before any rank opens the data; and other slow methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MACHINES_OF = 2  # ranks
 
 
 def on_machines(world: World, ranks: int = MACHINES_OF) -> World:
-    """The same ranks as if each few of them had a machine of their own."""
+    """Group the ranks into machines of a few ranks each."""
     return replace(world, local_rank=world.rank % ranks, local_size=ranks)
 
 
@@ -37,7 +37,7 @@ def wait_for(file: Path) -> None:
 
 
 class Downloads:
-    """Writes down when each prepare() began and ended, and draws random numbers meanwhile."""
+    """Records when each prepare() starts and ends, and draws random numbers meanwhile."""
 
     def __init__(self, folder: Path, rank: int = 0, fails_on: int = -1, sleeps_s: float = 0.0) -> None:
         self.folder, self.rank, self.fails_on, self.sleeps_s = folder, rank, fails_on, sleeps_s
@@ -67,8 +67,8 @@ def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path:
     assert others == [first] * 3  # and the generators of all stand where they stood
 
 
-def test_an_exception_ends_all_ranks(tmp_path: Path) -> None:
-    """The rank's own is the cause: the others only say that they lost it."""
+def test_exception_ends_all_ranks(tmp_path: Path) -> None:
+    """The rank's own exception is the cause: the other ranks only report that they lost it."""
 
     def body(world: World) -> Any:
         try:
@@ -84,8 +84,8 @@ def test_an_exception_ends_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
-def test_a_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
-    """Rank 0's prepare() is interrupted: the rank asked is itself, one of its machine, or of another machine."""
+def test_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
+    """Rank 0's prepare() is interrupted by a signal to itself, to its machine, or to another machine."""
 
     def body(world: World) -> Any:
         stop = Stop().install()
@@ -102,7 +102,7 @@ def test_a_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
     assert (tmp_path / "turns").read_text() == "0 begins\n"
 
 
-def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
+def test_lost_machine_is_noticed(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         if world.rank == 1:  # it comes, and is never heard of again
             world.gather("0")
@@ -117,7 +117,7 @@ def test_a_machine_that_is_lost_is_noticed(tmp_path: Path) -> None:
     assert end["message"] == "no heartbeat from rank 1, which prepares the data, for 0.5 s"
 
 
-def test_a_method_that_takes_arguments_is_rejected() -> None:
+def test_prepare_with_arguments_is_rejected() -> None:
     class Wants:
         def prepare(self, folder: str) -> None: ...
 
@@ -126,7 +126,7 @@ def test_a_method_that_takes_arguments_is_rejected() -> None:
 
 
 class Unhurried:
-    """Each of these may be slow on any rank: while it works, its rank isn't taken for hanging."""
+    """Each of its methods may be slow on any rank, which isn't a hang."""
 
     watch: Watch
 
@@ -162,7 +162,7 @@ class Shown(harness.AskedAt):
         Unhurried.watch = self
 
 
-def test_what_may_be_slow_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_methods_are_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "AskedAt", Shown)
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Unhurried", "lr.peak=0.01")
     run = Runs(tmp_path)(2, *own, "batch.global_size=4", "duration=2st")
@@ -170,8 +170,8 @@ def test_what_may_be_slow_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.metrics()[-1]["val/seen"] == 1.0
 
 
-def test_a_stop_in_prepare_leaves_the_run_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a checkpoint of it, too, the same command resumes."""
+def test_stop_in_prepare_does_not_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command resumes it, with and without a checkpoint."""
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Interrupted", "lr.peak=0.01", "duration=4st")
     runs = Runs(tmp_path)
     monkeypatch.setattr(harness, "AskedAt", Shown)

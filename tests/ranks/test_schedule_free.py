@@ -1,4 +1,4 @@
-"""Optimizers with train() and eval(), as schedule-free ones are: what is evaluated, saved, and left at the end."""
+"""Optimizers with train() and eval(), such as schedule-free ones: evaluated, saved and exported weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Plain(Counted):
         super().__init__(dropout=0.0)
 
 
-class BeginsInEval(torch.optim.SGD):
-    """Evaluates weights that are moved by 1, begins in eval mode, and has neither flag nor state in its groups."""
+class StartsInEval(torch.optim.SGD):
+    """Evaluates weights shifted by 1, starts in eval mode, and has neither flag nor state in its groups."""
 
     training = False
 
@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def by_hand() -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """Train as schedulefree's README says, over the run's samples: x and y at the end, and the losses of x."""
+    """Train as schedulefree's README says, over the run's samples; return x and y at the end, and the losses of x."""
     task = Plain()
     torch.manual_seed(0)
     model, losses = task.model(), list[float]()
@@ -83,7 +83,7 @@ def by_hand() -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     return model.state_dict(), y, losses
 
 
-def test_what_is_evaluated_and_left_is_what_eval_gives(whole: Run, tmp_path: Path) -> None:
+def test_evaluations_and_final_use_the_weights_of_eval(whole: Run, tmp_path: Path) -> None:
     """In the run, in final/, and by action=evaluate of a checkpoint, whose weights are those of train mode."""
     x, y, losses = by_hand()
     assert distance(whole.weights(), x) < 1e-6  # as sums are rounded
@@ -107,7 +107,7 @@ def test_what_is_evaluated_and_left_is_what_eval_gives(whole: Run, tmp_path: Pat
     ],
 )
 def test_engines_train_and_resume_it(runs: Runs, whole: Run, engine: str, name: str) -> None:
-    """Bit by bit, though a stop comes between two evaluations."""
+    """Bit by bit, with a stop between two evaluations."""
     overrides = (*FREE, f"optimizer._target_=schedulefree.{name}", *engine.split())
     run = runs(2, *overrides)
     again = runs(2, *overrides, going_on=runs(2, *overrides, stop_at=5))
@@ -118,15 +118,15 @@ def test_engines_train_and_resume_it(runs: Runs, whole: Run, engine: str, name: 
     assert run.metrics()[-1]["val/loss"] == again.metrics()[-1]["val/loss"]
 
 
-def test_zero_rejects_it_by_name(runs: Runs) -> None:
+def test_zero_rejects_schedule_free_by_name(runs: Runs) -> None:
     run = runs(1, *FREE, "optimizer._target_=schedulefree.AdamWScheduleFree", "engine=deepspeed", "engine.stage=1")
     assert run.ends[0]["raised"] == "UserError"
     assert "engine.stage=1 doesn't support optimizer=custom" in run.ends[0]["message"]
     assert "schedulefree.AdamWScheduleFree" in run.ends[0]["message"]
 
 
-def test_one_that_begins_in_eval_mode_and_keeps_its_mode_to_itself(runs: Runs) -> None:
-    overrides = (*FREE, "optimizer.weight_decay=null", "optimizer._target_=tests.ranks.test_schedule_free.BeginsInEval")
+def test_optimizer_that_starts_in_eval_mode_and_hides_its_mode(runs: Runs) -> None:
+    overrides = (*FREE, "optimizer.weight_decay=null", "optimizer._target_=tests.ranks.test_schedule_free.StartsInEval")
     plain = runs(1, *FREE, "optimizer.weight_decay=null", "optimizer._target_=torch.optim.SGD")
     run = runs(1, *overrides, going_on=runs(1, *overrides, stop_at=5))
     assert distance(plain.weights("ema.safetensors"), run.weights("ema.safetensors")) == 0

@@ -1,4 +1,4 @@
-"""A batch that changes while training: the same run on any hardware, and after a stop in the middle of a stage."""
+"""A batch that changes during training: the same run on any hardware, and after a stop within a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = "batch.schedule='0sa:24 240sa:48 480sa:96'"
 
 
 @pytest.mark.parametrize("schedule", [STAGES, "batch.schedule='ramp from:16 to:100 over:700sa by:7'"])
-def test_stages_are_the_same_over_cuts(runs: Runs, schedule: str) -> None:
+def test_stages_are_the_same_on_all_cuts(runs: Runs, schedule: str) -> None:
     whole = runs(1, *MOVING, schedule)
     parts = runs(3, *MOVING, schedule, "batch.per_gpu=7")
     assert len({line["global_size"] for line in whole.metrics() if "loss" in line}) > 2
@@ -23,8 +23,8 @@ def test_stages_are_the_same_over_cuts(runs: Runs, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [(), ("optimizer=adamw", "lr.base=0.003", "lr.rule=sde", "optimizer.args={}")])
-def test_a_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
-    """On 2 ranks to the middle of the second stage, then on 3: every step's samples, batch and LR as if nothing was."""
+def test_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
+    """On 2 ranks to the middle of the second stage, then on 3: every step's samples, batch and LR are unchanged."""
     whole = runs(2, *MOVING, STAGES, *extra)
     stopped = runs(2, *MOVING, STAGES, *extra, stop_at=12)
     assert [stopped.ends[0][name] for name in ("state", "step", "samples")] == ["stopped", 12, 240 + 2 * 48]
@@ -39,7 +39,7 @@ def test_a_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
     assert distance(whole.weights(), went_on.weights()) < (1e-5 if extra else 1e-6)
 
 
-def test_the_lr_of_a_stage_reaches_the_optimizer(runs: Runs) -> None:
+def test_lr_of_a_stage_reaches_the_optimizer(runs: Runs) -> None:
     moved = runs(1, *MOVING, STAGES, "lr.decay=constant")
     held = runs(1, *MOVING, STAGES.replace("sa:96'", "sa:96 lr:hold'"), "lr.decay=constant")
     rates = [line["lr"] for line in moved.metrics() if "loss" in line]

@@ -1,4 +1,4 @@
-"""The tasks that come along: what their data is, what they refuse, and that they train the same on any ranks."""
+"""The bundled tasks: their data, their errors, and that they train the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def text(data: Path, length: int = 8) -> Text:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_yaml_is_right(name: str) -> None:
-    """Its train_samples are those there are, its arguments fit, and a model takes one batch of the data."""
+def test_yaml_matches_the_task(name: str) -> None:
+    """Its train_samples match the data, its arguments fit, and a model takes one batch of the data."""
     config = compose([f"task={name}"])
     task: Any = make_task(config)
     assert len(open_data(task, config)) == config.task.train_samples
@@ -55,12 +55,12 @@ def test_the_yaml_is_right(name: str) -> None:
     assert set(config.task.tuned) >= {"sgd", "adamw"}
 
 
-def test_the_length_of_a_sample_is_its_units() -> None:
+def test_units_of_a_sample_are_its_length() -> None:
     assert compose(["task=text", "task.args.length=32"]).task.units_per_sample == 32
 
 
 @pytest.mark.parametrize("samples", [[torch.zeros(2), torch.zeros(3)], [Image.new("L", (2, 2))] * 2])
-def test_samples_that_make_no_batch(samples: list[Any]) -> None:
+def test_samples_that_cannot_be_batched(samples: list[Any]) -> None:
     with pytest.raises(UserError) as error:
         task_of("task=digits").collate(samples)
     assert "collate(samples)" in error.value.fix
@@ -68,7 +68,7 @@ def test_samples_that_make_no_batch(samples: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["mnist1d", "text"])
 def test_two_ranks_train_as_one(runs: Runs, name: str) -> None:
-    """Dropout, tied weights and uneven shares among them."""
+    """With dropout, tied weights and uneven shares."""
     short = (
         f"task={name}",
         "batch.global_size=15",
@@ -91,7 +91,7 @@ def test_images_train(runs: Runs) -> None:
 
 
 def test_mnist() -> None:
-    """Each image once, all digits in both parts, the same parts each time."""
+    """Each image once, all digits in both splits, the same splits each time."""
     first, second = (task_of("task=images") for _ in range(2))
     pixels, labels = first.train_data().tensors
     held_back = first.val_data().tensors
@@ -103,7 +103,7 @@ def test_mnist() -> None:
     assert not {image.numpy().tobytes() for image in pixels} & {image.numpy().tobytes() for image in held_back[0]}
 
 
-def test_a_moved_image_follows_the_generator() -> None:
+def test_shifted_image_follows_the_generator() -> None:
     image = torch.zeros(1, 9, 9, dtype=torch.uint8)
     image[0, 4, 4] = 255
     augment = task_of("task=images", "task.args.shift=2").augment
@@ -127,8 +127,8 @@ def save(folder: Path, **arrays: Any) -> Path:
     return folder / "data.npz"
 
 
-def test_images_of_ones_own(tmp_path: Path) -> None:
-    """Colour, another size, and with validation data or without."""
+def test_own_images(tmp_path: Path) -> None:
+    """Colour, another size, with and without validation data."""
     pixels, labels = np.random.default_rng(0).integers(0, 256, (10, 12, 20, 3), np.uint8), np.arange(10) % 3
     task = images(save(tmp_path, images=pixels, labels=labels))
     assert (len(task.train_data()), len(task.val_data())) == (8, 2)
@@ -181,7 +181,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
 
 
 def folder_of(root: Path, **classes: int) -> Path:
-    """A folder of images whose red tells their class."""
+    """Return a folder of images whose red channel is their class."""
     for at, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -189,7 +189,7 @@ def folder_of(root: Path, **classes: int) -> Path:
     return root
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
+def test_folder_of_images(tmp_path: Path) -> None:
     both = folder_of(tmp_path / "both", cats=6, dogs=4)
     (both / ".hidden").mkdir()
     (both / "cats" / "notes.txt").write_text("no image")
@@ -206,7 +206,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert (len(images(apart, size=6).train_data()), len(images(apart, size=6).val_data())) == (5, 2)
 
 
-def test_folders_that_are_not_images(tmp_path: Path) -> None:
+def test_invalid_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give task.args.size"):
         images(folder_of(tmp_path / "a", cats=5))
     (tmp_path / "a" / "cats" / "0.png").write_bytes(b"no image")
@@ -223,7 +223,7 @@ def test_folders_that_are_not_images(tmp_path: Path) -> None:
 
 
 def test_windows_cover_the_text(tmp_path: Path) -> None:
-    """Each byte is predicted once, but for the first of each part and the few that fill no window."""
+    """Each byte is predicted once, except the first of each part and the last few that fill no window."""
     words = bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8))
     (tmp_path / "words.txt").write_bytes(words)
     task = text(tmp_path / "words.txt", length=9)
@@ -235,8 +235,8 @@ def test_windows_cover_the_text(tmp_path: Path) -> None:
         assert 0 <= len(part) - len(read) < 9
 
 
-def test_a_large_text_is_mapped(tmp_path: Path) -> None:
-    """A file that is larger than memory; what is sent to another process hasn't its bytes, either."""
+def test_large_text_is_memory_mapped(tmp_path: Path) -> None:
+    """A file larger than memory; pickling the data doesn't copy its bytes, either."""
     with open(tmp_path / "huge.txt", "wb") as file:
         file.truncate(1 << 40)
         file.seek(-9, 2)
@@ -257,7 +257,7 @@ def test_the_standard_library_has_one_length() -> None:
     assert b"import" in corpus.tobytes()
 
 
-def test_texts_that_are_none(tmp_path: Path) -> None:
+def test_invalid_texts(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("")
     with pytest.raises(UserError, match=r"short.txt can't be mapped into memory: .*empty"):
@@ -272,8 +272,8 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
         task_of("task=text", "task.args.heads=5")
 
 
-def test_a_model_of_others_takes_text(tmp_path: Path) -> None:
-    """What Hugging Face's models return holds the logits."""
+def test_hugging_face_model_takes_text(tmp_path: Path) -> None:
+    """The logits are in the output of Hugging Face's models."""
 
     class Output:
         def __init__(self, logits: torch.Tensor) -> None:
@@ -289,8 +289,8 @@ def test_a_model_of_others_takes_text(tmp_path: Path) -> None:
     assert task.summarise({"loss": (plain[1] * np.log(2) * 3, plain[1])}) == {"bits_per_byte": pytest.approx(3)}
 
 
-def test_a_text_is_what_comes_next(tmp_path: Path) -> None:
-    """A model that knows it has no loss, whatever the others have."""
+def test_targets_are_the_next_bytes(tmp_path: Path) -> None:
+    """A model that predicts its text exactly has no loss, whatever other samples have."""
     (tmp_path / "abc.txt").write_text("abc" * 20)
     task = text(tmp_path / "abc.txt")
     batch = torch.stack(list(task.train_data()))
@@ -302,7 +302,7 @@ def test_a_text_is_what_comes_next(tmp_path: Path) -> None:
     assert task.loss(says(0), batch)[0].item() / task.loss(says(0), batch)[1] == pytest.approx(50)
 
 
-def test_the_gpt_sees_no_later_byte() -> None:
+def test_gpt_sees_no_later_byte() -> None:
     model = task_of("task=text").model().eval()
     tokens = torch.arange(40)[None]
     changed = tokens.clone()
@@ -321,7 +321,7 @@ def test_tied_weights_are_trained_once() -> None:
     assert len(trained) == len(list(model.parameters()))
 
 
-def test_mnist1d_is_the_same_everywhere() -> None:
+def test_mnist1d_is_deterministic() -> None:
     lines, labels = generate(500)
     digest = hashlib.sha256(lines.tobytes() + labels.tobytes()).hexdigest()
     assert digest == "6e7ce58091053facd5c08f9b771d484a265a6958079a33db12b3c9f8e41d3e1e"
@@ -330,7 +330,7 @@ def test_mnist1d_is_the_same_everywhere() -> None:
     assert not np.array_equal(lines, generate(500, seed=1)[0])
 
 
-def test_mnist1d_holds_the_rest_back() -> None:
+def test_mnist1d_validation_split() -> None:
     task = task_of("task=mnist1d")
     lines, labels = generate(5000)
     parts = [data.tensors for data in (task.train_data(), task.val_data())]

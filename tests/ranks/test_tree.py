@@ -18,7 +18,7 @@ LEAVES, WORLDS = range(1, 41), range(1, 13)
 
 
 class Term:
-    """A sum that keeps how it was made."""
+    """A sum that records how it was made."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -34,7 +34,7 @@ def cut_of(leaves: int, world: int) -> Cut:
 
 
 def by_hand(start: int, stop: int) -> str:
-    """The expression that the tree over [start, stop) is."""
+    """Return the expression of the tree over [start, stop)."""
     if stop - start == 1:
         return str(start)
     half = start + math.ceil((stop - start) / 2)
@@ -58,7 +58,7 @@ def grown(block: range, leaves: int) -> Growing:
 
 @pytest.mark.parametrize("leaves", LEAVES)
 def test_every_world_makes_the_same_additions(leaves: int) -> None:
-    """Not only as many, or equal sums: the very same expression, for each number of ranks."""
+    """The very same expression, for each number of ranks."""
     for world in WORLDS:
         cut, found = cut_of(leaves, world), {}
         for rank in range(world):
@@ -90,8 +90,8 @@ def test_halves_against_brute_force(leaves: int) -> None:
                 assert halves(left, right, leaves) == ((left, right) in pairs)
 
 
-def test_what_ranks_send() -> None:
-    """Where 2, 4 or 8 ranks share the leaves evenly, one node each: as many bytes as an all-reduce takes."""
+def test_bytes_that_ranks_send() -> None:
+    """If 2, 4 or 8 ranks share the leaves evenly, one node each: as many bytes as an all-reduce."""
     for leaves in range(2, 200):
         for world in (world for world in (2, 4, 8) if world == 2 or leaves % world == 0):
             assert [len(nodes) for nodes in nodes_by_rank(cut_of(leaves, world))] == [1] * world, (world, leaves)

@@ -1,4 +1,4 @@
-"""The trial of a task's contract before step 1: what it tells apart, and that nothing remains of it."""
+"""The trial of a task's contract before step 1: its findings, and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 class Base:
-    """Classification of noise into five classes; a subclass says by which loss."""
+    """Classification of noise into five classes; a subclass defines the loss."""
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ class Base:
 
 
 def task_of(function: Any, model: Any = None) -> Any:
-    """A task with this loss of logits, labels and model."""
+    """Return a task with this loss of logits, labels and model."""
     made = Base()
     made.of = function  # type: ignore[method-assign]
     if model is not None:
@@ -134,19 +134,19 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_loss_is_left_alone(name: str) -> None:
+def test_valid_loss_is_accepted(name: str) -> None:
     assert tried(task_of(SOUND[name])) == Found()
 
 
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_is_rejected(name: str) -> None:
+def test_mean_is_rejected(name: str) -> None:
     with pytest.raises(UserError, match="returns a mean"):
         tried(task_of(MEANS[name]))
 
 
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("per_gpu", [64, 24])
-def test_samples_that_look_at_each_other_are_reported(name: str, per_gpu: int) -> None:
+def test_samples_that_depend_on_each_other_are_reported(name: str, per_gpu: int) -> None:
     found = tried(task_of(COUPLED[name]), per_gpu)
     assert len(found.depends) == 1, found
 
@@ -169,8 +169,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_couples_by_design_is_switched_off(name: str) -> None:
-    """It is recognised by its type, and reported in words of its own."""
+def test_layers_that_couple_samples_by_design_are_switched_off(name: str) -> None:
+    """They are recognised by their type, and reported separately."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.attention(x, x, x)[0])[0][:, -1])  # type: ignore[no-any-return]
 
 
-def test_dropout_inside_of_layers_is_switched_off() -> None:
+def test_dropout_inside_layers_is_switched_off() -> None:
     task = task_of(SOUND["sum"], Recurrent)
     model = task.model()
     assert tried(task) == Found()
@@ -203,7 +203,7 @@ def test_dropout_inside_of_layers_is_switched_off() -> None:
 
 
 class Annealed(nn.Module):
-    """Numbers that move with every call, of every kind that can be seen, and caches, which move once."""
+    """Numbers of every visible kind that change with every call, and caches, which change once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Annealed(nn.Module):
         return self.linear(x) * (1 - 0.9**self.calls)  # type: ignore[no-any-return]
 
 
-def test_counters_are_named_and_put_back() -> None:
+def test_counters_are_named_and_restored() -> None:
     model = Annealed()
     task = task_of(SOUND["sum"], lambda: model)
     task.count, task.kinds, task.annealing = 0, Counter(calls=2), type("Annealing", (), {})()
@@ -255,14 +255,14 @@ def test_counters_are_named_and_put_back() -> None:
 
 
 class Holder:
-    """Some numbers, and whatever else."""
+    """Some numbers, and other attributes."""
 
     def __init__(self, **held: Any) -> None:
         self.calls = 0
         vars(self).update(held)
 
 
-def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put_back() -> None:
+def test_generators_and_nested_state_of_the_loss_are_named_and_restored() -> None:
     task, torchs = task_of(SOUND["sum"]), torch.Generator().manual_seed(0)
     task.torchs, task.numpys, task.pythons = torchs, np.random.default_rng(0), random.Random(0)
     task.older, task.last, task.pair = np.random.RandomState(0), deque([1.0], maxlen=2), (0, 1.0)
@@ -294,7 +294,7 @@ def test_generators_of_the_loss_and_what_it_keeps_further_down_are_named_and_put
 
 
 class Hooked(Base):
-    """Keep what a layer computed, in containers that a forward hook and the task share; the loss reads it."""
+    """Keeps a layer's output in containers that a forward hook and the task share; the loss reads it."""
 
     def __init__(self, mean: bool = False) -> None:
         self.mean = mean
@@ -318,8 +318,8 @@ class Hooked(Base):
         return (losses.mean(), len(labels)) if self.mean else losses
 
 
-def test_a_closure_may_hold_what_the_task_holds() -> None:
-    """They stay one object: a sound loss is sound, a mean a mean, and what both see is restored in place."""
+def test_closure_may_share_attributes_with_the_task() -> None:
+    """They stay one object, restored in place; a valid loss is accepted and a mean is rejected."""
     task = Hooked()
     found = tried(task)
     assert not found.skipped
@@ -330,7 +330,7 @@ def test_a_closure_may_hold_what_the_task_holds() -> None:
         tried(Hooked(mean=True))
 
 
-def test_attributes_that_cannot_be_copied_are_left_alone() -> None:
+def test_attributes_that_cannot_be_copied_do_not_change() -> None:
     task = task_of(lambda x, y, m: ce(x, y, reduction="none"))
     task.tree = {"name": "root"}
     task.tree["child"] = {"parent": task.tree}
@@ -340,7 +340,7 @@ def test_attributes_that_cannot_be_copied_are_left_alone() -> None:
     assert task.tree["child"]["parent"] is task.tree
 
 
-def test_modules_that_nobody_registered_are_left_as_they_were() -> None:
+def test_unregistered_modules_do_not_change() -> None:
     class Student(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -357,8 +357,8 @@ def test_modules_that_nobody_registered_are_left_as_they_were() -> None:
     assert [int(norm.num_batches_tracked) for norm in norms] == [0, 0]
 
 
-def test_nothing_remains_of_it() -> None:
-    """Weights, also where the forward writes to them; buffers; modes; gradients; generators."""
+def test_trial_leaves_no_trace() -> None:
+    """Weights, also if the forward writes to them; buffers; modes; gradients; generators."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -384,7 +384,7 @@ def test_nothing_remains_of_it() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_the_device_has_no_room_for_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_does_not_fit_on_the_device_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     task, copied = task_of(SOUND["sum"]), list[Tensor]()
     model = task.model()
     before, generators = [parameter.data_ptr() for parameter in model.parameters()], generators_state()
@@ -421,8 +421,8 @@ def seen_precisions() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", [*PRECISIONS, "high", "medium"])
-def test_shortcuts_of_fp32_are_off_and_put_back(name: str) -> None:
-    """In a process each: one that has used both of torch's interfaces can't go back to the older one."""
+def test_reduced_fp32_precision_is_off_and_restored(name: str) -> None:
+    """Each in its own process: one that has used both of torch's interfaces can't return to the older one."""
 
     def check() -> None:
         setattr(*PRECISIONS[name]) if name in PRECISIONS else torch.set_float32_matmul_precision(name)
@@ -440,7 +440,7 @@ def test_shortcuts_of_fp32_are_off_and_put_back(name: str) -> None:
 
 
 class Drawing(OneByOne):
-    """Samples with noise of a generator of the dataset's own, of one kind."""
+    """Samples with noise of the dataset's own generator, of one kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(Counted())
@@ -456,13 +456,13 @@ class Drawing(OneByOne):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "python", "torch", "default"])
-def test_a_generator_of_the_datasets_own_is_reported(kind: str) -> None:
+def test_own_generator_of_the_dataset_is_reported(kind: str) -> None:
     found = own_generators(Fetch(Drawing(kind), Task(Counted()), seed=0))
     assert [("the dataset's [index]" in reason) for reason in found] == ([] if kind == "default" else [True])
 
 
 class Flipping(OneByOne):
-    """Flips every second sample, as its own generator says."""
+    """Flips every second sample by its own generator."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(Counted())
@@ -473,8 +473,8 @@ class Flipping(OneByOne):
         return (inputs.flip(-1) if self.own.random() < 0.5 else inputs), *rest
 
 
-def test_a_generator_that_decides_between_two_is_reported() -> None:
-    """Two looks at one sample would miss it as often as not."""
+def test_generator_that_decides_between_two_is_reported() -> None:
+    """Two fetches of one sample would miss it half of the time."""
     for seed in range(20):
         assert own_generators(Fetch(Flipping(seed), Task(Counted()), seed=0)), seed
 
@@ -500,7 +500,7 @@ def test_generators_of_augment_and_collate_are_told_apart() -> None:
     ("per_gpu", "granule", "samples"),
     [(1, 1, 0), (2, 1, 2), (7, 1, 4), (32, 1, 8), (64, 1, 16), (64, 8, 32), (8, 8, 0)],
 )
-def test_it_takes_as_long_as_a_few_steps(per_gpu: int, granule: int, samples: int) -> None:
+def test_trial_takes_as_long_as_a_few_steps(per_gpu: int, granule: int, samples: int) -> None:
     batches = batches_of(solve(1, global_size=64, per_gpu=per_gpu, granule=granule), 500)
     assert [stop - start for start, _, stop in batches] == [samples] * (DRAWS if samples else 0)
     assert all((middle - start) % granule == 0 for start, middle, _ in batches)
@@ -523,8 +523,8 @@ def runs(tmp_path: Path) -> Runs:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
-    """On two ranks: what couples is reported before step 1, and a mean is rejected there."""
+def test_trial_on_every_engine(runs: Runs, engine: str) -> None:
+    """On two ranks: coupling is reported before step 1, and a mean is rejected."""
     how = ["task=custom", "task._target_=tests.support.tasks.Coupled", "duration=2st", "lr.peak=0.1", *ENGINES[engine]]
     events = runs(2, *how).events()
     about = [event["reason"].split()[0] for event in events if event["event"] == "depends_on_cut"]
@@ -534,8 +534,8 @@ def test_every_engine_hears_of_it(runs: Runs, engine: str) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_is_the_same_bit_by_bit_without_it(runs: Runs, world: int) -> None:
-    """Dropout, augmentation, a dataset's own generator and a counter in the loss find no trace of it."""
+def test_run_is_bitwise_equal_without_trial(runs: Runs, world: int) -> None:
+    """With dropout, augmentation, a dataset's own generator and a counter in the loss."""
     how = [
         "task=custom",
         "task._target_=tests.support.tasks.Coupled",
@@ -549,8 +549,8 @@ def test_a_run_is_the_same_bit_by_bit_without_it(runs: Runs, world: int) -> None
     assert not [event for event in untried.events() if event["event"] == "depends_on_cut"]
 
 
-def test_what_cannot_be_tried_is_said(runs: Runs) -> None:
-    """A single sample in a micro-batch; and a loss that fails, which training will complain of by itself."""
+def test_what_cannot_be_tried_is_reported(runs: Runs) -> None:
+    """A single sample in a micro-batch; and a loss that raises, which training reports by itself."""
     how = ["task=custom", "task._target_=tests.support.tasks.Counted", "duration=2st", "lr.peak=0.1"]
     (event,) = [e for e in runs(1, *how, "batch.per_gpu=1").events() if e["event"] == "trial_skipped"]
     assert "one sample" in event["reason"]
@@ -604,7 +604,7 @@ class Evaluated(Counted):
         ("this batch alone", True, "", "ValueError"),
     ],
 )
-def test_a_mistake_in_an_evaluation_costs_nothing(runs: Runs, how: str, rejected: bool, event: str, said: str) -> None:
+def test_mistake_in_an_evaluation_is_found_first(runs: Runs, how: str, rejected: bool, event: str, said: str) -> None:
     task = ("task=custom", "task._target_=tests.ranks.test_trial.Evaluated", f"task.args.how='{how}'", "lr.peak=0.1")
     run = runs(1, *task, "duration=1st", "evaluate.last=false", "evaluate.per_gpu=37")
     (end,) = run.ends

@@ -1,4 +1,4 @@
-"""How a worker's end is noticed and what is kept of it, without a run around it."""
+"""How a worker's end is noticed and recorded, without a run around it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _beats(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_worker_shares_how_far_it_came(method: str) -> None:
+def test_worker_shares_its_position(method: str) -> None:
     context: Any = multiprocessing.get_context(method)
     watch = Watch(context)
     assert not watch.started
@@ -67,7 +67,7 @@ def test_looks_without_a_beat_are_counted() -> None:
     assert watch.look() == 1
 
 
-def test_nothing_is_missed_of_one_that_is_excused() -> None:
+def test_excused_worker_is_not_expected_to_beat() -> None:
     watch = Watch()
     watch.beat()
     with watch.excused():
@@ -76,7 +76,7 @@ def test_nothing_is_missed_of_one_that_is_excused() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) -> None:
+def test_only_a_training_worker_can_hang(tmp_path: Path, training: bool) -> None:
     watch, found, begun = Watch(), list[Hangs](), list[bool]()
     watch.beat()
     if training:
@@ -93,13 +93,13 @@ def test_only_one_that_trains_is_said_to_hang(tmp_path: Path, training: bool) ->
         assert time.monotonic() - began < 1
         assert not found[0].waiting
         assert f"({HERE}:" in str(found[0])
-        assert "in test_only_one_that_trains_is_said_to_hang" in (tmp_path / "log").read_text()
+        assert "in test_only_a_training_worker_can_hang" in (tmp_path / "log").read_text()
 
 
 # ---- what ended a start
 
 
-def test_the_first_failure_is_the_cause_unless_it_only_lost_another() -> None:
+def test_first_failure_is_the_cause_unless_it_only_lost_another_rank() -> None:
     lost = failure(0, 1.0, step=7, lost=True)
     crash, later = failure(1, 2.0, step=6), failure(2, 3.0, kind="oom")
     first = first_failure(store_of(lost, crash, later), 3)
@@ -111,7 +111,7 @@ def test_the_first_failure_is_the_cause_unless_it_only_lost_another() -> None:
     assert first.kind == "oom"
 
 
-def test_ranks_that_said_nothing_are_named() -> None:
+def test_ranks_without_a_report_are_named() -> None:
     first = first_failure(store_of(failure(0, 1.0, lost=True), failure(2, 1.0, silent=True)), 3)
     assert first is not None
     assert first.cause.startswith("no word from rank 1, 2 ")
@@ -120,14 +120,14 @@ def test_ranks_that_said_nothing_are_named() -> None:
     assert first.rank == 1
 
 
-def test_the_first_word_of_a_rank_holds() -> None:
+def test_first_report_of_a_rank_counts() -> None:
     store = store_of(failure(0, 2.0, kind="oom"), failure(0, 1.0))
     first = first_failure(store, 1)
     assert first is not None
     assert first.kind == "oom"
 
 
-def test_only_words_that_may_change_the_cause_are_waited_for() -> None:
+def test_only_reports_that_may_change_the_cause_are_waited_for() -> None:
     began = time.monotonic()
     await_failure(store_of(failure(1, 1.0)), 2)
     await_failure(store_of(failure(1, 1.0, lost=True)), 2, own={0})
@@ -160,7 +160,7 @@ def test_kinds_of_errors(error: Exception, kind: str, lost: bool) -> None:
     assert found.reached == REACHED
 
 
-def test_a_data_loader_that_died_is_the_cause_wherever_it_is_noticed() -> None:
+def test_dead_data_loader_is_the_cause_wherever_it_is_noticed() -> None:
     killed = RuntimeError("DataLoader worker (pid 42) is killed by signal: Killed. ")
     for error in (killed, _raised("DataLoader worker (pid(s) 42) exited unexpectedly", killed)):
         cause = describe_failure(error, 0, "attempt", REACHED).cause
@@ -175,8 +175,8 @@ def _raised(text: str, cause: Exception) -> Exception:
         return error
 
 
-def test_how_far_the_run_came_is_asked_where_the_error_was() -> None:
-    """An evaluation that fails had other samples at once than the training around it, which goes on where it works."""
+def test_position_is_taken_where_the_error_was() -> None:
+    """A failed evaluation has its own batch size, not that of the training around it."""
     watch, training = Watch(), Reached(7, 448, 32)
     watch.beat(5, 320)
     assert watch.reached == REACHED
@@ -190,8 +190,8 @@ def test_how_far_the_run_came_is_asked_where_the_error_was() -> None:
     assert watch.reached == Reached(7, 448, 16)
 
 
-def test_a_failure_travels_and_is_kept_whole(tmp_path: Path) -> None:
-    """The file's keys are read by others."""
+def test_failure_is_sent_and_recorded_whole(tmp_path: Path) -> None:
+    """Other programs read the file's keys."""
     found = describe_failure(_raised("boom", ValueError()), 1, "attempt", Reached(7, 448, 32))
     assert from_json(to_json(found), Failure) == found
     run = RunDir(tmp_path)
@@ -207,6 +207,6 @@ def test_a_failure_travels_and_is_kept_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"attempt": 1}', '{"attempt": "a", "hosts": "one two"}', "[]"])
-def test_a_record_of_another_shape_is_rejected(text: str) -> None:
+def test_record_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="validation error"):
         from_json(text, Start)

@@ -1,4 +1,4 @@
-"""Weights: their moving average, final/, and what a run starts from."""
+"""Weights: their moving average, final/, and the weights that a run starts from."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.globa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_average_is_that_of_a_float64_reference(dtype: torch.dtype) -> None:
-    """Also of weights in bfloat16, whose steps of 2^-8 would swallow what one update adds."""
+def test_average_equals_a_float64_reference(dtype: torch.dtype) -> None:
+    """Also for bfloat16 weights, whose steps of 2^-8 would swallow one update."""
     weight = nn.Parameter(torch.randn(50, 4).to(dtype))
     average, expected = Average({"w": weight}), weight.detach().double().clone()
     for _ in range(300):
@@ -47,8 +47,8 @@ def test_average_is_that_of_a_float64_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("global_size", [16, 64, 256])
-def test_average_forgets_by_samples_whatever_the_batch(global_size: int) -> None:
-    """Weights that jump from 0 to 1 at the start: after n samples it has forgotten all but 0.5^(n / half-life)."""
+def test_average_forgets_by_samples(global_size: int) -> None:
+    """Weights jump from 0 to 1 at the start: after n samples 0.5^(n / half-life) of the 0 is left."""
     plan = resolve(compose([*TASK, "ema=2000sa", f"batch.global_size={global_size}", "duration=5120sa"]), 1, 500)
     weight = nn.Parameter(torch.zeros(3))
     average, sample = Average({"w": weight}), 0
@@ -62,8 +62,8 @@ def test_average_forgets_by_samples_whatever_the_batch(global_size: int) -> None
     assert sample == 5120
 
 
-def test_within_swapped_the_weights_are_the_average_and_after_it_what_they_were() -> None:
-    """Bit by bit, with NaNs, zeros below zero and rounded dtypes; also where what is done within goes wrong."""
+def test_swapped_average_and_restored_weights() -> None:
+    """Bit by bit, with NaNs, negative zeros and rounded dtypes; also after an exception."""
     odd = torch.tensor([1.1, -0.0, float("nan"), float("inf"), 1e-42])
     odd.view(torch.int32)[2] += 77  # a NaN with a content
     weights = {"a": nn.Parameter(odd.clone()), "b": nn.Parameter(odd.bfloat16()), "c": nn.Parameter(torch.tensor(3.0))}
@@ -87,7 +87,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def test_the_average_of_a_run_is_that_of_its_weights(runs: Runs) -> None:
+def test_average_of_a_run(runs: Runs) -> None:
     """Of the weights after each step, which checkpoints of every step hold."""
     run = runs(2, *TASK, "duration=12st", "ema=50sa", "checkpoint.every=1st", "checkpoint.keep=20")
     expected: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ def test_the_average_of_a_run_is_that_of_its_weights(runs: Runs) -> None:
 
 
 class Shared(nn.Module):
-    """Everything in a state_dict that isn't simply a tensor of its own."""
+    """Everything in a state_dict that isn't simply a separate tensor."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path
     assert alike(again, model)
 
 
-def test_final_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+def test_final_replaces_an_older_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for left in (".final.tmp", ".final.old", "final"):
         (tmp_path / left).mkdir()
@@ -190,7 +190,7 @@ def test_final_may_be_a_link_to_another_disk(tmp_path: Path, there: bool) -> Non
         assert alike(again, model)
 
 
-def test_final_may_be_a_disk_of_its_own(tmp_path: Path) -> None:
+def test_final_may_be_a_mount(tmp_path: Path) -> None:
     """A mount can't be renamed, and its neighbour is on another disk."""
     run = RunDir(tmp_path)
     run.final.mkdir()
@@ -200,7 +200,7 @@ def test_final_may_be_a_disk_of_its_own(tmp_path: Path) -> None:
         assert [path.name for path in run.final.iterdir()] == ["model.safetensors"]
 
 
-def test_a_final_whose_disk_is_gone_is_named(tmp_path: Path) -> None:
+def test_final_on_a_missing_disk_is_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     run.final.symlink_to(tmp_path / "gone/final")
@@ -215,7 +215,7 @@ def test_a_final_whose_disk_is_gone_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run on two ranks, with checkpoints of steps 10, 20 and 30; the one of step 10 was the best."""
+    """Return a finished run on two ranks, with checkpoints of steps 10, 20 and 30; that of step 10 is the best."""
     overrides = ("duration=30st", "ema=100sa", "checkpoint.every=10st", "checkpoint.keep=5")
     run = Runs(tmp_path_factory.mktemp("trained"))(2, *TASK, *overrides)
     (run.run.checkpoints / "best").symlink_to("step-00000010")
@@ -224,7 +224,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def copied(trained: Run, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """Return a copy of the run, to be damaged."""
     shutil.copytree(trained.run.path, tmp_path / "copy", symlinks=True)
     return tmp_path / "copy"
 
@@ -257,7 +257,7 @@ def test_init_from_a_checkpoint_or_the_best(trained: Run) -> None:
     assert (distance(best, at[10][0]), said) == (0, at[10][1])
 
 
-def test_init_from_an_unfinished_run_takes_its_newest_good_checkpoint(copied: Path) -> None:
+def test_init_from_an_unfinished_run_uses_its_newest_valid_checkpoint(copied: Path) -> None:
     shutil.rmtree(copied / "final")
     assert weights_from(copied)[1].name == "step-00000030"
     file = copied / "checkpoints/step-00000030/rank-00001.safetensors"
@@ -294,7 +294,7 @@ OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_SOURCES)
-def test_sources_that_are_none(tmp_path: Path, name: str) -> None:
+def test_invalid_sources(tmp_path: Path, name: str) -> None:
     make, said = OTHER_SOURCES[name]
     make(tmp_path / name)
     with pytest.raises(UserError, match=f"init_from=.*{name}.*{said}"):
@@ -315,7 +315,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_is_listed_and_nothing_set(tmp_path: Path, name: str) -> None:
+def test_mismatches_are_listed_and_nothing_is_loaded(tmp_path: Path, name: str) -> None:
     changes, said = MISFITS[name]
     save_file({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, tmp_path / "other.safetensors")
     model = Counted().model()
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_listed_and_nothing_set(tmp_path: Path, name: str) 
     assert distance(model.state_dict(), before) == 0
 
 
-def test_a_checkpoint_of_another_model_is_listed_too(trained: Run) -> None:
+def test_mismatches_of_a_checkpoint_are_listed(trained: Run) -> None:
     with pytest.raises(
         UserError, match=r"lacks 5.weight, 5.bias; it has other shapes: 0.weight \[32, 8\], not \[64, 8\]"
     ):
@@ -339,7 +339,7 @@ def test_floats_are_converted(tmp_path: Path) -> None:
     assert torch.equal(found["0.weight"], PLAIN["0.weight"].bfloat16().float())
 
 
-def test_of_shared_tensors_one_name_is_enough(tmp_path: Path) -> None:
+def test_one_name_of_shared_tensors_is_enough(tmp_path: Path) -> None:
     file, model = tmp_path / "tied.safetensors", Shared()
     leave(RunDir(tmp_path), model, None)
     plain = load_file(tmp_path / "final" / "model.safetensors")
@@ -362,15 +362,15 @@ class Remembering(nn.Linear):
         return {"calls": 3}
 
 
-def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+def test_entries_that_are_not_tensors_are_left_out(tmp_path: Path) -> None:
     model, again = nn.Linear(2, 2), Remembering(2, 2)
     leave(RunDir(tmp_path), model, None)
     initialise(again, str(tmp_path), ALONE)
     assert torch.equal(model.weight, again.weight)
 
 
-def test_only_rank_0_reads_and_all_have_the_same(tmp_path: Path) -> None:
-    """Tensors of every dtype; the others needn't even see the file."""
+def test_only_rank_0_reads_the_file(tmp_path: Path) -> None:
+    """Tensors of every dtype; other ranks don't need access to the file."""
     leave(RunDir(tmp_path), Shared(), None)
 
     def body(world: World) -> Any:
@@ -383,7 +383,7 @@ def test_only_rank_0_reads_and_all_have_the_same(tmp_path: Path) -> None:
     assert in_ranks(3, body, tmp_path / "ranks") == [[True, file, False]] * 3
 
 
-def test_all_ranks_refuse_what_rank_0_refuses(tmp_path: Path) -> None:
+def test_rejection_by_rank_0_reaches_all_ranks(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         return initialise(Shared(), str(tmp_path / "nothing"), world)
 
@@ -392,8 +392,8 @@ def test_all_ranks_refuse_what_rank_0_refuses(tmp_path: Path) -> None:
     assert "nothing doesn't exist" in ends[1]["message"]
 
 
-def test_a_run_that_starts_from_another(runs: Runs, trained: Run) -> None:
-    """Its first step is on those weights, and its average starts with them; it says where they are from."""
+def test_run_that_starts_from_another(runs: Runs, trained: Run) -> None:
+    """Its first step is on those weights, its average starts with them, and it reports their source."""
     run = runs(2, *TASK, f"init_from={trained.run.path}", "duration=1st", "lr.peak=1e-9", "lr.warmup=0", "ema=1ep")
     assert 0 < distance(run.weights(), trained.weights()) < ROUNDING
     assert distance(averaged(run), trained.weights()) < ROUNDING
