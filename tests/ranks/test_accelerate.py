@@ -28,7 +28,7 @@ def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
 
 
 @pytest.mark.parametrize(
-    ("world", "asked"),
+    ("world", "options"),
     [
         (1, ("batch.per_gpu=7",)),
         (3, ("batch.per_gpu=5",)),  # three passes, the last of them uneven
@@ -37,11 +37,11 @@ def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
         (2, ("precision=bf16",)),
     ],
 )
-def test_same_run_as_ddp(runs: Runs, world: int, asked: tuple[str, ...]) -> None:
+def test_same_run_as_ddp(runs: Runs, world: int, options: tuple[str, ...]) -> None:
     """Bit for bit on the same cut: both reduce the same sums in the same buckets."""
-    ddp, ours = both(runs, world, *COUNTED, *asked)
-    assert distance(ddp.weights(), ours.weights()) == 0
-    assert ours.losses() == ddp.losses()
+    ddp, accelerated = both(runs, world, *COUNTED, *options)
+    assert distance(ddp.weights(), accelerated.weights()) == 0
+    assert accelerated.losses() == ddp.losses()
 
 
 def test_same_run_on_another_cut(runs: Runs) -> None:
@@ -58,15 +58,15 @@ def test_running_statistics(runs: Runs) -> None:
         "duration=5st",
         "evaluate.every=null",
     )
-    ddp, ours = both(runs, 2, *odd)
-    assert distance(ddp.weights(), ours.weights()) == 0
+    ddp, accelerated = both(runs, 2, *odd)
+    assert distance(ddp.weights(), accelerated.weights()) == 0
 
 
 def test_nonfinite_step_is_skipped(runs: Runs) -> None:
     nan = (*COUNTED, "task._target_=tests.support.tasks.BecomesNaN", "on_nonfinite=skip")
-    ddp, ours = both(runs, 2, *nan)
-    assert any(event["event"] == "skip" for event in ours.events())
-    assert distance(ddp.weights(), ours.weights()) == 0
+    ddp, accelerated = both(runs, 2, *nan)
+    assert any(event["event"] == "skip" for event in accelerated.events())
+    assert distance(ddp.weights(), accelerated.weights()) == 0
 
 
 def test_resumes_with_ddp_on_another_world_size(runs: Runs) -> None:
@@ -98,7 +98,7 @@ def test_keywords_of_the_ddp_handler(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("option", "expected"),
     [
         (HANDLER % "comm_hook:fp16", "comm_hook=fp16 compresses gradients"),
         ("engine.config.kwargs_handlers=[{_target_:accelerate.utils.GradScalerKwargs}]", "has a GradScalerKwargs"),
@@ -106,10 +106,10 @@ def test_keywords_of_the_ddp_handler(runs: Runs) -> None:
         ("engine.config.log_with=no-such-tracker", "accelerate.Accelerator can't be made"),
     ],
 )
-def test_invalid_config_is_rejected(runs: Runs, asked: str, said: str) -> None:
-    for end in runs(2, *COUNTED, "engine=accelerate", asked).ends:
+def test_invalid_config_is_rejected(runs: Runs, option: str, expected: str) -> None:
+    for end in runs(2, *COUNTED, "engine=accelerate", option).ends:
         assert end["raised"] == "UserError"
-        assert said in end["message"]
+        assert expected in end["message"]
 
 
 def test_without_the_package(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
 
 
 @pytest.mark.parametrize(
-    ("said", "instead"),
+    ("env", "fix"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "give precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "give precision=bf16 instead"),
@@ -137,23 +137,23 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "give compile=true"),
     ],
 )  # fmt: skip
-def test_launcher_options_that_contradict_the_plan(said: dict[str, str], instead: str) -> None:
+def test_launcher_options_that_contradict_the_plan(env: dict[str, str], fix: str) -> None:
     with pytest.raises(UserError, match="accelerate launch says") as refused:
-        refuse_contradictions(LAUNCHED | said, "fp32", compiled=False, device="cpu")
-    assert instead in str(refused.value)
+        refuse_contradictions(LAUNCHED | env, "fp32", compiled=False, device="cpu")
+    assert fix in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("said", "plan"),
+    ("env", "plan"),
     [
-        ({}, {"precision": "bf16"}),  # "no" is also what it says where it was told nothing
+        ({}, {"precision": "bf16"}),  # "no" is also its default
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "bf16"}),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compiled": True}),
         ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "false"}, {}),
     ],
 )
-def test_launcher_options_that_agree_with_the_plan(said: dict[str, str], plan: dict[str, Any]) -> None:
-    refuse_contradictions(LAUNCHED | said, **{"precision": "fp32", "compiled": False, "device": "cpu"} | plan)
+def test_launcher_options_that_agree_with_the_plan(env: dict[str, str], plan: dict[str, Any]) -> None:
+    refuse_contradictions(LAUNCHED | env, **{"precision": "fp32", "compiled": False, "device": "cpu"} | plan)
 
 
 def test_launcher_asks_for_the_cpu_on_a_gpu() -> None:
@@ -172,6 +172,6 @@ def test_launcher_options_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
     moves = (option for option in three if not option.startswith("batch.global_size"))
     moving = runs(1, *moves, "batch.schedule=0sa:42 42sa:84")
     assert "has batch.accumulation=3, 6; set it to 1 or auto" in moving.ends[0]["message"]
-    assert not (moving.run.path / "metrics.jsonl").exists()  # nothing was trained before
+    assert not (moving.run.path / "metrics.jsonl").exists()  # rejected before training
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "give precision=fp16" in runs(1, *three).ends[0]["message"]

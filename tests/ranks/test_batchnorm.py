@@ -114,9 +114,9 @@ def test_ghosts_are_the_same_on_all_cuts(runs: Runs) -> None:
 def test_ghosts_resume_on_other_ranks(runs: Runs) -> None:
     """Stopped on one rank and resumed on three, including the running statistics."""
     whole = runs(2, *GHOST)
-    begun = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
-    assert begun.ends[0]["step"] == 5
-    assert apart(runs(3, *GHOST, going_on=begun), whole) < ROUNDING
+    stopped = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
+    assert stopped.ends[0]["step"] == 5
+    assert apart(runs(3, *GHOST, going_on=stopped), whole) < ROUNDING
 
 
 def test_skipped_step_updates_no_statistics(runs: Runs) -> None:
@@ -185,8 +185,8 @@ def test_ghost_equals_torch_on_its_samples_alone(layer: nn.Module, shape: tuple[
         out = model(at) if model is ghosts else torch.cat([model(part) for part in at.split(4)])
         out.backward(gradient)
         found.append([out, at.grad, *(parameter.grad for parameter in model.parameters())])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(ghosts.eval()(x), copy.deepcopy(layer).eval()(x))
     assert ghosts.state_dict().keys() == plain.state_dict().keys()
 
@@ -215,16 +215,16 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
 
 
 def test_other_rows_than_multiples_of_the_samples_are_reported() -> None:
-    told: list[str] = []
-    stream = Stream(0, CPU, told.append)
+    reports: list[str] = []
+    stream = Stream(0, CPU, reports.append)
     layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), "ghost", 2, stream, 1)
     stream.start(0, 4)
     x = torch.randn(20, 3)
     out = layer(x)
-    assert not told
+    assert not reports
     torch.testing.assert_close(out[10:], (x[10:] - x[10:].mean(0)) / (x[10:].var(0, correction=0) + 1e-5).sqrt())
     layer(torch.randn(7, 3))
-    assert told == ["the rows of BatchNorm layer 0 aren't a multiple of the samples"]
+    assert reports == ["the rows of BatchNorm layer 0 aren't a multiple of the samples"]
 
 
 def test_forward_without_batch_norm_is_rejected() -> None:

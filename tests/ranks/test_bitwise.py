@@ -88,9 +88,9 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 def assert_same(one: Run, other: Run) -> None:
     assert {end["state"] for end in (*one.ends, *other.ends)} == {"finished"}
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name, content in ours.items() if theirs[name] != content] == []
+    actual, expected = tensors(one), tensors(other)
+    assert actual.keys() == expected.keys()
+    assert [name for name, content in actual.items() if expected[name] != content] == []
     assert lines(one) == lines(other)
 
 
@@ -162,7 +162,7 @@ def test_nonfinite_steps_are_skipped_alike(runs: Runs) -> None:
     assert_same(one, runs(8, *skips))
 
 
-# ---- what is refused
+# ---- rejected
 
 
 def refusals(run: Run) -> list[str]:
@@ -251,7 +251,7 @@ def test_nondeterministic_operation_is_rejected(runs: Runs) -> None:
         )
 
 
-# ---- it trains what fast trains
+# ---- the same run as with numerics=fast
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -266,11 +266,11 @@ def test_gradients_have_the_strides_of_their_parameters(runs: Runs, optimizer: s
 def test_noise_equals_fast(runs: Runs) -> None:
     noisy = (*TASK, "batch.global_size=48", "batch.per_gpu=12", "noise.every=1st", "task.args.dtypes=false")
     names = ("noise/grad_sq", "noise/trace", "loss", "grad_norm")
-    fast, ours = (
+    fast, bitwise = (
         [[line[name] for name in names] for line in lines(runs(2, *noisy, f"numerics={numerics}"))]
         for numerics in ("fast", "bitwise")
     )
-    for one, other in zip(fast, ours, strict=True):
+    for one, other in zip(fast, bitwise, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
 
 

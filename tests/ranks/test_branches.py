@@ -1,4 +1,4 @@
-"""Ranks that use different parts of a model: trained as on one rank, or rejected before a weight moves."""
+"""Ranks that use different parts of a model: trained as on one rank, or rejected before weights change."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ def test_trails_show_where_modules_differ() -> None:
         trail.begin("training")
         for name in names:
             trail.ran(name)
-    assert two.describe_mismatch() is None  # rank 0 may not have come that far
-    said = "the ranks ran different modules in one step: rank 0 ran b, rank 1 ran x; do better"
-    assert describe_mismatch(store, range(2)) == said
+    assert two.describe_mismatch() is None  # rank 0 may be behind
+    expected = "the ranks ran different modules in one step: rank 0 ran b, rank 1 ran x; do better"
+    assert describe_mismatch(store, range(2)) == expected
     assert one.describe_mismatch() is None
-    assert two.describe_mismatch() == said
+    assert two.describe_mismatch() == expected
     with pytest.raises(UserError, match="only rank 1 ran x; do better"):
         two.check(sum(trail.numbers()[0] for trail in (one, two)), sum(trail.numbers()[1] for trail in (one, two)))
 

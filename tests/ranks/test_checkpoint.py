@@ -146,7 +146,7 @@ def test_tensors_are_restored_on_any_number_of_ranks(tmp_path: Path, size: int) 
             start, stop = (flat.numel() * bound // world.size for bound in (world.rank, world.rank + 1))
             if not same_bits(reader(name, start, stop), flat[start:stop]):
                 wrong.append(f"{name} {start}:{stop}")
-        return world.gather(", ".join(wrong))  # by which all stay until all are there
+        return world.gather(", ".join(wrong))  # so that no rank leaves before the others are done
 
     for readers in (1, 3):
         assert in_ranks(readers, load, tmp_path / f"loading-{readers}") == [[""] * readers] * readers
@@ -240,7 +240,7 @@ def fails_once(
 
     def body(world: World) -> Any:
         live = torch.zeros(100_000)
-        keep, told = saver(run, world, {"w": live}, policy=Policy(None, keep=5)), []
+        keep, reports = saver(run, world, {"w": live}, policy=Policy(None, keep=5)), []
         for step in (1, 2, 3):
             live.fill_(step)
             if step == 2:
@@ -250,11 +250,11 @@ def fails_once(
                 failure = keep.failure()
                 while world.rank == 0 and not failure:
                     failure = keep.failure()
-                told = [failure, keep.failure()]
-            told.append(keep.wait())
+                reports = [failure, keep.failure()]
+            reports.append(keep.wait())
             if step == 2:
                 mend(world)
-        return told
+        return reports
 
     ends = in_ranks(size, body, folder / "ranks")
     assert steps_of(run) == [3, 1]
@@ -273,8 +273,8 @@ def test_disk_full_on_one_rank(tmp_path: Path) -> None:
 
     hinder, mend = partial(limit, 50_000), partial(limit, resource.RLIM_INFINITY)
     ends = fails_once(RunDir(tmp_path), 3, tmp_path, hinder, mend)
-    said = "step 2: File too large (OSError) on rank 1"
-    assert ends == [[said, None, said, None], [None, None, said, None], [None, None, said, None]]
+    expected = "step 2: File too large (OSError) on rank 1"
+    assert ends == [[expected, None, expected, None], [None, None, expected, None], [None, None, expected, None]]
 
 
 def test_unwritable_run_directory(tmp_path: Path) -> None:
@@ -286,8 +286,8 @@ def test_unwritable_run_directory(tmp_path: Path) -> None:
         return keep.wait()
 
     aside = tmp_path / "checkpoints" / ".step-00000001.tmp"
-    said = f"step 1: Not a directory (NotADirectoryError): {aside} on rank 0, and 1 more"
-    assert in_ranks(2, body, tmp_path / "ranks") == [said, said]
+    expected = f"step 1: Not a directory (NotADirectoryError): {aside} on rank 0, and 1 more"
+    assert in_ranks(2, body, tmp_path / "ranks") == [expected, expected]
 
 
 @pytest.fixture
@@ -346,8 +346,8 @@ def test_disk_full_at_the_manifest(small_disk: Path, tmp_path: Path) -> None:
     assert names(run) == []
 
 
-@pytest.mark.parametrize(("size_mb", "said"), [(150, "no memory for a copy"), (3, "can't start new thread")])
-def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
+@pytest.mark.parametrize(("size_mb", "expected"), [(150, "no memory for a copy"), (3, "can't start new thread")])
+def test_rank_without_memory(tmp_path: Path, size_mb: int, expected: str) -> None:
     """For a copy or a thread. The other ranks don't wait for it in the communication of slices().
 
     A rank's third of 150 MB is more than the freed memory that malloc may have kept.
@@ -373,7 +373,7 @@ def test_a_rank_without_memory(tmp_path: Path, size_mb: int, said: str) -> None:
     ends = in_ranks(3, body, tmp_path / "ranks")
     assert {end[1] for end in ends} == {None}
     (failure,) = {end[0] for end in ends}
-    assert failure.startswith(f"step 1: {said}")
+    assert failure.startswith(f"step 1: {expected}")
     assert failure.endswith("(MemoryError) on rank 1")
     assert steps_of(RunDir(tmp_path)) == [1]
 
@@ -384,8 +384,8 @@ def test_unsupported_dtype(tmp_path: Path) -> None:
         keep.save(state(1))
         return keep.wait()
 
-    said = "step 1: w is torch.complex128, which safetensors can't store (TypeError) on rank 0, and 1 more"
-    assert in_ranks(2, body, tmp_path / "ranks") == [said, said]
+    expected = "step 1: w is torch.complex128, which safetensors can't store (TypeError) on rank 0, and 1 more"
+    assert in_ranks(2, body, tmp_path / "ranks") == [expected, expected]
     assert names(RunDir(tmp_path)) == []
 
 
@@ -405,7 +405,7 @@ def test_missing_slices(tmp_path: Path) -> None:
     assert names(RunDir(tmp_path)) == []
 
 
-# What is kept, and when
+# Kept checkpoints
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -447,15 +447,15 @@ def test_committed_checkpoint_counts_if_an_older_one_cannot_be_removed(tmp_path:
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
-        told: list[str] = []
+        reports: list[str] = []
         keep = saver(
-            run, world, {"w": torch.zeros(9)}, policy=Policy(None, keep=1), best="val/accuracy:max", warn=told.append
+            run, world, {"w": torch.zeros(9)}, policy=Policy(None, keep=1), best="val/accuracy:max", warn=reports.append
         )
         failures = []
         for step in (2, 3, 4):
             keep.save(state(step), {"val/accuracy": step / 10})
             failures.append(keep.wait())
-        return failures, keep.best.improves({"val/accuracy": 0.35}), told
+        return failures, keep.best.improves({"val/accuracy": 0.35}), reports
 
     first = run.checkpoints / "step-00000001"
     first.mkdir(parents=True)

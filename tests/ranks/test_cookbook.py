@@ -32,9 +32,9 @@ def test_recipe_is_the_same_run_on_any_cut(name: str, tmp_path: Path) -> None:
     runs, made = Runs(tmp_path, trial=True), {}
     for cut, (ranks, overrides) in CUTS.items():
         made[cut] = runs(ranks, *command(name), "batch.global_size=32", "duration=5st", *overrides)
-        told = {event["event"] for event in made[cut].events()}
-        assert "finished" in told, made[cut].ends
-        assert not told & {"depends_on_cut", "trial_skipped", "warning"}
+        events = {event["event"] for event in made[cut].events()}
+        assert "finished" in events, made[cut].ends
+        assert not events & {"depends_on_cut", "trial_skipped", "warning"}
     first = made["one rank"].weights()
     assert {cut: distance(first, run.weights()) for cut, run in made.items()} == pytest.approx(
         dict.fromkeys(CUTS, 0.0), abs=ROUNDING

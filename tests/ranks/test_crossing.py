@@ -129,9 +129,9 @@ def stored(run: RunDir) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """Return a stopped run of an engine on two ranks, made once."""
-    runs = Runs(tmp_path_factory.mktemp("begun"))
+    runs = Runs(tmp_path_factory.mktemp("stopped_run"))
     return cache(lambda engine: runs(2, *SMALL, *ENGINES[engine], stop_at=2))
 
 
@@ -140,12 +140,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Runs(tmp_path_factory.mktemp("uninterrupted"))(1, *SMALL)
 
 
-KINDS = ("DDP", "FSDP", "ZeRO-1", "ZeRO-3")  # of what a rank holds; the others hold as one of these does
+KINDS = ("DDP", "FSDP", "ZeRO-1", "ZeRO-3")  # one engine for each layout of a rank's tensors
 
 
 @pytest.mark.parametrize(("first", "then"), [*permutations(KINDS, 2), ("ZeRO-0", "ZeRO-2"), ("ZeRO-2", "ZeRO-0")])
-def test_from_each_to_each(runs: Runs, begun: Callable[[str], Run], uninterrupted: Run, first: str, then: str) -> None:
-    shutil.copytree(begun(first).run.path, runs.folder / "run")
+def test_from_each_to_each(
+    runs: Runs, stopped_run: Callable[[str], Run], uninterrupted: Run, first: str, then: str
+) -> None:
+    shutil.copytree(stopped_run(first).run.path, runs.folder / "run")
     run = runs(3, *SMALL, *ENGINES[then], going_on=Run(RunDir(runs.folder / "run"), []))
     assert (run.ends[0]["state"], run.events()[-2]["event"]) == ("finished", "going_on")
     assert distance(run.weights(), uninterrupted.weights()) < ADAM_ROUNDING

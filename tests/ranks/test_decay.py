@@ -121,8 +121,8 @@ def test_resumed_run_keeps_the_groups_of_its_checkpoint(
     run = runs(world, *overrides, going_on=stopped)
     assert run.ends[0]["state"] == "finished", run.ends
     assert distance(whole.weights(), run.weights()) == 0
-    [said] = [event["text"] for event in run.events() if event["event"] == "groups_kept"]
-    assert "keeps the checkpoint's groups" in said
+    [text] = [event["text"] for event in run.events() if event["event"] == "groups_kept"]
+    assert "keeps the checkpoint's groups" in text
     fresh = runs(world, *overrides)
     assert distance(whole.weights(), fresh.weights()) > 1e-3
     assert not any(event["event"] == "groups_kept" for event in fresh.events())

@@ -190,9 +190,9 @@ def test_bf16(runs: Runs, stage: int) -> None:
     """Equal to fp32's cut; weights stay fp32, and DeepSpeed's own precision stays off."""
     options = (*COUNTED, "precision=bf16", "batch.per_gpu=24", "optimizer=adamw", "lr.peak=0.003")
     left = ("engine.config.bf16.enabled=auto", "engine.config.fp16=auto", "engine.config.zero_optimization.stage=auto")
-    whole, parts = runs(2, *options), runs(2, *options, *zero(stage, *left))
-    assert distance(parts.weights(), whole.weights()) < ROUNDING
-    assert distance(parts.weights(), runs(2, *options, "precision=fp32").weights()) > 1e-6
+    whole, sharded = runs(2, *options), runs(2, *options, *zero(stage, *left))
+    assert distance(sharded.weights(), whole.weights()) < ROUNDING
+    assert distance(sharded.weights(), runs(2, *options, "precision=fp32").weights()) > 1e-6
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
@@ -209,9 +209,9 @@ def test_nonfinite_step_is_skipped(runs: Runs, once: Callable[..., Run], stage: 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_run_is_bitwise_equal(runs: Runs, stage: int) -> None:
     options = (*GHOST, "ema=30sa", "optimizer=adamw", "lr.peak=0.01", "clip_norm=0.5", "batch.per_gpu=4", *zero(stage))
-    begun = runs(2, *options, stop_at=3)
-    assert begun.ends[0]["step"] == 3
-    whole, resumed = runs(2, *options), runs(2, *options, going_on=begun)
+    stopped = runs(2, *options, stop_at=3)
+    assert stopped.ends[0]["step"] == 3
+    whole, resumed = runs(2, *options), runs(2, *options, going_on=stopped)
     assert all(same_bits(tensor, resumed.weights()[name]) for name, tensor in whole.weights().items())
     assert all(same_bits(tensor, averages(resumed)[name]) for name, tensor in averages(whole).items())
 
@@ -270,8 +270,8 @@ def made(world: World, options: list[str]) -> Engine:
 def test_parameter_without_elements(runs: Runs, stage: int) -> None:
     """It isn't trained, and doesn't disturb the other parameters or a checkpoint."""
     options = (*COUNTED, *ODD, "task.args.hollow=true", "ema=40sa")
-    begun = runs(2, *options, *zero(stage), stop_at=3)
-    resumed = runs(3, *options, *zero(stage), going_on=begun)
+    stopped = runs(2, *options, *zero(stage), stop_at=3)
+    resumed = runs(3, *options, *zero(stage), going_on=stopped)
     assert resumed.ends[0]["state"] == "finished", resumed.ends[0]
     assert (
         distance(

@@ -14,7 +14,7 @@ from isobatch.trainers.engines.reducer import Parts, Reducer
 from tests.support.harness import Run, Runs, distance
 from tests.support.same import CASES, ENGINES, TASK, overrides, pairs
 
-# The others share their code with these, and have tests of their own; `python -m benchmarks same` has all on all.
+# The other engines share their code with these and have their own tests; `python -m benchmarks same` runs all cases.
 EVERYWHERE = ("the model is called twice in a pass", "only parts of the model are called, never its forward")
 # What is missing here of DDP's, test_invariance.py has, in float64; of FSDP's, the test of all that goes together.
 HERE = {
@@ -77,12 +77,12 @@ def same(run: Run, expected: Run, apart: float) -> None:
     assert distance(run.weights(), expected.weights()) < apart
     if (averaged := Path(expected.run.final / "ema.safetensors")).exists():
         assert distance(run.weights(averaged.name), expected.weights(averaged.name)) < apart
-    lines, wanted = run.metrics(), expected.metrics()
-    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
-    for line, there in zip(lines, wanted, strict=True):
+    lines, other_lines = run.metrics(), expected.metrics()
+    assert [line["step"] for line in lines] == [line["step"] for line in other_lines]
+    for line, other in zip(lines, other_lines, strict=True):
         for key in ("loss", "grad_norm", "lr", "val/loss", "ema/loss", "noise/scale"):
-            if (value := there.get(key)) is not None:
-                assert line[key] == pytest.approx(value, rel=max(10 * apart, 1e-5)), (line, there)
+            if (value := other.get(key)) is not None:
+                assert line[key] == pytest.approx(value, rel=max(10 * apart, 1e-5)), (line, other)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-0", "ZeRO-2", "ZeRO-3", "Accelerate"])

@@ -141,16 +141,16 @@ DRAWS = {
 @pytest.mark.parametrize("draws", DRAWS)
 def test_draws_of_a_batch_are_reported_and_leave_no_trace(tmp_path: Path, draws: str) -> None:
     """Reported once; equal in equal batches, different in others; buffers are restored."""
-    task, said, trained = Noisy(draws), list[str](), list[str]()
-    stream = Stream(0, ALONE.device, trained.append, said.append)
+    task, reports, trained = Noisy(draws), list[str](), list[str]()
+    stream = Stream(0, ALONE.device, trained.append, reports.append)
     model = key_dropout(task.model(), stream).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate, others = (evaluator(task, model, ALONE, size, stream=stream) for size in (5, 37))
     first = evaluate()
     assert evaluate() == first
     assert others() != first
-    assert len(said) == 1
-    assert said[0].startswith(DRAWS[draws])
+    assert len(reports) == 1
+    assert reports[0].startswith(DRAWS[draws])
     assert not trained
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -266,6 +266,6 @@ def test_which_checkpoint_is_best() -> None:
     assert none.missing({}) is none.never() is None
     assert lowest.never() is None
     assert not lowest.improves({"ema/loss": 0.0})
-    said = Best("val/acuracy:max").missing({"val/accuracy": 0.6, "ema/acuracy": 1.0})
-    assert said
-    assert said.endswith("it has val/accuracy, ema/acuracy; did you mean val/accuracy?")
+    warning = Best("val/acuracy:max").missing({"val/accuracy": 0.6, "ema/acuracy": 1.0})
+    assert warning
+    assert warning.endswith("it has val/accuracy, ema/acuracy; did you mean val/accuracy?")

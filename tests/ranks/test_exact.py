@@ -307,12 +307,12 @@ class ByRank(Counted):
 
 
 @pytest.mark.parametrize(
-    ("val", "said"), [(False, "500 on rank 0, 400 on rank 1"), (True, "37 on rank 0, 30 on rank 1")]
+    ("val", "expected"), [(False, "500 on rank 0, 400 on rank 1"), (True, "37 on rank 0, 30 on rank 1")]
 )
-def test_ranks_with_different_data_are_rejected(runs: Runs, val: bool, said: str) -> None:
+def test_ranks_with_different_data_are_rejected(runs: Runs, val: bool, expected: str) -> None:
     run = runs(2, *task("ByRank", f"task.args.val={val}"))
     assert [end["raised"] for end in run.ends] == ["UserError"] * 2
-    assert said in run.ends[0]["message"]
+    assert expected in run.ends[0]["message"]
 
 
 def test_rejected_start_destroys_nothing(runs: Runs) -> None:
@@ -355,17 +355,17 @@ class CollateDraws(OneAtATime):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [("Mixup", "the forward draws"), ("ManyDrawn", "__getitems__ draws"), ("CollateDraws", "collate draws")],
 )
-def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, said: str) -> None:
+def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, expected: str) -> None:
     """They are reported, also from data workers; on one cut they repeat."""
-    here = runs(1, *task(name))
-    there = runs(1, *task(name, "data.workers=2"))
-    for run in (here, there):
-        assert {reason.startswith(said) for reason in warnings_of(run)} == {True}
-    assert distance(here.weights(), there.weights()) < ROUNDING
-    assert distance(here.weights(), runs(1, *task(name, "batch.per_gpu=7")).weights()) > 1e-3
+    local = runs(1, *task(name))
+    loaded = runs(1, *task(name, "data.workers=2"))
+    for run in (local, loaded):
+        assert {reason.startswith(expected) for reason in warnings_of(run)} == {True}
+    assert distance(local.weights(), loaded.weights()) < ROUNDING
+    assert distance(local.weights(), runs(1, *task(name, "batch.per_gpu=7")).weights()) > 1e-3
 
 
 def test_stated_units_are_checked(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:

@@ -183,9 +183,9 @@ class Opening:
 
 
 def test_look_does_not_open_files_in_this_process() -> None:
-    there, here = Opening(), Opening()
-    assert look([partial(fingerprint, there, seed=0)]) == [fingerprint(here, seed=0)]
-    assert (there.opened_by, here.opened_by) == (None, os.getpid())
+    looked_at, direct = Opening(), Opening()
+    assert look([partial(fingerprint, looked_at, seed=0)]) == [fingerprint(direct, seed=0)]
+    assert (looked_at.opened_by, direct.opened_by) == (None, os.getpid())
 
 
 class Records:
@@ -217,7 +217,7 @@ def test_look_that_fails_dies_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(one) for one in rest] == [Unseen, Unseen]
     (late,) = look([lambda: time.sleep(60)])
     assert "timed out" in late.why
-    lost, kept = look([lambda: lambda: 1, lambda: 3])  # a process can't hand on a function that has no name
+    lost, kept = look([lambda: lambda: 1, lambda: 3])  # a lambda can't be pickled
     assert ("pickled" in lost.why, kept) == (True, 3)
 
 

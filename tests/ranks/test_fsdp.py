@@ -89,10 +89,10 @@ def test_rank_holds_only_its_part(runs: Runs) -> None:
 def test_evaluating_leaves_no_stale_weights(runs: Runs) -> None:
     """The average is swapped in and out around evaluations, which gather weights."""
     often = ("evaluate.every=1st", "ema=60sa")
-    there = runs(1, *overrides(PLAIN, "DDP"), *often)
-    here = runs(3, *overrides(PLAIN, "FSDP"), *often)
-    same(here, there, 1e-6)
-    assert distance(here.weights(), runs(1, *overrides(PLAIN, "DDP")).weights()) < ROUNDING
+    ddp = runs(1, *overrides(PLAIN, "DDP"), *often)
+    fsdp = runs(3, *overrides(PLAIN, "FSDP"), *often)
+    same(fsdp, ddp, 1e-6)
+    assert distance(fsdp.weights(), runs(1, *overrides(PLAIN, "DDP")).weights()) < ROUNDING
 
 
 @pytest.mark.parametrize("more", [("engine.shard=[blocks.0.inner]",), ("engine.config.reshard_after_forward=false",)])
@@ -103,8 +103,8 @@ def test_groups_change_nothing(runs: Runs, more: tuple[str, ...]) -> None:
 
 def test_bf16_weights_equal_autocast_to_rounding(runs: Runs) -> None:
     half = ("precision=bf16", "engine.param_dtype=bf16")
-    there = runs(1, *overrides("bf16", "DDP"))
-    apart = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), there.weights())
+    ddp = runs(1, *overrides("bf16", "DDP"))
+    apart = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), ddp.weights())
     assert 1e-7 < apart < 2e-2
 
 

@@ -69,14 +69,14 @@ CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2"
 
 @pytest.mark.parametrize(("world", "overrides"), CUTS, ids=lambda value: str(value))
 def test_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
-    begun = whole[(3, *FEWER, 13)]
-    shutil.copytree(begun.run.path, runs.folder / "run")
+    stopped = whole[(3, *FEWER, 13)]
+    shutil.copytree(stopped.run.path, runs.folder / "run")
     run = runs(world, *FEWER, *overrides, going_on=Run(RunDir(runs.folder / "run"), []))
     uninterrupted = whole[(3, *FEWER)]
     assert distance(run.weights(), uninterrupted.weights()) < ROUNDING
-    ours, theirs = lines(run), lines(uninterrupted)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for line, other in zip(ours, theirs, strict=True):
+    actual, expected = lines(run), lines(uninterrupted)
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for line, other in zip(actual, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_global_batch_that_was_a_product_is_kept(runs: Runs) -> None:
     assert run.ends[0]["step"] == STEPS
 
 
-# ---- what is saved, and when
+# ---- saves
 
 
 def steps_kept(run: Run) -> list[int]:
@@ -147,9 +147,9 @@ class Late(DelayedReadback):
 
 def test_late_requests_are_handled_in_steps_that_wait_for_results(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock asks for a save in step 14, which is evaluated, and a signal for a stop in step 17, which is saved."""
-    asked = iter([False] * 13 + [True] + [False] * 99)
+    due = iter([False] * 13 + [True] + [False] * 99)
     monkeypatch.setattr("isobatch.trainers.run.DelayedReadback", Late)
-    monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(asked))
+    monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(due))
     run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
     assert steps_kept(run) == [14, 17]
 
@@ -166,14 +166,14 @@ def test_finished_run_is_extended_to_a_longer_duration(runs: Runs, capfd: pytest
     run = runs(1, *TASK, "duration=4ep", going_on=run, extends=True)
     assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
-    assert file.read_text().startswith(marked)  # its last evaluation isn't owed any more
+    assert file.read_text().startswith(marked)  # its last evaluation isn't owed anymore
     assert distance(run.weights(), final) > 0
     assert "the learning rate changes from" in capfd.readouterr().out
     stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, extends=True)
     assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
 
 
-# ---- what isn't good
+# ---- damaged and missing checkpoints
 
 
 def test_damaged_checkpoint_is_skipped_for_the_previous_one(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +183,7 @@ def test_damaged_checkpoint_is_skipped_for_the_previous_one(runs: Runs, capfd: p
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    # Sealed again, so that only what it says is wrong
+    # The manifest is sealed again, so that only its values are wrong
     edit(run.run.checkpoints / "step-00000020", lambda saved: saved["values"]["optim/groups"][0].update(momentum="x"))
     run = runs(2, *TASK, going_on=run)
     out = capfd.readouterr().out
@@ -299,7 +299,7 @@ def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, STEPS + 1))
 
 
-# ---- what isn't finite
+# ---- steps that aren't finite
 
 
 def test_nonfinite_step_is_skipped_on_all_ranks(runs: Runs) -> None:
@@ -337,8 +337,8 @@ def reader_of(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}
 
 
-@pytest.mark.parametrize(("limit", "said"), [(0, 1), (1000, 0)])
-def test_save_too_slow_for_the_scheduler_is_reported_once(runs: Runs, limit: float, said: int) -> None:
+@pytest.mark.parametrize(("limit", "count"), [(0, 1), (1000, 0)])
+def test_save_too_slow_for_the_scheduler_is_reported_once(runs: Runs, limit: float, count: int) -> None:
     run = runs(2, *TASK, "duration=10st", "checkpoint.every=4st", kill_wait_s=limit)
     warnings = [event for event in run.events() if "KillWait" in event.get("text", "")]
-    assert len(warnings) == said
+    assert len(warnings) == count

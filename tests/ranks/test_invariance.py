@@ -82,8 +82,8 @@ ALL = (
     "lr.peak=0.02", "evaluate.every=null", "log.every=1st", "batchnorm.mode=ghost", "batchnorm.ghost_size=4",
     "ema=96sa", "clip_norm=1.0",
 )  # fmt: skip
-# Rounding in float64 is 1e-16 a step; this leaves a factor of 10,000 for what amplifies it. Whatever is summed over
-# another set of samples, or in float32, is above 1e-8.
+# Rounding in float64 is 1e-16 a step; this leaves a factor of 10,000 for its amplification. A sum over another set of
+# samples, or in float32, differs by more than 1e-8.
 EXACT = 1e-12
 # ranks, per-GPU batch at most; 12 ghosts are dealt evenly, unevenly (5 passes for 2 ranks), and one by one
 ALL_CUTS = [(1, 8), (2, 10), (3, 4), (4, 12)]
@@ -188,6 +188,6 @@ def test_dataset_shorter_than_a_batch_wraps(runs: Runs) -> None:
 def test_data_workers_change_nothing(runs: Runs, many: bool) -> None:
     """Augmentation is keyed by the sample: the same from workers, on two ranks, by single or by many samples."""
     slow = (*COUNTED, "task._target_=tests.support.tasks.Slow", "duration=8st")
-    here = runs(1, *slow, "batch.per_gpu=50")
-    there = runs(2, *slow, "batch.per_gpu=9", "data.workers=2", f"task.args.many={many}")
-    assert distance(here.weights(), there.weights()) < ROUNDING
+    direct = runs(1, *slow, "batch.per_gpu=50")
+    loaded = runs(2, *slow, "batch.per_gpu=9", "data.workers=2", f"task.args.many={many}")
+    assert distance(direct.weights(), loaded.weights()) < ROUNDING

@@ -71,20 +71,20 @@ def test_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "expected"),
     [
         ("groups", "groups of 2 and 2 parameters, but this run's has groups of 1 and 3"),
         ("dtype", "float32 [32, 8], but"),
     ],
 )
-def test_edited_task_is_rejected(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, said: str) -> None:
+def test_edited_task_is_rejected(runs: Runs, monkeypatch: pytest.MonkeyPatch, env: str, expected: str) -> None:
     """The identity doesn't include the source."""
     task = (*TASK, "task._target_=tests.support.tasks.Edited", "lr.peak=0.05")
     run = runs(1, *task, stop_at=3)
     monkeypatch.setenv("EDITED", env)
     refused = runs(1, *task, going_on=run).ends[0]
     assert refused["raised"] == "UserError"
-    assert said in refused["message"]
+    assert expected in refused["message"]
     assert "\n" not in refused["message"]
 
 
@@ -145,7 +145,7 @@ def test_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
         time.sleep(0.01)
     handed_on.close()
     run.lock().close()
-    os.killpg(worker.pid, signal.SIGKILL)  # it was still there
+    os.killpg(worker.pid, signal.SIGKILL)  # it was still alive
 
 
 @pytest.mark.parametrize(("job", "code"), [(("7", 1), 0), (("7", 0), 2), (("8", 1), 2), ((), 2)])

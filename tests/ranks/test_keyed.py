@@ -84,32 +84,32 @@ def test_mask_follows_the_sample() -> None:
 
 def test_rows_may_be_a_multiple_of_the_samples() -> None:
     """[samples × tokens, features] has the masks of [samples, tokens, features]."""
-    told: list[str] = []
-    stream = Stream(0, CPU, told.append)
+    reports: list[str] = []
+    stream = Stream(0, CPU, reports.append)
     dropout = key_dropout(nn.Dropout(0.5), stream)
     stream.start(5, 9)
     folded = dropout(torch.ones(4 * 6, 10))
     stream.start(5, 9)
     assert torch.equal(folded.view(4, 6, 10), dropout(torch.ones(4, 6, 10)))
     stream.stop()
-    assert not told
+    assert not reports
 
 
 def test_other_rows_fall_back_and_are_reported() -> None:
-    told: list[str] = []
-    stream = Stream(0, CPU, told.append)
+    reports: list[str] = []
+    stream = Stream(0, CPU, reports.append)
     model = key_dropout(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), stream)
     for _ in range(2):
         stream.start(0, 4)
         out = model[1](torch.ones(6, 1000))  # type: ignore[index]
     assert 0.4 < (out > 0).float().mean() < 0.6
-    assert told == ["the rows of dropout layer 1 aren't a multiple of the samples"]
+    assert reports == ["the rows of dropout layer 1 aren't a multiple of the samples"]
 
 
 def test_other_draws_of_a_forward_are_reported_and_repeat() -> None:
     """Functional dropout is keyed by micro-batch; the first forward reports it."""
-    told: list[str] = []
-    stream = Stream(0, CPU, told.append)
+    reports: list[str] = []
+    stream = Stream(0, CPU, reports.append)
     keyed = key_dropout(nn.Dropout(0.5), stream)
 
     def forward(start: int) -> Tensor:
@@ -119,7 +119,7 @@ def test_other_draws_of_a_forward_are_reported_and_repeat() -> None:
         return out
 
     first = forward(0)
-    assert told == ["the forward draws random numbers outside of nn.Dropout modules"]
+    assert reports == ["the forward draws random numbers outside of nn.Dropout modules"]
     assert not torch.equal(forward(4), first)
     assert torch.equal(forward(0), first)
 

@@ -58,7 +58,7 @@ def test_local_reaches_the_constructors_beside_args() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         ((*TASK, "task.args.folder=/x", "task.local.folder=/y"), "task.local.folder repeats task.args.folder"),
         (("task.local.width=8",), "task.local.width repeats task.args.width"),
@@ -66,8 +66,8 @@ def test_local_reaches_the_constructors_beside_args() -> None:
         ((*TASK, "data.local.cache=/x"), "data.local need data._target_"),
     ],
 )
-def test_argument_is_given_once(overrides: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_argument_is_given_once(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         compose(overrides)
 
 

@@ -34,8 +34,8 @@ from tests.support.same import ENGINES
 
 RANKS, WIDTH, LAYERS = 4, 1024, 16
 WEIGHTS_MB = LAYERS * WIDTH**2 * 4 >> 20  # 64
-STATE_MB = 3 * WEIGHTS_MB  # with what AdamW keeps
-SOME_MB = 20  # a few layers, and what is on its way
+STATE_MB = 3 * WEIGHTS_MB  # with AdamW's state
+SOME_MB = 20  # a few layers, and messages in flight
 MOST_MB = {"save": STATE_MB / RANKS + SOME_MB, "final": SOME_MB, "restore": STATE_MB / RANKS + SOME_MB}
 MMAP_THRESHOLD = -3  # for mallopt
 TASK = (
@@ -87,7 +87,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
     Args:
         naive: gather all shards for each of them.
     """
-    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that what is freed is seen to be
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that freed memory returns to the system
     config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
     task, run = make_task(config), RunDir(folder / "run")
     run.path.mkdir(parents=True, exist_ok=True)

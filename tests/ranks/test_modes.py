@@ -54,7 +54,7 @@ def shared() -> nn.Module:
         (model_of(backbone=block(frozen=True).eval(), head=nn.Linear(3, 1)), ["backbone"]),
         (with_one_module_in_train_mode(), ["teacher"]),
         (shared(), ["a.1", "b.1"]),
-        # as LoRA has it: a frozen base in train mode, also one with a norm
+        # as in LoRA: a frozen base in train mode, also one with a norm
         (model_of(base=block(frozen=True), adapter=nn.Linear(3, 3)), []),
         (model_of(pretrained=block().eval(), head=nn.Linear(3, 1)), []),  # by from_pretrained, which leaves eval mode
         (model_of(pretrained=block().eval()).eval(), []),

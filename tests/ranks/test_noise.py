@@ -20,7 +20,7 @@ from tests.support.steps import walk
 from tests.support.tasks import Counted
 
 NAMES = ("noise/scale", "noise/low", "noise/high", "noise/grad_sq", "noise/trace")
-FROZEN = ("lr.peak=1e-12", "evaluate.every=null", "log.every=1st", "noise.every=1st")  # its weights stay what they are
+FROZEN = ("lr.peak=1e-12", "evaluate.every=null", "log.every=1st", "noise.every=1st")  # constant weights
 
 TRAINED = (
     "task=custom", "task._target_=tests.support.tasks.Counted", "task.args.dropout=0.1", "batch.global_size=94",
@@ -186,8 +186,8 @@ def test_resumed_run_keeps_the_noise(runs: Runs) -> None:
 def test_one_micro_batch_per_step_is_reported(runs: Runs) -> None:
     run = runs(1, *command("plain", "batch.global_size=24", "duration=2st"))
     assert noise(run) == [[None] * 5] * 2
-    told = [event["text"] for event in run.events() if event["event"] == "warning"]
-    assert ["give batch.per_gpu=12, or more ranks" in text for text in told] == [True]
+    warnings = [event["text"] for event in run.events() if event["event"] == "warning"]
+    assert ["give batch.per_gpu=12, or more ranks" in text for text in warnings] == [True]
 
 
 def test_nonfinite_step_is_not_measured(runs: Runs) -> None:

@@ -29,11 +29,11 @@ def test_lambs_of_other_packages(native: bool) -> None:
         (ranger, {}, {"bias_correction": False, **phi}),
         (kozistr, {"weight_decouple": False, "adam_debias": True}, {"bias_correction": False, **phi}),
     ]  # fmt: skip
-    for peer, theirs, ours in pairs:
+    for peer, peer_options, options in pairs:
         shared: dict[str, Any] = {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.1}
-        a = after_steps(peer, **shared, **theirs)
-        b = after_steps(LAMB, **shared, **ours, native=native)
-        assert all(close(x, y.double(), 2e-6) for x, y in zip(a, b, strict=True)), (peer, theirs)
+        a = after_steps(peer, **shared, **peer_options)
+        b = after_steps(LAMB, **shared, **options, native=native)
+        assert all(close(x, y.double(), 2e-6) for x, y in zip(a, b, strict=True)), (peer, peer_options)
 
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
@@ -41,14 +41,14 @@ def test_lambs_of_other_packages(native: bool) -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_of_other_packages(native: bool, nesterov: bool) -> None:
     timm, ranger = alone("timm.optim.lars").Lars, alone("torch_optimizer.lars").LARS
-    for peer, theirs, ours in (
+    for peer, peer_options, options in (
         (timm, {"trust_coeff": 0.01}, {}),
         (timm, {"trust_coeff": 0.5, "trust_clip": True}, {"trust_coefficient": 0.5, "trust_clip": True}),
         (ranger, {"trust_coefficient": 0.01}, {}),
     ):
         shared: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov, "eps": 1e-8}
-        mine: dict[str, Any] = {"trust_coefficient": 0.01, "scaled_momentum": False, "native": native, **ours}
-        a = after_steps(peer, falling=True, **shared, **theirs)
-        b = after_steps(LARS, falling=True, **shared, **mine)
+        all_options: dict[str, Any] = {"trust_coefficient": 0.01, "scaled_momentum": False, "native": native, **options}
+        a = after_steps(peer, falling=True, **shared, **peer_options)
+        b = after_steps(LARS, falling=True, **shared, **all_options)
         whole = range(ZERO_WEIGHTS)  # where a norm is 0, torch_optimizer leaves out the decay
-        assert all(close(a[k], b[k].double()) for k in whole), (peer, theirs)
+        assert all(close(a[k], b[k].double()) for k in whole), (peer, peer_options)

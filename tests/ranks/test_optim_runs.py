@@ -43,7 +43,7 @@ def test_resumed_run_is_exact(runs: Runs, tmp_path: Path, name: str) -> None:
     assert distance(whole.weights(), same.weights()) == 0
     assert (other.ends[0]["state"], other.ends[0]["step"]) == ("finished", 9)
     assert not any("skipped" in line for line in (same.log(), other.log()))
-    # Muon works in bfloat16, where a rounding otherwise is one of 2^-8
+    # Muon works in bfloat16, where one different rounding is 2^-8
     assert distance(whole.weights(), other.weights()) < (1e-3 if name == "muon" else 1e-6)
     assert whole.losses()[-1] < whole.losses()[0]
 
@@ -54,12 +54,12 @@ def test_options_are_config_keys(runs: Runs) -> None:
     run = runs(1, *overrides, stop_at=4)
     assert runs(1, *overrides, going_on=run).ends[0]["state"] == "finished"
     assert distance(run.weights(), runs(1, *COUNTED, "optimizer=lamb").weights()) > 1e-4
-    for wrong, said in (
+    for wrong, message in (
         ("optimizer.trust_clip=[2,1]", "has to be [least, most]"),
         ("optimizer.bias_correction=before", "optimizer.bias_correction"),
         ("optimizer.args.bias_correction=false", "use optimizer.bias_correction"),
     ):
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(message)):
             compose(["optimizer=lamb", wrong])
 
 

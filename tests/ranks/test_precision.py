@@ -192,7 +192,7 @@ def test_loss_scale_is_doubled_after_2000_steps() -> None:
 def graphs() -> Iterator[list[str]]:
     """Return the compiled graphs, traced but not compiled to C++, which would take half a minute."""
     found: list[str] = []
-    torch._dynamo.reset()  # what earlier tests compiled decides what is dynamic
+    torch._dynamo.reset()  # earlier compilations decide which sizes are dynamic
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         found.append(graph.code)

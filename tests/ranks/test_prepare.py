@@ -51,9 +51,9 @@ class Downloads:
         time.sleep(self.sleeps_s)
         self.note("ends")
 
-    def note(self, what: str) -> None:
+    def note(self, event: str) -> None:
         with open(self.folder / "turns", "a") as file:
-            file.write(f"{self.rank} {what}\n")
+            file.write(f"{self.rank} {event}\n")
 
 
 def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path:
 
     (first, *others) = in_ranks(4, body, tmp_path / "ranks")
     assert first[:2] == ["", ["0 begins", "0 ends", "2 begins", "2 ends", ""]]
-    assert others == [first] * 3  # and the generators of all stand where they stood
+    assert others == [first] * 3  # and the generators of all ranks are unchanged
 
 
 def test_exception_ends_all_ranks(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_exception_ends_all_ranks(tmp_path: Path) -> None:
     assert ends[:2] + ends[3:] == [{"raised": "Hangs", "message": "rank 2 failed in prepare()"}] * 3
 
 
-@pytest.mark.parametrize("asked", [0, 1, 2])
-def test_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
+@pytest.mark.parametrize("signalled", [0, 1, 2])
+def test_signal_to_any_rank_stops_all(tmp_path: Path, signalled: int) -> None:
     """Rank 0's prepare() is interrupted by a signal to itself, to its machine, or to another machine."""
 
     def body(world: World) -> Any:
@@ -94,7 +94,7 @@ def test_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
             wait_for(tmp_path / "began")
             os.kill(os.getpid(), 15)
 
-        if world.rank == asked or (asked == 1 and world.rank == 0):  # a launcher tells all of its own
+        if world.rank == signalled or (signalled == 1 and world.rank == 0):  # a launcher signals all its ranks
             threading.Thread(target=ask, daemon=True).start()
         return prepare_data(Task(Downloads(tmp_path, world.rank, sleeps_s=1000)), on_machines(world), stop, 30.0)
 
@@ -104,7 +104,7 @@ def test_signal_to_any_rank_stops_all(tmp_path: Path, asked: int) -> None:
 
 def test_lost_machine_is_noticed(tmp_path: Path) -> None:
     def body(world: World) -> Any:
-        if world.rank == 1:  # it comes, and is never heard of again
+        if world.rank == 1:  # it joins, and then disappears
             world.gather("0")
             wait_for(tmp_path / "noticed")
             return None
@@ -130,9 +130,9 @@ class Unhurried:
 
     watch: Watch
 
-    def check(self, what: str) -> None:
+    def check(self, method: str) -> None:
         self.watch.look()
-        assert self.watch.look() == 0, f"{what} would be taken for a hang"
+        assert self.watch.look() == 0, f"{method} would be taken for a hang"
 
     def prepare(self) -> None:
         self.check("prepare()")
@@ -189,7 +189,7 @@ def test_stop_in_prepare_does_not_change_the_run(tmp_path: Path, monkeypatch: py
 
 
 class Interrupted(Unhurried):
-    def check(self, what: str) -> None: ...
+    def check(self, method: str) -> None: ...
 
     def prepare(self) -> None:
         if os.environ["INTERRUPTED"]:

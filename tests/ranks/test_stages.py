@@ -30,12 +30,12 @@ def test_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
     assert [stopped.ends[0][name] for name in ("state", "step", "samples")] == ["stopped", 12, 240 + 2 * 48]
     went_on = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", going_on=stopped)
     assert went_on.ends[0]["state"] == "finished"
-    told = [
+    steps = [
         [(line["step"], line["samples"], line["global_size"], line["lr"]) for line in run.metrics() if "loss" in line]
         for run in (whole, went_on)
     ]
-    assert told[0] == told[1]
-    assert [step[2] for step in told[0]] == [24] * 10 + [48] * 5 + [96] * 5
+    assert steps[0] == steps[1]
+    assert [step[2] for step in steps[0]] == [24] * 10 + [48] * 5 + [96] * 5
     assert distance(whole.weights(), went_on.weights()) < (1e-5 if extra else 1e-6)
 
 

@@ -50,7 +50,7 @@ def test_yaml_matches_the_task(name: str) -> None:
     batch = default_collate([task.val_data()[row] for row in range(4)])
     loss, units = checked(task.loss(model, batch), 4)
     assert units == 4 * (config.task.units_per_sample or 1)
-    guessing = {"text": 256}.get(name, 10)  # a model that knows nothing gives each as much
+    guessing = {"text": 256}.get(name, 10)  # an untrained model gives all classes the same probability
     assert loss.item() / units == pytest.approx(np.log(guessing), rel=0.1)
     assert set(config.task.tuned) >= {"sgd", "adamw"}
 
@@ -146,7 +146,7 @@ GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"images": GREY}, "has the arrays images; it needs images and labels"),
         ({"images": GREY, "labels": LABELS, "val_images": GREY}, "val_images and val_labels"),
@@ -162,8 +162,8 @@ GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
         ({"images": np.array([None] * 6), "labels": LABELS}, "can't be read as an .npz file: Object arrays"),
     ],
 )
-def test_arrays_that_are_not_images(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_arrays_that_are_not_images(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         images(save(tmp_path, **arrays))
 
 

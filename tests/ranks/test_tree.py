@@ -110,12 +110,12 @@ def test_over_real_ranks(tmp_path: Path, world: int, leaves: int) -> None:
         cut, growing = cut_of(leaves, world), Growing()
         for leaf in cut.block(ranks.rank):
             growing.add(leaf, numbers(leaf), leaves)
-        mine = [sums for _, sums in growing.sums]
-        root = mine[0] if mine else torch.empty(24)
-        sum_over_ranks(mine, nodes_by_rank(cut), leaves, root)
+        own = [sums for _, sums in growing.sums]
+        root = own[0] if own else torch.empty(24)
+        sum_over_ranks(own, nodes_by_rank(cut), leaves, root)
         return root.tolist()
 
     wanted = node_sum((0, leaves), {(leaf, leaf + 1): numbers(leaf) for leaf in range(leaves)}).tolist()
     one_by_one = sum((numbers(leaf) for leaf in range(1, leaves)), numbers(0)).tolist()
     assert in_ranks(world, body, tmp_path) == [wanted] * world
-    assert leaves < 4 or wanted != one_by_one  # these numbers do tell another order
+    assert leaves < 4 or wanted != one_by_one  # the order of additions shows in these numbers

@@ -590,7 +590,7 @@ class Evaluated(Counted):
 
 
 @pytest.mark.parametrize(
-    ("how", "rejected", "event", "said"),
+    ("how", "rejected", "event", "expected"),
     [
         ("sum", False, "", ""),
         ("typo", True, "", "losss"),
@@ -604,15 +604,15 @@ class Evaluated(Counted):
         ("this batch alone", True, "", "ValueError"),
     ],
 )
-def test_mistake_in_an_evaluation_is_found_first(runs: Runs, how: str, rejected: bool, event: str, said: str) -> None:
+def test_mistake_in_an_evaluation_is_found(runs: Runs, how: str, rejected: bool, event: str, expected: str) -> None:
     task = ("task=custom", "task._target_=tests.ranks.test_trial.Evaluated", f"task.args.how='{how}'", "lr.peak=0.1")
     run = runs(1, *task, "duration=1st", "evaluate.last=false", "evaluate.per_gpu=37")
     (end,) = run.ends
     assert (end.get("raised") == "UserError") == rejected
     if rejected:
-        assert said in end["message"]
+        assert expected in end["message"]
         assert not (run.run.path / "metrics.jsonl").exists()
     else:
-        told = [one for one in run.events() if one["event"] in ("depends_on_cut", "trial_skipped")]
-        assert [one["event"] for one in told] == ([event] if event else [])
-        assert all(said in one["reason"] for one in told)
+        reports = [one for one in run.events() if one["event"] in ("depends_on_cut", "trial_skipped")]
+        assert [one["event"] for one in reports] == ([event] if event else [])
+        assert all(expected in one["reason"] for one in reports)

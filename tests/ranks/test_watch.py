@@ -77,18 +77,18 @@ def test_excused_worker_is_not_expected_to_beat() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_only_a_training_worker_can_hang(tmp_path: Path, training: bool) -> None:
-    watch, found, begun = Watch(), list[Hangs](), list[bool]()
+    watch, found, started = Watch(), list[Hangs](), list[bool]()
     watch.beat()
     if training:
         watch.expect_beats()
     began = time.monotonic()
     with open(tmp_path / "log", "w") as log:
-        watch.guard(0.5, lambda: begun.append(True), found.append, log)
+        watch.guard(0.5, lambda: started.append(True), found.append, log)
         while not found and time.monotonic() - began < 1.5:
             time.sleep(0.01)
         watch.unguard()
     assert bool(found) == training
-    assert begun == [True] * training
+    assert started == [True] * training
     if training:
         assert time.monotonic() - began < 1
         assert not found[0].waiting
@@ -96,7 +96,7 @@ def test_only_a_training_worker_can_hang(tmp_path: Path, training: bool) -> None
         assert "in test_only_a_training_worker_can_hang" in (tmp_path / "log").read_text()
 
 
-# ---- what ended a start
+# ---- the cause of a failure
 
 
 def test_first_failure_is_the_cause_unless_it_only_lost_another_rank() -> None:

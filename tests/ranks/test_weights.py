@@ -131,8 +131,8 @@ class Shared(nn.Module):
 
 
 def alike(a: nn.Module, b: nn.Module) -> bool:
-    theirs = b.state_dict()
-    return all(same_bits(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+    expected = b.state_dict()
+    return all(same_bits(tensor, expected[name]) for name, tensor in a.state_dict().items())
 
 
 def test_final_holds_every_tensor_once_and_loads_as_plain_torch(tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ def test_final_replaces_an_older_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "model.safetensors"]
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["a folder", "nothing yet"])
-def test_final_may_be_a_link_to_another_disk(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False], ids=["a folder", "nothing yet"])
+def test_final_may_be_a_link_to_another_disk(tmp_path: Path, exists: bool) -> None:
     """It is written through, as often as the run is extended; an earlier version left the link as .final.old."""
     run, disk = RunDir(tmp_path / "run"), tmp_path / "disk"
     run.path.mkdir()
     run.final.symlink_to("../disk")
     (run.path / ".final.old").symlink_to("../disk")
-    if there:
+    if exists:
         disk.mkdir()
         (disk / "mine").write_text("")
     for seed in range(3):
@@ -185,7 +185,7 @@ def test_final_may_be_a_link_to_another_disk(tmp_path: Path, there: bool) -> Non
         leave(run, model, None)
         assert [path.name for path in run.path.iterdir()] == ["final"]
         assert run.final.readlink() == Path("../disk")
-        assert sorted(path.name for path in disk.iterdir()) == ["mine"] * there + ["model.safetensors"]
+        assert sorted(path.name for path in disk.iterdir()) == ["mine"] * exists + ["model.safetensors"]
         again.load_state_dict(load_file(disk / "model.safetensors"), strict=False)
         assert alike(again, model)
 
@@ -238,8 +238,8 @@ def test_init_from_a_run_its_final_and_a_file(trained: Run) -> None:
     path, expected = trained.run.path, trained.weights()
     file = path / "final" / "model.safetensors"
     for source in (path, path / "final", file):
-        found, said = weights_from(source)
-        assert said == file
+        found, resolved = weights_from(source)
+        assert resolved == file
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(weights_from(path / "final/ema.safetensors")[0]["0.weight"], averaged(trained)["0.weight"])
 
@@ -253,8 +253,8 @@ def test_init_from_a_checkpoint_or_the_best(trained: Run) -> None:
     assert at[10][1].name == "step-00000010"
     assert distance(at[30][0], trained.weights()) == 0
     assert distance(at[10][0], at[20][0]) > 0
-    best, said = weights_from(trained.run.checkpoints / "best")
-    assert (distance(best, at[10][0]), said) == (0, at[10][1])
+    best, path = weights_from(trained.run.checkpoints / "best")
+    assert (distance(best, at[10][0]), path) == (0, at[10][1])
 
 
 def test_init_from_an_unfinished_run_uses_its_newest_valid_checkpoint(copied: Path) -> None:
@@ -262,9 +262,9 @@ def test_init_from_an_unfinished_run_uses_its_newest_valid_checkpoint(copied: Pa
     assert weights_from(copied)[1].name == "step-00000030"
     file = copied / "checkpoints/step-00000030/rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found, said = weights_from(copied)
-    assert said.name == "step-00000020"
-    assert distance(found, weights_from(said)[0]) == 0
+    found, path = weights_from(copied)
+    assert path.name == "step-00000020"
+    assert distance(found, weights_from(path)[0]) == 0
     for step in (10, 20):
         (copied / f"checkpoints/step-{step:08d}/rank-00000.safetensors").unlink()
     with pytest.raises(
@@ -295,9 +295,9 @@ OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", OTHER_SOURCES)
 def test_invalid_sources(tmp_path: Path, name: str) -> None:
-    make, said = OTHER_SOURCES[name]
+    make, message = OTHER_SOURCES[name]
     make(tmp_path / name)
-    with pytest.raises(UserError, match=f"init_from=.*{name}.*{said}"):
+    with pytest.raises(UserError, match=f"init_from=.*{name}.*{message}"):
         weights_from(tmp_path / name)
 
 
@@ -316,11 +316,11 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_mismatches_are_listed_and_nothing_is_loaded(tmp_path: Path, name: str) -> None:
-    changes, said = MISFITS[name]
+    changes, message = MISFITS[name]
     save_file({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, tmp_path / "other.safetensors")
     model = Counted().model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=said.replace("$", "; init_from loads only weights: .*")):
+    with pytest.raises(UserError, match=message.replace("$", "; init_from loads only weights: .*")):
         initialise(model, str(tmp_path / "other.safetensors"), ALONE)
     assert distance(model.state_dict(), before) == 0
 
@@ -376,8 +376,8 @@ def test_only_rank_0_reads_the_file(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         model = Shared(seed=world.rank + 1)
         source = tmp_path if world.rank == 0 else tmp_path / "elsewhere"
-        said = initialise(model, str(source), world)
-        return alike(model, Shared()), said, load_average(model, said, world)
+        found = initialise(model, str(source), world)
+        return alike(model, Shared()), found, load_average(model, found, world)
 
     file = str(tmp_path / "final" / "model.safetensors")
     assert in_ranks(3, body, tmp_path / "ranks") == [[True, file, False]] * 3
@@ -398,5 +398,5 @@ def test_run_that_starts_from_another(runs: Runs, trained: Run) -> None:
     assert 0 < distance(run.weights(), trained.weights()) < ROUNDING
     assert distance(averaged(run), trained.weights()) < ROUNDING
     events = [json.loads(line) for line in (run.run.path / "events.jsonl").read_text().splitlines()]
-    said = [event["source"] for event in events if event["event"] == "initialised"]
-    assert said == [str(trained.run.final / "model.safetensors")]
+    sources = [event["source"] for event in events if event["event"] == "initialised"]
+    assert sources == [str(trained.run.final / "model.safetensors")]
