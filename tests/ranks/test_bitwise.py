@@ -247,7 +247,7 @@ class Undetermined(Everything):
 def test_nondeterministic_operation_is_rejected(runs: Runs) -> None:
     for message in refusals(runs(2, *BITWISE, "task._target_=tests.ranks.test_bitwise.Undetermined")):
         assert message == (
-            "numerics=bitwise: put_ does not have a deterministic implementation; leave it out, or use numerics=fast"
+            "numerics=bitwise: put_ does not have a deterministic implementation; replace it, or use numerics=fast"
         )
 
 

@@ -128,7 +128,7 @@ def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
     odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
     end = runs(2, *odd).ends[0]
     assert end["raised"] == "UserError"
-    assert end["message"].endswith("or none of them, engine.shard=[]")
+    assert end["message"].endswith("or use engine.shard=[]")
     assert runs(2, *odd, "engine.shard=[]").ends[0]["state"] == "finished"
 
 
