@@ -24,7 +24,7 @@ from isobatch.trainers.tensors.manifest import FORMAT, NAME, Damaged, Header, pa
 from isobatch.trainers.tensors.names import checkpoints, file_of, folder_of, step_of
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
-PASSED_OVER = "passed-over"  # the folder of checkpoints that were damaged when the run resumed
+PASSED_OVER = "passed-over"  # the folder of checkpoints that were skipped when the run resumed
 
 
 def aside_of(run: RunDir, step: int) -> Path:

@@ -88,7 +88,7 @@ def header_of(
 def newest_good(
     run: RunDir, config: RunConfig, world: World, engine: Engine, warn: Callable[[str], None], beat: Callable[[], None]
 ) -> Checkpoint | None:
-    """Return the newest good checkpoint, the same on all ranks. Raises UserError if all checkpoints are damaged."""
+    """Return the newest good checkpoint, the same on all ranks. Raises UserError if none of them is good."""
     if world.rank == 0:
         clear_leftovers(run)
     names, saved = json.loads(world.agree(json.dumps(([path.name for path in checkpoints(run)], last_saved(run)))))
