@@ -80,9 +80,8 @@ def refuse_other_source(files: dict[str, str], world: World) -> None:
     """Raise UserError on all ranks if an imported source file (path → hash) differs from rank 0's copy."""
     rank_0 = json.loads(world.agree(json.dumps(files)))
     changed = ", ".join(sorted(path for path in files.keys() & rank_0.keys() if files[path] != rank_0[path]))
-    for rank, paths in enumerate(world.gather(changed)):
-        if paths:
-            raise UserError(f"{paths} on rank {rank} differs from rank 0", "use the same code on every machine")
+    error = UserError(f"{changed} on rank {world.rank} differs from rank 0", "use the same code on every machine")
+    raise_on_all(world, error if changed else None)
 
 
 def refuse_other_commands(config: RunConfig, world: World) -> None:
@@ -97,9 +96,8 @@ def refuse_other_commands(config: RunConfig, world: World) -> None:
     rank_0 = json.loads(world.agree(json.dumps(own)))
     changed = [key for key in sorted(own | rank_0) if own.get(key) != rank_0.get(key)]
     text = ", ".join(f"{key.rstrip('.')}={own.get(key)} (rank 0: {rank_0.get(key)})" for key in changed)
-    for rank, differences in enumerate(world.gather(text)):
-        if differences:
-            raise UserError(f"rank {rank} was started with {differences}", "run the same command on every machine")
+    error = UserError(f"rank {world.rank} was started with {text}", "run the same command on every machine")
+    raise_on_all(world, error if changed else None)
 
 
 def stop_signal(stop: Stop, world: World) -> str:

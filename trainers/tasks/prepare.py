@@ -16,6 +16,7 @@ from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.ranks.failure import Hangs
+from isobatch.trainers.ranks.session import stop_signal
 from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
@@ -60,7 +61,7 @@ def prepare_data(task: Task, world: World, stop: Stop, timeout_s: float) -> str:
             break
         if stop.wanted:
             break
-    return next(filter(None, world.gather(stop.wanted or "")), "")
+    return stop_signal(stop, world)
 
 
 def _prepare(task: Task, store: Store | None, stop: Stop) -> None:
