@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed import HashStore, Store
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.best import Best, Evaluation

@@ -29,6 +29,7 @@ from isobatch.trainers.engines.reducer import Parts, Reducer, Storage
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.engines.tree import Growing, Node, nodes_by_rank, sum_over_ranks
 from isobatch.trainers.model.batchnorm import Counting
+from isobatch.trainers.ranks.internals import foreach_add_, foreach_copy_
 from isobatch.trainers.ranks.world import World
 
 BOUNDARY = 512  # bytes: the alignment of torch's CUDA allocator, the largest
@@ -99,7 +100,7 @@ class Bitwise(Reducer):
         while len(self._sheets) < max(1, len(own)):
             self._sheets.append(Sheet(self._summed, self._world.size))
         for sheet, sums in zip(self._sheets, own, strict=False):
-            torch._foreach_copy_(sheet.views, sums)
+            foreach_copy_(sheet.views, sums)
         for index, flat in enumerate(self._sheets[0].flats):
             sum_over_ranks([sheet.flats[index] for sheet in self._sheets[: len(own)]], by_rank, self._leaves, flat)
         return self._sheets[0].views
@@ -158,7 +159,7 @@ class Sums(list[Tensor]):
     """One gradient for each summed parameter."""
 
     def add_(self, other: Sums) -> None:
-        torch._foreach_add_(self, other)
+        foreach_add_(self, other)
 
 
 class Sheet:

@@ -22,6 +22,7 @@ from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import distinct
 from isobatch.trainers.optim.make import Tuned
+from isobatch.trainers.ranks.internals import foreach_mul_, foreach_norm
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import Part, local, read_like
 from isobatch.trainers.tensors.slices import Reader
@@ -203,16 +204,16 @@ def clipped(scale: Number, norm: Number, clip_norm: float | None) -> Number:
 def multiply(gradients: list[Tensor], factor: Number) -> None:
     """Multiply ``gradients`` by ``factor`` in place; the factor is moved to the gradients' device."""
     if isinstance(factor, Tensor):
-        torch._foreach_mul_(gradients, factor.float().to(gradients[0].device))
+        foreach_mul_(gradients, factor.float().to(gradients[0].device))
     elif factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+        foreach_mul_(gradients, factor)
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients together, 0-dim float64."""
     gradients = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
-    norms: Tensor = torch.stack(torch._foreach_norm(gradients, 2, wide))
+    norms: Tensor = torch.stack(foreach_norm(gradients, 2, wide))
     return cast(Tensor, torch.linalg.vector_norm(norms)).double()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from isobatch.trainers.engines.reducer import Parts, Reducer
 from isobatch.trainers.model.precision import LossScale
 from isobatch.trainers.optim.state_io import restore_optimizer, stored_optimizer
+from isobatch.trainers.ranks.internals import foreach_copy_, foreach_lerp_
 from isobatch.trainers.tensors.sharding import Part, copied, fill, gathered, local, slices_of
 from isobatch.trainers.tensors.slices import EVAL, Reader, Slice
 
@@ -130,7 +131,7 @@ class Average:
         """Update the average with the current parameters."""
         averages = self._averages()
         weights = [local(p).to(average.dtype) for p, average in zip(self._parameters, averages, strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        foreach_lerp_(averages, weights, 1 - decay)
 
     def swapped(self) -> AbstractContextManager[None]:
         """Put the average, rounded to their dtype, into the parameters; copy the parameters back afterwards.
@@ -161,4 +162,4 @@ def _replaced(weights: list[Tensor], replace: Callable[[], object], refresh: Cal
 
 @torch.no_grad()
 def _copy(weights: list[Tensor], values: list[Tensor]) -> None:
-    torch._foreach_copy_(weights, values)
+    foreach_copy_(weights, values)

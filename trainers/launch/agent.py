@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.agent.server import api as elastic
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler

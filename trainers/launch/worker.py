@@ -26,7 +26,7 @@ from isobatch.trainers.ranks.signals import Stop, show_cursor
 from isobatch.trainers.ranks.watch import Watch
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch.distributed import Store
 
     from isobatch.conf.schema import RunConfig
     from isobatch.trainers.ranks.world import World

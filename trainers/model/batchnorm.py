@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from isobatch.scaling.errors import UserError
@@ -21,11 +20,12 @@ from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.over_ranks import normalise_over_ranks
 from isobatch.trainers.model.precision import widened
 from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.internals import BatchNorm, foreach_copy_, foreach_zero_
 
-FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # forwards that only normalise
+FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)  # forwards that only normalise
 
 
-class Counting(_BatchNorm):
+class Counting(BatchNorm):
     """A BatchNorm that reports its statistics to ``Statistics`` and doesn't update its running statistics.
 
     Attributes:
@@ -145,7 +145,7 @@ class Statistics:
 
     def begin(self) -> None:
         """Reset the statistics before a pass; those of the previous pass include its recomputed activations."""
-        torch._foreach_zero_([*(layer.groups for layer in self._layers), *self._found])
+        foreach_zero_([*(layer.groups for layer in self._layers), *self._found])
 
     def of_this_pass(self) -> Tensor:
         """Return the numbers of groups of this pass, then its means and variances, layer by layer."""
@@ -168,8 +168,8 @@ class Statistics:
         momentum = torch.where(self._cumulative, 1 / tracked.clamp(min=1), self._momentum) * used
         means = found / self._each(torch.where(used, groups, 1.0))
         moved = torch.cat(buffers).to(found).lerp(means, self._each(momentum.to(found)))
-        torch._foreach_copy_(counts, list(tracked))
-        torch._foreach_copy_(buffers, list(moved.split([len(buffer) for buffer in buffers])))
+        foreach_copy_(counts, list(tracked))
+        foreach_copy_(buffers, list(moved.split([len(buffer) for buffer in buffers])))
 
     def _each(self, values: Tensor) -> Tensor:
         """Repeat each layer's value for each of its means and variances."""
@@ -197,12 +197,12 @@ def swap_batchnorm(model: nn.Module, mode: str | None, ghost_size: int | None, s
     state: dict[str, Any] = {"found": None, "ranks": ranks, "ghost_size": ghost_size, "stream": stream}
     frozen = Modes(model)
     for name, module in model.named_modules() if mode else ():
-        if isinstance(module, _BatchNorm) and module not in frozen:
+        if isinstance(module, BatchNorm) and module not in frozen:
             module.__class__ = _made_of(kind, type(module))  # type: ignore[arg-type]
             vars(module).update(state, name=name)
     return model
 
 
 @cache
-def _made_of(kind: type[Counting], cls: type[_BatchNorm]) -> type[_BatchNorm]:
+def _made_of(kind: type[Counting], cls: type[BatchNorm]) -> type[BatchNorm]:
     return type(f"{kind.__name__}{cls.__name__}", (kind, cls), {"does_more": cls.forward not in FORWARDS})

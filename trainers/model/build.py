@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from isobatch.conf.schema import RunConfig
@@ -21,12 +20,13 @@ from isobatch.scaling.geometry import counted
 from isobatch.trainers.model.batchnorm import Counting, swap_batchnorm
 from isobatch.trainers.model.dropout import key_dropout
 from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.internals import BatchNorm
 
 
 def dependent_on_cut(model: nn.Module) -> list[str]:
     """Return the reasons why training ``model`` in its current mode depends on the cut, judged by its modules."""
     training = {name: module for name, module in model.named_modules() if module.training}
-    norms = [m for m in training.values() if isinstance(m, _BatchNorm) and not isinstance(m, Counting)]
+    norms = [m for m in training.values() if isinstance(m, BatchNorm) and not isinstance(m, Counting)]
     inside = {name: m for name, m in training.items() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)}
     dropping = [name for name, module in inside.items() if module.dropout > 0]
     ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
@@ -49,7 +49,7 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if 0 in buffer.stride():  # expanded: its elements share memory, so it can't be received in place
-                module._buffers[name] = buffer.contiguous()
+                setattr(module, name, buffer.contiguous())
     model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
@@ -112,7 +112,7 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
     """Move the buffers of ``model`` to ``device``, but not its parameters."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            setattr(module, name, buffer.to(device))
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:

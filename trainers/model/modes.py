@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
-TORCH = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
+from isobatch.trainers.ranks.internals import Conv, NormBase
+
+TORCH = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, Conv, nn.RNNBase, nn.MultiheadAttention)
 # "norm" or "normalization" at the end of a word (LlamaRMSNorm, LayerNorm2d, LayerNormalization, MambaRMSNormGated; not
 # NormalizedLinear), and no word after it that names another kind of layer, with a norm in it (WeightNormLinear,
 # PreNormBlock).

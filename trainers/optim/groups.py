@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.modes import is_norm
+from isobatch.trainers.ranks.internals import WeightNorm
 from isobatch.trainers.tasks.task import Task
 
 Groups = Sequence[Mapping[str, Any]]
@@ -185,7 +185,7 @@ def _is_length(modules: dict[str, nn.Module], name: str) -> bool:
     path, _, last = name.rpartition(".")
     owner = modules[path]
     if isinstance(owner, ParametrizationList):
-        return last == "original0" and isinstance(owner[0], _WeightNorm)
+        return last == "original0" and isinstance(owner[0], WeightNorm)
     return last.endswith("_g") and isinstance(getattr(owner, f"{last[:-2]}_v", None), nn.Parameter)
 
 

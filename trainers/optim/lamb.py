@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
+from isobatch.trainers.ranks.internals import foreach_add, foreach_addcmul_, fused_adamw_
 
 ANY = (0.0, math.inf)
 PAPER = {
@@ -75,7 +76,7 @@ class LAMB(Layerwise):
         if not part.native:
             directions = _directions(group, part)
             rates = _rates(group, part, directions)
-            torch._foreach_addcmul_(part.weights, directions, list(rates.unbind()), value=-1)
+            foreach_addcmul_(part.weights, directions, list(rates.unbind()), value=-1)
             return
         lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
         correction = {True: 1, False: 0, "after": 2}[group["bias_correction"]]
@@ -113,9 +114,9 @@ def _directions(group: dict[str, Any], part: Part) -> list[Tensor]:
     """
     (beta1, beta2), steps = group["betas"], part.state["step"]
     if group["bias_correction"] is not True:
-        steps = list(torch._foreach_add(steps, math.inf))
+        steps = list(foreach_add(steps, math.inf))
     directions = [weights.clone() for weights in part.weights]
-    torch._fused_adamw_(
+    fused_adamw_(
         directions, part.gradients, part.state["exp_avg"], part.state["exp_avg_sq"], [], steps, lr=-1.0, beta1=beta1,
         beta2=beta2, weight_decay=group["weight_decay"] - 1, eps=group["eps"], amsgrad=False,
         maximize=group["maximize"],

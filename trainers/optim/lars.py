@@ -10,6 +10,7 @@ import torch
 
 from isobatch.trainers.optim.kernels import call
 from isobatch.trainers.optim.layerwise import Layerwise, Part
+from isobatch.trainers.ranks.internals import foreach_add_, foreach_addcmul_, foreach_mul_
 
 PAPER = {
     "eps": 0.0,  # ε; the paper has none, timm 1e-8
@@ -83,10 +84,10 @@ class LARS(Layerwise):
         # multiples of gradients and weights are added to v and w in place, without copies
         buffers, decays = part.state["momentum_buffer"], list((rates * decay).unbind())
         shares = list((-rates if maximize else rates).unbind())
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_addcmul_(buffers, part.gradients, shares)
-        torch._foreach_addcmul_(buffers, part.weights, decays)
+        foreach_mul_(buffers, momentum)
+        foreach_addcmul_(buffers, part.gradients, shares)
+        foreach_addcmul_(buffers, part.weights, decays)
         if nesterov:
-            torch._foreach_addcmul_(part.weights, part.weights, decays, value=-outer)
-            torch._foreach_addcmul_(part.weights, part.gradients, shares, value=-outer)
-        torch._foreach_add_(part.weights, buffers, alpha=-outer * (momentum if nesterov else 1.0))
+            foreach_addcmul_(part.weights, part.weights, decays, value=-outer)
+            foreach_addcmul_(part.weights, part.gradients, shares, value=-outer)
+        foreach_add_(part.weights, buffers, alpha=-outer * (momentum if nesterov else 1.0))

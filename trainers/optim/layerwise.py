@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.optim.kernels import kernels
+from isobatch.trainers.ranks.internals import foreach_add_, foreach_norm
 from isobatch.trainers.tensors.sharding import local, sharded
 
 LARGE = 10_000  # elements
@@ -39,7 +40,7 @@ class Part:
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """Return the norm of each tensor, over all shards if its parameter is a DTensor."""
-        norms = torch._foreach_norm(tensors)
+        norms = foreach_norm(tensors)
         return torch.stack([_whole_norm(norm, owner) for norm, owner in zip(norms, self.owners, strict=True)])
 
 
@@ -89,7 +90,7 @@ class Layerwise(Optimizer):
         for group in self.param_groups:
             for part in self._parts(group):
                 if self.counts:
-                    torch._foreach_add_(part.state["step"], 1)
+                    foreach_add_(part.state["step"], 1)
                 self._update(group, part)
                 for original, copy in part.copies:
                     original.copy_(copy)

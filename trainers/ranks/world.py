@@ -12,12 +12,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.ranks.internals import set_group_timeout
 from isobatch.trainers.ranks.notes import read_note
 
 FRESH_STORE = "ISOBATCH_FRESH_STORE"  # set for workers whose agent is Isobatch's own
@@ -129,7 +129,7 @@ class World:
         A collective's timeout would count the time that a job was suspended. A watch doesn't.
         """
         if self.size > 1:
-            _set_pg_timeout(timedelta(days=365), group)
+            set_group_timeout(timedelta(days=365), group)
 
     @contextmanager
     def patient(self, timeout_s: float) -> Iterator[None]:
@@ -139,7 +139,7 @@ class World:
             yield
         finally:
             if self.size > 1:
-                _set_pg_timeout(timedelta(seconds=timeout_s), None)
+                set_group_timeout(timedelta(seconds=timeout_s), None)
 
     def leave(self) -> None:
         """Destroy the process group. The process must then end by ``os._exit`` (see ``kept``)."""

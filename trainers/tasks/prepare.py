@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.model.randomness import generator_of, generators_kept, generators_state, key_forward
+from isobatch.trainers.ranks.internals import get_cudnn_tf32, set_cudnn_tf32
 from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.trial.untouched import Copies, copied
 
@@ -87,7 +88,7 @@ def exact_fp32() -> Iterator[None]:
     before, benchmark = [backend.fp32_precision for backend in backends], cuda.benchmark
     older: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-        (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
+        (get_cudnn_tf32, set_cudnn_tf32, False),
     ]
     with ExitStack() as stack:
         for backend, precision in zip(backends, before, strict=True):

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.trainers.engines.reducer import norm_of
 from isobatch.trainers.ranks.failure import is_oom
+from isobatch.trainers.ranks.internals import BatchNorm, Dropout
 from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.trial.halves import Draw, Halves, judge
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
@@ -150,13 +149,13 @@ def switch_off(model: nn.Module) -> None:
     They make the loss random or couple samples by design, and are reported elsewhere.
     """
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval()
             if module.running_mean is None:  # without running statistics, eval mode uses those of the batch
                 like = next(model.parameters())
                 module.running_mean = like.new_zeros(module.num_features)
                 module.running_var = like.new_ones(module.num_features)
-        elif isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower():
+        elif isinstance(module, Dropout) or "drop" in type(module).__name__.lower():
             module.eval()
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0

@@ -21,6 +21,7 @@ from isobatch.trainers.engines.deepspeed.replicated import Replicated
 from isobatch.trainers.engines.lockstep import Lockstep
 from isobatch.trainers.engines.reducer import Parts, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
+from isobatch.trainers.ranks.internals import foreach_zero_
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
 
@@ -91,7 +92,7 @@ class ZeRO(Replicated):
         elif self._offload:
             kept.extend(self._zero.accumulated_grads_in_cpu.values())
         if kept:
-            torch._foreach_zero_(kept)
+            foreach_zero_(kept)
 
 
 def record(zero: Any, model: nn.Module, trail: Trail) -> None:

@@ -1,0 +1,29 @@
+"""What is used of torch's internals is there in the installed version."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from isobatch.trainers.ranks.internals import MEMBERS
+
+TRAINERS = Path(__file__).parents[2] / "trainers"
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members(name: str) -> None:
+    module, _, owner = name.rpartition(".")
+    found = getattr(import_module(module), owner)
+    assert [member for member in MEMBERS[name].split() if not hasattr(found, member)] == []
+
+
+def test_nobody_else_imports_them() -> None:
+    """Except the collectives of FSDP, as the module says."""
+    private = re.compile(
+        r"^\s*(from torch[\w.]* import .*\b_\w+|from torch\S*\._\S* import.*|.*\btorch\._[CcfF]\w*)", re.M
+    )
+    users = {path.name for path in TRAINERS.rglob("*.py") if private.search(path.read_text())}
+    assert users == {"internals.py", "fsdp.py"}

@@ -1,0 +1,32 @@
+"""What Isobatch uses of torch's internals, in one place to check when torch changes.
+
+Names are imported from here. Members of torch's classes can't be; ``MEMBERS`` lists them. Only engines/fsdp.py imports
+FSDP's collectives itself, since that takes most of a second.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as Conv
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+
+__all__ = ["BatchNorm", "Conv", "Dropout", "NormBase", "WeightNorm", "set_group_timeout"]
+
+foreach_add, foreach_add_ = torch._foreach_add, torch._foreach_add_
+foreach_addcmul_, foreach_copy_, foreach_lerp_ = torch._foreach_addcmul_, torch._foreach_copy_, torch._foreach_lerp_
+foreach_mul_, foreach_norm, foreach_zero_ = torch._foreach_mul_, torch._foreach_norm, torch._foreach_zero_
+fused_adamw_ = torch._fused_adamw_
+get_cudnn_tf32, set_cudnn_tf32 = torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32
+
+MEMBERS = {  # class → members that are called, read or overridden
+    "torch.Tensor": "_base _version",
+    "torch.nn.modules.batchnorm._BatchNorm": "_check_input_dim",
+    "torch.nn.parallel.DistributedDataParallel": "_check_reducer_finalized",
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown_workers",
+    "torch.distributed.elastic.agent.server.api.SimpleElasticAgent": "_exit_barrier _monitor_workers _rendezvous "
+    "_restart_workers _start_workers _stop_workers",
+}
