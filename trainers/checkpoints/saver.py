@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch.distributed import HashStore, Store
-
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.best import Best, Evaluation
 from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, describe_error, drop_older
 from isobatch.trainers.checkpoints.copies import Copies
 from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.ranks.internals import HashStore, Store
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import Header
 from isobatch.trainers.tensors.slices import Slice, write_part

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.agent.server import api as elastic
 from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.rendezvous import RendezvousHandler
@@ -34,6 +33,7 @@ from isobatch.trainers.launch.failures import Starts, Verdict, record_restart
 from isobatch.trainers.launch.process import LOOK_S, SUSPENDED, WorkerProcess
 from isobatch.trainers.launch.rendezvous import Alone
 from isobatch.trainers.launch.worker import Body, run_for_agent
+from isobatch.trainers.ranks.internals import Store, TCPStore
 from isobatch.trainers.ranks.notes import GRACE_S, await_failure, first_failure, note_failure, read_note, write_note
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import FRESH_STORE

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from torch.distributed import HashStore, Store
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousHandler,
@@ -25,6 +24,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from isobatch.conf.groups import Local
 from isobatch.conf.identity import identity
 from isobatch.conf.terminal import say
+from isobatch.trainers.ranks.internals import HashStore, Store
 from isobatch.trainers.ranks.signals import Stop
 
 if TYPE_CHECKING:

@@ -26,9 +26,8 @@ from isobatch.trainers.ranks.signals import Stop, show_cursor
 from isobatch.trainers.ranks.watch import Watch
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
     from isobatch.conf.schema import RunConfig
+    from isobatch.trainers.ranks.internals import Store
     from isobatch.trainers.ranks.world import World
 
 # The work of every worker. It must be a module-level function, so that a spawned process can unpickle it. It calls its

@@ -7,6 +7,7 @@ FSDP's collectives itself, since that takes most of a second.
 from __future__ import annotations
 
 import torch
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -14,7 +15,10 @@ from torch.nn.modules.conv import _ConvNd as Conv
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
 
-__all__ = ["BatchNorm", "Conv", "Dropout", "NormBase", "WeightNorm", "set_group_timeout"]
+__all__ = [
+    "BatchNorm", "Conv", "Dropout", "HashStore", "NormBase", "PrefixStore", "Store", "TCPStore", "WeightNorm",
+    "set_group_timeout",
+]  # fmt: skip
 
 foreach_add, foreach_add_ = torch._foreach_add, torch._foreach_add_
 foreach_addcmul_, foreach_copy_, foreach_lerp_ = torch._foreach_addcmul_, torch._foreach_copy_, torch._foreach_lerp_

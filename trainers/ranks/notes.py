@@ -15,7 +15,7 @@ from isobatch.trainers.ranks.failure import Failure
 from isobatch.trainers.ranks.trails import describe_mismatch
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from isobatch.trainers.ranks.internals import Store
 
 GRACE_S = 3.0  # for the other workers to end and report why, once one has failed
 ABORTED = "killed by SIGABRT"  # gloo aborts a process that receives a longer message than it expects

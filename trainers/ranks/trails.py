@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from isobatch.scaling.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from isobatch.trainers.ranks.internals import Store
 
 BACKWARD = " (backward)"  # appended to a module's name if the message carries its gradients
 SHOWN = 6  # most modules or ranks named in an error

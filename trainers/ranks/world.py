@@ -12,12 +12,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.failure import RunFailed
-from isobatch.trainers.ranks.internals import set_group_timeout
+from isobatch.trainers.ranks.internals import HashStore, PrefixStore, Store, TCPStore, set_group_timeout
 from isobatch.trainers.ranks.notes import read_note
 
 FRESH_STORE = "ISOBATCH_FRESH_STORE"  # set for workers whose agent is Isobatch's own

@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from torch.distributed import Store
-
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.ranks.failure import Hangs
+from isobatch.trainers.ranks.internals import Store
 from isobatch.trainers.ranks.session import stop_signal
 from isobatch.trainers.ranks.signals import Stop, Stopped
 from isobatch.trainers.ranks.world import World
