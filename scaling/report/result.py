@@ -13,7 +13,7 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.plan import Plan
 
-WITHOUT_A_WORD = "ended without recording an outcome: it was killed, or its machine went down"
+WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
 
 
 @dataclass(frozen=True, slots=True)
