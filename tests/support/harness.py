@@ -26,7 +26,7 @@ from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.engines.ddp import DDP
-from isobatch.trainers.engines.deepspeed.replicated import import_deepspeed
+from isobatch.trainers.engines.deepspeed.stage0 import import_deepspeed
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.reducer import Parts
 from isobatch.trainers.engines.state import Average

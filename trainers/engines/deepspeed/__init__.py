@@ -1,4 +1,4 @@
-"""Reduce gradients with DeepSpeed: replicated at stage 0 (replicated.py), sharded at stages 1 to 3 (zero.py)."""
+"""Reduce gradients with DeepSpeed: replicated at stage 0 (stage0.py), sharded at stages 1 to 3 (zero.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from isobatch.conf.schema import RunConfig
-from isobatch.trainers.engines.deepspeed.replicated import Replicated, import_deepspeed
+from isobatch.trainers.engines.deepspeed.stage0 import DeepSpeed, import_deepspeed
 from isobatch.trainers.engines.deepspeed.zero import ZeRO
 from isobatch.trainers.engines.reducer import Parts, Reducer
 
@@ -14,7 +14,7 @@ from isobatch.trainers.engines.reducer import Parts, Reducer
 def make_reducer(parts: Parts, config: RunConfig) -> Reducer:
     """Return the reducer of the engine ``deepspeed``."""
     engine: Any = config.engine
-    return (ZeRO if engine.stage else Replicated)(parts, engine)
+    return (ZeRO if engine.stage else DeepSpeed)(parts, engine)
 
 
 def preload(config: RunConfig) -> None:

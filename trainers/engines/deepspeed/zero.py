@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isobatch.conf import engines
 from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.deepspeed.flat import FlatStorage
-from isobatch.trainers.engines.deepspeed.replicated import Replicated
+from isobatch.trainers.engines.deepspeed.stage0 import DeepSpeed
 from isobatch.trainers.engines.lockstep import Lockstep
 from isobatch.trainers.engines.reducer import Parts, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
@@ -25,7 +25,7 @@ from isobatch.trainers.ranks.internals import foreach_zero_
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 
 
-class ZeRO(Replicated):
+class ZeRO(DeepSpeed):
     """Average gradients over ranks and shard them (stages 1 to 3)."""
 
     lockstep = True

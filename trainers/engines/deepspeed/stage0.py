@@ -35,7 +35,7 @@ OURS = {
 }
 
 
-class Replicated(Reducer):
+class DeepSpeed(Reducer):
     """Average gradients over ranks; model and optimizer are replicated (stage 0).
 
     Raises:
