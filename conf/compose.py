@@ -56,6 +56,16 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     return validated(plain | {"given": sorted(given), "chosen": {}})
 
 
+def unused_keys(config: RunConfig) -> list[str]:
+    """Return a warning for each given key of another LR decay: it changes the identity and nothing else."""
+    users = {"lr.milestones": "step", "lr.gamma": "step", "lr.cooldown": "wsd", "lr.exponent": "polynomial"}
+    return [
+        f"{key} is only used by lr.decay={decay}, and lr.decay is {config.lr.decay}"
+        for key, decay in users.items()
+        if key in config.given and config.lr.decay != decay
+    ]
+
+
 def _config_in_run_dir(values: Mapping[str, Any]) -> Path | None:
     """Return the file in ``run.dir`` that replaces the defaults, or None.
 

@@ -13,9 +13,9 @@ _KEYS = {
     "lr.peak=<0.1> or lr.base=<0.1>": "lr learning_rate max_lr base_lr optimizer.lr optimizer.learning_rate",
     "lr.decay=<cosine>": "lr.schedule lr.scheduler lr_scheduler lr_scheduler_type lr_schedule scheduler",
     "lr.decay or batch.schedule": "schedule",
-    "lr.warmup=<500>st": "warmup_steps num_warmup_steps warmup_iters lr_warmup_steps",
+    "lr.warmup=<500>st": "warmup warmup_steps num_warmup_steps warmup_iters lr_warmup_steps",
     "lr.warmup=<1>ep": "warmup_epochs",
-    "lr.warmup=5%": "warmup_ratio warmup_fraction warmup",
+    "lr.warmup=5%": "warmup_ratio warmup_fraction",
     "lr.final, as a share of the peak": "min_lr lr_min eta_min",
     "batch.global_size=<128> or batch.per_gpu=<128>": "batch_size bs batch batchsize",
     "batch.global_size=<128>": "train_batch_size global_batch_size total_batch_size effective_batch_size",
@@ -50,20 +50,23 @@ _KEYS = {
     "checkpoint.every=<10min>": "checkpoint save_every save_interval",
     "checkpoint.every=<500>st": "save_steps every_n_train_steps",
     "checkpoint.keep=<2>": "save_total_limit save_top_k",
-    "checkpoint.best=val/accuracy:max": "monitor metric_for_best_model load_best_model_at_end",
+    "checkpoint.best=val/loss:min": "monitor metric_for_best_model load_best_model_at_end",
     "action=evaluate init_from=DIR": "eval_only test_only",
     "evaluate.every=<1ep>": "evaluate eval_every",
     "evaluate.every=<500>st": "eval_steps eval_interval val_check_interval",
     "evaluate.every=<1>ep": "check_val_every_n_epoch",
     "evaluate.first=true": "eval_on_start",
     "evaluate.per_gpu=<32>": "per_device_eval_batch_size eval_batch_size",
-    "evaluate.samples=<1000>": "max_eval_samples eval_samples eval_iters limit_val_batches",
+    "evaluate.samples=<1000>": "max_eval_samples eval_samples",
+    "evaluate.samples, which counts samples": "eval_iters limit_val_batches",
     "log.every=<50>st": "logging_steps log_every_n_steps log_interval",
     "log.every=<50st>": "log",
     "noise.every=<10st>": "noise",
     "ema=2000sa (its half-life)": "ema_decay use_ema",
     "on_nonfinite=skip": "skip_nan",
-    "precision=bf16": "mixed_precision fp16 bf16 amp use_amp",
+    "precision=bf16 or precision=fp16": "mixed_precision amp use_amp",
+    "precision=fp16": "fp16",
+    "precision=bf16": "bf16",
     "compile=true": "torch_compile use_compile",
     "recompute=['*']": "gradient_checkpointing activation_checkpointing",
     "numerics=bitwise": "deterministic use_deterministic_algorithms",
@@ -102,6 +105,7 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "lr.decay": dict.fromkeys(("none", "null", "off", "constant_with_warmup"), "lr.decay=constant"),
     "optimizer": {name.lower(): f"optimizer=custom optimizer._target_=torch.optim.{name}" for name in _TORCHS.split()}
+    | {"adamw_torch": "optimizer=adamw", "adamw_torch_fused": "optimizer=adamw"}
     | {"adam": "optimizer=adamw, or optimizer=custom optimizer._target_=torch.optim.Adam"},
     "engine": {
         "fsdp2": "engine=fsdp",
@@ -117,9 +121,18 @@ def our_key(key: str, value: Any = None) -> str:
     >>> our_key("epochs", 5)
     'duration=5ep'
     """
-    given = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
     found = KEYS.get(key, "")
-    return re.sub(r"<(.*?)>", lambda example: given if re.fullmatch(r"[\w.-]+", given) else example[1], found)
+    given = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    if choice := our_value(found.partition("=")[0], given):
+        return choice
+    number = re.fullmatch(r"[\d.]+(e[+-]?\d+)?", given) is not None
+
+    def with_value(example: re.Match[str]) -> str:
+        if not re.fullmatch(r"[\w.%-]+", given):
+            return example[1] + example[2]
+        return given + (example[2] if number else "")  # a value with a unit of its own keeps that
+
+    return re.sub(r"<(.*?)>(\w*)", with_value, found)
 
 
 def our_value(key: str, value: Any) -> str:

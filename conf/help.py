@@ -110,7 +110,7 @@ def _no_such_option(unknown: Sequence[str], words: Sequence[str]) -> UserError:
     value = value if equals else next((word for word in words if "=" not in word), "")
     meant = f"{key}={value or '…'}" if key in keys() and key not in sections() else our_key(key, value)
     fix = nearest(option, options) or "--help shows the command line"
-    if meant or equals:
+    if meant or "." in key:
         fix = f"keys have no dashes: {meant or f'{key}={value}'}"
     return UserError(f"there is no option {option}", fix)
 

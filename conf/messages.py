@@ -184,6 +184,9 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
     same_word = last in {other.rpartition(".")[2] for other in known}
     if hint := our_key(key, value) or (not same_word and our_key(last, value)) or " or ".join(near):
         return UserError(f"unknown key {key}", f"did you mean {hint}?", key)
+    if section and f"{section}.args" in known:
+        shown_value = "…" if value is None else shown(value)
+        return UserError(f"unknown key {key}", f"did you mean {section}.args.{last}={shown_value}?", key)
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
     fix = f"there are {', '.join(inside)}" if inside else "--help lists the keys there are"
     return UserError(f"unknown key {key}", fix, key)

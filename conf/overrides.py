@@ -118,6 +118,8 @@ def for_hydra(override: Override, roots: Sequence[Path]) -> str:
 def no_such_choice(group: str, name: str, options: Sequence[str], own: bool) -> UserError:
     """Return the error for a choice that a group doesn't have; ``own``: the user's own YAML was looked at."""
     meant = our_value(group, name)
+    if group == "task" and re.fullmatch(r"\w+(\.\w+)+", name):
+        meant = f"task=custom task._target_={name}"
     near = f"did you mean {meant}?" if meant else nearest(name, options)
     fix = f"{near} {group} can be {', '.join(options)}".lstrip()
     fix += "" if own else f"; {name}.yaml of your own needs --config-dir, the folder above its {group}/"

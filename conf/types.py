@@ -67,8 +67,7 @@ def _half_life(value: object) -> Duration:
     try:
         return _lasting(_duration(value))
     except UserError as error:
-        fix = f"{error.fix}; ema is the half-life of the average, not its decay"
-        raise UserError(error.problem, fix.removeprefix("; ")) from None
+        raise UserError(error.problem, "ema is the half-life of the average, such as 2000sa, not its decay") from None
 
 
 def _lasting(duration: Duration) -> Duration:

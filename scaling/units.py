@@ -48,7 +48,8 @@ class Duration:
         if not unit and value == 0:
             unit = "sa"
         if not unit:
-            raise UserError(f"{shown} has no unit", f"write {match[1]:.100} with one of: {EXAMPLES}", value=text)
+            examples = " or ".join(f"{match[1]:.100}{unit}" for unit in ("ep", "st", "sa"))
+            raise UserError(f"{shown} has no unit", f"write {examples}: epochs, steps or samples", value=text)
         if unit not in MEANING:
             raise UserError(f"{shown} has the unknown unit {unit!r:.20}", f"known are: {EXAMPLES}", value=text)
         return cls(value, unit)  # type: ignore[arg-type]

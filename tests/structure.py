@@ -1,6 +1,7 @@
 """Check the structure of the source: ``python -m tests.structure`` fails if a rule below is broken.
 
-- Imports only go down, in the order of LAYERS. Lazy imports and those for type checkers count, too.
+- Imports only go down, in the order of LAYERS. Lazy imports, those for type checkers and ``import_module`` count, too
+  (ruff rejects relative ones).
 - Imports have no cycles.
 - A function has at most 50 lines (without its docstring) and 8 parameters (without self).
 - A folder has more than one file, besides ``__init__.py``.
@@ -166,6 +167,8 @@ def _imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
             names = [name if name.removeprefix("isobatch.") in known else str(node.module) for name in names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
         for name in names:
             ours = name.removeprefix("isobatch.")
             if name.startswith("isobatch.") and ours in known:

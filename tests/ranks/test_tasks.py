@@ -64,6 +64,32 @@ def test_samples_that_cannot_be_batched(samples: list[Any]) -> None:
     with pytest.raises(UserError) as error:
         task_of("task=digits").collate(samples)
     assert "collate(samples)" in error.value.fix
+    assert ("[2] and [3]" in error.value.problem) == isinstance(samples[0], torch.Tensor)
+
+
+class Foreign:
+    """A task with the method names of other trainers."""
+
+    def model(self) -> None: ...
+
+    def train_data(self) -> None: ...
+
+    def loss(self, model: Any, batch: Any) -> None: ...
+
+    def evaluate(self, model: Any, batch: Any) -> None: ...
+
+    def validation_data(self) -> None: ...
+
+    def collate_fn(self) -> None: ...
+
+
+def test_methods_of_other_trainers_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+    make_task(compose(["task=custom", f"task._target_={__name__}.Foreign"]))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert said[0].endswith("Foreign.validation_data; did you mean val_data?")
+    assert said[1].endswith("Foreign.collate_fn; did you mean collate?")
+    assert "no val_data()" in said[2]
 
 
 @pytest.mark.parametrize("name", ["mnist1d", "text"])

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from isobatch.conf import hardware
-from isobatch.conf.compose import compose
+from isobatch.conf.compose import compose, unused_keys
 from isobatch.conf.existing import extends
 from isobatch.conf.help import annotated, command_line, help_text, meanings
 from isobatch.conf.keys import HERE, RECORDED, keys, leaves, sections
@@ -316,6 +316,17 @@ def test_rejected(line: str, key: str, names: list[str]) -> None:
     assert all(name in str(rejection.value) for name in names), str(rejection.value)
     assert len(str(rejection.value)) < 500
     assert not re.search(r"pydantic|hydra\.cc|ConfigKeyError|constrained|Traceback", str(rejection.value))
+
+
+@pytest.mark.parametrize("given", ["lr.milestones=[50%]", "lr.gamma=0.5", "lr.cooldown=30%", "lr.exponent=3"])
+def test_keys_of_another_decay_are_named(given: str) -> None:
+    """They change nothing but the identity."""
+    (text,) = unused_keys(compose([given]))
+    assert text.startswith(given.partition("=")[0])
+    decay = re.search(r"lr.decay=(\w+)", text)
+    assert decay
+    needed = ["lr.milestones=[50%]"] if decay[1] == "step" else []
+    assert unused_keys(compose([given, decay[0], *needed])) == []
 
 
 def test_keys_of_another_choice_are_said_once(tmp_path: Path) -> None:

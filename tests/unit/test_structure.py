@@ -36,6 +36,10 @@ WRONG = {
         {"slurm/render.py": "import isobatch.trainers.launch.a\n"} | dict.fromkeys(LAUNCH, ""),
         "slurm/render.py imports trainers/launch/a.py, which is above it",
     ),
+    "an import by name": (
+        {"conf/compose.py": 'import importlib\n\nimportlib.import_module("isobatch.slurm.submit")\n'},
+        "conf/compose.py imports slurm/submit.py, which is above it",
+    ),
     "a circle": (
         {"scaling/units.py": "from isobatch.scaling import rules\n"},
         "scaling.rules, scaling.units import each other",

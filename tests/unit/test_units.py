@@ -52,7 +52,7 @@ def test_a_number_and_its_unit(text: object, value: float, unit: str) -> None:
         (["1ep"], "not a duration"),
         ("-1ep", "0 or more"),
         ("1e999ep", "finite"),
-        ("100", "no unit; write 100 with one of"),
+        ("100", "no unit; write 100ep or 100st"),
         (3, "no unit"),
         ("3h", "unknown unit 'h'"),
         ("3epochs", "unknown unit 'epochs'"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as Conv
@@ -20,6 +19,8 @@ __all__ = [
     "set_group_timeout",
 ]  # fmt: skip
 
+_c10d = torch.distributed.distributed_c10d
+set_group_timeout = getattr(_c10d, "set_timeout", None) or _c10d._set_pg_timeout  # torch 2.14 made it public
 foreach_add, foreach_add_ = torch._foreach_add, torch._foreach_add_
 foreach_addcmul_, foreach_copy_, foreach_lerp_ = torch._foreach_addcmul_, torch._foreach_copy_, torch._foreach_lerp_
 foreach_mul_, foreach_norm, foreach_zero_ = torch._foreach_mul_, torch._foreach_norm, torch._foreach_zero_

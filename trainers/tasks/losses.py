@@ -54,7 +54,9 @@ def _summed_samples(losses: Tensor, samples: int | None) -> Tensor:
     if losses.ndim == 1 and samples in (None, len(losses)):
         return widened(losses).sum()
     fix = "return the sum with the number of units, or use reduction='none'"
-    if losses.ndim:
+    if losses.ndim == 2 and losses.shape[0] == losses.shape[1] == samples:
+        fix = "outputs [n, 1] and targets [n] broadcast to [n, n]: give them one shape, such as by outputs.squeeze(1)"
+    elif losses.ndim:
         fix = "add up the losses of each sample, such as by losses.flatten(1).sum(1)"
     batch = "" if samples is None else f" for {counted(samples, 'sample')}"
     raise UserError(f"{WANTED}; it returned {_shown(losses)}{batch}", fix)

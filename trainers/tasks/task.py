@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sized
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
+from isobatch.conf.terminal import say_once
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.targets import build, check_call, locate, made, science_of
 from isobatch.trainers.tasks.losses import summed
@@ -79,7 +79,9 @@ class Task:
         try:
             return default_collate(samples)
         except (RuntimeError, TypeError) as error:
-            problem = f"the samples can't be collated into a batch: {str(error).splitlines()[0]}"
+            shapes = list(dict.fromkeys(map(_shapes, samples)))
+            why = f"they have the shapes {shapes[0]} and {shapes[1]}" if shapes[1:] else str(error).splitlines()[0]
+            problem = f"the samples can't be collated into a batch: {why}"
             fix = f"give {type(self.own).__name__} a collate(samples), or return tensors of one size from [index]"
             raise UserError(problem, fix, "task._target_") from error
 
@@ -99,7 +101,22 @@ class Task:
 
 
 REQUIRED = {"model": "model() -> nn.Module", "train_data": "train_data() -> Dataset", "loss": "loss(model, batch)"}
+# What other trainers call these methods, where the name is too different to be guessed.
+ELSEWHERE = {
+    **dict.fromkeys(("validate", "validation_step", "test_step", "eval_step"), "evaluate"),
+    **dict.fromkeys(("validation_data", "valid_data", "val_dataset", "val_dataloader", "eval_dataset"), "val_data"),
+    **dict.fromkeys(("collate_fn", "data_collator"), "collate"),
+    "prepare_data": "prepare",
+    **dict.fromkeys(("configure_optimizers", "parameter_groups"), "param_groups"),
+}
 OPTIONAL = [name for name in vars(Task) if not name.startswith("_") and name != "has" and name not in REQUIRED]
+
+
+def _shapes(sample: Any) -> str:
+    """Return the shapes of the tensors and arrays in a sample, as text."""
+    if isinstance(sample, tuple | list):
+        return f"({', '.join(map(_shapes, sample))})"
+    return str(list(sample.shape)) if hasattr(sample, "shape") else type(sample).__name__
 
 
 def make_task(config: RunConfig) -> Task:
@@ -113,6 +130,8 @@ def make_task(config: RunConfig) -> Task:
     if not inspect.isclass(cls):
         raise UserError(f"task._target_={target} is a {type(cls).__name__}, not a class", "", "task._target_", target)
     _warn_of_near_misses(cls)
+    if hasattr(cls, "evaluate") and not hasattr(cls, "val_data") and config.data.target is None:
+        say_once(f"warning: {cls.__name__} has evaluate() and no val_data(), so nothing is evaluated")
     elsewhere = {"model": config.model.target, "train_data": config.data.target}
     absent = [name for name in REQUIRED if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None]
     if missing := [REQUIRED[name] for name in absent]:
@@ -141,11 +160,11 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
 
 
 def _warn_of_near_misses(cls: type) -> None:
-    """Warn about methods with a name similar to an optional method that the class doesn't define."""
+    """Warn about methods named like an optional method that the class doesn't define."""
     for name in vars(cls):
-        near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
         if near and name not in OPTIONAL and not name.startswith("_") and not hasattr(cls, near[0]):
-            warnings.warn(f"nothing calls {cls.__name__}.{name}; did you mean {near[0]}?", stacklevel=3)
+            say_once(f"warning: Isobatch never calls {cls.__name__}.{name}; did you mean {near[0]}?")
 
 
 def open_data(task: Task, config: RunConfig) -> Any:
