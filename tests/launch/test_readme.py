@@ -39,7 +39,7 @@ PRINTS = {
     "batch.global_size=128 batch.per_gpu=24": "128 samples ≤ 22 .* accumulation 6",
     "batch.accumulation=2": "32 samples = 16 per GPU × 1 rank × accumulation 2",
     "lr.rule=sqrt": r"peak 0.0707107 = 0.05 × √\(64/32\)",
-    "cluster.nodes=16": "4,096 samples = 32 per GPU × 128 ranks",
+    "cluster.nodes=16": "512 samples = 4 per GPU × 128 ranks",
     "optimizer=auto": r"lars \(auto",
     "batch.schedule": "then .*from sample 14,400, step 226: 256 samples",
     "-m batch.global_size=32,64": r"32 .*\n.*64 ",

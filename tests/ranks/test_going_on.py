@@ -286,7 +286,7 @@ def test_changed_data_is_rejected_with_both_values(runs: Runs, tmp_path: Path) -
     np.save(file, data + 1)
     refused = runs(2, *task, going_on=run).ends[0]
     assert refused["raised"] == "UserError"
-    assert f"and was {fingerprint}" in refused["message"]
+    assert fingerprint in refused["message"]
     assert runs(2, *task, "data.fingerprint=false", going_on=run).ends[0]["state"] == "finished"
 
 

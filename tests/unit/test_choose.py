@@ -111,5 +111,5 @@ def test_it_is_chosen_for_a_run_that_is_new_in_its_folder(tmp_path: Path) -> Non
 
 
 def test_as_large_as_data_that_nobody_has_counted() -> None:
-    with pytest.raises(UserError, match=r"state task\.train_samples=N, or name an optimizer"):
+    with pytest.raises(UserError, match=r"task\.train_samples=N"):
         configured(["optimizer=auto", "batch.global_size=all", "task.train_samples=null"])
