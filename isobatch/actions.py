@@ -75,7 +75,7 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     """Return ``plan`` as it continues from the newest readable checkpoint of ``run``; without one, as it is.
 
     Raises:
-        UserError: it can't go on so.
+        UserError: the run can't resume with this config.
     """
     if not run.checkpoints.is_dir():
         return plan
