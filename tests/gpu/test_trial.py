@@ -21,6 +21,8 @@ from isobatch.trainers.trial.training import Found
 from tests.ranks import test_trial
 from tests.ranks.test_trial import COUPLED, MEANS, SOUND, Recurrent, task_of
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU with CUDA", allow_module_level=True)
 CUDA = torch.device("cuda", 0)
 torch.cuda.init()
 LAUNCHER = Path(__file__).parents[2] / "launch.py"
