@@ -129,6 +129,11 @@ class Rule:
         carried = replace(carried, **kept)
         if "betas" not in kept:
             _refuse_lost_memory(self.name, recipe, carried, move)
+        if not all(0 <= beta < 1 for beta in carried.betas):
+            problem = (
+                f"lr.rule={self.name} moves betas to {list(carried.betas)}, which have to be from 0 to less than 1"
+            )
+            raise UserError(problem, "use lr.rule=sqrt or linear", "lr.rule", self.name)
         if not 0 < carried.lr < math.inf:
             exponent = "" if self.power is None else f" (lr.power={self.power:g})"
             scaled = f"scales the base LR {recipe.lr:g} to {carried.lr:g} at {move.kappa:.4g} × its batch"

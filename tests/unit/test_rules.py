@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +18,16 @@ quick = examples(50)
 batches = st.integers(1, 100_000)
 SGD = Recipe(lr=0.1, betas=(0.9,), eps=None, weight_decay=1e-4)
 ADAM = Recipe(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, ema=0.999)
-OWN: dict[str, dict[str, Any]] = {
-    "power": {"power": 0.7}, "half-life": {"power": 0.5}, "noise": {"power": 1.0, "noise_scale": 500.0},
-    "surge": {"noise_scale": 500.0},
-}  # fmt: skip
-BY_BETAS = ("sde", "half-life")
+BY_BETAS = tuple(name for name, law in LAWS.items() if "betas" in law.moves)
+WITH_POWER = ", ".join(name for name, law in LAWS.items() if law.powers)
+WITH_SCALE = ", ".join(name for name, law in LAWS.items() if law.measured)
 
 
 def rule(name: str, **own: Any) -> Rule:
-    return Rule(name, **{**OWN.get(name, {}), **own})
+    """Return the rule with ``own`` numbers, else with some that it takes."""
+    law = LAWS[name]
+    power = {"power": min(max(0.7, law.powers[0]), law.powers[1])} if law.powers else {}
+    return Rule(name, **{**power, **({"noise_scale": 500.0} if law.measured else {}), **own})
 
 
 @pytest.mark.parametrize(
@@ -154,17 +156,18 @@ def test_auto_is_linear_for_sgd_and_sqrt_for_the_rest() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lr\.rule=cubic: known rules are linear, sqrt, legw, power, sde"):
-        Rule("cubic")
+    with pytest.raises(ValueError, match=r"lr\.rule=quartic") as error:
+        Rule("quartic")
+    assert all(name in str(error.value) for name in LAWS)
 
 
 @pytest.mark.parametrize(
     ("name", "own", "says"),
     [
-        ("power", {}, "lr.power=None: needed by power, half-life, noise, and only by these"),
-        ("linear", {"power": 0.5}, "lr.power=0.5: needed by power, half-life, noise, and only by these"),
-        ("noise", {"power": 1.0}, "lr.noise_scale=None: needed by noise, surge, and only by these"),
-        ("sqrt", {"noise_scale": 5.0}, "lr.noise_scale=5.0: needed by noise, surge, and only"),
+        ("power", {}, f"lr.power=None: needed by {WITH_POWER}, and only by these"),
+        ("linear", {"power": 0.5}, f"lr.power=0.5: needed by {WITH_POWER}, and only by these"),
+        ("noise", {"power": 1.0}, f"lr.noise_scale=None: needed by {WITH_SCALE}, and only by these"),
+        ("sqrt", {"noise_scale": 5.0}, f"lr.noise_scale=5.0: needed by {WITH_SCALE}, and only by these"),
         (
             "noise",
             {"power": 2.0, "noise_scale": 5.0},
@@ -190,6 +193,14 @@ def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -
 def test_a_rule_that_leads_nowhere_is_refused(rule: Rule, base: float, before: int, after: int, found: str) -> None:
     with pytest.raises(ValueError, match=rf"lr\.rule={rule.name}.* to {found} at .*lr\.peak"):
         rule.apply(replace(SGD, lr=base), before, after)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_each_rule_is_documented(name: str) -> None:
+    """It has a row in scaling/README.md, and where its source ends the plan has something to say."""
+    law = LAWS[name]
+    assert f"\n| `{name}` |" in (Path(__file__).parents[2] / "scaling/README.md").read_text()
+    assert bool(law.beyond) == (math.isfinite(law.kappa_tested) or math.isfinite(law.batch_tested))
 
 
 def test_tested_ranges_are_those_of_the_sources() -> None:
