@@ -483,7 +483,8 @@ def test_a_data_loader_that_was_killed_is_the_cause(folder: Path) -> None:
     run = launch(folder, *fault, *RESTARTED)
     assert run.end() == 0, run.err
     (restart,) = run.events("restart")
-    assert re.match(r"DataLoader worker \(pid \d+\) is killed by signal: Killed", restart["cause"])
+    # The second where torch found the process gone before it learned of the signal.
+    assert re.match(r"DataLoader worker \(pid.* (is killed by signal: Killed|exited unexpectedly)", restart["cause"])
 
 
 def test_half_the_samples_at_once_where_memory_runs_out(folder: Path) -> None:
