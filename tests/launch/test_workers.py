@@ -370,7 +370,8 @@ def test_what_is_not_finite_is_not_restarted(folder: Path) -> None:
             r"it hung: no progress within cluster\.timeout_s=2 \(faulty\.py:\d+ in loss\)",
             r"faulty\.py\", line \d+ in loss",
         ),
-        ("SIGSTOP", r"suspended .*", "most recent call first"),  # to show its stack it is continued, and may get further
+        # To show its stack, a suspended rank is continued, so it may get further.
+        ("SIGSTOP", r"suspended .*", "most recent call first"),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(
