@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-engines test-ranks test-launch test-workers test-unit test-cluster golden lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-cluster golden lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ train: install
 # All suites run at once, as most of them spend much time waiting. The unit tests, which never
 # wait, run at a lower priority.
 test: install
-	@$(MAKE) --no-print-directory --jobs=5 --output-sync=line test-launch test-workers test-engines test-ranks test-unit
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
 # These take half of the time of tests/ranks.
 ENGINES := $(patsubst %,tests/ranks/test_%.py,accelerate bitwise branches crossing deepspeed engines fsdp memory)
@@ -27,13 +27,7 @@ test-ranks: install
 	$(PYTEST) tests/ranks $(addprefix --ignore=,$(ENGINES))
 
 test-launch: install
-	$(PYTEST) tests/launch tests/faults --ignore=$(WORKERS)
-
-# Half of the time of tests/launch.
-WORKERS := tests/launch/test_workers.py
-
-test-workers: install
-	$(PYTEST) $(WORKERS)
+	$(PYTEST) tests/launch tests/faults
 
 test-unit: install
 	nice -n 10 $(PYTEST) -p tests.support.no_torch tests/unit
