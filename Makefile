@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-engines test-ranks test-launch test-unit test-cluster golden lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-tools test-cluster golden lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,12 @@ test-launch: install
 
 test-unit: install
 	nice -n 10 $(PYTEST) -p tests.support.no_torch tests/unit
+
+# Extras of pyproject.toml that only tests/tools uses.
+TOOLS := report,tools
+
+test-tools: $(VENV)/.tools
+	$(PYTEST) tests/tools
 
 test-cluster: install
 	$(PYTEST) tests/cluster
@@ -72,4 +78,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
 		--target $(VENV)/peers pytorch-optimizer timm torch-optimizer
 	@rm -rf build isobatch.egg-info  # left by pip
+	@touch $@
+
+# What only tests/tools needs, so that the other parts don't wait for it.
+$(VENV)/.tools: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$(TOOLS)]"
+	@$(BIN)/pip uninstall --quiet --yes isobatch
+	@rm -rf build isobatch.egg-info
 	@touch $@
