@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
-from tests.support.peers import alone
+from tests.support.peers import import_alone
 
 LAYERS, HIDDEN, VOCABULARY, WARM, TURNS = 12, 256, 30522, 2, 15
 
@@ -53,7 +53,7 @@ def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
 
     def peer(path: str, **options: Any) -> Callable[[Any], Optimizer]:
         module, _, name = path.rpartition(".")
-        made: Callable[..., Optimizer] = getattr(alone(module), name)
+        made: Callable[..., Optimizer] = getattr(import_alone(module), name)
         return lambda groups: made(groups, lr=1e-4, **options)
 
     return {

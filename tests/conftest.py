@@ -1,4 +1,4 @@
-"""Settings of all tests: no second thread before ranks are forked, and the same examples on every machine."""
+"""Set up all tests: no second thread before ranks are forked, and the same examples on every machine."""
 
 import os
 from collections.abc import Generator
@@ -6,16 +6,16 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A process that ever ran a multi-threaded tensor op can't be forked: its children hang. So it never runs one.
+# Forked children hang if their parent ever ran a multi-threaded tensor op, so this process never runs one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Health checks that look at the clock fail on a slow machine; a fixture of a function may be shared by its examples.
-ALIKE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("test", derandomize=True, database=None, **ALIKE)
-settings.register_profile("fuzz", max_examples=2000, database=None, print_blob=True, **ALIKE)
+# Health checks that look at the clock fail on a slow machine. The examples of a property may share a fixture.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("test", derandomize=True, database=None, **COMMON)
+settings.register_profile("fuzz", max_examples=2000, database=None, print_blob=True, **COMMON)
 settings.load_profile("test")
 
-# What a cluster, a launcher or a terminal has left in the environment isn't part of a test.
+# Remove the variables that a cluster, a launcher or a terminal left in the environment.
 for name in list(os.environ):
     if name.startswith(("SLURM_", "TORCHELASTIC_", "ACCELERATE_")) or name in (
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES",

@@ -1,7 +1,7 @@
 """Check the structure of the source: ``python -m tests.structure`` fails if a rule below is broken.
 
-- Imports only go down, in the order of LAYERS. Lazy imports, those for type checkers and ``import_module`` count, too
-  (ruff rejects relative ones).
+- Imports only go down, in the order of LAYERS. Lazy imports, imports for type checkers and ``import_module`` count too
+  (ruff rejects relative imports).
 - Imports have no cycles.
 - A function has at most 50 lines (without its docstring) and 8 parameters (without self).
 - A folder has more than one file, besides ``__init__.py``.
@@ -79,7 +79,7 @@ def modules(root: Path = ROOT) -> dict[str, Module]:
 
 
 def upward(found: dict[str, Module]) -> list[str]:
-    """Return the imports of a higher layer by a lower one, and those between the folders of one level."""
+    """Return the imports of a higher layer by a lower one, and the imports between folders of one level."""
     lines = []
     for module in found.values():
         for name in module.imports:
@@ -90,7 +90,7 @@ def upward(found: dict[str, Module]) -> list[str]:
     return lines
 
 
-def circles(found: dict[str, Module]) -> list[str]:
+def cycles(found: dict[str, Module]) -> list[str]:
     """Return the import cycles: groups of files that import each other (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -133,7 +133,7 @@ def functions(found: dict[str, Module]) -> list[str]:
 
 
 def single(found: dict[str, Module]) -> list[str]:
-    """Return the files that are the only one in their folder and its sub-folders."""
+    """Return each file that is the only one in its folder and its sub-folders."""
     files = [module.path for module in found.values() if module.path.name != "__init__.py"]
     inside = Counter(folder for file in files for folder in file.parents)
     lonely = [file for file in files if inside[file.parent] == 1]
@@ -145,7 +145,7 @@ def main(root: Path = ROOT) -> int:
     found = modules(root)
     problems = {
         "imports upward": upward(found),
-        "circles": circles(found),
+        "cycles": cycles(found),
         "functions": functions(found),
         "folders": single(found),
     }
@@ -168,7 +168,7 @@ def _imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         for name in names:
             ours = name.removeprefix("isobatch.")
             if name.startswith("isobatch.") and ours in known:

@@ -177,7 +177,7 @@ def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
                 with hushed():
                     runs = Runs(folder)
                     stopped = runs(BEFORE[0], *overrides(BEFORE[1], LAST), stop_at=STOP_AT)
-                    runs(AFTER[0], *overrides(AFTER[1], LAST), going_on=stopped)
+                    runs(AFTER[0], *overrides(AFTER[1], LAST), resume=stopped)
             else:
                 for (world, per_gpu, accumulation), stop_at in ((BEFORE, STOP_AT), (AFTER, None)):
                     job = Job(Tokens(), LAST, per_gpu, accumulation, peer.best, folder, stop_at, resume=stop_at is None)

@@ -15,7 +15,7 @@ from tests.cluster.lab import running
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start a Slurm cluster and begin all acts of the session on it, in the order of their tests."""
+    """Start a Slurm cluster, and start all acts of the session on it in the order of their tests."""
     functions = [item.function for item in request.session.items if isinstance(item, pytest.Function)]
     acts = [(function.act, function.nodes) for function in functions if hasattr(function, "act")]
     with ExitStack() as stack:
@@ -26,5 +26,5 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pool = ThreadPoolExecutor(AT_ONCE)
         stack.callback(pool.shutdown, cancel_futures=True)
         cluster = Cluster(lab, tmp_path_factory.mktemp("cluster"), pool)
-        cluster.begin(acts)
+        cluster.start(acts)
         yield cluster

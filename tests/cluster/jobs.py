@@ -24,12 +24,12 @@ from tests.faults.task import Fault
 
 ONE_THREAD = "cluster.environment.OMP_NUM_THREADS=1"  # so that sums are rounded the same on every node
 WITHIN_S = 240.0
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 AT_ONCE = 2
 
 
 def reference(*overrides: str) -> Callable[[Case], object]:
-    return lambda case: case.goes_on(ONE_THREAD, *overrides)
+    return lambda case: case.run_to_end(ONE_THREAD, *overrides)
 
 
 REFERENCES |= {f"{ranks} ranks": reference(f"cluster.gpus_per_node={ranks}") for ranks in (2, 4)}
@@ -41,7 +41,8 @@ class JobCase(Case):
     """One run and its jobs.
 
     Attributes:
-        lab: the cluster; ``nodes``: the nodes reserved for this run.
+        lab: the Slurm cluster.
+        nodes: the nodes reserved for this run.
         references: undisturbed runs.
     """
 
@@ -58,7 +59,7 @@ class JobCase(Case):
     def command(
         self, *overrides: str, faults: Iterable[Fault] = (), base: Iterable[str] = BASE, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command that submits, by default for all of this case's nodes and one worker on each."""
+        """Run a command that submits a job, by default on all of this case's nodes with one worker each."""
         given = {override.partition("=")[0] for override in overrides}
         usual = {
             "cluster": "slurm", "cluster.nodes": len(self.nodes), "cluster.gpus_per_node": 1, "cluster.gres": "none",
@@ -69,16 +70,16 @@ class JobCase(Case):
         return launch(*words, **env)
 
     def submit(self, *overrides: str, **more: Any) -> str:
-        """Run a command that submits, and return the id of the job."""
+        """Run a command that submits a job, and return the job's id."""
         done = self.command(*overrides, **more)
         check(done.returncode == 0, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
         found = re.search(r"^submitted job (\d+)", done.stdout, re.MULTILINE)
-        check(found, f"no job is named: {done.stdout}")
+        check(found, f"the output names no job: {done.stdout}")
         assert found
         return found[1]
 
     def sbatch(self, script: str, *overrides: str, **env: str) -> str:
-        """Submit a script of slurm/ by hand, and return the id of the job."""
+        """Submit a script of slurm/ by hand, and return the job's id."""
         env |= {"FAULTS": "[]", "FETCHED": str(self.folder / "fetched")}
         env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         options = (f"--nodelist={','.join(self.nodes)}", f"--output={self.folder}/slurm-%j.out")
@@ -87,32 +88,32 @@ class JobCase(Case):
 
     # ---- jobs
 
-    def part(self, name: str) -> JobCase:
-        """Return a run of the sweep in this case."""
-        part = dataclasses.replace(self)
-        part.run = self.run / name
-        return part
+    def element(self, name: str) -> JobCase:
+        """Return the case of one run of a sweep."""
+        element = dataclasses.replace(self)
+        element.run = self.run / name
+        return element
 
-    def await_over(self, job: str) -> str:
+    def await_end(self, job: str) -> str:
         """Wait for the end of a job, and return its state."""
-        wait_until(lambda: over(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
+        wait_until(lambda: has_ended(job), f"the end of job {job}", WITHIN_S, poll_s=0.1)
         return field(job, "JobState")
 
-    def finishes(self, job: str) -> None:
+    def expect_finish(self, job: str) -> None:
         """Check that the job finishes the run and leaves no processes."""
-        state = self.await_over(job)
+        state = self.await_end(job)
         check((state, self.outcome["state"]) == ("COMPLETED", "finished"), f"{state}, {self.outcome}")
-        wait_until(lambda: not processes_of(self.run), "processes that are left", 10)
+        wait_until(lambda: not processes_of(self.run), "remaining processes to end", 10)
 
     @property
-    def told(self) -> str:
-        """The output of its jobs, and its events."""
+    def diagnostics(self) -> str:
+        """Return the output and the events of the jobs."""
         files = [*sorted(self.folder.rglob("slurm*.out")), self.run / "events.jsonl"]
         return "\n".join(f"{file}:\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
-    def same(self, reference: str) -> None:
+    def expect_same(self, reference: str) -> None:
         """Check that the result equals the undisturbed run, without lost or repeated samples."""
-        self.compared(self.references(reference))
+        self.compare(self.references(reference))
 
     def _files(self, event: dict[str, Any], first: int) -> list[Path]:
         start = f"{event['job']}.{event['job_restart']}.{event['restart']}"
@@ -133,7 +134,7 @@ def quoted(text: str) -> str:
 
 
 def show(job: str) -> str:
-    """Return Slurm's description of a job, or of an array element."""
+    """Return Slurm's description of a job or an array element."""
     return run("scontrol", "--oneliner", "show", "job", job)
 
 
@@ -143,8 +144,8 @@ def field(job: str, name: str) -> str:
     return found[1].strip() if found else ""
 
 
-def over(job: str) -> bool:
-    return field(job, "JobState") in OVER
+def has_ended(job: str) -> bool:
+    return field(job, "JobState") in ENDED
 
 
 # ---- tests that run at the same time
@@ -162,7 +163,7 @@ class Cluster:
         self._free, self._changed, self._next = list(lab.nodes), threading.Condition(), threading.Lock()
         self._done: dict[Act, Future[None]] = {}
 
-    def begin(self, acts: Iterable[tuple[Act, int]]) -> None:
+    def start(self, acts: Iterable[tuple[Act, int]]) -> None:
         self._done = {act: self._pool.submit(self._do, act, nodes) for act, nodes in acts}
 
     def result(self, act: Act) -> None:
@@ -170,18 +171,18 @@ class Cluster:
         self._done[act].result()
 
     def _do(self, act: Act, count: int) -> None:
-        with self._lent(count) as nodes:
+        with self._reserved(count) as nodes:
             case = JobCase(folder=self.folder / act.__name__, lab=self.lab, nodes=nodes, references=self.references)
             try:
                 act(case)
             except Exception as error:
-                error.add_note(f"{self.lab.told}\n{case.told}")
+                error.add_note(f"{self.lab.diagnostics}\n{case.diagnostics}")
                 raise
             finally:
                 self.lab.clear(nodes)
 
     @contextmanager
-    def _lent(self, count: int) -> Iterator[tuple[str, ...]]:
+    def _reserved(self, count: int) -> Iterator[tuple[str, ...]]:
         with self._next, self._changed:  # first come, first served
             self._changed.wait_for(lambda: len(self._free) >= count)
             self._free.sort()
@@ -195,7 +196,7 @@ class Cluster:
 
 
 def on_nodes(count: int) -> Callable[[Act], Callable[[Cluster], None]]:
-    """Turn an act into a test. All acts start with the first test."""
+    """Turn an act into a test. The first test starts all acts."""
 
     def made(act: Act) -> Callable[[Cluster], None]:
         def test(cluster: Cluster) -> None:

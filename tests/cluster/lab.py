@@ -1,10 +1,10 @@
-"""A real Slurm of four nodes on this machine, for tests: `python -m tests.cluster.lab` starts one and stays.
+"""Run a real Slurm of four nodes on this machine for tests. `python -m tests.cluster.lab` starts one and waits.
 
-Needs root and Debian's packages `slurm-wlm` and `munge`, which it installs if they are missing. Nothing is written to
-/etc: all files are in a temporary folder, which SLURM_CONF names, and all daemons are ended by their process ids.
+It needs root, and Debian's packages `slurm-wlm` and `munge`, which it installs if they are missing. It writes nothing
+to /etc: all files are in a temporary folder, which SLURM_CONF names. All daemons are ended by their process ids.
 
-Each node has two CPUs and two GPUs in name. Partitions: main (Slurm requeues what it preempts), cheap (it cancels it),
-graceful (it cancels it 20 s after a TERM), high (preempts all of them).
+Each node has two CPUs and two nominal GPUs. Jobs of the partition high preempt all others. A preempted job is requeued
+in the partition main, cancelled in cheap, and cancelled 20 s after a TERM in graceful.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ READY_S = 60.0
 
 
 class Lab:
-    """A running Slurm.
+    """A running Slurm cluster.
 
     Attributes:
-        folder: its configuration, logs, state and process ids.
+        folder: the cluster's configuration, logs, state and process ids.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,8 +85,8 @@ class Lab:
         return [f"n{number}" for number in range(1, NODES + 1)]
 
     @property
-    def told(self) -> str:
-        """Diagnostics for a failure."""
+    def diagnostics(self) -> str:
+        """Return the state of the nodes and jobs, and the controller's log."""
         shown = run("scontrol", "--oneliner", "show", "node", check=False) + run("squeue", check=False)
         return shown + (self.folder / "log/ctld.log").read_text()[-5000:]
 
@@ -99,9 +99,9 @@ class Lab:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         port, *ports = free_ports(1 + NODES)
         machines = "\n".join(map(MACHINE.format, self.nodes, ports))
-        first = 1 + port % 10_000  # jobs meet where their ids say, and another lab may be on this machine
+        first = 1 + port % 10_000  # the rendezvous port follows from the job's id, and another lab may run here
         self.conf.write_text(CONF.format(folder=self.folder, nodes=NODES, port=port, first=first, machines=machines))
-        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")  # GPUs need a file each
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")  # Slurm needs a file for each GPU
         os.environ["SLURM_CONF"] = str(self.conf)
         self._slurmctld = self._daemon("slurmctld", "-D")
         for node in self.nodes:
@@ -113,12 +113,12 @@ class Lab:
         self._gone.discard(node)
 
     def kill_node(self, node: str) -> None:
-        """Simulate a crash of the machine: kill its slurmd and all its processes at once, so that none can report."""
+        """Simulate a machine's crash: kill its slurmd and all its processes at once, so that none can report."""
         self.freeze_node(node)
         self._send(node, signal.SIGKILL)
 
     def freeze_node(self, node: str) -> None:
-        """Simulate a machine without power or network: it doesn't answer, and its connections stay open."""
+        """Simulate a machine without network: it doesn't answer, and its connections stay open."""
         self._send(node, signal.SIGSTOP)
         self._gone.add(node)
 
@@ -136,7 +136,7 @@ class Lab:
                 os.kill(pid, number)
 
     def processes_of(self, node: str) -> list[int]:
-        """Return a node's slurmd and step daemons, which all have its log open, and their children."""
+        """Return a node's slurmd and step daemons, which all hold its log open, and their children."""
         log = self.folder / f"log/{node}.log"
         return [*_processes(lambda entry: log in _files(entry)), *self.tasks_of(node)]
 
@@ -222,7 +222,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running() -> Iterator[Lab]:
-    """Run a Slurm inside this block."""
+    """Run a Slurm cluster inside this block."""
     with tempfile.TemporaryDirectory(prefix="isobatch-slurm-", ignore_cleanup_errors=True) as name:
         lab = Lab(Path(name))
         try:

@@ -3,7 +3,7 @@
     python -m tests.faults [--whole] [--engine NAME …] [WORD …]
 
 All rows run on DDP, and some on the other engines; with ``--whole`` all rows run on all engines. Words select the rows
-that contain one of them. Engines select these engines, on which all rows run. With either, nothing is written.
+that contain one of them. ``--engine`` runs all rows on that engine only. With either, nothing is written.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tests.support.same import ENGINES
 PAGE = Path(__file__).parents[2] / "benchmarks/faults.md"
 MARK = "<!-- everything below is written by `make faults` -->"
 AT_ONCE = 2
-DETAILED = "DDP"  # whose rows are shown with all cells
-ABOUT = f"""{APART}, where a row holds in all else as above; each engine is compared with an uninterrupted run of its
-own. `python -m tests.faults --whole` causes the other rows on them, too."""
+DETAILED = "DDP"  # the engine whose rows are shown with all cells
+ABOUT = f"""{APART} of the rows that hold, checked as above. Each engine is compared with an uninterrupted run of its
+own. `python -m tests.faults --whole` causes all rows on all engines."""
 
 Cells = dict[str, str]
-Found = dict[tuple[str, Row], Cells | str]  # by engine and row: its cells, or why it doesn't hold
+Found = dict[tuple[str, Row], Cells | str]  # by engine and row: the cells, or the reason why the row doesn't hold
 
 
 def attempt(folder: Path, references: dict[str, References], numbered: tuple[int, tuple[str, Row]]) -> Cells | str:
@@ -56,7 +56,7 @@ def attempt(folder: Path, references: dict[str, References], numbered: tuple[int
 
 
 def cause(chosen: list[tuple[str, Row]]) -> Found:
-    """Run all chosen rows, ``AT_ONCE`` at a time."""
+    """Run the chosen rows, ``AT_ONCE`` at a time."""
     with tempfile.TemporaryDirectory(prefix="isobatch-faults-") as name, ThreadPoolExecutor(AT_ONCE) as pool:
         references = {engine: References(Path(name) / engine, words) for engine, words in ENGINES.items()}
         work = partial(attempt, Path(name), references)
@@ -92,14 +92,14 @@ def compact(found: Found, engines: list[str]) -> Iterable[str]:
     """Yield one table for all engines."""
     others = {row: None for engine, row in found if engine != DETAILED}
     lines = [
-        {"fault": row.fault, "ranks": row.ranks} | {engine: apart(found.get((engine, row))) for engine in engines}
+        {"fault": row.fault, "ranks": row.ranks} | {engine: distance(found.get((engine, row))) for engine in engines}
         for row in others
     ]
     if lines:
         yield f"## On every engine\n\n{ABOUT}\n\n{markdown(lines)}\n"
 
 
-def apart(cells: Cells | str | None) -> str:
+def distance(cells: Cells | str | None) -> str:
     return cells[APART] if isinstance(cells, dict) else "doesn't hold" if cells else ""
 
 
@@ -112,8 +112,8 @@ def machine() -> str:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("words", nargs="*", metavar="WORD", help="only rows that have one of these words")
-    found.add_argument("--engine", action="append", choices=ENGINES, help="only this one, and all rows on it")
+    found.add_argument("words", nargs="*", metavar="WORD", help="only rows that contain one of these words")
+    found.add_argument("--engine", action="append", choices=ENGINES, help="only this engine, with all rows on it")
     found.add_argument("--whole", action="store_true", help="all rows on all engines")
     return found
 

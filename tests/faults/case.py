@@ -1,4 +1,4 @@
-"""One run of the fault table: its commands, their outcomes, and checks that nothing was lost."""
+"""Run the commands of a row of the fault table, check their outcomes, and check that nothing was lost."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ BASE = (
 LAUNCH = (sys.executable, "launch.py")
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # torchrun
 DEADLINE_S = 120.0
-ROUNDING = 1e-6  # what max |Δ| / max |w| may be with SGD where sums are rounded otherwise
+ROUNDING = 1e-6  # the largest max |Δ| / max |w| with SGD where sums are rounded differently
 APART = "max \\|Δ\\| / max \\|w\\|"  # a column of the table
-WARM = "ISOBATCH_TEST_WARM"  # in the environment of `make test`; `make faults` starts all as users do
-SLOWLY = {"DELAY_S": "0.03"}  # each pass
-AHEAD = 4 * GLOBAL  # samples that may have been fetched beyond the step that a start had come to
+WARM = "ISOBATCH_TEST_WARM"  # in the environment of `make test`; `make faults` starts commands as users do
+SLOWLY = {"DELAY_S": "0.03"}  # delay of each pass
+AHEAD = 4 * GLOBAL  # samples that a start may have fetched beyond the step it reached
 
 
 class Broken(AssertionError):
     """A row doesn't hold."""
 
 
-def check(holds: Any, said: str) -> None:
-    if not holds:
-        raise Broken(said)
+def check(condition: Any, message: str) -> None:
+    if not condition:
+        raise Broken(message)
 
 
 def wait_until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S, poll_s: float = 0.01) -> None:
@@ -66,7 +66,7 @@ def free_port() -> int:
 
 
 def started(words: list[str], env: dict[str, str], output: IO[Any]) -> subprocess.Popen[bytes] | Warm:
-    """Start a command; launch.py from a process that has torch already, where WARM says so."""
+    """Start a command. With WARM in ``env``, launch.py starts from a process that has imported torch."""
     if WARM in env and words[:2] == list(LAUNCH):
         return Warm(words[2:], ROOT, env, output)
     return subprocess.Popen(
@@ -85,27 +85,27 @@ class Command:
             self.process = started(list(words), {**os.environ, **env}, output)
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text(errors="replace")
 
     def send(self, name: str) -> None:
         self.process.send_signal(signal.Signals[name])
 
-    def everyone(self) -> list[int]:
-        """Return the process ids of the launcher and all of its processes."""
+    def pids(self) -> list[int]:
+        """Return the process ids of the launcher and all its processes."""
         return [self.process.pid, *processes_of(self.directory)]
 
     def kill(self, pids: Iterable[int]) -> None:
         for pid in set(pids):
             os.kill(pid, signal.SIGKILL)
 
-    def code(self) -> int:
+    def exit_code(self) -> int:
         try:
             return self.process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.kill(self.everyone())
+            self.kill(self.pids())
             self.process.wait()
-            raise Broken(f"it hung: {self.said}") from None
+            raise Broken(f"it hung: {self.printed}") from None
 
 
 @dataclass
@@ -113,10 +113,11 @@ class Case:
     """One run and its commands.
 
     Attributes:
-        engine: what names it on the command line.
-        exact: it has to be the other run bit by bit; else by ``rounding``, the largest max |Δ| / max |w|.
-        ends: (state, exit code) of its commands that didn't end well, and ``causes`` that were named.
-        orphans: processes that were left by a command.
+        engine: the overrides that choose it.
+        exact: require equal bits; otherwise max |Δ| / max |w| may be up to ``rounding``.
+        counted: check that no sample was lost or repeated.
+        ends: state and exit code of each command that met a fault; ``causes``: the recorded causes.
+        orphans: number of processes that commands left behind.
     """
 
     folder: Path
@@ -127,13 +128,13 @@ class Case:
     ends: list[str] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
     orphans: int = 0
-    _started: list[tuple[Path, int]] = field(default_factory=list)  # of every command: what it fetched, starts before
+    _started: list[tuple[Path, int]] = field(default_factory=list)  # per command: record of fetches, starts before it
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run = self.folder / "run"
 
-    def begin_as(self, other: Case) -> None:
+    def copy_from(self, other: Case) -> None:
         """Copy the state of another case."""
         shutil.copytree(other.folder, self.folder, dirs_exist_ok=True, symlinks=True)
         self._started = [(self.folder / fetched.name, before) for fetched, before in other._started]
@@ -156,19 +157,19 @@ class Case:
         words, engine = list(by), self.engine if base else ()
         if "launch.py" not in words:
             words.append("launch.py")
-        elif not any(one.startswith("cluster.gpus_per_node=") for one in overrides):
+        elif not any(text.startswith("cluster.gpus_per_node=") for text in overrides):
             overrides = ("cluster.gpus_per_node=2", *overrides)
         return Command([*words, *base, *engine, f"run.dir={self.run}", "device=cpu", *overrides], self.run, env)
 
-    def ended(self, command: Command, state: str | None, code: int, cause: str = "") -> Command:
-        """Wait for the end of a command, and check it.
+    def expect_end(self, command: Command, state: str | None, code: int, cause: str = "") -> Command:
+        """Wait for the end of a command, and check its exit code and outcome.
 
         Args:
-            state: in ``outcome.json``; None: nothing of this command.
-            cause: what ``outcome.json`` has to say, a pattern.
+            state: the state in ``outcome.json``, or None if this command can't have written it.
+            cause: a pattern of the cause in ``outcome.json``.
         """
-        found = command.code()
-        check(found == code, f"exit code {found}, not {code}: {command.said[-2000:]}")
+        found = command.exit_code()
+        check(found == code, f"exit code {found}, not {code}: {command.printed[-2000:]}")
         outcome = self.outcome
         if state:
             check(outcome["state"] == state, f"{outcome}, not {state}")
@@ -183,31 +184,33 @@ class Case:
         self.orphans += len(left)
         return command
 
-    def stopped(self, command: Command, cause: str, code: int = 75) -> Command:
-        return self.ended(command, "stopped", code, f"^{cause}$")
+    def expect_stop(self, command: Command, cause: str, code: int = 75) -> Command:
+        return self.expect_end(command, "stopped", code, f"^{cause}$")
 
-    def crashed(self, command: Command, cause: str, code: int = 1) -> Command:
-        return self.ended(command, "crashed", code, cause)
+    def expect_crash(self, command: Command, cause: str, code: int = 1) -> Command:
+        return self.expect_end(command, "crashed", code, cause)
 
-    def finished(self, command: Command) -> Command:
-        """Check that a command recovered by itself."""
-        self.ended(command, "finished", 0)
+    def expect_recovery(self, command: Command) -> Command:
+        """Check that a command recovered by itself and finished the run."""
+        self.expect_end(command, "finished", 0)
         self.ends.append("finished, 0")
         return command
 
-    def goes_on(self, *overrides: str, **more: Any) -> Command:
-        """Run the same command without faults to the end of the run."""
-        return self.ended(self.start(*overrides, **more), "finished", 0)
+    def run_to_end(self, *overrides: str, **more: Any) -> Command:
+        """Run a command without faults to the end of the run."""
+        return self.expect_end(self.start(*overrides, **more), "finished", 0)
 
-    def goes_on_elsewhere(self, *overrides: str, **more: Any) -> Command:
+    def resume_elsewhere(self, *overrides: str, **more: Any) -> Command:
         """Resume from the run directory alone, on other hardware, to the end of the run."""
         self.exact = False
-        return self.goes_on(*overrides, base=(), **more)
+        return self.run_to_end(*overrides, base=(), **more)
 
-    def found_dead(self) -> None:
-        """Check that the next start recorded that the previous attempt ended without a word."""
+    def expect_found_dead(self) -> None:
+        """Check that the next start recorded the previous attempt as dead, since that couldn't record its own end."""
         (event,) = self.events("crashed")[-1:] or [{}]
-        check(event.get("found"), f"no event says that the attempt before was found dead, the last crash is {event}")
+        check(
+            event.get("found"), f"no event records that the previous attempt was found dead; the last crash is {event}"
+        )
         self.causes.append(event["cause"])
 
     # ---- files of the run directory
@@ -237,7 +240,7 @@ class Case:
         wait_until(lambda: step == 0 or ((lines := self.metrics()) and lines[-1]["step"] >= step), f"step {step}")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Its lines without what the clock says; one that is being written is left out."""
+        """Return the lines without measured times. A line that is being written is left out."""
         found = _lines(self.run / "metrics.jsonl")
         return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in found]
 
@@ -245,11 +248,11 @@ class Case:
         return sorted((self.run / "checkpoints").glob("step-*"))
 
     def saving(self) -> bool:
-        """Return whether a checkpoint is being written."""
+        """Return True while a checkpoint is being written."""
         return any((self.run / "checkpoints").glob(".step-*.tmp/*"))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Of the model and, where there is one, of their average."""
+        """Return the weights of the model and, if the run has one, of their average."""
         files = sorted((self.run / "final").iterdir())
         return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -259,10 +262,13 @@ class Case:
 
     # ---- nothing lost
 
-    def counts(self) -> tuple[int, int, int]:
-        """Samples that no start of the run trained on where it should have; that one did which another one had done;
-        and that were computed again, since what became of them was never saved."""
-        lost = repeated = again = 0
+    def count_samples(self) -> tuple[int, int, int]:
+        """Return the numbers of lost, repeated and recomputed samples.
+
+        Lost: the start that should have trained on it didn't. Repeated: two starts trained on it and kept the result.
+        Recomputed: trained on again, since the first result was never saved.
+        """
+        lost = repeated = recomputed = 0
         starts = self._starts()
         ends = [begin for begin, _ in starts[1:]] + [STEPS * GLOBAL]
         check(all(a <= b for (a, _), b in zip(starts, ends, strict=True)), f"starts at {starts}")
@@ -272,15 +278,15 @@ class Case:
             beyond = rows - due
             ahead = Counter(order(end, max(end, begin + len(fetched)) + AHEAD))
             repeated += (beyond - ahead).total()
-            again += (beyond & ahead).total()
-        return lost, repeated, again
+            recomputed += (beyond & ahead).total()
+        return lost, repeated, recomputed
 
     def _starts(self) -> list[tuple[int, list[int]]]:
-        """Of every start of the workers that trained: its first position, and the rows that it fetched."""
+        """Return the first position and the fetched rows of every start of the workers that trained."""
         found: list[tuple[int, list[int]]] = []
         for event in self.events():
             if event["event"] == "start":
-                first = len(found) - event["restart"]  # start of its command; one that was refused has no start
+                first = len(found) - event["restart"]  # first start of its command; a refused command has none
                 found.append((0, [int(row) for file in self._files(event, first) for row in file.read_text().split()]))
             elif event["event"] == "going_on":
                 found[-1] = event["samples"], found[-1][1]
@@ -291,36 +297,36 @@ class Case:
         folders = [folder for folder, before in self._started if before == first]
         return [file for folder in folders for file in folder.glob(f"{event['restart']}-*")]
 
-    def apart(self, reference: Case) -> float:
-        """max |Δ| / max |w| over all weights."""
+    def distance(self, reference: Case) -> float:
+        """Return max |Δ| / max |w| over all weights."""
         ours, theirs = self.weights(), reference.weights()
-        check(ours.keys() == theirs.keys(), f"other weights: {list(ours)}")
+        check(ours.keys() == theirs.keys(), f"the weights have other names: {list(ours)}")
         largest = max(float(tensor.abs().max()) for tensor in theirs.values())
         return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) / largest
 
-    def compared(self, reference: Case) -> dict[str, str]:
-        """The cells that say whether this is the run that nobody interrupted.
+    def compare(self, reference: Case) -> dict[str, str]:
+        """Compare this run with an uninterrupted one, and return the table's cells.
 
         Raises:
-            Broken: it isn't.
+            Broken: the runs differ.
         """
-        apart = self.apart(reference)
+        distance = self.distance(reference)
         same = all(torch.equal(tensor, reference.weights()[name]) for name, tensor in self.weights().items())
-        check(same if self.exact else apart <= self.rounding, f"max |Δ| / max |w| is {apart:.3g}")
-        check(not self.exact or self.state() == reference.state(), "the last checkpoint has other tensors")
+        check(same if self.exact else distance <= self.rounding, f"max |Δ| / max |w| is {distance:.3g}")
+        check(not self.exact or self.state() == reference.state(), "the last checkpoint has different tensors")
         ours, theirs = self.metrics(), reference.metrics()
         if not self.exact:
             ours, theirs = [[(line["step"], len(line)) for line in lines] for lines in (ours, theirs)]  # type: ignore[misc]
         other = [line for line in ours if line not in theirs][:3]
-        check(ours == theirs, f"metrics.jsonl has {len(ours)} lines, not the {len(theirs)}: {other}")
-        lost, repeated, again = self.counts() if self.counted else (0, 0, 0)
+        check(ours == theirs, f"metrics.jsonl has {len(ours)} lines, not the same {len(theirs)}: {other}")
+        lost, repeated, recomputed = self.count_samples() if self.counted else (0, 0, 0)
         check(not lost and not repeated, f"{lost} samples lost, {repeated} repeated")
         check(not self.orphans, f"{self.orphans} orphans")
         return {
-            APART: "0 (bitwise)" if same else f"{apart:.1e}",
+            APART: "0 (bitwise)" if same else f"{distance:.1e}",
             "lost": str(lost) if self.counted else "",
             "repeated": str(repeated) if self.counted else "",
-            "done again": str(again) if self.counted else "",
+            "recomputed": str(recomputed) if self.counted else "",
             "orphans": str(self.orphans),
         }
 
@@ -335,7 +341,7 @@ def _order() -> list[int]:
 
 
 def order(start: int, stop: int) -> list[int]:
-    """The dataset's rows at positions [start, stop) of the run, whose seed is 0."""
+    """Return the dataset's rows at positions [start, stop) of the run, whose seed is 0."""
     return _order()[start:stop]
 
 

@@ -13,22 +13,22 @@ from typing import Any
 from isobatch.trainers.tensors.manifest import sealed
 
 PART = "rank-00001.safetensors"
-BALLAST = "model/ballast"  # a tensor that has a slice in both files
+BALLAST = "model/ballast"  # a tensor with a slice in each of the two files
 
 Damage = Callable[[Path], None]
-DAMAGES: dict[str, tuple[Damage, str]] = {}  # what was done, and what is said: a pattern
+DAMAGES: dict[str, tuple[Damage, str]] = {}  # by name: the damage, and a pattern of the expected error
 
 
-def damage(done: str, said: str) -> Callable[[Damage], Damage]:
+def damage(name: str, expected: str) -> Callable[[Damage], Damage]:
     def add(function: Damage) -> Damage:
-        DAMAGES[done] = function, said
+        DAMAGES[name] = function, expected
         return function
 
     return add
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest, and its checksum."""
+    """Change the manifest, and update its checksum."""
     file = checkpoint / "manifest.json"
     content = json.loads(file.read_text())
     del content["sha256"]
@@ -37,7 +37,7 @@ def edit(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def forge(checkpoint: Path, content: bytes) -> None:
-    """Put other content into a rank's file, and its size and checksum into the manifest."""
+    """Replace the content of a rank's file, and update its size and checksum in the manifest."""
     (checkpoint / PART).write_bytes(content)
     about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     edit(checkpoint, lambda manifest: manifest["files"].update({PART: about}))
@@ -70,7 +70,7 @@ def half_a_manifest(checkpoint: Path) -> None:
     os.truncate(checkpoint / "manifest.json", 500)
 
 
-@damage("a value of the manifest is another", r"manifest.json has other bytes than were written \(sha256\)")
+@damage("a value of the manifest is changed", r"manifest.json has other bytes than were written \(sha256\)")
 def changed(checkpoint: Path) -> None:
     file = checkpoint / "manifest.json"
     file.write_text(file.read_text().replace('"samples": 1440', '"samples": 1441'))
@@ -81,18 +81,18 @@ def deep(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text('{"format": 1, "values": ' + "[" * 100_000)
 
 
-@damage("the manifest names a file ../rank-00001.safetensors, which is there", "its files aren't rank-00000")
+@damage("the manifest names a file ../rank-00001.safetensors, which exists", "its files aren't rank-00000")
 def outside(checkpoint: Path) -> None:
     (checkpoint / PART).rename(checkpoint.parent / PART)
     edit(checkpoint, lambda manifest: manifest["files"].update({f"../{PART}": manifest["files"].pop(PART)}))
 
 
-@damage("a slice lies in ../rank-00001.safetensors", "which isn't one of its files")
+@damage("a slice points to ../rank-00001.safetensors", "which isn't one of its files")
 def slice_outside(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"][1].__setitem__(0, f"../{PART}"))
 
 
-@damage("a rank's file is a link to one elsewhere", "rank-00001.safetensors isn't a file")
+@damage("a rank's file is a link to a file elsewhere", "rank-00001.safetensors isn't a file")
 def linked(checkpoint: Path) -> None:
     (checkpoint / PART).rename(checkpoint.parent / PART)
     (checkpoint / PART).symlink_to(f"../{PART}")
@@ -108,7 +108,7 @@ def gap(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"][BALLAST]["slices"].pop())
 
 
-@damage("a tensor has another shape, as large", "is float32 .*, but float32 .* in the model")
+@damage("a tensor has another shape of the same size", "is float32 .*, but float32 .* in the model")
 def misshapen(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["tensors"]["model/0.weight"]["shape"].reverse())
 
@@ -119,7 +119,7 @@ def huge(checkpoint: Path) -> None:
 
 
 class Payload:
-    """Makes a folder where it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -128,13 +128,15 @@ class Payload:
         return os.mkdir, (self.folder,)
 
 
-@damage("a pickle named as safetensors, its checksum right", "rank-00001.safetensors isn't a safetensors file")
+@damage("a pickle named as safetensors, with the right checksum", "rank-00001.safetensors isn't a safetensors file")
 def pickled(checkpoint: Path) -> None:
     size = (checkpoint / PART).stat().st_size
     forge(checkpoint, pickle.dumps(Payload(checkpoint.parents[2] / "unpickled")).ljust(size, b"\0"))
 
 
-@damage("a header that points beyond its file, its checksum right", "has an impossible position|its header describes")
+@damage(
+    "a header that points beyond its file, with the right checksum", "has an impossible position|its header describes"
+)
 def lying(checkpoint: Path) -> None:
     content = (checkpoint / PART).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -149,11 +151,11 @@ def foreign(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest.update(identity="0123456789ab"))
 
 
-@damage("text stands for a number in the optimizer's groups", "optim/groups has lr='x' in group 0")
+@damage("a number in the optimizer's groups is text", "optim/groups has lr='x' in group 0")
 def text_for_lr(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["values"]["optim/groups"][0].update(lr="x"))
 
 
-@damage("the plan in the manifest has an engine that there isn't", "not a plan")
+@damage("the plan in the manifest names an engine that doesn't exist", "not a plan")
 def no_such_engine(checkpoint: Path) -> None:
     edit(checkpoint, lambda manifest: manifest["plan"]["engine"].update(stage=-1))

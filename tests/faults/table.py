@@ -1,4 +1,4 @@
-"""Rows of the fault table. Each causes a real fault, and compares the run with an undisturbed one."""
+"""Collect the rows of the fault table. Each causes a real fault and compares the run with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 from tests.faults.case import Case
 from tests.faults.task import Fault, fault
 
-CAUSE_CHARS = 200  # of a cause, as the table shows it
+CAUSE_CHARS = 200  # characters of a cause that the table shows
 
 
 def signalled(name: str, at: str, call: int = 1, to: str = "launcher", rank: int = 0) -> Fault:
-    """Return a signal that the task sends to its launcher or to itself."""
+    """Return a fault: the task sends a signal to its launcher or to itself."""
     return fault(name, at, call, rank, to=to)
 
 
 NORM = ("task.args.norm=true", "on_nonfinite=skip")
 
 REFERENCES: dict[str, Callable[[Case], object]] = {
-    "plain": lambda case: case.goes_on(),
-    "skipping": lambda case: case.goes_on(
+    "plain": lambda case: case.run_to_end(),
+    "skipping": lambda case: case.run_to_end(
         "cluster.gpus_per_node=1", "on_nonfinite=skip", faults=[fault("nan", "step", 30)]
     ),
-    "skipping with BatchNorm": lambda case: case.goes_on(*NORM, faults=[fault("nan", "step", 30, 1)]),
-    "extended": lambda case: (case.goes_on("duration=2ep"), case.goes_on()),
-    "adamw": lambda case: case.goes_on("optimizer=adamw", "ema=100sa"),
-    "stopped": lambda case: case.stopped(case.start(faults=[signalled("SIGTERM", "step", 45)]), "SIGTERM"),
+    "skipping with BatchNorm": lambda case: case.run_to_end(*NORM, faults=[fault("nan", "step", 30, 1)]),
+    "extended": lambda case: (case.run_to_end("duration=2ep"), case.run_to_end()),
+    "adamw": lambda case: case.run_to_end("optimizer=adamw", "ema=100sa"),
+    "stopped": lambda case: case.expect_stop(case.start(faults=[signalled("SIGTERM", "step", 45)]), "SIGTERM"),
 }
 
 
@@ -37,7 +37,7 @@ class References:
     """Runs of one engine to compare with or to start from, each created on first use.
 
     Args:
-        engine: what names it on the command line.
+        engine: the overrides that choose it.
     """
 
     def __init__(self, folder: Path, engine: tuple[str, ...] = ()) -> None:
@@ -62,9 +62,10 @@ class Row:
     """A row of the table.
 
     Attributes:
-        fault: what is done, and how; ``ranks``: before and after.
-        reference: the uninterrupted run that it has to be.
-        everywhere: `make faults` has it on every engine.
+        fault: the fault, and how it is caused.
+        ranks: number of ranks before and after.
+        reference: name of the uninterrupted run that the result must equal.
+        everywhere: cause it on every engine in `make faults`.
     """
 
     fault: str
@@ -74,14 +75,14 @@ class Row:
     everywhere: bool = False
 
     def __call__(self, folder: Path, references: References) -> dict[str, str]:
-        """Its cells.
+        """Cause the fault, and return the row's cells.
 
         Raises:
-            Broken: it doesn't hold.
+            Broken: the row doesn't hold.
         """
         case = Case(folder, references.engine)
         self.act(case, references)
-        compared = case.compared(references(self.reference))
+        compared = case.compare(references(self.reference))
         case.remove()
         ends = [f"{end} ({case.ends.count(end)} ×)" if case.ends.count(end) > 1 else end for end in case.ends]
         causes = [_shortened(cause, case) for cause in case.causes]
@@ -89,13 +90,13 @@ class Row:
             "fault": self.fault,
             "ranks": self.ranks,
             "ended": "; ".join(dict.fromkeys(ends)),
-            "cause named": "; ".join(dict.fromkeys(causes)),
+            "recorded cause": "; ".join(dict.fromkeys(causes)),
             **compared,
         }
 
 
 def _shortened(cause: str, case: Case) -> str:
-    """Remove paths, and values that differ from run to run."""
+    """Return a cause without paths and values that differ from run to run."""
     cause = re.sub(r"pid \d+", "pid N", cause.replace(str(case.run), "DIR"))
     cause = re.sub(r"host \S+,", "host H,", re.sub(r"since [\d-]+ [\d:]+", "since T", cause))
     cause = cause.replace("|", r"\|")
@@ -107,7 +108,7 @@ ROWS: dict[str, list[Row]] = {}  # by section
 
 
 def section(title: str) -> None:
-    """Start a new section, to which the following rows belong."""
+    """Start a new section for the following rows."""
     ROWS[title] = []
 
 

@@ -1,7 +1,7 @@
-"""The task of the fault table, which records the samples it fetches and causes the faults in its environment.
+"""Define the task of the fault table, which records the samples it fetches and causes the faults in its environment.
 
-FAULTS is a JSON list of ``fault(...)``; FETCHED a folder. Both are in the environment, so that the config, and with it
-the run's identity, is the same with faults and without.
+FAULTS is a JSON list of ``fault(...)``, and FETCHED is a folder. Both are in the environment, so that the config and
+the run's identity are the same with faults and without.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from isobatch.slurm.state import JobStart
 from tests.support.tasks import OneByOne, Slow
 
 SAMPLES = 500
-BALLAST = 2 << 20  # frozen weights that cost no time to train with, but some to save
-ROOM = 768 << 20  # bytes that are left where memory is limited
-SCRATCH = 64 << 20  # that a sample takes in a pass then: 8 fit, 16 don't
+BALLAST = 2 << 20  # number of frozen weights, which take no time in training but some in a save
+ROOM = 768 << 20  # free bytes after memory is limited
+SCRATCH = 64 << 20  # bytes that each sample of a pass then takes: 8 samples fit, 16 don't
 
 Fault = dict[str, Any]
 
@@ -37,18 +37,18 @@ def fault(do: str, at: str, call: int = 1, rank: int = 0, restart: int | None = 
 
     Args:
         do: a signal's name; raise, hang, wait, nan (the loss), nan_inputs, memory, fill, limit, fork (a process that
-            lives on for a minute) or slow (the writing of final/, later on).
+            lives for another minute) or slow (the later writing of final/).
         at: prepare, data and validation (when they are opened), model, summarise, fetch (of a sample), step (the loss
-            in training), evaluation (the loss in one).
-        restart: of the agent, by its number; None: of any.
-        more: ``to="launcher"`` of a signal; ``leave`` (bytes) of fill and limit, ``path`` of fill; ``sample`` (bytes)
-            of memory; ``seconds`` of wait and slow.
+            in training), evaluation (the loss in an evaluation).
+        restart: number of the agent's restart, or None for any.
+        more: ``to="launcher"`` for a signal; ``leave`` (bytes) for fill and limit; ``path`` for fill; ``sample``
+            (bytes) for memory; ``seconds`` for wait and slow.
     """
     return {"do": do, "at": at, "call": call, "rank": rank, "restart": restart, **more}
 
 
 class Faulty(Slow):
-    """The regression of tests.support.tasks, with dropout, augmentation and units; ``norm``: and a BatchNorm."""
+    """The regression of tests.support.tasks, with dropout, augmentation, units and, with ``norm``, a BatchNorm."""
 
     def __init__(self, norm: bool = False) -> None:
         super().__init__(samples=int(os.environ.get("SAMPLES", SAMPLES)))
@@ -59,8 +59,8 @@ class Faulty(Slow):
         self.faults: list[Fault] = json.loads(os.environ.get("FAULTS", "[]"))
         self.delay_s = float(os.environ.get("DELAY_S", "0"))
         self.calls: Counter[str] = Counter()
-        self.scratch = 0  # bytes a sample
-        places = {one["at"] for one in self.faults}
+        self.scratch = 0  # bytes per sample
+        places = {fault["at"] for fault in self.faults}
         if "prepare" in places:
             self.prepare = lambda: self.meet("prepare")
         if "summarise" in places:
@@ -93,26 +93,26 @@ class Faulty(Slow):
         return (loss * float("nan") if "nan" in met else loss), units
 
     def meet(self, at: str) -> list[str]:
-        """Do what is to be done at this call; gives it, too."""
+        """Cause the faults that are due at this call, and return their actions."""
         self.calls[at] += 1
         here = {"at": at, "call": self.calls[at], "rank": self.rank}
-        met = [one for one in self.faults if here.items() <= one.items() and one["restart"] in (None, self.restart)]
-        for one in met:
-            self.do(one)
-        return [one["do"] for one in met]
+        due = [each for each in self.faults if here.items() <= each.items() and each["restart"] in (None, self.restart)]
+        for each in due:
+            self.do(each)
+        return [each["do"] for each in due]
 
-    def do(self, one: Fault) -> None:
-        match one["do"]:
+    def do(self, fault: Fault) -> None:
+        match fault["do"]:
             case "raise":
                 raise ValueError("boom")
             case "hang":
                 time.sleep(1e6)
             case "wait":
-                time.sleep(one["seconds"])
+                time.sleep(fault["seconds"])
             case "memory":
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
-                self.scratch = one.get("sample", SCRATCH)
+                self.scratch = fault.get("sample", SCRATCH)
             case "fork":
                 if os.fork() == 0:
                     time.sleep(60)
@@ -120,20 +120,20 @@ class Faulty(Slow):
             case "slow":
                 save_final = isobatch.trainers.run.save_final
                 isobatch.trainers.run.save_final = lambda *args, **more: (
-                    time.sleep(one["seconds"]),
+                    time.sleep(fault["seconds"]),
                     save_final(*args, **more),
                 )
             case "fill":
-                fill(Path(one["path"]), one["leave"])
+                fill(Path(fault["path"]), fault["leave"])
             case "limit":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (one["leave"], resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (fault["leave"], resource.RLIM_INFINITY))
             case name if name in signal.Signals.__members__:
-                os.kill(os.getppid() if one.get("to") == "launcher" else os.getpid(), signal.Signals[name])
-                time.sleep(0.2)  # the launcher's turn
+                os.kill(os.getppid() if fault.get("to") == "launcher" else os.getpid(), signal.Signals[name])
+                time.sleep(0.2)  # let the launcher react
 
 
 def fill(path: Path, leave: int) -> None:
-    """Fill the disk that ``path`` is on, but for ``leave`` bytes; if none, to the end of this process's output, too."""
+    """Fill the disk of ``path`` except for ``leave`` bytes. With 0, also fill the rest of the output's last block."""
     left = os.statvfs(path.parent)
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_frsize - leave)
@@ -143,7 +143,7 @@ def fill(path: Path, leave: int) -> None:
 
 
 class Rows(OneByOne):
-    """Each process writes down the rows that it fetches."""
+    """A dataset in which each process records the rows that it fetches."""
 
     def __init__(self, task: Faulty) -> None:
         super().__init__(task)
@@ -163,7 +163,7 @@ class Rows(OneByOne):
 
 
 def start(env: Mapping[str, str]) -> str:
-    """The name of this start of the workers: the elastic agent's number of it, after the job's in a job of Slurm's."""
+    """Return the name of this start of the workers: the Slurm job's id and restart, if any, and the agent's restart."""
     here = JobStart.here(env)
     job = f"{here.id}.{here.restart}." if here.id else ""
     return job + env.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.composing import composed_once as composed_once
+from tests.support.composing import cached_composition as cached_composition
 from tests.support.harness import Runs
 
 

@@ -73,7 +73,7 @@ def test_resumes_with_ddp_on_another_world_size(runs: Runs) -> None:
     adamw = (*COUNTED, "optimizer=adamw", "lr.peak=0.01")
     stopped = runs(3, *adamw, "engine=accelerate", stop_at=5)
     assert [end["state"] for end in stopped.ends] == ["stopped"] * 3
-    rest = runs(2, *adamw, going_on=stopped)
+    rest = runs(2, *adamw, resume=stopped)
     assert distance(rest.weights(), runs(1, *adamw).weights()) < 1e-5
 
 

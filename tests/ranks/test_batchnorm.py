@@ -116,7 +116,7 @@ def test_ghosts_resume_on_other_ranks(runs: Runs) -> None:
     whole = runs(2, *GHOST)
     stopped = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
     assert stopped.ends[0]["step"] == 5
-    assert apart(runs(3, *GHOST, going_on=stopped), whole) < ROUNDING
+    assert apart(runs(3, *GHOST, resume=stopped), whole) < ROUNDING
 
 
 def test_skipped_step_updates_no_statistics(runs: Runs) -> None:

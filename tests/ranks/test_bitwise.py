@@ -139,9 +139,9 @@ def test_resumes_on_other_numbers_of_processes(runs: Runs, tmp_path: Path) -> No
     same = (*BITWISE, "ema=100sa", "optimizer=adamw", "lr.peak=0.003", "noise.every=1st")
     run = runs(3, *same, stop_at=2, by_rank=2)
     assert run.ends[0] == {"state": "stopped", "step": 2, "samples": 82, "cause": "SIGTERM"}
-    run = runs(8, *same, stop_at=3, by_rank=7, going_on=run)
+    run = runs(8, *same, stop_at=3, by_rank=7, resume=run)
     assert [end["step"] for end in run.ends] == [3] * 8
-    assert_same(runs(2, *same, going_on=run), runs(1, *same))
+    assert_same(runs(2, *same, resume=run), runs(1, *same))
 
 
 class SometimesNaN(Everything):
@@ -224,7 +224,7 @@ class Buffered(Odd):
 def test_unchanged_buffer_is_accepted(runs: Runs) -> None:
     """Also if a resumed run made a different one before it read its checkpoint."""
     same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered", "evaluate.every=2st")
-    run = runs(3, *same, going_on=runs(1, *same, stop_at=2))
+    run = runs(3, *same, resume=runs(1, *same, stop_at=2))
     assert run.ends[0]["state"] == "finished"
 
 

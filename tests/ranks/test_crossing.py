@@ -32,7 +32,7 @@ from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
 from tests.support.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks
 from tests.support.same import ENGINES, Blocks
-from tests.support.tasks import Tells
+from tests.support.tasks import RecordsSamples
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, GLOBAL, STEPS = 500, 48, 12
@@ -50,7 +50,7 @@ SMALL = (
 )  # fmt: skip
 
 
-class Recorded(Blocks, Tells):
+class Recorded(Blocks, RecordsSamples):
     """A task that records which samples are fetched."""
 
 
@@ -80,7 +80,7 @@ def test_one_run_on_all_engines(runs: Runs, tmp_path: Path) -> None:
         own = (*options, *ENGINES[stage.engine])
         if run:
             assert saved_again(run.run, stage.ranks, own, tmp_path / f"again-{stage.until}") == stored(run.run)
-        run = runs(stage.ranks, *own, stop_at=stage.until if stage.until < STEPS else None, going_on=run)
+        run = runs(stage.ranks, *own, stop_at=stage.until if stage.until < STEPS else None, resume=run)
         assert run.ends[0]["step"] == stage.until, run.ends[0]
         due = indices(0, SAMPLES, before.until * GLOBAL, stage.until * GLOBAL).tolist()
         assert sorted(taken(fetched)) == sorted(due)
@@ -148,7 +148,7 @@ def test_from_each_to_each(
     runs: Runs, stopped_run: Callable[[str], Run], uninterrupted: Run, first: str, then: str
 ) -> None:
     shutil.copytree(stopped_run(first).run.path, runs.folder / "run")
-    run = runs(3, *SMALL, *ENGINES[then], going_on=Run(RunDir(runs.folder / "run"), []))
+    run = runs(3, *SMALL, *ENGINES[then], resume=Run(RunDir(runs.folder / "run"), []))
     assert (run.ends[0]["state"], run.events()[-2]["event"]) == ("finished", "going_on")
     assert distance(run.weights(), uninterrupted.weights()) < ADAM_ROUNDING
 
@@ -158,7 +158,7 @@ def test_own_state_of_an_optimizer_is_restored(runs: Runs) -> None:
     options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.support.tasks.Counting", "duration=5st")
     whole, run = runs(1, *options), None
     for number, engine in enumerate(("DDP", "FSDP", "ZeRO-0", "Accelerate", "DDP"), 1):
-        run = runs(1 + number % 3, *options, *ENGINES[engine], stop_at=number if number < 5 else None, going_on=run)
+        run = runs(1 + number % 3, *options, *ENGINES[engine], stop_at=number if number < 5 else None, resume=run)
         assert run.ends[0].get("step") == number, run.ends[0]
         assert stored(run.run)["optim/more"] == {"count": number}
     assert run

@@ -118,7 +118,7 @@ def test_resumed_run_keeps_the_groups_of_its_checkpoint(
         )
         older.setattr("isobatch.trainers.optim.muon.gains_and_biases", lambda model: {})
         whole, stopped = runs(world, *overrides), runs(world, *overrides, stop_at=4)
-    run = runs(world, *overrides, going_on=stopped)
+    run = runs(world, *overrides, resume=stopped)
     assert run.ends[0]["state"] == "finished", run.ends
     assert distance(whole.weights(), run.weights()) == 0
     [text] = [event["text"] for event in run.events() if event["event"] == "groups_kept"]

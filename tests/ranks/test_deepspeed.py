@@ -28,7 +28,7 @@ from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.ranks.test_batchnorm import GHOST, Normed
 from tests.ranks.test_checkpoint import same_bits
-from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, share_deepspeed
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, preload_deepspeed
 from tests.support.tasks import Counted
 
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 3)
@@ -121,7 +121,7 @@ def zero(stage: int, *more: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed() -> None:
-    share_deepspeed()
+    preload_deepspeed()
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_resumed_run_is_bitwise_equal(runs: Runs, stage: int) -> None:
     options = (*GHOST, "ema=30sa", "optimizer=adamw", "lr.peak=0.01", "clip_norm=0.5", "batch.per_gpu=4", *zero(stage))
     stopped = runs(2, *options, stop_at=3)
     assert stopped.ends[0]["step"] == 3
-    whole, resumed = runs(2, *options), runs(2, *options, going_on=stopped)
+    whole, resumed = runs(2, *options), runs(2, *options, resume=stopped)
     assert all(same_bits(tensor, resumed.weights()[name]) for name, tensor in whole.weights().items())
     assert all(same_bits(tensor, averages(resumed)[name]) for name, tensor in averages(whole).items())
 
@@ -222,9 +222,9 @@ def test_one_run_on_all_stages(runs: Runs) -> None:
     whole = runs(1, *options)
     run = runs(1, *options, stop_at=2)
     for stop_at, (world, stage) in zip((4, 6, 8), ((3, 1), (2, 3), (3, 2)), strict=True):
-        run = runs(world, *options, *zero(stage), stop_at=stop_at, going_on=run)
+        run = runs(world, *options, *zero(stage), stop_at=stop_at, resume=run)
         assert run.ends[0]["step"] == stop_at
-    run = runs(2, *options, going_on=run)
+    run = runs(2, *options, resume=run)
     assert run.ends[0]["state"] == "finished"
     assert distance(run.weights(), whole.weights()) < ROUNDING
     assert distance(averages(run), averages(whole)) < ROUNDING
@@ -271,13 +271,13 @@ def test_parameter_without_elements(runs: Runs, stage: int) -> None:
     """It isn't trained, and doesn't disturb the other parameters or a checkpoint."""
     options = (*COUNTED, *ODD, "task.args.hollow=true", "ema=40sa")
     stopped = runs(2, *options, *zero(stage), stop_at=3)
-    resumed = runs(3, *options, *zero(stage), going_on=stopped)
+    resumed = runs(3, *options, *zero(stage), resume=stopped)
     assert resumed.ends[0]["state"] == "finished", resumed.ends[0]
     assert (
         distance(
             *(
                 {name: tensor for name, tensor in run.weights().items() if name != "hollow"}
-                for run in (resumed, runs(1, *options, going_on=runs(1, *options, stop_at=3)))
+                for run in (resumed, runs(1, *options, resume=runs(1, *options, stop_at=3)))
             )
         )
         < ROUNDING
@@ -291,9 +291,9 @@ def test_optimizer_scalars_of_a_0_dim_parameter(runs: Runs, optimizer: str) -> N
         *COUNTED, *ODD, "task.args.scalar=true", "optimizer=custom", f"optimizer._target_=torch.optim.{optimizer}",
         "lr.peak=0.003",
     )  # fmt: skip
-    resumed = runs(3, *options, *zero(1), going_on=runs(2, *options, *zero(1), stop_at=3))
+    resumed = runs(3, *options, *zero(1), resume=runs(2, *options, *zero(1), stop_at=3))
     assert resumed.ends[0]["state"] == "finished", resumed.ends[0]
-    whole = runs(1, *options, going_on=runs(1, *options, stop_at=3))
+    whole = runs(1, *options, resume=runs(1, *options, stop_at=3))
     assert distance(resumed.weights(), whole.weights()) < 1e-5
 
 

@@ -31,7 +31,7 @@ REFUSALS = {
     "task._target_=tests.support.tasks.Nothing": "tests.support.tasks has no Nothing",
     "task._target_=tests.taks.Counted": "No module named 'tests.taks'",
     "task._target_=tests.support.tasks.torch": "is a module, not a class",
-    "task._target_=tests.support.tasks.Lacking": "lacks train_data() -> Dataset",
+    "task._target_=tests.support.tasks.WithoutTrainData": "lacks train_data() -> Dataset",
     "task._target_=tests.support.tasks.Streamed": "IterableDataset",
     "task._target_=tests.support.tasks.Empty": "0 samples",
     "task._target_=tests.support.tasks.MeanLoss": "it returned a tensor of shape []",
@@ -78,7 +78,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(runs: Runs) -> None:
 def test_finished_directory_is_not_changed(runs: Runs) -> None:
     run = runs(1, *TASK)
     before = (run.run.path / "metrics.jsonl").read_bytes()
-    again = runs(1, *TASK, going_on=run)
+    again = runs(1, *TASK, resume=run)
     assert again.ends[0]["state"] == "finished"
     assert (run.run.path / "metrics.jsonl").read_bytes() == before
 
@@ -131,11 +131,11 @@ def test_removed_outcome_blocks_nothing(runs: Runs) -> None:
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "outcome.json"
     file.write_text(file.read_text()[:20])
-    refused = runs(1, *TASK, going_on=run).ends[0]["message"]
+    refused = runs(1, *TASK, resume=run).ends[0]["message"]
     assert "is damaged" in refused
     assert "move it away" in refused
     file.unlink()
-    run = runs(1, *TASK, going_on=run)
+    run = runs(1, *TASK, resume=run)
     assert run.ends[0]["state"] == "finished"
     assert run.events()[-2]["checkpoint"] == "step-00000005"
 
@@ -162,9 +162,9 @@ def test_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
     assert "widht" in run.ends[0]["message"]
     alone = [f"run.dir='{run.run.path}'"]
     assert compose(alone).task.args == {"widht": 3}
-    assert runs(1, *TASK, "task.args.kind=3", going_on=run).ends[0]["raised"] == "UserError"
+    assert runs(1, *TASK, "task.args.kind=3", resume=run).ends[0]["raised"] == "UserError"
     assert compose(alone).task.args == {"kind": 3}
-    assert runs(1, *TASK, going_on=run).ends[0]["state"] == "finished"
+    assert runs(1, *TASK, resume=run).ends[0]["state"] == "finished"
     assert compose(alone).task.args == {}
 
 

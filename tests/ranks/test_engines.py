@@ -23,7 +23,7 @@ HERE = {
         "RMSprop", "bf16",
     ),
     "FSDP": (
-        "a parameter without dimensions", "weights that aren't contiguous", "a step that isn't finite, skipped",
+        "a parameter without dimensions", "weights that aren't contiguous", "a skipped step that isn't finite",
         "LARS", "LAMB", "Muon", "RMSprop", "bf16", "recomputed activations",
     ),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from isobatch.trainers.loop.evaluate_weights import evaluate_weights, measure_we
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
-from tests.support.harness import Run, Runs, evaluator, in_ranks, leave, session_of
+from tests.support.harness import Run, Runs, evaluator, in_ranks, session_of, write_final
 from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", "batch.global_size=20", "lr.peak=0.05")
@@ -109,7 +109,7 @@ def test_json_is_alone_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.Cap
     initialise(model, str(trained.run.path), World(0, 1, 0, 1, torch.device("cpu"), None))
     nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[index]
     run = trained.run.__class__(tmp_path)
-    leave(run, model, None)
+    write_final(run, model, None)
     target = TASK[1].replace("Normed", "Chatty")
     acted(2, tmp_path / "ranks", target, f"init_from={tmp_path}", "output=json")
     out, err = capfd.readouterr()

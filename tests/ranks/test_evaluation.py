@@ -175,7 +175,7 @@ def test_interrupted_evaluation_is_owed(runs: Runs, stop_at: int, step: int, eng
     run = runs(2, *overrides, stop_at=stop_at)
     assert (run.ends[0]["state"], run.ends[0]["step"]) == ("stopped", step)
     assert list(values(run)) == [done for done in (0, 2, 4) if done < step]
-    run = runs(2, *overrides, going_on=run)
+    run = runs(2, *overrides, resume=run)
     assert values(run) == values(whole)
     assert [line for line in run.metrics() if line["step"] == 0] == [run.metrics()[0]]
     assert (run.run.checkpoints / "best").resolve().name == (whole.run.checkpoints / "best").resolve().name

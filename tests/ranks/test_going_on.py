@@ -56,8 +56,8 @@ def test_bitwise_equal_on_the_same_world(runs: Runs, whole: Any, world: int, opt
     overrides = (*FEWER, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
     run = runs(world, *overrides, stop_at=13)
     assert run.ends[0] == {"state": "stopped", "step": 13, "samples": 260, "cause": "SIGTERM"}
-    run = runs(world, *overrides, stop_at=22, by_rank=world - 1, going_on=run)
-    run = runs(world, *overrides, going_on=run)
+    run = runs(world, *overrides, stop_at=22, by_rank=world - 1, resume=run)
+    run = runs(world, *overrides, resume=run)
     assert run.ends[0]["state"] == "finished"
     uninterrupted = whole[(world, *overrides)]
     assert bitwise(run, uninterrupted)
@@ -71,7 +71,7 @@ CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2"
 def test_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
     stopped = whole[(3, *FEWER, 13)]
     shutil.copytree(stopped.run.path, runs.folder / "run")
-    run = runs(world, *FEWER, *overrides, going_on=Run(RunDir(runs.folder / "run"), []))
+    run = runs(world, *FEWER, *overrides, resume=Run(RunDir(runs.folder / "run"), []))
     uninterrupted = whole[(3, *FEWER)]
     assert distance(run.weights(), uninterrupted.weights()) < ROUNDING
     actual, expected = lines(run), lines(uninterrupted)
@@ -84,10 +84,15 @@ def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: 
     """Counted by the task itself, in files of the ranks."""
     seen = tmp_path / "seen"
     seen.mkdir()
-    task = (*TASK, "task._target_=tests.support.tasks.Tells", f"task.args.folder={seen}", "data.fingerprint=false")
+    task = (
+        *TASK,
+        "task._target_=tests.support.tasks.RecordsSamples",
+        f"task.args.folder={seen}",
+        "data.fingerprint=false",
+    )
     run = runs(3, *task, stop_at=17)
-    run = runs(2, *task, stop_at=33, going_on=run)
-    run = runs(1, *task, going_on=run)
+    run = runs(2, *task, stop_at=33, resume=run)
+    run = runs(1, *task, resume=run)
     rows = [int(row) for file in seen.iterdir() for row in file.read_text().split()]
     assert sorted(rows) == sorted(3 * list(range(500)))
 
@@ -96,7 +101,7 @@ def test_global_batch_that_was_a_product_is_kept(runs: Runs) -> None:
     """Given per GPU and accumulation on 2 ranks, the run keeps that global batch on 3."""
     product = [part for part in TASK if "global_size" not in part] + ["batch.per_gpu=5", "batch.accumulation=2"]
     run = runs(2, *product, stop_at=10)
-    run = runs(3, *product, going_on=run)
+    run = runs(3, *product, resume=run)
     assert {line["global_size"] for line in run.metrics() if "loss" in line} == {20}
     assert run.ends[0]["step"] == STEPS
 
@@ -163,13 +168,13 @@ def test_finished_run_is_extended_to_a_longer_duration(runs: Runs, capfd: pytest
     final = run.weights()
     file = run.run.path / "metrics.jsonl"
     file.write_text(marked := file.read_text().replace('{"step": 75, ', '{"step": 75, "mark": 1, '))
-    run = runs(1, *TASK, "duration=4ep", going_on=run, extends=True)
+    run = runs(1, *TASK, "duration=4ep", resume=run, extends=True)
     assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
     assert file.read_text().startswith(marked)  # its last evaluation isn't owed anymore
     assert distance(run.weights(), final) > 0
     assert "the learning rate changes from" in capfd.readouterr().out
-    stopped = runs(1, *TASK, "duration=5ep", stop_at=110, going_on=run, extends=True)
+    stopped = runs(1, *TASK, "duration=5ep", stop_at=110, resume=run, extends=True)
     assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
 
 
@@ -185,7 +190,7 @@ def test_damaged_checkpoint_is_skipped_for_the_previous_one(runs: Runs, capfd: p
     part.write_bytes(content)
     # The manifest is sealed again, so that only its values are wrong
     edit(run.run.checkpoints / "step-00000020", lambda saved: saved["values"]["optim/groups"][0].update(momentum="x"))
-    run = runs(2, *TASK, going_on=run)
+    run = runs(2, *TASK, resume=run)
     out = capfd.readouterr().out
     assert "checkpoint step-00000025 is skipped: rank-00001.safetensors" in out
     assert "checkpoint step-00000020 is skipped: optim/groups has momentum='x' in group 0" in out
@@ -200,11 +205,11 @@ def test_skipped_checkpoint_is_not_used_later(runs: Runs) -> None:
     file = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
     content = file.read_bytes()
     file.unlink()
-    run = runs(2, *TASK, stop_at=23, going_on=run)
+    run = runs(2, *TASK, stop_at=23, resume=run)
     assert steps_kept(run) == [20, 23]
     (kept,) = (path.parent for path in run.run.checkpoints.rglob("step-00000025/manifest.json"))
     (kept / file.name).write_bytes(content)
-    run = runs(2, *TASK, going_on=run)
+    run = runs(2, *TASK, resume=run)
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, STEPS + 1))
     assert [event["checkpoint"] for event in run.events() if event["event"] == "passed_over"] == [kept.name]
 
@@ -217,9 +222,9 @@ def test_skipped_best_checkpoint(runs: Runs) -> None:
     assert (best.resolve().name, steps_kept(run)) == ("step-00000010", [5, 10, 12])
     for step in (10, 12):
         (run.run.checkpoints / f"step-{step:08d}/rank-00000.safetensors").write_bytes(b"")
-    run = runs(1, *task, stop_at=7, going_on=run)
+    run = runs(1, *task, stop_at=7, resume=run)
     assert (best.resolve().name, steps_kept(run)) == ("step-00000005", [5, 7])
-    run = runs(1, *task, stop_at=12, going_on=run)
+    run = runs(1, *task, stop_at=12, resume=run)
     assert best.resolve().name == "step-00000010"
     assert find(str(best)) == best.resolve()
 
@@ -241,7 +246,7 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
         assert not run.run.final.exists()
         other = runs(2, *TASK)
         assert other.ends[0]["state"] == "finished"
-    run = runs(2, *task, going_on=run)
+    run = runs(2, *task, resume=run)
     assert run.ends[0]["state"] == "finished"
     assert bitwise(run, other)
 
@@ -251,7 +256,7 @@ def test_no_valid_checkpoint_is_rejected_and_nothing_overwritten(runs: Runs) -> 
     for manifest in run.run.checkpoints.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text()[:-100])
     before = {path: path.read_bytes() for path in run.run.path.rglob("*") if path.is_file()}
-    again = runs(1, *TASK, going_on=run)
+    again = runs(1, *TASK, resume=run)
     assert again.ends[0]["raised"] == "UserError"
     assert "step-00000025" in again.ends[0]["message"]
     advice = "repair one, restore the model that they were saved from, or start another run with run.new=true"
@@ -265,7 +270,7 @@ def test_missing_checkpoints_are_reported(runs: Runs) -> None:
     run = runs(1, *TASK, stop_at=5)
     shutil.rmtree(run.run.checkpoints)
     metrics = run.metrics()
-    refused = runs(1, *TASK, going_on=run).ends[0]
+    refused = runs(1, *TASK, resume=run).ends[0]
     assert refused["raised"] == "UserError"
     assert "no checkpoint, but step 5 was saved there" in refused["message"]
     assert run.metrics() == metrics
@@ -280,14 +285,14 @@ def test_changed_data_is_rejected_with_both_values(runs: Runs, tmp_path: Path) -
     run = runs(1, *task, stop_at=5)
     fingerprint = json.loads((run.run.checkpoints / "step-00000005/manifest.json").read_text())["fingerprint"]
     np.save(file, data[:-1])
-    refused = runs(2, *task, going_on=run).ends[0]
+    refused = runs(2, *task, resume=run).ends[0]
     assert refused["raised"] == "UserError"
     assert "has 39 samples, but had 40" in refused["message"]
     np.save(file, data + 1)
-    refused = runs(2, *task, going_on=run).ends[0]
+    refused = runs(2, *task, resume=run).ends[0]
     assert refused["raised"] == "UserError"
     assert fingerprint in refused["message"]
-    assert runs(2, *task, "data.fingerprint=false", going_on=run).ends[0]["state"] == "finished"
+    assert runs(2, *task, "data.fingerprint=false", resume=run).ends[0]["state"] == "finished"
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
@@ -295,7 +300,7 @@ def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 6, "loss": 1}\n{"step": 7, "lo')
-    run = runs(1, *TASK, going_on=run)
+    run = runs(1, *TASK, resume=run)
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, STEPS + 1))
 
 

@@ -42,7 +42,7 @@ def same(a: Run, b: Run) -> bool:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers(runs: Runs, optimizer: str) -> None:
     task = (*TASK, *OPTIMIZERS[optimizer])
-    run = runs(2, *task, going_on=runs(2, *task, stop_at=13))
+    run = runs(2, *task, resume=runs(2, *task, stop_at=13))
     assert same(run, runs(2, *task))
 
 
@@ -50,7 +50,7 @@ def test_optimizers(runs: Runs, optimizer: str) -> None:
 def test_models(runs: Runs, kind: str) -> None:
     """float64, clipped; a frozen parameter, a buffer that the module replaces, an average of all."""
     task = (*TASK, "lr.peak=0.05", f"task.args.kind={kind}", "clip_norm=0.5", "ema=100sa")
-    run = runs(2, *task, going_on=runs(2, *task, stop_at=13))
+    run = runs(2, *task, resume=runs(2, *task, stop_at=13))
     assert same(run, runs(2, *task))
 
 
@@ -82,7 +82,7 @@ def test_edited_task_is_rejected(runs: Runs, monkeypatch: pytest.MonkeyPatch, en
     task = (*TASK, "task._target_=tests.support.tasks.Edited", "lr.peak=0.05")
     run = runs(1, *task, stop_at=3)
     monkeypatch.setenv("EDITED", env)
-    refused = runs(1, *task, going_on=run).ends[0]
+    refused = runs(1, *task, resume=run).ends[0]
     assert refused["raised"] == "UserError"
     assert expected in refused["message"]
     assert "\n" not in refused["message"]
@@ -94,7 +94,7 @@ def test_last_checkpoint_is_saved_before_the_last_evaluation(runs: Runs) -> None
     run = runs(2, *task)
     assert run.ends[0]["raised"] == "ValueError"
     assert [path.name for path in run.run.checkpoints.glob("step-*")] == ["step-00000030"]
-    again = runs(2, *task, going_on=run)
+    again = runs(2, *task, resume=run)
     assert again.events()[-1] | {"time": ""} == {"time": "", "event": "going_on", "checkpoint": "step-00000030"} | {
         "step": 30,
         "samples": 600,

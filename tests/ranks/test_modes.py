@@ -171,7 +171,7 @@ def test_frozen_modules_do_not_change(whole: Any) -> None:
 @pytest.mark.parametrize("engine", ["engine=ddp", "engine=fsdp", "engine=deepspeed engine.stage=1", "engine=deepspeed engine.stage=3"])  # fmt: skip # noqa: E501
 def test_frozen_modules_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, whole: Any, engine: str) -> None:
     overrides = (*DISTILLED, *engine.split())
-    run = runs(2, *overrides, going_on=runs(3, *overrides, "batch.per_gpu=4", stop_at=4))
+    run = runs(2, *overrides, resume=runs(3, *overrides, "batch.per_gpu=4", stop_at=4))
     assert run.ends[0]["state"] == "finished", run.ends
     for file in ("model.safetensors", "ema.safetensors"):
         assert distance(whole.weights(file), run.weights(file)) < 1e-5  # ghosts of 4 amplify rounding
@@ -185,7 +185,7 @@ def test_checkpoint_with_an_average_of_frozen_parameters_resumes(
         older.setattr(State, "_trained", lambda self: dict(self._model.named_parameters()))
         run = runs(1, *DISTILLED, stop_at=4)
     assert "ema/teacher.1.weight" in read(checkpoints(run.run)[0]).tensors
-    run = runs(1, *DISTILLED, going_on=run)
+    run = runs(1, *DISTILLED, resume=run)
     assert run.ends[0]["state"] == "finished", run.ends
     assert distance(whole.weights("ema.safetensors"), run.weights("ema.safetensors")) == 0
 

@@ -178,7 +178,7 @@ def test_resumed_run_keeps_the_noise(runs: Runs) -> None:
     whole = noise(runs(2, *TRAINED, "noise.every=1st"))
     assert None not in whole[-1]
     for world, off in ((2, 0), (1, 1e-4)):
-        run = runs(world, *TRAINED, "noise.every=1st", going_on=runs(2, *TRAINED, "noise.every=1st", stop_at=14))
+        run = runs(world, *TRAINED, "noise.every=1st", resume=runs(2, *TRAINED, "noise.every=1st", stop_at=14))
         assert len(noise(run)) == 20
         assert noise(run)[-1] == pytest.approx(whole[-1], rel=off, abs=0)
 

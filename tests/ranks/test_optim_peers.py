@@ -10,7 +10,7 @@ import torch
 from isobatch.trainers.optim.lamb import LAMB
 from isobatch.trainers.optim.lars import LARS
 from tests.support.papers import PATHS, ZERO_WEIGHTS, after_steps, close
-from tests.support.peers import alone, installed
+from tests.support.peers import import_alone, installed
 
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
@@ -18,7 +18,8 @@ from tests.support.peers import alone, installed
 def test_lambs_of_other_packages(native: bool) -> None:
     """timm's with its clip off, torch_optimizer's, and pytorch_optimizer's with the decay in the step."""
     timm, ranger, kozistr = (
-        alone(f"{package}.lamb").Lamb for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
+        import_alone(f"{package}.lamb").Lamb
+        for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
     )
     phi: Any = {"norm_clip": (0.0, 10.0)}
     pairs: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = [
@@ -40,7 +41,7 @@ def test_lambs_of_other_packages(native: bool) -> None:
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_of_other_packages(native: bool, nesterov: bool) -> None:
-    timm, ranger = alone("timm.optim.lars").Lars, alone("torch_optimizer.lars").LARS
+    timm, ranger = import_alone("timm.optim.lars").Lars, import_alone("torch_optimizer.lars").LARS
     for peer, peer_options, options in (
         (timm, {"trust_coeff": 0.01}, {}),
         (timm, {"trust_coeff": 0.5, "trust_clip": True}, {"trust_coefficient": 0.5, "trust_clip": True}),

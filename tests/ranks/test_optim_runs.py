@@ -39,7 +39,7 @@ def test_resumed_run_is_exact(runs: Runs, tmp_path: Path, name: str) -> None:
     stopped = runs(2, *overrides, stop_at=4)
     assert stopped.ends[0]["state"] == "stopped"
     beside = Run(RunDir(shutil.copytree(stopped.run.path, tmp_path / "copy")), [])
-    same, other = runs(2, *overrides, going_on=stopped), runs(1, *overrides, going_on=beside)
+    same, other = runs(2, *overrides, resume=stopped), runs(1, *overrides, resume=beside)
     assert distance(whole.weights(), same.weights()) == 0
     assert (other.ends[0]["state"], other.ends[0]["step"]) == ("finished", 9)
     assert not any("skipped" in line for line in (same.log(), other.log()))
@@ -52,7 +52,7 @@ def test_options_are_config_keys(runs: Runs) -> None:
     deepspeed = ("optimizer.eps=1e-8", "optimizer.bias_correction=after", "optimizer.trust_clip=[0.01,10]")
     overrides = (*COUNTED, "optimizer=lamb", *deepspeed)
     run = runs(1, *overrides, stop_at=4)
-    assert runs(1, *overrides, going_on=run).ends[0]["state"] == "finished"
+    assert runs(1, *overrides, resume=run).ends[0]["state"] == "finished"
     assert distance(run.weights(), runs(1, *COUNTED, "optimizer=lamb").weights()) > 1e-4
     for wrong, message in (
         ("optimizer.trust_clip=[2,1]", "has to be [least, most]"),
@@ -74,7 +74,7 @@ class ChannelsLast(Counted):
 def test_state_has_the_strides_of_its_parameter(runs: Runs) -> None:
     overrides = (*COUNTED, "optimizer=adamw", "task._target_=tests.ranks.test_optim_runs.ChannelsLast")
     whole = runs(1, *overrides)
-    again = runs(1, *overrides, going_on=runs(1, *overrides, stop_at=4))
+    again = runs(1, *overrides, resume=runs(1, *overrides, stop_at=4))
     assert distance(whole.weights(), again.weights()) == 0
 
 

@@ -156,14 +156,14 @@ class Unhurried:
         return {"seen": 1.0}
 
 
-class Shown(harness.AskedAt):
+class Shown(harness.StopAfter):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         Unhurried.watch = self
 
 
 def test_slow_methods_are_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "AskedAt", Shown)
+    monkeypatch.setattr(harness, "StopAfter", Shown)
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Unhurried", "lr.peak=0.01")
     run = Runs(tmp_path)(2, *own, "batch.global_size=4", "duration=2st")
     assert [end.get("message") for end in run.ends] == [None, None]
@@ -174,18 +174,18 @@ def test_stop_in_prepare_does_not_change_the_run(tmp_path: Path, monkeypatch: py
     """The same command resumes it, with and without a checkpoint."""
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Interrupted", "lr.peak=0.01", "duration=4st")
     runs = Runs(tmp_path)
-    monkeypatch.setattr(harness, "AskedAt", Shown)
+    monkeypatch.setattr(harness, "StopAfter", Shown)
     monkeypatch.setenv("INTERRUPTED", "yes")
     first = runs(2, *own)
     assert [(end["state"], end["step"], end["cause"]) for end in first.ends] == [("stopped", 0, "SIGTERM")] * 2
     monkeypatch.setenv("INTERRUPTED", "")
-    second = runs(2, *own, going_on=first, stop_at=3)
+    second = runs(2, *own, resume=first, stop_at=3)
     monkeypatch.setenv("INTERRUPTED", "yes")
-    third = runs(2, *own, going_on=second)
+    third = runs(2, *own, resume=second)
     assert second.ends[0]["step"] > 0
     assert third.ends == second.ends
     monkeypatch.setenv("INTERRUPTED", "")
-    assert [end["state"] for end in runs(2, *own, going_on=third).ends] == ["finished"] * 2
+    assert [end["state"] for end in runs(2, *own, resume=third).ends] == ["finished"] * 2
 
 
 class Interrupted(Unhurried):

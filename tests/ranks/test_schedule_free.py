@@ -110,7 +110,7 @@ def test_engines_train_and_resume_it(runs: Runs, whole: Run, engine: str, name: 
     """Bit by bit, with a stop between two evaluations."""
     overrides = (*FREE, f"optimizer._target_=schedulefree.{name}", *engine.split())
     run = runs(2, *overrides)
-    again = runs(2, *overrides, going_on=runs(2, *overrides, stop_at=5))
+    again = runs(2, *overrides, resume=runs(2, *overrides, stop_at=5))
     for file in ("model.safetensors", "ema.safetensors"):
         assert distance(run.weights(file), again.weights(file)) == 0
         if name == "AdamWScheduleFree":
@@ -128,6 +128,6 @@ def test_zero_rejects_schedule_free_by_name(runs: Runs) -> None:
 def test_optimizer_that_starts_in_eval_mode_and_hides_its_mode(runs: Runs) -> None:
     overrides = (*FREE, "optimizer.weight_decay=null", "optimizer._target_=tests.ranks.test_schedule_free.StartsInEval")
     plain = runs(1, *FREE, "optimizer.weight_decay=null", "optimizer._target_=torch.optim.SGD")
-    run = runs(1, *overrides, going_on=runs(1, *overrides, stop_at=5))
+    run = runs(1, *overrides, resume=runs(1, *overrides, stop_at=5))
     assert distance(plain.weights("ema.safetensors"), run.weights("ema.safetensors")) == 0
     assert run.losses() == plain.losses()

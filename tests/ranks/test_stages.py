@@ -28,7 +28,7 @@ def test_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
     whole = runs(2, *MOVING, STAGES, *extra)
     stopped = runs(2, *MOVING, STAGES, *extra, stop_at=12)
     assert [stopped.ends[0][name] for name in ("state", "step", "samples")] == ["stopped", 12, 240 + 2 * 48]
-    went_on = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", going_on=stopped)
+    went_on = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", resume=stopped)
     assert went_on.ends[0]["state"] == "finished"
     steps = [
         [(line["step"], line["samples"], line["global_size"], line["lr"]) for line in run.metrics() if "loss" in line]

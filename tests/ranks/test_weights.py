@@ -24,7 +24,7 @@ from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from tests.ranks.test_parts import ALONE
 from tests.support.disks import mounted
-from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, leave
+from tests.support.harness import ROUNDING, Run, Runs, distance, in_ranks, write_final
 from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
@@ -139,7 +139,7 @@ def test_final_holds_every_tensor_once_and_loads_as_plain_torch(tmp_path: Path) 
     run, model = RunDir(tmp_path), Shared()
     average = Average(dict(model.named_parameters()))
     nn.init.constant_(model.part, 7.0)
-    leave(run, model, average)
+    write_final(run, model, average)
     file = run.final / "model.safetensors"
     assert sorted(path.name for path in run.final.iterdir()) == ["ema.safetensors", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -156,7 +156,7 @@ def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path
     model, again = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)) for _ in range(2))
     for tied in (model, again):
         tied[2].weight = tied[0].weight
-    leave(RunDir(tmp_path), model, None)
+    write_final(RunDir(tmp_path), model, None)
     load_model(again, tmp_path / "final" / "model.safetensors")
     assert alike(again, model)
 
@@ -166,7 +166,7 @@ def test_final_replaces_an_older_one(tmp_path: Path) -> None:
     for left in (".final.tmp", ".final.old", "final"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "ema.safetensors").write_bytes(b"older")
-    leave(run, Shared(), None)
+    write_final(run, Shared(), None)
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "model.safetensors"]
 
 
@@ -182,7 +182,7 @@ def test_final_may_be_a_link_to_another_disk(tmp_path: Path, exists: bool) -> No
         (disk / "mine").write_text("")
     for seed in range(3):
         model, again = Shared(seed), Shared(seed=9)
-        leave(run, model, None)
+        write_final(run, model, None)
         assert [path.name for path in run.path.iterdir()] == ["final"]
         assert run.final.readlink() == Path("../disk")
         assert sorted(path.name for path in disk.iterdir()) == ["mine"] * exists + ["model.safetensors"]
@@ -196,7 +196,7 @@ def test_final_may_be_a_mount(tmp_path: Path) -> None:
     run.final.mkdir()
     with mounted(run.final):
         for _ in range(2):
-            leave(run, Shared(), None)
+            write_final(run, Shared(), None)
         assert [path.name for path in run.final.iterdir()] == ["model.safetensors"]
 
 
@@ -205,7 +205,7 @@ def test_final_on_a_missing_disk_is_named(tmp_path: Path) -> None:
     run.path.mkdir()
     run.final.symlink_to(tmp_path / "gone/final")
     with pytest.raises(RunFailed, match="gone/final"):
-        leave(run, Shared(), None)
+        write_final(run, Shared(), None)
     assert run.final.is_symlink()
     assert not (tmp_path / "gone").exists()
 
@@ -341,7 +341,7 @@ def test_floats_are_converted(tmp_path: Path) -> None:
 
 def test_one_name_of_shared_tensors_is_enough(tmp_path: Path) -> None:
     file, model = tmp_path / "tied.safetensors", Shared()
-    leave(RunDir(tmp_path), model, None)
+    write_final(RunDir(tmp_path), model, None)
     plain = load_file(tmp_path / "final" / "model.safetensors")
     for names in (["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]):
         save_file({**plain, **{name: plain["embed.weight"].clone() for name in names}}, file)
@@ -364,14 +364,14 @@ class Remembering(nn.Linear):
 
 def test_entries_that_are_not_tensors_are_left_out(tmp_path: Path) -> None:
     model, again = nn.Linear(2, 2), Remembering(2, 2)
-    leave(RunDir(tmp_path), model, None)
+    write_final(RunDir(tmp_path), model, None)
     initialise(again, str(tmp_path), ALONE)
     assert torch.equal(model.weight, again.weight)
 
 
 def test_only_rank_0_reads_the_file(tmp_path: Path) -> None:
     """Tensors of every dtype; other ranks don't need access to the file."""
-    leave(RunDir(tmp_path), Shared(), None)
+    write_final(RunDir(tmp_path), Shared(), None)
 
     def body(world: World) -> Any:
         model = Shared(seed=world.rank + 1)

@@ -1,6 +1,6 @@
-"""Compose each choice of config files once per session: that takes Hydra 60 ms, and the values of keys very little.
+"""Compose each choice of config files once per session: files take Hydra 60 ms, the values of keys almost nothing.
 
-A test's own files may change, so they are read each time.
+Files that a test writes itself may change, so they are read each time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from isobatch.conf.keys import HERE
 
 
 @pytest.fixture(autouse=True, scope="session")
-def composed_once() -> Iterator[None]:
+def cached_composition() -> Iterator[None]:
+    """Replace Hydra's compose by a cached one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isobatch.conf.layers.hydra_compose", remembered)
+        patch.setattr("isobatch.conf.layers.hydra_compose", compose_cached)
         yield
 
 
-def remembered(primary: str, overrides: Sequence[str]) -> Any:
-    """Return what ``hydra.compose`` returns, and raise what it raises."""
+def compose_cached(primary: str, overrides: Sequence[str]) -> Any:
+    """Return or raise the same as ``hydra.compose``."""
     if any(text.startswith("hydra.searchpath") for text in overrides):
         return compose(primary, list(overrides))
     try:

@@ -1,4 +1,4 @@
-"""Mount real file systems for tests, such as for a folder that can't be renamed or removed."""
+"""Mount real file systems for tests, for example to get a folder that can't be renamed or removed."""
 
 from __future__ import annotations
 

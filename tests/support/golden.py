@@ -1,6 +1,6 @@
 """Compare texts with golden files by full equality; ``make golden`` rewrites the files.
 
-Read the difference (``git diff tests/golden``) before you commit it: users will see these texts.
+Read the difference (``git diff tests/golden``) before you commit it, since users will see these texts.
 """
 
 from __future__ import annotations

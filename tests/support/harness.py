@@ -1,4 +1,4 @@
-"""Run tests on ranks forked from this process, which has torch imported, so that a start takes 0.1 s."""
+"""Run tests on ranks forked from this process, which has imported torch, so that a start takes 0.1 s."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from isobatch.trainers.tasks.task import Task
 
 DEADLINE_S = 60.0
 # Tolerances between float32 runs that differ only in the rounding of sums. A step rounds a weight by 2^-24 of its size
-# in both runs: √(2 · 30) · 2^-24 = 5e-7 after 30 steps, if nothing amplifies it. Adam amplifies it by dividing by the
-# size of a gradient: a gradient of 1/1000 of its terms' size is off by 1000 · 2^-24, and so is each of its steps; in 12
-# steps of 0.01 that is 7e-6.
+# in both runs: √(2 · 30) · 2^-24 = 5e-7 after 30 steps, if nothing amplifies it. Adam amplifies it, since it divides by
+# the size of a gradient. A gradient of 1/1000 of its terms' size is off by 1000 · 2^-24, and so is each of its steps;
+# in 12 steps of 0.01 that is 7e-6.
 ROUNDING, ADAM_ROUNDING = 1e-6, 1e-5
 
 
 @cache
-def share_deepspeed() -> None:
-    """Import DeepSpeed and the imports of its first engine once, before ranks are forked; that starts no thread."""
+def preload_deepspeed() -> None:
+    """Import DeepSpeed and the modules of its first engine once, before ranks are forked. This starts no thread."""
     import_deepspeed(torch.device("cpu"))
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # stage 3 collects garbage when it starts
@@ -63,10 +63,10 @@ def free_port() -> int:
 
 
 def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
-    """Call ``body`` on ``size`` forked gloo ranks, also for a size of 1, and return its results (as JSON).
+    """Call ``body`` on ``size`` forked gloo ranks, also for a size of 1, and return its results (through JSON).
 
     An exception on a rank is returned as ``{"raised": its class, "message": its text}``. Ranks that still run after the
-    deadline are killed, and fail the test.
+    deadline are killed, and the test fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -109,7 +109,7 @@ class Runs:
     """Train on forked ranks, with a run directory per call.
 
     Args:
-        trial: try the task before step 1, as for users (see test_trial.py); off by default to save time.
+        trial: run the trial of the task before step 1, as users do (see test_trial.py). Off by default to save time.
     """
 
     def __init__(self, folder: Path, deadline_s: float = DEADLINE_S, trial: bool = False) -> None:
@@ -122,28 +122,28 @@ class Runs:
         *overrides: str,
         stop_at: int | None = None,
         by_rank: int = 0,
-        going_on: Run | None = None,
+        resume: Run | None = None,
         **known: Any,
     ) -> Run:
         """Run ``overrides`` on ``world`` ranks.
 
         Args:
             stop_at: step, from 1, in which rank ``by_rank`` is asked to stop.
-            going_on: run to resume; None: start a new run.
+            resume: the run to resume, or None to start a new one.
             known: fields of ``Start``.
         """
         self.count += 1
-        run = going_on.run if going_on else RunDir(self.folder / f"run-{self.count}")
+        run = resume.run if resume else RunDir(self.folder / f"run-{self.count}")
         config = configured(["data.workers=0", *([] if self.trial else ["check.contract=false"]), *overrides])
         if config.engine.name == "deepspeed":
-            share_deepspeed()
+            preload_deepspeed()
 
         def body(ranks: World) -> Any:
-            wish = Stop()
-            asked_at = stop_at - 1 if stop_at is not None and ranks.rank == by_rank else None
-            watch = AskedAt(wish, asked_at)
+            stop = Stop()
+            stop_after = stop_at - 1 if stop_at is not None and ranks.rank == by_rank else None
+            watch = StopAfter(stop, stop_after)
             start = Start(f"attempt-{self.count}", "test", run_dir=str(run.path), **known)
-            end = train(Session(config, start, ranks, wish, watch), lambda run: None)
+            end = train(Session(config, start, ranks, stop, watch), lambda run: None)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
         ends = in_ranks(world, body, self.folder / f"ranks-{self.count}", deadline_s=self.deadline_s)
@@ -155,7 +155,7 @@ def session_of(config: RunConfig, world: World, stop: Stop | None = None, **know
     return Session(config, Start("attempt", **known), world, stop or Stop(), Watch())
 
 
-class AskedAt(Watch):
+class StopAfter(Watch):
     """Ask for a stop after ``steps`` steps, like a signal at that moment."""
 
     def __init__(self, stop: Stop, steps: int | None) -> None:
@@ -164,12 +164,12 @@ class AskedAt(Watch):
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         super().beat(steps, samples)
-        if self._reached and self.reached.step == self._steps:  # in the loop, or in an evaluation before its first step
+        if self._reached and self.reached.step == self._steps:  # also in an evaluation before the loop's first step
             self._stop.wanted = "SIGTERM"
 
 
 class Run:
-    """A run that has ended: its directory, and the result of each rank."""
+    """The directory of a run that has ended, and the result of each rank."""
 
     def __init__(self, run: RunDir, ends: list[Any]) -> None:
         self.run, self.ends = run, ends
@@ -206,8 +206,8 @@ def evaluator(task: Any, model: nn.Module, world: World, per_gpu: int, **more: A
     return Evaluator(filled, model, data, world, more.pop("stream", None) or Stream(0, world.device), per_gpu, **more)
 
 
-def leave(run: RunDir, model: nn.Module, average: Average | None) -> None:
-    """Write ``final/`` as a run with this model does at its end."""
+def write_final(run: RunDir, model: nn.Module, average: Average | None) -> None:
+    """Write ``final/`` as a run of this model does at its end."""
     parts = Parts(model, World.alone(), lambda: Tuned(torch.optim.SGD(model.parameters()), [1.0], [False]))
     task: Any = None
     engine = Engine(task, parts, DDP(parts, {}))

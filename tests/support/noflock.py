@@ -1,4 +1,4 @@
-"""Preload a flock that always succeeds, as on an NFS mounted with nolock."""
+"""Preload a flock that always succeeds, like that of an NFS mounted with nolock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LAMB and LARS as in their papers, in float64, and a few steps of any optimizer to compare with them."""
+"""Compute LAMB and LARS as in their papers, in float64, and run a few steps of any optimizer to compare with them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Import single modules of other optimizer packages, whose ``__init__`` imports torchvision or takes seconds.
+"""Import single modules of other optimizer packages without their ``__init__``, which imports torchvision or is slow.
 
-They are installed outside site-packages: code that checks for timm would find a package that can't be imported.
+They are installed outside site-packages, since code that checks for timm would find it and fail to import it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _spec(package: str) -> ModuleSpec | None:
     return PathFinder.find_spec(package, [PLACE])
 
 
-def alone(name: str) -> ModuleType:
-    """Import the module ``name`` below empty packages that have only a path."""
+def import_alone(name: str) -> ModuleType:
+    """Import the module ``name``, with empty packages above it that have only a path."""
     package, *parts = name.split(".")
     for above in range(len(parts)):
         dotted = ".".join((package, *parts[:above]))

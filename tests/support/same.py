@@ -1,4 +1,4 @@
-"""Cases that have to give the same weights on every engine, each with a feature that is easy to get wrong."""
+"""List cases that must give the same weights on every engine, each with a feature that is easy to get wrong."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Centred(nn.Linear):
 
 
 class Net(nn.Module):
-    """Blocks between two layers, with a frozen parameter and one that two layers share."""
+    """Blocks between two layers, with a frozen parameter and a parameter that two layers share."""
 
     def __init__(self, width: int, blocks: int, dropout: float, norm: bool, gain: bool) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class Blocks(Slow):
     """A task with unequal numbers of units, augmentation and dropout.
 
     Args:
-        call: how the loss calls the model: whole, twice (in one pass), or parts (never its own forward).
-        odd: a sample with NaN as input, or -1.
-        gain: the model has a parameter without dimensions.
-        moved: the forward changes a buffer that isn't synchronised over ranks, and the model has an expanded buffer.
-        strided: weights are column-major in memory, similar to channels_last.
+        call: how the loss calls the model: whole, twice (in one pass), or parts (never the model's own forward).
+        odd: index of a sample whose inputs are NaN, or -1.
+        gain: give the model a parameter without dimensions.
+        moved: give the model an expanded buffer, and one that the forward changes and no rank synchronises.
+        strided: store weights column-major, similar to channels_last.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Blocks(Slow):
 class Case(NamedTuple):
     """A case: its overrides, its tolerance (max |Δ| / max |w|), and the engines that don't support it.
 
-    The tolerance is 1e-6 in float32 after 12 steps, ten times more for divisions by sizes that may be small, such as a
-    gradient's in Adam or a deviation in BatchNorm (see tests/support/harness.py), a hundred times more for factored
-    sizes (Adafactor), and 2^-8 of each step's change in bf16. ``exempt`` are prefixes of engine names.
+    The tolerance is 1e-6 in float32 after 12 steps. It is ten times more for a division by a size that may be small,
+    such as a gradient's in Adam or a deviation in BatchNorm (see tests/support/harness.py), a hundred times more for a
+    factored second moment (Adafactor), and 2^-8 of each step's change in bf16. ``exempt`` has prefixes of engine names.
     """
 
     overrides: tuple[str, ...]
@@ -148,13 +148,13 @@ CASES: dict[str, Case] = {
          "batch.per_gpu=8"), 1e-5,
     ),
     "a moving average of the weights": Case(("ema=60sa",)),
-    "a step that isn't finite, skipped": Case(("task.args.odd=77", "on_nonfinite=skip")),
+    "a skipped step that isn't finite": Case(("task.args.odd=77", "on_nonfinite=skip")),
     "the gradient noise scale": Case(("noise.every=1st", "batch.global_size=42")),
     "float64": Case(("task.args.double=true",), 1e-14, ("ZeRO",)),
     "AdamW": Case(("optimizer=adamw", "lr.peak=0.01"), 1e-5),
     "LARS": Case(("optimizer=lars", "lr.peak=0.5"), 1e-6, FLAT),
     "LAMB": Case(("optimizer=lamb", "lr.peak=0.02"), 1e-5, FLAT),
-    # its Newton-Schulz iteration in bf16 amplifies differences in rounding
+    # Muon's Newton-Schulz iteration in bf16 amplifies differences in rounding
     "Muon": Case(("optimizer=muon", "lr.peak=0.02"), 1e-2, FLAT),
     "Adafactor": Case(("optimizer=adafactor", "lr.peak=0.02"), 1e-4, (*FLAT, "FSDP")),
     "RMSprop": Case(("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.002"), 1e-5),

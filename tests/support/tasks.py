@@ -1,4 +1,4 @@
-"""Small, seeded tasks for tests, each with a feature that fails if the batch isn't handled exactly."""
+"""Define small, seeded tasks for tests, each with a feature that fails if the batch isn't handled exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 
 class Counted:
-    """Regression with dropout whose samples have unequal numbers of units: sample i counts 1 + i mod 7 of them."""
+    """A regression with dropout. Samples have unequal numbers of units: sample i has 1 + i mod 7."""
 
     def __init__(self, samples: int = 500, dropout: float = 0.2, width: int = 32) -> None:
         random = torch.Generator().manual_seed(1)
@@ -44,7 +44,7 @@ class Counted:
 
 
 class Slow(Counted):
-    """``Counted`` through a plain dataset: no fast path, samples fetched one by one or many at once."""
+    """``Counted`` on a plain dataset without a fast path. Samples are fetched one by one, or many at once."""
 
     def __init__(self, many: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -58,8 +58,8 @@ class Slow(Counted):
         return inputs + 0.01 * torch.randn(inputs.shape, generator=generator), targets, units
 
 
-class Tells(Slow):
-    """Record the samples fetched for training in a file per process."""
+class RecordsSamples(Slow):
+    """A task that records the samples fetched for training, in a file per process."""
 
     def __init__(self, folder: str, **args: Any) -> None:
         super().__init__(**args)
@@ -73,7 +73,7 @@ class Tells(Slow):
 
 
 class FromFile(Counted):
-    """``Counted`` with inputs from a .npy file, read when the task is made."""
+    """``Counted`` with inputs from a .npy file, which is read when the task is made."""
 
     def __init__(self, file: str) -> None:
         inputs = torch.from_numpy(np.load(file))
@@ -123,7 +123,7 @@ class Empty(Counted):
 
 
 class MeanLoss(Counted):
-    """Return the mean loss, as most training code does."""
+    """A task whose loss is a mean, as in most training code."""
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         return F.mse_loss(model(batch[0]), batch[1])
@@ -135,7 +135,7 @@ class NoUnits(Counted):
 
 
 class BecomesNaN(Counted):
-    """Return NaN as the loss of one call on one rank."""
+    """A task whose loss is NaN in one call on one rank."""
 
     def __init__(self, call: int = 3, rank: int = 1, **args: Any) -> None:
         super().__init__(**args)
@@ -153,8 +153,8 @@ class AlwaysNaN(Counted):
         return loss * float("nan"), units
 
 
-class Lacking:
-    """An invalid task, without train_data."""
+class WithoutTrainData:
+    """An invalid task that lacks train_data."""
 
     def model(self) -> nn.Module:
         return nn.Linear(1, 1)
@@ -164,7 +164,7 @@ class Lacking:
 
 
 class Odd(Counted):
-    """A model with a reassigned buffer, a frozen parameter, or weights in float64."""
+    """A task whose model has a reassigned buffer, a frozen parameter, or weights in float64."""
 
     def __init__(self, kind: str = "", call: int = -1, **args: Any) -> None:
         super().__init__(**args)
@@ -200,7 +200,7 @@ class Running(nn.Linear):
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer with additional state, either in its state_dict or of a type that can't be saved."""
+    """An optimizer with additional state: a number in its state_dict, or a value of a type that can't be saved."""
 
     def __init__(self, params: Any, lr: float, state: str = "counter") -> None:
         super().__init__(params, lr=lr, momentum=0.9)
@@ -242,7 +242,7 @@ class FailsToEvaluate(Counted):
 
 
 class Coupled(Counted):
-    """Samples coupled by the mean of their micro-batch, a counter, and noise from the dataset's own generator."""
+    """A task with samples coupled by their micro-batch, a counter, and noise from the dataset's own generator."""
 
     def __init__(self, mean: bool = False, **args: Any) -> None:
         super().__init__(**args)

@@ -1,4 +1,4 @@
-"""Run launch.py and torchrun in processes forked with torch imported, which saves most of a start's time.
+"""Run launch.py and torchrun in processes forked after importing torch, which saves most of a start's time.
 
 Everything else is as in a new process: arguments, environment, folder, session, signal handlers and output. Tests of
 imports, and of signals during them, start a real process.
@@ -32,7 +32,7 @@ class Warm:
 
     Args:
         output: a file for stdout and stderr; ``communicate`` then returns no output of its own.
-        torchrun: run torchrun instead, whose workers are new processes.
+        torchrun: run torchrun instead. Its workers are new processes.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Warm:
         self.send_signal(signal.SIGKILL)
 
 
-_SERVERS: list[socket.socket] = []  # one at most; the server ends with this process, which holds the other end
+_SERVERS: list[socket.socket] = []  # at most one; the server ends with this process, which holds the other end
 
 
 def _server() -> socket.socket:
-    """Return the socket of the process that forks, started on first use."""
+    """Return the socket of the forking process, which is started on first use."""
     if not _SERVERS:
         client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "tests.support.warm", str(server.fileno()), "-" * ROOM]
@@ -103,7 +103,7 @@ def _server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request, and write its exit code to the request's pipe, until the client closes."""
+    """Fork a process for each request, and write its exit code to the request's pipe. End when the client closes."""
     running: dict[int, int] = {}  # pid -> pipe for its exit code
     while True:
         if select.select([requests], [], [], POLL_S)[0]:

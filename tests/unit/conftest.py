@@ -1,1 +1,1 @@
-from tests.support.composing import composed_once as composed_once
+from tests.support.composing import cached_composition as cached_composition

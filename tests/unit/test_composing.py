@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from isobatch.conf.keys import HERE
-from tests.support.composing import remembered
+from tests.support.composing import compose_cached
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,5 @@ def test_composed_with_files_read_once(overrides: list[str]) -> None:
                 return type(error), str(error)
 
     expected = made(compose)
-    assert made(remembered) == expected
-    assert made(remembered) == expected  # the cached config isn't changed
+    assert made(compose_cached) == expected
+    assert made(compose_cached) == expected  # the cached config isn't changed

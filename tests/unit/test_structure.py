@@ -71,7 +71,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path, capsys: pytest.
     assert code == 0
     assert capsys.readouterr().out.splitlines() == [
         "11 files, 152 lines, 6 imports",
-        "0 imports upward, 0 circles, 0 functions, 0 folders",
+        "0 imports upward, 0 cycles, 0 functions, 0 folders",
     ]
 
 
