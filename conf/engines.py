@@ -106,7 +106,9 @@ class DeepSpeed(Engine):
 
 _OWN: tuple[type[Engine], ...] = (DDP, FSDP, DeepSpeed)
 _names = sorted({file.stem for file in (Path(__file__).parent / "engine").glob("*.yaml")} - {*map(tag, _OWN)})
-ENGINES = (*_OWN, *(create_model(name, __base__=Engine, name=(Literal[name], ...)) for name in _names))  # type: ignore[arg-type]
+_bare = [create_model(f"{name.title()}Engine", __base__=Engine, name=(Literal[name], ...)) for name in _names]  # type: ignore[arg-type]
+globals().update({kind.__name__: kind for kind in _bare})  # pickle, by which spawned workers get a config, looks here
+ENGINES = (*_OWN, *_bare)
 
 if TYPE_CHECKING:
     AnyEngine = Engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from functools import cache
 from itertools import product
@@ -10,6 +11,7 @@ from itertools import product
 import pytest
 
 from isobatch.conf.engines import ELEMENTWISE
+from isobatch.conf.keys import choices_of
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.planning.automatic import configured
@@ -281,3 +283,10 @@ def test_what_is_for_gpus_is_refused_where_the_cpu_is_asked_for(gpus_only: str) 
     resolve(configured([*asked, "device=auto"]), 2)
     with pytest.raises(ValueError, match="but device=cpu; "):
         resolve(configured([*asked, "device=cpu"]), 2)
+
+
+@pytest.mark.parametrize("engine", choices_of("engine"))
+def test_a_config_can_be_pickled(engine: str) -> None:
+    """A spawned worker gets it so."""
+    config = config_of(f"engine={engine}")
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
