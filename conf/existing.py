@@ -9,13 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.identity import OFF, identity, science
+from isobatch.conf.identity import digest, identity, science, values
 from isobatch.conf.messages import shown
 from isobatch.conf.saved import load
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable, read_json
 from isobatch.scaling.units import Duration
+
+ABSENT: Any = object()  # the value of a key that isn't there, which null can be, too
 
 
 def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None:
@@ -25,7 +27,7 @@ def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None
         UserError: keys of the science differ; the message has them with both values.
     """
     before, after = science(was), science(now)
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    changed = [key for key in sorted(before | after) if _differ(before.get(key), after.get(key))]
     if lengthens(was.duration, now.duration):
         changed = [key for key in changed if key != "duration"]
     if changed == ["duration"]:
@@ -36,18 +38,26 @@ def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None
         )
         raise UserError(problem, "leave it out, or start a new run without run.dir", "duration", now.duration)
     if changed:
-        given = [_differing(key, *(side.get(key, OFF.get(key)) for side in (after, before))) for key in changed]
+        there, here = values(was), values(now)
+        given = [_differing(key, here.get(key), ABSENT if there.get(key) is None else there[key]) for key in changed]
         problem = f"run.dir={directory} holds another run, and can't resume with {', '.join(chain(*given))}"
         fix = "leave these keys out, or start a new run without run.dir"
         raise UserError(problem, fix, changed[0], after.get(changed[0]))
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Return whether two values have other identities; 1, 1.0 and true are equal, and have."""
+    return digest({"value": one}) != digest({"value": other})
+
+
 def _differing(key: str, now: Any, then: Any) -> list[str]:
     """Return the values that differ, each with its key: of a mapping only those entries."""
     if isinstance(now, dict) and isinstance(then, dict):
-        names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
-        return [text for name in names for text in _differing(f"{key}.{name}", now.get(name), then.get(name))]
-    return [f"{key}={shown(now)} (the run has {'none' if then is None else shown(then)})"]
+        pairs = {name: (now.get(name, ABSENT), then.get(name, ABSENT)) for name in {**now, **then}}
+        found = {name: pair for name, pair in pairs.items() if ABSENT in pair or _differ(*pair)}
+        return [text for name, pair in found.items() for text in _differing(f"{key}.{name}", *pair)]
+    given = f"~{key}" if now is ABSENT else f"{key}={shown(now)}"
+    return [f"{given} (the run has {'none' if then is ABSENT else shown(then)})"]
 
 
 def lengthens(was: Duration, now: Duration) -> bool:

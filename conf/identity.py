@@ -28,14 +28,17 @@ def science(config: RunConfig) -> dict[str, Any]:
     global batch was given, ``batch.per_gpu`` and ``batch.accumulation`` are hardware; otherwise it follows from them.
     With ``numerics=bitwise`` the micro-batches are science, too, and so is ``batch.per_gpu``.
     """
-    plain = config.model_dump(mode="json", by_alias=True)
     dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
     left_out = dealt if global_size_rules(config) else {"batch.global_size"}
+    ours = {key: value for key, value in values(config).items() if key not in left_out and not housekeeping(key)}
     if config.task.target in SHIPPED_TASKS:  # hashed as it was called first, so that no old run is another one now
-        plain["task"]["_target_"] = config.task.target.removeprefix(PACKAGE)
-    leaves = _leaves("", plain)
-    ours = {key: value for key, value in leaves.items() if key not in left_out and not housekeeping(key)}
+        ours["task._target_"] = config.task.target.removeprefix(PACKAGE)
     return {key: value for key, value in ours.items() if not _off(value) and OFF.get(key) != value}
+
+
+def values(config: RunConfig) -> dict[str, Any]:
+    """Return every key of ``config``, dotted, with its value; the mappings in FREE are values."""
+    return _leaves("", config.model_dump(mode="json", by_alias=True))
 
 
 def housekeeping(key: str) -> bool:

@@ -530,6 +530,22 @@ def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> Non
     compose([f"run.dir='{tmp_path}'", "batch.global_size=64", "optimizer=sgd", "task=digits"])
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "named"),
+    [
+        ([], ["task.args.extra=null"], "task.args.extra=null (the run has none)"),
+        (["task.args.depth=null"], ["~task.args.depth"], "~task.args.depth (the run has null)"),
+        (["task.args.extra=3"], ["task.args.extra=null"], "task.args.extra=null (the run has 3)"),
+        (["task.args.extra={a:1}"], ["task.args.extra={a:1,b:null}"], "task.args.extra.b=null (the run has none)"),
+        (["task.args.extra=1"], ["task.args.extra=true"], "task.args.extra=true (the run has 1)"),
+        (["optimizer.nesterov=true"], ["optimizer.nesterov=false"], "optimizer.nesterov=false (the run has true)"),
+    ],
+)
+def test_values_that_are_off_differ_from_none(tmp_path: Path, was: list[str], now: list[str], named: str) -> None:
+    stored(tmp_path, *was)
+    assert f"can't resume with {named}; leave" in message(f"run.dir='{tmp_path}'", *now)
+
+
 def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
     was = stored(tmp_path, "engine=fsdp", "engine.shard=[blocks.*]", "engine.config.reshard_after_forward=false")
     named = f"run.dir='{tmp_path}'"
