@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from isobatch.conf.elsewhere import our_value
 from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, leaves
 from isobatch.conf.messages import DELETED, for_shell, nearest, shown, unknown_key
+from isobatch.conf.types import TARGET
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import MOST_DEPTH
 
@@ -48,7 +49,8 @@ def refuse_spaces(words: Sequence[str]) -> None:
         before = words[number - 1] if number else ""
         after = words[number + 1] if number + 1 < len(words) else ""
         value = words[number + 2] if after == "=" and number + 2 < len(words) else ""
-        if after.startswith("=") or (word.endswith("=") and after and "=" not in after):
+        goes_on = word.endswith("=") and after and "=" not in after and not after.startswith("~")
+        if after.startswith("=") or goes_on:
             joined = f"{word}{after}{value}"
             raise UserError(f"there are spaces around the = of {joined}", f"leave them out: {shown(joined)}")
         if "=" in before and not word.endswith("="):
@@ -118,8 +120,8 @@ def for_hydra(override: Override, roots: Sequence[Path]) -> str:
 def no_such_choice(group: str, name: str, options: Sequence[str], own: bool) -> UserError:
     """Return the error for a choice that a group doesn't have; ``own``: the user's own YAML was looked at."""
     meant = our_value(group, name)
-    if group == "task" and re.fullmatch(r"\w+(\.\w+)+", name):
-        meant = f"task=custom task._target_={name}"
+    if "custom" in options and re.fullmatch(TARGET, name):
+        meant = f"{group}=custom {group}._target_={name}" + " lr.peak=0.001" * (group == "optimizer")
     near = f"did you mean {meant}?" if meant else nearest(name, options)
     fix = f"{near} {group} can be {', '.join(options)}".lstrip()
     fix += "" if own else f"; {name}.yaml of your own needs --config-dir, the folder above its {group}/"

@@ -13,6 +13,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import NotNegative, Positive, Size
 from isobatch.scaling.units import Duration
 
+TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)+"  # a dotted name
 NAME_BYTES, PATH_BYTES = 255, 3800  # Linux allows 4,096, of which what Isobatch puts below needs some
 
 
@@ -126,7 +127,7 @@ HalfLife = Annotated[Duration, PlainValidator(_half_life), _AS_TEXT]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]  # within the range of clocks
 Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]
 Name = Annotated[str, Matching(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}", "a folder's name: letters, digits, . _ + = -")]
-Target = Annotated[str, Matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "a class or function with its module: my_package.Name")]
+Target = Annotated[str, Matching(TARGET, "a class or function with its module: my_package.Name")]
 Variable = Annotated[str, Matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
 HostAndPort = Annotated[
     str, Matching(r"[\w.:\[\]-]*[\w\]]:\d{1,5}", "host:port, such as node-1:29500"), AfterValidator(_reachable)

@@ -257,6 +257,8 @@ REJECTED = [
     # groups
     ("optimizer=adm", "optimizer", ["adamw?", "adafactor, adamw, auto"]),
     ("task=3", "task", ["custom, digits"]),
+    ("task=a.B", "task", ["task=custom task._target_=a.B"]),
+    ("optimizer=a.B", "optimizer", ["optimizer=custom optimizer._target_=a.B lr.peak="]),
     ("experiment=foo", "experiment", ["digits_large"]),
     ("optimizer=../optimizer/sgd", "optimizer", ["sgd"]),
     ("task=custom", "task._target_", []),
@@ -735,6 +737,16 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
 def test_options_that_are_not_there(arguments: list[str]) -> None:
     with pytest.raises(UserError):
         command_line(arguments)
+
+
+def test_a_number_is_no_target() -> None:
+    assert "_target_" not in message("task=0.5")
+
+
+def test_an_empty_value_before_another_override() -> None:
+    assert command_line(["task.args.note=", "~task.args.width"]).overrides == ["task.args.note=", "~task.args.width"]
+    with pytest.raises(UserError, match=r"task.args.note=width"):
+        command_line(["task.args.note=", "width"])
 
 
 def test_options_may_stand_anywhere() -> None:
