@@ -7,14 +7,15 @@ import os
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from isobatch.conf.comments import Line, read_lines
-from isobatch.conf.elsewhere import our_key
-from isobatch.conf.keys import HERE, RECORDED, keys, registered, sections
+from isobatch.conf.elsewhere import absent, our_key, our_value
+from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, registered, sections
 from isobatch.conf.layers import roots_with
 from isobatch.conf.messages import nearest, shown
 from isobatch.conf.overrides import refuse_spaces
@@ -92,7 +93,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        raise _no_such_option(unknown, parsed.overrides)
+        raise _no_such_option(unknown[0], arguments)
     refuse_spaces(parsed.overrides)
     if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
         raise UserError(f"--config-dir={shown(parsed.config_dir)} isn't a folder")
@@ -103,15 +104,18 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def _no_such_option(unknown: Sequence[str], words: Sequence[str]) -> UserError:
+def _no_such_option(unknown: str, arguments: Sequence[str]) -> UserError:
+    """Return the error for an option that isn't there; the word after it in ``arguments`` may be its value."""
     options = [option for action in _parser()._actions for option in action.option_strings]
-    option, equals, value = unknown[0].partition("=")
+    option, equals, value = unknown.partition("=")
     key = option.lstrip("-").replace("-", "_")
-    value = value if equals else next((word for word in words if "=" not in word), "")
-    meant = f"{key}={value or '…'}" if key in keys() and key not in sections() else our_key(key, value)
-    fix = nearest(option, options) or "--help shows the command line"
+    after = dict(pairwise(arguments)).get(unknown, "")
+    value = value if equals else after * (not after.startswith("-") and "=" not in after)
+    ours = key in keys() and (key not in sections() or bool(choices_of(key)))
+    meant = (our_value(key, value) or f"{key}={value or '…'}") if ours else our_key(key, value)
     if meant or "." in key:
-        fix = f"keys have no dashes: {meant or f'{key}={value}'}"
+        return UserError(f"there is no option {option}", f"keys have no dashes: {meant or f'{key}={value}'}")
+    fix = absent(key) or nearest(option, options) or "--help shows the command line"
     return UserError(f"there is no option {option}", fix)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isobatch.conf import keys as schema
-from isobatch.conf.elsewhere import ABSENT, our_key, our_value
+from isobatch.conf.elsewhere import absent, our_key, our_value
 from isobatch.conf.keys import RECORDED, Place, choices_of, keys, leaves, locate, sections
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -171,8 +171,9 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
         problem = f"{key} isn't a key of this {section}, which has {', '.join(schema.fields(place.section))}"
         return UserError(problem, f"it comes with {choices}" if choices else "", key)
 
-    if key in ABSENT:
-        return UserError(f"unknown key {key}", ABSENT[key], key)
+    takes_args = f"{section}.args" in known
+    if (instead := absent(key)) and not takes_args:
+        return UserError(f"unknown key {key}", instead, key)
 
     def likeness(other: str) -> float:
         names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
@@ -181,15 +182,23 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
     leaves = [other for other in known if other not in sections()]
     best = max(map(likeness, leaves))
     near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
-    same_word = last in {other.rpartition(".")[2] for other in known}
-    if hint := our_key(key, value) or (not same_word and our_key(last, value)) or " or ".join(near):
+    if hint := our_key(key, value) or _by_its_last_part(key, value, known) or " or ".join(near):
         return UserError(f"unknown key {key}", f"did you mean {hint}?", key)
-    if section and f"{section}.args" in known:
+    if takes_args:
         shown_value = "…" if value is None else shown(value)
         return UserError(f"unknown key {key}", f"did you mean {section}.args.{last}={shown_value}?", key)
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
     fix = f"there are {', '.join(inside)}" if inside else "--help lists the keys there are"
     return UserError(f"unknown key {key}", fix, key)
+
+
+def _by_its_last_part(key: str, value: Any, known: Iterable[str]) -> str:
+    """Return what the last part of ``key`` means elsewhere; in a section of ours only what is a key of that."""
+    section, _, last = key.rpartition(".")
+    if last in {other.rpartition(".")[2] for other in known}:
+        return ""
+    meant = our_key(last, value)
+    return meant if section not in sections() or meant.startswith(f"{section}.") else ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -37,6 +37,8 @@ WRONG = r"""
 --batch.global_size=128
 -lr 0.1
 --epochs 5
+--optimizer adam
+--logger wandb
 batch.global_size = 128
 batch.global_size= 128
 batch.global_size =128
@@ -47,6 +49,11 @@ optim=adamw_torch
 fp16=true
 warmup=500
 warmup=5%
+warmup=0.1
+max_steps=-1
+evaluate.steps=500
+log.wandb=true
+task=0.5
 monitor=val_loss
 task.width=32
 --machine_rank=0
