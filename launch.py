@@ -6,13 +6,21 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from importlib.util import find_spec
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 INSTALLED = os.path.exists(f"{HERE}/__init__.py")  # then this is the package's own folder, else a clone's
 if __name__ == "__main__" and INSTALLED and os.path.realpath(sys.path[0]) == HERE:
     # A file of the installed package was run: its folders must not take the place of the user's conf or trainers.
     sys.path.append(os.path.dirname(sys.path.pop(0)))
+
+from isobatch.trainers.ranks.signals import Stop
+
+STOP = Stop()
+if __name__ == "__main__":
+    STOP.install()  # before all else: a signal that comes while the rest is imported isn't lost
+    gc.disable()  # what is imported stays; workers turn it on again
+
+from importlib.util import find_spec
 
 if __name__ == "__main__" and not (find_spec("hydra") and find_spec("pydantic")):
     print(
@@ -21,13 +29,6 @@ if __name__ == "__main__" and not (find_spec("hydra") and find_spec("pydantic"))
         file=sys.stderr,
     )
     sys.exit(2)
-
-from isobatch.trainers.ranks.signals import Stop
-
-STOP = Stop()
-if __name__ == "__main__":
-    STOP.install()  # before all else: a signal that comes while the rest is imported isn't lost
-    gc.disable()  # what is imported stays; workers turn it on again
 
 import shlex
 from dataclasses import replace

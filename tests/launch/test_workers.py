@@ -585,6 +585,21 @@ def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder
     assert not list(run.dir.glob("checkpoints/.*"))
 
 
+def test_a_signal_before_anything_else_is_imported(folder: Path) -> None:
+    """It comes while the launcher looks whether its packages are installed."""
+    run = launch_after(
+        folder,
+        "import importlib.util, os, signal\n"
+        "find = importlib.util.find_spec\n"
+        "def find_spec(name, package=None):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return find(name, package)\n"
+        "importlib.util.find_spec = find_spec\n",
+    )
+    assert run.end() == 75, run.err
+    assert run.outcome["cause"] == "SIGTERM"
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -signal.SIGKILL)])
 def test_counting_the_data_ends_with_the_launcher(folder: Path, name: str, code: int) -> None:
     """It is counted by a process of its own, before there is a plan; here it would take for ever."""
