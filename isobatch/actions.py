@@ -18,7 +18,7 @@ from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import holds_run
-from isobatch.conf.rundir.outcome import EXIT_CODE
+from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
@@ -98,7 +98,8 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
 
     run = RunDir(directory)
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
-    if finished(run, config) and not dry:
+    before, longer = last_attempt(run, config)
+    if is_finished(before, longer) and not dry:
         say_once(f"{result(directory)} · {directory} (run.new=true trains again)")
         for difference in differences(run, config, code_now(config)) if first() else ():
             say_once(difference)
@@ -114,8 +115,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         return 0
     if first() and (why := jobs.begin(run)):
         say_once(why)
-    before = run.outcome()
-    code = work(config, str(directory), extends(directory, config))
+    code = work(config, str(directory), longer)
     if code not in (EXIT_CODE["finished"], EXIT_CODE["stopped"]):
         return code  # the cause is printed already; another directory may be in this one's place by now
     after = run.outcome()
@@ -200,8 +200,20 @@ def _planned_all(
 
 def finished(run: RunDir, config: RunConfig) -> bool:
     """Return whether the run is trained to its end and ``config`` doesn't extend it. Raises UserError."""
+    return is_finished(*last_attempt(run, config))
+
+
+def last_attempt(run: RunDir, config: RunConfig) -> tuple[Outcome | None, bool]:
+    """Return the outcome of the run's last attempt, None if there was none, and whether ``config`` extends the run.
+
+    Raises:
+        UserError: the directory can't be used for this run.
+    """
     run.refuse_foreign()
-    outcome, longer = run.outcome(), extends(run.path, config)
+    return run.outcome(), extends(run.path, config)
+
+
+def is_finished(outcome: Outcome | None, longer: bool) -> bool:
     return outcome is not None and outcome.state == "finished" and not longer
 
 
