@@ -1,4 +1,4 @@
-"""`accelerate launch launch.py`, with a config file of its own."""
+"""Test `accelerate launch launch.py`, with a config file of Accelerate's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ num_processes: 2
 mixed_precision: 'no'
 main_process_port: 0
 """
-ALONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}  # what it tells the one process it starts
+ONE_PROCESS = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}  # the variables of a single process
 
 
-def test_its_processes_are_workers_as_torchruns_are(folder: Path) -> None:  # noqa: F811
-    """As many as its config file says, and a stop is a good end."""
+def test_its_processes_are_workers_like_torchruns(folder: Path) -> None:  # noqa: F811
+    """The config file gives their number, and a stop exits with 0."""
     config = folder / "accelerate.yaml"
     config.write_text(CONFIG)
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(config), str(LAUNCH), "engine=accelerate"]
@@ -37,19 +37,20 @@ def test_its_processes_are_workers_as_torchruns_are(folder: Path) -> None:  # no
     assert (run.outcome["state"], run.outcome["step"]) == ("stopped", 3)
 
 
-def test_several_on_the_cpu_are_refused_as_it_starts_one(folder: Path) -> None:  # noqa: F811
-    several = ALONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+def test_several_processes_on_the_cpu_are_refused(folder: Path) -> None:  # noqa: F811
+    """Accelerate would start only one."""
+    several = ONE_PROCESS | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     run = Run(folder, [sys.executable, str(LAUNCH), "engine=accelerate", *BASE], **several)
     assert run.end() == 2
-    assert run.said[0].startswith("isobatch: accelerate launch was asked for several processes on the CPU")
+    assert run.messages[0].startswith("isobatch: accelerate launch was asked for several processes on the CPU")
     assert not run.dir.exists()
 
 
-def test_its_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where several are visible, unless it is told otherwise."""
+def test_a_single_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes one of several visible GPUs, unless cluster.gpus_per_node gives another number."""
     monkeypatch.setattr("isobatch.conf.hardware.visible_gpus", lambda env: 8)
     assert workers_here(compose(["engine=accelerate"])) == 8
-    for name, value in ALONE.items():
+    for name, value in ONE_PROCESS.items():
         monkeypatch.setitem(os.environ, name, value)
     assert workers_here(compose(["engine=accelerate"])) == 1
     assert workers_here(compose(["engine=accelerate", "cluster.gpus_per_node=4"])) == 4

@@ -1,4 +1,4 @@
-"""The Python API, in scripts that run in their own processes."""
+"""Test the Python API in scripts that run in their own processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import os, signal, time, torch
 from torch.utils.data import TensorDataset
 
 class Mine:
-    """A regression in which the ``at``-th loss meets ``fault``, unless the file ``mended`` is there."""
+    """A regression with ``fault`` in the ``at``-th loss, unless the file ``fixed`` exists."""
 
     def __init__(self, fault="", at=3):
         self.fault, self.at, self.calls = fault, at, 0
@@ -39,7 +39,7 @@ class Mine:
         inputs, targets = batch
         if model.training:
             self.calls += 1
-        if self.calls == self.at and not os.path.exists("mended"):
+        if self.calls == self.at and not os.path.exists("fixed"):
             if self.fault == "crash":
                 raise KeyError("meant to")
             if self.fault == "interrupt":
@@ -60,7 +60,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def script(text: str, **env: str) -> dict[str, Any]:
-    """Run ``text`` as a script that ends with ``answer = {…}``; return that."""
+    """Run ``text`` as a script that sets ``answer`` to a dictionary, and return that."""
     Path("script.py").write_text(
         f"QUICK = {QUICK!r}\n{textwrap.dedent(text)}\nimport json; open('answer', 'w').write(json.dumps(answer))\n"
     )
@@ -83,8 +83,8 @@ def launch(*words: str) -> str:
     return out
 
 
-def test_importing_it_changes_nothing() -> None:
-    """Also of what is imported on first use: only a training does anything."""
+def test_importing_isobatch_changes_no_state() -> None:
+    """The same holds for its names that are imported on first use."""
     answer = script("""
         import gc, os, signal, sys
         def state():
@@ -138,8 +138,8 @@ def test_a_class_of_the_script_trains_in_its_process() -> None:
     assert json.loads(start)["command"].startswith("isobatch.train('__main__.Mine', 'duration=4st'")
 
 
-def test_it_is_the_run_of_the_command_line() -> None:
-    """Both give the same weights, bit for bit, and the command shows the result of the API's run."""
+def test_api_and_command_line_give_the_same_run() -> None:
+    """Their weights are equal bit for bit, and the command shows the result of the API's run."""
     answer = script("""
         import isobatch
         result = isobatch.train("mine.Mine", *QUICK)
@@ -153,8 +153,8 @@ def test_it_is_the_run_of_the_command_line() -> None:
     assert weights[0] == weights[1]
 
 
-def test_the_process_is_left_as_it_was() -> None:
-    """After one training that changes the most, and after another; and the run can be extended in the same process."""
+def test_training_restores_the_state_of_the_process() -> None:
+    """Four trainings, with a run that is extended and one that changes the most, leave every setting unchanged."""
     answer = script("""
         import gc, os, random, signal, sys, threading
         import numpy, torch
@@ -182,7 +182,7 @@ def test_the_process_is_left_as_it_was() -> None:
         longer = train("duration=8st", f"run.dir={first.directory}")
         again = train("duration=8st", f"run.dir={first.directory}")
         answer = {
-            "differ": differ, "steps": [one.metrics["step"] for one in (bitwise, first, longer, again)],
+            "differ": differ, "steps": [run.metrics["step"] for run in (bitwise, first, longer, again)],
             "threads": [thread.name for thread in threading.enumerate() if thread.name == "owner"],
         }
     """)
@@ -192,8 +192,8 @@ def test_the_process_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("kind", ["crash", "interrupt"])
-def test_after_a_crash_the_same_call_goes_on(kind: str) -> None:
-    """The cause is chained, the directory is given up, and the outcome says what happened."""
+def test_the_same_call_resumes_after_a_crash(kind: str) -> None:
+    """The exception chains the cause, the directory is released, and the outcome records the state."""
     answer = script(f"""
         import json
         import isobatch
@@ -205,7 +205,7 @@ def test_after_a_crash_the_same_call_goes_on(kind: str) -> None:
             kind, cause = type(error).__name__, repr(error.__cause__)
         (run,) = __import__("pathlib").Path("runs").iterdir()
         outcome = json.loads((run / "outcome.json").read_text())
-        open("mended", "w").close()
+        open("fixed", "w").close()
         result = isobatch.train(Mine, *words)
         answer = {{"kind": kind, "cause": cause, "outcome": outcome, "state": result.state}}
     """)
@@ -215,17 +215,17 @@ def test_after_a_crash_the_same_call_goes_on(kind: str) -> None:
     assert answer["state"] == "finished"
 
 
-def test_another_directory_in_its_place_is_left_alone() -> None:
-    """The caller's process goes on; the run stops, and writes nothing into the directory that isn't its own."""
+def test_a_run_never_writes_into_a_directory_that_replaced_its_own() -> None:
+    """The run ends with an error, and the caller's process continues."""
     answer = script("""
         import isobatch
         from mine import Mine
         try:
             isobatch.train(Mine, "task.args.fault=moved", "checkpoint.every=1st", "run.dir=run", *QUICK)
         except RuntimeError as error:
-            answer = {"said": str(error)}
+            answer = {"error": str(error)}
     """)
-    assert "was moved to" in answer["said"]
+    assert "was moved to" in answer["error"]
     assert os.listdir("run") == ["mine"]
     assert json.loads(Path("moved/outcome.json").read_text())["state"] == "crashed"
 
@@ -233,7 +233,7 @@ def test_another_directory_in_its_place_is_left_alone() -> None:
 REJECTED = {
     "a typo": ("isobatch.train(Mine, 'batch.gobal_size=16')", "batch.gobal_size"),
     "an override in place of the task": ("isobatch.train('batch.global_size=16')", "give the task or None first"),
-    "a class within a function": ("isobatch.train((lambda: type('Task', (), {}))())", "isn't the class that was given"),
+    "a class inside a function": ("isobatch.train((lambda: type('Task', (), {}))())", "isn't the class that was given"),
     "a class of the script, in two processes": (
         "isobatch.train(type(Here()), *QUICK, 'cluster.gpus_per_node=2')", "other processes can't import it"
     ),
@@ -244,11 +244,11 @@ REJECTED = {
         "isobatch.train(Mine, *QUICK, 'task.args.faut=crash', 'cluster.gpus_per_node=2')", "fault"
     ),
     "a folder without a run": ("isobatch.load('nowhere')", "nowhere holds no run"),
-    "a plan that can't be": ("isobatch.plan('batch.global_size=-1')", "batch.global_size"),
+    "an impossible plan": ("isobatch.plan('batch.global_size=-1')", "batch.global_size"),
 }  # fmt: skip
 
 
-def test_what_is_rejected_raises_user_error() -> None:
+def test_rejected_calls_raise_user_error() -> None:
     answer = script(f"""
         import isobatch
         from mine import Mine
@@ -260,12 +260,12 @@ def test_what_is_rejected_raises_user_error() -> None:
             except isobatch.UserError as error:
                 answer[name] = str(error)
     """)
-    for name, (_, said) in REJECTED.items():
-        assert said in answer[name], name
+    for name, (_, expected) in REJECTED.items():
+        assert expected in answer[name], name
 
 
-def test_several_workers() -> None:
-    """They run in processes of their own, which find the task where this process finds it; their output is relayed."""
+def test_several_workers_find_the_task_of_the_caller() -> None:
+    """They run in their own processes with the caller's sys.path, and their output and errors are relayed."""
     Path("elsewhere").mkdir()
     Path("mine.py").rename("elsewhere/mine.py")
     answer = script("""
@@ -287,7 +287,7 @@ def test_several_workers() -> None:
     assert "KeyError: 'meant to'" in answer["crash"]
 
 
-def test_plan_without_torch() -> None:
+def test_plan_equals_that_of_the_command_and_imports_no_torch() -> None:
     words = ("batch.global_size=4096", "cluster.nodes=16", "cluster.gpus_per_node=8")
     answer = script(f"""
         import sys
@@ -304,8 +304,7 @@ def test_plan_without_torch() -> None:
     assert answer["plan"].strip() == launch(*words, "action=plan", "output=json").strip()
 
 
-def test_within_a_program_of_hydras() -> None:
-    """Its config, and what it composes afterwards, are as they were."""
+def test_training_inside_a_hydra_program_leaves_its_config_alone() -> None:
     Path("theirs").mkdir()
     Path("theirs/other.yaml").write_text("a: 2\n")
     Path("theirs/main.yaml").write_text("a: 1\nhydra: {run: {dir: .}, output_subdir: null}\n")
@@ -328,8 +327,8 @@ def test_within_a_program_of_hydras() -> None:
     assert answer["theirs"] == [1, 2, "script"]
 
 
-def test_a_config_dir() -> None:
-    """A task beside its YAML, which isn't in the working directory."""
+def test_a_task_beside_the_config_dir_is_found() -> None:
+    """The task isn't in the working directory."""
     Path("project/configs/task").mkdir(parents=True)
     Path("mine.py").rename("project/mine.py")
     yaml = "defaults: [custom, _self_]\nname: beside\n_target_: mine.Mine\n"

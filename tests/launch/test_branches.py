@@ -1,4 +1,4 @@
-"""Ranks that run different modules, where that ends in an abort or a hang: the cause still names the modules."""
+"""Test ranks that run different modules, which ends in an abort or a hang: the cause still names the modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 
 class Net(nn.Module):
-    """Two blocks of other sizes, or of one size, of which a rank runs one, or both."""
+    """Two blocks of different or equal sizes. One rank runs the first, the other runs the second or both."""
 
     def __init__(self, both, width):
         super().__init__()
@@ -52,8 +52,8 @@ class Task:
         ("engine=deepspeed", "engine.stage=3", "task.args.both=true"),
     ],
 )
-def test_the_modules_are_named(folder: Path, options: tuple[str, ...]) -> None:  # noqa: F811
-    """At once: what waits compares its trail with the other rank's long before cluster.timeout_s, 600 s."""
+def test_different_modules_are_named(folder: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+    """A waiting rank compares its trail with the other rank's long before cluster.timeout_s, 600 s."""
     (folder / "branches.py").write_text(TASK)
     run = launch(folder, "task._target_=branches.Task", "batch.global_size=2", "cluster.max_restarts=1", *options)
     assert run.end() == 2, run.err
@@ -61,4 +61,4 @@ def test_the_modules_are_named(folder: Path, options: tuple[str, ...]) -> None: 
     assert (run.outcome["step"], run.events("restart")) == (0, [])
     assert "the ranks ran different modules" in run.outcome["cause"]
     assert "blocks.1" in run.outcome["cause"]
-    assert run.said == [f"isobatch: {run.outcome['cause']}"]
+    assert run.messages == [f"isobatch: {run.outcome['cause']}"]

@@ -1,4 +1,4 @@
-"""``python launch.py`` end to end: its output, its exit code, and the files it leaves."""
+"""Test ``python launch.py`` end to end: its output, its exit code, and the files it leaves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ QUICK = ("task=digits", "duration=2st", "task.args.width=8", "evaluate.every=nul
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command is given in a folder of its own, which isn't the checkout."""
+    """Run every command in its own folder, which isn't the checkout."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -56,7 +56,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def launch(*arguments: str, code: int = 0, cold: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; ``cold``: in a process that imports all itself."""
+    """Run a command to its end. ``cold`` runs it in a new process, which imports everything itself."""
     env = {**os.environ, **env}
     if cold:
         done = subprocess.run(command(*arguments), env=env, capture_output=True, text=True, timeout=120)
@@ -69,7 +69,7 @@ def launch(*arguments: str, code: int = 0, cold: bool = False, **env: str) -> su
 
 
 def refused(*arguments: str, **env: Any) -> str:
-    """The message of a refusal: the only thing printed, and nothing is written."""
+    """Return the message of a refusal. Check that it is the only output, and that no file is written."""
     done = launch(*arguments, code=2, **env)
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -81,7 +81,7 @@ def refused(*arguments: str, **env: Any) -> str:
 # ---- plans
 
 
-def test_plan_is_a_table_or_json_alone() -> None:
+def test_plan_prints_only_a_table_or_json() -> None:
     assert "global batch" in launch("action=plan", cold=True).stdout
     plan = json.loads(launch("action=plan", "output=json", "cluster.nodes=16", "cluster.gpus_per_node=8").stdout)
     assert plan["world_size"] == 128
@@ -89,7 +89,7 @@ def test_plan_is_a_table_or_json_alone() -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_plan_of_more_than_is_here_needs_nothing() -> None:
+def test_plan_for_other_hardware_needs_none_of_it() -> None:
     launch("action=plan", "device=cuda", "cluster.nodes=100", "cluster.gpus_per_node=1000")
 
 
@@ -113,8 +113,8 @@ def test_plan_can_open_the_data() -> None:
     assert json.loads(launch(*own, "plan.open_data=true", "output=json").stdout)["train_samples"] == 123
 
 
-def test_full_batch_of_ones_own_task() -> None:
-    """The data is opened before the plan, which needs its size; what can't be opened is refused like any other."""
+def test_full_batch_opens_the_data_of_a_custom_task() -> None:
+    """The plan needs the data's size. A task that can't be imported is refused as in any other run."""
     own = ("task=custom", "task._target_=tests.support.tasks.Counted", "lr.peak=0.1", "batch.global_size=all")
     assert "has no Cuonted; did you mean tests.support.tasks.Counted?" in refused(
         *own, "task._target_=tests.support.tasks.Cuonted"
@@ -129,19 +129,19 @@ def test_plan_under_torchrun_is_printed_once() -> None:
     printed = [launch("action=plan", **torchrun, RANK=rank, LOCAL_RANK=rank).stdout for rank in "012"]
     assert "3 ranks" in printed[0]
     assert printed[1:] == ["", ""]
-    said = [launch("foo=1", code=2, **torchrun, RANK=rank, LOCAL_RANK=rank).stderr for rank in "012"]
-    assert said[0].startswith("isobatch: unknown key foo")
-    assert said[1:] == ["", ""]
+    errors = [launch("foo=1", code=2, **torchrun, RANK=rank, LOCAL_RANK=rank).stderr for rank in "012"]
+    assert errors[0].startswith("isobatch: unknown key foo")
+    assert errors[1:] == ["", ""]
 
 
-def test_plan_is_printed_whatever_a_cluster_left_in_the_environment() -> None:
+def test_plan_ignores_ranks_that_a_cluster_left_in_the_environment() -> None:
     assert "1 rank" in launch("action=plan", RANK="3", LOCAL_RANK="1").stdout
     assert launch("foo=1", code=2, LOCAL_RANK="1").stderr.startswith("isobatch: unknown key foo")
     launch(*QUICK, "debug=true", RANK="3", LOCAL_RANK="1")
 
 
 def checkpoint(run: Path, step: int, world: int, *overrides: str) -> None:
-    """A run's directory with a checkpoint of no tensors, as ``world`` ranks would leave it."""
+    """Write a run directory with a checkpoint without tensors, as ``world`` ranks would."""
     config = compose(overrides)
     plan, folder = resolve(config, world), folder_of(RunDir(run), step)
     header = Header(
@@ -172,21 +172,21 @@ def planned(*arguments: str) -> dict[str, Any]:
     return plan
 
 
-def test_plan_of_a_run_that_goes_on_has_its_global_batch() -> None:
-    """Where that was the product of per-GPU batch, accumulation and ranks, and there are other ranks now."""
+def test_plan_of_a_resumed_run_keeps_its_global_batch() -> None:
+    """The global batch was the product of per-GPU batch, accumulation and ranks, and the ranks have changed."""
     product = ("batch.per_gpu=16", "batch.accumulation=2", "seed=3")
     run = Path("runs") / f"digits-{identity(compose(product))}"
     checkpoint(run, 10, 2, *product)
-    for again in ([f"run.dir={run}"], product):
-        plan = planned(*again, "cluster.gpus_per_node=3")
+    for command in ([f"run.dir={run}"], product):
+        plan = planned(*command, "cluster.gpus_per_node=3")
         assert (plan["global_size"], plan["per_gpu"], plan["accumulation"], plan["world_size"]) == (64, 16, 2, 3)
     assert planned(*product, "task=digits", "run.dir=other", "cluster.gpus_per_node=3")["global_size"] == 96
-    checkpoint(run, 20, 3, *product)  # damaged below: the one before it counts
+    checkpoint(run, 20, 3, *product)  # damaged below, so the previous one counts
     (folder_of(RunDir(run), 20) / NAME).write_text("{")
     assert planned(*product)["global_size"] == 64
 
 
-def test_plan_of_an_extension_is_that_of_the_whole_run() -> None:
+def test_plan_of_an_extended_run_covers_the_whole_run() -> None:
     short, long = ("duration=2ep", "lr.warmup=10%"), ("duration=4ep", "lr.warmup=10%")
     checkpoint(Path("run"), 10, 2, *short)
     fresh = planned(*short)
@@ -198,18 +198,18 @@ def test_plan_of_an_extension_is_that_of_the_whole_run() -> None:
     assert planned(*short) == fresh
 
 
-def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
+def test_plan_is_printed_on_a_terminal_without_unicode() -> None:
     assert (
         "global batch   64 samples = 64 per GPU ? 1 rank"
         in launch("action=plan", cold=True, PYTHONIOENCODING="ascii").stdout
     )
 
 
-# ---- what is refused before anything starts
+# ---- refusals before anything starts
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["batch.globl_size=3"], "did you mean batch.global_size?"),
         (["duration=0ep"], "duration"),
@@ -232,10 +232,10 @@ def test_plan_is_printed_on_a_terminal_that_knows_no_unicode() -> None:
     ],
     ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
 )
-def test_refused_with_one_message(arguments: list[str], said: str) -> None:
-    """Some of what tests/golden/messages.txt has, and what is found later."""
+def test_mistakes_are_refused_with_one_message(arguments: list[str], expected: str) -> None:
+    """These are some messages of tests/golden/messages.txt, and some of later checks."""
     message = refused(*arguments)
-    assert said in message
+    assert expected in message
     assert len(message.splitlines()) == 1
 
 
@@ -243,8 +243,8 @@ def test_sweep_under_torchrun_is_refused() -> None:
     assert "torchrun" in refused("-m", "seed=1,2", cold=True, TORCHELASTIC_RUN_ID="x", RANK="0", WORLD_SIZE="1")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    if os.geteuid() == 0:  # root may write anywhere but on a read-only disk, of which /proc/sys is one in containers
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() == 0:  # root can write anywhere except on a read-only disk, such as /proc/sys in containers
         folder = next(path for path in ("/sys/kernel", "/proc/sys") if not os.access(path, os.W_OK))
     else:
         folder = str(tmp_path / "closed")
@@ -255,14 +255,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 # ---- help and config
 
 
-def test_help() -> None:
+def test_help_lists_keys_and_exit_codes() -> None:
     text = launch("--help").stdout
     assert "batch.global_size=" in text
     assert "exit codes: 0 finished" in text
     assert "show its result if it is finished" in text
     assert "begins with 'defaults: [custom, _self_]'" in " ".join(text.split())
     keys = launch("--help", COLUMNS="80").stdout.partition("keys, with their defaults:")[2]
-    assert max(map(len, keys.partition("options:")[0].splitlines())) <= 92  # durations are said in one line
+    assert max(map(len, keys.partition("options:")[0].splitlines())) <= 92  # the durations take one line
 
 
 def test_help_may_be_cut_short() -> None:
@@ -272,7 +272,7 @@ def test_help_may_be_cut_short() -> None:
     assert done.stderr == ""
 
 
-def test_config_is_printed_with_its_comments_and_can_be_an_experiment(tmp_path: Path) -> None:
+def test_config_is_printed_with_comments_and_works_as_an_experiment(tmp_path: Path) -> None:
     arguments = ("optimizer=adamw", "batch.global_size=32", "lr.warmup=7%")
     text = launch("--cfg", "job", *arguments).stdout
     assert yaml.safe_load(text)["optimizer"]["name"] == "adamw"
@@ -290,7 +290,7 @@ def test_config_is_printed_with_its_comments_and_can_be_an_experiment(tmp_path: 
 
 
 def state(folder: Path) -> dict[Path, int]:
-    """All files below it, and when each was written."""
+    """Return all files below a folder, with the time at which each was written."""
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
@@ -315,19 +315,19 @@ def test_the_same_command_finds_its_run() -> None:
     assert by_name.startswith("finished after 2 steps")
     assert state(run) == before
 
-    said = launch(f"run.dir={run}", "seed=3", "batch.global_size=8", code=2).stderr
-    assert "seed=3 (the run has 0)" in said
-    assert "batch.global_size=8 (the run has " in said
+    error = launch(f"run.dir={run}", "seed=3", "batch.global_size=8", code=2).stderr
+    assert "seed=3 (the run has 0)" in error
+    assert "batch.global_size=8 (the run has " in error
 
-    said = launch(f"run.dir=runs/{run.name[:-1]}", code=2).stderr
-    assert f"holds no run to resume; did you mean {run}?" in said
+    error = launch(f"run.dir=runs/{run.name[:-1]}", code=2).stderr
+    assert f"holds no run to resume; did you mean {run}?" in error
 
     launch(*QUICK, "run.new=true")
     assert {path.name for path in Path("runs").iterdir()} == {run.name, f"{run.name}-2"}
 
 
-def test_what_a_finished_run_is_not_of_is_said_once_and_kept() -> None:
-    """Keys that aren't applied, the task's source, and the repository; also where the run is then extended."""
+def test_a_finished_run_reports_changes_that_it_does_not_have() -> None:
+    """They are keys that aren't applied, the task's source, and the repository. Extending the run records them."""
     who = "git -c user.name=A -c user.email=a@example.org"
     subprocess.run(f"git init -q && touch a && git add a && {who} commit -qm 1", shell=True, check=True)
     Path("mine.py").write_text("from helper import Task\n")
@@ -338,11 +338,11 @@ def test_what_a_finished_run_is_not_of_is_said_once_and_kept() -> None:
     Path("a").write_text("edited")
     keys = ("compile=true", "checkpoint.best=val/loss:min", "batch.per_gpu=16", "device=auto", "evaluate.every=null")
     for _ in range(2):
-        result, *said = launch("run.dir=run", *keys).stdout.splitlines()
+        result, *notes = launch("run.dir=run", *keys).stdout.splitlines()
         assert result.startswith("finished after 2 steps")
-        assert len(said) == 2
-        assert said[0].endswith(": batch.per_gpu=16, checkpoint.best=val/loss:min, compile=true")
-        assert re.search(r": helper.py, the repository \((\w{7}), now \1 with uncommitted changes\)$", said[1])
+        assert len(notes) == 2
+        assert notes[0].endswith(": batch.per_gpu=16, checkpoint.best=val/loss:min, compile=true")
+        assert re.search(r": helper.py, the repository \((\w{7}), now \1 with uncommitted changes\)$", notes[1])
 
     longer = launch("run.dir=run", "duration=3st").stdout
     assert "changed since the run was last trained: helper.py, the repository" in longer
@@ -354,7 +354,7 @@ def test_what_a_finished_run_is_not_of_is_said_once_and_kept() -> None:
     assert len(launch("run.dir=run").stdout.splitlines()) == 1
 
 
-def test_another_run_beside_one_has_its_config() -> None:
+def test_a_new_run_from_a_run_directory_has_its_config() -> None:
     launch(*QUICK, "run.dir=a", "optimizer=adamw", "batch.global_size=32")
     launch("run.dir=a", "run.new=true", "seed=3", "device=cpu")
     plans = [json.loads((Path(name) / "plan.json").read_text()) for name in ("a", "a-2")]
@@ -372,22 +372,22 @@ def test_a_directory_of_another_run_is_refused() -> None:
 def test_a_damaged_config_is_refused() -> None:
     Path("broken").mkdir()
     Path("broken/config.yaml").write_text("format: 1\ngiven: [")
-    said = launch("run.dir=broken", code=2).stderr
-    assert said.startswith("isobatch: broken/config.yaml can't be read")
-    assert len(said.splitlines()) == 1
+    error = launch("run.dir=broken", code=2).stderr
+    assert error.startswith("isobatch: broken/config.yaml can't be read")
+    assert len(error.splitlines()) == 1
 
 
-def test_odd_names_of_directories() -> None:
+def test_a_directory_may_have_an_odd_name() -> None:
     name = 'it\'s a "run" with $HOME; `x` [1]'
     quoted = name.replace("'", "\\'")
     launch(*QUICK, f"run.dir='{quoted}'")
     assert json.loads((Path(name) / "outcome.json").read_text())["state"] == "finished"
 
 
-# ---- going on, and longer
+# ---- resumed and extended runs
 
 
-def test_a_named_run_is_made_longer() -> None:
+def test_a_finished_run_is_extended_by_its_directory() -> None:
     launch(*QUICK)
     run = only_run()
     done = launch(f"run.dir={run}", "duration=5st", "device=cpu").stdout
@@ -399,15 +399,15 @@ def test_a_named_run_is_made_longer() -> None:
     losses = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert [line["step"] for line in losses] == [1, 2, 5]
     before = state(run)
-    for again in ([f"run.dir={run}"], [f"run.dir={run}", "duration=5st"]):
-        assert launch(*again).stdout.startswith("finished after 5 steps")
-    said = launch(*QUICK, code=2).stderr
-    assert f"holds this run with duration=5st, not 2st; run.dir={run} resumes that" in said
+    for command in ([f"run.dir={run}"], [f"run.dir={run}", "duration=5st"]):
+        assert launch(*command).stdout.startswith("finished after 5 steps")
+    error = launch(*QUICK, code=2).stderr
+    assert f"holds this run with duration=5st, not 2st; run.dir={run} resumes that" in error
     assert state(run) == before
 
 
-def test_examples_of_help_that_need_a_run(tmp_path: Path) -> None:
-    """As they stand, but for the run's name."""
+def test_help_examples_that_need_a_run_work(tmp_path: Path) -> None:
+    """Only the run's name is replaced."""
     launch("duration=1ep", "task.args.width=8", "device=cpu")
     run = only_run()
     examples = [line.split()[2:] for line in EXAMPLES.splitlines() if "runs/digits-0123456789ab" in line]
@@ -423,7 +423,7 @@ def test_examples_of_help_that_need_a_run(tmp_path: Path) -> None:
 
 
 def test_weights_are_evaluated_and_nothing_is_written() -> None:
-    """As JSON that is alone on stdout, whatever the task prints on any rank; as a line; or refused."""
+    """JSON is the only text on stdout, even if the task prints on every rank."""
     talking = OWN_TASK.partition("    def train_data")[0] + "        print('task')\n"
     talking += "    def evaluate(self, model, batch):\n        print('evaluate')\n"
     talking += "        return super().evaluate(model, batch)\n"
@@ -472,7 +472,7 @@ def test_a_sweep_runs_its_elements_and_ends_with_a_table() -> None:
     assert len(list(only_run().iterdir())) == 6
 
 
-def test_a_sweep_of_plans() -> None:
+def test_a_sweep_of_plans_prints_a_table_or_json() -> None:
     table = launch("-m", "action=plan", "batch.global_size=64,256").stdout.splitlines()
     assert [line.split()[0] for line in table] == ["batch.global_size", "64", "256"]
     plans = json.loads(launch("-m", "action=plan", "output=json", "batch.global_size=64,256").stdout)
@@ -480,7 +480,7 @@ def test_a_sweep_of_plans() -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_a_sweep_goes_on_after_a_crash() -> None:
+def test_a_sweep_continues_after_a_crash() -> None:
     Path("mine.py").write_text(OWN_TASK.partition("    def train_data")[0])
     arguments = ("task._target_=mine.Task", "task.args.broken=true,false")
     done = launch("-m", *QUICK, *arguments, code=1)
@@ -489,7 +489,7 @@ def test_a_sweep_goes_on_after_a_crash() -> None:
     assert "meant to" in done.stderr
 
 
-def test_a_sweep_over_another_ones_folder_starts_nothing() -> None:
+def test_a_sweep_into_a_folder_of_other_runs_starts_nothing() -> None:
     launch("-m", *QUICK, "run.dir=here", "seed=2,3")
     before = state(Path())
     done = launch("-m", *QUICK, "run.dir=here", "seed=1,2", "lr.base=0.3", code=2)
@@ -510,7 +510,7 @@ def test_a_sweep_whose_runs_are_all_refused_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True], ids=["TERM", "Ctrl-C"])
-def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
+def test_a_stopped_sweep_starts_no_further_run(ctrl_c: bool) -> None:
     arguments = ["-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"]
     sweep = Warm(arguments, Path.cwd(), dict(os.environ))
     deadline = time.monotonic() + 60
@@ -519,19 +519,19 @@ def test_a_sweep_that_is_stopped_stops(ctrl_c: bool) -> None:
         assert sweep.poll() is None
         time.sleep(0.05)
     if ctrl_c:
-        os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to all that stand in front
+        os.killpg(sweep.pid, signal.SIGINT)  # like a terminal, to the foreground process group
     else:
         sweep.send_signal(signal.SIGTERM)
-    printed, said = sweep.communicate(timeout=60)
-    assert sweep.returncode == 75, said
+    printed, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 75, errors
     assert "(run the same command to resume)" in printed
     (outcome,) = Path().glob("runs/*/*/outcome.json")
     assert json.loads(outcome.read_text())["state"] == "stopped"
     assert [line.split()[:2] for line in printed.splitlines()[-4:-2]] == [["1", "stopped"], ["2", "—"]]
 
 
-def test_torchrun_ends_with_what_was_rejected(tmp_path: Path) -> None:
-    """Its own report comes after our message, so that has it, too."""
+def test_the_report_of_torchrun_repeats_the_rejection(tmp_path: Path) -> None:
+    """torchrun prints its own report after our message, so the report has to contain the message, too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "launch.py"), "seed=x"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -539,8 +539,7 @@ def test_torchrun_ends_with_what_was_rejected(tmp_path: Path) -> None:
     assert "isobatch: seed=x" in done.stderr.splitlines()[-2]
 
 
-def test_without_its_packages() -> None:
-    """A Python that hasn't installed them is told what has."""
+def test_a_python_without_the_packages_is_told_how_to_install_them() -> None:
     done = subprocess.run([sys.executable, "-S", "launch.py"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The Python API in a real notebook: cells run one after another in a kernel."""
+"""Test the Python API in a real notebook, whose cells run one after another in a kernel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ assert state() == before
 
 
 def test_a_notebook_trains_its_own_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With progress in the output of the cell; and the same run goes on in another cell."""
+    """The cell's output shows the progress, and another cell extends the run."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source=cell.strip()) for cell in CELLS])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -1,4 +1,4 @@
-"""A run directory of commit f0a1b05, in tests/data: today's launcher resumes it."""
+"""Test that today's launcher resumes a run directory of commit f0a1b05, which is in tests/data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.launch.test_command_line import launch
 
 OLD = Path(__file__).parents[1] / "data" / "f0a1b05"
 NAME = "digits-da51d6fd3c73"
-# the command that made it; SIGTERM stopped it after step 69 of 180
+# The command that created it. SIGTERM stopped the run after step 69 of 180.
 COMMAND = [
     "task.args.width=16",
     "batch.global_size=64",
@@ -31,14 +31,14 @@ COMMAND = [
     "checkpoint.keep=1",
     "clip_norm=2.0",
 ]
-# The processor that made the checkpoint may round otherwise than this one, and 111 steps enlarge the difference. A
-# momentum, average, position or learning rate that wasn't restored is off by far more.
+# The processor that wrote the checkpoint may round differently, and 111 steps amplify the difference. A momentum,
+# average, position or learning rate that wasn't restored causes a far larger one.
 ROUNDING = 1e-3
 METRICS = ("epoch", "loss", "lr", "grad_norm", "global_size", "skipped", "val/", "ema/")
 
 
 def measured(run: Path, names: tuple[str, ...] = METRICS) -> dict[int, dict[str, Any]]:
-    """Return the values of each step in metrics.jsonl that f0a1b05 had, too, without those of the clock."""
+    """Return the values of each step in metrics.jsonl that f0a1b05 also logged, without measured times."""
     values: dict[int, dict[str, Any]] = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         known = {name: value for name, value in line.items() if name.startswith(names) and value is not None}
@@ -50,7 +50,7 @@ def measured(run: Path, names: tuple[str, ...] = METRICS) -> dict[int, dict[str,
     ("command", "names"),
     [
         (COMMAND, (*METRICS, "noise/")),
-        ([f"run.dir=runs/{NAME}"], METRICS),  # on one rank, which can't measure the noise
+        ([f"run.dir=runs/{NAME}"], METRICS),  # one rank can't measure the noise
     ],
 )
 def test_a_run_of_f0a1b05_resumes(
@@ -82,7 +82,7 @@ def test_a_run_of_f0a1b05_resumes(
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same run from its start to its end with today's launcher, and return its folder."""
+    """Train the same run from start to end with today's launcher, and return its folder."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with chdir(folder):
         launch(*COMMAND)

@@ -1,4 +1,4 @@
-"""``pip install .`` gives the package ``isobatch`` alone, which works beside a user's own ``conf`` and ``trainers``."""
+"""Test that ``pip install .`` installs only ``isobatch``, which works beside a user's own ``conf`` and ``trainers``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("conf", "isobatch", "scaling", "slurm", "trainers", "launch.py", "pyproject.toml", "README.md", "LICENSE")
-USERS = ("conf", "scaling", "slurm", "tests", "trainers")  # packages that a user may have, too
+USERS = ("conf", "scaling", "slurm", "tests", "trainers")  # packages that a user's project may have
 
 TASK = """
 import torch
@@ -48,7 +48,7 @@ QUICK = ("duration=2st", "batch.global_size=16", "lr.peak=0.1", "device=cpu")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build as ``pip install .`` does: by way of an sdist, and without network."""
+    """Build the wheel like ``pip install .``, from an sdist and without network."""
     source = tmp_path_factory.mktemp("source")
     for name in PARTS:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -71,7 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The user's folder: packages named as ours, and a task in one of them, named by YAML in a folder beside it."""
+    """Create a user's folder: packages named like ours, a task in one of them, and a YAML that names the task."""
     for name in USERS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"MINE = {name!r}\n")
@@ -116,13 +116,13 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("command", LAUNCHES)
-def test_commands_beside_the_users_packages(command: str, installed: Path, project: Path) -> None:
-    """From the user's folder; two processes, by our own agent and by torchrun."""
+def test_commands_work_beside_the_users_packages(command: str, installed: Path, project: Path) -> None:
+    """Each command starts two processes in the user's folder, with our own agent or with torchrun."""
     words = [word.format(installed=installed) for word in LAUNCHES[command]]
     two = () if command == "torchrun" else ("cluster.gpus_per_node=2",)
-    said = _use(installed, [*words, "task=custom", "task._target_=trainers.beside.Task", *QUICK, *two], project)
-    assert "training on 2 ranks" in said
-    assert "finished after 2 steps" in said
+    out = _use(installed, [*words, "task=custom", "task._target_=trainers.beside.Task", *QUICK, *two], project)
+    assert "training on 2 ranks" in out
+    assert "finished after 2 steps" in out
     (run,) = (project / "runs").iterdir()
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     sources = set().union(*(event["files"] for event in events if event["event"] == "source"))
@@ -131,18 +131,18 @@ def test_commands_beside_the_users_packages(command: str, installed: Path, proje
 
 
 @pytest.mark.parametrize("place", ["installed", "clone"])
-def test_a_task_beside_the_config_dir(place: str, installed: Path, project: Path, tmp_path: Path) -> None:
-    """The parent of ``--config-dir`` is importable from any folder, in front of a clone's own folders."""
+def test_a_task_beside_the_config_dir_is_found(place: str, installed: Path, project: Path, tmp_path: Path) -> None:
+    """The parent of ``--config-dir`` is importable from any folder, and comes before a clone's own folders."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     words = ["isobatch"] if place == "installed" else [sys.executable, str(ROOT / "launch.py")]
     command = [*words, "--config-dir", str(project / "configs"), "task=beside", *QUICK]
-    said = _use(installed, [*command, "cluster.gpus_per_node=2"], elsewhere)
-    assert "finished after 2 steps" in said
+    out = _use(installed, [*command, "cluster.gpus_per_node=2"], elsewhere)
+    assert "finished after 2 steps" in out
     assert (elsewhere / "runs").is_dir()
 
 
-def test_shipped_tasks_and_help(installed: Path, tmp_path: Path) -> None:
+def test_the_package_has_help_and_shipped_tasks(installed: Path, tmp_path: Path) -> None:
     """The package contains the YAML, and a shipped task's file has the same hash as in a clone."""
     assert "lr.base_batch" in _use(installed, ["isobatch", "--help"], tmp_path)
     assert "optimizer      lars" in _use(installed, ["isobatch", "action=plan", "optimizer=lars"], tmp_path)
@@ -161,7 +161,7 @@ def test_a_job_starts_the_installed_launcher(installed: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["conf", "scaling", "slurm", "trainers"])
-def test_a_bare_name_says_what_to_import(name: str) -> None:
+def test_importing_a_bare_folder_name_names_the_fix(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
         f"ImportError: {name} is a folder of Isobatch; import it as isobatch.{name}"

@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its output matches, its links and files exist."""
+"""Test that the README is true: its commands run, its output matches, its links and files exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = [
 ]
 LAUNCHES = [command for command in COMMANDS if "launch.py" in command]
 
-OF_HELP = [  # but for the README's own, and those of a run directory, which isn't there (see test_command_line.py)
+HELP_EXAMPLES = [  # without the README's own, and without those that need a run directory (see test_command_line.py)
     command
     for line in EXAMPLES.splitlines()
     if line.startswith(("  python", "  torchrun")) and "0123456789ab" not in line
@@ -31,7 +31,7 @@ OF_HELP = [  # but for the README's own, and those of a run directory, which isn
 ]
 
 
-# What each command prints, by a part of the command: the first that fits counts.
+# Patterns of the output, by a part of the command. The first part that a command contains counts.
 PRINTS = {
     "make train": "finished after 450 steps",
     "task.args.width=32 lr.peak=0.5 duration=5ep batch.per_gpu=10": r"finished after 79 steps.*run\.new=true",
@@ -53,13 +53,13 @@ PRINTS = {
     "duration=1ep": "finished after 23 steps",
     "python launch.py": r"finished after 450 steps.*run\.new=true",
 }
-FINISHED = "runs/digits-814799feb745"  # what `make train` leaves
 
 
 def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Popen[str]:
-    """Start a README's command in a folder that has the checkout's launch.py and Makefile and the README's own task.
+    """Start a command of the README in a folder with launch.py, the Makefile and the README's task.
 
-    ``cold``: by a shell in any case, and not in a process that has torch already.
+    Args:
+        cold: start it from a shell, not in a process that has imported torch.
     """
     for name in ("launch.py", "Makefile"):
         (folder / name).unlink(missing_ok=True)
@@ -76,15 +76,14 @@ def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Pop
     return subprocess.Popen(command, shell=True, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_from_top_to_bottom(tmp_path: Path) -> None:
-    """All commands, run in order in one folder, do what the text says."""
+def test_commands_run_in_order_from_top_to_bottom(tmp_path: Path) -> None:
     for command in COMMANDS:
         if command.startswith("source"):
             continue
         starts = 1
-        if "rendezvous" in command:  # two machines on this one, with a process each
+        if "rendezvous" in command:  # simulate two machines with one process each
             starts, command = 2, command.replace("node-1:29500", f"127.0.0.1:{free_port()}").replace("node=8", "node=1")
-        command = f"{command} cluster.dry_run=true" if "slurm" in command else command  # a real one is tests/cluster's
+        command = f"{command} cluster.dry_run=true" if "slurm" in command else command  # tests/cluster submits jobs
         processes = [run(command, tmp_path) for _ in range(starts)]
         for process in processes:
             out, err = process.communicate(timeout=180)
@@ -92,11 +91,11 @@ def test_from_top_to_bottom(tmp_path: Path) -> None:
             prints = next(prints for part, prints in PRINTS.items() if part in command)
             assert starts > 1 or re.search(prints, out), f"{command}: {out}"
         if command.startswith("make train"):
-            _is_shown(out)
+            _check_shown_output(out)
 
 
-def _is_shown(out: str) -> None:
-    """The plan to the letter; lines with times and losses up to their figures; the accuracy that is promised."""
+def _check_shown_output(out: str) -> None:
+    """Check the README's output: the plan literally, other lines up to their numbers, and the accuracy."""
     shown = next(block for kind, block in BLOCKS if kind == "text").splitlines()
     plain = re.compile(r"[\d.,e:-]+")
     real, masked = out.splitlines(), {plain.sub("#", line) for line in out.splitlines()}
@@ -110,9 +109,9 @@ def _is_shown(out: str) -> None:
     assert float(accuracy[1]) >= 0.97
 
 
-@pytest.mark.parametrize("command", OF_HELP)
-def test_examples_of_help(command: str, tmp_path: Path) -> None:
-    """As they stand, with the README's task for the placeholder."""
+@pytest.mark.parametrize("command", HELP_EXAMPLES)
+def test_help_examples_run(command: str, tmp_path: Path) -> None:
+    """The README's task replaces the placeholder, and two processes replace four."""
     command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
     command = f"{command} cluster.dry_run=true" if "slurm" in command else command
     process = run(command if "action=" in command else f"{command} duration=1ep", tmp_path)
@@ -120,7 +119,7 @@ def test_examples_of_help(command: str, tmp_path: Path) -> None:
     assert process.returncode == 0, err
 
 
-def test_the_python_api(tmp_path: Path) -> None:
+def test_the_python_example_runs(tmp_path: Path) -> None:
     task, api = (block for kind, block in BLOCKS if kind == "python")
     (tmp_path / "script.py").write_text(f"{task}\n{api}\nassert losses and plan.world == 128 and not model.training\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -128,7 +127,7 @@ def test_the_python_api(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("finished runs/custom-"), done.stderr
 
 
-def test_targets_links_and_size() -> None:
+def test_make_targets_and_links_exist_and_the_length_is_bounded() -> None:
     for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
     for file in ROOT.glob("*/README.md"):

@@ -1,4 +1,4 @@
-"""Output that can't be written, a working directory that is gone, few open files: one message, and no traceback."""
+"""Test unwritable output, a deleted working directory and a low limit of open files: one message, no traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = "isobatch: a process may have 24 files open here, and training needs 64;
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "error"),
     [
         (f"{PLAN} > /dev/full", 1, SPACE),
         (f"{PLAN} >&- <&-", 0, ""),
@@ -33,9 +33,9 @@ FILES = "isobatch: a process may have 24 files open here, and training needs 64;
         (f"ulimit -n 24; {PLAN} > /dev/null", 0, ""),
     ],
 )
-def test_one_message_and_no_traceback(tmp_path: Path, command: str, code: int, said: str) -> None:
+def test_one_message_and_no_traceback_is_printed(tmp_path: Path, command: str, code: int, error: str) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, said)
+    assert (done.returncode, done.stderr) == (code, error)
     assert not (tmp_path / "run").exists()
 
 
@@ -53,8 +53,8 @@ class Task(Plain):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_reader_who_leaves_in_mid_run_costs_nothing(tmp_path: Path, kind: str) -> None:
-    """Also not where the task prints, and where a line moves on a terminal."""
+def test_a_run_finishes_after_the_reader_of_its_output_leaves(tmp_path: Path, kind: str) -> None:
+    """The task prints, too, and on a terminal the progress line is redrawn."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     (tmp_path / "prints.py").write_text(PRINTS)
     reads, writes = pty.openpty() if kind == "terminal" else os.pipe()

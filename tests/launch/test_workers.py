@@ -1,4 +1,4 @@
-"""Workers end to end: real commands, real signals, and no processes left behind."""
+"""Test workers end to end: real commands, real signals, and no processes left behind."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SAMPLE_BYTES = 64 << 20
 
 
 class Task:
-    """Regression in which rank ``rank`` meets ``fault`` at its third loss, the first time or ``always``."""
+    """A regression with ``fault`` in the third loss of rank ``rank``, at the first start or ``always``."""
 
     def __init__(self, fault="", rank=1, always=True, sleep=0.0, fits=0):
         self.fault, self.sleep, self.fits, self.calls = fault, sleep, fits, 0
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        self.here = int(os.environ.get("RANK", "0")) == rank and (always or not again)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.here = int(os.environ.get("RANK", "0")) == rank and (always or not restarted)
         print("task of rank", os.environ.get("RANK"), "threads", torch.get_num_threads(), flush=True)
         os.write(2, b"and this past Python\\n")
         if fault == "refuses early" and self.here:
@@ -48,7 +48,7 @@ class Task:
         return torch.nn.Linear(4, 1)
 
     def train_data(self):
-        if self.fault == "opens for ever":
+        if self.fault == "never opens":
             time.sleep(1000)
         inputs = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
         return TensorDataset(inputs, inputs.sum(1, keepdim=True))
@@ -72,7 +72,7 @@ class Task:
                     breakpoint()
                 case "hangs":
                     time.sleep(1000)
-                case "hangs with the lock":  # of the interpreter: no other thread of this process gets on
+                case "hangs with the lock":  # the interpreter's lock, so no other thread of this process can run
                     open("hangs", "w").close()
                     holding, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
                     while True:
@@ -81,7 +81,7 @@ class Task:
                     isobatch.trainers.run.save_final = lambda *_, **__: 1 / 0
                 case "loses its loader":
                     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-                case "runs out of memory":  # which holds ``fits`` samples and a half
+                case "runs out of memory":  # with room for ``fits`` samples and a half
                     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
                     most = used + int((self.fits + 0.5) * SAMPLE_BYTES)
                     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -94,11 +94,11 @@ class Task:
 BASE = ["task=custom", "task._target_=faulty.Task", "device=cpu", "duration=20st", "batch.global_size=64"]
 LONG = ["duration=100000st", "task.args.sleep=0.01"]
 RESTARTED = ["checkpoint.every=1st", "cluster.max_restarts=1"]
-DEADLINE_S = 120.0  # for what would hang for ever; on a busy machine some of these take 30 s
+DEADLINE_S = 120.0  # after which a command counts as hung; on a busy machine some commands take 30 s
 
 
 class Run:
-    """One command in a folder of its own, and the run directory it works in."""
+    """A command in its own folder, and its run directory."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Run:
         self._stdin, self.out, self.err = stdin, "", ""
 
     def end(self) -> int:
-        """The exit code. Fails on a hang, and on any process that is left."""
+        """Wait for the end, and return the exit code. Fail the test if the command hangs."""
         try:
             self.out, self.err = self.process.communicate(self._stdin, timeout=DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -143,7 +143,7 @@ class Run:
         return json.loads((self.dir / "outcome.json").read_text())
 
     @property
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("isobatch: ")]
 
     def log(self, rank: int) -> str:
@@ -174,7 +174,7 @@ def wait_until(condition: Callable[[], Any], within_s: float = DEADLINE_S) -> No
 def folder(tmp_path: Path) -> Any:
     (tmp_path / "faulty.py").write_text(FAULTY)
     yield tmp_path
-    wait_until(lambda: not processes_of(tmp_path), within_s=6)  # data loaders look for their parent every 5 s
+    wait_until(lambda: not processes_of(tmp_path), within_s=6)  # data loaders check for their parent every 5 s
 
 
 def launch(folder: Path, *overrides: str, ranks: int = 2) -> Run:
@@ -182,13 +182,13 @@ def launch(folder: Path, *overrides: str, ranks: int = 2) -> Run:
 
 
 def launch_cold(folder: Path, *overrides: str, ranks: int = 2, **more: Any) -> Run:
-    """``launch`` in a process that imports torch itself, where that, or the environment before it, matters."""
+    """Launch in a new process, for tests in which importing torch or the environment before it matters."""
     command = [sys.executable, str(LAUNCH), *BASE, f"cluster.gpus_per_node={ranks}", *overrides]
     return Run(folder, command, **more)
 
 
 def launch_after(folder: Path, code: str, *overrides: str) -> Run:
-    """``launch`` in a process that did ``code`` before."""
+    """Launch in a process that has executed ``code``."""
     script = folder / "script.py"
     script.write_text(
         "import runpy, sys\n"
@@ -224,14 +224,13 @@ def two_machines(folder: Path, *overrides: str) -> list[Run]:
 # ---- starts and ends
 
 
-def test_starts_and_ends_are_tallied() -> None:
-    """As `make soak` does for many of them."""
+def test_soak_counts_starts_and_ends() -> None:
     tally = soak("python launch.py", 1, DEADLINE_S)
     assert tally.clean, tally
     assert tally.ends == {"finished": 1}
 
 
-def test_rank_0_has_the_terminal_and_the_others_have_logs(folder: Path) -> None:
+def test_rank_0_prints_to_the_terminal_and_other_ranks_to_logs(folder: Path) -> None:
     run = launch(folder, ranks=3)
     assert run.end() == 0
     assert run.outcome["state"] == "finished"
@@ -250,8 +249,8 @@ def test_cores_are_shared_by_the_workers(folder: Path) -> None:
     assert f"task of rank 0 threads {cores}" in run.out
 
 
-def test_spawned_workers_do_the_same(folder: Path) -> None:
-    """As where CUDA is already initialised, which a fork doesn't survive."""
+def test_workers_are_spawned_where_cuda_is_initialised(folder: Path) -> None:
+    """An initialised CUDA doesn't survive a fork."""
     run = launch_after(folder, "import torch\ntorch.cuda.is_initialized = lambda: True\n")
     assert run.end() == 0, run.err
     assert run.outcome["state"] == "finished"
@@ -278,8 +277,8 @@ def test_a_second_launch_leaves_the_first_alone(folder: Path) -> None:
     first.await_training()
     second = launch(folder, *LONG)
     assert second.end() == 2
-    assert len(second.said) == 1
-    assert "another launch works in" in second.said[0]
+    assert len(second.messages) == 1
+    assert "another launch works in" in second.messages[0]
     assert first.outcome["state"] == "running"
     assert not list(first.dir.glob("logs/error*"))
     first.process.terminate()
@@ -289,7 +288,7 @@ def test_a_second_launch_leaves_the_first_alone(folder: Path) -> None:
 # ---- debug
 
 
-def test_debug_has_a_breakpoint_in_the_launcher_itself(folder: Path) -> None:
+def test_debug_allows_breakpoints_in_the_launcher(folder: Path) -> None:
     fault = ("task.args.fault=breaks", "task.args.rank=0")
     run = launch_cold(folder, "debug=true", *fault, ranks=1, stdin="p 6 * 7\nc\n")
     assert run.end() == 0, run.err
@@ -316,11 +315,11 @@ CRASHES = {
 
 
 @pytest.mark.parametrize("fault", CRASHES)
-def test_the_first_error_is_told_once(folder: Path, fault: str) -> None:
+def test_the_first_error_is_printed_once(folder: Path, fault: str) -> None:
     run = launch(folder, f"task.args.fault='{fault}'")
     assert run.end() == 1
-    assert len(run.said) == 1
-    assert re.search(CRASHES[fault], run.said[0]), run.said
+    assert len(run.messages) == 1
+    assert re.search(CRASHES[fault], run.messages[0]), run.messages
     assert "Traceback" not in run.err + run.out
     assert "elastic" not in run.err + run.out
     end = run.outcome
@@ -333,7 +332,7 @@ def test_the_log_has_the_traceback(folder: Path) -> None:
     run = launch(folder, "task.args.fault=raises")
     assert run.end() == 1
     assert 'raise ValueError("boom")' in run.log(1)
-    assert f"traceback in {run.dir}/logs/rank-1.log" in run.said[0]
+    assert f"traceback in {run.dir}/logs/rank-1.log" in run.messages[0]
     error = json.loads((run.dir / "logs/error-rank-1.json").read_text())
     assert error["rank"] == 1
     assert error["kind"] == "crashed"
@@ -342,18 +341,18 @@ def test_the_log_has_the_traceback(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuses", "refuses early"])
-def test_a_refusal_of_one_rank_ends_all_at_once_and_is_final(folder: Path, fault: str) -> None:
+def test_a_refusal_of_one_rank_ends_all_ranks_without_a_restart(folder: Path, fault: str) -> None:
     run = launch(folder, f"task.args.fault='{fault}'", "cluster.max_restarts=3")
     began = time.monotonic()
     assert run.end() == 2
     assert time.monotonic() - began < 20
-    assert run.said == ["isobatch: not with me"]
+    assert run.messages == ["isobatch: not with me"]
     assert run.outcome["state"] == "refused"
     assert run.outcome["cause"] == "not with me"
     assert len(run.events("start")) == 1
 
 
-def test_what_is_not_finite_is_not_restarted(folder: Path) -> None:
+def test_a_step_that_is_not_finite_is_not_restarted(folder: Path) -> None:
     run = launch(folder, "task.args.fault='not finite'", "cluster.max_restarts=3")
     assert run.end() == 1
     assert len(run.events("start")) == 1
@@ -370,11 +369,11 @@ def test_what_is_not_finite_is_not_restarted(folder: Path) -> None:
             r"it hung: no progress within cluster\.timeout_s=2 \(faulty\.py:\d+ in loss\)",
             r"faulty\.py\", line \d+ in loss",
         ),
-        # To show its stack, a suspended rank is continued, so it may get further.
+        # A suspended rank is continued to show its stack, so it may get further.
         ("SIGSTOP", r"suspended .*", "most recent call first"),
     ],
 )
-def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(
+def test_a_hanging_rank_is_named_and_all_ranks_log_their_stacks(
     folder: Path, fault: str, cause: str, stack: str
 ) -> None:
     run = launch(folder, f"task.args.fault={fault}", "task.args.always=false", "cluster.timeout_s=2", *RESTARTED)
@@ -384,19 +383,19 @@ def test_a_rank_that_hangs_is_named_and_all_show_where_they_stand(
     assert (restart["rank"], restart["step"], restart["samples"]) == (1, 2, 128)
     assert re.search(stack, run.log(1))
     assert re.search(r"engine\.py\", line \d+ in backward", run.log(0))
-    assert run.events("going_on")[0]["step"] in (1, 2)  # a save that was under way is lost
+    assert run.events("going_on")[0]["step"] in (1, 2)  # a save in progress is lost
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hang_before_the_first_step_is_found(folder: Path, ranks: int) -> None:
-    """While the model is made: also where there is nobody to wait for."""
+    """Rank 0 hangs while the model is built, with and without another rank that waits for it."""
     run = launch(folder, "task.args.fault='hangs early'", "task.args.rank=0", "cluster.timeout_s=4", ranks=ranks)
     assert run.end() == 1
-    assert re.search(r"it hung: no progress within .* \(faulty\.py:\d+ in model\)", run.said[0]), run.said
+    assert re.search(r"it hung: no progress within .* \(faulty\.py:\d+ in model\)", run.messages[0]), run.messages
 
 
-def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:
-    """Not even its watching thread gets on; and what is to stop isn't started again."""
+def test_a_stop_ends_a_rank_that_cannot_react(folder: Path) -> None:
+    """Not even the rank's watching thread can run. Its restart is given up, since the run has to stop."""
     run = launch(
         folder, "task.args.fault='hangs with the lock'", "task.args.rank=0", "cluster.timeout_s=2", *RESTARTED, ranks=1
     )
@@ -412,7 +411,7 @@ def test_a_stop_ends_a_rank_that_cannot_hear_it(folder: Path) -> None:
     assert re.search(r"faulty\.py\", line \d+ in loss", run.log(0))
 
 
-def test_a_job_that_was_suspended_goes_on(folder: Path) -> None:
+def test_a_suspended_job_continues(folder: Path) -> None:
     run = launch(folder, "cluster.timeout_s=2", "log.every=1st", *LONG)
     run.await_training()
     wait_until(lambda: len((run.dir / "metrics.jsonl").read_text().splitlines()) > 20)
@@ -429,7 +428,7 @@ def test_a_job_that_was_suspended_goes_on(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_restarted_after_a_crash(folder: Path, rank: int) -> None:
+def test_workers_are_restarted_after_a_crash(folder: Path, rank: int) -> None:
     run = launch(
         folder, "task.args.fault=raises", f"task.args.rank={rank}", "task.args.always=false", "cluster.max_restarts=1"
     )
@@ -442,7 +441,7 @@ def test_restarted_after_a_crash(folder: Path, rank: int) -> None:
 
 
 def test_restarts_are_counted(folder: Path) -> None:
-    """Each of them starts from the last checkpoint, and so comes further."""
+    """Each restart resumes from the last checkpoint, so it gets further."""
     run = launch(folder, "task.args.fault=SIGKILL", "checkpoint.every=1st", "cluster.max_restarts=2")
     assert run.end() == 1
     assert run.outcome["restarts"] == 2
@@ -452,20 +451,20 @@ def test_restarts_are_counted(folder: Path) -> None:
     reached = [event["step"] for event in run.events("restart")] + [run.outcome["step"]]
     assert reached == [step + 2 for step in begun]
     assert run.outcome["samples"] == 64 * run.outcome["step"]
-    assert ["restarting" in line for line in run.said] == [True, True, False]
+    assert ["restarting" in line for line in run.messages] == [True, True, False]
 
 
-def test_what_gets_no_further_is_not_restarted(folder: Path) -> None:
+def test_workers_that_get_no_further_are_not_restarted(folder: Path) -> None:
     run = launch(folder, "task.args.fault=SIGKILL", "checkpoint.every=null", "cluster.max_restarts=5")
     assert run.end() == 1
     assert run.outcome["restarts"] == 1
     assert "killed by SIGKILL" in run.outcome["cause"]
-    assert "the last start got no further than an earlier one" in run.said[1]
+    assert "the last start got no further than an earlier one" in run.messages[1]
 
 
 @pytest.mark.parametrize(("code", "state"), [("os._exit(7)", "crashed"), ("raise UserError('not here')", "refused")])
-def test_a_restart_that_ends_before_it_has_the_run_directory_says_so_there(folder: Path, code: str, state: str) -> None:
-    """Rank 1 ends so as the second start's ranks meet."""
+def test_a_restart_that_ends_early_is_recorded(folder: Path, code: str, state: str) -> None:
+    """Rank 1 ends while the ranks of the second start connect, before they open the run directory."""
     meets = (
         "import os\n"
         "from isobatch.scaling.errors import UserError\n"
@@ -480,40 +479,40 @@ def test_a_restart_that_ends_before_it_has_the_run_directory_says_so_there(folde
     run = launch_after(folder, meets, "task.args.fault=SIGKILL", "cluster.max_restarts=3")
     assert run.end() == (2 if state == "refused" else 1)
     assert (len(run.events("start")), len(run.events("restart"))) == (1, 1)
-    assert run.said[-1] == f"isobatch: {run.outcome['cause']}"
+    assert run.messages[-1] == f"isobatch: {run.outcome['cause']}"
     assert (run.outcome["state"], run.outcome["step"], run.outcome["restarts"]) == (state, 2, 1)
     assert [event["cause"] for event in run.events(state)] == [run.outcome["cause"]]
 
 
-def test_a_data_loader_that_was_killed_is_the_cause(folder: Path) -> None:
+def test_a_killed_data_loader_is_named_as_the_cause(folder: Path) -> None:
     fault = ["task.args.fault='loses its loader'", "task.args.always=false", "data.workers=1"]
     run = launch(folder, *fault, *RESTARTED)
     assert run.end() == 0, run.err
     (restart,) = run.events("restart")
-    # The second where torch found the process gone before it learned of the signal.
+    # torch prints the second message if it finds the process gone before it learns of the signal.
     assert re.match(r"DataLoader worker \(pid.* (is killed by signal: Killed|exited unexpectedly)", restart["cause"])
 
 
-def test_half_the_samples_at_once_where_memory_runs_out(folder: Path) -> None:
+def test_the_per_gpu_batch_is_halved_when_memory_runs_out(folder: Path) -> None:
     run = launch(folder, "task.args.fault='runs out of memory'", "task.args.fits=16", "checkpoint.every=1st")
     assert run.end() == 0, run.err
     (restart,) = run.events("restart")
     assert (restart["kind"], restart["per_gpu_before"], restart["per_gpu"]) == ("oom", 32, 16)
     assert (restart["rank"], restart["step"]) == (1, 2)
     assert re.search(r"can't allocate memory.* in loss\)$", restart["cause"])
-    assert "restarting the workers with batch.per_gpu=16" in run.said[0]
+    assert "restarting the workers with batch.per_gpu=16" in run.messages[0]
     plan = json.loads((run.dir / "plan.json").read_text())
     assert (plan["global_size"], plan["per_gpu"], plan["accumulation"]) == (64, 16, 2)
     assert run.events("going_on")[0]["step"] in (1, 2)
     assert run.outcome["state"] == "finished"
 
 
-def test_memory_that_has_no_room_for_one_sample_is_the_end(folder: Path) -> None:
+def test_a_run_ends_where_one_sample_does_not_fit_in_memory(folder: Path) -> None:
     run = launch(folder, "task.args.fault='runs out of memory'", "batch.per_gpu=1", "cluster.max_restarts=3")
     assert run.end() == 1
     assert run.outcome["state"] == "oom"
-    assert len(run.said) == 1
-    assert run.said[0].startswith("isobatch: rank 1 ran out of memory with 1 sample in a pass: RuntimeError")
+    assert len(run.messages) == 1
+    assert run.messages[0].startswith("isobatch: rank 1 ran out of memory with 1 sample in a pass: RuntimeError")
 
 
 # ---- signals
@@ -521,7 +520,7 @@ def test_memory_that_has_no_room_for_one_sample_is_the_end(folder: Path) -> None
 
 @pytest.mark.parametrize("after_s", [0.15, 0.6, 1.5])
 def test_a_signal_at_the_start_stops_the_run_at_its_first_step(folder: Path, after_s: float) -> None:
-    """While the config is composed, while torch is imported, while the ranks meet."""
+    """The signal arrives while the config is composed, torch is imported, or the ranks connect."""
     run = launch_cold(folder, *LONG)
     time.sleep(after_s)
     run.process.terminate()
@@ -535,10 +534,10 @@ def test_a_signal_to_the_launcher_stops_at_a_step(folder: Path, name: str) -> No
     run = launch(folder, *LONG)
     run.await_training()
     if name == "SIGINT":
-        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(run.process.pid, signal.SIGINT)  # like a terminal
     else:
         run.process.send_signal(signal.Signals[name])
-        run.process.send_signal(signal.Signals[name])  # twice is no more than once
+        run.process.send_signal(signal.Signals[name])  # a second signal changes nothing
     assert run.end() == 75, run.err
     end = run.outcome
     assert (end["state"], end["cause"]) == ("stopped", name)
@@ -560,18 +559,18 @@ def test_a_second_interrupt_ends_at_once(folder: Path) -> None:
     time.sleep(0.5)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(timeout=15) == 130  # and not the 30 s that its step takes
+    assert run.process.wait(timeout=15) == 130  # the step takes 30 s
     wait_until(lambda: not processes_of(run.dir), within_s=15)
     run.end()
 
 
-def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_goes_on(folder: Path) -> None:
-    run = launch(folder, *LONG, "checkpoint.every=1st")  # saving all the time
+def test_a_killed_launcher_leaves_no_orphans_and_the_same_command_resumes(folder: Path) -> None:
+    run = launch(folder, *LONG, "checkpoint.every=1st")  # saves all the time
     run.await_training()
     wait_until(lambda: list(run.dir.glob("checkpoints/step-*")))
-    everyone = processes_of(run.dir)
-    assert len(everyone) == 3
-    assert len({os.getsid(pid) for pid in everyone}) == 3  # Ctrl-C reaches the launcher alone
+    pids = processes_of(run.dir)
+    assert len(pids) == 3
+    assert len({os.getsid(pid) for pid in pids}) == 3  # Ctrl-C reaches only the launcher
     run.process.kill()
     wait_until(lambda: not processes_of(run.dir), within_s=15)
     assert run.end() == -signal.SIGKILL
@@ -602,20 +601,20 @@ def test_a_signal_before_anything_else_is_imported(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -signal.SIGKILL)])
 def test_counting_the_data_ends_with_the_launcher(folder: Path, name: str, code: int) -> None:
-    """It is counted by a process of its own, before there is a plan; here it would take for ever."""
-    run = launch(folder, "batch.global_size=all", "task.args.fault='opens for ever'", "task.args.rank=0")
+    """A separate process counts the data before the plan. Here the data never opens."""
+    run = launch(folder, "batch.global_size=all", "task.args.fault='never opens'", "task.args.rank=0")
     wait_until(lambda: len(processes_of(run.dir)) == 2)
     run.process.send_signal(signal.Signals[name])
     wait_until(lambda: not processes_of(run.dir), within_s=15)
     assert run.end() == code
-    assert run.said == ["isobatch: SIGTERM, before anything was started"] * (code == 75)
+    assert run.messages == ["isobatch: SIGTERM, before anything was started"] * (code == 75)
     assert not run.dir.exists()
 
 
 # ---- several machines
 
 
-def test_two_machines(folder: Path) -> None:
+def test_two_machines_train_one_run(folder: Path) -> None:
     runs = two_machines(folder)
     assert [run.end() for run in runs] == [0, 0]
     assert runs[0].outcome["state"] == "finished"
@@ -627,7 +626,7 @@ def test_two_machines(folder: Path) -> None:
     ("fault", "rank", "cause"),
     [
         ("raises", 1, r"ValueError: boom \(faulty\.py:\d+ in loss\)"),
-        ("fails at the end", 0, "ZeroDivisionError: .*"),  # when the other machine's workers have ended
+        ("fails at the end", 0, "ZeroDivisionError: .*"),  # after the other machine's workers have ended
     ],
 )
 def test_two_machines_restart_together(folder: Path, fault: str, rank: int, cause: str) -> None:
@@ -643,7 +642,7 @@ def test_two_machines_crash_with_one_cause(folder: Path) -> None:
     runs = two_machines(folder, "task.args.fault=SIGKILL")
     assert [run.end() for run in runs] == [1, 1]
     for run in runs:
-        assert "rank 1 crashed: killed by SIGKILL" in run.said[0]
+        assert "rank 1 crashed: killed by SIGKILL" in run.messages[0]
     assert "rank 1 crashed: killed by SIGKILL" in runs[0].outcome["cause"]
 
 
@@ -662,16 +661,16 @@ def test_a_lost_machine_ends_the_other(folder: Path) -> None:
     runs[0].await_training()
     runs[1].process.kill()
     assert runs[0].end() == 1
-    assert len(runs[0].said) == 1
+    assert len(runs[0].messages) == 1
     assert runs[1].end() == -signal.SIGKILL
 
 
-def test_machines_of_other_runs_do_not_meet(folder: Path) -> None:
-    """Two runs of two machines each, one machine of each started, at the same address."""
+def test_machines_of_different_runs_do_not_connect(folder: Path) -> None:
+    """Start one machine of each of two runs at the same address."""
     meeting = ["cluster.nodes=2", f"cluster.rendezvous=127.0.0.1:{free_port()}", "cluster.timeout_s=5"]
     runs = [launch(folder, *meeting, f"seed={seed}", ranks=1) for seed in (0, 1)]
     assert [run.end() for run in runs] == [1, 1]
-    assert all("didn't meet" in run.said[0] for run in runs)
+    assert all("didn't meet" in run.messages[0] for run in runs)
     assert not runs[0].dir.exists()
 
 
@@ -682,52 +681,52 @@ def test_waiting_for_a_machine_can_be_stopped(folder: Path) -> None:
     run.process.terminate()
     began = time.monotonic()
     assert run.end() == 75
-    assert time.monotonic() - began < 20  # and not the 600 s of cluster.timeout_s
+    assert time.monotonic() - began < 20  # cluster.timeout_s is 600
 
 
 # ---- torchrun
 
 
-def test_torchrun_stops_with_0(folder: Path) -> None:
+def test_a_stop_under_torchrun_exits_with_0(folder: Path) -> None:
     run = torchrun(folder, "task.args.fault=SIGTERM", *LONG)
     assert run.end() == 0, run.err
     assert (run.outcome["state"], run.outcome["step"]) == ("stopped", 3)
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "said", "last"),
+    ("fault", "rank", "cause", "last"),
     [
         ("refuses", 1, "not with me", "isobatch: not with me"),
         ("SIGKILL", 0, "no word from rank 0", "Signal 9"),
     ],
 )
-def test_torchrun_says_the_first_error_once(folder: Path, fault: str, rank: int, said: str, last: str) -> None:
+def test_torchrun_prints_the_first_error_once(folder: Path, fault: str, rank: int, cause: str, last: str) -> None:
     run = torchrun(folder, f"task.args.fault={fault}", f"task.args.rank={rank}")
     assert run.end() == 1
-    assert len(run.said) == 1
-    assert said in run.said[0]
-    assert last in run.err.splitlines()[-2]  # of torchrun's own report, which comes after ours
+    assert len(run.messages) == 1
+    assert cause in run.messages[0]
+    assert last in run.err.splitlines()[-2]  # torchrun's own report comes after ours
     assert run.outcome["state"] == ("refused" if fault == "refuses" else "crashed")
-    assert run.outcome["cause"].startswith(said)
+    assert run.outcome["cause"].startswith(cause)
 
 
 @pytest.mark.parametrize(("fault", "starts"), [("not finite", 1), ("raises", 2)])
-def test_torchrun_restarts_in_vain_what_cannot_get_further(folder: Path, fault: str, starts: int) -> None:
+def test_workers_of_torchrun_that_get_no_further_fail_again(folder: Path, fault: str, starts: int) -> None:
     options = ("--standalone", f"--max-restarts={starts}")
     faults = [f"task.args.fault='{fault}'", "task.args.rank=0", "checkpoint.every=null"]
     run = torchrun(folder, *faults, options=options, workers=1)
     assert run.end() == 1
     assert len(run.events("start")) == starts
     assert run.outcome["state"] == "crashed"
-    assert all("step 3 (" in line or "ValueError: boom" in line for line in run.said)
+    assert all("step 3 (" in line or "ValueError: boom" in line for line in run.messages)
 
 
 @pytest.mark.parametrize(
     ("fault", "always", "machines", "workers"),
     [("hangs", False, 1, 2), ("runs out of memory", True, 1, 1), ("raises", False, 2, 1)],
 )
-def test_torchrun_restarts(folder: Path, fault: str, always: bool, machines: int, workers: int) -> None:
-    """One agent, and two whose restart counts differ."""
+def test_torchrun_restarts_workers(folder: Path, fault: str, always: bool, machines: int, workers: int) -> None:
+    """Test one agent, and two agents whose restart counts differ."""
     last = machines * workers - 1
     faults = [f"task.args.fault='{fault}'", f"task.args.rank={last}", f"task.args.always={always}"]
     options = ["--max-restarts=1", "--standalone"]
