@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import compared, fitting
+from benchmarks.step import compare_turns, make_loop
 from isobatch.trainers.ranks.world import World
 
 TURNS = 9
@@ -27,7 +27,7 @@ WORK = {  # name -> (overrides, steps per turn, samples per micro-batch)
 def turns(overrides: tuple[str, ...], steps: int, per_gpu: int, passes: int, world: World) -> list[tuple[float, float]]:
     """Return seconds per step, (bitwise, fast), of each turn."""
     sizes = f"batch.global_size={per_gpu * passes * world.size}", f"batch.per_gpu={per_gpu}", f"duration={steps}st"
-    fit = {numerics: fitting(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
+    fit = {numerics: make_loop(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
 
     def seconds(numerics: str) -> float:
         torch.use_deterministic_algorithms(numerics == "bitwise")
@@ -43,7 +43,7 @@ def rows() -> list[dict[str, Any]]:
     for name, (overrides, steps, per_gpu) in WORK.items():
         for size, passes in ((1, 1), (1, 4), (2, 1), (2, 4)):
             body = partial(turns, overrides, max(4, steps // passes), per_gpu, passes)
-            cells = compared(size, body, "bitwise ms", "fast ms", "bitwise / fast")
+            cells = compare_turns(size, body, "bitwise ms", "fast ms", "bitwise / fast")
             found.append({"model": name, "processes": size, "passes": passes, **cells})
     return found
 

@@ -54,14 +54,14 @@ class Tower(nn.Module):
 
 
 class OneGroup(Yardstick):
-    """Put all parameters in one group of the optimizer, as by hand: ZeRO sends each group separately."""
+    """A task with one parameter group, as in code by hand, since ZeRO sends each group separately."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return [{"params": list(model.parameters())}]
 
 
 class Blocks(OneGroup):
-    """The yardstick's data with a model that is worth sharding."""
+    """A task with the yardstick's data and a model that is worth sharding."""
 
     def model(self) -> nn.Module:
         return Tower()
@@ -76,7 +76,7 @@ def falling(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
 
 
 def fsdp(steps: int, task: Yardstick) -> Iterator[float]:
-    """Train by FSDP2: shard the blocks and the root; the optimizer gets DTensors."""
+    """Train with FSDP2, which shards the blocks and the root. The optimizer gets DTensors."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model = task.model()
@@ -97,7 +97,7 @@ def fsdp(steps: int, task: Yardstick) -> Iterator[float]:
 
 
 def deepspeed(stage: int, steps: int, task: Yardstick) -> Iterator[float]:
-    """Train by DeepSpeed, which clips and steps the scheduler itself."""
+    """Train with DeepSpeed, which clips gradients and steps the scheduler itself."""
     import deepspeed
 
     model = task.model()
@@ -119,7 +119,7 @@ def deepspeed(stage: int, steps: int, task: Yardstick) -> Iterator[float]:
 
 
 def accelerate(steps: int, task: Yardstick) -> Iterator[float]:
-    """Train by Accelerate, with everything prepared by it."""
+    """Train with Accelerate, which prepares every object."""
     from accelerate import Accelerator
 
     accelerator, bare = Accelerator(cpu=True), task.model()
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("engine", choices=LOOPS)
     parser.add_argument("--steps", type=int, required=True)
     args = parser.parse_args()
-    if args.engine != "accelerate":  # Accelerate does it itself
+    if args.engine != "accelerate":  # Accelerate initialises the group itself
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     for step, loss in enumerate(itertools.islice(LOOPS[args.engine](args.steps, Yardstick()), args.steps), 1):

@@ -28,7 +28,7 @@ TURNS = {1: 9, 10: 5, 100: 3}  # MiB of weights -> turns
 RANKS = (1, 2, 4)
 BY_ENGINE = ((10, 2), (100, 2), (100, 4))  # MiB of weights, ranks
 SAVED_BY = ("ddp", "fsdp", "deepspeed 1", "deepspeed 3")
-WIDTH = 512  # of a layer, which gives 1 MiB of weights
+WIDTH = 512  # a layer of this width has 1 MiB of weights
 
 
 class Layers:
@@ -48,7 +48,7 @@ class Layers:
 
 
 class Saving:
-    """A run of ``Layers`` that can train, save and resume; it writes no files except checkpoints."""
+    """A run of ``Layers`` that can train, save and resume. It writes only checkpoints."""
 
     def __init__(self, layers: int, options: Sequence[str], folder: Path, world: World) -> None:
         from isobatch.conf.compose import compose
@@ -157,7 +157,7 @@ def measure(layers: int, folder: Path, world: World) -> dict[str, float]:
             "resume": timed(run.resume),
             "torch.load": timed(load_by_torch),
         }
-        if turn == 0:  # a warm-up that finds how many steps the write overlaps
+        if turn == 0:  # a warm-up, which finds how many steps the write overlaps
             steps = int(world.agree(str(max(4, math.ceil(1.5 * once["write"] / step_s)))))
             continue
         train(1)

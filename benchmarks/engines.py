@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks import by_hand
 from benchmarks.plain import PER_GPU, Yardstick
 from benchmarks.start import ENGINES
-from benchmarks.step import compared, fitting
+from benchmarks.step import compare_turns, make_loop
 from isobatch.trainers.ranks.world import World
 
 TURNS = 5
@@ -31,9 +31,9 @@ RANKS = (1, 2)
 
 
 def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Return two functions that train a turn's steps and return the seconds: ours, and by hand."""
+    """Return two functions that train a turn's steps and return the seconds: our loop, and the engine by hand."""
     task, target = TASKS[model]
-    seconds = fitting(
+    seconds = make_loop(
         world, *ENGINES[name], f"task._target_={target}", f"batch.global_size={PER_GPU * world.size}",
         f"duration={STEPS[model]}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
     )  # fmt: skip
@@ -52,7 +52,7 @@ def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Call
 
 
 def turns(name: str, model: str, world: World) -> list[tuple[float, float]]:
-    """Return seconds per step, (ours, by hand), of each turn; the order alternates."""
+    """Return seconds per step, (ours, by hand), of each turn. The order alternates."""
     ours, other = ways(name, model, world)
     ours(), other()
     found = []
@@ -70,7 +70,7 @@ def rows(names: Sequence[str] = tuple(ENGINES)) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"engine, model": f"{name}, {model}"}
         for size in RANKS:
             columns = (f"on {size}: {column}" for column in ("ours ms", "by hand ms", "ours / by hand"))
-            row |= compared(size, partial(turns, name, model), *columns)
+            row |= compare_turns(size, partial(turns, name, model), *columns)
         found.append(row)
     return found
 

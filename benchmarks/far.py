@@ -25,7 +25,7 @@ COMMANDS = 4  # after the first command, which reads from the disk
 
 
 class Far:
-    """A task with 10^9 computed samples; with STOPS in the environment, its run stops at its second step."""
+    """A task with 10^9 computed samples. With STOPS in the environment, its run stops at its second step."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -52,7 +52,7 @@ class Computed(torch.utils.data.Dataset):
 
 
 def rows() -> list[dict[str, Any]]:
-    """Time two steps in the middle of an epoch of 10^9 samples against two at its start, from start to exit."""
+    """Time two steps in the middle of an epoch of 10^9 samples against two steps at its start, from start to exit."""
     task = ("task=custom", "task._target_=benchmarks.far.Far", "lr.peak=0.05", f"batch.global_size={GLOBAL}")
     ranks = ("device=cpu", "cluster.gpus_per_node=2")
     measured = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.step import compared, fitting
+from benchmarks.step import compare_turns, make_loop
 from isobatch.trainers.ranks.world import World
 
 TURNS = 11
@@ -61,15 +61,15 @@ class Transformer:
 
 def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
     """Return seconds per step, (measured, not measured), of each turn."""
-    seconds = fitting(
+    seconds = make_loop(
         world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
         f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
     )  # fmt: skip
     both = PER_GPU[name] * passes * world.size, None  # every step, no step
     seconds(both[0])
     found = []
-    for turn in range(TURNS):  # the order alternates
-        order = both if turn % 2 else both[::-1]
+    for turn in range(TURNS):
+        order = both if turn % 2 else both[::-1]  # alternate
         took = {every: seconds(every) / STEPS[name] for every in order}
         found.append((took[both[0]], took[None]))
     return found
@@ -80,7 +80,7 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for name in PER_GPU:
         for ranks, passes in ((1, 2), (2, 1)):
-            cells = compared(ranks, partial(turns, name, passes), "measured ms", "step ms", "measured / not")
+            cells = compare_turns(ranks, partial(turns, name, passes), "measured ms", "step ms", "measured / not")
             found.append({"model": name, "ranks × passes": f"{ranks} × {passes}", **cells})
     return found
 

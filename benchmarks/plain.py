@@ -22,7 +22,7 @@ SAMPLES, PER_GPU = 4096, 32
 
 
 class Yardstick:
-    """The same work as an Isobatch task: a 784-128-10 MLP on random images."""
+    """The work of this loop as an Isobatch task: a 784-128-10 MLP on random images."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))

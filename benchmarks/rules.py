@@ -1,4 +1,4 @@
-"""Compare how well rules keep a language model's loss as its batch grows: AdamW tuned at a small batch, by betas."""
+"""Compare how well each rule keeps a language model's loss as its batch grows, with AdamW tuned at a small batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(betas: tuple[float, float], kappa: int, rule: str, seed: int) -> tup
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return the validation loss at equal samples (mean ± standard deviation over seeds), a row per betas and batch."""
+    """Return a row per betas and batch: the validation loss at equal samples, mean ± standard deviation over seeds."""
     cells = [(betas, 1, "none") for betas in TUNED]
     cells += [(betas, kappa, rule) for betas in TUNED for kappa in KAPPAS for rule in RULES]
     runs = train_all([command(*cell, seed) for cell in cells for seed in SEEDS])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import hushed
+from benchmarks.tables import silenced
 from isobatch.conf.compose import compose
 from isobatch.trainers.engines.make import import_engine
 from tests.support.harness import Run, Runs, distance
@@ -21,7 +21,7 @@ DEADLINE_S = 300.0
 
 
 def differences(case: str, folder: Path) -> Iterator[str]:
-    """Yield the cells of a row: max |Δ| / max |w|, or whether the engine refused the feature."""
+    """Yield the cells of a row: max |Δ| / max |w|, or for unsupported features whether the engine refused them."""
     runs = Runs(folder, DEADLINE_S)
     truth = finished(runs(1, *overrides(case, "DDP")))
     for engine in ENGINES:
@@ -33,7 +33,7 @@ def differences(case: str, folder: Path) -> Iterator[str]:
 
 
 def finished(run: Run) -> Run:
-    """Return ``run``. Raises RuntimeError if it didn't finish."""
+    """Return ``run``, or raise RuntimeError if it didn't finish."""
     if any(end.get("state") != "finished" for end in run.ends):
         raise RuntimeError(f"{run.run.path}: {run.ends}")
     return run
@@ -46,11 +46,11 @@ def refused(runs: Runs, case: str, engine: str) -> bool:
 def rows() -> list[dict[str, Any]]:
     """Return a row per case with a column per engine."""
     found = []
-    with hushed():
+    with silenced():
         for engine in ENGINES.values():  # imported once, before forking
             import_engine(compose([*TASK, *engine]))
     for case in CASES:
-        with tempfile.TemporaryDirectory() as folder, hushed():
+        with tempfile.TemporaryDirectory() as folder, silenced():
             found.append({"feature": case, **dict(zip(ENGINES, differences(case, Path(folder)), strict=True))})
     return found
 

@@ -35,7 +35,7 @@ WAYS = {
 
 @dataclass
 class Tally:
-    """Count the outcomes of one way to start."""
+    """The counted outcomes of one way to start."""
 
     seconds: list[float] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
@@ -96,7 +96,7 @@ def _one(way: str, run: Path, *, stopped: bool, deadline_s: float, tally: Tally)
 
 
 def _wait_for_random_moment(run: Path, way: str) -> None:
-    """Wait up to 3 s from the start, or from the first event: torchrun kills workers that have no handlers yet."""
+    """Wait up to 3 s from the start, or from the first event of torchrun, which kills workers without handlers."""
     while way.startswith("torchrun") and not (run / "events.jsonl").exists():
         time.sleep(0.01)
     time.sleep(0.2 + 2.8 * random.random())

@@ -21,10 +21,10 @@ from tests.support.harness import in_ranks
 STEPS, WARM, TURNS = 300, 30, 9
 
 
-def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
+def make_loop(world: World, *overrides: str) -> Callable[[int | None], float]:
     """Return a function that runs our loop over a task's whole plan and returns the seconds.
 
-    Its argument is the interval at which the gradient noise is measured, in samples. The loop writes no files or lines.
+    Its argument is the interval of noise measurements in samples, or None. The loop writes no files and prints nothing.
     """
     from isobatch.conf.compose import compose
     from isobatch.scaling.noise import Smoothed
@@ -66,13 +66,13 @@ def fitting(world: World, *overrides: str) -> Callable[[int | None], float]:
     return seconds
 
 
-def compared(
+def compare_turns(
     ranks: int, turns: Callable[[World], list[tuple[float, float]]], ours: str, other: str, ratio: str
 ) -> dict[str, float]:
-    """Return the cells of a row by column: medians in ms of both, and the median of the turns' ratios.
+    """Return the cells of a row by column: both medians in ms, and the median of the turns' ratios.
 
     Args:
-        turns: called on each rank; returns the seconds of (ours, other) for each turn.
+        turns: function called on each rank, which returns the seconds of (ours, other) for each turn.
     """
     with tempfile.TemporaryDirectory() as folder:
         measured = in_ranks(ranks, turns, Path(folder), deadline_s=600)[0]
@@ -85,7 +85,7 @@ def compared(
 
 def ours(world: World, steps: int) -> float:
     """Return the seconds of ``steps`` steps of our loop."""
-    return fitting(
+    return make_loop(
         world, "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
         f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
     )(None)  # fmt: skip
@@ -95,7 +95,7 @@ kept: list[Any] = []
 
 
 class NoSaver:
-    """A Saver that never saves; saving is measured elsewhere."""
+    """A Saver that never saves, since checkpoints.py measures saving."""
 
     best = Best(None)
 
@@ -129,7 +129,9 @@ def turns(world: World) -> list[tuple[float, float]]:
 
 def rows() -> list[dict[str, Any]]:
     """Return a row per number of processes: medians in ms, and the median of the turns' ratios."""
-    return [{"processes": size, **compared(size, turns, "ours ms", "plain DDP ms", "ours / plain")} for size in (1, 2)]
+    return [
+        {"processes": size, **compare_turns(size, turns, "ours ms", "plain DDP ms", "ours / plain")} for size in (1, 2)
+    ]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def markdown(rows: Rows) -> str:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Discard the output of this process and its forks."""
     sys.stdout.flush()
     null = os.open(os.devnull, os.O_WRONLY)

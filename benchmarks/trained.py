@@ -20,19 +20,19 @@ CONSTANT = ("evaluate.every=null", "checkpoint.every=null", "data.fingerprint=fa
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run that has ended: its lines of metrics (none if it failed), and its time."""
+    """The lines of metrics of a run that has ended (none if it failed), and its time."""
 
     lines: list[dict[str, Any]]
     seconds: float
 
     def last(self, name: str) -> float:
-        """Return the last value of ``name``; infinity if the run failed."""
+        """Return the last value of ``name``, or infinity if the run failed."""
         values = [line[name] for line in self.lines if line.get(name) is not None]
         return float(values[-1]) if values and values[-1] == values[-1] else float("inf")
 
 
 def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
-    """Train a run per command (its overrides), one single-threaded run per core at a time."""
+    """Train a run for each command, given as overrides. Each core trains one single-threaded run at a time."""
     with tempfile.TemporaryDirectory() as folder:
         cores = os.cpu_count() or 1
         drivers = [_drive(commands, first, cores, Path(folder)) for first in range(min(cores, len(commands)))]

@@ -24,7 +24,7 @@ from benchmarks.peers.work import GLOBAL, SEEN, Job, Tokens, weights
 from benchmarks.plain import PER_GPU, Yardstick, loop
 from benchmarks.start import BIN, PLAIN_TWO_STEPS, TORCHRUN, TWO_STEPS, seconds
 from benchmarks.step import ours
-from benchmarks.tables import hushed
+from benchmarks.tables import silenced
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import Runs, in_ranks
 
@@ -73,18 +73,18 @@ PEERS = (
 
 def train(peer: Peer, job: Job) -> list[float]:
     """Train, and return the time at the end of each step."""
-    os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as under torchrun; else Lightning unsets WORLD_SIZE at its end
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as under torchrun; otherwise Lightning unsets WORLD_SIZE at its end
     ends: list[float] = importlib.import_module(f"benchmarks.peers.{peer.module}").train(job)
     return ends
 
 
-def in_all(world: int, body: Callable[[World], Any], folder: Path, deadline_s: float) -> list[Any]:
+def on_ranks(world: int, body: Callable[[World], Any], folder: Path, deadline_s: float) -> list[Any]:
     """Call ``body`` on ``world`` forked ranks and return its results.
 
     Raises:
-        RuntimeError: it failed on a rank.
+        RuntimeError: ``body`` failed on a rank.
     """
-    with hushed():
+    with silenced():
         results = in_ranks(world, body, folder, deadline_s=deadline_s)
     for rank, result in enumerate(results):
         if isinstance(result, dict) and "raised" in result:
@@ -112,7 +112,7 @@ def ms_of_steps(world: int) -> dict[str, list[float]]:
         return {name: [turn[name] for turn in measured] for name in ways}
 
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, list[float]] = in_all(world, turns, Path(folder), 600)[0]
+        found: dict[str, list[float]] = on_ranks(world, turns, Path(folder), 600)[0]
     return found
 
 
@@ -142,12 +142,12 @@ def differences(peer: Peer | None) -> list[float]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if peer is None:
-                with hushed():
+                with silenced():
                     run = Runs(folder)(world, *overrides(per_gpu, CUT_STEPS)).run
                 found.append(load_file(run.final / "model.safetensors"))
             else:
                 job = Job(Tokens(), CUT_STEPS, per_gpu, accumulation, peer.best, folder)
-                in_all(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
+                on_ranks(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
                 found.append(load_file(weights(folder)))
     first, *others = found
     largest = max(abs(tensor).max() for tensor in first.values())
@@ -174,14 +174,14 @@ def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
         os.environ[SEEN] = str(seen)
         try:
             if peer is None:
-                with hushed():
+                with silenced():
                     runs = Runs(folder)
                     stopped = runs(BEFORE[0], *overrides(BEFORE[1], LAST), stop_at=STOP_AT)
                     runs(AFTER[0], *overrides(AFTER[1], LAST), resume=stopped)
             else:
                 for (world, per_gpu, accumulation), stop_at in ((BEFORE, STOP_AT), (AFTER, None)):
                     job = Job(Tokens(), LAST, per_gpu, accumulation, peer.best, folder, stop_at, resume=stop_at is None)
-                    in_all(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
+                    on_ranks(world, lambda _, job=job: train(peer, job), folder / "ranks", 120)  # type: ignore[misc]
         finally:
             del os.environ[SEEN]
         counted = Counter(line for file in seen.iterdir() for line in file.read_text().split())
@@ -191,7 +191,7 @@ def lost_and_repeated(peer: Peer | None) -> tuple[int, int]:
 def rows() -> list[dict[str, Any]]:
     """Return a row for the hand-written loop, one for Isobatch, and two per framework: default and best features."""
     for peer in PEERS:
-        importlib.import_module(f"benchmarks.peers.{peer.module}")  # imported once, before forking
+        importlib.import_module(f"benchmarks.peers.{peer.module}")  # once, before forking
     steps, starts = [ms_of_steps(1), ms_of_steps(2)], s_of_starts()
     table = [timed(PLAIN, steps, starts) | dict.fromkeys(MEASURED, "")]
     for way in (None, *PEERS):

@@ -34,7 +34,7 @@ class Progress:
 
 
 class Training:
-    """Hold the prepared objects and the code that both ways share."""
+    """The prepared objects, and the code that both loops share."""
 
     def __init__(self, job: Job) -> None:
         set_seed(SEED)
@@ -71,7 +71,7 @@ class Training:
     def done(self) -> bool:
         return self.progress.steps in (self.job.stop_at, self.job.steps)
 
-    def usual(self, batches: Iterator[Any]) -> None:
+    def train_on_means(self, batches: Iterator[Any]) -> None:
         """Train an epoch with the mean loss of each batch."""
         for batch in batches:
             if isinstance(self.job.task, Tokens):
@@ -84,8 +84,8 @@ class Training:
             if self.done:
                 return
 
-    def exact(self, batches: Iterator[Any]) -> None:
-        """Train an epoch by the recipe for samples of variable size, which counts a step's tokens before the step."""
+    def train_on_sums(self, batches: Iterator[Any]) -> None:
+        """Train an epoch by the recipe for samples of variable size, which counts a step's tokens in advance."""
         accumulation, ranks = self.job.accumulation, self.accelerator.num_processes
         while window := list(itertools.islice(batches, accumulation)):
             total = self.accelerator.gather(sum(units(batch[1]) for batch in window)).sum().item()
@@ -109,13 +109,13 @@ def train(job: Job) -> list[float]:
     if job.resume:
         accelerator.load_state(str(job.folder))
         progress = training.progress
-        # the number of a rank's batches depends on the number of ranks, which the usual way ignores
+        # The number of a rank's batches depends on the number of ranks, which the documented example ignores.
         batches = progress.steps * job.accumulation if job.best else progress.batches
         first, skip = divmod(batches, len(loader))
     for epoch in range(first, job.epochs):
         loader.set_epoch(epoch)
         rest = accelerator.skip_first_batches(loader, skip) if skip else loader
-        (training.exact if job.best else training.usual)(iter(rest))
+        (training.train_on_sums if job.best else training.train_on_means)(iter(rest))
         skip = 0
         if training.done:
             break

@@ -1,4 +1,4 @@
-"""Train with Lightning by automatic optimization, and by manual optimization with custom sums and sampler.
+"""Train with Lightning's automatic optimization, and with manual optimization, custom sums and a custom sampler.
 
 torchrun --nproc-per-node=2 -m benchmarks.peers.with_lightning --steps 2
 """
@@ -21,8 +21,8 @@ from benchmarks.peers.work import SEED, Job, Tokens, cross_entropy, main, note_s
 MAX_NORM = 1.0
 
 
-class Usual(LightningModule):
-    """Automatic optimization: Lightning accumulates, clips and steps; the loss is a mean over the batch."""
+class Automatic(LightningModule):
+    """A module with automatic optimization: Lightning accumulates, clips and steps, and the loss is a batch mean."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Usual(LightningModule):
         return DataLoader(self.data, batch_size=self.job.per_gpu, shuffle=True)
 
 
-class Exact(Usual):
-    """Manual optimization: sums of losses, divided by the step's units on all ranks."""
+class Manual(Automatic):
+    """A module with manual optimization: sums of losses, divided by the step's units on all ranks."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -99,7 +99,7 @@ class Clock(Callback):
 def train(job: Job) -> list[float]:
     """Train, and return the time at the end of each step."""
     seed_everything(SEED, verbose=False)
-    module, clock = (Exact if job.best else Usual)(job), Clock()
+    module, clock = (Manual if job.best else Automatic)(job), Clock()
     stop: list[Callback] = []
     if job.stop_at:
         assert job.folder

@@ -1,4 +1,4 @@
-"""Train with transformers' Trainer, with a model that returns a mean loss, and one that uses num_items_in_batch.
+"""Train with transformers' Trainer: a model that returns a mean loss, and a model that uses num_items_in_batch.
 
 torchrun --nproc-per-node=2 -m benchmarks.peers.with_transformers --steps 2
 """
@@ -32,7 +32,7 @@ class WithLoss(nn.Module):
 
 
 class WithCount(WithLoss):
-    """A model like the library's own, which gets the number of labels in all ranks and passes of the step."""
+    """A model like the library's own, which gets the number of labels in the step's passes on all ranks."""
 
     def forward(self, inputs: Tensor, labels: Tensor, index: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         if index is not None:

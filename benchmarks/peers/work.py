@@ -1,4 +1,4 @@
-"""The work that every framework does: two tasks, and the description of a training."""
+"""Define the work that every framework does: two tasks, and the description of a training."""
 
 from __future__ import annotations
 
@@ -64,12 +64,13 @@ def note_seen(index: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Describe a training.
+    """The description of a training.
 
     Attributes:
-        per_gpu, accumulation: samples per micro-batch, and passes per step, in the environment's world.
+        per_gpu: samples per micro-batch.
+        accumulation: passes per step on each rank.
         best: use the framework's best opt-in features.
-        folder: folder of its checkpoints and final weights; None: none are written.
+        folder: folder for checkpoints and final weights, or None to write none.
         stop_at: step after which it saves a checkpoint and stops.
         resume: resume from that checkpoint.
     """
