@@ -1,11 +1,11 @@
-"""The engine ``accelerate``: it trains the same run as ``ddp``, and respects its launcher's options."""
+"""Test that the engine ``accelerate`` trains the same run as ``ddp``, and respects its launcher's options."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-import accelerate  # noqa: F401  once for all ranks, which are forked from here
+import accelerate  # noqa: F401  imported once, before ranks are forked
 import pytest
 
 from isobatch.conf.compose import compose
@@ -37,20 +37,20 @@ def both(runs: Runs, world: int, *overrides: str) -> tuple[Run, Run]:
         (2, ("precision=bf16",)),
     ],
 )
-def test_same_run_as_ddp(runs: Runs, world: int, options: tuple[str, ...]) -> None:
-    """Bit for bit on the same cut: both reduce the same sums in the same buckets."""
+def test_run_equals_that_of_ddp(runs: Runs, world: int, options: tuple[str, ...]) -> None:
+    """The runs are bitwise equal on the same cut, since both reduce the same sums in the same buckets."""
     ddp, accelerated = both(runs, world, *COUNTED, *options)
     assert distance(ddp.weights(), accelerated.weights()) == 0
     assert accelerated.losses() == ddp.losses()
 
 
-def test_same_run_on_another_cut(runs: Runs) -> None:
+def test_run_is_the_same_on_another_cut(runs: Runs) -> None:
     whole = runs(1, *COUNTED)
     assert distance(whole.weights(), runs(3, *COUNTED, "batch.per_gpu=5", "engine=accelerate").weights()) < ROUNDING
 
 
-def test_running_statistics(runs: Runs) -> None:
-    """A buffer that a module replaces is rank 0's at every forward, as with ddp."""
+def test_reassigned_buffers_equal_those_of_ddp(runs: Runs) -> None:
+    """Every forward starts with rank 0's buffer, even if a module assigns a new tensor to it."""
     odd = (
         "task=custom",
         "task._target_=tests.support.tasks.Odd",
@@ -78,7 +78,7 @@ def test_resumes_with_ddp_on_another_world_size(runs: Runs) -> None:
 
 
 def test_wrapper_has_the_options_of_ddp(runs: Runs) -> None:
-    """Gradients are views of the buckets, and no message is sent for buffers if there are none."""
+    """Gradients are views of the buckets, and a model without buffers sends no message for them."""
 
     def wrapped(world: World) -> list[bool]:
         config = compose([*COUNTED, "engine=accelerate", "device=cpu"])
@@ -91,7 +91,7 @@ def test_wrapper_has_the_options_of_ddp(runs: Runs) -> None:
     assert in_ranks(2, wrapped, runs.folder) == [[True, False]] * 2
 
 
-def test_keywords_of_the_ddp_handler(runs: Runs) -> None:
+def test_keywords_of_the_ddp_handler_are_used(runs: Runs) -> None:
     partial = task("Partial", "batch.global_size=4", "engine=accelerate")
     unused = runs(2, *partial, HANDLER % "find_unused_parameters:true,broadcast_buffers:false")
     assert distance(unused.weights(), runs(1, *partial).weights()) < ROUNDING
@@ -112,7 +112,7 @@ def test_invalid_config_is_rejected(runs: Runs, option: str, expected: str) -> N
         assert expected in end["message"]
 
 
-def test_without_the_package(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported_with_the_install_command(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert "pip install '.[accelerate]'" in runs(1, *COUNTED, "engine=accelerate").ends[0]["message"]
 
@@ -137,7 +137,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "give compile=true"),
     ],
 )  # fmt: skip
-def test_launcher_options_that_contradict_the_plan(env: dict[str, str], fix: str) -> None:
+def test_launcher_options_that_contradict_the_plan_are_rejected(env: dict[str, str], fix: str) -> None:
     with pytest.raises(UserError, match="accelerate launch says") as refused:
         refuse_contradictions(LAUNCHED | env, "fp32", compiled=False, device="cpu")
     assert fix in str(refused.value)
@@ -146,32 +146,32 @@ def test_launcher_options_that_contradict_the_plan(env: dict[str, str], fix: str
 @pytest.mark.parametrize(
     ("env", "plan"),
     [
-        ({}, {"precision": "bf16"}),  # "no" is also its default
+        ({}, {"precision": "bf16"}),  # "no" is also the launcher's default
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "bf16"}),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compiled": True}),
         ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "false"}, {}),
     ],
 )
-def test_launcher_options_that_agree_with_the_plan(env: dict[str, str], plan: dict[str, Any]) -> None:
+def test_launcher_options_that_agree_with_the_plan_are_accepted(env: dict[str, str], plan: dict[str, Any]) -> None:
     refuse_contradictions(LAUNCHED | env, **{"precision": "fp32", "compiled": False, "device": "cpu"} | plan)
 
 
-def test_launcher_asks_for_the_cpu_on_a_gpu() -> None:
+def test_launcher_that_asks_for_the_cpu_on_a_gpu_is_rejected() -> None:
     with pytest.raises(UserError, match="give device=cpu"):
         refuse_contradictions({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False, device="cuda")
 
 
-def test_launcher_options_in_a_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan's accumulation changes nothing; another one is rejected, and so are other contradictions."""
+def test_launcher_options_are_checked_before_training(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accumulation equal to the plan's changes nothing. A different one is rejected, like other contradictions."""
     three = (*COUNTED, "batch.per_gpu=14", "engine=accelerate")
     plain = runs(1, *three)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     assert distance(runs(1, *three).weights(), plain.weights()) == 0
     refused = runs(1, *three, "batch.per_gpu=41").ends[0]["message"]
     assert "STEPS=3, but the plan has batch.accumulation=1; set it to 1 or auto, or leave it out" in refused
-    moves = (option for option in three if not option.startswith("batch.global_size"))
-    moving = runs(1, *moves, "batch.schedule=0sa:42 42sa:84")
-    assert "has batch.accumulation=3, 6; set it to 1 or auto" in moving.ends[0]["message"]
-    assert not (moving.run.path / "metrics.jsonl").exists()  # rejected before training
+    others = (option for option in three if not option.startswith("batch.global_size"))
+    scheduled = runs(1, *others, "batch.schedule=0sa:42 42sa:84")
+    assert "has batch.accumulation=3, 6; set it to 1 or auto" in scheduled.ends[0]["message"]
+    assert not (scheduled.run.path / "metrics.jsonl").exists()  # rejected before training
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "give precision=fp16" in runs(1, *three).ends[0]["message"]

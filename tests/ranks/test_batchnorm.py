@@ -1,4 +1,4 @@
-"""BatchNorm: weights and running statistics are the same however a global batch is cut."""
+"""Test that weights and running statistics of BatchNorm don't depend on how a global batch is cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SYNC = (*NORMED, "batchnorm.mode=sync")
 
 
 class Normed(Counted):
-    """Images of 3 × 3, and BatchNorm layers of all kinds."""
+    """A task with images of 3 × 3, and BatchNorm layers of all kinds."""
 
     def model(self) -> nn.Module:
         return Net(self.width, self.dropout)
@@ -43,7 +43,7 @@ class Normed(Counted):
 
 
 class Net(nn.Module):
-    """Norms with an activation, frozen, without weights, called twice, and without running statistics."""
+    """A model with norms that have an activation, are frozen, have no weights, run twice, or keep no statistics."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Activated(nn.BatchNorm2d):
 
 
 class NaNOnce(Normed):
-    """One pass of the last rank has a NaN loss."""
+    """A task in which one pass of the last rank has NaN inputs."""
 
     calls = 0
 
@@ -87,8 +87,8 @@ class NaNOnce(Normed):
         return super().loss(model, (images, *batch[1:]))
 
 
-def apart(one: Run, other: Run) -> float:
-    """Return the larger of two distances: of the weights, and of the running statistics."""
+def largest_distance(one: Run, other: Run) -> float:
+    """Return the distance of the weights or of the running statistics, whichever is larger."""
 
     def only(run: Run, running: bool) -> dict[str, Tensor]:
         floats = {name: weight for name, weight in run.weights().items() if weight.is_floating_point()}
@@ -98,7 +98,7 @@ def apart(one: Run, other: Run) -> float:
 
 
 def test_ghosts_are_the_same_on_all_cuts(runs: Runs) -> None:
-    """Uneven shares, accumulation, a moving average, evaluations in between: weights and running statistics."""
+    """The cuts have uneven shares and accumulation. The runs have a moving average, and evaluations in between."""
     more = ("ema=30sa", "evaluate.every=3st")
     first = runs(1, *GHOST, *more)
     assert not [event for event in first.events() if event["event"] == "depends_on_cut"]
@@ -106,21 +106,21 @@ def test_ghosts_are_the_same_on_all_cuts(runs: Runs) -> None:
     assert first.weights()["frozen.num_batches_tracked"] == 0
     for world, per_gpu in ((1, 8), (2, 4), (3, 12), (3, 4)):
         other = runs(world, *GHOST, *more, f"batch.per_gpu={per_gpu}")
-        assert apart(first, other) < ROUNDING, (world, per_gpu)
+        assert largest_distance(first, other) < ROUNDING, (world, per_gpu)
         for name in ("val/loss", "ema/loss"):
             assert other.metrics()[-1][name] == pytest.approx(first.metrics()[-1][name], rel=1e-5)
 
 
 def test_ghosts_resume_on_other_ranks(runs: Runs) -> None:
-    """Stopped on one rank and resumed on three, including the running statistics."""
+    """Stop on one rank and resume on three, including the running statistics."""
     whole = runs(2, *GHOST)
     stopped = runs(1, *GHOST, "batch.per_gpu=8", stop_at=5)
     assert stopped.ends[0]["step"] == 5
-    assert apart(runs(3, *GHOST, resume=stopped), whole) < ROUNDING
+    assert largest_distance(runs(3, *GHOST, resume=stopped), whole) < ROUNDING
 
 
 def test_skipped_step_updates_no_statistics(runs: Runs) -> None:
-    """A NaN loss on one of two ranks leaves no trace, nor do the step's other groups."""
+    """Neither the pass with NaN on one of two ranks nor the step's other passes change the statistics."""
     skip = ("on_nonfinite=skip", "task._target_=tests.ranks.test_batchnorm.NaNOnce")
     weights = runs(2, *GHOST, *skip).weights()
     assert weights["norm.num_batches_tracked"] == 7
@@ -128,12 +128,12 @@ def test_skipped_step_updates_no_statistics(runs: Runs) -> None:
 
 
 def test_synced_is_the_same_on_any_number_of_ranks(runs: Runs) -> None:
-    """Over one pass, also with uneven shares; accumulation changes the run."""
+    """This holds for steps of one pass, also with uneven shares. Accumulation changes the run."""
     synced = (*SYNC, "batch.global_size=25", "duration=6st")
     one = runs(1, *synced)
-    assert apart(one, runs(3, *synced)) < ROUNDING
+    assert largest_distance(one, runs(3, *synced)) < ROUNDING
     twice = [runs(ranks, *synced, "batch.accumulation=2") for ranks in (1, 2)]
-    assert apart(*twice) < ROUNDING < 1e-4 < apart(twice[0], one)
+    assert largest_distance(*twice) < ROUNDING < 1e-4 < largest_distance(twice[0], one)
 
 
 def test_single_sample_is_rejected(runs: Runs) -> None:
@@ -172,7 +172,7 @@ def swapped(layer: nn.Module, size: int = 4) -> tuple[nn.Module, Stream]:
     ],
 )
 def test_ghost_equals_torch_on_its_samples_alone(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """Output and all gradients; in eval mode the layer is torch's own."""
+    """Compare the output and all gradients. In eval mode the layer is torch's own."""
     plain, ghosts = copy.deepcopy(layer), copy.deepcopy(layer)
     ghosts, stream = swapped(ghosts)
     dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
@@ -193,7 +193,7 @@ def test_ghost_equals_torch_on_its_samples_alone(layer: nn.Module, shape: tuple[
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -> None:
-    """Against the formula, in two steps of two passes of two calls: one update per step, by all of its ghosts."""
+    """Two steps of two passes of two calls each give one update per step, by the formula over all ghosts."""
     layer, stream = swapped(nn.BatchNorm1d(3, momentum=momentum).double())
     statistics, x = statistics_of(layer, CPU), torch.randn(2, 12, 3).double()
     assert isinstance(layer, nn.BatchNorm1d)
@@ -214,7 +214,7 @@ def test_running_statistics_are_the_mean_of_all_ghosts(momentum: float | None) -
     assert layer.num_batches_tracked == 2
 
 
-def test_other_rows_than_multiples_of_the_samples_are_reported() -> None:
+def test_rows_that_are_no_multiple_of_the_samples_are_reported() -> None:
     reports: list[str] = []
     stream = Stream(0, CPU, reports.append)
     layer = swap_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), "ghost", 2, stream, 1)

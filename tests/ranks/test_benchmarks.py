@@ -1,4 +1,4 @@
-"""The benchmarks' tables work without the optional packages that they compare with."""
+"""Test that the benchmarks can be imported without the optional packages that they compare with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXTRAS = ("accelerate", "deepspeed", "lightning", "transformers")
 
 
 @pytest.mark.parametrize("module", ["benchmarks.__main__", "tests.faults.__main__"])
-def test_without_the_extras(tmp_path: Path, module: str) -> None:
+def test_benchmarks_are_imported_without_the_extras(tmp_path: Path, module: str) -> None:
     def body(world: World) -> str:
         for name in [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", *EXTRAS)]:
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""``numerics=bitwise``: a run is the same, bit by bit, on any number of processes."""
+"""Test that with ``numerics=bitwise`` a run has the same bits on any number of processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BITWISE = (*TASK, *SEVEN, "numerics=bitwise")
 
 
 class Everything(Counted):
-    """Everything in a model that could depend on ranks; ``norms`` and ``dtypes`` are optional."""
+    """A task whose model has everything that could depend on ranks, optionally with ``norms`` and ``dtypes``."""
 
     def __init__(self, norms: bool = True, dtypes: bool = True, **args: Any) -> None:
         super().__init__(**args)
@@ -48,7 +48,7 @@ class Everything(Counted):
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout of samples, channels and by a function, three dtypes, a frozen and an unused parameter."""
+    """A model with BatchNorm, three kinds of dropout, three dtypes, a frozen and an unused parameter."""
 
     def __init__(self, width: int, dropout: float, norms: bool, dtypes: bool) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    """Return the metrics of steps without their speed. Evaluations aren't compared: ranks sum up their shares."""
+    """Return the metrics of steps without their speed. Evaluations are left out, since ranks sum up their shares."""
     return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in run.metrics() if "loss" in line]
 
 
@@ -108,8 +108,8 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_bitwise_equal_on_any_number_of_processes(runs: Runs, feature: str) -> None:
-    """Eight processes are more than there are micro-batches."""
+def test_runs_are_bitwise_equal_on_any_number_of_processes(runs: Runs, feature: str) -> None:
+    """With eight processes, one has no micro-batch."""
     one = runs(1, *BITWISE, *FEATURES[feature])
     assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
     for world in (2, 3, 8) if feature in ("sgd", "ghosts, a schedule, AdamW") else (3,):
@@ -117,15 +117,15 @@ def test_bitwise_equal_on_any_number_of_processes(runs: Runs, feature: str) -> N
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, 8, 41])
-def test_any_number_of_micro_batches(runs: Runs, pieces: int) -> None:
+def test_runs_are_bitwise_equal_with_any_number_of_micro_batches(runs: Runs, pieces: int) -> None:
     sizes = (f"batch.global_size={3 * pieces - 1}", "batch.per_gpu=3", "duration=2st")
     same = (*BITWISE, *sizes, "optimizer=adamw", "task.args.dtypes=false", "task.args.norms=false")
     assert resolve(compose(list(same)), 3, 500).cut.pieces == pieces
     assert_same(runs(1, *same), runs(3, *same))
 
 
-def test_plain_ddp_differs(runs: Runs) -> None:
-    """A check of the tests here: the order of additions shows in the results."""
+def test_fast_runs_differ(runs: Runs) -> None:
+    """These tests can fail, since the order of additions changes the results."""
     fast = (*TASK, *SEVEN, "task.args.norms=false", "task.args.dtypes=false", "optimizer=adamw", "lr.peak=0.003")
     one = tensors(runs(1, *fast))
     for world in (2, 3):
@@ -135,7 +135,7 @@ def test_plain_ddp_differs(runs: Runs) -> None:
 
 
 def test_resumes_on_other_numbers_of_processes(runs: Runs, tmp_path: Path) -> None:
-    """Stopped on three processes, and on eight by one without samples: equal to the uninterrupted run."""
+    """Stop on three processes, then on eight by a process without samples. The result equals the uninterrupted run."""
     same = (*BITWISE, "ema=100sa", "optimizer=adamw", "lr.peak=0.003", "noise.every=1st")
     run = runs(3, *same, stop_at=2, by_rank=2)
     assert run.ends[0] == {"state": "stopped", "step": 2, "samples": 82, "cause": "SIGTERM"}
@@ -145,14 +145,14 @@ def test_resumes_on_other_numbers_of_processes(runs: Runs, tmp_path: Path) -> No
 
 
 class SometimesNaN(Everything):
-    """Sample 7 of every epoch is NaN."""
+    """A task whose sample 7 is NaN."""
 
     def __init__(self, **args: Any) -> None:
         super().__init__(**args)
         self.inputs[7] = float("nan")
 
 
-def test_nonfinite_steps_are_skipped_alike(runs: Runs) -> None:
+def test_the_same_nonfinite_steps_are_skipped(runs: Runs) -> None:
     skips = (
         *BITWISE, "task._target_=tests.ranks.test_bitwise.SometimesNaN", "task.args.samples=60",
         "task.args.dtypes=false", "on_nonfinite=skip", "duration=8st",
@@ -162,7 +162,7 @@ def test_nonfinite_steps_are_skipped_alike(runs: Runs) -> None:
     assert_same(one, runs(8, *skips))
 
 
-# ---- rejected
+# ---- rejected models
 
 
 def refusals(run: Run) -> list[str]:
@@ -172,13 +172,13 @@ def refusals(run: Run) -> list[str]:
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_changed_buffer_is_rejected(runs: Runs, world: int) -> None:
-    """By all ranks, also by those without samples, which didn't change it."""
+    """All ranks reject it, even ranks without samples, which didn't change the buffer."""
     for message in refusals(runs(world, *BITWISE, "task._target_=tests.support.tasks.Odd")):
         assert "numerics=bitwise: the model's forward moves its buffer 3.mean" in message
 
 
 class Late(Odd):
-    """Its buffer changes after 14 micro-batches: it is replaced, or, with ``kind=inside``, written to."""
+    """A task whose model changes a buffer after 14 micro-batches: by a new tensor, or in place with ``kind=inside``."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -203,7 +203,7 @@ class Moving(nn.Linear):
 
 @pytest.mark.parametrize(("world", "kind", "steps"), [(1, "", 2), (1, "inside", 2), (3, "inside", 4)])
 def test_later_changed_buffer_is_rejected(runs: Runs, world: int, kind: str, steps: int) -> None:
-    """By all ranks once one changes it; saves and evaluations, which write to buffers, aren't reported."""
+    """All ranks reject it once one rank has changed it. Saves and evaluations, which write to buffers, are accepted."""
     late = ("task._target_=tests.ranks.test_bitwise.Late", f"+task.args.kind='{kind}'", "duration=9st")
     run = runs(world, *BITWISE, *late, "evaluate.every=1st", "checkpoint.every=1st")
     for message in refusals(run):
@@ -212,7 +212,7 @@ def test_later_changed_buffer_is_rejected(runs: Runs, world: int, kind: str, ste
 
 
 class Buffered(Odd):
-    """Its buffer doesn't change, but differs between processes."""
+    """A task whose model has a buffer that never changes, but differs between processes."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -222,7 +222,7 @@ class Buffered(Odd):
 
 
 def test_unchanged_buffer_is_accepted(runs: Runs) -> None:
-    """Also if a resumed run made a different one before it read its checkpoint."""
+    """This includes a resumed run whose model has a different buffer before its checkpoint is read."""
     same = (*BITWISE, "task._target_=tests.ranks.test_bitwise.Buffered", "evaluate.every=2st")
     run = runs(3, *same, resume=runs(1, *same, stop_at=2))
     assert run.ends[0]["state"] == "finished"
@@ -237,7 +237,7 @@ def test_unchanged_buffer_is_accepted_after_a_skipped_first_step(runs: Runs, wor
 
 
 class Undetermined(Everything):
-    """Uses a nondeterministic operation."""
+    """A task that uses a nondeterministic operation."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         batch[0].put_(torch.tensor([0]), torch.zeros(1))
@@ -256,14 +256,14 @@ def test_nondeterministic_operation_is_rejected(runs: Runs) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradients_have_the_strides_of_their_parameters(runs: Runs, optimizer: str) -> None:
-    """Fused optimizers read both in memory order."""
+    """Fused optimizers read parameters and gradients in memory order."""
     last = (*TASK, *SEVEN, "task._target_=tests.ranks.test_optim_runs.ChannelsLast", f"optimizer={optimizer}")
     fast = runs(1, *last).weights()
     for world in (1, 3):
         assert distance(fast, runs(world, *last, "numerics=bitwise").weights()) < 1e-5
 
 
-def test_noise_equals_fast(runs: Runs) -> None:
+def test_measured_noise_equals_that_of_fast(runs: Runs) -> None:
     noisy = (*TASK, "batch.global_size=48", "batch.per_gpu=12", "noise.every=1st", "task.args.dtypes=false")
     names = ("noise/grad_sq", "noise/trace", "loss", "grad_norm")
     fast, bitwise = (
@@ -278,7 +278,7 @@ def test_noise_equals_fast(runs: Runs) -> None:
 
 
 def test_threads_are_the_same_everywhere(tmp_path: Path) -> None:
-    """Threads decide the rounding of convolutions: every worker has one thread, whatever OMP_NUM_THREADS says."""
+    """Every worker has one thread, whatever OMP_NUM_THREADS is, since threads change the rounding of convolutions."""
     found = []
     for workers, threads in ((1, {"OMP_NUM_THREADS": "2"}), (2, {})):
         directory = tmp_path / str(workers)

@@ -1,11 +1,11 @@
-"""Ranks that use different parts of a model: trained as on one rank, or rejected before weights change."""
+"""Test ranks that use different parts of a model: they train as on one rank, or are rejected before weights change."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-import accelerate  # noqa: F401  once, for all ranks that are forked
+import accelerate  # noqa: F401  imported once, before ranks are forked
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ FINDING = ("engine.config.find_unused_parameters=true",)
 
 
 class Experts(nn.Module):
-    """Three branches; a sample's flag selects one."""
+    """A model with three branches. A sample's flag selects one."""
 
     def __init__(self, call: str) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class Experts(nn.Module):
 
 
 class Routed:
-    """Squares of the experts' outputs.
+    """A task with a mixture of experts.
 
     Args:
-        call: ``flags``, ``order`` of two experts by the first sample's flag, ``plain``, or ``evaluated``: by flags in
-            evaluations alone.
+        call: which experts run: ``flags`` (by each sample's flag), ``order`` (two experts, ordered by the first
+            sample's flag), ``plain`` (always the same two) or ``evaluated`` (by flags only in evaluations).
     """
 
     def __init__(self, call: str = "flags") -> None:
@@ -63,15 +63,18 @@ class Routed:
         return TensorDataset(torch.randn(len(FLAGS), 3, generator=generator), torch.tensor(FLAGS))
 
     def val_data(self) -> Any:
-        apart = TensorDataset(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))  # each rank evaluates one half
-        return apart if self.call == "evaluated" else None
+        halves = TensorDataset(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))  # each rank evaluates one half
+        return halves if self.call == "evaluated" else None
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         return (model(*batch) - 1).square().sum(), len(batch[0])
 
 
 def command(*more: str, call: str = "flags") -> tuple[str, ...]:
-    """Momentum and decay also move parameters with a zero gradient; a step has three passes on 2 ranks, two on 3."""
+    """Return overrides with momentum and decay, which move parameters with a zero gradient, too.
+
+    A step has three passes on 2 ranks, and two on 3.
+    """
     return (
         "task=custom", "task._target_=tests.ranks.test_branches.Routed", f"task.args.call={call}", "lr.peak=0.05",
         "optimizer.weight_decay=0.1", "batch.global_size=6", "batch.per_gpu=1", "duration=5st", *more,
@@ -93,8 +96,8 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (3, (*ENGINES["FSDP"], "engine.shard=[]")),
     ],
 )
-def test_trained_as_on_one_rank(runs: Runs, truth: Any, world: int, engine: tuple[str, ...]) -> None:
-    """Also in the last step; parameters that no rank uses get a zero gradient, on any cut."""
+def test_ranks_train_as_on_one_rank(runs: Runs, truth: Any, world: int, engine: tuple[str, ...]) -> None:
+    """Parameters that no rank uses get a zero gradient on any cut. The last step is included."""
     assert distance(runs(world, *command(*engine)).weights(), truth()) < 1e-6
 
 
@@ -110,7 +113,9 @@ SPLIT = (*ENGINES["FSDP"], "engine.shard=['experts.0','experts.1','experts.2']")
         (ENGINES["FSDP"], "evaluated", "one evaluation: only rank 0 ran experts.0, only rank 1 ran experts.1"),
     ],
 )
-def test_rejected_before_weights_change(runs: Runs, engine: tuple[str, ...], call: str, named: str) -> None:
+def test_different_branches_are_rejected_before_weights_change(
+    runs: Runs, engine: tuple[str, ...], call: str, named: str
+) -> None:
     run = runs(2, *command(*engine, "batch.global_size=2", call=call))
     for end in run.ends:
         assert end["raised"] == "UserError"
@@ -130,7 +135,7 @@ def test_models_without_branches_publish_nothing(runs: Runs, engine: str, monkey
 
 
 def passes(store: HashStore, rank: int, *steps: str) -> Trail:
-    """Return a rank's trail of steps of one pass, whose modules are letters."""
+    """Return a rank's trail of steps of one pass. Each letter of a step is a module."""
     trail = Trail(store, rank, 2, "do better")
     for step in steps:
         trail.begin("training")

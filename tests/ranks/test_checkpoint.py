@@ -1,4 +1,4 @@
-"""Saving on real ranks: reading on any number of ranks, and the state after a failed save."""
+"""Test saving on real ranks, reading on any number of ranks, and the state after a failed save."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.unit.test_manifest import PLAN, header_of, verified
 
 
 class FakeEngine:
-    """Each rank's equal part of some tensors; ranks communicate in between."""
+    """An engine that gives each rank an equal part of some tensors. Ranks communicate in between."""
 
     def __init__(self, world: World, tensors: Mapping[str, Tensor]) -> None:
         self.world, self.tensors = world, tensors
@@ -146,14 +146,14 @@ def test_tensors_are_restored_on_any_number_of_ranks(tmp_path: Path, size: int) 
             start, stop = (flat.numel() * bound // world.size for bound in (world.rank, world.rank + 1))
             if not same_bits(reader(name, start, stop), flat[start:stop]):
                 wrong.append(f"{name} {start}:{stop}")
-        return world.gather(", ".join(wrong))  # so that no rank leaves before the others are done
+        return world.gather(", ".join(wrong))  # keeps every rank until the other ranks are done
 
     for readers in (1, 3):
         assert in_ranks(readers, load, tmp_path / f"loading-{readers}") == [[""] * readers] * readers
 
 
-def test_every_range_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also ranges that start or end inside slices, and empty ones; with fewer open files than slices."""
+def test_every_range_of_a_tensor_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges may start or end inside slices or be empty. The reader may open fewer files than there are slices."""
     monkeypatch.setattr(checkpoint_module, "OPEN_FILES", 2)
     run, tensor = RunDir(tmp_path), torch.arange(23)
 
@@ -191,7 +191,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 
 
 def test_the_copy_is_saved_while_training_changes_the_weights(tmp_path: Path) -> None:
-    """The thread waits until the live tensors have changed. Twice, in the same memory."""
+    """The saving thread waits until the live tensors have changed. The second save reuses the copy's memory."""
     run, changed = RunDir(tmp_path), threading.Event()
 
     def body(world: World) -> Any:
@@ -230,13 +230,13 @@ def test_memory_of_a_copy_is_reused() -> None:
     assert torch.equal(second["b"], torch.ones(3))
 
 
-# Saves that fail
+# ---- failed saves
 
 
 def fails_once(
-    run: RunDir, size: int, folder: Path, hinder: Callable[[World], Any], mend: Callable[[World], Any]
+    run: RunDir, size: int, folder: Path, obstruct: Callable[[World], Any], restore: Callable[[World], Any]
 ) -> Any:
-    """Save steps 1, 2 and 3 of about 0.4 MB, the second with a failure; return each rank's reports."""
+    """Save steps 1, 2 and 3 of about 0.4 MB, the second with a failure, and return each rank's reports."""
 
     def body(world: World) -> Any:
         live = torch.zeros(100_000)
@@ -244,7 +244,7 @@ def fails_once(
         for step in (1, 2, 3):
             live.fill_(step)
             if step == 2:
-                hinder(world)
+                obstruct(world)
             keep.save(state(step))
             if step == 2:
                 failure = keep.failure()
@@ -253,7 +253,7 @@ def fails_once(
                 reports = [failure, keep.failure()]
             reports.append(keep.wait())
             if step == 2:
-                mend(world)
+                restore(world)
         return reports
 
     ends = in_ranks(size, body, folder / "ranks")
@@ -264,20 +264,20 @@ def fails_once(
     return ends
 
 
-def test_disk_full_on_one_rank(tmp_path: Path) -> None:
-    """All ranks report the cause; the new files are removed, the old ones stay, and the next save works."""
+def test_full_disk_of_one_rank_fails_one_save(tmp_path: Path) -> None:
+    """All ranks report the cause. The new files are removed, the old ones stay, and the next save works."""
 
     def limit(to: int, world: World) -> None:
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (to, resource.RLIM_INFINITY))
 
-    hinder, mend = partial(limit, 50_000), partial(limit, resource.RLIM_INFINITY)
-    ends = fails_once(RunDir(tmp_path), 3, tmp_path, hinder, mend)
+    obstruct, restore = partial(limit, 50_000), partial(limit, resource.RLIM_INFINITY)
+    ends = fails_once(RunDir(tmp_path), 3, tmp_path, obstruct, restore)
     expected = "step 2: File too large (OSError) on rank 1"
     assert ends == [[expected, None, expected, None], [None, None, expected, None], [None, None, expected, None]]
 
 
-def test_unwritable_run_directory(tmp_path: Path) -> None:
+def test_unwritable_run_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
 
     def body(world: World) -> Any:
@@ -297,12 +297,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
     if mount.returncode:
-        pytest.skip(f"no right to mount: {mount.stderr.decode().strip()}")
+        pytest.skip(f"mounting isn't permitted: {mount.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_full(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_fails_one_save(small_disk: Path, tmp_path: Path) -> None:
     other = small_disk / "somebody else's"
 
     def fill(world: World) -> None:
@@ -321,8 +321,7 @@ def test_disk_full(small_disk: Path, tmp_path: Path) -> None:
     assert ends == [[ends[0][0], None, ends[0][0], None], [None, None, ends[0][0], None]]
 
 
-def test_disk_full_at_the_manifest(small_disk: Path, tmp_path: Path) -> None:
-    """Rank 0 can't write the manifest."""
+def test_full_disk_at_the_manifest_is_reported(small_disk: Path, tmp_path: Path) -> None:
     run = RunDir(small_disk)
 
     def body(world: World) -> Any:
@@ -347,8 +346,8 @@ def test_disk_full_at_the_manifest(small_disk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size_mb", "expected"), [(150, "no memory for a copy"), (3, "can't start new thread")])
-def test_rank_without_memory(tmp_path: Path, size_mb: int, expected: str) -> None:
-    """For a copy or a thread. The other ranks don't wait for it in the communication of slices().
+def test_rank_without_memory_for_a_copy_or_a_thread_fails_one_save(tmp_path: Path, size_mb: int, expected: str) -> None:
+    """The other ranks don't wait for it in the communication of slices().
 
     A rank's third of 150 MB is more than the freed memory that malloc may have kept.
     """
@@ -378,7 +377,7 @@ def test_rank_without_memory(tmp_path: Path, size_mb: int, expected: str) -> Non
     assert steps_of(RunDir(tmp_path)) == [1]
 
 
-def test_unsupported_dtype(tmp_path: Path) -> None:
+def test_unsupported_dtype_is_reported(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(5, dtype=torch.complex128)})
         keep.save(state(1))
@@ -389,7 +388,7 @@ def test_unsupported_dtype(tmp_path: Path) -> None:
     assert names(RunDir(tmp_path)) == []
 
 
-def test_missing_slices(tmp_path: Path) -> None:
+def test_missing_slices_are_reported(tmp_path: Path) -> None:
     class Forgetful(FakeEngine):
         def slices(self) -> Iterator[Slice]:
             return (piece for piece in super().slices() if self.world.rank != 1)
@@ -405,7 +404,7 @@ def test_missing_slices(tmp_path: Path) -> None:
     assert names(RunDir(tmp_path)) == []
 
 
-# Kept checkpoints
+# ---- kept checkpoints
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -443,7 +442,7 @@ def test_best_checkpoint_that_failed_to_save_does_not_count(tmp_path: Path) -> N
 
 
 def test_committed_checkpoint_counts_if_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
-    """The best stays the best, the save isn't reported as failed, and the warning comes once."""
+    """It stays the best, the save isn't reported as failed, and one warning is given."""
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
@@ -469,7 +468,7 @@ def test_committed_checkpoint_counts_if_an_older_one_cannot_be_removed(tmp_path:
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
-    """But again with its evaluation, or if that was done since; and not if the run resumed from it."""
+    """It is saved again once its evaluation is done, but not after the run resumed from it."""
     run = RunDir(tmp_path)
 
     def body(world: World) -> Any:
@@ -498,8 +497,8 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
     assert [read(path).header.evaluation for path in checkpoints(run)] == [None, {"val/loss": 0.5}]
 
 
-def test_when_a_save_is_due(tmp_path: Path) -> None:
-    """On rank 0 alone, some time after the last save began, once, and not during a save."""
+def test_a_save_is_due_at_intervals(tmp_path: Path) -> None:
+    """It is due only on rank 0, once per interval since the last save began, and never during a save."""
     hold = threading.Event()
 
     def body(world: World) -> Any:
@@ -524,8 +523,7 @@ def test_when_a_save_is_due(tmp_path: Path) -> None:
     assert in_ranks(2, body, tmp_path / "ranks") == [[False, True, False, False, False, True], [False] * 6]
 
 
-def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    """But the next save does."""
+def test_only_the_next_save_waits_for_the_disk(tmp_path: Path) -> None:
     hold = threading.Event()
 
     def body(world: World) -> Any:
@@ -545,7 +543,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 
 def test_waiting_ranks_see_progress_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow disk isn't taken for a hang; a stuck rank is."""
+    """Only a stuck rank counts as a hang, not a slow disk."""
     monkeypatch.setattr(saver_module, "PROGRESS_S", 0.05)
 
     def body(world: World) -> Any:

@@ -1,4 +1,4 @@
-"""Each recipe of the cookbook passes the trial of its contract, and is the same run on any cut."""
+"""Test that each recipe of the cookbook passes the trial of its contract and is the same run on any cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CUTS = {"one rank": (1, []), "two ranks": (2, []), "uneven micro-batches": (2, [
 
 
 def command(name: str) -> list[str]:
-    """Return the overrides of the command in the docstring of a recipe."""
+    """Return the overrides of the command in a recipe's docstring."""
     (line,) = [line.strip() for line in FILES[name].read_text().splitlines() if line.startswith("    python launch.py")]
     return line.split()[2:]
 

@@ -1,4 +1,4 @@
-"""One checkpoint for all engines and world sizes: each engine resumes from the checkpoints of the others."""
+"""Test that each engine resumes from the checkpoints of the others, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import read
 from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
-from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
+from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  a fixture
 from tests.support.harness import ADAM_ROUNDING, ROUNDING, Run, Runs, distance, in_ranks
 from tests.support.same import ENGINES, Blocks
 from tests.support.tasks import RecordsSamples
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, GLOBAL, STEPS = 500, 48, 12
-# dropout, augmentation, unequal units, BatchNorm, clipping that bites, a moving average; on four ranks some have none
+# Dropout, augmentation, unequal units, BatchNorm, active clipping, an average. On four ranks, some have no samples.
 TASK = (
     "task=custom", "task._target_=tests.ranks.test_crossing.Recorded", "task.args.norm=true", "batchnorm.mode=ghost",
     "batchnorm.ghost_size=8", "batch.per_gpu=8", "log.every=1st",
@@ -72,7 +72,7 @@ CHAIN = (
 
 
 def test_one_run_on_all_engines(runs: Runs, tmp_path: Path) -> None:
-    """Every checkpoint comes back bit by bit from the next engine; samples follow the order."""
+    """The next engine restores every checkpoint bit by bit, and fetches the samples that are due."""
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     options, run = (*TASK, *ADAMW, f"task.args.folder={fetched}"), None
@@ -122,15 +122,15 @@ def stored(run: RunDir) -> dict[str, Any]:
     """Return dtype, shape and bytes of each tensor of a run's last checkpoint, and its other values."""
     reader = Reader(read(checkpoints(run)[0]))
     tensors = {
-        name: (one.dtype, one.shape, reader(name).view(torch.uint8).numpy().tobytes())
-        for name, one in reader.tensors.items()
+        name: (stored.dtype, stored.shape, reader(name).view(torch.uint8).numpy().tobytes())
+        for name, stored in reader.tensors.items()
     }
     return {**tensors, **reader.values}
 
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Return a stopped run of an engine on two ranks, made once."""
+    """Return a function that gives the stopped run of an engine on two ranks."""
     runs = Runs(tmp_path_factory.mktemp("stopped_run"))
     return cache(lambda engine: runs(2, *SMALL, *ENGINES[engine], stop_at=2))
 
@@ -144,7 +144,7 @@ KINDS = ("DDP", "FSDP", "ZeRO-1", "ZeRO-3")  # one engine for each layout of a r
 
 
 @pytest.mark.parametrize(("first", "then"), [*permutations(KINDS, 2), ("ZeRO-0", "ZeRO-2"), ("ZeRO-2", "ZeRO-0")])
-def test_from_each_to_each(
+def test_each_engine_resumes_from_each(
     runs: Runs, stopped_run: Callable[[str], Run], uninterrupted: Run, first: str, then: str
 ) -> None:
     shutil.copytree(stopped_run(first).run.path, runs.folder / "run")
@@ -153,8 +153,8 @@ def test_from_each_to_each(
     assert distance(run.weights(), uninterrupted.weights()) < ADAM_ROUNDING
 
 
-def test_own_state_of_an_optimizer_is_restored(runs: Runs) -> None:
-    """State beyond its parameters in its state_dict, on engines that leave the optimizer the parameters."""
+def test_additional_state_of_an_optimizer_is_restored(runs: Runs) -> None:
+    """Its state_dict has state beyond the parameters'. The engines are those that leave parameters unflattened."""
     options = (*SMALL, "optimizer=custom", "optimizer._target_=tests.support.tasks.Counting", "duration=5st")
     whole, run = runs(1, *options), None
     for number, engine in enumerate(("DDP", "FSDP", "ZeRO-0", "Accelerate", "DDP"), 1):

@@ -1,4 +1,4 @@
-"""Weight decay: which parameters have none, with every optimizer; and a resumed run keeps its groups."""
+"""Test which parameters have no weight decay with every optimizer, and that a resumed run keeps its groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class Net(nn.Module):
-    """Decayed parameters, and two-dimensional ones that aren't decayed."""
+    """A model with decayed parameters, and two-dimensional parameters without decay."""
 
     own_names: Any = ()
 
@@ -47,7 +47,7 @@ class Net(nn.Module):
 MATRICES = ["head.weight", "inner.weight", "layers.0", "length.parametrizations.weight.original1", "own.proj.weight", "pos"]  # fmt: skip # noqa: E501
 
 
-def test_decayed_parameters() -> None:
+def test_matrices_and_embeddings_are_decayed() -> None:
     model = Net()
     swap_batchnorm(model, "ghost", 2, Stream(0, torch.device("cpu")), 1)
     without = undecayed(model)
@@ -55,7 +55,7 @@ def test_decayed_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars", "adafactor"])
-def test_all_optimizers_decay_the_same(name: str) -> None:
+def test_all_optimizers_decay_the_same_parameters(name: str) -> None:
     model = Net()
     model.own_names = {"pos", "not_there"}
     found = names_by(optimizer_of(model, f"optimizer={name}", "optimizer.weight_decay=0.5"), model, "weight_decay")
@@ -82,7 +82,7 @@ def test_no_weight_decay_has_to_return_names(names: Any) -> None:
 
 
 class Normed(Counted):
-    """With a norm of two dimensions."""
+    """A task whose model has a two-dimensional norm."""
 
     def model(self) -> nn.Module:
         gain = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.LayerNorm([2, 4]), nn.Flatten())
@@ -107,7 +107,7 @@ class Grouped(Normed):
 def test_resumed_run_keeps_the_groups_of_its_checkpoint(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, world: int, name: str, task: str
 ) -> None:
-    """Of a checkpoint of an earlier version, whose groups depend on the dimensions alone."""
+    """The checkpoint is of an earlier version, whose groups depend only on dimensions."""
     overrides = (
         "task=custom", f"task._target_=tests.ranks.test_decay.{task}", "batch.global_size=24", "duration=8st",
         "lr.peak=0.02", "evaluate.every=null", "optimizer.weight_decay=0.5", *f"optimizer={name}".split(),

@@ -1,4 +1,4 @@
-"""The engine ``deepspeed`` against ``ddp`` on one rank: the same run with ZeRO 0 to 3, on any number of ranks."""
+"""Test that the engine ``deepspeed`` with ZeRO 0 to 3 trains the run of ``ddp`` on any number of ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COUNTED = (
     "task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=96", "duration=8st", "lr.peak=0.05",
     "evaluate.every=null", "log.every=1st",
 )  # fmt: skip
-# BatchNorm, dropout, unequal units; a batch that grows, clipping that bites, a moving average, the noise scale
+# BatchNorm, dropout, unequal units, a growing batch, active clipping, a moving average and the noise scale
 EVERYTHING = (
     *(option for option in GHOST if not option.startswith("batch.global_size")),
     "batch.schedule=0sa:8 40sa:24", "clip_norm=0.5", "ema=30sa", "noise.every=1st", "evaluate.every=5st",
@@ -45,7 +45,7 @@ ODD = ("task._target_=tests.ranks.test_deepspeed.Odd", "batch.global_size=10", "
 
 
 class Odd(Counted):
-    """A model that is called twice, with tied, frozen and small weights, and one that is unused at times.
+    """A task that calls its model twice. It has tied, frozen and small weights, and a weight that some steps don't use.
 
     Args:
         passes: number of passes of a rank in a step.
@@ -82,7 +82,7 @@ class Odd(Counted):
 
 
 class InOnePass(Counted):
-    """A parameter is used in one pass of a step alone: the first, the second and the last, in turn.
+    """A task in which a parameter is used in only one pass of a step: the first, the second and the last, in turn.
 
     Args:
         passes: number of passes of a rank in a step.
@@ -107,7 +107,7 @@ class InOnePass(Counted):
 
 
 class NaNLoss(Normed):
-    """One pass of the last rank has a NaN loss and gradient."""
+    """A task in which one pass of the last rank has a NaN loss and gradient."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         loss, units = super().loss(model, batch)
@@ -132,7 +132,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Return runs that several tests compare with, each made once."""
+    """Return a function that gives the runs that several tests compare with."""
     return cache(Runs(tmp_path_factory.mktemp("once")))
 
 
@@ -142,8 +142,8 @@ def averages(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_same_run_as_ddp(runs: Runs, truth: Run, stage: int, world: int) -> None:
-    """Weights, running statistics, moving averages, losses, norms and the noise, with ranks without samples."""
+def test_run_equals_that_of_ddp(runs: Runs, truth: Run, stage: int, world: int) -> None:
+    """Compare weights, running statistics, averages, losses, norms and the noise. Some ranks have no samples."""
     run = runs(world, *EVERYTHING, "batch.per_gpu=4", *zero(stage))
     assert distance(run.weights(), truth.weights()) < ROUNDING
     assert distance(averages(run), averages(truth)) < ROUNDING
@@ -153,8 +153,8 @@ def test_same_run_as_ddp(runs: Runs, truth: Run, stage: int, world: int) -> None
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
-def test_same_run_of_odd_models(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
-    """Tied, frozen, unused and small parameters, a model called twice, AdamW: to 1e-6 of the largest weight."""
+def test_run_of_odd_models_equals_that_of_ddp(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
+    """The parameters are tied, frozen, unused and small, the model is called twice, and the optimizer is AdamW."""
     options = (
         *COUNTED,
         *ODD,
@@ -174,8 +174,10 @@ def test_same_run_of_odd_models(runs: Runs, once: Callable[..., Run], stage: int
 
 
 @pytest.mark.parametrize(("stage", "offload"), [*product((0, 1, 2, 3), ["false"]), *product((1, 2, 3), ["true"])])
-def test_parameter_used_in_some_passes(runs: Runs, once: Callable[..., Run], stage: int, offload: str) -> None:
-    """None of its gradients is lost, and none is left for the next step."""
+def test_parameter_used_in_some_passes_is_trained(
+    runs: Runs, once: Callable[..., Run], stage: int, offload: str
+) -> None:
+    """No gradient is lost, and none remains for the next step."""
     options = (
         *COUNTED, "task._target_=tests.ranks.test_deepspeed.InOnePass", "task.args.passes=3", "batch.global_size=12",
         "batch.per_gpu=2",
@@ -186,18 +188,18 @@ def test_parameter_used_in_some_passes(runs: Runs, once: Callable[..., Run], sta
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_bf16(runs: Runs, stage: int) -> None:
-    """Equal to fp32's cut; weights stay fp32, and DeepSpeed's own precision stays off."""
+def test_bf16_run_equals_that_of_ddp(runs: Runs, stage: int) -> None:
+    """Weights stay fp32, and DeepSpeed's own precision stays off."""
     options = (*COUNTED, "precision=bf16", "batch.per_gpu=24", "optimizer=adamw", "lr.peak=0.003")
-    left = ("engine.config.bf16.enabled=auto", "engine.config.fp16=auto", "engine.config.zero_optimization.stage=auto")
-    whole, sharded = runs(2, *options), runs(2, *options, *zero(stage, *left))
+    unset = ("engine.config.bf16.enabled=auto", "engine.config.fp16=auto", "engine.config.zero_optimization.stage=auto")
+    whole, sharded = runs(2, *options), runs(2, *options, *zero(stage, *unset))
     assert distance(sharded.weights(), whole.weights()) < ROUNDING
     assert distance(sharded.weights(), runs(2, *options, "precision=fp32").weights()) > 1e-6
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
 def test_nonfinite_step_is_skipped(runs: Runs, once: Callable[..., Run], stage: int, offload: bool) -> None:
-    """A loss or a gradient on one of two ranks: nothing of the step's gradients is left."""
+    """A loss or a gradient is NaN on one of two ranks. No gradient of the step remains."""
     task = "test_deepspeed.NaNLoss" if stage == 2 or offload else "test_batchnorm.NaNOnce"
     skip = (*GHOST, "on_nonfinite=skip", f"task._target_=tests.ranks.{task}", "batch.per_gpu=4")
     ours = runs(2, *skip, *zero(stage, f"engine.offload={str(offload).lower()}"))
@@ -217,7 +219,7 @@ def test_resumed_run_is_bitwise_equal(runs: Runs, stage: int) -> None:
 
 
 def test_one_run_on_all_stages(runs: Runs) -> None:
-    """Started by ``ddp`` on one rank, then ZeRO 1 on three, ZeRO 3 on two, ZeRO 2 on three, and ``ddp`` on two."""
+    """Start with ``ddp`` on one rank, resume with ZeRO 1, 3 and 2 on three, two and three, and end with ``ddp``."""
     options = (*GHOST, "ema=30sa", "clip_norm=0.5", "batch.per_gpu=4", "duration=10st")
     whole = runs(1, *options)
     run = runs(1, *options, stop_at=2)
@@ -232,7 +234,7 @@ def test_one_run_on_all_stages(runs: Runs) -> None:
 
 @pytest.mark.parametrize(("stages", "scalar"), [((0, 1, 2), "true"), ((3,), "false")])
 def test_checkpoint_is_restored_bitwise(runs: Runs, tmp_path: Path, stages: tuple[int, ...], scalar: str) -> None:
-    """A checkpoint of ``ddp``, restored and saved again by every stage: weights, averages, optimizer."""
+    """Every stage restores a checkpoint of ``ddp`` and saves the same weights, averages and optimizer state."""
     options = (*COUNTED, *ODD, f"task.args.scalar={scalar}", "optimizer=adamw", "ema=40sa", "duration=3st")
     saved = runs(1, *options).run
     reader = Reader(read(checkpoints(saved)[0]))
@@ -248,7 +250,7 @@ def test_checkpoint_is_restored_bitwise(runs: Runs, tmp_path: Path, stages: tupl
 
 
 def saved_again(world: World, options: list[str], reader: Reader) -> dict[str, Any]:
-    """Restore, and return the ranges of a new save, each compared with the stored values."""
+    """Restore a checkpoint, compare a new save with it, and return the saved ranges."""
     engine = made(world, options)
     engine.restore(reader)
     spans = []
@@ -267,8 +269,8 @@ def made(world: World, options: list[str]) -> Engine:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_parameter_without_elements(runs: Runs, stage: int) -> None:
-    """It isn't trained, and doesn't disturb the other parameters or a checkpoint."""
+def test_parameter_without_elements_changes_nothing(runs: Runs, stage: int) -> None:
+    """It isn't trained, and affects neither the other parameters nor a checkpoint."""
     options = (*COUNTED, *ODD, "task.args.hollow=true", "ema=40sa")
     stopped = runs(2, *options, *zero(stage), stop_at=3)
     resumed = runs(3, *options, *zero(stage), resume=stopped)
@@ -285,8 +287,8 @@ def test_parameter_without_elements(runs: Runs, stage: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["NAdam", "ASGD"])
-def test_optimizer_scalars_of_a_0_dim_parameter(runs: Runs, optimizer: str) -> None:
-    """State that is one for all elements is told from state of the only element."""
+def test_optimizer_scalars_of_a_0_dim_parameter_are_restored(runs: Runs, optimizer: str) -> None:
+    """A state shared by all elements is distinguished from the state of the only element."""
     options = (
         *COUNTED, *ODD, "task.args.scalar=true", "optimizer=custom", f"optimizer._target_=torch.optim.{optimizer}",
         "lr.peak=0.003",
@@ -298,7 +300,7 @@ def test_optimizer_scalars_of_a_0_dim_parameter(runs: Runs, optimizer: str) -> N
 
 
 def test_exception_while_the_average_is_swapped_in_is_raised_at_once(tmp_path: Path) -> None:
-    """On its rank, wherever the other ranks are."""
+    """The rank raises it without waiting for the other ranks."""
 
     def body(world: World) -> None:
         average = made(world, [*COUNTED, *zero(1), "ema=40sa"]).average
@@ -337,7 +339,7 @@ def test_unsupported_models_and_configs_are_rejected(runs: Runs, options: tuple[
     assert message in end["message"]
 
 
-def test_without_the_package(tmp_path: Path) -> None:
+def test_missing_package_is_reported_with_the_install_command(tmp_path: Path) -> None:
     def body(world: World) -> None:
         sys.modules["deepspeed"] = None  # type: ignore[assignment]
         made(world, [*COUNTED, *zero(1)])
@@ -347,7 +349,7 @@ def test_without_the_package(tmp_path: Path) -> None:
     assert "pip install '.[deepspeed]'" in end["message"]
 
 
-def test_no_output(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_deepspeed_prints_nothing(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(2, *COUNTED, *zero(3), "duration=2st")
     out, err = capfd.readouterr()
     assert err == ""

@@ -1,4 +1,4 @@
-"""Failed and stopped runs: rejected by a worker, not finite, or stopped; and the files they leave."""
+"""Test runs that are rejected by a worker, aren't finite, or are stopped, and the files that they leave."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("override", REFUSALS)
-def test_rejected_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
+def test_mistakes_are_rejected_on_every_rank_with_one_message(runs: Runs, override: str) -> None:
     """All ranks reject for the same reason, so none waits for another."""
     run = runs(2, *TASK, *override.split())
     assert [end["raised"] for end in run.ends] == ["UserError", "UserError"]
@@ -83,8 +83,8 @@ def test_finished_directory_is_not_changed(runs: Runs) -> None:
     assert (run.run.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_launches_on_one_directory(runs: Runs) -> None:
-    """The second is rejected with a message that names the first, and writes nothing."""
+def test_second_launch_on_one_directory_is_rejected(runs: Runs) -> None:
+    """The message names the first launch, and the second launch writes nothing."""
     directory = RunDir(runs.folder / "run-1")
     directory.path.mkdir()
     with directory.lock():
@@ -103,7 +103,7 @@ def test_folder_that_is_not_a_run_is_not_changed(runs: Runs) -> None:
 
 
 def test_ranks_with_different_commands_are_rejected(runs: Runs) -> None:
-    """As on two machines: all ranks name the keys, and nothing is written."""
+    """All ranks name the keys, and nothing is written."""
     folder = runs.folder / "other"
 
     def body(world: World) -> Any:
@@ -116,8 +116,8 @@ def test_ranks_with_different_commands_are_rejected(runs: Runs) -> None:
     assert not folder.exists()
 
 
-def test_start_that_was_killed_at_once_blocks_nothing(runs: Runs) -> None:
-    """It may leave the lock, and part of the first files under temporary names."""
+def test_files_of_a_killed_start_do_not_block_the_next(runs: Runs) -> None:
+    """A start that is killed at once may leave the lock, and parts of files under temporary names."""
     directory = runs.folder / "run-1"
     directory.mkdir()
     (directory / "lock").write_text("host x, pid 1")
@@ -126,8 +126,8 @@ def test_start_that_was_killed_at_once_blocks_nothing(runs: Runs) -> None:
     assert runs(1, *TASK).ends[0]["state"] == "finished"
 
 
-def test_removed_outcome_blocks_nothing(runs: Runs) -> None:
-    """As the message for a damaged one advises."""
+def test_run_resumes_after_a_damaged_outcome_is_removed(runs: Runs) -> None:
+    """The message for the damaged file advises it."""
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "outcome.json"
     file.write_text(file.read_text()[:20])
@@ -141,7 +141,7 @@ def test_removed_outcome_blocks_nothing(runs: Runs) -> None:
 
 
 def test_outcome_is_overwritten_in_place_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one call, so that a kill leaves no half; a shorter one is padded."""
+    """One call writes it, so that a kill leaves no half. A shorter outcome is padded."""
     run, sizes = RunDir(tmp_path), []
     run.write_outcome(Outcome("running", "", 0, 0, "a"))
 
@@ -157,15 +157,15 @@ def test_outcome_is_overwritten_in_place_on_a_full_disk(tmp_path: Path, monkeypa
 
 
 def test_run_that_never_trained_keeps_its_config(runs: Runs) -> None:
-    """Its folder alone resumes it; a corrected start replaces the config."""
+    """Its folder alone resumes it, and a corrected command replaces the config."""
     run = runs(1, *TASK, "task.args.widht=3")
     assert "widht" in run.ends[0]["message"]
-    alone = [f"run.dir='{run.run.path}'"]
-    assert compose(alone).task.args == {"widht": 3}
+    by_folder = [f"run.dir='{run.run.path}'"]
+    assert compose(by_folder).task.args == {"widht": 3}
     assert runs(1, *TASK, "task.args.kind=3", resume=run).ends[0]["raised"] == "UserError"
-    assert compose(alone).task.args == {"kind": 3}
+    assert compose(by_folder).task.args == {"kind": 3}
     assert runs(1, *TASK, resume=run).ends[0]["state"] == "finished"
-    assert compose(alone).task.args == {}
+    assert compose(by_folder).task.args == {}
 
 
 def test_run_without_a_checkpoint_restarts_from_step_0(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_run_without_a_checkpoint_restarts_from_step_0(runs: Runs, capfd: pytest
     assert [line["step"] for line in run.metrics()][:2] == [1, 10]
 
 
-def test_files_of_a_run_directory(runs: Runs) -> None:
+def test_a_run_directory_has_all_files_and_keys(runs: Runs) -> None:
     run = runs(2, *TASK)
     names = {path.name for path in run.run.path.iterdir()}
     assert names >= {"plan.json", "config.yaml", "metrics.jsonl", "events.jsonl", "outcome.json", "logs", "final"}
@@ -190,8 +190,8 @@ def test_files_of_a_run_directory(runs: Runs) -> None:
     assert run.metrics()[-1].keys() == {"step", "samples", "epoch", "val/loss"}
 
 
-def test_gather_texts(runs: Runs) -> None:
-    """Strings as long as a traceback, with characters of every kind."""
+def test_ranks_gather_long_texts(runs: Runs) -> None:
+    """Texts may be as long as a traceback, and have any characters."""
 
     def body(world: World) -> Any:
         text = "é" * 5000 if world.rank == 0 else ""
@@ -202,7 +202,7 @@ def test_gather_texts(runs: Runs) -> None:
         assert gathered == ["rank 0 ü", "rank 1 ü", "rank 2 ü"]
 
 
-def test_the_error_of_one_rank_is_raised_by_all_with_its_fields(runs: Runs) -> None:
+def test_the_error_of_one_rank_is_raised_by_all_ranks_with_its_fields(runs: Runs) -> None:
     error = UserError("lr.peak=0 is no rate", "give another", "lr.peak", 0)
 
     def body(world: World) -> Any:

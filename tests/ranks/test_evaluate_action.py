@@ -1,4 +1,4 @@
-"""action=evaluate: the same values as in the run, on any number of ranks; and interrupted evaluations."""
+"""Test that action=evaluate gives the run's values on any number of ranks, and test interrupted evaluations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TASK = ("task=custom", "task._target_=tests.ranks.test_evaluate_action.Normed", 
 
 
 class Normed(Counted):
-    """Has running statistics, and draws its validation data when the task is made."""
+    """A task with running statistics, which draws its validation samples when it is made."""
 
     def __init__(self, **args: Any) -> None:
         super().__init__(**args)
@@ -55,27 +55,27 @@ def values_at(run: Run, step: int) -> Any:
 
 
 @pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 4)])
-def test_same_values_as_the_run(trained: Run, tmp_path: Path, world: int, per_gpu: int) -> None:
-    """Of its last step and its average; on other ranks, in other batches."""
+def test_values_equal_those_of_the_run(trained: Run, tmp_path: Path, world: int, per_gpu: int) -> None:
+    """Compare the last step and the average, on other numbers of ranks and in other batches."""
     for source in (trained.run.path, trained.run.checkpoints / "step-00000030"):
         found = evaluated(tmp_path / source.name, world, source, f"batch.per_gpu={per_gpu}")
         assert [values for _, values in found] == [values_at(trained, 30)] * world
         assert found[0][1].keys() == {"val/loss", "ema/loss"}
         file = source / "final/model.safetensors"
-        assert {said for said, _ in found} == {str(file if file.exists() else source)}
+        assert {path for path, _ in found} == {str(file if file.exists() else source)}
 
 
-def test_values_of_the_best_checkpoint(trained: Run, tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_best_values(trained: Run, tmp_path: Path) -> None:
     best = max((10, 20, 30), key=lambda step: values_at(trained, step)["val/loss"].expected)
-    [(said, values)] = evaluated(tmp_path / "ranks", 1, trained.run.checkpoints / "best")
-    assert (Path(said).name, values) == (f"step-{best:08d}", values_at(trained, best))
+    [(path, values)] = evaluated(tmp_path / "ranks", 1, trained.run.checkpoints / "best")
+    assert (Path(path).name, values) == (f"step-{best:08d}", values_at(trained, best))
 
 
 def test_weights_file_has_no_average(trained: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes((trained.run.final / "model.safetensors").read_bytes())
-    [(said, values)] = evaluated(tmp_path / "ranks", 1, file, *TASK)
-    assert (said, values) == (str(file), {"val/loss": values_at(trained, 30)["val/loss"]})
+    [(path, values)] = evaluated(tmp_path / "ranks", 1, file, *TASK)
+    assert (path, values) == (str(file), {"val/loss": values_at(trained, 30)["val/loss"]})
 
 
 def acted(world: int, folder: Path, *overrides: str) -> Any:
@@ -103,8 +103,8 @@ def test_rank_0_prints_a_line(trained: Run, tmp_path: Path, capfd: pytest.Captur
     assert sorted(trained.run.path.rglob("*")) == before
 
 
-def test_json_is_alone_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It is valid JSON also if a value isn't finite."""
+def test_json_is_the_only_output_on_stdout(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is valid JSON even if a value isn't finite."""
     model = Normed().model()
     initialise(model, str(trained.run.path), World(0, 1, 0, 1, torch.device("cpu"), None))
     nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[index]
@@ -130,7 +130,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("override", REFUSALS)
-def test_rejected_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
+def test_mistakes_are_rejected_on_all_ranks(trained: Run, tmp_path: Path, override: str) -> None:
     ends = evaluated(tmp_path / "ranks", 2, trained.run.path, override)
     assert [end["raised"] for end in ends] == ["UserError"] * 2
     assert REFUSALS[override] in ends[0]["message"]
@@ -144,7 +144,7 @@ class Large(Normed):
 
 
 def test_out_of_memory_halves_the_batch(trained: Run, tmp_path: Path) -> None:
-    """The watch reports the batch size, and the next start uses no more than half."""
+    """The watch reports the batch size, and the next start uses at most half of it."""
     target = TASK[1].replace("Normed", "Large")
     config = compose(["action=evaluate", target, f"init_from={trained.run.path}"])
 
@@ -159,7 +159,7 @@ def test_out_of_memory_halves_the_batch(trained: Run, tmp_path: Path) -> None:
 
 
 class Interrupted(Counted):
-    """Asks for a stop at its third batch, once, if ``here``."""
+    """A task that asks for a stop at its third batch if ``here``."""
 
     def __init__(self, stop: Stop, here: bool) -> None:
         super().__init__()
@@ -172,25 +172,27 @@ class Interrupted(Counted):
         return {"units": (batch[2].sum(), len(batch[2]))}
 
 
-def broken_off(told: Callable[[World], bool]) -> Callable[[World], Any]:
+def interrupt(is_stopped: Callable[[World], bool]) -> Callable[[World], Any]:
+    """Return a function for ranks that stops an evaluation on some of them, and evaluates again."""
+
     def body(ranks: World) -> Any:
         stop, watch = Stop(), Watch()
-        task = Interrupted(stop, told(ranks))
+        task = Interrupted(stop, is_stopped(ranks))
         model = task.model().train()
         evaluate = evaluator(task, model, ranks, 1, stop=stop, watch=watch)
-        broken, batches = evaluate(), task.batches
+        interrupted, batches = evaluate(), task.batches
         assert watch._row[0] == batches
         stop.wanted = None
-        return broken, batches, model.training, evaluate()
+        return interrupted, batches, model.training, evaluate()
 
     return body
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_stop_on_one_rank_interrupts_the_evaluation_on_all(tmp_path: Path, world: int) -> None:
-    """The stopped rank leaves at once; the next evaluation has all samples."""
+    """The stopped rank ends its evaluation at once. The next evaluation has all samples."""
     last = world - 1
-    ends = in_ranks(world, broken_off(lambda ranks: ranks.rank == last), tmp_path)
+    ends = in_ranks(world, interrupt(lambda ranks: ranks.rank == last), tmp_path)
     shares = [37 // world + (rank < 37 % world) for rank in range(last)]
     whole = {"units": pytest.approx(float(Counted().units[:37].sum()) / 37)}
     assert ends == [[None, batches, True, whole] for batches in (*shares, 3)]

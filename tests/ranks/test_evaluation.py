@@ -1,4 +1,4 @@
-"""Evaluation is keyed: the same on any cut, by action=evaluate and after a resume; it doesn't affect training."""
+"""Test that evaluation is the same on any cut, by action=evaluate and after a resume, and doesn't affect training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TASK = (
 
 
 class Drawing(Dataset):
-    """Adds draws of all three default generators to each row."""
+    """A dataset that adds draws of all three default generators to each row."""
 
     def __init__(self, task: Counted, rows: int) -> None:
         self.task, self.rows = task, rows
@@ -53,7 +53,7 @@ class DrawingMany(Drawing):
 
 
 class Noisy(Counted):
-    """Draws in ``[index]`` of its validation data, and keeps dropout on in eval mode."""
+    """A task that draws in ``[index]`` of its validation data and keeps dropout on in eval mode."""
 
     def __init__(self, draws: str = "", dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)
@@ -79,7 +79,7 @@ class Noisy(Counted):
         return super().loss(model, batch[:3])
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
-        assert len(batch) == 3, "nothing is augmented here"
+        assert len(batch) == 3, "validation samples are augmented"
         for module in model.modules():
             module.train(isinstance(module, nn.Dropout) or (self.draws == "modes" and not list(module.children())))
         if self.draws == "forward":
@@ -98,7 +98,7 @@ def close(found: Any) -> Any:
     return {step: {name: pytest.approx(value, rel=1e-5) for name, value in at.items()} for step, at in found.items()}
 
 
-def told(run: Run) -> list[str]:
+def reported(run: Run) -> list[str]:
     return [event["reason"] for event in run.events() if event["event"] == "depends_on_cut"]
 
 
@@ -115,16 +115,16 @@ CUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_same_values_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
-    """Random numbers of the dataset and of dropout follow the row; step 0 is evaluated, too."""
+def test_values_are_the_same_on_any_cut(runs: Runs, whole: Run, cut: str) -> None:
+    """Random numbers of the dataset and of dropout follow the row. Step 0 is evaluated, too."""
     world, overrides = CUTS[cut]
     run = runs(world, *TASK, "ema=100sa", *overrides)
     assert values(run) == close(values(whole))
     assert list(values(run)) == [0, 2, 4, 6]
-    assert told(run) == []
+    assert reported(run) == []
 
 
-def test_same_values_by_action_evaluate(whole: Run, tmp_path: Path) -> None:
+def test_action_evaluate_gives_the_same_values(whole: Run, tmp_path: Path) -> None:
     config = compose(["action=evaluate", f"init_from={whole.run.path}", "evaluate.per_gpu=5"])
     found = in_ranks(3, lambda ranks: measure_weights(session_of(config, ranks))[1], tmp_path)
     assert found == [close(values(whole))[6]] * 3
@@ -140,7 +140,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("draws", DRAWS)
 def test_draws_of_a_batch_are_reported_and_leave_no_trace(tmp_path: Path, draws: str) -> None:
-    """Reported once; equal in equal batches, different in others; buffers are restored."""
+    """They are reported once, are equal only in equal batches, and buffers are restored."""
     task, reports, trained = Noisy(draws), list[str](), list[str]()
     stream = Stream(0, ALONE.device, trained.append, reports.append)
     model = key_dropout(task.model(), stream).train()
@@ -157,7 +157,7 @@ def test_draws_of_a_batch_are_reported_and_leave_no_trace(tmp_path: Path, draws:
 
 
 def test_evaluation_does_not_affect_training(runs: Runs) -> None:
-    """Weights are bit by bit those of a run without evaluations."""
+    """The weights are bitwise equal to those of a run without evaluations."""
     task = (*TASK, "task.args.draws=modes")
     without = runs(1, *task, "evaluate.every=null", "evaluate.last=false", "evaluate.first=false")
     weights, others = runs(1, *task).weights(), without.weights()
@@ -169,7 +169,7 @@ def test_evaluation_does_not_affect_training(runs: Runs) -> None:
     ("stop_at", "step", "engine"), [(4, 4, ()), (1, 0, ("engine=fsdp",)), (1, 0, CUTS["zero 3"][1])]
 )
 def test_interrupted_evaluation_is_owed(runs: Runs, stop_at: int, step: int, engine: tuple[str, ...]) -> None:
-    """Also the first, at step 0; after the resume it has the same values."""
+    """After the resume it gives the same values. This includes the first evaluation, at step 0."""
     overrides = (*TASK, "checkpoint.best=val/loss:max", *engine)
     whole = runs(2, *overrides)
     run = runs(2, *overrides, stop_at=stop_at)
@@ -182,7 +182,7 @@ def test_interrupted_evaluation_is_owed(runs: Runs, stop_at: int, step: int, eng
 
 
 def test_out_of_memory_in_an_evaluation_does_not_change_steps() -> None:
-    """Its limit may be below the smallest micro-batch."""
+    """The evaluation's limit may be below the smallest micro-batch of training."""
     bitwise = (*TASK, "batch.per_gpu=8", "numerics=bitwise", "evaluate.per_gpu=30")
     ghosts = (*TASK, "batch.per_gpu=8", "batchnorm.mode=ghost", "batchnorm.ghost_size=4")
     for overrides, micro, before in ((bitwise, 8, 30), (ghosts, 4, 8)):
@@ -193,7 +193,7 @@ def test_out_of_memory_in_an_evaluation_does_not_change_steps() -> None:
 
 
 @pytest.mark.parametrize(("length", "samples"), [(97, 10), (97, 96), (97, 97), (97, 500), (3, 1), (97, None)])
-def test_rows_are_spread(length: int, samples: int | None) -> None:
+def test_evaluated_rows_are_spread_evenly(length: int, samples: int | None) -> None:
     rows = list(spread(length, samples))
     assert len(rows) == len(set(rows)) == min(length, samples or length)
     assert rows == sorted(rows)
@@ -201,8 +201,7 @@ def test_rows_are_spread(length: int, samples: int | None) -> None:
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
-    """Each sample draws the same numbers as if all were evaluated."""
+def test_a_subset_has_the_same_values_on_any_ranks(runs: Runs) -> None:
     task = Noisy()
     one, three = (
         in_ranks(world, lambda ranks: evaluator(task, task.model().double(), ranks, 4, samples=11)(), runs.folder / "s")
@@ -211,7 +210,7 @@ def test_some_samples_are_the_same_on_any_ranks(runs: Runs) -> None:
     assert three == [pytest.approx(one[0])] * 3
 
 
-def test_draws_follow_the_row_and_differ_from_training() -> None:
+def test_draws_follow_the_row_and_differ_from_those_of_training() -> None:
     task: Any = Noisy()
     data = task.val_data()
     every, some = Validation(data, Task(task), 3), Validation(data, Task(task), 3, samples=5)
@@ -223,7 +222,7 @@ def test_draws_follow_the_row_and_differ_from_training() -> None:
 
 
 class Rare(Counted):
-    """Its loss has another name, except in every second evaluation."""
+    """A task whose loss has the name ``iou`` only from the third evaluation on."""
 
     evaluations = 0
 
@@ -233,10 +232,10 @@ class Rare(Counted):
         return {name: self.loss(model, batch), "empty": (0, 0)}
 
 
-def test_evaluation_without_the_best_value(runs: Runs) -> None:
-    """It isn't the best, and is reported once."""
+def test_evaluation_without_the_best_value_is_reported_once(runs: Runs) -> None:
+    """It doesn't become the best."""
     rare = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/iou:max")
-    run = runs(1, *rare, "evaluate.per_gpu=37", "check.contract=false")  # which calls evaluate, too
+    run = runs(1, *rare, "evaluate.per_gpu=37", "check.contract=false")  # the trial would call evaluate, too
     assert run.ends[0]["state"] == "finished"
     warned = [event["text"] for event in run.events() if event["event"] == "warning"]
     assert warned == [
@@ -245,8 +244,8 @@ def test_evaluation_without_the_best_value(runs: Runs) -> None:
     assert (run.run.checkpoints / "best").exists()
 
 
-def test_best_value_that_never_comes(runs: Runs) -> None:
-    """The end is saved without being evaluated."""
+def test_best_value_that_never_appears_is_reported_at_the_end(runs: Runs) -> None:
+    """The last step is saved without an evaluation."""
     never = (*TASK, "task._target_=tests.ranks.test_evaluation.Rare", "checkpoint.best=val/empty:max")
     run = runs(1, *never, "evaluate.last=false")
     assert list(values(run)) == [0, 2, 4]
@@ -257,7 +256,7 @@ def test_best_value_that_never_comes(runs: Runs) -> None:
     ]
 
 
-def test_which_checkpoint_is_best() -> None:
+def test_best_checkpoint_has_the_extreme_finite_value() -> None:
     lowest, none = Best("val/loss:min", 0.5), Best(None)
     assert [lowest.improves({"val/loss": value}) for value in (0.6, 0.5, 0.4, float("-inf"), None)] == [
         False, False, True, False, False,

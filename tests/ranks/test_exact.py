@@ -1,4 +1,4 @@
-"""Runs against plain torch and against each other, in the cases in which an inexact batch shows."""
+"""Compare runs with plain torch and with each other, in cases that reveal an inexact batch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def task(name: str, *overrides: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("optimizer", [(), ("optimizer=adamw", "lr.peak=0.01")])
-def test_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
-    """Losses, gradient norms and weights equal a handwritten loop over the whole batch."""
+def test_run_equals_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
+    """Losses, gradient norms and weights equal those of a handwritten loop over the whole batch."""
     clipped = (*task("Counted", "task.args.dropout=0.0", "clip_norm=0.5"), *optimizer)
     config = compose(clipped)
     torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ def test_same_as_plain_torch(runs: Runs, optimizer: tuple[str, ...]) -> None:
 
 
 class Weighted(Counted):
-    """Importance weights, each as small as ``weight``."""
+    """A task with the importance weight ``weight`` on every unit."""
 
     def __init__(self, weight: float = 1.0, as_tensor: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -82,8 +82,8 @@ class Weighted(Counted):
 
 
 @pytest.mark.parametrize("weight", [1e-6, 0.3, 1e6])
-def test_units_of_any_size(runs: Runs, weight: float) -> None:
-    """Units that differ much from the plan's are counted, too."""
+def test_units_may_have_any_size(runs: Runs, weight: float) -> None:
+    """Units are counted even if they differ much from the plan's."""
     same = task("Weighted", f"task.args.weight={weight}")
     assert distance(runs(1, *same).weights(), runs(3, *same, "batch.per_gpu=5").weights()) < ROUNDING
 
@@ -102,7 +102,7 @@ def test_negative_units_are_rejected(runs: Runs, as_tensor: bool) -> None:
 
 
 class Random(Counted):
-    """Draws in the dataset, as torchvision's transforms do, from any of the default generators."""
+    """A task whose dataset draws from all default generators, like torchvision's transforms."""
 
     def __init__(self, split: bool = False, **args: Any) -> None:
         super().__init__(**args)
@@ -137,7 +137,7 @@ def test_augmentation_differs_between_epochs(runs: Runs) -> None:
 
 
 class Partial(Counted):
-    """The loss doesn't use the second half of the model."""
+    """A task whose loss doesn't use the second half of the model."""
 
     def model(self) -> nn.Module:
         return nn.ModuleList([super().model(), nn.Linear(3, 3)])
@@ -146,8 +146,8 @@ class Partial(Counted):
         return super().loss(model[0], batch)  # type: ignore[index]
 
 
-def test_unused_parameters(runs: Runs) -> None:
-    """They get a zero gradient on any cut, also with empty micro-batches and find_unused_parameters."""
+def test_unused_parameters_get_a_zero_gradient(runs: Runs) -> None:
+    """This holds on any cut, with empty micro-batches, and with find_unused_parameters."""
     same = task("Partial", "batch.global_size=4", "optimizer.weight_decay=0.1")
     one = runs(1, *same).weights()
     for more in ((), ("engine.config.find_unused_parameters=true",)):
@@ -155,7 +155,7 @@ def test_unused_parameters(runs: Runs) -> None:
 
 
 class SomeClasses(Counted):
-    """The names of its metrics depend on the batch."""
+    """A task whose names of metrics depend on the batch."""
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
         return {f"units{n}": (1.0, 1) for n in batch[2].tolist()}
@@ -174,8 +174,8 @@ class Normed(Counted):
         return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 7))
 
 
-def test_evaluated_buffers_are_the_saved_ones(runs: Runs) -> None:
-    """Ranks have different running statistics; rank 0's are evaluated, and saved in final/."""
+def test_evaluated_buffers_are_those_in_final(runs: Runs) -> None:
+    """Ranks have different running statistics. Rank 0's are evaluated, and saved in final/."""
     run = runs(3, *task("Normed"))
     counted = Normed()
     model = counted.model()
@@ -235,8 +235,8 @@ def test_dependence_on_the_cut_is_reported(runs: Runs, capfd: pytest.CaptureFixt
     assert capfd.readouterr().out.count("warning: this run isn't the same on other hardware") == 3
 
 
-def test_metrics(runs: Runs) -> None:
-    """Values, not only names: the mean loss per unit, the epoch, the schedule's LR, which steps are logged."""
+def test_metrics_have_the_right_values(runs: Runs) -> None:
+    """Check the logged steps, the mean loss per unit, the epoch and the schedule's LR."""
     run = runs(2, *task("Counted", "duration=20st", "log.every=100sa", "evaluate.every=1ep"))
     steps = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in steps] == [1, *(s for s in range(2, 20) if crossed(100, 41 * (s - 1), 41 * s)), 20]
@@ -257,7 +257,7 @@ def test_another_seed_is_another_run(runs: Runs) -> None:
     assert distance(runs(1, *same).weights(), runs(1, *same, "seed=1").weights()) > 0.1
 
 
-def test_stopped_replaces_no_other_outcome(tmp_path: Path) -> None:
+def test_stopped_replaces_no_other_outcome_of_its_attempt(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.write_outcome(Outcome("crashed", "rank 1", 3, 30, "a"))
     run.write_outcome(Outcome("stopped", "SIGTERM", 4, 40, "a"))
@@ -266,8 +266,8 @@ def test_stopped_replaces_no_other_outcome(tmp_path: Path) -> None:
     assert run.outcome() == Outcome("stopped", "SIGTERM", 4, 40, "b")
 
 
-def test_data_that_is_not_a_tensor(runs: Runs) -> None:
-    """A TensorDataset is fetched whole; the same samples one by one give the same weights."""
+def test_samples_fetched_one_by_one_give_the_same_run(runs: Runs) -> None:
+    """A TensorDataset is fetched many rows at once."""
     assert isinstance(Counted().train_data(), TensorDataset)
     slow = task("OneAtATime")
     assert distance(runs(1, *task("Counted")).weights(), runs(2, *slow).weights()) < ROUNDING
@@ -279,7 +279,7 @@ class OneAtATime(Counted):
 
 
 def test_loader_follows_an_extended_plan() -> None:
-    """The batch changes beyond the prefetched ranges: the same ranges with and without data workers."""
+    """The batch changes after the prefetched ranges, with and without data workers."""
     for workers in (0, 1):
         whole = resolve(compose([*task("Counted", "duration=40st", "batch.global_size=10")]), 1, 500)
         state, counted = TrainState(whole), Counted()
@@ -295,7 +295,7 @@ def test_loader_follows_an_extended_plan() -> None:
 
 
 class ByRank(Counted):
-    """A rank that opens different data."""
+    """A task whose data depends on the rank."""
 
     def __init__(self, val: bool = False) -> None:
         rank = int(os.environ["RANK"])
@@ -315,8 +315,8 @@ def test_ranks_with_different_data_are_rejected(runs: Runs, val: bool, expected:
     assert expected in run.ends[0]["message"]
 
 
-def test_rejected_start_destroys_nothing(runs: Runs) -> None:
-    """The files of an earlier attempt stay until the next one has passed all checks."""
+def test_rejected_start_overwrites_nothing(runs: Runs) -> None:
+    """The files of an earlier attempt stay until the next attempt has passed all checks."""
     before = runs(1, *task("Counted"))
     before.run.write_outcome(Outcome("stopped", "SIGTERM", 12, 492, "before"))
     files = [before.run.path / name for name in ("metrics.jsonl", "plan.json", "config.yaml")]
@@ -328,7 +328,7 @@ def test_rejected_start_destroys_nothing(runs: Runs) -> None:
 
 
 class Mixup(Counted):
-    """Draws from numpy in its loss, from the fourth call on."""
+    """A task that draws from numpy in its loss, from the fourth call on."""
 
     calls = 0
 
@@ -358,8 +358,8 @@ class CollateDraws(OneAtATime):
     ("name", "expected"),
     [("Mixup", "the forward draws"), ("ManyDrawn", "__getitems__ draws"), ("CollateDraws", "collate draws")],
 )
-def test_draws_that_follow_the_micro_batch(runs: Runs, name: str, expected: str) -> None:
-    """They are reported, also from data workers; on one cut they repeat."""
+def test_draws_that_follow_the_micro_batch_are_reported(runs: Runs, name: str, expected: str) -> None:
+    """Draws in data workers are reported, too. They repeat on the same cut."""
     local = runs(1, *task(name))
     loaded = runs(1, *task(name, "data.workers=2"))
     for run in (local, loaded):
@@ -374,7 +374,7 @@ def test_stated_units_are_checked(runs: Runs, capfd: pytest.CaptureFixture[str])
 
 
 class Odd(Exception):
-    """Can be pickled, but not unpickled."""
+    """An exception that can be pickled, but not unpickled."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")

@@ -1,4 +1,4 @@
-"""The data's fingerprint: the same in every process, different if a sample changed, independent of random numbers."""
+"""Test that a fingerprint is the same in every process, changes with each sample, and ignores random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Record:
 
 
 class Picture:
-    """Has the attributes of a PIL image."""
+    """An object with the attributes of a PIL image."""
 
     mode, size = "L", (2, 2)
 
@@ -45,7 +45,7 @@ class Picture:
 
 
 class Made(list):  # type: ignore[type-arg]
-    """Makes its samples at each fetch."""
+    """A list that creates its samples at each fetch."""
 
     def __getitem__(self, index: Any) -> Any:
         made = super().__getitem__(index)
@@ -80,8 +80,7 @@ CHANGES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_changed_sample(kind: str) -> None:
-    """Of any kind, in any one of the hashed samples."""
+def test_any_changed_sample_changes_the_fingerprint(kind: str) -> None:
     before, after = CHANGES[kind]
     data = [before] * 100
     same = fingerprint(data, seed=1)
@@ -92,7 +91,7 @@ def test_changed_sample(kind: str) -> None:
         assert fingerprint([*data[:row], after, *data[row + 1 :]], seed=1) != same
 
 
-def test_changed_length() -> None:
+def test_a_changed_length_changes_the_fingerprint() -> None:
     assert len({fingerprint([1] * length, seed=0) for length in (1, 3, 15, 16, 17, 500)}) == 6
 
 
@@ -102,7 +101,7 @@ def test_moved_files_and_other_objects_do_not_count() -> None:
 
 
 class Drawing:
-    """Randomly cropped pictures, and labels."""
+    """A dataset of randomly cropped pictures with labels."""
 
     def __init__(self, draw: Any, label: int = 0) -> None:
         self.draw, self.label = draw, label
@@ -129,7 +128,7 @@ def clock() -> int:
 
 @pytest.mark.parametrize("draw", [Stateful, lambda: clock], ids=["generator", "clock"])
 def test_part_that_varies_is_left_out(draw: Any) -> None:
-    """The other parts still count; without other parts there is no fingerprint."""
+    """The other parts of a sample still count. Without other parts there is no fingerprint."""
     found = {fingerprint(Drawing(draw()), seed=0) for _ in range(10)}
     assert len(found) == 1
     assert found != {fingerprint(Drawing(draw(), label=1), seed=0)}
@@ -138,7 +137,7 @@ def test_part_that_varies_is_left_out(draw: Any) -> None:
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
 def test_default_generators_are_keyed(draw: Any) -> None:
-    """So randomly cropped pictures count, too."""
+    """The fingerprint therefore includes randomly cropped pictures."""
     same = fingerprint(Drawing(draw), seed=0)
     draw()
     assert same == fingerprint(Drawing(draw), seed=0)
@@ -160,7 +159,7 @@ def test_sample_that_cannot_be_fetched_gives_no_fingerprint() -> None:
     assert fingerprint(broken, seed=0) is None
 
 
-def test_many_at_once_and_through_a_subset() -> None:
+def test_fingerprint_does_not_depend_on_how_samples_are_fetched() -> None:
     counted = Counted()
     one, many = fingerprint(OneByOne(counted), seed=0), fingerprint(Many(counted), seed=0)
     assert one == many
@@ -169,7 +168,7 @@ def test_many_at_once_and_through_a_subset() -> None:
 
 
 class Opening:
-    """Opens its file at the first access, as many datasets do."""
+    """A dataset that opens its file at the first access, as many do."""
 
     def __init__(self) -> None:
         self.opened_by: int | None = None
@@ -189,7 +188,7 @@ def test_look_does_not_open_files_in_this_process() -> None:
 
 
 class Records:
-    """Reads records one after another from a file that is open from the start."""
+    """A dataset that reads records one after another from a file that is open from the start."""
 
     def __init__(self, file: Path) -> None:
         file.write_bytes(bytes(range(100)))
@@ -208,21 +207,21 @@ def test_look_does_not_move_the_position_of_an_open_file(tmp_path: Path) -> None
     assert data[0] == b"\0"
 
 
-def test_look_that_fails_dies_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_reports_a_failure_a_death_and_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isobatch.trainers.data.look.LOOK_S", 0.5)
     works = [lambda: 1 / 0, lambda: 3, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 4]
     first, second, *rest = look(works)
     assert first == Unseen("ZeroDivisionError: division by zero")
     assert second == 3
-    assert [type(one) for one in rest] == [Unseen, Unseen]
+    assert [type(result) for result in rest] == [Unseen, Unseen]
     (late,) = look([lambda: time.sleep(60)])
     assert "timed out" in late.why
     lost, kept = look([lambda: lambda: 1, lambda: 3])  # a lambda can't be pickled
     assert ("pickled" in lost.why, kept) == (True, 3)
 
 
-def test_same_in_another_process() -> None:
-    """With another hash seed, which orders sets differently."""
+def test_fingerprint_is_the_same_in_another_process() -> None:
+    """The other process has another hash seed, which orders sets differently."""
     data = '[{"text": "a", "ids": [1, 2.5], "of": {"x", "y", "z"}, "image": np.eye(2), "label": torch.ones(2)}] * 40'
     imports = "import numpy as np, torch; from isobatch.trainers.data.fingerprint import fingerprint"
     code = f"{imports}; print(fingerprint({data}, 3))"
@@ -234,7 +233,7 @@ def test_same_in_another_process() -> None:
 
 
 def test_tensors_in_memory_are_hashed_whole() -> None:
-    """Any value of any sample counts."""
+    """A change of any value of any sample changes the fingerprint."""
     found = set()
     for row in range(0, 500, 50):
         counted = Counted()

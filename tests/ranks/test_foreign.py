@@ -1,4 +1,4 @@
-"""Models and data that a config names, and that know nothing of this project."""
+"""Test models and data that a config names, from libraries that don't know this project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.trainers.model.targets import build
 from tests.support.harness import ROUNDING, Runs, distance
 
-GPT2 = transformers.GPT2LMHeadModel  # imported here, and not in every rank
+GPT2 = transformers.GPT2LMHeadModel  # imported once, before ranks are forked
 
 HERE = "tests.ranks.test_foreign"
 CONFIG = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 8, "vocab_size": 50, "attn_pdrop": 0}
@@ -33,7 +33,7 @@ LANGUAGE = (*TASK, *MODEL, *DATA, "data.val_args.rows=11")
 
 
 class Language:
-    """Only a loss: the config names model and data."""
+    """A task with only a loss, since the config names model and data."""
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         tokens = batch["input_ids"]
@@ -43,7 +43,7 @@ class Language:
 
 
 class Rows:
-    """Rows of a Hugging Face dataset: dicts, fetched many at once."""
+    """A dataset like Hugging Face's: rows are dicts, fetched many at once."""
 
     def __init__(self, rows: int) -> None:
         self.tokens = torch.randint(50, (rows, 9), generator=torch.Generator().manual_seed(0))
@@ -59,21 +59,21 @@ class Rows:
 
 
 def test_gpt2_is_the_same_on_all_cuts(runs: Runs) -> None:
-    """With dropout on embeddings and residuals; its tied weights are saved once, and load."""
+    """It has dropout on embeddings and residuals. Its tied weights are saved once, and can be loaded."""
     one, two = runs(1, *LANGUAGE), runs(2, *LANGUAGE, "batch.per_gpu=4")
     assert one.ends[0]["state"] == "finished", one.log()
     assert not [event for event in one.events() if event["event"] == "depends_on_cut"]
     assert distance(one.weights(), two.weights()) < ROUNDING
     assert "val/loss" in one.metrics()[-1]
-    began = GPT2(transformers.GPT2Config(**CONFIG, **TOKENS))
+    fresh = GPT2(transformers.GPT2Config(**CONFIG, **TOKENS))
     from safetensors.torch import load_model
 
-    load_model(began, one.run.final / "model.safetensors")
-    assert began.lm_head.weight is began.transformer.wte.weight
-    assert torch.equal(began.lm_head.weight, next(w for n, w in one.weights().items() if n.endswith("wte.weight")))
+    load_model(fresh, one.run.final / "model.safetensors")
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
+    assert torch.equal(fresh.lm_head.weight, next(w for n, w in one.weights().items() if n.endswith("wte.weight")))
 
 
-def test_gpt2_dropout_is_on_and_recomputed_alike(runs: Runs) -> None:
+def test_gpt2_dropout_is_on_and_recomputed_equally(runs: Runs) -> None:
     off = ("model.args.config.resid_pdrop=0", "model.args.config.embd_pdrop=0")
     on = runs(1, *LANGUAGE)
     assert distance(on.weights(), runs(1, *LANGUAGE, "recompute=[transformer.h.*]").weights()) < ROUNDING
@@ -92,7 +92,7 @@ def test_missing_model_and_data_have_to_be_named(runs: Runs) -> None:
 
 
 def test_arguments_with_a_target_are_made_first() -> None:
-    """Also in lists and in each other; a class's method is a target, too."""
+    """They may be inside lists and inside each other, and a class's method may be a target."""
     third = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 3}
     made = build("model", "builtins.dict", {"plain": {"a": 1}, "listed": [third, 2], "half": half(third)})
     assert made == {"plain": {"a": 1}, "listed": [Fraction(1, 3), 2], "half": Fraction(1, 6)}

@@ -1,4 +1,4 @@
-"""FSDP's own features: groups of modules, the memory of a rank, and that gathered weights are never stale."""
+"""Test FSDP's own features: groups of modules, the memory of a rank, and gathered weights that are never stale."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_elements_of_module_lists_are_gathered_one_by_one() -> None:
     assert groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "auto") == []
 
 
-def test_containers_within_module_lists_are_not_called() -> None:
+def test_containers_in_module_lists_form_no_group() -> None:
     inner = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     model = nn.Sequential(nn.ModuleList([inner, nn.ModuleDict({"a": nn.Sequential(nn.ModuleList([nn.Tanh()]))})]))
     assert set(groups(model, "auto")) == set(inner)
@@ -64,8 +64,8 @@ def test_group_has_one_dtype() -> None:
     refuse_mixed([*model.blocks, model.leave, model])
 
 
-def test_rank_holds_only_its_part(runs: Runs) -> None:
-    """Of parameters and optimizer state, also after a step; groups are freed after the forward."""
+def test_rank_holds_only_its_shard(runs: Runs) -> None:
+    """Groups are freed after the forward."""
     config = compose([*overrides("AdamW", "FSDP"), "optimizer=adamw", "task.args.width=64"])
     task = make_task(config)
     everything = sum(p.numel() for p in task.model().parameters())
@@ -86,7 +86,7 @@ def test_rank_holds_only_its_part(runs: Runs) -> None:
         assert modules == 3
 
 
-def test_evaluating_leaves_no_stale_weights(runs: Runs) -> None:
+def test_evaluations_leave_no_stale_weights(runs: Runs) -> None:
     """The average is swapped in and out around evaluations, which gather weights."""
     often = ("evaluate.every=1st", "ema=60sa")
     ddp = runs(1, *overrides(PLAIN, "DDP"), *often)
@@ -104,8 +104,8 @@ def test_groups_change_nothing(runs: Runs, more: tuple[str, ...]) -> None:
 def test_bf16_weights_equal_autocast_to_rounding(runs: Runs) -> None:
     half = ("precision=bf16", "engine.param_dtype=bf16")
     ddp = runs(1, *overrides("bf16", "DDP"))
-    apart = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), ddp.weights())
-    assert 1e-7 < apart < 2e-2
+    difference = distance(runs(2, *overrides("bf16", "FSDP"), *half).weights(), ddp.weights())
+    assert 1e-7 < difference < 2e-2
 
 
 def test_offload_needs_gpus(runs: Runs) -> None:
@@ -116,15 +116,14 @@ def test_offload_needs_gpus(runs: Runs) -> None:
     }
 
 
-def test_no_output(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fsdp_prints_no_warnings(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(2, *overrides(PLAIN, "FSDP"), "duration=2st")
     out, err = capfd.readouterr()
     assert (err, "Warning" in out) == ("", False)
 
 
 @pytest.mark.parametrize("call", ["method", "weight", "penalty"])
-def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
-    """A UserError that suggests what works."""
+def test_module_used_without_a_call_is_rejected_with_a_fix(runs: Runs, call: str) -> None:
     odd = (*overrides(PLAIN, "FSDP"), "task._target_=tests.ranks.test_fsdp.Uncalled", f"task.args.call={call}")
     end = runs(2, *odd).ends[0]
     assert end["raised"] == "UserError"
@@ -133,7 +132,7 @@ def test_modules_that_are_used_without_a_call(runs: Runs, call: str) -> None:
 
 
 class Uncalled(Blocks):
-    """The loss uses the first block's method or weight, or a penalty on the weight."""
+    """A task whose loss uses the first block's method or weight, or a penalty on the weight."""
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
         loss, units = super().loss(model, batch)
@@ -148,7 +147,7 @@ class Uncalled(Blocks):
 
 
 def test_state_that_is_not_sharded_is_rejected_after_the_first_step(runs: Runs) -> None:
-    """And not at the first checkpoint, when ten minutes of training would be lost."""
+    """Rejecting it at the first checkpoint would lose ten minutes of training."""
     columns = ("optimizer=custom", "optimizer._target_=tests.ranks.test_fsdp.Columns", "checkpoint.every=null")
     end = runs(2, *overrides(PLAIN, "FSDP"), *columns, "duration=3st").ends[0]
     assert end["raised"] == "UserError"
@@ -158,7 +157,7 @@ def test_state_that_is_not_sharded_is_rejected_after_the_first_step(runs: Runs) 
 
 
 class Columns(torch.optim.Optimizer):
-    """Keeps the mean of each column."""
+    """An optimizer that keeps the mean of each column."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})

@@ -1,4 +1,4 @@
-"""What is used of torch's internals is there in the installed version."""
+"""Test that the installed torch has the internals that we use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TRAINERS = Path(__file__).parents[2] / "trainers"
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_members(name: str) -> None:
+def test_internal_members_exist(name: str) -> None:
     module, _, owner = name.rpartition(".")
     found = getattr(import_module(module), owner)
     assert [member for member in MEMBERS[name].split() if not hasattr(found, member)] == []
 
 
-def test_nobody_else_imports_them() -> None:
-    """Except the collectives of FSDP, as the module says."""
+def test_only_one_module_imports_internals() -> None:
+    """The exception are the collectives of FSDP, as the module's docstring says."""
     private = re.compile(
         r"^\s*(from torch[\w.]* import .*\b_\w+|from torch\S*\._\S* import.*|.*\btorch\._[CcfF]\w*)", re.M
     )

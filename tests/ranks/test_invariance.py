@@ -1,4 +1,4 @@
-"""The second promise: for one global batch, the trajectory doesn't depend on how it is cut."""
+"""Test the second promise: the trajectory of a global batch doesn't depend on how it is cut."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def cut(per_gpu: int) -> tuple[str, ...]:
 
 
 class All(Counted):
-    """Everything that follows the sample: ghost BatchNorm, dropout of numbers and channels, augmentation, draws of
-    ``[index]``; a model that is called twice in a forward; samples of 0 to 6 units, or ``weight`` times as many.
+    """A task with everything that follows the sample.
 
-    In float64, as BatchNorm amplifies rounding: ghosts of two samples whose values are close have a tiny variance.
+    It has ghost BatchNorm, dropout of numbers and channels, augmentation, draws of ``[index]``, a model that is called
+    twice in a forward, and samples of 0 to 6 units, or ``weight`` times as many. It is in float64, since BatchNorm
+    amplifies rounding: ghosts of two samples whose values are close have a tiny variance.
     """
 
     def __init__(self, weight: float = 1.0, double: bool = True, bias: bool = False, **args: Any) -> None:
@@ -82,23 +83,23 @@ ALL = (
     "lr.peak=0.02", "evaluate.every=null", "log.every=1st", "batchnorm.mode=ghost", "batchnorm.ghost_size=4",
     "ema=96sa", "clip_norm=1.0",
 )  # fmt: skip
-# Rounding in float64 is 1e-16 a step; this leaves a factor of 10,000 for its amplification. A sum over another set of
-# samples, or in float32, differs by more than 1e-8.
+# A step rounds by 1e-16 in float64, which may be amplified 10,000 times. A sum over another set of samples, or in
+# float32, differs by more than 1e-8.
 EXACT = 1e-12
-# ranks, per-GPU batch at most; 12 ghosts are dealt evenly, unevenly (5 passes for 2 ranks), and one by one
+# Ranks and largest per-GPU batch. 12 ghosts are dealt evenly, unevenly (5 passes for 2 ranks), and one by one.
 ALL_CUTS = [(1, 8), (2, 10), (3, 4), (4, 12)]
 
 
 def same(one: Run, other: Run, within: float) -> float:
-    """Return the distances of two runs: of weights with running statistics, and of averages."""
+    """Check that two runs are at most ``within`` apart in weights and averages, and return their distance."""
     from safetensors.torch import load_file
 
     assert {end["state"] for end in (*one.ends, *other.ends)} == {"finished"}
     averages = [load_file(run.run.final / "ema.safetensors") for run in (one, other)]
-    apart = max(distance(floats(one.weights()), floats(other.weights())), distance(*map(floats, averages)))
-    assert apart < within, apart
+    difference = max(distance(floats(one.weights()), floats(other.weights())), distance(*map(floats, averages)))
+    assert difference < within, difference
     assert one.weights()["norm.num_batches_tracked"] == other.weights()["norm.num_batches_tracked"]
-    return apart
+    return difference
 
 
 def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_weights_are_the_same_on_all_cuts(runs: Runs) -> None:
-    """Dropout, unequal units, uneven shares; in the second epoch, too."""
+    """The task has dropout and unequal units. Some cuts have uneven shares, and the run enters a second epoch."""
     first = runs(1, *cut(96))
     assert first.ends[0]["step"] == 8
     for world, per_gpu in CUTS:
@@ -116,7 +117,7 @@ def test_weights_are_the_same_on_all_cuts(runs: Runs) -> None:
         assert other.metrics()[-1]["val/loss"] == pytest.approx(first.metrics()[-1]["val/loss"], rel=1e-5)
 
 
-def test_everything_that_follows_the_sample(runs: Runs) -> None:
+def test_everything_that_follows_the_sample_is_the_same_on_all_cuts(runs: Runs) -> None:
     first = runs(1, *ALL)
     assert not [event for event in first.events() if event["event"] == "depends_on_cut"]
     for world, per_gpu in ALL_CUTS:
@@ -133,29 +134,29 @@ def test_everything_that_follows_the_sample(runs: Runs) -> None:
     [
         ("batch.global_size=24", "batch.schedule='0sa:24 120sa:60'"),
         ("task.args.weight=0.37",),
-        ("batch.global_size=8", "batchnorm.ghost_size=2", "task.args.samples=56"),  # some passes have no units at all
+        ("batch.global_size=8", "batchnorm.ghost_size=2", "task.args.samples=56"),  # some passes have no units
         ("recompute=[channels,norm]", "data.workers=1"),
     ],
 )
-def test_other_batches_and_units(runs: Runs, overrides: tuple[str, ...]) -> None:
-    """A batch schedule, float weights, few units, recomputed activations."""
+def test_other_batches_and_units_are_the_same_on_all_cuts(runs: Runs, overrides: tuple[str, ...]) -> None:
+    """Test a batch schedule, float weights, few units, and recomputed activations."""
     first = runs(1, *ALL, *overrides)
     for world, per_gpu in ((2, 4), (3, 8)):
         same(first, runs(world, *ALL, *overrides, f"batch.per_gpu={per_gpu}"), EXACT)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars", "adafactor", "muon"])
-def test_every_optimizer(runs: Runs, optimizer: str) -> None:
-    """Also Muon, whose iteration is in bfloat16: its float64 inputs round to the same numbers."""
+def test_every_optimizer_is_the_same_on_all_cuts(runs: Runs, optimizer: str) -> None:
+    """This includes Muon, whose float64 inputs round to the same numbers for its iteration in bfloat16."""
     chosen = (*ALL, f"optimizer={optimizer}", "lr.peak=0.003")
     same(runs(1, *chosen), runs(4, *chosen, "batch.per_gpu=4"), EXACT)
 
 
 def test_adam_amplifies_only_rounding(runs: Runs) -> None:
-    """A bias before BatchNorm has only rounding as gradient, which AdamW scales to a full step.
+    """The gradient of a bias before BatchNorm is only rounding, which AdamW scales to a full step.
 
-    So these biases walk at random, at most the learning rate each step and in each of the two runs: 12 × 2 × 0.003, or
-    0.072. In float64 rounding is 1e-8 of Adam's ε, so that a step of a bias is at most 1e-8 of the learning rate.
+    These biases walk at random, at most by the learning rate in each step of each of the two runs: 12 × 2 × 0.003, or
+    0.072. In float64 rounding is 1e-8 of Adam's ε, so a step of a bias is at most 1e-8 of the learning rate.
     """
     adam = (*ALL, "optimizer=adamw", "lr.peak=0.003", "task.args.bias=true")
     single = (*adam, "task.args.double=false")
@@ -164,7 +165,7 @@ def test_adam_amplifies_only_rounding(runs: Runs) -> None:
 
 
 def test_clipping_sees_the_whole_gradient(runs: Runs) -> None:
-    """Clipping at every step changes the run, but doesn't depend on the cut."""
+    """Clipping at every step changes the run in the same way on any cut."""
     whole = runs(1, *cut(96), "clip_norm=0.05")
     parts = runs(3, *cut(7), "clip_norm=0.05")
     assert distance(whole.weights(), runs(1, *cut(96)).weights()) > 1e-2
@@ -172,8 +173,8 @@ def test_clipping_sees_the_whole_gradient(runs: Runs) -> None:
     assert distance(whole.weights(), parts.weights()) < ROUNDING
 
 
-def test_more_ranks_than_samples(runs: Runs) -> None:
-    """Ranks without a sample run stand-ins; the weights are those of one rank."""
+def test_more_ranks_than_samples_give_the_same_run(runs: Runs) -> None:
+    """Ranks without a sample run stand-ins."""
     two = ("batch.global_size=2", "task.args.samples=50", "duration=10st")
     assert distance(runs(1, *COUNTED, *two).weights(), runs(4, *COUNTED, *two).weights()) < ROUNDING
 
@@ -186,7 +187,7 @@ def test_dataset_shorter_than_a_batch_wraps(runs: Runs) -> None:
 
 @pytest.mark.parametrize("many", [False, True])
 def test_data_workers_change_nothing(runs: Runs, many: bool) -> None:
-    """Augmentation is keyed by the sample: the same from workers, on two ranks, by single or by many samples."""
+    """Augmentation is keyed by the sample, so it doesn't depend on workers, ranks, or how samples are fetched."""
     slow = (*COUNTED, "task._target_=tests.support.tasks.Slow", "duration=8st")
     direct = runs(1, *slow, "batch.per_gpu=50")
     loaded = runs(2, *slow, "batch.per_gpu=9", "data.workers=2", f"task.args.many={many}")

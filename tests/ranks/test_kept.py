@@ -1,4 +1,4 @@
-"""Checkpoints of models and optimizers of every kind: nothing may be missing, or the run is rejected at once."""
+"""Test that checkpoints of all kinds of models and optimizers are complete, and test who holds the run's lock."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ def same(a: Run, b: Run) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers(runs: Runs, optimizer: str) -> None:
+def test_every_optimizer_is_restored(runs: Runs, optimizer: str) -> None:
     task = (*TASK, *OPTIMIZERS[optimizer])
     run = runs(2, *task, resume=runs(2, *task, stop_at=13))
     assert same(run, runs(2, *task))
 
 
 @pytest.mark.parametrize("kind", ["double", "frozen"])
-def test_models(runs: Runs, kind: str) -> None:
-    """float64, clipped; a frozen parameter, a buffer that the module replaces, an average of all."""
+def test_every_model_is_restored(runs: Runs, kind: str) -> None:
+    """Test weights in float64, a frozen parameter and a reassigned buffer, with clipping and an average."""
     task = (*TASK, "lr.peak=0.05", f"task.args.kind={kind}", "clip_norm=0.5", "ema=100sa")
     run = runs(2, *task, resume=runs(2, *task, stop_at=13))
     assert same(run, runs(2, *task))
 
 
 def test_state_that_cannot_be_saved_is_rejected_after_the_first_step(runs: Runs) -> None:
-    """A tuple would come back as a list."""
+    """A tuple would be restored as a list."""
     end = runs(2, *TASK, *OWN, "optimizer.args.state=tuple").ends[0]
     assert end["raised"] == "UserError"
     assert "the optimizer Counting keeps optim/0.weight/odd=(1, 2), which a checkpoint can't hold" in end["message"]
 
 
 def test_skipped_step_leaves_no_trace_in_buffers(runs: Runs) -> None:
-    """NaN in one micro-batch's inputs: also if the module made a new buffer of it."""
+    """A micro-batch with NaN inputs leaves none, even if the module assigned a new buffer."""
     run = runs(1, *TASK, "lr.peak=0.05", "task.args.call=5", "on_nonfinite=skip")
     assert run.ends[0]["state"] == "finished"
     assert all(torch.isfinite(value).all() for value in run.weights().values())
@@ -102,7 +102,7 @@ def test_last_checkpoint_is_saved_before_the_last_evaluation(runs: Runs) -> None
 
 
 def test_lock_outlives_its_process(tmp_path: Path) -> None:
-    """Between a worker's death and the next start the directory is still its launch's."""
+    """The launch still owns the directory between a worker's death and the next start."""
     run = RunDir(tmp_path / "run")
 
     def in_fork(body: Any) -> int:
@@ -115,21 +115,21 @@ def test_lock_outlives_its_process(tmp_path: Path) -> None:
             os._exit(2)
 
     def worker() -> None:
-        os.environ[LOCK_FD] = str(handed_on.fileno())
+        os.environ[LOCK_FD] = str(passed_on.fileno())
         run.lock()
 
-    handed_on = open_lock(run.path)
+    passed_on = open_lock(run.path)
     assert in_fork(worker) == 0
     began = time.monotonic()
     assert in_fork(lambda: run.lock()) == 2
     assert time.monotonic() - began < 5
     assert in_fork(worker) == 0  # the next start of the same launch
-    handed_on.close()
+    passed_on.close()
     assert in_fork(lambda: run.lock()) == 0
 
 
 def test_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
-    """It may outlive the launch."""
+    """The process may outlive the launch."""
     run = RunDir(tmp_path / "run")
 
     def work(_: Watch) -> None:
@@ -138,19 +138,19 @@ def test_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
             time.sleep(60)
         os._exit(0)
 
-    handed_on = open_lock(run.path)
-    lock = {LOCK_FD: str(handed_on.fileno())}
+    passed_on = open_lock(run.path)
+    lock = {LOCK_FD: str(passed_on.fileno())}
     worker = WorkerProcess(multiprocessing.get_context("fork"), 0, lock, Stop(), work, ())
     while worker.code is None:
         time.sleep(0.01)
-    handed_on.close()
+    passed_on.close()
     run.lock().close()
-    os.killpg(worker.pid, signal.SIGKILL)  # it was still alive
+    os.killpg(worker.pid, signal.SIGKILL)  # fails if the forked process has ended
 
 
 @pytest.mark.parametrize(("job", "code"), [(("7", 1), 0), (("7", 0), 2), (("8", 1), 2), ((), 2)])
 def test_requeued_job_waits_for_its_own_lock(tmp_path: Path, job: tuple[Any, ...], code: int) -> None:
-    """A network disk may keep the lock of a machine that was lost for a while."""
+    """A network disk may keep the lock of a lost machine for a while."""
     run = RunDir(tmp_path / "run")
     lost = run.lock("7", 0)
     if (pid := os.fork()) == 0:

@@ -1,4 +1,4 @@
-"""Dropout keyed by the sample: its rate, its independence, and that it is the same however a batch is cut."""
+"""Test dropout keyed by the sample: its rate, its independence, and that it doesn't depend on the cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def masks(p: float, positions: range, features: int, *, seed: int = 0, layers: int = 1, calls: int = 1) -> Tensor:
-    """Return the kept elements, float [layers, calls, samples, features], of as many layers and calls."""
+    """Return the kept elements of some layers and calls, float [layers, calls, samples, features]."""
     stream = Stream(seed, CPU)
     model = key_dropout(nn.ModuleList(nn.Dropout(p) for _ in range(layers)), stream)
     assert isinstance(model, nn.ModuleList)
@@ -30,15 +30,15 @@ def masks(p: float, positions: range, features: int, *, seed: int = 0, layers: i
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_keep_rate(p: float) -> None:
-    """Over a million elements within five standard deviations, also over each sample and each feature."""
+def test_elements_are_kept_at_the_rate_of_p(p: float) -> None:
+    """The rates over a million elements, each sample and each feature are within five standard deviations."""
     kept = masks(p, range(1000), 1000)[0, 0]
     for part, count in ((kept.mean(), 1e6), (kept.mean(0), 1e3), (kept.mean(1), 1e3)):
         assert (part - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / count)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_the_ends_of_p(p: float) -> None:
+def test_p_of_0_keeps_and_p_of_1_drops_everything(p: float) -> None:
     assert masks(p, range(10), 100).mean() == 1 - p
 
 
@@ -69,14 +69,14 @@ def test_masks_are_independent() -> None:
 
 
 def test_element_pairs_are_independent() -> None:
-    """Correlations of all pairs of 64 elements over 10,000 samples stay within 2,016 draws of noise."""
+    """The largest of the 2,016 correlations of 64 elements over 10,000 samples is within noise."""
     kept = masks(0.5, range(10_000), 64)[0, 0] * 2 - 1
     correlations = (kept.T @ kept / len(kept)).fill_diagonal_(0)
     assert correlations.abs().max() < 5 / math.sqrt(len(kept))
 
 
 def test_mask_follows_the_sample() -> None:
-    """A sample has the same mask in any cut as in the whole batch."""
+    """A sample's mask is the same on any cut as in the whole batch."""
     whole = masks(0.3, range(40, 100), 33)[0, 0]
     for start, stop in ((40, 41), (47, 90), (99, 100)):
         assert torch.equal(masks(0.3, range(start, stop), 33)[0, 0], whole[start - 40 : stop - 40])
@@ -107,7 +107,7 @@ def test_other_rows_fall_back_and_are_reported() -> None:
 
 
 def test_other_draws_of_a_forward_are_reported_and_repeat() -> None:
-    """Functional dropout is keyed by micro-batch; the first forward reports it."""
+    """Functional dropout is keyed by micro-batch. The first forward reports it."""
     reports: list[str] = []
     stream = Stream(0, CPU, reports.append)
     keyed = key_dropout(nn.Dropout(0.5), stream)
@@ -134,7 +134,7 @@ def test_channels_are_dropped_whole() -> None:
 
 
 def test_recomputed_activations_get_the_same_masks() -> None:
-    """A layer that is called twice in a forward, each time under activation checkpointing."""
+    """The layer is called twice in a forward, each time with activation checkpointing."""
 
     def gradient(recompute: bool) -> Tensor:
         stream = Stream(0, CPU)
@@ -153,7 +153,7 @@ def test_recomputed_activations_get_the_same_masks() -> None:
 
 
 class Twice(nn.Module):
-    """Calls one layer twice on the same input."""
+    """A model that calls one layer twice on the same input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Twice(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_masks_equal_eager_ones() -> None:
-    """One compilation per number of samples serves all positions; calls stay separate."""
+    """One compilation per number of samples serves all positions. Two calls get different masks."""
     counters.clear()
     stream = Stream(0, CPU)
     plain = key_dropout(Twice(), stream)
@@ -205,7 +205,7 @@ def test_augmentation_is_keyed_by_position() -> None:
 
 
 def test_different_uses_at_one_position_draw_different_numbers() -> None:
-    """A forward doesn't repeat the dataset's, augment's or collate's draws for its first sample."""
+    """A forward doesn't repeat the draws of the dataset, augment or collate for its first sample."""
 
     class Drawing:
         collate = staticmethod(lambda samples: (*samples[0], torch.rand(3)))

@@ -1,4 +1,4 @@
-"""Keyword arguments that aren't part of the identity: ``task.local`` and ``data.local``."""
+"""Test keyword arguments that aren't part of the identity: ``task.local`` and ``data.local``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def task_of(*overrides: str) -> Any:
     return make_task(compose(overrides))
 
 
-def test_local_reaches_the_constructors_beside_args() -> None:
+def test_local_is_passed_to_the_constructors_with_args() -> None:
     cache = f"{{_target_: {HERE}.Rows, rows: 7}}"
     task = task_of(
         *TASK, "task.args.width=2", "task.args.folder=null", "task.local.folder=/x", f"task.local.cache={cache}"
@@ -66,7 +66,7 @@ def test_local_reaches_the_constructors_beside_args() -> None:
         ((*TASK, "data.local.cache=/x"), "data.local need data._target_"),
     ],
 )
-def test_argument_is_given_once(overrides: tuple[str, ...], expected: str) -> None:
+def test_argument_given_twice_is_rejected(overrides: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         compose(overrides)
 
@@ -77,16 +77,16 @@ def test_unknown_argument_is_rejected() -> None:
 
 
 def test_local_may_change_on_a_resume(tmp_path: Path) -> None:
-    """Arguments that aren't given again are kept, one by one; action=evaluate takes another path."""
+    """Each argument that isn't given again is kept. action=evaluate may change them, too."""
     before = compose([*DATA, "task.local={folder: /x, cache: 1}", "data.local.cache=/x"])
     assert identity(before) == identity(compose(DATA))
     (tmp_path / "config.yaml").write_text(dump(before))
     (tmp_path / "plan.json").touch()
-    again = [compose([f"run.dir={tmp_path}", "task.local.folder=/y"])]
-    again.append(compose(["action=evaluate", f"init_from={tmp_path}", "task.local.folder=/y"]))
-    for config in again:
+    resumed = compose([f"run.dir={tmp_path}", "task.local.folder=/y"])
+    evaluated = compose(["action=evaluate", f"init_from={tmp_path}", "task.local.folder=/y"])
+    for config in (resumed, evaluated):
         assert (config.task.local, config.data.local) == ({"folder": "/y", "cache": 1}, {"cache": "/x"})
-    assert identity(again[0]) == identity(before)
+    assert identity(resumed) == identity(before)
 
 
 def test_local_may_differ_between_machines(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""No rank needs the whole sharded model to save it or to resume, measured by peaks of memory."""
+"""Test by peaks of memory that no rank needs the whole sharded model to save it or to resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tensors.sharding import gathered, slices_of
 from isobatch.trainers.tensors.slices import Reader, Slice
-from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  which is imported once
+from tests.ranks.test_deepspeed import deepspeed  # noqa: F401  a fixture
 from tests.support.harness import in_ranks
 from tests.support.same import ENGINES
 
@@ -45,7 +45,7 @@ TASK = (
 
 
 class Deep:
-    """Many layers of one size."""
+    """A task whose model has many layers of one size."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.ModuleList(Layer() for _ in range(LAYERS)))
@@ -85,7 +85,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
     """Return the peaks of a save after a step, of writing ``final/``, and of resuming in a new engine.
 
     Args:
-        naive: gather all shards for each of them.
+        naive: gather all shards in each phase.
     """
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 18)  # so that freed memory returns to the system
     config = compose(["data.workers=0", *TASK, *ENGINES[engine]])
@@ -97,7 +97,7 @@ def phases(world: World, engine: str, folder: Path, naive: bool) -> dict[str, fl
     def made() -> Engine:
         found = make_engine(config, task, task.model(), plan.peak, world)
         if naive:
-            bring_together(found, world)
+            gather_everything(found, world)
         return found
 
     trained, state = made(), TrainState(plan)
@@ -122,8 +122,8 @@ def step(engine: Engine, state: TrainState) -> None:
     state.samples, state.steps = step.stop, step.index + 1
 
 
-def bring_together(engine: Any, world: World) -> None:
-    """Make it save, restore and return whole tensors, so that each rank has all of them at once."""
+def gather_everything(engine: Any, world: World) -> None:
+    """Make an engine save, restore and return whole tensors, so that each rank holds all of them at once."""
     kept, whole, restore = list[Tensor](), engine.whole, engine.restore
 
     def slices() -> Iterator[Slice]:
@@ -144,7 +144,7 @@ def bring_together(engine: Any, world: World) -> None:
 
 
 def largest(engine: str, folder: Path, naive: bool = False) -> dict[str, float]:
-    """Return the peaks of the rank that needs most, in MB."""
+    """Return the largest peak over ranks of each phase, in MB."""
     ranks = in_ranks(RANKS, partial(phases, engine=engine, folder=folder, naive=naive), folder)
     assert all("raised" not in rank for rank in ranks), ranks
     return {phase: max(rank[phase] for rank in ranks) for phase in ranks[0]}
@@ -155,15 +155,15 @@ def measurable() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pytest.skip("this kernel doesn't count peaks anew")
+        pytest.skip("this kernel can't reset the peak of memory")
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "ZeRO-3"])
-def test_rank_needs_memory_for_its_part(engine: str, tmp_path: Path) -> None:
+def test_rank_needs_memory_only_for_its_shard(engine: str, tmp_path: Path) -> None:
     found = largest(engine, tmp_path)
     assert all(found[phase] < most for phase, most in MOST_MB.items()), found
 
 
-def test_gathering_everything_shows(tmp_path: Path) -> None:
+def test_gathering_everything_raises_the_peaks(tmp_path: Path) -> None:
     found = largest("FSDP", tmp_path, naive=True)
     assert all(found[phase] > 2 * most for phase, most in MOST_MB.items()), found

@@ -1,4 +1,4 @@
-"""Frozen submodules: those that model() returns in eval mode stay in it, on every engine."""
+"""Test that frozen submodules which model() returns in eval mode stay in it on every engine."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def shared() -> nn.Module:
         (model_of(backbone=block(frozen=True).eval(), head=nn.Linear(3, 1)), ["backbone"]),
         (with_one_module_in_train_mode(), ["teacher"]),
         (shared(), ["a.1", "b.1"]),
-        # as in LoRA: a frozen base in train mode, also one with a norm
+        # a frozen base in train mode, as in LoRA, here with a norm
         (model_of(base=block(frozen=True), adapter=nn.Linear(3, 3)), []),
-        (model_of(pretrained=block().eval(), head=nn.Linear(3, 1)), []),  # by from_pretrained, which leaves eval mode
+        (model_of(pretrained=block().eval(), head=nn.Linear(3, 1)), []),  # from_pretrained leaves models in eval mode
         (model_of(pretrained=block().eval()).eval(), []),
         (model_of(drop=nn.Dropout().eval(), head=nn.Linear(3, 1)), []),
         (block(frozen=True).eval(), []),
@@ -66,7 +66,7 @@ def test_modules_that_stay_in_eval_mode(model: nn.Module, frozen: list[str]) -> 
     returned = {module: module.training for module in model.modules()}
     modes = Modes(model)
     assert list(modes.frozen) == frozen
-    for _ in range(2):  # the second time after an evaluation
+    for _ in range(2):  # at the start, and after an evaluation
         modes.train()
         inside = {inner for module in modes.frozen.values() for inner in module.modules()}
         for module, training in returned.items():
@@ -77,7 +77,7 @@ def test_modules_that_stay_in_eval_mode(model: nn.Module, frozen: list[str]) -> 
 
 
 class Merging(nn.Linear):
-    """Merges an adapter into the weight for evaluations, and takes it out for training, like loralib."""
+    """A layer that merges an adapter into its weight for evaluations and removes it for training, like loralib."""
 
     merged = False
 
@@ -119,7 +119,7 @@ def test_normalisation_layers_are_recognised(module: nn.Module, norm: bool) -> N
 
 
 class Distilled(Counted):
-    """A student with a frozen and a trained BatchNorm, and a teacher with visible running statistics and dropout."""
+    """A task whose student has a frozen and a trained BatchNorm. Its teacher has running statistics and dropout."""
 
     def model(self) -> nn.Module:
         return Student(self.width)
@@ -153,7 +153,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_frozen_modules_do_not_change(whole: Any) -> None:
-    """With an evaluation in between; the average has no copy of them, and final/ is complete."""
+    """The run has evaluations in between. The average has no copy of frozen modules, and final/ is complete."""
     torch.manual_seed(0)
     first, final, average = Distilled().model().state_dict(), whole.weights(), whole.weights("ema.safetensors")
     frozen = [name for name in first if name.startswith(("teacher.", "frozen."))]
@@ -169,7 +169,9 @@ def test_frozen_modules_do_not_change(whole: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["engine=ddp", "engine=fsdp", "engine=deepspeed engine.stage=1", "engine=deepspeed engine.stage=3"])  # fmt: skip # noqa: E501
-def test_frozen_modules_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, whole: Any, engine: str) -> None:
+def test_frozen_modules_are_the_same_on_other_ranks_and_engines_and_after_a_stop(
+    runs: Runs, whole: Any, engine: str
+) -> None:
     overrides = (*DISTILLED, *engine.split())
     run = runs(2, *overrides, resume=runs(3, *overrides, "batch.per_gpu=4", stop_at=4))
     assert run.ends[0]["state"] == "finished", run.ends
@@ -180,7 +182,7 @@ def test_frozen_modules_on_other_ranks_and_engines_and_after_a_stop(runs: Runs, 
 def test_checkpoint_with_an_average_of_frozen_parameters_resumes(
     runs: Runs, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As earlier versions saved it."""
+    """Earlier versions saved such checkpoints."""
     with monkeypatch.context() as older:
         older.setattr(State, "_trained", lambda self: dict(self._model.named_parameters()))
         run = runs(1, *DISTILLED, stop_at=4)
@@ -191,6 +193,6 @@ def test_checkpoint_with_an_average_of_frozen_parameters_resumes(
 
 
 def test_frozen_batchnorm_is_not_reported_as_dependent_on_the_cut(runs: Runs) -> None:
-    plain = [one for one in DISTILLED if not one.startswith("batchnorm")]
+    plain = [text for text in DISTILLED if not text.startswith("batchnorm")]
     events = runs(1, *plain, "duration=1st").events()
     assert [e["reason"].partition(" ")[0] for e in events if e["event"] == "depends_on_cut"] == ["1"]

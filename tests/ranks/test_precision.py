@@ -25,7 +25,7 @@ from isobatch.trainers.optim.make import make_optimizer
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.task import Task
-from tests.ranks.test_batchnorm import apart
+from tests.ranks.test_batchnorm import largest_distance
 from tests.support.harness import ROUNDING, Runs, distance
 from tests.support.tasks import Counted
 
@@ -72,8 +72,8 @@ def test_recomputing_changes_no_weight_and_no_statistics(runs: Runs) -> None:
     """A block is called twice: it has two masks, and its statistics count once."""
     again = "recompute=[blocks.*]"
     plain = runs(1, *BLOCKS)
-    assert apart(plain, runs(1, *BLOCKS, again)) < ROUNDING
-    assert apart(plain, runs(2, *BLOCKS, again)) < ROUNDING
+    assert largest_distance(plain, runs(1, *BLOCKS, again)) < ROUNDING
+    assert largest_distance(plain, runs(2, *BLOCKS, again)) < ROUNDING
 
 
 def test_recomputing_saves_memory() -> None:
@@ -244,7 +244,7 @@ def test_compiled_model_is_the_same_run(runs: Runs) -> None:
     """Dropout, BatchNorm, a recomputed block, passes of 24 and 12 samples: weights, statistics and names."""
     uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
     compiled = runs(1, *uneven, "compile=true", "recompute=[blocks.1]", "batch.per_gpu=24")
-    assert apart(runs(1, *uneven), compiled) < ROUNDING
+    assert largest_distance(runs(1, *uneven), compiled) < ROUNDING
     assert not [event for event in compiled.events() if event["event"] == "depends_on_cut"]
 
 

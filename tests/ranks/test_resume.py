@@ -1,4 +1,4 @@
-"""Resuming: a run that was stopped and resumed on other hardware ends as if it had never stopped."""
+"""Test that a run that was stopped and resumed on other hardware ends as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEWER = (*TASK, "task.args.samples=200")  # 10 steps an epoch
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run]:
-    """Return runs by (world, *overrides), and those stopped at a step by (world, *overrides, step), each made once."""
+    """Return runs by (world, *overrides), and stopped runs by (world, *overrides, step). Each is trained once."""
     runs, found = Runs(tmp_path_factory.mktemp("whole")), {}
 
     class Whole(dict):  # type: ignore[type-arg]
@@ -46,13 +46,13 @@ def lines(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in run.metrics()]
 
 
-def bitwise(a: Run, b: Run) -> bool:
+def bitwise_equal(a: Run, b: Run) -> bool:
     return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
 
 
 @pytest.mark.parametrize(("world", "optimizer"), [(1, "sgd"), (3, "adamw")])
-def test_bitwise_equal_on_the_same_world(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
-    """Weights, averages and every line of metrics; stopped twice in an epoch."""
+def test_resumed_run_is_bitwise_equal_on_the_same_world(runs: Runs, whole: Any, world: int, optimizer: str) -> None:
+    """The run is stopped twice in an epoch. Compare weights, averages and every line of metrics."""
     overrides = (*FEWER, f"optimizer={optimizer}", "ema=100sa", "batch.per_gpu=4")
     run = runs(world, *overrides, stop_at=13)
     assert run.ends[0] == {"state": "stopped", "step": 13, "samples": 260, "cause": "SIGTERM"}
@@ -60,7 +60,7 @@ def test_bitwise_equal_on_the_same_world(runs: Runs, whole: Any, world: int, opt
     run = runs(world, *overrides, resume=run)
     assert run.ends[0]["state"] == "finished"
     uninterrupted = whole[(world, *overrides)]
-    assert bitwise(run, uninterrupted)
+    assert bitwise_equal(run, uninterrupted)
     assert lines(run) == lines(uninterrupted)
 
 
@@ -68,7 +68,7 @@ CUTS = [(1, ()), (2, ("batch.per_gpu=3",)), (4, ()), (3, ("batch.accumulation=2"
 
 
 @pytest.mark.parametrize(("world", "overrides"), CUTS, ids=lambda value: str(value))
-def test_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
+def test_resumed_run_is_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, overrides: Any) -> None:
     stopped = whole[(3, *FEWER, 13)]
     shutil.copytree(stopped.run.path, runs.folder / "run")
     run = runs(world, *FEWER, *overrides, resume=Run(RunDir(runs.folder / "run"), []))
@@ -80,8 +80,8 @@ def test_equal_to_rounding_on_other_worlds(runs: Runs, whole: Any, world: int, o
         assert line == pytest.approx(other, rel=1e-4)
 
 
-def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: Path) -> None:
-    """Counted by the task itself, in files of the ranks."""
+def test_every_sample_is_used_once_per_epoch_over_stops_and_worlds(runs: Runs, tmp_path: Path) -> None:
+    """The task records the samples in a file of each rank."""
     seen = tmp_path / "seen"
     seen.mkdir()
     task = (
@@ -98,7 +98,7 @@ def test_every_sample_once_an_epoch_over_stops_and_worlds(runs: Runs, tmp_path: 
 
 
 def test_global_batch_that_was_a_product_is_kept(runs: Runs) -> None:
-    """Given per GPU and accumulation on 2 ranks, the run keeps that global batch on 3."""
+    """The per-GPU batch and the accumulation on 2 ranks gave the global batch, which the run keeps on 3 ranks."""
     product = [part for part in TASK if "global_size" not in part] + ["batch.per_gpu=5", "batch.accumulation=2"]
     run = runs(2, *product, stop_at=10)
     run = runs(3, *product, resume=run)
@@ -113,7 +113,7 @@ def steps_kept(run: Run) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in run.run.checkpoints.glob("step-*"))
 
 
-def test_the_newest_are_kept_and_the_best(runs: Runs) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(runs: Runs) -> None:
     run = runs(2, *TASK, "checkpoint.every=10st", "checkpoint.keep=3", "checkpoint.best=val/loss:min")
     values = {line["step"]: line["val/loss"] for line in run.metrics() if "val/loss" in line}
     best = min(values, key=lambda step: values[step])
@@ -121,7 +121,7 @@ def test_the_newest_are_kept_and_the_best(runs: Runs) -> None:
     assert (run.run.checkpoints / "best").resolve().name == f"step-{best:08d}"
 
 
-def test_saves_by_the_clock(runs: Runs) -> None:
+def test_checkpoints_are_saved_by_time(runs: Runs) -> None:
     """Rank 0's clock decides for all ranks."""
     run = runs(
         2, *TASK, "task._target_=tests.support.tasks.Counted", "checkpoint.every=0.001min", "checkpoint.keep=1000"
@@ -131,13 +131,13 @@ def test_saves_by_the_clock(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("every", ["1ep", "500sa", "25st"])
-def test_saves_by_epochs(runs: Runs, every: str) -> None:
+def test_checkpoints_are_saved_by_epochs_samples_or_steps(runs: Runs, every: str) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
     assert steps_kept(run) == [25, 50, 75]
 
 
-class Late(DelayedReadback):
-    """Like an accelerator: the result of a step arrives with the next one."""
+class OneStepLate(DelayedReadback):
+    """A readback like an accelerator's, where the result of a step arrives with the next step."""
 
     before: Any = None
 
@@ -151,15 +151,15 @@ class Late(DelayedReadback):
 
 
 def test_late_requests_are_handled_in_steps_that_wait_for_results(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock asks for a save in step 14, which is evaluated, and a signal for a stop in step 17, which is saved."""
+    """The clock asks for a save in step 14, which is evaluated. A signal asks for a stop in step 17, which is saved."""
     due = iter([False] * 13 + [True] + [False] * 99)
-    monkeypatch.setattr("isobatch.trainers.run.DelayedReadback", Late)
+    monkeypatch.setattr("isobatch.trainers.run.DelayedReadback", OneStepLate)
     monkeypatch.setattr("isobatch.trainers.run.Saver.due", lambda _: next(due))
     run = runs(2, *TASK, "checkpoint.every=17st", stop_at=17)
     assert steps_kept(run) == [14, 17]
 
 
-def test_saves_only_at_the_end_if_every_is_null(runs: Runs) -> None:
+def test_only_the_end_is_saved_if_every_is_null(runs: Runs) -> None:
     assert steps_kept(runs(1, *TASK, "checkpoint.every=null")) == [STEPS]
 
 
@@ -171,11 +171,11 @@ def test_finished_run_is_extended_to_a_longer_duration(runs: Runs, capfd: pytest
     run = runs(1, *TASK, "duration=4ep", resume=run, extends=True)
     assert run.ends[0] == {"state": "finished", "step": 100, "samples": 2000, "cause": ""}
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 101))
-    assert file.read_text().startswith(marked)  # its last evaluation isn't owed anymore
+    assert file.read_text().startswith(marked)  # the last evaluation isn't repeated
     assert distance(run.weights(), final) > 0
     assert "the learning rate changes from" in capfd.readouterr().out
     stopped = runs(1, *TASK, "duration=5ep", stop_at=110, resume=run, extends=True)
-    assert find(str(stopped.run.path)).name == "step-00000110"  # not final/, which is of the shorter run
+    assert find(str(stopped.run.path)).name == "step-00000110"  # final/ belongs to the shorter run
 
 
 # ---- damaged and missing checkpoints
@@ -188,19 +188,19 @@ def test_damaged_checkpoint_is_skipped_for_the_previous_one(runs: Runs, capfd: p
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    # The manifest is sealed again, so that only its values are wrong
+    # The manifest gets a new checksum, so that only its values are wrong.
     edit(run.run.checkpoints / "step-00000020", lambda saved: saved["values"]["optim/groups"][0].update(momentum="x"))
     run = runs(2, *TASK, resume=run)
     out = capfd.readouterr().out
     assert "checkpoint step-00000025 is skipped: rank-00001.safetensors" in out
     assert "checkpoint step-00000020 is skipped: optim/groups has momentum='x' in group 0" in out
     assert "resuming from step 10 of 75" in out
-    assert bitwise(run, uninterrupted)
+    assert bitwise_equal(run, uninterrupted)
     assert lines(run) == lines(uninterrupted)
 
 
 def test_skipped_checkpoint_is_not_used_later(runs: Runs) -> None:
-    """The newest checkpoint's file is missing for one start, and then it's back."""
+    """A file of the newest checkpoint is missing at one start, and is back at the next."""
     run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
     file = run.run.checkpoints / "step-00000025" / "rank-00001.safetensors"
     content = file.read_bytes()
@@ -214,8 +214,8 @@ def test_skipped_checkpoint_is_not_used_later(runs: Runs) -> None:
     assert [event["checkpoint"] for event in run.events() if event["event"] == "passed_over"] == [kept.name]
 
 
-def test_skipped_best_checkpoint(runs: Runs) -> None:
-    """An earlier one is the best until that step is trained again."""
+def test_earlier_checkpoint_replaces_a_skipped_best_one(runs: Runs) -> None:
+    """It is the best until the step of the skipped checkpoint is trained again."""
     task = (*TASK, "evaluate.every=5st", "checkpoint.every=null", "checkpoint.keep=3", "checkpoint.best=val/loss:min")
     run = runs(1, *task, stop_at=12)
     best = run.run.checkpoints / "best"
@@ -229,8 +229,8 @@ def test_skipped_best_checkpoint(runs: Runs) -> None:
     assert find(str(best)) == best.resolve()
 
 
-def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With on_error=stop the run has crashed, and the same command finishes it."""
+def test_failed_last_save_can_be_repeated(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With on_error=stop the run crashes, and the same command finishes it."""
     task = (*TASK, "checkpoint.every=60st", "checkpoint.on_error=stop")
 
     def full(run: RunDir, step: int, *_: Any, **options: Any) -> list[str]:
@@ -248,10 +248,10 @@ def test_the_last_save_fails(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Non
         assert other.ends[0]["state"] == "finished"
     run = runs(2, *task, resume=run)
     assert run.ends[0]["state"] == "finished"
-    assert bitwise(run, other)
+    assert bitwise_equal(run, other)
 
 
-def test_no_valid_checkpoint_is_rejected_and_nothing_overwritten(runs: Runs) -> None:
+def test_run_without_a_valid_checkpoint_is_rejected_and_not_overwritten(runs: Runs) -> None:
     run = runs(2, *TASK, "checkpoint.every=10st", stop_at=25)
     for manifest in run.run.checkpoints.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text()[:-100])
@@ -266,7 +266,7 @@ def test_no_valid_checkpoint_is_rejected_and_nothing_overwritten(runs: Runs) -> 
 
 
 def test_missing_checkpoints_are_reported(runs: Runs) -> None:
-    """A run that had saved doesn't silently restart from step 0."""
+    """A run that has saved never silently restarts from step 0."""
     run = runs(1, *TASK, stop_at=5)
     shutil.rmtree(run.run.checkpoints)
     metrics = run.metrics()
@@ -277,7 +277,7 @@ def test_missing_checkpoints_are_reported(runs: Runs) -> None:
 
 
 def test_changed_data_is_rejected_with_both_values(runs: Runs, tmp_path: Path) -> None:
-    """Another length, and the same length with a value changed; the second can be overruled."""
+    """Test another length, and the same length with other values. data.fingerprint=false allows the second."""
     file = tmp_path / "data.npy"
     data = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     np.save(file, data)
@@ -296,7 +296,7 @@ def test_changed_data_is_rejected_with_both_values(runs: Runs, tmp_path: Path) -
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
-    """Also half a line of a process that was killed while it wrote."""
+    """This includes half a line of a process that was killed while it wrote."""
     run = runs(1, *TASK, stop_at=5)
     file = run.run.path / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 6, "loss": 1}\n{"step": 7, "lo')
@@ -308,7 +308,7 @@ def test_metrics_beyond_the_checkpoint_are_dropped(runs: Runs) -> None:
 
 
 def test_nonfinite_step_is_skipped_on_all_ranks(runs: Runs) -> None:
-    """NaN on one rank: weights as if the step changed nothing; it is counted and reported."""
+    """A NaN on one rank leaves all weights unchanged. The skip is counted and reported."""
     task = (
         *TASK,
         "task._target_=tests.support.tasks.BecomesNaN",
@@ -326,7 +326,7 @@ def test_nonfinite_step_is_skipped_on_all_ranks(runs: Runs) -> None:
     assert [line.get("skipped") for line in run.metrics() if "loss" in line] == [None, None, 1, 1]
 
 
-def test_run_of_skipped_steps_fails(runs: Runs) -> None:
+def test_run_with_only_skipped_steps_fails(runs: Runs) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.AlwaysNaN", "on_nonfinite=skip")
     assert run.ends[0]["raised"] == "RunFailed"
     assert "none of the last 20 steps was finite" in run.ends[0]["message"]
