@@ -1,4 +1,4 @@
-"""The gradient noise scale of real models against plain torch on the same micro-batches and samples."""
+"""Compare the gradient noise scale of real models with plain torch on the same micro-batches and samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAINED = (
 
 
 class Kinds(Counted):
-    """A model without dropout whose gradients come in several ways."""
+    """A task without dropout whose model has an unusual kind of parameters."""
 
     def __init__(self, kind: str = "plain", **args: Any) -> None:
         super().__init__(dropout=0.0, **args)
@@ -70,7 +70,7 @@ def noise(run: Run) -> list[list[float | None]]:
 
 
 def by_hand(world: int, overrides: tuple[str, ...]) -> list[Smoothed]:
-    """Return tr Σ after each step by its definition: the deviation of the micro-batches' gradients from their mean."""
+    """Return tr Σ after each step by definition, from the micro-batches' gradients and their mean."""
     config = compose(list(overrides))
     seed_generators(config.seed)
     task = Kinds(**config.task.args)
@@ -116,13 +116,12 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
         (2, command("plain", "batch.global_size=21", "batch.per_gpu=6", "precision=fp16", "clip_norm=0.01"), 1e-2),
     ],
 )
-def test_noise_of_the_micro_batches(
+def test_noise_equals_that_of_the_micro_batches(
     runs: Runs, world: int, overrides: tuple[str, ...], off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accumulated, over ranks, or both; uneven, with stand-ins, clipped; unequal units; any dtype."""
-    monkeypatch.setattr(
-        "isobatch.trainers.engines.make.check_device", lambda config, device: None
-    )  # fp16, on the CPU, too
+    """Micro-batches are accumulated or on ranks, may be uneven or stand-ins, and have unequal units and any dtype."""
+    # allow fp16 on the CPU
+    monkeypatch.setattr("isobatch.trainers.engines.make.check_device", lambda config, device: None)
     some = (*overrides, "duration=3st")
     run = runs(world, *some)
     assert run.ends[0].get("step") == 3, run.ends
@@ -131,11 +130,11 @@ def test_noise_of_the_micro_batches(
         assert grad_sq == pytest.approx(known.grad_sq, rel=off, abs=off * known.trace)
 
 
-def test_noise_of_the_samples(runs: Runs) -> None:
-    """Ten epochs at fixed weights, against the gradients of all samples one by one.
+def test_noise_equals_that_of_the_samples(runs: Runs) -> None:
+    """Compare ten epochs at fixed weights with the gradients of all samples one by one.
 
-    Batches drawn from N samples without replacement estimate the |G|² of the distribution that the data is drawn from:
-    tr Σ/N less than the data's own.
+    Batches drawn from N samples without replacement estimate |G|² of the distribution that the data is drawn from,
+    which is tr Σ/N less than the data's own.
     """
     size = 1000
     seed_generators(0)
@@ -154,8 +153,8 @@ def test_noise_of_the_samples(runs: Runs) -> None:
     assert scale / 1.5 < low < trace / grad_sq < high < scale * 1.5
 
 
-def test_same_noise_on_any_ranks(runs: Runs) -> None:
-    """While it trains, with dropout: 1 rank of 4 passes, 2 of 2, 4 of 1."""
+def test_noise_is_the_same_on_any_ranks(runs: Runs) -> None:
+    """Train with dropout on 1 rank with 4 passes, 2 ranks with 2, and 4 ranks with 1."""
     first, *others = (noise(runs(world, *TRAINED, "noise.every=1st")) for world in (1, 2, 4))
     assert first[8][:3] == [None] * 3
     assert None not in first[-1]
@@ -164,7 +163,7 @@ def test_same_noise_on_any_ranks(runs: Runs) -> None:
         assert other[-1] == pytest.approx(first[-1], rel=1e-4)
 
 
-def test_measuring_changes_nothing_else_and_follows_its_interval(runs: Runs) -> None:
+def test_measuring_follows_its_interval_and_changes_no_weight(runs: Runs) -> None:
     without, every = runs(2, *TRAINED, "clip_norm=0.5"), runs(2, *TRAINED, "clip_norm=0.5", "noise.every=7st")
     assert all(torch.equal(tensor, every.weights()[name]) for name, tensor in without.weights().items())
     assert not any(name in line for line in without.metrics() for name in NAMES)
@@ -174,7 +173,7 @@ def test_measuring_changes_nothing_else_and_follows_its_interval(runs: Runs) -> 
 
 
 def test_resumed_run_keeps_the_noise(runs: Runs) -> None:
-    """Stopped after 14 of 20 steps: bit by bit on as many ranks, to rounding on others."""
+    """Stop after 14 of 20 steps. The noise is bitwise equal on the same ranks, and equal to rounding on others."""
     whole = noise(runs(2, *TRAINED, "noise.every=1st"))
     assert None not in whole[-1]
     for world, off in ((2, 0), (1, 1e-4)):
@@ -191,7 +190,7 @@ def test_one_micro_batch_per_step_is_reported(runs: Runs) -> None:
 
 
 def test_nonfinite_step_is_not_measured(runs: Runs) -> None:
-    """The second step is skipped; all values stay finite."""
+    """The second step is skipped, and all values stay finite."""
     bad = (
         "task=custom",
         "task._target_=tests.support.tasks.BecomesNaN",

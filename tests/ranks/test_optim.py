@@ -1,4 +1,4 @@
-"""LAMB and LARS against their papers' formulas, by the C kernel and by torch's operations."""
+"""Compare LAMB and LARS, by the C kernel and by torch's operations, with their papers' formulas."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_float64_stays_float64(cls: type[Layerwise]) -> None:
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
 def test_bf16_parameters_have_fp32_state_also_after_loading(cls: type[Layerwise], native: bool) -> None:
-    """The update equals that of float32 weights, rounded once; bit by bit the same after loading a state_dict."""
+    """The update equals that of float32 weights, rounded once, also bitwise after loading a state_dict."""
     low, high = weights(torch.bfloat16), [nn.Parameter(each.detach().float()) for each in weights(torch.bfloat16)]
     for a, b, gradient in zip(low, high, gradients(1), strict=True):
         a.grad, b.grad = gradient.bfloat16(), gradient.bfloat16().float()
@@ -129,8 +129,8 @@ def test_bf16_parameters_have_fp32_state_also_after_loading(cls: type[Layerwise]
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("cls", [LAMB, LARS])
-def test_any_order_in_memory(cls: type[Layerwise], native: bool) -> None:
-    """Channels last, a gradient with other strides than its parameter, and a parameter with gaps."""
+def test_any_order_in_memory_gives_the_same_update(cls: type[Layerwise], native: bool) -> None:
+    """Test channels_last, a gradient with other strides than its parameter, and a parameter with gaps."""
     plain = nn.Parameter(torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0)))
     last = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
     gaps = nn.Parameter(torch.zeros(4, 3, 5, 4)[..., ::2].copy_(plain.detach()))
@@ -165,7 +165,7 @@ def test_invalid_arguments_are_rejected() -> None:
             cls([nn.Parameter(torch.zeros(2))], **options)
 
 
-def test_closure_is_called_with_gradients() -> None:
+def test_closure_is_called_with_gradients_enabled() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = LAMB([parameter])
 

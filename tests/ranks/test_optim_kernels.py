@@ -1,4 +1,4 @@
-"""The C kernel of LAMB and LARS: built once, by the first process, and optional."""
+"""Test the C kernel of LAMB and LARS, which is optional and built once by the first process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.support.papers import after_steps, weights
 
 
 @pytest.fixture
-def no_kernels_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kernels.kernels.cache_clear()
     yield tmp_path
     kernels.kernels.cache_clear()
 
 
-def test_without_a_compiler_there_is_one_warning(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_gives_one_warning(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.warns(UserWarning, match="the C kernel of LAMB and LARS couldn't be built.*no-such-compiler"):
         found = after_steps(LAMB)
@@ -41,30 +41,30 @@ def test_without_a_compiler_there_is_one_warning(no_kernels_yet: Path, monkeypat
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_all_ranks_use_the_kernel_or_none(no_kernels_yet: Path) -> None:
+def test_all_ranks_use_the_kernel_or_none(empty_cache: Path) -> None:
     def body(world: World, lacking: int) -> list[bool]:
         if world.rank == lacking:
-            os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(no_kernels_yet / "other")}
+            os.environ |= {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(empty_cache / "other")}
         optimizer = LAMB(weights())
-        alone = optimizer._native
+        before = optimizer._native
         optimizer.agree()
-        return [alone, optimizer._native]
+        return [before, optimizer._native]
 
     for lacking, found in ((1, [[True, False], [False, False]]), (2, [[True, True]] * 2)):
-        assert in_ranks(2, lambda world, who=lacking: body(world, who), no_kernels_yet / "ranks") == found
+        assert in_ranks(2, lambda world, who=lacking: body(world, who), empty_cache / "ranks") == found
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_many_processes_may_build_at_once(no_kernels_yet: Path) -> None:
+def test_many_processes_may_build_at_once(empty_cache: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         libraries = list(pool.map(lambda _: kernels._built(), range(4)))
-    assert [path.name for path in no_kernels_yet.rglob("*")] == ["isobatch", libraries[0].name]
+    assert [path.name for path in empty_cache.rglob("*")] == ["isobatch", libraries[0].name]
     assert kernels.kernels() is not None
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_threads_are_torchs_and_change_no_bit(tmp_path: Path) -> None:
-    """In its own process, since one that ran threads can't be forked. The only OpenMP in it is torch's."""
+    """Run in a rank, since a process that ran threads can't be forked. Its only OpenMP library is torch's."""
 
     def body(world: World) -> Any:
         found, before = [], libraries()

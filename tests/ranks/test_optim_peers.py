@@ -1,4 +1,4 @@
-"""LAMB and LARS of timm, torch_optimizer and pytorch_optimizer are options of ours."""
+"""Test that LAMB and LARS of timm, torch_optimizer and pytorch_optimizer are options of ours."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.peers import import_alone, installed
 
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
 @pytest.mark.parametrize("native", PATHS)
-def test_lambs_of_other_packages(native: bool) -> None:
-    """timm's with its clip off, torch_optimizer's, and pytorch_optimizer's with the decay in the step."""
+def test_lambs_of_other_packages_are_options_of_ours(native: bool) -> None:
+    """timm clips nothing here, and pytorch_optimizer has the decay in the step."""
     timm, ranger, kozistr = (
         import_alone(f"{package}.lamb").Lamb
         for package in ("timm.optim", "torch_optimizer", "pytorch_optimizer.optimizer")
@@ -40,7 +40,7 @@ def test_lambs_of_other_packages(native: bool) -> None:
 @pytest.mark.skipif(not installed(), reason="timm, torch_optimizer and pytorch_optimizer aren't all installed")
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_lars_of_other_packages(native: bool, nesterov: bool) -> None:
+def test_lars_of_other_packages_are_options_of_ours(native: bool, nesterov: bool) -> None:
     timm, ranger = import_alone("timm.optim.lars").Lars, import_alone("torch_optimizer.lars").LARS
     for peer, peer_options, options in (
         (timm, {"trust_coeff": 0.01}, {}),
@@ -51,5 +51,5 @@ def test_lars_of_other_packages(native: bool, nesterov: bool) -> None:
         all_options: dict[str, Any] = {"trust_coefficient": 0.01, "scaled_momentum": False, "native": native, **options}
         a = after_steps(peer, falling=True, **shared, **peer_options)
         b = after_steps(LARS, falling=True, **shared, **all_options)
-        whole = range(ZERO_WEIGHTS)  # where a norm is 0, torch_optimizer leaves out the decay
+        whole = range(ZERO_WEIGHTS)  # torch_optimizer omits the decay where a norm is 0
         assert all(close(a[k], b[k].double()) for k in whole), (peer, peer_options)

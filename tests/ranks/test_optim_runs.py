@@ -1,4 +1,4 @@
-"""LAMB, LARS, Adafactor and Muon in runs: their groups, resumes, other numbers of ranks, and shards."""
+"""Test LAMB, LARS, Adafactor and Muon in runs: groups, resuming, other numbers of ranks, and shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNTED = (
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "adafactor", "muon"])
 def test_resumed_run_is_exact(runs: Runs, tmp_path: Path, name: str) -> None:
-    """Bit by bit on the same number of ranks, to rounding on another; and it does train."""
+    """It is bitwise equal on the same number of ranks, and equal to rounding on another. Its loss falls."""
     overrides = (*COUNTED, f"optimizer={name}", *(["optimizer.trust_coefficient=1"] if name == "lars" else []))
     whole = runs(2, *overrides)
     stopped = runs(2, *overrides, stop_at=4)
@@ -43,7 +43,7 @@ def test_resumed_run_is_exact(runs: Runs, tmp_path: Path, name: str) -> None:
     assert distance(whole.weights(), same.weights()) == 0
     assert (other.ends[0]["state"], other.ends[0]["step"]) == ("finished", 9)
     assert not any("skipped" in line for line in (same.log(), other.log()))
-    # Muon works in bfloat16, where one different rounding is 2^-8
+    # Muon works in bfloat16, where a different rounding is 2^-8
     assert distance(whole.weights(), other.weights()) < (1e-3 if name == "muon" else 1e-6)
     assert whole.losses()[-1] < whole.losses()[0]
 
@@ -64,7 +64,7 @@ def test_options_are_config_keys(runs: Runs) -> None:
 
 
 class ChannelsLast(Counted):
-    """A convolution whose weights have other strides than in a checkpoint."""
+    """A task with a convolution whose weights have other strides than in a checkpoint."""
 
     def model(self) -> nn.Module:
         convolution = nn.Conv2d(2, 7, 2).to(memory_format=torch.channels_last)
@@ -80,7 +80,7 @@ def test_state_has_the_strides_of_its_parameter(runs: Runs) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sgd_updates_every_16_bit_number(dtype: torch.dtype) -> None:
-    """torch 2.13's fused kernel doesn't update those that fill a vector, on the CPU."""
+    """On the CPU, torch 2.13's fused kernel doesn't update the numbers that fill a vector."""
     ours, plain = (nn.Parameter(torch.ones(67, dtype=dtype)) for _ in range(2))
     optimizers = fused(torch.optim.SGD, [{"params": [ours]}], {"lr": 0.5}), torch.optim.SGD([plain], 0.5, fused=False)
     for parameter, optimizer in zip((ours, plain), optimizers, strict=True):
@@ -91,7 +91,7 @@ def test_sgd_updates_every_16_bit_number(dtype: torch.dtype) -> None:
 
 
 class Tied(nn.Module):
-    """Embedding and head share a matrix; between them a matrix, a convolution's weights and a norm."""
+    """A model whose embedding and head share a matrix. Between them are a matrix, a convolution and a norm."""
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_muon_rejects_other_shapes() -> None:
 
 @pytest.mark.parametrize("cls", [LAMB, LARS])
 def test_norms_of_sharded_tensors_are_of_the_whole_tensor(cls: type[Layerwise], tmp_path: Path) -> None:
-    """FSDP2 shards by rows: 7 rows unequally, and the second rank has none of a single row."""
+    """FSDP2 shards by rows: 7 rows unequally, and a single row on the first rank only."""
     shapes, random = [(7, 5), (1, 6), (4,)], torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=random) for shape in shapes]
     gradients = [torch.randn(shape, generator=random) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Unit tests of the loader, evaluation, optimizers and the engine."""
+"""Test the loader, evaluation, optimizers and the engine by themselves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plan(*overrides: str, world: int = 1) -> Plan:
 
 
 class Indexed(Counted):
-    """Its samples are their own indices."""
+    """A task whose samples are their own indices."""
 
     def train_data(self) -> Any:
         return TensorDataset(torch.arange(500))
@@ -77,7 +77,7 @@ def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None
         loader.close()
 
 
-def test_every_sample_once_an_epoch_through_the_loader() -> None:
+def test_loader_gives_every_sample_once_per_epoch() -> None:
     whole = plan("batch.global_size=100", "duration=2ep")
     task = Indexed()
     loader = Loader(task.train_data(), Task(task), TrainState(whole), ALONE, 0)
@@ -102,7 +102,7 @@ def test_nested_batches_are_moved_to_the_device() -> None:
 
 
 class Tables(Counted):
-    """Evaluates to a count of each kind; its summary isn't a mean of anything."""
+    """A task whose evaluation counts samples, with a summary that isn't a mean."""
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Any, Any]]:
         sevens = (batch[2] == 7).sum()
@@ -114,7 +114,7 @@ class Tables(Counted):
 
 @pytest.mark.parametrize(("world", "per_gpu"), [(1, 100), (3, 5), (4, 1)])
 def test_evaluation_counts_every_sample_once(runs: Runs, world: int, per_gpu: int) -> None:
-    """37 samples over 1, 3 and 4 ranks: no padded duplicates, also with unequal shares."""
+    """37 samples on 1, 3 and 4 ranks have no padded duplicates, even with unequal shares."""
     task = Tables()
 
     def body(ranks: World) -> Any:
@@ -128,7 +128,7 @@ def test_evaluation_counts_every_sample_once(runs: Runs, world: int, per_gpu: in
     assert in_ranks(world, body, runs.folder / "evaluate") == [expected] * world
 
 
-def test_evaluation_with_more_ranks_than_samples(runs: Runs) -> None:
+def test_evaluation_works_with_more_ranks_than_samples(runs: Runs) -> None:
     class Few(Tables):
         def val_data(self) -> Any:
             return TensorDataset(self.inputs[:2], self.targets[:2], self.units[:2])
@@ -144,7 +144,7 @@ def test_evaluation_leaves_the_model_in_training() -> None:
     evaluate = evaluator(task, model, ALONE, 10)
     first = evaluate()
     assert model.training
-    assert evaluate() == first  # no dropout in it
+    assert evaluate() == first  # dropout is off
 
 
 def optimizer(*overrides: str, task: Any = None) -> Any:
@@ -153,7 +153,7 @@ def optimizer(*overrides: str, task: Any = None) -> Any:
     return make_optimizer(config, Task(task), task.model(), resolve(config, 1).peak)
 
 
-def test_no_decay_on_biases() -> None:
+def test_biases_are_not_decayed() -> None:
     tuned = optimizer("optimizer=adamw", "optimizer.weight_decay=0.1")
     decay = {len(group["params"][0].shape): group["weight_decay"] for group in tuned.optimizer.param_groups}
     assert decay == {2: 0.1, 1: 0.0}
@@ -194,14 +194,14 @@ def test_parameters_left_out_are_named() -> None:
         optimizer(task=Forgets())
 
 
-def test_custom_optimizer() -> None:
+def test_custom_optimizer_gets_its_arguments() -> None:
     tuned = optimizer("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "optimizer.args.alpha=0.5")
     assert isinstance(tuned.optimizer, torch.optim.RMSprop)
     assert tuned.optimizer.param_groups[0]["alpha"] == 0.5
 
 
-def test_custom_optimizers_and_weight_decay() -> None:
-    """None on biases; a group's own stays; without a value, the class's default applies to the rest."""
+def test_custom_optimizers_decay_no_biases() -> None:
+    """A group's own decay stays. Without a value, the class's default applies to the other parameters."""
     adamw = ("optimizer=custom", "optimizer._target_=torch.optim.AdamW")
     for given, expected in (("optimizer.weight_decay=0.3", 0.3), ("optimizer.weight_decay=null", 0.01)):
         groups = optimizer(*adamw, given).optimizer.param_groups
@@ -221,7 +221,7 @@ def test_custom_optimizers_and_weight_decay() -> None:
         (("optimizer._target_=torch.optim.RMSprop", "optimizer.args.alpha=-1"), "Invalid alpha value"),
     ],
 )
-def test_invalid_custom_optimizers(overrides: tuple[str, ...], message: str) -> None:
+def test_invalid_custom_optimizers_are_rejected(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         optimizer("optimizer=custom", *overrides)
 
@@ -252,19 +252,19 @@ ONE = torch.ones(1, requires_grad=True).sum()
         ((3.0, 1), "3.0, a float"),
     ],
 )
-def test_losses_other_than_sum_and_units(result: Any, message: str) -> None:
+def test_invalid_losses_are_rejected(result: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         checked(result)
 
 
 def test_units_may_be_floats() -> None:
-    """Importance weights."""
+    """Importance weights are floats."""
     assert checked((ONE, 2.5)) == (ONE, 2.5)
     assert checked((ONE, torch.tensor([2.5])))[1] == 2.5
 
 
 def test_note_adds_no_collective(runs: Runs) -> None:
-    """One reduction in a step of three passes: loss, units and stop flag are in DDP's own bucket."""
+    """A step of three passes has one reduction. Loss, units and stop flag are in DDP's own bucket."""
 
     def body(ranks: World) -> Any:
         task = Counted()
@@ -290,8 +290,8 @@ def test_note_adds_no_collective(runs: Runs) -> None:
     assert results == [[1, True, True]] * 2
 
 
-def test_find_unused_parameters(runs: Runs) -> None:
-    """DDP gets its own options, and the note isn't an unused parameter."""
+def test_find_unused_parameters_reaches_ddp(runs: Runs) -> None:
+    """The note doesn't count as an unused parameter."""
     same = [*TASK, "batch.global_size=30", "duration=5st"]
     run = runs(2, *same, "engine.config.find_unused_parameters=true")
     assert run.ends[0]["state"] == "finished"
@@ -303,7 +303,7 @@ def test_metrics_are_valid_json_if_values_are_not_finite(runs: Runs) -> None:
     assert json.loads((run.run.path / "metrics.jsonl").read_text().splitlines()[-1])["val/odd"] is None
 
 
-def test_plain_lines_show_a_loss_beside_an_evaluation_of_the_same_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_show_the_loss_with_an_evaluation_of_the_same_step(capsys: pytest.CaptureFixture[str]) -> None:
     lines = PlainLines(TrainState(plan()))
     for step in (3, 4):
         logged = {"step": step, "samples": 64 * step, "epoch": 0.4, "loss": 0.5, "lr": 0.1, "samples_per_s": 1.0}
@@ -322,6 +322,6 @@ class NotFinite(Counted):
 
 
 def test_harness_kills_hanging_ranks(runs: Runs) -> None:
-    """The harness itself: a rank that hangs is killed and fails the test."""
+    """A rank that hangs is killed and fails the test."""
     with pytest.raises(AssertionError, match=r"ranks \[0\] of 1 hung"):
         in_ranks(1, lambda ranks: os.read(os.pipe()[0], 1), runs.folder / "hang", deadline_s=0.5)

@@ -1,4 +1,4 @@
-"""Lower precision, recomputed activations and compilation: what they change of a run."""
+"""Test how lower precision, recomputed activations and compilation change a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BLOCKS = (
 
 
 class Blocks(Counted):
-    """A stack of blocks with dropout and BatchNorm; of ``dtype``, if given."""
+    """A task with a stack of blocks with dropout and BatchNorm, in ``dtype``."""
 
     def __init__(self, dtype: str = "float32", blocks: int = 4) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class Stack(nn.Module):
 
 
 def test_recomputing_changes_no_weight_and_no_statistics(runs: Runs) -> None:
-    """A block is called twice: it has two masks, and its statistics count once."""
-    again = "recompute=[blocks.*]"
+    """A block is called twice. It has two masks, and its statistics count once."""
+    recomputed = "recompute=[blocks.*]"
     plain = runs(1, *BLOCKS)
-    assert largest_distance(plain, runs(1, *BLOCKS, again)) < ROUNDING
-    assert largest_distance(plain, runs(2, *BLOCKS, again)) < ROUNDING
+    assert largest_distance(plain, runs(1, *BLOCKS, recomputed)) < ROUNDING
+    assert largest_distance(plain, runs(2, *BLOCKS, recomputed)) < ROUNDING
 
 
 def test_recomputing_saves_memory() -> None:
-    """Each block only keeps its input: a fifth of the bytes, or less."""
+    """Each block keeps only its input, which is at most a fifth of the bytes."""
 
-    def kept(patterns: list[str]) -> int:
+    def bytes_kept(patterns: list[str]) -> int:
         model, bytes_of = Stack(64), dict[int, int]()
         recompute(model, patterns)
 
@@ -92,10 +92,10 @@ def test_recomputing_saves_memory() -> None:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         return sum(size for data, size in bytes_of.items() if data not in weights)
 
-    assert kept(["blocks.*"]) < 0.4 * kept([])
+    assert bytes_kept(["blocks.*"]) < 0.4 * bytes_kept([])
 
 
-def test_recompute_takes_the_outermost_that_match() -> None:
+def test_recompute_takes_the_outermost_matching_modules() -> None:
     model = Stack(4)
     recompute(model, ["blocks.*", "*ward"])
     assert {name for name, module in model.named_modules() if "forward" in vars(module)} == {
@@ -112,7 +112,7 @@ def test_recompute_without_a_match_is_rejected(pattern: str, near: str) -> None:
 
 
 def test_bf16_is_the_same_on_all_cuts(runs: Runs) -> None:
-    """Each pass rounds its gradient to 8 bits: after 20 steps cuts are within 2e-3, and fp32 is within 1e-2."""
+    """Each pass rounds its gradient to 8 bits, so after 20 steps cuts differ by up to 2e-3, and fp32 by up to 1e-2."""
     counted = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=24", "duration=20st")
     fp32, bf16 = (runs(1, *counted, "lr.peak=0.05", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert {weight.dtype for weight in bf16.weights().values()} == {torch.float32}
@@ -122,8 +122,8 @@ def test_bf16_is_the_same_on_all_cuts(runs: Runs) -> None:
     assert parts.metrics()[-1]["val/loss"] == pytest.approx(bf16.metrics()[-1]["val/loss"], rel=1e-3)
 
 
-def test_model_of_bf16_weights(runs: Runs) -> None:
-    """It keeps its dtype; the sum of its losses is in fp32."""
+def test_model_with_bf16_weights_keeps_its_dtype(runs: Runs) -> None:
+    """The sum of its losses is in fp32."""
     run = runs(2, *BLOCKS, "task.args.dtype=bfloat16")
     assert run.weights()["inward.weight"].dtype == torch.bfloat16
     assert run.losses()[0] == pytest.approx(runs(1, *BLOCKS).losses()[0], rel=0.02)
@@ -137,7 +137,7 @@ def test_fp16_needs_cuda(runs: Runs) -> None:
 
 
 def fp16_engine(**options: Any) -> tuple[Engine, Any]:
-    """Return the engine, and a function that makes one step with the loss multiplied by its argument."""
+    """Return an engine, and a function that takes a step with the loss multiplied by its argument."""
     config = compose([*BLOCKS, "batchnorm.mode=null", "batchnorm.ghost_size=null"])
     task, plan = Counted(dropout=0), resolve(config, 1, 500)
     torch.manual_seed(0)
@@ -190,7 +190,7 @@ def test_loss_scale_is_doubled_after_2000_steps() -> None:
 
 @pytest.fixture
 def graphs() -> Iterator[list[str]]:
-    """Return the compiled graphs, traced but not compiled to C++, which would take half a minute."""
+    """Return the list of traced graphs. They aren't compiled to C++, which would take half a minute."""
     found: list[str] = []
     torch._dynamo.reset()  # earlier compilations decide which sizes are dynamic
 
@@ -214,7 +214,7 @@ def test_sequential_is_compiled_as_a_whole(graphs: list[str]) -> None:
 
 @pytest.mark.parametrize("mode", ["batchnorm.mode=null", "batchnorm.mode=ghost batchnorm.ghost_size=4"])
 def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str) -> None:
-    """One compilation for the first number, one for all others, one for a single sample; masks equal eager ones."""
+    """The first number, all other numbers, and a single sample are compiled once each. Masks equal eager ones."""
 
     def made(compiled: bool) -> tuple[nn.Module, Stream]:
         torch.manual_seed(0)
@@ -235,13 +235,13 @@ def test_other_numbers_of_samples_are_compiled_once(graphs: list[str], mode: str
             outputs.append(model(torch.linspace(0, 1, samples * 4).view(samples, 4)))
         torch.testing.assert_close(*outputs)
         counted.append(len(graphs))
-    assert counted[3] == counted[1] <= (4 if "ghost" in mode else 2)  # in two pieces, before and after the norm
+    assert counted[3] == counted[1] <= (4 if "ghost" in mode else 2)  # ghost norms split the graph in two
     assert "ghost" in mode or counted == [1, 2, 2, 2, 3]
 
 
 @pytest.mark.usefixtures("graphs")
 def test_compiled_model_is_the_same_run(runs: Runs) -> None:
-    """Dropout, BatchNorm, a recomputed block, passes of 24 and 12 samples: weights, statistics and names."""
+    """Compare weights, statistics and names with dropout, BatchNorm, a recomputed block and uneven passes."""
     uneven = (*BLOCKS, "batch.global_size=36", "duration=2st", "task.args.blocks=2")
     compiled = runs(1, *uneven, "compile=true", "recompute=[blocks.1]", "batch.per_gpu=24")
     assert largest_distance(runs(1, *uneven), compiled) < ROUNDING

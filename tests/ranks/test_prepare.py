@@ -1,4 +1,4 @@
-"""``task.prepare()``: one process of each machine in turn, before any rank opens the data; and other slow methods."""
+"""Test ``task.prepare()``, which one process of each machine runs in turn, and other methods that may be slow."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from isobatch.trainers.tasks.task import Task
 from tests.support import harness
 from tests.support.harness import Runs, World, in_ranks
 
-MACHINES_OF = 2  # ranks
+RANKS_PER_MACHINE = 2
 
 
-def on_machines(world: World, ranks: int = MACHINES_OF) -> World:
-    """Group the ranks into machines of a few ranks each."""
+def on_machines(world: World, ranks: int = RANKS_PER_MACHINE) -> World:
+    """Return the world as on machines with a few ranks each."""
     return replace(world, local_rank=world.rank % ranks, local_size=ranks)
 
 
@@ -37,7 +37,7 @@ def wait_for(file: Path) -> None:
 
 
 class Downloads:
-    """Records when each prepare() starts and ends, and draws random numbers meanwhile."""
+    """A task that records when each prepare() starts and ends, and draws random numbers in it."""
 
     def __init__(self, folder: Path, rank: int = 0, fails_on: int = -1, sleeps_s: float = 0.0) -> None:
         self.folder, self.rank, self.fails_on, self.sleeps_s = folder, rank, fails_on, sleeps_s
@@ -56,7 +56,7 @@ class Downloads:
             file.write(f"{self.rank} {event}\n")
 
 
-def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path: Path) -> None:
+def test_one_process_of_each_machine_prepares_in_turn(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         torch.manual_seed(7)
         stopped = prepare_data(Task(Downloads(tmp_path, world.rank, sleeps_s=0.1)), on_machines(world), Stop(), 5.0)
@@ -64,18 +64,18 @@ def test_one_process_of_each_machine_in_turn_before_the_data_is_opened(tmp_path:
 
     (first, *others) = in_ranks(4, body, tmp_path / "ranks")
     assert first[:2] == ["", ["0 begins", "0 ends", "2 begins", "2 ends", ""]]
-    assert others == [first] * 3  # and the generators of all ranks are unchanged
+    assert others == [first] * 3  # the generators of all ranks are unchanged
 
 
 def test_exception_ends_all_ranks(tmp_path: Path) -> None:
-    """The rank's own exception is the cause: the other ranks only report that they lost it."""
+    """The rank's own exception is the cause. The other ranks report that the rank failed."""
 
     def body(world: World) -> Any:
         try:
             prepare_data(Task(Downloads(tmp_path, world.rank, fails_on=2)), on_machines(world), Stop(), 5.0)
         finally:
             (tmp_path / f"out-{world.rank}").touch()
-            for rank in range(4) if world.rank == 0 else ():  # which keeps the store
+            for rank in range(4) if world.rank == 0 else ():  # rank 0 holds the store
                 wait_for(tmp_path / f"out-{rank}")
 
     ends = in_ranks(4, body, tmp_path / "ranks")
@@ -104,7 +104,7 @@ def test_signal_to_any_rank_stops_all(tmp_path: Path, signalled: int) -> None:
 
 def test_lost_machine_is_noticed(tmp_path: Path) -> None:
     def body(world: World) -> Any:
-        if world.rank == 1:  # it joins, and then disappears
+        if world.rank == 1:  # joins, and then disappears
             world.gather("0")
             wait_for(tmp_path / "noticed")
             return None
@@ -126,13 +126,13 @@ def test_prepare_with_arguments_is_rejected() -> None:
 
 
 class Unhurried:
-    """Each of its methods may be slow on any rank, which isn't a hang."""
+    """A task whose methods check that being slow doesn't count as a hang."""
 
     watch: Watch
 
     def check(self, method: str) -> None:
         self.watch.look()
-        assert self.watch.look() == 0, f"{method} would be taken for a hang"
+        assert self.watch.look() == 0, f"{method} would count as a hang"
 
     def prepare(self) -> None:
         self.check("prepare()")
@@ -156,14 +156,16 @@ class Unhurried:
         return {"seen": 1.0}
 
 
-class Shown(harness.StopAfter):
+class WatchForTask(harness.StopAfter):
+    """A watch that the task can see."""
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         Unhurried.watch = self
 
 
 def test_slow_methods_are_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "StopAfter", Shown)
+    monkeypatch.setattr(harness, "StopAfter", WatchForTask)
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Unhurried", "lr.peak=0.01")
     run = Runs(tmp_path)(2, *own, "batch.global_size=4", "duration=2st")
     assert [end.get("message") for end in run.ends] == [None, None]
@@ -174,7 +176,7 @@ def test_stop_in_prepare_does_not_change_the_run(tmp_path: Path, monkeypatch: py
     """The same command resumes it, with and without a checkpoint."""
     own = ("task=custom", "task._target_=tests.ranks.test_prepare.Interrupted", "lr.peak=0.01", "duration=4st")
     runs = Runs(tmp_path)
-    monkeypatch.setattr(harness, "StopAfter", Shown)
+    monkeypatch.setattr(harness, "StopAfter", WatchForTask)
     monkeypatch.setenv("INTERRUPTED", "yes")
     first = runs(2, *own)
     assert [(end["state"], end["step"], end["cause"]) for end in first.ends] == [("stopped", 0, "SIGTERM")] * 2

@@ -1,4 +1,4 @@
-"""Optimizers with train() and eval(), such as schedule-free ones: evaluated, saved and exported weights."""
+"""Test which weights are evaluated and saved for optimizers with train() and eval(), such as schedule-free ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plain(Counted):
 
 
 class StartsInEval(torch.optim.SGD):
-    """Evaluates weights shifted by 1, starts in eval mode, and has neither flag nor state in its groups."""
+    """An optimizer that starts in eval mode, evaluates weights shifted by 1, and keeps no mode in its groups."""
 
     training = False
 
@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def by_hand() -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """Train as schedulefree's README says, over the run's samples; return x and y at the end, and the losses of x."""
+    """Train as in schedulefree's README on the run's samples. Return the last x and y, and the losses of x."""
     task = Plain()
     torch.manual_seed(0)
     model, losses = task.model(), list[float]()
@@ -84,9 +84,9 @@ def by_hand() -> tuple[dict[str, Any], dict[str, Any], list[float]]:
 
 
 def test_evaluations_and_final_use_the_weights_of_eval(whole: Run, tmp_path: Path) -> None:
-    """In the run, in final/, and by action=evaluate of a checkpoint, whose weights are those of train mode."""
+    """Compare the run's evaluations, final/, and action=evaluate of a checkpoint, which holds train mode's weights."""
     x, y, losses = by_hand()
-    assert distance(whole.weights(), x) < 1e-6  # as sums are rounded
+    assert distance(whole.weights(), x) < 1e-6  # sums are rounded differently
     assert [line["val/loss"] for line in whole.metrics() if "val/loss" in line] == pytest.approx(losses, rel=1e-6)
     newest = checkpoints(whole.run)[0]
     values = [line for line in whole.metrics() if "val/loss" in line][-1]
@@ -106,8 +106,8 @@ def test_evaluations_and_final_use_the_weights_of_eval(whole: Run, tmp_path: Pat
         ("engine=deepspeed engine.stage=0", "RAdamScheduleFree"),
     ],
 )
-def test_engines_train_and_resume_it(runs: Runs, whole: Run, engine: str, name: str) -> None:
-    """Bit by bit, with a stop between two evaluations."""
+def test_engines_train_and_resume_schedule_free(runs: Runs, whole: Run, engine: str, name: str) -> None:
+    """The run is stopped between two evaluations, and its result is bitwise equal."""
     overrides = (*FREE, f"optimizer._target_=schedulefree.{name}", *engine.split())
     run = runs(2, *overrides)
     again = runs(2, *overrides, resume=runs(2, *overrides, stop_at=5))
@@ -125,7 +125,7 @@ def test_zero_rejects_schedule_free_by_name(runs: Runs) -> None:
     assert "schedulefree.AdamWScheduleFree" in run.ends[0]["message"]
 
 
-def test_optimizer_that_starts_in_eval_mode_and_hides_its_mode(runs: Runs) -> None:
+def test_optimizer_that_starts_in_eval_mode_and_hides_its_mode_is_restored(runs: Runs) -> None:
     overrides = (*FREE, "optimizer.weight_decay=null", "optimizer._target_=tests.ranks.test_schedule_free.StartsInEval")
     plain = runs(1, *FREE, "optimizer.weight_decay=null", "optimizer._target_=torch.optim.SGD")
     run = runs(1, *overrides, resume=runs(1, *overrides, stop_at=5))

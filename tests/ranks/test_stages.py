@@ -1,4 +1,4 @@
-"""A batch that changes during training: the same run on any hardware, and after a stop within a stage."""
+"""Test that a run whose batch changes is the same on any hardware, and after a stop inside a stage."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def test_stages_are_the_same_on_all_cuts(runs: Runs, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [(), ("optimizer=adamw", "lr.base=0.003", "lr.rule=sde", "optimizer.args={}")])
-def test_stop_within_a_stage(runs: Runs, extra: tuple[str, ...]) -> None:
-    """On 2 ranks to the middle of the second stage, then on 3: every step's samples, batch and LR are unchanged."""
+def test_run_stopped_inside_a_stage_resumes(runs: Runs, extra: tuple[str, ...]) -> None:
+    """Stop on 2 ranks in the second stage and resume on 3. Every step has the same samples, batch and LR."""
     whole = runs(2, *MOVING, STAGES, *extra)
     stopped = runs(2, *MOVING, STAGES, *extra, stop_at=12)
     assert [stopped.ends[0][name] for name in ("state", "step", "samples")] == ["stopped", 12, 240 + 2 * 48]
-    went_on = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", resume=stopped)
-    assert went_on.ends[0]["state"] == "finished"
+    resumed = runs(3, *MOVING, STAGES, *extra, "batch.per_gpu=10", resume=stopped)
+    assert resumed.ends[0]["state"] == "finished"
     steps = [
         [(line["step"], line["samples"], line["global_size"], line["lr"]) for line in run.metrics() if "loss" in line]
-        for run in (whole, went_on)
+        for run in (whole, resumed)
     ]
     assert steps[0] == steps[1]
     assert [step[2] for step in steps[0]] == [24] * 10 + [48] * 5 + [96] * 5
-    assert distance(whole.weights(), went_on.weights()) < (1e-5 if extra else 1e-6)
+    assert distance(whole.weights(), resumed.weights()) < (1e-5 if extra else 1e-6)
 
 
 def test_lr_of_a_stage_reaches_the_optimizer(runs: Runs) -> None:

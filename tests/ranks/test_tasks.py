@@ -1,4 +1,4 @@
-"""The bundled tasks: their data, their errors, and that they train the same on any number of ranks."""
+"""Test the shipped tasks: their data, their errors, and that they train the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def text(data: Path, length: int = 8) -> Text:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_yaml_matches_the_task(name: str) -> None:
-    """Its train_samples match the data, its arguments fit, and a model takes one batch of the data."""
+    """Its train_samples match the data, its arguments are valid, and a model takes one batch of the data."""
     config = compose([f"task={name}"])
     task: Any = make_task(config)
     assert len(open_data(task, config)) == config.task.train_samples
@@ -60,7 +60,7 @@ def test_units_of_a_sample_are_its_length() -> None:
 
 
 @pytest.mark.parametrize("samples", [[torch.zeros(2), torch.zeros(3)], [Image.new("L", (2, 2))] * 2])
-def test_samples_that_cannot_be_batched(samples: list[Any]) -> None:
+def test_samples_that_cannot_be_batched_are_rejected(samples: list[Any]) -> None:
     with pytest.raises(UserError) as error:
         task_of("task=digits").collate(samples)
     assert "collate(samples)" in error.value.fix
@@ -85,16 +85,16 @@ class Foreign:
 
 def test_methods_of_other_trainers_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     make_task(compose(["task=custom", f"task._target_={__name__}.Foreign"]))
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3
-    assert said[0].endswith("Foreign.validation_data; did you mean val_data?")
-    assert said[1].endswith("Foreign.collate_fn; did you mean collate?")
-    assert "no val_data()" in said[2]
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == 3
+    assert notes[0].endswith("Foreign.validation_data; did you mean val_data?")
+    assert notes[1].endswith("Foreign.collate_fn; did you mean collate?")
+    assert "no val_data()" in notes[2]
 
 
 @pytest.mark.parametrize("name", ["mnist1d", "text"])
 def test_two_ranks_train_as_one(runs: Runs, name: str) -> None:
-    """With dropout, tied weights and uneven shares."""
+    """The tasks have dropout and tied weights, and the ranks uneven shares."""
     short = (
         f"task={name}",
         "batch.global_size=15",
@@ -116,8 +116,8 @@ def test_images_train(runs: Runs) -> None:
     assert 0 < run.metrics()[-1]["val/accuracy"] < 1
 
 
-def test_mnist() -> None:
-    """Each image once, all digits in both splits, the same splits each time."""
+def test_mnist_is_split_deterministically() -> None:
+    """The splits share no image, have all digits, and are the same each time."""
     first, second = (task_of("task=images") for _ in range(2))
     pixels, labels = first.train_data().tensors
     held_back = first.val_data().tensors
@@ -153,8 +153,8 @@ def save(folder: Path, **arrays: Any) -> Path:
     return folder / "data.npz"
 
 
-def test_own_images(tmp_path: Path) -> None:
-    """Colour, another size, with and without validation data."""
+def test_an_npz_file_gives_images(tmp_path: Path) -> None:
+    """The images have colours and another size, with and without validation data."""
     pixels, labels = np.random.default_rng(0).integers(0, 256, (10, 12, 20, 3), np.uint8), np.arange(10) % 3
     task = images(save(tmp_path, images=pixels, labels=labels))
     assert (len(task.train_data()), len(task.val_data())) == (8, 2)
@@ -164,8 +164,8 @@ def test_own_images(tmp_path: Path) -> None:
     assert torch.equal(image, torch.from_numpy(pixels[7]).permute(2, 0, 1))
     assert label == 1
     assert (len(with_val.train_data()), len(with_val.val_data())) == (10, 4)
-    alone = save(tmp_path, images=pixels, labels=labels, val_images=pixels[:0], val_labels=labels[:0])
-    assert images(alone).val_data() is None
+    without_val = save(tmp_path, images=pixels, labels=labels, val_images=pixels[:0], val_labels=labels[:0])
+    assert images(without_val).val_data() is None
 
 
 GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
@@ -188,12 +188,12 @@ GREY, LABELS = np.zeros((6, 5, 5), np.uint8), np.arange(6) % 2
         ({"images": np.array([None] * 6), "labels": LABELS}, "can't be read as an .npz file: Object arrays"),
     ],
 )
-def test_arrays_that_are_not_images(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+def test_arrays_that_are_not_images_are_rejected(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         images(save(tmp_path, **arrays))
 
 
-def test_files_that_are_not_images(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_rejected(tmp_path: Path) -> None:
     broken = save(tmp_path, images=GREY, labels=LABELS)
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(UserError, match=r"can't be read as an .npz file"):
@@ -215,7 +215,7 @@ def folder_of(root: Path, **classes: int) -> Path:
     return root
 
 
-def test_folder_of_images(tmp_path: Path) -> None:
+def test_a_folder_gives_images(tmp_path: Path) -> None:
     both = folder_of(tmp_path / "both", cats=6, dogs=4)
     (both / ".hidden").mkdir()
     (both / "cats" / "notes.txt").write_text("no image")
@@ -225,14 +225,14 @@ def test_folder_of_images(tmp_path: Path) -> None:
     for image, label in (task.train_data()[row] for row in range(8)):
         assert image.shape == (3, 6, 6)
         assert image[:, 0, 0].tolist() == [100 * label, 7, 0]
-    apart = tmp_path / "apart"
-    folder_of(apart / "train", cats=2, dogs=3)
-    assert images(apart, size=6).val_data() is None
-    folder_of(apart / "val", cats=1, dogs=1)
-    assert (len(images(apart, size=6).train_data()), len(images(apart, size=6).val_data())) == (5, 2)
+    split = tmp_path / "split"
+    folder_of(split / "train", cats=2, dogs=3)
+    assert images(split, size=6).val_data() is None
+    folder_of(split / "val", cats=1, dogs=1)
+    assert (len(images(split, size=6).train_data()), len(images(split, size=6).val_data())) == (5, 2)
 
 
-def test_invalid_folders(tmp_path: Path) -> None:
+def test_invalid_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give task.args.size"):
         images(folder_of(tmp_path / "a", cats=5))
     (tmp_path / "a" / "cats" / "0.png").write_bytes(b"no image")
@@ -249,7 +249,7 @@ def test_invalid_folders(tmp_path: Path) -> None:
 
 
 def test_windows_cover_the_text(tmp_path: Path) -> None:
-    """Each byte is predicted once, except the first of each part and the last few that fill no window."""
+    """Each byte is predicted once, except the first of each part and the last few, which fill no window."""
     words = bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8))
     (tmp_path / "words.txt").write_bytes(words)
     task = text(tmp_path / "words.txt", length=9)
@@ -262,7 +262,7 @@ def test_windows_cover_the_text(tmp_path: Path) -> None:
 
 
 def test_large_text_is_memory_mapped(tmp_path: Path) -> None:
-    """A file larger than memory; pickling the data doesn't copy its bytes, either."""
+    """The file is larger than memory. Pickling the data doesn't copy its bytes either."""
     with open(tmp_path / "huge.txt", "wb") as file:
         file.truncate(1 << 40)
         file.seek(-9, 2)
@@ -283,7 +283,7 @@ def test_the_standard_library_has_one_length() -> None:
     assert b"import" in corpus.tobytes()
 
 
-def test_invalid_texts(tmp_path: Path) -> None:
+def test_invalid_texts_are_rejected(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("")
     with pytest.raises(UserError, match=r"short.txt can't be mapped into memory: .*empty"):
@@ -299,7 +299,7 @@ def test_invalid_texts(tmp_path: Path) -> None:
 
 
 def test_hugging_face_model_takes_text(tmp_path: Path) -> None:
-    """The logits are in the output of Hugging Face's models."""
+    """Hugging Face's models return an object with logits."""
 
     class Output:
         def __init__(self, logits: torch.Tensor) -> None:
@@ -316,7 +316,7 @@ def test_hugging_face_model_takes_text(tmp_path: Path) -> None:
 
 
 def test_targets_are_the_next_bytes(tmp_path: Path) -> None:
-    """A model that predicts its text exactly has no loss, whatever other samples have."""
+    """A model that predicts its text exactly has no loss."""
     (tmp_path / "abc.txt").write_text("abc" * 20)
     task = text(tmp_path / "abc.txt")
     batch = torch.stack(list(task.train_data()))
@@ -356,7 +356,7 @@ def test_mnist1d_is_deterministic() -> None:
     assert not np.array_equal(lines, generate(500, seed=1)[0])
 
 
-def test_mnist1d_validation_split() -> None:
+def test_mnist1d_is_split_without_loss() -> None:
     task = task_of("task=mnist1d")
     lines, labels = generate(5000)
     parts = [data.tensors for data in (task.train_data(), task.val_data())]

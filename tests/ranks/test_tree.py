@@ -1,4 +1,4 @@
-"""The tree of a bitwise run's sums: in one process with expressions instead of numbers, and once over ranks."""
+"""Test the tree of a bitwise run's sums, in one process with expressions instead of numbers, and over ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAVES, WORLDS = range(1, 41), range(1, 13)
 
 
 class Term:
-    """A sum that records how it was made."""
+    """A sum that records its additions."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -58,7 +58,7 @@ def grown(block: range, leaves: int) -> Growing:
 
 @pytest.mark.parametrize("leaves", LEAVES)
 def test_every_world_makes_the_same_additions(leaves: int) -> None:
-    """The very same expression, for each number of ranks."""
+    """The expression is the same for each number of ranks."""
     for world in WORLDS:
         cut, found = cut_of(leaves, world), {}
         for rank in range(world):
@@ -69,7 +69,7 @@ def test_every_world_makes_the_same_additions(leaves: int) -> None:
 
 
 @pytest.mark.parametrize("leaves", LEAVES)
-def test_nodes_of_a_block_against_brute_force(leaves: int) -> None:
+def test_nodes_of_a_block_equal_brute_force(leaves: int) -> None:
     nodes = all_nodes(0, leaves)
     for start in range(leaves + 1):
         for stop in range(start, leaves + 1):
@@ -79,7 +79,7 @@ def test_nodes_of_a_block_against_brute_force(leaves: int) -> None:
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 3, 7, 12, 25])
-def test_halves_against_brute_force(leaves: int) -> None:
+def test_halves_equal_brute_force(leaves: int) -> None:
     split = {
         node: node[0] + math.ceil((node[1] - node[0]) / 2) for node in all_nodes(0, leaves) if node[1] > node[0] + 1
     }
@@ -90,8 +90,8 @@ def test_halves_against_brute_force(leaves: int) -> None:
                 assert halves(left, right, leaves) == ((left, right) in pairs)
 
 
-def test_bytes_that_ranks_send() -> None:
-    """If 2, 4 or 8 ranks share the leaves evenly, one node each: as many bytes as an all-reduce."""
+def test_ranks_send_few_nodes() -> None:
+    """If 2, 4 or 8 ranks share the leaves evenly, each sends one node, as many bytes as an all-reduce."""
     for leaves in range(2, 200):
         for world in (world for world in (2, 4, 8) if world == 2 or leaves % world == 0):
             assert [len(nodes) for nodes in nodes_by_rank(cut_of(leaves, world))] == [1] * world, (world, leaves)
@@ -105,7 +105,7 @@ def numbers(leaf: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("world", "leaves"), [(2, 7), (3, 7), (4, 12), (4, 3)])
-def test_over_real_ranks(tmp_path: Path, world: int, leaves: int) -> None:
+def test_real_ranks_compute_the_tree(tmp_path: Path, world: int, leaves: int) -> None:
     def body(ranks: World) -> Any:
         cut, growing = cut_of(leaves, world), Growing()
         for leaf in cut.block(ranks.rank):
@@ -118,4 +118,4 @@ def test_over_real_ranks(tmp_path: Path, world: int, leaves: int) -> None:
     wanted = node_sum((0, leaves), {(leaf, leaf + 1): numbers(leaf) for leaf in range(leaves)}).tolist()
     one_by_one = sum((numbers(leaf) for leaf in range(1, leaves)), numbers(0)).tolist()
     assert in_ranks(world, body, tmp_path) == [wanted] * world
-    assert leaves < 4 or wanted != one_by_one  # the order of additions shows in these numbers
+    assert leaves < 4 or wanted != one_by_one  # the order of additions changes these numbers

@@ -1,4 +1,4 @@
-"""The trial of a task's contract before step 1: its findings, and that it leaves no trace."""
+"""Test the trial of a task's contract before step 1: its findings, and that it changes no state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 class Base:
-    """Classification of noise into five classes; a subclass defines the loss."""
+    """A classification of noise into five classes, without a loss."""
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ class Base:
 
 
 def task_of(function: Any, model: Any = None) -> Any:
-    """Return a task with this loss of logits, labels and model."""
+    """Return a task whose loss is this function of logits, labels and model."""
     made = Base()
     made.of = function  # type: ignore[method-assign]
     if model is not None:
@@ -170,7 +170,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_that_couple_samples_by_design_are_switched_off(name: str) -> None:
-    """They are recognised by their type, and reported separately."""
+    """They are recognised by type, and reported separately."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_layers_that_couple_samples_by_design_are_switched_off(name: str) -> Non
 
 
 class Recurrent(nn.Module):
-    """Attention and an LSTM, both with dropout inside."""
+    """A model with attention and an LSTM, both with dropout inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_dropout_inside_layers_is_switched_off() -> None:
 
 
 class Annealed(nn.Module):
-    """Numbers of every visible kind that change with every call, and caches, which change once."""
+    """A model with numbers of every visible kind that change with every call, and caches, which change once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,14 +248,14 @@ def test_counters_are_named_and_restored() -> None:
         "model.ticks",
     ]
     assert sorted(reason.split()[0] for reason in found.counters) == sorted(moved)
-    assert not found.depends, "what counts is put back before each call, so the losses can be compared"
+    assert not found.depends, "counters aren't restored before each call, so the losses differ"
     assert (model.calls, model.seen, float(model.plain), model.longest) == (0, {"samples": 0}, 0.0, 0)
     assert (task.count, task.kinds, int(task.annealing.steps), hasattr(task, "new")) == (0, Counter(calls=2), 0, False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Holder:
-    """Some numbers, and other attributes."""
+    """An object with a number and other attributes."""
 
     def __init__(self, **held: Any) -> None:
         self.calls = 0
@@ -273,8 +273,8 @@ def test_generators_and_nested_state_of_the_loss_are_named_and_restored() -> Non
         noise = float(torch.rand((), generator=task.torchs)) + task.numpys.random() + task.pythons.random()
         task.last.append(noise + task.older.random())
         task.pair = (task.pair[0] + 1, 1.0)
-        for one in (task.holder.inner, task.holders[1]):
-            one.calls += 1
+        for holder in (task.holder.inner, task.holders[1]):
+            holder.calls += 1
         task.trained += torch.is_grad_enabled()
         return ce(x, y, reduction="none") * sum(task.last)
 
@@ -294,7 +294,7 @@ def test_generators_and_nested_state_of_the_loss_are_named_and_restored() -> Non
 
 
 class Hooked(Base):
-    """Keeps a layer's output in containers that a forward hook and the task share; the loss reads it."""
+    """A task whose loss reads a layer's output from containers that it shares with a forward hook."""
 
     def __init__(self, mean: bool = False) -> None:
         self.mean = mean
@@ -319,7 +319,7 @@ class Hooked(Base):
 
 
 def test_closure_may_share_attributes_with_the_task() -> None:
-    """They stay one object, restored in place; a valid loss is accepted and a mean is rejected."""
+    """They are restored in place and stay one object. A valid loss is accepted, and a mean is rejected."""
     task = Hooked()
     found = tried(task)
     assert not found.skipped
@@ -357,8 +357,8 @@ def test_unregistered_modules_do_not_change() -> None:
     assert [int(norm.num_batches_tracked) for norm in norms] == [0, 0]
 
 
-def test_trial_leaves_no_trace() -> None:
-    """Weights, also if the forward writes to them; buffers; modes; gradients; generators."""
+def test_trial_restores_all_state() -> None:
+    """It restores weights that the forward writes to, buffers, modes, gradients and generators."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -422,7 +422,7 @@ def seen_precisions() -> list[Any]:
 
 @pytest.mark.parametrize("name", [*PRECISIONS, "high", "medium"])
 def test_reduced_fp32_precision_is_off_and_restored(name: str) -> None:
-    """Each in its own process: one that has used both of torch's interfaces can't return to the older one."""
+    """Each case has its own process, since one that has used both interfaces can't return to the older one."""
 
     def check() -> None:
         setattr(*PRECISIONS[name]) if name in PRECISIONS else torch.set_float32_matmul_precision(name)
@@ -440,7 +440,7 @@ def test_reduced_fp32_precision_is_off_and_restored(name: str) -> None:
 
 
 class Drawing(OneByOne):
-    """Samples with noise of the dataset's own generator, of one kind."""
+    """A dataset whose samples have noise of its own generator, of one kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(Counted())
@@ -462,7 +462,7 @@ def test_own_generator_of_the_dataset_is_reported(kind: str) -> None:
 
 
 class Flipping(OneByOne):
-    """Flips every second sample by its own generator."""
+    """A dataset that flips half of its samples by its own generator."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(Counted())
@@ -473,13 +473,13 @@ class Flipping(OneByOne):
         return (inputs.flip(-1) if self.own.random() < 0.5 else inputs), *rest
 
 
-def test_generator_that_decides_between_two_is_reported() -> None:
+def test_generator_that_decides_between_two_values_is_reported() -> None:
     """Two fetches of one sample would miss it half of the time."""
     for seed in range(20):
         assert own_generators(Fetch(Flipping(seed), Task(Counted()), seed=0)), seed
 
 
-def test_generators_of_augment_and_collate_are_told_apart() -> None:
+def test_generators_of_augment_and_collate_are_distinguished() -> None:
     own = np.random.default_rng(0)
 
     class Augmenting(Counted):
@@ -523,8 +523,8 @@ def runs(tmp_path: Path) -> Runs:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_trial_on_every_engine(runs: Runs, engine: str) -> None:
-    """On two ranks: coupling is reported before step 1, and a mean is rejected."""
+def test_trial_works_on_every_engine(runs: Runs, engine: str) -> None:
+    """On two ranks, coupling is reported before step 1, and a mean is rejected."""
     how = ["task=custom", "task._target_=tests.support.tasks.Coupled", "duration=2st", "lr.peak=0.1", *ENGINES[engine]]
     events = runs(2, *how).events()
     about = [event["reason"].split()[0] for event in events if event["event"] == "depends_on_cut"]
@@ -535,7 +535,7 @@ def test_trial_on_every_engine(runs: Runs, engine: str) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_run_is_bitwise_equal_without_trial(runs: Runs, world: int) -> None:
-    """With dropout, augmentation, a dataset's own generator and a counter in the loss."""
+    """The task has dropout, augmentation, a dataset's own generator and a counter in the loss."""
     how = [
         "task=custom",
         "task._target_=tests.support.tasks.Coupled",
@@ -549,8 +549,8 @@ def test_run_is_bitwise_equal_without_trial(runs: Runs, world: int) -> None:
     assert not [event for event in untried.events() if event["event"] == "depends_on_cut"]
 
 
-def test_what_cannot_be_tried_is_reported(runs: Runs) -> None:
-    """A single sample in a micro-batch; and a loss that raises, which training reports by itself."""
+def test_skipped_trial_is_reported(runs: Runs) -> None:
+    """A single sample in a micro-batch can't be tried."""
     how = ["task=custom", "task._target_=tests.support.tasks.Counted", "duration=2st", "lr.peak=0.1"]
     (event,) = [e for e in runs(1, *how, "batch.per_gpu=1").events() if e["event"] == "trial_skipped"]
     assert "one sample" in event["reason"]
@@ -558,7 +558,7 @@ def test_what_cannot_be_tried_is_reported(runs: Runs) -> None:
 
 
 class Evaluated(Counted):
-    """Evaluates as its argument says."""
+    """A task whose evaluation makes the mistake that its argument names."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -572,7 +572,7 @@ class Evaluated(Counted):
             return {"loss": (float(loss), {"n": count}["units"])}
         if self.how == "no such method":
             model.predict(batch)  # type: ignore[operator]
-        if self.how == "this batch alone":
+        if self.how == "only this batch":
             raise ValueError("only one class in this batch")
         values = {
             "mean": (float(loss / count), int(count)),
@@ -586,7 +586,7 @@ class Evaluated(Counted):
     def summarise(self, totals: Any) -> Any:
         if self.how == "summarise: typo":
             return {"loss": totals.loss}
-        return {"loss": 1 / 0} if self.how == "summarise: this batch alone" else {}
+        return {"loss": 1 / 0} if self.how == "summarise: only this batch" else {}
 
 
 @pytest.mark.parametrize(
@@ -600,8 +600,8 @@ class Evaluated(Counted):
         ("mean", True, "", "'loss'"),
         ("mean and 1", False, "depends_on_cut", "'loss'"),
         ("missing", False, "depends_on_cut", "'rare'"),
-        ("summarise: this batch alone", False, "trial_skipped", "ZeroDivisionError"),
-        ("this batch alone", True, "", "ValueError"),
+        ("summarise: only this batch", False, "trial_skipped", "ZeroDivisionError"),
+        ("only this batch", True, "", "ValueError"),
     ],
 )
 def test_mistake_in_an_evaluation_is_found(runs: Runs, how: str, rejected: bool, event: str, expected: str) -> None:
@@ -613,6 +613,6 @@ def test_mistake_in_an_evaluation_is_found(runs: Runs, how: str, rejected: bool,
         assert expected in end["message"]
         assert not (run.run.path / "metrics.jsonl").exists()
     else:
-        reports = [one for one in run.events() if one["event"] in ("depends_on_cut", "trial_skipped")]
-        assert [one["event"] for one in reports] == ([event] if event else [])
-        assert all(expected in one["reason"] for one in reports)
+        reports = [report for report in run.events() if report["event"] in ("depends_on_cut", "trial_skipped")]
+        assert [report["event"] for report in reports] == ([event] if event else [])
+        assert all(expected in report["reason"] for report in reports)

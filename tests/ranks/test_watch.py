@@ -1,4 +1,4 @@
-"""How a worker's end is noticed and recorded, without a run around it."""
+"""Test how a worker's end is noticed and recorded, without a whole run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ REACHED = Reached(5, 320)
 
 
 def failure(rank: int, at: float, step: int = 0, **more: Any) -> Failure:
-    return Failure(rank, f"what became of {rank}", reached=Reached(step, 64 * step), time=at, **more)
+    return Failure(rank, f"failure of {rank}", reached=Reached(step, 64 * step), time=at, **more)
 
 
 def store_of(*failures: Failure) -> HashStore:
     store = HashStore()
-    for one in failures:
-        note_failure(store, one)
+    for each in failures:
+        note_failure(store, each)
     return store
 
 
@@ -115,7 +115,7 @@ def test_ranks_without_a_report_are_named() -> None:
     first = first_failure(store_of(failure(0, 1.0, lost=True), failure(2, 1.0, silent=True)), 3)
     assert first is not None
     assert first.cause.startswith("no word from rank 1, 2 ")
-    assert first.cause.endswith("rank 0: what became of 0")
+    assert first.cause.endswith("rank 0: failure of 0")
     assert first.silent_ranks == (1, 2)
     assert first.rank == 1
 
@@ -127,7 +127,7 @@ def test_first_report_of_a_rank_counts() -> None:
     assert first.kind == "oom"
 
 
-def test_only_reports_that_may_change_the_cause_are_waited_for() -> None:
+def test_only_reports_that_may_change_the_cause_are_awaited() -> None:
     began = time.monotonic()
     await_failure(store_of(failure(1, 1.0)), 2)
     await_failure(store_of(failure(1, 1.0, lost=True)), 2, own={0})
@@ -153,7 +153,7 @@ def test_only_reports_that_may_change_the_cause_are_waited_for() -> None:
         (Hangs("it hung", waiting=False), "crashed", False),
     ],
 )
-def test_kinds_of_errors(error: Exception, kind: str, lost: bool) -> None:
+def test_errors_are_classified(error: Exception, kind: str, lost: bool) -> None:
     found = describe_failure(error, 0, "attempt", REACHED)
     assert (found.kind, found.lost) == (kind, lost)
     assert found.again == (not isinstance(error, RunFailed | UserError))
@@ -175,8 +175,8 @@ def _raised(text: str, cause: Exception) -> Exception:
         return error
 
 
-def test_position_is_taken_where_the_error_was() -> None:
-    """A failed evaluation has its own batch size, not that of the training around it."""
+def test_position_is_that_of_the_error() -> None:
+    """A failed evaluation has its own batch size, not that of training."""
     watch, training = Watch(), Reached(7, 448, 32)
     watch.beat(5, 320)
     assert watch.reached == REACHED

@@ -1,4 +1,4 @@
-"""Weights: their moving average, final/, and the weights that a run starts from."""
+"""Test the moving average of weights, final/, and the weights that a run starts from."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.support.tasks import Counted
 TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "batch.global_size=20", "lr.peak=0.05")
 
 
-# Average
+# ---- the average
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_average_equals_a_float64_reference(dtype: torch.dtype) -> None:
-    """Also for bfloat16 weights, whose steps of 2^-8 would swallow one update."""
+    """This includes bfloat16 weights, whose steps of 2^-8 would swallow one update."""
     weight = nn.Parameter(torch.randn(50, 4).to(dtype))
     average, expected = Average({"w": weight}), weight.detach().double().clone()
     for _ in range(300):
@@ -48,7 +48,7 @@ def test_average_equals_a_float64_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("global_size", [16, 64, 256])
 def test_average_forgets_by_samples(global_size: int) -> None:
-    """Weights jump from 0 to 1 at the start: after n samples 0.5^(n / half-life) of the 0 is left."""
+    """Weights jump from 0 to 1 at the start. After n samples, 0.5^(n / half-life) of the difference remains."""
     plan = resolve(compose([*TASK, "ema=2000sa", f"batch.global_size={global_size}", "duration=5120sa"]), 1, 500)
     weight = nn.Parameter(torch.zeros(3))
     average, sample = Average({"w": weight}), 0
@@ -62,10 +62,10 @@ def test_average_forgets_by_samples(global_size: int) -> None:
     assert sample == 5120
 
 
-def test_swapped_average_and_restored_weights() -> None:
-    """Bit by bit, with NaNs, negative zeros and rounded dtypes; also after an exception."""
+def test_swapping_the_average_restores_the_weights() -> None:
+    """They are bitwise equal, with NaNs, negative zeros and rounded dtypes, and after an exception."""
     odd = torch.tensor([1.1, -0.0, float("nan"), float("inf"), 1e-42])
-    odd.view(torch.int32)[2] += 77  # a NaN with a content
+    odd.view(torch.int32)[2] += 77  # a NaN with a payload
     weights = {"a": nn.Parameter(odd.clone()), "b": nn.Parameter(odd.bfloat16()), "c": nn.Parameter(torch.tensor(3.0))}
     average = Average(weights)
     with torch.no_grad():
@@ -87,8 +87,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def test_average_of_a_run(runs: Runs) -> None:
-    """Of the weights after each step, which checkpoints of every step hold."""
+def test_average_of_a_run_follows_the_formula(runs: Runs) -> None:
+    """Checkpoints of every step hold the weights to average."""
     run = runs(2, *TASK, "duration=12st", "ema=50sa", "checkpoint.every=1st", "checkpoint.keep=20")
     expected: dict[str, Tensor] = {}
     for step in range(13):
@@ -106,11 +106,11 @@ def test_average_of_a_run(runs: Runs) -> None:
     assert distance(found, run.weights()) > 1e-3
 
 
-# final/
+# ---- final/
 
 
 class Shared(nn.Module):
-    """Everything in a state_dict that isn't simply a separate tensor."""
+    """A model with everything in a state_dict that isn't simply a separate tensor."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Shared(nn.Module):
         self.register_buffer("scratch", torch.full((2,), float(seed)), persistent=False)
 
 
-def alike(a: nn.Module, b: nn.Module) -> bool:
+def same_state(a: nn.Module, b: nn.Module) -> bool:
     expected = b.state_dict()
     return all(same_bits(tensor, expected[name]) for name, tensor in a.state_dict().items())
 
@@ -149,7 +149,7 @@ def test_final_holds_every_tensor_once_and_loads_as_plain_torch(tmp_path: Path) 
         again = Shared(seed=1)
         loaded = again.load_state_dict(load_file(run.final / f"{name}.safetensors"), strict=False)
         assert (loaded.missing_keys, loaded.unexpected_keys) == (["head.weight", "turned.weight"], [])
-        assert alike(again, expected)
+        assert same_state(again, expected)
 
 
 def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_safetensors_own_function_loads_a_model_with_tied_weights(tmp_path: Path
         tied[2].weight = tied[0].weight
     write_final(RunDir(tmp_path), model, None)
     load_model(again, tmp_path / "final" / "model.safetensors")
-    assert alike(again, model)
+    assert same_state(again, model)
 
 
 def test_final_replaces_an_older_one(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_final_replaces_an_older_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exists", [True, False], ids=["a folder", "nothing yet"])
 def test_final_may_be_a_link_to_another_disk(tmp_path: Path, exists: bool) -> None:
-    """It is written through, as often as the run is extended; an earlier version left the link as .final.old."""
+    """The link stays, however often the run is extended. An earlier version left it as .final.old."""
     run, disk = RunDir(tmp_path / "run"), tmp_path / "disk"
     run.path.mkdir()
     run.final.symlink_to("../disk")
@@ -187,7 +187,7 @@ def test_final_may_be_a_link_to_another_disk(tmp_path: Path, exists: bool) -> No
         assert run.final.readlink() == Path("../disk")
         assert sorted(path.name for path in disk.iterdir()) == ["mine"] * exists + ["model.safetensors"]
         again.load_state_dict(load_file(disk / "model.safetensors"), strict=False)
-        assert alike(again, model)
+        assert same_state(again, model)
 
 
 def test_final_may_be_a_mount(tmp_path: Path) -> None:
@@ -210,12 +210,12 @@ def test_final_on_a_missing_disk_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-# init_from
+# ---- init_from
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a finished run on two ranks, with checkpoints of steps 10, 20 and 30; that of step 10 is the best."""
+    """Return a finished run on two ranks with checkpoints of steps 10, 20 and 30. The best is that of step 10."""
     overrides = ("duration=30st", "ema=100sa", "checkpoint.every=10st", "checkpoint.keep=5")
     run = Runs(tmp_path_factory.mktemp("trained"))(2, *TASK, *overrides)
     (run.run.checkpoints / "best").symlink_to("step-00000010")
@@ -224,7 +224,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def copied(trained: Run, tmp_path: Path) -> Path:
-    """Return a copy of the run, to be damaged."""
+    """Return a copy of the run that a test may damage."""
     shutil.copytree(trained.run.path, tmp_path / "copy", symlinks=True)
     return tmp_path / "copy"
 
@@ -234,7 +234,7 @@ def weights_from(source: Path) -> tuple[dict[str, Tensor], Path]:
     return model.state_dict(), Path(initialise(model, str(source), ALONE))
 
 
-def test_init_from_a_run_its_final_and_a_file(trained: Run) -> None:
+def test_init_from_takes_a_run_its_final_or_a_file(trained: Run) -> None:
     path, expected = trained.run.path, trained.weights()
     file = path / "final" / "model.safetensors"
     for source in (path, path / "final", file):
@@ -248,7 +248,7 @@ def averaged(run: Run) -> dict[str, Tensor]:
     return load_file(run.run.final / "ema.safetensors")
 
 
-def test_init_from_a_checkpoint_or_the_best(trained: Run) -> None:
+def test_init_from_takes_a_checkpoint_or_the_best(trained: Run) -> None:
     at = {step: weights_from(trained.run.checkpoints / f"step-{step:08d}") for step in (10, 20, 30)}
     assert at[10][1].name == "step-00000010"
     assert distance(at[30][0], trained.weights()) == 0
@@ -273,7 +273,7 @@ def test_init_from_an_unfinished_run_uses_its_newest_valid_checkpoint(copied: Pa
         weights_from(copied)
 
 
-def test_the_average_beside_the_weights_is_found(trained: Run, copied: Path) -> None:
+def test_the_average_is_found_beside_the_weights(trained: Run, copied: Path) -> None:
     model = Counted().model()
     assert load_average(model, str(find(str(trained.run.path))), ALONE)
     assert distance(model.state_dict(), averaged(trained)) == 0
@@ -294,7 +294,7 @@ OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_SOURCES)
-def test_invalid_sources(tmp_path: Path, name: str) -> None:
+def test_invalid_sources_are_rejected(tmp_path: Path, name: str) -> None:
     make, message = OTHER_SOURCES[name]
     make(tmp_path / name)
     with pytest.raises(UserError, match=f"init_from=.*{name}.*{message}"):
@@ -349,7 +349,7 @@ def test_one_name_of_shared_tensors_is_enough(tmp_path: Path) -> None:
             save_file({name: tensor for name, tensor in load_file(file).items() if name != "embed.weight"}, file)
         again = Shared(seed=1)
         initialise(again, str(file), ALONE)
-        assert alike(again, model)
+        assert same_state(again, model)
         assert again.head.weight is again.embed.weight
         assert again.scratch.tolist() == [1, 1]
     save_file({**plain, "head.weight": plain["embed.weight"] + 1}, file)
@@ -370,14 +370,14 @@ def test_entries_that_are_not_tensors_are_left_out(tmp_path: Path) -> None:
 
 
 def test_only_rank_0_reads_the_file(tmp_path: Path) -> None:
-    """Tensors of every dtype; other ranks don't need access to the file."""
+    """Other ranks don't need access to the file. The tensors have various dtypes."""
     write_final(RunDir(tmp_path), Shared(), None)
 
     def body(world: World) -> Any:
         model = Shared(seed=world.rank + 1)
         source = tmp_path if world.rank == 0 else tmp_path / "elsewhere"
         found = initialise(model, str(source), world)
-        return alike(model, Shared()), found, load_average(model, found, world)
+        return same_state(model, Shared()), found, load_average(model, found, world)
 
     file = str(tmp_path / "final" / "model.safetensors")
     assert in_ranks(3, body, tmp_path / "ranks") == [[True, file, False]] * 3
@@ -392,8 +392,8 @@ def test_rejection_by_rank_0_reaches_all_ranks(tmp_path: Path) -> None:
     assert "nothing doesn't exist" in ends[1]["message"]
 
 
-def test_run_that_starts_from_another(runs: Runs, trained: Run) -> None:
-    """Its first step is on those weights, its average starts with them, and it reports their source."""
+def test_run_starts_from_the_weights_of_another(runs: Runs, trained: Run) -> None:
+    """Its first step and its average start from these weights, and it records their source."""
     run = runs(2, *TASK, f"init_from={trained.run.path}", "duration=1st", "lr.peak=1e-9", "lr.warmup=0", "ema=1ep")
     assert 0 < distance(run.weights(), trained.weights()) < ROUNDING
     assert distance(averaged(run), trained.weights()) < ROUNDING

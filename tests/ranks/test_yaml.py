@@ -1,4 +1,4 @@
-"""Every YAML in conf/ composes, and runs for one step."""
+"""Test that every YAML in conf/ composes and runs for one step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def named(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent.name != "cluster"], ids=named)
-def test_runs_for_one_step(runs: Runs, file: Path) -> None:
+def test_file_runs_for_one_step(runs: Runs, file: Path) -> None:
     group, name = file.parent.name, file.stem
     run = runs(1, f"{group}={name}", *WITH.get(named(file), ()), "duration=1st", "lr.warmup=0", "batch.schedule=null")
     assert [run.ends[0].get(key) for key in ("state", "step")] == ["finished", 1], run.ends[0]
@@ -32,7 +32,7 @@ def test_runs_for_one_step(runs: Runs, file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent.name == "cluster"], ids=named)
-def test_cluster_composes(file: Path) -> None:
+def test_cluster_file_composes(file: Path) -> None:
     assert compose([f"cluster={file.stem}"]).cluster.name == file.stem
 
 
@@ -44,7 +44,7 @@ def test_experiment_is_planned(name: str) -> None:
 
 
 def test_each_task_has_a_small_and_a_large_experiment() -> None:
-    """The large one has at least eight times the batch that the task was tuned at."""
+    """The large experiment has at least eight times the batch that the task was tuned at."""
     sizes: dict[str, list[float]] = {}
     for name in EXPERIMENTS:
         plan = resolve(compose([f"experiment={name}"]), 1)
