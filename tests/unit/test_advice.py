@@ -56,7 +56,7 @@ def without_warmup(plan: Plan) -> Any:
         ("sqrt", 16384, 32768, 32770),
     ],
 )
-def test_a_rule_beyond_what_its_source_saw(rule: str, base_batch: int, within: int, beyond: int) -> None:
+def test_a_rule_far_beyond_its_tested_range_warns(rule: str, base_batch: int, within: int, beyond: int) -> None:
     assert advised(within, Rule(rule), base_batch=base_batch) == []
     (warning,) = advised(beyond, Rule(rule), base_batch=base_batch)
     assert warning.startswith(f"lr.rule={rule} is far above its tested range: the global batch of {beyond:,} samples")
@@ -66,26 +66,26 @@ def test_a_rule_beyond_what_its_source_saw(rule: str, base_batch: int, within: i
     assert advised(beyond, Rule(rule), base_batch=beyond, base_source="peak") == []
 
 
-def test_no_warmup_at_a_large_batch() -> None:
-    none = without_warmup(quiet())
-    assert advised(254, schedule=none) == []
-    (warning,) = advised(256, schedule=none)
+def test_no_warmup_at_a_large_batch_warns() -> None:
+    no_warmup = without_warmup(quiet())
+    assert advised(254, schedule=no_warmup) == []
+    (warning,) = advised(256, schedule=no_warmup)
     assert warning.startswith("no warmup at a large batch (256 samples, 4 × that of the base LR)")
     assert advised(256) == []
-    assert advised(4094, schedule=none, base_batch=4094) == []
-    (warning,) = advised(4096, schedule=none, base_batch=4096, base_source="peak")
+    assert advised(4094, schedule=no_warmup, base_batch=4094) == []
+    (warning,) = advised(4096, schedule=no_warmup, base_batch=4096, base_source="peak")
     assert warning.startswith("no warmup at a large batch (4,096 samples):")
     assert advised(4096, schedule=None, samples=None) == []
 
 
-def test_a_base_that_is_only_a_usual_starting_point() -> None:
+def test_a_base_lr_that_is_only_a_starting_point_warns() -> None:
     (warning,) = advised(base_source="usual")
     assert "0.1 at a batch of 64 samples is only a usual starting point for sgd" in warning
     for source in ("given", "tuned", "moved", "peak"):
         assert advised(base_source=source) == []
 
 
-def test_work_that_idles() -> None:
+def test_idle_work_warns() -> None:
     assert advised(19, world=10)[0].startswith("5% of the work idles: 10 ranks × accumulation 1 can't share 19 samples")
     assert advised(191, world=100) == []  # 4.5 %
     (warning,) = advised(19, world=3, per_gpu=2, accumulation=None)[:1]
@@ -97,7 +97,7 @@ def test_work_that_idles() -> None:
 
 @given(st.integers(2, 60), st.integers(1, 400), st.none() | st.integers(1, 30), st.none() | st.integers(1, 5))
 @examples(50)
-def test_the_batches_named_against_idling_do_not_idle(
+def test_the_batches_suggested_against_idling_do_not_idle(
     world: int, batch: int, per_gpu: int | None, passes: int | None
 ) -> None:
     asked: dict[str, Any] = {"world": world, "per_gpu": per_gpu, "accumulation": None if per_gpu else passes}
@@ -107,7 +107,7 @@ def test_the_batches_named_against_idling_do_not_idle(
         assert plan.cut.idle == 0
 
 
-def test_a_batch_that_is_larger_than_the_data() -> None:
+def test_a_batch_larger_than_the_data_warns() -> None:
     assert advised(1000, train_samples=1000) == []
     assert advised(1000, train_samples=None) == []
     (warning,) = advised(1000, train_samples=999)
@@ -115,7 +115,7 @@ def test_a_batch_that_is_larger_than_the_data() -> None:
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.unit == "sample"])
-def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
+def test_a_batch_far_from_the_usual_range_of_its_family_warns(family: str) -> None:
     least, most = FAMILIES[family].usual
     for size in (max(1, -(-least // 4)), least, most, 4 * most):
         assert advised(size, family=family, world=1) == []
@@ -124,7 +124,7 @@ def test_a_batch_far_from_what_the_family_takes(family: str) -> None:
         assert f"the usual range for {family}" in advised((least - 1) // 4, family=family, world=1)[0]
 
 
-def test_language_is_counted_in_tokens_and_only_where_they_are_known() -> None:
+def test_a_language_batch_is_compared_in_tokens_if_their_number_is_known() -> None:
     tokens = {"family": "language", "units_per_sample": 1000, "world": 1, "base_batch": 100_000}
     assert advised(63, **tokens) == []
     assert advised(16_000, **tokens) == []
@@ -133,13 +133,13 @@ def test_language_is_counted_in_tokens_and_only_where_they_are_known() -> None:
     assert advised(1, **{**tokens, "units_per_sample": None}) == []
 
 
-def test_sizes_are_said_in_the_unit_they_were_given_in() -> None:
+def test_sizes_are_printed_in_the_unit_they_were_given_in() -> None:
     (warning,) = advised(1, world=2, unit="tokens", units_per_sample=512)
     assert "can't share 512 tokens evenly" in warning
     assert warning.endswith("are even: 1024")
 
 
-def test_every_stage_is_looked_at() -> None:
+def test_every_stage_is_checked() -> None:
     def staged(*sizes: int, rule: str = "none", **changes: Any) -> list[str]:
         segments = tuple(Segment(1000 * number, size, Rule(rule)) for number, size in enumerate(sizes))
         return warnings(replace(quiet(), segments=segments, **changes))
@@ -155,14 +155,14 @@ def test_every_stage_is_looked_at() -> None:
     assert unusual.startswith("a global batch of 4,096 samples is far from the usual range")
 
 
-def test_statistics_of_a_pass_change_with_accumulation() -> None:
+def test_statistics_of_one_pass_warn_with_accumulation() -> None:
     assert advised(64, sync=True) == []
     (warning,) = advised(64, sync=True, accumulation=2)
     assert warning.startswith("batchnorm.mode=sync computes its statistics over one pass of all ranks")
     assert "accumulation 2" in warning
 
 
-def test_a_warmup_of_a_step_or_two_is_none() -> None:
+def test_a_warmup_of_a_few_steps_warns() -> None:
     schedule = quiet().schedule
     assert schedule
     short = replace(schedule, warmup_samples=5 * 256 - 1)
@@ -172,7 +172,7 @@ def test_a_warmup_of_a_step_or_two_is_none() -> None:
     assert advised(256, schedule=replace(schedule, warmup_samples=5 * 256)) == []
 
 
-def test_a_learning_rate_that_jumps_within_a_run() -> None:
+def test_a_learning_rate_that_jumps_in_a_run_warns() -> None:
     def staged(*sizes: int, rule: str) -> list[str]:
         segments = tuple(Segment(1000 * number, size, Rule(rule)) for number, size in enumerate(sizes))
         return warnings(replace(quiet(), segments=segments))
@@ -182,7 +182,7 @@ def test_a_learning_rate_that_jumps_within_a_run() -> None:
     assert staged(64, 128, 510, rule="linear") == staged(64, 128, 512, rule="sqrt") == []
 
 
-def test_a_rule_that_leaves_hardly_any_memory() -> None:
+def test_a_rule_that_leaves_hardly_any_memory_warns() -> None:
     adam = replace(quiet().base, betas=(0.9, 0.99), eps=1e-8)
     (short,) = advised(576, Rule("sde"), base=adam)  # 1 − 9 × 0.1
     assert short.startswith("lr.rule=sde gives a beta of 0.1, which has hardly any memory")

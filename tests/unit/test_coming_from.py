@@ -16,7 +16,7 @@ THEIRS = ("split_batches=True",)
 
 
 def ours(cell: str) -> list[list[str]]:
-    """Return the overrides in each piece of code in a cell; Python code has none."""
+    """Return the overrides in each piece of code in a cell. Python code has none."""
     codes = [shlex.split(code) for code in re.findall(r"`([^`]+)`", cell) if "return" not in code and '"' not in code]
     found = [[word for word in code if re.match(r"[a-z_.]+=(?!…)", word) and word not in THEIRS] for code in codes]
     return [overrides for overrides in found if overrides]
@@ -29,6 +29,6 @@ def test_the_keys_compose(line: str, cell: str) -> None:
         configured([*overrides, *task, "action=plan"])
 
 
-def test_it_fits_on_a_few_screens() -> None:
+def test_the_page_fits_on_a_few_screens() -> None:
     assert len(ROWS) > 60
     assert len(PAGE.splitlines()) <= 120

@@ -28,7 +28,7 @@ from tests.unit.test_manifest import header_of, save, verified, write_files
 
 
 def commit_step(run: RunDir, step: int, *, best: bool = False, **header: Any) -> list[str]:
-    """Write and commit a checkpoint, as ranks do."""
+    """Write and commit a checkpoint like ranks."""
     parts = write_files(aside_of(run, step))
     return commit(run, step, compose(header_of(step, **header), parts, {}), best=best)
 
@@ -37,14 +37,14 @@ def names(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def test_a_committed_one_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_committed_checkpoint_is_complete_and_no_other_files_remain(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     commit_step(run, 3)
     assert names(run) == ["step-00000003"]
     assert verified(checkpoints(run)[0]).header == header_of(3)
 
 
-def test_the_best_is_a_link_that_can_be_moved_with_the_run(tmp_path: Path) -> None:
+def test_the_link_to_the_best_can_be_moved_with_the_run(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a")
     for step, best in ((1, True), (2, True), (3, False)):
         commit_step(run, step, best=best)
@@ -52,7 +52,7 @@ def test_the_best_is_a_link_that_can_be_moved_with_the_run(tmp_path: Path) -> No
     assert verified(moved / "checkpoints" / "best").header.step == 2
 
 
-def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in range(1, 8):
         commit_step(run, step, best=step == 2)
@@ -63,8 +63,8 @@ def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
     assert names(run) == ["best", "step-00000008"]
 
 
-def test_what_was_passed_over_is_no_checkpoint_any_more_but_kept(tmp_path: Path) -> None:
-    """The run resumed from 2, as 4 and 9 were damaged, and resumed again later."""
+def test_a_passed_over_checkpoint_is_kept_but_no_longer_used(tmp_path: Path) -> None:
+    """The run resumed from step 2, since steps 4 and 9 were damaged, and resumed again later."""
     run = RunDir(tmp_path)
     for step in (1, 2, 4, 9):
         commit_step(run, step, best=step == 9)
@@ -81,7 +81,7 @@ def test_what_was_passed_over_is_no_checkpoint_any_more_but_kept(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["damaged", "a file", "a link"])
-def test_what_has_its_name_is_replaced(tmp_path: Path, kind: str) -> None:
+def test_an_existing_path_of_the_same_name_is_replaced(tmp_path: Path, kind: str) -> None:
     run = RunDir(tmp_path)
     folder = save(run, 3)
     if kind == "damaged":
@@ -95,7 +95,7 @@ def test_what_has_its_name_is_replaced(tmp_path: Path, kind: str) -> None:
     assert tmp_path.is_dir()
 
 
-def test_what_cannot_be_replaced_stays(tmp_path: Path) -> None:
+def test_a_checkpoint_stays_if_it_cannot_be_replaced(tmp_path: Path) -> None:
     """A mount point can't be renamed."""
     run = RunDir(tmp_path)
     save(run, 3)
@@ -110,7 +110,7 @@ def test_what_cannot_be_replaced_stays(tmp_path: Path) -> None:
     assert verified(checkpoints(run)[0]).header.skipped == 0
 
 
-def test_one_that_cannot_be_removed_is_named_and_the_others_go(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_others_are_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in (1, 2, 3, 4):
         commit_step(run, step)
@@ -122,8 +122,8 @@ def test_one_that_cannot_be_removed_is_named_and_the_others_go(tmp_path: Path) -
     assert names(run) == ["step-00000002", "step-00000004"]
 
 
-def test_what_fails_after_it_has_its_name_is_a_warning(tmp_path: Path) -> None:
-    """A folder in place of the link can't be replaced."""
+def test_a_failure_after_the_commit_is_a_warning(tmp_path: Path) -> None:
+    """A folder in the place of the link can't be replaced."""
     run = RunDir(tmp_path)
     (run.checkpoints / "best").mkdir(parents=True)
     parts = write_files(aside_of(run, 3))
@@ -132,19 +132,19 @@ def test_what_fails_after_it_has_its_name_is_a_warning(tmp_path: Path) -> None:
     assert verified(checkpoints(run)[0]).header == header_of(3)
 
 
-def linked(run: RunDir, step: int, to: Path) -> Path:
-    """Move a checkpoint away, under another name, and link it back by a relative path."""
+def move_and_link(run: RunDir, step: int, to: Path) -> Path:
+    """Move a checkpoint to another path, and link to it by a relative path."""
     path = run.checkpoints / f"step-{step:08d}"
     shutil.move(path, to)
     path.symlink_to(os.path.relpath(to, path.parent))
     return path
 
 
-def test_one_that_was_moved_away_and_linked_back_is_a_checkpoint(tmp_path: Path) -> None:
+def test_a_link_to_a_moved_checkpoint_is_a_checkpoint(tmp_path: Path) -> None:
     run, away = RunDir(tmp_path / "run"), tmp_path / "away"
     for step in (1, 2, 3):
         commit_step(run, step, best=step == 2)
-    link = linked(run, 2, away)
+    link = move_and_link(run, 2, away)
     assert [verified(path).header.step for path in checkpoints(run)] == [3, 2, 1]
     assert verified(run.checkpoints / "best").header.step == 2  # a link to a link
     link_best(run, run.checkpoints / "step-00000003")
@@ -153,14 +153,14 @@ def test_one_that_was_moved_away_and_linked_back_is_a_checkpoint(tmp_path: Path)
     (moved,) = pass_over(run, 2)[:1]
     assert moved.name == "step-00000003"
     (moved,) = pass_over(run, 1)
-    assert verified(moved).header.step == 2  # also from there, one folder deeper
+    assert verified(moved).header.step == 2  # the relative link works one folder deeper
     assert not link.is_symlink()
 
 
-def test_a_link_that_leads_nowhere_is_damaged_and_not_overlooked(tmp_path: Path) -> None:
+def test_a_broken_link_is_a_damaged_checkpoint(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     commit_step(run, 2)
-    linked(run, 2, tmp_path / "away").parent.joinpath("step-00000009").symlink_to(tmp_path / "gone")
+    move_and_link(run, 2, tmp_path / "away").parent.joinpath("step-00000009").symlink_to(tmp_path / "gone")
     found = checkpoints(run)
     assert [path.name for path in found] == ["step-00000009", "step-00000002"]
     with pytest.raises(Damaged, match=r"it is a link to .*gone, which doesn't exist"):
@@ -168,10 +168,10 @@ def test_a_link_that_leads_nowhere_is_damaged_and_not_overlooked(tmp_path: Path)
     assert verified(found[1]).header.step == 2
 
 
-def test_a_link_that_is_replaced_is_told(tmp_path: Path) -> None:
+def test_a_replaced_link_is_reported(tmp_path: Path) -> None:
     run, away = RunDir(tmp_path / "run"), tmp_path / "away"
     commit_step(run, 3)
-    linked(run, 3, away)
+    move_and_link(run, 3, away)
     (warning,) = commit(run, 3, compose(header_of(3), write_files(aside_of(run, 3)), {}), best=False)
     assert "step-00000003 was a link" in warning
     assert (away / NAME).exists()
@@ -194,7 +194,7 @@ EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"
 
 
 def killed_at(event: int, run: RunDir) -> bool:
-    """Save step 3 again in a process killed at its ``event``-th disk operation; return whether it got that far."""
+    """Save step 3 again in a process, and kill it at its ``event``-th disk operation. Return False if it has fewer."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
     seen = 0
@@ -213,8 +213,8 @@ def killed_at(event: int, run: RunDir) -> bool:
         os._exit(0)
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Step 3 always exists, either the old or the new one, and no temporary files are left."""
+def test_a_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
+    """Step 3 always exists, in its old or its new version, and no temporary files remain."""
     event, skipped = 0, []
     killed = True
     while killed:
@@ -234,7 +234,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert names(run) == ["best", "step-00000003"]
 
 
-def test_leftovers_of_others_are_left(tmp_path: Path) -> None:
+def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     clear_leftovers(run)
     save(run, 3)
@@ -248,7 +248,7 @@ def test_leftovers_of_others_are_left(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
-def test_an_older_one_of_the_same_name_stays_before_a_whole_one_aside(tmp_path: Path) -> None:
+def test_a_committed_checkpoint_is_kept_over_a_complete_uncommitted_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     save(run, 3)
     parts = write_files(aside_of(run, 3))

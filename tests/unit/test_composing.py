@@ -28,8 +28,8 @@ from tests.support.composing import compose_cached
     ],
     ids=str,
 )
-def test_composed_with_files_read_once(overrides: list[str]) -> None:
-    def made(by: Any) -> tuple[Any, ...]:
+def test_cached_files_give_the_same_config(overrides: list[str]) -> None:
+    def composed(by: Any) -> tuple[Any, ...]:
         with initialize_config_dir(str(HERE), version_base="1.3"):
             try:
                 config = by("config", overrides)
@@ -37,6 +37,6 @@ def test_composed_with_files_read_once(overrides: list[str]) -> None:
             except Exception as error:
                 return type(error), str(error)
 
-    expected = made(compose)
-    assert made(compose_cached) == expected
-    assert made(compose_cached) == expected  # the cached config isn't changed
+    expected = composed(compose)
+    assert composed(compose_cached) == expected
+    assert composed(compose_cached) == expected  # the cached config isn't changed

@@ -93,7 +93,7 @@ def test_config_is_frozen() -> None:
 # ---- values from the command line
 
 
-def test_values_arrive_with_their_types() -> None:
+def test_values_have_their_types() -> None:
     config = compose(
         ["batch.global_size=64", "lr.base=1", "lr.warmup=500st", "clip_norm=1.5", "lr.milestones=[1ep,50%]"]
     )
@@ -144,11 +144,11 @@ def test_free_mappings_take_new_keys_without_a_plus() -> None:
         (["experiment=null"], set()),
     ],
 )
-def test_given(overrides: list[str], given: set[str]) -> None:
+def test_given_lists_the_keys_of_the_command(overrides: list[str], given: set[str]) -> None:
     assert set(compose(overrides).given) == given
 
 
-def test_given_by_experiments_that_inherit(tmp_path: Path) -> None:
+def test_given_lists_the_keys_of_inherited_experiments(tmp_path: Path) -> None:
     head = "# @package _global_\n"
     write(tmp_path / "experiment/base.yaml", f"{head}batch: {{per_gpu: 4}}\nlr: {{base: 0.1}}\n")
     write(tmp_path / "shared.yaml", "clip_norm: 1.0\n")
@@ -164,13 +164,13 @@ def test_given_by_experiments_that_inherit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", 'a"b', "a,b=c[d]", "ünï", "a\\b"])
-def test_own_yaml_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+def test_users_yaml_is_found_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     write(tmp_path / name / "task/mine.yaml", (HERE / "task/digits.yaml").read_text().replace("digits", "mine", 1))
     assert compose(["task=mine"], tmp_path / name).task.name == "digits"
     assert "task can be custom, digits, " in message("task=mne", config_dir=tmp_path / name)
 
 
-def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
+def test_broken_users_yaml_is_named(tmp_path: Path) -> None:
     write(tmp_path / "task/broken.yaml", "name: [a\n")
     assert "task/broken.yaml" in message("task=broken", config_dir=tmp_path)
     write(tmp_path / "task/list.yaml", "- a\n")
@@ -189,7 +189,7 @@ def test_own_yaml_that_is_broken(tmp_path: Path) -> None:
     assert "did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
 
 
-def test_own_yaml_begins_with_one_of_ours(tmp_path: Path) -> None:
+def test_users_yaml_may_inherit_one_of_ours(tmp_path: Path) -> None:
     write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: my.Task\nargs: {width: 3}\n")
     write(tmp_path / "optimizer/mine.yaml", "defaults: [adamw, _self_]\neps: 1.0e-6\n")
     config = compose(["task=mine", "optimizer=mine"], tmp_path)
@@ -198,14 +198,14 @@ def test_own_yaml_begins_with_one_of_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer/sgd.yaml", "experiment/digits_large.yaml", "config.yaml"])
-def test_own_yaml_named_as_ours_is_refused(tmp_path: Path, name: str) -> None:
+def test_users_yaml_named_like_ours_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, "")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / name} is named as a file of Isobatch's own")):
         command_line(["--config-dir", str(tmp_path)])
     command_line(["--config-dir", str(HERE)])
 
 
-def test_a_choice_may_be_put_where_it_means_something(tmp_path: Path) -> None:
+def test_a_choice_may_be_placed_at_another_key(tmp_path: Path) -> None:
     assert compose(["optimizer@optimizer=adamw"]) == compose(["optimizer=adamw"])
     inner = compose(["+optimizer@task.args.optimizer=adamw"])
     assert inner.task.args["optimizer"]["betas"] == [0.9, 0.999]
@@ -214,7 +214,7 @@ def test_a_choice_may_be_put_where_it_means_something(tmp_path: Path) -> None:
     assert compose(["+net@model=big"], tmp_path).model.args == {"width": 3}
 
 
-# ---- rejected values: the error's key, and what else it names (test_messages has the wording)
+# ---- rejected values: the error's key, and other words that it names (test_messages has the wording)
 
 CUSTOM = "optimizer=custom optimizer._target_=my.Optimizer"
 REJECTED = [
@@ -311,7 +311,7 @@ REJECTED = [
 
 
 @pytest.mark.parametrize(("line", "key", "names"), REJECTED, ids=[line for line, _, _ in REJECTED])
-def test_rejected(line: str, key: str, names: list[str]) -> None:
+def test_rejection_names_its_key(line: str, key: str, names: list[str]) -> None:
     with pytest.raises(UserError) as rejection:
         compose(shlex.split(line))
     assert rejection.value.key == key
@@ -322,7 +322,7 @@ def test_rejected(line: str, key: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize("given", ["lr.milestones=[50%]", "lr.gamma=0.5", "lr.cooldown=30%", "lr.exponent=3"])
 def test_keys_of_another_decay_are_named(given: str) -> None:
-    """They change nothing but the identity."""
+    """They change only the identity."""
     (text,) = unused_keys(compose([given]))
     assert text.startswith(given.partition("=")[0])
     decay = re.search(r"lr.decay=(\w+)", text)
@@ -331,13 +331,13 @@ def test_keys_of_another_decay_are_named(given: str) -> None:
     assert unused_keys(compose([given, decay[0], *needed])) == []
 
 
-def test_keys_of_another_choice_are_said_once(tmp_path: Path) -> None:
+def test_keys_of_another_choice_are_reported_once(tmp_path: Path) -> None:
     write(tmp_path / "experiment/other.yaml", "# @package _global_\noptimizer: {name: adamw}\n")
     for overrides in (["optimizer.name=adamw"], ["experiment=other"]):
         assert len(message(*overrides, config_dir=tmp_path).splitlines()) == 1
 
 
-VALUES: dict[str, list[tuple[Any, str]]] = {  # with what the error names beside key and value
+VALUES: dict[str, list[tuple[Any, str]]] = {  # invalid values, each with a word that its error names
     "batch.global_size": [
         *((0, "all"), (-3, "all"), (2.5, "whole"), (1000.0, "did you mean 1000?"), ("al", "did you mean all?")),
         *((True, "whole"), (None, "null"), ([3], "[3]"), ({"a": 3}, '{"a": 3}')),
@@ -413,7 +413,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {  # with what the error names beside
     [(key, value, named) for key, cases in VALUES.items() for value, named in cases],
     ids=lambda value: str(value)[:40],
 )
-def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, named: str) -> None:
+def test_invalid_values_are_rejected(plain: dict[str, Any], key: str, value: Any, named: str) -> None:
     *parents, last = key.split(".")
     changed: Any = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in plain.items()}
     section = changed
@@ -427,7 +427,7 @@ def test_values_that_cannot_be(plain: dict[str, Any], key: str, value: Any, name
     assert not re.search(r"pydantic|constrained|literal\[", str(refusal.value))
 
 
-def test_what_only_looks_as_if_it_repeated_a_key() -> None:
+def test_arguments_that_repeat_no_key_are_accepted() -> None:
     args = ["optimizer.args.weight_decay=1", "optimizer.args.momentum=0.5", "optimizer.args.eps=1"]
     assert set(compose([*CUSTOM.split(), *args]).optimizer.args) == {"weight_decay", "momentum", "eps"}
     compose(["cluster.nodes=2", "cluster.rendezvous=a:65535"])
@@ -473,7 +473,7 @@ def stored(directory: Path, *overrides: str) -> RunConfig:
     return config
 
 
-def test_a_run_directory_brings_its_config(tmp_path: Path) -> None:
+def test_a_run_directory_supplies_its_config(tmp_path: Path) -> None:
     was = stored(
         tmp_path, "optimizer=adamw", "optimizer.eps=1e-6", "batch.per_gpu=16", "log.every=7st", "lr.warmup=10.0%"
     )
@@ -499,7 +499,7 @@ def test_hardware_is_not_taken_from_a_run_directory(tmp_path: Path) -> None:
     assert "cluster.nodes" not in now.given
 
 
-def test_the_global_batch_of_a_run_directory_holds(tmp_path: Path) -> None:
+def test_the_global_batch_of_a_run_directory_is_kept(tmp_path: Path) -> None:
     stored(tmp_path, "batch.global_size=64", "batch.per_gpu=4", "batch.accumulation=16")
     now = compose([f"run.dir='{tmp_path}'", "cluster.gpus_per_node=2"])
     assert (now.batch.global_size, now.batch.per_gpu, now.batch.accumulation) == (64, 4, None)
@@ -509,7 +509,7 @@ def test_the_global_batch_of_a_run_directory_holds(tmp_path: Path) -> None:
     assert "batch.global_size" in now.given
 
 
-def test_a_free_mapping_of_a_run_directory_is_taken_whole(tmp_path: Path) -> None:
+def test_a_free_mapping_of_a_run_directory_replaces_the_default(tmp_path: Path) -> None:
     was = stored(tmp_path, "~task.args.dropout", "task.args.extra=1", "~task.tuned.adamw")
     assert compose([f"run.dir='{tmp_path}'"]).task == was.task
 
@@ -522,7 +522,7 @@ def test_a_custom_choice_of_a_run_directory_needs_no_target_again(tmp_path: Path
     assert (now.task, now.optimizer) == (was.task, was.optimizer)
 
 
-def test_other_science_than_the_run_directorys_is_refused(tmp_path: Path) -> None:
+def test_science_that_differs_from_the_run_directory_is_refused(tmp_path: Path) -> None:
     stored(tmp_path, "batch.global_size=64")
     text = message(f"run.dir='{tmp_path}'", "batch.global_size=128", "lr.base=0.1", "evaluate.every=2ep")
     assert "batch.global_size=128 (the run has 64)" in text
@@ -548,7 +548,7 @@ def test_values_that_are_off_differ_from_none(tmp_path: Path, was: list[str], no
     assert f"can't resume with {named}; leave" in message(f"run.dir='{tmp_path}'", *now)
 
 
-def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
+def test_a_run_directory_resumes_with_another_engine(tmp_path: Path) -> None:
     was = stored(tmp_path, "engine=fsdp", "engine.shard=[blocks.*]", "engine.config.reshard_after_forward=false")
     named = f"run.dir='{tmp_path}'"
     assert compose([named]).engine == was.engine
@@ -561,8 +561,8 @@ def test_a_run_directory_goes_on_with_another_engine(tmp_path: Path) -> None:
     assert "can't resume with batch.per_gpu=8 (the run has none), numerics=bitwise (the run has fast); leave" in text
 
 
-def test_a_run_that_never_trained_may_be_put_right(tmp_path: Path) -> None:
-    """A whole command replaces its config; its folder alone, or with keys outside the identity, keeps it."""
+def test_the_config_of_a_run_that_never_trained_may_be_corrected(tmp_path: Path) -> None:
+    """A whole command replaces its config. Its folder, alone or with keys outside the identity, keeps it."""
     was = stored(tmp_path, "task=custom", "task._target_=my.Tsk", "clip_norm=1", "duration=2ep")
     (tmp_path / "plan.json").unlink()
     named = f"run.dir='{tmp_path}'"
@@ -597,7 +597,7 @@ def test_a_longer_duration_extends_the_run_in_a_directory(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("of_run", ["", "final", "final/model.safetensors", "checkpoints/step-00000300"])
-def test_an_evaluation_takes_the_config_of_the_run_that_its_weights_are_of(tmp_path: Path, of_run: str) -> None:
+def test_an_evaluation_takes_the_config_of_the_run_of_its_weights(tmp_path: Path, of_run: str) -> None:
     run = tmp_path / "run"
     was = stored(run, "optimizer=adamw", "task.args.width=7", "ema=5%", "init_from=elsewhere", "cluster.nodes=2")
     write(run / "final/model.safetensors", "")
@@ -619,19 +619,19 @@ def test_an_evaluation_follows_links_to_a_run(tmp_path: Path) -> None:
         assert compose(["action=evaluate", f"init_from='{weights}'"]).seed == 7
 
 
-def test_weights_of_no_run_are_evaluated_by_the_command_alone(tmp_path: Path) -> None:
+def test_weights_without_a_run_are_evaluated_with_the_commands_config(tmp_path: Path) -> None:
     file = write(tmp_path / "checkpoint/model.safetensors", "")
     write(tmp_path / "checkpoint/config.yaml", "model: theirs\n")
     now = compose(["action=evaluate", f"init_from='{file}'", "task.args.width=7"])
     assert (now.task.args["width"], now.init_from) == (7, str(file))
 
 
-def test_what_an_evaluation_would_ask_of_a_damaged_run_is_refused(tmp_path: Path) -> None:
+def test_an_evaluation_of_a_damaged_run_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "config.yaml", "format: 1\ngiven: [")
     assert "can't be read" in message("action=evaluate", f"init_from='{tmp_path}'")
 
 
-def test_run_new_makes_another_run_of_a_run_directorys_config(tmp_path: Path) -> None:
+def test_run_new_starts_a_run_with_the_config_of_a_run_directory(tmp_path: Path) -> None:
     was = stored(tmp_path, "optimizer=adamw", "optimizer.eps=1e-6", "batch.global_size=63", "cluster.gpus_per_node=3")
     new = [f"run.dir='{tmp_path}'", "run.new=true"]
     same = compose(new)
@@ -641,7 +641,7 @@ def test_run_new_makes_another_run_of_a_run_directorys_config(tmp_path: Path) ->
     assert (other.seed, other.optimizer.name, other.lr.base, other.batch.global_size) == (3, "sgd", 0.3, 7)
 
 
-def test_sizes_that_are_given_with_run_new_take_the_place_of_those_there(tmp_path: Path) -> None:
+def test_sizes_given_with_run_new_replace_those_of_the_run_directory(tmp_path: Path) -> None:
     new = [f"run.dir='{tmp_path}'", "run.new=true"]
     product = ["batch.per_gpu=4", "batch.accumulation=16"]
     stored(tmp_path, "batch.global_size=64")
@@ -652,7 +652,7 @@ def test_sizes_that_are_given_with_run_new_take_the_place_of_those_there(tmp_pat
     assert (resized.batch.global_size, resized.batch.per_gpu, resized.batch.accumulation) == (32, 4, None)
 
 
-def test_a_config_from_before_a_key_was_there_gets_its_default(tmp_path: Path) -> None:
+def test_a_config_older_than_a_key_gets_its_default(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     stored(tmp_path, "optimizer=adamw", "batch.global_size=64")
     old = yaml.safe_load(file.read_text())
@@ -687,7 +687,7 @@ def test_a_damaged_config_is_refused_by_name(tmp_path: Path, content: bytes, exp
 # ---- printed texts
 
 
-def test_printed_config_is_the_config() -> None:
+def test_printed_config_reads_back_as_the_config() -> None:
     config = compose(["optimizer=adamw", "task.args.text='a: b # c'", "lr.warmup=1e3sa", "run.name=x"])
     text = annotated(config)
     assert yaml.safe_load(text) == config.model_dump(mode="json", by_alias=True, exclude=set(RECORDED))
@@ -705,8 +705,8 @@ def test_help_names_every_key_and_choice(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 140
 
 
-def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> None:
-    """A user's task is explained by its YAML and by the one in its defaults, not by another task's."""
+def test_keys_are_explained_by_the_chosen_files(tmp_path: Path) -> None:
+    """A user's task is explained by its YAML and the YAML in its defaults, not by another task's."""
     write(tmp_path / "task/mine.yaml", "defaults: [custom, _self_]\n_target_: a.B\nargs:\n  data: x  # my own\n")
 
     def line(key: str, *overrides: str) -> str:
@@ -734,7 +734,7 @@ def test_keys_are_explained_by_the_files_that_were_chosen(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["--confg-dir", "."], ["--cfg", "all"], ["--config-dir", "/nowhere"], ["--n=3"]])
-def test_options_that_are_not_there(arguments: list[str]) -> None:
+def test_unknown_options_are_rejected(arguments: list[str]) -> None:
     with pytest.raises(UserError):
         command_line(arguments)
 
@@ -774,19 +774,19 @@ def test_options_may_stand_anywhere() -> None:
         (["nvidia0", "nvidia1"], "GPU-8932f937,MIG-5c", 2),
     ],
 )
-def test_visible_gpus(tmp_path: Path, devices: list[str], hidden: str | None, gpus: int) -> None:
+def test_visible_gpus_are_counted(tmp_path: Path, devices: list[str], hidden: str | None, gpus: int) -> None:
     for name in devices:
         write(tmp_path / "dev" / name, "")
     env = {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
     assert hardware.visible_gpus(env, tmp_path) == gpus
 
 
-def test_gpus_that_only_the_driver_names(tmp_path: Path) -> None:
+def test_gpus_that_only_the_driver_lists_are_counted(tmp_path: Path) -> None:
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     assert hardware.visible_gpus({}, tmp_path) == 1
 
 
-def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_follows_from_config_and_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert hardware.world_size(compose(["cluster.nodes=16", "cluster.gpus_per_node=8"])) == 128
@@ -815,12 +815,12 @@ def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
         (["device=cuda", "cluster.environment.CUDA_VISIBLE_DEVICES=''"], "no GPU is visible"),
     ],
 )
-def test_what_cannot_start_here(overrides: list[str], expected: str) -> None:
+def test_commands_that_cannot_start_here_are_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         hardware.refuse_unless_startable(compose(overrides))
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "visible_gpus", lambda env: 2)
     hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=2"]))
     hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4", "device=cpu"]))

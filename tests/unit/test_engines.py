@@ -25,7 +25,7 @@ ENGINES = {
     "fsdp": ["engine=fsdp"],
     **{f"zero{stage}": ["engine=deepspeed", f"engine.stage={stage}"] for stage in range(4)},
 }
-PARTED = ("fsdp", "zero1", "zero2", "zero3")
+SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 CUSTOM = ("optimizer=custom", "lr.peak=0.1")
 
 
@@ -45,7 +45,7 @@ def refusal(*overrides: str) -> str:
 
 
 def named(message: str) -> list[list[str]]:
-    """Return the overrides of each alternative: ``engine=a, engine=b or engine=deepspeed engine.stage=0``."""
+    """Return the overrides of each alternative in ``engine=a, engine=b or engine=deepspeed engine.stage=0``."""
     ways = message.rpartition("; use ")[2]
     key, found = "", []
     for text in re.split(r", or |, | or ", ways):
@@ -69,10 +69,10 @@ def with_way(overrides: list[str], way: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("engine", "optimizer"), list(product(ENGINES, ["sgd", "adamw", "lamb", "lars", "muon", "adafactor"])), ids=str
 )
-def test_engine_and_optimizer(engine: str, optimizer: str) -> None:
+def test_unsupported_optimizers_of_an_engine_are_refused(engine: str, optimizer: str) -> None:
     overrides = [*ENGINES[engine], f"optimizer={optimizer}"]
     elementwise = optimizer in ("sgd", "adamw")
-    if engine not in PARTED or elementwise or (engine == "fsdp" and optimizer != "adafactor"):
+    if engine not in SHARDED or elementwise or (engine == "fsdp" and optimizer != "adafactor"):
         assert plan_of(*overrides).engine.name == config_of(*overrides).engine.name
         return
     message = refusal(*overrides)
@@ -85,7 +85,7 @@ def test_engine_and_optimizer(engine: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engine_and_an_optimizer_of_ones_own(engine: str) -> None:
+def test_custom_optimizers_of_an_engine_are_checked(engine: str) -> None:
     for name in ("Adam", "RMSprop", "SGD", "NAdam"):
         plan_of(*ENGINES[engine], *CUSTOM, f"optimizer._target_=torch.optim.{name}")
     assert "torch.optim.Adagrad" not in ELEMENTWISE
@@ -100,14 +100,14 @@ def test_engine_and_an_optimizer_of_ones_own(engine: str) -> None:
     assert [f"optimizer._target_={target}" for target in ELEMENTWISE] == [way[0] for way in named(message)[-10:]]
 
 
-def test_an_adafactor_by_its_target_is_one() -> None:
+def test_adafactor_is_recognised_by_its_target() -> None:
     adafactor = (*CUSTOM, "optimizer._target_=torch.optim.Adafactor")
     plan_of("engine=accelerate", *adafactor)
-    for engine in PARTED:
+    for engine in SHARDED:
         assert "_target_=torch.optim.Adafactor: " in refusal(*ENGINES[engine], *adafactor)
 
 
-def test_the_engine_chooses_no_optimizer() -> None:
+def test_optimizer_auto_ignores_the_engine() -> None:
     auto = ("optimizer=auto", "task=images", "batch.global_size=2048")
     plan_of("engine=fsdp", *auto)
     assert "optimizer=lars (optimizer=auto chose it): " in refusal("engine=deepspeed", *auto)
@@ -125,7 +125,7 @@ def test_only_ddp_is_bitwise(engine: str) -> None:
     assert message.endswith("; use engine=ddp, or leave numerics out")
 
 
-def test_what_bitwise_does_without() -> None:
+def test_bitwise_rejects_compile_and_ddp_options() -> None:
     bitwise = ("numerics=bitwise", "batch.per_gpu=8")
     assert "doesn't support compile=true: the compiled code" in refusal(*bitwise, "compile=true")
     message = refusal(*bitwise, "engine.config.static_graph=true")
@@ -149,7 +149,7 @@ ZERO = "engine.config.zero_optimization"
 
 
 @pytest.mark.parametrize(
-    ("config", "rules"),
+    ("config", "expected"),
     [
         ("engine.config.train_batch_size=32", "batch.global_size sets that (here 64 or auto)"),
         ("engine.config.train_micro_batch_size_per_gpu=16", "batch.per_gpu sets that (here 32 or auto)"),
@@ -180,10 +180,10 @@ ZERO = "engine.config.zero_optimization"
         ("engine.config.tensor_parallel={autotp_size: 2}", "engine=deepspeed takes zero_optimization, "),
     ],
 )
-def test_deepspeeds_own_keys_that_contradict_the_plan(config: str, rules: str) -> None:
+def test_deepspeed_keys_that_contradict_the_plan_are_refused(config: str, expected: str) -> None:
     message = refusal("engine=deepspeed", config)
     assert message.startswith(re.split(r"=|(?<=offload_optimizer)\.", config)[0])
-    assert rules in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ def test_deepspeeds_own_keys_that_contradict_the_plan(config: str, rules: str) -
         ["engine.config.wall_clock_breakdown=true", f"{ZERO}.round_robin_gradients=false"],
     ],
 )
-def test_deepspeeds_own_keys_that_do_not(config: list[str]) -> None:
+def test_deepspeed_keys_that_agree_with_the_plan_are_accepted(config: list[str]) -> None:
     plan_of("engine=deepspeed", *config)
 
 
-def test_a_batch_that_moves_has_no_one_size() -> None:
+def test_a_batch_schedule_allows_only_auto_sizes() -> None:
     moving = ("engine=deepspeed", "batch.schedule='0sa:64 10ep:128'")
     plan_of(*moving, "engine.config.train_batch_size=auto")
     message = refusal(*moving, "engine.config.train_batch_size=64")
@@ -210,7 +210,7 @@ def test_a_batch_that_moves_has_no_one_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "rules"),
+    ("overrides", "expected"),
     [
         (["engine=accelerate", "engine.config.gradient_accumulation_steps=4"], "batch.accumulation sets that (here 1"),
         (["engine=accelerate", "engine.config.mixed_precision=bf16"], "precision sets that (here no)"),
@@ -221,11 +221,11 @@ def test_a_batch_that_moves_has_no_one_size() -> None:
         (["engine=fsdp", "engine.config.mp_policy=bf16"], "engine=fsdp takes reshard_after_forward"),
     ],
 )
-def test_the_others_own_keys_that_contradict_the_plan(overrides: list[str], rules: str) -> None:
-    assert rules in refusal(*overrides)
+def test_keys_of_other_engines_that_contradict_the_plan_are_refused(overrides: list[str], expected: str) -> None:
+    assert expected in refusal(*overrides)
 
 
-def test_the_others_own_keys_that_do_not() -> None:
+def test_keys_of_other_engines_that_agree_with_the_plan_are_accepted() -> None:
     plan_of("engine=fsdp", "engine.config.reshard_after_forward=false")
     plan_of("engine=accelerate", "engine.config.mixed_precision=bf16", "precision=bf16")
     plan_of("engine=accelerate", "engine.config.cpu=true", "device=cpu", "engine.config.log_with=tensorboard")
@@ -254,7 +254,7 @@ def test_the_plan_shows_what_is_sharded(overrides: list[str], row: str | None) -
     assert row is None or f" engine {row}" in text
 
 
-def test_the_plan_as_json_says_what_is_sharded() -> None:
+def test_the_plan_as_json_names_what_is_sharded() -> None:
     content = json.loads(to_json(plan_of("engine=fsdp", "engine.offload=true")))["engine"]
     everything = ["parameters", "gradients", "optimizer state"]
     assert content == {"name": "fsdp", "stage": None, "shards": everything, "offloads": everything}
@@ -262,7 +262,7 @@ def test_the_plan_as_json_says_what_is_sharded() -> None:
     assert content == {"name": "deepspeed", "stage": 2, "shards": everything[1:], "offloads": []}
 
 
-def test_a_plan_goes_on_with_todays_engine() -> None:
+def test_a_resumed_plan_has_the_new_engine() -> None:
     before = plan_of("engine=deepspeed", "engine.stage=3", world=4)
     assert from_json(to_json(before)) == before
     today = plan_of("engine=fsdp", world=3)
@@ -270,7 +270,7 @@ def test_a_plan_goes_on_with_todays_engine() -> None:
     assert before.dealt(3, None).engine == before.engine
 
 
-def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
+def test_a_plan_without_an_engine_is_read_as_ddp() -> None:
     content = json.loads(to_json(plan_of()))
     del content["engine"], content["numerics"]
     assert from_json(json.dumps(content)) == plan_of()
@@ -278,7 +278,7 @@ def test_a_plan_from_before_there_were_engines_is_ddps() -> None:
 
 
 @pytest.mark.parametrize("gpus_only", ["precision=fp16", "engine=fsdp engine.offload=true"])
-def test_what_is_for_gpus_is_refused_where_the_cpu_is_asked_for(gpus_only: str) -> None:
+def test_gpu_features_are_refused_with_device_cpu(gpus_only: str) -> None:
     asked = gpus_only.split()
     resolve(configured([*asked, "device=auto"]), 2)
     with pytest.raises(ValueError, match="but device=cpu; "):

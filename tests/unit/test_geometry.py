@@ -22,7 +22,7 @@ sizes = st.integers(1, 12) | st.integers(1, 5000)
 
 @st.composite
 def asked(draw: st.DrawFn, worlds: st.SearchStrategy[int] = worlds, ways: str = "g p ga gp pa gpa") -> dict[str, Any]:
-    """Return consistent arguments of ``solve`` for each combination of given sizes, by their initials."""
+    """Draw consistent arguments of ``solve``. ``ways`` has the initials of each combination of given sizes."""
     world, granule = draw(worlds), draw(st.sampled_from([1, 1, 2, 7, 32]))
     global_size = draw(granule_counts) * granule
     per_gpu = draw(sizes) + granule - 1
@@ -40,7 +40,7 @@ def asked(draw: st.DrawFn, worlds: st.SearchStrategy[int] = worlds, ways: str = 
 
 
 def place(cut: Cut, j: int) -> tuple[int, int]:
-    """Return rank and pass of micro-batch j: rank j mod world, pass j div world; with ``pieces``, by blocks."""
+    """Return rank and pass of micro-batch j: j mod world and j div world, or by blocks if there are ``pieces``."""
     if cut.pieces is None:
         return j % cut.world, j // cut.world
     shorter, longer = divmod(cut.pieces, cut.world)
@@ -51,7 +51,7 @@ def place(cut: Cut, j: int) -> tuple[int, int]:
 
 
 def ranges(cut: Cut) -> list[tuple[int, int]]:
-    """Return the sizes of all micro-batches, in the order j."""
+    """Return the ranges of all micro-batches in order."""
     return [cut.micro(*place(cut, j)) for j in range(cut.pieces or cut.world * cut.accumulation)]
 
 
@@ -60,7 +60,7 @@ def ranges(cut: Cut) -> list[tuple[int, int]]:
 
 @given(asked())
 @quick
-def test_sizes_sum_to_the_global_batch_and_none_is_above_per_gpu(wanted: dict[str, Any]) -> None:
+def test_sizes_sum_to_the_global_batch_and_are_at_most_per_gpu(wanted: dict[str, Any]) -> None:
     cut = solve(**wanted)
     runs = cut.micro_batches
     assert sum(size * count for size, count in runs) == cut.global_size
@@ -109,7 +109,7 @@ def test_a_single_range_is_right_among_100_000_ranks(wanted: dict[str, Any], dat
 
 @given(asked(), st.data())
 @quick
-def test_shares_differ_by_at_most_one_granule_and_the_rest_idles(wanted: dict[str, Any], data: st.DataObject) -> None:
+def test_shares_differ_by_at_most_one_granule(wanted: dict[str, Any], data: st.DataObject) -> None:
     cut = solve(**wanted)
     ranks = sorted(data.draw(st.sets(st.integers(0, cut.world - 1), min_size=1, max_size=20)) | {0, cut.world - 1})
     shares = [cut.share(rank) for rank in ranks]
@@ -121,7 +121,7 @@ def test_shares_differ_by_at_most_one_granule_and_the_rest_idles(wanted: dict[st
     assert cut.idle == pytest.approx(1 - cut.global_size / (cut.world * max(shares)))
 
 
-def test_the_order_of_the_sizes_by_hand() -> None:
+def test_sizes_equal_those_by_hand() -> None:
     cut = Cut(global_size=100, per_gpu=17, world=3, accumulation=2)
     assert ranges(cut) == [(0, 17), (17, 34), (34, 51), (51, 68), (68, 84), (84, 100)]
     cut = Cut(global_size=96, per_gpu=7, world=3, accumulation=5)
@@ -136,7 +136,7 @@ def test_the_order_of_the_sizes_by_hand() -> None:
     assert [cut.share(rank) for rank in range(2)] == [24, 16]
 
 
-def test_blocks_by_hand() -> None:
+def test_blocks_equal_those_by_hand() -> None:
     cut = solve(3, global_size=100, per_gpu=16, bitwise=True)
     assert (cut.pieces, cut.accumulation, cut.micro_batches) == (7, 3, ((15, 2), (14, 5), (0, 2)))
     assert [list(cut.block(rank)) for rank in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
@@ -150,14 +150,14 @@ def test_blocks_by_hand() -> None:
 
 @given(asked(ways="gp"), worlds)
 @quick
-def test_what_is_bitwise_is_cut_alike_on_any_world(wanted: dict[str, Any], world: int) -> None:
+def test_bitwise_cuts_are_the_same_on_any_world(wanted: dict[str, Any], world: int) -> None:
     cut, other = (solve(**{**wanted, "bitwise": True, "world": each}) for each in (wanted["world"], world))
     assert cut.pieces == other.pieces
     assert [run for run in cut.micro_batches if run[0]] == [run for run in other.micro_batches if run[0]]
     assert solve(**{**wanted, "bitwise": False}).accumulation == cut.accumulation
 
 
-def test_nothing_takes_longer_on_more_ranks() -> None:
+def test_the_cost_does_not_grow_with_the_ranks() -> None:
     cut = solve(10**12, global_size=10**18 + 1, per_gpu=10**3)  # a loop over ranks or passes would take forever
     assert cut.accumulation == 10**3 + 1
     assert cut.micro(10**12 - 1, 10**3)[1] == 10**18 + 1
@@ -174,7 +174,7 @@ def test_nothing_takes_longer_on_more_ranks() -> None:
 
 @given(asked())
 @quick
-def test_what_is_not_given_is_solved(wanted: dict[str, Any]) -> None:
+def test_sizes_that_are_not_given_are_solved(wanted: dict[str, Any]) -> None:
     cut = solve(**wanted)
     assert all(getattr(cut, name) == value for name, value in wanted.items() if name != "bitwise")
     granules, most = cut.global_size // cut.granule, cut.per_gpu // cut.granule
@@ -204,12 +204,12 @@ def test_what_is_not_given_is_solved(wanted: dict[str, Any]) -> None:
         ({"world": 5, "global_size": 96, "granule": 8}, (96, 24, 1)),
     ],
 )
-def test_solved_by_hand(wanted: dict[str, Any], solved: tuple[int, int, int]) -> None:
+def test_solved_sizes_equal_those_by_hand(wanted: dict[str, Any], solved: tuple[int, int, int]) -> None:
     cut = solve(**wanted)
     assert (cut.global_size, cut.per_gpu, cut.accumulation) == solved
 
 
-# ---- errors, and that their alternatives work
+# ---- errors, whose alternatives have to work
 
 
 def refusal(**wanted: Any) -> str:
@@ -219,7 +219,7 @@ def refusal(**wanted: Any) -> str:
 
 
 def numbers(text: str, after: str) -> list[int]:
-    """Return the alternatives ``1 or 2`` after some words."""
+    """Return the numbers that follow some words, as in ``1 or 2``."""
     return [int(number) for number in re.findall(r"\d+", text.split(after)[1].split(";")[0])]
 
 
@@ -238,7 +238,7 @@ def test_no_ranks_and_no_sizes_are_refused() -> None:
 
 @given(asked(ways="gp"), st.integers(1, 40))
 @quick
-def test_a_contradiction_names_sizes_that_agree(wanted: dict[str, Any], other: int) -> None:
+def test_a_contradiction_names_working_sizes(wanted: dict[str, Any], other: int) -> None:
     assume(other != solve(**wanted).accumulation)
     wanted["accumulation"] = other
     message = refusal(**wanted)
@@ -252,17 +252,17 @@ def test_a_contradiction_names_sizes_that_agree(wanted: dict[str, Any], other: i
         solve(**{**wanted, name: int(size)})
 
 
-def test_a_contradiction_by_hand() -> None:
+def test_a_contradiction_names_the_sizes_found_by_hand() -> None:
     message = refusal(world=2, global_size=100, per_gpu=8, accumulation=4)
     assert "on 2 ranks the first two need 7 passes" in message
     assert message.endswith("batch.accumulation=7 or batch.per_gpu=13 or batch.global_size=64")
     message = refusal(world=2, global_size=100, per_gpu=8, accumulation=4, even=True)
-    assert message.endswith("change one: batch.global_size=64"), "the others aren't even"
+    assert message.endswith("change one: batch.global_size=64"), "the other alternatives aren't even"
 
 
 @given(asked())
 @quick
-def test_even_refuses_exactly_the_uneven_and_names_sizes_and_worlds_that_are_even(wanted: dict[str, Any]) -> None:
+def test_even_refuses_exactly_uneven_cuts_and_names_even_ones(wanted: dict[str, Any]) -> None:
     cut = solve(**wanted)
     if cut.even:
         assert solve(**wanted, even=True) == cut
@@ -313,7 +313,7 @@ def test_the_named_even_sizes_are_the_nearest(
     assert numbers(message, f"world sizes for {cut.global_size}:") == [*fewer, *more]
 
 
-def test_nearest_even_sizes_by_hand() -> None:
+def test_nearest_even_sizes_equal_those_by_hand() -> None:
     assert "nearest even global batches on 3 ranks: 99 or 102; nearest world sizes for 100: 2 or 4" in refusal(
         world=3, global_size=100, even=True
     )
@@ -323,7 +323,7 @@ def test_nearest_even_sizes_by_hand() -> None:
 
 @given(st.integers(1, 1000), st.integers(2, 64))
 @quick
-def test_a_global_batch_that_parts_a_granule_is_refused_with_two_that_do_not(size: int, granule: int) -> None:
+def test_a_global_batch_that_splits_a_granule_is_refused_with_the_nearest(size: int, granule: int) -> None:
     assume(size % granule)
     near = numbers(refusal(world=3, global_size=size, granule=granule), "nearest:")
     assert near == [whole for whole in (size - size % granule, size - size % granule + granule) if whole]

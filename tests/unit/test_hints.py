@@ -14,7 +14,7 @@ from isobatch.trainers.ranks.failure import Reached, describe_failure
 
 
 @pytest.mark.parametrize(("takes_s", "expected"), [(0.0, ""), (0.3, "opening the data …\n")])
-def test_only_what_is_slow_is_announced(
+def test_only_slow_work_is_announced(
     takes_s: float, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "SLOW_S", 0.1)
@@ -24,14 +24,14 @@ def test_only_what_is_slow_is_announced(
     assert capsys.readouterr().out == expected
 
 
-def test_cuda_on_a_machine_without_it() -> None:
+def test_cuda_calls_without_cuda_get_a_hint() -> None:
     message = describe_failure(AssertionError("Torch not compiled with CUDA enabled"), 0, "", Reached()).cause
     assert "leave out .cuda()" in message
     assert "leave out .cuda()" not in describe_failure(AssertionError("something else"), 0, "", Reached()).cause
 
 
-def test_a_module_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the searched folders; for a module that fails while importing, only its error."""
+def test_a_missing_module_names_the_searched_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a module fails while it is imported, only its error is named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/beside/configs")
     with pytest.raises(UserError) as error:

@@ -63,8 +63,8 @@ def put(file: Path, content: bytes | Callable[[Path], object]) -> None:
         content(file)
 
 
-def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the command's output; it has to exit with 0, or with 2 and one message."""
+def run_safely(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command, check that it exits with 0, or with 2 and a message, and return its stderr."""
     code = guarded(lambda: launch.main(list(arguments), []))
     out, err = capsys.readouterr()
     assert code in (0, 2), err
@@ -84,67 +84,69 @@ def stored() -> str:
 
 
 @pytest.mark.parametrize("what", YAML)
-def test_a_config_of_a_run_that_is_damaged(
+def test_a_damaged_config_of_a_run_is_named(
     tmp_path: Path, what: str, stored: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, file = YAML[what], tmp_path / "config.yaml"
-    if isinstance(content, bytes) and content.startswith(b"args: "):  # replaced, so that nothing else is wrong
+    if isinstance(content, bytes) and content.startswith(b"args: "):  # the only damage of a valid config
         content = stored.encode().replace(b"  args: {}", b"  args: " + content[6:], 1)
     put(file, content)
-    assert str(file) in answered(capsys, f"run.dir={tmp_path}", "action=plan")
+    assert str(file) in run_safely(capsys, f"run.dir={tmp_path}", "action=plan")
 
 
 @pytest.mark.parametrize("what", YAML)
 @pytest.mark.parametrize("group", ["task", "experiment"])
-def test_a_yaml_of_the_users_that_is_damaged(
+def test_a_damaged_users_yaml_is_reported(
     tmp_path: Path, what: str, group: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = YAML[what]
     if isinstance(content, bytes) and content.startswith(b"args: ") and group == "task":
         content = TASK.encode() + content[6:]
     put(tmp_path / group / "mine.yaml", content)
-    output = answered(capsys, "action=plan", f"--config-dir={tmp_path}", f"{group}=mine")
+    output = run_safely(capsys, "action=plan", f"--config-dir={tmp_path}", f"{group}=mine")
     assert output or what in ("nothing", "a date that there isn't")  # Hydra reads these as text
 
 
-def test_aliases_that_stay_small_are_fine(tmp_path: Path) -> None:
+def test_small_aliases_are_accepted(tmp_path: Path) -> None:
     put(tmp_path / "task" / "mine.yaml", TASK.encode() + b"{a: &a [1, 2], b: *a}")
     assert compose(["task=mine"], tmp_path).task.args == {"a": [1, 2], "b": [1, 2]}
 
 
 @pytest.mark.parametrize("name", ["outcome.json", "plan.json", "config.yaml"])
-def test_a_run_directory_with_a_damaged_file(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_of_a_run_directory_is_named(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, content in enumerate((b"[" * 100_000, b"\xff\xfe", b"[]", b'{"identity": [[1]]}', os.mkfifo, os.mkdir)):
         put(tmp_path / str(number) / name, content)
         task = [] if name == "config.yaml" else ["task=digits"]  # a folder without a config needs a task
-        assert name in answered(capsys, *task, f"run.dir={tmp_path / str(number)}")
+        assert name in run_safely(capsys, *task, f"run.dir={tmp_path / str(number)}")
 
 
 # ---- the command line
 
 NAMES = ["a" * 300, "a" * 5000, "a/" * 3000, "\0", "a\nb", "\x1b[2J", "\udc80", "~nobody/x", "", "/dev/null/x"]
-OF_PATHS = ["run.dir", "run.name", "run.config", "init_from", "task", "--config-dir"]
+PATH_KEYS = ["run.dir", "run.name", "run.config", "init_from", "task", "--config-dir"]
 
 
-@pytest.mark.parametrize("key", OF_PATHS)
-def test_names_and_paths(key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_odd_names_and_paths_are_handled(key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("{}")
     for text in (*NAMES, str(file)):
         quote = "" if key.startswith("-") else "'"
-        answered(capsys, "action=plan", f"{key}={quote}{text}{quote}")
+        run_safely(capsys, "action=plan", f"{key}={quote}{text}{quote}")
 
 
-def test_lists_of_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_listed_in_any_folder(capsys: pytest.CaptureFixture[str]) -> None:
     for text in NAMES:
-        answered(capsys, "action=runs", f"run.dir='{text}'")
+        run_safely(capsys, "action=runs", f"run.dir='{text}'")
 
 
 @pytest.mark.parametrize("depth", [20, 60, 150, 5000])
-def test_deep_overrides(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deeply_nested_overrides_are_handled(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("seed", "task.args.x", "+model.args.x", "batch.schedule"):
-        answered(capsys, "action=plan", f"{key}={'[' * depth}{']' * depth}")
-        answered(capsys, "action=plan", f"{key}={'{a:' * depth}1{'}' * depth}")
+        run_safely(capsys, "action=plan", f"{key}={'[' * depth}{']' * depth}")
+        run_safely(capsys, "action=plan", f"{key}={'{a:' * depth}1{'}' * depth}")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +156,8 @@ def test_deep_overrides(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
      "task.args.x=${task}", "seed=[" + "1," * 20_000 + "1]", "seed=" + "9" * 5000, "=", "==", "a", "~", "~seed", "@=1"],
     ids=lambda text: text[:25],
 )  # fmt: skip
-def test_interpolations_and_oddities(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answered(capsys, "action=plan", text)
+def test_odd_overrides_are_handled(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_safely(capsys, "action=plan", text)
 
 
 @pytest.mark.parametrize(
@@ -165,11 +167,11 @@ def test_interpolations_and_oddities(text: str, capsys: pytest.CaptureFixture[st
      ["seed=interval(0,1)"], ["seed=glob(*)"], ["seed=range(5,0)"], ["seed=choice()"]],
     ids=lambda sweep: sweep[0],
 )  # fmt: skip
-def test_sweeps_of_millions(sweep: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert answered(capsys, "-m", "action=plan", *sweep)
+def test_enormous_sweeps_are_refused(sweep: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_safely(capsys, "-m", "action=plan", *sweep)
 
 
-def test_sweeps_up_to_the_most_runs() -> None:
+def test_sweeps_up_to_the_limit_are_expanded() -> None:
     assert len(expand([f"seed=range(0,{MOST_RUNS})"])) == MOST_RUNS
     with pytest.raises(UserError, match=f"{MOST_RUNS:,}"):
         expand([f"seed=range(0,{MOST_RUNS + 1})"])
@@ -199,7 +201,7 @@ def overrides() -> Iterator[st.SearchStrategy[str]]:
 
 @given(st.lists(st.one_of(*overrides()), min_size=1, max_size=4))
 @examples(40)
-def test_any_values_make_a_plan_that_is_read_back_or_one_message(
+def test_any_values_give_a_readable_plan_or_one_message(
     capsys: pytest.CaptureFixture[str], given_overrides: list[str]
 ) -> None:
     plain = [text for text in given_overrides if not text.startswith(("output=", "cluster=slurm", "debug="))]
@@ -213,7 +215,7 @@ def test_any_values_make_a_plan_that_is_read_back_or_one_message(
 # ---- printed texts
 
 
-def test_escape_codes_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_escape_codes_are_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     evil: dict[str, Any] = {"val/\x1b[2Jx\n": 1.0, "state": "a\x9b31m\rb"}
     say(grid([evil]))
     say("name\x1b]0;title\x07 \u202e")

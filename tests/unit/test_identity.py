@@ -1,4 +1,4 @@
-"""Test a run's identity, a hash of exactly its science, and the folder that follows from it."""
+"""Test that a run's identity is a hash of exactly its science, and that its folder follows from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def optimizer_yaml(choice: str) -> dict[str, Any]:
     return content
 
 
-# A value other than the default for every key, so that a new key has to be added here.
+# A value other than the default for every key. A new key has to be added here.
 OTHER_SCIENCE: dict[str, Any] = {
     "duration": "21ep",
     "seed": 1,
@@ -111,22 +111,22 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "cluster.environment": {"A": "b"},
     "given": ["lr.base"],
 }
-OF_SLURM = {
+SLURM_KEYS = {
     "partition": "gpu", "account": "a", "qos": "q", "time_min": 90, "signal_s": 60, "mem_gb": 64, "cpus_per_gpu": 8,
     "gres": "none", "constraint": "a100", "exclude": "n1", "nodelist": "n2", "reservation": "r", "comment": "c",
     "dependency": "afterok:1", "mail": "me@example.org", "setup": "['module load a']", "extra": "['--exclusive']",
     "max_requeues": 1, "max_parallel": 2, "dry_run": "true",
 }  # fmt: skip
-ONLY_WITH_ANOTHER = {
+NEED_ANOTHER_KEY = {
     "model.args", "data.args", "data.val_args", "data.local", "lr.power", "lr.noise_scale", "batchnorm.ghost_size",
     "output", "cluster.rendezvous",
 }  # fmt: skip
 OPTIMIZERS = [name for name in choices_of("optimizer") if name not in ("auto", "custom")]
-OF_OPTIMIZERS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}
-TRIED_ELSEWHERE = {
-    *(f"cluster.{name}" for name in OF_SLURM),
-    *ONLY_WITH_ANOTHER,
-    *OF_OPTIMIZERS,
+OPTIMIZER_KEYS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}
+TESTED_ELSEWHERE = {
+    *(f"cluster.{name}" for name in SLURM_KEYS),
+    *NEED_ANOTHER_KEY,
+    *OPTIMIZER_KEYS,
     *("engine.shard", "engine.param_dtype", "engine.reduce_dtype", "engine.offload", "engine.stage"),
     *("optimizer._target_", "engine.name", "cluster.name", "optimizer.usual.lr", "optimizer.usual.batch"),
 }
@@ -139,9 +139,9 @@ def changed(config: RunConfig, key: str, value: Any) -> RunConfig:
     return validated(plain)
 
 
-def test_every_key_is_tried() -> None:
-    tried = OTHER_SCIENCE.keys() | OTHER_HOUSEKEEPING.keys() | TRIED_ELSEWHERE
-    assert set(keys()) - sections() - tried == set()
+def test_every_key_is_tested() -> None:
+    tested = OTHER_SCIENCE.keys() | OTHER_HOUSEKEEPING.keys() | TESTED_ELSEWHERE
+    assert set(keys()) - sections() - tested == set()
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +150,15 @@ def default() -> RunConfig:
 
 
 def test_a_run_on_slurm_is_the_same_run(default: RunConfig) -> None:
-    on_slurm = compose(["cluster=slurm", *(f"cluster.{name}={value}" for name, value in OF_SLURM.items())])
+    on_slurm = compose(["cluster=slurm", *(f"cluster.{name}={value}" for name, value in SLURM_KEYS.items())])
     assert all(
-        getattr(on_slurm.cluster, name) != getattr(compose(["cluster=slurm"]).cluster, name) for name in OF_SLURM
+        getattr(on_slurm.cluster, name) != getattr(compose(["cluster=slurm"]).cluster, name) for name in SLURM_KEYS
     )
     assert identity(on_slurm) == identity(default)
 
 
 @pytest.mark.parametrize("key", OTHER_SCIENCE)
-def test_science_makes_another_run(default: RunConfig, key: str) -> None:
+def test_science_changes_the_identity(default: RunConfig, key: str) -> None:
     assert identity(changed(default, key, OTHER_SCIENCE[key])) != identity(default)
 
 
@@ -176,16 +176,16 @@ def test_every_key_of_an_optimizer_is_science(choice: str) -> None:
 
 
 @pytest.mark.parametrize("key", OTHER_HOUSEKEEPING)
-def test_housekeeping_does_not(default: RunConfig, key: str) -> None:
+def test_housekeeping_does_not_change_the_identity(default: RunConfig, key: str) -> None:
     assert identity(changed(default, key, OTHER_HOUSEKEEPING[key])) == identity(default)
 
 
-def test_housekeeping_that_needs_another_key_does_not(default: RunConfig) -> None:
+def test_housekeeping_that_needs_another_key_does_not_change_the_identity(default: RunConfig) -> None:
     for overrides in (["action=plan", "output=json"], ["cluster.nodes=2", "cluster.rendezvous=a:1"]):
         assert identity(compose(overrides)) == identity(default)
 
 
-def test_every_change_is_a_run_of_its_own(default: RunConfig) -> None:
+def test_different_changes_have_different_identities(default: RunConfig) -> None:
     runs = [changed(default, key, value) for key, value in OTHER_SCIENCE.items()]
     runs += [compose(overrides) for overrides in (["optimizer=adamw"], ["lr.rule=power", "lr.power=0.7"])]
     runs += [compose(["model._target_=my.Model", "model.args.x=1"]), compose(["model._target_=my.Model"])]
@@ -222,12 +222,12 @@ given: [task]
 
 
 def test_a_stored_config_keeps_its_identity(tmp_path: Path) -> None:
-    """New keys and defaults must not change it, or runs wouldn't find their directories."""
+    """New keys and defaults must not change it, since runs wouldn't find their directories."""
     (tmp_path / "config.yaml").write_text(STORED)
     assert identity(compose([f"run.dir='{tmp_path}'"])) == "8e651bcbf0c3"
 
 
-def test_what_is_off_is_not_hashed(default: RunConfig) -> None:
+def test_keys_that_are_off_are_not_hashed(default: RunConfig) -> None:
     hashed = science(default)
     assert {key for key, value in hashed.items() if value is None or value is False or value in ("", [], {})} == set()
     assert hashed["seed"] == 0
@@ -241,17 +241,17 @@ def test_spelling_is_not_science() -> None:
     assert identity(spelled) == identity(compose(["lr.base=1.0"]))
 
 
-def test_values_of_free_mappings_are_science_even_where_they_are_off() -> None:
+def test_values_of_free_mappings_are_science_even_if_they_are_off() -> None:
     runs = [["task.args.x=null"], ["task.args.x=false"], ["task.args.x=0"], ["task.args.x=''"], ["task.args.x={}"], []]
     assert len({identity(compose(overrides)) for overrides in runs}) == len(runs)
 
 
-def test_dealing_is_science_only_where_it_makes_the_global_batch() -> None:
-    dealt = ["batch.per_gpu=16", "batch.accumulation=4"]
+def test_the_cut_is_science_only_if_it_defines_the_global_batch() -> None:
+    cut = ["batch.per_gpu=16", "batch.accumulation=4"]
     usual = compose([]).batch.global_size
-    assert identity(compose([f"batch.global_size={usual}", *dealt])) == identity(compose([]))
-    assert identity(compose(dealt[:1])) == identity(compose(dealt[1:])) == identity(compose([]))
-    product, other = compose(dealt), compose(["batch.per_gpu=4", "batch.accumulation=16"])
+    assert identity(compose([f"batch.global_size={usual}", *cut])) == identity(compose([]))
+    assert identity(compose(cut[:1])) == identity(compose(cut[1:])) == identity(compose([]))
+    product, other = compose(cut), compose(["batch.per_gpu=4", "batch.accumulation=16"])
     assert len({identity(product), identity(other), identity(compose([]))}) == 3
     assert not {"batch.global_size"} & science(product).keys()
 
@@ -265,14 +265,14 @@ def test_no_engine_is_science() -> None:
     assert {identity(compose(engine)) for engine in engines} == {identity(compose([]))}
 
 
-def test_the_per_gpu_batch_is_science_where_numerics_are_bitwise() -> None:
+def test_the_per_gpu_batch_is_science_if_numerics_are_bitwise() -> None:
     runs = [["numerics=bitwise", f"batch.per_gpu={size}", "batch.global_size=64"] for size in (8, 16)]
     assert len({identity(compose(run)) for run in [*runs, []]}) == 3
     assert identity(compose([*runs[0], "batch.accumulation=8"])) == identity(compose(runs[0]))
     assert identity(compose(["numerics=fast", "batch.per_gpu=8"])) == identity(compose([]))
 
 
-def test_identity_survives_the_run_directory(tmp_path: Path) -> None:
+def test_a_config_read_from_its_run_directory_keeps_its_identity(tmp_path: Path) -> None:
     for overrides in ([], ["batch.per_gpu=16", "batch.accumulation=4"], ["experiment=digits_large", "lr.base=1e-7"]):
         config = compose(overrides)
         (tmp_path / "config.yaml").write_text(dump(config))
@@ -288,7 +288,7 @@ JSON = st.recursive(
 
 @examples(60)
 @given(args=st.dictionaries(st.text(max_size=8), JSON, max_size=4))
-def test_whatever_a_task_takes_is_stored_and_hashed(default: RunConfig, args: dict[str, Any]) -> None:
+def test_any_arguments_of_a_task_are_stored_and_hashed(default: RunConfig, args: dict[str, Any]) -> None:
     try:
         config = changed(default, "task.args", args)
     except UserError:  # "???", and text that isn't Unicode
@@ -299,10 +299,10 @@ def test_whatever_a_task_takes_is_stored_and_hashed(default: RunConfig, args: di
     assert identity(validated(stored)) == identity(config)
 
 
-# ---- where runs live
+# ---- directories of runs
 
 
-def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_directory_follows_from_name_and_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     config = compose([])
@@ -338,7 +338,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def holding(directory: Path, *overrides: str) -> Path:
-    """Create a directory as a run leaves it."""
+    """Create a run directory with a config and a plan."""
     config = compose(overrides)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump(config))
@@ -346,7 +346,7 @@ def holding(directory: Path, *overrides: str) -> Path:
     return directory
 
 
-def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
+def test_a_run_is_extended_only_by_its_directory(tmp_path: Path) -> None:
     run = holding(tmp_path / "run", "duration=40ep")
     longer = compose([f"run.dir='{run}'", "duration=50ep"])
     assert extends(run, longer)
@@ -364,16 +364,16 @@ def test_only_the_directory_that_is_named_is_extended(tmp_path: Path) -> None:
     assert not extends(run_directory(beside), beside)
 
 
-def test_an_extension_that_was_cut_short_goes_on(tmp_path: Path) -> None:
-    """A start killed between the two files: only the config counts."""
+def test_an_interrupted_extension_resumes(tmp_path: Path) -> None:
+    """If a start is killed between writing the two files, the config counts."""
     run = holding(tmp_path / "run", "duration=20ep")
     (run / "config.yaml").write_text(dump(compose(["duration=40ep"])))
-    for again in ([f"run.dir='{run}'"], [f"run.dir='{run}'", "duration=40ep"]):
-        assert compose(again).duration.value == 40
-        assert not extends(run, compose(again))
+    for overrides in ([f"run.dir='{run}'"], [f"run.dir='{run}'", "duration=40ep"]):
+        assert compose(overrides).duration.value == 40
+        assert not extends(run, compose(overrides))
 
 
-def test_a_checkpoint_is_lengthened_only_by_the_same_run() -> None:
+def test_a_checkpoint_is_extended_only_by_the_same_run() -> None:
     short, config = compose(["duration=20ep"]), compose(["duration=40ep"])
     assert lengthened(config, identity(short), "20ep")
     assert not lengthened(config, identity(config), "40ep")
@@ -383,7 +383,7 @@ def test_a_checkpoint_is_lengthened_only_by_the_same_run() -> None:
     assert not lengthened(compose(["duration=40ep", "seed=3"]), identity(short), "20ep")
 
 
-def test_weights_are_of_a_run_by_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_of_weights_follows_from_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = holding(tmp_path / "run")
     for folder in ("final", "checkpoints/step-00000300", "other"):
         (run / folder).mkdir(parents=True)
@@ -397,14 +397,14 @@ def test_weights_are_of_a_run_by_where_they_lie(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/version/x"])
-def test_what_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=re.escape(str(where if where.startswith("/") else tmp_path / "file"))):
         extends(tmp_path / where, compose([]))
     assert not extends(tmp_path / "new" / "and" / ("x" * 50), compose([]))
 
 
-# ---- where the runs of a sweep live
+# ---- directories of a sweep's runs
 
 
 def places(*overrides: str) -> list[Path]:
@@ -416,12 +416,12 @@ def test_runs_of_a_sweep_live_side_by_side() -> None:
     few, more = places("batch.global_size=64,256"), places("batch.global_size=64,256,1024")
     assert [place.name for place in more] == [f"batch.global_size={size}" for size in (64, 256, 1024)]
     assert few == more[:2]
-    assert places("batch.global_size=64") != few[:1]  # nothing varies: another kind of sweep
+    assert places("batch.global_size=64") != few[:1]  # a sweep in which nothing varies is another one
     assert few[0].parent.parent == Path("runs")
     assert few[0].parent.name.startswith("digits-sweep-")
 
 
-def test_sweeps_are_told_apart_by_what_their_runs_share() -> None:
+def test_sweeps_are_distinguished_by_what_their_runs_share() -> None:
     base = places("seed=1,2")[0].parent
     assert places("seed=1,2", "log.every=3st", "cluster.gpus_per_node=2")[0].parent == base
     assert places("seed=1,2", "lr.base=0.3")[0].parent != base
@@ -441,7 +441,7 @@ def test_sweeps_are_told_apart_by_what_their_runs_share() -> None:
         "run={dir: a},{dir: b}",
     ],
 )
-def test_what_is_of_the_whole_sweep_is_not_swept(override: str) -> None:
+def test_keys_of_the_whole_sweep_cannot_be_swept(override: str) -> None:
     key = "run.dir" if override.startswith("run=") else override.partition("=")[0]
     with pytest.raises(UserError, match=re.escape(key)):
         places(override)
@@ -454,7 +454,7 @@ def test_a_sweep_trains_or_plans(tmp_path: Path, action: str) -> None:
         places(f"action={action}", f"init_from={runs[0]},{runs[1]}")
 
 
-def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:
+def test_a_sweep_in_a_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(compose([])))
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         places(f"run.dir='{tmp_path}'", "log.every=1st,2st")
@@ -462,7 +462,7 @@ def test_a_sweep_does_not_live_in_a_run(tmp_path: Path) -> None:
     assert beside[0] == tmp_path.with_name(f"{tmp_path.name}-2") / "seed=1"
 
 
-def test_folder_names_of_a_sweep_stay_folders() -> None:
+def test_folder_names_of_a_sweep_are_safe() -> None:
     names = [
         place.name for place in places("task._target_=a.B,a.C", "task.args.path='../../x','a b','\"','a\nb'", "seed=1")
     ]
@@ -473,7 +473,7 @@ def test_folder_names_of_a_sweep_stay_folders() -> None:
 @examples(300)
 @given(st.text(max_size=300), st.text(max_size=300))
 @example("é" * 100, "è" * 100)
-def test_any_text_is_one_folder(text: str, other: str) -> None:
+def test_any_text_gives_one_safe_folder_name(text: str, other: str) -> None:
     name = _folder(text)
     assert len(name.encode()) < 120
     assert Path("runs", name).parent == Path("runs")

@@ -1,4 +1,4 @@
-"""Test the lock of a run directory: with and without flock, on this and other machines, moved, removed or taken."""
+"""Test the lock of a run directory with and without flock, on this and other machines, and when it is lost."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ OUTCOME = Outcome("running", "", 3, 96, "a1")
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run directory."""
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     (run.path / "config.yaml").write_text("")
@@ -55,7 +54,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Return an owner on another machine, whose locks aren't visible here."""
+    """Make the owner a process on another machine, whose locks aren't visible here."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, boot="another")
     yield
@@ -63,7 +62,7 @@ def elsewhere(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def start(folder: Path, stays_s: float = 60, **env: str) -> subprocess.Popen[str]:
-    """Start a process that takes the directory and stays, or is rejected."""
+    """Start a process that takes the directory and waits, or is rejected."""
     command = [sys.executable, "-c", TAKES, str(folder), str(stays_s)]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
 
@@ -74,7 +73,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def disown(run: RunDir, **changes: Any) -> None:
-    """Write an owner file of this process, with these ``changes``, that no longer holds the lock."""
+    """Write an owner file with ``changes`` for this process, which doesn't hold the lock."""
     run.lock(attempt="a1").file.close()
     run.write_outcome(OUTCOME)
     change(run, **changes)
@@ -90,7 +89,7 @@ def change(run: RunDir, **changes: Any) -> None:
 # ---- without flock
 
 
-def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
+def test_only_one_of_many_launches_gets_the_directory(tmp_path: Path) -> None:
     env = without_flock(tmp_path)
     many = [start(tmp_path / "run", **env) for _ in range(6)]
     lines = []
@@ -105,8 +104,8 @@ def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
     assert sum("another launch works in" in line for line in lines) == 5, lines
 
 
-def test_one_that_died_is_followed_at_once(tmp_path: Path) -> None:
-    """A dead process that wasn't waited for is a zombie."""
+def test_the_directory_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
+    """The dead process is a zombie, since nobody has waited for it."""
     env = without_flock(tmp_path)
     first = start(tmp_path / "run", **env)
     assert first.stdout
@@ -121,7 +120,7 @@ def test_one_that_died_is_followed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("removed", [("lock",), (OWNER,), ("lock", OWNER)])
-def test_files_that_were_removed(run: RunDir, removed: tuple[str, ...]) -> None:
+def test_removed_files_do_not_free_the_directory(run: RunDir, removed: tuple[str, ...]) -> None:
     lock = run.lock(attempt="a1")
     run.write_outcome(OUTCOME)
     lost: list[str] = []
@@ -129,7 +128,7 @@ def test_files_that_were_removed(run: RunDir, removed: tuple[str, ...]) -> None:
     for name in removed:
         (run.path / name).unlink()
     other = start(run.path)
-    assert other.wait() == 2, "another launch has it, too"
+    assert other.wait() == 2, "another launch got the directory, too"
     lock.release()
     assert not lost
     assert not (run.path / OWNER).exists()
@@ -139,7 +138,7 @@ def test_files_that_were_removed(run: RunDir, removed: tuple[str, ...]) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_an_owner_elsewhere_that_is_silent_is_dead(run: RunDir) -> None:
+def test_a_silent_owner_on_another_machine_is_dead(run: RunDir) -> None:
     """The clocks of the machines may differ."""
     os.utime(run.path / OWNER, (time.time() + 3600,) * 2)
     began = time.monotonic()
@@ -148,7 +147,7 @@ def test_an_owner_elsewhere_that_is_silent_is_dead(run: RunDir) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_an_owner_elsewhere_that_shows_signs_of_life_is_named(run: RunDir) -> None:
+def test_a_live_owner_on_another_machine_is_named(run: RunDir) -> None:
     seen, over = Seen.of(run.path), threading.Event()
     assert seen
     os.utime(run.path / OWNER, (9, 9))  # its clock is wrong
@@ -180,7 +179,7 @@ def test_an_owner_that_cannot_be_read_is_watched(run: RunDir, text: str) -> None
     assert time.monotonic() - began > 0.5
 
 
-def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_in_another_pid_namespace_is_watched(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner is in a container of this machine whose flock isn't visible."""
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     disown(run, namespace="pid:[1]", pid=1 << 30, lock=0)
@@ -190,8 +189,8 @@ def test_an_owner_in_other_process_ids_is_watched(run: RunDir, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("way", ["ended", "job", "launch", "pid", "flock"])
-def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str) -> None:
-    """Init runs, but doesn't hold this flock."""
+def test_an_owner_known_to_have_ended_is_not_watched(run: RunDir, way: str) -> None:
+    """For ``flock`` the owner is init, which runs but doesn't hold this flock."""
     changes = {"pid": {"pid": 1 << 30, "lock": 0}, "flock": {"pid": 1}}.get(way, {"boot": "another"})
     disown(run, job="7", job_restart=1, **changes)
     if way == "ended":
@@ -202,7 +201,7 @@ def test_an_owner_that_is_known_to_be_over_is_not_watched(run: RunDir, way: str)
 
 
 @pytest.mark.parametrize("change", [{"state": "over"}, {"step": None}, {"samples": -1}])
-def test_an_owner_has_not_ended_by_a_damaged_outcome(
+def test_a_damaged_outcome_does_not_end_an_owner(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
@@ -234,8 +233,8 @@ def test_a_copy_of_a_directory_is_free(run: RunDir, monkeypatch: pytest.MonkeyPa
     lock.close()
 
 
-def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
-    """Two launches found the same stale owner; the first took over before the second removes the file."""
+def test_an_owner_that_has_just_taken_over_is_put_back(run: RunDir) -> None:
+    """Two launches found the same dead owner. The first took over before the second removes the file."""
     disown(run, boot="another")
     seen = Seen.of(run.path)
     assert seen
@@ -247,8 +246,8 @@ def test_one_that_is_not_dead_any_more_is_put_back(run: RunDir) -> None:
     assert now.owner.token == "another"
 
 
-def test_it_is_shown_whether_one_works(run: RunDir, tmp_path: Path) -> None:
-    """Also if one can't see the other's flock."""
+def test_a_working_launch_is_recognised(run: RunDir, tmp_path: Path) -> None:
+    """Its flock may be invisible."""
     assert not works(run.path)
     first = start(run.path, **without_flock(tmp_path))
     assert first.stdout
@@ -300,10 +299,10 @@ def taken(run: RunDir) -> None:
         (taken, r"another launch has taken run directory \S+ \(host elsewhere, pid", "run"),
     ],
 )
-def test_a_directory_that_is_lost(
+def test_a_lost_directory_is_reported_once(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, what: Callable[[RunDir], None], cause: str, place: str | None
 ) -> None:
-    """It is reported within a few checks, once, and nothing is created again."""
+    """It is reported within a few checks, and nothing is created again."""
     monkeypatch.setattr(lock_module, "BEAT_S", 0.1)
     lock, lost, reported = run.lock(attempt="a1"), [], threading.Event()
 
@@ -327,7 +326,7 @@ def test_a_directory_that_is_lost(
         assert seen.owner.attempt == "b2"
 
 
-def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path) -> None:
+def test_a_run_starts_on_a_full_disk(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=64k"):
         run = RunDir(tmp_path / "run")
         run.path.mkdir()
@@ -345,7 +344,7 @@ def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path) -> None:
         lock.close()
 
 
-def test_an_owner_is_only_released_by_the_process_that_took_it(run: RunDir) -> None:
+def test_only_the_process_that_took_the_lock_releases_it(run: RunDir) -> None:
     lock = run.lock()
     if (pid := os.fork()) == 0:
         lock.close()
@@ -378,15 +377,13 @@ UNUSABLE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_cannot_be_a_lock_is_rejected(run: RunDir, name: str) -> None:
+def test_an_unusable_lock_or_owner_is_rejected(run: RunDir, name: str) -> None:
     UNUSABLE[name](run.path)
     with pytest.raises(UserError, match="can't be used"):
         run.lock()
 
 
-def test_a_disk_without_flock_is_like_one_whose_flock_excludes_nobody(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_owner_files_exclude_launches_on_a_disk_without_flock(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(file: object, kind: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -55,7 +55,7 @@ def tensor_file(tensors: dict[str, tuple[str, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(i % 251 for i in range(end))
 
 
-# "w" is 5 x 4, sharded at 12; "b" is whole on rank 1; "n" has no elements, "c" no dimensions
+# "w" is 5 × 4 and sharded at element 12, "b" is whole on rank 1, "n" has no elements, and "c" no dimensions.
 FILES = [{"w": ("F32", 12), "c": ("I64", 1)}, {"w": ("F32", 8), "b": ("BF16", 3)}]
 SLICES = [
     {"w": ["F32", [5, 4], 0, 12], "c": ["I64", [], 0, 1], "n": ["F32", [0, 7], 0, 0]},
@@ -64,7 +64,7 @@ SLICES = [
 
 
 def write_files(folder: Path) -> list[dict[str, Any]]:
-    """Return the files of all ranks, and the results of their ``write_part``."""
+    """Write the files of all ranks, and return the results of their ``write_part``."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for rank in range(RANKS):
@@ -76,7 +76,7 @@ def write_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def save(run: RunDir, step: int = 3, **header: Any) -> Path:
-    """Write a whole checkpoint."""
+    """Write a complete checkpoint."""
     folder = folder_of(run, step)
     text = compose(header_of(step, **header), write_files(folder), {"optim/groups": [{"lr": 0.1}]})
     (folder / NAME).write_bytes(text)
@@ -94,15 +94,15 @@ def verified(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def why(folder: Path) -> str:
-    """Return the reason why it is damaged, found in the manifest or in its files."""
+def damage_of(folder: Path) -> str:
+    """Return the reason why a checkpoint is rejected as damaged."""
     with pytest.raises(Damaged) as error:
         verified(folder)
     assert len(str(error.value)) < 400
     return str(error.value)
 
 
-def test_all_that_was_written_is_read(folder: Path) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(folder: Path) -> None:
     beats = []
     checkpoint = read(folder)
     verify(checkpoint, checkpoint.files, lambda: beats.append(1))
@@ -118,13 +118,13 @@ def test_all_that_was_written_is_read(folder: Path) -> None:
     assert len(beats) == RANKS
 
 
-def test_torch_stays_out() -> None:
+def test_manifest_and_commit_import_no_torch() -> None:
     modules = "isobatch.trainers.tensors.manifest, isobatch.trainers.checkpoints.commit"
     code = f"import {modules}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_end_of_a_run_is_a_position(tmp_path: Path) -> None:
+def test_the_end_of_a_run_is_a_valid_position(tmp_path: Path) -> None:
     """The last step is whole, so it may exceed the duration."""
     assert (PLAN.steps, PLAN.samples, PLAN.added) == (21, 1000, 24)
     assert read(save(RunDir(tmp_path), 21, samples=1024)).header.step == 21
@@ -132,12 +132,12 @@ def test_the_end_of_a_run_is_a_position(tmp_path: Path) -> None:
         save(RunDir(tmp_path / "else"), 21, samples=1025)
 
 
-def test_values_that_json_does_not_have(tmp_path: Path) -> None:
+def test_values_that_json_lacks_are_read_as_none(tmp_path: Path) -> None:
     folder = save(RunDir(tmp_path), evaluation={"val/loss": float("nan"), "val/x": float("inf"), "val/y": 1.0})
     assert read(folder).header.evaluation == {"val/loss": None, "val/x": None, "val/y": 1.0}
 
 
-def test_newest_first_and_nothing_else(tmp_path: Path) -> None:
+def test_only_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert checkpoints(run) == []
     for step in (2, 10, 123456789):
@@ -152,16 +152,16 @@ def test_newest_first_and_nothing_else(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(run)] == found
 
 
-def test_by_a_link_to_it(folder: Path) -> None:
+def test_a_checkpoint_is_read_through_a_link(folder: Path) -> None:
     link = folder.parent / "best"
     link.symlink_to(folder.name)
     assert read(link).path == folder
     link.unlink()
     link.symlink_to("best")
-    assert "can't be read" in why(link)
+    assert "can't be read" in damage_of(link)
 
 
-# Damage of the files
+# ---- damaged files
 
 Damage = Callable[[Path], Any]
 
@@ -206,28 +206,28 @@ FILES_DAMAGED: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("damage", FILES_DAMAGED)
-def test_damaged_files(folder: Path, damage: str) -> None:
+def test_damaged_files_are_rejected(folder: Path, damage: str) -> None:
     cause, reason = FILES_DAMAGED[damage]
     cause(folder)
-    assert reason in why(folder)
+    assert reason in damage_of(folder)
 
 
-def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
-    assert "manifest.json is missing" in why(folder.with_name("step-00000004"))
+def test_a_missing_folder_or_a_file_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    assert "manifest.json is missing" in damage_of(folder.with_name("step-00000004"))
     (tmp_path / "step-00000001").write_text("")
-    assert "can't be read" in why(tmp_path / "step-00000001")
+    assert "can't be read" in damage_of(tmp_path / "step-00000001")
 
 
-def test_a_manifest_of_another_step(folder: Path) -> None:
+def test_a_manifest_of_another_step_is_rejected(folder: Path) -> None:
     moved = folder.rename(folder.with_name("step-00000004"))
-    assert "manifest.json belongs to step 3" in why(moved)
+    assert "manifest.json belongs to step 3" in damage_of(moved)
 
 
-# Wrong content of a manifest. Each is sealed again, as an attacker would do.
+# ---- manifests with wrong content, each with the right checksum, as from an attacker
 
 
 def reseal(folder: Path, text: str | bytes) -> None:
-    """Write a manifest with the checksum it should have."""
+    """Write a manifest with the right checksum."""
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     (folder / NAME).write_bytes(sealed(content.removeprefix(b"{")))
 
@@ -239,7 +239,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 
 def at(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    """Set the value at a path of a manifest; a callable gets the old value."""
+    """Return a function that sets the value at a path of a manifest. A callable gets the old value."""
 
     def change(fields: Any) -> None:
         for key in path[:-1]:
@@ -322,7 +322,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "two slices in a file": (at(*W, "slices", to=[[R0, 0, 6], [R0, 6, 12], [R1, 12, 20]]), "holds other tensors than"),
     "a slice elsewhere": (at(*W, "slices", to=lambda s: [["../x", 0, 12], s[1]]), "'../x', which isn't one of"),
     "a slice of an absolute file": (at(*W, "slices", to=[["/etc/passwd", 0, 20]]), "which isn't one of its files"),
-    "a slice more than is there": (at(*W, "slices", to=[[R0, 0, 13], [R1, 13, 20]]), "holds other tensors than"),
+    "a slice beyond its file": (at(*W, "slices", to=[[R0, 0, 13], [R1, 13, 20]]), "holds other tensors than"),
     "slices in each other's files": (at(*W, "slices", to=[[R1, 0, 12], [R0, 12, 20]]), "holds other tensors than"),
     "another shape": (at(*W, "shape", to=[5, 5]), "'w' has shape [5, 5], but slices of 20"),
     "a huge shape": (at(*W, "shape", to=[1 << 62] * 64), "but slices of 20 elements"),
@@ -343,12 +343,12 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_manifests_that_lie(folder: Path, lie: str) -> None:
+def test_wrong_manifests_are_rejected(folder: Path, lie: str) -> None:
     change, reason = LIES[lie]
     fields = fields_of(folder)
     change(fields)
     reseal(folder, json.dumps(fields))
-    assert reason in why(folder)
+    assert reason in damage_of(folder)
 
 
 TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
@@ -366,26 +366,26 @@ TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_that_are_no_manifest(folder: Path, text: str) -> None:
+def test_texts_that_are_no_manifest_are_rejected(folder: Path, text: str) -> None:
     change, reason = TEXTS[text]
     before = json.dumps(fields_of(folder))
     after = change(before)
     assert after != before
     reseal(folder, after)
-    assert reason in why(folder)
+    assert reason in damage_of(folder)
 
 
-def test_what_is_said_has_no_control_characters(folder: Path) -> None:
+def test_errors_have_no_control_characters(folder: Path) -> None:
     fields = fields_of(folder)
     fields["tensors"]["\x1b[2J\nfine"] = {"dtype": "\x1b", "shape": [], "slices": []}
     reseal(folder, json.dumps(fields))
-    assert why(folder).isprintable()
+    assert damage_of(folder).isprintable()
 
 
 @examples(100)
 @given(data=st.data())
 def test_any_value_anywhere_is_damage_or_harmless(folder: Path, data: st.DataObject) -> None:
-    """Only Damaged is raised; a manifest that is still accepted has all its tensors."""
+    """Only Damaged is raised. A manifest that is still accepted has all its tensors."""
     fields: Any = fields_of(folder)
     places = list(_places(fields))
     *path, last = data.draw(st.sampled_from(places))
@@ -413,14 +413,14 @@ def _places(value: Any, *path: Any) -> Any:
 
 @examples(100)
 @given(data=st.data())
-def test_any_bit_of_a_manifest_that_flips_is_found(folder: Path, data: st.DataObject) -> None:
+def test_any_flipped_bit_of_a_manifest_is_found(folder: Path, data: st.DataObject) -> None:
     text = bytearray((folder / NAME).read_bytes())
     text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(Damaged):
         parse(bytes(text), folder)
 
 
-# Wrong content of a rank's file with the right size and checksum
+# ---- files of ranks with wrong content and the right size and checksum
 
 
 class Boom:
@@ -465,27 +465,25 @@ NO_TENSOR_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("content", NO_TENSOR_FILES)
-def test_files_that_hold_no_tensors(tmp_path: Path, content: str) -> None:
+def test_files_without_tensors_are_rejected(tmp_path: Path, content: str) -> None:
     data, reason = NO_TENSOR_FILES[content]
     (tmp_path / "x").write_bytes(data)
     with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match=reason.replace("(", r"\(")):
         entries(file, "x")
 
 
-def test_a_pickle_with_the_right_checksum(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file isn't unpickled."""
+def test_a_pickle_with_the_right_checksum_is_not_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     content = pickle.dumps(Boom()) + bytes(200)
     (folder / R0).write_bytes(content)
     fields = fields_of(folder)
     fields["files"][R0] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     reseal(folder, json.dumps(fields))
-    assert "rank-00000.safetensors isn't a safetensors file" in why(folder)
+    assert "rank-00000.safetensors isn't a safetensors file" in damage_of(folder)
     assert not Path("boom").exists()
 
 
-def test_parts_that_nobody_could_read(tmp_path: Path) -> None:
-    """The errors are found before the checkpoint is committed."""
+def test_inconsistent_parts_are_rejected_before_the_commit(tmp_path: Path) -> None:
     parts = [{"bytes": 500, "sha256": "", "slices": {"w": ["F32", [20], 12 * rank, 20]}} for rank in range(RANKS)]
     with pytest.raises(Damaged, match="elements 12 to 20 after those up to 20"):
         compose(header_of(), parts, {})

@@ -262,7 +262,7 @@ def answer(line: str) -> str:
     raise AssertionError(f"{line} is accepted")
 
 
-def test_messages(folder: Path) -> None:
+def test_messages_equal_their_golden_file(folder: Path) -> None:
     answers = {line: answer(line).replace(str(folder), "HERE") for line in WRONG.strip().splitlines()}
     golden("messages", "\n\n".join(f"$ python launch.py {line}\n{message}" for line, message in answers.items()) + "\n")
     for line, message in answers.items():

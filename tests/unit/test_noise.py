@@ -20,7 +20,7 @@ from tests.unit.test_manifest import header_of
 from tests.unit.test_plan import make
 
 DIMENSIONS = 20
-SHAPE = np.linspace(0.2, 2, DIMENSIONS)  # how unequal the variances are
+SHAPE = np.linspace(0.2, 2, DIMENSIONS)  # share of each dimension in the variance
 SHAPE /= SHAPE.sum()
 
 
@@ -47,12 +47,12 @@ def smoothed(estimates: list[Estimate]) -> Smoothed:
     return found
 
 
-def test_the_examples() -> None:
+def test_docstring_examples_hold() -> None:
     assert doctest.testmod(noise).failed == 0
 
 
-def test_equal_sizes_are_the_formulas_of_the_paper() -> None:
-    """McCandlish et al. 2018, A.1, with b = 4 and B = 12, for the norms of any three gradients."""
+def test_equal_sizes_follow_the_papers_formulas() -> None:
+    """Compare with McCandlish et al. 2018, A.1, with b = 4 and B = 12, for the norms of any three gradients."""
     parts = np.random.default_rng(0).standard_normal((3, 5))
     small_sq, big_sq = float((parts**2).sum(1).mean()), float((parts.mean(0) ** 2).sum())
     found = estimate(float(((parts / 3) ** 2).sum()) / 4, big_sq, 12, 3)
@@ -69,8 +69,8 @@ def test_estimates_are_unbiased_whatever_the_sizes(sizes: tuple[int, ...]) -> No
         assert error < 0.3 * truth
 
 
-def test_averages_apart_find_a_scale_far_above_the_batch() -> None:
-    """A third of the single steps' ratios are negative here, so their mean is meaningless."""
+def test_separate_averages_find_a_scale_far_above_the_batch() -> None:
+    """A third of the ratios of single steps are negative here, so their mean has no meaning."""
     runs = planted(100.0, (4, 4, 4, 4), runs=20, steps=300)
     assert np.mean([e.grad_sq < 0 for run in runs for e in run]) > 0.3
     found = [known.scale for run in runs if (known := smoothed(run).scale())]
@@ -82,7 +82,7 @@ def test_averages_apart_find_a_scale_far_above_the_batch() -> None:
     ("scale", "sizes", "steps"),
     [(10.0, (4, 4, 4, 4), 100), (10.0, (9, 7), 100), (30.0, (3, 3, 2), 200), (100.0, (8,) * 8, 100), (1.0, (2, 1), 30)],
 )
-def test_the_interval_holds_the_truth_as_often_as_it_says(scale: float, sizes: tuple[int, ...], steps: int) -> None:
+def test_the_interval_has_its_stated_coverage(scale: float, sizes: tuple[int, ...], steps: int) -> None:
     found = [smoothed(run).scale() for run in planted(scale, sizes, runs=400, steps=steps)]
     known = [each for each in found if each]
     assert len(known) > 380
@@ -90,27 +90,27 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(scale: float, sizes: t
     assert all(0 <= each.low <= each.scale <= each.high for each in known)
 
 
-def test_noise_alone_is_seldom_taken_for_a_scale() -> None:
-    """If |G|² is negligible, the scale is mostly unknown; the remaining estimates are still valid numbers."""
+def test_pure_noise_seldom_gives_a_scale() -> None:
+    """If |G|² is negligible, the scale is mostly unknown, and the remaining estimates are valid numbers."""
     found = [smoothed(run).scale() for run in planted(1e9, (8, 8), runs=400, steps=60)]
     known = [each for each in found if each]
     assert len(known) <= 0.05 * len(found)
     assert all(0 <= each.low <= each.scale <= each.high < float("inf") for each in known)
 
 
-def test_nothing_is_known_at_first() -> None:
+def test_the_first_estimates_give_no_scale() -> None:
     (estimates,) = planted(1.0, (16, 16), runs=1, steps=FEWEST)
     assert smoothed(estimates[:-1]).scale() is None
     assert smoothed(estimates).scale() is not None
     assert Smoothed().scale() is None
 
 
-def test_samples_that_are_all_the_same_have_no_noise() -> None:
+def test_equal_samples_have_no_noise() -> None:
     found = smoothed([estimate(0.5**2 / 2 + 0.5**2 / 2, 1.0, 4, 2)] * FEWEST)
     assert found.scale() == noise.Scale(0.0, 0.0, 0.0)
 
 
-def test_the_first_estimates_weigh_the_same_and_old_ones_are_forgotten() -> None:
+def test_the_first_estimates_weigh_the_same_and_old_ones_decay() -> None:
     values = [Estimate(float(i), 3.0 * i) for i in range(1, 5)]
     found = smoothed(values)
     assert found.grad_sq == pytest.approx(2.5, rel=0.01)
@@ -127,23 +127,23 @@ def test_the_first_estimates_weigh_the_same_and_old_ones_are_forgotten() -> None
     assert after.weight_sq == pytest.approx(1 / (2 * MEMORY), rel=0.01)
 
 
-def test_quantiles_are_those_of_the_tables() -> None:
+def test_quantiles_equal_those_of_tables() -> None:
     for freedom, quantile in ((9, 2.2622), (20, 2.0860), (60, 2.0003), (1e9, 1.95996)):
         assert student(freedom) == pytest.approx(quantile, rel=3e-3)
 
 
-def test_one_micro_batch_has_nothing_to_differ_from() -> None:
+def test_one_micro_batch_gives_no_estimate() -> None:
     with pytest.raises(ValueError, match="needs at least 2 micro-batches, not 1"):
         estimate(1.0, 1.0, 8, 1)
 
 
-def test_micro_batches_without_samples_are_none() -> None:
+def test_empty_micro_batches_are_not_counted() -> None:
     assert filled(solve(4, global_size=3)) == 3
     assert filled(Cut(100, 17, 3, 2)) == 6
     assert filled(solve(2, global_size=8, granule=8)) == 1
 
 
-def test_what_to_do_where_a_step_is_one_micro_batch() -> None:
+def test_a_step_of_one_micro_batch_is_reported_with_a_fix() -> None:
     plan = make(1000, batches=((0, 33),), world=1)
     assert "on 1 rank a step has only one" in (text := unmeasurable(plan) or "")
     assert "give batch.per_gpu=17, or more ranks" in text
@@ -161,13 +161,13 @@ def manifest(noise: Smoothed | None) -> bytes:
     return compose(header_of(noise=noise), files, {})
 
 
-def test_a_checkpoint_keeps_what_is_known() -> None:
+def test_a_checkpoint_keeps_the_noise() -> None:
     (estimates,) = planted(10.0, (4, 4), runs=1, steps=17)
     found = smoothed(estimates)
     assert parse(manifest(found), Path()).header.noise == found
 
 
-def test_checkpoints_from_before_there_was_noise_are_read() -> None:
+def test_checkpoints_without_noise_are_read() -> None:
     text = manifest(None)
     fields = {name: value for name, value in json.loads(text).items() if name not in ("sha256", "noise")}
     assert parse(sealed(json.dumps(fields).removeprefix("{").encode()), Path()).header.noise is None
@@ -176,7 +176,7 @@ def test_checkpoints_from_before_there_was_noise_are_read() -> None:
 @pytest.mark.parametrize(
     "change", [{"count": -1}, {"trace": "much"}, {"trace_var": -1.0}, {"more": 1}, {"weight_sq": 1e999}, {"count": 0.5}]
 )
-def test_noise_that_cannot_be_is_damage(change: dict[str, object]) -> None:
+def test_impossible_noise_is_rejected_as_damage(change: dict[str, object]) -> None:
     fields = json.loads(manifest(Smoothed().updated(Estimate(1.0, 2.0))))
     del fields["sha256"]
     fields["noise"] |= change

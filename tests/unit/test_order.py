@@ -1,6 +1,6 @@
 """Test the sample order: a permutation per epoch, computed at any position, that passes tests of randomness.
 
-The statistics have fixed seeds, so they never flake: only a change of the function can exceed a bound.
+The statistics have fixed seeds, so only a change of the function can exceed a bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZES = [4**6 + 1, 50_000, 4**8, 4**8 + 1, 1_281_167, 4**15 + 1, 10**12, 4**31]
 
 
 def excess(counts: np.ndarray, expected: np.ndarray | float, freedom: int) -> float:
-    """Return the chi-square of the counts in standard deviations above its mean; about normal if random."""
+    """Return the chi-square of the counts in standard deviations above its mean, which is about normal if random."""
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     return (chi_square - freedom) / math.sqrt(2 * freedom)
 
@@ -33,18 +33,18 @@ def is_permutation(order_of_epoch: Indices, n: int) -> bool:
 # ---- a permutation for any n
 
 
-def test_every_sample_once_an_epoch_for_every_n_to_4096() -> None:
+def test_every_epoch_is_a_permutation_for_every_n_to_4096() -> None:
     assert [n for n in range(1, 4097) if not is_permutation(indices(7, n, 0, n), n)] == []
 
 
 @pytest.mark.parametrize("bits", range(13, 21))
-def test_every_sample_once_an_epoch_around_powers_of_two(bits: int) -> None:
+def test_every_epoch_is_a_permutation_around_powers_of_two(bits: int) -> None:
     for n in range(2**bits - 2, 2**bits + 3):
         assert is_permutation(indices(7, n, 3 * n, 4 * n), n), n
 
 
 @pytest.mark.parametrize("n", [2**40 + 1, 10**12, 2**62 - 1, 2**62])
-def test_no_index_twice_or_outside_a_dataset_that_fits_no_memory(n: int) -> None:
+def test_indices_of_enormous_datasets_are_unique_and_in_range(n: int) -> None:
     some = indices(7, n, n - POSITIONS, n)
     assert len(np.unique(some)) == POSITIONS
     assert some.min() >= 0
@@ -62,8 +62,8 @@ def test_pieces_of_any_size_join_to_the_whole_across_epochs(n: int) -> None:
     pieces = [indices(0, n, *cut) for cut in pairwise(cuts)]
     whole = indices(0, n, start, stop)
     assert np.array_equal(np.concatenate(pieces), whole)
-    alone = draw.integers(start, stop, 30).tolist()
-    assert [indices(0, n, p, p + 1).item() for p in alone] == [int(whole[p - start]) for p in alone]
+    single = draw.integers(start, stop, 30).tolist()
+    assert [indices(0, n, p, p + 1).item() for p in single] == [int(whole[p - start]) for p in single]
 
 
 def test_memory_does_not_grow_with_the_dataset() -> None:
@@ -95,7 +95,7 @@ def test_the_order_never_changes(seed: int, n: int, start: int, expected: list[i
     assert indices(seed, n, start, start + 4).tolist() == expected
 
 
-def test_an_answer_is_its_callers_own() -> None:
+def test_callers_may_change_the_returned_array() -> None:
     indices(0, 1437, 0, 32)[:] = 0
     assert is_permutation(indices(0, 1437, 0, 1437), 1437)
 
@@ -115,7 +115,7 @@ def test_an_empty_range_is_empty() -> None:
         (10, 5, 4, "\\[5, 4\\)"),
     ],
 )
-def test_what_is_no_range_is_refused(n: int, start: int, stop: int, message: str) -> None:
+def test_invalid_ranges_are_refused(n: int, start: int, stop: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         indices(0, n, start, stop)
 
@@ -125,9 +125,9 @@ def test_what_is_no_range_is_refused(n: int, start: int, stop: int, message: str
 
 @pytest.mark.parametrize("n", SIZES)
 def test_differences_are_those_of_a_random_permutation(n: int) -> None:
-    """The difference (mod n) of entries a lag apart is uniform, in 256 bins: at lags 1 to 16 and all powers of two.
+    """The difference (mod n) of entries a lag apart is uniform in 256 bins, at lags 1 to 16 and all powers of two.
 
-    A stride shows as a peak; a network over halves of bits would repeat itself at powers of two.
+    A stride shows as a peak. A network over halves of bits would repeat itself at powers of two.
     """
     entries = indices(1, n, 0, min(n, POSITIONS))
     lags = {*range(1, 17), *(2**k for k in range(5, 17) if 2**k <= len(entries) // 2)}
@@ -139,10 +139,10 @@ def test_differences_are_those_of_a_random_permutation(n: int) -> None:
 
 @pytest.mark.parametrize("n", SIZES)
 def test_no_serial_correlation_and_no_period(n: int) -> None:
-    """Correlations at all lags up to half the length stay below 6 / sqrt(length), no frequency has 25 x its share.
+    """Correlations at lags up to half the length stay below 6 / √length, and no frequency has 25 × its share.
 
-    For white noise, the largest of 65,536 correlations is near 4.4 / sqrt(length), and the largest share near
-    ln 65,536 = 11; a frequency exceeds 25 with a probability of e^-25.
+    For white noise, the largest of 65,536 correlations is near 4.4 / √length, and the largest share is near
+    ln 65,536 = 11. A frequency exceeds 25 with a probability of e^-25.
     """
     entries = indices(2, n, 0, min(n, POSITIONS)).astype(np.float64)
     entries = (entries - entries.mean()) / entries.std()
@@ -155,8 +155,8 @@ def test_no_serial_correlation_and_no_period(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_where_a_sample_stands_says_nothing_about_where_it_lands(n: int) -> None:
-    """Positions and entries are independent, each taken by its 64 equal blocks and by its lowest 6 bits."""
+def test_positions_and_entries_are_independent(n: int) -> None:
+    """Compare 64 equal blocks and the lowest 6 bits of positions with those of entries."""
     length = min(n, POSITIONS)
     entries = indices(3, n, 0, length)
     positions = np.arange(length)
@@ -179,10 +179,10 @@ def test_one_bit_of_the_position_flips_each_bit_of_the_entry_half_of_the_time(ha
         assert np.abs(share - 0.5).max() * 2 * math.sqrt(len(positions)) < 5.5, flipped
 
 
-# ---- independent: epochs, seeds
+# ---- independent epochs and seeds
 
 
-def test_no_epoch_of_any_seed_is_that_of_another() -> None:
+def test_all_epochs_of_all_seeds_differ() -> None:
     """With seed + epoch as the key, epoch 1 of seed 0 would equal epoch 0 of seed 1."""
     orders = {tuple(indices(seed, 50, 50 * epoch, 50 * epoch + 50)) for seed in range(-20, 20) for epoch in range(40)}
     assert len(orders) == 40 * 40
@@ -209,7 +209,7 @@ def test_neighbouring_epochs_and_seeds_are_independent(step: tuple[int, int]) ->
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_orders_of_a_tiny_dataset_are_equally_likely(n: int) -> None:
-    """By chi-square over 3,000 epochs of one seed, and over the first epoch of 3,000 seeds."""
+    """Test the chi-square of 3,000 epochs of one seed, and of the first epoch of 3,000 seeds."""
     places = n ** np.arange(n)
     by_epoch = indices(5, n, 0, 3000 * n).reshape(-1, n) @ places
     by_seed = np.array([indices(seed, n, 0, n) @ places for seed in range(3000)])
@@ -220,10 +220,10 @@ def test_all_orders_of_a_tiny_dataset_are_equally_likely(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(16, 12_000), (64, 3000), (128, 3000), (256, 3000)])
-def test_neighbours_in_a_small_dataset_land_anywhere(n: int, epochs: int) -> None:
+def test_neighbours_in_a_small_dataset_are_independent(n: int, epochs: int) -> None:
     """Over thousands of epochs each entry is uniform, and so is the XOR of entries whose positions differ in one bit.
 
-    Too few rounds show here first: with few bits, two positions that share half of their bits stay related.
+    Too few rounds fail here first, since with few bits two positions that share half of their bits stay related.
     """
     orders = indices(6, n, 0, epochs * n).reshape(epochs, n)
     for entry in range(16):

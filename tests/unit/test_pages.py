@@ -21,23 +21,24 @@ def names(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links(page: Path) -> None:
+def test_links_work(page: Path) -> None:
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
         assert target.exists(), link
         titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in titles], link
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not anchor or anchor in anchors, link
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != TABLES], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_length(page: Path) -> None:
+def test_page_is_short(page: Path) -> None:
     assert len(page.read_text().splitlines()) <= LINES
 
 
 @pytest.mark.parametrize("page", MAPPED, ids=lambda page: str(page.relative_to(ROOT)))
-def test_map(page: Path) -> None:
+def test_map_names_every_file(page: Path) -> None:
     files = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__init__", "__pycache__", "."))}
     assert names(page) == files - {"README.md"}

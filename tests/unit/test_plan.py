@@ -1,4 +1,4 @@
-"""Test the plan: the same steps from any position, on any hardware, and from its JSON."""
+"""Test that a plan has the same steps from any position, on any hardware, and from its JSON."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make(samples: int | None = 1000, *, batches: tuple[tuple[int, int], ...] = (
     return Plan(**{**fields, **changes})
 
 
-dealings = st.fixed_dictionaries({"per_gpu": st.none() | st.integers(1, 50)}) | st.fixed_dictionaries(
+cut_keys = st.fixed_dictionaries({"per_gpu": st.none() | st.integers(1, 50)}) | st.fixed_dictionaries(
     {"per_gpu": st.integers(1, 50), "numerics": st.just("bitwise")}
 )
 
@@ -79,7 +79,7 @@ def plans(draw: st.DrawFn, most_samples: int = 3000) -> Plan:
         batches=batches,
         world=draw(st.integers(1, 7) | st.integers(1, 100_000)),
         units_per_sample=draw(st.none() | st.just(16)),
-        **draw(dealings),
+        **draw(cut_keys),
         rule=draw(st.sampled_from([Rule("linear"), Rule("sqrt"), Rule("power", 0.75), Rule("none")])),
     )
 
@@ -117,7 +117,7 @@ def test_a_segment_starts_at_the_first_step_boundary_at_or_after_its_sample(plan
         assert step.cut.global_size == in_force.global_size
 
 
-def test_segments_by_hand() -> None:
+def test_segments_give_the_steps_found_by_hand() -> None:
     plan = make(300, batches=((0, 100), (10, 7), (20, 5), (150, 90)))
     assert [(step.start, step.stop) for step in walk(plan)][:3] == [(0, 100), (100, 105), (105, 110)]
     assert [(step.start, step.stop) for step in walk(plan)][-3:] == [(145, 150), (150, 240), (240, 330)]
@@ -127,7 +127,7 @@ def test_segments_by_hand() -> None:
 
 @given(plans(), st.data())
 @quick
-def test_a_sample_inside_a_step_is_a_bug(plan: Plan, data: st.DataObject) -> None:
+def test_a_sample_inside_a_step_fails_an_assertion(plan: Plan, data: st.DataObject) -> None:
     assert plan.samples is not None
     boundaries = {step.start for step in walk(plan)}
     inside = sorted(set(range(plan.samples)) - boundaries)
@@ -136,7 +136,7 @@ def test_a_sample_inside_a_step_is_a_bug(plan: Plan, data: st.DataObject) -> Non
             plan.step_at(data.draw(st.sampled_from(inside)))
 
 
-def test_before_the_first_sample_and_before_the_data_is_open_there_are_no_steps() -> None:
+def test_steps_before_the_first_sample_or_the_data_fail_an_assertion() -> None:
     with pytest.raises(AssertionError, match="no sample -32"):
         make().step_at(-32)
     unknown = make(None)
@@ -170,7 +170,7 @@ def test_segments_that_do_not_rise_from_0_are_refused(starts: tuple[int, ...]) -
         make(batches=((0, 32), (50, 64))).extend(Segment(50, 128, Rule("none")))
 
 
-def test_an_extension_that_cannot_be_dealt_is_refused_at_once() -> None:
+def test_an_extension_that_cannot_be_cut_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"batch\.even=true"):
         make(world=4, even=True).extend(Segment(500, 33, Rule("linear")))
 
@@ -178,7 +178,7 @@ def test_an_extension_that_cannot_be_dealt_is_refused_at_once() -> None:
 # ---- recipes
 
 
-def test_each_segment_has_its_own_peak_on_the_one_schedule() -> None:
+def test_each_segment_has_its_own_peak_on_one_schedule() -> None:
     plan = make(1000, batches=((0, 32), (500, 128)))
     first, last = plan.step_at(480), plan.step_at(512)
     assert first
@@ -200,12 +200,12 @@ def test_the_lr_at_a_sample_is_the_same_whatever_the_batch(sizes: list[int]) -> 
     assert all(len(seen) == 1 for seen in lrs.values())
 
 
-# ---- any hardware
+# ---- other hardware
 
 
 @given(plans(), st.integers(1, 9) | st.integers(1, 100_000), st.none() | st.integers(1, 64))
 @quick
-def test_the_same_step_is_the_same_on_any_hardware_but_for_its_cut(plan: Plan, world: int, per_gpu: int | None) -> None:
+def test_a_step_is_the_same_on_any_hardware_except_for_its_cut(plan: Plan, world: int, per_gpu: int | None) -> None:
     per_gpu = plan.per_gpu if plan.numerics == "bitwise" else per_gpu
     other = plan.dealt(world, per_gpu)
     for step, moved in zip(walk(plan), walk(other), strict=True):
@@ -216,7 +216,7 @@ def test_the_same_step_is_the_same_on_any_hardware_but_for_its_cut(plan: Plan, w
     assert other.dealt(plan.world, plan.per_gpu) == plan
 
 
-def test_dealt_anew_an_accumulation_that_was_asked_for_is_solved() -> None:
+def test_the_accumulation_is_solved_for_new_hardware() -> None:
     plan = make(world=1, accumulation=4)
     assert plan.cut.accumulation == 4
     assert plan.dealt(8, None).cut.accumulation == 1
@@ -224,7 +224,7 @@ def test_dealt_anew_an_accumulation_that_was_asked_for_is_solved() -> None:
 
 
 def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Return the samples that the ranks fetch in each step, in the order of the batch."""
+    """Yield the end of each step and the samples that the ranks fetch, in the order of the batch."""
     for step in walk(plan, start):
         if step.start >= until:
             return
@@ -239,7 +239,7 @@ def trained_on(plan: Plan, until: int, start: int = 0) -> Iterator[tuple[int, np
 
 @given(st.data())
 @examples(25)
-def test_every_sample_exactly_once_an_epoch_whatever_the_batches_and_resizes(data: st.DataObject) -> None:
+def test_every_sample_is_used_once_per_epoch_with_any_batches_and_resizes(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 120))
     epochs = data.draw(st.integers(1, 3))
     worlds, sizes = st.integers(1, 5), st.integers(1, 50)
@@ -273,7 +273,7 @@ def test_json_reads_back_as_the_same_plan(plan: Plan) -> None:
     assert list(walk(again)) == list(walk(plan))
 
 
-def test_json_of_a_plan_that_waits_for_the_data() -> None:
+def test_a_plan_that_waits_for_the_data_has_json() -> None:
     plan = make(None, train_samples=None, family=None, unit="tokens", units_per_sample=16)
     content = json.loads(to_json(plan))
     assert [content[name] for name in ("samples", "steps", "epochs", "added_samples", "schedule")] == [None] * 5
@@ -305,7 +305,7 @@ JUNK = [None, "x", True, -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}]
 
 @given(st.sampled_from(list(places(json.loads(to_json(WHOLE))))), st.sampled_from(["remove", *JUNK]))
 @examples(150)
-def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | int, ...], junk: Any) -> None:
+def test_damage_raises_only_value_errors(path: tuple[str | int, ...], junk: Any) -> None:
     content = json.loads(to_json(WHOLE))
     inner = content
     for name in path[:-1]:
@@ -324,8 +324,8 @@ def test_damage_is_refused_as_a_value_error_and_nothing_else(path: tuple[str | i
         return  # an explanation, or a key that earlier versions didn't write
     assert _numbers(to_json(plan)) == _numbers(json.dumps(content))
     another_kind = type(junk) is not type(before) and (type(before), type(junk)) != (float, int)
-    left_out = junk == "remove" and isinstance(path[-1], int)  # an item of a list: another plan, but a valid one
-    assert left_out or junk is None or not another_kind, f"{path} = {junk!r} was taken"
+    left_out = junk == "remove" and isinstance(path[-1], int)  # without an item of a list the plan may be valid
+    assert left_out or junk is None or not another_kind, f"{path} = {junk!r} was accepted"
 
 
 def plan_or_refusal(text: str) -> Plan | str:
@@ -339,7 +339,7 @@ def plan_or_refusal(text: str) -> Plan | str:
     "text",
     ["", "{", "null", "[]", "7", '"plan"', "{}", '{"asked": []}', '{"asked": {}}', "[" * 100_000, '{"asked": NaN}'],
 )
-def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
+def test_texts_that_are_no_plan_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a plan"):
         from_json(text)
 
@@ -363,7 +363,7 @@ def test_an_edited_lr_is_named(name: str, value: float) -> None:
         from_json(json.dumps(content))
 
 
-def test_another_wording_and_another_last_digit_are_no_damage() -> None:
+def test_other_wording_and_rounding_are_accepted() -> None:
     content = json.loads(to_json(make(rule=Rule("power", 0.7), batches=((0, 99),))))
     content["warnings"].append("a warning of a later version")
     content["lr"]["why"] = "because"

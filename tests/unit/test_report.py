@@ -12,7 +12,7 @@ from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.report.result import Result, grid, result
 
 
-def test_result_of_a_finished_run(tmp_path: Path) -> None:
+def test_result_of_a_finished_run_is_read(tmp_path: Path) -> None:
     (tmp_path / "outcome.json").write_text(json.dumps(asdict(Outcome("finished", "", 1200, 4800, "a1"))))
     (tmp_path / "plan.json").write_text(json.dumps({"lr": {"peak": 0.4}}))
     lines = [{"step": 1, "loss": 2.0}, {"step": 1, "val/loss": 9.0, "val/f1": 0.1}, {"loss": 1.5}, {"val/loss": 1.25}]
@@ -22,7 +22,7 @@ def test_result_of_a_finished_run(tmp_path: Path) -> None:
     assert str(found) == "finished after 1,200 steps, 4,800 samples · loss 1.5 · val/loss 1.25"
 
 
-def test_what_went_otherwise_than_planned_is_said(tmp_path: Path) -> None:
+def test_restarts_and_skipped_steps_are_reported(tmp_path: Path) -> None:
     (tmp_path / "outcome.json").write_text(json.dumps(asdict(Outcome("finished", "", 9, 90, "a1"))))
     lines = [{"loss": 0.5}, {"loss": None}, {"val/loss": 0.25, "ema/loss": 0.125}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -48,14 +48,14 @@ def test_what_went_otherwise_than_planned_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "3"])
-def test_result_of_a_run_that_got_nowhere(tmp_path: Path, content: str | None) -> None:
+def test_result_without_readable_files_is_empty(tmp_path: Path, content: str | None) -> None:
     for name in ("outcome.json", "plan.json", "metrics.jsonl", "events.jsonl"):
         if content is not None:
             (tmp_path / name).write_text(content)
     assert result(tmp_path) == Result()
 
 
-def test_table_has_numbers_to_the_right_and_a_column_for_every_name() -> None:
+def test_table_aligns_numbers_right_and_has_a_column_per_name() -> None:
     rows = [
         {"seed": "1", "state": "finished", "steps": 12000, "loss": 0.123456},
         {"seed": "10", "state": "—", "val": 1.0},

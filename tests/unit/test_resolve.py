@@ -1,4 +1,4 @@
-"""Test how a command line becomes a plan: units, sizes, the source of the learning rate, and errors."""
+"""Test how a command line becomes a plan: units, sizes, the learning rate's source, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.plan_table import lr_why, moves, table
 from isobatch.scaling.rules import Rule
 
-# A task of 1,000 samples, its LR tuned with both optimizers; independent of the YAML defaults.
+# A task of 1,000 samples with an LR tuned for both optimizers, independent of the YAML defaults.
 TASK = (
     "task=custom",
     "task._target_=my_package.MyTask",
@@ -41,7 +41,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def config_of(*overrides: str) -> RunConfig:
-    """Return ``compose([*TASK, *overrides])``, in a twentieth of the time if no group is chosen."""
+    """Return ``compose([*TASK, *overrides])``, in a twentieth of its time if no group is chosen."""
     if any("=" not in text or "." not in text.partition("=")[0] for text in overrides if text[:9] != "duration="):
         return composed(*TASK, *overrides)
     base = composed(*TASK)
@@ -60,7 +60,7 @@ def plan_of(*overrides: str, world: int = 2, train_samples: int | None = None) -
 @pytest.mark.parametrize(
     "overrides", [(), ("duration=7st", "lr.base=1e-1"), ("batch.global_size=all", "lr.milestones=[1ep,50%]")]
 )
-def test_configs_are_those_of_the_command_line(overrides: tuple[str, ...]) -> None:
+def test_quick_configs_equal_those_of_the_command_line(overrides: tuple[str, ...]) -> None:
     quick, real = config_of(*overrides), compose([*TASK, *overrides])
     assert (quick.model_copy(update={"given": ()}), set(quick.given)) == (
         real.model_copy(update={"given": ()}),
@@ -87,14 +87,14 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(world: int) -> None:
     assert plan.identity == identity(composed(*TASK))
 
 
-def test_given_per_gpu_and_accumulation_replace_a_global_size_that_is_only_a_default() -> None:
+def test_given_per_gpu_and_accumulation_replace_a_default_global_size() -> None:
     default = TASK[:-1]  # without batch.global_size
     given = ("batch.per_gpu=10", "batch.accumulation=3")
     for world in (1, 2, 7):
         cut = resolve(composed(*default, *given), world).cut
         assert (cut.global_size, cut.per_gpu, cut.accumulation) == (30 * world, 10, 3)
-    for one in given:
-        config = composed(*default, one)
+    for override in given:
+        config = composed(*default, override)
         assert resolve(config, 2).cut.global_size == config.batch.global_size
 
 
@@ -109,12 +109,12 @@ def test_three_given_sizes_have_to_agree() -> None:
         plan_of("batch.per_gpu=20", "batch.accumulation=3", alternative)
 
 
-def test_per_gpu_holds_for_later_segments_and_accumulation_where_it_was_given_alone() -> None:
+def test_later_segments_keep_the_given_per_gpu_or_accumulation() -> None:
     assert (plan_of("batch.per_gpu=20").per_gpu, plan_of("batch.per_gpu=20").accumulation) == (20, None)
     assert (plan_of("batch.accumulation=3").per_gpu, plan_of("batch.accumulation=3").accumulation) == (None, 3)
 
 
-def test_all_is_full_batch_descent() -> None:
+def test_all_gives_full_batch_descent() -> None:
     plan = plan_of("batch.global_size=all", "batch.per_gpu=64", world=3)
     assert (plan.cut.global_size, plan.cut.accumulation, plan.steps, plan.added) == (1000, 6, 10, 0)
     assert plan_of("batch.global_size=all", train_samples=600).cut.global_size == 600
@@ -122,14 +122,14 @@ def test_all_is_full_batch_descent() -> None:
     assert "task.train_samples=N" in message
 
 
-def test_even_is_refused_with_what_is_even() -> None:
+def test_an_uneven_cut_is_refused_with_even_ones() -> None:
     assert plan_of("batch.even=true", world=4).cut.even
     message = refusal("batch.even=true", world=3)
     assert "nearest even global batches on 3 ranks: 126 or 129; nearest world sizes for 128: 2 or 4" in message
-    assert plan_of("batch.even=true", "batch.global_size=126", world=3).even  # as well as all later segments
+    assert plan_of("batch.even=true", "batch.global_size=126", world=3).even  # so are all later segments
 
 
-def test_no_world_is_refused() -> None:
+def test_a_world_of_0_is_refused() -> None:
     assert "world size=0" in refusal(world=0)
 
 
@@ -150,7 +150,7 @@ def test_intervals_wait_for_the_data() -> None:
     assert plan_of(*asked, train_samples=600).intervals == Intervals(1280, 600, 150, None)
 
 
-def test_intervals_are_of_the_command_and_no_part_of_the_run() -> None:
+def test_intervals_belong_to_the_command_not_to_the_run() -> None:
     stored, fresh = plan_of("log.every=10st"), plan_of("log.every=20st")
     assert stored == fresh
     assert continued(fresh, stored, extends=False).intervals.log == 2560
@@ -172,7 +172,7 @@ def test_a_rejection_names_the_key_and_its_value() -> None:
 # ---- tokens
 
 
-def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_said() -> None:
+def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_texts() -> None:
     plan = plan_of(*TOKENS, "batch.per_gpu=10240", "lr.base=0.1", "lr.base_batch=16384", world=2)
     assert (plan.cut.global_size, plan.cut.per_gpu, plan.cut.accumulation) == (128, 20, 4)
     assert plan.base_batch == 32
@@ -184,18 +184,18 @@ def test_sizes_given_in_tokens_are_samples_in_the_plan_and_tokens_in_what_is_sai
     assert (content["unit"], content["units_per_sample"], content["global_size"]) == ("tokens", 512, 128)
 
 
-def test_units_of_a_sample_count_in_the_loss_also_where_sizes_are_samples() -> None:
+def test_units_per_sample_give_the_expected_units_of_a_step() -> None:
     step = plan_of("task.units_per_sample=512").step_at(0)
     assert step
     assert (step.stop, step.expected_units) == (128, 128 * 512)
 
 
-def test_all_in_tokens() -> None:
+def test_all_works_in_tokens() -> None:
     assert plan_of(*TOKENS, "batch.global_size=all").cut.global_size == 1000
 
 
 @pytest.mark.parametrize("key", ["batch.global_size", "batch.per_gpu", "lr.base_batch"])
-def test_tokens_that_are_no_whole_sample_are_refused_with_the_nearest_that_are(key: str) -> None:
+def test_tokens_that_are_no_whole_samples_are_refused_with_the_nearest(key: str) -> None:
     message = refusal(*TOKENS, "lr.base=0.1", f"{key}=10000")
     assert message == f"{key}=10000 tokens isn't a whole number of samples of 512 tokens; nearest: 9728 or 10240"
     for near in (9728, 10240):
@@ -221,7 +221,7 @@ def test_tokens_of_a_task_without_them_are_refused() -> None:
 # ---- before the data is opened
 
 
-def test_what_is_unknown_before_the_data_is_opened() -> None:
+def test_a_plan_leaves_unknown_values_open_before_the_data_is_opened() -> None:
     plan = plan_of("task.train_samples=null", world=3)
     assert (plan.samples, plan.steps, plan.epochs, plan.schedule) == (None, None, None, None)
     assert (plan.cut.global_size, plan.peak.lr) == (128, 0.2)
@@ -232,16 +232,16 @@ def test_what_is_unknown_before_the_data_is_opened() -> None:
     assert opened.steps == 79
 
 
-def test_a_run_of_so_many_steps_is_known_before() -> None:
+def test_a_duration_in_steps_is_known_before_the_data_is_opened() -> None:
     plan = plan_of("task.train_samples=null", "duration=50st")
     assert (plan.samples, plan.steps, plan.epochs) == (6400, 50, None)
     assert plan.schedule
     assert plan.schedule.warmup_samples == 320
-    waits = plan_of("task.train_samples=null", "duration=50st", "lr.warmup=1ep")
-    assert (waits.steps, waits.schedule) == (50, None)
+    unopened = plan_of("task.train_samples=null", "duration=50st", "lr.warmup=1ep")
+    assert (unopened.steps, unopened.schedule) == (50, None)
 
 
-def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> None:
+def test_keys_that_the_decay_does_not_use_are_ignored() -> None:
     unused = ("lr.milestones=[1ep,2ep]", "lr.cooldown=1ep")
     assert plan_of("task.train_samples=null", "duration=50st", *unused).schedule
     assert plan_of("duration=1sa").steps == 1  # 30 %, 60 % and 90 % of one sample are all one sample
@@ -264,7 +264,7 @@ def test_what_the_decay_does_not_use_is_not_waited_for_and_need_not_fit() -> Non
         (["evaluate.every=5tok"], "evaluate.every=5tok counts tokens"),
     ],
 )
-def test_refused_with_what_would_do(overrides: list[str], expected: str) -> None:
+def test_invalid_durations_are_refused_with_a_fix(overrides: list[str], expected: str) -> None:
     assert expected in refusal(*overrides)
 
 
@@ -279,7 +279,7 @@ def test_data_shorter_than_a_batch_wraps() -> None:
 # ---- the learning rate
 
 
-def test_the_derivation_of_the_peak() -> None:
+def test_the_plan_shows_how_the_peak_is_derived() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024")
     assert plan.peak.lr == pytest.approx(0.4)
     assert lr_why(plan) == "peak 0.4 = 0.1 × 1024/256 (linear; Goyal et al. 2017); base LR: given (lr.base)"
@@ -308,7 +308,7 @@ def test_the_derivation_of_the_peak() -> None:
         (["~task.tuned.sgd", "optimizer.usual={lr: 0.3, batch: 512}"], 0.3, 512, "usual"),
     ],
 )
-def test_where_the_base_comes_from_strongest_first(overrides: list[str], base: float, batch: int, source: str) -> None:
+def test_the_base_comes_from_the_strongest_source(overrides: list[str], base: float, batch: int, source: str) -> None:
     plan = plan_of(*overrides)
     assert (plan.base.lr, plan.base_batch, plan.base_source) == (base, batch, source)
 
@@ -330,14 +330,14 @@ def test_an_experiments_base_counts_as_given_on_the_command_line() -> None:
         (["lr.rule=none"], Rule("none"), 1),
     ],
 )
-def test_the_rule(overrides: list[str], rule: Rule, factor: float) -> None:
+def test_the_rule_scales_the_peak(overrides: list[str], rule: Rule, factor: float) -> None:
     plan = plan_of(*overrides)
     assert plan.segments[0].rule == rule
     assert plan.peak.lr == pytest.approx(plan.base.lr * factor)
     assert json.loads(to_json(plan))["lr"]["factor"] == pytest.approx(factor)
 
 
-def test_a_peak_given_outright_wins_over_any_rule() -> None:
+def test_a_given_peak_overrides_any_rule() -> None:
     plan = plan_of("lr.peak=0.3", "lr.base=0.1", "lr.base_batch=1", "lr.rule=linear")
     assert plan.peak.lr == 0.3
     assert lr_why(plan) == "peak 0.3 (given as lr.peak)"
@@ -345,7 +345,7 @@ def test_a_peak_given_outright_wins_over_any_rule() -> None:
     assert [content[name] for name in ("base", "base_batch", "rule", "factor", "peak")] == [None, None, None, None, 0.3]
 
 
-def test_without_any_base_the_keys_to_give_are_named() -> None:
+def test_a_missing_base_names_the_keys_to_give() -> None:
     custom = ("optimizer=custom", "optimizer._target_=torch.optim.RMSprop")
     message = refusal(*custom)
     assert message.startswith("no lr.base for optimizer=custom with task custom")
@@ -355,7 +355,7 @@ def test_without_any_base_the_keys_to_give_are_named() -> None:
         assert (plan.base.betas, plan.base.eps, plan.base.weight_decay) == ((), None, None)
 
 
-def test_a_rule_that_leaves_the_numbers_is_refused_and_the_way_out_works() -> None:
+def test_a_rule_that_overflows_is_refused_and_the_fix_works() -> None:
     wild = ("lr.rule=power", "lr.power=1e5")
     assert "give lr.peak" in refusal(*wild)
     assert plan_of(*wild, "lr.peak=0.1").peak.lr == 0.1
@@ -376,7 +376,7 @@ def test_a_rule_that_leaves_the_numbers_is_refused_and_the_way_out_works() -> No
         (["lr.warmup_from=0.2"], 0.2),
     ],
 )
-def test_where_the_warmup_starts(overrides: list[str], start: float) -> None:
+def test_the_warmup_starts_from_the_base_or_a_given_value(overrides: list[str], start: float) -> None:
     plan = plan_of(*overrides)
     step = plan.step_at(0)
     assert step
@@ -390,7 +390,7 @@ def test_a_warmup_that_would_fall_is_refused() -> None:
     assert plan_of("lr.warmup_from=0.21", "lr.warmup=0").peak.lr == 0.2
 
 
-def test_the_schedule_is_the_configs_in_samples() -> None:
+def test_the_schedule_has_the_configs_durations_in_samples() -> None:
     schedule = plan_of("lr.decay=step", "lr.warmup=2st", "lr.gamma=0.5", "lr.milestones=[3ep,50%]").schedule
     assert schedule
     assert (schedule.samples, schedule.warmup_samples, schedule.milestones) == (10_000, 256, (3000, 5000))
@@ -400,7 +400,7 @@ def test_the_schedule_is_the_configs_in_samples() -> None:
     assert (schedule.cooldown_samples, schedule.final, schedule.milestones) == (2000, 0.1, ())
 
 
-def test_the_optimizer_and_why() -> None:
+def test_the_plan_names_the_optimizer_and_why() -> None:
     assert json.loads(to_json(plan_of()))["optimizer"] == {
         "name": "sgd",
         "why": "the default",
@@ -416,7 +416,7 @@ def test_the_optimizer_and_why() -> None:
 # ---- plan.json
 
 
-def test_plan_json_has_what_the_readers_of_a_run_directory_count_on() -> None:
+def test_plan_json_has_the_keys_that_readers_need() -> None:
     plan = plan_of("batch.per_gpu=20", world=3)
     content = json.loads(to_json(plan))
     assert content["micro_batches"] == [[15, 2], [14, 7]]
@@ -447,7 +447,7 @@ def test_a_tuning_may_state_the_whole_recipe() -> None:
     assert moves(plan) == ["β₁ 0.95 → 0.9, β₂ 0.98 → 0.96 (1 − κ(1 − β))", "ε 1e-08 → 7.07107e-09 (ε/√κ)"]
 
 
-def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
+def test_given_values_override_the_tuning_and_the_rule() -> None:
     plan = plan_of(*ADAMW, "lr.rule=sde", "optimizer.betas=[0.8,0.9]")
     assert plan.base.betas == plan.peak.betas == (0.8, 0.9)
     assert moves(plan)[0] == "β₁ and β₂ given for this batch, so not scaled (lr.rule=sde would scale it)"
@@ -455,7 +455,7 @@ def test_what_is_given_wins_over_the_tuning_and_over_the_rule() -> None:
     assert plan_of("optimizer=sgd", "optimizer.momentum=0.5").peak.betas == (0.5,)
 
 
-def test_a_refusal_names_the_largest_legal_batch_in_the_unit_that_was_asked_in() -> None:
+def test_a_refusal_names_the_largest_valid_batch_in_the_given_unit() -> None:
     message = refusal(*ADAMW, "lr.rule=sde", "batch.global_size=1280")
     assert "the largest batch at which it holds is 1,279 samples: use batch.global_size=1279" in message
     plan_of(*ADAMW, "lr.rule=sde", "batch.global_size=1279")
@@ -465,7 +465,7 @@ def test_a_refusal_names_the_largest_legal_batch_in_the_unit_that_was_asked_in()
     )
 
 
-def test_a_warmup_that_grows_with_the_batch() -> None:
+def test_legw_scales_the_warmup_with_the_batch() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=32", "lr.rule=legw", "lr.warmup=10%")
     assert plan.schedule
     assert plan.schedule.warmup_samples == 4000
@@ -474,7 +474,7 @@ def test_a_warmup_that_grows_with_the_batch() -> None:
     assert "the largest batch at which it fits is 320 samples" in message
 
 
-def test_weight_decay_moves_where_that_is_asked_for() -> None:
+def test_weight_decay_is_scaled_on_request() -> None:
     plan = plan_of(*ADAMW, "lr.scale_weight_decay=true")
     assert plan.peak.weight_decay == pytest.approx(0.1 * math.sqrt(2))
     assert moves(plan) == ["weight decay 0.1 → 0.141421 (λ₀·κ·η₀/η; Bergsma et al. 2025)"]
@@ -483,14 +483,14 @@ def test_weight_decay_moves_where_that_is_asked_for() -> None:
     )
 
 
-def test_a_rule_by_the_noise_scale() -> None:
+def test_the_noise_rule_uses_the_noise_scale() -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=64", "lr.rule=noise", "lr.noise_scale=128")
     assert plan.peak.lr == pytest.approx(0.15)
     assert "0.1 × ((1 + 128/64)/(1 + 128/128))^1 (noise; McCandlish et al. 2018)" in lr_why(plan)
 
 
-def test_the_noise_of_sgd_is_what_linear_scaling_keeps() -> None:
-    """ηN/(B(1−m)), Smith & Le 2018."""
+def test_linear_scaling_keeps_the_noise_of_sgd() -> None:
+    """The noise is ηN/(B(1−m)) (Smith & Le 2018)."""
 
     def noise(plan: Plan) -> Any:
         return plan.temperature(plan.stages[0])
@@ -517,13 +517,13 @@ def test_a_given_peak_leaves_the_rest_of_the_recipe_to_the_rule() -> None:
     assert "which lr.peak replaces" in refusal("lr.peak=0.3", "lr.scale_weight_decay=true")
 
 
-def test_a_tuning_of_other_shape_is_refused() -> None:
+def test_a_tuning_of_another_shape_is_refused() -> None:
     message = refusal("optimizer=adamw", "task.tuned={adamw: {lr: 0.1, batch: 8, betas: [0.9]}}")
     assert message.startswith("task.tuned.adamw.betas=[0.9]; adamw has 2")
     assert "sgd has no ε that a rule knows" in refusal("task.tuned={sgd: {lr: 0.1, batch: 8, eps: 1e-8}}")
 
 
-def test_a_tuning_of_another_model_isn_t_called_one_of_this() -> None:
+def test_a_tuning_of_another_model_is_marked_as_adapted() -> None:
     assert plan_of("model._target_=a.B").base_source == "adapted"
     assert plan_of("data._target_=a.B").base_source == "adapted"
     assert (
@@ -541,7 +541,7 @@ def test_every_rank_of_synced_statistics_needs_a_sample() -> None:
 # ---- numerics=bitwise
 
 
-def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
+def test_bitwise_cuts_depend_only_on_the_global_and_the_per_gpu_batch() -> None:
     sizes = ("batch.global_size=100", "batch.per_gpu=16", "numerics=bitwise")
     plans = [plan_of(*sizes, world=world) for world in (1, 2, 3, 4, 8)]
     assert {plan.cut.pieces for plan in plans} == {7}
@@ -569,11 +569,11 @@ def test_bitwise_cuts_by_the_global_and_the_per_gpu_batch_alone() -> None:
         (["batch.per_gpu=16", "batch.global_size=100", "batch.even=true"], "nearest world sizes for 100: none"),
     ],
 )
-def test_what_is_not_bitwise_is_refused(overrides: list[str], expected: str) -> None:
+def test_incompatible_keys_are_refused_with_bitwise(overrides: list[str], expected: str) -> None:
     assert expected in refusal("numerics=bitwise", *overrides, world=2 if "batch.accumulation=2" in overrides else 3)
 
 
-def test_what_is_bitwise_has_a_global_batch_that_follows_no_number_of_processes() -> None:
+def test_bitwise_needs_a_global_batch_independent_of_processes() -> None:
     """Otherwise several runs would have one identity."""
     sizes = ("task=digits", "batch.per_gpu=4", "batch.accumulation=2")
     assert resolve(compose(sizes), 2).cut.global_size == 16
@@ -598,11 +598,11 @@ def test_the_best_of_no_evaluation_is_rejected(overrides: tuple[str, ...], named
     plan_of(*NEVER, *overrides, "evaluate.first=true")
 
 
-def test_an_evaluation_before_the_last_step_is_one() -> None:
+def test_an_evaluation_due_before_the_last_step_counts() -> None:
     plan_of(*NEVER, "evaluate.every=576sa")
 
 
-def test_evaluations_count_as_batches_do() -> None:
+def test_evaluation_batches_are_given_in_the_same_unit() -> None:
     config = config_of(*TOKENS, "batch.per_gpu=10240", "evaluate.per_gpu=1024")
     assert evaluation_batch(config, resolve(config, 1)) == 2
     assert evaluation_batch(config, resolve(config, 1), limit=1) == 1

@@ -1,4 +1,4 @@
-"""Test rules against numbers computed by hand, and that they leave other values alone."""
+"""Compare rules with numbers computed by hand, and test that they change no other values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITH_SCALE = ", ".join(name for name, law in LAWS.items() if law.measured)
 
 
 def rule(name: str, **own: Any) -> Rule:
-    """Return the rule with ``own`` numbers, else with some that it takes."""
+    """Return a rule with valid numbers, some replaced by ``own``."""
     law = LAWS[name]
     power = {"power": min(max(0.7, law.powers[0]), law.powers[1])} if law.powers else {}
     return Rule(name, **{**power, **({"noise_scale": 500.0} if law.measured else {}), **own})
@@ -46,7 +46,7 @@ def rule(name: str, **own: Any) -> Rule:
         (Rule("half-life", 0.0), 0.1, 1024, 256, 0.1),
         (Rule("noise", 1.0, 1000.0), 0.1, 1000, 250, 0.25),  # η_max = 0.5, half of it at B = B_noise
         (Rule("noise", 0.5, 1000.0), 0.1, 1000, 250, 0.1 * math.sqrt(2.5)),
-        (Rule("surge", None, 1000.0), 0.1, 1000, 250, 0.125),  # ½(√4 + √¼) = 1.25 below the top, which is at B_noise
+        (Rule("surge", None, 1000.0), 0.1, 1000, 250, 0.125),  # the peak is at B_noise, ½(√4 + √¼) = 1.25 × higher
         (Rule("surge", None, 1000.0), 0.1, 4000, 250, 0.1),  # as far above B_noise as below
         (Rule("none"), 0.1, 1024, 256, 0.1),
     ],
@@ -56,8 +56,8 @@ def test_the_peak_by_hand(rule: Rule, base: float, batch: int, base_batch: int, 
     assert rule.apply(tuned, base_batch, batch).lr == pytest.approx(peak, rel=1e-12)
 
 
-def test_the_sde_rule_by_hand() -> None:
-    """Malladi et al.'s: √κ, 1 − κ(1 − β), ε/√κ."""
+def test_the_sde_rule_equals_the_papers_by_hand() -> None:
+    """Malladi et al. scale by √κ, 1 − κ(1 − β) and ε/√κ."""
     tuned = Recipe(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     assert rule("sde").apply(tuned, 64, 256) == Recipe(lr=2e-3, betas=(0.6, 0.96), eps=5e-9, weight_decay=0.1)
     smaller = rule("sde").apply(tuned, 64, 16)
@@ -66,7 +66,7 @@ def test_the_sde_rule_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("beta", "before", "largest"), [(0.9, 256, 2559), (0.95, 4, 79), (0.5, 10, 19), (0.1, 10, 11)])
-def test_the_sde_rule_names_the_largest_batch_at_which_it_holds(beta: float, before: int, largest: int) -> None:
+def test_the_sde_rule_names_the_largest_valid_batch(beta: float, before: int, largest: int) -> None:
     tuned = replace(ADAM, betas=(beta, 0.999))
     assert min(rule("sde").apply(tuned, before, largest).betas) > 0
     with pytest.raises(OutOfRange, match=rf"1 − {beta:g}\), which isn't below 1") as refusal:
@@ -84,7 +84,7 @@ def test_a_half_life_stays_the_same_number_of_samples() -> None:
 @pytest.mark.parametrize("name", LAWS)
 @given(before=batches, after=batches, recipe=st.sampled_from([SGD, ADAM]))
 @quick
-def test_a_rule_moves_what_it_speaks_of_and_nothing_at_the_tuned_batch(
+def test_a_rule_changes_only_its_own_values_and_nothing_at_the_tuned_batch(
     name: str, before: int, after: int, recipe: Recipe
 ) -> None:
     assert rule(name).apply(recipe, before, before) == recipe
@@ -97,7 +97,7 @@ def test_a_rule_moves_what_it_speaks_of_and_nothing_at_the_tuned_batch(
 
 @given(*[st.integers(1, 1000)] * 3)  # rounding makes betas near 0 irreversible
 @quick
-def test_two_moves_are_one(first: int, second: int, third: int) -> None:
+def test_two_moves_equal_one(first: int, second: int, third: int) -> None:
     for name in LAWS:
         if name != "sde":
             once = rule(name).apply(SGD, first, third)
@@ -109,15 +109,15 @@ def test_two_moves_are_one(first: int, second: int, third: int) -> None:
 @pytest.mark.parametrize(
     ("name", "kappa", "decay"), [("sqrt", 4, 0.02), ("none", 4, 0.04), ("linear", 4, 0.01), ("sde", 4, 0.02)]
 )
-def test_weight_decay_keeps_its_timescale_where_that_is_asked_for(name: str, kappa: int, decay: float) -> None:
-    """λ ∝ √B where η ∝ √B, λ ∝ B at a fixed η: B/(ηλ) stays (Bergsma et al. 2025)."""
+def test_weight_decay_keeps_its_timescale_on_request(name: str, kappa: int, decay: float) -> None:
+    """B/(ηλ) stays constant (Bergsma et al. 2025): λ ∝ √B if η ∝ √B, and λ ∝ B at a fixed η."""
     scaled = rule(name, scale_weight_decay=True).apply(ADAM, 256, 256 * kappa)
     assert scaled.weight_decay == pytest.approx(decay)
     assert scaled.lr * decay / kappa == pytest.approx(ADAM.lr * 0.01)
     assert rule(name).apply(ADAM, 256, 256 * kappa).weight_decay == 0.01
 
 
-def test_what_was_given_for_this_batch_stays() -> None:
+def test_values_given_for_this_batch_are_kept() -> None:
     carried = rule("sde", fixed=("betas",)).apply(ADAM, 256, 256 * 100)  # beyond the range of its betas
     assert (carried.betas, carried.lr, carried.eps) == (ADAM.betas, 0.01, 1e-9)
     both = rule("sde", fixed=("eps", "weight_decay"), scale_weight_decay=True).apply(ADAM, 256, 1024)
@@ -126,28 +126,28 @@ def test_what_was_given_for_this_batch_stays() -> None:
 
 
 @pytest.mark.parametrize(("name", "betas"), [("sde", (0.9,)), ("sde", ()), ("half-life", ())])
-def test_a_rule_of_betas_wants_some(name: str, betas: tuple[float, ...]) -> None:
+def test_a_rule_of_betas_needs_betas(name: str, betas: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=rf"lr\.rule={name} scales .*, which this optimizer doesn't have"):
         rule(name).apply(replace(ADAM, betas=betas), 256, 512)
 
 
-def test_a_moment_without_memory_gets_none() -> None:
+def test_a_beta_of_0_stays_0() -> None:
     none = replace(ADAM, betas=(0.0, 0.99))
     assert rule("sde").apply(none, 64, 256).betas == (0.0, 0.96)
     assert rule("half-life").apply(none, 64, 256).betas[0] == 0.0
 
 
-def test_warmup_is_stretched_by_one_rule() -> None:
+def test_only_legw_scales_the_warmup() -> None:
     assert rule("legw").warmup(1000, 256, 1024) == 4000
     assert {rule(name).warmup(1000, 256, 1024) for name in LAWS if name != "legw"} == {1000}
 
 
-def test_power_of_one_is_linear_and_of_a_half_is_sqrt() -> None:
+def test_powers_of_1_and_a_half_equal_linear_and_sqrt() -> None:
     for name, exponent in (("linear", 1.0), ("sqrt", 0.5), ("none", 0.0)):
         assert Rule("power", exponent).apply(SGD, 7, 99).lr == pytest.approx(Rule(name).apply(SGD, 7, 99).lr, rel=1e-12)
 
 
-def test_auto_is_linear_for_sgd_and_sqrt_for_the_rest() -> None:
+def test_auto_is_linear_for_sgd_and_sqrt_otherwise() -> None:
     assert make_rule("auto", "sgd") == Rule("linear")
     assert make_rule("auto", "adam") == Rule("sqrt")
     assert make_rule("noise", "sgd", noise_scale=9.0).power == 1.0
@@ -162,7 +162,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "says"),
+    ("name", "own", "expected"),
     [
         ("power", {}, f"lr.power=None: needed by {WITH_POWER}, and only by these"),
         ("linear", {"power": 0.5}, f"lr.power=0.5: needed by {WITH_POWER}, and only by these"),
@@ -175,10 +175,10 @@ def test_an_unknown_rule_is_refused() -> None:
         ),
     ],
 )
-def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011  (looked at below)
+def test_numbers_of_another_rule_are_refused(name: str, own: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  (checked below)
         Rule(name, **own)
-    assert says in str(refusal.value)
+    assert expected in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_numbers_go_with_their_rule(name: str, own: dict[str, Any], says: str) -
         (Rule("linear"), math.nan, 1, 2, "nan"),
     ],
 )
-def test_a_rule_that_leads_nowhere_is_refused(rule: Rule, base: float, before: int, after: int, found: str) -> None:
+def test_a_rule_that_overflows_is_refused(rule: Rule, base: float, before: int, after: int, found: str) -> None:
     with pytest.raises(ValueError, match=rf"lr\.rule={rule.name}.* to {found} at .*lr\.peak"):
         rule.apply(replace(SGD, lr=base), before, after)
 
 
 @pytest.mark.parametrize("name", LAWS)
 def test_each_rule_is_documented(name: str) -> None:
-    """It has a row in scaling/README.md, and where its source ends the plan has something to say."""
+    """It has a row in scaling/README.md, and a warning if its tested range is limited."""
     law = LAWS[name]
     assert f"\n| `{name}` |" in (Path(__file__).parents[2] / "scaling/README.md").read_text()
     assert bool(law.beyond) == (math.isfinite(law.kappa_tested) or math.isfinite(law.batch_tested))

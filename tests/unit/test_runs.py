@@ -40,7 +40,7 @@ def test_runs_are_found_in_a_folder_and_in_its_sweeps(tmp_path: Path) -> None:
     assert directories(tmp_path / "nowhere") == []
 
 
-def test_a_run_at_work_says_when_it_will_be_done(tmp_path: Path) -> None:
+def test_a_working_run_shows_when_it_will_finish(tmp_path: Path) -> None:
     lines = [{"step": 50, "samples": 3200, "loss": 0.5, "samples_per_s": 10.0}, {"step": 50, "val/loss": 0.4}]
     found = row(make(tmp_path / "r", "running", [], lines), works=True, queue={})
     assert (found.state, found.step, found.steps, found.loss) == ("running", 50, 100, 0.5)
@@ -61,7 +61,9 @@ def test_a_run_at_work_says_when_it_will_be_done(tmp_path: Path) -> None:
         (None, {}, "—"),
     ],
 )
-def test_a_run_that_waits_in_the_queue(tmp_path: Path, state: str | None, queue: dict[str, str], shown: str) -> None:
+def test_a_run_shows_its_state_in_the_queue(
+    tmp_path: Path, state: str | None, queue: dict[str, str], shown: str
+) -> None:
     found = row(make(tmp_path / "r", state, [SUBMITTED], []), works=False, queue=queue)
     assert found.state == shown
     assert found.job == "7"
@@ -85,7 +87,7 @@ DAMAGE: dict[str, Any] = {
 }  # fmt: skip
 VALUES = ["x", [], {}, True, -1, 1.5, 10**30, 1e999, [[[1]]]]
 NAMES = ("outcome.json", "plan.json", "events.jsonl", "metrics.jsonl")
-# Valid content of each file, by name
+# a numeric field of each file
 FIELDS = {"outcome.json": "step", "plan.json": "samples", "events.jsonl": "step", "metrics.jsonl": "samples"}
 
 
@@ -96,23 +98,25 @@ def whole(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_said_in_its_runs_row_and_the_list_is_whole(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_shown_in_its_runs_row_and_the_list_is_complete(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     for run in "abc":
         whole(tmp_path / run)
     file = tmp_path / "b" / name
     file.unlink()
     DAMAGE[damage](file)
     found = [row(run, works=False, queue={}) for run in directories(tmp_path)]
-    assert [one.state for one in found] == ["stopped", "damaged", "stopped"]
+    assert [each.state for each in found] == ["stopped", "damaged", "stopped"]
     assert name in (found[1].cause or "")
-    assert "damaged" in grid([one.cells() for one in found])
-    json.loads(json.dumps([asdict(one) for one in found], allow_nan=False))
+    assert "damaged" in grid([each.cells() for each in found])
+    json.loads(json.dumps([asdict(each) for each in found], allow_nan=False))
     assert f"damaged: {name}" in str(result(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", VALUES, ids=str)
-def test_a_value_of_another_kind_is_damage(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_value_of_another_type_is_damage(tmp_path: Path, name: str, value: Any) -> None:
     run = whole(tmp_path / "a")
     line = json.loads((run / name).read_text().splitlines()[-1])
     (run / name).write_text(json.dumps(line | {FIELDS[name]: value}).replace("Infinity", "1e999") + "\n")
@@ -124,14 +128,14 @@ def test_a_value_of_another_kind_is_damage(tmp_path: Path, name: str, value: Any
     assert last_step(run) in (0, 40)
 
 
-def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+def test_a_line_being_written_is_no_damage(tmp_path: Path) -> None:
     run = whole(tmp_path / "a")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "sam')
     assert row(run, works=False, queue={}).state == "stopped"
 
 
-def test_why_it_stopped_last_is_said(tmp_path: Path) -> None:
+def test_the_cause_of_the_last_stop_is_shown(tmp_path: Path) -> None:
     events = [
         {"event": "stopped", "cause": "SIGTERM"},
         {

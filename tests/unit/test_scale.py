@@ -1,4 +1,4 @@
-"""Test the arithmetic of 1 to 100,000 ranks in one process against dealing and walking by hand."""
+"""Compare the arithmetic of 1 to 100,000 ranks, in one process, with dealing and walking by hand."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.steps import walk
 WORLDS = (1, 2, 3, 7, 64, 1000, 99_999, 100_000)
 quick = examples(60)
 
-# ---- one step: samples dealt one by one
+# ---- one step, dealt sample by sample
 
 
-def dealt_by_hand(world: int, granules: int, most: int, granule: int, bitwise: bool) -> list[list[list[int]]]:
+def cut_by_hand(world: int, granules: int, most: int, granule: int, bitwise: bool) -> list[list[list[int]]]:
     """Return the samples of every pass of every rank, by counting without division."""
     passes = 1
     while passes * world * most < granules:
@@ -43,7 +43,7 @@ def dealt_by_hand(world: int, granules: int, most: int, granule: int, bitwise: b
             piles += 1
     sizes = [0] * piles
     for number in range(granules):
-        sizes[number % piles] += 1  # one after another, so the first piles are the larger ones
+        sizes[number % piles] += 1  # in turn, so the first piles are larger
     samples = iter(range(granules * granule))
     micro_batches = [[next(samples) for _ in range(size * granule)] for size in sizes]
     ranks: list[list[list[int]]] = [[] for _ in range(world)]
@@ -61,7 +61,7 @@ def dealt_by_hand(world: int, granules: int, most: int, granule: int, bitwise: b
 
 
 def check(cut: Cut, by_hand: list[list[list[int]]]) -> None:
-    """Every rank has the passes and samples dealt by hand, and the properties of the cut are correct."""
+    """Check that every rank has the passes and samples dealt by hand, and that the cut's properties are correct."""
     for rank, passes in enumerate(by_hand):
         found = list(cut.passes(rank))
         assert [list(range(*one)) for one in found] == passes
@@ -83,10 +83,12 @@ def check(cut: Cut, by_hand: list[list[list[int]]]) -> None:
     st.booleans(),
 )
 @quick
-def test_a_step_dealt_sample_by_sample(world: int, granules: int, most: int, granule: int, bitwise: bool) -> None:
+def test_a_cut_equals_dealing_sample_by_sample(
+    world: int, granules: int, most: int, granule: int, bitwise: bool
+) -> None:
     per_gpu = most * granule + granule - 1
     cut = solve(world, global_size=granules * granule, per_gpu=per_gpu, granule=granule, bitwise=bitwise)
-    check(cut, dealt_by_hand(world, granules, most, granule, bitwise))
+    check(cut, cut_by_hand(world, granules, most, granule, bitwise))
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
@@ -101,12 +103,14 @@ def test_a_step_dealt_sample_by_sample(world: int, granules: int, most: int, gra
         (1, 10_003, 1000),
     ],
 )
-def test_a_step_dealt_to_every_one_of_100_000_ranks(world: int, granules: int, most: int, bitwise: bool) -> None:
+def test_a_cut_for_100_000_ranks_equals_dealing_sample_by_sample(
+    world: int, granules: int, most: int, bitwise: bool
+) -> None:
     cut = solve(world, global_size=granules, per_gpu=most, bitwise=bitwise)
-    check(cut, dealt_by_hand(world, granules, most, 1, bitwise))
+    check(cut, cut_by_hand(world, granules, most, 1, bitwise))
 
 
-# ---- a run: its steps walked one by one
+# ---- a run, walked step by step
 
 
 RUN = (
@@ -139,7 +143,7 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def steps_by_hand(batches: dict[int, int], samples: int) -> list[tuple[int, int, int]]:
-    """Yield (index, start, stop) of every step; each step uses the last batch that started before it."""
+    """Return (index, start, stop) of every step. A step has the batch of the last stage that starts at or before it."""
     found, at = [], 0
     while at < samples:
         size = 0
@@ -172,7 +176,7 @@ def lr_by_hand(name: str, sample: int, batch: int, samples: int) -> float:
 
 @pytest.mark.parametrize("numerics", ["fast", "bitwise"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_run_walked_step_by_step(name: str, numerics: str) -> None:
+def test_a_plan_equals_walking_step_by_step(name: str, numerics: str) -> None:
     samples = 7 * 1013
     by_hand = steps_by_hand(BATCHES[name], samples)
     for world in WORLDS:
@@ -188,8 +192,8 @@ def test_a_run_walked_step_by_step(name: str, numerics: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_number_of_ranks_has_the_same_steps(name: str) -> None:
-    """Steps are equal bit by bit except for the cut, even if the ranks change at every step."""
+def test_steps_are_the_same_on_any_number_of_ranks(name: str) -> None:
+    """Steps are bitwise equal except for the cut, even if the ranks change at every step."""
     alone = resolve(config_of(*RUNS[name]), 1)
     plans = [resolve(config_of(*RUNS[name]), world) for world in WORLDS]
     for number, step in enumerate(walk(alone)):
@@ -203,7 +207,7 @@ def test_every_number_of_ranks_has_the_same_steps(name: str) -> None:
 
 
 def fetched(plan: Plan) -> Iterator[np.ndarray]:
-    """Yield for each step what every rank fetches in every pass, in the order of the ranks."""
+    """Yield the samples that all ranks fetch in each step, in the order of the batch."""
     assert plan.train_samples
     for step in walk(plan):
         ranges = [
@@ -217,7 +221,7 @@ def fetched(plan: Plan) -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("numerics", ["fast", "bitwise"])
 @pytest.mark.parametrize("world", [1, 3, 1000, 100_000])
-def test_all_ranks_together_see_every_sample_once_an_epoch(world: int, numerics: str) -> None:
+def test_all_ranks_together_fetch_every_sample_once_per_epoch(world: int, numerics: str) -> None:
     n = 20_011
     sizes = ("batch.schedule='0sa:15000 15000sa:9001'", "batch.per_gpu=4", "duration=2ep")
     plan = resolve(config_of(*sizes, f"task.train_samples={n}", f"numerics={numerics}"), world)
@@ -258,14 +262,14 @@ def calls_of(work: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("numerics", ["fast", "bitwise"])
 @pytest.mark.parametrize("name", MANY)
-def test_a_plan_of_100_000_ranks_costs_what_one_of_two_does(name: str, numerics: str) -> None:
+def test_a_plan_for_100_000_ranks_costs_as_much_as_for_two(name: str, numerics: str) -> None:
     config = config_of(*LARGE, *MANY[name], f"numerics={numerics}")
 
     def planned(world: int) -> str:
         plan = resolve(config, world)
         return to_json(plan) + table(plan)
 
-    texts = [planned(world) for world in (2, 100_000)]  # fills the caches
+    texts = [planned(world) for world in (2, 100_000)]  # also fills the caches
     few, many = (calls_of(lambda world=world: planned(world)) for world in (2, 100_000))  # type: ignore[misc]
     assert many < 2 * few + 10_000, "work grows with the ranks"
     assert all(len(text.encode()) < 10_000 for text in texts)
@@ -276,7 +280,7 @@ def test_a_plan_of_100_000_ranks_costs_what_one_of_two_does(name: str, numerics:
 
 @pytest.mark.parametrize("numerics", ["fast", "bitwise"])
 @pytest.mark.parametrize("name", ["uneven", "fewer than ranks"])
-def test_a_refusal_on_100_000_ranks_looks_no_further_than_it_has_to(name: str, numerics: str) -> None:
+def test_a_refusal_on_100_000_ranks_is_cheap(name: str, numerics: str) -> None:
     config = config_of(*LARGE, *MANY[name], f"numerics={numerics}", "batch.even=true")
 
     def refused() -> None:
@@ -287,7 +291,7 @@ def test_a_refusal_on_100_000_ranks_looks_no_further_than_it_has_to(name: str, n
     assert calls_of(refused) < 1_000_000
 
 
-def test_many_stages_are_few_lines() -> None:
+def test_many_stages_are_shown_in_few_lines() -> None:
     plan = resolve(
         config_of("task.train_samples=1000000", "batch.schedule='ramp from:8 over:90%'", *LARGE[1:]), 100_000
     )

@@ -1,4 +1,4 @@
-"""Test warmup and decays as functions of samples: ends, joints, shapes."""
+"""Test warmup and decays as functions of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEAK = 0.4
 
 
 def schedule(decay: str = "cosine", **changes: Any) -> Schedule:
-    """Return a schedule of 1,000 samples: 100 of warmup from 0.1, then ``decay`` to a tenth of the peak."""
+    """Return a schedule of 1,000 samples: a warmup of 100 from 0.1, then ``decay`` to a tenth of the peak."""
     fields: dict[str, Any] = {
         "samples": 1000,
         "warmup_samples": 100,
@@ -49,7 +49,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
 
 
-def test_all_six_decays_are_there() -> None:
+def test_there_are_six_decays() -> None:
     assert list(DECAYS) == ["cosine", "linear", "polynomial", "step", "constant", "wsd"]
 
 
@@ -64,7 +64,7 @@ def test_all_six_decays_are_there() -> None:
         ("wsd", 0.4, 0.04),
     ],
 )
-def test_values_by_hand(decay: str, at_550: float, at_the_end: float) -> None:
+def test_learning_rates_equal_those_by_hand(decay: str, at_550: float, at_the_end: float) -> None:
     lr = schedule(decay).lr
     assert lr(0, PEAK) == 0.1
     assert lr(50, PEAK) == pytest.approx(0.25)
@@ -73,15 +73,15 @@ def test_values_by_hand(decay: str, at_550: float, at_the_end: float) -> None:
     assert lr(1000, PEAK) == lr(5000, PEAK) == pytest.approx(at_the_end)
 
 
-def test_polynomial_has_its_exponent() -> None:
+def test_polynomial_decay_uses_its_exponent() -> None:
     assert schedule("polynomial", exponent=3.0, final=0.0).lr(550, 1.0) == pytest.approx(1 / 8)
 
 
-def test_cosine_a_quarter_of_the_way_down() -> None:
+def test_cosine_decay_after_a_quarter_is_as_by_hand() -> None:
     assert schedule(final=0.0).lr(325, 1.0) == pytest.approx((1 + 2**-0.5) / 2)
 
 
-def test_step_falls_at_its_milestones_not_before() -> None:
+def test_step_decay_falls_at_its_milestones() -> None:
     lr = schedule("step").lr
     assert [lr(sample, 1.0) for sample in (299, 300, 599, 600, 899, 900)] == pytest.approx(
         [1, 0.1, 0.1, 0.01, 0.01, 0.001]
@@ -97,7 +97,7 @@ def test_wsd_is_stable_up_to_its_cooldown_and_falls_linearly() -> None:
 
 @given(schedules())
 @quick
-def test_climbs_without_a_jump_to_the_peak_then_never_climbs(s: Schedule) -> None:
+def test_the_lr_rises_to_the_peak_without_a_jump_and_then_never_rises(s: Schedule) -> None:
     lrs = [s.lr(sample, PEAK) for sample in range(0, s.samples + 1, max(1, s.samples // 200))]
     assert all(0 <= lr <= PEAK * (1 + 1e-12) for lr in lrs)
     if s.warmup_samples:
@@ -120,7 +120,7 @@ def test_after_the_warmup_the_lr_is_a_share_of_the_peak(s: Schedule, peak: float
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_a_run_that_is_all_warmup_and_one_without(decay: str) -> None:
+def test_a_warmup_may_take_the_whole_run_or_nothing(decay: str) -> None:
     whole = schedule(decay, warmup_samples=1000, milestones=(), cooldown_samples=0)
     assert [whole.lr(sample, PEAK) for sample in (0, 500)] == pytest.approx([0.1, 0.25])
     assert schedule(decay, warmup_samples=0).lr(0, PEAK) == PEAK
@@ -136,12 +136,12 @@ def test_a_run_that_is_all_warmup_and_one_without(decay: str) -> None:
         ({"milestones": (99, 300)}, r"\[99, 300\]; .* start after lr.warmup \(100 samples\)"),
     ],
 )
-def test_what_does_not_fit_the_run_is_refused(changes: dict[str, Any], expected: str) -> None:
+def test_durations_that_exceed_the_run_are_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         schedule(**changes)
 
 
-def test_what_just_fits_is_not() -> None:
+def test_durations_that_just_fit_are_accepted() -> None:
     schedule("wsd", cooldown_samples=900)
     schedule("step", milestones=(100, 100, 2000))
     schedule("cosine", cooldown_samples=10**6)

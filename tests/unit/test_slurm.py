@@ -1,4 +1,4 @@
-"""Test Slurm scripts by full equality, the parsing of real answers of Slurm, and the handling of ended jobs."""
+"""Test Slurm scripts by full equality, the parsing of real answers of Slurm, and decisions about ended jobs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def script(found: Slurm, runs: int = 1, output: str = "/scratch/runs/a b/logs/sl
         ("array", ("cluster.max_parallel=2", "cluster.gres=none", "cluster.signal_s=0"), 3),
     ],
 )
-def test_script(name: str, overrides: tuple[str, ...], runs: int) -> None:
+def test_script_equals_its_golden_file(name: str, overrides: tuple[str, ...], runs: int) -> None:
     made = script(cluster(*overrides), runs)
     golden(f"slurm-{name}", made)
     subprocess.run(["bash", "-n"], input=made, text=True, check=True)
@@ -82,7 +82,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @given(texts)
 @examples(40)
-def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
+def test_arguments_reach_the_run_unchanged(text: str) -> None:
     """Arguments survive Hydra's grammar and the script's shell, which executes none of them."""
     words = [override("run.dir", f"/{text}")]
     assert shlex.split(shlex.join(words)) == words
@@ -92,14 +92,14 @@ def test_what_is_given_to_a_run_reaches_it_as_it_is(text: str) -> None:
 @given(texts)
 @example("${HOME}")
 @examples(20)
-def test_a_frozen_config_is_found_wherever_it_is(text: str) -> None:
+def test_a_frozen_config_is_found_at_any_path(text: str) -> None:
     """Paths are quoted as Hydra and OmegaConf read them."""
     with pytest.raises(UserError, match="can't be read") as error:
         compose([override("run.config", f"/absent/{text}")])
     assert str(Path(f"/absent/{text}")) in str(error.value)
 
 
-def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
+def test_the_shell_keeps_the_words_of_a_run_unchanged(tmp_path: Path) -> None:
     words = [f"run.dir={text}" for text in ("it's", "a  b", "two\nlines", "$(touch x);`touch y`", "\\", '"')]
     made = render(cluster(), [words], name="n", output="o", python="python", launcher="launch.py")[0]
     array = next(line for line in made.split("\n\n") if line.startswith("run=("))
@@ -108,7 +108,7 @@ def test_a_shell_takes_the_words_of_a_run_as_they_are(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_no_directive_can_hold_goes_beside_the_script() -> None:
+def test_options_that_no_directive_can_hold_are_arguments_of_sbatch() -> None:
     text, options = render(
         cluster("cluster.comment='two\nlines'"), [["x"]], name="n", output="o", python="python", launcher="launch.py"
     )
@@ -116,7 +116,7 @@ def test_what_no_directive_can_hold_goes_beside_the_script() -> None:
     assert "lines" not in text
 
 
-def test_directives_quote_what_has_to_be() -> None:
+def test_directives_are_quoted_where_necessary() -> None:
     assert directive("--nodes=2") == "#SBATCH --nodes=2"
     assert directive("--exclusive") == "#SBATCH --exclusive"
     assert directive('--comment=a "b" \\ #c') == '#SBATCH --comment="a \\"b\\" \\\\ #c"'
@@ -125,7 +125,7 @@ def test_directives_quote_what_has_to_be() -> None:
 # ---- frozen files and their folders
 
 
-def test_a_frozen_config_is_the_whole_run(tmp_path: Path) -> None:
+def test_a_frozen_config_holds_the_whole_run(tmp_path: Path) -> None:
     asked = [*ON_SLURM, "cluster.nodes=3", "batch.global_size=96", "lr.peak=0.3", "run.new=true", "device=cpu"]
     config = compose([*asked, "cluster.environment.A=1"])
     file = tmp_path / "it's a file.yaml"
@@ -143,7 +143,7 @@ def test_a_frozen_config_is_the_whole_run(tmp_path: Path) -> None:
     assert error.value.key == "lr.peak"
 
 
-def test_files_of_a_submission(tmp_path: Path) -> None:
+def test_a_submission_names_its_files(tmp_path: Path) -> None:
     one = prepare(cluster(), {tmp_path / "r": "config"}, tmp_path / "r", "stamp", Path("launch.py"))
     assert one.script == tmp_path / "r/submissions/stamp.sh"
     assert one.configs == {tmp_path / "r/submissions/stamp.yaml": "config"}
@@ -156,7 +156,7 @@ def test_files_of_a_submission(tmp_path: Path) -> None:
     assert several.job_of("7", 1) == "7_1"
 
 
-def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
+def test_percents_and_backslashes_in_paths_are_escaped() -> None:
     percent = prepare(cluster(), {Path("/a%j"): ""}, Path("/a%j"), "stamp", Path("launch.py"))
     assert "#SBATCH --output=/a%%j/logs/slurm-%j.out" in percent.text
     backslash = prepare(cluster(), {Path("/a\\b"): ""}, Path("/a\\b"), "stamp", Path("launch.py"))
@@ -174,7 +174,7 @@ def test_percents_and_backslashes_in_paths_are_no_patterns() -> None:
         ([*ON_SLURM, "debug=true"], "debug=true"),
     ],
 )
-def test_what_no_job_can_be_made_of(overrides: list[str], expected: str) -> None:
+def test_commands_that_no_job_can_run_are_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         refuse_unless_submittable(compose(overrides))
 
@@ -186,7 +186,7 @@ def test_a_sweep_is_one_array() -> None:
         common_cluster(two)
 
 
-# ---- within a job
+# ---- inside a job
 
 STEP = {
     "SLURM_JOB_ID": "20042", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2",
@@ -194,7 +194,7 @@ STEP = {
 }  # fmt: skip
 
 
-def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
+def test_a_process_outside_of_a_step_is_refused() -> None:
     assert Allocation.within({}) is None
     with pytest.raises(UserError, match=r"job 5\b.*srun --ntasks-per-node=1"):
         Allocation.within({"SLURM_JOB_ID": "5"})
@@ -202,7 +202,7 @@ def test_a_process_outside_of_a_step_is_no_part_of_a_job() -> None:
         Allocation.within(STEP | {"SLURM_NTASKS": "8"})
 
 
-def test_the_job_that_a_process_is_in() -> None:
+def test_the_job_follows_from_the_environment() -> None:
     assert JobStart.here({}) == JobStart("", 0)
     assert JobStart.here({"SLURM_JOB_ID": "7"}) == JobStart("7", 0)
     assert JobStart.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == JobStart("7", 2)
@@ -210,7 +210,7 @@ def test_the_job_that_a_process_is_in() -> None:
     assert JobStart.here(element).id == "22_3"  # 22 would be the whole array
 
 
-def test_a_job_s_machines_take_the_place_of_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_jobs_machines_replace_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isobatch.slurm.allocation.address", lambda node: f"{node}-ib0")
     here = Allocation("20042", ("gpu-b21", "gpu-b22"), "gpu-b22", gpus=4)
     local = as_local(compose(["cluster=slurm", "cluster.max_restarts=2"]), here).cluster
@@ -238,7 +238,7 @@ SHOWN = (
 )
 
 
-def test_a_job_as_scontrol_shows_it() -> None:
+def test_the_answer_of_scontrol_is_parsed() -> None:
     began = datetime(2026, 11, 26, 0, 53, 52)
     shown = SHOWN.format(state="RUNNING", restarts=2, end="2026-11-27T01:53:52", preempt="None")
     found = parse_job(shown)
@@ -254,7 +254,7 @@ def test_a_job_as_scontrol_shows_it() -> None:
     assert parse_job("JobState=RUNNING TimeLimit=UNLIMITED StartTime=Unknown").left_s(began) is None
 
 
-def test_the_queue_as_squeue_shows_it() -> None:
+def test_the_answer_of_squeue_is_parsed() -> None:
     found = parse_queue(
         "22_1|PENDING|JobArrayTaskLimit|2026-11-26T00:53:52|N/A||/scratch/a|b\n3|x/submissions/s.sh\n"
         "22_0|RUNNING|None|2026-11-26T00:53:52|2026-11-26T00:54:00|n[1-2]|(null)\n"
@@ -288,14 +288,14 @@ BEGAN = datetime(2026, 11, 26, 1, 18, 41)
         (NODES, lambda: restarted_nodes("n[1-2]", BEGAN + timedelta(seconds=1)), []),
     ],
 )
-def test_nodes_as_sinfo_and_scontrol_show_them(
+def test_the_answers_about_nodes_are_parsed(
     answer: str, asked: Callable[[], Any], found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isobatch.slurm.state.ask", lambda *words: answer)
     assert asked() == found
 
 
-SAID = """\
+OUTPUT = """\
 slurmstepd-n4: error: *** JOB 4 ON n4 CANCELLED AT 2026-11-26T00:36:37 DUE TO PREEMPTION ***
 slurmstepd-n4: error: *** STEP 4.0 ON n4 CANCELLED AT 2026-11-26T00:36:39{} ***
 srun: forcing job termination
@@ -312,13 +312,13 @@ srun: forcing job termination
         ("", None),
     ],
 )
-def test_what_slurm_ended_a_job_for(due: str, found: str | None) -> None:
-    """An earlier start doesn't count."""
-    assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 38)) == found
-    assert parse_due(SAID.format(due), datetime(2026, 11, 26, 0, 36, 40)) is None
+def test_slurms_reason_for_an_end_is_parsed(due: str, found: str | None) -> None:
+    """The end of an earlier start doesn't count."""
+    assert parse_due(OUTPUT.format(due), datetime(2026, 11, 26, 0, 36, 38)) == found
+    assert parse_due(OUTPUT.format(due), datetime(2026, 11, 26, 0, 36, 40)) is None
 
 
-# ---- the handling of an ended job
+# ---- decisions about an ended job
 
 NOW = datetime(2026, 11, 26, 12)
 HOUR = timedelta(hours=1)
@@ -404,13 +404,13 @@ STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
         (end("oom", "too small", step=1), "requeue", "crash", "too small"),
     ],
 )
-def test_what_becomes_of_a_job(ended: End, event: str, kind: str | None, cause: str) -> None:
+def test_an_ended_job_is_requeued_or_not(ended: End, event: str, kind: str | None, cause: str) -> None:
     verdict = decide_requeue(ended, max_requeues=2, signal_s=120)
     assert (verdict.event, verdict.kind) == (event, kind)
     assert cause in verdict.cause
 
 
-def test_what_would_crash_again_the_same_way_is_not_queued_again() -> None:
+def test_a_crash_that_would_repeat_is_not_requeued() -> None:
     ended = end("crashed", "loss nan")
     for again, event in ((True, "requeue"), (False, "not_requeued")):
         last = (*ended.events, {"event": "crashed", "again": again})
@@ -428,8 +428,8 @@ STARTS = [
 
 
 @pytest.mark.parametrize(("code", "event"), STARTS)
-def test_a_start_that_never_came_to_its_run(code: int, event: str) -> None:
-    """Another launch may own the run; its outcome isn't this job's."""
+def test_a_start_that_never_opened_its_run_is_judged_by_its_exit_code(code: int, event: str) -> None:
+    """Another launch may own the run, so the outcome isn't this job's."""
     other = end("running", code=code, identifier="8")
     assert decide_requeue(other, max_requeues=2, signal_s=120).event == event
     again = end("stopped", code=code, restart=1)
@@ -442,8 +442,8 @@ UNREACHED = {"event": "requeue", "kind": "node", "job": "8", "step": 0}
 @pytest.mark.parametrize(
     ("events", "event"), [((), "requeue"), ((UNREACHED,), "requeue"), (2 * (UNREACHED,), "not_requeued")]
 )
-def test_a_node_that_cannot_be_reached_is_tried_so_many_times(events: Any, event: str) -> None:
-    """For any exit code of srun; only events since the last start count."""
+def test_an_unreachable_node_is_tried_a_few_times(events: Any, event: str) -> None:
+    """The exit code of srun doesn't matter. Only events since the last start count."""
     ended = end("finished", identifier="8", code=140, unreached=("n2",), events=2 * (UNREACHED,))
     verdict = decide_requeue(replace(ended, events=(*ended.events, *events)), max_requeues=2, signal_s=120)
     assert (verdict.event, verdict.kind) == (event, "node")
@@ -453,10 +453,10 @@ def test_a_node_that_cannot_be_reached_is_tried_so_many_times(events: Any, event
 SRUN = "srun: error: Task launch for StepId=8.0 failed on node {}: Communication connection failure\n"
 
 
-def test_nodes_that_srun_did_not_reach() -> None:
-    """Only the output of this start counts; an earlier one's ends with its job."""
+def test_nodes_that_srun_did_not_reach_are_parsed() -> None:
+    """Only the output of the current start counts."""
     assert parse_unreached(SRUN.format("n2") + SRUN.format("n1")) == ["n1", "n2"]
-    earlier = SRUN.format("n2") + SAID.format(" DUE TO JOB REQUEUE")
+    earlier = SRUN.format("n2") + OUTPUT.format(" DUE TO JOB REQUEUE")
     assert parse_unreached(earlier) == []
     assert parse_unreached(earlier + SRUN.format("n3")) == ["n3"]
 
@@ -479,12 +479,12 @@ KILLED = "`scontrol requeue`; it was killed before"
         (None, "running", [], "2026-11-26T00:00:00", None, "Slurm requeued it for an unknown reason"),
     ],
 )
-def test_what_slurm_requeued_by_itself(
+def test_the_cause_of_a_requeue_by_slurm_is_found(
     due: str | None, state: str, down: list[str], began: str, kind: str | None, cause: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     output = tmp_path / "an output"
-    output.write_text("" if due is None else SAID.format(due))
+    output.write_text("" if due is None else OUTPUT.format(due))
     answers = {
         "job": f"JobState=RUNNING\n   StdOut={output}\n",
         "--nodes": "".join(f"{node} down*\n" for node in down),

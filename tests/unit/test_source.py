@@ -1,4 +1,4 @@
-"""Test the record of a run's code: hashes of its files, changes, and the repository."""
+"""Test how a run's code is recorded: hashes of its files, their changes, and the repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODE: dict[str, Any] = {"commit": "", "repository": None}
 
 @pytest.fixture(params=["package", "namespace", "module"])
 def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Create a task with a helper beside it, one elsewhere in its package, and a late import; return its files."""
+    """Create a task with a helper module and a module that is imported late. Return target, late module and files."""
     name = f"task_in_{request.param}"
     files = {"helper_of.py": "", f"{name}.py": "import helper_of\nclass Task: ...\n"}
     target, late = f"{name}.Task", "late_of"
@@ -51,7 +51,7 @@ def trained(folder: Path, files: dict[str, str], **code: Any) -> RunDir:
     return run
 
 
-def test_what_changed_is_named_also_from_another_checkout(
+def test_changed_files_are_named_also_in_another_checkout(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, late, files = project
@@ -81,13 +81,13 @@ def test_what_changed_is_named_also_from_another_checkout(
     found = changes(run, config, CODE)
     assert found.files.keys() == {helper, other}
     assert f"{other} (gone)" in str(found)
-    assert not set(sys.modules) & {target.rpartition(".")[0]}, "it was imported"
+    assert not set(sys.modules) & {target.rpartition(".")[0]}, "the task was imported"
     run.event("start", **CODE)
     run.event("source", files=found.files)
     assert not changes(run, config, CODE)
 
 
-def test_an_edit_while_it_trains_is_of_the_next_start(project: Any, tmp_path: Path) -> None:
+def test_an_edit_during_training_is_reported_at_the_next_start(project: Any, tmp_path: Path) -> None:
     target = project[0]
     config = compose([*TASK, f"task._target_={target}"])
     importlib.import_module(target.rpartition(".")[0])
@@ -100,7 +100,7 @@ def test_an_edit_while_it_trains_is_of_the_next_start(project: Any, tmp_path: Pa
     assert changes(trained(tmp_path / "run", source.files), config, CODE).files.keys() == {file}
 
 
-def test_a_library_is_no_source_of_the_users_and_nothing_is_gone_where_nothing_is_found(tmp_path: Path) -> None:
+def test_libraries_and_missing_modules_are_not_compared(tmp_path: Path) -> None:
     config = compose(["optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "lr.peak=0.1"])
     source = Source(config)
     source.look()
@@ -110,7 +110,7 @@ def test_a_library_is_no_source_of_the_users_and_nothing_is_gone_where_nothing_i
     assert folder_of(missing) == Path.cwd()
 
 
-def test_a_start_that_did_not_train_is_not_compared_with(tmp_path: Path) -> None:
+def test_a_start_that_did_not_train_is_ignored(tmp_path: Path) -> None:
     config = compose([])
     run = trained(tmp_path, {}, repository={"commit": "a", "dirty": False}, commit="1")
     run.event("start", repository={"commit": "b", "dirty": False}, commit="2")  # refused
@@ -130,7 +130,7 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
 
 
-def test_the_commit_and_whether_there_are_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_and_uncommitted_changes_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert repository_of(tmp_path / "not there") is None
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert repository_of(tmp_path) is None
@@ -149,7 +149,7 @@ def test_the_commit_and_whether_there_are_changes(tmp_path: Path, monkeypatch: p
     assert repository_of(tmp_path) == {**clean, "dirty": True}
 
 
-def test_git_that_fails_or_takes_long_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_may_fail_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "GIT_S", 0.2)
     fake = tmp_path / "git"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

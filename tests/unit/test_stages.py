@@ -1,4 +1,4 @@
-"""Test batch schedules: parsing, and the steps of their plans."""
+"""Test the parsing of batch schedules, and the steps of their plans."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refusal(schedule: str, *overrides: str) -> str:
     return str(error.value)
 
 
-def test_stages() -> None:
+def test_stages_change_the_batch_and_the_lr() -> None:
     plan = plan_of("0sa:256 20000sa:512", "lr.decay=constant")
     assert sizes(plan) == [(0, 256), (20000, 512)]
     steps = walk(plan)
@@ -80,8 +80,8 @@ def test_steps_are_counted_over_stages() -> None:
         assert samples_after(steps, sizes(plan)) == [*[start for start, _, _ in walk(plan)], plan.samples][steps]
 
 
-def test_samples_of_steps_follow_the_boundaries_that_a_plan_makes() -> None:
-    """A stage starts at the end of a step; a stage that lies inside a step has no steps."""
+def test_samples_after_steps_follow_the_plans_boundaries() -> None:
+    """A stage starts at the end of a step. A stage that lies inside a step has no steps."""
     plan = plan_of("0sa:300 310sa:7 320sa:11 900sa:5", "duration=2000sa")
     starts = [start for start, _, _ in walk(plan)]
     assert [samples_after(steps, sizes(plan)) for steps in range(len(starts))] == starts
@@ -92,7 +92,7 @@ def test_hold_keeps_the_lr() -> None:
     assert [lr for _, _, lr in walk(held)] == pytest.approx([0.002] * (held.steps or 0))
 
 
-def test_a_given_peak_is_the_first_stages() -> None:
+def test_a_given_peak_is_that_of_the_first_stage() -> None:
     plan = plan_of("0sa:256 20000sa:512", "lr.peak=0.3", "lr.decay=constant")
     assert [stage.peak.lr for stage in plan.stages] == pytest.approx([0.3, 0.6])
 
@@ -104,8 +104,8 @@ def test_the_sde_rule_moves_the_betas_of_each_stage() -> None:
     assert "639 samples" in message
 
 
-def test_a_ramp_climbs_by_a_quantum() -> None:
-    """Megatron's: increments of equal length."""
+def test_a_ramp_grows_by_a_quantum() -> None:
+    """Increments are equally long, as in Megatron."""
     plan = plan_of("ramp from:32 to:128 over:30% by:32")
     assert sizes(plan) == [(0, 32), (10_000, 64), (20_000, 96), (30_000, 128)]
     plan = plan_of("ramp from:32 over:9000sa by:40", "batch.global_size=130")
@@ -118,8 +118,8 @@ def test_the_curriculum_doubles_from_32_to_512_over_equal_parts() -> None:
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "step"])
-def test_doubling_stands_in_for_the_decay(decay: str) -> None:
-    """Smith et al. 2018: where the LR would decay to η/f, the batch is f times larger, and the LR stays."""
+def test_doubling_replaces_the_decay(decay: str) -> None:
+    """Where the LR would decay to η/f, the batch is f times larger and the LR stays (Smith et al. 2018)."""
     milestones = ("lr.milestones=[30%,60%,90%]", "lr.gamma=0.1") if decay == "step" else ()
     plan = plan_of("doubling to:1000", f"lr.decay={decay}", *milestones)
     usual = resolve(compose([*TASK, f"lr.decay={decay}", *milestones]), 1)
@@ -133,14 +133,14 @@ def test_doubling_stands_in_for_the_decay(decay: str) -> None:
     for start, size, lr in walk(plan):
         if start < last:
             assert lr == pytest.approx(0.1)
-        elif decay == "linear":  # then decays to the final LR
+        elif decay == "linear":  # the last stage decays to the final LR
             assert lr == pytest.approx(0.1 * usual.schedule.lr(start, 1.0) * size / 64, rel=1e-3)
     assert usual.steps
     assert plan.steps
     assert plan.steps < 0.7 * usual.steps
 
 
-def test_what_the_plan_says_of_the_end_is_what_is_trained() -> None:
+def test_the_final_lr_of_the_table_is_that_of_the_last_step() -> None:
     plan = plan_of("doubling to:512", "lr.final=0.1")
     assert "then cosine decay to 0.0800" in " ".join(table(plan).split())
     assert walk(plan)[-1][2] == pytest.approx(0.08, rel=1e-2)
@@ -148,7 +148,7 @@ def test_what_the_plan_says_of_the_end_is_what_is_trained() -> None:
     assert "then × 0.1 after 60,000, 90,000 samples" in " ".join(table(plan_of("doubling to:700", *milestones)).split())
 
 
-def test_stages_without_a_step_are_none() -> None:
+def test_stages_without_a_step_are_dropped() -> None:
     plan = plan_of("0sa:64 100sa:128 101sa:256", "lr.decay=constant")
     assert [(stage.start, stage.cut.global_size) for stage in plan.stages] == [(0, 64), (128, 256)]
     plan = plan_of("0sa:1000 1100sa:1400", "duration=1500sa", "lr.decay=constant")
@@ -156,7 +156,7 @@ def test_stages_without_a_step_are_none() -> None:
     assert plan.steps == 2
 
 
-def test_warmup_in_steps_is_of_the_steps_that_run() -> None:
+def test_warmup_in_steps_counts_the_steps_of_the_stages() -> None:
     for schedule in ("0sa:32 20%:64", "0sa:32 2ep:64"):
         plan = plan_of(schedule, "lr.warmup=700st")
         assert plan.schedule
@@ -164,7 +164,7 @@ def test_warmup_in_steps_is_of_the_steps_that_run() -> None:
 
 
 def test_doubling_ends_at_a_tenth_of_the_data() -> None:
-    assert [size for _, size in sizes(plan_of("doubling"))] == [64, 128, 256, 512]  # of 10,000
+    assert [size for _, size in sizes(plan_of("doubling"))] == [64, 128, 256, 512]  # the data has 10,000 samples
 
 
 def test_seesaw_divides_the_lr_by_the_root() -> None:
@@ -172,7 +172,7 @@ def test_seesaw_divides_the_lr_by_the_root() -> None:
     assert [stage.peak.lr for stage in plan.stages] == pytest.approx([0.001, 0.001 / math.sqrt(2), 0.0005])
 
 
-def test_a_plan_of_stages_is_the_same_run_on_other_hardware() -> None:
+def test_stages_are_the_same_run_on_other_hardware() -> None:
     plan = plan_of("curriculum", "batch.per_gpu=100")
     other = plan.dealt(7, 13)
     assert walk(other) == walk(plan)
@@ -188,7 +188,7 @@ def test_every_stage_is_checked_before_the_start() -> None:
         plan_of("0sa:64 20000sa:80", "batchnorm.mode=ghost", "batchnorm.ghost_size=32")
 
 
-def test_a_longer_duration_may_not_move_the_stages_behind_it() -> None:
+def test_a_longer_duration_must_not_move_completed_stages() -> None:
     fixed, moved = (plan_of(text) for text in ("0sa:32 2ep:64", "0sa:32 20%:64"))
     longer = continued(plan_of("0sa:32 2ep:64", "duration=20ep"), fixed, extends=True)
     assert longer.samples == 200_000
@@ -196,14 +196,14 @@ def test_a_longer_duration_may_not_move_the_stages_behind_it() -> None:
         continued(plan_of("0sa:32 20%:64", "duration=20ep"), moved, extends=True)
 
 
-def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
+def test_only_the_first_stage_is_known_before_the_data_is_opened() -> None:
     config = compose([*TASK, "task.train_samples=null", "batch.schedule=curriculum"])
     assert sizes(resolve(config, 1)) == [(0, 32)]
     assert len(sizes(resolve(config, 1, 500))) == 5
 
 
 @pytest.mark.parametrize(
-    ("schedule", "overrides", "says"),
+    ("schedule", "overrides", "expected"),
     [
         ("rampp", [], "rampp isn't start:size; write"),
         ("100sa:32", [], "the first stage has to start at 0sa"),
@@ -228,51 +228,51 @@ def test_before_the_data_is_opened_there_is_the_first_stage() -> None:
         ("0sa:64 2ep:100", ["batch.unit=tokens", "task.units_per_sample=32"], "100 tokens isn't a whole number of"),
     ],
 )
-def test_refusals(schedule: str, overrides: list[str], says: str) -> None:
-    assert says in refusal(schedule, *overrides)
+def test_invalid_schedules_are_refused(schedule: str, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(schedule, *overrides)
 
 
 @pytest.mark.parametrize("text", ["0sa:256 200000sa:512 lr:hold", "ramp from:32 over:30% by:16", "seesaw to:9"])
-def test_it_is_stored_as_it_was_written(text: str) -> None:
+def test_a_schedule_is_stored_as_it_was_written(text: str) -> None:
     config = compose([f"batch.schedule='{text}'"])
     assert config.model_dump(mode="json")["batch"]["schedule"] == text
     assert config.batch.schedule == BatchSchedule.parse(text)
 
 
 @pytest.mark.parametrize("junk", [None, 7, "", "  ", ["0sa:1"], {}])
-def test_junk_is_no_schedule(junk: Any) -> None:
+def test_junk_is_refused(junk: Any) -> None:
     with pytest.raises(ValueError, match="is not a batch schedule; write"):
         BatchSchedule.parse(junk)
 
 
 @pytest.mark.parametrize("schedule", ["0sa:32 2ep:64", "curriculum", "ramp from:16 to:128 over:20%", "doubling"])
-def test_a_run_goes_on_by_its_folder(tmp_path: Path, schedule: str) -> None:
-    began = compose([*TASK, f"batch.schedule='{schedule}'"])
-    (tmp_path / "config.yaml").write_text(dump(began))
+def test_a_run_with_stages_resumes_from_its_folder(tmp_path: Path, schedule: str) -> None:
+    first = compose([*TASK, f"batch.schedule='{schedule}'"])
+    (tmp_path / "config.yaml").write_text(dump(first))
     (tmp_path / "plan.json").write_text("{}")
-    again = compose([f"run.dir={tmp_path}", "batch.per_gpu=8"])
-    assert identity(again) == identity(began)
-    assert sizes(resolve(again, 3)) == sizes(resolve(began, 1))
+    resumed = compose([f"run.dir={tmp_path}", "batch.per_gpu=8"])
+    assert identity(resumed) == identity(first)
+    assert sizes(resolve(resumed, 3)) == sizes(resolve(first, 1))
     longer = compose([f"run.dir={tmp_path}", "duration=20ep"])
     assert resolve(longer, 2).samples == 200_000
 
 
-def test_a_ramp_in_tokens_climbs_to_the_global_batch() -> None:
+def test_a_ramp_in_tokens_grows_to_the_global_batch() -> None:
     tokens = ("batch.unit=tokens", "task.units_per_sample=16", "batch.global_size=1024")
     plan = plan_of("ramp from:256 over:30%", *tokens)
     assert sizes(plan) == [(0, 16), (10_000, 32), (20_000, 48), (30_000, 64)]
 
 
-def test_every_milestone_is_a_larger_batch_where_the_growth_is_no_whole_number() -> None:
+def test_every_milestone_grows_the_batch_by_a_fractional_factor() -> None:
     plan = plan_of("doubling to:1000", "lr.decay=step", "lr.gamma=0.9")
     assert sizes(plan) == [(0, 64), (30_000, 71), (60_000, 79), (90_000, 88)]
     assert [lr for _, _, lr in walk(plan)] == pytest.approx([0.1] * (plan.steps or 0))
 
 
-def test_a_factor_beyond_all_numbers_is_refused() -> None:
+def test_an_infinite_factor_is_refused() -> None:
     assert "× inf is more than 1,000" in refusal("doubling", "lr.decay=step", "lr.gamma=1e-320")
 
 
-def test_a_plan_whose_stages_are_not_known_yet_says_nothing_of_its_steps() -> None:
+def test_a_plan_with_unknown_stages_has_no_steps() -> None:
     plan = resolve(compose([*TASK, "task.train_samples=null", "duration=1e6sa", "batch.schedule='0sa:32 2ep:64'"]), 1)
     assert (plan.samples, plan.steps, plan.schedule) == (None, None, None)

@@ -1,4 +1,4 @@
-"""Test that every field of a stored plan is validated when read: its type, its range, its set of values."""
+"""Test that the type, range and choices of every field of a stored plan are validated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.test_plan import WHOLE
 
 (NAME, STAGE), ABLE = next((which, it) for which, it in ABILITIES.items() if which[1] and it.offloads)
 assert WHOLE.schedule
-# Every field has a value here, so that every field is tested.
+# A plan with a value in every field, so that every field is tested.
 FULL = replace(
     WHOLE,
     accumulation=2,
@@ -85,12 +85,12 @@ def changed(path: tuple[str | int, ...], value: Any) -> str:
     path = ("asked", *path) if path[0] in ASKED else path
     for name in path[:-1]:
         inner = inner[name]
-    assert inner[path[-1]] is not None, f"{path} has no value to be replaced"
+    assert inner[path[-1]] is not None, f"{path} has no value to replace"
     inner[path[-1]] = value
     return json.dumps(content)
 
 
-def test_the_plan_of_this_file_is_read_back_and_has_a_value_in_every_field() -> None:
+def test_the_tested_plan_has_a_value_in_every_field() -> None:
     assert from_json(to_json(FULL)) == FULL
     classes = {
         Plan,
@@ -103,13 +103,11 @@ def test_the_plan_of_this_file_is_read_back_and_has_a_value_in_every_field() -> 
         type(FULL.optimizer),
     }
     named = {name for path, _ in LEAVES for name in path if isinstance(name, str)}
-    assert named == {field.name for one in classes for field in fields(one)}
+    assert named == {field.name for cls in classes for field in fields(cls)}
 
 
 @pytest.mark.parametrize(("path", "annotation"), LEAVES, ids=[".".join(map(str, path)) for path, _ in LEAVES])
-def test_no_field_takes_a_value_of_another_kind_or_out_of_its_range(
-    path: tuple[str | int, ...], annotation: Any
-) -> None:
+def test_values_of_another_type_or_out_of_range_are_refused(path: tuple[str | int, ...], annotation: Any) -> None:
     allowed = set(kinds(annotation))
     wrong = WRONG[next(iter(allowed - {type(None)}))] + ([] if type(None) in allowed else [None])
     for value in wrong:
@@ -151,6 +149,6 @@ def test_no_field_takes_a_value_of_another_kind_or_out_of_its_range(
         (("seed",), 2**63),
     ],
 )  # fmt: skip
-def test_values_come_from_the_registries_and_fit_each_other(path: tuple[str | int, ...], value: Any) -> None:
+def test_unknown_and_inconsistent_values_are_refused(path: tuple[str | int, ...], value: Any) -> None:
     with pytest.raises(ValueError, match=r"not a plan|contradicts itself"):
         from_json(changed(path, value))

@@ -28,7 +28,7 @@ WRONG = {
         {"scaling/units.py": "def parse():\n    from isobatch.conf.schema import Duration\n"},
         "scaling/units.py imports conf/schema.py, which is above it",
     ),
-    "an import for the type checker alone": (
+    "an import only for the type checker": (
         {"trainers/loop/fit.py": "if TYPE_CHECKING:\n    import isobatch.trainers.run\n"},
         "trainers/loop/fit.py imports trainers/run.py, which is above it",
     ),
@@ -40,7 +40,7 @@ WRONG = {
         {"conf/compose.py": 'import importlib\n\nimportlib.import_module("isobatch.slurm.submit")\n'},
         "conf/compose.py imports slurm/submit.py, which is above it",
     ),
-    "a circle": (
+    "a cycle": (
         {"scaling/units.py": "from isobatch.scaling import rules\n"},
         "scaling.rules, scaling.units import each other",
     ),
@@ -66,7 +66,7 @@ def _check(root: Path, files: dict[str, str]) -> int:
     return main(root)
 
 
-def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_tree_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = _check(tmp_path, SOUND)
     assert code == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -76,7 +76,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_found(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_rule_is_found(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files, problem = WRONG[case]
     assert _check(tmp_path, SOUND | files) == 1
     assert capsys.readouterr().out.splitlines()[0] == problem

@@ -1,4 +1,4 @@
-"""Test the plan's table."""
+"""Test the table that shows a plan."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_golden() -> None:
+def test_tables_equal_their_golden_file() -> None:
     plans = {name: plan_of(*overrides, world=world) for name, (overrides, world) in PLANS.items()}
     tables = {name: table(plan, full=True) for name, plan in (plans | {"stages of tokens": staged()}).items()}
     assert all(len(line) <= WIDTHS[1] for text in tables.values() for line in text.splitlines())
     golden("plans", "\n\n".join(f"{name}:\n{text}" for name, text in tables.items()) + "\n")
 
 
-def test_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines break only between words, and a very narrow terminal gets the minimum width."""
+def test_table_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines break only between words. A very narrow terminal gets the minimum width."""
     plan = staged()
     wide = table(plan)
     for columns in (100, 72, 20):
@@ -69,7 +69,7 @@ def test_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "".join(lines).replace("─", "").split() == "".join(wide.splitlines()).replace("─", "").split()
 
 
-def test_the_short_table_leaves_out_what_only_some_need() -> None:
+def test_the_short_table_omits_details() -> None:
     plan = plan_of("optimizer=sgd", "lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024", world=1)
     chosen = replace(plan, optimizer=replace(plan.optimizer, why="auto, at 1,024 samples: it suits; or optimizer=lars"))
     short, full = table(chosen).splitlines(), table(chosen, full=True).splitlines()
@@ -88,7 +88,7 @@ def test_the_short_table_leaves_out_what_only_some_need() -> None:
         ("constant", "no warmup, then constant"),
     ],
 )
-def test_the_other_decays(decay: str, text: str) -> None:
+def test_every_decay_is_described(decay: str, text: str) -> None:
     plan = plan_of("lr.base=0.1", "lr.base_batch=256", "batch.global_size=1024", world=1)
     assert plan.schedule
     schedule = replace(plan.schedule, decay=decay, warmup_samples=0, final=0.1, exponent=3.0)

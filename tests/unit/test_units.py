@@ -33,7 +33,7 @@ quick = examples(50)
         (0.0, 0, "sa"),
     ],
 )
-def test_a_number_and_its_unit(text: object, value: float, unit: str) -> None:
+def test_a_number_with_its_unit_is_parsed(text: object, value: float, unit: str) -> None:
     assert Duration.parse(text) == Duration(value, unit)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def test_a_number_and_its_unit(text: object, value: float, unit: str) -> None:
         ("3epochs", "unknown unit 'epochs'"),
     ],
 )
-def test_what_is_no_duration_is_refused_with_its_value_and_examples(text: object, expected: str) -> None:
+def test_invalid_durations_are_refused_with_their_value(text: object, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as refusal:
         Duration.parse(text)
     assert repr(text) in str(refusal.value)
@@ -86,17 +86,17 @@ LENGTHS = {"global_size": 256, "train_samples": 1437, "units_per_sample": 512, "
         ("1025tok", 3),
         ("5%", 1437),
         ("0.001%", 1),
-        ("1e-9ep", 1),  # never rounded to 0
+        ("1e-9ep", 1),  # never 0
         ("1e-300sa", 1),
         ("0%", 0),
         ("120%", 34_488),
     ],
 )
-def test_in_samples(text: str, samples: int) -> None:
+def test_durations_are_converted_to_samples(text: str, samples: int) -> None:
     assert Duration.parse(text).samples(**LENGTHS) == samples
 
 
-def test_a_decimal_number_is_what_was_written() -> None:
+def test_decimal_numbers_are_exact() -> None:
     assert math.ceil(0.07 * 100) == 8  # the error of binary fractions
     assert Duration.parse("0.07ep").samples(global_size=1, train_samples=100) == 7
     assert Duration.parse("7%").samples(global_size=1, run_samples=100) == 7
@@ -105,12 +105,12 @@ def test_a_decimal_number_is_what_was_written() -> None:
 
 @given(st.decimals(0, 10**6, places=3), st.integers(1, 10**9))
 @quick
-def test_epochs_are_exact_and_never_short(epochs: object, train_samples: int) -> None:
+def test_epochs_are_rounded_up_exactly(epochs: object, train_samples: int) -> None:
     samples = Duration.parse(f"{epochs}ep").samples(global_size=1, train_samples=train_samples)
     assert samples is not None
     assert 0 <= samples - Fraction(str(epochs)) * train_samples < 1
 
 
 @pytest.mark.parametrize(("text", "missing"), [("1ep", "train_samples"), ("1%", "run_samples")])
-def test_what_waits_for_the_data_is_unknown(text: str, missing: str) -> None:
+def test_durations_that_wait_for_the_data_are_unknown(text: str, missing: str) -> None:
     assert Duration.parse(text).samples(**{**LENGTHS, missing: None}) is None
