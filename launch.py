@@ -35,7 +35,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from isobatch.actions import describe_start, foretold, forget_other_launchers, list_runs, planned, sweep, train
+from isobatch.actions import describe_start, foretold, forget_other_launchers, list_runs, planned, report, sweep, train
 from isobatch.conf.compose import refuse_typo, unused_keys
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun
@@ -88,6 +88,8 @@ def main(arguments: list[str], kept: list[object]) -> int:
         return 0
     if config.action == "runs":
         return list_runs(config)
+    if config.action == "report":
+        return report(config)
     if config.action == "requeue":
         from isobatch.slurm import jobs  # here and below: a plan, which has no use for it, answers at once
 

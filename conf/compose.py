@@ -25,6 +25,7 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
 SAYS_WHAT_TO_TRAIN = {"task", "task._target_", "experiment"}
+OF_NO_RUN = ("evaluate", "runs", "report")  # actions that don't take their config from run.dir
 MOST_NAMES, MOST_NEAR = 2000, 3  # that are compared in one folder, and named in a message
 
 
@@ -48,7 +49,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     values = {override.key_or_group: override.value() for override in parsed}
     if values.get("run.config"):
         return _frozen(Path(_resolved(values["run.config"])), parsed, roots)
-    if values.get("action") != "evaluate" and (file := _config_in_run_dir(values)):
+    if values.get("action") not in OF_NO_RUN and (file := _config_in_run_dir(values)):
         return _resumed(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = layered(parsed, roots)
     if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
@@ -140,18 +141,18 @@ def _stored(plain: dict[str, Any], file: Path) -> RunConfig:
 
 def refuse_typo(overrides: Sequence[str], config: RunConfig) -> None:
     """Raise UserError where ``run.dir`` holds no run to resume and the command doesn't say what to train there."""
-    if not config.run.dir or config.run.config or config.action not in ("train", "plan"):
+    if not config.run.directory or config.run.config or config.action not in ("train", "plan"):
         return
     values = {override.key_or_group: override.value() for override in map(parse, overrides)}
     if _config_in_run_dir(values) or values.keys() & SAYS_WHAT_TO_TRAIN:
         return
-    near = _nearest_runs(Path(os.path.expanduser(config.run.dir)))
+    near = _nearest_runs(Path(os.path.expanduser(config.run.directory)))
     hint = f"did you mean {' or '.join(map(str, near))}? " if near else ""
     raise UserError(
-        f"run.dir={config.run.dir} holds no run to resume",
+        f"run.dir={config.run.directory} holds no run to resume",
         f"{hint}a new run there needs its task, too: task=…, task._target_=… or experiment=…",
         "run.dir",
-        config.run.dir,
+        config.run.directory,
     )
 
 

@@ -86,7 +86,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
             another duration, where ``run.dir`` doesn't name it.
     """
     refuse_unwritable(directory)
-    named = config.run.dir is not None and Path(os.path.expanduser(config.run.dir)) == directory
+    named = config.run.directory is not None and Path(os.path.expanduser(config.run.directory)) == directory
     if named and ever_trained(directory) and (length := _length(directory)):
         return length != config.duration  # they were compared when the config was composed from the one there
     try:

@@ -59,6 +59,7 @@ examples:
   python launch.py cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time_min=240
                                                             print the plan, submit a Slurm job, and exit
   python launch.py action=runs                              list the runs here and in the queue
+  python launch.py action=report run.dir=[runs/a,runs/b]    compare runs: tables, plots and a page
 """
 
 ENDS = (

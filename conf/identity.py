@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from isobatch.scaling.units import Duration
 HOUSEKEEPING = (
     "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "task.local", "data.local",
     "data.workers", "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run",
-    "plan", "given", "chosen",
+    "plan", "report", "given", "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
 # Taken whole: whoever takes them knows what null means.
@@ -28,11 +29,19 @@ def science(config: RunConfig) -> dict[str, Any]:
     global batch was given, ``batch.per_gpu`` and ``batch.accumulation`` are hardware; otherwise it follows from them.
     With ``numerics=bitwise`` the micro-batches are science, too, and so is ``batch.per_gpu``.
     """
-    dealt = {"batch.accumulation"} if config.numerics == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
-    left_out = dealt if global_size_rules(config) else {"batch.global_size"}
-    ours = {key: value for key, value in values(config).items() if key not in left_out and not housekeeping(key)}
-    if config.task.target in SHIPPED_TASKS:  # hashed as it was called first, so that no old run is another one now
-        ours["task._target_"] = config.task.target.removeprefix(PACKAGE)
+    return science_of(config.model_dump(mode="json", by_alias=True))
+
+
+def science_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the science of a config as plain values, such as those that ``config.yaml`` holds."""
+    leaves = _leaves("", plain)
+    dealt = {"batch.accumulation"} if leaves.get("numerics") == "bitwise" else {"batch.per_gpu", "batch.accumulation"}
+    sizes = leaves.get("batch.per_gpu"), leaves.get("batch.accumulation")
+    left_out = dealt if _asked_for(plain.get("given", ()), *sizes) else {"batch.global_size"}
+    target = leaves.get("task._target_")
+    if target in SHIPPED_TASKS:  # hashed as it was called first, so that no old run is another one now
+        leaves["task._target_"] = target.removeprefix(PACKAGE)
+    ours = {key: value for key, value in leaves.items() if key not in left_out and not housekeeping(key)}
     return {key: value for key, value in ours.items() if not _off(value) and OFF.get(key) != value}
 
 
@@ -48,8 +57,11 @@ def housekeeping(key: str) -> bool:
 
 def global_size_rules(config: RunConfig) -> bool:
     """Return whether the global batch was asked for, rather than the product of per-GPU batch and accumulation."""
-    batch = config.batch
-    return "batch.global_size" in config.given or batch.per_gpu is None or batch.accumulation is None
+    return _asked_for(config.given, config.batch.per_gpu, config.batch.accumulation)
+
+
+def _asked_for(given: Collection[str], per_gpu: int | None, accumulation: int | None) -> bool:
+    return "batch.global_size" in given or per_gpu is None or accumulation is None
 
 
 def identity(config: RunConfig, duration: Duration | None = None) -> str:
@@ -60,7 +72,7 @@ def identity(config: RunConfig, duration: Duration | None = None) -> str:
 def run_directory(config: RunConfig) -> Path:
     """Return ``run.dir``, else ``runs/<name>-<identity>``; with ``run.new`` the first free one beside it."""
     named = Path("runs") / f"{config.run.name or config.task.name}-{identity(config)}"
-    directory = Path(os.path.expanduser(config.run.dir)) if config.run.dir else named
+    directory = Path(os.path.expanduser(config.run.directory)) if config.run.directory else named
     return first_free(directory) if config.run.new else directory
 
 

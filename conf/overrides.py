@@ -19,11 +19,15 @@ from isobatch.conf.types import TARGET
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import MOST_DEPTH
 
+CONDITIONS = ("report.target", "report.where")  # keys whose values hold =, < or >, which Hydra's grammar lacks
 MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
 
 
 def parse(text: str) -> Override:
-    """Read ``key=value`` as Hydra does. Raises UserError."""
+    """Read ``key=value`` as Hydra does; of keys that hold conditions, the value is text. Raises UserError."""
+    key, _, value = text.partition("=")
+    if key in CONDITIONS and value[:1] not in ("'", '"', "") and value != "null":
+        text = f"{key}={quoted(value)}"
     _refuse_unending(text)
     try:
         override = OverridesParser.create().parse_override(text)

@@ -17,7 +17,7 @@ from isobatch.scaling.reading import Unreadable, read_yaml
 
 FORMAT = 1
 # Of these nothing is taken from the stored config: they name the hardware and the wishes of the moment.
-OF_THE_MOMENT = ("action", "output", "device", "debug", "cluster", "run", "plan")
+OF_THE_MOMENT = ("action", "output", "device", "debug", "cluster", "run", "plan", "report")
 
 
 def dump(config: RunConfig) -> str:

@@ -25,6 +25,7 @@ from isobatch.conf.types import (
     Path,
     Section,
     Target,
+    Text,
     Usual,
     refuse_repeated,
 )
@@ -202,11 +203,29 @@ class Check(Section):
     contract: bool
 
 
-class Run(Section):
+class Report(Section):
     dir: Path | None
+    metric: Text | None
+    target: Text | None
+    where: Text | None
+    sort: Text | None
+
+
+class Run(Section):
+    dir: Path | tuple[Path, ...] | None
     config: Path | None
     name: Name | None
     new: bool
+
+    @property
+    def directory(self) -> str | None:
+        """Return the one directory that was given; None if there is none, or several."""
+        return self.dir if isinstance(self.dir, str) else None
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Return all directories that were given."""
+        return () if self.dir is None else (self.dir,) if isinstance(self.dir, str) else self.dir
 
 
 class PlanOptions(Section):
@@ -221,7 +240,7 @@ class RunConfig(Section):
         chosen: groups whose choice ``auto`` made, and why it is this one.
     """
 
-    action: Literal["train", "plan", "evaluate", "runs", "requeue"]
+    action: Literal["train", "plan", "evaluate", "runs", "report", "requeue"]
     output: Literal["text", "full", "json"]
     duration: Length
     seed: Seed
@@ -247,6 +266,7 @@ class RunConfig(Section):
     check: Check
     run: Run
     plan: PlanOptions
+    report: Report
     task: Task
     optimizer: Annotated[Optimizer, Field(discriminator="name")]
     engine: AnyEngine
@@ -273,8 +293,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _action_has_what_it_needs(self) -> RunConfig:
         if self.output == "json" and self.action in ("train", "requeue"):
-            problem = f"output=json is how action=plan, evaluate and runs print, and action is {self.action}"
+            problem = f"output=json is how action=plan, evaluate, runs and report print, and action is {self.action}"
             raise UserError(problem, "leave out one of them", "output")
+        if isinstance(self.run.dir, tuple) and self.action not in ("runs", "report"):
+            problem = f"run.dir is a list of {len(self.run.dir)}, and action={self.action} works in one directory"
+            raise UserError(problem, "name one of them; action=report compares several", "run.dir")
         if self.action == "evaluate" and self.init_from is None:
             fix = "give a run directory, a checkpoint of one, or a .safetensors file"
             raise UserError("action=evaluate needs init_from", fix, "init_from")

@@ -113,8 +113,8 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     }
     run = configs[0].run
     root = (
-        Path(os.path.expanduser(run.dir))
-        if run.dir
+        Path(os.path.expanduser(run.directory))
+        if run.directory
         else Path("runs") / f"{run.name or configs[0].task.name}-sweep-{digest(shared)}"
     )
     root = first_free(root) if run.new else root

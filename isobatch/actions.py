@@ -20,7 +20,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.conf.sweep import Element, expand, sweep_directories
-from isobatch.conf.terminal import answer_once, first, say, say_once
+from isobatch.conf.terminal import answer, answer_once, first, say, say_once
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.planning.automatic import configured
@@ -108,7 +108,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         say_once(
             table(foretold(plan, config, run), full=config.output == "full")
         )  # else rank 0 prints it, once the data is opened
-    if config.run.dir and not holds_run(directory) and not dry:
+    if config.run.directory and not holds_run(directory) and not dry:
         say_once(f"a new run, in {directory}")
     if isinstance(config.cluster, Slurm):
         say_once(jobs.submit([config], [run], run, LAUNCHER))
@@ -138,16 +138,38 @@ def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool)
 def list_runs(config: RunConfig) -> int:
     """Print the runs in ``run.dir``, else those in runs/ and in the queue."""
     from isobatch.scaling.report.runs import listing
+
+    jobs = _jobs()
+    roots = config.run.directories or ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    states = {job: str(one) for job, one in jobs.items()}
+    answer_once(listing(roots, states, config.output, config.report.where, config.report.sort))
+    return 0
+
+
+def report(config: RunConfig) -> int:
+    """Compare the runs in ``run.dir``, else those in runs/: write a report and print its tables."""
+    if not first():
+        return 0
+    from isobatch.scaling.report.compare.make import make_report
+
+    states = {job: str(one) for job, one in _jobs().items()}
+    made = make_report(config.run.directories or ["runs"], config.report, states)
+    if config.output == "json":
+        answer((made.directory / "report.json").read_text(), end="")
+    else:
+        answer(f"{made}\n\nwritten to {made.directory}: {', '.join(made.files)}")
+    return 0
+
+
+def _jobs() -> dict[str, Any]:
+    """Return the queued jobs by id; none, and a word about it, where the queue can't be seen."""
     from isobatch.slurm.state import queued
 
-    jobs = {}
     try:
-        jobs = queued() if shutil.which("squeue") else {}
+        return dict(queued()) if shutil.which("squeue") else {}
     except UserError as error:
         say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
-    roots = [config.run.dir] if config.run.dir else ["runs", *sorted({job.root for job in jobs.values() if job.root})]
-    answer_once(listing(roots, {job: str(one) for job, one in jobs.items()}, config.output))
-    return 0
+        return {}
 
 
 def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:

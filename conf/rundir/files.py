@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic_core import from_json
 
 from isobatch.conf.rundir.outcome import Outcome, known_outcome, read_outcome
 from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
@@ -53,6 +56,10 @@ def _is_time(value: Any) -> bool:
     return False
 
 
+def _is_number_or_none(value: Any) -> bool:  # not by _or_none: it is called most
+    return value is None or (type(value) is float and math.isfinite(value)) or _is_number(value)
+
+
 def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
@@ -61,6 +68,7 @@ def _has_a_peak(value: Any) -> bool:
     return isinstance(value, dict) and ("peak" not in value or _is_number(value["peak"]))
 
 
+MEASURES = ("val/", "ema/", "train/")  # how the names of measured values begin
 # the checks of the keys that are used; every key is optional
 PLAN: dict[str, Check] = {"steps": _or_none(_is_count), "samples": _or_none(_is_count), "lr": _has_a_peak}
 EVENT: dict[str, Check] = {
@@ -68,9 +76,10 @@ EVENT: dict[str, Check] = {
     "kind": _is_text, "cause": _or_none(_is_text),
 }  # fmt: skip
 METRICS: dict[str, Check] = {
-    "step": _is_count, "samples": _is_count, "loss": _or_none(_is_number), "samples_per_s": _or_none(_is_number),
-    "val/": _or_none(_is_number), "ema/": _or_none(_is_number),
-}  # fmt: skip
+    "step": _is_count,
+    "samples": _is_count,
+    **dict.fromkeys(("loss", "lr", "samples_per_s", "time_s", "noise/scale", *MEASURES), _is_number_or_none),
+}
 REMOVED = " (deleted)"  # suffix of the path of an open file that was removed
 
 
@@ -95,7 +104,7 @@ def read_run(directory: Path) -> RunFiles:
     except Unreadable as error:
         damage.append(f"outcome.json: {error}")
     try:
-        plan = _checked(read_json(directory / "plan.json"), PLAN)
+        plan = _checked(read_json(directory / "plan.json"), partial(_checks_of, PLAN))
     except FileNotFoundError:
         pass
     except Unreadable as error:
@@ -126,25 +135,40 @@ def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[d
         damage.append(f"{file.name}: {error}")
         return []
     found = []
+    checks_of = cache(partial(_checks_of, checks))
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                found.append(_checked(parse_json(line), checks))
+                found.append(_checked(_parsed(line), checks_of))
         except Unreadable as error:
             if number < len(lines) or not line.startswith(b"{"):
                 damage.append(f"{file.name}, line {number}: {error}")
     return found
 
 
-def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """Return ``content`` if it is a mapping whose values pass ``checks``. Raises Unreadable otherwise."""
+def _parsed(line: bytes) -> Any:
+    """Parse a line of JSON as ``parse_json`` does, in a quarter of its time. Raises Unreadable."""
+    with suppress(ValueError):
+        content = from_json(line, allow_inf_nan=False)
+        if isinstance(content, dict) and line.count(b'":') == len(content):  # flat, and no key twice
+            return content
+    return parse_json(line)
+
+
+def _checked(content: Any, checks_of: Callable[[tuple[str, ...]], Sequence[tuple[str, Check]]]) -> dict[str, Any]:
+    """Return ``content`` if it is a mapping whose values pass the checks. Raises Unreadable otherwise."""
     if not isinstance(content, dict):
         raise Unreadable("it isn't a mapping")
-    for name, value in content.items():
-        check = checks.get(name) or (checks.get(name[:4]) if name[:4] in ("val/", "ema/") else None)
-        if check and not check(value):
-            raise Unreadable(f"{name:.60} is {value!r:.60}")
+    for name, check in checks_of(tuple(content)):
+        if not check(content[name]):
+            raise Unreadable(f"{name:.60} is {content[name]!r:.60}")
     return content
+
+
+def _checks_of(checks: Mapping[str, Check], names: tuple[str, ...]) -> list[tuple[str, Check]]:
+    """Return the checks of a mapping with these keys. Measured values share the check of their prefix."""
+    kinds = {name: next((prefix for prefix in MEASURES if name.startswith(prefix)), name) for name in names}
+    return [(name, checks[kind]) for name, kind in kinds.items() if kind in checks]
 
 
 def holds_run(folder: Path) -> bool:

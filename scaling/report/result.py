@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import read_run
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.plan import Plan
+from isobatch.scaling.report.run import read
 
-WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+CAUSE_CHARS = 60  # of a cause in a table
+LEAST_CHARS = 12  # of a column of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Result:
         peak: the plan's peak learning rate.
         restarts: restarts of the workers in all attempts; ``skipped``: steps whose loss or gradient wasn't finite.
         damage: the problem of a damaged file, which the other fields leave out.
+        time_s, samples_per_s: as in ``run.Progress``.
+        cause: why the run last stopped.
         per_gpu: the largest micro-batch before the first and after the last out-of-memory error; None: no such error.
     """
 
@@ -33,11 +36,14 @@ class Result:
     steps: int = 0
     samples: int = 0
     loss: float | None = None
-    val: dict[str, float] = field(default_factory=dict)
+    val: dict[str, float | None] = field(default_factory=dict)
     peak: float | None = None
     restarts: int = 0
     skipped: int = 0
     per_gpu: tuple[int, int] | None = None
+    time_s: float | None = None
+    samples_per_s: float | None = None
+    cause: str | None = None
     damage: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -60,27 +66,28 @@ class Result:
     def row(self) -> dict[str, Any]:
         """Return the result as a row of a table of runs."""
         reached = {"state": self.state, "steps": self.steps, "samples": self.samples}
+        pace = {"time": None if self.time_s is None else clock(self.time_s), "samples/s": rounded(self.samples_per_s)}
         mishaps = {"restarts": self.restarts, "skipped": self.skipped}
         seen = {name: number for name, number in mishaps.items() if number}
-        return {**reached, "peak LR": self.peak, "loss": self.loss, **self.val, **seen}
+        why = {"cause": shortened(self.cause)} if self.cause and self.state != "finished" else {}
+        return {**reached, "peak LR": self.peak, "loss": self.loss, **self.val, **pace, **seen, **why}
 
 
 def result(directory: Path) -> Result:
     """Return the result of the run in ``directory``; values from missing or damaged files keep their defaults."""
-    files = read_run(directory)
-    ended = files.outcome
-    loss: float | None = None
-    val: dict[str, float] = {}
-    for line in files.metrics:
-        loss = loss if line.get("loss") is None else line["loss"]
-        val = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))} or val
+    run = read(directory)
     return Result(
-        *((ended.state, ended.step, ended.samples) if ended else ("—", 0, 0)),
-        loss,
-        val,
-        files.plan.get("lr", {}).get("peak"),
-        *_mishaps(files.events),
-        damage=files.damage,
+        run.recorded,
+        run.done.step,
+        run.done.samples,
+        run.loss,
+        run.evaluation,
+        run.recipe.lr_peak,
+        *_mishaps(run.events),
+        time_s=run.done.time_s,
+        samples_per_s=run.done.samples_per_s,
+        cause=run.cause,
+        damage=run.damage,
     )
 
 
@@ -112,18 +119,47 @@ def plan_row(plan: Plan) -> dict[str, Any]:
     }
 
 
-def grid(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows as columns under their names, in order of first appearance; numbers are right-aligned."""
+def grid(rows: Sequence[dict[str, Any]], width: int = 0) -> str:
+    """Format rows as columns under their names, in order of first appearance; numbers are right-aligned.
+
+    Args:
+        width: the most characters of a line, which text is shortened for; 0: any.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    if width:
+        widths = _narrowed(widths, right, width - 2 * (len(names) - 1))
     return "\n".join(
         "  ".join(
-            text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right, strict=True)
+            text.rjust(w) if r else _cut(text, w).ljust(w) for text, w, r in zip(line, widths, right, strict=True)
         ).rstrip()
         for line in cells
     )
+
+
+def _narrowed(widths: Sequence[int], right: Sequence[bool], most: int) -> list[int]:
+    """Return widths of columns whose sum is at most ``most``, if the widest columns of text can give that much."""
+    found = list(widths)
+    while sum(found) > most:
+        text = [column for column, is_number in enumerate(right) if not is_number and found[column] > LEAST_CHARS]
+        if not text:
+            break
+        found[max(text, key=found.__getitem__)] -= 1
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    """Return ``text`` with its middle left out if it is wider than ``width``."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def _cell(value: Any) -> str:
@@ -132,6 +168,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else one_line(str(value))
+
+
+def shortened(cause: str) -> str:
+    """Return a cause that fits into a table."""
+    return cause if len(cause) <= CAUSE_CHARS else f"{cause[:CAUSE_CHARS]}…"
 
 
 def clock(seconds: float) -> str:

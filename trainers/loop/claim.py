@@ -15,7 +15,7 @@ from isobatch.conf.rundir.outcome import Outcome, State
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.result import WITHOUT_A_WORD
+from isobatch.scaling.report.run import WITHOUT_A_WORD
 from isobatch.trainers.ranks.failure import Reached, restarts
 from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands
 

@@ -1,0 +1,42 @@
+"""Choose colours that people with any colour vision can tell apart, for light and for dark backgrounds. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Stops of viridis (Smith & van der Walt 2015), whose lightness grows evenly.
+VIRIDIS = (
+    "#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725",
+)  # fmt: skip
+LIGHT_RANGE, DARK_RANGE = (0.0, 0.82), (0.25, 1.0)  # parts of it that are seen on a light and a dark background
+# Okabe & Ito 2008, without black and yellow.
+DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DISTINCT_ON_DARK = ("#56b4e9", "#ff8a3d", "#2cc79a", "#e6a3c9", "#f0b429", "#9ccff0")
+
+
+class Colour(NamedTuple):
+    """A colour on a light and on a dark background."""
+
+    light: str
+    dark: str
+
+
+def ordered(count: int) -> list[Colour]:
+    """Return ``count`` colours whose lightness grows, for values that have an order."""
+    shares = [index / (count - 1) if count > 1 else 0.4 for index in range(count)]
+    return [Colour(_at(share, LIGHT_RANGE), _at(share, DARK_RANGE)) for share in shares]
+
+
+def distinct(count: int) -> list[Colour]:
+    """Return ``count`` colours for values without an order, which repeat if there are many."""
+    pairs = list(map(Colour, DISTINCT, DISTINCT_ON_DARK))
+    return [pairs[index % len(pairs)] for index in range(count)]
+
+
+def _at(share: float, within: Sequence[float]) -> str:
+    place = (within[0] + share * (within[1] - within[0])) * (len(VIRIDIS) - 1)
+    below = min(int(place), len(VIRIDIS) - 2)
+    one, other = ([int(VIRIDIS[stop][i : i + 2], 16) for i in (1, 3, 5)] for stop in (below, below + 1))
+    mixed = [round(a + (b - a) * (place - below)) for a, b in zip(one, other, strict=True)]
+    return "#" + "".join(f"{part:02x}" for part in mixed)

@@ -1,0 +1,87 @@
+"""What a comparison of runs found, as data. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isobatch.scaling.report.compare.groups import Group
+from isobatch.scaling.report.compare.measure import Metric
+from isobatch.scaling.report.compare.values import Values
+from isobatch.scaling.report.measures import Target
+from isobatch.scaling.report.run import Run
+from isobatch.scaling.tuning.forecast import Fit
+from isobatch.scaling.tuning.spread import Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The comparison of the runs of one task.
+
+    Attributes:
+        task: the task's name, with its class where two tasks share a name.
+        metric: what the runs are compared by; None if they measured nothing.
+        target: what ``values`` say how long it took; ``target_given``: the user chose it.
+        values: of each group.
+        fits: samples to the target by batch, by family, at each batch's best learning rate.
+        findings: sentences on what was found and how sure it is; ``warnings``: on what to be careful about.
+    """
+
+    task: str
+    metric: Metric | None
+    target: Target | None
+    target_given: bool
+    groups: list[Group]
+    values: list[Values]
+    fits: dict[str, Fit]
+    findings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+    def pairs(self) -> Iterator[tuple[Group, Values]]:
+        """Yield each group with its values."""
+        return zip(self.groups, self.values, strict=True)
+
+    def ranked(self) -> list[tuple[Group, Spread]]:
+        """Return the groups that have a value of the metric at the end, the best first."""
+        known = [(group, values.last) for group, values in self.pairs() if values.last]
+        most = self.metric is not None and self.metric.direction == "max"
+        return sorted(known, key=lambda pair: pair[1].mean, reverse=most)
+
+    def best_lrs(self) -> list[tuple[Group, Values]]:
+        """Return the groups with the best learning rate of each family and batch, by the metric at the end.
+
+        Where no group of a batch has a value, its first one stands for it.
+        """
+        order = {id(group): place for place, (group, _) in enumerate(self.ranked())}
+        best: dict[tuple[str, int | None], tuple[Group, Values]] = {}
+        for group, values in self.pairs():
+            place = group.family, group.global_size
+            if place not in best or order.get(id(group), len(order)) < order.get(id(best[place][0]), len(order)):
+                best[place] = (group, values)
+        return list(best.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report on runs, one comparison for each task.
+
+    Attributes:
+        warnings: what to know before believing the tables.
+        text: the report as a table for the terminal, which ``print(report)`` shows.
+        directory: where it was written; None if it wasn't. ``files``: the names of its files there.
+    """
+
+    runs: list[Run]
+    comparisons: list[Comparison]
+    warnings: list[str]
+    text: str = ""
+    directory: Path | None = None
+    files: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,153 @@
+"""Say in sentences what a comparison found and how sure it is, and what to be careful about. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from isobatch.scaling.geometry import counted
+from isobatch.scaling.report.compare.comparison import Comparison
+from isobatch.scaling.report.compare.groups import Group, run_label, why_not_counted
+from isobatch.scaling.report.compare.values import Values
+from isobatch.scaling.report.compare.words import duration, listed, number, spread
+from isobatch.scaling.tuning.forecast import Fit
+from isobatch.scaling.tuning.spread import Spread, half_width
+
+
+def findings_of(comparison: Comparison) -> list[str]:
+    """Return sentences on what the comparison found."""
+    if not comparison.metric:
+        return ["no run has logged a loss or an evaluation yet"]
+    ranked = comparison.ranked()
+    if not ranked:
+        return [f"no run has finished with a finite {comparison.metric.name}, so nothing is compared"]
+    if len(comparison.groups) == 1:
+        return [_alone(comparison, *ranked[0])]
+    sentences = [_best(comparison, ranked)] if len(ranked) > 1 else [f"only {ranked[0][0].label} can be compared"]
+    return [*sentences, *_to_target(comparison), *_fitted(comparison)]
+
+
+def _alone(comparison: Comparison, group: Group, value: Spread) -> str:
+    assert comparison.metric
+    if value.n > 1:
+        return f"{comparison.metric.name} {spread(value)} at the end (mean ± standard deviation of {value.n} seeds)"
+    best = group.counted[0].measures[comparison.metric.name].best
+    reached = f", best {number(best.value)} at step {best.step:,}" if best else ""
+    return f"{comparison.metric.name} {number(value.mean)} at the end{reached}"
+
+
+def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
+    """Return a sentence on the best group against the second, with the interval of their difference."""
+    assert comparison.metric
+    (best, value), (second, other) = ranked[:2]
+    found = f"best {comparison.metric.name} at the end: {best.label} with {spread(value)}"
+    then = f"{second.label} with {spread(other)}"
+    half, ahead = half_width(value, other), abs(value.mean - other.mean)
+    if half is None:
+        if value.n == other.n == 1:
+            return f"{found}, then {then}; 1 seed each: no spread is known, so this order may be chance"
+        few = "one of them has 1 seed" if min(value.n, other.n) == 1 else "their seeds show no spread"
+        return f"{found}, then {then}; {few}, so how sure this order is isn't known"
+    how = f"Welch's t-test, {value.n} and {other.n} seeds"
+    if half >= ahead:
+        alike = [group.label for group, one in ranked[1:] if not _apart(value, one)]
+        interval = f"the difference of {number(ahead)} has the 95 % interval {number(ahead - half)} to {number(ahead + half)}"
+        return f"{found}, which can't be told apart from {listed(alike)}: against the second, {interval} ({how})"
+    picked = f"; it was picked among {len(ranked)} groups, which flatters it" if len(ranked) > 2 else ""
+    interval = f"95 % interval {number(ahead - half)} to {number(ahead + half)}"
+    return f"{found}, ahead of {then} by {number(ahead)} ({interval}, {how}{picked})"
+
+
+def _apart(one: Spread, other: Spread) -> bool:
+    half = half_width(one, other)
+    return half is not None and abs(one.mean - other.mean) > half
+
+
+def _to_target(comparison: Comparison) -> Iterator[str]:
+    """Yield a sentence on which groups needed the fewest steps, samples and seconds to the target."""
+    parts: dict[str, tuple[Callable[[Values], Spread | None], Callable[[float], str]]] = {
+        "fewest steps": (lambda values: values.to_steps, lambda steps: f"{number(steps)} steps"),
+        "fewest samples": (lambda values: values.to_samples, lambda samples: f"{number(samples)} samples"),
+        "least time": (lambda values: values.to_time_s, duration),
+    }
+    found = []
+    for name, (get, write) in parts.items():
+        known = [(group, value) for group, values in comparison.pairs() if (value := get(values))]
+        if len(known) > 1:
+            group, least = min(known, key=lambda pair: pair[1].mean)
+            found.append(f"{name} {group.label} ({write(least.mean)})")
+    if found:
+        yield f"to {comparison.target}: {', '.join(found)}"
+
+
+def _fitted(comparison: Comparison) -> Iterator[str]:
+    for family, fit in comparison.fits.items():
+        of = f"{family}: " if family else ""
+        yield f"{of}{fitted(fit)}"
+
+
+def fitted(fit: Fit) -> str:
+    """Return a fit as a sentence."""
+    if fit.critical_batch is None:
+        return f"critical batch not known: {fit.note}"
+    low, high = fit.interval
+    interval = f"95 % interval {number(low or 0)} to {number(high or 0)}"
+    return f"fitted critical batch {number(fit.critical_batch)} ({interval}): beyond it, a larger batch saves few steps"
+
+
+def warnings_of(comparison: Comparison) -> list[str]:
+    """Return what to be careful about in a comparison."""
+    return [*_left_out(comparison), *_edges(comparison), *_unreached(comparison), *_hardware(comparison)]
+
+
+def _left_out(comparison: Comparison) -> Iterator[str]:
+    """Yield a warning for each reason why runs aren't counted."""
+    reasons: dict[str, list[str]] = {}
+    for group in comparison.groups:
+        for run in group.runs:
+            if why := why_not_counted(run):
+                cause = f" ({run.cause})" if run.cause and why in ("damaged", "crashed", "oom", "died") else ""
+                reasons.setdefault(why, []).append(run_label(group, run) + cause)
+    for why, names in reasons.items():
+        yield f"{counted(len(names), 'run')} {why}, not averaged: {listed(names)}"
+
+
+def _edges(comparison: Comparison) -> Iterator[str]:
+    """Yield a warning where the best value lies on the edge of the tried batches or learning rates."""
+    ranked = [group for group, _ in comparison.ranked()]
+    for family in dict.fromkeys(group.family for group in ranked):
+        members = [group for group in ranked if group.family == family]
+        named = f"{family}: " if family else ""
+        batches = sorted({group.global_size for group in members if group.global_size})
+        best = members[0]
+        if len(batches) > 1 and best.global_size in (batches[0], batches[-1]):
+            side = ("smallest", "smaller") if best.global_size == batches[0] else ("largest", "larger")
+            tried = listed([f"{batch:,}" for batch in batches], 6)
+            yield f"{named}the best batch, {best.global_size:,}, is the {side[0]} of {tried}: a {side[1]} one may be better"
+        at_edge = []
+        for batch in batches:
+            of_batch = [group for group in members if group.global_size == batch]
+            lrs = sorted({group.lr for group in of_batch if group.lr})
+            if len(lrs) > 1 and of_batch[0].lr in (lrs[0], lrs[-1]):
+                side_of_lr = "smallest" if of_batch[0].lr == lrs[0] else "largest"
+                at_edge.append(f"{of_batch[0].lr:.4g} (the {side_of_lr}) at batch {batch:,}")
+        if at_edge:
+            yield f"{named}the best LR lies on the edge of the tried ones, so a better one may lie beyond: {listed(at_edge)}"
+
+
+def _unreached(comparison: Comparison) -> Iterator[str]:
+    if not comparison.target_given:
+        return
+    missed = [
+        f"{group.label} ({values.reached} of {len(group.counted)})"
+        for group, values in comparison.pairs()
+        if group.counted and values.reached < len(group.counted)
+    ]
+    if missed:
+        yield f"{comparison.target} wasn't reached by all runs of {listed(missed)}, so these have no steps to the target"
+
+
+def _hardware(comparison: Comparison) -> Iterator[str]:
+    worlds = sorted({run.recipe.world_size for run in comparison.runs if run.recipe.world_size})
+    if len(worlds) > 1:
+        sizes = listed([f"{size:,}" for size in worlds])
+        yield f"the runs had {sizes} ranks, so their times compare hardware as well as batches"

@@ -1,0 +1,121 @@
+"""Group runs that differ only in their seed, and name the groups by what differs between them. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isobatch.scaling.report.run import Run
+
+BATCH_KEYS = ("batch.global_size", "batch.per_gpu", "batch.accumulation")
+LR_KEYS = ("lr.peak", "lr.base", "lr.base_batch")
+SHORT = {"optimizer.name": "optimizer", "lr.rule": "rule"}  # names in a label
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        label: what makes it differ from the other groups of its task.
+        family: the part of the label beside batch and LR: "" if nothing else differs.
+        lr: the swept learning rate: ``lr.base`` if that was swept, else the peak.
+        runs: all of them; ``counted``: those that finished without diverging, whose values are averaged.
+    """
+
+    label: str
+    family: str
+    global_size: int | None
+    lr: float | None
+    lr_peak: float | None
+    optimizer: str | None
+    runs: tuple[Run, ...]
+
+    @property
+    def counted(self) -> list[Run]:
+        return [run for run in self.runs if why_not_counted(run) is None]
+
+
+def why_not_counted(run: Run) -> str | None:
+    """Return why a run's values aren't averaged with those of its group; None if they are."""
+    if run.done.diverged:
+        return "diverged"
+    return None if run.state == "finished" else run.state if run.state != "—" else "not started"
+
+
+def task_of(run: Run) -> tuple[str, str]:
+    """Return the task's name and target. Runs of different tasks are never compared."""
+    return run.recipe.task or "?", str(run.recipe.science.get("task._target_", ""))
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Return the groups of the runs of one task, ordered by family, batch and learning rate."""
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        together.setdefault(_key(run), []).append(run)
+    groups = [members[0] for members in together.values()]
+    keys = _varying(groups)
+    families = [_family(run, keys) for run in groups]
+    base_swept = len({run.recipe.science.get("lr.base") for run in groups}) > 1
+    lrs = [run.recipe.science.get("lr.base") if base_swept else run.recipe.lr_peak for run in groups]
+    labels = _labels(groups, families, lrs)
+    made = [
+        Group(
+            label, family, run.recipe.global_size, lr, run.recipe.lr_peak, run.recipe.optimizer,
+            tuple(sorted(members, key=lambda member: member.recipe.seed or 0)),
+        )
+        for run, family, lr, label, members in zip(groups, families, lrs, labels, together.values(), strict=True)
+    ]  # fmt: skip
+    return sorted(made, key=lambda group: (group.family, group.global_size or 0, group.lr or 0, group.label))
+
+
+def run_label(group: Group, run: Run) -> str:
+    """Return the name of a run within its report."""
+    return group.label if len(group.runs) == 1 else f"{group.label} · seed {run.recipe.seed}"
+
+
+def _key(run: Run) -> str:
+    """Return a text that runs share if they differ only in their seed."""
+    recipe = run.recipe
+    content = [recipe.science, recipe.global_size, recipe.lr_peak, recipe.optimizer]
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    """Return the given keys beside batch and learning rate that differ between runs; if only others do, those."""
+    given = {_leaf(key, run) for run in runs for key in run.recipe.given}
+    every = dict.fromkeys(key for run in runs for key in run.recipe.science if key not in (*BATCH_KEYS, *LR_KEYS))
+    differ = [key for key in every if len({_text(run.recipe.science.get(key)) for run in runs}) > 1]
+    return [key for key in differ if key in given]
+
+
+def _leaf(key: str, run: Run) -> str:
+    """Return the key that stands for a given one: for a group, such as ``optimizer``, its name."""
+    return f"{key}.name" if f"{key}.name" in run.recipe.science else key
+
+
+def _family(run: Run, keys: Sequence[str]) -> str:
+    parts = [(SHORT.get(key, key.rpartition(".")[2]), run.recipe.science.get(key)) for key in keys]
+    return " · ".join(f"{name}={_text(value)}" for name, value in parts)
+
+
+def _labels(runs: Sequence[Run], families: Sequence[str], lrs: Sequence[float | None]) -> list[str]:
+    """Return the label of each group: its batch, its LR where a batch has several, and its family."""
+    batches = [run.recipe.global_size for run in runs]
+    places = list(zip(families, batches, strict=True))
+    several = {place for place in places if len({lr for other, lr in zip(places, lrs, strict=True) if other == place}) > 1}
+    labels = []
+    for place, lr in zip(places, lrs, strict=True):
+        batch = "" if place[1] is None else f"batch {place[1]:,}"
+        rate = f"LR {lr:.4g}" if several and lr is not None else ""
+        labels.append(" · ".join(filter(None, [batch, rate, place[0]])) or "run")
+    return [
+        label if labels.count(label) == 1 else f"{label} · {run.recipe.identity or run.directory}"
+        for label, run in zip(labels, runs, strict=True)
+    ]
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "off" if value is None else str(value)

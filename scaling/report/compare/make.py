@@ -1,0 +1,49 @@
+"""Make a report: find runs, read, choose and compare them, and write what was found. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from isobatch.conf.rundir.lock import works
+from isobatch.conf.schema import Report as Options
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.compare.compare import compare
+from isobatch.scaling.report.compare.comparison import Report
+from isobatch.scaling.report.compare.measure import directions_asked
+from isobatch.scaling.report.compare.tables import text_of
+from isobatch.scaling.report.compare.write import folder_of, write
+from isobatch.scaling.report.run import read
+from isobatch.scaling.report.runs import directories
+from isobatch.scaling.report.select import chosen
+
+
+def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str] | None = None) -> Report:
+    """Compare the runs in ``roots`` and write the report.
+
+    Args:
+        roots: run directories, sweeps, or folders of runs.
+        queue: Slurm's states of unfinished jobs, by id.
+
+    Raises:
+        UserError: a folder holds no runs, an option isn't valid, or the report can't be written.
+    """
+    found: dict[Path, Path] = {}
+    for root in roots:
+        inside = directories(Path(os.path.expanduser(root)))
+        if not inside:
+            fix = "name run directories, a sweep, or a folder of runs"
+            raise UserError(f"there are no runs in {root}", fix, "run.dir", root)
+        found |= {run.absolute(): run for run in inside}
+    directions = directions_asked(options.metric, options.target)
+    every = [read(run, works(run), queue, directions) for run in found.values()]
+    runs = chosen(every, options.where, options.sort)
+    if not runs:
+        problem = f"none of {len(every)} runs meets report.where={options.where}"
+        raise UserError(problem, "action=runs lists them", "report.where", options.where)
+    report = compare(runs, options.metric, options.target)
+    report = write(report, Path(os.path.expanduser(options.dir)) if options.dir else folder_of(roots))
+    return replace(report, text=text_of(report, shutil.get_terminal_size((0, 0)).columns))

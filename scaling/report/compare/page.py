@@ -1,0 +1,156 @@
+"""Write a report as one HTML page that needs no network. Torch-free; plotly, whose script it holds, is read on use."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from isobatch.scaling.limits import one_line
+from isobatch.scaling.report.compare.colours import VIRIDIS
+from isobatch.scaling.report.compare.comparison import Comparison, Report
+from isobatch.scaling.report.compare.pictures import Curve, Heat, Picture, Style
+from isobatch.scaling.report.compare.tables import head, rows_of, target_line
+from isobatch.scaling.report.compare.words import number
+
+HERE = Path(__file__).parent
+DIGITS = 6  # significant digits of the numbers in the page
+
+
+def page(report: Report, drawn: Sequence[tuple[list[Picture], list[Style]]]) -> str:
+    """Return the page.
+
+    Args:
+        drawn: the pictures of each comparison, and the styles of its groups.
+
+    Raises:
+        ImportError: plotly isn't installed.
+    """
+    from plotly.offline import get_plotlyjs
+
+    tasks = [
+        {"groups": _groups(comparison, styles), "pictures": list(map(_picture, pictures))}
+        for comparison, (pictures, styles) in zip(report.comparisons, drawn, strict=True)
+    ]
+    names = ", ".join(comparison.task for comparison in report.comparisons)
+    title = _text(f"{names}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}")
+    body = [f"<h1>{title}</h1>", _warnings(report.warnings)]
+    for index, (comparison, (pictures, _)) in enumerate(zip(report.comparisons, drawn, strict=True)):
+        body += _section(comparison, pictures, index, several=len(tasks) > 1)
+    parts = {
+        "TITLE": title,
+        "BODY": "\n".join(body),
+        # Within a script, only "<" can end it or start a comment.
+        "DATA": json.dumps(tasks, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "PLOTLY": get_plotlyjs(),
+        "SCRIPT": (HERE / "page.js").read_text(),
+    }
+    pieces = (HERE / "page.html").read_text().split("{{")
+    filled = [parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:])]
+    return pieces[0] + "".join(filled)
+
+
+def _text(text: str) -> str:
+    """Return text for HTML, with control characters made visible."""
+    return escape(one_line(text))
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{_text(text)}</li>" for text in warnings)
+    return f'<div class="warnings" role="note"><ul>{items}</ul></div>' if items else ""
+
+
+def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, several: bool) -> list[str]:
+    """Return the HTML of one task: findings, table, and a place for each panel."""
+    findings = "".join(f"<li>{_text(text)}</li>" for text in comparison.findings)
+    rows = rows_of(comparison, lambda text: f"<b>{text}</b>")
+    parts = [f'<section data-task="{index}">', f"<h2>{_text(comparison.task)}</h2>" if several else ""]
+    parts += [f'<p class="soft">{_text(head(comparison))}</p>', f'<ul class="findings">{findings}</ul>', _table(rows)]
+    if len(comparison.groups) > 1:
+        parts.append(f'<p class="soft">Bold: the best of its column{_text(target_line(comparison))}.</p>')
+    parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
+    for number_of_picture, picture in enumerate(pictures):
+        parts += [f"<h3>{_text(picture.title)}</h3>", f'<p class="soft">{_text(picture.about)}</p>', '<div class="grid">']
+        for number_of_panel, panel in enumerate(picture.panels):
+            plot = (
+                f'<div class="plot" data-picture="{number_of_picture}" data-panel="{number_of_panel}"></div>'
+                if panel.heat is None
+                else f'<div class="scroll">{_heat(panel.heat, panel.x_label, panel.y_label)}</div>'
+            )
+            title = f'<header>{_text(panel.title)}<span class="axes"></span></header>'
+            parts.append(f'<div class="panel">{title}{plot}</div>')
+        parts.append("</div>")
+    return [*parts, "</section>"]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    header = "".join(f"<th>{_text(name)}</th>" for name in names)
+    lines = "".join("<tr>" + "".join(f"<td>{_cell(row.get(name))}</td>" for name in names) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "—"
+    if not isinstance(value, str):
+        return _text(number(value))
+    bold = value.startswith("<b>") and value.endswith("</b>")
+    return f"<b>{_text(value[3:-4])}</b>" if bold else _text(value)
+
+
+def _heat(heat: Heat, x_label: str, y_label: str) -> str:
+    """Return a table by batch and learning rate, whose cells are coloured by value."""
+    known = [value for row in heat.values for value in row if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    header = "".join(f"<th>{_text(name)}</th>" for name in heat.columns)
+    lines = []
+    for row, name in reversed(list(enumerate(heat.rows))):
+        cells = []
+        for column, value in enumerate(heat.values[row]):
+            share = None if value is None or high == low else (value - low) / (high - low)
+            share = 1 - share if share is not None and not heat.more_is_better else share
+            best = ' class="best"' if (row, column) == heat.best else ""
+            cells.append(f"<td{best}{_background(share)}>{_text(heat.texts[row][column]) or '—'}</td>")
+        lines.append(f"<tr><th>{_text(name)}</th>{''.join(cells)}</tr>")
+    corner = f"<th>{_text(y_label)} \\ {_text(x_label)}</th>"
+    return f'<table class="heat"><thead><tr>{corner}{header}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _background(share: float | None) -> str:
+    if share is None:
+        return ""
+    colour = VIRIDIS[min(len(VIRIDIS) - 1, int(share * len(VIRIDIS)))]
+    return f' style="background:{colour};color:{"#111" if share > 0.55 else "#fff"}"'
+
+
+def _groups(comparison: Comparison, styles: Sequence[Style]) -> list[dict[str, Any]]:
+    return [
+        {"label": one_line(group.label), "light": style.colour.light, "dark": style.colour.dark,
+         "dash": style.dash, "shown": style.shown}
+        for group, style in zip(comparison.groups, styles, strict=True)
+    ]  # fmt: skip
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    panels = [
+        {
+            "x_label": one_line(panel.x_label), "y_label": one_line(panel.y_label),
+            "x_log": panel.x_log, "y_log": panel.y_log, "curves": list(map(_curve, panel.curves)),
+        }
+        for panel in picture.panels
+    ]  # fmt: skip
+    return {"panels": panels}
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    columns = {name: list(map(_rounded, getattr(curve, name))) for name in ("x", "y", "errors")}
+    texts = list(map(one_line, curve.texts)) if curve.kind == "points" else []
+    return {"name": one_line(curve.name), "group": curve.group, "kind": curve.kind, "texts": texts, **columns}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,286 @@
+"""Describe the pictures of a comparison, for whoever draws them. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from isobatch.scaling.report.compare.colours import Colour, distinct, ordered
+from isobatch.scaling.report.compare.comparison import Comparison
+from isobatch.scaling.report.compare.groups import Group, run_label
+from isobatch.scaling.report.compare.values import Values
+from isobatch.scaling.report.compare.words import spread
+from isobatch.scaling.report.run import Run
+from isobatch.scaling.tuning.spread import Spread
+
+Column = list[float | None]
+AXES = {"step": "steps", "samples": "samples", "time_s": "time in seconds"}
+RANGE_FOR_LOG = 12.0  # an axis is logarithmic where its values span more than this factor
+MOST_MEASURES = 4
+SHARE_OF_FIRST = 0.02  # of a run: where a logarithmic axis begins
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A line or points of one colour.
+
+    Attributes:
+        name: of the run or group; ``group``: the index of its group, which is shown and hidden as a whole; None: a
+            line that belongs to no group, such as a fit.
+        label: text at its end; "": none.
+        errors: half the length of the error bars, at each point.
+    """
+
+    x: Column
+    y: Column
+    name: str
+    group: int | None
+    label: str = ""
+    kind: Literal["line", "step", "points", "both", "guide"] = "line"
+    errors: Column = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """A table of values by batch and learning rate, coloured by value.
+
+    Attributes:
+        columns, rows: its labels: learning rates and batches.
+        values: by row; ``texts``: what the cells say; ``best``: row and column of the best value.
+    """
+
+    columns: list[str]
+    rows: list[str]
+    values: list[Column]
+    texts: list[list[str]]
+    best: tuple[int, int] | None
+    more_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_log: bool = False
+    y_log: bool = False
+    curves: list[Curve] = field(default_factory=list)
+    heat: Heat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a group is drawn. ``shown``: from the start, rather than once it is asked for."""
+
+    colour: Colour
+    dash: int
+    shown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Panels that belong together. ``name`` is that of its file, ``about`` says how to read it."""
+
+    name: str
+    title: str
+    about: str
+    panels: list[Panel]
+
+
+def styles_of(comparison: Comparison) -> list[Style]:
+    """Return the style of each group: its colour tells the batch, its dashes the family.
+
+    Where all have one batch, the colour tells the group. Where a batch has several learning rates, only the best one is
+    shown at first.
+    """
+    groups = comparison.groups
+    batches = sorted({group.global_size or 0 for group in groups})
+    families = list(dict.fromkeys(group.family for group in groups))
+    shown = {id(group) for group, _ in comparison.best_lrs()} if len(batches) > 1 else set(map(id, groups))
+    if len(batches) > 1:
+        colours = dict(zip(batches, ordered(len(batches)), strict=True))
+        return [
+            Style(colours[group.global_size or 0], families.index(group.family), id(group) in shown) for group in groups
+        ]
+    return [Style(colour, 0, True) for colour in distinct(len(groups))]
+
+
+def pictures_of(comparison: Comparison) -> list[Picture]:
+    """Return the pictures that the runs have values for."""
+    made = [_losses(comparison), _evaluations(comparison), _course(comparison)]
+    if len(comparison.groups) > 1:
+        made += [_by_batch(comparison), _grids(comparison), _targets(comparison)]
+    return [picture for picture in made if picture.panels]
+
+
+def _losses(comparison: Comparison) -> Picture:
+    about = "Small batches win by steps late and by samples early: compare where the curves change places."
+    panels = [
+        Panel(f"Loss by {label}", label, "training loss", *_log(curves), curves)
+        for axis, label in AXES.items()
+        if (curves := list(_curves(comparison, axis, "loss", evaluations=False)))
+    ]
+    return Picture("loss", "Training loss", about, panels)
+
+
+def _evaluations(comparison: Comparison) -> Picture:
+    names = dict.fromkeys(name for run in comparison.runs for name in run.curves.evaluations if "/" in name)
+    first = comparison.metric.name if comparison.metric else ""
+    ranked = sorted(names, key=lambda name: (name != first, not name.startswith("val/")))[:MOST_MEASURES]
+    panels = [
+        Panel(f"{name} by {AXES[axis]}", AXES[axis], name, *_log(curves), curves)
+        for name in ranked
+        for axis in ("step", "samples")
+        if (curves := list(_curves(comparison, axis, name, evaluations=True)))
+    ]
+    return Picture("validation", "Evaluations", "Each point is one evaluation.", panels)
+
+
+def _course(comparison: Comparison) -> Picture:
+    wanted = {
+        "lr": ("Learning rate", "learning rate"),
+        "global_size": ("Global batch", "samples per step"),
+        "samples_per_s": ("Throughput", "samples per second"),
+        "noise/scale": ("Gradient noise scale", "samples"),
+    }
+    panels = [
+        Panel(title, "samples", label, *_log(curves), curves)
+        for name, (title, label) in wanted.items()
+        if (curves := list(_curves(comparison, "samples", name, evaluations=False)))
+    ]
+    return Picture("course", "Schedule, throughput and noise", "", panels)
+
+
+def _curves(comparison: Comparison, axis: str, name: str, evaluations: bool) -> Iterator[Curve]:
+    """Yield the curve of each run that has both columns; the first run of a group carries its label."""
+    for index, group in enumerate(comparison.groups):
+        label = group.label if len(comparison.groups) > 1 else ""
+        for run in group.runs:
+            columns = run.curves.evaluations if evaluations else run.curves.steps
+            if axis in columns and name in columns:
+                kind: Literal["step", "both", "line"] = "both" if evaluations else "line"
+                kind = "step" if name == "global_size" else kind
+                yield Curve(columns[axis], columns[name], run_label(group, run), index, label, kind)
+                label = ""
+
+
+def _by_batch(comparison: Comparison) -> Picture:
+    """Return the measure at the end by batch, a curve for each family, at the best learning rate."""
+    name = comparison.metric.name if comparison.metric else ""
+    curves = list(_by(comparison, lambda values: values.last, lambda group, _: group.global_size))
+    for index, group in enumerate(comparison.groups):
+        runs = [run for run in group.counted if name in run.measures]
+        values: Column = [run.measures[name].last for run in runs]
+        if len(runs) > 1 and curves:
+            curves.append(Curve([group.global_size] * len(runs), values, group.label, index, kind="points"))
+    title = f"{name} at the end, by batch"
+    panels = [Panel(title, "global batch in samples", name, True, False, curves)] if curves else []
+    return Picture("by-batch", "By batch", "Mean and standard deviation over seeds, and each seed.", panels)
+
+
+def _by(
+    comparison: Comparison,
+    get: Callable[[Values], Spread | None],
+    place: Callable[[Group, Values], float | None],
+) -> Iterator[Curve]:
+    """Yield a curve through the groups of each family that differ in batch, at the best learning rates."""
+    families = dict.fromkeys(group.family for group in comparison.groups)
+    for family in families:
+        points = [
+            (x, value, group.label)
+            for group, values in comparison.best_lrs()
+            if group.family == family and (value := get(values)) and (x := place(group, values))
+        ]
+        if len(points) > 1 or (points and len(families) > 1):
+            yield Curve(
+                [x for x, _, _ in points],
+                [value.mean for _, value, _ in points],
+                family or "mean",
+                None,
+                family if len(families) > 1 else "",
+                "both",
+                [value.deviation for _, value, _ in points],
+                [label for _, _, label in points],
+            )
+
+
+def _grids(comparison: Comparison) -> Picture:
+    """Return a table by batch and learning rate for each family that has several of both."""
+    name = comparison.metric.name if comparison.metric else ""
+    panels = []
+    for family in dict.fromkeys(group.family for group in comparison.groups):
+        members = [(group, values) for group, values in comparison.pairs() if group.family == family and group.lr]
+        batches = sorted({group.global_size for group, _ in members if group.global_size})
+        lrs = sorted({group.lr for group, _ in members if group.lr})
+        if len(batches) < 2 or len(lrs) < 2 or len(members) <= max(len(batches), len(lrs)):
+            continue
+        cells = {(group.global_size, group.lr): values for group, values in members}
+        found = [[cells.get((batch, lr)) for lr in lrs] for batch in batches]
+        means: list[Column] = [[cell.last.mean if cell and cell.last else None for cell in row] for row in found]
+        texts = [[_cell(cell) for cell in row] for row in found]
+        most = comparison.metric is not None and comparison.metric.direction == "max"
+        known = [(mean, (r, c)) for r, row in enumerate(means) for c, mean in enumerate(row) if mean is not None]
+        best = (max if most else min)(known)[1] if known else None
+        heat = Heat([f"{lr:.4g}" for lr in lrs], [f"{batch:,}" for batch in batches], means, texts, best, most)
+        panels.append(Panel(f"{name} {family}".strip(), "learning rate", "global batch", heat=heat))
+    return Picture("batch-by-lr", "Batch and learning rate", "Mean ± standard deviation over seeds.", panels)
+
+
+def _cell(values: Values | None) -> str:
+    if values is None:
+        return ""
+    return spread(values.last) if values.last else "no finished run"
+
+
+def _targets(comparison: Comparison) -> Picture:
+    """Return what the target took by batch, with the fit, and time against samples."""
+    if len({group.global_size for group in comparison.groups}) < 2:
+        return Picture("target", "", "", [])
+    gets: dict[str, Callable[[Values], Spread | None]] = {
+        "steps": lambda values: values.to_steps,
+        "samples": lambda values: values.to_samples,
+        "seconds": lambda values: values.to_time_s,
+    }
+    panels = []
+    for unit, get in gets.items():
+        curves = list(_by(comparison, get, lambda group, _: group.global_size))
+        if curves and unit == "samples":
+            curves += _fits(comparison)
+        if curves:
+            title = f"{unit.capitalize()} to {comparison.target}"
+            panels.append(Panel(title, "global batch in samples", f"{unit} to the target", True, True, curves))
+    curves = list(_by(comparison, gets["seconds"], lambda _, values: values.to_samples and values.to_samples.mean))
+    if curves:
+        labelled = [_with_texts(curve) for curve in curves]
+        panels.append(Panel("Time against samples", "samples to the target", "seconds to the target", True, True, labelled))
+    about = "Down is better. In the last panel, a group is worth choosing if no other is both left of it and below it."
+    return Picture("target", f"To {comparison.target}", about, panels)
+
+
+def _with_texts(curve: Curve) -> Curve:
+    return Curve(curve.x, curve.y, curve.name, None, "", "points", [], curve.texts)
+
+
+def _fits(comparison: Comparison) -> list[Curve]:
+    curves = []
+    for family, fit in comparison.fits.items():
+        batches = [group.global_size for group in comparison.groups if group.family == family and group.global_size]
+        if fit.critical_batch is None or not batches:
+            continue
+        low, high = min(batches), max(batches)
+        xs: Column = [low * (high / low) ** (i / 40) for i in range(41)]
+        name = f"fit, critical batch {fit.critical_batch:,.0f}"
+        curves.append(Curve(xs, [fit.predict(x or 1) for x in xs], name, None, name, "guide"))
+    return curves
+
+
+def _log(curves: Sequence[Curve]) -> tuple[bool, bool]:
+    """Return whether each axis of these curves spans so much that it should be logarithmic."""
+    ends = [curve.x[-1] for curve in curves if curve.x and curve.x[-1]]
+    ys = [y for curve in curves for y in curve.y if y is not None]
+    x_log = len(ends) > 1 and max(ends) > RANGE_FOR_LOG * min(ends)  # type: ignore[type-var, operator]
+    return x_log, bool(ys) and min(ys) > 0 and max(ys) > RANGE_FOR_LOG * min(ys)

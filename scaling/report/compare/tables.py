@@ -1,0 +1,158 @@
+"""Write a report as a table for the terminal, as Markdown and as CSV. Torch-free."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from isobatch.scaling.limits import one_line
+from isobatch.scaling.report.compare.comparison import Comparison, Report
+from isobatch.scaling.report.compare.groups import Group, why_not_counted
+from isobatch.scaling.report.compare.values import Values
+from isobatch.scaling.report.compare.words import duration, number, spread
+from isobatch.scaling.report.result import grid
+from isobatch.scaling.tuning.spread import Spread
+
+LOWEST = ("steps to it", "samples to it", "time to it")  # columns whose lowest value is the best
+BEST_IN_TEXT = "{} *"
+
+
+def rows_of(comparison: Comparison, mark: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a row for each group of a comparison, without columns that have no value.
+
+    Args:
+        mark: makes the best text of a column stand out.
+    """
+    name = comparison.metric.name if comparison.metric else "value"
+    spreads = [_columns(values, name) for values in comparison.values]
+    best = {column: _best([one[column] for one in spreads], comparison, column) for column in (name, *LOWEST)}
+    rows = []
+    for group, values in zip(comparison.groups, spreads, strict=True):
+        texts = {column: value and _text(column, value) for column, value in values.items()}
+        for column, place in best.items():
+            if place is values[column] and (text := texts[column]) and len(comparison.groups) > 1:
+                texts[column] = mark(text)
+        rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **texts})
+    empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
+    return [{column: cell for column, cell in row.items() if column not in empty} for row in rows]
+
+
+def _columns(values: Values, name: str) -> dict[str, Spread | None]:
+    return {
+        name: values.last, f"best {name}": values.best, "steps to it": values.to_steps,
+        "samples to it": values.to_samples, "time to it": values.to_time_s, "samples/s": values.samples_per_s,
+        "time": values.time_s,
+    }  # fmt: skip
+
+
+def _best(spreads: list[Spread | None], comparison: Comparison, column: str) -> Spread | None:
+    known = [value for value in spreads if value]
+    most = column not in LOWEST and comparison.metric is not None and comparison.metric.direction == "max"
+    return (max if most else min)(known, key=lambda value: value.mean) if len(known) > 1 else None
+
+
+def _text(column: str, value: Spread) -> str:
+    if column.startswith("time"):
+        return duration(value.mean)
+    return number(value.mean) if column == "samples/s" or column.endswith("to it") else spread(value)
+
+
+def _count(group: Group) -> str:
+    """Return how many runs are averaged, and of how many."""
+    n = len(group.counted)
+    left = [why for run in group.runs if (why := why_not_counted(run))]
+    return f"{n}" if not left else f"{n} of {len(group.runs)}: {', '.join(dict.fromkeys(left))}"
+
+
+def text_of(report: Report, width: int = 0) -> str:
+    """Return the report as text for a terminal of ``width`` columns; 0: any width."""
+    parts = []
+    for comparison in report.comparisons:
+        parts.append(f"{one_line(comparison.task)}: {head(comparison)}")
+        parts.append(grid(rows_of(comparison, BEST_IN_TEXT.format), width))
+        if len(comparison.groups) > 1:
+            parts.append("* the best of its column" + target_line(comparison))
+        parts += [f"  {one_line(text)}" for text in comparison.findings]
+        parts.append("")
+    parts += [f"warning: {one_line(text)}" for text in report.warnings]
+    return "\n".join(parts).rstrip("\n")
+
+
+def head(comparison: Comparison) -> str:
+    """Return how many runs are compared, and what their values are."""
+    runs, groups = len(comparison.runs), len(comparison.groups)
+    seeds = "" if runs == groups else f" in {groups} groups, which differ in more than the seed"
+    return f"{runs} run{'s' * (runs > 1)}{seeds}" + (
+        f"; mean ± standard deviation over seeds of {one_line(comparison.metric.name)} at the end"
+        if comparison.metric and runs > groups
+        else ""
+    )
+
+
+def target_line(comparison: Comparison) -> str:
+    """Return what the columns "… to it" mean."""
+    if comparison.target is None:
+        return ""
+    why = "report.target" if comparison.target_given else "which every counted run reached; report.target sets another"
+    return f"; it: {one_line(str(comparison.target))} ({why})"
+
+
+def markdown_of(report: Report, pictures: dict[str, list[tuple[str, str]]]) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        pictures: title and file of each picture, by task.
+    """
+    lines = ["# Report", ""]
+    for comparison in report.comparisons:
+        lines += [f"## {escaped(comparison.task)}", "", escaped(head(comparison)) + ".", ""]
+        lines += [f"- {escaped(text)}" for text in comparison.findings]
+        rows = rows_of(comparison, lambda text: f"**{text}**")
+        lines += ["", _markdown_table(rows), ""]
+        if len(comparison.groups) > 1:
+            lines += [f"Bold: the best of its column{escaped(target_line(comparison))}.", ""]
+        for title, file in pictures.get(comparison.task, []):
+            lines += [f"![{escaped(title)}]({file})", ""]
+    if report.warnings:
+        lines += ["## Warnings", "", *(f"- {escaped(text)}" for text in report.warnings), ""]
+    return "\n".join(lines)
+
+
+def _markdown_table(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[escaped(name) for name in names]] + [[_markdown_cell(row.get(name)) for name in names] for row in rows]
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([lines[0], f"|{' --- |' * len(names)}", *lines[1:]])
+
+
+def _markdown_cell(value: Any) -> str:
+    if value is None:
+        return "—"
+    text = str(value) if isinstance(value, str) else number(value)
+    bold = text.startswith("**") and text.endswith("**") and len(text) > 4
+    return f"**{escaped(text[2:-2])}**" if bold else escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Return ``text`` so that Markdown and HTML show it as it is."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
+
+
+def csv_of(report: Report) -> str:
+    """Return a line for each run: its summary, its settings and the last and best value of each measure."""
+    rows = []
+    for run in report.runs:
+        summary = run.summary()
+        settings, metrics = summary.pop("settings"), summary.pop("metrics")
+        measured = {f"{name}:{kind}": value for name, kinds in metrics.items() for kind, value in kinds.items()}
+        rows.append({**summary, **settings, **measured})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

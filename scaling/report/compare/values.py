@@ -1,0 +1,57 @@
+"""Average the values of a group: its measure, its speed, and what it took to reach a target. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from isobatch.scaling.report.compare.groups import Group
+from isobatch.scaling.report.compare.measure import Metric
+from isobatch.scaling.report.measures import Target
+from isobatch.scaling.tuning.spread import Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The values of a group, over its counted runs. A Spread is None if no run has the value.
+
+    Attributes:
+        last, best: of the measure, at the end and at each run's best evaluation.
+        steps, samples, time_s: of the whole run; ``samples_per_s``: its speed.
+        reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that took.
+    """
+
+    last: Spread | None
+    best: Spread | None
+    steps: Spread | None
+    samples: Spread | None
+    time_s: Spread | None
+    samples_per_s: Spread | None
+    reached: int
+    to_steps: Spread | None
+    to_samples: Spread | None
+    to_time_s: Spread | None
+
+
+def values_of(group: Group, metric: Metric | None, target: Target | None) -> Values:
+    """Return the values of a group."""
+    runs = group.counted
+    measures = [run.measures[metric.name] for run in runs if metric and metric.name in run.measures]
+    ends = [record for run in runs if target and (record := target.reached(run.measures))]
+    whole = len(ends) == len(runs)  # a mean over those that made it would be too good
+    return Values(
+        last=_spread(one.last for one in measures),
+        best=_spread(one.best and one.best.value for one in measures),
+        steps=_spread(run.done.step for run in runs),
+        samples=_spread(run.done.samples for run in runs),
+        time_s=_spread(run.done.time_s for run in runs),
+        samples_per_s=_spread(run.done.samples_per_s for run in runs),
+        reached=len(ends),
+        to_steps=_spread(end.step for end in ends) if whole else None,
+        to_samples=_spread(end.samples for end in ends) if whole else None,
+        to_time_s=_spread(end.time_s for end in ends) if whole else None,
+    )
+
+
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    return Spread.of([value for value in values if value is not None])

@@ -1,0 +1,51 @@
+"""Write numbers and spreads as people read them. Torch-free."""
+
+from __future__ import annotations
+
+import math
+
+from isobatch.scaling.tuning.spread import Spread
+
+
+def number(value: float) -> str:
+    """Return ``value`` with four significant digits, and with commas from 1,000 on.
+
+    >>> number(0.98765), number(12345.6), number(0.00001234)
+    ('0.9877', '12,350', '1.234e-05')
+    """
+    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e15):
+        return f"{value:.4g}"
+    digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, digits):,.{max(0, digits)}f}" if digits > 0 else f"{round(value, digits):,.0f}"
+
+
+def spread(value: Spread) -> str:
+    """Return a mean with its standard deviation, in the digits that the deviation supports.
+
+    >>> spread(Spread(0.97312, 0.00213, 3)), spread(Spread(12345.6, 210.0, 3)), spread(Spread(0.5, None, 1))
+    ('0.9731 ± 0.0021', '12,350 ± 210', '0.5000')
+    """
+    if not value.deviation:
+        return number(value.mean)
+    digits = 1 - math.floor(math.log10(value.deviation))
+    shown = max(0, min(digits, 9))
+    return f"{round(value.mean, digits):,.{shown}f} ± {round(value.deviation, digits):,.{shown}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``12.3 s``, ``4.5 min`` or ``6.7 h``.
+
+    >>> duration(12.34), duration(270), duration(24120)
+    ('12.3 s', '4.5 min', '6.7 h')
+    """
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """Return names as ``a, b and c``, the first few of many."""
+    if len(names) > most:
+        return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

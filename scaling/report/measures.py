@@ -1,0 +1,89 @@
+"""Tell which direction of a measure is better, and record its last and best values. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Direction = Literal["min", "max"]
+LOWER = (
+    "loss error err perplexity ppl nll ce mse mae rmse wer cer ter fid kl bpb bpc bits distance regret"  # is better
+)
+HIGHER = (
+    "accuracy acc top1 top5 f1 auc auroc auprc ap map iou miou dice bleu rouge chrf r2 precision recall mcc score "
+    "reward return success psnr ssim elo"
+)
+WORDS: dict[str, Direction] = {word: "max" for word in HIGHER.split()} | {word: "min" for word in LOWER.split()}
+
+
+def direction_of(name: str) -> Direction | None:
+    """Return which direction of a measure is better, judged by the words of its name; None if unknown.
+
+    >>> direction_of("val/accuracy"), direction_of("ema/top1_error"), direction_of("val/temperature")
+    ('max', 'min', None)
+    """
+    found = [WORDS[word] for word in re.split(r"[^a-z0-9]+", name.lower()) if word in WORDS]
+    return "min" if "min" in found else "max" if found else None
+
+
+class Record(NamedTuple):
+    """A value that was better than all before it, and where it was measured."""
+
+    value: float
+    step: int
+    samples: int
+    time_s: float | None
+
+
+@dataclass(slots=True)
+class Measure:
+    """The values of one measure of a run.
+
+    Attributes:
+        direction: which direction is better; None if unknown, which leaves ``records`` empty.
+        last: the last value; None if it wasn't finite.
+        records: each value that was the best so far, in order. The first to reach any target is among them.
+    """
+
+    direction: Direction | None
+    last: float | None = None
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def best(self) -> Record | None:
+        return self.records[-1] if self.records else None
+
+    def add(self, value: float | None, step: int, samples: int, time_s: float | None) -> None:
+        self.last = value if value is not None and math.isfinite(value) else None
+        if self.last is None or self.direction is None:
+            return
+        if not self.records or (
+            self.last < self.records[-1].value if self.direction == "min" else self.last > self.records[-1].value
+        ):
+            self.records.append(Record(self.last, step, samples, time_s))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the measure as plain values."""
+        best = self.best
+        return {"last": self.last, "best": best and best.value, "best_step": best and best.step}
+
+
+class Target(NamedTuple):
+    """A value of a measure to reach, such as ``val/accuracy>=0.97``."""
+
+    name: str
+    direction: Direction
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {'≤' if self.direction == 'min' else '≥'} {self.value:.4g}"
+
+    def reached(self, measures: Mapping[str, Measure]) -> Record | None:
+        """Return the first measurement that reached the target; None if there is none."""
+        records = measures[self.name].records if self.name in measures else []
+        if self.direction == "min":
+            return next((record for record in records if record.value <= self.value), None)
+        return next((record for record in records if record.value >= self.value), None)

@@ -1,0 +1,226 @@
+"""Read one run directory: what was planned, how far the run got, its measures and its curves. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.identity import science_of
+from isobatch.conf.rundir.files import MEASURES, RunFiles, read_run
+from isobatch.scaling.reading import Unreadable, read_yaml
+from isobatch.scaling.report.curves import Curves, curves_of
+from isobatch.scaling.report.measures import Direction, Measure, direction_of
+
+WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
+PARTS = 10  # a run diverged if the middle loss of its last tenth is above all losses of its first tenth
+
+Lines = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What ``plan.json`` and ``config.yaml`` say. A value that they lack is None.
+
+    Attributes:
+        steps, samples: of the whole run.
+        science: the dotted keys that make the run what it is, except the seed.
+        given: the keys that the user gave.
+    """
+
+    identity: str | None = None
+    task: str | None = None
+    optimizer: str | None = None
+    global_size: int | None = None
+    per_gpu: int | None = None
+    world_size: int | None = None
+    lr_peak: float | None = None
+    seed: int | None = None
+    steps: int | None = None
+    samples: int | None = None
+    science: dict[str, Any] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run got.
+
+    Attributes:
+        step, samples: completed.
+        time_s: seconds of training; None if an earlier version recorded the run.
+        samples_per_s: samples over ``time_s``; without a time the middle one of the logged speeds.
+        eta_s: seconds to the end at the last logged speed; only while running.
+        diverged: the loss became non-finite, or ended above its start.
+    """
+
+    step: int
+    samples: int
+    time_s: float | None
+    samples_per_s: float | None
+    eta_s: float | None
+    diverged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Describe a run from its directory.
+
+    Attributes:
+        state: the state in ``outcome.json``; ``queued``: a job waits; ``died``: the outcome is ``running``, but no
+            process works on the run; ``damaged``: a file is invalid, and ``cause`` names it; ``—``: no outcome.
+        recorded: the state in ``outcome.json``, or ``—``.
+        cause: why the run last stopped; ``damage``: the problem of a damaged file, which other fields leave out.
+        job: the last Slurm job submitted for the run or working on it; ``queue``: its state; None: the job is over.
+        loss: the last finite loss; ``evaluation``: the values of the last evaluation by name.
+        measures: the loss and the values that the task measures, by name.
+    """
+
+    directory: str
+    state: str
+    recorded: str
+    cause: str | None
+    damage: str | None
+    job: str | None
+    queue: str | None
+    recipe: Recipe
+    done: Progress
+    loss: float | None
+    evaluation: dict[str, float | None]
+    measures: dict[str, Measure]
+    curves: Curves = field(repr=False)
+    events: Lines = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run as plain values: all of ``action=runs output=json``, and an entry of ``report.json``."""
+        recipe, done = asdict(self.recipe), asdict(self.done)
+        planned = {"planned_steps": recipe.pop("steps"), "planned_samples": recipe.pop("samples")}
+        settings = {key: recipe["science"].get(key) for key in recipe["given"] if key in recipe["science"]}
+        del recipe["science"], recipe["given"]
+        told = {name: getattr(self, name) for name in ("directory", "state", "cause", "job", "queue")}
+        done["steps"] = done.pop("step")
+        measures = {name: measure.summary() for name, measure in self.measures.items()}
+        return {**told, **recipe, **planned, **done, "settings": settings, "metrics": measures}
+
+
+def read(
+    directory: Path,
+    works: bool = False,
+    queue: Mapping[str, str] | None = None,
+    directions: Mapping[str, Direction] | None = None,
+) -> Run:
+    """Read the run in ``directory``.
+
+    Args:
+        works: a launch is working on the run now.
+        queue: Slurm's states of unfinished jobs, by id.
+        directions: which direction of a measure is better, where its name isn't to tell.
+    """
+    files = read_run(directory)
+    events = files.events
+    jobs = [str(event["job"]) for event in events if event.get("event") in ("submitted", "start") and "job" in event]
+    waits = (queue or {}).get(jobs[-1]) if jobs else None
+    recorded = state = str(files.outcome.state) if files.outcome else "—"
+    if waits and waits.startswith("PENDING"):
+        state = "queued"
+    elif state == "running" and not works:
+        state = "died"
+        events = [*events, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # which the next start will record
+    causes = [event["cause"] for event in events if event.get("event") in ENDS and event.get("cause")]
+    return Run(
+        directory=str(directory),
+        state="damaged" if files.damage else state,
+        recorded=recorded,
+        cause=files.damage or (causes[-1] if causes else None),
+        damage=files.damage,
+        job=jobs[-1] if jobs else None,
+        queue=waits,
+        recipe=_recipe(files.plan, directory),
+        done=_progress(files, running=state == "running"),
+        loss=next((line["loss"] for line in reversed(files.metrics) if line.get("loss") is not None), None),
+        evaluation=_evaluation(files.metrics),
+        measures=_measures(files.metrics, directions or {}),
+        curves=curves_of(files.metrics),
+        events=files.events,
+    )
+
+
+def _recipe(plan: Mapping[str, Any], directory: Path) -> Recipe:
+    config: Any = None
+    with suppress(FileNotFoundError, Unreadable):
+        config = read_yaml(directory / "config.yaml")
+    config = config if isinstance(config, dict) else {}
+    given = config.get("given")
+    science = {key: value for key, value in science_of(config).items() if key not in ("seed", "format")}
+    optimizer = plan.get("optimizer")
+    names = {"identity": plan.get("identity"), "task": plan.get("task")}
+    counts = {name: plan.get(name) for name in ("global_size", "per_gpu", "world_size", "seed", "steps", "samples")}
+    return Recipe(
+        **{name: value if isinstance(value, str) else None for name, value in names.items()},
+        optimizer=str(optimizer["name"]) if isinstance(optimizer, dict) and "name" in optimizer else None,
+        lr_peak=plan.get("lr", {}).get("peak"),
+        **{name: value if type(value) is int else None for name, value in counts.items()},
+        science=science,
+        given=tuple(map(str, given)) if isinstance(given, list) else (),
+    )
+
+
+def _progress(files: RunFiles, running: bool) -> Progress:
+    logged = [line for line in files.metrics if "loss" in line]
+    last, end = logged[-1] if logged else {}, files.metrics[-1] if files.metrics else {}
+    ended = files.outcome
+    samples = max(ended.samples if ended else 0, end.get("samples", 0))
+    seconds = next((line["time_s"] for line in reversed(files.metrics) if line.get("time_s") is not None), None)
+    speeds = [line["samples_per_s"] for line in logged if line.get("samples_per_s")]
+    planned, pace = files.plan.get("samples"), last.get("samples_per_s") if running else None
+    left = None if planned is None or "samples" not in last else planned - last["samples"]
+    return Progress(
+        step=max(ended.step if ended else 0, end.get("step", 0)),
+        samples=samples,
+        time_s=seconds,
+        samples_per_s=end["samples"] / seconds if seconds and "samples" in end else _middle(speeds),
+        eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
+        diverged=_diverged([line["loss"] for line in logged]),
+    )
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _diverged(losses: Sequence[float | None]) -> bool:
+    """Return whether the last loss isn't finite, or the loss ended above its start."""
+    if not losses or losses[-1] is None:
+        return bool(losses)
+    part = max(1, len(losses) // PARTS)
+    start = [loss for loss in losses[:part] if loss is not None]
+    end = _middle([loss for loss in losses[-part:] if loss is not None])
+    return len(losses) > 1 and bool(start) and end is not None and end > max(start)
+
+
+def _evaluation(lines: Lines) -> dict[str, float | None]:
+    """Return the values of the last evaluation, by name."""
+    for line in reversed(lines):
+        if values := {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))}:
+            return values
+    return {}
+
+
+def _measures(lines: Lines, directions: Mapping[str, Direction]) -> dict[str, Measure]:
+    """Return the measures of a run's lines: the loss first, then those of evaluations and of training."""
+    found: dict[str, Measure] = {}
+    names_of: dict[tuple[str, ...], list[str]] = {}
+    for line in lines:
+        keys = tuple(line)
+        if keys not in names_of:
+            names_of[keys] = [key for key in keys if key == "loss" or key.startswith(MEASURES)]
+            for name in names_of[keys]:
+                found.setdefault(name, Measure(directions.get(name) or direction_of(name)))
+        for name in names_of[keys]:
+            found[name].add(line[name], line.get("step", 0), line.get("samples", 0), line.get("time_s"))
+    return dict(sorted(found.items(), key=lambda pair: (pair[0] != "loss", pair[0].startswith("train/"))))
