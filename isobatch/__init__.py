@@ -6,9 +6,9 @@ The Python API is in ``isobatch/api.py``. Importing it costs time, so that happe
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isobatch.api import Result, UserError, history, load, plan, train
+    from isobatch.api import Report, Result, UserError, history, load, plan, report, train
 
-__all__ = ["Result", "UserError", "history", "load", "plan", "train"]
+__all__ = ["Report", "Result", "UserError", "history", "load", "plan", "report", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -154,10 +154,7 @@ def report(config: RunConfig) -> int:
 
     states = {job: str(one) for job, one in _jobs().items()}
     made = make_report(config.run.directories or ["runs"], config.report, states)
-    if config.output == "json":
-        answer((made.directory / "report.json").read_text(), end="")
-    else:
-        answer(f"{made}\n\nwritten to {made.directory}: {', '.join(made.files)}")
+    answer(made.json if config.output == "json" else f"{made}\n\nwritten to {made.directory}: {', '.join(made.files)}")
     return 0
 
 

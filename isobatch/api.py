@@ -30,6 +30,7 @@ from isobatch.conf.rundir.files import holds_run, read_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.report.compare.comparison import Report
 from isobatch.trainers.launch.start import process_kept, run_here
 from isobatch.trainers.launch.worker import import_torch
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
 
-__all__ = ["Result", "UserError", "history", "load", "plan", "train"]
+__all__ = ["Report", "Result", "UserError", "history", "load", "plan", "report", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,25 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
 def history(directory: str | Path) -> list[dict[str, Any]]:
     """Return the lines of the run's ``metrics.jsonl``."""
     return read_run(Path(directory).expanduser()).metrics
+
+
+def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> Report:
+    """Compare runs, and write tables, plots and a page, as ``action=report`` does.
+
+    Args:
+        directories: a run directory, a sweep, a folder of runs, or several of these.
+        overrides: such as ``"report.target=val/accuracy>=0.97"`` or ``"report.dir=here"``.
+
+    Returns:
+        The report: ``print`` shows its table, ``directory`` is where its files are.
+
+    Raises:
+        UserError: a folder holds no runs, or an override isn't valid.
+    """
+    from isobatch.scaling.report.compare.make import make_report
+
+    roots = [directories] if isinstance(directories, str | Path) else directories
+    return make_report(list(map(str, roots)), configured([*overrides, "action=report"]).report)
 
 
 def _task_words(task: type | str | None, overrides: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scaling",),  # its own files, without its folders
     ("conf",),
     ("scaling.planning",),
+    ("scaling.tuning",),
     ("scaling.report",),
     ("trainers.ranks",),
     ("trainers.tensors",),

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Direction = Literal["min", "max"]
-LOWER = (
-    "loss error err perplexity ppl nll ce mse mae rmse wer cer ter fid kl bpb bpc bits distance regret"  # is better
-)
+LOWER = "loss error err perplexity ppl nll ce mse mae rmse wer cer ter fid kl bpb bpc bits distance regret"  # is better
 HIGHER = (
     "accuracy acc top1 top5 f1 auc auroc auprc ap map iou miou dice bleu rouge chrf r2 precision recall mcc score "
     "reward return success psnr ssim elo"
 )
-WORDS: dict[str, Direction] = {word: "max" for word in HIGHER.split()} | {word: "min" for word in LOWER.split()}
+WORDS: dict[str, Direction] = {**dict.fromkeys(HIGHER.split(), "max"), **dict.fromkeys(LOWER.split(), "min")}
 
 
 def direction_of(name: str) -> Direction | None:

@@ -17,6 +17,10 @@ CAUSE_CHARS = 60  # of a cause in a table
 LEAST_CHARS = 12  # of a column of text
 
 
+class Figure(str):
+    """The text of a number, which a table aligns as one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """Hold the progress of a run, or how it ended.
@@ -43,7 +47,7 @@ class Result:
     per_gpu: tuple[int, int] | None = None
     time_s: float | None = None
     samples_per_s: float | None = None
-    cause: str | None = None
+    cause: str | None = field(default=None, compare=False)
     damage: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -119,38 +123,38 @@ def plan_row(plan: Plan) -> dict[str, Any]:
     }
 
 
-def grid(rows: Sequence[dict[str, Any]], width: int = 0) -> str:
+def grid(
+    rows: Sequence[dict[str, Any]], width: int = 0, optional: Sequence[str] = (), shortened: Sequence[str] = ()
+) -> str:
     """Format rows as columns under their names, in order of first appearance; numbers are right-aligned.
 
     Args:
-        width: the most characters of a line, which text is shortened for; 0: any.
+        width: the most characters of a line, if that can be reached; 0: any.
+        optional: columns that are left out for it, in this order; then those of ``shortened`` lose their middle.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[one_line(name) for name in names]] + [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
-    if width:
-        widths = _narrowed(widths, right, width - 2 * (len(names) - 1))
-    return "\n".join(
+    texts = {name: [one_line(name), *(_cell(row.get(name)) for row in rows)] for name in names}
+    widths = {name: max(map(len, texts[name])) for name in names}
+    for name in (*optional, *shortened) if width else ():
+        over = sum(widths.values()) + 2 * (len(widths) - 1) - width
+        if over > 0 and name in widths and name in optional:
+            del widths[name]
+        elif over > 0 and name in widths:
+            widths[name] = max(min(LEAST_CHARS, widths[name]), widths[name] - over)
+    right = {name: all(isinstance(row.get(name), int | float | Figure | None) for row in rows) for name in widths}
+    lines = [
         "  ".join(
-            text.rjust(w) if r else _cut(text, w).ljust(w) for text, w, r in zip(line, widths, right, strict=True)
+            texts[name][row].rjust(w) if right[name] else cut(texts[name][row], w).ljust(w)
+            for name, w in widths.items()
         ).rstrip()
-        for line in cells
-    )
+        for row in range(len(rows) + 1)
+    ]
+    if left_out := [name for name in names if name not in widths]:
+        lines.append(f"(too narrow for {', '.join(left_out)}; output=json has everything)")
+    return "\n".join(lines)
 
 
-def _narrowed(widths: Sequence[int], right: Sequence[bool], most: int) -> list[int]:
-    """Return widths of columns whose sum is at most ``most``, if the widest columns of text can give that much."""
-    found = list(widths)
-    while sum(found) > most:
-        text = [column for column, is_number in enumerate(right) if not is_number and found[column] > LEAST_CHARS]
-        if not text:
-            break
-        found[max(text, key=found.__getitem__)] -= 1
-    return found
-
-
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
     """Return ``text`` with its middle left out if it is wider than ``width``."""
     if len(text) <= width:
         return text

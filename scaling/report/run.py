@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -158,16 +157,28 @@ def _recipe(plan: Mapping[str, Any], directory: Path) -> Recipe:
     given = config.get("given")
     science = {key: value for key, value in science_of(config).items() if key not in ("seed", "format")}
     optimizer = plan.get("optimizer")
-    names = {"identity": plan.get("identity"), "task": plan.get("task")}
-    counts = {name: plan.get(name) for name in ("global_size", "per_gpu", "world_size", "seed", "steps", "samples")}
     return Recipe(
-        **{name: value if isinstance(value, str) else None for name, value in names.items()},
-        optimizer=str(optimizer["name"]) if isinstance(optimizer, dict) and "name" in optimizer else None,
+        identity=_text(plan, "identity"),
+        task=_text(plan, "task"),
+        optimizer=_text(optimizer, "name") if isinstance(optimizer, dict) else None,
+        global_size=_count(plan, "global_size"),
+        per_gpu=_count(plan, "per_gpu"),
+        world_size=_count(plan, "world_size"),
         lr_peak=plan.get("lr", {}).get("peak"),
-        **{name: value if type(value) is int else None for name, value in counts.items()},
+        seed=_count(plan, "seed"),
+        steps=plan.get("steps"),
+        samples=plan.get("samples"),
         science=science,
         given=tuple(map(str, given)) if isinstance(given, list) else (),
     )
+
+
+def _text(content: Mapping[str, Any], name: str) -> str | None:
+    return value if isinstance(value := content.get(name), str) else None
+
+
+def _count(content: Mapping[str, Any], name: str) -> int | None:
+    return value if type(value := content.get(name)) is int else None
 
 
 def _progress(files: RunFiles, running: bool) -> Progress:

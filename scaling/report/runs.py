@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.lock import works
-from isobatch.scaling.report.result import clock, grid, rounded, shortened
+from isobatch.scaling.report.result import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.run import Run, read
 from isobatch.scaling.report.select import chosen
 
@@ -54,7 +54,12 @@ def listing(
     width = shutil.get_terminal_size((0, 0)).columns  # 0 where the output isn't a terminal
     rows = list(map(cells, runs))
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
-    return grid([{name: cell for name, cell in row.items() if name not in empty} for row in rows], width)
+    shown = [{name: cell for name, cell in row.items() if name not in empty} for row in rows]
+    measured = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(("val/", "ema/"))
+    ]
+    optional = ("job", "ETA", *measured[:1:-1], "peak LR", "time", "samples/s", *measured[1::-1], "batch")
+    return grid(shown, width, optional, shortened=("stopped last by", "run"))
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -70,15 +75,14 @@ def cells(run: Run) -> dict[str, Any]:
     return {
         "run": run.directory,
         "state": f"{run.state}, diverged" if done.diverged else run.state,
-        "step": f"{done.step:,}/{'?' if total is None else f'{total:,}'}",
+        "step": Figure(f"{done.step:,}/{'?' if total is None else f'{total:,}'}"),
         "batch": recipe.global_size,
         "peak LR": recipe.lr_peak,
         "loss": run.loss,
         **run.evaluation,
         "samples/s": rounded(done.samples_per_s),
-        "time": None if done.time_s is None else clock(done.time_s),
-        "ETA": None if done.eta_s is None else clock(done.eta_s),
+        "time": None if done.time_s is None else Figure(clock(done.time_s)),
+        "ETA": None if done.eta_s is None else Figure(clock(done.eta_s)),
         "job": run.job and f"{run.job} {run.queue or 'over'}",
         "stopped last by": run.cause and shortened(run.cause),
     }
-

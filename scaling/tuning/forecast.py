@@ -81,7 +81,7 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
 
 
 def _growth(batch: float, critical: float, power: float) -> float:
-    return (1 + (batch / critical) ** power) ** (1 / power)
+    return float((1 + (batch / critical) ** power) ** (1 / power))
 
 
 def _level(points: Sequence[tuple[float, float]], critical: float, power: float) -> float:

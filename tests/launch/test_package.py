@@ -96,7 +96,7 @@ def _use(installed: Path, command: list[str], folder: Path) -> str:
 def test_the_wheel_has_every_file_and_no_other_package(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    kinds = {".c", ".py", ".sbatch", ".yaml"}
+    kinds = {".c", ".html", ".js", ".py", ".sbatch", ".yaml"}
     ours = [path for top in PARTS[:5] for path in (ROOT / top).rglob("*") if path.suffix in kinds and path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in ours if "__pycache__" not in path.parts}
     assert names == {name if name.startswith("isobatch/") else f"isobatch/{name}" for name in expected} | {

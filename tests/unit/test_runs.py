@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import pytest
 
 from isobatch.conf.rundir.files import last_step
 from isobatch.scaling.report.result import grid, result
-from isobatch.scaling.report.runs import directories, row
+from isobatch.scaling.report.run import read
+from isobatch.scaling.report.runs import as_json, cells, directories
 
 PLAN = {"steps": 100, "samples": 6400}
 SUBMITTED = {"event": "submitted", "job": "7"}
@@ -42,12 +42,12 @@ def test_runs_are_found_in_a_folder_and_in_its_sweeps(tmp_path: Path) -> None:
 
 def test_a_working_run_shows_when_it_will_finish(tmp_path: Path) -> None:
     lines = [{"step": 50, "samples": 3200, "loss": 0.5, "samples_per_s": 10.0}, {"step": 50, "val/loss": 0.4}]
-    found = row(make(tmp_path / "r", "running", [], lines), works=True, queue={})
-    assert (found.state, found.step, found.steps, found.loss) == ("running", 50, 100, 0.5)
-    assert (found.samples_per_s, found.eta_s) == (10.0, 320.0)
-    assert "0:05:20" in grid([found.cells()])
-    died = row(tmp_path / "r", works=False, queue={})
-    assert (died.state, died.samples_per_s, died.eta_s) == ("died", None, None)
+    found = read(make(tmp_path / "r", "running", [], lines), works=True)
+    assert (found.state, found.done.step, found.recipe.steps, found.loss) == ("running", 50, 100, 0.5)
+    assert (found.done.samples_per_s, found.done.eta_s) == (10.0, 320.0)
+    assert "0:05:20" in grid([cells(found)])
+    died = read(tmp_path / "r", works=False)
+    assert (died.state, died.done.eta_s) == ("died", None)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_a_working_run_shows_when_it_will_finish(tmp_path: Path) -> None:
 def test_a_run_shows_its_state_in_the_queue(
     tmp_path: Path, state: str | None, queue: dict[str, str], shown: str
 ) -> None:
-    found = row(make(tmp_path / "r", state, [SUBMITTED], []), works=False, queue=queue)
+    found = read(make(tmp_path / "r", state, [SUBMITTED], []), works=False, queue=queue)
     assert found.state == shown
     assert found.job == "7"
     assert found.queue == queue.get("7")
-    assert (f"7 {queue['7']}" if "7" in queue else "7 over") in grid([found.cells()])
+    assert (f"7 {queue['7']}" if "7" in queue else "7 over") in grid([cells(found)])
 
 
 DEEP = "[" * 100_000
@@ -106,11 +106,11 @@ def test_a_damaged_file_is_shown_in_its_runs_row_and_the_list_is_complete(
     file = tmp_path / "b" / name
     file.unlink()
     DAMAGE[damage](file)
-    found = [row(run, works=False, queue={}) for run in directories(tmp_path)]
+    found = [read(run) for run in directories(tmp_path)]
     assert [each.state for each in found] == ["stopped", "damaged", "stopped"]
     assert name in (found[1].cause or "")
-    assert "damaged" in grid([each.cells() for each in found])
-    json.loads(json.dumps([asdict(each) for each in found], allow_nan=False))
+    assert "damaged" in grid(list(map(cells, found)))
+    json.loads(json.dumps(list(map(as_json, found)), allow_nan=False))
     assert f"damaged: {name}" in str(result(tmp_path / "b"))
 
 
@@ -120,7 +120,7 @@ def test_a_value_of_another_type_is_damage(tmp_path: Path, name: str, value: Any
     run = whole(tmp_path / "a")
     line = json.loads((run / name).read_text().splitlines()[-1])
     (run / name).write_text(json.dumps(line | {FIELDS[name]: value}).replace("Infinity", "1e999") + "\n")
-    found = row(run, works=True, queue={})
+    found = read(run, works=True, queue={})
     assert found.state == "damaged"
     assert found.cause
     assert FIELDS[name] in found.cause
@@ -132,7 +132,7 @@ def test_a_line_being_written_is_no_damage(tmp_path: Path) -> None:
     run = whole(tmp_path / "a")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "sam')
-    assert row(run, works=False, queue={}).state == "stopped"
+    assert read(run).state == "stopped"
 
 
 def test_the_cause_of_the_last_stop_is_shown(tmp_path: Path) -> None:
@@ -144,6 +144,6 @@ def test_the_cause_of_the_last_stop_is_shown(tmp_path: Path) -> None:
         },
         {"event": "start"},
     ]
-    found = row(make(tmp_path / "r", "stopped", events, []), works=False, queue={})
+    found = read(make(tmp_path / "r", "stopped", events, []), works=False, queue={})
     assert found.cause == events[1]["cause"]
-    assert found.cells()["stopped last by"] == f"{events[1]['cause'][:60]}…"
+    assert cells(found)["stopped last by"] == f"{events[1]['cause'][:60]}…"

@@ -48,7 +48,7 @@ class Comparison:
 
     def ranked(self) -> list[tuple[Group, Spread]]:
         """Return the groups that have a value of the metric at the end, the best first."""
-        known = [(group, values.last) for group, values in self.pairs() if values.last]
+        known = [(group, values.last) for group, values in self.pairs() if values.last and not values.open]
         most = self.metric is not None and self.metric.direction == "max"
         return sorted(known, key=lambda pair: pair[1].mean, reverse=most)
 
@@ -72,7 +72,7 @@ class Report:
 
     Attributes:
         warnings: what to know before believing the tables.
-        text: the report as a table for the terminal, which ``print(report)`` shows.
+        text: the report as a table for the terminal, which ``print(report)`` shows; ``json``: that of report.json.
         directory: where it was written; None if it wasn't. ``files``: the names of its files there.
     """
 
@@ -80,6 +80,7 @@ class Report:
     comparisons: list[Comparison]
     warnings: list[str]
     text: str = ""
+    json: str = ""
     directory: Path | None = None
     files: list[str] = field(default_factory=list)
 

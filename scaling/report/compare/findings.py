@@ -50,7 +50,9 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
     how = f"Welch's t-test, {value.n} and {other.n} seeds"
     if half >= ahead:
         alike = [group.label for group, one in ranked[1:] if not _apart(value, one)]
-        interval = f"the difference of {number(ahead)} has the 95 % interval {number(ahead - half)} to {number(ahead + half)}"
+        interval = (
+            f"the difference of {number(ahead)} has the 95 % interval {number(ahead - half)} to {number(ahead + half)}"
+        )
         return f"{found}, which can't be told apart from {listed(alike)}: against the second, {interval} ({how})"
     picked = f"; it was picked among {len(ranked)} groups, which flatters it" if len(ranked) > 2 else ""
     interval = f"95 % interval {number(ahead - half)} to {number(ahead + half)}"
@@ -122,7 +124,8 @@ def _edges(comparison: Comparison) -> Iterator[str]:
         if len(batches) > 1 and best.global_size in (batches[0], batches[-1]):
             side = ("smallest", "smaller") if best.global_size == batches[0] else ("largest", "larger")
             tried = listed([f"{batch:,}" for batch in batches], 6)
-            yield f"{named}the best batch, {best.global_size:,}, is the {side[0]} of {tried}: a {side[1]} one may be better"
+            found = f"the best batch, {best.global_size:,}, is the {side[0]} of {tried}"
+            yield f"{named}{found}: a {side[1]} one may be better"
         at_edge = []
         for batch in batches:
             of_batch = [group for group in members if group.global_size == batch]
@@ -131,7 +134,8 @@ def _edges(comparison: Comparison) -> Iterator[str]:
                 side_of_lr = "smallest" if of_batch[0].lr == lrs[0] else "largest"
                 at_edge.append(f"{of_batch[0].lr:.4g} (the {side_of_lr}) at batch {batch:,}")
         if at_edge:
-            yield f"{named}the best LR lies on the edge of the tried ones, so a better one may lie beyond: {listed(at_edge)}"
+            where = listed(at_edge)
+            yield f"{named}the best LR lies on the edge of the tried ones, so a better one may lie beyond: {where}"
 
 
 def _unreached(comparison: Comparison) -> Iterator[str]:
@@ -143,7 +147,8 @@ def _unreached(comparison: Comparison) -> Iterator[str]:
         if group.counted and values.reached < len(group.counted)
     ]
     if missed:
-        yield f"{comparison.target} wasn't reached by all runs of {listed(missed)}, so these have no steps to the target"
+        without = f"not all runs of {listed(missed)} reached {comparison.target}"
+        yield f"{without}, so these groups have no steps to the target"
 
 
 def _hardware(comparison: Comparison) -> Iterator[str]:

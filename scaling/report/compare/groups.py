@@ -105,7 +105,9 @@ def _labels(runs: Sequence[Run], families: Sequence[str], lrs: Sequence[float | 
     """Return the label of each group: its batch, its LR where a batch has several, and its family."""
     batches = [run.recipe.global_size for run in runs]
     places = list(zip(families, batches, strict=True))
-    several = {place for place in places if len({lr for other, lr in zip(places, lrs, strict=True) if other == place}) > 1}
+    several = {
+        place for place in places if len({lr for other, lr in zip(places, lrs, strict=True) if other == place}) > 1
+    }
     labels = []
     for place, lr in zip(places, lrs, strict=True):
         batch = "" if place[1] is None else f"batch {place[1]:,}"

@@ -30,7 +30,8 @@ def parse_metric(text: str) -> tuple[str, Direction | None]:
     if not match:
         problem = f"report.metric={text!r:.200} isn't the name of a measure"
         raise UserError(problem, "write it as in val/accuracy or val/score:max", "report.metric", text)
-    return match[1], match[2] and ("min" if match[2] == "min" else "max")
+    direction: Direction | None = "min" if match[2] == "min" else "max" if match[2] else None
+    return match[1], direction
 
 
 def parse_target(text: str) -> Target:
@@ -56,7 +57,10 @@ def directions_asked(metric: str | None, target: str | None) -> dict[str, Direct
 
 def refuse_unknown(runs: Sequence[Run], metric: str | None, target: str | None) -> None:
     """Raise UserError if no run has the measure that is asked for, or if it isn't known which direction is better."""
-    wanted = {"report.metric": metric and parse_metric(metric)[0], "report.target": target and parse_target(target).name}
+    wanted = {
+        "report.metric": metric and parse_metric(metric)[0],
+        "report.target": target and parse_target(target).name,
+    }
     for key, name in wanted.items():
         known = sorted({known for run in runs for known in run.measures})
         if name and known and name not in known:
@@ -65,7 +69,9 @@ def refuse_unknown(runs: Sequence[Run], metric: str | None, target: str | None) 
             raise UserError(f"{key}: no run has measured {name}", f"{near}there are {there}", key, name)
     if metric and not target and None in parse_metric(metric) and direction_of(parse_metric(metric)[0]) is None:
         fix = f"say which is better: report.metric={metric}:max or {metric}:min"
-        raise UserError(f"report.metric={metric}: its name doesn't tell whether more is better", fix, "report.metric", metric)
+        raise UserError(
+            f"report.metric={metric}: its name doesn't tell whether more is better", fix, "report.metric", metric
+        )
 
 
 def metric_of(runs: Sequence[Run], asked: str | None) -> Metric | None:

@@ -73,7 +73,11 @@ def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, se
         parts.append(f'<p class="soft">Bold: the best of its column{_text(target_line(comparison))}.</p>')
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
     for number_of_picture, picture in enumerate(pictures):
-        parts += [f"<h3>{_text(picture.title)}</h3>", f'<p class="soft">{_text(picture.about)}</p>', '<div class="grid">']
+        parts += [
+            f"<h3>{_text(picture.title)}</h3>",
+            f'<p class="soft">{_text(picture.about)}</p>',
+            '<div class="grid">',
+        ]
         for number_of_panel, panel in enumerate(picture.panels):
             plot = (
                 f'<div class="plot" data-picture="{number_of_picture}" data-panel="{number_of_panel}"></div>'

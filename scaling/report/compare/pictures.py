@@ -11,7 +11,6 @@ from isobatch.scaling.report.compare.comparison import Comparison
 from isobatch.scaling.report.compare.groups import Group, run_label
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import spread
-from isobatch.scaling.report.run import Run
 from isobatch.scaling.tuning.spread import Spread
 
 Column = list[float | None]
@@ -118,7 +117,7 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
 
 
 def _losses(comparison: Comparison) -> Picture:
-    about = "Small batches win by steps late and by samples early: compare where the curves change places."
+    about = "The same runs by steps, by samples and by time: look for where small and large batches change places."
     panels = [
         Panel(f"Loss by {label}", label, "training loss", *_log(curves), curves)
         for axis, label in AXES.items()
@@ -253,12 +252,18 @@ def _targets(comparison: Comparison) -> Picture:
         if curves:
             title = f"{unit.capitalize()} to {comparison.target}"
             panels.append(Panel(title, "global batch in samples", f"{unit} to the target", True, True, curves))
-    curves = list(_by(comparison, gets["seconds"], lambda _, values: values.to_samples and values.to_samples.mean))
+    curves = list(_by(comparison, gets["seconds"], lambda _, values: _mean(values.to_samples)))
     if curves:
         labelled = [_with_texts(curve) for curve in curves]
-        panels.append(Panel("Time against samples", "samples to the target", "seconds to the target", True, True, labelled))
+        panels.append(
+            Panel("Time against samples", "samples to the target", "seconds to the target", True, True, labelled)
+        )
     about = "Down is better. In the last panel, a group is worth choosing if no other is both left of it and below it."
     return Picture("target", f"To {comparison.target}", about, panels)
+
+
+def _mean(value: Spread | None) -> float | None:
+    return None if value is None else value.mean
 
 
 def _with_texts(curve: Curve) -> Curve:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.pictures import Curve, Heat, Panel, Picture, Style
+from isobatch.scaling.report.result import cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, COLUMNS = 5.6, 3.7, 2  # inches of a panel, and panels beside each other
+WIDTH, HEIGHT = 5.2, 3.5  # inches of a panel, without the labels at the ends of its curves
+LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.15, 0.35, 0.55  # inches around its axes
+CHAR, MOST_CHARS = 0.062, 34  # inches of a label's character, and characters of a label
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT = "#222222", "#8a8a8a"
 LABEL_GAP = 0.055  # between labels at the ends of curves, as a share of the axis
@@ -27,22 +30,24 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, len(picture.panels))
+    columns = len(picture.panels) if len(picture.panels) <= 3 else 2
     rows = math.ceil(len(picture.panels) / columns)
-    settings = {
+    settings: Any = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
         "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
         "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "svg.hashsalt": picture.name,
         "axes.titlesize": 10, "axes.titlelocation": "left", "text.parse_math": False, "svg.fonttype": "none",
     }  # fmt: skip
     with rc_context(settings):
-        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
+        labels = [len(curve.label) for panel in picture.panels for curve in panel.curves]
+        inches = WIDTH + min(max(labels, default=0), MOST_CHARS) * CHAR, HEIGHT
+        figure = Figure(figsize=(inches[0] * columns, inches[1] * rows))
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for place, panel in zip(axes, picture.panels, strict=False):
-            _draw_panel(place, panel, styles)
-        for place in axes[len(picture.panels) :]:
-            place.set_visible(False)
+        for number, panel in enumerate(picture.panels):
+            row, column = divmod(number, columns)
+            x, y = column * inches[0] + LEFT, (rows - 1 - row) * HEIGHT + BOTTOM
+            box = (x / inches[0] / columns, y / HEIGHT / rows, (WIDTH - LEFT - RIGHT) / inches[0] / columns)
+            _draw_panel(figure.add_axes((*box, (HEIGHT - BOTTOM - TOP) / HEIGHT / rows)), panel, styles)
         return {"png": _saved(figure, "png"), "svg": _saved(figure, "svg")}
 
 
@@ -73,13 +78,17 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style]) -> None:
 
 def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style], number: int) -> None:
     style = styles[curve.group] if curve.group is not None else None
-    colour, dash = (style.colour.light, DASHES[style.dash % len(DASHES)]) if style else (INK, DASHES[number % len(DASHES)])
+    colour, dash = (
+        (style.colour.light, DASHES[style.dash % len(DASHES)]) if style else (INK, DASHES[number % len(DASHES)])
+    )
     xs, ys = _finite(curve.x), _finite(curve.y)
     if curve.kind == "guide":
         axes.plot(xs, ys, color=FAINT, linestyle="--", linewidth=1)
         return
     if curve.kind == "points":
-        axes.plot(xs, ys, "o", color=colour, markersize=4 if style else 6, alpha=0.45 if style else 1, markeredgewidth=0)
+        axes.plot(
+            xs, ys, "o", color=colour, markersize=4 if style else 6, alpha=0.45 if style else 1, markeredgewidth=0
+        )
     else:
         drawn = "steps-post" if curve.kind == "step" else "default"
         marker = "o" if curve.kind == "both" else None
@@ -119,31 +128,45 @@ def _tick(value: float) -> str:
 
 def _label_ends(axes: Axes, curves: Sequence[Curve], styles: Sequence[Style]) -> None:
     """Write the label of each curve at its end, moved apart where they would overlap."""
-    ends = []
-    for curve in curves:
-        points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None]
-        if points:
-            x, y = points[-1]
-            place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
-            colour = styles[curve.group].colour.light if curve.group is not None else INK
-            ends.append([float(place[1]), x, y, curve.label, colour])
-    ends = sorted(ends, key=lambda end: end[0])[:MOST_LABELS]
-    heights = [end[0] for end in ends]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + LABEL_GAP)
+    ends = sorted(end for curve in curves if (end := _end(axes, curve, styles)))[:MOST_LABELS]
+    heights: list[float] = []
+    for end in ends:
+        heights.append(max(end.height, heights[-1] + LABEL_GAP) if heights else end.height)
     over = max(0.0, heights[-1] - 1.0) if heights else 0.0
-    for height, (_, x, y, label, colour) in zip(heights, ends, strict=True):
+    for height, end in zip(heights, ends, strict=True):
+        line = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.4, "alpha": 0.5, "shrinkA": 0, "shrinkB": 1}
         axes.annotate(
-            one_line(label), (x, y), xytext=(1.015, height - over), textcoords="axes fraction", fontsize=7.5,
-            color=colour, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5, "shrinkA": 0, "shrinkB": 1},
+            cut(one_line(end.label), MOST_CHARS), (end.x, end.y), xytext=(1.015, height - over),
+            textcoords="axes fraction", fontsize=7.5, color=end.colour, va="center", annotation_clip=False,
+            arrowprops=line,
         )  # fmt: skip
+
+
+class _End(NamedTuple):
+    """The last point of a curve, and how high it is on the axes, from 0 to 1."""
+
+    height: float
+    x: float
+    y: float
+    label: str
+    colour: str
+
+
+def _end(axes: Axes, curve: Curve, styles: Sequence[Style]) -> _End | None:
+    points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None]
+    if not points:
+        return None
+    colour = INK if curve.group is None else styles[curve.group].colour.light
+    height = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
+    return _End(float(height), *points[-1], curve.label, colour)
 
 
 def _draw_heat(axes: Axes, heat: Heat) -> None:
     values = [[math.nan if value is None else value for value in row] for row in heat.values]
     axes.grid(visible=False)
-    image: Any = axes.imshow(values, cmap="cividis" if heat.more_is_better else "cividis_r", aspect="auto", origin="lower")
+    image: Any = axes.imshow(
+        values, cmap="cividis" if heat.more_is_better else "cividis_r", aspect="auto", origin="lower"
+    )
     axes.set_xticks(range(len(heat.columns)), heat.columns)
     axes.set_yticks(range(len(heat.rows)), heat.rows)
     for row, texts in enumerate(heat.texts):

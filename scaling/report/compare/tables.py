@@ -13,10 +13,10 @@ from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.groups import Group, why_not_counted
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, number, spread
-from isobatch.scaling.report.result import grid
+from isobatch.scaling.report.result import Figure, grid
 from isobatch.scaling.tuning.spread import Spread
 
-LOWEST = ("steps to it", "samples to it", "time to it")  # columns whose lowest value is the best
+LOWEST = ("steps to target", "samples to target", "time to target")  # columns whose lowest value is the best
 BEST_IN_TEXT = "{} *"
 
 
@@ -28,22 +28,26 @@ def rows_of(comparison: Comparison, mark: Callable[[str], str]) -> list[dict[str
     """
     name = comparison.metric.name if comparison.metric else "value"
     spreads = [_columns(values, name) for values in comparison.values]
-    best = {column: _best([one[column] for one in spreads], comparison, column) for column in (name, *LOWEST)}
+    compared = [one for one, values in zip(spreads, comparison.values, strict=True) if not values.open]
+    best = {column: _best([one[column] for one in compared], comparison, column) for column in (name, *LOWEST)}
     rows = []
-    for group, values in zip(comparison.groups, spreads, strict=True):
+    for group, values, is_open in zip(comparison.groups, spreads, (one.open for one in comparison.values), strict=True):
         texts = {column: value and _text(column, value) for column, value in values.items()}
+        if is_open:
+            texts = {column: text and f"({text})" for column, text in texts.items()}
         for column, place in best.items():
             if place is values[column] and (text := texts[column]) and len(comparison.groups) > 1:
                 texts[column] = mark(text)
-        rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **texts})
+        figures = {column: text and Figure(text) for column, text in texts.items()}
+        rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **figures})
     empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
     return [{column: cell for column, cell in row.items() if column not in empty} for row in rows]
 
 
 def _columns(values: Values, name: str) -> dict[str, Spread | None]:
     return {
-        name: values.last, f"best {name}": values.best, "steps to it": values.to_steps,
-        "samples to it": values.to_samples, "time to it": values.to_time_s, "samples/s": values.samples_per_s,
+        name: values.last, f"best {name}": values.best, "steps to target": values.to_steps,
+        "samples to target": values.to_samples, "time to target": values.to_time_s, "samples/s": values.samples_per_s,
         "time": values.time_s,
     }  # fmt: skip
 
@@ -57,7 +61,7 @@ def _best(spreads: list[Spread | None], comparison: Comparison, column: str) -> 
 def _text(column: str, value: Spread) -> str:
     if column.startswith("time"):
         return duration(value.mean)
-    return number(value.mean) if column == "samples/s" or column.endswith("to it") else spread(value)
+    return number(value.mean) if column == "samples/s" or column.endswith("to target") else spread(value)
 
 
 def _count(group: Group) -> str:
@@ -72,9 +76,13 @@ def text_of(report: Report, width: int = 0) -> str:
     parts = []
     for comparison in report.comparisons:
         parts.append(f"{one_line(comparison.task)}: {head(comparison)}")
-        parts.append(grid(rows_of(comparison, BEST_IN_TEXT.format), width))
-        if len(comparison.groups) > 1:
-            parts.append("* the best of its column" + target_line(comparison))
+        rows = rows_of(comparison, BEST_IN_TEXT.format)
+        columns = [name for row in rows[:1] for name in row][3:]
+        optional = ("time", "samples/s", *columns[1:2], "peak LR", *columns[2:])
+        parts.append(grid(rows, width, optional, shortened=("group",)))
+        notes = ["* the best of its column" + target_line(comparison)] if len(comparison.groups) > 1 else []
+        notes += ["(…) not finished, so not compared"] if any(values.open for values in comparison.values) else []
+        parts += ["; ".join(notes)] if notes else []
         parts += [f"  {one_line(text)}" for text in comparison.findings]
         parts.append("")
     parts += [f"warning: {one_line(text)}" for text in report.warnings]
@@ -93,11 +101,11 @@ def head(comparison: Comparison) -> str:
 
 
 def target_line(comparison: Comparison) -> str:
-    """Return what the columns "… to it" mean."""
+    """Return what the target is, and why."""
     if comparison.target is None:
         return ""
     why = "report.target" if comparison.target_given else "which every counted run reached; report.target sets another"
-    return f"; it: {one_line(str(comparison.target))} ({why})"
+    return f"; target: {one_line(str(comparison.target))} ({why})"
 
 
 def markdown_of(report: Report, pictures: dict[str, list[tuple[str, str]]]) -> str:

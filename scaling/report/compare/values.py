@@ -16,11 +16,13 @@ class Values:
     """The values of a group, over its counted runs. A Spread is None if no run has the value.
 
     Attributes:
+        open: no run is counted, so the values are those of runs that haven't finished; they are shown, not compared.
         last, best: of the measure, at the end and at each run's best evaluation.
         steps, samples, time_s: of the whole run; ``samples_per_s``: its speed.
         reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that took.
     """
 
+    open: bool
     last: Spread | None
     best: Spread | None
     steps: Spread | None
@@ -35,11 +37,12 @@ class Values:
 
 def values_of(group: Group, metric: Metric | None, target: Target | None) -> Values:
     """Return the values of a group."""
-    runs = group.counted
+    runs = group.counted or [run for run in group.runs if not run.done.diverged]
     measures = [run.measures[metric.name] for run in runs if metric and metric.name in run.measures]
     ends = [record for run in runs if target and (record := target.reached(run.measures))]
-    whole = len(ends) == len(runs)  # a mean over those that made it would be too good
+    whole = len(ends) == len(runs) and bool(group.counted)  # a mean over those that made it would be too good
     return Values(
+        open=not group.counted,
         last=_spread(one.last for one in measures),
         best=_spread(one.best and one.best.value for one in measures),
         steps=_spread(run.done.step for run in runs),

@@ -10,26 +10,27 @@ from isobatch.scaling.tuning.spread import Spread
 def number(value: float) -> str:
     """Return ``value`` with four significant digits, and with commas from 1,000 on.
 
-    >>> number(0.98765), number(12345.6), number(0.00001234)
-    ('0.9877', '12,350', '1.234e-05')
+    >>> number(0.98765), number(12345.6), number(0.00001234), number(-0.5)
+    ('0.9877', '12,350', '1.234e-05', '−0.5')
     """
-    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e15):
-        return f"{value:.4g}"
-    digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(value, digits):,.{max(0, digits)}f}" if digits > 0 else f"{round(value, digits):,.0f}"
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{value:.4g}" if value and not 1e-4 <= abs(value) < 1e15 else f"{round(value, digits):,.{max(0, digits)}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+    return text.replace("-", "−", 1) if value < 0 else text
 
 
 def spread(value: Spread) -> str:
     """Return a mean with its standard deviation, in the digits that the deviation supports.
 
     >>> spread(Spread(0.97312, 0.00213, 3)), spread(Spread(12345.6, 210.0, 3)), spread(Spread(0.5, None, 1))
-    ('0.9731 ± 0.0021', '12,350 ± 210', '0.5000')
+    ('0.9731 ± 0.0021', '12,350 ± 210', '0.5')
     """
     if not value.deviation:
         return number(value.mean)
     digits = 1 - math.floor(math.log10(value.deviation))
     shown = max(0, min(digits, 9))
-    return f"{round(value.mean, digits):,.{shown}f} ± {round(value.deviation, digits):,.{shown}f}"
+    mean = f"{round(value.mean, digits):,.{shown}f}".replace("-", "−")
+    return f"{mean} ± {round(value.deviation, digits):,.{shown}f}"
 
 
 def duration(seconds: float) -> str:

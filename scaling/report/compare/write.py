@@ -52,13 +52,14 @@ def write(report: Report, directory: Path) -> Report:
         report = replace(report, warnings=[*report.warnings, *missing], directory=directory)
         texts["report.md"] = markdown_of(report, pictures)
         texts["report.csv"] = csv_of(report)
-        texts["report.json"] = json.dumps(as_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        as_json = json.dumps(as_dict(report), indent=1, ensure_ascii=False, allow_nan=False)
+        texts["report.json"] = as_json + "\n"
         for name, text in texts.items():
             write_atomic(directory / name, text)
     except OSError as error:
         problem = f"the report can't be written to {directory}: {error.strerror or error}"
         raise UserError(problem, "name another folder by report.dir", "report.dir", str(directory)) from None
-    return replace(report, files=[*texts, *files])
+    return replace(report, json=as_json, files=[*texts, *files])
 
 
 def folder_of(roots: Sequence[str]) -> Path:
