@@ -13,6 +13,7 @@ import pytest
 
 from isobatch.conf.help import EXAMPLES
 from tests.support.harness import free_port
+from tests.support.runs import learned, write_run
 from tests.support.warm import Warm
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,7 +112,9 @@ def _check_shown_output(out: str) -> None:
 
 @pytest.mark.parametrize("command", HELP_EXAMPLES)
 def test_help_examples_run(command: str, tmp_path: Path) -> None:
-    """The README's task replaces the placeholder, and two processes replace four."""
+    """The README's task replaces the placeholder, and two processes replace four. Reports compare two runs."""
+    for name in ("a", "b") if "action=report" in command else ():
+        write_run(tmp_path / "runs" / name, learned(64, seed=0))
     command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
     command = f"{command} cluster.dry_run=true" if "slurm" in command else command
     process = run(command if "action=" in command else f"{command} duration=1ep", tmp_path)
