@@ -33,7 +33,7 @@ test-unit: install
 	nice -n 10 $(PYTEST) -p tests.support.no_torch tests/unit
 
 # Extras of pyproject.toml that only tests/tools uses.
-TOOLS := report,tools
+TOOLS := report,tensorboard,wandb,mlflow,trackio,tools
 
 test-tools: $(VENV)/.tools
 	$(PYTEST) tests/tools

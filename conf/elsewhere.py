@@ -67,6 +67,11 @@ _KEYS = {
     "evaluate.samples, which counts samples": "eval_iters limit_val_batches",
     "log.every=<50>st/%": "log logging_steps log_every_n_steps log_interval log.steps log.interval",
     "log.every=<1>ep": "log.epochs",
+    "log.to=wandb or log.to=tensorboard": "logger loggers report_to log_with tracker trackers",
+    "log.to=wandb": "wandb use_wandb",
+    "log.to=tensorboard": "tensorboard use_tensorboard",
+    "log.to=mlflow": "mlflow use_mlflow",
+    "log.to=wandb log.args.wandb.project=NAME": "wandb_project",
     "noise.every=<10>st/%": "noise noise.steps noise.interval",
     "ema=2000sa (its half-life)": "ema_decay use_ema",
     "on_nonfinite=skip": "skip_nan",
@@ -84,7 +89,6 @@ KEYS = {name: ours for ours, names in _KEYS.items() for name in names.split()}
 ABSENT = {
     name: instead
     for instead, names in {
-        "the run directory's metrics.jsonl has every logged line": "logger loggers report_to wandb tensorboard mlflow",
         "a run ends after its duration, and checkpoint.best=val/loss:min keeps the best checkpoint": "early_stopping "
         "early_stopping_patience patience",
     }.items()

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, mo
 
 from isobatch.conf.engines import AnyEngine
 from isobatch.conf.groups import Cluster, Optimizer
+from isobatch.conf.trackers import Log
 from isobatch.conf.types import (
     Dtype,
     Free,
@@ -111,7 +112,7 @@ class BatchNorm(Section):
     def _ghosts_have_a_size(self) -> BatchNorm:
         if self.mode == "ghost" and self.ghost_size is None:
             problem = "batchnorm.mode=ghost needs batchnorm.ghost_size, in samples"
-            raise UserError(problem, "give batchnorm.ghost_size=32, for example", "batchnorm.ghost_size")
+            raise UserError(problem, "give batchnorm.ghost_size=32, or the like", "batchnorm.ghost_size")
         if self.mode != "ghost" and self.ghost_size is not None:
             problem = f"batchnorm.ghost_size={self.ghost_size} is only used by batchnorm.mode=ghost"
             raise UserError(problem, "leave it out, or give that mode", "batchnorm.ghost_size")
@@ -195,10 +196,6 @@ class Noise(Section):
     every: Interval | None
 
 
-class Log(Section):
-    every: Interval
-
-
 class Check(Section):
     contract: bool
 
@@ -277,8 +274,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _best_of_an_average_there_is(self) -> RunConfig:
         if self.ema is None and (self.checkpoint.best or "").startswith("ema/"):
-            problem = f"checkpoint.best={self.checkpoint.best} needs an average of the weights, and there is none"
-            raise UserError(problem, "give ema=1ep, for example", "checkpoint.best")
+            problem = f"checkpoint.best={self.checkpoint.best} is of the weights' average, and there is none"
+            raise UserError(problem, "give ema=1ep, or the like", "checkpoint.best")
         return self
 
     @model_validator(mode="after")
@@ -286,8 +283,8 @@ class RunConfig(Section):
         asked = {"checkpoint.best": self.checkpoint.best, "evaluate.first": self.evaluate.first}
         key = next((key for key, wanted in asked.items() if wanted), "")
         if key and self.data.target is not None and self.data.val_args is None:
-            problem = f"{key} needs validation data, and data._target_={self.data.target} has none without val_args"
-            raise UserError(problem, f"give data.val_args={{split: test}}, for example, or leave {key} out", key)
+            problem = f"{key} needs validation data, and data._target_={self.data.target} makes none"
+            raise UserError(problem, f"give data.val_args={{split: test}}, or the like, or leave {key} out", key)
         return self
 
     @model_validator(mode="after")

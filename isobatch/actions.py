@@ -21,6 +21,7 @@ from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer, answer_once, first, say, say_once
+from isobatch.conf.trackers import refuse_missing_packages
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.planning.automatic import configured
@@ -62,6 +63,7 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
         refuse_unless_submittable(config)
     elif config.action == "train":
         refuse_unless_startable(config)
+        refuse_missing_packages(config.log)
     if config.action == "train":
         to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
         if to_open and not isinstance(config.cluster, Slurm) and (under_torchrun() or config.cluster.nodes > 1):

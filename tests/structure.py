@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainers.engines",),
     ("trainers.checkpoints",),
     ("trainers.loop",),
+    ("trainers.trackers",),
     ("trainers.trial",),
     ("slurm", "trainers.launch"),
     ("trainers",),  # run.py

@@ -46,6 +46,7 @@ from isobatch.trainers.ranks.signals import SIGNALS
 from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header
 from isobatch.trainers.tensors.names import checkpoints
+from isobatch.trainers.trackers.followers import Followers, refuse_bad_tracker
 from isobatch.trainers.trial.contract import Looked, announce, look_and_try
 
 
@@ -57,6 +58,7 @@ class Attempt:
     run: RunDir
     before: Outcome | None
     source: Source
+    followers: Followers
 
     @property
     def ours(self) -> RunDir | None:
@@ -100,19 +102,24 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     enter(run)
     if before and before.state == "finished" and not session.start.extends:
         return before
-    attempt = Attempt(session, run, before, Source(session.config))
+    followers = Followers(run if session.world.rank == 0 else None, session)
+    attempt = Attempt(session, run, before, Source(session.config), followers)
     opened = open_data(attempt)
     if opened is None:
         reached = session.watch.reached if checkpoints(run) else Reached()
         return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
     ready = build(attempt, opened)
-    return finish(attempt, ready, loop(attempt, opened, ready))
+    with followers:
+        outcome = finish(attempt, ready, loop(attempt, opened, ready))
+        followers.finish(outcome, ready.state)
+    return outcome
 
 
 def open_data(attempt: Attempt) -> Opened | None:
     """Make the task, open its training data, and plan; return None on all ranks if any rank was asked to stop."""
     session = attempt.session
     session.watch.expect_beats()
+    refuse_bad_tracker(session)
     seed_generators(session.config.seed)
     task = make_task(session.config)
     attempt.source.look()
@@ -173,6 +180,7 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready) -> bool:
     if attempt.ours:
         record_start(attempt, ready)
     metrics = Metrics(attempt.ours, state, live=not config.debug)
+    attempt.followers.start()
     for text in warnings(config, ready.model, state, ready.found):
         metrics.warn(text)
     saver = make_saver(attempt, ready, metrics)

@@ -91,7 +91,7 @@ def test_a_value_is_taken_over_where_it_fits(key: str, value: Any, expected: str
         ("--optimizer adam", ["optimizer=adamw", "torch.optim.Adam"]),
         ("--engine fsdp", ["engine=fsdp"]),
         ("--task custom", ["task=custom"]),
-        ("--logger wandb", ["metrics.jsonl"]),
+        ("--logger wandb", ["log.to=wandb"]),
         ("--lr 0.1 --epochs 5", ["lr.peak=0.1"]),
         ("--epochs 5 --lr 0.1", ["duration=5ep"]),
         ("--epochs seed=3", ["duration=10ep"]),
@@ -120,12 +120,12 @@ def test_options_of_other_launchers(line: str, named: list[str]) -> None:
         ("lr.epochs=3", ["lr.base", "lr.warmup"]),
         ("task.epochs=3", ["task.args.epochs=3"]),
         ("task.patience=3", ["task.args.patience=3"]),
-        ("trainer.logger=x", ["metrics.jsonl"]),
+        ("trainer.logger=x", ["log.to=wandb", "log.to=tensorboard"]),
         ("early_stopping.patience=3", ["checkpoint.best"]),
     ],
 )
 def test_dotted_keys_of_other_launchers(override: str, named: list[str]) -> None:
-    """If their section has a counterpart here, the suggestion is one of its keys."""
+    """Where their section is one of ours, the suggestion is a key of it."""
     with pytest.raises(UserError) as error:
         configured([override])
     assert error.value.key == override.partition("=")[0]

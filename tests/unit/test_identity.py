@@ -97,6 +97,8 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "checkpoint.on_error": "stop",
     "on_nonfinite": "skip",
     "log.every": "3st",
+    "log.to": ["wandb"],
+    "log._target_": "my.Tracker",
     "run.dir": "elsewhere",
     "run.config": "some.yaml",
     "run.name": "other",
@@ -124,7 +126,7 @@ SLURM_KEYS = {
 }  # fmt: skip
 NEED_ANOTHER_KEY = {
     "model.args", "data.args", "data.val_args", "data.local", "lr.power", "lr.noise_scale", "batchnorm.ghost_size",
-    "output", "cluster.rendezvous",
+    "output", "cluster.rendezvous", "log.args",
 }  # fmt: skip
 OPTIMIZERS = [name for name in choices_of("optimizer") if name not in ("auto", "custom")]
 OPTIMIZER_KEYS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}

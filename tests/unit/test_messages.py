@@ -68,6 +68,11 @@ tasks=images
 gpus=2
 warmup_steps=500
 logger=wandb
+log.to=[wandb,tensorbord]
+log.args.project=x
+log.args.wandb.project=x
+log.to=wandb log.args.wandb.projct=x
+log.to=mlflow log.args.mlflow.experiment=5
 early_stopping=true
 optimizer=adam
 optimizer.lr=0.1
