@@ -275,15 +275,15 @@ def own(folder: Path) -> tracked.Steps:
     import sqlite3
 
     with sqlite3.connect(folder / "own.db") as db:
-        lines = [json.loads(line) for (line,) in db.execute("select line from lines")]
+        made = db.execute("select count(*) from sqlite_master").fetchone()[0]
+        lines = [json.loads(line) for (line,) in db.execute("select line from lines")] if made else []
     return {line.pop("step"): {key: value for key, value in line.items() if value is not None} for line in lines}
 
 
 def test_ones_own_tracker_gets_only_lines_that_a_resume_cannot_lose(folder: Path) -> None:
     run, tracker = folder / "run", ("log._target_=own.SQLite", "log.args.path=own.db")
-    process = start(folder, *SLOWLY, "duration=120st", *tracker)
-    until(lambda: steps(run) >= 60)
-    time.sleep(1.5)  # a look of the follower
+    process = start(folder, *SLOWLY, "duration=400st", *tracker)
+    until(lambda: (folder / "own.db").exists() and own(folder))
     process.kill()
     process.wait()
     saved = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
