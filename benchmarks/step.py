@@ -33,7 +33,9 @@ def make_loop(world: World, *overrides: str) -> Callable[[int | None], float]:
     from isobatch.trainers.data.loader import Loader
     from isobatch.trainers.data.state import TrainState
     from isobatch.trainers.engines.make import make_engine
+    from isobatch.trainers.loop.early_stop import EarlyStop
     from isobatch.trainers.loop.fit import Stepper, fit
+    from isobatch.trainers.loop.hardware import Hardware
     from isobatch.trainers.loop.metrics import Metrics
     from isobatch.trainers.loop.monitor import Monitor
     from isobatch.trainers.loop.readback import DelayedReadback
@@ -57,10 +59,11 @@ def make_loop(world: World, *overrides: str) -> Callable[[int | None], float]:
         loader = Loader(data, task, state, world, 0, stand_ins=engine.lockstep)
         stepper = Stepper(engine, loader, Stream(0, world.device), Watch(), clip_norm=1.0)
         readback, stop = DelayedReadback(world.device), Stop()
-        monitor = Monitor(config, state, Metrics(None, state, live=False), readback, stop)
+        hardware = Hardware(world.device, None, None)
+        monitor = Monitor(config, state, Metrics(None, state, live=False), readback, hardware, stop)
         world.gather("")  # all ranks start together
         began = time.perf_counter()
-        fit(state, stepper, monitor, saver, None, stop)
+        fit(state, stepper, monitor, saver, None, EarlyStop(config, world, []), stop)
         return time.perf_counter() - began
 
     return seconds

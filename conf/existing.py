@@ -11,6 +11,7 @@ from typing import Any
 
 from isobatch.conf.identity import digest, identity, science, values
 from isobatch.conf.messages import shown
+from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.saved import load
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -81,6 +82,8 @@ def ever_trained(directory: Path) -> bool:
 def extends(directory: Path, config: RunConfig) -> bool:
     """Return whether ``config`` extends the run in ``directory``; False where there is no run.
 
+    A longer duration extends a run, and other ``stop`` keys extend one that ended early.
+
     Raises:
         UserError: the directory can't be written to, or holds another run than ``config``'s, or the same one with
             another duration, where ``run.dir`` doesn't name it.
@@ -88,7 +91,8 @@ def extends(directory: Path, config: RunConfig) -> bool:
     refuse_unwritable(directory)
     named = config.run.directory is not None and Path(os.path.expanduser(config.run.directory)) == directory
     if named and ever_trained(directory) and (length := _length(directory)):
-        return length != config.duration  # they were compared when the config was composed from the one there
+        # the durations were compared when the config was composed from the one there
+        return length != config.duration or _ends_later(directory, config)
     try:
         there = read_json(directory / "plan.json")["identity"]
     except FileNotFoundError:
@@ -98,7 +102,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
         fix = "move it away, and the same command resumes from the checkpoints"
         raise UserError(problem, fix, "run.dir", str(directory)) from None
     if there == identity(config):
-        return False
+        return _ends_later(directory, config)
     if (length := _length(directory)) and there == identity(config, length):
         longer = lengthens(length, config.duration)
         way = f" duration={config.duration} extends it" if longer else " resumes that"
@@ -107,6 +111,17 @@ def extends(directory: Path, config: RunConfig) -> bool:
         raise UserError(problem, fix, "duration", config.duration)
     problem = f"run directory {directory} holds another run (identity {there}, not {identity(config)})"
     raise UserError(problem, "name another run.dir, or run.new=true", "run.dir", str(directory))
+
+
+def _ends_later(directory: Path, config: RunConfig) -> bool:
+    """Return whether the run in ``directory`` ended early, by other ``stop`` keys than those of ``config``."""
+    ended = known_outcome(directory)
+    if ended is None or ended.state != "finished":
+        return False
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        steps, stop = read_json(directory / "plan.json")["steps"], load(directory / "config.yaml")["stop"]
+        return steps is not None and ended.step < steps and stop != config.stop.model_dump(mode="json")
+    return False
 
 
 def refuse_unwritable(directory: Path) -> None:

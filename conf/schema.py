@@ -20,6 +20,7 @@ from isobatch.conf.types import (
     IntervalOrMinutes,
     Length,
     Matching,
+    Minutes,
     Modules,
     Name,
     OneOf,
@@ -36,6 +37,7 @@ from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.limits import LARGEST, Memory, NotNegative, Number, Positive, Seed, Share, Size
 from isobatch.scaling.rules import LAWS
 from isobatch.scaling.schedule import DECAYS
+from isobatch.scaling.stopping import AT, VALUE
 
 PACKAGE = "isobatch."
 SHIPPED_TASKS = tuple(
@@ -180,7 +182,7 @@ class Data(Section):
 class Checkpoint(Section):
     every: IntervalOrMinutes | None
     keep: Size
-    best: Annotated[str, Matching(r"(val|ema)/[^:\s]+:(max|min)", "a value and which is best: val/accuracy:max")] | None
+    best: Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value and which is best: val/accuracy:max")] | None
     on_error: Literal["continue", "stop"]
 
 
@@ -194,6 +196,14 @@ class Evaluate(Section):
 
 class Noise(Section):
     every: Interval | None
+
+
+class Stop(Section):
+    when: Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value and which is best: val/loss:min")] | None
+    patience: Size
+    min_delta: NotNegative
+    at: Annotated[str, Matching(AT, "a value and its target: val/accuracy>=0.97")] | None
+    after: Minutes | None
 
 
 class Check(Section):
@@ -260,6 +270,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint
     noise: Noise
     log: Log
+    stop: Stop
     check: Check
     run: Run
     plan: PlanOptions

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from isobatch.conf.types import Free, Interval, OneOf, Section, Target, Text
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.limits import Positive
 
 
 class TensorBoard(Section):
@@ -51,6 +52,7 @@ def _listed(value: object) -> object:
 
 class Log(Section):
     every: Interval
+    peak_tflops: Positive | None
     to: Annotated[tuple[Annotated[str, OneOf(tuple(TRACKERS))], ...], BeforeValidator(_listed)]
     target: Target | None = Field(alias="_target_")
     args: Free

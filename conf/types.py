@@ -60,8 +60,16 @@ class Matching:
 def _duration(value: object) -> Duration:
     duration = Duration.parse(value)
     if duration.unit == "min":
-        raise UserError(f"{duration} is in minutes, which only checkpoint.every takes", "use ep, st, sa, tok or %")
+        fix = "use ep, st, sa, tok or %; only checkpoint.every and stop.after take minutes"
+        raise UserError(f"{duration} is in minutes", fix)
     return duration
+
+
+def _minutes(value: object) -> Duration:
+    duration = Duration.parse(value)
+    if duration.unit != "min":
+        raise UserError(f"{duration} isn't a time", "give minutes, such as 90min")
+    return _lasting(duration)
 
 
 def _half_life(value: object) -> Duration:
@@ -123,6 +131,7 @@ Dtype = Literal["bf16", "fp16"]
 Length = Annotated[Duration, PlainValidator(_duration), _AS_TEXT]
 Interval = Annotated[Length, AfterValidator(_lasting)]
 IntervalOrMinutes = Annotated[Duration, PlainValidator(Duration.parse), _AS_TEXT, AfterValidator(_lasting)]
+Minutes = Annotated[Duration, PlainValidator(_minutes), _AS_TEXT]
 HalfLife = Annotated[Duration, PlainValidator(_half_life), _AS_TEXT]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]  # within the range of clocks
 Bounds = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)]

@@ -14,7 +14,6 @@ from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say, say_if_slow
-from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
@@ -31,11 +30,21 @@ from isobatch.trainers.engines.make import make_engine, refuse_environment
 from isobatch.trainers.launch.changes import changes
 from isobatch.trainers.launch.source import Source
 from isobatch.trainers.loop.claim import claim, end
+from isobatch.trainers.loop.early_stop import EarlyStop
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.fit import Stepper, fit
-from isobatch.trainers.loop.metrics import Metrics, tell
+from isobatch.trainers.loop.hardware import Hardware, flops_per_unit, peak_flops
+from isobatch.trainers.loop.metrics import Metrics, evaluations_until, tell
 from isobatch.trainers.loop.monitor import Monitor
-from isobatch.trainers.loop.opening import Opened, announce_frozen, announce_position, make_stream, open_task, warnings
+from isobatch.trainers.loop.opening import (
+    Opened,
+    announce_frozen,
+    announce_position,
+    make_stream,
+    open_task,
+    refuse_without_validation,
+    warnings,
+)
 from isobatch.trainers.loop.readback import DelayedReadback
 from isobatch.trainers.model.build import dependent_on_cut, prepare
 from isobatch.trainers.model.modes import Modes
@@ -74,6 +83,7 @@ class Ready:
         looked: the results of trying the task.
         found: the checkpoint that the state was restored from, or None.
         weights_from: the source of the initial weights, by ``init_from``.
+        flops_per_unit: see Hardware.
     """
 
     model: nn.Module
@@ -85,6 +95,7 @@ class Ready:
     state: TrainState
     found: Checkpoint | None
     weights_from: str | None
+    flops_per_unit: float | None
 
 
 def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
@@ -109,8 +120,10 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         reached = session.watch.reached if checkpoints(run) else Reached()
         return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
     ready = build(attempt, opened)
+    early = EarlyStop(session.config, session.world, evaluations_until(run.path / "metrics.jsonl", ready.state))
     with followers:
-        outcome = finish(attempt, ready, loop(attempt, opened, ready))
+        done = loop(attempt, opened, ready, early)
+        outcome = finish(attempt, ready, done, early.cause)
         followers.finish(outcome, ready.state)
     return outcome
 
@@ -142,12 +155,10 @@ def build(attempt: Attempt, opened: Opened) -> Ready:
     refuse_other_source(attempt.source.files, world)
     with watch.excused():  # val_data() may be slow
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
-    best, first = config.checkpoint.best, config.evaluate.first
-    for setting, value in ((f"checkpoint.best={best}", best), ("evaluate.first=true", first)):
-        if value and validation is None:
-            problem = f"{setting} needs validation data, but task {config.task.name} has no val_data()"
-            raise UserError(problem, "leave it out, or define val_data()", setting.partition("=")[0], value)
+    if validation is None:
+        refuse_without_validation(config)
     looked = look_and_try(opened, model, validation, config, world, watch)
+    flops = flops_per_unit(task, model)
     model = prepare(model, config, stream, world.size)
     modes = Modes(model)
     watch.beat()
@@ -165,11 +176,11 @@ def build(attempt: Attempt, opened: Opened) -> Ready:
         state.evaluation_owed = False  # done after the last checkpoint
     if found is None and config.evaluate.first:
         state.evaluation_owed = True
-    return Ready(model, modes, stream, validation, looked, engine, state, found, weights_from)
+    return Ready(model, modes, stream, validation, looked, engine, state, found, weights_from, flops)
 
 
-def loop(attempt: Attempt, opened: Opened, ready: Ready) -> bool:
-    """Train to the end of the plan; return False on all ranks if any rank was asked to stop before."""
+def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bool:
+    """Train to the end of the plan, or its early end; return False on all ranks if any rank was asked to stop."""
     session, config, world = attempt.session, attempt.session.config, attempt.session.world
     task, engine, state, stream, watch = opened.task, ready.engine, ready.state, ready.stream, session.watch
     loader = Loader(opened.data, task, state, world, config.data.workers, stream.tell, stand_ins=engine.lockstep)
@@ -190,10 +201,11 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready) -> bool:
         stream.tell(reason)
     announce(ready.looked, attempt.ours, stream)
     stepper = Stepper(engine, loader, stream, watch, config.clip_norm)
-    monitor = Monitor(config, state, metrics, DelayedReadback(world.device), session.stop)
+    hardware = Hardware(world.device, ready.flops_per_unit, peak_flops(config, world.device, world.size))
+    monitor = Monitor(config, state, metrics, DelayedReadback(world.device), hardware, session.stop)
     try:
         with watch.tracking(lambda: state.reached):
-            return fit(state, stepper, monitor, saver, evaluation, session.stop)
+            return fit(state, stepper, monitor, saver, evaluation, early, session.stop)
     finally:
         watch.unguard()
         loader.close()
@@ -243,11 +255,15 @@ def record_start(attempt: Attempt, ready: Ready) -> None:
     say(f"training on {counted(session.world.size, 'rank')} ({session.world.device.type}) · {run.path}")
 
 
-def finish(attempt: Attempt, ready: Ready, done: bool) -> Outcome:
-    """Export the weights if the run is done, and write the outcome."""
+def finish(attempt: Attempt, ready: Ready, done: bool, ended_by: str) -> Outcome:
+    """Export the weights if the run is done, and write the outcome.
+
+    Args:
+        ended_by: why the run ended early; empty at the end of its plan.
+    """
     session = attempt.session
-    cause = "" if done else stop_signal(session.stop, session.world)
-    if cause and cause not in {number.name for number in SIGNALS}:
+    cause = ended_by if done else stop_signal(session.stop, session.world)
+    if not done and cause and cause not in {number.name for number in SIGNALS}:
         raise RunFailed(cause)
     if done:
         with session.watch.excused(), ready.engine.eval_weights():

@@ -54,7 +54,7 @@ class Result:
         known = {name: value for name, value in {"loss": self.loss, **self.val}.items() if value is not None}
         values = [f"{one_line(name)} {value:.4g}" for name, value in known.items()]
         done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
-        return " · ".join([done, *self._mishaps(), *values])
+        return " · ".join([done, *([one_line(self.cause)] if self.cause and self.state == "finished" else []), *self._mishaps(), *values])
 
     def _mishaps(self) -> Iterator[str]:
         """Yield a description of each deviation from the plan."""

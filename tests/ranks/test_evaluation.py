@@ -239,7 +239,7 @@ def test_evaluation_without_the_best_value_is_reported_once(runs: Runs) -> None:
     assert run.ends[0]["state"] == "finished"
     warned = [event["text"] for event in run.events() if event["event"] == "warning"]
     assert warned == [
-        "checkpoint.best=val/iou:max: this evaluation has no val/iou, so it isn't the best; it has val/other, val/empty"
+        "checkpoint.best=val/iou:max: this evaluation has no val/iou, so it doesn't count; it has val/other, val/empty"
     ]
     assert (run.run.checkpoints / "best").exists()
 

@@ -47,11 +47,7 @@ class Best:
         if self.wanted is None or self.warned or self.name in values:
             return None
         self.warned = True
-        kind, _, name = self.name.partition("/")
-        alike = [other.removeprefix(f"{kind}/") for other in values if other.startswith(kind)]
-        near = get_close_matches(name, alike, n=1)
-        has = f"{', '.join(values) or 'no values'}{f'; did you mean {kind}/{near[0]}?' if near else ''}"
-        return f"checkpoint.best={self.wanted}: this evaluation has no {self.name}, so it isn't the best; it has {has}"
+        return f"checkpoint.best={self.wanted}: {missing_value(self.name, values)}"
 
     def never(self) -> str | None:
         """Return a warning for the end of a run in which no evaluation had the value, else None."""
@@ -59,3 +55,12 @@ class Best:
             return None
         problem = f"no evaluation of this run had a finite {self.name}"
         return f"checkpoint.best={self.wanted}: {problem}, so there is no checkpoints/best"
+
+
+def missing_value(name: str, values: Evaluation) -> str:
+    """Return a warning that an evaluation lacks a value, with the nearest one that it has."""
+    kind, _, own = name.partition("/")
+    alike = [other.removeprefix(f"{kind}/") for other in values if other.startswith(kind)]
+    near = get_close_matches(own, alike, n=1)
+    has = f"{', '.join(values) or 'no values'}{f'; did you mean {kind}/{near[0]}?' if near else ''}"
+    return f"this evaluation has no {name}, so it doesn't count; it has {has}"

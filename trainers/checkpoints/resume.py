@@ -18,6 +18,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
+from isobatch.scaling.tally import Tally
 from isobatch.trainers.checkpoints.commit import clear_leftovers, link_best
 from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.state import TrainState
@@ -71,7 +72,8 @@ def resume(
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{found.path} doesn't fit the optimizer ({text:.200})", "was the task changed?") from error
     noise = header.noise or Smoothed() if measured else None
-    return TrainState(plan, header.samples, header.step, header.skipped, header.evaluation_owed, noise), found
+    position = (header.samples, header.step, header.skipped, header.evaluation_owed)
+    return TrainState(plan, *position, noise, header.tally or Tally()), found
 
 
 def header_of(
@@ -82,6 +84,7 @@ def header_of(
         identity=state.plan.identity, duration=str(config.duration), world_size=state.plan.world, step=state.steps,
         samples=state.samples, skipped=state.skipped, evaluation_owed=state.evaluation_owed, fingerprint=fingerprint,
         evaluation=None if evaluation is None else dict(evaluation), plan=state.plan, noise=state.noise,
+        tally=state.tally,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Micro:
         samples: number of samples that count: all, or none if the micro-batch is a stand-in.
         expected_units: the micro-batch's share of the step's expected units.
         last: it is the step's last pass.
+        waited_s: seconds that it took to get the batch.
         batch: None if the range is empty.
     """
 
@@ -36,6 +37,7 @@ class Micro:
     samples: int
     expected_units: int
     last: bool
+    waited_s: float
     batch: Any | None
 
 
@@ -67,7 +69,7 @@ class Loader:
 
     def __call__(self, step: Step) -> Iterator[Micro]:
         for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
-            positions = self._positions(step, start, stop)
+            positions, began = self._positions(step, start, stop), time.perf_counter()
             fetched = self._fetch[positions] if self._batches is None else self._next(self._batches)
             if fetched.error is not None:
                 raise fetched.error from RuntimeError(fetched.traceback)
@@ -78,7 +80,8 @@ class Loader:
                 fetched = fetched.pin_memory()
             expected = step.expected_units * (stop - start) // step.cut.global_size
             last = index == step.cut.accumulation - 1
-            yield Micro(*positions, stop - start, expected, last, to_device(fetched.batch, self._device))
+            waited_s = time.perf_counter() - began
+            yield Micro(*positions, stop - start, expected, last, waited_s, to_device(fetched.batch, self._device))
 
     def _positions(self, step: Step, start: int, stop: int) -> tuple[int, int]:
         """Return the positions of the run to fetch for [start, stop) of a step."""

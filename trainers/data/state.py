@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan, Step
+from isobatch.scaling.tally import Tally
 from isobatch.trainers.ranks.failure import Reached
 
 
@@ -19,6 +20,7 @@ class TrainState:
         skipped: number of completed steps that changed no weights, because loss or gradient wasn't finite.
         evaluation_owed: an evaluation is due at this position and isn't done yet.
         noise: the smoothed gradient noise; None if it isn't measured.
+        tally: the sums that are logged, of the steps whose results have arrived.
     """
 
     plan: Plan
@@ -27,6 +29,7 @@ class TrainState:
     skipped: int = 0
     evaluation_owed: bool = False
     noise: Smoothed | None = None
+    tally: Tally = field(default_factory=Tally)
 
     def advance(self, step: Step, *, skipped: bool) -> None:
         """Move past ``step``; ``skipped``: it changed no weights."""

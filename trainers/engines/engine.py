@@ -15,7 +15,7 @@ from isobatch.scaling.rules import Recipe
 from isobatch.trainers.engines.noise import GradientSquares
 from isobatch.trainers.engines.reducer import Found, Parts, Reducer, clipped, number
 from isobatch.trainers.engines.state import State
-from isobatch.trainers.engines.step_report import Note, Number, Total, Update
+from isobatch.trainers.engines.step_report import Measures, Note, Number, Total, Update
 from isobatch.trainers.model.precision import LossScale, autocast
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.tasks.losses import checked
@@ -73,8 +73,8 @@ class Engine:
         self._cut = cut
         return self._reducer.micro(cut, last)
 
-    def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
-        """Return the task's sum of losses and number of units.
+    def loss(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor, Measures]:
+        """Return the task's sum of losses, number of units, and measures.
 
         Args:
             samples: number of samples in the batch. 0 marks a stand-in, which adds nothing to any sum and leaves all
@@ -89,23 +89,26 @@ class Engine:
         with self._reducer.explained():
             return self._reducer.forward(lambda: self._forward(batch, samples))
 
-    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor]:
+    def _forward(self, batch: Any | None, samples: int) -> tuple[Tensor, float | Tensor, Measures]:
         self._riders.begin()
         with autocast(self._precision, self._world.device):
-            loss, units = checked(self._task.loss(self.model, batch), samples) if samples else self._stand_in(batch)
-        return self._riders.attach(loss), units
+            if samples:
+                loss, units, measures = checked(self._task.loss(self.model, batch), samples)
+            else:
+                loss, units, measures = self._stand_in(batch), 0.0, {}
+        return self._riders.attach(loss), units, measures
 
-    def _stand_in(self, batch: Any | None) -> tuple[Tensor, float]:
+    def _stand_in(self, batch: Any | None) -> Tensor:
         """Return a zero loss that gives every parameter a zero gradient and leaves the statistics unchanged."""
         if batch is None:
-            return self._zero(), 0.0
+            return self._zero()
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        loss, _ = checked(self._task.loss(self.model, batch))
+        loss, *_ = checked(self._task.loss(self.model, batch))
         for buffer, before in zip(self.model.buffers(), kept, strict=True):
             if not torch.equal(buffer, before):  # autograd raises if a tensor saved for the backward is written to
                 buffer.copy_(before)
         self._riders.begin()
-        return loss * 0, 0.0
+        return loss * 0
 
     def backward(self, loss: Tensor, note: Note, measured: int | None = None) -> None:
         """Add the gradient of a pass to the step's gradient, and send ``note`` along with it.

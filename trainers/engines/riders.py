@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isobatch.trainers.engines.step_report import Note, Total
+from isobatch.scaling.errors import UserError
+from isobatch.trainers.engines.step_report import Measures, Note, Requests, Total
 from isobatch.trainers.model.batchnorm import statistics_of
 from isobatch.trainers.ranks.world import World
 
-FIELDS = ("loss", "units", "deviation", "stop", "save")
+FIELDS = ("loss", "units", "deviation", "waited_s", *Requests._fields)
+MOST_MEASURES = 16  # of a task; each takes two numbers of every note
 
 
 class Riders:
@@ -30,8 +32,9 @@ class Riders:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world, self._rides, self._mean_over = world, False, 1
-        self._note = nn.Parameter(torch.zeros(len(FIELDS), device=world.device))
+        self._note = nn.Parameter(torch.zeros(len(FIELDS) + 2 * MOST_MEASURES, device=world.device))
         self._outgoing = torch.zeros_like(self._note, requires_grad=False)
+        self._measures: list[str] | None = None  # names of the task's measures, once known
         self._statistics = statistics_of(model, world.device)
         self.parameters = [self._note, *([self._statistics.sums] if self._statistics else [])]
 
@@ -55,17 +58,33 @@ class Riders:
 
     def write(self, note: Note) -> None:
         """Set the note that the next backward sends."""
-        loss, rest = note.loss.detach(), (note.units, note.units - note.expected_units, note.stop, note.save)
+        loss, deviation = note.loss.detach(), note.units - note.expected_units
+        rest = [note.units, deviation, note.waited_s, *note.requests, *self._numbers(note.measures, note.units)]
         if self._outgoing.is_cpu:
-            self._outgoing.copy_(torch.tensor((loss.item(), *rest)))
+            self._outgoing.zero_()[: len(rest) + 1].copy_(torch.tensor([float(number) for number in (loss, *rest)]))
         else:  # without waiting for the device, and in few operations
             known = [0.0 if isinstance(number, Tensor) else float(number) for number in rest]
-            self._outgoing[1:].copy_(torch.tensor(known), non_blocking=True)
+            self._outgoing.zero_()[1 : len(rest) + 1].copy_(torch.tensor(known), non_blocking=True)
             for index, number in enumerate((loss, *rest)):
                 if isinstance(number, Tensor):
                     self._outgoing[index] = number
         if not self._rides:
             accumulate(self._note, self._outgoing)
+
+    def _numbers(self, measures: Measures, units: float | Tensor) -> list[float | Tensor]:
+        """Return sums and counts in the order of their names, which have to be the same in each pass with units."""
+        names = sorted(measures)
+        if not names and not isinstance(units, Tensor) and not units:
+            return []
+        if self._measures is None:
+            self._measures = names
+            if len(names) > MOST_MEASURES:
+                problem = f"task.loss returned {len(names)} measures, and the most are {MOST_MEASURES}"
+                raise UserError(problem, "return fewer; evaluate() may return any number", "task._target_")
+        if names != self._measures:
+            problem = f"task.loss returned the measures {names}, and for an earlier batch {self._measures}"
+            raise UserError(problem, "return the same names for every batch, with the count 0 where there is nothing")
+        return [number for name in names for number in measures[name]]
 
     def total(self, square: Tensor, *more: Tensor) -> Tensor:
         """Sum ``square`` (0-dim), the riders and ``more`` over all ranks in one message, the last two in place."""
@@ -81,11 +100,13 @@ class Riders:
         assert self._note.grad is not None, "no backward since the last take"
         numbers = self._note.grad.double() * self._mean_over
         self._note.grad = None
-        loss, units, deviation, stop, save = numbers.tolist() if numbers.is_cpu else numbers
+        loss, units, deviation, waited_s, *rest = numbers.tolist() if numbers.is_cpu else numbers
+        requests, pairs = Requests(*rest[: len(Requests._fields)]), iter(rest[len(Requests._fields) :])
+        measures = {name: (next(pairs), next(pairs)) for name in self._measures or ()}
         planned, few = deviation + expected_units, units < expected_units / 2
         if isinstance(few, Tensor):
-            return Total(loss, torch.where(few, units, planned), stop, save)
-        return Total(loss, units if few else planned, stop, save)
+            return Total(loss, torch.where(few, units, planned), measures, waited_s, requests)
+        return Total(loss, units if few else planned, measures, waited_s, requests)
 
     def settle(self, keep: bool) -> None:
         """Update the running statistics of BatchNorm layers, or drop the step's statistics if ``keep`` is false."""

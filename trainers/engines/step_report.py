@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 Number = float | Tensor
 """A float on the CPU; on an accelerator a 0-dim float64 tensor, since reading it would wait for the device."""
+
+
+Measures = Mapping[str, tuple[float | Tensor, float | Tensor]]
+"""Sums and counts by name."""
+
+
+class Requests(NamedTuple):
+    """What a rank asks of all ranks at the end of a step; of a whole step, the number of ranks that ask for it.
+
+    Attributes:
+        stop: end this attempt, because of a signal.
+        save: save a checkpoint.
+        finish: end the run early, by ``stop.after``.
+    """
+
+    stop: Number = False
+    save: Number = False
+    finish: Number = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +38,17 @@ class Note:
     Attributes:
         loss, units: sum of the losses over the pass's units, and their number.
         expected_units: number of units that the plan expects of the pass.
-        stop: this rank was asked to stop.
-        save: this rank asks for a checkpoint.
+        measures: the task's own sums and counts, by name.
+        waited_s: seconds that this rank waited for the pass's data.
+        requests: what this rank asks for.
     """
 
     loss: Tensor
     units: float | Tensor
     expected_units: int
-    stop: bool = False
-    save: bool = False
+    measures: Measures = field(default_factory=dict)
+    waited_s: float = 0.0
+    requests: Requests = field(default_factory=Requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +58,16 @@ class Total:
     Attributes:
         loss: sum of the losses over all units of the global batch.
         units: number of units of the global batch.
-        stop, save: above 0 if any rank was asked to stop, or asks for a checkpoint.
+        measures: the task's own sums and counts, by name; empty on a rank that had no samples so far.
+        waited_s: seconds that the ranks waited for data.
+        requests: above 0 if any rank asks for it.
     """
 
     loss: Number
     units: Number
-    stop: Number
-    save: Number
+    measures: Measures
+    waited_s: Number
+    requests: Requests
 
     def scale(self, expected_units: int) -> Number:
         """Return the factor from the summed gradient, already divided by ``expected_units``, to the mean over units.

@@ -12,8 +12,10 @@ from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.engine import Engine
-from isobatch.trainers.engines.step_report import Note, Total, Update
+from isobatch.trainers.engines.step_report import Note, Requests, Total, Update
+from isobatch.trainers.loop.early_stop import EarlyStop
 from isobatch.trainers.loop.evaluate import Evaluator
+from isobatch.trainers.loop.metrics import finite
 from isobatch.trainers.loop.monitor import Monitor, crossed
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed
@@ -35,11 +37,11 @@ class Stepper:
     watch: Watch
     clip_norm: float | None
 
-    def take(self, step: Step, requests: Callable[[], tuple[bool, bool]], *, measure: bool) -> tuple[Total, Update]:
+    def take(self, step: Step, requests: Callable[[], Requests], *, measure: bool) -> tuple[Total, Update]:
         """Run all passes of ``step``, then update the weights.
 
         Args:
-            requests: returns whether this rank asks to stop and to save; called as late as the note allows.
+            requests: returns what this rank asks for; called as late as the note allows.
             measure: measure the gradient noise.
 
         Raises:
@@ -50,35 +52,43 @@ class Stepper:
             self.watch.beat()
             self.stream.start(micro.start, micro.stop)
             with engine.micro(step.cut, last=micro.last):
-                loss, units = engine.loss(micro.batch, micro.samples)
+                loss, units, measures = engine.loss(micro.batch, micro.samples)
                 self.stream.stop()
-                note = Note(loss, units, micro.expected_units, *(requests() if micro.last else ()))
+                asked = requests() if micro.last else Requests()
+                note = Note(loss, units, micro.expected_units, measures, micro.waited_s, asked)
                 engine.backward(loss / step.expected_units, note, micro.samples if measure else None)
         total = engine.total(step.expected_units)
         return total, engine.update(total.scale(step.expected_units), self.clip_norm, step.recipe)
 
 
 def fit(
-    state: TrainState, stepper: Stepper, monitor: Monitor, saver: Saver, evaluation: Evaluator | None, stop: Stop
+    state: TrainState,
+    stepper: Stepper,
+    monitor: Monitor,
+    saver: Saver,
+    evaluation: Evaluator | None,
+    early: EarlyStop,
+    stop: Stop,
 ) -> bool:
-    """Train from ``state`` to the end of its plan, and save a last checkpoint.
+    """Train from ``state`` to the end of its plan, or to its early end, and save a last checkpoint.
 
     Returns:
-        True at the end of the plan; False, on all ranks after the same step, if any rank was asked to stop.
+        True at the end; False, on all ranks after the same step, if any rank was asked to stop.
 
     Raises:
         RunFailed: the loss or the gradient isn't finite, or the last checkpoint can't be saved.
         UserError: the task's loss isn't (sum, units), or a whole step had no units.
     """
 
-    def requests() -> tuple[bool, bool]:
-        return stop.wanted is not None, saver.due()
+    def requests() -> Requests:
+        return Requests(stop.wanted is not None, saver.due(), early.late(monitor.time_s))
 
     every = state.plan.intervals
     step = state.plan.step_at(state.samples)
     state.evaluation_owed = state.evaluation_owed and evaluation is not None and (step is not None or evaluation.last)
-    stopping = state.evaluation_owed and not evaluate_now(evaluation, state, monitor, saver)
-    while step and not stopping:
+    stopping = state.evaluation_owed and not evaluate_now(evaluation, state, monitor, saver, early)
+    saved = False  # at the end of the run, before its last evaluation
+    while step and not stopping and not early.decide():
         measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
         total, update = stepper.take(step, requests, measure=measure)
         state.advance(step, skipped=update.skipped)
@@ -90,36 +100,45 @@ def fit(
             crossed(every.evaluate, step.start, step.stop) if following else evaluation.last
         )
         flush = saving or evaluating or following is None
-        stopping, save_due = monitor.record(step, total, update, flush=flush)
+        asked = monitor.record(step, total, update, flush=flush)
+        stopping = bool(asked.stop)
+        if asked.finish and following:
+            early.time_is_up()
+            following, evaluating = None, evaluation is not None and (evaluating or evaluation.last)
         if evaluating:
             state.evaluation_owed = True
-            if following is None:
+            if saved := following is None:
                 saver.save(state)  # before the last evaluation, so that no training is lost if it fails
                 saver.wait()
-            stopping = stopping or not evaluate_now(evaluation, state, monitor, saver)
-        if (saving or save_due) and following and not stopping:
+            stopping = stopping or not evaluate_now(evaluation, state, monitor, saver, early)
+        if (saving or asked.save) and following and not stopping:
             saver.save(state)
         if failure := saver.failure():
             monitor.report_unsaved(failure)
         step = following
-    done = step is None and not state.evaluation_owed
-    if not (done and evaluation and evaluation.last):  # else saved before the last evaluation
+    done = (step is None or bool(early.cause)) and not state.evaluation_owed
+    if not (done and saved):
         saver.save(state)
     settle(state, monitor, saver, done)
     return done
 
 
-def evaluate_now(evaluation: Evaluator | None, state: TrainState, monitor: Monitor, saver: Saver) -> bool:
+def evaluate_now(
+    evaluation: Evaluator | None, state: TrainState, monitor: Monitor, saver: Saver, early: EarlyStop
+) -> bool:
     """Evaluate, log the values, and save the best; return False if a rank was asked to stop before it was complete."""
     assert evaluation
     began = time.perf_counter()
     values = evaluation.of_run()
     if values is None:
         return False
+    took_s = time.perf_counter() - began
+    monitor.exclude(took_s)
     state.evaluation_owed = False
-    monitor.metrics.evaluation(values, time.perf_counter() - began)
-    if missing := saver.best.missing(values):
-        monitor.metrics.warn(missing)
+    monitor.metrics.evaluation(values, took_s)
+    for missing in (saver.best.missing(values), *early.evaluated(finite(values))):
+        if missing:
+            monitor.metrics.warn(missing)
     if saver.best.improves(values):
         saver.save(state, values)
     return True

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -43,22 +44,24 @@ class Metrics:
             write_atomic(file, b"".join(lines_until(file, state)))
             self._file = open(file, "ab", buffering=0)  # noqa: SIM115
             self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
-        self._since, self._since_samples = time.perf_counter(), state.samples
 
-    def step(self, result: StepResult) -> None:
-        """Write a line of metrics for one step."""
-        now = time.perf_counter()
-        rate = (result.step.stop - self._since_samples) / max(1e-9, now - self._since)
-        self._since, self._since_samples = now, result.step.stop
+    def step(self, result: StepResult, hardware: dict[str, float]) -> None:
+        """Write a line of metrics for one step.
+
+        Args:
+            hardware: what the step needs of the hardware, such as ``memory_gb``.
+        """
+        values = self._state.tally.values()
         line: dict[str, Any] = {
             "step": result.step.index + 1,
             "samples": result.step.stop,
             "epoch": self._state.epochs(result.step.stop),
-            "loss": result.loss,
+            "loss": values.pop("loss"),
             "lr": result.step.recipe.lr,
             "grad_norm": result.grad_norm,
             "global_size": result.step.cut.global_size,
-            "samples_per_s": rate,
+            **values,
+            **hardware,
         }
         if self._state.skipped:
             line["skipped"] = self._state.skipped
@@ -73,11 +76,17 @@ class Metrics:
 
         Args:
             values: values by name, such as ``val/loss``.
-            took_s: the time of the evaluation, which no step's ``samples_per_s`` includes.
+            took_s: seconds that the evaluation took.
         """
-        self._since += took_s
         state = self._state
-        line = {"step": state.steps, "samples": state.samples, "epoch": state.epochs(state.samples), **values}
+        line = {
+            "step": state.steps,
+            "samples": state.samples,
+            "epoch": state.epochs(state.samples),
+            "time_s": state.tally.time_s,
+            "evaluation_s": took_s,
+            **values,
+        }
         self._write(line)
         if self._show:
             self._show.evaluation(line)
@@ -118,8 +127,7 @@ class Metrics:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file:
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
-            self._unwritten += json.dumps(finite).encode() + b"\n"
+            self._unwritten += json.dumps(finite(line)).encode() + b"\n"
             self._flush()
 
     def _flush(self) -> None:
@@ -133,6 +141,13 @@ class Metrics:
             self._warned_unwritten = True
 
 
+def finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``line`` with None in place of values that aren't finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+
+
 def noise_values(noise: Smoothed) -> dict[str, float | None]:
     """Return the gradient noise scale for a line of metrics; values that aren't known yet are None.
 
@@ -143,6 +158,12 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
     scale, averages = noise.scale(), noise if noise.count else None
     known = {f"noise/{name}": getattr(scale, name, None) for name in ("scale", "low", "high")}
     return known | {f"noise/{name}": getattr(averages, name, None) for name in ("grad_sq", "trace")}
+
+
+def evaluations_until(file: Path, state: TrainState) -> list[dict[str, Any]]:
+    """Return the evaluations in a metrics file up to ``state``."""
+    lines = map(parse_json, lines_until(file, state))
+    return [line for line in lines if "loss" not in line]
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import estimate, filled
 from isobatch.scaling.plan import Step
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.engines.step_report import Total, Update
+from isobatch.trainers.engines.step_report import Requests, Total, Update
+from isobatch.trainers.loop.hardware import Hardware
 from isobatch.trainers.loop.metrics import Metrics
 from isobatch.trainers.loop.readback import DelayedReadback, StepResult
 from isobatch.trainers.ranks.failure import RunFailed
@@ -26,22 +28,38 @@ class Monitor:
     """Check and log each step of a run; ask for a ``stop`` after a failed save if the config says so."""
 
     def __init__(
-        self, config: RunConfig, state: TrainState, metrics: Metrics, readback: DelayedReadback, stop: Stop
+        self,
+        config: RunConfig,
+        state: TrainState,
+        metrics: Metrics,
+        readback: DelayedReadback,
+        hardware: Hardware,
+        stop: Stop,
     ) -> None:
         # in fp16 the engine skips steps, and fails if the loss scale can't be lowered
         self._skip_nonfinite = config.on_nonfinite == "skip" or config.precision == "fp16"
-        self._state, self.metrics, self._readback, self._stop = state, metrics, readback, stop
+        self._state, self.metrics, self._readback, self._hardware, self._stop = state, metrics, readback, hardware, stop
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
+        self._since = time.perf_counter()
 
-    def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> tuple[bool, bool]:
+    @property
+    def time_s(self) -> float:
+        """Return the seconds of training until now, over all attempts."""
+        return self._state.tally.time_s + time.perf_counter() - self._since
+
+    def exclude(self, seconds: float) -> None:
+        """Don't count the last ``seconds`` as time of training."""
+        self._since += seconds
+
+    def record(self, step: Step, total: Total, update: Update, *, flush: bool) -> Requests:
         """Handle the step results that have arrived from the device.
 
         Args:
-            flush: wait for the result of this step. It is also waited for if any rank asks to stop or to save.
+            flush: wait for the result of this step. It is also waited for if any rank asks for anything.
 
         Returns:
-            Whether any rank was asked to stop, and whether any rank asks for a checkpoint.
+            What any rank asks for.
 
         Raises:
             RunFailed: the loss or the gradient isn't finite, or many steps in a row were skipped.
@@ -49,7 +67,7 @@ class Monitor:
         """
         self._skips = self._skips + 1 if update.skipped else 0
         results = [self._readback.read(step, total, update)]
-        if flush or any(result and (result.stop or result.save) for result in results):
+        if flush or any(result and any(result.requests) for result in results):
             results.append(self._readback.flush())
         arrived = [result for result in results if result]
         for result in arrived:
@@ -57,7 +75,9 @@ class Monitor:
         if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):
             finite = f"none of the last {self._skips} steps was finite"
             raise RunFailed(f"{finite}, so all of them were skipped; lower the learning rate, or give clip_norm=1")
-        return any(result.stop for result in arrived), any(result.save for result in arrived)
+        return (
+            Requests(*map(any, zip(*(result.requests for result in arrived), strict=True))) if arrived else Requests()
+        )
 
     def handle_step_result(self, result: StepResult) -> None:
         """Raise if the step can't be trained on; update the noise scale; log the step if it is due."""
@@ -73,6 +93,7 @@ class Monitor:
                 raise RunFailed(f"{found}; {fixes} (on_nonfinite=skip skips such steps)")
             fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
             self.metrics.event("skip", f"{found}; skipped", **fields)
+        self._count(result)
         if state.noise and result.parts_sq is not None and math.isfinite(result.parts_sq):
             new = estimate(result.parts_sq, result.grad_norm**2, step.cut.global_size, filled(step.cut))
             state.noise = state.noise.updated(new)
@@ -80,7 +101,18 @@ class Monitor:
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
         if step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop):
-            self.metrics.step(result)
+            self.metrics.step(result, self._hardware.values(state.tally))
+            state.tally = state.tally.logged()
+
+    def _count(self, result: StepResult) -> None:
+        """Add a step to the tally."""
+        step, now = result.step, time.perf_counter()
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        loss = result.loss * result.units if finite else math.nan
+        seconds, waited_s = max(0.0, now - self._since), result.waited_s / step.cut.world
+        self._since = now
+        tally = self._state.tally
+        self._state.tally = tally.after(step.stop - step.start, result.units, loss, result.measures, seconds, waited_s)
 
     def report_unsaved(self, failure: str) -> None:
         """Warn that a checkpoint couldn't be saved, and ask for a stop if the config says so."""

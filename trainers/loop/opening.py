@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from isobatch.conf.messages import shown
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import unmeasurable
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import lr_jump
@@ -119,10 +121,21 @@ def announce_frozen(run: RunDir, modes: Modes) -> None:
         say(f"in eval mode, as model() returned it: {listed(names)}")
 
 
+def refuse_without_validation(config: RunConfig) -> None:
+    """Raise UserError if the config needs validation data; called if there is none."""
+    asked = {"checkpoint.best": config.checkpoint.best, "evaluate.first": config.evaluate.first}
+    for key, value in {**asked, "stop.when": config.stop.when, "stop.at": config.stop.at}.items():
+        if value:
+            problem = f"{key}={shown(value)} needs validation data, but task {config.task.name} has no val_data()"
+            raise UserError(problem, "leave it out, or define val_data()", key, value)
+
+
 def warnings(config: RunConfig, model: nn.Module, state: TrainState, found: Checkpoint | None) -> Iterator[str]:
     """Yield the warnings that are due before step 1."""
     if found and (jump := lr_jump(found.header.plan, state.plan, state.samples)):
         yield jump
+    if found and found.header.tally is None:
+        yield f"time_s and units count from step {state.steps}: its checkpoint is from a version that didn't count them"
     if config.noise.every and (reason := unmeasurable(state.plan)):
         yield reason
     if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from isobatch.scaling.plan import Step
-from isobatch.trainers.engines.step_report import Total, Update
+from isobatch.trainers.engines.step_report import Number, Requests, Total, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,9 @@ class StepResult:
 
     Attributes:
         loss: mean loss over the units of the global batch.
-        stop, save: any rank was asked to stop, or asks for a checkpoint.
+        waited_s: seconds that the ranks waited for data, summed over them.
+        requests: any rank asks for it.
+        measures: the task's own sums and counts, by name.
         parts_sq: see ``Update``; None if it wasn't measured.
     """
 
@@ -25,9 +28,36 @@ class StepResult:
     loss: float
     units: float
     grad_norm: float
-    stop: bool
-    save: bool
+    waited_s: float
+    requests: Requests
+    measures: dict[str, tuple[float, float]]
     parts_sq: float | None = None
+
+    @classmethod
+    def of(cls, step: Step, names: Sequence[str], numbers: Sequence[float]) -> StepResult:
+        """Return the result of ``step`` from ``numbers``, in the order of ``_numbers``."""
+        loss, units, grad_norm, waited_s, stop, save, finish, *rest = numbers
+        measures = {name: (rest[2 * index], rest[2 * index + 1]) for index, name in enumerate(names)}
+        return cls(
+            step=step,
+            loss=loss / units if units else loss,
+            units=units,
+            grad_norm=grad_norm,
+            waited_s=waited_s,
+            requests=Requests(stop > 0, save > 0, finish > 0),
+            measures=measures,
+            parts_sq=rest[-1] if len(rest) > 2 * len(names) else None,
+        )
+
+
+def _numbers(total: Total, update: Update) -> list[Number]:
+    pairs = [number for pair in total.measures.values() for number in pair]
+    parts = [] if update.parts_sq is None else [update.parts_sq]
+    return [total.loss, total.units, update.grad_norm, total.waited_s, *total.requests, *pairs, *parts]
+
+
+Pending = tuple[Step, tuple[str, ...], Tensor, torch.Event]
+"""A step, the names of its measures, its numbers, and the event of their arrival on the host."""
 
 
 class DelayedReadback:
@@ -35,21 +65,19 @@ class DelayedReadback:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pending: tuple[Step, Tensor, torch.Event] | None = None
+        self._pending: Pending | None = None
 
     def read(self, step: Step, total: Total, update: Update) -> StepResult | None:
         """Return the result of ``step``; on an accelerator that of the previous step, None at the first."""
-        found = [total.loss, total.units, total.stop, total.save, update.grad_norm]
-        if update.parts_sq is not None:
-            found.append(update.parts_sq)
+        found, names = _numbers(total, update), tuple(total.measures)
         if self._device.type == "cpu":
-            return _result(step, *map(float, found))
+            return StepResult.of(step, names, list(map(float, found)))
         numbers = torch.stack([torch.as_tensor(number) for number in found])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         copied = torch.Event(self._device)
         copied.record()
-        previous, self._pending = self._pending, (step, host, copied)
+        previous, self._pending = self._pending, (step, names, host, copied)
         return _arrived(previous)
 
     def flush(self) -> StepResult | None:
@@ -58,15 +86,9 @@ class DelayedReadback:
         return _arrived(previous)
 
 
-def _arrived(message: tuple[Step, Tensor, torch.Event] | None) -> StepResult | None:
-    if message is None:
+def _arrived(pending: Pending | None) -> StepResult | None:
+    if pending is None:
         return None
-    step, host, copied = message
+    step, names, host, copied = pending
     copied.synchronize()
-    return _result(step, *host.tolist())
-
-
-def _result(
-    step: Step, loss: float, units: float, stop: float, save: float, grad_norm: float, parts_sq: float | None = None
-) -> StepResult:
-    return StepResult(step, loss / units if units else loss, units, grad_norm, stop > 0, save > 0, parts_sq)
+    return StepResult.of(step, names, host.tolist())

@@ -15,24 +15,49 @@ from isobatch.trainers.model.precision import widened
 WANTED = "task.loss has to return (sum of the losses over units, number of units), or one loss per sample"
 
 
-def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
+Sum = tuple[Tensor | float, Tensor | float]
+"""A sum and the number of units that it is over."""
+
+
+def checked(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor, dict[str, Sum]]:
     """Return ``summed(result, samples)`` for training. Raises UserError like ``summed``, and if it has no gradient."""
-    loss, units = summed(result, samples)
+    loss, units, measures = summed(result, samples)
     if not loss.requires_grad:
         raise UserError(f"{WANTED}; it returned {_shown(result)} without a gradient")
-    return loss, units
+    return loss, units, measures
 
 
-def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor]:
-    """Return the sum of a task's losses (0-dim) and the number of units.
+def summed(result: Any, samples: int | None = None) -> tuple[Tensor, float | Tensor, dict[str, Sum]]:
+    """Return the sum of a task's losses (0-dim), the number of units, and the measures.
 
     Args:
-        result: the loss's result: (sum over units, number of units), or one loss per sample, [samples].
+        result: the loss's result: (sum over units, number of units), or one loss per sample, [samples]; either may be
+            followed by measures {name: (sum, count)}.
         samples: samples of the batch; None: not known.
 
     Raises:
-        UserError: the result has neither form.
+        UserError: the result has none of these forms.
     """
+    if not (isinstance(result, tuple) and len(result) > 1 and isinstance(result[-1], dict)):
+        return *_summed(result, samples), {}
+    *losses, measures = result
+    return *_summed(losses[0] if len(losses) == 1 else tuple(losses), samples), _measures(measures)
+
+
+def _measures(measures: dict[Any, Any]) -> dict[str, Sum]:
+    """Return measures as numbers and 0-dim tensors without gradients."""
+    found: dict[str, Sum] = {}
+    for name, pair in measures.items():
+        numbers = pair if isinstance(pair, tuple) and len(pair) == 2 and isinstance(name, str) else ()
+        if not numbers or not all(isinstance(n, Real) or (isinstance(n, Tensor) and n.numel() == 1) for n in numbers):
+            problem = f"task.loss has to return measures as {{name: (sum, count)}}; {name!r:.60} has {pair!r:.60}"
+            raise UserError(problem, "give two numbers, such as (correct.sum(), len(labels))", "task._target_")
+        total, count = (n.detach().reshape(()) if isinstance(n, Tensor) else float(n) for n in numbers)
+        found[name] = total, count
+    return found
+
+
+def _summed(result: Any, samples: int | None) -> tuple[Tensor, float | Tensor]:
     if isinstance(result, Tensor):
         return _summed_samples(result, samples), float(len(result))
     if not isinstance(result, tuple) or len(result) != 2:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
 from isobatch.conf.terminal import say_once
@@ -48,21 +48,29 @@ class Task:
         """Return a map-style dataset: ``len()`` and ``[index]``."""
         return self.own.train_data()
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor] | Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Any:
         """Return the sum of the losses over the batch's units and the number of units, or one loss per sample.
 
-        Never return a mean: the loss of a step is divided once, by the units of the whole global batch.
+        Never return a mean: the loss of a step is divided once, by the units of the whole global batch. Measures
+        {name: (sum, count)} may follow, as in ``(losses, measures)`` or ``(sum, units, measures)``. Their ratios are
+        logged as ``train/<name>``.
         """
-        result: tuple[Tensor, float | Tensor] | Tensor = self.own.loss(model, batch)
-        return result
+        return self.own.loss(model, batch)
+
+    def flops_per_unit(self, model: nn.Module) -> Any:
+        """Return the floating-point operations of forward and backward for one unit. Default: None, not known."""
+        return self.own.flops_per_unit(model) if self.has("flops_per_unit") else None
 
     def val_data(self) -> Any:
         """Return a map-style dataset to evaluate on, or None."""
         return self.own.val_data() if self.has("val_data") else None
 
     def evaluate(self, model: nn.Module, batch: Any) -> Any:
-        """Return {name: (sum, count)} of a batch of validation data. Default: its loss."""
-        return self.own.evaluate(model, batch) if self.has("evaluate") else {"loss": summed(self.loss(model, batch))}
+        """Return {name: (sum, count)} of a batch of validation data. Default: its loss, and the loss's measures."""
+        if self.has("evaluate"):
+            return self.own.evaluate(model, batch)
+        loss, units, measures = summed(self.loss(model, batch))
+        return {"loss": (loss, units), **measures}
 
     def summarise(self, totals: Totals) -> Any:
         """Return {name: value}, derived from the sums and counts of a whole evaluation. Default: none."""

@@ -22,6 +22,7 @@ from pydantic import Field, FiniteFloat, PlainValidator
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
+from isobatch.scaling.tally import Tally
 from isobatch.trainers.tensors.names import file_of, followed
 from isobatch.trainers.tensors.tensorfile import Damaged as Damaged
 from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, parse_json, sha256, strict
@@ -45,6 +46,7 @@ class Header:
         evaluation: the values of the evaluation at this step, if it was the best so far. Non-finite values are None.
         plan: the plan in force at this step.
         noise: state of the gradient noise scale; None if it wasn't measured, and in old checkpoints.
+        tally: the logged sums; None in old checkpoints.
     """
 
     identity: str
@@ -58,6 +60,7 @@ class Header:
     evaluation: dict[str, FiniteFloat | None] | None
     plan: Annotated[Plan, PlainValidator(lambda fields: from_json(json.dumps(fields)))]
     noise: Smoothed | None = None
+    tally: Tally | None = None
 
 
 @strict

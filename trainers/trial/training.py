@@ -136,7 +136,9 @@ def _measure(
     """Return the loss with its units, and the gradient, with zeros for parameters without one."""
     sandbox.reset()
     switch_off(sandbox.model)
-    loss, units = sandbox.call(lambda inputs: checked(sandbox.task.loss(sandbox.model, inputs), samples), batch, start)
+    loss, units, _ = sandbox.call(
+        lambda inputs: checked(sandbox.task.loss(sandbox.model, inputs), samples), batch, start
+    )
     gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
     dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradient, strict=True)]
     sandbox.narrow = sandbox.narrow or any(tensor.dtype.itemsize < 4 for tensor in dense)

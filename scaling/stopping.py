@@ -1,0 +1,83 @@
+"""Decide from a run's evaluations whether it ends early. Torch-free, and a pure function of what is logged."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from isobatch.scaling.geometry import counted
+
+OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+VALUE = r"(?:val|ema)/[^:<>=\s]+"
+AT = rf"({VALUE})(>=|<=|>|<)([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """End a run when a value hasn't improved for a while.
+
+    Attributes:
+        name: of the value, such as ``val/loss``.
+        best: whether the smallest or the largest value is best.
+        patience: evaluations in a row without an improvement, after which the run ends.
+        min_delta: an improvement has to be larger than this.
+    """
+
+    name: str
+    best: Literal["min", "max"]
+    patience: int
+    min_delta: float
+
+    def cause(self, evaluations: Sequence[Mapping[str, Any]]) -> str:
+        """Return why the run ends at the last of its evaluations, or an empty text.
+
+        An evaluation without the value isn't counted. A value that isn't finite (None) is no improvement.
+        """
+        sign, top, since = 1 if self.best == "max" else -1, None, 0
+        for values in evaluations:
+            if self.name in values:
+                value = values[self.name]
+                if value is not None and (top is None or sign * (value - top) > self.min_delta):
+                    top, since = value, 0
+                else:
+                    since += 1
+        if since < self.patience:
+            return ""
+        stuck = "has had no finite value" if top is None else f"hasn't improved on {top:.6g}"
+        return f"stop.when={self.name}:{self.best}: it {stuck} for {counted(since, 'evaluation')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """End a run at the first evaluation that reaches a target, such as ``val/accuracy>=0.97``."""
+
+    text: str
+
+    @property
+    def name(self) -> str:
+        return self._parts[0]
+
+    @property
+    def _parts(self) -> tuple[str, str, float]:
+        found = re.fullmatch(AT, self.text)
+        assert found, self.text
+        return found[1], found[2], float(found[3])
+
+    def reached(self, values: Mapping[str, Any]) -> bool:
+        """Return whether an evaluation's values reach the target.
+
+        >>> Target("val/accuracy>=0.97").reached({"val/accuracy": 0.98})
+        True
+        """
+        name, sign, bound = self._parts
+        value = values.get(name)
+        return value is not None and bool(OPERATORS[sign](value, bound))
+
+    def cause(self, evaluations: Sequence[Mapping[str, Any]]) -> str:
+        """Return why the run ends at the last of its evaluations, or an empty text."""
+        if not evaluations or not self.reached(evaluations[-1]):
+            return ""
+        return f"stop.at={self.text}: it is {evaluations[-1][self.name]:.6g}"

@@ -1,0 +1,105 @@
+"""Add up what a run logs: time, units, losses and measures, of the whole run and since the last logged step.
+
+A checkpoint holds these sums, so a resumed run logs the same lines as one that never stopped. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+from isobatch.scaling.limits import Count
+
+Pair = tuple[float, float]
+"""A sum, and the number of units or samples that it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Hold sums over the steps since the last logged one.
+
+    Attributes:
+        samples, units: of all steps.
+        seconds: time of training; ``waited_s``: the part of it that a rank waited for data, the mean over ranks.
+        loss: sum of the losses over units, and the number of these units, of the steps whose loss was finite.
+        measures: the task's own, by name.
+    """
+
+    samples: Count = 0
+    units: float = 0.0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    loss: Pair = (0.0, 0.0)
+    measures: dict[str, Pair] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Hold the sums of a run at a position.
+
+    Attributes:
+        time_s: seconds of training so far, over all attempts, without evaluations and without steps that were lost.
+        units: units seen so far, such as tokens.
+    """
+
+    time_s: float = 0.0
+    units: float = 0.0
+    interval: Interval = field(default_factory=Interval)
+
+    def __post_init__(self) -> None:
+        inside = self.interval
+        numbers = [self.time_s, self.units, *astuple(inside)[:4], *inside.loss, *sum(inside.measures.values(), ())]
+        if not all(map(math.isfinite, numbers)) or min(numbers[:6]) < 0:
+            raise ValueError(f"{self} isn't a valid tally")
+
+    def after(
+        self, samples: int, units: float, loss: float, measures: Mapping[str, Pair], seconds: float, waited_s: float
+    ) -> Tally:
+        """Return the tally after one more step.
+
+        Args:
+            units: number of units of the global batch.
+            loss: sum of the losses over them. Numbers that aren't finite are left out.
+            measures: the task's sums and counts.
+            seconds: time since the previous step.
+            waited_s: time that a rank waited for the step's data.
+        """
+        before = self.interval
+        finite = {name: pair for name, pair in measures.items() if all(map(math.isfinite, pair))}
+        since = Interval(
+            before.samples + samples,
+            before.units + units,
+            before.seconds + seconds,
+            before.waited_s + waited_s,
+            _plus(before.loss, (loss, units)) if math.isfinite(loss) else before.loss,
+            before.measures | {name: _plus(before.measures.get(name, (0.0, 0.0)), finite[name]) for name in finite},
+        )
+        return Tally(self.time_s + seconds, self.units + units, since)
+
+    def logged(self) -> Tally:
+        """Return the tally after the step was logged: a new interval starts."""
+        return replace(self, interval=Interval())
+
+    def values(self) -> dict[str, Any]:
+        """Return the values of a line of ``metrics.jsonl``; a mean over nothing is None."""
+        since = self.interval
+        seconds = max(1e-9, since.seconds)
+        return {
+            "loss": _mean(since.loss),
+            "samples_per_s": since.samples / seconds,
+            "time_s": self.time_s,
+            "units": self.units,
+            "units_per_s": since.units / seconds,
+            "data_wait": min(1.0, since.waited_s / seconds),
+            **{f"train/{name}": _mean(pair) for name, pair in since.measures.items()},
+        }
+
+
+def _plus(one: Pair, other: Pair) -> Pair:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _mean(pair: Pair) -> float | None:
+    return pair[0] / pair[1] if pair[1] else None
