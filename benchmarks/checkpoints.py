@@ -95,7 +95,7 @@ class Saving:
             assert step
             for micro in self._loader(step):
                 with engine.micro(step.cut, last=micro.last):
-                    loss, units = engine.loss(micro.batch, micro.samples)
+                    loss, units, _ = engine.loss(micro.batch, micro.samples)
                     engine.backward(loss / step.expected_units, Note(loss, units, micro.expected_units))
             scale = engine.total(step.expected_units).scale(step.expected_units)
             engine.update(scale, 1.0, step.recipe)

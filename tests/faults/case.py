@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from benchmarks.soak import processes_of
 from isobatch.scaling.order import indices
 from tests.faults.task import SAMPLES, Fault
+from tests.support.lines import untimed
 from tests.support.warm import Warm
 
 ROOT = Path(__file__).parents[2]
@@ -242,7 +243,7 @@ class Case:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines without measured times. A line that is being written is left out."""
         found = _lines(self.run / "metrics.jsonl")
-        return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in found]
+        return untimed(found)
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.run / "checkpoints").glob("step-*"))

@@ -20,6 +20,7 @@ from isobatch.trainers.tensors.manifest import read
 from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.tensors.slices import Reader
 from tests.support.harness import Run, Runs, distance
+from tests.support.lines import untimed
 from tests.support.tasks import Counted, Odd
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def lines(run: Run) -> list[dict[str, Any]]:
     """Return the metrics of steps without their speed. Evaluations are left out, since ranks sum up their shares."""
-    return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in run.metrics() if "loss" in line]
+    return untimed(line for line in run.metrics() if "loss" in line)
 
 
 def assert_same(one: Run, other: Run) -> None:

@@ -116,7 +116,7 @@ def step(engine: Engine, state: TrainState) -> None:
     step = state.plan.step_at(state.samples)
     assert step
     with engine.micro(step.cut, last=True):
-        loss, units = engine.loss((torch.zeros(2, 1),), 2)
+        loss, units, _ = engine.loss((torch.zeros(2, 1),), 2)
         engine.backward(loss / step.expected_units, Note(loss, units, 2))
     engine.update(engine.total(step.expected_units).scale(step.expected_units), None, step.recipe)
     state.samples, state.steps = step.stop, step.index + 1

@@ -22,7 +22,7 @@ from isobatch.trainers.data.fetch import Fetch, to_device
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.make import make_engine
-from isobatch.trainers.engines.step_report import Note
+from isobatch.trainers.engines.step_report import Note, Requests
 from isobatch.trainers.loop.metrics import PlainLines
 from isobatch.trainers.model.targets import build, locate
 from isobatch.trainers.optim.make import make_optimizer
@@ -279,12 +279,13 @@ def test_note_adds_no_collective(runs: Runs) -> None:
             with torch.profiler.profile() as profile:
                 for micro in loader(step):
                     with engine.micro(step.cut, micro.last):
-                        loss, units = engine.loss(micro.batch, micro.samples)
-                        engine.backward(loss, Note(loss, units, micro.expected_units, ranks.rank == 1))
+                        loss, units, _ = engine.loss(micro.batch, micro.samples)
+                        asked = Requests(stop=ranks.rank == 1)
+                        engine.backward(loss, Note(loss, units, micro.expected_units, requests=asked))
                 total = engine.total(step.expected_units)
             collectives.append(sum(event.name == "gloo:all_reduce" for event in profile.events()))
         rows = indices(0, 500, step.start, step.stop)
-        return collectives[-1], total.units == task.units[rows].sum().item(), total.stop > 0
+        return collectives[-1], total.units == task.units[rows].sum().item(), total.requests.stop > 0
 
     results = in_ranks(2, body, runs.folder / "note")
     assert results == [[1, True, True]] * 2

@@ -146,7 +146,7 @@ def fp16_engine(**options: Any) -> tuple[Engine, Any]:
     engine = Engine(task, parts, DDP(parts, {}), **options)
 
     def step(factor: float = 1.0) -> Any:
-        loss, units = engine.loss([tensor[:24] for tensor in task.train_data().tensors], 24)
+        loss, units, _ = engine.loss([tensor[:24] for tensor in task.train_data().tensors], 24)
         engine.backward(loss / 24 * factor, Note(loss, units, 24))
         return engine.update(engine.total(24).scale(24), 1.0, plan.peak)
 

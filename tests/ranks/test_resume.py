@@ -18,6 +18,7 @@ from isobatch.trainers.checkpoints.weights import find
 from isobatch.trainers.loop.readback import DelayedReadback
 from tests.faults.hostile import edit
 from tests.support.harness import ROUNDING, Run, Runs, distance
+from tests.support.lines import untimed
 
 TASK = (
     "task=custom", "task._target_=tests.support.tasks.Slow", "batch.global_size=20", "duration=3ep", "lr.peak=0.05",
@@ -43,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run
 
 def lines(run: Run) -> list[dict[str, Any]]:
     """Return the metrics without times."""
-    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in run.metrics()]
+    return untimed(run.metrics())
 
 
 def bitwise_equal(a: Run, b: Run) -> bool:

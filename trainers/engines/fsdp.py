@@ -75,9 +75,9 @@ class FSDP(Reducer):
         return self.trails.trail.begin("training") if self.trails else nullcontext()
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        def no_view() -> tuple[Tensor, float | Tensor]:
-            loss, units = work()
-            return loss if loss._base is None else loss.clone(), units  # FSDP warns of a view
+        def no_view() -> tuple[Any, ...]:
+            loss, *rest = work()
+            return loss if loss._base is None else loss.clone(), *rest  # FSDP warns of a view
 
         return self._root(no_view)
 

@@ -87,8 +87,10 @@ def fit(
     step = state.plan.step_at(state.samples)
     state.evaluation_owed = state.evaluation_owed and evaluation is not None and (step is not None or evaluation.last)
     stopping = state.evaluation_owed and not evaluate_now(evaluation, state, monitor, saver, early)
+    if not stopping and early.decide():
+        step = None
     saved = False  # at the end of the run, before its last evaluation
-    while step and not stopping and not early.decide():
+    while step and not stopping:
         measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
         total, update = stepper.take(step, requests, measure=measure)
         state.advance(step, skipped=update.skipped)
@@ -111,12 +113,14 @@ def fit(
                 saver.save(state)  # before the last evaluation, so that no training is lost if it fails
                 saver.wait()
             stopping = stopping or not evaluate_now(evaluation, state, monitor, saver, early)
+            if not stopping and early.decide():
+                following = None
         if (saving or asked.save) and following and not stopping:
             saver.save(state)
         if failure := saver.failure():
             monitor.report_unsaved(failure)
         step = following
-    done = (step is None or bool(early.cause)) and not state.evaluation_owed
+    done = step is None and not state.evaluation_owed
     if not (done and saved):
         saver.save(state)
     settle(state, monitor, saver, done)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 RUN_DEPENDS = "this run isn't the same on other hardware or another batch.per_gpu"
+MEASURES_DEPEND = "measures of the loss aren't the same on other hardware or another batch.per_gpu"
 EVALUATION_DEPENDS = "the values of evaluations aren't the same on other hardware or another evaluate.per_gpu"
 
 
@@ -84,7 +85,7 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
 
 
 def report_dependence(run: RunDir | None, message: str, reason: str) -> None:
-    """Report ``message``, RUN_DEPENDS or EVALUATION_DEPENDS, with its reason; do nothing if ``run`` is None."""
+    """Report ``message``, RUN_DEPENDS or the like, with its reason; do nothing if ``run`` is None."""
     tell(run, "depends_on_cut", f"{message}: {reason}", reason=reason)
 
 

@@ -18,7 +18,7 @@ from isobatch.trainers.data.fingerprint import fingerprint
 from isobatch.trainers.data.look import Unseen, has_no_state, look
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.loop.metrics import tell
-from isobatch.trainers.loop.opening import RUN_DEPENDS, Opened, report_dependence
+from isobatch.trainers.loop.opening import MEASURES_DEPEND, RUN_DEPENDS, Opened, report_dependence
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import is_oom
@@ -45,6 +45,7 @@ class Looked:
         fingerprint: fingerprint of the data; None: it can't be compared.
         depends_on_hardware: reasons why the run changes with the number of ranks.
         depends_on_cut: reasons why the run changes with the sizes of micro-batches.
+        measures_depend: reasons why measures of the loss change with the sizes of micro-batches.
         evaluation_depends: reasons why evaluations change with the sizes of their batches.
         skipped: reasons why a part of the trial was skipped.
     """
@@ -52,6 +53,7 @@ class Looked:
     fingerprint: str | None
     depends_on_hardware: list[str]
     depends_on_cut: list[str]
+    measures_depend: list[str]
     evaluation_depends: list[str]
     skipped: list[str]
 
@@ -82,7 +84,7 @@ def look_and_try(
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
     unseen = next((sample.why for sample in seen.values() if isinstance(sample, Unseen)), "")
     if any(reasons := world.gather(unseen)) or not wanted:
-        return Looked(known_by, [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
+        return Looked(known_by, [], [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
     sandbox = Sandbox(task, model, world.device, config.seed, watch.beat)
     batches = [seen[name] for name in seen if name.startswith("batch ")]
     of_loss, of_evaluation = TOO_FEW, Found()
@@ -96,6 +98,7 @@ def look_and_try(
         known_by,
         depends_on_hardware=[*seen["own"], *of_loss.counters],
         depends_on_cut=of_loss.depends,
+        measures_depend=of_loss.logged,
         evaluation_depends=[*seen.get("own of validation", []), *of_evaluation.depends],
         skipped=[found.skipped for found in (of_loss, of_evaluation) if found.skipped],
     )
@@ -107,6 +110,8 @@ def announce(looked: Looked, run: RunDir | None, stream: Stream) -> None:
         report_dependence(run, RUN_DEPENDS, reason)
     for reason in looked.depends_on_cut:
         stream.tell(reason)
+    for reason in looked.measures_depend:
+        report_dependence(run, MEASURES_DEPEND, reason)
     for reason in looked.evaluation_depends:
         stream.tell_of_evaluation(reason)
     for reason in looked.skipped:

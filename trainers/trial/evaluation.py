@@ -15,7 +15,7 @@ from isobatch.trainers.loop.evaluate import measure, summarise
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.ranks.failure import is_oom, user_line
 from isobatch.trainers.tasks.task import Totals
-from isobatch.trainers.trial.halves import OWN, TWICE, Draw, Halves, differ, judge
+from isobatch.trainers.trial.halves import OWN, TWICE, Draw, Halves, differ, judge_totals
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import Found
 
@@ -69,17 +69,11 @@ def try_evaluation(sandbox: Sandbox, batch: Halves, precision: str) -> Found:
         if not own or batch.unkeyed or batch.middle == batch.start:  # the loss was judged in training mode
             return Found()
         first, second = totals(batch.first, batch.start), totals(batch.second, batch.middle)
-    depends = []
-    for name, pair in whole.items():
-        draw = Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), batch.samples)
-        verdict, _ = judge([draw], noisy=sandbox.drew or sandbox.narrow)
-        if verdict == "mean" and draw.counts_samples:
-            problem = f"task.evaluate returns a mean as the sum of {name!r}: {draw}, counted as that many samples"
-            raise UserError(problem, "return the sum with the count, or the mean with 1", "task")
-        constant = draw.whole[0] == draw.first[0] == draw.second[0]
-        if verdict != "sum" and not constant:
-            depends.append(f"{name!r} of task.evaluate isn't a sum over samples: {draw}")
-    return Found(depends=depends)
+    draws = {
+        name: [Draw(pair, first.get(name, NOTHING), second.get(name, NOTHING), batch.samples)]
+        for name, pair in whole.items()
+    }
+    return Found(depends=judge_totals("evaluate", draws, noisy=sandbox.drew or sandbox.narrow))
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.order import indices
 from isobatch.trainers.data.fetch import Fetch, fetches_many
 from isobatch.trainers.data.fingerprint import digests, fetched
@@ -81,6 +82,7 @@ class Draw:
         whole, first, second: (sum of losses, units) of the batch and of each half.
         gradient_off: |g − g₁ − g₂| / (|g₁| + |g₂|); 0 if no gradient was computed.
         samples: number of samples of the batch and of each half.
+        measures: the loss's measures by name.
     """
 
     whole: tuple[float, float]
@@ -88,6 +90,7 @@ class Draw:
     second: tuple[float, float]
     samples: tuple[int, int, int]
     gradient_off: float = 0.0
+    measures: Mapping[str, Draw] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -159,3 +162,23 @@ def judge(draws: Sequence[Draw], noisy: bool = False) -> tuple[Verdict, Draw | N
     exact = all(draw.is_mean for draw in off)
     weighted = len(off) > 1 and all(draw.is_mean or draw.lies_between for draw in off)  # a single draw proves little
     return ("mean" if exact or weighted else "coupled"), off[0]
+
+
+def judge_totals(method: str, draws: Mapping[str, Sequence[Draw]], noisy: bool) -> list[str]:
+    """Judge the sums and counts that ``task.<method>`` returned by name.
+
+    Returns:
+        Descriptions of those that aren't sums over samples.
+
+    Raises:
+        UserError: one of them is a mean, counted as several samples.
+    """
+    depends = []
+    for name, of_name in draws.items():
+        verdict, draw = judge(of_name, noisy)
+        if draw and verdict == "mean" and draw.counts_samples:
+            problem = f"task.{method} returns a mean as the sum of {name!r}: {draw}, counted as that many samples"
+            raise UserError(problem, "return the sum with the count, or the mean with 1", "task")
+        if draw and not draw.whole[0] == draw.first[0] == draw.second[0]:  # a constant is no sum, and no mistake
+            depends.append(f"{name!r} of task.{method} isn't a sum over samples: {draw}")
+    return depends

@@ -21,7 +21,7 @@ from isobatch.trainers.engines.reducer import norm_of
 from isobatch.trainers.ranks.failure import is_oom
 from isobatch.trainers.ranks.internals import BatchNorm, Dropout
 from isobatch.trainers.tasks.losses import checked
-from isobatch.trainers.trial.halves import Draw, Halves, judge
+from isobatch.trainers.trial.halves import Draw, Halves, judge, judge_totals
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 
 DRAWS = 4  # batches; the halves of a single batch may agree by chance
@@ -34,11 +34,13 @@ class Found:
 
     Attributes:
         counters: numbers that change with every call, and so also depend on the number of ranks.
+        logged: measures of the loss that depend on the cut.
         depends: other reasons why the run depends on its cut.
         skipped: why a part of the trial was skipped.
     """
 
     counters: list[str] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
     depends: list[str] = field(default_factory=list)
     skipped: str = ""
 
@@ -79,8 +81,9 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
         try:
             draws = _draws(sandbox, [batch for batch in batches if not batch.unkeyed])
         except _HalfFails as failure:
-            return Found(counters, [str(failure)])
-    verdict, shown = judge(draws, noisy=sandbox.drew or sandbox.narrow)
+            return Found(counters, depends=[str(failure)])
+    noisy = sandbox.drew or sandbox.narrow
+    verdict, shown = judge(draws, noisy)
     if verdict == "mean":
         fix = "return (sum, number of units), with reduction='sum', or one loss per sample, with reduction='none'"
         raise UserError(f"task.loss returns a mean, not a sum: {shown}", fix, "task")
@@ -88,7 +91,13 @@ def try_loss(sandbox: Sandbox, batches: Sequence[Halves], to_training_mode: Call
         f"task.loss isn't a sum over samples: {shown}; possible causes are negatives or statistics from the batch, "
         "the hardest of its samples, or a penalty added once per call"
     ]
-    return Found(counters, depends if verdict == "coupled" else [])
+    measures = {name: [draw.measures[name] for draw in draws if name in draw.measures] for name in _names(draws)}
+    logged = judge_totals("loss", measures, noisy)
+    return Found(counters, logged, depends if verdict == "coupled" else [])
+
+
+def _names(draws: Sequence[Draw]) -> dict[str, None]:
+    return dict.fromkeys(name for draw in draws for name in draw.measures)
 
 
 class _HalfFails(Exception):
@@ -113,10 +122,10 @@ def _draws(sandbox: Sandbox, batches: Sequence[Halves]) -> list[Draw]:
 def _draw(sandbox: Sandbox, batch: Halves) -> Draw:
     parameters = [parameter for parameter in sandbox.model.parameters() if parameter.requires_grad]
     samples = batch.samples
-    whole, gradient = _measure(sandbox, batch.whole, batch.start, samples[0], parameters)
+    whole, measures, gradient = _measure(sandbox, batch.whole, batch.start, samples[0], parameters)
     try:
-        first, of_first = _measure(sandbox, batch.first, batch.start, samples[1], parameters)
-        second, of_second = _measure(sandbox, batch.second, batch.middle, samples[2], parameters)
+        first, more, of_first = _measure(sandbox, batch.first, batch.start, samples[1], parameters)
+        second, most, of_second = _measure(sandbox, batch.second, batch.middle, samples[2], parameters)
     except Exception as error:
         if is_oom(error):
             raise
@@ -127,22 +136,29 @@ def _draw(sandbox: Sandbox, batch: Halves) -> Draw:
     size = norm_of(of_first) + norm_of(of_second)
     for whole_gradient, *halves in zip(gradient, of_first, of_second, strict=True):
         whole_gradient -= sum(halves)
-    return Draw(whole, first, second, samples, float(norm_of(gradient) / size) if size else 0.0)
+    off = float(norm_of(gradient) / size) if size else 0.0
+    by_name = {
+        name: Draw(pair, more[name], most[name], samples)
+        for name, pair in measures.items()
+        if name in more and name in most
+    }
+    return Draw(whole, first, second, samples, off, by_name)
 
 
 def _measure(
     sandbox: Sandbox, batch: Any, start: int, samples: int, parameters: list[nn.Parameter]
-) -> tuple[tuple[float, float], list[Tensor]]:
-    """Return the loss with its units, and the gradient, with zeros for parameters without one."""
+) -> tuple[tuple[float, float], dict[str, tuple[float, float]], list[Tensor]]:
+    """Return the loss with its units, its measures, and the gradient, with zeros for parameters without one."""
     sandbox.reset()
     switch_off(sandbox.model)
-    loss, units, _ = sandbox.call(
+    loss, units, measures = sandbox.call(
         lambda inputs: checked(sandbox.task.loss(sandbox.model, inputs), samples), batch, start
     )
     gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
     dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradient, strict=True)]
     sandbox.narrow = sandbox.narrow or any(tensor.dtype.itemsize < 4 for tensor in dense)
-    return (float(loss.detach()), float(units)), dense
+    numbers = {name: (float(total), float(count)) for name, (total, count) in measures.items()}
+    return (float(loss.detach()), float(units)), numbers, dense
 
 
 def switch_off(model: nn.Module) -> None:
