@@ -283,15 +283,31 @@ class RunConfig(Section):
     chosen: dict[str, str]
 
     @model_validator(mode="after")
-    def _best_of_an_average_there_is(self) -> RunConfig:
-        if self.ema is None and (self.checkpoint.best or "").startswith("ema/"):
-            problem = f"checkpoint.best={self.checkpoint.best} is of the weights' average, and there is none"
-            raise UserError(problem, "give ema=1ep, or the like", "checkpoint.best")
+    def _values_of_an_average_have_one(self) -> RunConfig:
+        for key, value in self._of_evaluations().items():
+            if self.ema is None and str(value).startswith("ema/"):
+                problem = f"{key}={value} needs an average of the weights, and there is none"
+                raise UserError(problem, "give ema=1ep, for example", key)
+        return self
+
+    def _of_evaluations(self) -> dict[str, str | None]:
+        """Return the keys that name a value of an evaluation."""
+        return {"checkpoint.best": self.checkpoint.best, "stop.when": self.stop.when, "stop.at": self.stop.at}
+
+    @model_validator(mode="after")
+    def _early_ends_are_possible(self) -> RunConfig:
+        for key, value in (("stop.when", self.stop.when), ("stop.at", self.stop.at)):
+            if value and self.evaluate.every is None:
+                problem = f"{key}={value} needs evaluations during the run, and evaluate.every is null"
+                raise UserError(problem, "give evaluate.every=1ep, for example", key)
+        for key in ("stop.patience", "stop.min_delta"):
+            if key in self.given and self.stop.when is None:
+                raise UserError(f"{key} is only used by stop.when", "give stop.when=val/loss:min, or leave it out", key)
         return self
 
     @model_validator(mode="after")
     def _evaluations_have_data(self) -> RunConfig:
-        asked = {"checkpoint.best": self.checkpoint.best, "evaluate.first": self.evaluate.first}
+        asked = {**self._of_evaluations(), "evaluate.first": self.evaluate.first}
         key = next((key for key, wanted in asked.items() if wanted), "")
         if key and self.data.target is not None and self.data.val_args is None:
             problem = f"{key} needs validation data, and data._target_={self.data.target} makes none"

@@ -187,7 +187,7 @@ def test_a_run_directory_has_all_files_and_keys(runs: Runs) -> None:
     assert start.keys() >= {"event", "command", "commit", "versions", "hosts", "world_size"}
     last = run.metrics()[-2]
     assert last.keys() >= {"step", "samples", "epoch", "loss", "lr", "grad_norm", "global_size", "samples_per_s"}
-    assert run.metrics()[-1].keys() == {"step", "samples", "epoch", "val/loss"}
+    assert run.metrics()[-1].keys() == {"step", "samples", "epoch", "time_s", "evaluation_s", "val/loss"}
 
 
 def test_ranks_gather_long_texts(runs: Runs) -> None:

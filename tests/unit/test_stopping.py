@@ -71,7 +71,7 @@ def test_a_target_ends_the_run(text: str, ends_at: int | None) -> None:
 def test_a_target_needs_no_quotes_on_the_command_line() -> None:
     assert compose(["stop.at=val/accuracy>=0.97"]).stop.at == "val/accuracy>=0.97"
     assert compose(["stop.at='val/loss<.5'"]).stop.at == "val/loss<.5"
-    assert compose(["stop.when=ema/loss:min"]).stop.when == "ema/loss:min"
+    assert compose(["stop.when=ema/loss:min", "ema=1ep"]).stop.when == "ema/loss:min"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,8 @@ def test_a_target_needs_no_quotes_on_the_command_line() -> None:
         ("stop.when=val/loss", "stop.when"),
         ("stop.when=loss:min", "stop.when"),
         ("stop.patience=0", "stop.patience"),
+        ("stop.patience=2", "stop.patience"),
+        ("stop.min_delta=0.1", "stop.min_delta"),
         ("stop.min_delta=-1", "stop.min_delta"),
         ("stop.after=90", "stop.after"),
         ("stop.after=5ep", "stop.after"),
@@ -90,10 +92,16 @@ def test_a_target_needs_no_quotes_on_the_command_line() -> None:
     ],
 )
 def test_rejected(override: str, key: str) -> None:
-    more = [] if "ema" not in override else ["ema=null"]
     with pytest.raises(UserError) as rejection:
-        compose([override, *more])
+        compose([override])
     assert rejection.value.key == key
+
+
+def test_values_need_evaluations_during_the_run() -> None:
+    with pytest.raises(UserError) as rejection:
+        compose(["evaluate.every=null", "stop.at=val/loss<1"])
+    assert rejection.value.key == "stop.at"
+    assert "evaluate.every" in f"{rejection.value}"
 
 
 def test_stop_keys_belong_to_no_identity() -> None:

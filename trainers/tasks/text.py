@@ -132,6 +132,14 @@ class Text:
         logits, targets = getattr(output, "logits", output), tokens[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
 
+    def flops_per_unit(self, model: nn.Module) -> float:
+        """Return 6 N + 12 · depth · width · length for a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if not isinstance(model, GPT):
+            return 6.0 * parameters
+        length, width, depth, *_ = self.sizes
+        return 6.0 * (parameters - model.positions.weight.numel()) + 12.0 * depth * width * length
+
     def summarise(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         loss, tokens = totals["loss"]
         return {"bits_per_byte": loss / tokens / math.log(2)}
