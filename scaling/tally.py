@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
 
 from isobatch.scaling.limits import Count
 
@@ -82,8 +81,8 @@ class Tally:
         """Return the tally after the step was logged: a new interval starts."""
         return replace(self, interval=Interval())
 
-    def values(self) -> dict[str, Any]:
-        """Return the values of a line of ``metrics.jsonl``; a mean over nothing is None."""
+    def values(self) -> dict[str, float]:
+        """Return the values of a line of ``metrics.jsonl``; a mean over nothing is NaN."""
         since = self.interval
         seconds = max(1e-9, since.seconds)
         return {
@@ -101,5 +100,5 @@ def _plus(one: Pair, other: Pair) -> Pair:
     return one[0] + other[0], one[1] + other[1]
 
 
-def _mean(pair: Pair) -> float | None:
-    return pair[0] / pair[1] if pair[1] else None
+def _mean(pair: Pair) -> float:
+    return pair[0] / pair[1] if pair[1] else math.nan

@@ -205,7 +205,7 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bo
     monitor = Monitor(config, state, metrics, DelayedReadback(world.device), hardware, session.stop)
     try:
         with watch.tracking(lambda: state.reached):
-            return fit(state, stepper, monitor, saver, evaluation, early, session.stop)
+            return fit(state, stepper, monitor, saver, evaluation, early)
     finally:
         watch.unguard()
         loader.close()

@@ -63,7 +63,7 @@ def test_a_resume_decides_the_same(runs: Runs, stop_at: int | str) -> None:
     else:
         again = runs(2, *SAME, stop_at=25)  # without the rule
         assert ended(again) == ("stopped", 25)
-    again = runs(1, *SAME, *patient, going_on=again)
+    again = runs(1, *SAME, *patient, resume=again)
     assert ended(again) == ("finished", 25)
     assert distance(again.weights(), run.weights()) < 1e-6
 
@@ -77,7 +77,7 @@ def test_continues_when_other_stop_keys_are_given(runs: Runs, whole: Run) -> Non
     assert not extends(path, same)
     config = configured([*SAME, f"run.dir={path}", "stop.at=null"])
     assert extends(path, config)
-    run = runs(2, *SAME, going_on=run, extends=True)
+    run = runs(2, *SAME, resume=run, extends=True)
     assert ended(run) == ("finished", 60)
     assert untimed(run.metrics()) == untimed(whole.metrics())
     assert distance(run.weights(), whole.weights()) == 0
@@ -93,7 +93,7 @@ def test_time_ends_the_run_on_all_ranks_at_the_same_step(runs: Runs) -> None:
     before = run.metrics()[-1]["time_s"]
     time.sleep(1)
     began = time.monotonic()
-    run = runs(2, *slow, going_on=run)
+    run = runs(2, *slow, resume=run)
     assert time.monotonic() - began > 0.5 * (3 - before)
     state, step = ended(run)
     assert (state, run.ends[0]["cause"]) == ("finished", "stop.after=0.05min")
@@ -138,6 +138,6 @@ def test_an_old_checkpoint_counts_from_there(runs: Runs, tmp_path: Path) -> None
     content = json.loads(manifest.read_text())
     del content["sha256"], content["tally"]
     manifest.write_bytes(sealed(json.dumps(content).encode()[1:]))
-    run = runs(1, *SAME, going_on=run)
+    run = runs(1, *SAME, resume=run)
     assert ended(run) == ("finished", 60)
     assert [event for event in run.events() if event["event"] == "warning" and "time_s" in event["text"]]

@@ -98,8 +98,8 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(runs: Runs) -> None:
     run = runs(1, *same, stop_at=13)
     first = run.metrics()[-1]["time_s"]
     time.sleep(0.5)
-    run = runs(1, *same, stop_at=26, going_on=run)
-    run = runs(1, *same, going_on=run)
+    run = runs(1, *same, stop_at=26, resume=run)
+    run = runs(1, *same, resume=run)
     assert untimed(run.metrics()) == untimed(whole.metrics())
     times = [line["time_s"] for line in run.metrics()]
     assert times == sorted(times)

@@ -19,7 +19,6 @@ from isobatch.trainers.loop.metrics import finite
 from isobatch.trainers.loop.monitor import Monitor, crossed
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed
-from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 
 
@@ -68,7 +67,6 @@ def fit(
     saver: Saver,
     evaluation: Evaluator | None,
     early: EarlyStop,
-    stop: Stop,
 ) -> bool:
     """Train from ``state`` to the end of its plan, or to its early end, and save a last checkpoint.
 
@@ -81,14 +79,13 @@ def fit(
     """
 
     def requests() -> Requests:
-        return Requests(stop.wanted is not None, saver.due(), early.late(monitor.time_s))
+        return Requests(monitor.stop.wanted is not None, saver.due(), early.late(monitor.time_s))
 
     every = state.plan.intervals
     step = state.plan.step_at(state.samples)
     state.evaluation_owed = state.evaluation_owed and evaluation is not None and (step is not None or evaluation.last)
     stopping = state.evaluation_owed and not evaluate_now(evaluation, state, monitor, saver, early)
-    if not stopping and early.decide():
-        step = None
+    step = None if early.decide() else step
     saved = False  # at the end of the run, before its last evaluation
     while step and not stopping:
         measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
@@ -98,23 +95,20 @@ def fit(
 
         following = state.plan.step_at(state.samples)
         saving = crossed(every.save, step.start, step.stop)
-        evaluating = evaluation is not None and (
-            crossed(every.evaluate, step.start, step.stop) if following else evaluation.last
-        )
+        evaluating = evaluates(evaluation, every.evaluate, step, last=following is None)
         flush = saving or evaluating or following is None
         asked = monitor.record(step, total, update, flush=flush)
         stopping = bool(asked.stop)
         if asked.finish and following:
             early.time_is_up()
-            following, evaluating = None, evaluation is not None and (evaluating or evaluation.last)
+            following, evaluating = None, evaluating or evaluates(evaluation, every.evaluate, step, last=True)
         if evaluating:
             state.evaluation_owed = True
             if saved := following is None:
                 saver.save(state)  # before the last evaluation, so that no training is lost if it fails
                 saver.wait()
             stopping = stopping or not evaluate_now(evaluation, state, monitor, saver, early)
-            if not stopping and early.decide():
-                following = None
+            following = None if early.decide() else following
         if (saving or asked.save) and following and not stopping:
             saver.save(state)
         if failure := saver.failure():
@@ -125,6 +119,11 @@ def fit(
         saver.save(state)
     settle(state, monitor, saver, done)
     return done
+
+
+def evaluates(evaluation: Evaluator | None, every: int | None, step: Step, *, last: bool) -> bool:
+    """Return whether the run is evaluated after ``step``, which may be its last."""
+    return evaluation is not None and (evaluation.last if last else crossed(every, step.start, step.stop))
 
 
 def evaluate_now(

@@ -38,7 +38,7 @@ class Monitor:
     ) -> None:
         # in fp16 the engine skips steps, and fails if the loss scale can't be lowered
         self._skip_nonfinite = config.on_nonfinite == "skip" or config.precision == "fp16"
-        self._state, self.metrics, self._readback, self._hardware, self._stop = state, metrics, readback, hardware, stop
+        self._state, self.metrics, self._readback, self._hardware, self.stop = state, metrics, readback, hardware, stop
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
         self._since = time.perf_counter()
@@ -119,7 +119,7 @@ class Monitor:
         text = f"a checkpoint couldn't be saved: {failure}"
         self.metrics.warn(text)
         if self.must_save:
-            self._stop.wanted = self._stop.wanted or f"checkpoint.on_error=stop, and {text}"
+            self.stop.wanted = self.stop.wanted or f"checkpoint.on_error=stop, and {text}"
 
 
 def crossed(every: int | None, before: int, after: int) -> bool:

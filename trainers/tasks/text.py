@@ -133,7 +133,7 @@ class Text:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
 
     def flops_per_unit(self, model: nn.Module) -> float:
-        """Return 6 N + 12 · depth · width · length for a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        """Return 6 N + 12 · depth · width · length for a token (Chowdhery et al. 2022, arXiv:2204.02311)."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if not isinstance(model, GPT):
             return 6.0 * parameters
