@@ -32,7 +32,7 @@ class Result:
         restarts: restarts of the workers in all attempts; ``skipped``: steps whose loss or gradient wasn't finite.
         damage: the problem of a damaged file, which the other fields leave out.
         time_s, samples_per_s: as in ``run.Progress``.
-        cause: why the run last stopped.
+        cause: why the run last stopped; ``early``: why a finished one ended before the end of its plan.
         per_gpu: the largest micro-batch before the first and after the last out-of-memory error; None: no such error.
     """
 
@@ -48,13 +48,14 @@ class Result:
     time_s: float | None = None
     samples_per_s: float | None = None
     cause: str | None = field(default=None, compare=False)
+    early: str = ""
     damage: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         known = {name: value for name, value in {"loss": self.loss, **self.val}.items() if value is not None}
         values = [f"{one_line(name)} {value:.4g}" for name, value in known.items()]
         done = f"{self.state} after {counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
-        return " · ".join([done, *([one_line(self.cause)] if self.cause and self.state == "finished" else []), *self._mishaps(), *values])
+        return " · ".join([done, *([one_line(self.early)] if self.early else []), *self._mishaps(), *values])
 
     def _mishaps(self) -> Iterator[str]:
         """Yield a description of each deviation from the plan."""
@@ -91,6 +92,7 @@ def result(directory: Path) -> Result:
         time_s=run.done.time_s,
         samples_per_s=run.done.samples_per_s,
         cause=run.cause,
+        early=run.early,
         damage=run.damage,
     )
 

@@ -259,7 +259,7 @@ def test_invalid_losses_are_rejected(result: Any, message: str) -> None:
 
 def test_units_may_be_floats() -> None:
     """Importance weights are floats."""
-    assert checked((ONE, 2.5)) == (ONE, 2.5)
+    assert checked((ONE, 2.5)) == (ONE, 2.5, {})
     assert checked((ONE, torch.tensor([2.5])))[1] == 2.5
 
 
