@@ -57,6 +57,9 @@ _KEYS = {
     "checkpoint.every=<1>ep": "every_n_epochs checkpoint.epochs",
     "checkpoint.keep=<2>": "save_total_limit save_top_k",
     "checkpoint.best=val/loss:min": "monitor metric_for_best_model load_best_model_at_end",
+    "stop.when=val/loss:min": "early_stopping early_stop",
+    "stop.when=val/loss:min stop.patience=<3>": "early_stopping_patience patience early_stopping.patience",
+    "stop.after=<90min>": "max_time",
     "action=evaluate init_from=DIR": "eval_only test_only",
     "evaluate.every=<1>ep": "evaluate eval_every check_val_every_n_epoch evaluate.epochs",
     "evaluate.every=<500>st/%": "eval_steps eval_interval evaluate.steps evaluate.interval",
@@ -89,8 +92,7 @@ KEYS = {name: ours for ours, names in _KEYS.items() for name in names.split()}
 ABSENT = {
     name: instead
     for instead, names in {
-        "a run ends after its duration, and checkpoint.best=val/loss:min keeps the best checkpoint": "early_stopping "
-        "early_stopping_patience patience",
+        "the run directory's metrics.jsonl has every logged line": "logger loggers report_to wandb tensorboard mlflow",
     }.items()
     for name in names.split()
 }

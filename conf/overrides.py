@@ -19,7 +19,11 @@ from isobatch.conf.types import TARGET
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import MOST_DEPTH
 
-CONDITIONS = ("stop.at", "report.target", "report.where")  # keys whose values hold =, < or >, which Hydra's grammar lacks
+CONDITIONS = (
+    "stop.at",
+    "report.target",
+    "report.where",
+)  # keys whose values hold =, < or >, which Hydra's grammar lacks
 MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
 
 

@@ -75,7 +75,8 @@ class Run:
             process works on the run; ``damaged``: a file is invalid, and ``cause`` names it; ``—``: no outcome.
         recorded: the state in ``outcome.json``, or ``—``.
         early: the ``stop`` key that ended a finished run before the end of its plan, and why; empty if none did.
-        cause: why the run last stopped, or ended early; ``damage``: the problem of a damaged file, which other fields leave out.
+        cause: why the run last stopped, or ended early.
+        damage: the problem of a damaged file, which other fields leave out.
         job: the last Slurm job submitted for the run or working on it; ``queue``: its state; None: the job is over.
         loss: the last finite loss; ``evaluation``: the values of the last evaluation by name.
         measures: the loss and the values that the task measures, by name.
@@ -131,7 +132,7 @@ def read(
         state = "queued"
     elif state == "running" and not works:
         state = "died"
-        events = [*events, {"event": "crashed", "cause": NO_CAUSE}]  # which the next start will record
+        events = [*events, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # which the next start will record
     early = files.outcome.cause if files.outcome and recorded == "finished" else ""
     causes = [event["cause"] for event in events if event.get("event") in ENDS and event.get("cause")]
     return Run(

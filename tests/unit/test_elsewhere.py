@@ -119,9 +119,9 @@ def test_options_of_other_launchers(line: str, named: list[str]) -> None:
         ("checkpoint.monitor=val_loss", ["checkpoint.best"]),
         ("lr.epochs=3", ["lr.base", "lr.warmup"]),
         ("task.epochs=3", ["task.args.epochs=3"]),
-        ("task.patience=3", ["task.args.patience=3"]),
+        ("task.classes=3", ["task.args.classes=3"]),
         ("trainer.logger=x", ["log.to=wandb", "log.to=tensorboard"]),
-        ("early_stopping.patience=3", ["checkpoint.best"]),
+        ("early_stopping.patience=5", ["stop.when", "stop.patience=5"]),
     ],
 )
 def test_dotted_keys_of_other_launchers(override: str, named: list[str]) -> None:
