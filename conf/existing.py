@@ -147,7 +147,7 @@ def refuse_missing(weights: str) -> Path:
     path = Path(os.path.expanduser(weights))
     if not os.path.exists(path):
         fix = "name a run directory, a checkpoint of one, or a .safetensors file"
-        raise UserError(f"init_from={weights} isn't there", fix, "init_from", weights)
+        raise UserError(f"init_from={weights} doesn't exist", fix, "init_from", weights)
     return path
 
 

@@ -41,7 +41,7 @@ examples:
                                                             the plan for 128 GPUs that aren't here
   python launch.py action=plan task=images batch.global_size=2048 optimizer=auto
                                                             the optimizer that suits task and batch, and why
-  python launch.py batch.schedule="0sa:64 50%:256"          a batch that moves while training
+  python launch.py batch.schedule="0sa:64 50%:256"          a batch that changes during the run
   python launch.py task=custom task._target_=my_package.MyTask task.args.width=7
   python launch.py optimizer=custom optimizer._target_=torch.optim.RMSprop optimizer.args.alpha=0.9 lr.peak=0.001
   python launch.py engine=deepspeed engine.stage=2          the same run with gradients and optimizer state sharded

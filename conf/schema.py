@@ -114,7 +114,7 @@ class BatchNorm(Section):
     def _ghosts_have_a_size(self) -> BatchNorm:
         if self.mode == "ghost" and self.ghost_size is None:
             problem = "batchnorm.mode=ghost needs batchnorm.ghost_size, in samples"
-            raise UserError(problem, "give batchnorm.ghost_size=32, or the like", "batchnorm.ghost_size")
+            raise UserError(problem, "give batchnorm.ghost_size=32, for example", "batchnorm.ghost_size")
         if self.mode != "ghost" and self.ghost_size is not None:
             problem = f"batchnorm.ghost_size={self.ghost_size} is only used by batchnorm.mode=ghost"
             raise UserError(problem, "leave it out, or give that mode", "batchnorm.ghost_size")
@@ -310,8 +310,8 @@ class RunConfig(Section):
         asked = {**self._of_evaluations(), "evaluate.first": self.evaluate.first}
         key = next((key for key, wanted in asked.items() if wanted), "")
         if key and self.data.target is not None and self.data.val_args is None:
-            problem = f"{key} needs validation data, and data._target_={self.data.target} makes none"
-            raise UserError(problem, f"give data.val_args={{split: test}}, or the like, or leave {key} out", key)
+            problem = f"{key} needs validation data, and data._target_={self.data.target} has none without val_args"
+            raise UserError(problem, f"give data.val_args={{split: test}}, for example, or leave {key} out", key)
         return self
 
     @model_validator(mode="after")

@@ -79,7 +79,7 @@ def _values(override: Override, text: str) -> list[str]:
             raise too_many
     found = list(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1)))
     if not found:
-        raise UserError(f"{text} stands for no value at all", key=key)
+        raise UserError(f"{text} stands for no values", key=key)
     if len(found) > MOST_RUNS:
         raise too_many
     return found
@@ -100,7 +100,7 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
-            raise UserError(f"{key} is one for the whole sweep", "give it one value", key)
+            raise UserError(f"{key} must be the same in the whole sweep", "give it one value", key)
     if (action := configs[0].action) not in ("train", "plan"):
         fix = f"give action={action} without it"
         raise UserError("-m is a sweep of runs that are trained or planned", fix, "action", action)

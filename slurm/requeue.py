@@ -107,7 +107,7 @@ def _after_no_start(end: End, max_requeues: int) -> Verdict:
 
 
 def _after_crash(end: End, max_requeues: int) -> Verdict:
-    cause = end.cause or "it ended without a word"
+    cause = end.cause or "it ended without recording a cause"
     crashed = [event for event in end.events if event.get("event") in ("start", "crashed", "oom")][-1:]
     if crashed and crashed[0].get("again") is False:
         return Verdict("not_requeued", "crash", f"{cause}; it would crash the same way again")

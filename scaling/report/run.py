@@ -15,7 +15,7 @@ from isobatch.scaling.reading import Unreadable, read_yaml
 from isobatch.scaling.report.curves import Curves, curves_of
 from isobatch.scaling.report.measures import Direction, Measure, direction_of
 
-WITHOUT_A_WORD = "ended without a word: it was killed, or its machine went down"
+NO_CAUSE = "ended without recording a cause: it was killed, or its machine went down"
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 PARTS = 10  # a run diverged if the middle loss of its last tenth is above all losses of its first tenth
 
@@ -132,7 +132,7 @@ def read(
         state = "queued"
     elif state == "running" and not works:
         state = "died"
-        events = [*events, {"event": "crashed", "cause": WITHOUT_A_WORD}]  # which the next start will record
+        events = [*events, {"event": "crashed", "cause": NO_CAUSE}]  # which the next start will record
     early = files.outcome.cause if files.outcome and recorded == "finished" else ""
     causes = [event["cause"] for event in events if event.get("event") in ENDS and event.get("cause")]
     return Run(

@@ -64,7 +64,7 @@ def test_a_job_killed_before_it_saved_resumes_from_the_last_checkpoint(case: Job
     case.expect_same("2 ranks")
     cause = "^preempted: a job with a higher priority took its place; it was killed before the run was saved$"
     case.event("requeue", kind="stop", cause=cause, job=job, step=29)
-    case.event("crashed", cause="^ended without a word", found=True)
+    case.event("crashed", cause="^ended without recording a cause", found=True)
     case.event("going_on", step=20)
 
 

@@ -390,7 +390,7 @@ STOP = {"event": "requeue", "kind": "stop", "job": "7", "step": 50}
         (end("crashed", "no word from rank 1", down=("n2",)), "requeue", "node", "node n2 is down"),
         (end("running", due="NODE FAILURE"), "requeue", "node", "a node failed"),
         (end("crashed", "rank 1: boom"), "requeue", "crash", "rank 1: boom"),
-        (end("running"), "requeue", "crash", "it ended without a word"),
+        (end("running"), "requeue", "crash", "it ended without recording a cause"),
         (end("crashed", "boom", step=0), "not_requeued", "crash", "boom; it got no further than step 0"),
         (
             end("crashed", "boom", events=(crash(50),)),

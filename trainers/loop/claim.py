@@ -15,7 +15,7 @@ from isobatch.conf.rundir.outcome import Outcome, State
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.run import WITHOUT_A_WORD
+from isobatch.scaling.report.run import NO_CAUSE
 from isobatch.trainers.ranks.failure import Reached, restarts
 from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands
 
@@ -66,8 +66,8 @@ def _begin(run: RunDir, session: Session, hosts: list[str]) -> Outcome | None:
     run.logs.mkdir(exist_ok=True)
     if before and before.state == "running" and before.attempt != start.attempt:
         step = last_step(run.path)
-        say(f"the last attempt {WITHOUT_A_WORD}, after step {step} or later")
-        run.event("crashed", cause=WITHOUT_A_WORD, attempt=before.attempt, step=step, found=True)
+        say(f"the last attempt {NO_CAUSE}, after step {step} or later")
+        run.event("crashed", cause=NO_CAUSE, attempt=before.attempt, step=step, found=True)
     run.event(
         "start",
         command=start.command,
