@@ -125,7 +125,7 @@ def test_options_of_other_launchers(line: str, named: list[str]) -> None:
     ],
 )
 def test_dotted_keys_of_other_launchers(override: str, named: list[str]) -> None:
-    """Where their section is one of ours, the suggestion is a key of it."""
+    """If their section has a counterpart here, the suggestion is one of its keys."""
     with pytest.raises(UserError) as error:
         configured([override])
     assert error.value.key == override.partition("=")[0]
