@@ -88,15 +88,6 @@ _KEYS = {
 }
 KEYS = {name: ours for ours, names in _KEYS.items() for name in names.split()}
 
-# What isn't there, and what comes nearest.
-ABSENT = {
-    name: instead
-    for instead, names in {
-        "the run directory's metrics.jsonl has every logged line": "logger loggers report_to wandb tensorboard mlflow",
-    }.items()
-    for name in names.split()
-}
-
 _TORCHS = "Adam RMSprop NAdam RAdam Adagrad Adamax Adadelta ASGD Rprop"  # of torch.optim, without sections of ours
 _CUSTOM = "optimizer=custom optimizer._target_="
 # Our key → their value → ours.
@@ -188,8 +179,3 @@ def _fits(key: str, text: str) -> bool:
 def our_value(key: str, value: Any) -> str:
     """Return the overrides that mean what this value of ``key`` means elsewhere; empty where that isn't known."""
     return VALUES.get(key, {}).get(str(value).lower(), "")
-
-
-def absent(key: str) -> str:
-    """Return what comes nearest to a key that other launchers have and Isobatch doesn't; empty for any other key."""
-    return next((ABSENT[part] for part in key.split(".") if part in ABSENT), "")

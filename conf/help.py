@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from isobatch.conf.comments import Line, read_lines
-from isobatch.conf.elsewhere import absent, our_key, our_value
+from isobatch.conf.elsewhere import our_key, our_value
 from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, registered, sections
 from isobatch.conf.layers import roots_with
 from isobatch.conf.messages import nearest, shown
@@ -116,7 +116,7 @@ def _no_such_option(unknown: str, arguments: Sequence[str]) -> UserError:
     meant = (our_value(key, value) or f"{key}={value or '…'}") if ours else our_key(key, value)
     if meant or "." in key:
         return UserError(f"there is no option {option}", f"keys have no dashes: {meant or f'{key}={value}'}")
-    fix = absent(key) or nearest(option, options) or "--help shows the command line"
+    fix = nearest(option, options) or "--help shows the command line"
     return UserError(f"there is no option {option}", fix)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isobatch.conf import keys as schema
-from isobatch.conf.elsewhere import absent, our_key, our_value
+from isobatch.conf.elsewhere import our_key, our_value
 from isobatch.conf.keys import RECORDED, Place, choices_of, keys, leaves, locate, sections
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -171,10 +171,6 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
         problem = f"{key} isn't a key of this {section}, which has {', '.join(schema.fields(place.section))}"
         return UserError(problem, f"it comes with {choices}" if choices else "", key)
 
-    takes_args = f"{section}.args" in known
-    if (instead := absent(key)) and not takes_args:
-        return UserError(f"unknown key {key}", instead, key)
-
     def likeness(other: str) -> float:
         names = SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
         return max(SequenceMatcher(None, key, other).ratio(), 0.99 * names)
@@ -184,7 +180,7 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
     near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
     if hint := our_key(key, value) or _by_its_last_part(key, value, known) or " or ".join(near):
         return UserError(f"unknown key {key}", f"did you mean {hint}?", key)
-    if takes_args:
+    if f"{section}.args" in known:
         shown_value = "…" if value is None else shown(value)
         return UserError(f"unknown key {key}", f"did you mean {section}.args.{last}={shown_value}?", key)
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
