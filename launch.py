@@ -35,14 +35,24 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from isobatch.actions import describe_start, foretold, forget_other_launchers, list_runs, planned, report, sweep, train
-from isobatch.conf.compose import refuse_typo, unused_keys
+from isobatch.actions import (
+    describe_start,
+    foretold,
+    forget_other_launchers,
+    list_runs,
+    planned,
+    report,
+    sweep,
+    train,
+    warn_of_unused,
+)
+from isobatch.conf.compose import refuse_typo
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun
 from isobatch.conf.help import annotated, command_line, help_text
 from isobatch.conf.identity import run_directory
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.terminal import answer, answer_once, first, say, say_once, secure_streams
+from isobatch.conf.terminal import answer, answer_once, first, say_once, secure_streams
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.report.plan_json import to_json
@@ -81,8 +91,7 @@ def main(arguments: list[str], kept: list[object]) -> int:
         return sweep(args.overrides, args.config_dir, COUNT, trains, STOP)
     config = configured(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
-    for text in unused_keys(config) if first() else ():
-        say(f"warning: {text}", sys.stderr)
+    warn_of_unused([(args.overrides, config)])
     if args.cfg:
         answer(annotated(config, args.overrides, args.config_dir))
         return 0

@@ -26,6 +26,13 @@ from isobatch.scaling.errors import UserError
 
 SAYS_WHAT_TO_TRAIN = {"task", "task._target_", "experiment"}
 OF_NO_RUN = ("evaluate", "runs", "report")  # actions that don't take their config from run.dir
+DECAYS_USING = {
+    "lr.final": ("cosine", "linear", "polynomial", "wsd"),
+    "lr.exponent": ("polynomial",),
+    "lr.milestones": ("step",),
+    "lr.gamma": ("step",),
+    "lr.cooldown": ("wsd",),
+}
 MOST_NAMES, MOST_NEAR = 2000, 3  # that are compared in one folder, and named in a message
 
 
@@ -57,13 +64,19 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     return validated(plain | {"given": sorted(given), "chosen": {}})
 
 
-def unused_keys(config: RunConfig) -> list[str]:
-    """Return a warning for each given key of another LR decay: it changes the identity and nothing else."""
-    users = {"lr.milestones": "step", "lr.gamma": "step", "lr.cooldown": "wsd", "lr.exponent": "polynomial"}
+def unused_keys(overrides: Sequence[str], config: RunConfig) -> list[str]:
+    """Return a warning for each given key of another LR decay: it changes the identity and nothing else.
+
+    There are none for a config that was stored, since its run has that identity already.
+    """
+    values = {override.key_or_group: override.value() for override in map(parse, overrides)}
+    stored = config.run.config or (not config.run.new and _config_in_run_dir(values))
+    if stored or config.action not in ("train", "plan"):
+        return []
+    unused = {key: users for key, users in DECAYS_USING.items() if key in config.given and config.lr.decay not in users}
     return [
-        f"{key} is only used by lr.decay={decay}, and lr.decay is {config.lr.decay}"
-        for key, decay in users.items()
-        if key in config.given and config.lr.decay != decay
+        f"{key} is only used by lr.decay={' or '.join(users)}, and lr.decay is {config.lr.decay}"
+        for key, users in unused.items()
     ]
 
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isobatch.conf.compose import unused_keys
 from isobatch.conf.existing import extends, lengthened
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
@@ -175,6 +176,7 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     """Plan all runs of a sweep, then train them in turn, each in a child process, or submit a job array."""
     elements = expand(overrides, config_dir)
     configs, plans = _planned_all(elements, config_dir, count)
+    warn_of_unused([(element.overrides, config) for element, config in zip(elements, configs, strict=True)])
     directories = sweep_directories(configs, [element.swept for element in elements])
     if configs[0].action == "plan" and configs[0].output == "json":
         answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
@@ -217,6 +219,17 @@ def _planned_all(
             problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))
             raise UserError(problem, error.fix, error.key, error.value) from None
     return configs, plans
+
+
+def warn_of_unused(commands: Iterable[tuple[Sequence[str], RunConfig]]) -> None:
+    """Print each warning of ``unused_keys`` once, in the first of the processes that were given the command.
+
+    Args:
+        commands: overrides and the config that they ask for; of a sweep those of each element.
+    """
+    texts = [text for overrides, config in commands if first() for text in unused_keys(overrides, config)]
+    for text in dict.fromkeys(texts):
+        say(f"warning: {text}", sys.stderr)
 
 
 def finished(run: RunDir, config: RunConfig) -> bool:

@@ -79,6 +79,7 @@ def train(task: type | str | None = None, *overrides: str, config_dir: str | Pat
         plan, directory = actions.planned(config, _count), run_directory(config)
         if workers_here(config) == 1 and config.cluster.nodes == 1 and config.engine.name == "ddp":
             command = f"isobatch.train({', '.join(map(repr, [config.task.target, *overrides]))})"
+            actions.warn_of_unused([(words, config)])
             actions.train(config, plan, directory, partial(_work, command))
         else:
             _train_in_children(config, words, config_dir, RunDir(directory))
@@ -100,6 +101,7 @@ def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
     with _importable(config_dir):
         config = configured(words, config_dir)
         refuse_typo(words, config)
+        actions.warn_of_unused([(words, config)])
         found = actions.planned(config, _count)
         assert found is not None
         return actions.foretold(found, config, RunDir(run_directory(config)))

@@ -142,10 +142,11 @@ def test_api_and_command_line_give_the_same_run() -> None:
     """Their weights are equal bit for bit, and the command shows the result of the API's run."""
     answer = script("""
         import isobatch
-        result = isobatch.train("mine.Mine", *QUICK)
+        result = isobatch.train("mine.Mine", *QUICK, "lr.gamma=0.5")
         answer = {"directory": str(result.directory), "metrics": result.metrics}
     """)
-    words = ("task=custom", "task._target_=mine.Mine", *QUICK, "cluster.gpus_per_node=1")
+    assert answer["err"].count("lr.gamma") == 1  # which has no effect
+    words = ("task=custom", "task._target_=mine.Mine", *QUICK, "lr.gamma=0.5", "cluster.gpus_per_node=1")
     out = launch(*words)
     assert f"{answer['directory']} (run.new=true trains again)" in out
     launch(*words, "run.dir=other")
@@ -274,7 +275,7 @@ def test_several_workers_find_the_task_of_the_caller() -> None:
         sys.path.append("elsewhere")
         from mine import Mine
         two = (*QUICK, "cluster.gpus_per_node=2")
-        result = isobatch.train(Mine, *two)
+        result = isobatch.train(Mine, *two, "lr.gamma=0.5")
         try:
             isobatch.train(Mine, *two, "task.args.fault=crash", "task.args.at=3")
         except RuntimeError as error:
@@ -284,6 +285,7 @@ def test_several_workers_find_the_task_of_the_caller() -> None:
     assert answer["state"] == "finished"
     assert answer["step"] == 4
     assert "training on 2 ranks" in answer["out"]
+    assert (answer["out"] + answer["err"]).count("lr.gamma") == 1  # which has no effect
     assert "KeyError: 'meant to'" in answer["crash"]
 
 
@@ -296,8 +298,9 @@ def test_plan_equals_that_of_the_command_and_imports_no_torch() -> None:
         plan = isobatch.plan(*{words!r})
         answer = {{"plan": to_json(plan), "torch": "torch" in sys.modules, "world": plan.world}}
         own = ("task=custom", "task._target_=mine.Mine", "lr.peak=1", "batch.global_size=all", "plan.open_data=true")
-        answer["all"] = isobatch.plan(*own).stages[0].cut.global_size
+        answer["all"] = isobatch.plan(*own, "lr.gamma=0.5").stages[0].cut.global_size
     """)
+    assert answer["err"].count("lr.gamma") == 1  # which has no effect
     assert answer["world"] == 128
     assert answer["all"] == 64
     assert not answer["torch"]

@@ -478,6 +478,8 @@ def test_a_sweep_of_plans_prints_a_table_or_json() -> None:
     assert [line.split()[0] for line in table] == ["batch.global_size", "64", "256"]
     plans = json.loads(launch("-m", "action=plan", "output=json", "batch.global_size=64,256").stdout)
     assert [plan["global_size"] for plan in plans] == [64, 256]
+    said = launch("-m", "action=plan", "lr.decay=cosine,constant", "seed=1,2", "lr.final=0.1").stderr
+    assert [line.split()[:2] for line in said.splitlines()] == [["warning:", "lr.final"]]  # of two runs, once
     assert list(Path().iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from isobatch.conf.sweep import expand
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import LAWS
 from isobatch.scaling.schedule import DECAYS
 from isobatch.scaling.units import Duration
@@ -320,15 +321,31 @@ def test_rejection_names_its_key(line: str, key: str, names: list[str]) -> None:
     assert not re.search(r"pydantic|hydra\.cc|ConfigKeyError|constrained|Traceback", str(rejection.value))
 
 
-@pytest.mark.parametrize("given", ["lr.milestones=[50%]", "lr.gamma=0.5", "lr.cooldown=30%", "lr.exponent=3"])
-def test_keys_of_another_decay_are_named(given: str) -> None:
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(
+    "given", ["lr.final=0.2", "lr.exponent=3", "lr.milestones=[10%,20%]", "lr.gamma=0.5", "lr.cooldown=30%"]
+)
+def test_keys_of_another_decay_are_named(given: str, decay: str) -> None:
     """They change only the identity."""
-    (text,) = unused_keys(compose([given]))
-    assert text.startswith(given.partition("=")[0])
-    decay = re.search(r"lr.decay=(\w+)", text)
-    assert decay
-    needed = ["lr.milestones=[50%]"] if decay[1] == "step" else []
-    assert unused_keys(compose([given, decay[0], *needed])) == []
+    plain, changed = [f"lr.decay={decay}"], [f"lr.decay={decay}", given]
+    before, after = (resolve(configured(overrides), 1).schedule for overrides in (plain, changed))
+    without_effect = [before.lr(sample, 1.0) for sample in range(0, before.samples, 100)] == [
+        after.lr(sample, 1.0) for sample in range(0, after.samples, 100)
+    ]
+    texts = unused_keys(changed, compose(changed))
+    assert [text.partition(" ")[0] for text in texts] == [given.partition("=")[0]] * without_effect
+    assert all(f"lr.decay is {decay}" in text for text in texts)
+
+
+def test_a_stored_config_has_no_unused_keys(tmp_path: Path) -> None:
+    """Its run has that identity already; a new run from it has another one."""
+    stored(tmp_path, "lr.gamma=0.5")
+    resumed = [f"run.dir='{tmp_path}'"]
+    frozen = [f"run.config='{tmp_path}/config.yaml'", *resumed]
+    weights = ["action=evaluate", f"init_from='{tmp_path}'"]
+    for overrides in (resumed, frozen, weights):
+        assert unused_keys(overrides, compose(overrides)) == []
+    assert len(unused_keys([*resumed, "run.new=true"], compose([*resumed, "run.new=true"]))) == 1
 
 
 def test_keys_of_another_choice_are_reported_once(tmp_path: Path) -> None:
