@@ -59,12 +59,26 @@ def test_units_of_a_sample_are_its_length() -> None:
     assert compose(["task=text", "task.args.length=32"]).task.units_per_sample == 32
 
 
-@pytest.mark.parametrize("samples", [[torch.zeros(2), torch.zeros(3)], [Image.new("L", (2, 2))] * 2])
-def test_samples_that_cannot_be_batched_are_rejected(samples: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("samples", "named"),
+    [
+        ([torch.zeros(2), torch.zeros(3)], "[2] and [3]"),
+        ([{"x": torch.zeros(2), "y": 1}, {"x": torch.zeros(3), "y": 1.5}], "{x: [2], y: number} and {x: [3]"),
+        ([{"x": 1, "y": 1}, {"x": 1}], "{x: number, y: number} and {x: number}"),
+        ([Image.new("L", (2, 2))] * 2, "PIL"),
+    ],
+    ids=["tensors", "dicts", "keys", "images"],
+)
+def test_samples_that_cannot_be_batched_are_rejected(samples: list[Any], named: str) -> None:
     with pytest.raises(UserError) as error:
         task_of("task=digits").collate(samples)
     assert "collate(samples)" in error.value.fix
-    assert ("[2] and [3]" in error.value.problem) == isinstance(samples[0], torch.Tensor)
+    assert named in error.value.problem
+
+
+def test_memory_that_runs_out_in_a_batch_is_no_matter_of_shapes() -> None:
+    with pytest.raises(RuntimeError, match="alloc"):
+        task_of("task=digits").collate([(torch.zeros(1).expand(1 << 45), 0), (torch.zeros(1).expand(1 << 45), 1.5)])
 
 
 class Foreign:
@@ -90,6 +104,27 @@ def test_methods_of_other_trainers_are_recognised(capsys: pytest.CaptureFixture[
     assert notes[0].endswith("Foreign.validation_data; did you mean val_data?")
     assert notes[1].endswith("Foreign.collate_fn; did you mean collate?")
     assert "no val_data()" in notes[2]
+
+
+class Native(Foreign):
+    """A task whose helpers have such names; its constructor sets methods."""
+
+    def __init__(self) -> None:
+        self.collate, self.val_data = self.collate_fn, self.validation_data
+
+    def validation_data(self) -> None: ...
+
+    def collate_fn(self) -> None: ...
+
+    def parameter_groups(self) -> None: ...
+
+    def model(self) -> None:
+        return self.parameter_groups()
+
+
+def test_helpers_that_a_task_uses_are_no_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    make_task(compose(["task=custom", f"task._target_={__name__}.Native"]))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["mnist1d", "text"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,15 @@ class Task:
         return self.own.augment(sample, generator) if self.has("augment") else sample
 
     def collate(self, samples: list[Any]) -> Any:
-        """Return samples as a batch. Default: torch's ``default_collate``. Raises UserError if that fails."""
+        """Return samples as a batch. Default: torch's ``default_collate``; UserError where that can't take them."""
         if self.has("collate"):
             return self.own.collate(samples)
         try:
             return default_collate(samples)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError) as error:
             shapes = list(dict.fromkeys(map(_shapes, samples)))
+            if len(shapes) == 1 and not isinstance(error, TypeError):  # such as memory that ran out
+                raise
             why = f"they have the shapes {shapes[0]} and {shapes[1]}" if shapes[1:] else str(error).splitlines()[0]
             problem = f"the samples can't be collated into a batch: {why}"
             fix = f"give {type(self.own).__name__} a collate(samples), or return tensors of one size from [index]"
@@ -124,6 +126,10 @@ def _shapes(sample: Any) -> str:
     """Return the shapes of the tensors and arrays in a sample, as text."""
     if isinstance(sample, tuple | list):
         return f"({', '.join(map(_shapes, sample))})"
+    if isinstance(sample, Mapping):
+        return f"{{{', '.join(f'{name}: {_shapes(value)}' for name, value in sample.items())}}}"
+    if isinstance(sample, int | float):
+        return "number"
     return str(list(sample.shape)) if hasattr(sample, "shape") else type(sample).__name__
 
 
@@ -137,9 +143,6 @@ def make_task(config: RunConfig) -> Task:
     cls = locate("task._target_", target)
     if not inspect.isclass(cls):
         raise UserError(f"task._target_={target} is a {type(cls).__name__}, not a class", "", "task._target_", target)
-    _warn_of_near_misses(cls)
-    if hasattr(cls, "evaluate") and not hasattr(cls, "val_data") and config.data.target is None:
-        say_once(f"warning: {cls.__name__} has evaluate() and no val_data(), so nothing is evaluated")
     elsewhere = {"model": config.model.target, "train_data": config.data.target}
     absent = [name for name in REQUIRED if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None]
     if missing := [REQUIRED[name] for name in absent]:
@@ -153,7 +156,11 @@ def make_task(config: RunConfig) -> Task:
         val = None if val_args is None else {**data.args, **val_args}
         own.train_data = lambda: build("data", source, data.args, local=data.local)
         own.val_data = lambda: None if val is None else build("data", source, val, local=data.local)
-    return Task(own)
+    task = Task(own)
+    _warn_of_near_misses(task)
+    if task.has("evaluate") and not task.has("val_data"):
+        say_once(f"warning: {cls.__name__} has evaluate() and no val_data(), so nothing is evaluated")
+    return task
 
 
 def make_model(config: RunConfig, task: Task) -> nn.Module:
@@ -167,12 +174,23 @@ def make_model(config: RunConfig, task: Task) -> nn.Module:
     return model
 
 
-def _warn_of_near_misses(cls: type) -> None:
-    """Warn about methods named like an optional method that the class doesn't define."""
-    for name in vars(cls):
+def _warn_of_near_misses(task: Task) -> None:
+    """Warn about methods named like an optional method that the task doesn't have, unless the task calls them."""
+    cls = type(task.own)
+    own = {name for name in vars(cls) if not name.startswith("_")} - {*OPTIONAL} - _names_used(cls)
+    for name in (name for name in vars(cls) if name in own):
         near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, OPTIONAL, n=1, cutoff=0.75)
-        if near and name not in OPTIONAL and not name.startswith("_") and not hasattr(cls, near[0]):
+        if near and not task.has(near[0]):
             say_once(f"warning: Isobatch never calls {cls.__name__}.{name}; did you mean {near[0]}?")
+
+
+def _names_used(cls: type) -> set[str]:
+    """Return the names of attributes and globals in the code of a class's methods."""
+    methods = [getattr(value, "__func__", getattr(value, "fget", value)) for value in vars(cls).values()]
+    codes = [method.__code__ for method in methods if inspect.isfunction(method)]
+    for code in codes:  # which grows by the functions within functions
+        codes += filter(inspect.iscode, code.co_consts)
+    return {name for code in codes for name in code.co_names}
 
 
 def open_data(task: Task, config: RunConfig) -> Any:
