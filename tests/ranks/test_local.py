@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from isobatch.conf.compose import compose
-from isobatch.conf.identity import identity
+from isobatch.conf.identity import identity, science
 from isobatch.conf.saved import dump
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.ranks.session import refuse_other_commands
@@ -55,6 +55,18 @@ def test_local_is_passed_to_the_constructors_with_args() -> None:
     assert (task.own.width, task.own.folder, task.own.cache.rows) == (2, "/x", 7)
     task = task_of(*DATA, f"data.local.cache={cache}")
     assert [(data.rows, data.cache.rows) for data in (task.train_data(), task.val_data())] == [(3, 7), (1, 7)]
+
+
+def test_objects_in_args_are_built_innermost_first() -> None:
+    """The identity is that of the description; the error of an argument names its place."""
+    inner = f"{{_target_: {HERE}.Rows, rows: 7, cache: [{{_target_: {HERE}.Rows, rows: 2}}]}}"
+    config = compose([*TASK, f"task.args.cache={inner}"])
+    cache = make_task(config).own.cache
+    assert (cache.rows, cache.cache[0].rows) == (7, 2)
+    assert science(config)["task.args"]["cache"]["rows"] == 7
+    with pytest.raises(UserError) as error:
+        task_of(*TASK, f"task.args.cache={{_target_: {HERE}.Rows, row: 7}}")
+    assert error.value.key == "task.args.cache"
 
 
 @pytest.mark.parametrize(

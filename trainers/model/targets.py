@@ -85,15 +85,10 @@ def build(
     if of is not object and not (inspect.isclass(factory) and issubclass(factory, of)):
         wanted = f"{of.__module__}.{of.__qualname__}"
         raise UserError(f"{key}._target_={target} is not a class of {wanted}", key=f"{key}._target_", value=target)
-    args = science_of(args, local)
+    args = {name: value for name, value in args.items() if name not in local}  # else it is null
     check_call(f"{key}.args", target, factory, positional, args, local)
     found = {name: made(f"{key}.args.{name}", value) for name, value in args.items()}
     return factory(*positional, **found, **{name: made(f"{key}.local.{name}", value) for name, value in local.items()})
-
-
-def science_of(args: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``args`` without the names that ``local`` sets, which are null in ``args``."""
-    return {name: value for name, value in args.items() if name not in local}
 
 
 def made(key: str, value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from isobatch.conf.terminal import say_once
 from isobatch.scaling.errors import UserError
-from isobatch.trainers.model.targets import build, check_call, locate, made, science_of
+from isobatch.trainers.model.targets import build, locate
 from isobatch.trainers.tasks.losses import summed
 
 if TYPE_CHECKING:
@@ -147,10 +147,7 @@ def make_task(config: RunConfig) -> Task:
     absent = [name for name in REQUIRED if not callable(getattr(cls, name, None)) and elsewhere.get(name) is None]
     if missing := [REQUIRED[name] for name in absent]:
         raise UserError(f"task._target_={target} lacks {', '.join(missing)}", "", "task._target_", target)
-    local = config.task.local
-    args = science_of(config.task.args, local)
-    check_call("task.args", target, cls, (), args, local)
-    own: Any = cls(**args, **made("task.local", local))
+    own: Any = build("task", target, config.task.args, local=config.task.local)
     if (source := config.data.target) is not None:  # replaces the validation data, too
         data, val_args = config.data, config.data.val_args
         val = None if val_args is None else {**data.args, **val_args}
