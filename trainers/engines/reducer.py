@@ -23,7 +23,7 @@ from isobatch.trainers.model.batchnorm import settled
 from isobatch.trainers.model.build import distinct
 from isobatch.trainers.optim.make import Tuned
 from isobatch.trainers.ranks.internals import foreach_mul_, foreach_norm
-from isobatch.trainers.ranks.world import World
+from isobatch.trainers.ranks.world import World, real_view
 from isobatch.trainers.tensors.sharding import Part, local, read_like
 from isobatch.trainers.tensors.slices import Reader
 
@@ -211,7 +211,7 @@ def multiply(gradients: list[Tensor], factor: Number) -> None:
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients together, 0-dim float64."""
-    gradients = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
+    gradients = [real_view(gradient) for gradient in gradients]
     wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     norms: Tensor = torch.stack(foreach_norm(gradients, 2, wide))
     return cast(Tensor, torch.linalg.vector_norm(norms)).double()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.engines.step_report import Measures, Note, Requests, Total
 from isobatch.trainers.model.batchnorm import statistics_of
-from isobatch.trainers.ranks.world import World
+from isobatch.trainers.ranks.world import World, real_view
 
 FIELDS = ("loss", "units", "deviation", "waited_s", *Requests._fields)
 MOST_MEASURES = 16  # of a task; each takes two numbers of every note
@@ -88,7 +88,7 @@ class Riders:
 
     def total(self, square: Tensor, *more: Tensor) -> Tensor:
         """Sum ``square`` (0-dim), the riders and ``more`` over all ranks in one message, the last two in place."""
-        riding = [*(rider.grad for rider in self.parameters if rider.grad is not None), *more]
+        riding = [*(rider.grad for rider in self.parameters if rider.grad is not None), *map(real_view, more)]
         message = torch.cat([square.reshape(1).double(), *(one.reshape(-1).double() for one in riding)])
         self._world.sum(message)
         for one, whole in zip(riding, message[1:].split([one.numel() for one in riding]), strict=True):

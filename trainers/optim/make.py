@@ -95,7 +95,7 @@ def fused(cls: type[Optimizer], groups: list[dict[str, Any]], args: dict[str, An
     # torch 2.13's fused SGD fails on DTensors, and doesn't update 16-bit parameters on the CPU (pytorch #191763)
     parameters = [parameter for group in groups for parameter in group["params"]]
     unfused = cls is SGD and any(sharded(p) or (p.is_cpu and p.dtype.itemsize < 4) for p in parameters)
-    if "fused" in args or "foreach" in args or unfused:
+    if "fused" in args or "foreach" in args or unfused or any(p.is_complex() for p in parameters):
         return cls(groups, **args)
     try:
         return cls(groups, **args, fused=True)  # type: ignore[call-arg]

@@ -106,7 +106,7 @@ class World:
         """Copy rank 0's values to all ranks, in place, for any dtype and strides."""
         if self.size == 1:
             return
-        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        plain = real_view(tensor)
         flat = plain.contiguous().reshape(-1).view(torch.uint8)
         dist.broadcast(flat, 0)
         if flat.data_ptr() != plain.data_ptr():
@@ -144,6 +144,11 @@ class World:
         """Destroy the process group. The process must then end by ``os._exit`` (see ``kept``)."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def real_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a complex tensor as real numbers in the same memory; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:
