@@ -46,10 +46,8 @@ def prepare(model: nn.Module, config: RunConfig, stream: Stream, ranks: int) -> 
     mode = config.batchnorm.mode
     if mode is None and config.numerics == "bitwise":
         mode, ranks = "sync", 1  # statistics of one micro-batch, on any number of ranks
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if 0 in buffer.stride():  # expanded: its elements share memory, so it can't be received in place
-                setattr(module, name, buffer.contiguous())
+    # an expanded buffer's elements share memory, so it can't be received in place
+    replace_buffers(model, lambda buffer: buffer.contiguous() if 0 in buffer.stride() else buffer)
     model = swap_batchnorm(key_dropout(model, stream), mode, config.batchnorm.ghost_size, stream, ranks)
     if config.compile:
         _want_compiler(stream.device)
@@ -110,9 +108,20 @@ def is_called(module: nn.Module) -> bool:
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:
     """Move the buffers of ``model`` to ``device``, but not its parameters."""
+    replace_buffers(model, lambda buffer: buffer.to(device))
+
+
+def replace_buffers(model: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
+    """Replace each buffer of ``model`` by ``new(buffer)``, under all of its names.
+
+    They are put in place past the module's ``__setattr__``, which may be the user's.
+    """
+    replaced: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                replaced[buffer] = new(buffer) if buffer not in replaced else replaced[buffer]
+                module._buffers[name] = replaced[buffer]
 
 
 def tied(model: nn.Module) -> list[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from isobatch.trainers.model.randomness import STREAMS, Stream
+from isobatch.trainers.ranks.internals import Dropout
 
 
 def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: bool) -> Tensor:
@@ -111,7 +112,7 @@ def key_dropout(model: nn.Module, stream: Stream) -> nn.Module:
     """Replace every dropout module of ``model`` by a keyed one, in place; shared modules stay shared."""
     swapped: dict[nn.Module | None, nn.Module] = {}
     for layer, (name, module) in enumerate(model.named_modules()):
-        if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) in _SWAPPED:
+        if isinstance(module, Dropout) and type(module) in _SWAPPED:
             keyed = KeyedDropout(module.p, module.inplace, stream, name, layer, _SWAPPED[type(module)])
             swapped[module] = keyed.train(module.training)
     for parent in list(model.modules()):

@@ -29,6 +29,7 @@ get_cudnn_tf32, set_cudnn_tf32 = torch._C._get_cudnn_allow_tf32, torch._C._set_c
 
 MEMBERS = {  # class → members that are called, read or overridden
     "torch.Tensor": "_base _version",
+    "torch.nn.Module": "_buffers _modules",
     "torch.nn.modules.batchnorm._BatchNorm": "_check_input_dim",
     "torch.nn.parallel.DistributedDataParallel": "_check_reducer_finalized",
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown_workers",
