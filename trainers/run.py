@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.saved import dump
-from isobatch.conf.terminal import say, say_if_slow
+from isobatch.conf.terminal import say
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
@@ -138,8 +138,7 @@ def open_data(attempt: Attempt) -> Opened | None:
     attempt.source.look()
     with session.watch.excused():  # until all ranks have the data
         session.world.wait_patiently()
-        with say_if_slow("opening the data …") if session.world.rank == 0 else nullcontext():
-            opened = open_task(session, task)
+        opened = open_task(session, task)
     session.watch.beat()
     return opened
 

@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from isobatch.conf import terminal
+from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.tasks.prepare import prepare_data
-from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.tasks.task import Task, make_task
 from tests.support import harness
-from tests.support.harness import Runs, World, in_ranks
+from tests.support.harness import Runs, World, in_ranks, session_of
 
 RANKS_PER_MACHINE = 2
 
@@ -170,6 +173,25 @@ def test_slow_methods_are_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = Runs(tmp_path)(2, *own, "batch.global_size=4", "duration=2st")
     assert [end.get("message") for end in run.ends] == [None, None]
     assert run.metrics()[-1]["val/seen"] == 1.0
+
+
+class Sleeps(Unhurried):
+    slow = ""
+
+    def check(self, method: str) -> None:
+        time.sleep(0.3 * (method == self.slow))
+
+
+@pytest.mark.parametrize("slow", ["prepare()", "train_data()"])
+def test_only_data_that_is_slow_to_open_is_said_to_be_opened(
+    slow: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SLOW_S", 0.1)
+    monkeypatch.setattr(Sleeps, "slow", slow)
+    config = compose(["task=custom", f"task._target_={__name__}.Sleeps", "lr.peak=0.01"])
+    open_task(session_of(config, World.alone()), make_task(config))
+    expected = ["preparing the data …", *["opening the data …"] * (slow == "train_data()")]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_stop_in_prepare_does_not_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import nn
 from isobatch.conf.messages import shown
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.terminal import say
+from isobatch.conf.terminal import say, say_if_slow
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import unmeasurable
 from isobatch.scaling.plan import Plan
@@ -61,7 +62,8 @@ def open_task(session: Session, task: Task) -> Opened | None:
     config, world, limit = session.config, session.world, session.start.per_gpu_limit
     if prepare_data(task, world, session.stop, config.cluster.timeout_s):
         return None
-    data = open_data(task, config)
+    with say_if_slow("opening the data …") if world.rank == 0 else nullcontext():
+        data = open_data(task, config)
     refuse_unless_same(world, "the number of samples that train_data() has", len(data))
     plan = plan_of(config, world.size, len(data), limit)
     return Opened(task, data, plan, evaluation_batch(config, plan, limit))
