@@ -12,6 +12,8 @@ from isobatch.conf.groups import Slurm
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
+AT_A_TIME = "ISOBATCH_AT_A_TIME"  # set by a sweep: the runs that train at a time
+IN_SLOT = "ISOBATCH_IN_SLOT"  # set in one of these runs: the visible GPUs are all its own
 FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
 
@@ -36,20 +38,37 @@ def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) ->
     return len(shown) if present else 0
 
 
+def enter_slot(config: RunConfig, slot: int) -> None:
+    """Give this process its part of the GPUs, as one of ``runs_at_a_time`` runs of a sweep.
+
+    Args:
+        slot: index of the run among them, from 0.
+    """
+    env, here = environment(config), workers_here(config)
+    names = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(visible_gpus(env))))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * here : (slot + 1) * here])
+    os.environ[IN_SLOT] = "1"
+
+
+def runs_at_a_time() -> int:
+    """Return the number of runs that train at a time on this machine, by one command."""
+    return int(os.environ.get(AT_A_TIME, "1"))
+
+
 def environment(config: RunConfig) -> dict[str, str]:
     """Return the environment of the workers."""
     return {**os.environ, **{name: str(value) for name, value in config.cluster.environment.items()}}
 
 
 def workers_here(config: RunConfig) -> int:
-    """Return the worker processes of this machine: as given, or one a visible GPU, or 1."""
+    """Return the worker processes of this machine: as given, or one for each GPU that it may use, or 1."""
     if config.debug:
         return 1
     if config.cluster.gpus_per_node != "auto":
         return config.cluster.gpus_per_node
     if config.device == "cpu" or (config.engine.name == "accelerate" and by_accelerate()):
         return 1
-    return max(1, visible_gpus(environment(config)))
+    return max(1, visible_gpus(environment(config)) // (1 if IN_SLOT in os.environ else runs_at_a_time()))
 
 
 def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
@@ -126,6 +145,10 @@ def refuse_unless_startable(config: RunConfig) -> None:
             f"device=cuda, but no GPU is visible here{hidden}", "device=cpu trains without", "device", "cuda"
         )
     here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
+    at_a_time = runs_at_a_time()
+    if config.device != "cpu" and visible and at_a_time > 1 and here * at_a_time > visible:
+        problem = f"search.parallel={at_a_time} runs of {here} GPUs need {here * at_a_time}, and {visible} are visible"
+        raise UserError(problem, "give fewer, or device=cpu", "search.parallel", at_a_time)
     if config.device != "cpu" and visible and here > visible:
         problem = f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible"
         fix = f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"

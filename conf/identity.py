@@ -9,13 +9,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.schema import PACKAGE, SHIPPED_TASKS, RunConfig
+from isobatch.conf.recipe import PACKAGE, SHIPPED_TASKS
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.units import Duration
 
 HOUSEKEEPING = (
     "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "task.local", "data.local",
     "data.workers", "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run",
-    "plan", "report", "stop", "given", "chosen",
+    "plan", "report", "stop", "search", "given", "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
 # Taken whole: whoever takes them knows what null means.

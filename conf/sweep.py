@@ -24,7 +24,7 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
 MOST_RUNS = 10_000
-OF_THE_WHOLE = ("action", "output", "debug", "run.dir", "run.name", "run.new")
+OF_THE_WHOLE = ("action", "output", "debug", "search.parallel", "run.dir", "run.name", "run.new")
 
 
 class Element(NamedTuple):

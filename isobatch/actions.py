@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from isobatch.conf.compose import unused_keys
 from isobatch.conf.existing import extends, lengthened
 from isobatch.conf.groups import Slurm
-from isobatch.conf.hardware import refuse_unless_startable, under_torchrun, world_size
+from isobatch.conf.hardware import (
+    AT_A_TIME,
+    enter_slot,
+    environment,
+    refuse_unless_startable,
+    runs_at_a_time,
+    under_torchrun,
+    visible_gpus,
+    world_size,
+)
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
@@ -31,7 +40,7 @@ from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import table
 from isobatch.scaling.report.result import grid, plan_row, result
 from isobatch.trainers.launch.changes import differences
-from isobatch.trainers.launch.children import in_turn
+from isobatch.trainers.launch.children import train_elements
 from isobatch.trainers.launch.source import commit_of, folder_of, repository_of
 from isobatch.trainers.launch.worker import import_torch
 from isobatch.trainers.ranks.session import Start
@@ -189,8 +198,8 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     if not any(isinstance(config.cluster, Slurm) for config in configs):
         if not any(config.cluster.environment for config in configs):
             import_torch(configs[0])  # once for all of them
-        trainings = [partial(train, *run, work) for run in zip(configs, plans, directories, strict=True)]
-        return in_turn(elements, directories, trainings, stop)
+        trainings = [partial(_train_in_slot, *run, work) for run in zip(configs, plans, directories, strict=True)]
+        return train_elements(elements, directories, trainings, stop, runs_at_a_time())
     from isobatch.slurm import jobs
     from isobatch.slurm.allocation import Allocation
 
@@ -205,6 +214,13 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     return 0
 
 
+def _train_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: Work, slot: int) -> int:
+    """Train one of several runs at a time, on its share of the GPUs."""
+    if config.device != "cpu" and runs_at_a_time() > 1 and visible_gpus(environment(config)):
+        enter_slot(config, slot)
+    return train(config, plan, directory, work)
+
+
 def _planned_all(
     elements: Sequence[Element], config_dir: str | None, count: Count
 ) -> tuple[list[RunConfig], list[Any]]:
@@ -214,6 +230,7 @@ def _planned_all(
     for element in elements:
         try:
             configs.append(configured(element.overrides, config_dir))
+            os.environ[AT_A_TIME] = str(configs[-1].search.parallel)
             plans.append(planned(configs[-1], count))
         except UserError as error:
             problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from isobatch.conf.schema import RunConfig, Tuned
+from isobatch.conf.recipe import Tuned
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Source
 from isobatch.scaling.planning.sizes import in_samples

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from isobatch.conf.schema import LearningRate, RunConfig
+from isobatch.conf.recipe import LearningRate
+from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Intervals, Plan

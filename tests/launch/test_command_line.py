@@ -473,6 +473,26 @@ def test_a_sweep_runs_its_elements_and_ends_with_a_table() -> None:
     assert len(list(only_run().iterdir())) == 6
 
 
+def test_a_sweep_trains_several_runs_at_a_time() -> None:
+    """Each waits in its first evaluation for the other. Their lines carry their numbers, and the table is as ever."""
+    Path("mine.py").write_text(
+        OWN_TASK.partition("    def train_data")[0]
+        + "    def summarise(self, totals):\n"
+        + "        import os, pathlib, time\n"
+        + "        pathlib.Path(str(os.getpid())).mkdir(exist_ok=True)\n"
+        + "        while sum(path.name.isdecimal() for path in pathlib.Path().iterdir()) < 2:\n"
+        + "            time.sleep(0.01)\n"
+        + "        return {}\n"
+    )
+    sweep = ("-m", *QUICK, "task._target_=mine.Task", "seed=1,2,3", "search.parallel=2")
+    done = launch(*sweep, "check.contract=false", "cluster.timeout_s=60")
+    table = done.stdout.splitlines()[-5:]
+    assert [line.split()[:2] for line in table[1:4]] == [[seed, "finished"] for seed in "123"]
+    for number in (1, 2, 3):
+        assert f"[{number} of 3] seed={number}" in done.stdout
+        assert [line for line in done.stdout.splitlines() if line.startswith(f"[{number} of 3] step 2/2")]
+
+
 def test_a_sweep_of_plans_prints_a_table_or_json() -> None:
     table = launch("-m", "action=plan", "batch.global_size=64,256").stdout.splitlines()
     assert [line.split()[0] for line in table] == ["batch.global_size", "64", "256"]
@@ -512,12 +532,14 @@ def test_a_sweep_whose_runs_are_all_refused_is_refused() -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()[-3:-1]] == ["refused", "refused"]
 
 
-@pytest.mark.parametrize("ctrl_c", [False, True], ids=["TERM", "Ctrl-C"])
-def test_a_stopped_sweep_starts_no_further_run(ctrl_c: bool) -> None:
-    arguments = ["-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2"]
-    sweep = Warm(arguments, Path.cwd(), dict(os.environ))
+@pytest.mark.parametrize(
+    ("ctrl_c", "at_a_time"), [(False, 1), (True, 1), (True, 2)], ids=["TERM", "Ctrl-C", "two runs"]
+)
+def test_a_stopped_sweep_starts_no_further_run(ctrl_c: bool, at_a_time: int) -> None:
+    arguments = ["-m", "duration=100000ep", "log.every=1st", "device=cpu", "evaluate.every=null", "seed=1,2,3"]
+    sweep = Warm([*arguments, f"search.parallel={at_a_time}"], Path.cwd(), dict(os.environ))
     deadline = time.monotonic() + 60
-    while not [file for file in Path().glob("runs/*/seed=1/metrics.jsonl") if file.stat().st_size]:
+    while len([file for file in Path().glob("runs/*/seed=*/metrics.jsonl") if file.stat().st_size]) < at_a_time:
         assert time.monotonic() < deadline
         assert sweep.poll() is None
         time.sleep(0.05)
@@ -528,9 +550,12 @@ def test_a_stopped_sweep_starts_no_further_run(ctrl_c: bool) -> None:
     printed, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 75, errors
     assert "(run the same command to resume)" in printed
-    (outcome,) = Path().glob("runs/*/*/outcome.json")
-    assert json.loads(outcome.read_text())["state"] == "stopped"
-    assert [line.split()[:2] for line in printed.splitlines()[-4:-2]] == [["1", "stopped"], ["2", "—"]]
+    outcomes = list(Path().glob("runs/*/*/outcome.json"))
+    assert [json.loads(outcome.read_text())["state"] for outcome in outcomes] == ["stopped"] * at_a_time
+    states = ["stopped"] * at_a_time + ["—"] * (3 - at_a_time)
+    assert [line.split()[:2] for line in printed.splitlines()[-5:-2]] == [
+        [str(seed), state] for seed, state in enumerate(states, 1)
+    ]
 
 
 def test_the_report_of_torchrun_repeats_the_rejection(tmp_path: Path) -> None:

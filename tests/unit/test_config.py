@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -850,3 +851,34 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         hardware.refuse_unless_startable(compose([]))
     with pytest.raises(UserError, match="contradicts torchrun"):
         hardware.refuse_unless_startable(compose(["debug=true"]))
+
+
+def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight GPUs and three runs at a time: two GPUs each."""
+    eight = "0,1,2,3,4,5,6,7"
+
+    def count(env: Any) -> int:
+        return len(env.get("CUDA_VISIBLE_DEVICES", eight).split(","))
+
+    monkeypatch.setattr(hardware, "visible_gpus", count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = compose(["search.parallel=3"])
+    assert hardware.workers_here(config) == 8  # alone
+    monkeypatch.setenv(hardware.AT_A_TIME, "3")
+    assert hardware.workers_here(config) == 2
+    with pytest.raises(UserError) as error:
+        hardware.refuse_unless_startable(compose(["search.parallel=3", "cluster.gpus_per_node=3"]))
+    assert error.value.key == "search.parallel"
+    monkeypatch.setenv(hardware.IN_SLOT, "")  # restored by monkeypatch
+    monkeypatch.delenv(hardware.IN_SLOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
+    hardware.enter_slot(config, 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,2"
+    assert hardware.workers_here(config) == 2
+
+
+def test_an_array_has_its_own_limit() -> None:
+    with pytest.raises(UserError) as error:
+        compose(["search.parallel=2", "cluster=slurm"])
+    assert error.value.key == "search.parallel"
+    assert "cluster.max_parallel=2" in error.value.fix

@@ -105,6 +105,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "stop.min_delta": 0.5,
     "stop.at": "val/loss<1",
     "stop.after": "9min",
+    "search.parallel": 2,
     "run.dir": "elsewhere",
     "run.config": "some.yaml",
     "run.name": "other",

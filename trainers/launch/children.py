@@ -1,4 +1,4 @@
-"""Run parts of the launcher in child processes, one at a time, and forward stop signals to them. Torch-free."""
+"""Run parts of the launcher in child processes, and forward stop signals to them. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,12 @@ from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
+
+
+POLL_S = 0.05  # between two looks at a child
+
+Training = Callable[[int], int]
+"""Train one run of a sweep in a slot; return the exit code."""
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -47,20 +54,64 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+class Child:
+    """A forked process that runs ``work``, and gets a signal if this process is asked to stop, or ends.
+
+    Args:
+        number: the signal.
+        prefix: put before each line of the child's output, which this process then relays; None leaves it alone.
+    """
+
+    def __init__(self, work: Callable[[], int], number: int = signal.SIGTERM, prefix: str | None = None) -> None:
+        self._number, self._prefix, self._signalled, self._rest = number, prefix, False, b""
+        parent = os.getpid()
+        self._output: int | None = None
+        written = None
+        if prefix is not None:
+            self._output, written = os.pipe()
+        self._id = os.fork()
+        if self._id == 0:
+            die_with_parent(number)
+            if written is not None:
+                os.dup2(written, 1)
+                os.dup2(written, 2)
+            leave(guarded(work) if os.getppid() == parent else 1)
+        if self._output is not None and written is not None:
+            os.close(written)
+            os.set_blocking(self._output, False)
+
+    def poll(self, stop: Stop) -> int | None:
+        """Relay output, and a wish to stop; return the exit code of a process that ended, else None."""
+        ended, status = os.waitpid(self._id, os.WNOHANG)
+        self._relay(last=bool(ended))
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if stop.wanted and not self._signalled:
+            os.kill(self._id, self._number)
+            self._signalled = True
+        return None
+
+    def _relay(self, last: bool) -> None:
+        """Print the whole lines that have arrived, and close the pipe after the ``last`` ones."""
+        if self._output is None:
+            return
+        with suppress(BlockingIOError):
+            while arrived := os.read(self._output, 1 << 16):
+                self._rest += arrived
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in [*lines, *([self._rest] if last and self._rest else [])]:
+            say(f"{self._prefix}{line.decode(errors='replace')}")
+        if last:
+            os.close(self._output)
+            self._output = None
+
+
 def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
     """Return the exit code of ``work``, run in a forked process that gets ``number`` if this one stops or ends."""
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        die_with_parent(number)
-        leave(guarded(work) if os.getppid() == parent else 1)
-    signalled = False
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if stop.wanted and not signalled:
-            os.kill(child, number)
-            signalled = True
-        time.sleep(0.05)
-    return os.waitstatus_to_exitcode(ended[1])
+    child = Child(work, number)
+    while (code := child.poll(stop)) is None:
+        time.sleep(POLL_S)
+    return code
 
 
 def count_samples(config: RunConfig, stop: Stop) -> int:
@@ -94,16 +145,29 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
     return int(os.read(answer, 20))
 
 
-def in_turn(
-    elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Callable[[], int]], stop: Stop
+def train_elements(
+    elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Training], stop: Stop, at_a_time: int
 ) -> int:
-    """Train the runs of a sweep one after another, each in a child. Print a table and return the exit code."""
+    """Train the runs of a sweep, each in a child. Print a table and return the exit code.
+
+    Args:
+        trainings: train one run, in a slot from 0 to ``at_a_time`` - 1.
+    """
     codes: list[int] = []
-    for element, training in zip(elements, trainings, strict=True):
-        if stop.wanted or EXIT_CODE["stopped"] in codes:
-            break
-        say(f"\n[{len(codes) + 1} of {len(elements)}] {' '.join(element.swept)}")
-        codes.append(in_child(training, stop))
+    waiting = list(enumerate(trainings))
+    free, running = list(range(at_a_time)), dict[int, Child]()
+    while running or (waiting and not (stop.wanted or EXIT_CODE["stopped"] in codes)):
+        while free and waiting and not (stop.wanted or EXIT_CODE["stopped"] in codes):
+            (index, training), slot = waiting.pop(0), free.pop(0)
+            name = f"[{index + 1} of {len(elements)}]"
+            say(f"\n{name} {' '.join(elements[index].swept)}")
+            running[slot] = Child(partial(training, slot), prefix=None if at_a_time == 1 else f"{name} ")
+        for slot, child in list(running.items()):
+            if (code := child.poll(stop)) is not None:
+                del running[slot]
+                free.append(slot)
+                codes.append(code)
+        time.sleep(POLL_S)
     say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     if stop.wanted or EXIT_CODE["stopped"] in codes:

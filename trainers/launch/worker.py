@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from isobatch.conf.hardware import under_torchrun
+from isobatch.conf.hardware import runs_at_a_time, under_torchrun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
@@ -178,7 +178,7 @@ def _threads(config: RunConfig, local_size: int) -> int:
         return 1
     asked = os.environ.get(THREADS, "").partition(",")[0]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, int(asked) if asked.isdecimal() else cores // local_size)
+    return max(1, int(asked) if asked.isdecimal() else cores // (local_size * runs_at_a_time()))
 
 
 def import_torch(config: RunConfig) -> None:
