@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +22,9 @@ def test_internal_members_exist(name: str) -> None:
 
 
 def has(owner: type, member: str) -> bool:
-    """Return whether a class has ``member``, or its instances are made with it."""
-    return hasattr(owner, member) or member in owner.__annotations__
+    """Return whether a class has ``member``, or declares or sets it for its instances."""
+    declared = re.compile(rf"^ +(self\.)?{member}(: | = )", re.M)
+    return hasattr(owner, member) or declared.search(inspect.getsource(owner)) is not None
 
 
 def test_only_one_module_imports_internals() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -74,6 +76,24 @@ def test_loader_follows_the_plan(world: int, per_gpu: int, workers: int) -> None
         order = torch.cat([batch for _, batch in sorted(seen, key=lambda part: part[0])])
         assert order.tolist() == indices(0, 500, step.start, step.stop).tolist()
     for loader in loaders:
+        loader.close()
+
+
+def test_the_signal_that_killed_a_dataloader_worker_is_named() -> None:
+    """Without torch's handler of SIGCHLD, which raises an error that names it, but may come too late."""
+    whole, task = plan("batch.global_size=64"), Indexed()
+    loader = Loader(task.train_data(), Task(task), TrainState(whole), ALONE, workers=2)
+    steps, before = walk(whole), signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        list(loader(next(steps)))
+        victim = multiprocessing.active_children()[0]
+        victim.kill()
+        victim.join()
+        with pytest.raises(RuntimeError) as error:
+            sum(1 for step in steps for _ in loader(step))
+        assert str(error.value) == f"DataLoader worker (pid {victim.pid}) is killed by signal: Killed"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
         loader.close()
 
 

@@ -97,6 +97,13 @@ class Loader:
             # raises the true cause, during this sleep.
             time.sleep(LOADER_DEATH_S)
             raise
+        except RuntimeError:
+            # torch's handler of SIGCHLD and its look at the workers race, and the message of the look lacks the signal.
+            for worker in batches._workers:  # type: ignore[attr-defined]
+                if (code := worker.exitcode or 0) < 0:
+                    name = signal.strsignal(-code)
+                    raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}") from None
+            raise
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Yield every range of positions that this rank needs, by the plan in force when the range is fetched."""

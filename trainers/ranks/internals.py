@@ -32,7 +32,7 @@ MEMBERS = {  # class → members that are called, read or overridden
     "torch.nn.Module": "_buffers _modules",
     "torch.nn.modules.batchnorm._BatchNorm": "_check_input_dim",
     "torch.nn.parallel.DistributedDataParallel": "_check_reducer_finalized",
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown_workers",
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown_workers _workers",
     "torch.distributed.elastic.agent.server.api.SimpleElasticAgent": "_exit_barrier _monitor_workers _rendezvous "
     "_restart_workers _start_workers _stop_workers",
 }
