@@ -362,26 +362,19 @@ def test_a_step_that_is_not_finite_is_not_restarted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "cause", "stack"),
+    ("fault", "cause"),
     [
-        (
-            "hangs",
-            r"it hung: no progress within cluster\.timeout_s=2 \(faulty\.py:\d+ in loss\)",
-            r"faulty\.py\", line \d+ in loss",
-        ),
-        # A suspended rank is continued to show its stack, so it may get further.
-        ("SIGSTOP", r"suspended .*", "most recent call first"),
+        ("hangs", r"it hung: no progress within cluster\.timeout_s=2 \(faulty\.py:\d+ in loss\)"),
+        ("SIGSTOP", r"suspended .*"),
     ],
 )
-def test_a_hanging_rank_is_named_and_all_ranks_log_their_stacks(
-    folder: Path, fault: str, cause: str, stack: str
-) -> None:
+def test_a_hanging_rank_is_named_and_all_ranks_log_their_stacks(folder: Path, fault: str, cause: str) -> None:
     run = launch(folder, f"task.args.fault={fault}", "task.args.always=false", "cluster.timeout_s=2", *RESTARTED)
     assert run.end() == 0, run.err
     (restart,) = run.events("restart")
     assert re.fullmatch(cause, restart["cause"])
     assert (restart["rank"], restart["step"], restart["samples"]) == (1, 2, 128)
-    assert re.search(stack, run.log(1))
+    assert re.search(r"faulty\.py\", line \d+ in loss", run.log(1))
     assert re.search(r"engine\.py\", line \d+ in backward", run.log(0))
     assert run.events("going_on")[0]["step"] in (1, 2)  # a save in progress is lost
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
+import os
+import re
+import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +20,11 @@ from torch._C._distributed_c10d import HashStore
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.launch.process import WorkerProcess
 from isobatch.trainers.ranks.failure import Failure, Hangs, Reached, RunFailed, describe_failure, keep_failure
 from isobatch.trainers.ranks.notes import await_failure, first_failure, from_json, note_failure, to_json
 from isobatch.trainers.ranks.session import Start
+from isobatch.trainers.ranks.signals import Stop, die_with_parent
 from isobatch.trainers.ranks.watch import Watch
 
 HERE = Path(__file__).name
@@ -210,3 +217,62 @@ def test_failure_is_sent_and_recorded_whole(tmp_path: Path) -> None:
 def test_record_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="validation error"):
         from_json(text, Start)
+
+
+# ---- stacks
+
+
+def _loads() -> None:
+    time.sleep(1000)
+
+
+def _serves() -> None:
+    os.setsid()
+    time.sleep(1000)
+
+
+def _shows_stacks(log: Path) -> None:
+    faulthandler.register(signal.SIGQUIT, open(log, "a"))  # noqa: SIM115  open until this process ends
+
+
+def _is_suspended() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _train_with_many_threads(folder: Path, _: Watch) -> None:
+    for work in (_loads, _serves):
+        _shows_stacks(folder / work.__name__)
+        if (child := os.fork()) == 0:
+            die_with_parent()
+            work()
+    while os.getpgid(child) != child:
+        time.sleep(0.01)
+    _shows_stacks(folder / "worker")
+    for _ in range(20):
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    while True:
+        _is_suspended()
+        time.sleep(0.001)
+
+
+def _await_suspension(worker: WorkerProcess) -> None:
+    while not worker.suspended:
+        assert worker.code is None
+        time.sleep(0.01)
+
+
+def test_suspended_worker_shows_where_its_main_thread_stopped(tmp_path: Path) -> None:
+    """Any of its threads may handle a signal to the process. Its data loaders show their stacks, too."""
+    fork, rounds = multiprocessing.get_context("fork"), 10
+    worker = WorkerProcess(fork, 0, {}, Stop(), _train_with_many_threads, (tmp_path,))
+    try:
+        for _ in range(rounds):
+            _await_suspension(worker)
+            worker.show_stacks()
+        _await_suspension(worker)
+    finally:
+        worker.kill(5)
+    first = re.compile(r"Current thread .*\n  File .* in (\w+)")
+    assert first.findall((tmp_path / "worker").read_text()) == ["_is_suspended"] * rounds
+    assert "in _loads" in (tmp_path / "_loads").read_text()
+    assert (tmp_path / "_serves").read_text() == ""  # it left the process group

@@ -13,7 +13,7 @@ from typing import Any
 from isobatch.conf.rundir.lock import LOCK_FD, hold
 from isobatch.trainers.ranks.failure import KILLED_HINT, Failure
 from isobatch.trainers.ranks.notes import GRACE_S
-from isobatch.trainers.ranks.signals import Stop, die_with_parent
+from isobatch.trainers.ranks.signals import Stop, die_with_parent, signal_main_thread
 from isobatch.trainers.ranks.watch import Watch
 
 LOOK_S = 0.1  # between an agent's looks at its workers
@@ -79,10 +79,22 @@ class WorkerProcess:
         return Failure(self.rank, cause, silent=silent, reached=self._watch.reached, time=self._seen_alive)
 
     def show_stacks(self) -> None:
-        """Let the worker and its data loaders write their stacks, even if they are suspended."""
+        """Let the worker and its data loaders write their stacks, from where they are if they are suspended."""
+        for pid in (self.pid, *self._children()):
+            with suppress(ProcessLookupError, PermissionError):
+                signal_main_thread(pid, signal.SIGQUIT)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGQUIT)
             os.killpg(self.pid, signal.SIGCONT)
+
+    def _children(self) -> list[int]:
+        """Return the process ids of the worker's children in its process group, such as its data loaders."""
+        found = []
+        with suppress(OSError):
+            for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+                with suppress(ProcessLookupError):
+                    if os.getpgid(int(child)) == self.pid:
+                        found.append(int(child))
+        return found
 
     def kill(self, within_s: float) -> None:
         """Kill the worker and its data loaders."""

@@ -66,6 +66,18 @@ class Stop:
             raise Stopped(self.wanted)
 
 
+def signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal to the main thread of a process. If that is suspended, it handles the signal before it continues.
+
+    A signal to the whole process may be handled by another thread, while the main thread already continues.
+    """
+    tgkill = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)  # only Linux has it
+    if tgkill is None:
+        os.kill(pid, number)
+    elif tgkill(pid, pid, number):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def show_cursor() -> None:
     """Show the terminal's cursor, which a killed worker's live line leaves hidden."""
     if sys.stdout.isatty():
