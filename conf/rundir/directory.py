@@ -111,9 +111,7 @@ class RunDir:
             problem = f"{LOCK} or {OWNER} in {self.path} can't be used ({error})"
             fix = "make them writable files, or remove them if no launch works there"
             raise UserError(problem, fix, "run.dir", str(self.path)) from error
-        file.truncate(0)
-        file.write(str(lock.owner))
-        file.flush()
+        lock.record()
         self.held = lock
         return lock
 

@@ -177,16 +177,29 @@ def holds_run(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in names)
 
 
+def is_emptied(folder: Path) -> bool:
+    """Return whether a run or a sweep was removed from ``folder``; its other files may have been written since.
+
+    Raises:
+        OSError: the disk fails, which ``holds_run`` would take for missing files.
+    """
+    for name in ("outcome.json", "config.yaml", "plan.json", "submissions"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder / name)
+            return False
+    return True
+
+
 def identity_of(folder: Path) -> tuple[int, int]:
     stat = folder.stat()
     return stat.st_dev, stat.st_ino
 
 
 def place_of(file: IO[str], identity: tuple[int, int]) -> Path | None:
-    """Return the current path of the directory in which ``file`` was opened; None if it is gone or empty."""
+    """Return the current path of the directory in which ``file`` was opened; None if it is gone or emptied."""
     with suppress(OSError):
         link = os.readlink(f"/proc/self/fd/{file.fileno()}")
         path = Path(link.removesuffix(REMOVED)).parent
-        if (not link.endswith(REMOVED) or identity_of(path) == identity) and holds_run(path):
+        if (not link.endswith(REMOVED) or identity_of(path) == identity) and not is_emptied(path):
             return path
     return None

@@ -3,7 +3,8 @@
 Two files form the lock. ``lock`` is held by flock, which ends with the processes that hold it. But some network disks
 don't propagate it to other machines, and a user may remove the file. ``.owner`` names the owner. It is created
 exclusively, and the owner updates its time every second. On the owner's machine, its process is looked up. Other
-machines watch whether the time changes, and never compare it with their own clocks, which may differ.
+machines watch whether the time changes, and never compare it with their own clocks, which may differ. ``lock`` names
+the owner, too, since a full disk may have no room for ``.owner``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from isobatch.conf.rundir.files import holds_run, identity_of, place_of
+from isobatch.conf.rundir.files import identity_of, is_emptied, place_of
 from isobatch.conf.rundir.outcome import known_outcome
-from isobatch.conf.rundir.owner import OWNER, Owner, Seen, create
+from isobatch.conf.rundir.owner import OWNER, READ_BYTES, Owner, Seen, create, parse_owner
 from isobatch.scaling.errors import UserError
 
 LOCK = "lock"
@@ -57,6 +58,7 @@ class Lock:
         self.folder, self.file, self.owner, self._by = folder, file, owner, os.getpid()
         self._identity = identity_of(folder)
         self._released = threading.Event()
+        self._beating = threading.RLock()  # the heartbeat thread and the writers of events beat at once
 
     def known(self) -> Owner:
         """Return this launch, which has the flock, as owner. Its ``lock`` is 0 if the flock doesn't exclude."""
@@ -72,6 +74,16 @@ class Lock:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return True  # on a full disk, rely on flock until there is space
+
+    def record(self) -> None:
+        """Write this launch to the lock file as well."""
+        with suppress(OSError):  # the disk is full
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), self._text.encode())
+
+    def recorded(self) -> Owner | None:
+        """Return the last launch that was written to the lock file; None if it can't be read."""
+        return parse_owner(os.pread(self.file.fileno(), READ_BYTES, 0).decode(errors="replace"))
 
     def keep(self, lost: Callable[[str], None]) -> None:
         """Start a thread that sends heartbeats, and calls ``lost`` with the cause if the directory is lost."""
@@ -89,15 +101,15 @@ class Lock:
 
     def beat(self) -> str:
         """Send a heartbeat. Return why this launch has lost the directory, or ""."""
-        with suppress(OSError):  # a network disk may fail for a moment
+        with self._beating, suppress(OSError):  # a network disk may fail for a moment
             seen = Seen.of(self.folder)
             if not self._is_in_place():
                 place = self.place
                 return f"run directory {self.folder} was {f'moved to {place}' if place else 'deleted'} during the run"
-            if not holds_run(self.folder):
+            if is_emptied(self.folder):
                 return f"run directory {self.folder} was emptied during the run"
             if seen is None:
-                return "" if self.claim() else self.beat()
+                return "" if self._released.is_set() or self.claim() else self.beat()
             if seen.text != self._text:
                 return f"another launch has taken run directory {self.folder} ({seen})"
             os.utime(self.folder / OWNER)
@@ -112,7 +124,7 @@ class Lock:
         """Remove ``.owner``, if this process created the lock."""
         self._released.set()
         if os.getpid() == self._by:
-            with suppress(OSError):
+            with self._beating, suppress(OSError):
                 if self._is_named():
                     (self.folder / OWNER).unlink()
 
@@ -144,7 +156,7 @@ class Lock:
 
 def works(folder: Path) -> bool:
     """Return whether a launch works in ``folder``, as far as this machine can tell."""
-    with suppress(OSError, UserError), open(folder / LOCK) as file:
+    with suppress(OSError), open(folder / LOCK) as file:
         if not _flocked(file, fcntl.LOCK_SH):
             return True
         seen = Seen.of(folder)
@@ -186,9 +198,10 @@ def become_owner(lock: Lock, launches: Collection[str]) -> None:
 def _refuse_flocked(lock: Lock, waited_s: float) -> None:
     """Raise UserError if another process isn't about to release its flock."""
     seen = Seen.of(lock.folder)
-    earlier = seen and seen.owner and seen.owner.is_earlier_start_of(lock.owner)
+    holder = seen.owner if seen else lock.recorded()
+    earlier = holder and holder.is_earlier_start_of(lock.owner)
     if waited_s > (LEASE_S if earlier else DYING_S):
-        raise _refusal(lock.folder, str(seen or "it just started"))
+        raise _refusal(lock.folder, str(holder or "it just started"))
 
 
 def _refusal(folder: Path, holder: str) -> UserError:

@@ -87,6 +87,13 @@ class Owner:
 _ADAPTER = TypeAdapter(Owner)
 
 
+def parse_owner(text: str) -> Owner | None:
+    """Return the owner stored as ``text``; None if it can't be parsed."""
+    with suppress(ValidationError):
+        return _ADAPTER.validate_json(text, strict=True)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """Hold the content of ``.owner``: its text, its time, and the owner, or None if the text can't be parsed."""
@@ -103,10 +110,8 @@ class Seen:
         except FileNotFoundError:
             return None
         try:
-            text, owner = os.read(descriptor, READ_BYTES).decode(errors="replace"), None
-            with suppress(ValidationError):
-                owner = _ADAPTER.validate_json(text, strict=True)
-            return cls(text, os.fstat(descriptor).st_mtime_ns, owner)
+            text = os.read(descriptor, READ_BYTES).decode(errors="replace")
+            return cls(text, os.fstat(descriptor).st_mtime_ns, parse_owner(text))
         finally:
             os.close(descriptor)
 

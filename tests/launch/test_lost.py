@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import LAUNCH
+from isobatch.conf.rundir.lock import BEAT_S, LOOKS
 from tests.launch.test_workers import BASE, LONG, Run, folder, launch, launch_cold, torchrun, wait_until
 from tests.support.noflock import without_flock
 
@@ -96,3 +97,15 @@ def test_a_run_never_writes_into_a_directory_that_replaced_its_own(folder: Path,
     assert [path.name for path in run.dir.iterdir()] == ["outcome.json"]
     assert (run.dir / "outcome.json").read_text() == "mine"
     assert json.loads((moved / "outcome.json").read_text())["state"] == "crashed"
+
+
+def test_a_debugger_stays_open_when_the_directory_is_deleted(folder: Path) -> None:
+    options = ["debug=true", "task.args.fault=breaks", "task.args.rank=0", "log.every=1st"]
+    run = launch_cold(folder, *options, ranks=1, stdin="p 6 * 7\nc\n")
+    run.await_training()
+    time.sleep(1)  # until it is at the breakpoint
+    shutil.rmtree(run.dir)
+    time.sleep((LOOKS + 1) * BEAT_S)
+    assert run.process.poll() is None
+    expect_lost(run, f"run directory {run.dir} was deleted during the run")
+    assert "(Pdb) 42" in run.out

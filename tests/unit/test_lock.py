@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,17 @@ def emptied(run: RunDir) -> None:
         path.unlink()
 
 
+def written_to_again(run: RunDir) -> None:
+    """By a worker that was about to record an event when the directory was emptied."""
+    emptied(run)
+    (run.path / "events.jsonl").write_text('{"event": "saved"}\n')
+
+
+def moved_and_written_to(run: RunDir) -> None:
+    written_to_again(run)
+    moved(run)
+
+
 def taken(run: RunDir) -> None:
     change(run, token="another", host="elsewhere")
 
@@ -296,6 +308,8 @@ def taken(run: RunDir) -> None:
         (replaced, r"was moved to \S+/there during the run", "there"),
         (deleted, "was deleted during the run", None),
         (emptied, "was emptied during the run", "run"),
+        (written_to_again, "was emptied during the run", "run"),
+        (moved_and_written_to, "was deleted during the run", None),
         (taken, r"another launch has taken run directory \S+ \(host elsewhere, pid", "run"),
     ],
 )
@@ -317,7 +331,7 @@ def test_a_lost_directory_is_reported_once(
     (message,) = lost
     assert re.search(cause, message), message
     assert lock.place == (run.path.with_name(place) if place else None)
-    assert run.path.exists() == (what not in (moved, deleted))
+    assert run.path.exists() == (what not in (moved, moved_and_written_to, deleted))
     lock.close()
     if what is replaced:
         seen = Seen.of(run.path)
@@ -326,15 +340,56 @@ def test_a_lost_directory_is_reported_once(
         assert seen.owner.attempt == "b2"
 
 
-def test_a_run_starts_on_a_full_disk(tmp_path: Path) -> None:
-    with mounted(tmp_path, "size=64k"):
-        run = RunDir(tmp_path / "run")
+def test_a_failing_disk_does_not_count_as_an_emptied_directory(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk may report stale file handles for a moment."""
+
+    def lstat(path: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    lock = run.lock()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.lstat", lstat)
+        cause = lock.beat()
+    assert cause == ""
+
+
+def test_simultaneous_heartbeats_keep_the_directory(run: RunDir) -> None:
+    """A thread sends heartbeats, and so does every event. After ``.owner`` is removed, any of them writes it again."""
+    lock = run.lock()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(100):
+            (run.path / OWNER).unlink()
+            assert set(pool.map(lambda _: lock.beat(), range(8))) == {""}
+        beats = [pool.submit(lock.beat) for _ in range(100)]
+        lock.release()
+        assert {beat.result() for beat in beats} == {""}
+    assert not (run.path / OWNER).exists()
+
+
+def test_an_event_after_the_release_creates_no_owner_file(run: RunDir) -> None:
+    lock = run.lock(attempt="a1")
+    run.write_outcome(OUTCOME)
+    lock.release()
+    run.event("finished")
+    assert (run.path / "events.jsonl").exists()
+    assert not (run.path / OWNER).exists()
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[tuple[RunDir, Path]]:
+    """Yield a run directory with a lock file on a full disk, and the file that fills it."""
+    with mounted(folder, "size=64k"):
+        run, filler = RunDir(folder / "run"), folder / "filler"
         run.path.mkdir()
-        (run.path / "lock").write_text("x")
-        filler = tmp_path / "filler"
+        (run.path / LOCK).write_text("x")
         with suppress(OSError), open(filler, "wb", buffering=0) as file:
             while file.write(b"x" * 4096):
                 pass
+        yield run, filler
+
+
+def test_a_run_starts_on_a_full_disk(tmp_path: Path) -> None:
+    with full_disk(tmp_path) as (run, filler):
         lock = run.lock()
         assert not (run.path / OWNER).exists()
         filler.unlink()
@@ -342,6 +397,22 @@ def test_a_run_starts_on_a_full_disk(tmp_path: Path) -> None:
         assert lock.beat() == ""
         assert Seen.of(run.path)
         lock.close()
+
+
+def test_the_owner_is_named_on_a_full_disk(tmp_path: Path) -> None:
+    with full_disk(tmp_path) as (run, _), run.lock() as lock:
+        assert not (run.path / OWNER).exists()
+        assert f"({lock.owner})" in str(start(run.path).communicate()[0])
+
+
+def test_a_run_starts_on_a_disk_without_space_to_name_the_owner(tmp_path: Path) -> None:
+    with full_disk(tmp_path) as (run, filler):
+        (run.path / LOCK).write_text("")
+        with suppress(OSError), open(filler, "ab", buffering=0) as file:
+            file.write(b"x" * 4096)
+        with run.lock():
+            assert (run.path / LOCK).read_text() == ""
+            assert "it just started" in str(start(run.path).communicate()[0])
 
 
 def test_only_the_process_that_took_the_lock_releases_it(run: RunDir) -> None:

@@ -87,6 +87,11 @@ class Worker:
             self.watch.unguard()
             return self._fail(error)
 
+    @property
+    def _may_end_process(self) -> bool:
+        """False in an API caller's process and in a debugger, where a hang may be the caller's or a breakpoint's."""
+        return self.stop.installed and not self.config.debug
+
     def _join(self) -> World:
         """Join the other ranks, and agree with them on the description of this start."""
         import torch
@@ -110,7 +115,7 @@ class Worker:
         if run.held:
             run.held.keep(self._lose)
         log = open(log_of(run, self.rank), "a")  # noqa: SIM115  open until this process ends
-        if self.stop.installed and not self.config.debug:  # else a hang may be the caller's, or a breakpoint's
+        if self._may_end_process:
             faulthandler.register(signal.SIGQUIT, log)
             self.watch.guard(self.config.cluster.timeout_s, world.wait_patiently, self._give_up, log)
         if self.rank == 0:
@@ -144,8 +149,8 @@ class Worker:
         leave(EXIT_CODE["crashed"])
 
     def _lose(self, cause: str) -> None:
-        """End this process, since it lost the run directory. In an API caller's process, end only the run."""
-        if not self.stop.installed:
+        """End this process, since it lost the run directory. End only the run if the process must stay."""
+        if not self._may_end_process:
             self.stop.wanted = cause
             return
         with self.watch.excused():
