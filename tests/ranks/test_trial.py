@@ -24,6 +24,7 @@ from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.trial.halves import halves, own_generators
 from isobatch.trainers.trial.sandbox import Sandbox, exact_fp32
 from isobatch.trainers.trial.training import DRAWS, Found, batches_of, try_loss
+from isobatch.trainers.trial.untouched import Copies
 from tests.support.harness import Runs, distance
 from tests.support.tasks import Counted, OneByOne
 
@@ -355,6 +356,53 @@ def test_unregistered_modules_do_not_change() -> None:
     tried(task)
     assert [float(norm.running_mean.abs().sum()) for norm in norms] == [0.0, 0.0]
     assert [int(norm.num_batches_tracked) for norm in norms] == [0, 0]
+
+
+class OwnLayers(nn.Module, Base):
+    """A task that is a module itself, with a layer that writes to its weight and its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+        self.layers.calls = 0
+
+    def of(self, logits: Tensor, labels: Tensor, model: nn.Module) -> Any:
+        self.layers.calls += 1
+        self.layers[0].weight.data.fill_(0.5)  # type: ignore[union-attr, operator]
+        return ce(self.layers(logits), labels, reduction="none")
+
+
+def test_modules_of_a_task_that_is_a_module_do_not_change() -> None:
+    task = OwnLayers()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    found = tried(task)
+    assert [reason.split()[0] for reason in found.counters] == ["task.layers.calls"]
+    assert task.layers.calls == 0
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Base, OwnLayers])
+def test_tensors_that_a_task_shares_with_the_model_are_on_its_device(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Base]
+) -> None:
+    """The task's other tensors stay on their device."""
+    task, model = kind(), nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))
+    task.teacher = teacher = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))  # type: ignore[attr-defined]
+    teacher[0].weight = model[0].weight
+    teacher[1].running_mean = model[1].running_mean
+    places = dict[int, Any]()
+
+    def to(tensor: Tensor, place: Any, copy: bool) -> Tensor:
+        places[tensor.data_ptr()] = place
+        return tensor.clone()
+
+    copies = Copies(task, model, device := torch.device("cuda"))
+    monkeypatch.setattr(Tensor, "to", to)
+    with copies.held():
+        pass
+    shared, own = (model[0].weight, model[1].running_mean), (teacher[0].bias, teacher[1].running_var)
+    assert [places[tensor.data_ptr()] for tensor in (*shared, *own)] == [device, device, None, None]
 
 
 def test_trial_restores_all_state() -> None:

@@ -50,15 +50,18 @@ class Copies:
         self._objects = dict(_objects(task, model))
         self._attributes = {name: dict(_plain(one)) for name, one in self._objects.items()}
         self._snapshots = [Snapshot(value) for held in self._attributes.values() for value in held.values()]
-        modules = {one: None for one in self._objects.values() if isinstance(one, nn.Module)}  # a teacher, for example
-        self._modules = {**modules, **dict.fromkeys(model.modules(), device)}
+        inside: dict[nn.Module, torch.device | None] = dict.fromkeys(model.modules(), device)
+        outside = [one for one in self._objects.values() if isinstance(one, nn.Module) and one not in inside]
+        # the model's modules come last, so that the tensors they share with others (a teacher) are on its device
+        modules = dict.fromkeys(outside) | inside
         self._parameters = {
             parameter: (parameter.data, place)
-            for one, place in self._modules.items()
+            for one, place in modules.items()
             for parameter in one.parameters(recurse=False)
         }
-        self._buffers = {one: dict(one._buffers) for one in self._modules}
-        self._modes = {one: one.training for one in self._modules}
+        self._places = {buffer: place for one, place in modules.items() for buffer in one.buffers(recurse=False)}
+        self._buffers = {one: dict(one._buffers) for one in modules}
+        self._modes = {one: one.training for one in modules}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -79,12 +82,10 @@ class Copies:
 
     def reset(self) -> None:
         """Give the modules new copies of their buffers, and restore the attributes."""
-        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
-        for one, buffers in self._buffers.items():
-            for buffer in buffers.values():
-                if buffer is not None and id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.to(self._modules[one], copy=True)
-            _replace(one._buffers, {name: copies.get(id(buffer)) for name, buffer in buffers.items()})
+        copies = {buffer: buffer.to(place, copy=True) for buffer, place in self._places.items()}
+        for one, buffers in self._buffers.items():  # a buffer that two modules share stays shared
+            fresh = {name: None if buffer is None else copies[buffer] for name, buffer in buffers.items()}
+            _replace(one._buffers, fresh)
         self._restore_attributes()
 
     def _restore_attributes(self) -> None:
@@ -202,7 +203,7 @@ def _replace(mapping: dict[str, Any], content: dict[str, Any]) -> None:
 def _objects(task: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the task, the modules of the model and the task, and objects up to two levels below them, with names."""
     seen = set[int]()
-    level = [("task", task), *_modules("model", model)]
+    level = [("task", task), *_modules("model", model), *_modules("task", task)]
     for _ in range(OBJECTS_DEPTH + 1):
         new, level = [(name, one) for name, one in level if hasattr(one, "__dict__")], []
         for name, one in new:
