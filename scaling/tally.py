@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from isobatch.scaling.limits import Count
 
@@ -49,8 +49,9 @@ class Tally:
 
     def __post_init__(self) -> None:
         inside = self.interval
-        numbers = [self.time_s, self.units, *astuple(inside)[:4], *inside.loss, *sum(inside.measures.values(), ())]
-        if not all(map(math.isfinite, numbers)) or min(numbers[:6]) < 0:
+        counts = (self.time_s, self.units, inside.samples, inside.units, inside.seconds, inside.waited_s)
+        sums = (number for pair in (inside.loss, *inside.measures.values()) for number in pair)
+        if min(counts) < 0 or not (all(map(math.isfinite, counts)) and all(map(math.isfinite, sums))):
             raise ValueError(f"{self} isn't a valid tally")
 
     def after(

@@ -34,6 +34,7 @@ class Riders:
         self._world, self._rides, self._mean_over = world, False, 1
         self._note = nn.Parameter(torch.zeros(len(FIELDS) + 2 * MOST_MEASURES, device=world.device))
         self._outgoing = torch.zeros_like(self._note, requires_grad=False)
+        self._host: Any = self._outgoing.numpy() if self._outgoing.is_cpu else None  # its memory, quick to write to
         self._measures: list[str] | None = None  # names of the task's measures, once known
         self._statistics = statistics_of(model, world.device)
         self.parameters = [self._note, *([self._statistics.sums] if self._statistics else [])]
@@ -61,10 +62,12 @@ class Riders:
         loss, deviation = note.loss.detach(), note.units - note.expected_units
         rest = [note.units, deviation, note.waited_s, *note.requests, *self._numbers(note.measures, note.units)]
         if self._outgoing.is_cpu:
-            self._outgoing.zero_()[: len(rest) + 1].copy_(torch.tensor([float(number) for number in (loss, *rest)]))
+            self._host[: len(rest) + 1] = [float(number) for number in (loss, *rest)]
+            self._host[len(rest) + 1 :] = 0.0
         else:  # without waiting for the device, and in few operations
             known = [0.0 if isinstance(number, Tensor) else float(number) for number in rest]
-            self._outgoing.zero_()[1 : len(rest) + 1].copy_(torch.tensor(known), non_blocking=True)
+            known += [0.0] * (len(self._outgoing) - 1 - len(known))
+            self._outgoing[1:].copy_(torch.tensor(known), non_blocking=True)
             for index, number in enumerate((loss, *rest)):
                 if isinstance(number, Tensor):
                     self._outgoing[index] = number
@@ -98,9 +101,13 @@ class Riders:
     def take(self, expected_units: int) -> Total:
         """Return and reset the sum of the notes of a step of ``expected_units``."""
         assert self._note.grad is not None, "no backward since the last take"
-        numbers = self._note.grad.double() * self._mean_over
-        self._note.grad = None
-        loss, units, deviation, waited_s, *rest = numbers.tolist() if numbers.is_cpu else numbers
+        used = len(FIELDS) + 2 * len(self._measures or ())
+        grad, self._note.grad = self._note.grad, None
+        if grad.is_cpu:  # numpy is quicker than torch for a few numbers
+            summed: Any = (grad.numpy()[:used].astype("float64") * self._mean_over).tolist()
+        else:
+            summed = grad[:used].double() * self._mean_over
+        loss, units, deviation, waited_s, *rest = summed
         requests, pairs = Requests(*rest[: len(Requests._fields)]), iter(rest[len(Requests._fields) :])
         measures = {name: (next(pairs), next(pairs)) for name in self._measures or ()}
         planned, few = deviation + expected_units, units < expected_units / 2
