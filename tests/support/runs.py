@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from isobatch.conf.identity import digest
+
 TASKS = {"digits": "isobatch.trainers.tasks.digits.Digits", "images": "isobatch.trainers.tasks.images.Images"}
 
 
@@ -25,7 +27,7 @@ def write_run(
     plan = {
         "global_size": batch, "per_gpu": batch, "world_size": 1, "steps": last["step"], "samples": last["samples"],
         "lr": {"peak": lr}, "task": task, "optimizer": {"name": "sgd"}, "seed": seed,
-        "identity": f"{abs(hash(directory.name)) % 16**12:012x}",
+        "identity": digest({"name": directory.name}),
     }  # fmt: skip
     config: dict[str, Any] = {
         "format": 1, "seed": seed, "batch": {"global_size": batch, "per_gpu": None, "accumulation": None},
@@ -33,7 +35,7 @@ def write_run(
         "optimizer": {"name": "sgd"}, "given": ["batch.global_size", "lr.peak", "seed"],
     }  # fmt: skip
     for name, value in settings.items():
-        section, _, key = name.rpartition("__")
+        section, _, key = name.partition("__")
         config.setdefault(section, {})[key] = value
         config["given"].append(f"{section}.{key}")
     outcome = {"state": state, "cause": "", "step": last["step"], "samples": last["samples"], "attempt": "a1"}

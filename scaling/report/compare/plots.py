@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +55,9 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
 def _saved(figure: Figure, suffix: str) -> bytes:
     file = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-    figure.savefig(file, format=suffix, dpi=130, metadata=metadata, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn in its place
+        figure.savefig(file, format=suffix, dpi=130, metadata=metadata, facecolor="white")
     return file.getvalue()
 
 

@@ -157,7 +157,8 @@ def csv_of(report: Report) -> str:
         summary = run.summary()
         settings, metrics = summary.pop("settings"), summary.pop("metrics")
         measured = {f"{name}:{kind}": value for name, kinds in metrics.items() for kind, value in kinds.items()}
-        rows.append({**summary, **settings, **measured})
+        texts = {**summary, **settings, **measured}
+        rows.append({one_line(name): one_line(v) if isinstance(v, str) else v for name, v in texts.items()})
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")

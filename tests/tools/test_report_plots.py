@@ -1,0 +1,79 @@
+"""Test the report's plots, as matplotlib draws them."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import isobatch
+from tests.support.runs import learned, write_run, write_sweep
+
+SINGLE = {"loss", "evaluations", "time", "course"}
+
+
+def plots(report: isobatch.Report) -> Iterator[Path]:
+    """Yield the plots of a report; fail if a PNG or SVG isn't one."""
+    assert report.directory
+    for name in report.files:
+        file = report.directory / name
+        if file.suffix == ".png":
+            image = Image.open(BytesIO(file.read_bytes()))
+            assert len(image.convert("L").getcolors(256) or []) > 10  # something is drawn
+            assert 500 < image.width < 2400
+            yield file
+        elif file.suffix == ".svg":
+            assert ElementTree.fromstring(file.read_text()).tag.endswith("svg")
+            yield file
+
+
+def test_a_run_and_a_sweep_have_the_plots_they_have_values_for(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", (16, 64, 256, 1024))
+    files = {file.name for file in plots(isobatch.report(sweep))}
+    names = SINGLE | {"by-batch", "target"}
+    assert files == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    of_one = {file.stem for file in plots(isobatch.report(sweep / "batch=16,seed=0"))}
+    assert of_one == SINGLE
+
+
+def test_a_grid_of_batches_and_rates_has_its_table(tmp_path: Path) -> None:
+    for batch in (16, 64):
+        for lr in (0.1, 0.2):
+            lines = learned(batch, 0, quality=lr * 5, steps=6400 // batch)
+            write_run(tmp_path / f"{batch}-{lr}", lines, batch=batch, lr=lr)
+    report = isobatch.report(tmp_path)
+    file = next(file for file in plots(report) if file.name == "batch-by-lr.svg")
+    texts = "".join(ElementTree.fromstring(file.read_text()).itertext())
+    assert all(text in texts for text in ("0.1", "0.2", "16", "64", "learning rate", "global batch"))
+
+
+def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", (16, 64), seeds=2)
+    first = {file.name: file.read_bytes() for file in plots(isobatch.report(sweep))}
+    again = isobatch.report([sweep], f"report.dir={tmp_path / 'again'}")
+    assert {file.name: file.read_bytes() for file in plots(again)} == first
+
+
+@pytest.mark.parametrize("text", ["$x^{2", "</svg><script>", "a\x1b[2Jb", "日本 ⚙", "%s {0} \\n"])
+def test_any_text_of_runs_can_be_drawn(tmp_path: Path, text: str) -> None:
+    for batch in (16, 64):
+        lines = [line | {f"val/{text}": 0.5} if "val/loss" in line else line for line in learned(batch, 0)]
+        write_run(tmp_path / f"{batch}", lines, task=text, batch=batch, task__note=f"{text}{batch}")
+    drawn = list(plots(isobatch.report(tmp_path)))
+    assert drawn
+    assert not any(b"<script" in file.read_bytes() for file in drawn if file.suffix == ".svg")
+
+
+def test_runs_without_lines_and_with_missing_values_are_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "empty", [], state="running")
+    write_run(tmp_path / "one", learned(64, 0, steps=1), batch=16)
+    old = [{name: value for name, value in line.items() if name != "time_s"} for line in learned(64, 1)]
+    write_run(tmp_path / "old", old, batch=64)
+    holes = [line | {"loss": None} if line["step"] % 3 == 0 and "loss" in line else line for line in learned(256, 2)]
+    write_run(tmp_path / "holes", holes, batch=256)
+    report = isobatch.report(tmp_path)
+    assert {file.stem for file in plots(report)} >= {"loss", "evaluations"}

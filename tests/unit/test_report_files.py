@@ -1,0 +1,138 @@
+"""Test what action=report writes and rejects, without matplotlib and plotly."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isobatch.conf.compose import compose
+from isobatch.conf.schema import Report as Options
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.compare.make import make_report
+from tests.support.golden import golden
+from tests.support.runs import learned, write_run, write_sweep
+
+TABLES = {"report.md", "report.csv", "report.json"}
+
+
+@pytest.fixture(autouse=True)
+def _without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "plotly", "plotly.offline"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)  # importing it raises ImportError
+
+
+def options(**given: str) -> Options:
+    return compose(["action=report", *(f"report.{key}={value}" for key, value in given.items())]).report
+
+
+def test_without_the_extra_there_are_tables_and_a_warning_that_names_it(tmp_path: Path) -> None:
+    report = make_report([str(write_sweep(tmp_path / "sweep"))], options())
+    assert set(report.files) == TABLES == {file.name for file in (tmp_path / "sweep/report").iterdir()}
+    missing = [warning for warning in report.warnings if "isobatch[report]" in warning]
+    assert len(missing) == 2
+    assert set(missing) <= set(json.loads((tmp_path / "sweep/report/report.json").read_text())["warnings"])
+    assert all(warning in str(report) for warning in missing)
+
+
+def test_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sweep(Path("sweep"), (16, 64, 256, 1024))
+    write_run(Path("sweep/crashed"), learned(256, 3, steps=30), batch=256, lr=0.2, state="crashed")
+    (Path("sweep/crashed") / "events.jsonl").write_text('{"event": "crashed", "cause": "CUDA error"}\n')
+    report = make_report(["sweep"], options(target="val/accuracy>=0.95"))
+    golden("report", f"{report}\n\n{(tmp_path / 'sweep/report/report.md').read_text()}")
+
+
+def test_json_has_the_fields_that_programs_read(tmp_path: Path) -> None:
+    make_report([str(write_sweep(tmp_path / "sweep"))], options())
+    content = json.loads((tmp_path / "sweep/report/report.json").read_text())
+    assert content.keys() >= {"runs", "groups", "fit", "warnings"}
+    run = content["runs"][0]
+    assert run.keys() >= {
+        "directory", "identity", "state", "task", "optimizer", "global_size", "per_gpu", "world_size", "lr_peak",
+        "seed", "steps", "samples", "time_s", "samples_per_s", "metrics",
+    }  # fmt: skip
+    assert run["metrics"]["val/accuracy"].keys() == {"last", "best", "best_step"}
+    assert (run["steps"], run["samples"]) == (1600, 25600)
+    assert [group["n"] for group in content["groups"]] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("roots", "folder"),
+    [(["sweep"], "sweep/report"), (["sweep/batch=16,seed=0"], "sweep/batch=16,seed=0/report"), (["."], "report"),
+     (["sweep/batch=16,seed=0", "sweep/batch=64,seed=0"], "sweep/report"), (["sweep", "alone"], "report")],
+)  # fmt: skip
+def test_where_the_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots: list[str], folder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sweep(Path("sweep"), (16, 64), seeds=1)
+    write_run(Path("alone"), learned(16, 0))
+    assert make_report(roots, options()).directory == tmp_path / folder
+    assert (tmp_path / folder / "report.json").exists()
+    again = make_report(roots, options())  # the report's folder isn't taken for a run
+    assert again.runs
+    assert make_report(roots, options(dir="elsewhere")).directory == Path("elsewhere")
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/a", learned(16, 0))
+    (tmp_path / "empty").mkdir()
+    for wrong in ("empty", "nowhere"):
+        with pytest.raises(UserError) as error:
+            make_report([str(tmp_path / "runs"), str(tmp_path / wrong)], options())
+        assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path / wrong))
+
+
+def test_conditions_that_no_run_meets_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", learned(16, 0))
+    with pytest.raises(UserError) as error:
+        make_report([str(tmp_path)], options(where="seed=7"))
+    assert (error.value.key, error.value.value) == ("report.where", "seed=7")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", learned(16, 0))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        make_report([str(tmp_path / "a")], options(dir=str(tmp_path / "file/report")))
+    assert (error.value.key, error.value.value) == ("report.dir", str(tmp_path / "file/report"))
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/a", learned(16, 0))
+    assert len(make_report(["runs", "runs/a", str(tmp_path / "runs")], options()).runs) == 1
+
+
+def test_runs_that_change_meanwhile_are_reported(tmp_path: Path) -> None:
+    """A thread appends half lines, replaces the file as a resume does, and removes it, again and again."""
+    run = write_run(tmp_path / "a", learned(16, 0), state="running")
+    file, done = run / "metrics.jsonl", threading.Event()
+    content = file.read_text()
+
+    def change() -> None:
+        while not done.is_set():
+            with open(file, "a") as opened:
+                opened.write('{"step": 101, "samp')
+            (run / "new").write_text(content[: len(content) // 2])
+            (run / "new").rename(file)
+            file.unlink()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        states = {make_report([str(run)], options()).runs[0].state for _ in range(20)}
+    finally:
+        done.set()
+        thread.join()
+    assert states == {"died"}
+
+
+@pytest.mark.parametrize("given", [{"target": ""}, {"metric": "3"}, {"sort": "[a]"}])
+def test_values_of_another_kind_are_rejected(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as error:
+        options(**given)
+    assert error.value.key == f"report.{next(iter(given))}"
