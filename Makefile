@@ -33,7 +33,7 @@ test-unit: install
 	nice -n 10 $(PYTEST) -p tests.support.no_torch tests/unit
 
 # Extras of pyproject.toml that only tests/tools uses.
-TOOLS := report,tensorboard,wandb,mlflow,trackio,tools
+TOOLS := tensorboard,wandb,mlflow,trackio,tools
 
 test-tools: $(VENV)/.tools
 	$(PYTEST) tests/tools
@@ -71,7 +71,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@# DeepSpeed compiles its ops on first use, not now.
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		".[tasks,accelerate,deepspeed,peers,test,lint]"
+		".[tasks,accelerate,deepspeed,peers,report,test,lint]"
 	@$(BIN)/pip uninstall --quiet --yes isobatch  # a copy; everything runs from this clone
 	@# Other optimizer packages to compare with, without their dependencies, and so outside site-packages
 	@# (see tests/support/peers.py).

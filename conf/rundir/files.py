@@ -148,11 +148,12 @@ def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[d
 
 def _parsed(line: bytes) -> Any:
     """Parse a line of JSON as ``parse_json`` does, in a quarter of its time. Raises Unreadable."""
-    with suppress(ValueError):
+    try:
         content = from_json(line, allow_inf_nan=False)
-        if isinstance(content, dict) and line.count(b'":') == len(content):  # flat, and no key twice
-            return content
-    return parse_json(line)
+    except ValueError:
+        return parse_json(line)
+    # as many keys as colons: it is flat, and has no key twice
+    return content if type(content) is dict and line.count(b'":') == len(content) else parse_json(line)
 
 
 def _checked(content: Any, checks_of: Callable[[tuple[str, ...]], Sequence[tuple[str, Check]]]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from isobatch.scaling.stopping import OPERATORS
+
 Direction = Literal["min", "max"]
 LOWER = "loss error err perplexity ppl nll ce mse mae rmse wer cer ter fid kl bpb bpc bits distance regret"  # is better
 HIGHER = (
@@ -70,18 +72,20 @@ class Measure:
 
 
 class Target(NamedTuple):
-    """A value of a measure to reach, such as ``val/accuracy>=0.97``."""
+    """A value of a measure to reach, such as ``val/accuracy>=0.97``; ``sign`` is a key of OPERATORS."""
 
     name: str
-    direction: Direction
+    sign: str
     value: float
 
+    @property
+    def direction(self) -> Direction:
+        return "min" if self.sign.startswith("<") else "max"
+
     def __str__(self) -> str:
-        return f"{self.name} {'≤' if self.direction == 'min' else '≥'} {self.value:.4g}"
+        return f"{self.name} {self.sign.replace('<=', '≤').replace('>=', '≥')} {self.value:.4g}"
 
     def reached(self, measures: Mapping[str, Measure]) -> Record | None:
         """Return the first measurement that reached the target; None if there is none."""
         records = measures[self.name].records if self.name in measures else []
-        if self.direction == "min":
-            return next((record for record in records if record.value <= self.value), None)
-        return next((record for record in records if record.value >= self.value), None)
+        return next((record for record in records if OPERATORS[self.sign](record.value, self.value)), None)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.run import Run
+from isobatch.scaling.stopping import OPERATORS
 
 _CONDITION = re.compile(r"\s*([^\s=<>!,]+)\s*(<=|>=|!=|=|<|>)\s*([^,]*?)\s*")
 MOST_NAMES = 40  # in a message
@@ -30,8 +31,7 @@ class Condition(NamedTuple):
             return _equal(value, self.value) == (self.sign == "=")
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        bound = float(self.value)
-        return {"<": value < bound, "<=": value <= bound, ">": value > bound, ">=": value >= bound}[self.sign]
+        return bool(OPERATORS[self.sign](value, float(self.value)))
 
 
 def parse_where(text: str) -> list[Condition]:

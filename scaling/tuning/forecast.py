@@ -23,6 +23,7 @@ class Fit:
         least: E_min, the samples that small batches need; None without a fit.
         critical_batch: B_crit, where a step saves as much as it costs; None where the batches don't show it.
         interval: its 95 % interval (profile likelihood, equal relative errors); a side is None if it is open.
+        batches: how many it is from.
         power: p; 1 unless there are six batches or more.
         note: why there is no critical batch; "" if there is one.
     """
@@ -30,6 +31,7 @@ class Fit:
     least: float | None
     critical_batch: float | None
     interval: tuple[float | None, float | None]
+    batches: int
     power: float = 1.0
     note: str = ""
 
@@ -56,7 +58,7 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     points = sorted(zip(batches, samples_to_target, strict=True))
     if len({batch for batch, _ in points}) < FEWEST:
         problem = f"{len(points)} batches reached the target, and a fit needs {FEWEST}"
-        return Fit(None, None, (None, None), note=problem)
+        return Fit(None, None, (None, None), len(points), note=problem)
     low, high = points[0][0] / BEYOND, points[-1][0] * BEYOND
     grid = [low * (high / low) ** (i / GRID) for i in range(GRID + 1)]
     powers = POWERS if len(points) >= FOR_POWER else (1.0,)
@@ -72,12 +74,18 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     bounds = (inside[0] if inside[0] > grid[0] else None, inside[-1] if inside[-1] < grid[-1] else None)
     if bounds[1] is None:
         above = "any size" if bounds[0] is None else f"{bounds[0]:.3g} or more"
-        return Fit(None, None, bounds, note=f"the samples to the target don't bend: the critical batch may be {above}")
+        return Fit(
+            None,
+            None,
+            bounds,
+            len(points),
+            note=f"the samples to the target don't bend: the critical batch may be {above}",
+        )
     if bounds[0] is None:
         problem = f"they grow in proportion to the batch: the critical batch is {bounds[1]:.3g} or less"
-        return Fit(None, None, bounds, note=problem)
+        return Fit(None, None, bounds, len(points), note=problem)
     least = math.exp(_level(points, best, power[best]))
-    return Fit(least, best, bounds, power[best])
+    return Fit(least, best, bounds, len(points), power[best])
 
 
 def _growth(batch: float, critical: float, power: float) -> float:

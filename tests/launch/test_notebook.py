@@ -39,6 +39,14 @@ assert state() == before
 """,
     "longer = isobatch.train(Task, f'run.dir={result.directory}', 'duration=6st')",
     "task, model = isobatch.load(result.directory)\nlonger.state, longer.metrics['step'], model.training",
+    """
+isobatch.train(Task, "batch.global_size=32", "lr.peak=0.1", "duration=6st", "device=cpu")
+report = isobatch.report("runs", "report.metric=loss")
+assert state() == before
+assert isobatch.history(result.directory)[-1]["step"] == report.runs[0].done.step == 6
+assert (report.directory / "report.json").exists()
+report
+""",
 )
 
 
@@ -51,3 +59,6 @@ def test_a_notebook_trains_its_own_class(tmp_path: Path, monkeypatch: pytest.Mon
     assert "step 4/4" in printed
     assert "finished after 4 steps" in printed
     assert notebook.cells[4].outputs[0].data["text/plain"] == "('finished', 6, False)"
+    table = notebook.cells[5].outputs[-1].data["text/plain"]
+    assert "batch 16" in table
+    assert "batch 32" in table

@@ -50,6 +50,7 @@ PRINTS = {
     "init_from=runs/digits-814799feb745 lr.peak": "finished after 45 steps",
     "action=evaluate": "val/accuracy",
     "action=runs": "digits-814799feb745 .*finished",
+    "action=report": r"batch 64 .*\n(.|\n)*written to .*report\.md",
     "cluster=slurm": "#SBATCH",
     "duration=1ep": "finished after 23 steps",
     "python launch.py": r"finished after 450 steps.*run\.new=true",

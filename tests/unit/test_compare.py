@@ -59,11 +59,11 @@ def test_a_measure_keeps_what_a_target_needs() -> None:
         measure.add(value, step, 10 * step, 0.1 * step)
     assert [(record.step, record.value) for record in measure.records] == [(1, 3.0), (3, 2.0), (5, 1.0)]
     assert measure.last is None
-    reached = Target("loss", "min", 2.2).reached({"loss": measure})
+    reached = Target("loss", "<=", 2.2).reached({"loss": measure})
     assert reached
     assert (reached.step, reached.samples, reached.time_s) == (3, 30, pytest.approx(0.3))
-    assert Target("loss", "min", 0.5).reached({"loss": measure}) is None
-    assert Target("val/x", "max", 0.5).reached({"loss": measure}) is None
+    assert Target("loss", "<", 1.0).reached({"loss": measure}) is None
+    assert Target("val/x", ">=", 0.5).reached({"loss": measure}) is None
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:

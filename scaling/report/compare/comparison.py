@@ -66,7 +66,7 @@ class Comparison:
         return list(best.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """A report on runs, one comparison for each task.
 
@@ -84,5 +84,5 @@ class Report:
     directory: Path | None = None
     files: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text

@@ -8,7 +8,7 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
 from isobatch.scaling.report.compare.groups import Group, run_label, why_not_counted
 from isobatch.scaling.report.compare.values import Values
-from isobatch.scaling.report.compare.words import duration, listed, number, spread
+from isobatch.scaling.report.compare.words import duration, in_digits_of, listed, number, spread
 from isobatch.scaling.tuning.forecast import Fit
 from isobatch.scaling.tuning.spread import Spread, half_width
 
@@ -48,15 +48,13 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
         few = "one of them has 1 seed" if min(value.n, other.n) == 1 else "their seeds show no spread"
         return f"{found}, then {then}; {few}, so how sure this order is isn't known"
     how = f"Welch's t-test, {value.n} and {other.n} seeds"
+    difference, interval = in_digits_of(half, ahead, ahead - half, ahead + half)
     if half >= ahead:
         alike = [group.label for group, one in ranked[1:] if not _apart(value, one)]
-        interval = (
-            f"the difference of {number(ahead)} has the 95 % interval {number(ahead - half)} to {number(ahead + half)}"
-        )
-        return f"{found}, which can't be told apart from {listed(alike)}: against the second, {interval} ({how})"
+        against = f"its lead of {difference} over the second has the 95 % interval {interval} ({how})"
+        return f"{found}, which can't be told apart from {listed(alike)}: {against}"
     picked = f"; it was picked among {len(ranked)} groups, which flatters it" if len(ranked) > 2 else ""
-    interval = f"95 % interval {number(ahead - half)} to {number(ahead + half)}"
-    return f"{found}, ahead of {then} by {number(ahead)} ({interval}, {how}{picked})"
+    return f"{found}, ahead of {then} by {difference} (95 % interval {interval}, {how}{picked})"
 
 
 def _apart(one: Spread, other: Spread) -> bool:
@@ -92,8 +90,9 @@ def fitted(fit: Fit) -> str:
     if fit.critical_batch is None:
         return f"critical batch not known: {fit.note}"
     low, high = fit.interval
-    interval = f"95 % interval {number(low or 0)} to {number(high or 0)}"
-    return f"fitted critical batch {number(fit.critical_batch)} ({interval}): beyond it, a larger batch saves few steps"
+    interval = f"95 % interval {number(low or 0)} to {number(high or 0)}, from {fit.batches} batches"
+    dearer = f"{2 ** (1 / fit.power):.2g} times the samples of a small batch"
+    return f"fitted critical batch {number(fit.critical_batch)} ({interval}), where the target takes {dearer}"
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
@@ -148,7 +147,7 @@ def _unreached(comparison: Comparison) -> Iterator[str]:
     ]
     if missed:
         without = f"not all runs of {listed(missed)} reached {comparison.target}"
-        yield f"{without}, so these groups have no steps to the target"
+        yield f"{without}, so these groups have no steps to the target, and fits leave them out"
 
 
 def _hardware(comparison: Comparison) -> Iterator[str]:

@@ -111,7 +111,7 @@ def _labels(runs: Sequence[Run], families: Sequence[str], lrs: Sequence[float | 
     labels = []
     for place, lr in zip(places, lrs, strict=True):
         batch = "" if place[1] is None else f"batch {place[1]:,}"
-        rate = f"LR {lr:.4g}" if several and lr is not None else ""
+        rate = f"LR {lr:.4g}" if place in several and lr is not None else ""
         labels.append(" · ".join(filter(None, [batch, rate, place[0]])) or "run")
     return [
         label if labels.count(label) == 1 else f"{label} · {run.recipe.identity or run.directory}"

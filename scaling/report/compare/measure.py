@@ -38,7 +38,7 @@ def parse_target(text: str) -> Target:
     """Return the target in ``report.target``, such as ``val/accuracy>=0.97``. Raises UserError."""
     match = TARGET.fullmatch(text.strip())
     try:
-        return Target(match[1], "max" if ">" in match[2] else "min", float(match[3]))  # type: ignore[index]
+        return Target(match[1], match[2], float(match[3]))  # type: ignore[index]
     except (TypeError, ValueError):
         problem = f"report.target={text!r:.200} isn't a value to reach"
         raise UserError(problem, "write it as in 'val/accuracy>=0.97'", "report.target", text) from None
@@ -98,4 +98,4 @@ def easiest_target(runs: Sequence[Run], metric: Metric) -> Target | None:
     counted = [run for run in runs if why_not_counted(run) is None and metric.name in run.measures]
     bests = [best.value for run in counted if (best := run.measures[metric.name].best)]
     worst = max if metric.direction == "min" else min
-    return Target(metric.name, metric.direction, worst(bests)) if bests else None
+    return Target(metric.name, "<=" if metric.direction == "min" else ">=", worst(bests)) if bests else None

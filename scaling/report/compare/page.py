@@ -14,7 +14,7 @@ from isobatch.scaling.report.compare.colours import VIRIDIS
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.pictures import Curve, Heat, Picture, Style
 from isobatch.scaling.report.compare.tables import head, rows_of, target_line
-from isobatch.scaling.report.compare.words import number
+from isobatch.scaling.report.compare.words import duration, number
 
 HERE = Path(__file__).parent
 DIGITS = 6  # significant digits of the numbers in the page
@@ -84,10 +84,29 @@ def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, se
                 if panel.heat is None
                 else f'<div class="scroll">{_heat(panel.heat, panel.x_label, panel.y_label)}</div>'
             )
-            title = f'<header>{_text(panel.title)}<span class="axes"></span></header>'
+            title = f'<header>{_text(panel.title)}<span class="axes"></span></header><div class="legend"></div>'
             parts.append(f'<div class="panel">{title}{plot}</div>')
         parts.append("</div>")
-    return [*parts, "</section>"]
+    return [*parts, _all_runs(comparison), "</section>"]
+
+
+def _all_runs(comparison: Comparison) -> str:
+    """Return a table of all runs, closed at first."""
+    name = comparison.metric.name if comparison.metric else "value"
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            measure, done = run.measures.get(name), run.done
+            best = measure.best if measure else None
+            rows.append(
+                {
+                    "run": run.directory, "group": group.label, "seed": str(run.recipe.seed),
+                    "state": "diverged" if done.diverged else run.state, name: measure.last if measure else None,
+                    f"best {name}": best and best.value, "steps": done.step, "samples": done.samples,
+                    "time": None if done.time_s is None else duration(done.time_s), "stopped last by": run.cause,
+                }
+            )  # fmt: skip
+    return f"<details><summary>All {len(rows)} runs</summary>{_table(rows)}</details>"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -143,7 +162,8 @@ def _picture(picture: Picture) -> dict[str, Any]:
     panels = [
         {
             "x_label": one_line(panel.x_label), "y_label": one_line(panel.y_label),
-            "x_log": panel.x_log, "y_log": panel.y_log, "curves": list(map(_curve, panel.curves)),
+            "x_log": panel.x_log, "y_log": panel.y_log, "x_ticks": panel.x_ticks,
+            "curves": list(map(_curve, panel.curves)),
         }
         for panel in picture.panels
     ]  # fmt: skip
@@ -152,8 +172,9 @@ def _picture(picture: Picture) -> dict[str, Any]:
 
 def _curve(curve: Curve) -> dict[str, Any]:
     columns = {name: list(map(_rounded, getattr(curve, name))) for name in ("x", "y", "errors")}
+    look = {"group": curve.group, "kind": curve.kind, "dash": curve.dash, "mark": curve.mark}
     texts = list(map(one_line, curve.texts)) if curve.kind == "points" else []
-    return {"name": one_line(curve.name), "group": curve.group, "kind": curve.kind, "texts": texts, **columns}
+    return {"name": one_line(curve.name), "label": one_line(curve.label), **look, "texts": texts, **columns}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from isobatch.scaling.report.compare.colours import Colour, distinct, ordered
 from isobatch.scaling.report.compare.comparison import Comparison
-from isobatch.scaling.report.compare.groups import Group, run_label
+from isobatch.scaling.report.compare.groups import Group, run_label, why_not_counted
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import spread
 from isobatch.scaling.tuning.spread import Spread
@@ -17,7 +17,7 @@ Column = list[float | None]
 AXES = {"step": "steps", "samples": "samples", "time_s": "time in seconds"}
 RANGE_FOR_LOG = 12.0  # an axis is logarithmic where its values span more than this factor
 MOST_MEASURES = 4
-SHARE_OF_FIRST = 0.02  # of a run: where a logarithmic axis begins
+STILL_GOING = ("running", "queued", "stopped", "not started")  # reasons not to count a run that aren't failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class Curve:
         name: of the run or group; ``group``: the index of its group, which is shown and hidden as a whole; None: a
             line that belongs to no group, such as a fit.
         label: text at its end; "": none.
-        errors: half the length of the error bars, at each point.
+        errors: half the length of the error bars, at each point; ``texts``: what to write beside each point.
+        mark: why the run isn't counted, which a cross at its end shows; "": it is.
+        dash: the number of its dashes or of its marker, if it belongs to no group or is drawn as points.
     """
 
     x: Column
@@ -39,6 +41,8 @@ class Curve:
     kind: Literal["line", "step", "points", "both", "guide"] = "line"
     errors: Column = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    dash: int = 0
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes; without ``x_ticks``, whoever draws it chooses them."""
 
     title: str
     x_label: str
@@ -68,6 +72,7 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     curves: list[Curve] = field(default_factory=list)
+    x_ticks: list[float] = field(default_factory=list)
     heat: Heat | None = None
 
 
@@ -110,33 +115,43 @@ def styles_of(comparison: Comparison) -> list[Style]:
 
 def pictures_of(comparison: Comparison) -> list[Picture]:
     """Return the pictures that the runs have values for."""
-    made = [_losses(comparison), _evaluations(comparison), _course(comparison)]
+    made = [_losses(comparison), _evaluations(comparison), _by_time(comparison), _course(comparison)]
     if len(comparison.groups) > 1:
         made += [_by_batch(comparison), _grids(comparison), _targets(comparison)]
     return [picture for picture in made if picture.panels]
 
 
 def _losses(comparison: Comparison) -> Picture:
-    about = "The same runs by steps, by samples and by time: look for where small and large batches change places."
-    panels = [
-        Panel(f"Loss by {label}", label, "training loss", *_log(curves), curves)
-        for axis, label in AXES.items()
-        if (curves := list(_curves(comparison, axis, "loss", evaluations=False)))
-    ]
-    return Picture("loss", "Training loss", about, panels)
+    about = "The same runs by steps and by samples: look for where small and large batches change places."
+    panels = list(_panels(comparison, ("loss",), ("step", "samples")))
+    return Picture("loss", "Training loss by steps and by samples", about, panels)
 
 
 def _evaluations(comparison: Comparison) -> Picture:
+    panels = list(_panels(comparison, _evaluated(comparison), ("step", "samples")))
+    return Picture("evaluations", "Evaluations by steps and by samples", "Each point is one evaluation.", panels)
+
+
+def _by_time(comparison: Comparison) -> Picture:
+    panels = list(_panels(comparison, ("loss", *_evaluated(comparison)[:1]), ("time_s",)))
+    return Picture("time", "By time", "Seconds of training, without evaluations.", panels)
+
+
+def _evaluated(comparison: Comparison) -> list[str]:
+    """Return the names of the first few measures of the evaluations, the compared one first."""
     names = dict.fromkeys(name for run in comparison.runs for name in run.curves.evaluations if "/" in name)
     first = comparison.metric.name if comparison.metric else ""
-    ranked = sorted(names, key=lambda name: (name != first, not name.startswith("val/")))[:MOST_MEASURES]
-    panels = [
-        Panel(f"{name} by {AXES[axis]}", AXES[axis], name, *_log(curves), curves)
-        for name in ranked
-        for axis in ("step", "samples")
-        if (curves := list(_curves(comparison, axis, name, evaluations=True)))
-    ]
-    return Picture("validation", "Evaluations", "Each point is one evaluation.", panels)
+    return sorted(names, key=lambda name: (name != first, not name.startswith("val/")))[:MOST_MEASURES]
+
+
+def _panels(comparison: Comparison, names: Sequence[str], axes: Sequence[str]) -> Iterator[Panel]:
+    """Yield a panel for each measure and axis that the runs have."""
+    for name in names:
+        for axis in axes:
+            if curves := list(_curves(comparison, axis, name, evaluations=name != "loss")):
+                shown = "training loss" if name == "loss" else name
+                title = f"{shown[0].upper() + shown[1:] if name == 'loss' else shown} by {AXES[axis].partition(' ')[0]}"
+                yield Panel(title, AXES[axis], shown, *_log(curves), curves)
 
 
 def _course(comparison: Comparison) -> Picture:
@@ -163,7 +178,9 @@ def _curves(comparison: Comparison, axis: str, name: str, evaluations: bool) -> 
             if axis in columns and name in columns:
                 kind: Literal["step", "both", "line"] = "both" if evaluations else "line"
                 kind = "step" if name == "global_size" else kind
-                yield Curve(columns[axis], columns[name], run_label(group, run), index, label, kind)
+                why = why_not_counted(run) or ""
+                mark = "" if why in STILL_GOING else why
+                yield Curve(columns[axis], columns[name], run_label(group, run), index, label, kind, mark=mark)
                 label = ""
 
 
@@ -177,8 +194,14 @@ def _by_batch(comparison: Comparison) -> Picture:
         if len(runs) > 1 and curves:
             curves.append(Curve([group.global_size] * len(runs), values, group.label, index, kind="points"))
     title = f"{name} at the end, by batch"
-    panels = [Panel(title, "global batch in samples", name, True, False, curves)] if curves else []
+    panels = [_over_batches(title, name, False, curves)] if curves else []
     return Picture("by-batch", "By batch", "Mean and standard deviation over seeds, and each seed.", panels)
+
+
+def _over_batches(title: str, y_label: str, y_log: bool, curves: list[Curve]) -> Panel:
+    """Return a panel whose ticks are the batches."""
+    ticks = sorted({x for curve in curves for x in curve.x if x is not None and curve.kind != "guide"})
+    return Panel(title, "global batch in samples", y_label, True, y_log, curves, ticks)
 
 
 def _by(
@@ -188,7 +211,7 @@ def _by(
 ) -> Iterator[Curve]:
     """Yield a curve through the groups of each family that differ in batch, at the best learning rates."""
     families = dict.fromkeys(group.family for group in comparison.groups)
-    for family in families:
+    for number, family in enumerate(families):
         points = [
             (x, value, group.label)
             for group, values in comparison.best_lrs()
@@ -204,6 +227,7 @@ def _by(
                 "both",
                 [value.deviation for _, value, _ in points],
                 [label for _, _, label in points],
+                number,
             )
 
 
@@ -215,7 +239,8 @@ def _grids(comparison: Comparison) -> Picture:
         members = [(group, values) for group, values in comparison.pairs() if group.family == family and group.lr]
         batches = sorted({group.global_size for group, _ in members if group.global_size})
         lrs = sorted({group.lr for group, _ in members if group.lr})
-        if len(batches) < 2 or len(lrs) < 2 or len(members) <= max(len(batches), len(lrs)):
+        several = [batch for batch in batches if sum(group.global_size == batch for group, _ in members) > 1]
+        if len(several) < 2:
             continue
         cells = {(group.global_size, group.lr): values for group, values in members}
         found = [[cells.get((batch, lr)) for lr in lrs] for batch in batches]
@@ -251,23 +276,33 @@ def _targets(comparison: Comparison) -> Picture:
             curves += _fits(comparison)
         if curves:
             title = f"{unit.capitalize()} to {comparison.target}"
-            panels.append(Panel(title, "global batch in samples", f"{unit} to the target", True, True, curves))
-    curves = list(_by(comparison, gets["seconds"], lambda _, values: _mean(values.to_samples)))
-    if curves:
-        labelled = [_with_texts(curve) for curve in curves]
+            panels.append(_over_batches(title, f"{unit} to the target", True, curves))
+    if points := _time_against_samples(comparison):
         panels.append(
-            Panel("Time against samples", "samples to the target", "seconds to the target", True, True, labelled)
+            Panel("Time against samples", "samples to the target", "seconds to the target", True, True, points)
         )
     about = "Down is better. In the last panel, a group is worth choosing if no other is both left of it and below it."
     return Picture("target", f"To {comparison.target}", about, panels)
 
 
-def _mean(value: Spread | None) -> float | None:
-    return None if value is None else value.mean
-
-
-def _with_texts(curve: Curve) -> Curve:
-    return Curve(curve.x, curve.y, curve.name, None, "", "points", [], curve.texts)
+def _time_against_samples(comparison: Comparison) -> list[Curve]:
+    """Return a point for each group at the best learning rates, and a line through those that no other group beats."""
+    families = list(dict.fromkeys(group.family for group in comparison.groups))
+    found = [
+        (values.to_samples.mean, values.to_time_s.mean, group)
+        for group, values in comparison.best_lrs()
+        if values.to_samples and values.to_time_s
+    ]
+    if len(found) < 2:
+        return []
+    indices = {id(group): index for index, group in enumerate(comparison.groups)}
+    curves = [
+        Curve([x], [y], group.label, indices[id(group)], "", "points", [], [group.label], families.index(group.family))
+        for x, y, group in found
+    ]
+    best = sorted((x, y) for x, y, _ in found if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in found))
+    front: tuple[Column, Column] = [x for x, _ in best], [y for _, y in best]
+    return [*curves, Curve(*front, "not beaten in both", None, kind="guide")]
 
 
 def _fits(comparison: Comparison) -> list[Curve]:

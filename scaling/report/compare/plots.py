@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 5.2, 3.5  # inches of a panel, without the labels at the ends of its curves
-LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.15, 0.35, 0.55  # inches around its axes
-CHAR, MOST_CHARS = 0.062, 34  # inches of a label's character, and characters of a label
-DASHES = ("-", "--", ":", "-.")
+WIDTH, HEIGHT, COLUMNS = 4.9, 3.4, 2  # inches of a panel, and panels beside each other
+LEFT, RIGHT, TOP, BOTTOM = 0.72, 0.12, 0.38, 0.55  # inches around its axes
+CHAR, MOST_CHARS, SAMPLE = 0.062, 40, 0.45  # inches of a label's character, most of them, and inches of its line
+DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "s", "D")
 INK, FAINT = "#222222", "#8a8a8a"
-LABEL_GAP = 0.055  # between labels at the ends of curves, as a share of the axis
+SETTINGS: Any = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
+    "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlesize": 10, "axes.titley": 1.02,
+    "axes.titlelocation": "left", "text.parse_math": False, "svg.fonttype": "none",
+}  # fmt: skip
+LABEL_GAP = 0.06  # between labels at the ends of curves, as a share of the axis
 MOST_LABELS = 12
 
 
@@ -31,24 +37,20 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = len(picture.panels) if len(picture.panels) <= 3 else 2
+    columns = min(COLUMNS, len(picture.panels))
     rows = math.ceil(len(picture.panels) / columns)
-    settings: Any = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
-        "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "svg.hashsalt": picture.name,
-        "axes.titlesize": 10, "axes.titlelocation": "left", "text.parse_math": False, "svg.fonttype": "none",
-    }  # fmt: skip
-    with rc_context(settings):
+    with rc_context({**SETTINGS, "svg.hashsalt": picture.name}):
         labels = [len(curve.label) for panel in picture.panels for curve in panel.curves]
-        inches = WIDTH + min(max(labels, default=0), MOST_CHARS) * CHAR, HEIGHT
-        figure = Figure(figsize=(inches[0] * columns, inches[1] * rows))
+        beside = min(max(labels, default=0), MOST_CHARS) * CHAR + (SAMPLE if any(labels) else 0)
+        width, height = WIDTH * columns + beside, HEIGHT * rows
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
         for number, panel in enumerate(picture.panels):
             row, column = divmod(number, columns)
-            x, y = column * inches[0] + LEFT, (rows - 1 - row) * HEIGHT + BOTTOM
-            box = (x / inches[0] / columns, y / HEIGHT / rows, (WIDTH - LEFT - RIGHT) / inches[0] / columns)
-            _draw_panel(figure.add_axes((*box, (HEIGHT - BOTTOM - TOP) / HEIGHT / rows)), panel, styles)
+            left, bottom = column * WIDTH + LEFT, (rows - 1 - row) * HEIGHT + BOTTOM
+            size = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
+            axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+            _draw_panel(axes, panel, styles, labelled=column == columns - 1 or number == len(picture.panels) - 1)
         return {"png": _saved(figure, "png"), "svg": _saved(figure, "svg")}
 
 
@@ -61,7 +63,7 @@ def _saved(figure: Figure, suffix: str) -> bytes:
     return file.getvalue()
 
 
-def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style], labelled: bool) -> None:
     axes.set_title(one_line(panel.title))
     axes.set_xlabel(one_line(panel.x_label))
     axes.set_ylabel(one_line(panel.y_label))
@@ -73,36 +75,55 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style]) -> None:
     if panel.y_log:
         axes.set_yscale("log")
     shown = [curve for curve in panel.curves if curve.group is None or styles[curve.group].shown]
-    for number, curve in enumerate(shown):
-        _draw_curve(axes, curve, styles, number)
+    for curve in shown:
+        _draw_curve(axes, curve, styles)
+    axes.margins(0.08 if any(curve.texts for curve in shown) else 0.04)
+    axes.autoscale_view()  # which is put off otherwise, until after the labels are placed
+    _write_texts(axes, shown)
     _readable_ticks(axes, panel)
-    _label_ends(axes, [curve for curve in shown if curve.label], styles)
+    if labelled:
+        _label_ends(axes, [curve for curve in shown if curve.label], styles)
 
 
-def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style], number: int) -> None:
-    style = styles[curve.group] if curve.group is not None else None
-    colour, dash = (
-        (style.colour.light, DASHES[style.dash % len(DASHES)]) if style else (INK, DASHES[number % len(DASHES)])
-    )
+def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style]) -> None:
+    colour, dash = _look(curve, styles)
+    of_group = curve.group is not None
     xs, ys = _finite(curve.x), _finite(curve.y)
-    if curve.kind == "guide":
-        axes.plot(xs, ys, color=FAINT, linestyle="--", linewidth=1)
-        return
     if curve.kind == "points":
-        axes.plot(
-            xs, ys, "o", color=colour, markersize=4 if style else 6, alpha=0.45 if style else 1, markeredgewidth=0
-        )
+        shape = MARKERS[curve.dash % len(MARKERS)]
+        alpha = 1 if curve.texts else 0.45
+        axes.plot(xs, ys, shape, color=colour, markersize=7 if curve.texts else 4, alpha=alpha, markeredgewidth=0)
     else:
-        drawn = "steps-post" if curve.kind == "step" else "default"
-        marker = "o" if curve.kind == "both" else None
         axes.plot(
-            xs, ys, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=2.6 if style else 4.5,
-            drawstyle=drawn, alpha=0.85, solid_capstyle="round",
+            xs, ys, color=colour, linestyle=dash, linewidth=1.2, marker="o" if curve.kind == "both" else None,
+            markersize=2.6 if of_group else 4.5, alpha=0.85,
+            drawstyle="steps-post" if curve.kind == "step" else "default",
         )  # fmt: skip
     if any(curve.errors):
         axes.errorbar(xs, ys, yerr=_finite(curve.errors, 0.0), fmt="none", ecolor=colour, elinewidth=1, capsize=3)
-    for x, y, text in zip(xs, ys, curve.texts if curve.kind == "points" else [], strict=False):
-        axes.annotate(one_line(text), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    if curve.mark and (points := _points(curve)):
+        axes.plot(*points[-1], "x", color=colour, markersize=7, markeredgewidth=1.8)
+
+
+def _write_texts(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Write what is to be said beside points, towards the middle of the axes."""
+    places = [(*point, curve.texts[0]) for curve in curves if curve.texts and curve.kind == "points"
+              for point in _points(curve)[:1]]  # fmt: skip
+    used: list[tuple[float, float]] = []
+    for x, y, text in sorted(places):
+        at, height = map(float, axes.transAxes.inverted().transform(axes.transData.transform((x, y))))
+        taken = any(abs(other - at) < 0.4 and abs(h - height) < LABEL_GAP for other, h in used)
+        used.append((at, height))
+        late = at > 0.45
+        axes.annotate(
+            one_line(text), (x, y), xytext=(-7 if late else 7, -9 if taken else 5), textcoords="offset points",
+            fontsize=7.5, ha="right" if late else "left", color=INK,
+        )  # fmt: skip
+
+
+def _points(curve: Curve) -> list[tuple[float, float]]:
+    """Return the points of a curve that have both values."""
+    return [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None]
 
 
 def _finite(values: Sequence[float | None], missing: float = math.nan) -> list[float]:
@@ -111,15 +132,16 @@ def _finite(values: Sequence[float | None], missing: float = math.nan) -> list[f
 
 def _readable_ticks(axes: Axes, panel: Panel) -> None:
     """Write numbers as 2,000 or 20 k, also on logarithmic axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     for axis, is_log in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
         axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         if is_log:
             low, high = axis.get_view_interval()
-            narrow = low > 0 and high / low < 30
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=12))
-            axis.set_minor_formatter(NullFormatter())
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high / low < 100 else (1,), numticks=12))
+            axis.set_minor_locator(NullLocator())
+    if panel.x_ticks:
+        axes.xaxis.set_major_locator(FixedLocator(panel.x_ticks))
 
 
 def _tick(value: float) -> str:
@@ -130,38 +152,48 @@ def _tick(value: float) -> str:
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve], styles: Sequence[Style]) -> None:
-    """Write the label of each curve at its end, moved apart where they would overlap."""
+    """Write the label of each curve beside the axes, at the height of its end, moved apart where they would overlap."""
     ends = sorted(end for curve in curves if (end := _end(axes, curve, styles)))[:MOST_LABELS]
     heights: list[float] = []
     for end in ends:
         heights.append(max(end.height, heights[-1] + LABEL_GAP) if heights else end.height)
     over = max(0.0, heights[-1] - 1.0) if heights else 0.0
+    inch = 1 / (WIDTH - LEFT - RIGHT)
     for height, end in zip(heights, ends, strict=True):
-        line = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.4, "alpha": 0.5, "shrinkA": 0, "shrinkB": 1}
-        axes.annotate(
-            cut(one_line(end.label), MOST_CHARS), (end.x, end.y), xytext=(1.015, height - over),
-            textcoords="axes fraction", fontsize=7.5, color=end.colour, va="center", annotation_clip=False,
-            arrowprops=line,
+        place, y = 1 + 0.08 * inch, height - over
+        axes.plot(
+            [place, place + (SAMPLE - 0.15) * inch], [y, y], color=end.colour, linestyle=end.dash, linewidth=1.4,
+            transform=axes.transAxes, clip_on=False,
         )  # fmt: skip
+        text = cut(one_line(end.label), MOST_CHARS)
+        axes.text(
+            place + (SAMPLE - 0.08) * inch, y, text, fontsize=7.5, color=INK, va="center", transform=axes.transAxes
+        )
 
 
 class _End(NamedTuple):
-    """The last point of a curve, and how high it is on the axes, from 0 to 1."""
+    """How high a curve ends on the axes, from 0 to 1, and what it looks like."""
 
     height: float
-    x: float
-    y: float
     label: str
     colour: str
+    dash: str
 
 
 def _end(axes: Axes, curve: Curve, styles: Sequence[Style]) -> _End | None:
-    points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None]
+    points = _points(curve)
     if not points:
         return None
-    colour = INK if curve.group is None else styles[curve.group].colour.light
     height = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
-    return _End(float(height), *points[-1], curve.label, colour)
+    return _End(min(1.0, max(0.0, float(height))), curve.label, *_look(curve, styles))
+
+
+def _look(curve: Curve, styles: Sequence[Style]) -> tuple[str, str]:
+    """Return the colour and the dashes of a curve."""
+    if curve.kind == "guide":
+        return FAINT, (0, (1, 1.5))  # type: ignore[return-value]
+    style = styles[curve.group] if curve.group is not None else None
+    return (style.colour.light, DASHES[style.dash % len(DASHES)]) if style else (INK, DASHES[curve.dash % len(DASHES)])
 
 
 def _draw_heat(axes: Axes, heat: Heat) -> None:

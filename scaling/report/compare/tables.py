@@ -61,7 +61,9 @@ def _best(spreads: list[Spread | None], comparison: Comparison, column: str) -> 
 def _text(column: str, value: Spread) -> str:
     if column.startswith("time"):
         return duration(value.mean)
-    return number(value.mean) if column == "samples/s" or column.endswith("to target") else spread(value)
+    if column == "samples/s" or column.endswith("to target"):
+        return number(round(value.mean))
+    return spread(value)
 
 
 def _count(group: Group) -> str:
@@ -81,7 +83,11 @@ def text_of(report: Report, width: int = 0) -> str:
         optional = ("time", "samples/s", *columns[1:2], "peak LR", *columns[2:])
         parts.append(grid(rows, width, optional, shortened=("group",)))
         notes = ["* the best of its column" + target_line(comparison)] if len(comparison.groups) > 1 else []
-        notes += ["(…) not finished, so not compared"] if any(values.open for values in comparison.values) else []
+        notes += (
+            ["(…) not finished, so not compared"]
+            if any(values.open and values.last for values in comparison.values)
+            else []
+        )
         parts += ["; ".join(notes)] if notes else []
         parts += [f"  {one_line(text)}" for text in comparison.findings]
         parts.append("")

@@ -27,10 +27,19 @@ def spread(value: Spread) -> str:
     """
     if not value.deviation:
         return number(value.mean)
-    digits = 1 - math.floor(math.log10(value.deviation))
-    shown = max(0, min(digits, 9))
-    mean = f"{round(value.mean, digits):,.{shown}f}".replace("-", "−")
-    return f"{mean} ± {round(value.deviation, digits):,.{shown}f}"
+    mean, deviation = in_digits_of(value.deviation, value.mean, value.deviation)
+    return f"{mean} ± {deviation}"
+
+
+def in_digits_of(size: float, *values: float) -> tuple[str, str]:
+    """Return the first value, and ``a to b`` of the other two, with two significant digits of ``size``.
+
+    >>> in_digits_of(0.0123, 0.1, 0.0877, 0.1123)
+    ('0.100', '0.088 to 0.112')
+    """
+    digits = 1 - math.floor(math.log10(size)) if size else 3
+    texts = [f"{round(value, digits) + 0.0:,.{max(0, min(digits, 9))}f}".replace("-", "−") for value in values]
+    return texts[0], " to ".join(texts[1:])
 
 
 def duration(seconds: float) -> str:
