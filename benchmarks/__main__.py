@@ -27,6 +27,7 @@ from benchmarks import (
     large,
     noise,
     optimizers,
+    report,
     rules,
     same,
     sample_order,
@@ -140,6 +141,12 @@ PARTS = {
         "on, and the repeated uses of samples, if the run is stopped in mid-epoch with a checkpoint on 2 × 16 × 3 and "
         "resumed on 3 ranks (Lightning warns about the result). To keep the global batch, the other frameworks are "
         "set to 3 × 16 × 2; Isobatch derives that itself.",
+    ),
+    "report": Part(
+        "Reports",
+        report.rows,
+        "100 runs with 10,000 logged steps each, from start to exit, with the tables, all plots and the page; the best of "
+        "three.",
     ),
     "rules": Part(
         "Rules, by the betas",

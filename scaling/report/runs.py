@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.lock import works
+from isobatch.scaling.report.measures import Direction
 from isobatch.scaling.report.result import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.run import Run, read
 from isobatch.scaling.report.select import chosen
 
 LISTED = ("outcome.json", "events.jsonl")  # mark a run; config.yaml is a common name, and sweeps have submissions, too
 OPTIONAL = ("time", "ETA", "job", "stopped last by")  # columns that are left out where no run has a value
+SMALL_BYTES = 10_000_000  # of metrics, which one process reads within a fraction of a second
+MOST_PROCESSES = 8
 DEPTH = 3  # levels below a folder that are searched for runs: runs/<sweep>/<run>
 
 
@@ -36,6 +44,30 @@ def found_in(roots: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
+def read_all(
+    runs: Sequence[Path], queue: Mapping[str, str] | None, directions: Mapping[str, Direction] | None = None
+) -> list[Run]:
+    """Read runs, in several processes if there is much to read and this process can be forked."""
+    work = partial(_read, queue, directions)
+    args = [(run, works(run)) for run in runs]
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, len(runs))
+    may_fork = threading.active_count() == 1 and "torch" not in sys.modules  # whose threads a fork would lack
+    if processes == 1 or not may_fork or sum(map(_size, runs)) < SMALL_BYTES:
+        return list(map(work, args))
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        return list(pool.map(work, args, chunksize=max(1, len(runs) // (4 * processes))))
+
+
+def _read(queue: Mapping[str, str] | None, directions: Mapping[str, Direction] | None, arg: tuple[Path, bool]) -> Run:
+    return read(arg[0], arg[1], queue, directions)
+
+
+def _size(run: Path) -> int:
+    with suppress(OSError):
+        return (run / "metrics.jsonl").stat().st_size
+    return 0
+
+
 def listing(
     roots: Sequence[str], queue: Mapping[str, str], output: str, where: str | None = None, sort: str | None = None
 ) -> str:
@@ -46,7 +78,7 @@ def listing(
         where, sort: as in ``select.chosen``.
     """
     found = found_in(roots)
-    runs = chosen([read(run, works(run), queue) for run in found], where, sort)
+    runs = chosen(read_all(found, queue), where, sort)
     if output == "json":
         return json.dumps(list(map(as_json, runs)), indent=1)
     if not runs:
