@@ -145,8 +145,8 @@ PARTS = {
     "report": Part(
         "Reports",
         report.rows,
-        "100 runs with 10,000 logged steps each, from start to exit, with the tables, all plots and the page; the best of "
-        "three.",
+        "100 runs with 10,000 logged steps each, from start to exit, with the tables, all plots and the page; the best "
+        "of three.",
     ),
     "rules": Part(
         "Rules, by the betas",

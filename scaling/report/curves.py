@@ -8,7 +8,7 @@ from typing import Any
 
 from isobatch.conf.rundir.files import MEASURES
 
-MOST = 200  # points of a curve
+MOST = 100  # points of a curve
 PLACES = ("step", "samples", "time_s")
 AVERAGED = ("loss", "samples_per_s")  # over the lines of a point; of the others the last line counts
 LAST = ("lr", "global_size", "noise/scale")
@@ -37,14 +37,23 @@ def curves_of(lines: Sequence[dict[str, Any]]) -> Curves:
 
 
 def _columns(lines: Sequence[dict[str, Any]], last: Sequence[str], averaged: Sequence[str]) -> Columns:
-    count = min(MOST, len(lines))
-    ends = [len(lines) * (point + 1) // count for point in range(count)]
+    ends = _ends(len(lines))
     found: Columns = {name: [lines[end - 1].get(name) for end in ends] for name in last}
     for name in averaged:
         values = [line.get(name) for line in lines]
-        starts = [0, *ends][:count]
+        starts = [0, *ends][: len(ends)]
         found[name] = [_mean(values[start:end]) for start, end in zip(starts, ends, strict=True)]
     return {name: column for name, column in found.items() if any(value is not None for value in column)}
+
+
+def _ends(count: int) -> list[int]:
+    """Return where the lines of each point end: each of them if they are few, else fewer per point at the start.
+
+    A loss changes most at the start, which a logarithmic axis shows at length. Later, more lines average out noise.
+    """
+    if count <= MOST:
+        return list(range(1, count + 1))
+    return sorted({max(1, round(count * (point / MOST) ** 2)) for point in range(1, MOST + 1)})
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

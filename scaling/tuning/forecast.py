@@ -73,17 +73,11 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     inside = [critical for critical in grid if errors[critical] <= allowed]
     bounds = (inside[0] if inside[0] > grid[0] else None, inside[-1] if inside[-1] < grid[-1] else None)
     if bounds[1] is None:
-        above = "any size" if bounds[0] is None else f"{bounds[0]:.3g} or more"
-        return Fit(
-            None,
-            None,
-            bounds,
-            len(points),
-            note=f"the samples to the target don't bend: the critical batch may be {above}",
-        )
+        straight = f"don't bend: it may be {bounds[0]:.3g} or more" if bounds[0] else "scatter too much to show it"
+        return Fit(None, None, bounds, len(points), note=f"the samples to the target {straight}")
     if bounds[0] is None:
-        problem = f"they grow in proportion to the batch: the critical batch is {bounds[1]:.3g} or less"
-        return Fit(None, None, bounds, len(points), note=problem)
+        steep = f"grow in proportion to the batch: it is {bounds[1]:.3g} or less"
+        return Fit(None, None, bounds, len(points), note=f"the samples to the target {steep}")
     least = math.exp(_level(points, best, power[best]))
     return Fit(least, best, bounds, len(points), power[best])
 

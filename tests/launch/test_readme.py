@@ -46,6 +46,7 @@ PRINTS = {
     "-m batch.global_size=32,64": r"32 .*\n.*64 ",
     "python launch.py batch.global_size=128": "peak 0.2 = 0.05 × 128/32(.|\n)*finished after 225 steps",
     "duration=25ep": "finished after 562 steps",
+    "stop.when=val/loss:min": r"finished after \d+ steps.*stop\.when",
     "run.new=true duration=2ep": "finished after 45 steps",
     "init_from=runs/digits-814799feb745 lr.peak": "finished after 45 steps",
     "action=evaluate": "val/accuracy",

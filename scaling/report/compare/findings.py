@@ -65,8 +65,8 @@ def _apart(one: Spread, other: Spread) -> bool:
 def _to_target(comparison: Comparison) -> Iterator[str]:
     """Yield a sentence on which groups needed the fewest steps, samples and seconds to the target."""
     parts: dict[str, tuple[Callable[[Values], Spread | None], Callable[[float], str]]] = {
-        "fewest steps": (lambda values: values.to_steps, lambda steps: f"{number(steps)} steps"),
-        "fewest samples": (lambda values: values.to_samples, lambda samples: f"{number(samples)} samples"),
+        "fewest steps": (lambda values: values.to_steps, lambda steps: f"{number(round(steps))} steps"),
+        "fewest samples": (lambda values: values.to_samples, lambda samples: f"{number(round(samples))} samples"),
         "least time": (lambda values: values.to_time_s, duration),
     }
     found = []

@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.scaling.limits import one_line
@@ -135,7 +136,8 @@ def _readable_ticks(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     for axis, is_log in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        most = None if is_log else max(map(abs, axis.get_view_interval()))
+        axis.set_major_formatter(FuncFormatter(partial(_tick, most)))
         if is_log:
             low, high = axis.get_view_interval()
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high / low < 100 else (1,), numticks=12))
@@ -144,10 +146,11 @@ def _readable_ticks(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(FixedLocator(panel.x_ticks))
 
 
-def _tick(value: float) -> str:
+def _tick(most: float | None, value: float, _: int) -> str:
+    """Return a number with the unit that suits the largest one of its axis, or itself if that is None."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
-            return f"{value / size:.4g} {unit}"
+        if (abs(value) if most is None else most) >= 2 * size:
+            return f"{value / size:.4g} {unit}" if value else "0"
     return f"{value:.4g}"
 
 
