@@ -33,6 +33,7 @@ from benchmarks import (
     sample_order,
     start,
     step,
+    trackers,
 )
 from benchmarks.peers import compare
 from benchmarks.tables import Rows, markdown
@@ -91,6 +92,14 @@ PARTS = {
         "A step that measures the noise against one that doesn't, taking turns: the cost is one more read of the "
         "gradient in each pass. `noise.every` sets how often a step measures: with 10st the average cost is a tenth "
         "of the one below. Target: at most 1.02.",
+    ),
+    "trackers": Part(
+        "Sending lines to trackers",
+        trackers.rows,
+        "Steps of an MLP with 3.2 million parameters, whose lines go to a process per tracker, against the same steps "
+        "without trackers, taking turns, once each tracker is open: medians, and medians of the turns' ratios. The "
+        "last column is what the processes use in all, on a core that they share with the training at a low priority: "
+        "most of it imports the packages, once per start. Target: at most 1.02 with log.every=10st.",
     ),
     "checkpoints": Part(
         "Saving and resuming",

@@ -44,6 +44,11 @@ class Followers:
         self._run, self._session = run, session
         self._followers: list[Follower] = []
 
+    @property
+    def ready(self) -> bool:
+        """True once each tracker is open."""
+        return all(follower.opened for follower in self._followers)
+
     def start(self) -> None:
         """Start following metrics.jsonl, which has the lines that this attempt resumes from."""
         if self._run:
@@ -89,10 +94,14 @@ class Follower(threading.Thread):
     """Keep one tracker's follower process running until it has sent all lines; restart it after a failure.
 
     The process dies with the thread that starts it (see die_with_parent), which is this one.
+
+    Attributes:
+        opened: the tracker has been opened.
     """
 
     def __init__(self, run: RunDir, name: str) -> None:
         super().__init__(name=f"tracker-{name}", daemon=True)
+        self.opened = False
         self._run, self._tracker = run, name
         self._process: subprocess.Popen[bytes] | None = None
         self._last: float | None = None  # the last step to send, once training has ended
@@ -196,6 +205,7 @@ class Follower(threading.Thread):
     def _handle_report(self, report: dict[str, Any]) -> str:
         """Record the progress in a report of the process; return the failure in it, or an empty string."""
         self._moved = time.monotonic()
+        self.opened |= "sent" in report
         self._sent = max(self._sent, report.get("sent", -1))
         return str(report.get("failed", ""))
 
