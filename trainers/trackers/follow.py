@@ -8,6 +8,7 @@ follows the file until its standard input says that training has ended (``end ST
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import math
@@ -176,6 +177,7 @@ def _lock(file: IO[str]) -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    atexit._run_exitfuncs()  # such as removing temporary folders
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # whatever threads a package has left
