@@ -36,7 +36,7 @@ class Timed(Watch):
 
     def __init__(self, followers: list[Followers]) -> None:
         super().__init__()
-        self._followers, self.times = followers, dict[int, float]()
+        self._followers, self.times = followers, dict[int, tuple[float, float]]()
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         super().beat(steps, samples)
@@ -45,11 +45,11 @@ class Timed(Watch):
             while not all(one.ready for one in self._followers) and time.monotonic() < deadline:
                 time.sleep(0.1)
         if steps in (WARM, STEPS):
-            self.times.setdefault(steps, time.perf_counter())
+            self.times.setdefault(steps, (time.perf_counter(), time.process_time()))
 
 
-def measure(world: World, folder: Path, to: list[str], every: int) -> tuple[float, float]:
-    """Train, and return the seconds of a step, and the CPU seconds of the trackers' processes."""
+def measure(world: World, folder: Path, to: list[str], every: int) -> tuple[float, float, float]:
+    """Train, and return the seconds and CPU seconds of a step, and the CPU seconds of the trackers' processes."""
     words = ["task=custom", "task._target_=benchmarks.noise.MLP", f"batch.global_size={PER_GPU * world.size}"]
     words += [
         f"duration={STEPS}st",
@@ -76,13 +76,13 @@ def measure(world: World, folder: Path, to: list[str], every: int) -> tuple[floa
         )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return (watch.times[STEPS] - watch.times[WARM]) / (STEPS - WARM), cpu_s
+    wall_s, own_s = (end - start for start, end in zip(watch.times[WARM], watch.times[STEPS], strict=True))
+    return wall_s / (STEPS - WARM), own_s / (STEPS - WARM), cpu_s
 
 
-def turns(world: World, folder: Path, to: list[str], every: int) -> list[tuple[float, float, float]]:
-    """Return of each turn the seconds of a step with trackers and without, and the CPU seconds of the trackers."""
-    pairs = [(measure(world, folder, to, every), measure(world, folder, [], every)) for _ in range(TURNS)]
-    return [(with_s, without_s, cpu_s) for (with_s, cpu_s), (without_s, _) in pairs]
+def turns(world: World, folder: Path, to: list[str], every: int) -> list[tuple[float, ...]]:
+    """Return the measurements of each turn with trackers, then those without."""
+    return [(*measure(world, folder, to, every), *measure(world, folder, [], every)) for _ in range(TURNS)]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -98,8 +98,9 @@ def rows() -> list[dict[str, Any]]:
                 "log.to": ", ".join(to) if len(to) == 1 else "all four",
                 "log.every": f"{every}st",
                 "with ms": 1e3 * statistics.median(row[0] for row in measured),
-                "without ms": 1e3 * statistics.median(row[1] for row in measured),
-                "with / without": statistics.median(row[0] / row[1] for row in measured),
+                "without ms": 1e3 * statistics.median(row[3] for row in measured),
+                "with / without": statistics.median(row[0] / row[3] for row in measured),
+                "CPU of training, with / without": statistics.median(row[1] / row[4] for row in measured),
                 "CPU s of the trackers": statistics.median(row[2] for row in measured),
             }
         )
