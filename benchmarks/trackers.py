@@ -6,6 +6,7 @@ python -m benchmarks.trackers
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import tempfile
@@ -66,6 +67,7 @@ def measure(world: World, folder: Path, to: list[str], every: int) -> tuple[floa
             super().start()
             started.append(self)
 
+    os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "TRACKIO_DIR": f"{folder}/trackio"}
     training.Followers = Noted  # type: ignore[attr-defined, misc]
     watch = Timed(started)
     run = world.agree(tempfile.mkdtemp(dir=folder) if world.rank == 0 else "")
