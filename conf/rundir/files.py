@@ -78,7 +78,9 @@ EVENT: dict[str, Check] = {
 METRICS: dict[str, Check] = {
     "step": _is_count,
     "samples": _is_count,
-    **dict.fromkeys(("loss", "lr", "samples_per_s", "time_s", "noise/scale", *MEASURES), _is_number_or_none),
+    "global_size": _is_count,
+    **dict.fromkeys(("epoch", "loss", "lr", "samples_per_s", "time_s", *MEASURES), _is_number_or_none),
+    **dict.fromkeys(("noise/scale", "noise/trace"), _is_number_or_none),
 }
 REMOVED = " (deleted)"  # suffix of the path of an open file that was removed
 

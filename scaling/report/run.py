@@ -54,7 +54,10 @@ class Progress:
         step, samples: completed.
         time_s: seconds of training; None if an earlier version recorded the run.
         samples_per_s: samples over ``time_s``; without a time the middle one of the logged speeds.
+        epoch: epochs completed.
         eta_s: seconds to the end at the last logged speed; only while running.
+        noise_scale: the last known gradient noise scale, in samples.
+        gradient_variance: tr Σ/B at the last measurement: the variance of a step's gradient, over all parameters.
         diverged: the loss became non-finite, or ended above its start.
     """
 
@@ -62,7 +65,10 @@ class Progress:
     samples: int
     time_s: float | None
     samples_per_s: float | None
+    epoch: float | None
     eta_s: float | None
+    noise_scale: float | None
+    gradient_variance: float | None
     diverged: bool
 
 
@@ -146,7 +152,7 @@ def read(
         queue=waits,
         recipe=_recipe(files.plan, directory),
         done=_progress(files, running=state == "running"),
-        loss=next((line["loss"] for line in reversed(files.metrics) if line.get("loss") is not None), None),
+        loss=_last(files.metrics, "loss"),
         evaluation=_evaluation(files.metrics),
         measures=_measures(files.metrics, directions or {}),
         curves=curves_of(files.metrics),
@@ -191,7 +197,8 @@ def _progress(files: RunFiles, running: bool) -> Progress:
     last, end = logged[-1] if logged else {}, files.metrics[-1] if files.metrics else {}
     ended = files.outcome
     samples = max(ended.samples if ended else 0, end.get("samples", 0))
-    seconds = next((line["time_s"] for line in reversed(files.metrics) if line.get("time_s") is not None), None)
+    seconds, trace = _last(files.metrics, "time_s"), _last(logged, "noise/trace")
+    batch = _last(logged, "global_size")
     speeds = [line["samples_per_s"] for line in logged if line.get("samples_per_s")]
     planned, pace = files.plan.get("samples"), last.get("samples_per_s") if running else None
     left = None if planned is None or "samples" not in last else planned - last["samples"]
@@ -200,9 +207,17 @@ def _progress(files: RunFiles, running: bool) -> Progress:
         samples=samples,
         time_s=seconds,
         samples_per_s=end["samples"] / seconds if seconds and "samples" in end else _middle(speeds),
+        epoch=end.get("epoch"),
         eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
+        noise_scale=_last(logged, "noise/scale"),
+        gradient_variance=trace / batch if trace is not None and batch else None,
         diverged=_diverged([line["loss"] for line in logged]),
     )
+
+
+def _last(lines: Lines, name: str) -> Any:
+    """Return the last known value of a name."""
+    return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
 
 
 def _middle(values: Sequence[float]) -> float | None:

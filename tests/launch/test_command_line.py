@@ -460,7 +460,9 @@ def test_a_sweep_runs_its_elements_and_ends_with_a_table() -> None:
     done = launch("-m", *QUICK, "batch.global_size=8,16", "optimizer=sgd,adamw")
     table = done.stdout.splitlines()[-6:]
     assert table[0].split()[:3] == ["batch.global_size", "optimizer", "state"]
-    assert {"steps", "samples", "peak", "loss", "val/loss", "val/accuracy"} <= set(table[0].split())
+    assert {"steps", "samples", "peak", "loss", "val/loss", "val/accuracy", "time", "samples/s"} <= set(
+        table[0].split()
+    )
     assert [line.split()[:5] for line in table[1:5]] == [
         [size, optimizer, "finished", "2", str(2 * int(size))] for size in ("8", "16") for optimizer in ("sgd", "adamw")
     ]
@@ -507,8 +509,9 @@ def test_a_sweep_continues_after_a_crash() -> None:
     Path("mine.py").write_text(OWN_TASK.partition("    def train_data")[0])
     arguments = ("task._target_=mine.Task", "task.args.broken=true,false")
     done = launch("-m", *QUICK, *arguments, code=1)
-    states = [line.split()[1] for line in done.stdout.splitlines()[-3:-1]]
-    assert states == ["crashed", "finished"]
+    rows = done.stdout.splitlines()[-3:-1]
+    assert [row.split()[1] for row in rows] == ["crashed", "finished"]
+    assert "meant to" in rows[0]  # the cause, in its row
     assert "meant to" in done.stderr
 
 

@@ -140,6 +140,7 @@ def test_odd_names_and_paths_are_handled(key: str, capsys: pytest.CaptureFixture
 def test_runs_are_listed_in_any_folder(capsys: pytest.CaptureFixture[str]) -> None:
     for text in NAMES:
         run_safely(capsys, "action=runs", f"run.dir='{text}'")
+        run_safely(capsys, "action=report", f"run.dir=['{text}']")
 
 
 @pytest.mark.parametrize("depth", [20, 60, 150, 5000])

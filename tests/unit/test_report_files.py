@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from isobatch import launch
 from isobatch.conf.compose import compose
 from isobatch.conf.schema import Report as Options
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.compare.make import make_report
+from isobatch.trainers.launch.children import guarded
 from tests.support.golden import golden
 from tests.support.runs import learned, write_run, write_sweep
 
@@ -75,6 +77,69 @@ def test_where_the_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     again = make_report(roots, options())  # the report's folder isn't taken for a run
     assert again.runs
     assert make_report(roots, options(dir="elsewhere")).directory == Path("elsewhere")
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    """Run a command; return what it printed to stdout and stderr."""
+    assert guarded(lambda: launch.main(list(arguments), [])) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_the_command_prints_the_table_and_where_the_files_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, learned(16, 0), seed=int(name == "b"))
+    out, _ = command(capsys, "action=report", f"run.dir=[{tmp_path}/a,{tmp_path}/b]")
+    assert "digits: 2 runs that differ in the seed alone" in out
+    assert f"written to {tmp_path}/report: report.md, report.csv, report.json" in out
+    out, _ = command(capsys, "action=report", f"run.dir={tmp_path}", "output=json")
+    assert json.loads(out) == json.loads((tmp_path / "report/report.json").read_text())
+
+
+def test_the_folder_runs_is_reported_by_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "runs" in command(capsys, "action=report", code=2)[1]
+    write_run(tmp_path / "runs/a", learned(16, 0))
+    command(capsys, "action=report")
+    assert (tmp_path / "runs/report/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run.dir=[a,b]"], "action=report"),
+        (["action=plan", "run.dir=[a,b]"], "action=report"),
+        (["action=report", "run.dir=a", "report.target=val/acuracy>=0.9"], "val/accuracy"),
+        (["action=report", "run.dir=a", "report.metric=val/x:mx"], "val/score:max"),
+        (["action=report", "run.dir=nowhere"], "nowhere"),
+        (["action=report", "run.dir=a", "report.dirr=x"], "report.dir"),
+        (["-m", "action=report", "seed=1,2"], "-m is a sweep"),
+    ],
+)
+def test_a_wrong_command_is_rejected_with_what_works(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", learned(16, 0))
+    out, err = command(capsys, *arguments, code=2)
+    assert not out
+    assert named in err
+    assert not list(tmp_path.glob("**/report.json"))
+
+
+def test_a_run_with_a_damaged_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "a", learned(16, 0))
+    (run / "config.yaml").write_text("- [a\n")
+    assert "digits: 1 run" in command(capsys, "action=report", f"run.dir={run}")[0]
+    assert "finished" in command(capsys, "action=runs", f"run.dir={run}")[0]
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.groups import Group, why_not_counted
@@ -48,7 +49,8 @@ def _columns(values: Values, name: str) -> dict[str, Spread | None]:
     return {
         name: values.last, f"best {name}": values.best, "steps to target": values.to_steps,
         "samples to target": values.to_samples, "time to target": values.to_time_s, "samples/s": values.samples_per_s,
-        "time": values.time_s,
+        "time": values.time_s, "time/epoch": values.epoch_s, "noise scale": values.noise_scale,
+        "gradient variance": values.gradient_variance,
     }  # fmt: skip
 
 
@@ -61,8 +63,10 @@ def _best(spreads: list[Spread | None], comparison: Comparison, column: str) -> 
 def _text(column: str, value: Spread) -> str:
     if column.startswith("time"):
         return duration(value.mean)
-    if column == "samples/s" or column.endswith("to target"):
+    if column in ("samples/s", "noise scale") or column.endswith("to target"):
         return number(round(value.mean))
+    if column == "gradient variance":
+        return number(value.mean)
     return spread(value)
 
 
@@ -80,7 +84,16 @@ def text_of(report: Report, width: int = 0) -> str:
         parts.append(f"{one_line(comparison.task)}: {head(comparison)}")
         rows = rows_of(comparison, BEST_IN_TEXT.format)
         columns = [name for row in rows[:1] for name in row][3:]
-        optional = ("time", "samples/s", *columns[1:2], "peak LR", *columns[2:])
+        optional = (
+            "gradient variance",
+            "noise scale",
+            "time/epoch",
+            "time",
+            "samples/s",
+            *columns[1:2],
+            "peak LR",
+            *columns[2:],
+        )
         parts.append(grid(rows, width, optional, shortened=("group",)))
         notes = ["* the best of its column" + target_line(comparison)] if len(comparison.groups) > 1 else []
         notes += (
@@ -98,12 +111,14 @@ def text_of(report: Report, width: int = 0) -> str:
 def head(comparison: Comparison) -> str:
     """Return how many runs are compared, and what their values are."""
     runs, groups = len(comparison.runs), len(comparison.groups)
-    seeds = "" if runs == groups else f" in {groups} groups, which differ in more than the seed"
-    return f"{runs} run{'s' * (runs > 1)}{seeds}" + (
-        f"; mean ± standard deviation over seeds of {one_line(comparison.metric.name)} at the end"
-        if comparison.metric and runs > groups
-        else ""
-    )
+    parts = [counted(runs, "run")]
+    if runs > groups:
+        parts[0] += (
+            " that differ in the seed alone" if groups == 1 else f" in {groups} groups that differ beyond the seed"
+        )
+        name = one_line(comparison.metric.name) if comparison.metric else "values"
+        parts.append(f"mean ± standard deviation over seeds of {name} at the end")
+    return "; ".join(parts)
 
 
 def target_line(comparison: Comparison) -> str:

@@ -18,7 +18,8 @@ class Values:
     Attributes:
         open: no run is counted, so the values are those of runs that haven't finished; they are shown, not compared.
         last, best: of the measure, at the end and at each run's best evaluation.
-        steps, samples, time_s: of the whole run; ``samples_per_s``: its speed.
+        steps, samples, time_s: of the whole run; ``samples_per_s``: its speed; ``epoch_s``: seconds per epoch.
+        noise_scale, gradient_variance: as last measured.
         reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that took.
     """
 
@@ -29,6 +30,9 @@ class Values:
     samples: Spread | None
     time_s: Spread | None
     samples_per_s: Spread | None
+    epoch_s: Spread | None
+    noise_scale: Spread | None
+    gradient_variance: Spread | None
     reached: int
     to_steps: Spread | None
     to_samples: Spread | None
@@ -49,6 +53,9 @@ def values_of(group: Group, metric: Metric | None, target: Target | None) -> Val
         samples=_spread(run.done.samples for run in runs),
         time_s=_spread(run.done.time_s for run in runs),
         samples_per_s=_spread(run.done.samples_per_s for run in runs),
+        epoch_s=_spread(run.done.time_s / run.done.epoch for run in runs if run.done.time_s and run.done.epoch),
+        noise_scale=_spread(run.done.noise_scale for run in runs),
+        gradient_variance=_spread(run.done.gradient_variance for run in runs),
         reached=len(ends),
         to_steps=_spread(end.step for end in ends) if whole else None,
         to_samples=_spread(end.samples for end in ends) if whole else None,
