@@ -605,6 +605,31 @@ def test_skipped_trial_is_reported(runs: Runs) -> None:
     assert not [e for e in runs(1, *how).events() if e["event"] == "trial_skipped"]
 
 
+class Failing(Counted):
+    """A task whose loss fails in the trial, which switches dropout off, and perhaps in training, too."""
+
+    val_data: Any = None
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        if self.always or (model.training and not any(m.training for m in model if isinstance(m, nn.Dropout))):
+            raise KeyError("meant to")
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_loss_that_fails_in_the_trial_is_reported_once(runs: Runs, always: bool) -> None:
+    """The error of step 1 says more; without one, the trial was incomplete."""
+    task = ("task=custom", f"task._target_={__name__}.Failing", f"task.args.always={str(always).lower()}")
+    run = runs(2, *task, "lr.peak=0.1", "duration=2st")
+    assert {end.get("raised") for end in run.ends} == {"KeyError" if always else None}
+    skipped = [event for event in run.events() if event["event"] == "trial_skipped"]
+    assert ["KeyError: 'meant to'" in event["reason"] for event in skipped] == ([] if always else [True])
+
+
 class Evaluated(Counted):
     """A task whose evaluation makes the mistake that its argument names."""
 

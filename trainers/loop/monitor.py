@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
@@ -25,7 +26,11 @@ SKIPS_IN_A_ROW = 20  # steps that weren't finite, after which the run fails
 
 
 class Monitor:
-    """Check and log each step of a run; ask for a ``stop`` after a failed save if the config says so."""
+    """Check and log each step of a run; ask for a ``stop`` after a failed save if the config says so.
+
+    Attributes:
+        after_a_step: called once, when this attempt has taken a step.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class Monitor:
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
         self._since = time.perf_counter()
+        self.after_a_step: Callable[[], None] | None = None
 
     @property
     def time_s(self) -> float:
@@ -70,6 +76,9 @@ class Monitor:
         if flush or any(result and any(result.requests) for result in results):
             results.append(self._readback.flush())
         arrived = [result for result in results if result]
+        if arrived and self.after_a_step:
+            self.after_a_step()
+            self.after_a_step = None
         for result in arrived:
             self.handle_step_result(result)
         if self._skips == SKIPS_IN_A_ROW or (step.index + 1 == self._state.plan.steps == self._state.skipped):

@@ -48,6 +48,7 @@ class Looked:
         measures_depend: reasons why measures of the loss change with the sizes of micro-batches.
         evaluation_depends: reasons why evaluations change with the sizes of their batches.
         skipped: reasons why a part of the trial was skipped.
+        loss_failed: the error of the loss in the trial; empty if it didn't fail.
     """
 
     fingerprint: str | None
@@ -56,6 +57,7 @@ class Looked:
     measures_depend: list[str]
     evaluation_depends: list[str]
     skipped: list[str]
+    loss_failed: str = ""
 
 
 def look_and_try(
@@ -89,18 +91,21 @@ def look_and_try(
     batches = [seen[name] for name in seen if name.startswith("batch ")]
     of_loss, of_evaluation = TOO_FEW, Found()
     if batches:
-        of_loss = _agreed(world, "loss", partial(try_loss, sandbox, batches, Modes(model).train))
+        of_loss = _agreed(world, partial(try_loss, sandbox, batches, Modes(model).train))
     if validation:
         with watch.excused() if task.has("summarise") else nullcontext():
             trial = partial(try_evaluation, sandbox, seen["validation"], config.precision)
-            of_evaluation = _agreed(world, "summarise", trial)
+            of_evaluation = _agreed(world, trial)
+    failed = f"task.summarise failed in this trial, and may fail in training: {of_evaluation.failed}"
+    skipped = (of_loss.skipped, of_evaluation.skipped, failed if of_evaluation.failed else "")
     return Looked(
         known_by,
         depends_on_hardware=[*seen["own"], *of_loss.counters],
         depends_on_cut=of_loss.depends,
         measures_depend=of_loss.logged,
         evaluation_depends=[*seen.get("own of validation", []), *of_evaluation.depends],
-        skipped=[found.skipped for found in (of_loss, of_evaluation) if found.skipped],
+        skipped=[reason for reason in skipped if reason],
+        loss_failed=of_loss.failed,
     )
 
 
@@ -115,7 +120,17 @@ def announce(looked: Looked, run: RunDir | None, stream: Stream) -> None:
     for reason in looked.evaluation_depends:
         stream.tell_of_evaluation(reason)
     for reason in looked.skipped:
-        tell(run, "trial_skipped", f"the trial of the task before step 1 was incomplete: {reason}", reason=reason)
+        _announce_skipped(reason, run)
+
+
+def announce_failed_loss(looked: Looked, run: RunDir | None) -> None:
+    """Report that the loss failed in the trial, after a step in which it didn't; else the step's own error tells."""
+    if looked.loss_failed:
+        _announce_skipped(f"task.loss failed in it, and not in training: {looked.loss_failed}", run)
+
+
+def _announce_skipped(reason: str, run: RunDir | None) -> None:
+    tell(run, "trial_skipped", f"the trial of the task before step 1 was incomplete: {reason}", reason=reason)
 
 
 def _looks(opened: Opened, validation: Validation | None) -> dict[str, Callable[[], Any]]:
@@ -130,7 +145,7 @@ def _looks(opened: Opened, validation: Validation | None) -> dict[str, Callable[
     return looks
 
 
-def _agreed(world: World, method: str, trial: Callable[[], Found]) -> Found:
+def _agreed(world: World, trial: Callable[[], Found]) -> Found:
     """Run ``trial`` on all ranks and return one rank's findings. Raises UserError on all ranks if any rank rejects."""
     found, error = Found(), None
     try:
@@ -138,8 +153,7 @@ def _agreed(world: World, method: str, trial: Callable[[], Found]) -> Found:
     except UserError as caught:
         error = caught
     except Exception as caught:
-        why = "memory ran out" if is_oom(caught) else f"{type(caught).__name__}: {caught}"
-        found = Found(skipped=f"task.{method} failed in this trial, and may fail in training: {why}")
+        found = Found(failed="memory ran out" if is_oom(caught) else f"{type(caught).__name__}: {caught}")
     raise_on_all(world, error)
     findings = [Found(**json.loads(text)) for text in world.gather(json.dumps(asdict(found)))]
     return next((finding for finding in findings if finding != Found()), found)  # numbers may differ between ranks

@@ -37,12 +37,14 @@ class Found:
         logged: measures of the loss that depend on the cut.
         depends: other reasons why the run depends on its cut.
         skipped: why a part of the trial was skipped.
+        failed: the error with which a call of the task failed.
     """
 
     counters: list[str] = field(default_factory=list)
     logged: list[str] = field(default_factory=list)
     depends: list[str] = field(default_factory=list)
     skipped: str = ""
+    failed: str = ""
 
 
 def batches_of(cut: Cut, train_samples: int) -> list[tuple[int, int, int]]:
