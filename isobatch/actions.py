@@ -7,7 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from isobatch.conf.hardware import (
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
+from isobatch.conf.rundir.rejected import removed_if_rejected
 from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer, answer_once, first, say, say_once
 from isobatch.conf.trackers import refuse_missing_packages
@@ -104,9 +105,14 @@ def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     return plan
 
 
-def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> int:
-    """Train in ``directory`` or submit a job that does; show the result of a run that is finished there."""
+def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, keep: bool = False) -> int:
+    """Train in ``directory`` or submit a job that does; show the result of a run that is finished there.
+
+    Args:
+        keep: keep the directory of a rejected start, in which its outcome is.
+    """
     from isobatch.slurm import jobs
+    from isobatch.slurm.state import JobStart
 
     run = RunDir(directory)
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
@@ -127,7 +133,9 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work) -> 
         return 0
     if first() and (why := jobs.begin(run)):
         say_once(why)
-    code = work(config, str(directory), longer)
+    alone = not (under_torchrun() or config.cluster.nodes > 1 or JobStart.here().id)  # else others may still use it
+    with removed_if_rejected(directory) if alone and not keep else nullcontext():
+        code = work(config, str(directory), longer)
     if code not in (EXIT_CODE["finished"], EXIT_CODE["stopped"]):
         return code  # the cause is printed already; another directory may be in this one's place by now
     after = run.outcome()
@@ -218,7 +226,7 @@ def _train_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: 
     """Train one of several runs at a time, on its share of the GPUs."""
     if config.device != "cpu" and runs_at_a_time() > 1 and visible_gpus(environment(config)):
         enter_slot(config, slot)
-    return train(config, plan, directory, work)
+    return train(config, plan, directory, work, keep=True)
 
 
 def _planned_all(

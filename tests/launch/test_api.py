@@ -263,6 +263,7 @@ def test_rejected_calls_raise_user_error() -> None:
     """)
     for name, (_, expected) in REJECTED.items():
         assert expected in answer[name], name
+    assert not Path("runs").exists()
 
 
 def test_several_workers_find_the_task_of_the_caller() -> None:

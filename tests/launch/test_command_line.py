@@ -252,6 +252,31 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     assert f"{folder} isn't a folder that can be written to" in refused("task=digits", f"run.dir={folder}/run")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["task=custom", "task._target_=mine.Tsk", "lr.peak=0.1", "cluster.gpus_per_node=2"],
+        ["task=digits", "task.args.widht=3", "run.dir=some/where"],
+        ["task=digits", "task.train_samples=5"],
+        ["task=digits", "recompute=[nothing]", "debug=true"],
+    ],
+)
+def test_a_rejected_start_leaves_nothing(arguments: list[str]) -> None:
+    """The workers reject it, in a run directory."""
+    done = launch(*arguments, "device=cpu", code=2)
+    assert len(done.stderr.splitlines()) == 1
+    assert list(Path().iterdir()) == []
+
+
+def test_a_rejected_start_leaves_what_was_there() -> None:
+    wrong = [*QUICK, "recompute=[nothing]", "run.dir=runs/mine"]
+    Path("runs/mine").mkdir(parents=True)
+    launch(*wrong, code=2)
+    assert json.loads(Path("runs/mine/outcome.json").read_text())["state"] == "refused"
+    launch(*wrong, code=2)
+    assert Path("runs/mine/outcome.json").exists()
+
+
 # ---- help and config
 
 

@@ -342,6 +342,7 @@ def test_the_log_has_the_traceback(folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["refuses", "refuses early"])
 def test_a_refusal_of_one_rank_ends_all_ranks_without_a_restart(folder: Path, fault: str) -> None:
+    (folder / "run").mkdir()  # else it would be removed
     run = launch(folder, f"task.args.fault='{fault}'", "cluster.max_restarts=3")
     began = time.monotonic()
     assert run.end() == 2

@@ -31,7 +31,7 @@ def test_cuda_calls_without_cuda_get_a_hint() -> None:
 
 
 def test_a_missing_module_names_the_searched_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a module fails while it is imported, only its error is named."""
+    """If a module fails while it is imported, its error and its line are named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/beside/configs")
     with pytest.raises(UserError) as error:
@@ -40,6 +40,6 @@ def test_a_missing_module_names_the_searched_folders(tmp_path: Path, monkeypatch
     assert all(named in error.value.fix for named in (str(tmp_path), "/beside/configs", "install it"))
     (tmp_path / "broken_one.py").write_text("import missing_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="missing_dependency") as error:
+    with pytest.raises(UserError, match=r"missing_dependency.*broken_one.py:1") as error:
         locate("task._target_", "broken_one.Task")
     assert error.value.fix == ""

@@ -6,12 +6,14 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from isobatch.scaling.errors import UserError
+from isobatch.trainers.ranks.failure import user_line
 
 DOTTED = "write one such as my_package.my_module.MyClass"
 
@@ -34,7 +36,8 @@ def locate(key: str, target: str) -> Any:
         owner = getattr(sys.modules.get(parent), child, None)
         if inspect.isclass(owner):  # the failed import has imported the parent, which has the class
             return _attribute(key, target, owner, name)
-        problem = f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}"
+        where = user_line(traceback.extract_tb(error.__traceback__))
+        problem = f"{key}={target}: importing {module_name} failed: {type(error).__name__}: {error}{where}"
         fix = ""
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             searched = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
