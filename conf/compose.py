@@ -65,19 +65,22 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
 
 
 def unused_keys(overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """Return a warning for each given key of another LR decay: it changes the identity and nothing else.
+    """Return a warning for each given key without effect: of another LR decay, or of ``stop.when``, which isn't given.
 
-    There are none for a config that was stored, since its run has that identity already.
+    There are none for a config that was stored, since its run has the identity that they change.
     """
     values = {override.key_or_group: override.value() for override in map(parse, overrides)}
     stored = config.run.config or (not config.run.new and _config_in_run_dir(values))
     if stored or config.action not in ("train", "plan"):
         return []
-    unused = {key: users for key, users in DECAYS_USING.items() if key in config.given and config.lr.decay not in users}
-    return [
-        f"{key} is only used by lr.decay={' or '.join(users)}, and lr.decay is {config.lr.decay}"
-        for key, users in unused.items()
-    ]
+    decay, when = config.lr.decay, config.stop.when
+    unused = {
+        key: f"lr.decay={' or '.join(users)}, and lr.decay is {decay}"
+        for key, users in DECAYS_USING.items()
+        if decay not in users
+    }
+    unused |= {} if when else dict.fromkeys(("stop.patience", "stop.min_delta"), "stop.when, and stop.when is null")
+    return [f"{key} is only used by {users}" for key, users in unused.items() if key in config.given]
 
 
 def _config_in_run_dir(values: Mapping[str, Any]) -> Path | None:

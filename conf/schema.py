@@ -158,9 +158,6 @@ class RunConfig(Section):
             if value and self.evaluate.every is None:
                 problem = f"{key}={value} needs evaluations during the run, and evaluate.every is null"
                 raise UserError(problem, "give evaluate.every=1ep, for example", key)
-        for key in ("stop.patience", "stop.min_delta"):
-            if key in self.given and self.stop.when is None:
-                raise UserError(f"{key} is only used by stop.when", "give stop.when=val/loss:min, or leave it out", key)
         return self
 
     @model_validator(mode="after")

@@ -338,6 +338,13 @@ def test_keys_of_another_decay_are_named(given: str, decay: str) -> None:
     assert all(f"lr.decay is {decay}" in text for text in texts)
 
 
+def test_keys_of_stop_when_are_unused_without_it() -> None:
+    given = ["stop.patience=2", "stop.min_delta=0.1"]
+    assert [text.split()[0] for text in unused_keys(given, compose(given))] == ["stop.patience", "stop.min_delta"]
+    given.append("stop.when=val/loss:min")
+    assert unused_keys(given, compose(given)) == []
+
+
 def test_a_stored_config_has_no_unused_keys(tmp_path: Path) -> None:
     """Its run has that identity already; a new run from it has another one."""
     stored(tmp_path, "lr.gamma=0.5")

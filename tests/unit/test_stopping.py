@@ -84,8 +84,6 @@ def test_a_target_needs_no_quotes_on_the_command_line() -> None:
         ("stop.when=val/loss", "stop.when"),
         ("stop.when=loss:min", "stop.when"),
         ("stop.patience=0", "stop.patience"),
-        ("stop.patience=2", "stop.patience"),
-        ("stop.min_delta=0.1", "stop.min_delta"),
         ("stop.min_delta=-1", "stop.min_delta"),
         ("stop.after=90", "stop.after"),
         ("stop.after=5ep", "stop.after"),
