@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from isobatch.actions import (
     describe_start,
-    foretold,
     forget_other_launchers,
     list_runs,
+    plan_from_checkpoint,
     planned,
     report,
     sweep,
@@ -118,7 +118,7 @@ def main(arguments: list[str], kept: list[object]) -> int:
         return 0  # the first of the ranks prints it
     plan, directory = planned(config, COUNT), run_directory(config)
     if config.action == "plan" and plan:
-        plan = foretold(plan, config, RunDir(directory))
+        plan = plan_from_checkpoint(plan, config, RunDir(directory))
         answer_once(to_json(plan) if config.output == "json" else table(plan, full=config.output == "full"))
         return 0
     return train(config, plan, directory, partial(trains, allocation=allocation))

@@ -18,7 +18,7 @@ class Line(NamedTuple):
 
 
 def read_lines(text: str, prefix: str = "") -> Iterator[Line]:
-    """Yield the keys of a YAML text in order; none where it isn't a mapping."""
+    """Yield the keys of a YAML text in order; none if it isn't a mapping."""
     try:
         yield from _lines(yaml.compose(text), text.splitlines(), f"{prefix}." if prefix else "")
     except yaml.YAMLError:

@@ -104,7 +104,7 @@ def _resolved(value: Any) -> str:
 
 
 def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
-    """Return the config file of the run whose weights are evaluated, or None where they belong to no run."""
+    """Return the config file of the run whose weights are evaluated, or None if they belong to no run."""
     weights = plain.get("init_from")
     if of_runs := sorted(key for key in given if key.startswith("run.")):
         directory = values.get("dir") if isinstance(values := plain["run"], dict) else None
@@ -148,7 +148,7 @@ def _frozen(file: Path, parsed: list[Override], roots: Sequence[Path]) -> RunCon
 
 
 def _stored(plain: dict[str, Any], file: Path) -> RunConfig:
-    """Return what ``file`` holds as a RunConfig. Raises UserError where it isn't one."""
+    """Return what ``file`` holds as a RunConfig. Raises UserError if it isn't one."""
     try:
         return validated(plain)
     except UserError as error:
@@ -156,7 +156,7 @@ def _stored(plain: dict[str, Any], file: Path) -> RunConfig:
 
 
 def refuse_typo(overrides: Sequence[str], config: RunConfig) -> None:
-    """Raise UserError where ``run.dir`` holds no run to resume and the command doesn't say what to train there."""
+    """Raise UserError if ``run.dir`` holds no run to resume and the command doesn't say what to train there."""
     if not config.run.directory or config.run.config or config.action not in ("train", "plan"):
         return
     values = {override.key_or_group: override.value() for override in map(parse, overrides)}

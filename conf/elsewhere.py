@@ -120,7 +120,7 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def our_key(key: str, value: Any = None) -> str:
-    """Return the overrides that mean what ``key=value`` means elsewhere; empty where that isn't known, or is off.
+    """Return the overrides that mean what ``key=value`` means elsewhere; empty if that isn't known, or is off.
 
     >>> our_key("epochs", 5), our_key("warmup", 0.1), our_key("warmup", "5ep")
     ('duration=5ep', 'lr.warmup=10%', 'lr.warmup=5ep')
@@ -177,5 +177,5 @@ def _fits(key: str, text: str) -> bool:
 
 
 def our_value(key: str, value: Any) -> str:
-    """Return the overrides that mean what this value of ``key`` means elsewhere; empty where that isn't known."""
+    """Return the overrides that mean what this value of ``key`` means elsewhere; empty if that isn't known."""
     return VALUES.get(key, {}).get(str(value).lower(), "")

@@ -22,7 +22,7 @@ ABSENT: Any = object()  # the value of a key that isn't there, which null can be
 
 
 def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None:
-    """Reject ``now`` where it is another run than ``was``; a longer duration only extends a run.
+    """Reject ``now`` if it is another run than ``was``; a longer duration only extends a run.
 
     Raises:
         UserError: keys of the science differ; the message has them with both values.
@@ -47,7 +47,7 @@ def refuse_other_science(was: RunConfig, now: RunConfig, directory: str) -> None
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Return whether two values have other identities; 1, 1.0 and true are equal, and have."""
+    """Return whether two values differ in the hash of the identity. Python's 1, 1.0 and True are equal, but differ."""
     return digest({"value": one}) != digest({"value": other})
 
 
@@ -125,7 +125,7 @@ def _ends_later(directory: Path, config: RunConfig) -> bool:
 
 
 def refuse_unwritable(directory: Path) -> None:
-    """Raise UserError where ``directory`` neither is a folder that can be written to, nor can become one."""
+    """Raise UserError if ``directory`` neither is a folder that can be written to, nor can become one."""
     there = directory.absolute()
     while not os.path.exists(there):  # also where asking fails, as it does for names that are too long
         there = there.parent
@@ -135,7 +135,7 @@ def refuse_unwritable(directory: Path) -> None:
 
 
 def _length(directory: Path) -> Duration | None:
-    """Return the duration of the run that a directory holds; None where that can't be read."""
+    """Return the duration of the run that a directory holds; None if that can't be read."""
     file = directory / "config.yaml"
     with suppress(ValueError):
         return Duration.parse(load(file).get("duration")) if os.path.exists(file) else None
@@ -143,7 +143,7 @@ def _length(directory: Path) -> Duration | None:
 
 
 def refuse_missing(weights: str) -> Path:
-    """Return the path that ``init_from`` names. Raises UserError where nothing is there."""
+    """Return the path that ``init_from`` names. Raises UserError if nothing is there."""
     path = Path(os.path.expanduser(weights))
     if not os.path.exists(path):
         fix = "name a run directory, a checkpoint of one, or a .safetensors file"
@@ -152,7 +152,7 @@ def refuse_missing(weights: str) -> Path:
 
 
 def run_of(weights: Path) -> Path | None:
-    """Return the directory of the run that weights are of; None where they are of no run.
+    """Return the directory of the run that wrote the weights, or None.
 
     Args:
         weights: the directory itself, its ``final/``, a checkpoint, or a file in one of these.

@@ -105,7 +105,7 @@ def _ranks(name: str, default: str) -> int:
 
 
 def _allow_files() -> None:
-    """Raise the limit of open files to ``FILES``. Raises UserError where that isn't allowed."""
+    """Raise the limit of open files to ``FILES``. Raises UserError if that isn't allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return
@@ -116,7 +116,7 @@ def _allow_files() -> None:
 
 
 def refuse_unless_startable(config: RunConfig) -> None:
-    """Raise UserError where training can't start on this machine."""
+    """Raise UserError if training can't start on this machine."""
     _allow_files()
     cluster, torchrun = config.cluster, under_torchrun()
     if isinstance(cluster, Slurm):

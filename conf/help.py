@@ -165,7 +165,7 @@ def help_text(overrides: Sequence[str] = (), config_dir: str | None = None) -> s
 
 
 def _row(left: str, right: str, width: int) -> list[str]:
-    """Return ``left`` with its meaning beside it, wrapped, or below it where ``left`` is long."""
+    """Return ``left`` with its meaning beside it, wrapped, or below it if ``left`` is long."""
     head = f"  {left:<{INDENT - 4}}  "
     lines = textwrap.wrap(right, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
     if len(head) > INDENT or not lines:

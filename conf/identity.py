@@ -56,7 +56,7 @@ def housekeeping(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{name}." for name in HOUSEKEEPING))
 
 
-def global_size_rules(config: RunConfig) -> bool:
+def global_size_was_given(config: RunConfig) -> bool:
     """Return whether the global batch was asked for, rather than the product of per-GPU batch and accumulation."""
     return _asked_for(config.given, config.batch.per_gpu, config.batch.accumulation)
 

@@ -50,7 +50,7 @@ def leaves(key: str, value: Any) -> Iterator[str]:
 
 
 def choices_of(group: str, roots: Iterable[Path] = (HERE,)) -> list[str]:
-    """Return the choices of a group; none where ``group`` isn't one."""
+    """Return the choices of a group; none if ``group`` isn't one."""
     return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
 
 
@@ -94,7 +94,7 @@ def names(kind: Any) -> list[str]:
 
 
 def registered(key: str) -> list[str]:
-    """Return the names in the registry of a key's values; none where it has no registry."""
+    """Return the names in the registry of a key's values; none if it has no registry."""
     place = locate(key.split("."))
     return [
         name for _, bounds in unfolded(place.kind) for one in bounds if isinstance(one, OneOf) for name in one.names

@@ -85,7 +85,7 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
 
 
 def _uncomposed(error: Exception, parsed: Sequence[Override]) -> UserError:
-    """Return what Hydra says, with how an experiment has to look where there is one."""
+    """Return Hydra's error; if there is an experiment, with the form that one needs."""
     experiment = any(override.key_or_group == "experiment" for override in parsed)
     fix = f"an experiment begins with the line '# @package _global_', and {CHOOSES}" if experiment else ""
     return UserError(short(error), fix, "experiment" if experiment else "")

@@ -106,7 +106,7 @@ def _own(place: str, fault: Any, data: Any) -> UserError:
 
 
 def _at(data: Any, key: str) -> Any:
-    """Return the value at a dotted key; None where there is none."""
+    """Return the value at a dotted key; None if there is none."""
     for name in key.split("."):
         data = data.get(name) if isinstance(data, dict) else None
     return data
@@ -204,7 +204,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as on the command line, with its middle left out where it is long."""
+    """Return a value as on the command line, with its middle left out if it is long."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
 

@@ -50,7 +50,7 @@ def parse(text: str) -> Override:
 
 
 def refuse_spaces(words: Sequence[str]) -> None:
-    """Raise UserError where a shell has split what was meant as one override: ``key = value``, ``key=two words``."""
+    """Raise UserError if a shell has split what was meant as one override: ``key = value``, ``key=two words``."""
     for number, word in enumerate(words):
         if "=" in word.strip("=") or word.startswith("~"):
             continue
@@ -69,7 +69,7 @@ def refuse_spaces(words: Sequence[str]) -> None:
 
 
 def _refuse_unending(text: str) -> None:
-    """Raise UserError where Hydra's parser would recurse too deep, or take minutes."""
+    """Raise UserError if Hydra's parser would recurse too deep, or take minutes."""
     depth = commas = 0
     for sign in re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", text):
         depth += (sign in "[{(") - (sign in "]})")
@@ -153,7 +153,7 @@ def quoted(text: str) -> str:
 
 
 def override(key: str, path: str) -> str:
-    """Return ``key=path``, quoted only where Hydra needs it."""
+    """Return ``key=path``, quoted only if Hydra needs it."""
     return f"{key}={path if re.fullmatch(r'/[A-Za-z0-9_/.+-]*', path) else quoted(path)}"
 
 

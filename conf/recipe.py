@@ -34,7 +34,7 @@ WORKERS = 1024  # processes that load data, of each rank
 
 
 class Tuned(Usual):
-    """The recipe of a tuning; of what it doesn't say, the optimizer's YAML holds."""
+    """The recipe of a tuning. A missing field comes from the optimizer's YAML."""
 
     betas: tuple[Memory, ...] | None = None
     eps: Positive | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from isobatch.conf.identity import global_size_rules
+from isobatch.conf.identity import global_size_was_given
 from isobatch.conf.keys import sections
 from isobatch.conf.messages import shown
 from isobatch.conf.schema import RunConfig
@@ -89,7 +89,7 @@ def resumed(was: RunConfig, given: set[str], fresh: dict[str, Any], another: boo
     resized = another and "batch.global_size" in given
     if another and not resized and {"batch.per_gpu", "batch.accumulation"} <= given:
         kept.discard("batch.global_size")  # their product takes its place
-    elif resized or global_size_rules(was):
+    elif resized or global_size_was_given(was):
         if plain["batch"]["schedule"] is None:  # which says itself how large the batch is
             kept.add("batch.global_size")
         if plain["batch"]["per_gpu"] is not None and "batch.accumulation" not in given:
@@ -99,9 +99,9 @@ def resumed(was: RunConfig, given: set[str], fresh: dict[str, Any], another: boo
 
 
 def not_applied(config: RunConfig, directory: Path) -> list[str]:
-    """Return ``key=value`` of the given keys that are other than those of the finished run in ``directory``.
+    """Return ``key=value`` for each given key whose value differs from that of the finished run in ``directory``.
 
-    On other hardware it would be the same result; so that isn't among them.
+    Hardware is left out, since the result would be the same.
     """
     now, then = config.model_dump(mode="json", by_alias=True), load(directory / "config.yaml")
     keys = [key for key in config.given if key.partition(".")[0] not in (*OF_THE_MOMENT, "given")]
@@ -110,7 +110,7 @@ def not_applied(config: RunConfig, directory: Path) -> list[str]:
 
 
 def _value(key: str, plain: Any) -> Any:
-    """Return the value at a dotted key, of a group the name of its choice; None where there is none."""
+    """Return the value at a dotted key, of a group the name of its choice; None if there is none."""
     for name in key.split("."):
         plain = plain.get(name) if isinstance(plain, dict) else None
     return plain.get("name") if isinstance(plain, dict) and "name" in plain else plain

@@ -97,7 +97,7 @@ class PlanOptions(Section):
 
 
 class RunConfig(Section):
-    """One run, whole.
+    """Hold the whole config of a run.
 
     Attributes:
         given: keys given on the command line or in an experiment, dotted; a group's choice by the group's name.

@@ -57,7 +57,7 @@ def secure_streams() -> None:
 
 
 def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
-    """Print ``text``, by default to stdout; do nothing where that fails."""
+    """Print ``text``, by default to stdout; do nothing if that fails."""
     with suppress(OSError, ValueError):
         print(printable(text), end=end, file=to or sys.stdout, flush=True)
 
@@ -94,7 +94,7 @@ def say_once(text: str) -> None:
 
 
 def answer_once(text: str) -> None:
-    """Print the answer to a command in the first of the processes. Raises Unwritable where that fails."""
+    """Print the answer to a command in the first of the processes. Raises Unwritable if that fails."""
     if first():
         answer(text)
 

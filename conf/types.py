@@ -116,7 +116,7 @@ def _with_numbers(name: object) -> object:
 
 
 def refuse_repeated(section: str, args: str, given: Free | None, local: Free) -> None:
-    """Raise UserError where a keyword argument is given in both ``args`` and ``local``."""
+    """Raise UserError if a keyword argument is given in both ``args`` and ``local``."""
     if repeated := [name for name in local if (given or {}).get(name) is not None]:
         names = ", ".join(f"{section}.local.{name}" for name in repeated)
         science = ", ".join(f"{section}.{args}.{name}" for name in repeated)

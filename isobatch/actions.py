@@ -63,9 +63,9 @@ Work = Callable[["RunConfig", str, bool], int]
 
 
 def planned(config: RunConfig, count: Count) -> Plan | None:
-    """Return the plan for the hardware that the config names; None where only the ranks can make it.
+    """Return the plan for the hardware that the config names; None if only the ranks can make it.
 
-    The ranks make it where several processes got this command and the plan needs the length of the data, which is
+    The ranks make it if several processes got this command and the plan needs the length of the data, which is
     opened once each machine has prepared it.
     """
     if isinstance(config.cluster, Slurm):
@@ -84,7 +84,7 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
     return resolve(config, world_size(config), count(config) if to_open else None)
 
 
-def foretold(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
+def plan_from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
     """Return ``plan`` as it continues from the newest readable checkpoint of ``run``; without one, as it is.
 
     Raises:
@@ -124,7 +124,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, 
         return 0
     if plan and not dry and (isinstance(config.cluster, Slurm) or config.task.train_samples is not None):
         say_once(
-            table(foretold(plan, config, run), full=config.output == "full")
+            table(plan_from_checkpoint(plan, config, run), full=config.output == "full")
         )  # else rank 0 prints it, once the data is opened
     if config.run.directory and not holds_run(directory) and not dry:
         say_once(f"a new run, in {directory}")
@@ -179,7 +179,7 @@ def report(config: RunConfig) -> int:
 
 
 def _jobs() -> dict[str, Any]:
-    """Return the queued jobs by id; none, and a word about it, where the queue can't be seen."""
+    """Return the queued jobs by id. If squeue fails, warn and return none."""
     from isobatch.slurm.state import queued
 
     try:

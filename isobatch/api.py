@@ -62,7 +62,7 @@ def train(task: type | str | None = None, *overrides: str, config_dir: str | Pat
     """Train, or resume; a finished run is not trained again.
 
     Args:
-        task: the task's class or its dotted name; None where the overrides name it.
+        task: the task's class or its dotted name; None if the overrides name it.
         overrides: as on the command line, such as ``"batch.global_size=64"``.
         config_dir: a folder of YAML files, as ``--config-dir``.
 
@@ -104,7 +104,7 @@ def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
         actions.warn_of_unused([(words, config)])
         found = actions.planned(config, _count)
         assert found is not None
-        return actions.foretold(found, config, RunDir(run_directory(config)))
+        return actions.plan_from_checkpoint(found, config, RunDir(run_directory(config)))
 
 
 def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn.Module]:

@@ -168,7 +168,7 @@ def works(folder: Path) -> bool:
 
 
 def become_owner(lock: Lock, launches: Collection[str]) -> None:
-    """Wait until this launch is the owner. Raises UserError once another launch turns out to be at work."""
+    """Wait until this launch is the owner. Raises UserError if another launch turns out to be running."""
     began, met, first, since = time.monotonic(), False, None, 0.0  # ``first``: the current owner as first seen
     while True:
         waited_s = time.monotonic() - began
@@ -210,7 +210,7 @@ def _refusal(folder: Path, holder: str) -> UserError:
 
 
 def _lives(owner: Owner, lock: Lock, launches: Collection[str]) -> bool | None:
-    """Return whether ``owner`` is another launch at work; None if this machine can't tell."""
+    """Return whether ``owner`` is another running launch; None if this machine can't tell."""
     own = lock.known()
     same = owner.attempt in launches or owner.same_launch(own) or owner.is_earlier_start_of(own)
     return False if same or _has_ended(lock.folder, owner) else owner.lives(own)

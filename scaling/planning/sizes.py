@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isobatch.conf.identity import global_size_rules
+from isobatch.conf.identity import global_size_was_given
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import solve
@@ -61,7 +61,7 @@ def asked(config: RunConfig, train_samples: int | None) -> int | None:
     Raises:
         UserError: it isn't known, or it depends on the number of processes while numerics are bitwise.
     """
-    if not global_size_rules(config):
+    if not global_size_was_given(config):
         if config.numerics == "bitwise":
             problem = (
                 f"numerics=bitwise, but with batch.per_gpu={config.batch.per_gpu} and "

@@ -21,7 +21,7 @@ class Fit:
 
     Attributes:
         least: E_min, the samples that small batches need; None without a fit.
-        critical_batch: B_crit, where a step saves as much as it costs; None where the batches don't show it.
+        critical_batch: B_crit, where a step saves as much as it costs; None if the batches don't show it.
         interval: its 95 % interval (profile likelihood, equal relative errors); a side is None if it is open.
         batches: how many it is from.
         power: p; 1 unless there are six batches or more.

@@ -81,7 +81,7 @@ class Task:
         return self.own.augment(sample, generator) if self.has("augment") else sample
 
     def collate(self, samples: list[Any]) -> Any:
-        """Return samples as a batch. Default: torch's ``default_collate``; UserError where that can't take them."""
+        """Return samples as a batch. Default: torch's ``default_collate``; UserError if that can't take them."""
         if self.has("collate"):
             return self.own.collate(samples)
         try:

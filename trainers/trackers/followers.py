@@ -219,7 +219,7 @@ class Follower(threading.Thread):
         cause = one_line(cause)[:300]
         if not self._failure and not self._ended.is_set():
             log = directory_log(self._run.path, self._tracker)
-            self._tell(f"failed: {cause} (see {log}); training goes on, and it is tried again")
+            self._tell(f"failed: {cause} (see {log}); training continues, and the tracker is tried again")
         self._failure = cause
 
     def _tell(self, text: str) -> None:

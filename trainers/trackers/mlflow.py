@@ -77,7 +77,7 @@ class Adapter:
         return max((metric.step for metric in self._client.get_metric_history(self._run, key)), default=-1)
 
     def _send_params(self, run: RunInfo, stored: dict[str, str]) -> None:
-        """Send the parameters that MLflow hasn't got: one that has a value keeps it."""
+        """Send the parameters that MLflow doesn't have yet: one that has a value keeps it."""
         new: list[Any] = [
             Param(re.sub(r"[^\w\-. /:]", "_", name), str(value)[:VALUE]) for name, value in run.params.items()
         ]

@@ -18,7 +18,7 @@ from isobatch.trainers.trackers.tracker import Line, RunInfo, numbers
 
 
 class Adapter:
-    """Write one event file, which each start writes anew: an event can't be taken out of a file."""
+    """Write one event file, which each start rewrites: an event can't be taken out of a file."""
 
     rewrites = True
 

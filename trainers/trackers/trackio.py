@@ -17,7 +17,7 @@ ID = "isobatch_run"  # the key of its config by which a later start finds the ru
 
 
 class Adapter:
-    """Write one run, which each start writes anew: Trackio can remove a run, but not a step."""
+    """Write one run, which each start rewrites: Trackio can remove a run, but not a step."""
 
     rewrites = True
 

@@ -13,7 +13,7 @@ from isobatch.trainers.trackers.tracker import Line, RunInfo, numbers
 
 
 class Adapter:
-    """Write one offline run, which each start writes anew: W&B never takes a step back."""
+    """Write one offline run, which each start rewrites: W&B never takes a step back."""
 
     rewrites = True
 
