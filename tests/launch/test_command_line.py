@@ -124,6 +124,12 @@ def test_full_batch_opens_the_data_of_a_custom_task() -> None:
     assert "finished after 2 steps, 1,000 samples" in done.stdout
 
 
+def test_a_task_that_exits_with_a_text_fails() -> None:
+    Path("mine.py").write_text("import sys\nsys.exit('give a folder')\n")
+    own = ("task=custom", "task._target_=mine.Task", "lr.peak=0.1")
+    assert launch("action=plan", "plan.open_data=true", *own, code=1).stderr == "give a folder\n"
+
+
 def test_plan_under_torchrun_is_printed_once() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     printed = [launch("action=plan", **torchrun, RANK=rank, LOCAL_RANK=rank).stdout for rank in "012"]

@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from isobatch.trainers.launch.children import exit_code
+
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 ROOM = 4096  # bytes of the server's command line, to be overwritten by that of a command
 POLL_S = 0.005
@@ -146,16 +148,16 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
 
 def _torchrun() -> NoReturn:
     """Run torchrun and exit as Python would after it."""
-    code: object = 0
+    code = 0
     try:
         torchrun()
     except SystemExit as end:
-        code = end.code
+        code = exit_code(end)
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
-    os._exit(code if isinstance(code, int) else 0)
+    os._exit(code)
 
 
 def _show(words: list[str]) -> None:

@@ -48,7 +48,7 @@ def guarded(work: Callable[[], int]) -> int:
             say(f"isobatch: {error}", sys.stderr)
         return 1
     except SystemExit as end:
-        return int(end.code or 0)
+        return exit_code(end)
     except BaseException:
         say(traceback.format_exc(), sys.stderr, end="")
         return 1
@@ -104,6 +104,14 @@ class Child:
         if last:
             os.close(self._output)
             self._output = None
+
+
+def exit_code(end: SystemExit) -> int:
+    """Return the exit code of a process that ``end`` ends, after printing its text, as Python does."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    say(str(end.code), sys.stderr)
+    return 1
 
 
 def in_child(work: Callable[[], int], stop: Stop, number: int = signal.SIGTERM) -> int:
