@@ -98,17 +98,21 @@ def test_keywords_of_the_ddp_handler_are_used(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"),
+    ("option", "key", "expected"),
     [
-        (HANDLER % "comm_hook:fp16", "comm_hook=fp16 compresses gradients"),
-        ("engine.config.kwargs_handlers=[{_target_:accelerate.utils.GradScalerKwargs}]", "has a GradScalerKwargs"),
-        ("engine.config.bucket_cap_mb=50", "engine=accelerate takes"),
-        ("engine.config.log_with=no-such-tracker", "accelerate.Accelerator can't be made"),
+        (HANDLER % "comm_hook:fp16", "engine.config.kwargs_handlers", "comm_hook=fp16"),
+        (
+            "engine.config.kwargs_handlers=[{_target_:accelerate.utils.GradScalerKwargs}]",
+            "engine.config.kwargs_handlers",
+            "GradScalerKwargs",
+        ),
+        ("engine.config.bucket_cap_mb=50", "engine.config.bucket_cap_mb", "kwargs_handlers"),
+        ("engine.config.log_with=no-such-tracker", "engine.config", "no-such-tracker"),
     ],
 )
-def test_invalid_config_is_rejected(runs: Runs, option: str, expected: str) -> None:
+def test_invalid_config_is_rejected(runs: Runs, option: str, key: str, expected: str) -> None:
     for end in runs(2, *COUNTED, "engine=accelerate", option).ends:
-        assert end["raised"] == "UserError"
+        assert (end["raised"], end["key"]) == ("UserError", key)
         assert expected in end["message"]
 
 

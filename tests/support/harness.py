@@ -22,6 +22,7 @@ from torch import nn
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.schema import RunConfig
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.checkpoints.weights import save_final
 from isobatch.trainers.data.validation import open_validation
@@ -65,8 +66,8 @@ def free_port() -> int:
 def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
     """Call ``body`` on ``size`` forked gloo ranks, also for a size of 1, and return its results (through JSON).
 
-    An exception on a rank is returned as ``{"raised": its class, "message": its text}``. Ranks that still run after the
-    deadline are killed, and the test fails.
+    An exception on a rank is returned as ``{"raised": its class, "message": its text}``, a UserError also with its
+    ``key``. Ranks that still run after the deadline are killed, and the test fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -98,6 +99,7 @@ def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder:
         except Exception as error:
             traceback.print_exc()
             result = {"raised": type(error).__name__, "message": str(error)}
+            result |= {"key": error.key} if isinstance(error, UserError) else {}
         (folder / f"rank-{rank}.json").write_text(json.dumps(result))
         sys.stdout.flush()
         sys.stderr.flush()

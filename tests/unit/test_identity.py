@@ -342,13 +342,15 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     assert not extends(tmp_path, config)
     for content in ("", "[]", "{}"):
         (tmp_path / "plan.json").write_text(content)
-        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/plan.json")):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/plan.json")) as error:
             extends(tmp_path, config)
+        assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path))
     (tmp_path / "plan.json").write_text(f'{{"identity": "{identity(config)}"}}')
     assert not extends(tmp_path, config)
     (tmp_path / "plan.json").write_text('{"identity": "abc"}')
-    with pytest.raises(UserError, match=rf"\babc\b.*\b{identity(config)}\b"):
+    with pytest.raises(UserError, match=rf"\babc\b.*\b{identity(config)}\b") as error:
         extends(tmp_path, config)
+    assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path))
 
 
 def holding(directory: Path, *overrides: str) -> Path:
@@ -369,11 +371,13 @@ def test_a_run_is_extended_only_by_its_directory(tmp_path: Path) -> None:
     for duration, way in (("20ep", ""), ("50ep", " duration=50ep")):
         with pytest.raises(UserError) as refusal:
             extends(run, compose([f"duration={duration}"]))
+        assert refusal.value.key == "duration"
         assert "duration=40ep" in refusal.value.problem
         assert duration in refusal.value.problem
         assert f"run.dir={run}{way}" in refusal.value.fix
-    with pytest.raises(UserError, match=re.escape(str(run))):
+    with pytest.raises(UserError, match=re.escape(str(run))) as refusal:
         extends(run, compose(["duration=20ep", "seed=3"]))
+    assert refusal.value.key == "run.dir"
     beside = compose([f"run.dir='{run}'", "duration=50ep", "run.new=true"])
     assert not extends(run_directory(beside), beside)
 
@@ -413,8 +417,9 @@ def test_the_run_of_weights_follows_from_their_path(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/version/x"])
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=re.escape(str(where if where.startswith("/") else tmp_path / "file"))):
+    with pytest.raises(UserError, match=re.escape(str(where if where.startswith("/") else tmp_path / "file"))) as error:
         extends(tmp_path / where, compose([]))
+    assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path / where))
     assert not extends(tmp_path / "new" / "and" / ("x" * 50), compose([]))
 
 
@@ -457,21 +462,24 @@ def test_sweeps_are_distinguished_by_what_their_runs_share() -> None:
 )
 def test_keys_of_the_whole_sweep_cannot_be_swept(override: str) -> None:
     key = "run.dir" if override.startswith("run=") else override.partition("=")[0]
-    with pytest.raises(UserError, match=re.escape(key)):
+    with pytest.raises(UserError) as error:
         places(override)
+    assert error.value.key == key
 
 
 @pytest.mark.parametrize("action", ["evaluate", "runs", "requeue"])
 def test_a_sweep_trains_or_plans(tmp_path: Path, action: str) -> None:
     runs = [holding(tmp_path / name) for name in "ab"]
-    with pytest.raises(UserError, match=f"action={action}"):
+    with pytest.raises(UserError) as error:
         places(f"action={action}", f"init_from={runs[0]},{runs[1]}")
+    assert (error.value.key, error.value.value) == ("action", action)
 
 
 def test_a_sweep_in_a_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(compose([])))
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+    with pytest.raises(UserError) as error:
         places(f"run.dir='{tmp_path}'", "log.every=1st,2st")
+    assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path))
     beside = places(f"run.dir='{tmp_path}'", "run.new=true", "seed=1,2")
     assert beside[0] == tmp_path.with_name(f"{tmp_path.name}-2") / "seed=1"
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.rules import LAWS, OutOfRange, Recipe, Rule, make_rule
 from tests.support.examples import examples
 
@@ -72,6 +73,14 @@ def test_the_sde_rule_names_the_largest_valid_batch(beta: float, before: int, la
     with pytest.raises(OutOfRange, match=rf"1 − {beta:g}\), which isn't below 1") as refusal:
         rule("sde").apply(tuned, before, largest + 1)
     assert refusal.value.largest == largest
+
+
+@pytest.mark.parametrize("name", BY_BETAS)
+def test_betas_that_round_to_1_are_rejected(name: str) -> None:
+    tuned = replace(ADAM, betas=(0.9999999999999, 0.9999999999999))
+    with pytest.raises(UserError, match=r"1\.0, 1\.0") as error:
+        rule(name).apply(tuned, 10**9, 1)
+    assert (error.value.key, error.value.value) == ("lr.rule", name)
 
 
 def test_a_half_life_stays_the_same_number_of_samples() -> None:
