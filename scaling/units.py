@@ -14,7 +14,10 @@ from isobatch.scaling.limits import LARGEST
 Unit = Literal["ep", "st", "sa", "tok", "%", "min"]
 
 MEANING = {"ep": "epochs", "st": "steps", "sa": "samples", "tok": "tokens", "%": "percent of the run", "min": "minutes"}
-EXAMPLES = "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run), 10min (checkpoint.every)"
+EXAMPLES = (
+    "10ep (epochs), 5000st (steps), 1e6sa (samples), 2e9tok (tokens), 5% (of the run), "
+    "10min (checkpoint.every, stop.after)"
+)
 
 _NUMBER_THEN_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Test that each folder's README is short, its links work, and its map names each file of the folder."""
+"""Test that each folder's README is short, links to what exists, and lists all files and keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+from isobatch.conf.identity import HOUSEKEEPING
+from isobatch.conf.keys import keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("trainers/*/README.md"))]
@@ -42,3 +45,14 @@ def test_page_is_short(page: Path) -> None:
 def test_map_names_every_file(page: Path) -> None:
     files = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__init__", "__pycache__", "."))}
     assert names(page) == files - {"README.md"}
+
+
+def test_trust_names_every_key_that_runs_code() -> None:
+    targets = re.findall(r"`(\w+\._target_)`", (ROOT / "conf/trust.md").read_text())
+    assert sorted(targets) == sorted(key for key in keys() if key.endswith("._target_"))
+
+
+def test_the_config_page_lists_what_a_resume_may_change() -> None:
+    listed = re.findall(r"free to change on a resume: `([^`]+)`", (ROOT / "conf/README.md").read_text())
+    not_given_by_users = {"given", "chosen"}
+    assert {*listed[0].split()} == {*HOUSEKEEPING} - not_given_by_users
