@@ -24,8 +24,8 @@ from importlib.util import find_spec
 
 if __name__ == "__main__" and not (find_spec("hydra") and find_spec("pydantic")):
     print(
-        f"isobatch: {sys.executable} has not installed what Isobatch needs; run `make train` once, or activate the "
-        "environment that it made: source .venv/bin/activate",
+        f"isobatch: the packages that Isobatch needs aren't installed for {sys.executable}; run `make train` once, or "
+        "`source .venv/bin/activate`",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isobatch.conf.keys import HERE, leaves
-from isobatch.conf.messages import CHOOSES
 from isobatch.conf.overrides import for_hydra, given_by, no_such_choice, quoted, short
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import YAML_BYTES, Unreadable, check_yaml, read_text, read_yaml
 
 PRIMARY = "config"
+HEADER = r"^\s*#\s*@package\s+_global_\s*$"
+BEGINS = "`# @package _global_`, then `defaults: [override /task: images]`"  # an experiment
 # Settings of Hydra's own launcher, which isn't used here; without them composing takes half the time.
 UNUSED = ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
 
@@ -59,7 +61,10 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
     Raises:
         UserError: a choice doesn't exist, or Hydra can't read or resolve something.
     """
-    overrides = [for_hydra(override, roots) for override in parsed] + [f"~hydra/{group}" for group in UNUSED]
+    overrides = [for_hydra(override, roots) for override in parsed]
+    for override in parsed:
+        _refuse_headless(override, roots)
+    overrides += [f"~hydra/{group}" for group in UNUSED]
     overrides += [f"hydra.searchpath=[{quoted(f'{Checked.scheme()}://{root}')}]" for root in roots[1:]]
     SourcesRegistry.instance().register(Checked)
     with _own_hydra():
@@ -84,11 +89,25 @@ def layered(parsed: Sequence[Override], roots: Sequence[Path]) -> tuple[dict[str
     return plain, given  # type: ignore[return-value]
 
 
+def _refuse_headless(override: Override, roots: Sequence[Path]) -> None:
+    """Raise UserError if an experiment's file lacks the header, without which its keys go to ``experiment.…``."""
+    value = override.value()
+    if override.key_or_group != "experiment" or override.package or value is None or isinstance(value, dict):
+        return
+    for name in value if isinstance(value, list) else [value]:
+        file = next(path for root in roots if (path := root / f"experiment/{name}.yaml").is_file())
+        with suppress(FileNotFoundError, Unreadable):  # Hydra reports it
+            if not re.search(HEADER, read_text(file, YAML_BYTES), re.MULTILINE):
+                raise UserError(f"{file} isn't an experiment", f"begin it with {BEGINS}", "experiment", name)
+
+
 def _uncomposed(error: Exception, parsed: Sequence[Override]) -> UserError:
     """Return Hydra's error; if there is an experiment, with the form that one needs."""
-    experiment = any(override.key_or_group == "experiment" for override in parsed)
-    fix = f"an experiment begins with the line '# @package _global_', and {CHOOSES}" if experiment else ""
-    return UserError(short(error), fix, "experiment" if experiment else "")
+    if all(override.key_or_group != "experiment" for override in parsed):
+        return UserError(short(error))
+    absent = re.match(r"In '(.*?)': Could not (?:override|find) '(.*?)'", short(error))
+    problem = f"{absent[1]}.yaml names {absent[2]!r}, which doesn't exist" if absent else short(error)
+    return UserError(problem, f"an experiment begins with {BEGINS}", "experiment")
 
 
 @contextmanager

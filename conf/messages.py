@@ -52,12 +52,15 @@ def _check_values(key: str, value: Any, depth: int = 0) -> None:
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise UserError(f"{key} has the key {name!r}", f"keys have to be text, as '{name}' in quotes", key)
+            if (name, inner) == ("_target_", "???"):
+                example = f"{key}._target_=my_package.My{key.capitalize()}"
+                raise UserError(f"{key}={value.get('name')} needs a class", f"give {example}", f"{key}._target_")
             _check_values(f"{key}.{name}" if key else name, inner, depth + 1)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             _check_values(f"{key}.{index}", inner, depth + 1)
     elif value == "???":
-        raise UserError(f"{key} has to be given", f"{key}=…", key)
+        raise UserError(f"{key} has to be given", f"give {key}=…", key)
     elif isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
         raise UserError(f"{key}={value!r:.200} isn't valid", "it isn't Unicode text", key, value)
     elif isinstance(value, float) and not math.isfinite(value):

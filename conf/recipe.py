@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, mo
 
 from isobatch.conf.types import (
     Free,
-    Length,
+    LengthOrShare,
     Name,
     OneOf,
     Section,
@@ -116,14 +116,14 @@ class LearningRate(Section):
     noise_scale: Positive | None
     scale_weight_decay: bool
     peak: Positive | None
-    warmup: Length
+    warmup: LengthOrShare
     warmup_from: NotNegative | None
     decay: Annotated[str, OneOf(tuple(DECAYS))]
     final: Share
     exponent: Positive
-    milestones: tuple[Length, ...]
+    milestones: tuple[LengthOrShare, ...]
     gamma: Positive
-    cooldown: Length
+    cooldown: LengthOrShare
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LearningRate:

@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import NotNegative, Positive, Size
-from isobatch.scaling.units import Duration
+from isobatch.scaling.units import Duration, Unit
 
 TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)+"  # a dotted name
 NAME_BYTES, PATH_BYTES = 255, 3800  # Linux allows 4,096, of which what Isobatch puts below needs some
@@ -57,16 +57,24 @@ class Matching:
         return text
 
 
-def _duration(value: object) -> Duration:
-    duration = Duration.parse(value)
+def _duration(value: object, *usual: Unit) -> Duration:
+    duration = Duration.parse(value, usual or ("ep", "st", "sa"))
     if duration.unit == "min":
         fix = "use ep, st, sa, tok or %; only checkpoint.every and stop.after take minutes"
         raise UserError(f"{duration} is in minutes", fix)
     return duration
 
 
+def _length_or_share(value: object) -> Duration:
+    return _duration(value, "ep", "st", "%")
+
+
+def _length_or_minutes(value: object) -> Duration:
+    return Duration.parse(value, ("ep", "st", "min"))
+
+
 def _minutes(value: object) -> Duration:
-    duration = Duration.parse(value)
+    duration = Duration.parse(value, ("min",))
     if duration.unit != "min":
         raise UserError(f"{duration} isn't a time", "give minutes, such as 90min")
     return _lasting(duration)
@@ -129,8 +137,9 @@ Free = dict[str, Any]  # keyword arguments of the user's classes
 Modules = tuple[Annotated[str, Field(min_length=1), BeforeValidator(_with_numbers)], ...]  # patterns of their names
 Dtype = Literal["bf16", "fp16"]
 Length = Annotated[Duration, PlainValidator(_duration), _AS_TEXT]
+LengthOrShare = Annotated[Duration, PlainValidator(_length_or_share), _AS_TEXT]
 Interval = Annotated[Length, AfterValidator(_lasting)]
-IntervalOrMinutes = Annotated[Duration, PlainValidator(Duration.parse), _AS_TEXT, AfterValidator(_lasting)]
+IntervalOrMinutes = Annotated[Duration, PlainValidator(_length_or_minutes), _AS_TEXT, AfterValidator(_lasting)]
 Minutes = Annotated[Duration, PlainValidator(_minutes), _AS_TEXT]
 HalfLife = Annotated[Duration, PlainValidator(_half_life), _AS_TEXT]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]  # within the range of clocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -34,8 +35,11 @@ class Duration:
     unit: Unit
 
     @classmethod
-    def parse(cls, text: object) -> Duration:
+    def parse(cls, text: object, usual: Sequence[Unit] = ("ep", "st", "sa")) -> Duration:
         """Parse a duration such as ``"10ep"``; a bare 0 needs no unit.
+
+        Args:
+            usual: the units that the error for a bare number suggests.
 
         Raises:
             UserError: the number is missing, negative or too large, or the unit is missing or unknown.
@@ -51,8 +55,7 @@ class Duration:
         if not unit and value == 0:
             unit = "sa"
         if not unit:
-            examples = " or ".join(f"{match[1]:.100}{unit}" for unit in ("ep", "st", "sa"))
-            raise UserError(f"{shown} has no unit", f"write {examples}: epochs, steps or samples", value=text)
+            raise UserError(f"{shown} has no unit", _with_units(match[1], usual), value=text)
         if unit not in MEANING:
             raise UserError(f"{shown} has the unknown unit {unit!r:.20}", f"known are: {EXAMPLES}", value=text)
         return cls(value, unit)  # type: ignore[arg-type]
@@ -89,3 +92,13 @@ class Duration:
         if self.unit == "tok":
             return math.ceil(number / share)
         return math.ceil(number * share / (100 if self.unit == "%" else 1))
+
+
+def _with_units(number: str, units: Sequence[Unit]) -> str:
+    """Return the fix for a bare number: the number with each unit that it can have, and their meanings."""
+    value = float(number)  # below 1 it may be a share
+    fitting = [unit for unit in units if unit != "%" or value <= 100]
+    examples = [f"{100 * value:g}%" if unit == "%" and value < 1 else f"{number:.100}{unit}" for unit in fitting]
+    *others, last = [MEANING[unit] for unit in fitting]
+    meanings = f": {', '.join(others)} or {last}" if others else ""
+    return f"write {' or '.join(examples)}{meanings}"

@@ -185,10 +185,28 @@ def test_broken_users_yaml_is_named(tmp_path: Path) -> None:
     assert "did you mean task.train_samples?" in message("task=typo", config_dir=tmp_path)
     write(tmp_path / "optimizer/mine.yaml", "eps: 1.0e-6\n")
     assert "optimizer=custom" in message("optimizer=mine", config_dir=tmp_path)
-    write(tmp_path / "experiment/headless.yaml", "batch: {global_size: 8}\n")
-    assert "'# @package _global_'" in message("experiment=headless", config_dir=tmp_path)
+    write(tmp_path / "experiment/headless.yaml", "batch: {global_size: 8}\nduration: 5ep\n")
+    write(tmp_path / "experiment/unpackaged.yaml", "defaults:\n  - override /task: images\n")
+    for name in ("headless", "unpackaged"):
+        text = message(f"experiment={name}", config_dir=tmp_path)
+        assert text.count("`# @package _global_`") == 1
+        assert text.startswith(f"{tmp_path}/experiment/{name}.yaml ")
+        assert "@experiment" not in text
+    write(tmp_path / "experiment/absent.yaml", "# @package _global_\ndefaults:\n  - override /tsk: images\n")
+    assert "experiment/absent.yaml names 'tsk'" in message("experiment=absent", config_dir=tmp_path)
     write(tmp_path / "experiment/typo.yaml", "# @package _global_\ndefaults:\n  - override /optimizer: adm\n")
     assert "did you mean adamw?" in message("experiment=typo", config_dir=tmp_path)
+
+
+@pytest.mark.parametrize("value", ["5", "90", "500", "0.05"])
+@pytest.mark.parametrize("key", ["stop.after", "checkpoint.every", "lr.warmup", "evaluate.every", "duration"])
+def test_a_bare_number_is_rejected_with_units_that_its_key_takes(key: str, value: str) -> None:
+    suggested = re.findall(r"[\d.]+(?:[a-z]+|%)", message(f"{key}={value}").partition("; write ")[2])
+    assert suggested
+    for text in suggested:
+        compose([f"{key}={text}"])
+    assert all(text.endswith("min") for text in suggested) == (key == "stop.after")
+    assert any(text.endswith("%") for text in suggested) == (key == "lr.warmup" and float(value) <= 100)
 
 
 def test_users_yaml_may_inherit_one_of_ours(tmp_path: Path) -> None:

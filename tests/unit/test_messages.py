@@ -22,7 +22,7 @@ FILES = {
     "mine/task/short.yaml": "name: short\n",
     "mine/task/typo.yaml": "name: typo\n_target_: a.B\ntrain_sample: 3\n",
     "mine/optimizer/nameless.yaml": "eps: 1.0e-6\n",
-    "mine/experiment/headless.yaml": "batch: {global_size: 8}\n",
+    "mine/experiment/headless.yaml": "batch: {global_size: 8}\nduration: 5ep\n",
     "mine/experiment/plain_task.yaml": "# @package _global_\ntask: images\n",
     "mine/experiment/no_override.yaml": "# @package _global_\ndefaults:\n  - task: images\n",
     "mine/experiment/unpackaged.yaml": "defaults:\n  - override /task: images\n",
@@ -85,6 +85,9 @@ model=resnet50
 trainer.max_epochs=5
 --config-dir mine experiment=plain_task
 --config-dir mine experiment=no_override
+stop.after=90
+checkpoint.every=5
+lr.warmup=0.05
 --config-dir mine experiment=unpackaged
 --cfg all
 --config-dir nowhere
