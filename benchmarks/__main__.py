@@ -1,4 +1,4 @@
-"""Run the benchmarks, print their tables and write them to benchmarks/README.md (``make bench``).
+"""Run the benchmarks, print their tables and write them to benchmarks/results.md (``make bench``).
 
 python -m benchmarks rules large    # only these
 """
@@ -38,8 +38,8 @@ from benchmarks import (
 from benchmarks.peers import compare
 from benchmarks.tables import Rows, markdown
 
-PAGE = Path(__file__).parent / "README.md"
-MARK = "<!-- everything below is written by `make bench` -->"
+PAGE = Path(__file__).parent / "results.md"
+HEAD = "# Measurements\n\nWritten by `make bench`; see [README.md](README.md)."
 
 
 class Part(NamedTuple):
@@ -192,8 +192,7 @@ def machine() -> str:
 
 
 def main(names: Sequence[str]) -> None:
-    head, _, measured = PAGE.read_text().partition(MARK)
-    kept = {section.partition("\n")[0]: f"## {section.strip()}\n" for section in measured.split("\n## ")[1:]}
+    kept = {section.partition("\n")[0]: f"## {section.strip()}\n" for section in PAGE.read_text().split("\n## ")[1:]}
     for name in names or PARTS:
         title, rows, about = PARTS[name]
         print(f"{title} …", flush=True)
@@ -203,7 +202,7 @@ def main(names: Sequence[str]) -> None:
         kept[title] = f"## {title}\n\n{about} {took}\n\n{table}\n"
         print(kept[title], flush=True)
     sections = [kept[part.title] for part in PARTS.values() if part.title in kept]
-    PAGE.write_text(f"{head}{MARK}\n\nMeasured on {machine()}.\n\n" + "\n".join(sections))
+    PAGE.write_text(f"{HEAD}\n\nMeasured on {machine()}.\n\n" + "\n".join(sections))
 
 
 if __name__ == "__main__":

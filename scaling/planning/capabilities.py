@@ -12,7 +12,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import EnginePlacement
 
 # A step's time with numerics=bitwise relative to fast on two processes, for a small GPT and for an MLP whose step is
-# mostly communication; see benchmarks/README.md.
+# mostly communication; see benchmarks/results.md.
 BITWISE_COST = 1.14, 1.53
 NOT_BITWISE = "only engine=ddp sums gradients in an order that doesn't depend on the number of processes"
 ABILITIES = {

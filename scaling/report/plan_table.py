@@ -18,7 +18,7 @@ LABEL = 15
 MOST = 12  # most lines about stages
 BITWISE = (
     "bitwise: identical weights on any number of processes of one machine type; a step took {:g} × as long as a fast "
-    "one, up to {:g} × where it is mostly communication (benchmarks/README.md)"
+    "one, up to {:g} × where it is mostly communication (benchmarks/results.md)"
 )
 BASE_SOURCES: dict[Source, str] = {
     "peak": "given as lr.peak",
