@@ -1,4 +1,4 @@
-"""Test that each folder's README is short, links to what exists, and lists all files and keys."""
+"""Test that pages are short, link to what exists, and list all keys, and that each folder's map lists its files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,39 @@ from isobatch.conf.identity import HOUSEKEEPING
 from isobatch.conf.keys import keys
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("trainers/*/README.md"))]
+TOP = ("benchmarks", "conf", "isobatch", "scaling", "slurm", "tests", "trainers")
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in TOP for page in sorted((ROOT / folder).rglob("*.md")))]
 LINES = 150
-TABLES = ROOT / "benchmarks/README.md"  # written by `make bench`
-MAPPED = [page for page in PAGES if "## Files" in page.read_text()]
+LINES_OF = {"README.md": 200, "conf/coming_from.md": 120}
+WRITTEN = ("benchmarks/results.md", "benchmarks/faults.md")  # by make bench and make faults
+FOLDERS = sorted({file.parent for folder in TOP for file in (ROOT / folder).rglob("*.py")})
 
 
-def names(page: Path) -> set[str]:
-    """Return the names at the start of the lines of a page's map."""
-    lines = re.findall(r"^    (\S.*)$", page.read_text().partition("## Files")[2], re.MULTILINE)
-    return {name.rstrip("/") for line in lines for name in re.split(r" {2,}", line)[0].split()}
+def name(path: Path) -> str:
+    """Return a path relative to the root."""
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def maps(page: Path) -> dict[Path, set[str]]:
+    """Return each folder that a page maps, with the names at the start of the lines.
+
+    A page may also map folders inside its own: their files follow the folder's line, indented by two more spaces.
+    """
+    lines = re.findall(r"^    ( *)(\S.*)$", page.read_text().partition("## Files")[2], re.MULTILINE)
+    found = {page.parent: set[str]()}
+    folder = page.parent
+    for indent, line in lines:
+        listed = re.split(r" {2,}", line)[0].split()
+        if not indent:
+            folder = page.parent / listed[0]
+        found.setdefault(folder if indent else page.parent, set()).update(one.rstrip("/") for one in listed)
+    return found
+
+
+MAPS = [(folder, names) for page in PAGES if "## Files" in page.read_text() for folder, names in maps(page).items()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_work(page: Path) -> None:
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
         file, _, anchor = link.partition("#")
@@ -34,17 +54,24 @@ def test_links_work(page: Path) -> None:
         assert not anchor or anchor in anchors, link
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != TABLES], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in WRITTEN], ids=name)
 def test_page_is_short(page: Path) -> None:
-    assert len(page.read_text().splitlines()) <= LINES
+    assert len(page.read_text().splitlines()) <= LINES_OF.get(name(page), LINES)
 
 
-@pytest.mark.parametrize("page", MAPPED, ids=lambda page: str(page.relative_to(ROOT)))
-def test_map_names_every_file(page: Path) -> None:
-    files = {path.name for path in page.parent.iterdir() if not path.name.startswith(("__init__", "__pycache__", "."))}
-    assert names(page) == files - {"README.md"}
+@pytest.mark.parametrize(("folder", "names"), MAPS, ids=[name(folder) for folder, _ in MAPS])
+def test_map_names_every_file(folder: Path, names: set[str]) -> None:
+    def named(path: Path) -> bool:
+        return not path.name.startswith(("__init__", "__pycache__", ".", "test_")) and path.name != "README.md"
+
+    assert names - {"__init__.py"} == {path.name for path in folder.iterdir() if named(path)}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_every_folder_has_one_map(folder: Path) -> None:
+    """Files ``test_*.py`` and ``conftest.py`` need no line: tests/README.md says what each folder of tests is."""
+    files = [file for file in folder.glob("*.py") if not file.name.startswith(("__init__", "test_", "conftest"))]
+    assert len([mapped for mapped, _ in MAPS if mapped == folder]) == bool(files)
 
 
 def test_trust_names_every_key_that_runs_code() -> None:
