@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -15,7 +16,8 @@ _KEYS = {
     "duration=<10>ep": "epochs max_epochs num_epochs num_train_epochs n_epochs",
     "duration=<5000>st": "max_steps num_steps train_steps total_steps max_iters iterations steps",
     "duration=<2e9>tok": "max_tokens train_tokens total_tokens",
-    "lr.peak=<0.1> or lr.base=<0.1>": "lr learning_rate max_lr base_lr optimizer.lr optimizer.learning_rate",
+    "lr.peak=<0.1> or lr.base=<0.1>": "lr learning_rate max_lr base_lr optimizer.lr optimizer.learning_rate "
+    "task.lr task.learning_rate",
     "lr.decay=<cosine>": "lr.schedule lr.scheduler lr_scheduler lr_scheduler_type lr_schedule scheduler",
     "lr.decay or batch.schedule": "schedule",
     "lr.warmup=<500>st/%": "warmup warmup_steps num_warmup_steps warmup_iters lr_warmup_steps",
@@ -32,9 +34,11 @@ _KEYS = {
     "optimizer=<adamw>": "optim optimizers optimiser opt",
     "clip_norm=<1.0>": "gradient_clip_val max_grad_norm grad_clip gradient_clipping clip_grad",
     "seed=<0>": "random_seed seed_everything manual_seed",
-    "data.workers=<4>": "num_workers dataloader_num_workers",
+    "data.workers=<4>": "num_workers dataloader_num_workers dataloader_workers",
     "device=cuda or device=cpu": "accelerator use_cuda cuda",
-    "cluster.gpus_per_node=<8>": "gpus num_gpus n_gpus ngpus ngpu devices nproc_per_node num_processes gpus_per_node",
+    "cluster.gpus_per_node=<8>": "gpus num_gpus n_gpus ngpus ngpu devices nproc_per_node nproc num_processes "
+    "gpus_per_node world_size",
+    "cluster.gpus_per_node=8, which gives each process its rank": "local_rank",
     "cluster.nodes=<2>": "nodes nnodes num_nodes num_machines",
     "cluster.rendezvous=node-1:29500, with cluster.nodes=2": "master_addr main_process_ip rdzv_endpoint dist_url",
     "cluster.time_min=<240>, with cluster=slurm": "time walltime time_limit",
@@ -46,7 +50,7 @@ _KEYS = {
     "cluster=<slurm>": "clusters",
     "experiment=<digits_large>": "experiments recipe",
     "run.name=<NAME>": "name run_name exp_name experiment_name job_name",
-    "run.dir=<DIR>": "run output_dir save_dir out_dir log_dir",
+    "run.dir=<DIR>": "run output_dir save_dir out_dir log_dir checkpoint_dir ckpt_dir",
     "run.dir=DIR (the same command resumes by itself)": "resume resume_from resume_from_checkpoint auto_resume",
     "run.dir=DIR, to resume, or init_from=PATH, to start from its weights": "ckpt_path load_checkpoint ckpt",
     "init_from=PATH": "weights pretrained finetune_from checkpoint_path",
@@ -61,7 +65,7 @@ _KEYS = {
     "stop.when=val/loss:min stop.patience=<3>": "early_stopping_patience patience early_stopping.patience",
     "stop.after=<90min>": "max_time",
     "action=evaluate init_from=DIR": "eval_only test_only",
-    "evaluate.every=<1>ep": "evaluate eval_every check_val_every_n_epoch evaluate.epochs",
+    "evaluate.every=<1>ep": "evaluate eval_every val_every check_val_every_n_epoch evaluate.epochs",
     "evaluate.every=<500>st/%": "eval_steps eval_interval evaluate.steps evaluate.interval",
     "evaluate.every=<500>st/ep": "val_check_interval",
     "evaluate.first=true": "eval_on_start",
@@ -81,6 +85,8 @@ _KEYS = {
     "precision=bf16 or precision=fp16": "mixed_precision amp use_amp",
     "precision=fp16": "fp16",
     "precision=bf16": "bf16",
+    "task.args.dropout=<0.1>": "dropout",
+    "-m lr.peak=0.1,0.2, which starts a sweep": "tune",
     "compile=true": "torch_compile use_compile",
     "recompute=['*']": "gradient_checkpointing activation_checkpointing",
     "numerics=bitwise": "deterministic use_deterministic_algorithms",
@@ -92,7 +98,10 @@ _TORCHS = "Adam RMSprop NAdam RAdam Adagrad Adamax Adadelta ASGD Rprop"  # of to
 _CUSTOM = "optimizer=custom optimizer._target_="
 # Our key → their value → ours.
 VALUES: dict[str, dict[str, str]] = {
-    "device": {"gpu": "device=cuda", "cuda:0": "device=cuda (CUDA_VISIBLE_DEVICES chooses which)"},
+    "device": {
+        "gpu": "device=cuda",
+        **dict.fromkeys((f"cuda:{index}" for index in range(16)), "device=cuda (CUDA_VISIBLE_DEVICES chooses which)"),
+    },
     "action": {
         **dict.fromkeys(("resume", "restart", "continue"), "the same command again, which resumes, or run.dir=DIR"),
         **dict.fromkeys(("fit", "run", "start"), "action=train"),
@@ -114,7 +123,11 @@ VALUES: dict[str, dict[str, str]] = {
     "engine": {
         "fsdp2": "engine=fsdp",
         "zero": "engine=deepspeed engine.stage=2",
-        **{f"deepspeed_stage_{stage}": f"engine=deepspeed engine.stage={stage}" for stage in (1, 2, 3)},
+        **{
+            f"{name}{stage}": f"engine=deepspeed engine.stage={stage}"
+            for name in ("deepspeed_stage_", "zero")
+            for stage in (1, 2, 3)
+        },
     },
 }
 
@@ -131,6 +144,9 @@ def our_key(key: str, value: Any = None) -> str:
     given = str(value) if isinstance(value, str | int | float) and value is not True else ""
     if choice := our_value(found.partition("=")[0], given):
         return choice
+    ways = found.split(" or ")
+    if (way := f"{ways[0].partition('=')[0]}={given}") in ways:
+        return way
 
     def with_value(example: re.Match[str]) -> str:
         ours, usual, unit, share = example.groups(default="")
@@ -163,14 +179,19 @@ def _fits(key: str, text: str) -> bool:
         return text in choices
     if (key == "duration" and text.endswith("%")) or (key == "optimizer.momentum" and text == "0"):
         return False  # rejected by the plan: a share of itself; and by optimizer.nesterov
-    place = locate(key.split("."))
     try:
         number = float(text)
         value: str | float = int(number) if text.isdecimal() else number
     except ValueError:
         value = text
+    return takes(key, value)
+
+
+def takes(key: str, value: Any) -> bool:
+    """Return whether ``value`` is a valid value of ``key``."""
+    place = locate(key.split("."))
     try:
-        TypeAdapter(place.kind).validate_python(value, strict=True)
+        TypeAdapter(place.kind).validate_json(json.dumps(value), strict=True)
     except ValidationError:
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
@@ -12,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isobatch.conf import keys as schema
-from isobatch.conf.elsewhere import our_key, our_value
+from isobatch.conf.elsewhere import our_key, our_value, takes
 from isobatch.conf.keys import RECORDED, Place, choices_of, keys, leaves, locate, sections
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
@@ -181,6 +182,8 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
     leaves = [other for other in known if other not in sections()]
     best = max(map(likeness, leaves))
     near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
+    if len(near) == 1 and near[0].endswith(f".{last}"):
+        near = [_with_value(near[0], value)]
     if hint := our_key(key, value) or _by_its_last_part(key, value, known) or " or ".join(near):
         return UserError(f"unknown key {key}", f"did you mean {hint}?", key)
     if f"{section}.args" in known:
@@ -189,6 +192,13 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
     inside = [other for other in known if other.startswith(f"{key.partition('.')[0]}.")]
     fix = f"there are {', '.join(inside)}" if inside else "--help lists the keys there are"
     return UserError(f"unknown key {key}", fix, key)
+
+
+def _with_value(key: str, value: Any) -> str:
+    """Return ``key=value`` if that is valid and one word in a shell, else the key."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    fits = value is not None and re.fullmatch(r"[\w.,:/%+\[\]-]+", text) and takes(key, value)
+    return f"{key}={text}" if fits else key
 
 
 def _by_its_last_part(key: str, value: Any, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class Duration:
             UserError: the number is missing, negative or too large, or the unit is missing or unknown.
         """
         match = _NUMBER_THEN_UNIT.fullmatch(str(text)) if isinstance(text, str | int | float) else None
-        shown = f"{text!r:.100}"
+        shown = json.dumps(text) if text is None or isinstance(text, bool) else f"{text!r:.100}"
         if match is None or isinstance(text, bool):
             raise UserError(f"{shown} is not a duration", f"write a number and its unit: {EXAMPLES}", value=text)
         value, unit = float(match[1]), match[2].lower()

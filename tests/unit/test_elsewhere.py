@@ -86,6 +86,40 @@ def test_a_value_is_taken_over_where_it_fits(key: str, value: Any, expected: str
 
 
 @pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("task.lr=0.1", "did you mean lr.peak=0.1 or lr.base=0.1?"),
+        ("val_every=1", "did you mean evaluate.every=1ep?"),
+        ("mixed_precision=bf16", "did you mean precision=bf16?"),
+        ("mixed_precision=fp16", "did you mean precision=fp16?"),
+        ("amp=bf16", "did you mean precision=bf16?"),
+        ("amp=true", "did you mean precision=bf16 or precision=fp16?"),
+        ("logger=tensorboard", "did you mean log.to=tensorboard?"),
+        ("dropout=0.1", "did you mean task.args.dropout=0.1?"),
+        ("world_size=2", "did you mean cluster.gpus_per_node=2?"),
+        ("nproc=2", "did you mean cluster.gpus_per_node=2?"),
+        ("nproc_per_node=2", "did you mean cluster.gpus_per_node=2?"),
+        ("local_rank=3", "did you mean cluster.gpus_per_node=8,"),
+        ("checkpoint_dir=out", "did you mean run.dir=out?"),
+        ("dataloader_workers=4", "did you mean data.workers=4?"),
+        ("betas=[0.9,0.98]", "did you mean optimizer.betas=[0.9,0.98]?"),
+        ("betas=[0.9]", "did you mean optimizer.betas?"),
+        ("tune=true", "did you mean -m lr.peak="),
+        ("engine=zero1", "did you mean engine=deepspeed engine.stage=1?"),
+        ("engine=zero2", "did you mean engine=deepspeed engine.stage=2?"),
+        ("engine=zero3", "did you mean engine=deepspeed engine.stage=3?"),
+        ("device=cuda:1", "did you mean device=cuda (CUDA_VISIBLE_DEVICES"),
+        ("ema=true", "half-life"),
+    ],
+)
+def test_hints_have_our_key_and_the_given_value(override: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        configured([override])
+    assert hint in error.value.fix
+    assert "True" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("line", "named"),
     [
         ("--optimizer adam", ["optimizer=adamw", "torch.optim.Adam"]),
