@@ -162,6 +162,17 @@ def test_runs_of_which_none_has_finished_are_reported(tmp_path: Path) -> None:
     json.dumps(as_dict(report), allow_nan=False)
 
 
+def test_one_run_is_described_by_itself(tmp_path: Path) -> None:
+    lines = [*ended(0.9), {"step": 11, "samples": 704, "val/accuracy": 0.8}]
+    write_run(tmp_path / "a", lines, state="stopped")
+    report = compare(read_all(tmp_path))
+    assert report.comparisons[0].findings == ["val/accuracy 0.8 so far (stopped after step 11), best 0.9 at step 10"]
+    assert not report.warnings
+    assert "target" not in text_of(report)
+    (tmp_path / "a/outcome.json").write_text((tmp_path / "a/outcome.json").read_text().replace("stopped", "finished"))
+    assert "0.8 at the end" in compare(read_all(tmp_path)).comparisons[0].findings[0]
+
+
 def test_one_seed_each_claims_no_order(tmp_path: Path) -> None:
     write_values(tmp_path, {(16, 0.1): [0.90], (64, 0.1): [0.95]})
     finding = compare(read_all(tmp_path)).comparisons[0].findings[0]

@@ -6,33 +6,41 @@ from collections.abc import Callable, Iterator
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
-from isobatch.scaling.report.compare.groups import Group, run_label, why_not_counted
+from isobatch.scaling.report.compare.groups import STILL_GOING, Group, run_label, why_not_counted
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, in_digits_of, listed, number, spread
+from isobatch.scaling.report.run import Run
 from isobatch.scaling.tuning.forecast import Fit
 from isobatch.scaling.tuning.spread import Spread, half_width
 
 
 def findings_of(comparison: Comparison) -> list[str]:
     """Return sentences on what the comparison found."""
-    if not comparison.metric:
+    metric = comparison.metric
+    if not metric:
         return ["no run has logged a loss or an evaluation yet"]
+    if len(comparison.runs) == 1:
+        return [_alone(comparison.runs[0], metric.name)]
     ranked = comparison.ranked()
     if not ranked:
-        return [f"no run has finished with a finite {comparison.metric.name}, so nothing is compared"]
+        return [f"no run has finished with a finite {metric.name}, so nothing is compared"]
     if len(comparison.groups) == 1:
-        return [_alone(comparison, *ranked[0])]
+        value = ranked[0][1]
+        return [f"{metric.name} {spread(value)} at the end (mean ± standard deviation of {counted(value.n, 'seed')})"]
     sentences = [_best(comparison, ranked)] if len(ranked) > 1 else [f"only {ranked[0][0].label} can be compared"]
     return [*sentences, *_to_target(comparison), *_fitted(comparison)]
 
 
-def _alone(comparison: Comparison, group: Group, value: Spread) -> str:
-    assert comparison.metric
-    if value.n > 1:
-        return f"{comparison.metric.name} {spread(value)} at the end (mean ± standard deviation of {value.n} seeds)"
-    best = group.counted[0].measures[comparison.metric.name].best
-    reached = f", best {number(best.value)} at step {best.step:,}" if best else ""
-    return f"{comparison.metric.name} {number(value.mean)} at the end{reached}"
+def _alone(run: Run, name: str) -> str:
+    measure = run.measures[name]
+    value = "isn't finite" if measure.last is None else number(measure.last)
+    best = f", best {number(measure.best.value)} at step {measure.best.step:,}" if measure.best else ""
+    when = (
+        "at the end"
+        if why_not_counted(run) is None
+        else f"so far ({why_not_counted(run)} after step {run.done.step:,})"
+    )
+    return f"{name} {value} {when}{best}"
 
 
 def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
@@ -48,7 +56,7 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
         few = "one of them has 1 seed" if min(value.n, other.n) == 1 else "their seeds show no spread"
         return f"{found}, then {then}; {few}, so how sure this order is isn't known"
     how = f"Welch's t-test, {value.n} and {other.n} seeds"
-    difference, interval = in_digits_of(half, ahead, ahead - half, ahead + half)
+    difference, interval = in_digits_of(min(half, max(ahead, half / 10)), ahead, ahead - half, ahead + half)
     if half >= ahead:
         alike = [group.label for group, one in ranked[1:] if not _apart(value, one)]
         against = f"its lead of {difference} over the second has the 95 % interval {interval} ({how})"
@@ -103,6 +111,8 @@ def warnings_of(comparison: Comparison) -> list[str]:
 def _left_out(comparison: Comparison) -> Iterator[str]:
     """Yield a warning for each reason why runs aren't counted."""
     reasons: dict[str, list[str]] = {}
+    if len(comparison.runs) == 1 and comparison.runs[0].state in STILL_GOING:
+        return  # the finding says so
     for group in comparison.groups:
         for run in group.runs:
             if why := why_not_counted(run):

@@ -11,6 +11,7 @@ from isobatch.scaling.report.run import Run
 
 BATCH_KEYS = ("batch.global_size", "batch.per_gpu", "batch.accumulation")
 LR_KEYS = ("lr.peak", "lr.base", "lr.base_batch")
+STILL_GOING = ("running", "queued", "stopped", "not started")  # reasons not to count a run that aren't failures
 SHORT = {"optimizer.name": "optimizer", "lr.rule": "rule"}  # names in a label
 
 

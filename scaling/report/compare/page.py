@@ -75,7 +75,7 @@ def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, se
     for number_of_picture, picture in enumerate(pictures):
         parts += [
             f"<h3>{_text(picture.title)}</h3>",
-            f'<p class="soft">{_text(picture.about)}</p>',
+            f'<p class="soft">{_text(picture.about)}</p>' if picture.about else "",
             '<div class="grid">',
         ]
         for number_of_panel, panel in enumerate(picture.panels):

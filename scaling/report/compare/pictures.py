@@ -8,7 +8,7 @@ from typing import Literal
 
 from isobatch.scaling.report.compare.colours import Colour, distinct, ordered
 from isobatch.scaling.report.compare.comparison import Comparison
-from isobatch.scaling.report.compare.groups import Group, run_label, why_not_counted
+from isobatch.scaling.report.compare.groups import STILL_GOING, Group, run_label, why_not_counted
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import spread
 from isobatch.scaling.tuning.spread import Spread
@@ -17,7 +17,6 @@ Column = list[float | None]
 AXES = {"step": "steps", "samples": "samples", "time_s": "time in seconds"}
 RANGE_FOR_LOG = 12.0  # an axis is logarithmic where its values span more than this factor
 MOST_MEASURES = 4
-STILL_GOING = ("running", "queued", "stopped", "not started")  # reasons not to count a run that aren't failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,8 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
 
 
 def _losses(comparison: Comparison) -> Picture:
-    about = "The same runs by steps and by samples: look for where small and large batches change places."
+    several = len({group.global_size for group in comparison.groups}) > 1
+    about = "The same runs twice: look for where small and large batches change places." if several else ""
     panels = list(_panels(comparison, ("loss",), ("step", "samples")))
     return Picture("loss", "Training loss by steps and by samples", about, panels)
 

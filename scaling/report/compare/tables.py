@@ -42,6 +42,8 @@ def rows_of(comparison: Comparison, mark: Callable[[str], str]) -> list[dict[str
         figures = {column: text and Figure(text) for column, text in texts.items()}
         rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **figures})
     empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
+    if len(rows) == 1 and not comparison.target_given:
+        empty |= {*LOWEST}  # the target is the group's own best value
     return [{column: cell for column, cell in row.items() if column not in empty} for row in rows]
 
 
