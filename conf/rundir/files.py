@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,7 +105,7 @@ def read_run(directory: Path) -> RunFiles:
     except Unreadable as error:
         damage.append(f"outcome.json: {error}")
     try:
-        plan = _checked(read_json(directory / "plan.json"), partial(_checks_of, PLAN))
+        plan = _checked(read_json(directory / "plan.json"), PLAN)
     except FileNotFoundError:
         pass
     except Unreadable as error:
@@ -136,39 +135,53 @@ def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[d
     except Unreadable as error:
         damage.append(f"{file.name}: {error}")
         return []
-    found = []
-    checks_of = cache(partial(_checks_of, checks))
-    for number, line in enumerate(lines, 1):
+    whole = _all_at_once(lines[:-1], checks)
+    found, first = ([], 1) if whole is None else (whole, len(lines))
+    for number, line in enumerate(lines[first - 1 :], first):
         try:
             if line.strip():
-                found.append(_checked(_parsed(line), checks_of))
+                found.append(_checked(parse_json(line), checks))
         except Unreadable as error:
             if number < len(lines) or not line.startswith(b"{"):
                 damage.append(f"{file.name}, line {number}: {error}")
     return found
 
 
-def _parsed(line: bytes) -> Any:
-    """Parse a line of JSON as ``parse_json`` does, in a quarter of its time. Raises Unreadable."""
+def _all_at_once(lines: Sequence[bytes], checks: Mapping[str, Check]) -> list[dict[str, Any]] | None:
+    """Parse and check lines of JSON in a third of the time that one by one takes; None if a line isn't as it should be.
+
+    The lines of a run have few different sets of keys, so that values can be checked by column.
+    """
     try:
-        content = from_json(line, allow_inf_nan=False)
+        found = [from_json(line, allow_inf_nan=False) for line in lines if line.strip()]
     except ValueError:
-        return parse_json(line)
-    # as many keys as colons: it is flat, and has no key twice
-    return content if type(content) is dict and line.count(b'":') == len(content) else parse_json(line)
+        return None
+    # as many keys as colons: all are flat, and none has a key twice
+    if {*map(type, found)} - {dict} or sum(line.count(b'":') for line in lines) != sum(map(len, found)):
+        return None
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for content in found:
+        alike.setdefault(tuple(content), []).append(content)
+    for names, group in alike.items():
+        for name, check in _checks_of(checks, names):
+            column = [content[name] for content in group]
+            finite = {*map(type, column)} == {float} and math.isfinite(sum(map(abs, column)))
+            if not (finite and check(0.5)) and not all(map(check, column)):
+                return None
+    return found
 
 
-def _checked(content: Any, checks_of: Callable[[tuple[str, ...]], Sequence[tuple[str, Check]]]) -> dict[str, Any]:
+def _checked(content: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
     """Return ``content`` if it is a mapping whose values pass the checks. Raises Unreadable otherwise."""
     if not isinstance(content, dict):
         raise Unreadable("it isn't a mapping")
-    for name, check in checks_of(tuple(content)):
+    for name, check in _checks_of(checks, content):
         if not check(content[name]):
             raise Unreadable(f"{name:.60} is {content[name]!r:.60}")
     return content
 
 
-def _checks_of(checks: Mapping[str, Check], names: tuple[str, ...]) -> list[tuple[str, Check]]:
+def _checks_of(checks: Mapping[str, Check], names: Iterable[str]) -> list[tuple[str, Check]]:
     """Return the checks of a mapping with these keys. Measured values share the check of their prefix."""
     kinds = {name: next((prefix for prefix in MEASURES if name.startswith(prefix)), name) for name in names}
     return [(name, checks[kind]) for name, kind in kinds.items() if kind in checks]
