@@ -52,10 +52,12 @@ class Noise(Section):
 
 
 class Stop(Section):
-    when: Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value and which is best: val/loss:min")] | None
+    when: (
+        Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value of evaluations and which is best: val/loss:min")] | None
+    )
     patience: Size
     min_delta: NotNegative
-    at: Annotated[str, Matching(AT, "a value and its target: val/accuracy>=0.97")] | None
+    at: Annotated[str, Matching(AT, "a value of evaluations and its target: val/accuracy>=0.97")] | None
     after: Minutes | None
 
 

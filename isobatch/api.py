@@ -117,9 +117,7 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
     Raises:
         UserError: the directory holds no run or no good weights, or the task can't be imported.
     """
-    run = RunDir(Path(directory).expanduser())
-    if not holds_run(run.path):
-        raise UserError(f"{directory} holds no run", "name a run directory, such as the directory of a Result")
+    run = _run_in(directory)
     with _importable(None), process_kept():
         from isobatch.trainers.checkpoints.weights import initialise
         from isobatch.trainers.model.randomness import seed_generators
@@ -139,8 +137,8 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
 
 
 def history(directory: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of the run's ``metrics.jsonl``."""
-    return read_run(Path(directory).expanduser()).metrics
+    """Return the lines of the run's ``metrics.jsonl``. Raises UserError if the directory holds no run."""
+    return read_run(_run_in(directory).path).metrics
 
 
 def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> Report:
@@ -162,6 +160,13 @@ def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> R
     return make_report(list(map(str, roots)), configured([*overrides, "action=report"]).report)
 
 
+def _run_in(directory: str | Path) -> RunDir:
+    run = RunDir(Path(directory).expanduser())
+    if not holds_run(run.path):
+        raise UserError(f"{directory} holds no run", "name a run directory, such as the directory of a Result")
+    return run
+
+
 def _task_words(task: type | str | None, overrides: Sequence[str]) -> list[str]:
     """Return the overrides that name the task."""
     if task is None:
@@ -177,6 +182,9 @@ def _target(task: type | str) -> str:
     """Return the dotted name by which ``task`` can be found."""
     if isinstance(task, str):
         return task
+    if not isinstance(task, type):
+        problem = f"the task is an object of {type(task).__name__}, not a class"
+        raise UserError(problem, "give its class, and its arguments as task.args.NAME=…")
     found: Any = sys.modules.get(task.__module__)
     for name in task.__qualname__.split("."):
         found = getattr(found, name, None)

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from isobatch.scaling.geometry import counted
 
@@ -26,6 +26,7 @@ class Plateau:
         min_delta: an improvement has to be larger than this.
     """
 
+    key: ClassVar[str] = "stop.when"
     name: str
     best: Literal["min", "max"]
     patience: int
@@ -47,13 +48,14 @@ class Plateau:
         if since < self.patience:
             return ""
         stuck = "has had no finite value" if top is None else f"hasn't improved on {top:.6g}"
-        return f"stop.when={self.name}:{self.best}: it {stuck} for {counted(since, 'evaluation')}"
+        return f"{self.key}={self.name}:{self.best}: it {stuck} for {counted(since, 'evaluation')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """End a run at the first evaluation that reaches a target, such as ``val/accuracy>=0.97``."""
 
+    key: ClassVar[str] = "stop.at"
     text: str
 
     @property
@@ -80,4 +82,4 @@ class Target:
         """Return why the run ends at the last of its evaluations, or an empty text."""
         if not evaluations or not self.reached(evaluations[-1]):
             return ""
-        return f"stop.at={self.text}: it is {evaluations[-1][self.name]:.6g}"
+        return f"{self.key}={self.text}: it is {evaluations[-1][self.name]:.6g}"

@@ -245,6 +245,8 @@ REJECTED = {
         "isobatch.train(Mine, *QUICK, 'task.args.faut=crash', 'cluster.gpus_per_node=2')", "fault"
     ),
     "a folder without a run": ("isobatch.load('nowhere')", "nowhere holds no run"),
+    "the history of a folder without a run": ("isobatch.history('nowhere')", "nowhere holds no run"),
+    "an object in place of the class": ("isobatch.train(Here(), *QUICK)", "not a class"),
     "an impossible plan": ("isobatch.plan('batch.global_size=-1')", "batch.global_size"),
 }  # fmt: skip
 

@@ -46,7 +46,8 @@ def test_a_target_ends_the_run_on_all_ranks(runs: Runs, whole: Run) -> None:
     run = runs(3, *SAME, target)
     assert ended(run) == ("finished", step)
     assert run.ends[0]["cause"].startswith("stop.at=val/loss")
-    assert [line["step"] for line in run.metrics()] == [at for line in whole.metrics() if (at := line["step"]) <= step]
+    steps = [at for line in whole.metrics() if (at := line["step"]) <= step]
+    assert [line["step"] for line in run.metrics()] == [*steps, step]
     assert (run.run.path / "final" / "model.safetensors").exists()
     assert (run.run.path / "checkpoints" / f"step-{step:08d}").exists()
 
@@ -69,17 +70,20 @@ def test_a_resume_decides_the_same(runs: Runs, stop_at: int | str) -> None:
 
 
 def test_continues_when_other_stop_keys_are_given(runs: Runs, whole: Run) -> None:
-    """As if it had never ended: the same lines and weights as a run without stop keys."""
-    target, _ = reached_at(whole)
+    """As if it had never ended: the weights and, beside that of the early end, the lines of a run without stop keys."""
+    target, step = reached_at(whole)
     run = runs(2, *SAME, target)
     path = run.run.path
+    assert (run.metrics()[-1]["step"], "loss" in run.metrics()[-1]) == (step, True)
     same = configured([*SAME, f"run.dir={path}", target])
     assert not extends(path, same)
     config = configured([*SAME, f"run.dir={path}", "stop.at=null"])
     assert extends(path, config)
     run = runs(2, *SAME, resume=run, extends=True)
     assert ended(run) == ("finished", 60)
-    assert untimed(run.metrics()) == untimed(whole.metrics())
+    ended_at = [line for line in untimed(run.metrics()) if line["step"] == step and "loss" in line]
+    assert len(ended_at) == 1
+    assert [line for line in untimed(run.metrics()) if line not in ended_at] == untimed(whole.metrics())
     assert distance(run.weights(), whole.weights()) == 0
     assert not extends(path, config)  # it reached its end
     assert not extends(path, same)
@@ -98,8 +102,8 @@ def test_time_ends_the_run_on_all_ranks_at_the_same_step(runs: Runs) -> None:
     state, step = ended(run)
     assert (state, run.ends[0]["cause"]) == ("finished", "stop.after=0.05min")
     assert 10 < step < 1000
-    last = run.metrics()[-1]
-    assert (last["step"], "val/loss" in last) == (step, True)
+    evaluated, last = run.metrics()[-2:]
+    assert (evaluated["step"], "val/loss" in evaluated, last["step"]) == (step, True, step)
     assert 3 <= last["time_s"] < 3 + 20 * last["time_s"] / step  # a few steps at most
 
 

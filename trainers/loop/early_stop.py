@@ -55,6 +55,6 @@ class EarlyStop:
     def evaluated(self, values: Mapping[str, Any]) -> list[str]:
         """Add an evaluation. Return warnings about values that it lacks, each once."""
         self._evaluations.append(values)
-        lacking = [rule.name for rule in self.rules if rule.name not in values and rule.name not in self._missing]
-        self._missing.update(lacking)
-        return [f"stop.when, stop.at: {missing_value(name, values)}" for name in lacking]
+        lacking = [rule for rule in self.rules if rule.name not in values and rule.key not in self._missing]
+        self._missing.update(rule.key for rule in lacking)
+        return [f"{rule.key}: {missing_value(rule.name, values)}" for rule in lacking]

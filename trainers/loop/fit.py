@@ -148,7 +148,9 @@ def evaluate_now(
 
 
 def settle(state: TrainState, monitor: Monitor, saver: Saver, done: bool) -> None:
-    """Wait for the last checkpoint. Raise RunFailed if it can't be saved but is required."""
+    """Log the last step, and wait for the last checkpoint. Raise RunFailed if it can't be saved but is required."""
+    if done:
+        monitor.log_early_end()
     if done and (never := saver.best.never()):
         monitor.metrics.warn(never)
     if failure := saver.wait():

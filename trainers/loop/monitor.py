@@ -46,6 +46,7 @@ class Monitor:
         self._state, self.metrics, self._readback, self._hardware, self.stop = state, metrics, readback, hardware, stop
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
+        self._unlogged: StepResult | None = None  # the last step, unless it was logged
         self._since = time.perf_counter()
         self.after_a_step: Callable[[], None] | None = None
 
@@ -111,7 +112,17 @@ class Monitor:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
         if step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop):
             self.metrics.step(result, self._hardware.values(state.tally))
-            state.tally = state.tally.logged()
+            state.tally, self._unlogged = state.tally.logged(), None
+        else:
+            self._unlogged = result
+
+    def log_early_end(self) -> None:
+        """Log the last step of a run that ends early, if it wasn't due.
+
+        The interval isn't reset, so if the run continues later, its lines are those of a run that never ended.
+        """
+        if self._unlogged:
+            self.metrics.step(self._unlogged, self._hardware.values(self._state.tally))
 
     def _count(self, result: StepResult) -> None:
         """Add a step to the tally."""

@@ -106,6 +106,8 @@ def announce_position(
     run: RunDir, state: TrainState, found: Checkpoint | None, before: Outcome | None, weights_from: str | None
 ) -> None:
     """Report where training starts: at a checkpoint, again at step 0, or with the weights of ``init_from``."""
+    if before and before.state == "finished" and before.cause:
+        say(f"this run had ended early, at step {before.step}, by {before.cause}; it continues")
     if found:
         run.event("going_on", checkpoint=found.path.name, step=state.steps, samples=state.samples)
         say(f"resuming from step {state.steps} of {state.plan.steps} (checkpoints/{found.path.name})")
