@@ -33,6 +33,7 @@ from benchmarks import (
     sample_order,
     start,
     step,
+    sweeps,
     trackers,
 )
 from benchmarks.peers import compare
@@ -178,6 +179,15 @@ PARTS = {
         "`task=images` (width 8, ghosts of 32), 15 epochs, base LR tuned at 32: validation accuracy, mean ± "
         "standard deviation over 3 seeds, and how much of the gap to a batch of 64 a rule and a warmup close. "
         "Times are those of whole runs on one core.",
+    ),
+    "sweeps": Part(
+        "The classic comparison of batch sizes",
+        sweeps.rows,
+        "SGD, the LR tuned at 32 and either scaled by the linear rule or not, 20 % of warmup, two cores training one "
+        "run each: `images` (width 8, ghosts of 8) for 5 epochs, `mnist1d` for 10, both of 4,000 samples. Means over "
+        "3 seeds. *Gradient variance*: tr Σ / batch of a step's gradient, smoothed, at the end. The reports that "
+        "`action=report` made of these runs: [images](reports/images/report.md), "
+        "[mnist1d](reports/mnist1d/report.md).",
     ),
 }
 
