@@ -56,7 +56,7 @@ from isobatch.trainers.tasks.task import make_model, make_task
 from isobatch.trainers.tensors.manifest import Checkpoint, Header
 from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.trackers.followers import Followers, refuse_bad_tracker
-from isobatch.trainers.trial.contract import Looked, announce, announce_failed_loss, look_and_try
+from isobatch.trainers.trial.contract import Looked, announce, announce_failed, look_and_try
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bo
     stepper = Stepper(engine, loader, stream, watch, config.clip_norm)
     hardware = Hardware(world.device, ready.flops_per_unit, peak_flops(config, world.device, world.size))
     monitor = Monitor(config, state, metrics, DelayedReadback(world.device), hardware, session.stop)
-    monitor.after_a_step = partial(announce_failed_loss, ready.looked, attempt.ours)
+    monitor.after_a_step = partial(announce_failed, ready.looked, attempt.ours)
     try:
         with watch.tracking(lambda: state.reached):
             return fit(state, stepper, monitor, saver, evaluation, early)

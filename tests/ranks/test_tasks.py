@@ -74,6 +74,7 @@ def test_samples_that_cannot_be_batched_are_rejected(samples: list[Any], named: 
         task_of("task=digits").collate(samples)
     assert "collate(samples)" in error.value.fix
     assert named in error.value.problem
+    assert ("torch.from_numpy" in error.value.fix) == (named == "PIL")
 
 
 def test_memory_that_runs_out_in_a_batch_is_no_matter_of_shapes() -> None:

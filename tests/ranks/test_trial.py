@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import random
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import solve
@@ -628,6 +629,51 @@ def test_loss_that_fails_in_the_trial_is_reported_once(runs: Runs, always: bool)
     assert {end.get("raised") for end in run.ends} == {"KeyError" if always else None}
     skipped = [event for event in run.events() if event["event"] == "trial_skipped"]
     assert ["KeyError: 'meant to'" in event["reason"] for event in skipped] == ([] if always else [True])
+
+
+class Fetching(Counted):
+    """A task whose samples can't be fetched or collated, in the trial or always."""
+
+    val_data: Any = None
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def train_data(self) -> Any:
+        return _Broken(super().train_data(), self.how)
+
+
+class _Broken(Dataset[Any]):
+    """Samples that differ in length, or that fail to be fetched."""
+
+    def __init__(self, data: Any, how: str) -> None:
+        self.data, self.how, self.parent = data, how, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.how == "fails" or (self.how == "fails in the trial" and os.getpid() != self.parent):
+            raise KeyError("meant to")
+        return torch.zeros(index + 1) if self.how == "ragged" else self.data[index]
+
+
+@pytest.mark.parametrize(
+    ("how", "raised", "reported"),
+    [("ragged", "UserError", 0), ("fails", "KeyError", 0), ("fails in the trial", None, 1)],
+)
+def test_bad_sample_is_reported_once(
+    runs: Runs, how: str, raised: str | None, reported: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake in the samples is an error at once; another error is left to step 1, which says more."""
+    task = ("task=custom", f"task._target_={__name__}.Fetching", f"task.args.how={how}", "data.workers=0")
+    run = runs(2, *task, "lr.peak=0.1", "duration=2st")
+    assert {end.get("raised") for end in run.ends} == {raised}
+    skipped = [event for event in run.events() if event["event"] == "trial_skipped"]
+    assert ["KeyError: 'meant to'" in event["reason"] for event in skipped] == [True] * reported
+    printed = "".join(capfd.readouterr())
+    assert printed.count("incomplete") == reported
 
 
 class Evaluated(Counted):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from isobatch.scaling.errors import UserError
 from isobatch.trainers.data.loader import begin_worker
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.tasks.task import Task
@@ -24,9 +25,14 @@ LOOK_S = 60.0  # time limit of one function: a dataset that doesn't survive a fo
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Hold the reason why a function failed in the forked process."""
+    """Hold the reason why a function failed in the forked process.
+
+    Attributes:
+        refused: the parts of the UserError that it raised; None: it raised another error.
+    """
 
     why: str
+    refused: tuple[Any, ...] | None = None
 
 
 def look(
@@ -86,7 +92,8 @@ def _seen(work: Callable[..., Any], *args: Any, failing: str = "") -> Any:
     try:
         return work(*args)
     except Exception as error:
-        return Unseen(f"{failing}{type(error).__name__}: {error}")
+        refused = error.args if isinstance(error, UserError) else None
+        return Unseen(f"{failing}{type(error).__name__}: {error}", refused)
 
 
 @contextmanager

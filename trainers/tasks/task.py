@@ -90,9 +90,14 @@ class Task:
             shapes = list(dict.fromkeys(map(_shapes, samples)))
             if len(shapes) == 1 and not isinstance(error, TypeError):  # such as memory that ran out
                 raise
-            why = f"they have the shapes {shapes[0]} and {shapes[1]}" if shapes[1:] else str(error).splitlines()[0]
+            said, own = str(error).splitlines()[0], f"give {type(self.own).__name__} a collate(samples)"
+            images = "<class 'PIL." in said
+            why = f"they have the shapes {shapes[0]} and {shapes[1]}" if shapes[1:] and not images else said
             problem = f"the samples can't be collated into a batch: {why}"
-            fix = f"give {type(self.own).__name__} a collate(samples), or return tensors of one size from [index]"
+            fix = f"{own}, or return tensors of one size from [index]"
+            if images:
+                example = "torch.from_numpy(numpy.array(image))"
+                fix = f"convert the image to a tensor in [index], such as by {example}, or {own}"
             raise UserError(problem, fix, "task._target_") from error
 
     def param_groups(self, model: nn.Module) -> Any:

@@ -48,7 +48,7 @@ class Looked:
         measures_depend: reasons why measures of the loss change with the sizes of micro-batches.
         evaluation_depends: reasons why evaluations change with the sizes of their batches.
         skipped: reasons why a part of the trial was skipped.
-        loss_failed: the error of the loss in the trial; empty if it didn't fail.
+        failed: what failed in the trial and would in step 1, whose error says more; empty if nothing did.
     """
 
     fingerprint: str | None
@@ -57,7 +57,7 @@ class Looked:
     measures_depend: list[str]
     evaluation_depends: list[str]
     skipped: list[str]
-    loss_failed: str = ""
+    failed: str = ""
 
 
 def look_and_try(
@@ -84,9 +84,12 @@ def look_and_try(
         seen = dict(zip(works, look(list(works.values()), watch.beat, here=here), strict=True))
     digits = seen.get("fingerprint")
     known_by = world.agree(digits if isinstance(digits, str) else "") or None
-    unseen = next((sample.why for sample in seen.values() if isinstance(sample, Unseen)), "")
-    if any(reasons := world.gather(unseen)) or not wanted:
-        return Looked(known_by, [], [], [], [], [f"a sample couldn't be fetched: {why}" for why in reasons if why][:1])
+    unseen = [sample for sample in seen.values() if isinstance(sample, Unseen)]
+    raise_on_all(world, next((UserError(*one.refused) for one in unseen if one.refused), None))
+    reason = next(filter(None, world.gather(unseen[0].why if unseen else "")), "")
+    if reason or not wanted:
+        failed = f"a sample couldn't be fetched in it, but could in training: {reason}" if reason else ""
+        return Looked(known_by, [], [], [], [], [], failed)
     sandbox = Sandbox(task, model, world.device, config.seed, watch.beat)
     batches = [seen[name] for name in seen if name.startswith("batch ")]
     of_loss, of_evaluation = TOO_FEW, Found()
@@ -105,7 +108,7 @@ def look_and_try(
         measures_depend=of_loss.logged,
         evaluation_depends=[*seen.get("own of validation", []), *of_evaluation.depends],
         skipped=[reason for reason in skipped if reason],
-        loss_failed=of_loss.failed,
+        failed=f"task.loss failed in it, and not in training: {of_loss.failed}" if of_loss.failed else "",
     )
 
 
@@ -123,10 +126,10 @@ def announce(looked: Looked, run: RunDir | None, stream: Stream) -> None:
         _announce_skipped(reason, run)
 
 
-def announce_failed_loss(looked: Looked, run: RunDir | None) -> None:
-    """Report that the loss failed in the trial, after a step in which it didn't; else the step's own error tells."""
-    if looked.loss_failed:
-        _announce_skipped(f"task.loss failed in it, and not in training: {looked.loss_failed}", run)
+def announce_failed(looked: Looked, run: RunDir | None) -> None:
+    """Report what failed in the trial, after a step in which it didn't; else the step's own error tells."""
+    if looked.failed:
+        _announce_skipped(looked.failed, run)
 
 
 def _announce_skipped(reason: str, run: RunDir | None) -> None:
