@@ -142,6 +142,22 @@ def test_a_run_with_a_damaged_config_is_reported(tmp_path: Path, capsys: pytest.
     assert "finished" in command(capsys, "action=runs", f"run.dir={run}")[0]
 
 
+def test_runs_rejected_before_they_had_a_plan_are_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/good", learned(16, 0))
+    for name in ("A", "B"):
+        run = write_run(tmp_path / f"runs/{name}", [], state="refused")
+        (run / "events.jsonl").write_text(json.dumps({"event": "refused", "cause": f"{name} is wrong"}) + "\n")
+        (run / "plan.json").unlink()
+    report = make_report([str(tmp_path / "runs")], options())
+    assert [(one.task, len(one.runs)) for one in report.comparisons] == [("digits", 1)]
+    (warning,) = [text for text in report.warnings if "rejected" in text]
+    assert warning.startswith("2 runs were rejected before training: ")
+    assert all(f"runs/{name} ({name} is wrong)" in warning for name in ("A", "B"))
+    alone = make_report([str(tmp_path / "runs/A")], options())
+    assert not alone.comparisons
+    assert "1 run was rejected before training" in str(alone)
+
+
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/a", learned(16, 0))
     (tmp_path / "empty").mkdir()

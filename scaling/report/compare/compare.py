@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from isobatch.scaling.report.compare.comparison import Comparison, Report
-from isobatch.scaling.report.compare.findings import findings_of, warnings_of
-from isobatch.scaling.report.compare.groups import Group, grouped, task_of, why_not_counted
+from isobatch.scaling.report.compare.findings import findings_of, rejected_before_training, warnings_of
+from isobatch.scaling.report.compare.groups import Group, grouped, never_planned, task_of, why_not_counted
 from isobatch.scaling.report.compare.measure import (
     easiest_target,
     metric_of,
@@ -33,8 +33,10 @@ def compare(runs: Sequence[Run], metric: str | None = None, target: str | None =
     """
     refuse_unknown(runs, metric, target)
     tasks: dict[tuple[str, str], list[Run]] = {}
+    rejected = [run for run in runs if never_planned(run)]
     for run in runs:
-        tasks.setdefault(task_of(run), []).append(run)
+        if not never_planned(run):
+            tasks.setdefault(task_of(run), []).append(run)
     names = [name for name, _ in tasks]
     comparisons = [
         _comparison(name if names.count(name) == 1 else f"{name} ({of})", members, metric, target)
@@ -42,7 +44,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, target: str | None =
     ]
     several = len(comparisons) > 1
     warnings = [f"{one.task}: {text}" if several else text for one in comparisons for text in one.warnings]
-    return Report(list(runs), comparisons, warnings)
+    return Report(list(runs), comparisons, [*warnings, *rejected_before_training(rejected)])
 
 
 def _comparison(task: str, runs: Sequence[Run], metric: str | None, target: str | None) -> Comparison:

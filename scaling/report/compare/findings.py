@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
@@ -101,6 +101,15 @@ def fitted(fit: Fit) -> str:
     interval = f"95 % interval {number(low or 0)} to {number(high or 0)}, from {fit.batches} batches"
     dearer = f"{2 ** (1 / fit.power):.2g} times the samples of a small batch"
     return f"fitted critical batch {number(fit.critical_batch)} ({interval}), where the target takes {dearer}"
+
+
+def rejected_before_training(runs: Sequence[Run]) -> list[str]:
+    """Return a warning that names the runs that never had a plan, with their causes; none without such runs."""
+    if not runs:
+        return []
+    were = "was" if len(runs) == 1 else "were"
+    names = [f"{run.directory} ({run.cause})" if run.cause else run.directory for run in runs]
+    return [f"{counted(len(runs), 'run')} {were} rejected before training: {listed(names)}"]
 
 
 def warnings_of(comparison: Comparison) -> list[str]:

@@ -46,6 +46,11 @@ def why_not_counted(run: Run) -> str | None:
     return None if run.state == "finished" else run.state if run.state != "—" else "not started"
 
 
+def never_planned(run: Run) -> bool:
+    """Return whether a run was rejected before it had a plan, so that there is nothing to compare."""
+    return run.state == "refused" and run.recipe.task is None
+
+
 def task_of(run: Run) -> tuple[str, str]:
     """Return the task's name and target. Runs of different tasks are never compared."""
     return run.recipe.task or "?", str(run.recipe.science.get("task._target_", ""))

@@ -35,7 +35,7 @@ def page(report: Report, drawn: Sequence[tuple[list[Picture], list[Style]]]) -> 
         {"groups": _groups(comparison, styles), "pictures": list(map(_picture, pictures))}
         for comparison, (pictures, styles) in zip(report.comparisons, drawn, strict=True)
     ]
-    names = ", ".join(comparison.task for comparison in report.comparisons)
+    names = ", ".join(comparison.task for comparison in report.comparisons) or "report"
     title = _text(f"{names}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}")
     body = [f"<h1>{title}</h1>", _warnings(report.warnings)]
     for index, (comparison, (pictures, _)) in enumerate(zip(report.comparisons, drawn, strict=True)):
