@@ -37,6 +37,8 @@ PRINTS = {
     "make train": "finished after 450 steps",
     "task.args.width=32 lr.peak=0.5 duration=5ep batch.per_gpu=10": r"finished after 79 steps.*run\.new=true",
     "task._target_=my_task.MyTask": "finished after 79 steps",
+    "isobatch --config-dir configs task=mine": "finished after 79 steps.*runs/mine-",
+    "isobatch.launch --config-dir configs task=mine": r"finished after 79 steps.*runs/mine-.*run\.new=true",
     "batch.global_size=128 batch.per_gpu=24": "128 samples ≤ 22 .* accumulation 6",
     "batch.accumulation=2": "32 samples = 16 per GPU × 1 rank × accumulation 2",
     "lr.rule=sqrt": r"peak 0.0707107 = 0.05 × √\(64/32\)",
@@ -67,10 +69,14 @@ def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Pop
     for name in ("launch.py", "Makefile"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(ROOT / name)
-    task = next(block for kind, block in BLOCKS if kind == "python")
-    (folder / re.findall(r"# (\w+\.py)", task)[0]).write_text(task)
+    write_files(folder)
     bin_folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    if command.startswith("isobatch "):  # the package isn't installed
+        command = command.replace("isobatch", "python launch.py", 1)
+    if "-m isobatch.launch" in command:
+        env["PYTHONPATH"] = str(ROOT)
+        command = command.replace("nproc-per-node=8", "nproc-per-node=2")
     if command.startswith("python launch.py") and not cold:
         return Warm(shlex.split(command)[2:], folder, env)
     if command.startswith("make"):
@@ -79,9 +85,17 @@ def run(command: str, folder: Path, cold: bool = False) -> Warm | subprocess.Pop
     return subprocess.Popen(command, shell=True, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
+def write_files(folder: Path) -> None:
+    """Write the blocks of the README that begin with the path of a file."""
+    for _, block in BLOCKS:
+        if path := re.match(r"# ([\w/]+\.(py|yaml))\n", block):
+            (folder / path[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path[1]).write_text(block)
+
+
 def test_commands_run_in_order_from_top_to_bottom(tmp_path: Path) -> None:
     for command in COMMANDS:
-        if command.startswith("source"):
+        if command.startswith(("source", "pip")):
             continue
         starts = 1
         if "rendezvous" in command:  # simulate two machines with one process each
@@ -98,15 +112,13 @@ def test_commands_run_in_order_from_top_to_bottom(tmp_path: Path) -> None:
 
 
 def _check_shown_output(out: str) -> None:
-    """Check the README's output: the plan literally, other lines up to their numbers, and the accuracy."""
-    shown = next(block for kind, block in BLOCKS if kind == "text").splitlines()
+    """Check the README's output: all up to "…" literally, the lines after it up to their numbers, and the accuracy."""
+    first, last = next(block for kind, block in BLOCKS if kind == "text").split("…\n")
     plain = re.compile(r"[\d.,e:-]+")
-    real, masked = out.splitlines(), {plain.sub("#", line) for line in out.splitlines()}
-    for line in shown:
-        if line.startswith(("step", "finished")):
-            assert plain.sub("#", line) in masked
-        elif line != "…":
-            assert line in real
+    real = out[out.index("Isobatch plan") :].splitlines()
+    assert real[: len(first.splitlines())] == first.splitlines()
+    masked = [plain.sub("#", line) for line in real]
+    assert [plain.sub("#", line) for line in last.splitlines()] == masked[-2:]
     accuracy = re.search(r"val/accuracy ([\d.]+)", real[-1])
     assert accuracy
     assert float(accuracy[1]) >= 0.97
@@ -125,8 +137,9 @@ def test_help_examples_run(command: str, tmp_path: Path) -> None:
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
-    task, api = (block for kind, block in BLOCKS if kind == "python")
-    (tmp_path / "script.py").write_text(f"{task}\n{api}\nassert losses and plan.world == 128 and not model.training\n")
+    _, api = (block for kind, block in BLOCKS if kind == "python")
+    write_files(tmp_path)
+    (tmp_path / "script.py").write_text(f"{api}\nassert losses and plan.world == 128 and not model.training\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1].startswith("finished runs/custom-"), done.stderr
