@@ -115,6 +115,29 @@ def test_tasks_of_one_name_are_told_apart_by_their_class(tmp_path: Path) -> None
     assert [one.task for one in compare(read_all(tmp_path)).comparisons] == ["mine (one.Task)", "mine (other.Task)"]
 
 
+def test_repeats_of_a_seed_count_once_and_the_newest_does(tmp_path: Path) -> None:
+    for name, seed, value, time in (("z", 0, 0.5, "01"), ("new", 0, 0.7, "03"), ("other", 1, 0.9, "02")):
+        run = write_run(tmp_path / name, ended(value), seed=seed)
+        (run / "events.jsonl").write_text(json.dumps({"event": "finished", "time": f"2026-01-{time}T00:00:00+0000"}))
+    write_run(tmp_path / "stopped", ended(0.1), seed=1, state="stopped")
+    report = compare(read_all(tmp_path))
+    last = report.comparisons[0].values[0].last
+    assert last
+    assert (last.mean, last.n) == (pytest.approx(0.8), 2)
+    left = {str(tmp_path / "z"): "repeats seed 0", str(tmp_path / "stopped"): "stopped"}
+    assert as_dict(report)["groups"][0]["left_out"] == left
+    assert any("repeats seed 0" in warning and str(tmp_path / "z") in warning for warning in report.warnings)
+
+
+def test_one_seed_that_was_run_twice_shows_no_spread(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, ended(0.9))
+    report = compare(read_all(tmp_path))
+    assert "1 seed, so no spread is known" in report.comparisons[0].findings[0]
+    assert "2 runs of one seed" in text_of(report)
+    assert "1 of 2: repeats seed 0" in text_of(report)
+
+
 BAD: dict[str, Any] = {
     "loss is null": [{"step": 1, "samples": 64, "loss": 2.0}, {"step": 2, "samples": 128, "loss": None}],
     "loss ends above its start": [{"step": step, "samples": 64 * step, "loss": 2.0 + step} for step in range(1, 40)],

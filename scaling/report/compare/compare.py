@@ -8,7 +8,7 @@ from typing import Any
 
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.findings import findings_of, rejected_before_training, warnings_of
-from isobatch.scaling.report.compare.groups import Group, grouped, never_planned, task_of, why_not_counted
+from isobatch.scaling.report.compare.groups import Group, grouped, never_planned, task_of
 from isobatch.scaling.report.compare.measure import (
     easiest_target,
     metric_of,
@@ -51,9 +51,9 @@ def _comparison(task: str, runs: Sequence[Run], metric: str | None, target: str 
     wanted = parse_target(target) if target else None
     chosen = metric_of(runs, parse_metric(metric)[0] if metric else wanted and wanted.name)
     given = wanted is not None and any(wanted.name in run.measures for run in runs)
-    if not given:
-        wanted = easiest_target(runs, chosen) if chosen else None
     groups = grouped(runs)
+    if not given:
+        wanted = easiest_target([run for group in groups for run in group.counted], chosen) if chosen else None
     values = [values_of(group, chosen, wanted) for group in groups]
     found = Comparison(task, chosen, wanted, given, groups, values, _fits(groups, values))
     return replace(found, findings=findings_of(found), warnings=warnings_of(found))
@@ -101,7 +101,7 @@ def _entries(comparison: Comparison) -> list[dict[str, Any]]:
             "lr_peak": group.lr_peak,
             "n": len(group.counted),
             "runs": [run.directory for run in group.runs],
-            "left_out": {run.directory: why for run in group.runs if (why := why_not_counted(run))},
+            "left_out": {run.directory: why for run in group.runs if (why := group.left_out(run))},
             "metric": metric and metric.name,
             "direction": metric and metric.direction,
             "target": None if target is None else str(target),

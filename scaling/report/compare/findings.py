@@ -26,7 +26,8 @@ def findings_of(comparison: Comparison) -> list[str]:
         return [f"no run has finished with a finite {metric.name}, so nothing is compared"]
     if len(comparison.groups) == 1:
         value = ranked[0][1]
-        return [f"{metric.name} {spread(value)} at the end (mean ± standard deviation of {counted(value.n, 'seed')})"]
+        of = f"mean ± standard deviation of {value.n} seeds" if value.n > 1 else "1 seed, so no spread is known"
+        return [f"{metric.name} {spread(value)} at the end ({of})"]
     sentences = [_best(comparison, ranked)] if len(ranked) > 1 else [f"only {ranked[0][0].label} can be compared"]
     return [*sentences, *_to_target(comparison), *_fitted(comparison)]
 
@@ -124,10 +125,11 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
         return  # the finding says so
     for group in comparison.groups:
         for run in group.runs:
-            if why := why_not_counted(run):
+            if why := group.left_out(run):
                 cause = f" ({run.cause})" if run.cause and why in ("damaged", "crashed", "oom", "died") else ""
                 reasons.setdefault(why, []).append(run_label(group, run) + cause)
     for why, names in reasons.items():
+        why = why.replace("repeats", "repeat") if len(names) > 1 else why
         yield f"{counted(len(names), 'run')} {why}, not averaged: {listed(names)}"
 
 

@@ -23,7 +23,7 @@ class Group:
         label: what makes it differ from the other groups of its task.
         family: the part of the label beside batch and LR: "" if nothing else differs.
         lr: the swept learning rate: ``lr.base`` if that was swept, else the peak.
-        runs: all of them; ``counted``: those that finished without diverging, whose values are averaged.
+        runs: all of them, by seed and age; ``counted``: those whose values are averaged.
     """
 
     label: str
@@ -36,11 +36,26 @@ class Group:
 
     @property
     def counted(self) -> list[Run]:
-        return [run for run in self.runs if why_not_counted(run) is None]
+        return [run for run in self.runs if self.left_out(run) is None]
+
+    def repeats(self, run: Run) -> list[Run]:
+        """Return the other runs of a run's seed."""
+        seed = run.recipe.seed
+        return [other for other in self.runs if other is not run and seed is not None and other.recipe.seed == seed]
+
+    def left_out(self, run: Run) -> str | None:
+        """Return why a run isn't averaged: it isn't a whole run, or a newer one has its seed; None if it is.
+
+        Repeats of a seed train alike, so that counting them would make the spread look smaller than it is.
+        """
+        if why := why_not_counted(run):
+            return why
+        newer = any(why_not_counted(other) is None and _age(other) > _age(run) for other in self.repeats(run))
+        return f"repeats seed {run.recipe.seed}" if newer else None
 
 
 def why_not_counted(run: Run) -> str | None:
-    """Return why a run's values aren't averaged with those of its group; None if they are."""
+    """Return why a run can't be compared with others; None if it can."""
     if run.done.diverged:
         return "diverged"
     return None if run.state == "finished" else run.state if run.state != "—" else "not started"
@@ -70,7 +85,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     made = [
         Group(
             label, family, run.recipe.global_size, lr, run.recipe.lr_peak, run.recipe.optimizer,
-            tuple(sorted(members, key=lambda member: member.recipe.seed or 0)),
+            tuple(sorted(members, key=lambda member: (member.recipe.seed or 0, _age(member)))),
         )
         for run, family, lr, label, members in zip(groups, families, lrs, labels, together.values(), strict=True)
     ]  # fmt: skip
@@ -79,7 +94,15 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def run_label(group: Group, run: Run) -> str:
     """Return the name of a run within its report."""
-    return group.label if len(group.runs) == 1 else f"{group.label} · seed {run.recipe.seed}"
+    if len(group.runs) == 1:
+        return group.label
+    label = f"{group.label} · seed {run.recipe.seed}"
+    return f"{label} · {run.directory}" if group.repeats(run) else label
+
+
+def _age(run: Run) -> tuple[str, str]:
+    """Return what orders runs by the time of their last event."""
+    return max((str(event.get("time", "")) for event in run.events), default=""), run.directory
 
 
 def _key(run: Run) -> str:

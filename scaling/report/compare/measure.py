@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.compare.groups import why_not_counted
 from isobatch.scaling.report.measures import Direction, Target, direction_of
 from isobatch.scaling.report.run import Run
 
@@ -93,9 +92,9 @@ def _rank(name: str, direction: Direction) -> int:
     return 0 if of_evaluation and direction == "max" else 1 if of_evaluation else 2 if name == "loss" else 3
 
 
-def easiest_target(runs: Sequence[Run], metric: Metric) -> Target | None:
+def easiest_target(counted: Sequence[Run], metric: Metric) -> Target | None:
     """Return the target that every counted run reached: the worst of their best values."""
-    counted = [run for run in runs if why_not_counted(run) is None and metric.name in run.measures]
-    bests = [best.value for run in counted if (best := run.measures[metric.name].best)]
+    measured = [run.measures[metric.name] for run in counted if metric.name in run.measures]
+    bests = [one.best.value for one in measured if one.best]
     worst = max if metric.direction == "min" else min
     return Target(metric.name, "<=" if metric.direction == "min" else ">=", worst(bests)) if bests else None

@@ -28,7 +28,7 @@ class Curve:
             line that belongs to no group, such as a fit.
         label: text at its end; "": none.
         errors: half the length of the error bars, at each point; ``texts``: what to write beside each point.
-        mark: why the run isn't counted, which a cross at its end shows; "": it is.
+        mark: why the run can't be compared, which a cross at its end shows; "": it can.
         dash: the number of its dashes or of its marker, if it belongs to no group or is drawn as points.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.comparison import Comparison, Report
-from isobatch.scaling.report.compare.groups import Group, why_not_counted
+from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, number, spread
 from isobatch.scaling.report.result import Figure, grid
@@ -75,7 +75,7 @@ def _text(column: str, value: Spread) -> str:
 def _count(group: Group) -> str:
     """Return how many runs are averaged, and of how many."""
     n = len(group.counted)
-    left = [why for run in group.runs if (why := why_not_counted(run))]
+    left = [why for run in group.runs if (why := group.left_out(run))]
     return f"{n}" if not left else f"{n} of {len(group.runs)}: {', '.join(dict.fromkeys(left))}"
 
 
@@ -115,9 +115,12 @@ def head(comparison: Comparison) -> str:
     runs, groups = len(comparison.runs), len(comparison.groups)
     parts = [counted(runs, "run")]
     if runs > groups:
-        parts[0] += (
-            " that differ in the seed alone" if groups == 1 else f" in {groups} groups that differ beyond the seed"
+        alone = (
+            " that differ in the seed alone"
+            if len({run.recipe.seed for run in comparison.runs}) > 1
+            else " of one seed"
         )
+        parts[0] += alone if groups == 1 else f" in {groups} groups that differ beyond the seed"
         name = one_line(comparison.metric.name) if comparison.metric else "values"
         parts.append(f"mean ± standard deviation over seeds of {name} at the end")
     return "; ".join(parts)
