@@ -237,6 +237,22 @@ def test_a_best_value_on_the_edge_of_the_grid_is_warned_of(tmp_path: Path, grid:
     assert any(named in warning for warning in compare(read_all(write_values(tmp_path, values))).warnings)
 
 
+def test_an_edge_that_chance_may_explain_is_not_warned_of(tmp_path: Path) -> None:
+    alike = {(16, 0.1): [0.90, 0.92, 0.94], (64, 0.1): [0.89, 0.91, 0.93], (256, 0.1): [0.1, 0.1, 0.12]}
+    assert not compare(read_all(write_values(tmp_path / "alike", alike))).warnings
+    apart = alike | {(64, 0.1): [0.59, 0.61, 0.63]}
+    warning = compare(read_all(write_values(tmp_path / "apart", apart))).warnings[0]
+    assert "the best batch by val/accuracy, 16, is the smallest" in warning
+
+
+def test_equal_values_have_no_single_winner(tmp_path: Path) -> None:
+    write_values(tmp_path, {(16, 0.1): [0.9], (64, 0.1): [0.9], (256, 0.1): [0.8]})
+    report = compare(read_all(tmp_path))
+    assert "batch 16 and batch 64, all with 0.9" in report.comparisons[0].findings[0]
+    assert text_of(report).count("0.9 *") == 2
+    assert "fewest steps batch 16 and batch 64 (" in report.comparisons[0].findings[1]
+
+
 def test_a_best_value_inside_of_the_grid_is_not_warned_of(tmp_path: Path) -> None:
     inside = {
         (batch, lr): [0.9 if (batch, lr) == (64, 0.2) else 0.5] for batch in (16, 64, 256) for lr in (0.1, 0.2, 0.4)
@@ -264,7 +280,16 @@ def test_a_group_in_which_a_run_misses_the_target_has_no_mean(tmp_path: Path) ->
     small, large = report.comparisons[0].values
     assert (small.reached, small.to_steps) == (1, None)
     assert large.to_steps
-    assert any("batch 16 (1 of 2)" in warning for warning in report.warnings)
+    assert any("not all runs of batch 16 (1 of 2)" in warning for warning in report.warnings)
+    report = compare(read_all(tmp_path), target="val/accuracy>=1.5")
+    assert any("no run of batch 16 and batch 64 reached" in warning for warning in report.warnings)
+
+
+def test_the_target_of_a_single_run_is_stated(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", ended(0.9))
+    report = compare(read_all(tmp_path), target="val/accuracy>=0.7")
+    assert "target: val/accuracy ≥ 0.7 (report.target)" in text_of(report)
+    assert "Target: val/accuracy ≥ 0.7 (report.target)." in markdown_of(report, {})
 
 
 def test_the_measure_and_its_direction_can_be_chosen(tmp_path: Path) -> None:

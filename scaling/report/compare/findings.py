@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
@@ -52,6 +52,9 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
     then = f"{second.label} with {spread(other)}"
     half, ahead = half_width(value, other), abs(value.mean - other.mean)
     if half is None:
+        equal = [group.label for group, one in ranked if one.mean == value.mean]
+        if len(equal) > 1:
+            return f"{found.partition(':')[0]}: {listed(equal)}, all with {spread(value)}"
         if value.n == other.n == 1:
             return f"{found}, then {then}; 1 seed each: no spread is known, so this order may be chance"
         few = "one of them has 1 seed" if min(value.n, other.n) == 1 else "their seeds show no spread"
@@ -82,8 +85,9 @@ def _to_target(comparison: Comparison) -> Iterator[str]:
     for name, (get, write) in parts.items():
         known = [(group, value) for group, values in comparison.pairs() if (value := get(values))]
         if len(known) > 1:
-            group, least = min(known, key=lambda pair: pair[1].mean)
-            found.append(f"{name} {group.label} ({write(least.mean)})")
+            least = min(value.mean for _, value in known)
+            labels = [group.label for group, value in known if value.mean == least]
+            found.append(f"{name} {listed(labels)} ({write(least)})")
     if found:
         yield f"to {comparison.target}: {', '.join(found)}"
 
@@ -135,40 +139,50 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
 
 def _edges(comparison: Comparison) -> Iterator[str]:
     """Yield a warning where the best value lies on the edge of the tried batches or learning rates."""
-    ranked = [group for group, _ in comparison.ranked()]
-    for family in dict.fromkeys(group.family for group in ranked):
-        members = [group for group in ranked if group.family == family]
+    ranked, by = comparison.ranked(), f"by {comparison.metric.name}" if comparison.metric else ""
+    for family in dict.fromkeys(group.family for group, _ in ranked):
+        members = [(group, value) for group, value in ranked if group.family == family]
         named = f"{family}: " if family else ""
-        batches = sorted({group.global_size for group in members if group.global_size})
-        best = members[0]
-        if len(batches) > 1 and best.global_size in (batches[0], batches[-1]):
-            side = ("smallest", "smaller") if best.global_size == batches[0] else ("largest", "larger")
-            tried = listed([f"{batch:,}" for batch in batches], 6)
-            found = f"the best batch, {best.global_size:,}, is the {side[0]} of {tried}"
-            yield f"{named}{found}: a {side[1]} one may be better"
+        batches: dict[float, Spread] = {}
+        for group, value in members:
+            if group.global_size:
+                batches.setdefault(group.global_size, value)
+        if side := _edge(batches):
+            tried = listed([f"{batch:,}" for batch in sorted(batches)], 6)
+            found = f"the best batch {by}, {next(iter(batches)):,}, is the {side} of {tried}"
+            yield f"{named}{found}: a {side.replace('est', 'er')} one may be better"
         at_edge = []
-        for batch in batches:
-            of_batch = [group for group in members if group.global_size == batch]
-            lrs = sorted({group.lr for group in of_batch if group.lr})
-            if len(lrs) > 1 and of_batch[0].lr in (lrs[0], lrs[-1]):
-                side_of_lr = "smallest" if of_batch[0].lr == lrs[0] else "largest"
-                at_edge.append(f"{of_batch[0].lr:.4g} (the {side_of_lr}) at batch {batch:,}")
+        for batch in sorted(batches):
+            lrs = {group.lr: value for group, value in members if group.lr and group.global_size == batch}
+            if side := _edge(lrs):
+                at_edge.append(f"{next(iter(lrs)):.4g} (the {side}) at batch {batch:,}")
         if at_edge:
             where = listed(at_edge)
-            yield f"{named}the best LR lies on the edge of the tried ones, so a better one may lie beyond: {where}"
+            yield f"{named}the best LR {by} lies on the edge of the tried ones, so a better one may lie beyond: {where}"
+
+
+def _edge(ranked: Mapping[float, Spread]) -> str | None:
+    """Return at which end the best of ranked settings lies; None if inside, or if its neighbour may be as good."""
+    tried = sorted(ranked)
+    if len(tried) < 2 or (best := next(iter(ranked))) not in (tried[0], tried[-1]):
+        return None
+    side, neighbour = ("smallest", tried[1]) if best == tried[0] else ("largest", tried[-2])
+    one, other = ranked[best], ranked[neighbour]
+    half = half_width(one, other) or 0.0  # where chance isn't known, only equal values are alike
+    return None if abs(one.mean - other.mean) <= half else side
 
 
 def _unreached(comparison: Comparison) -> Iterator[str]:
     if not comparison.target_given:
         return
-    missed = [
-        f"{group.label} ({values.reached} of {len(group.counted)})"
-        for group, values in comparison.pairs()
-        if group.counted and values.reached < len(group.counted)
-    ]
-    if missed:
-        without = f"not all runs of {listed(missed)} reached {comparison.target}"
-        yield f"{without}, so these groups have no steps to the target, and fits leave them out"
+    counts = [(group.label, values.reached, len(group.counted)) for group, values in comparison.pairs()]
+    none = [label for label, reached, n in counts if n and not reached]
+    some = [f"{label} ({reached} of {n})" for label, reached, n in counts if 0 < reached < n]
+    if none or some:
+        parts = [f"no run of {listed(none)}"] if none else []
+        parts += [f"not all runs of {listed(some)}"] if some else []
+        without = f"{' and '.join(parts)} reached {comparison.target}"
+        yield f"{without}: a group in which a run missed it has no steps to the target, and fits leave it out"
 
 
 def _hardware(comparison: Comparison) -> Iterator[str]:

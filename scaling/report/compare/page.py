@@ -13,7 +13,7 @@ from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.colours import VIRIDIS
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.pictures import Curve, Heat, Picture, Style
-from isobatch.scaling.report.compare.tables import head, rows_of, target_line
+from isobatch.scaling.report.compare.tables import head, legend, rows_of
 from isobatch.scaling.report.compare.words import duration, number
 
 HERE = Path(__file__).parent
@@ -69,8 +69,8 @@ def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, se
     rows = rows_of(comparison, lambda text: f"<b>{text}</b>")
     parts = [f'<section data-task="{index}">', f"<h2>{_text(comparison.task)}</h2>" if several else ""]
     parts += [f'<p class="soft">{_text(head(comparison))}</p>', f'<ul class="findings">{findings}</ul>', _table(rows)]
-    if len(comparison.groups) > 1:
-        parts.append(f'<p class="soft">Bold: the best of its column{_text(target_line(comparison))}.</p>')
+    if notes := "; ".join(legend(comparison, "bold: the best of its column")):
+        parts.append(f'<p class="soft">{_text(notes[0].upper() + notes[1:])}.</p>')
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
     for number_of_picture, picture in enumerate(pictures):
         parts += [
@@ -106,7 +106,8 @@ def _all_runs(comparison: Comparison) -> str:
                     "time": None if done.time_s is None else duration(done.time_s), "stopped last by": run.cause,
                 }
             )  # fmt: skip
-    return f"<details><summary>All {len(rows)} runs</summary>{_table(rows)}</details>"
+    title = "1 run" if len(rows) == 1 else f"All {len(rows):,} runs"
+    return f"<details><summary>{title}</summary>{_table(rows)}</details>"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -50,7 +50,7 @@ class Heat:
 
     Attributes:
         columns, rows: its labels: learning rates and batches.
-        values: by row; ``texts``: what the cells say; ``best``: row and column of the best value.
+        values: by row; ``texts``: what the cells say; ``best``: row and column of the one best value.
     """
 
     columns: list[str]
@@ -248,7 +248,9 @@ def _grids(comparison: Comparison) -> Picture:
         texts = [[_cell(cell) for cell in row] for row in found]
         most = comparison.metric is not None and comparison.metric.direction == "max"
         known = [(mean, (r, c)) for r, row in enumerate(means) for c, mean in enumerate(row) if mean is not None]
-        best = (max if most else min)(known)[1] if known else None
+        top = (max if most else min)([mean for mean, _ in known], default=None)
+        bests = [cell for mean, cell in known if mean == top]
+        best = bests[0] if len(bests) == 1 else None
         heat = Heat([f"{lr:.4g}" for lr in lrs], [f"{batch:,}" for batch in batches], means, texts, best, most)
         panels.append(Panel(f"{name} {family}".strip(), "learning rate", "global batch", heat=heat))
     return Picture("batch-by-lr", "Batch and learning rate", "Mean ± standard deviation over seeds.", panels)

@@ -37,7 +37,8 @@ def rows_of(comparison: Comparison, mark: Callable[[str], str]) -> list[dict[str
         if is_open:
             texts = {column: text and f"({text})" for column, text in texts.items()}
         for column, place in best.items():
-            if place is values[column] and (text := texts[column]) and len(comparison.groups) > 1:
+            value, text = values[column], texts[column]
+            if place and value and text and value.mean == place.mean and not is_open and len(comparison.groups) > 1:
                 texts[column] = mark(text)
         figures = {column: text and Figure(text) for column, text in texts.items()}
         rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **figures})
@@ -97,7 +98,7 @@ def text_of(report: Report, width: int = 0) -> str:
             *columns[2:],
         )
         parts.append(grid(rows, width, optional, shortened=("group",)))
-        notes = ["* the best of its column" + target_line(comparison)] if len(comparison.groups) > 1 else []
+        notes = legend(comparison, "* the best of its column")
         notes += (
             ["(…) not finished, so not compared"]
             if any(values.open and values.last for values in comparison.values)
@@ -126,12 +127,15 @@ def head(comparison: Comparison) -> str:
     return "; ".join(parts)
 
 
-def target_line(comparison: Comparison) -> str:
-    """Return what the target is, and why."""
-    if comparison.target is None:
-        return ""
-    why = "report.target" if comparison.target_given else "which every counted run reached; report.target sets another"
-    return f"; target: {one_line(str(comparison.target))} ({why})"
+def legend(comparison: Comparison, best: str) -> list[str]:
+    """Return how to read the table: what stands out, which ``best`` says, and what the target is and why."""
+    several = len(comparison.groups) > 1
+    notes = [best] if several else []
+    if comparison.target and (several or comparison.target_given):
+        given = comparison.target_given
+        why = "report.target" if given else "which every counted run reached; report.target sets another"
+        notes.append(f"target: {one_line(str(comparison.target))} ({why})")
+    return notes
 
 
 def markdown_of(report: Report, pictures: dict[str, list[tuple[str, str]]]) -> str:
@@ -146,8 +150,8 @@ def markdown_of(report: Report, pictures: dict[str, list[tuple[str, str]]]) -> s
         lines += [f"- {escaped(text)}" for text in comparison.findings]
         rows = rows_of(comparison, lambda text: f"**{text}**")
         lines += ["", _markdown_table(rows), ""]
-        if len(comparison.groups) > 1:
-            lines += [f"Bold: the best of its column{escaped(target_line(comparison))}.", ""]
+        if notes := "; ".join(legend(comparison, "bold: the best of its column")):
+            lines += [f"{escaped(notes[0].upper() + notes[1:])}.", ""]
         for title, file in pictures.get(comparison.task, []):
             lines += [f"![{escaped(title)}]({file})", ""]
     if report.warnings:
