@@ -34,6 +34,7 @@ from isobatch.conf.sweep import Element, expand, sweep_directories
 from isobatch.conf.terminal import answer, answer_once, first, say, say_once
 from isobatch.conf.trackers import refuse_missing_packages
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.resolve import continued, resolve
@@ -174,7 +175,9 @@ def report(config: RunConfig) -> int:
 
     states = {job: str(one) for job, one in _jobs().items()}
     made = make_report(config.run.directories or ["runs"], config.report, states)
-    answer(made.json if config.output == "json" else f"{made}\n\nwritten to {made.directory}: {', '.join(made.files)}")
+    page, *more = made.files  # report.html, or report.md without the extra
+    where = f"written to {made.directory}/{page} and {counted(len(more), 'more file')}"
+    answer(made.json if config.output == "json" else f"{made}\n\n{where}")
     return 0
 
 
