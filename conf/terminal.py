@@ -67,7 +67,8 @@ def tell_torchrun(cause: str) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError), open(file, "x") as report:
             # a second early: torchrun takes the earliest for the root cause, and knows whole seconds only
-            json.dump({"message": printable(cause), "timestamp": int(time.time()) - 1}, report)
+            extra = {"timestamp": int(time.time()) - 1}
+            json.dump({"message": {"message": printable(cause), "extraInfo": extra}}, report)
 
 
 @contextmanager

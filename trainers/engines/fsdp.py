@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from isobatch.conf import engines
 from isobatch.conf.schema import RunConfig
@@ -26,6 +25,7 @@ from isobatch.trainers.engines.reducer import Found, Parts, Reducer, Root, norm_
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.model.build import is_called, matching, place_buffers
 from isobatch.trainers.model.precision import DTYPES
+from isobatch.trainers.ranks.internals import fsdp_collectives
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.sharding import sharded
@@ -165,10 +165,15 @@ class Recorded:
         return super().__call__(*args, **keywords)  # type: ignore[misc]
 
 
-class Gather(Recorded, DefaultAllGather): ...
+AllGather: Any
+ReduceScatter: Any
+AllGather, ReduceScatter = fsdp_collectives()
 
 
-class Reduce(Recorded, DefaultReduceScatter): ...
+class Gather(Recorded, AllGather): ...  # type: ignore[misc]
+
+
+class Reduce(Recorded, ReduceScatter): ...  # type: ignore[misc]
 
 
 def groups(model: nn.Module, shard: Any) -> list[nn.Module]:

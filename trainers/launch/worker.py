@@ -197,5 +197,6 @@ def import_torch(config: RunConfig) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # count GPUs without CUDA, which doesn't survive a fork
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat the exceptions, with C++ stacks
     gc.disable()  # collecting long-lived imports takes 0.5 s; workers enable it again
-    import torch
-    import torch._dynamo  # noqa: F401
+    from isobatch.trainers.ranks.internals import import_compiler
+
+    import_compiler()

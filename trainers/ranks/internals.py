@@ -1,10 +1,11 @@
 """What Isobatch uses of torch's internals, in one place to check when torch changes.
 
-Names are imported from here. Members of torch's classes can't be; ``MEMBERS`` lists them. Only engines/fsdp.py imports
-FSDP's collectives itself, since that takes most of a second.
+Names are imported from here. Members of torch's classes can't be; ``MEMBERS`` lists them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
@@ -27,11 +28,24 @@ foreach_mul_, foreach_norm, foreach_zero_ = torch._foreach_mul_, torch._foreach_
 fused_adamw_ = torch._fused_adamw_
 get_cudnn_tf32, set_cudnn_tf32 = torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32
 
+
+def import_compiler() -> None:
+    """Import torch's compiler, which optimizers import on first use; that takes most of a second."""
+    import torch._dynamo  # noqa: F401
+
+
+def fsdp_collectives() -> tuple[Any, Any]:
+    """Return the classes of FSDP's all-gather and reduce-scatter; their import takes most of a second."""
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    return DefaultAllGather, DefaultReduceScatter
+
+
 MEMBERS = {  # class → members that are called, read or overridden
     "torch.Tensor": "_base _version",
     "torch.nn.Module": "_buffers _modules",
     "torch.nn.modules.batchnorm._BatchNorm": "_check_input_dim",
-    "torch.nn.parallel.DistributedDataParallel": "_check_reducer_finalized",
+    "torch.nn.parallel.DistributedDataParallel": "_check_reducer_finalized _module_parameters",
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown_workers _workers",
     "torch.distributed.elastic.agent.server.api.SimpleElasticAgent": "_exit_barrier _monitor_workers _rendezvous "
     "_restart_workers _start_workers _stop_workers",
