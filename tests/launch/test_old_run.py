@@ -71,6 +71,9 @@ def test_a_run_of_f0a1b05_resumes(
     ours, theirs = measured(run, names), measured(uninterrupted, names)
     assert {step: measured(run)[step] for step in before} == before
     assert ours.keys() == theirs.keys()
+    resumed_at = min(step for step, values in theirs.items() if step > max(before) and "loss" in values)
+    for values in [lines[step] for lines in (ours, theirs) for step in lines if step <= resumed_at]:
+        values.pop("loss", None)  # f0a1b05 logged the loss of one step, not the average since the last line
     for step, values in theirs.items():
         assert ours[step] == pytest.approx(values, rel=ROUNDING, abs=ROUNDING), step
     for file in ("model.safetensors", "ema.safetensors"):
