@@ -110,10 +110,8 @@ def test_bf16_weights_equal_autocast_to_rounding(runs: Runs) -> None:
 
 def test_offload_needs_gpus(runs: Runs) -> None:
     end = runs(1, *overrides(PLAIN, "FSDP"), "engine.offload=true").ends[0]
-    assert end == {
-        "raised": "UserError",
-        "message": "engine.offload=true moves tensors out of a GPU's memory, but this runs on cpu; leave it out",
-    }
+    assert (end["raised"], end["key"]) == ("UserError", "engine.offload")
+    assert "cpu" in end["message"]
 
 
 def test_fsdp_prints_no_warnings(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
