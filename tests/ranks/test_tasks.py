@@ -48,7 +48,7 @@ def test_yaml_matches_the_task(name: str) -> None:
     torch.manual_seed(0)
     model = task.model()
     batch = default_collate([task.val_data()[row] for row in range(4)])
-    loss, units = checked(task.loss(model, batch), 4)
+    loss, units, _ = checked(task.loss(model, batch), 4)
     assert units == 4 * (config.task.units_per_sample or 1)
     guessing = {"text": 256}.get(name, 10)  # an untrained model gives all classes the same probability
     assert loss.item() / units == pytest.approx(np.log(guessing), rel=0.1)
