@@ -63,7 +63,7 @@ def make_loop(world: World, *overrides: str) -> Callable[[int | None], float]:
         monitor = Monitor(config, state, Metrics(None, state, live=False), readback, hardware, stop)
         world.gather("")  # all ranks start together
         began = time.perf_counter()
-        fit(state, stepper, monitor, saver, None, EarlyStop(config, world, []))
+        fit(state, stepper, monitor, saver, None, EarlyStop(config, world))
         return time.perf_counter() - began
 
     return seconds

@@ -120,7 +120,9 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         reached = session.watch.reached if checkpoints(run) else Reached()
         return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
     ready = build(attempt, opened)
-    early = EarlyStop(session.config, session.world, evaluations_until(run.path / "metrics.jsonl", ready.state))
+    early = EarlyStop(session.config, session.world)
+    if attempt.ours and early.rules:
+        early.evaluations = evaluations_until(run.path / "metrics.jsonl", ready.state)
     with followers:
         done = loop(attempt, opened, ready, early)
         outcome = finish(attempt, ready, done, early.cause)

@@ -108,6 +108,14 @@ def test_time_ends_the_run_on_all_ranks_at_the_same_step(runs: Runs) -> None:
     assert all(line["time_s"] >= 3 for line in last)
 
 
+def test_time_is_the_cause_where_no_value_is(runs: Runs) -> None:
+    """The last evaluation, which ``stop.after`` asks for, meets no other rule."""
+    run = runs(2, *SAME, "stop.after=0.0001min", "stop.at=val/loss<=0", "stop.when=val/loss:min")
+    assert ended(run) == ("finished", run.ends[0]["step"])
+    assert run.ends[0]["step"] < 60
+    assert run.ends[0]["cause"] == "stop.after=0.0001min"
+
+
 class SlowData(Counted):
     def augment(self, sample: Any, generator: torch.Generator) -> Any:
         time.sleep(0.002)

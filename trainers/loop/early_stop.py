@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from isobatch.scaling.stopping import Plateau, Target
@@ -16,17 +16,15 @@ if TYPE_CHECKING:
 class EarlyStop:
     """Decide, on all ranks alike, whether a run ends at an evaluation or at a time.
 
-    Args:
-        evaluations: the lines of ``metrics.jsonl`` so far that are evaluations; used on rank 0.
-
     Attributes:
+        evaluations: the lines of ``metrics.jsonl`` so far that are evaluations; those of rank 0 count.
         cause: why the run ends early; empty while it doesn't.
         rules: the rules about evaluations.
     """
 
-    def __init__(self, config: RunConfig, world: World, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, config: RunConfig, world: World) -> None:
         stop = config.stop
-        self._world, self._evaluations = world, list(evaluations)
+        self._world, self.evaluations = world, list[Mapping[str, Any]]()
         self._after_s = None if stop.after is None else stop.after.value * 60
         self._after, self._missing = stop.after, set[str]()
         self.cause = ""
@@ -48,13 +46,13 @@ class EarlyStop:
     def decide(self) -> bool:
         """Return, the same on all ranks, whether the run ends at its last evaluation; all ranks have to call this."""
         if self.rules:
-            found = [cause for rule in self.rules if (cause := rule.cause(self._evaluations))]
-            self.cause = self._world.agree(found[0] if found else "")
+            found = [cause for rule in self.rules if (cause := rule.cause(self.evaluations))]
+            self.cause = self._world.agree(found[0] if found else "") or self.cause
         return bool(self.cause)
 
     def evaluated(self, values: Mapping[str, Any]) -> list[str]:
         """Add an evaluation. Return warnings about values that it lacks, each once."""
-        self._evaluations.append(values)
+        self.evaluations.append(values)
         lacking = [rule for rule in self.rules if rule.name not in values and rule.key not in self._missing]
         self._missing.update(rule.key for rule in lacking)
         return [f"{rule.key}: {missing_value(rule.name, values)}" for rule in lacking]

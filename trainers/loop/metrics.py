@@ -160,7 +160,7 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
     return known | {f"noise/{name}": getattr(averages, name, None) for name in ("grad_sq", "trace")}
 
 
-def evaluations_until(file: Path, state: TrainState) -> list[dict[str, Any]]:
+def evaluations_until(file: Path, state: TrainState) -> list[Mapping[str, Any]]:
     """Return the evaluations in a metrics file up to ``state``."""
     lines = map(parse_json, lines_until(file, state))
     return [line for line in lines if "loss" not in line]
