@@ -15,9 +15,10 @@ from isobatch.trainers.tasks.task import Task
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-# Dense peak in TFLOP/s for matrices of 16-bit numbers, of TF32 and of fp32, from NVIDIA's datasheets, by a part of the
+# Dense peak in TFLOP/s for matrices of 16-bit numbers, of TF32 and of fp32, from NVIDIA's datasheets, by words of the
 # device's name. The first match counts.
 PEAK_TFLOPS = {
+    "H100 NVL": (835.5, 417.5, 60.0),
     "H100 PCIe": (756.0, 378.0, 51.0),
     "H100": (989.4, 494.7, 66.9),
     "H200": (989.4, 494.7, 66.9),
@@ -75,8 +76,17 @@ def peak_flops(config: RunConfig, device: torch.device, world_size: int) -> floa
     """Return the peak of all ranks' devices in FLOP/s, for matrices of the run's precision; None: not known."""
     tflops = config.log.peak_tflops
     if tflops is None and device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        narrow, tf32, fp32 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (None, None, None))
+        narrow, tf32, fp32 = peak_tflops(torch.cuda.get_device_name(device)) or (None, None, None)
         exact = torch.get_float32_matmul_precision() == "highest"
         tflops = narrow if config.precision != "fp32" else fp32 if exact else tf32
     return None if tflops is None else tflops * 1e12 * world_size
+
+
+def peak_tflops(name: str) -> tuple[float, float, float] | None:
+    """Return the entry of PEAK_TFLOPS for a device's name, or None.
+
+    >>> peak_tflops("NVIDIA H100 80GB HBM3")
+    (989.4, 494.7, 66.9)
+    """
+    words = set(name.replace("-", " ").split())
+    return next((peaks for known, peaks in PEAK_TFLOPS.items() if words.issuperset(known.split())), None)
