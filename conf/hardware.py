@@ -39,13 +39,16 @@ def visible_gpus(env: Mapping[str, str] = os.environ, root: Path = Path("/")) ->
 
 
 def enter_slot(config: RunConfig, slot: int) -> None:
-    """Give this process its part of the GPUs, as one of ``runs_at_a_time`` runs of a sweep.
+    """Give this process its part of the GPUs, if there are any, as one of ``runs_at_a_time`` runs of a sweep.
 
     Args:
         slot: index of the run among them, from 0.
     """
     env, here = environment(config), workers_here(config)
-    names = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(visible_gpus(env))))).split(",")
+    count = visible_gpus(env)
+    if config.device == "cpu" or not count or runs_at_a_time() == 1:
+        return
+    names = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * here : (slot + 1) * here])
     os.environ[IN_SLOT] = "1"
 
@@ -53,6 +56,11 @@ def enter_slot(config: RunConfig, slot: int) -> None:
 def runs_at_a_time() -> int:
     """Return the number of runs that train at a time on this machine, by one command."""
     return int(os.environ.get(AT_A_TIME, "1"))
+
+
+def _sharing_gpus() -> int:
+    """Return the number of runs that share the GPUs that this process sees."""
+    return 1 if IN_SLOT in os.environ else runs_at_a_time()
 
 
 def environment(config: RunConfig) -> dict[str, str]:
@@ -68,7 +76,7 @@ def workers_here(config: RunConfig) -> int:
         return config.cluster.gpus_per_node
     if config.device == "cpu" or (config.engine.name == "accelerate" and by_accelerate()):
         return 1
-    return max(1, visible_gpus(environment(config)) // (1 if IN_SLOT in os.environ else runs_at_a_time()))
+    return max(1, visible_gpus(environment(config)) // _sharing_gpus())
 
 
 def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
@@ -145,7 +153,7 @@ def refuse_unless_startable(config: RunConfig) -> None:
             f"device=cuda, but no GPU is visible here{hidden}", "device=cpu trains without", "device", "cuda"
         )
     here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
-    at_a_time = runs_at_a_time()
+    at_a_time = _sharing_gpus()
     if config.device != "cpu" and visible and at_a_time > 1 and here * at_a_time > visible:
         problem = f"search.parallel={at_a_time} runs of {here} GPUs need {here * at_a_time}, and {visible} are visible"
         raise UserError(problem, "give fewer, or device=cpu", "search.parallel", at_a_time)

@@ -19,11 +19,9 @@ from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import (
     AT_A_TIME,
     enter_slot,
-    environment,
     refuse_unless_startable,
     runs_at_a_time,
     under_torchrun,
-    visible_gpus,
     world_size,
 )
 from isobatch.conf.rundir.directory import RunDir
@@ -227,8 +225,7 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
 
 def _train_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: Work, slot: int) -> int:
     """Train one of several runs at a time, on its share of the GPUs."""
-    if config.device != "cpu" and runs_at_a_time() > 1 and visible_gpus(environment(config)):
-        enter_slot(config, slot)
+    enter_slot(config, slot)
     return train(config, plan, directory, work, keep=True)
 
 

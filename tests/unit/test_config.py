@@ -900,6 +900,7 @@ def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     hardware.enter_slot(config, 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,2"
     assert hardware.workers_here(config) == 2
+    hardware.refuse_unless_startable(config)  # the GPUs of its slot are all its own
 
 
 def test_an_array_has_its_own_limit() -> None:
