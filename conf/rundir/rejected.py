@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,18 +13,22 @@ from isobatch.conf.rundir.lock import LOCK
 from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.rundir.owner import OWNER
 
-OF_A_START = {LOCK, OWNER, "config.yaml", "events.jsonl", "outcome.json", "logs"}  # files of one that never trained
+OF_A_START = (LOCK, OWNER, "config.yaml", "events.jsonl", "outcome.json")  # files of one that never trained
+LOGS = "logs"
 
 
 @contextmanager
 def removed_if_rejected(directory: Path) -> Iterator[None]:
-    """Remove ``directory``, and folders made for it, if a start within makes it and is rejected before it trains."""
+    """Remove ``directory``, and folders made for it, if a start within makes it and is rejected before it trains.
+
+    Only the files of such a start are removed. A directory with any other file stays.
+    """
     made = list(takewhile(lambda folder: not os.path.lexists(folder), (directory, *directory.parents)))
     try:
         yield
     finally:
-        if made and _is_rejected(directory):
-            with suppress(OSError):  # not empty, or a disk that fails
+        with suppress(OSError):  # not empty, or a disk that fails: the rejection is what has to be reported
+            if made and _is_rejected(directory):
                 _remove(directory)
                 for parent in made[1:]:
                     parent.rmdir()
@@ -34,14 +37,19 @@ def removed_if_rejected(directory: Path) -> Iterator[None]:
 def _is_rejected(directory: Path) -> bool:
     outcome = known_outcome(directory)
     rejected = outcome is not None and outcome.state == "refused" and not outcome.restarts
-    return rejected and set(os.listdir(directory)) <= OF_A_START
+    return rejected and {*os.listdir(directory)} <= {*OF_A_START, LOGS}
 
 
 def _remove(directory: Path) -> None:
-    """Remove a rejected start. Put it back where another start has begun there meanwhile."""
-    aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    """Remove a rejected start. Put it back if another start has begun there meanwhile, or left anything there."""
+    aside = directory.with_name(f"rejected-{uuid.uuid4().hex}")
     directory.rename(aside)
     if _is_rejected(aside):
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.rename(directory)
+        for file in (*(aside / name for name in OF_A_START), *(aside / LOGS).glob("*rank-*")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # something has arrived
+            if (aside / LOGS).exists():
+                (aside / LOGS).rmdir()
+            aside.rmdir()
+            return
+    aside.rename(directory)
