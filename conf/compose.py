@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isobatch.conf.existing import ever_trained, refuse_missing, refuse_other_science, run_of
+from isobatch.conf.hardware import runs_at_a_time
 from isobatch.conf.identity import housekeeping
 from isobatch.conf.keys import choices_of
 from isobatch.conf.layers import layered, roots_with
@@ -65,7 +66,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
 
 
 def unused_keys(overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """Return a warning for each given key without effect: of another LR decay, or of ``stop.when``, which isn't given.
+    """Return a warning for each given key without effect, as what uses it isn't asked for.
 
     There are none for a config that was stored, since its run has the identity that they change.
     """
@@ -80,6 +81,7 @@ def unused_keys(overrides: Sequence[str], config: RunConfig) -> list[str]:
         if decay not in users
     }
     unused |= {} if when else dict.fromkeys(("stop.patience", "stop.min_delta"), "stop.when, and stop.when is null")
+    unused |= {} if config.search.parallel == runs_at_a_time() else {"search.parallel": "a sweep (-m)"}
     return [f"{key} is only used by {users}" for key, users in unused.items() if key in config.given]
 
 

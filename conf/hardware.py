@@ -13,7 +13,7 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
 AT_A_TIME = "ISOBATCH_AT_A_TIME"  # set by a sweep: the runs that train at a time
-IN_SLOT = "ISOBATCH_IN_SLOT"  # set in one of these runs: the visible GPUs are all its own
+GPUS = "ISOBATCH_GPUS"  # set in each of these runs: its part of the GPUs, as CUDA_VISIBLE_DEVICES names them
 FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
 
@@ -49,8 +49,7 @@ def enter_slot(config: RunConfig, slot: int) -> None:
     if config.device == "cpu" or not count or runs_at_a_time() == 1:
         return
     names = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * here : (slot + 1) * here])
-    os.environ[IN_SLOT] = "1"
+    os.environ[GPUS] = ",".join(names[slot * here : (slot + 1) * here])
 
 
 def runs_at_a_time() -> int:
@@ -60,12 +59,14 @@ def runs_at_a_time() -> int:
 
 def _sharing_gpus() -> int:
     """Return the number of runs that share the GPUs that this process sees."""
-    return 1 if IN_SLOT in os.environ else runs_at_a_time()
+    return 1 if GPUS in os.environ else runs_at_a_time()
 
 
 def environment(config: RunConfig) -> dict[str, str]:
     """Return the environment of the workers."""
-    return {**os.environ, **{name: str(value) for name, value in config.cluster.environment.items()}}
+    given = {name: str(value) for name, value in config.cluster.environment.items()}
+    part = {"CUDA_VISIBLE_DEVICES": os.environ[GPUS]} if GPUS in os.environ else {}
+    return os.environ | given | part
 
 
 def workers_here(config: RunConfig) -> int:

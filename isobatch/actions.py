@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isobatch.conf.compose import unused_keys
 from isobatch.conf.existing import extends, lengthened
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 LAUNCHER = Path(__file__).with_name("launch.py").resolve()
 # Installed, launch.py lies within the package, which may be in a repository of someone else's.
 INSTALLED = LAUNCHER.parent == Path(__file__).resolve().parent
+
+T = TypeVar("T")
 
 Count = Callable[["RunConfig"], int]
 """Open the training data and return the number of samples."""
@@ -193,9 +195,11 @@ def _jobs() -> dict[str, Any]:
 def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:
     """Plan all runs of a sweep, then train them in turn, each in a child process, or submit a job array."""
     elements = expand(overrides, config_dir)
-    configs, plans = _planned_all(elements, config_dir, count)
-    warn_of_unused([(element.overrides, config) for element, config in zip(elements, configs, strict=True)])
+    configs = _for_each(elements, [partial(configured, element.overrides, config_dir) for element in elements])
     directories = sweep_directories(configs, [element.swept for element in elements])
+    os.environ[AT_A_TIME] = str(configs[0].search.parallel)  # the same in all of them
+    plans: list[Any] = _for_each(elements, [partial(planned, config, count) for config in configs])
+    warn_of_unused([(element.overrides, config) for element, config in zip(elements, configs, strict=True)])
     if configs[0].action == "plan" and configs[0].output == "json":
         answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
         return 0
@@ -229,21 +233,16 @@ def _train_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: 
     return train(config, plan, directory, work, keep=True)
 
 
-def _planned_all(
-    elements: Sequence[Element], config_dir: str | None, count: Count
-) -> tuple[list[RunConfig], list[Any]]:
-    """Return the config and the plan of each element; a rejection names the element."""
-    configs: list[RunConfig] = []
-    plans: list[Any] = []
-    for element in elements:
+def _for_each(elements: Sequence[Element], works: Sequence[Callable[[], T]]) -> list[T]:
+    """Return the result of the work for each element of a sweep. A rejection names the element."""
+    results: list[T] = []
+    for element, work in zip(elements, works, strict=True):
         try:
-            configs.append(configured(element.overrides, config_dir))
-            os.environ[AT_A_TIME] = str(configs[-1].search.parallel)
-            plans.append(planned(configs[-1], count))
+            results.append(work())
         except UserError as error:
             problem = ": ".join(filter(None, [" ".join(element.swept), error.problem]))
             raise UserError(problem, error.fix, error.key, error.value) from None
-    return configs, plans
+    return results
 
 
 def warn_of_unused(commands: Iterable[tuple[Sequence[str], RunConfig]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -360,6 +359,13 @@ def test_keys_of_stop_when_are_unused_without_it() -> None:
     given = ["stop.patience=2", "stop.min_delta=0.1"]
     assert [text.split()[0] for text in unused_keys(given, compose(given))] == ["stop.patience", "stop.min_delta"]
     given.append("stop.when=val/loss:min")
+    assert unused_keys(given, compose(given)) == []
+
+
+def test_runs_at_a_time_are_unused_without_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["search.parallel=2"]
+    assert [text.split()[0] for text in unused_keys(given, compose(given))] == ["search.parallel"]
+    monkeypatch.setenv(hardware.AT_A_TIME, "2")  # as a sweep does
     assert unused_keys(given, compose(given)) == []
 
 
@@ -878,7 +884,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         hardware.refuse_unless_startable(compose(["debug=true"]))
 
 
-def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["environment", "key"])
+def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """Eight GPUs and three runs at a time: two GPUs each."""
     eight = "0,1,2,3,4,5,6,7"
 
@@ -894,11 +901,14 @@ def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError) as error:
         hardware.refuse_unless_startable(compose(["search.parallel=3", "cluster.gpus_per_node=3"]))
     assert error.value.key == "search.parallel"
-    monkeypatch.setenv(hardware.IN_SLOT, "")  # restored by monkeypatch
-    monkeypatch.delenv(hardware.IN_SLOT)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
+    monkeypatch.setenv(hardware.GPUS, "")  # restored by monkeypatch
+    monkeypatch.delenv(hardware.GPUS)
+    if by == "environment":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
+    else:
+        config = compose(["search.parallel=3", "cluster.environment.CUDA_VISIBLE_DEVICES='7,6,5,4,3,2,1,0'"])
     hardware.enter_slot(config, 2)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,2"
+    assert hardware.environment(config)["CUDA_VISIBLE_DEVICES"] == "3,2"
     assert hardware.workers_here(config) == 2
     hardware.refuse_unless_startable(config)  # the GPUs of its slot are all its own
 

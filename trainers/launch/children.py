@@ -164,8 +164,12 @@ def train_elements(
     codes: list[int] = []
     waiting = list(enumerate(trainings))
     free, running = list(range(at_a_time)), dict[int, Child]()
-    while running or (waiting and not (stop.wanted or EXIT_CODE["stopped"] in codes)):
-        while free and waiting and not (stop.wanted or EXIT_CODE["stopped"] in codes):
+
+    def stopped() -> bool:
+        return bool(stop.wanted) or EXIT_CODE["stopped"] in codes
+
+    while running or (waiting and not stopped()):
+        while free and waiting and not stopped():
             (index, training), slot = waiting.pop(0), free.pop(0)
             name = f"[{index + 1} of {len(elements)}]"
             say(f"\n{name} {' '.join(elements[index].swept)}")
@@ -178,7 +182,7 @@ def train_elements(
         time.sleep(POLL_S)
     say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
-    if stop.wanted or EXIT_CODE["stopped"] in codes:
+    if stopped():
         say("stopped (run the same command to resume)")
         return EXIT_CODE["stopped"]
     failed = set(codes) - {0}

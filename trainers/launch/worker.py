@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from isobatch.conf.hardware import runs_at_a_time, under_torchrun
+from isobatch.conf.hardware import environment, runs_at_a_time, under_torchrun
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome
 from isobatch.scaling.errors import UserError
@@ -188,7 +188,7 @@ def _threads(config: RunConfig, local_size: int) -> int:
 
 def import_torch(config: RunConfig) -> None:
     """Import torch and everything else that training needs, once for all workers forked from this process."""
-    os.environ.update({name: str(value) for name, value in config.cluster.environment.items()})
+    os.environ.update(environment(config))
     requested = "" if under_torchrun() else os.environ.get("OMP_NUM_THREADS", "")  # torchrun sets it to 1 by default
     os.environ.setdefault(THREADS, requested)
     os.environ["OMP_NUM_THREADS"] = "1"  # a fork hangs if its parent ever had a second OpenMP thread
