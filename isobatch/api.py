@@ -26,8 +26,9 @@ from isobatch.conf.hardware import under_torchrun, workers_here
 from isobatch.conf.identity import run_directory
 from isobatch.conf.overrides import override
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import holds_run, read_run
+from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, State
+from isobatch.conf.rundir.reading import metric_lines
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.report.compare.comparison import Report
@@ -138,7 +139,7 @@ def load(directory: str | Path, task: type | str | None = None) -> tuple[Any, nn
 
 def history(directory: str | Path) -> list[dict[str, Any]]:
     """Return the lines of the run's ``metrics.jsonl``. Raises UserError if the directory holds no run."""
-    return read_run(_run_in(directory).path).metrics
+    return metric_lines(_run_in(directory).path)
 
 
 def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> Report:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -65,7 +66,7 @@ def read_text(file: Path | str, most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, without NaN or duplicate keys.
+    """Parse JSON, without NaN, values that no float can hold, or duplicate keys.
 
     Raises:
         Unreadable: ``text`` isn't valid JSON.
@@ -87,6 +88,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise Unreadable("it has a duplicate key")
+    for name, value in pairs:
+        if type(value) is float and math.isinf(value):
+            raise Unreadable(f"{name:.60} is too large")
     return found
 
 

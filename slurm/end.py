@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import events, last_step
 from isobatch.conf.rundir.outcome import EXIT_CODE, Outcome, known_outcome
+from isobatch.conf.rundir.reading import events, last_step
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.state import Job, JobStart, down_nodes, job, restarted_nodes
 

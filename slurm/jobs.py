@@ -11,7 +11,8 @@ from pathlib import Path
 
 from isobatch.conf.groups import Slurm
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import holds_run, last_step
+from isobatch.conf.rundir.files import holds_run
+from isobatch.conf.rundir.reading import last_step
 from isobatch.conf.saved import frozen
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from isobatch.conf.rundir.files import events
 from isobatch.conf.rundir.outcome import known_outcome
+from isobatch.conf.rundir.reading import events
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.end import DUE, End, parse_due, tail, when
 from isobatch.slurm.state import JobStart, ask, down_nodes, job, restarted_nodes

@@ -14,7 +14,8 @@ from pathlib import Path
 from isobatch.conf.existing import refuse_missing
 from isobatch.conf.groups import Slurm
 from isobatch.conf.overrides import override
-from isobatch.conf.rundir.files import events, write_atomic
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.reading import events
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 from isobatch.slurm.render import render

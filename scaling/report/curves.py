@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isobatch.conf.rundir.files import MEASURES
+from isobatch.conf.rundir.reading import MEASURES
 
 MOST = 100  # points of a curve
 PLACES = ("step", "samples", "time_s")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isobatch.conf.identity import science_of
-from isobatch.conf.rundir.files import MEASURES, RunFiles, read_run
-from isobatch.scaling.reading import Unreadable, read_yaml
+from isobatch.conf.rundir.reading import HUGE, MEASURES, RunFiles, read_run
 from isobatch.scaling.report.curves import Curves, curves_of
 from isobatch.scaling.report.measures import Direction, Measure, direction_of
 
 NO_CAUSE = "ended without recording a cause: it was killed, or its machine went down"
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
+OF_PLAN = ("identity", "task", "global_size", "per_gpu", "world_size", "seed", "steps", "samples")
 PARTS = 10  # a run diverged if the middle loss of its last tenth is above all losses of its first tenth
 
 Lines = Sequence[dict[str, Any]]
@@ -150,7 +149,7 @@ def read(
         damage=files.damage,
         job=jobs[-1] if jobs else None,
         queue=waits,
-        recipe=_recipe(files.plan, directory),
+        recipe=_recipe(files),
         done=_progress(files, running=state == "running"),
         loss=_last(files.metrics, "loss"),
         evaluation=_evaluation(files.metrics),
@@ -160,36 +159,16 @@ def read(
     )
 
 
-def _recipe(plan: Mapping[str, Any], directory: Path) -> Recipe:
-    config: Any = None
-    with suppress(FileNotFoundError, Unreadable):
-        config = read_yaml(directory / "config.yaml")
-    config = config if isinstance(config, dict) else {}
-    given = config.get("given")
+def _recipe(files: RunFiles) -> Recipe:
+    plan, config = files.plan, files.config
     science = {key: value for key, value in science_of(config).items() if key not in ("seed", "format")}
-    optimizer = plan.get("optimizer")
     return Recipe(
-        identity=_text(plan, "identity"),
-        task=_text(plan, "task"),
-        optimizer=_text(optimizer, "name") if isinstance(optimizer, dict) else None,
-        global_size=_count(plan, "global_size"),
-        per_gpu=_count(plan, "per_gpu"),
-        world_size=_count(plan, "world_size"),
-        lr_peak=plan.get("lr", {}).get("peak"),
-        seed=_count(plan, "seed"),
-        steps=plan.get("steps"),
-        samples=plan.get("samples"),
+        **{name: plan.get(name) for name in OF_PLAN},
+        optimizer=(plan.get("optimizer") or {}).get("name"),
+        lr_peak=(plan.get("lr") or {}).get("peak"),
         science=science,
-        given=tuple(map(str, given)) if isinstance(given, list) else (),
+        given=tuple(config.get("given") or ()),
     )
-
-
-def _text(content: Mapping[str, Any], name: str) -> str | None:
-    return value if isinstance(value := content.get(name), str) else None
-
-
-def _count(content: Mapping[str, Any], name: str) -> int | None:
-    return value if type(value := content.get(name)) is int else None
 
 
 def _progress(files: RunFiles, running: bool) -> Progress:
@@ -201,18 +180,24 @@ def _progress(files: RunFiles, running: bool) -> Progress:
     batch = _last(logged, "global_size")
     speeds = [line["samples_per_s"] for line in logged if line.get("samples_per_s")]
     planned, pace = files.plan.get("samples"), last.get("samples_per_s") if running else None
-    left = None if planned is None or "samples" not in last else planned - last["samples"]
+    left = None if planned is None or "samples" not in last else max(0, planned - last["samples"])
     return Progress(
         step=max(ended.step if ended else 0, end.get("step", 0)),
         samples=samples,
         time_s=seconds,
-        samples_per_s=end["samples"] / seconds if seconds and "samples" in end else _middle(speeds),
+        samples_per_s=_ratio(end.get("samples"), seconds) or _middle(speeds),
         epoch=end.get("epoch"),
-        eta_s=None if left is None or not pace or pace < 0 else max(0.0, left / pace),
+        eta_s=_ratio(left, pace),
         noise_scale=_last(logged, "noise/scale"),
-        gradient_variance=trace / batch if trace is not None and batch else None,
+        gradient_variance=_ratio(trace, batch),
         diverged=_diverged([line["loss"] for line in logged]),
     )
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """Return a quotient; None if a value is missing or the quotient is too large to mean anything."""
+    found = above / below if above is not None and below else None
+    return found if found is not None and abs(found) <= HUGE else None
 
 
 def _last(lines: Lines, name: str) -> Any:

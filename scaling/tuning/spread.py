@@ -35,11 +35,13 @@ def half_width(one: Spread, other: Spread) -> float | None:
     Returns:
         None if a side has one value only, or no side has any spread: then nothing is known about chance.
     """
-    if one.deviation is None or other.deviation is None or one.deviation == other.deviation == 0:
+    if one.deviation is None or other.deviation is None:
         return None
     parts = [(side.deviation**2 / side.n, side.n) for side in (one, other) if side.deviation is not None]
     total = sum(part for part, _ in parts)
-    freedom = total**2 / sum(part**2 / (n - 1) for part, n in parts)
+    if not total:
+        return None
+    freedom = 1 / sum((part / total) ** 2 / (n - 1) for part, n in parts)
     return student(freedom) * math.sqrt(total)
 
 

@@ -139,7 +139,9 @@ def test_a_run_with_a_damaged_config_is_reported(tmp_path: Path, capsys: pytest.
     run = write_run(tmp_path / "a", learned(16, 0))
     (run / "config.yaml").write_text("- [a\n")
     assert "digits: 1 run" in command(capsys, "action=report", f"run.dir={run}")[0]
-    assert "finished" in command(capsys, "action=runs", f"run.dir={run}")[0]
+    listed = command(capsys, "action=runs", f"run.dir={run}")[0]
+    assert "damaged" in listed
+    assert "config.yaml" in listed
 
 
 def test_runs_rejected_before_they_had_a_plan_are_one_line(tmp_path: Path) -> None:

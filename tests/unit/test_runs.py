@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from isobatch.conf.rundir.files import last_step
+from isobatch.conf.rundir.reading import last_step
 from isobatch.scaling.report.result import grid, result
 from isobatch.scaling.report.run import read
 from isobatch.scaling.report.runs import as_json, cells, directories

@@ -13,7 +13,7 @@ import torch
 from isobatch.conf.existing import lengthened
 from isobatch.conf.identity import identity
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import events
+from isobatch.conf.rundir.reading import events
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan

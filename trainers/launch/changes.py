@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import events
+from isobatch.conf.rundir.reading import events
 from isobatch.conf.saved import not_applied
 from isobatch.trainers.launch.source import hash_of, places
 

@@ -9,9 +9,10 @@ import torch
 
 from isobatch.conf.existing import ever_trained
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import last_step, write_atomic
+from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome, State
+from isobatch.conf.rundir.reading import last_step
 from isobatch.conf.saved import dump
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError

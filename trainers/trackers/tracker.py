@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from isobatch.conf.rundir.files import events, write_atomic
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.reading import events
 from isobatch.conf.trackers import TRACKERS, Log
 from isobatch.scaling.reading import read_json, read_yaml
 from isobatch.trainers.model.targets import build

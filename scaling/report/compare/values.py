@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from isobatch.conf.rundir.reading import HUGE
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.measure import Metric
 from isobatch.scaling.report.measures import Target
@@ -64,4 +65,4 @@ def values_of(group: Group, metric: Metric | None, target: Target | None) -> Val
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:
-    return Spread.of([value for value in values if value is not None])
+    return Spread.of([value for value in values if value is not None and abs(value) <= HUGE])

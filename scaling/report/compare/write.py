@@ -52,7 +52,7 @@ def write(report: Report, directory: Path) -> Report:
         report = replace(report, warnings=[*report.warnings, *missing], directory=directory)
         texts["report.md"] = markdown_of(report, pictures)
         texts["report.csv"] = csv_of(report)
-        as_json = json.dumps(as_dict(report), indent=1, ensure_ascii=False, allow_nan=False)
+        as_json = json.dumps(as_dict(report), indent=1, allow_nan=False)
         texts["report.json"] = as_json + "\n"
         for name, text in texts.items():
             write_atomic(directory / name, text)
