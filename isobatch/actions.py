@@ -36,9 +36,9 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.resolve import continued, resolve
+from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.plan_json import to_json
-from isobatch.scaling.report.plan_table import table
-from isobatch.scaling.report.result import grid, plan_row, result
+from isobatch.scaling.report.plan_table import row_of, table
 from isobatch.trainers.launch.changes import differences
 from isobatch.trainers.launch.children import train_elements
 from isobatch.trainers.launch.source import commit_of, folder_of, repository_of
@@ -119,7 +119,7 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, 
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
     before, longer = last_attempt(run, config)
     if is_finished(before, longer) and not dry:
-        say_once(f"{result(directory)} · {directory} (run.new=true trains again)")
+        say_once(f"{_ended(directory)} · {directory} (run.new=true trains again)")
         for difference in differences(run, config, code_now(config)) if first() else ():
             say_once(difference)
         return 0
@@ -144,8 +144,15 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, 
         with suppress(OSError):  # a full disk under the output doesn't change how the run ended
             how = f"run.dir={directory}" if config.run.new else "the same command"
             resumes = f" ({how} resumes)" if code == EXIT_CODE["stopped"] else ""
-            say_once(f"{result(directory)} · {directory}{resumes}")
+            say_once(f"{_ended(directory)} · {directory}{resumes}")
     return code
+
+
+def _ended(directory: Path) -> str:
+    """Return the result of a run in a line."""
+    from isobatch.scaling.report.result import result
+
+    return str(result(directory))
 
 
 def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:
@@ -204,7 +211,7 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
         answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
         return 0
     if configs[0].action == "plan":
-        answer_once(grid([element.column | plan_row(plan) for element, plan in zip(elements, plans, strict=True)]))
+        answer_once(grid([element.column | row_of(plan) for element, plan in zip(elements, plans, strict=True)]))
         return 0
     runs = [RunDir(directory) for directory in directories]
     left = [number for number, (run, config) in enumerate(zip(runs, configs, strict=True)) if not finished(run, config)]
@@ -220,7 +227,7 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     if not dry and Allocation.within():
         raise UserError("-m within a job: a sweep on Slurm is an array of jobs", "submit it from outside")
     if not dry:
-        say_once(grid([elements[number].column | plan_row(plans[number]) for number in left]))
+        say_once(grid([elements[number].column | row_of(plans[number]) for number in left]))
     if left:
         chosen = [configs[number] for number in left], [runs[number] for number in left]
         say_once(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))

@@ -31,7 +31,6 @@ from isobatch.conf.rundir.outcome import EXIT_CODE, State
 from isobatch.conf.rundir.reading import metric_lines
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
-from isobatch.scaling.report.compare.comparison import Report
 from isobatch.trainers.launch.start import process_kept, run_here
 from isobatch.trainers.launch.worker import import_torch
 
@@ -40,8 +39,9 @@ if TYPE_CHECKING:
 
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
+    from isobatch.scaling.report.compare.comparison import Report
 
-__all__ = ["Report", "Result", "UserError", "history", "load", "plan", "report", "train"]
+__all__ = ["Result", "UserError", "history", "load", "plan", "report", "train"]
 
 
 @dataclass(frozen=True, slots=True)

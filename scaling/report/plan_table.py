@@ -6,6 +6,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.scaling.plan import EnginePlacement, Plan, Source, Stage
@@ -51,6 +52,20 @@ def table(plan: Plan, full: bool = False) -> str:
             break_on_hyphens=False,
         )
     return "\n".join([*lines, "─" * width])
+
+
+def row_of(plan: Plan) -> dict[str, Any]:
+    """Return ``plan`` as a row of a table of plans."""
+    return {
+        "global batch": plan.cut.global_size,
+        "per GPU": plan.cut.per_gpu,
+        "ranks": plan.cut.world,
+        "accumulation": plan.cut.accumulation,
+        "steps": plan.steps,
+        "samples": plan.samples,
+        "peak LR": plan.peak.lr,
+        "identity": plan.identity,
+    }
 
 
 def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.lock import works
+from isobatch.scaling.report.grid import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.measures import Direction
-from isobatch.scaling.report.result import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.run import Run, read
 from isobatch.scaling.report.select import chosen
 

@@ -18,8 +18,8 @@ from isobatch.conf.saved import dump
 from isobatch.conf.sweep import MOST_RUNS, expand
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.plan_json import from_json
-from isobatch.scaling.report.result import grid
 from isobatch.trainers.launch.children import guarded
 from tests.support.examples import examples
 

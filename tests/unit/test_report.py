@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.scaling.report.result import Result, grid, result
+from isobatch.scaling.report.grid import grid
+from isobatch.scaling.report.result import Result, result
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_result_of_a_finished_run_is_read(tmp_path: Path) -> None:
@@ -65,3 +70,14 @@ def test_table_aligns_numbers_right_and_has_a_column_per_name() -> None:
         "1     finished  12,000  0.1235    —",
         "10    —              —       —    1",
     ]
+
+
+def test_a_command_imports_reports_only_if_it_makes_one() -> None:
+    loaded = "[name for name in sys.modules if name.startswith('isobatch.scaling.report')]"
+    code = (
+        f"import sys, isobatch.launch, isobatch.api; print(*{loaded}); print(sys.modules['isobatch'].Report.__name__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    modules, report = out.splitlines()
+    assert {name.rpartition(".")[2] for name in modules.split()} == {"report", "grid", "plan_json", "plan_table"}
+    assert report == "Report"

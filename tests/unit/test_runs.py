@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from isobatch.conf.rundir.reading import last_step
-from isobatch.scaling.report.result import grid, result
+from isobatch.scaling.report.grid import grid
+from isobatch.scaling.report.result import result
 from isobatch.scaling.report.run import read
 from isobatch.scaling.report.runs import as_json, cells, directories
 

@@ -17,7 +17,7 @@ from isobatch.conf.rundir.outcome import EXIT_CODE
 from isobatch.conf.sweep import Element
 from isobatch.conf.terminal import Unwritable, say, say_if_slow, tell_torchrun
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.result import grid, result
+from isobatch.scaling.report.grid import grid
 from isobatch.trainers.launch.worker import leave
 from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
@@ -180,6 +180,8 @@ def train_elements(
                 free.append(slot)
                 codes.append(code)
         time.sleep(POLL_S)
+    from isobatch.scaling.report.result import result
+
     say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     if stopped():

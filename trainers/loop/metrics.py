@@ -17,7 +17,7 @@ from isobatch.conf.terminal import say
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.reading import parse_json, read_bytes
-from isobatch.scaling.report.result import clock
+from isobatch.scaling.report.grid import clock
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.readback import StepResult
 

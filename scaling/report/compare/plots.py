@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.pictures import Curve, Heat, Panel, Picture, Style
-from isobatch.scaling.report.result import cut
+from isobatch.scaling.report.grid import cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

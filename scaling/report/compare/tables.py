@@ -14,7 +14,7 @@ from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, number, spread
-from isobatch.scaling.report.result import Figure, grid
+from isobatch.scaling.report.grid import Figure, grid
 from isobatch.scaling.tuning.spread import Spread
 
 LOWEST = ("steps to target", "samples to target", "time to target")  # columns whose lowest value is the best
