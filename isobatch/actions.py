@@ -48,6 +48,7 @@ from isobatch.trainers.ranks.session import Start
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
+    from isobatch.scaling.report.compare.comparison import Report
     from isobatch.trainers.ranks.signals import Stop
 
 LAUNCHER = Path(__file__).with_name("launch.py").resolve()
@@ -178,14 +179,18 @@ def report(config: RunConfig) -> int:
     """Compare the runs in ``run.dir``, else those in runs/: write a report and print its tables."""
     if not first():
         return 0
-    from isobatch.scaling.report.compare.make import make_report
-
-    states = {job: str(one) for job, one in _jobs().items()}
-    made = make_report(config.run.directories or ["runs"], config.report, states)
+    made = compared(config, config.run.directories or ["runs"])
     page, *more = made.files  # report.html, or report.md without the extra
     where = f"written to {made.directory}/{page} and {counted(len(more), 'more file')}"
     answer(made.json if config.output == "json" else f"{made}\n\n{where}")
     return 0
+
+
+def compared(config: RunConfig, roots: Sequence[str]) -> Report:
+    """Compare the runs in ``roots``, and write the report. Raises UserError."""
+    from isobatch.scaling.report.compare.make import make_report
+
+    return make_report(roots, config.report, {job: str(one) for job, one in _jobs().items()})
 
 
 def _jobs() -> dict[str, Any]:

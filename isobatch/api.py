@@ -74,8 +74,7 @@ def train(task: type | str | None = None, *overrides: str, config_dir: str | Pat
     """
     words = [*_task_words(task, overrides), *overrides]
     with _importable(config_dir):
-        config = configured(words, config_dir)
-        refuse_typo(words, config)
+        config = _asked(words, config_dir)
         _refuse_unless_trainable(config)
         plan, directory = actions.planned(config, _count), run_directory(config)
         if workers_here(config) == 1 and config.cluster.nodes == 1 and config.engine.name == "ddp":
@@ -100,8 +99,7 @@ def plan(*overrides: str, config_dir: str | Path | None = None) -> Plan:
     """
     words = [*overrides, "action=plan"]
     with _importable(config_dir):
-        config = configured(words, config_dir)
-        refuse_typo(words, config)
+        config = _asked(words, config_dir)
         actions.warn_of_unused([(words, config)])
         found = actions.planned(config, _count)
         assert found is not None
@@ -155,10 +153,18 @@ def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> R
     Raises:
         UserError: a folder holds no runs, or an override isn't valid.
     """
-    from isobatch.scaling.report.compare.make import make_report
-
     roots = [directories] if isinstance(directories, str | Path) else directories
-    return make_report(list(map(str, roots)), configured([*overrides, "action=report"]).report)
+    words = [*overrides, "action=report"]
+    config = _asked(words)
+    actions.warn_of_unused([(words, config)])
+    return actions.compared(config, list(map(str, roots)))
+
+
+def _asked(words: Sequence[str], config_dir: str | Path | None = None) -> RunConfig:
+    """Return the config that overrides ask for. Raises UserError, as the command does."""
+    config = configured(words, config_dir)
+    refuse_typo(words, config)
+    return config
 
 
 def _run_in(directory: str | Path) -> RunDir:

@@ -6,11 +6,13 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 import isobatch
+from isobatch.scaling.report.compare.plots import _draw_panel
 from tests.support.runs import learned, write_run, write_sweep
 
 SINGLE = {"loss", "evaluations", "time", "course"}
@@ -77,3 +79,42 @@ def test_runs_without_lines_and_with_missing_values_are_drawn(tmp_path: Path) ->
     write_run(tmp_path / "holes", holes, batch=256)
     report = isobatch.report(tmp_path)
     assert {file.stem for file in plots(report)} >= {"loss", "evaluations"}
+
+
+def test_tasks_with_similar_names_have_their_own_plots(tmp_path: Path) -> None:
+    for task in ("a b", "a/b", "a_b-2", "A_b"):
+        write_run(tmp_path / task.replace("/", "|"), learned(16, 0, steps=20), task=task)
+    report = isobatch.report(tmp_path)
+    losses = [file for file in plots(report) if file.name.endswith("-loss.svg")]
+    assert len({file.name.lower() for file in losses}) == len(losses) == 4
+    assert report.directory
+    markdown = (report.directory / "report.md").read_text()
+    assert all(markdown.count(f"({file.name})") == 1 for file in losses)
+
+
+def test_plots_of_values_that_are_no_longer_there_are_removed(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", (16, 64), seeds=1)
+    before = set(isobatch.report(sweep).files)
+    report = isobatch.report(sweep / "batch=16,seed=0", f"report.dir={sweep / 'report'}")
+    assert "by-batch.svg" in before - set(report.files)
+    assert {file.name for file in (sweep / "report").iterdir()} == set(report.files)
+
+
+def test_what_cannot_be_drawn_is_a_warning_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path / "sweep", (16, 64), seeds=1)
+    drawn = _draw_panel
+
+    def draw(axes: Any, panel: Any, *rest: Any, **more: Any) -> None:
+        assert (sweep / "report/report.csv").exists()
+        if panel.title == "Learning rate":
+            raise OverflowError("a value that it can't draw")
+        drawn(axes, panel, *rest, **more)
+
+    monkeypatch.setattr("isobatch.scaling.report.compare.plots._draw_panel", draw)
+    report = isobatch.report(sweep)
+    assert {file.stem for file in plots(report)} == (SINGLE | {"by-batch", "target"}) - {"course"}
+    (warning,) = [text for text in report.warnings if "course" in text]
+    assert "a value that it can't draw" in warning
+    assert "report.html" in report.files

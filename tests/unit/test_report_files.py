@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import threading
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import isobatch
 from isobatch import launch
 from isobatch.conf.compose import compose
 from isobatch.conf.schema import Report as Options
@@ -135,6 +138,15 @@ def test_a_wrong_command_is_rejected_with_what_works(
     assert not list(tmp_path.glob("**/report.json"))
 
 
+@pytest.mark.parametrize("word", ["report.dirr=x", "reprt.dir=x", "report.target=val/acuracy>=0.9", "report.metric=3"])
+def test_python_rejects_what_the_command_rejects(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    run = write_run(tmp_path / "a", learned(16, 0))
+    _, err = command(capsys, "action=report", f"run.dir={run}", word, code=2)
+    with pytest.raises(UserError) as error:
+        isobatch.report(run, word)
+    assert err.endswith(f"isobatch: {error.value}\n")
+
+
 def test_a_run_with_a_damaged_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", learned(16, 0))
     (run / "config.yaml").write_text("- [a\n")
@@ -219,3 +231,48 @@ def test_values_of_another_kind_are_rejected(given: dict[str, Any]) -> None:
     with pytest.raises(UserError) as error:
         options(**given)
     assert error.value.key == f"report.{next(iter(given))}"
+
+
+def test_an_earlier_reports_plots_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", learned(16, 0))
+    folder, outside = run / "report", tmp_path / "outside.svg"
+    folder.mkdir()
+    listed = ["old.svg", "old.png", "report.html", "gone.svg", "folder.svg", "notes.txt", "../outside.svg", "", 3, None]
+    (folder / "report.json").write_text(json.dumps({"files": [*listed, str(outside), "\ud800.svg", "a\0.svg"]}))
+    for file in (*(folder / name for name in ("old.svg", "old.png", "report.html", "notes.txt", "mine.svg")), outside):
+        file.write_text("")
+    (folder / "folder.svg").mkdir()
+    report = make_report([str(run)], options())
+    assert {file.name for file in folder.iterdir()} == TABLES | {"notes.txt", "mine.svg", "folder.svg"}
+    assert outside.exists()
+    assert set(json.loads(report.json)["files"]) == TABLES
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3}', '{"files": {"a.svg": 1}}', "\udcff", None])
+def test_a_damaged_report_is_replaced(tmp_path: Path, content: str | None) -> None:
+    run = write_run(tmp_path / "a", learned(16, 0))
+    (run / "report").mkdir()
+    if content is None:
+        (run / "report/report.json").symlink_to("/dev/zero")
+    else:
+        (run / "report/report.json").write_bytes(content.encode(errors="surrogateescape"))
+    make_report([str(run)], options())
+    assert json.loads((run / "report/report.json").read_text())["runs"]
+
+
+def test_text_is_no_formula_and_a_number_stays_one(tmp_path: Path) -> None:
+    formulas = ["=1+1", "+1", "-2+3", "@SUM(A1)"]
+    for number, formula in enumerate(formulas):
+        write_run(tmp_path / str(number), ended(-0.5, formula), task=formula, task__note=formula)
+    report = make_report([str(tmp_path)], options())
+    assert report.directory
+    lines = list(csv.DictReader(io.StringIO((report.directory / "report.csv").read_text())))
+    assert [line["task"] for line in lines] == [line["task.note"] for line in lines] == [f"'{f}" for f in formulas]
+    assert [line["val/score:last"] for line in lines] == ["-0.5"] * 4
+
+
+def ended(value: float, note: str) -> list[dict[str, Any]]:
+    return [
+        {"step": 1, "samples": 16, "loss": 1.0},
+        {"step": 1, "samples": 16, "val/score": value, f"train/{note}": 1.0},
+    ]

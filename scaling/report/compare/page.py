@@ -13,7 +13,7 @@ from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.colours import VIRIDIS
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.pictures import Curve, Heat, Picture, Style
-from isobatch.scaling.report.compare.tables import head, legend, rows_of
+from isobatch.scaling.report.compare.tables import Best, head, legend, rows_of
 from isobatch.scaling.report.compare.words import duration, number
 
 HERE = Path(__file__).parent
@@ -66,9 +66,12 @@ def _warnings(warnings: Sequence[str]) -> str:
 def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, several: bool) -> list[str]:
     """Return the HTML of one task: findings, table, and a place for each panel."""
     findings = "".join(f"<li>{_text(text)}</li>" for text in comparison.findings)
-    rows = rows_of(comparison, lambda text: f"<b>{text}</b>")
     parts = [f'<section data-task="{index}">', f"<h2>{_text(comparison.task)}</h2>" if several else ""]
-    parts += [f'<p class="soft">{_text(head(comparison))}</p>', f'<ul class="findings">{findings}</ul>', _table(rows)]
+    parts += [
+        f'<p class="soft">{_text(head(comparison))}</p>',
+        f'<ul class="findings">{findings}</ul>',
+        _table(rows_of(comparison)),
+    ]
     if notes := "; ".join(legend(comparison, "bold: the best of its column")):
         parts.append(f'<p class="soft">{_text(notes[0].upper() + notes[1:])}.</p>')
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
@@ -120,10 +123,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "—"
-    if not isinstance(value, str):
-        return _text(number(value))
-    bold = value.startswith("<b>") and value.endswith("</b>")
-    return f"<b>{_text(value[3:-4])}</b>" if bold else _text(value)
+    text = _text(value if isinstance(value, str) else number(value))
+    return f"<b>{text}</b>" if isinstance(value, Best) else text
 
 
 def _heat(heat: Heat, x_label: str, y_label: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable
 from typing import Any
 
 from isobatch.scaling.geometry import counted
@@ -18,30 +17,33 @@ from isobatch.scaling.report.grid import Figure, grid
 from isobatch.scaling.tuning.spread import Spread
 
 LOWEST = ("steps to target", "samples to target", "time to target")  # columns whose lowest value is the best
-BEST_IN_TEXT = "{} *"
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet takes text for a formula that begins with one of them
+
+Plots = dict[int, list[tuple[str, str]]]
+"""Title and file name of each plot, by the index of its task."""
 
 
-def rows_of(comparison: Comparison, mark: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Return a row for each group of a comparison, without columns that have no value.
+class Best(Figure):
+    """The text of the best number of its column, which is to stand out."""
 
-    Args:
-        mark: makes the best text of a column stand out.
-    """
+
+def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a row for each group of a comparison, without columns that have no value."""
     name = comparison.metric.name if comparison.metric else "value"
     spreads = [_columns(values, name) for values in comparison.values]
     compared = [one for one, values in zip(spreads, comparison.values, strict=True) if not values.open]
     best = {column: _best([one[column] for one in compared], comparison, column) for column in (name, *LOWEST)}
     rows = []
     for group, values, is_open in zip(comparison.groups, spreads, (one.open for one in comparison.values), strict=True):
-        texts = {column: value and _text(column, value) for column, value in values.items()}
-        if is_open:
-            texts = {column: text and f"({text})" for column, text in texts.items()}
+        shape = "({})" if is_open else "{}"
+        figures = {c: value and Figure(shape.format(_text(c, value))) for c, value in values.items()}
         for column, place in best.items():
-            value, text = values[column], texts[column]
-            if place and value and text and value.mean == place.mean and not is_open and len(comparison.groups) > 1:
-                texts[column] = mark(text)
-        figures = {column: text and Figure(text) for column, text in texts.items()}
-        rows.append({"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **figures})
+            value = values[column]
+            if place and value and value.mean == place.mean and not is_open and len(comparison.groups) > 1:
+                figures[column] = Best(_text(column, value))
+        rows.append(
+            {"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **dict.fromkeys(values), **figures}
+        )
     empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
     if len(rows) == 1 and not comparison.target_given:
         empty |= {*LOWEST}  # the target is the group's own best value
@@ -85,7 +87,10 @@ def text_of(report: Report, width: int = 0) -> str:
     parts = []
     for comparison in report.comparisons:
         parts.append(f"{one_line(comparison.task)}: {head(comparison)}")
-        rows = rows_of(comparison, BEST_IN_TEXT.format)
+        rows = [
+            {name: Figure(f"{cell} *") if isinstance(cell, Best) else cell for name, cell in row.items()}
+            for row in rows_of(comparison)
+        ]
         columns = [name for row in rows[:1] for name in row][3:]
         optional = (
             "gradient variance",
@@ -138,21 +143,16 @@ def legend(comparison: Comparison, best: str) -> list[str]:
     return notes
 
 
-def markdown_of(report: Report, pictures: dict[str, list[tuple[str, str]]]) -> str:
-    """Return the report as Markdown.
-
-    Args:
-        pictures: title and file of each picture, by task.
-    """
+def markdown_of(report: Report, plots: Plots) -> str:
+    """Return the report as Markdown."""
     lines = ["# Report", ""]
-    for comparison in report.comparisons:
+    for index, comparison in enumerate(report.comparisons):
         lines += [f"## {escaped(comparison.task)}", "", escaped(head(comparison)) + ".", ""]
         lines += [f"- {escaped(text)}" for text in comparison.findings]
-        rows = rows_of(comparison, lambda text: f"**{text}**")
-        lines += ["", _markdown_table(rows), ""]
+        lines += ["", _markdown_table(rows_of(comparison)), ""]
         if notes := "; ".join(legend(comparison, "bold: the best of its column")):
             lines += [f"{escaped(notes[0].upper() + notes[1:])}.", ""]
-        for title, file in pictures.get(comparison.task, []):
+        for title, file in plots.get(index, []):
             lines += [f"![{escaped(title)}]({file})", ""]
     if report.warnings:
         lines += ["## Warnings", "", *(f"- {escaped(text)}" for text in report.warnings), ""]
@@ -169,9 +169,8 @@ def _markdown_table(rows: list[dict[str, Any]]) -> str:
 def _markdown_cell(value: Any) -> str:
     if value is None:
         return "—"
-    text = str(value) if isinstance(value, str) else number(value)
-    bold = text.startswith("**") and text.endswith("**") and len(text) > 4
-    return f"**{escaped(text[2:-2])}**" if bold else escaped(text)
+    text = escaped(value if isinstance(value, str) else number(value))
+    return f"**{text}**" if isinstance(value, Best) else text
 
 
 def escaped(text: str) -> str:
@@ -188,10 +187,17 @@ def csv_of(report: Report) -> str:
         settings, metrics = summary.pop("settings"), summary.pop("metrics")
         measured = {f"{name}:{kind}": value for name, kinds in metrics.items() for kind, value in kinds.items()}
         texts = {**summary, **settings, **measured}
-        rows.append({one_line(name): one_line(v) if isinstance(v, str) else v for name, v in texts.items()})
+        rows.append({_csv_cell(name): _csv_cell(value) for name, value in texts.items()})
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """Return text that a spreadsheet shows as it is; a number stays one."""
+    if not isinstance(value, str):
+        return value
+    return f"'{one_line(value)}" if value.startswith(FORMULA) else one_line(value)
