@@ -58,6 +58,15 @@ def drawn(page: Page, title: str) -> Locator:
     return panel
 
 
+def hovered(page: Page, panel: Locator) -> str:
+    """Return what a panel says of its first point."""
+    box = panel.locator(".point").first.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
+    panel.locator(".hoverlayer .hovertext").first.wait_for()
+    return panel.locator(".hoverlayer").text_content() or ""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_panel_is_drawn_and_nothing_is_wider_than_the_screen(
@@ -115,13 +124,7 @@ def test_axes_change_between_linear_and_logarithmic(browser: Browser, sweep_page
 
 def test_a_point_says_its_run_and_values(browser: Browser, sweep_page: Path) -> None:
     with opened(browser, sweep_page, **DESKTOP) as page:
-        panel = drawn(page, "val/accuracy by samples")
-        box = panel.locator(".point").first.bounding_box()
-        assert box
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
-        hover = panel.locator(".hoverlayer .hovertext").first
-        hover.wait_for()
-        said = panel.locator(".hoverlayer").text_content() or ""
+        said = hovered(page, drawn(page, "val/accuracy by samples"))
         assert "val/accuracy" in said
         assert "samples" in said
         assert "seed" in said
@@ -150,6 +153,16 @@ def test_text_of_runs_is_never_run(browser: Browser, tmp_path: Path) -> None:
         assert "owned" not in page.title().replace(HOSTILE, "")
         assert page.locator("img, #mine").count() == 0
         assert HOSTILE in page.locator(".chip").first.inner_text()
+
+
+def test_a_name_is_no_template(browser: Browser, tmp_path: Path) -> None:
+    name = "%{y} 5% &lt;"
+    for batch in (16, 64):
+        lines = [line | {f"val/{name}": 0.5} if "val/loss" in line else line for line in learned(batch, 0)]
+        write_run(tmp_path / f"batch-{batch}", lines, batch=batch, task__note=f"{name}{batch}")
+    with opened(browser, write_report(tmp_path), **DESKTOP) as page:
+        said = hovered(page, drawn(page, f"val/{name} by steps"))
+        assert said.count(name) == 2  # of the axis and of the run
 
 
 def test_one_run_has_a_page(browser: Browser, tmp_path: Path) -> None:

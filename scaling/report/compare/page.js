@@ -6,6 +6,8 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const MARKERS = ["circle", "triangle-up", "square", "diamond"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+// Plotly takes %{…} in a template for a value.
+const inTemplate = (text) => escaped(text).replace(/%/g, "&#37;");
 const token = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colourOf = (group) => (dark.matches ? group.dark : group.light);
 const drawn = new Set();
@@ -25,7 +27,7 @@ function traces(panel, groups) {
       opacity: curve.kind === "points" && !curve.texts.length ? 0.5 : 0.9,
       error_y: curve.errors.some(Boolean) ? { type: "data", array: curve.errors, color: colour, thickness: 1 } : undefined,
       visible: !group || group.shown, connectgaps: false,
-      hovertemplate: `${escaped(panel.y_label)} %{y:.5~g}<br>${escaped(panel.x_label)} %{x:,.5~g}<extra>${escaped(curve.name)}</extra>`,
+      hovertemplate: `${inTemplate(panel.y_label)} %{y:.5~g}<br>${inTemplate(panel.x_label)} %{x:,.5~g}<extra>${inTemplate(curve.name)}</extra>`,
     };
   });
   return [...drawn, ...panel.curves.filter((curve) => curve.mark).map((curve) => cross(curve, groups[curve.group]))];
@@ -38,7 +40,7 @@ function cross(curve, group) {
   return {
     type: "scatter", mode: "markers", x: [curve.x[last]], y: [curve.y[last]], visible: group.shown && last >= 0,
     marker: { symbol: "x-thin-open", size: 11, color: colourOf(group), line: { width: 2.5 } },
-    hovertemplate: `${escaped(curve.mark)}<extra>${escaped(curve.name)}</extra>`,
+    hovertemplate: `${inTemplate(curve.mark)}<extra>${inTemplate(curve.name)}</extra>`,
   };
 }
 
