@@ -155,6 +155,7 @@ TARGETS = {tag(kind): kind.target for kind in get_args(Optimizer) if getattr(kin
 class _Cluster(Section):
     nodes: Size
     gpus_per_node: Size | Literal["auto"]
+    backend: Literal["auto", "gloo"]
     max_restarts: Count
     timeout_s: Seconds
     environment: dict[Variable, Value | int]

@@ -158,7 +158,7 @@ def refuse_unless_startable(config: RunConfig) -> None:
     if config.device != "cpu" and visible and at_a_time > 1 and here * at_a_time > visible:
         problem = f"search.parallel={at_a_time} runs of {here} GPUs need {here * at_a_time}, and {visible} are visible"
         raise UserError(problem, "give fewer, or device=cpu", "search.parallel", at_a_time)
-    if config.device != "cpu" and visible and here > visible:
+    if config.device != "cpu" and visible and here > visible and cluster.backend == "auto":
         problem = f"{here} processes here need a GPU each, and {visible} {'are' if visible > 1 else 'is'} visible"
         fix = f"{visible} give the same run with more accumulation (batch.per_gpu bounds the memory), or device=cpu"
         raise UserError(problem, fix, "cluster.gpus_per_node", here)

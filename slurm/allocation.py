@@ -87,6 +87,7 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
         name="local",
         nodes=nodes,
         gpus_per_node=(allocation.gpus or "auto") if cluster.gpus_per_node == "auto" else cluster.gpus_per_node,
+        backend=cluster.backend,
         rendezvous=allocation.rendezvous() if nodes > 1 else None,
         max_restarts=cluster.max_restarts,
         timeout_s=cluster.timeout_s,

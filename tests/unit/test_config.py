@@ -875,6 +875,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4", "device=cpu"]))
     with pytest.raises(UserError, match="4 processes here need a GPU each, and 2 are visible"):
         hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4"]))
+    hardware.refuse_unless_startable(compose(["cluster.gpus_per_node=4", "cluster.backend=gloo"]))  # can share them
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)

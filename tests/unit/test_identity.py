@@ -120,6 +120,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "engine.config": {"bucket_cap_mb": 1},
     "cluster.nodes": 2,
     "cluster.gpus_per_node": 2,
+    "cluster.backend": "gloo",
     "cluster.max_restarts": 1,
     "cluster.timeout_s": 5.0,
     "cluster.environment": {"A": "b"},

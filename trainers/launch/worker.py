@@ -99,7 +99,9 @@ class Worker:
         from isobatch.trainers.ranks.world import World, meeting_point
 
         self.store = meeting_point(self.config.cluster.timeout_s, self.kept)
-        world = World.join(self.config.device, self.config.cluster.timeout_s, self.store, self.kept)
+        world = World.join(
+            self.config.device, self.config.cluster.timeout_s, self.store, self.kept, self.config.cluster.backend
+        )
         torch.set_num_threads(_threads(self.config, world.local_size))
         gc.freeze()
         gc.enable()

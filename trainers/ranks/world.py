@@ -44,31 +44,34 @@ class World:
     kept: list[object] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def join(cls, device: str, timeout_s: float, store: Store | None, kept: list[object]) -> World:
+    def join(
+        cls, device: str, timeout_s: float, store: Store | None, kept: list[object], backend: str = "auto"
+    ) -> World:
         """Join the ranks that RANK, WORLD_SIZE, … describe. Without these variables, return a world of one.
 
         Args:
             device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
             timeout_s: seconds to wait for the other ranks, now and in every collective until ``wait_patiently``.
             store: the store from ``meeting_point``; ``kept``: see the attributes.
+            backend: ``gloo``, with which ranks can share a device, or ``auto`` for the fastest for the device.
 
         Raises:
             UserError: the device doesn't exist, or there are fewer devices than processes on this machine.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        world = cls(rank, size, local_rank, local_size, _device(device, local_rank, local_size), store, kept)
+        chosen = _device(device, local_rank, local_size, shared=backend == "gloo")
+        world = cls(rank, size, local_rank, local_size, chosen, store, kept)
         if size > 1:
-            accelerated = world.device.type != "cpu"
-            backend = dist.get_default_backend_for_device(world.device)
+            own = chosen.type != "cpu" and backend == "auto"  # the device has a backend of its own
             dist.init_process_group(
                 # strings and counts always go over gloo on the CPU
-                f"cpu:gloo,{world.device.type}:{backend}" if accelerated else backend,
+                f"cpu:gloo,{chosen.type}:{dist.get_default_backend_for_device(chosen)}" if own else "gloo",
                 store=store,
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
-                device_id=world.device if accelerated else None,
+                device_id=chosen if own else None,
             )
             kept.append(dist.group.WORLD)
         return world
@@ -151,19 +154,19 @@ def real_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _device(name: str, local_rank: int, local_size: int) -> torch.device:
+def _device(name: str, local_rank: int, local_size: int, *, shared: bool) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         problem = f"device={name}, but torch finds no such device on this machine"
         raise UserError(problem, "try device=auto or cpu", "device", name)
     visible = torch.accelerator.device_count()
-    if local_size > visible:
+    if local_size > visible and not shared:
         fix = f"set cluster.gpus_per_node={visible} (torchrun: --nproc-per-node={visible}), or device=cpu"
         problem = f"{local_size} processes on this machine, but {visible} GPUs are visible"
         raise UserError(problem, fix, "cluster.gpus_per_node", local_size)
-    torch.accelerator.set_device_index(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.accelerator.set_device_index(local_rank % visible)
+    return torch.device("cuda", local_rank % visible)
 
 
 def meeting_point(timeout_s: float, kept: list[object]) -> Store | None:
