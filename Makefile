@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-engines test-ranks test-launch test-unit test-tools test-cluster golden lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-tools test-cluster test-gpu golden lint fuzz bench faults soak
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,11 @@ TOOLS := tensorboard,wandb,mlflow,trackio,tools
 
 test-tools: $(VENV)/.tools
 	$(PYTEST) tests/tools
+
+# The most valuable tests come first. Where .venv can't be made, with any torch and what else is there:
+# python -m pytest tests/gpu. With PYTEST_FLAGS=--on-cpu a CPU runs what it can.
+test-gpu: install
+	$(PYTEST) --durations=5 $(addprefix tests/gpu/test_,waits.py runs.py commands.py trial.py)
 
 test-cluster: install
 	$(PYTEST) tests/cluster

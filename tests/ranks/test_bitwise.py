@@ -45,7 +45,7 @@ class Everything(Counted):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         inputs, targets, units = batch
         outputs = (model(inputs) + model(inputs.flip(1))) / 2  # twice in one forward
-        return ((outputs - targets)[torch.arange(7) < units[:, None]] ** 2).sum(), units.sum()
+        return ((outputs - targets)[torch.arange(7, device=units.device) < units[:, None]] ** 2).sum(), units.sum()
 
 
 class Net(nn.Module):

@@ -52,7 +52,7 @@ class Kinds(Counted):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         inputs, targets, units = batch
         outputs = model(inputs.bfloat16() if self.kind == "bf16" else inputs)
-        mask = torch.arange(7) < units[:, None]
+        mask = torch.arange(7, device=units.device) < units[:, None]
         return ((outputs.float() - targets)[mask] ** 2).sum(), units.sum()
 
 

@@ -50,9 +50,9 @@ ROUNDING, ADAM_ROUNDING = 1e-6, 1e-5
 
 
 @cache
-def preload_deepspeed() -> None:
+def preload_deepspeed(device: str = "cpu") -> None:
     """Import DeepSpeed and the modules of its first engine once, before ranks are forked. This starts no thread."""
-    import_deepspeed(torch.device("cpu"))
+    import_deepspeed(torch.device("cpu") if device == "cpu" else None)
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # stage 3 collects garbage when it starts
 
@@ -63,15 +63,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S) -> list[Any]:
+def in_ranks(
+    size: int, body: Callable[[World], Any], folder: Path, *, deadline_s: float = DEADLINE_S, device: str = "cpu"
+) -> list[Any]:
     """Call ``body`` on ``size`` forked gloo ranks, also for a size of 1, and return its results (through JSON).
+
+    With device="cuda" the ranks share the GPUs. This process must not have initialised CUDA, which doesn't survive a
+    fork.
 
     An exception on a rank is returned as ``{"raised": its class, "message": its text}``, a UserError also with its
     ``key``. Ranks that still run after the deadline are killed, and the test fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    pids = [_fork(rank, size, port, body, folder) for rank in range(size)]
+    pids = [_fork(rank, size, port, body, folder, device) for rank in range(size)]
     deadline, late = time.monotonic() + deadline_s, []
     for rank, pid in enumerate(pids):
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
@@ -85,7 +90,7 @@ def in_ranks(size: int, body: Callable[[World], Any], folder: Path, *, deadline_
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
 
 
-def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder: Path) -> int:
+def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder: Path, device: str) -> int:
     if pid := os.fork():
         return pid
     try:
@@ -95,7 +100,7 @@ def _fork(rank: int, size: int, port: int, body: Callable[[World], Any], folder:
         try:
             kept: list[object] = []
             store = meeting_point(DEADLINE_S / 2, kept)
-            result = body(World.join("cpu", DEADLINE_S / 2, store, kept))
+            result = body(World.join(device, DEADLINE_S / 2, store, kept, backend="gloo"))
         except Exception as error:
             traceback.print_exc()
             result = {"raised": type(error).__name__, "message": str(error)}
@@ -112,10 +117,11 @@ class Runs:
 
     Args:
         trial: run the trial of the task before step 1, as users do (see test_trial.py). Off by default to save time.
+        device: ``cpu``, or ``cuda`` (see ``in_ranks``).
     """
 
-    def __init__(self, folder: Path, deadline_s: float = DEADLINE_S, trial: bool = False) -> None:
-        self.folder, self.deadline_s, self.trial = folder, deadline_s, trial
+    def __init__(self, folder: Path, deadline_s: float = DEADLINE_S, trial: bool = False, device: str = "cpu") -> None:
+        self.folder, self.deadline_s, self.trial, self.device = folder, deadline_s, trial, device
         self.count = 0
 
     def __call__(
@@ -136,9 +142,10 @@ class Runs:
         """
         self.count += 1
         run = resume.run if resume else RunDir(self.folder / f"run-{self.count}")
-        config = configured(["data.workers=0", *([] if self.trial else ["check.contract=false"]), *overrides])
+        quick = [] if self.trial else ["check.contract=false"]
+        config = configured(["data.workers=0", *quick, *overrides])
         if config.engine.name == "deepspeed":
-            preload_deepspeed()
+            preload_deepspeed(self.device)
 
         def body(ranks: World) -> Any:
             stop = Stop()
@@ -148,7 +155,8 @@ class Runs:
             end = train(Session(config, start, ranks, stop, watch), lambda run: None)
             return {"state": end.state, "step": end.step, "samples": end.samples, "cause": end.cause}
 
-        ends = in_ranks(world, body, self.folder / f"ranks-{self.count}", deadline_s=self.deadline_s)
+        folder = self.folder / f"ranks-{self.count}"
+        ends = in_ranks(world, body, folder, deadline_s=self.deadline_s, device=self.device)
         return Run(run, ends)
 
 

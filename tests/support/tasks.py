@@ -39,7 +39,7 @@ class Counted:
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         inputs, targets, units = batch
-        mask = torch.arange(7) < units[:, None]
+        mask = torch.arange(7, device=units.device) < units[:, None]
         return ((model(inputs) - targets)[mask] ** 2).sum(), units.sum()
 
 
