@@ -11,8 +11,16 @@ from typing import Any, ClassVar, Literal
 from isobatch.scaling.geometry import counted
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-VALUE = r"(?:val|ema)/[^:<>=\s]+"
-AT = rf"({VALUE})(>=|<=|>|<)([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+NAME = r"[^:<>=\s]+"
+VALUE = rf"(?:val|ema)/{NAME}"
+BOUND = r"\s*(>=|<=|>|<)\s*([-+]?(?:\d{1,99}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,2})?)"  # always finite
+AT = rf"({VALUE}){BOUND}"
+
+
+def parts_of(target: str) -> tuple[str, str, float] | None:
+    """Return the name, the sign and the bound of a target such as ``val/accuracy>=0.97``; None if it isn't one."""
+    found = re.fullmatch(rf"({NAME}){BOUND}", target)
+    return (found[1], found[2], float(found[3])) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +72,9 @@ class Target:
 
     @property
     def _parts(self) -> tuple[str, str, float]:
-        found = re.fullmatch(AT, self.text)
-        assert found, self.text
-        return found[1], found[2], float(found[3])
+        parts = parts_of(self.text)
+        assert parts, self.text
+        return parts
 
     def reached(self, values: Mapping[str, Any]) -> bool:
         """Return whether an evaluation's values reach the target.

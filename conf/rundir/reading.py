@@ -101,8 +101,10 @@ PLAN: dict[str, Check] = {
 }
 CONFIG: dict[str, Check] = {
     "given": _are_texts,
-    "lr": _with(base=_is_rate),
-    "task": _with(_target_=_is_text),
+    "seed": _or_none(_is_count),
+    "batch": _with(global_size=lambda value: value == "all" or _is_positive(value)),
+    "lr": _with(peak=_is_rate),
+    "task": _with(name=_is_text, _target_=_is_text),
 }
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from isobatch.scaling.report.measures import Direction, Measure, direction_of
 NO_CAUSE = "ended without recording a cause: it was killed, or its machine went down"
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 OF_PLAN = ("identity", "task", "global_size", "per_gpu", "world_size", "seed", "steps", "samples")
-PARTS = 10  # a run diverged if the middle loss of its last tenth is above all losses of its first tenth
+PARTS = 10  # the first and the last tenth of the losses tell whether a run diverged
+NOISE = 4  # middle changes from one loss to the next: of independent noise, under 1 % of flat runs rise by more
 
 Lines = Sequence[dict[str, Any]]
 
@@ -57,7 +59,7 @@ class Progress:
         eta_s: seconds to the end at the last logged speed; only while running.
         noise_scale: the last known gradient noise scale, in samples.
         gradient_variance: tr Σ/B at the last measurement: the variance of a step's gradient, over all parameters.
-        diverged: the loss became non-finite, or ended above its start.
+        diverged: the last loss isn't finite, or the loss ended above its start by more than its noise.
     """
 
     step: int
@@ -162,10 +164,17 @@ def read(
 def _recipe(files: RunFiles) -> Recipe:
     plan, config = files.plan, files.config
     science = {key: value for key, value in science_of(config).items() if key not in ("seed", "format")}
+    size = science.get("batch.global_size")
+    of_config = {
+        "task": science.get("task.name"),
+        "seed": config.get("seed"),
+        "global_size": size if size != "all" else None,
+    }
+    known = of_config | plan  # a run may have lost its plan
     return Recipe(
-        **{name: plan.get(name) for name in OF_PLAN},
+        **{name: known.get(name) for name in OF_PLAN},
         optimizer=(plan.get("optimizer") or {}).get("name"),
-        lr_peak=(plan.get("lr") or {}).get("peak"),
+        lr_peak=(plan.get("lr") or {"peak": science.get("lr.peak")}).get("peak"),
         science=science,
         given=tuple(config.get("given") or ()),
     )
@@ -210,13 +219,19 @@ def _middle(values: Sequence[float]) -> float | None:
 
 
 def _diverged(losses: Sequence[float | None]) -> bool:
-    """Return whether the last loss isn't finite, or the loss ended above its start."""
-    if not losses or losses[-1] is None:
-        return bool(losses)
-    part = max(1, len(losses) // PARTS)
-    start = [loss for loss in losses[:part] if loss is not None]
-    end = _middle([loss for loss in losses[-part:] if loss is not None])
-    return len(losses) > 1 and bool(start) and end is not None and end > max(start)
+    """Return whether the last loss isn't finite, or the loss ended above its start by more than its noise.
+
+    That takes 2·PARTS losses at least: the median of the last tenth is then above the largest of the first tenth by
+    more than NOISE times the median change from one loss to the next.
+    """
+    if losses and losses[-1] is None:
+        return True
+    known = [loss for loss in losses if loss is not None]
+    if len(known) < 2 * PARTS:
+        return False
+    part = len(known) // PARTS
+    noise = statistics.median(abs(after - before) for before, after in pairwise(known))
+    return statistics.median(known[-part:]) > max(known[:part]) + NOISE * noise
 
 
 def _evaluation(lines: Lines) -> dict[str, float | None]:

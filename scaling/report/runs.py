@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.lock import works
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.grid import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.measures import Direction
 from isobatch.scaling.report.run import Run, read
@@ -82,7 +83,11 @@ def listing(
     if output == "json":
         return json.dumps(list(map(as_json, runs)), indent=1)
     if not runs:
-        return f"none of {len(found)} runs meets report.where={where}" if found else f"no runs in {', '.join(roots)}"
+        return (
+            f"none of {counted(len(found), 'run')} meets report.where={where}"
+            if found
+            else f"no runs in {', '.join(roots)}"
+        )
     width = shutil.get_terminal_size((0, 0)).columns  # 0 where the output isn't a terminal
     rows = list(map(cells, runs))
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from isobatch.conf.messages import nearest
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.run import Run
@@ -24,9 +24,9 @@ class Condition(NamedTuple):
     sign: str
     value: str
 
-    def holds(self, run: Run) -> bool:
-        """Return whether ``run`` meets the condition. A missing value meets only ``!=``."""
-        value = value_of(run, self.name)
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Return whether a run's values meet the condition. A missing value meets only ``!=``."""
+        value = values.get(self.name)
         if self.sign in ("=", "!="):
             return _equal(value, self.value) == (self.sign == "=")
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -61,43 +61,40 @@ def chosen(runs: Sequence[Run], where: str | None, sort: str | None) -> list[Run
         UserError: a condition can't be read, or no run has a value of that name.
     """
     conditions = parse_where(where) if where else []
+    if not conditions and not sort:
+        return list(runs)
+    every = [(run, named_values(run)) for run in runs]
     for condition in conditions:
-        _refuse_unknown(runs, condition.name, "report.where", where)
-    runs = [run for run in runs if all(condition.holds(run) for condition in conditions)]
-    if not sort or not runs:
-        return runs
-    name = sort.removeprefix("-")
-    _refuse_unknown(runs, name, "report.sort", sort)
-    best_is_most = any(run.measures[name].direction == "max" for run in runs if name in run.measures)
-    known = [run for run in runs if value_of(run, name) is not None]
-    unknown = [run for run in runs if value_of(run, name) is None]
-    return sorted(known, key=lambda run: _key(value_of(run, name)), reverse=best_is_most != (name != sort)) + unknown
+        _refuse_unknown(every, condition.name, "report.where", where)
+    left = [(run, values) for run, values in every if all(condition.holds(values) for condition in conditions)]
+    if sort:
+        name = sort.removeprefix("-")
+        _refuse_unknown(left, name, "report.sort", sort)
+        best_is_most = any(run.measures[name].direction == "max" for run, _ in left if name in run.measures)
+        left.sort(key=lambda pair: _key(pair[1].get(name)), reverse=best_is_most != (name != sort))
+        left.sort(key=lambda pair: pair[1].get(name) is None)  # unknown ones last
+    return [run for run, _ in left]
 
 
-def value_of(run: Run, name: str) -> Any:
-    """Return the value of a run by name: a field of its summary, a measure's last value, or a key of its config."""
-    if name in run.measures:
-        return run.measures[name].last
+def named_values(run: Run) -> dict[str, Any]:
+    """Return the values of a run by name: keys of its config, fields of its summary, and measures' last values."""
     summary = run.summary()
-    return summary[name] if name in summary and name != "metrics" else run.recipe.science.get(name)
+    del summary["metrics"], summary["settings"]
+    return {**run.recipe.science, **summary, **{name: measure.last for name, measure in run.measures.items()}}
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Return the names that runs can be sorted and filtered by; keys of the config only if they were given."""
-    fields = [name for run in runs[:1] for name in run.summary() if name not in ("metrics", "settings")]
-    measures = [name for run in runs for name in run.measures]
-    return list(dict.fromkeys([*measures, *fields, *(key for run in runs for key in run.recipe.given)]))
-
-
-def _refuse_unknown(runs: Sequence[Run], name: str, key: str, value: Any) -> None:
-    if not runs or any(value_of(run, name) is not None for run in runs):
+def _refuse_unknown(every: Sequence[tuple[Run, Mapping[str, Any]]], name: str, key: str, value: Any) -> None:
+    """Raise UserError if no run has a value of a name, and none could have. Keys that weren't given aren't listed."""
+    if not every or any(values.get(name) is not None for _, values in every):
         return
-    names = names_of(runs)
+    measures = [known for run, _ in every for known in run.measures]
+    fields = [known for known in every[0][1] if known not in every[0][0].recipe.science]
+    names = list(dict.fromkeys([*measures, *fields, *(given for run, _ in every for given in run.recipe.given)]))
     if name in names:
         return
-    near = "".join(f"did you mean {match}? " for match in get_close_matches(name, names, n=1))
     shown = ", ".join(map(one_line, names[:MOST_NAMES]))
-    raise UserError(f"{key}={value}: no run has {name}", f"{near}there are {shown}", key, value)
+    fix = " ".join(filter(None, [nearest(name, names), f"there are {shown}"]))
+    raise UserError(f"{key}={value}: no run has {name}", fix, key, value)
 
 
 def _equal(value: Any, text: str) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.tuning.spread import student
 
 FEWEST = 3  # batches for two parameters
@@ -57,7 +58,7 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     """
     points = sorted(zip(batches, samples_to_target, strict=True))
     if len({batch for batch, _ in points}) < FEWEST:
-        problem = f"{len(points)} batches reached the target, and a fit needs {FEWEST}"
+        problem = f"{counted(len(points), 'batch', 'batches')} reached the target, and a fit needs {FEWEST}"
         return Fit(None, None, (None, None), len(points), note=problem)
     low, high = points[0][0] / BEYOND, points[-1][0] * BEYOND
     grid = [low * (high / low) ** (i / GRID) for i in range(GRID + 1)]

@@ -9,36 +9,14 @@ from typing import Any
 import pytest
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.compare.compare import as_dict, compare
+from isobatch.scaling.report.compare.compare import as_dict
 from isobatch.scaling.report.compare.comparison import Report
 from isobatch.scaling.report.compare.tables import csv_of, markdown_of, text_of
 from isobatch.scaling.report.measures import Measure, Target, direction_of
-from isobatch.scaling.report.run import Run, read
+from isobatch.scaling.report.run import read
 from isobatch.scaling.report.runs import directories
+from tests.support.compared import compare, ended, read_all, write_values
 from tests.support.runs import learned, write_run, write_sweep
-
-
-def read_all(folder: Path) -> list[Run]:
-    return [read(run) for run in directories(folder)]
-
-
-def ended(value: float, *, name: str = "val/accuracy", steps: int = 10, batch: int = 64) -> list[dict[str, Any]]:
-    """Return the lines of a run whose measure climbs from half of ``value`` to it."""
-    lines: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        place = {"step": step, "samples": step * batch, "time_s": 0.5 * step}
-        lines.append({**place, "loss": 2.0 - step / steps, "samples_per_s": 100.0})
-        lines.append({**place, name: value * (0.5 + 0.5 * step / steps)})
-    return lines
-
-
-def write_values(folder: Path, values: dict[tuple[int, float], list[float]], **settings: Any) -> Path:
-    """Write a run for each value at the end, by batch and learning rate; their number is the seed."""
-    for (batch, lr), ends in values.items():
-        for seed, value in enumerate(ends):
-            name = f"batch={batch},lr={lr},seed={seed}"
-            write_run(folder / name, ended(value, batch=batch), batch=batch, lr=lr, seed=seed, **settings)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -7,70 +7,63 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from isobatch.scaling.report.compare.comparison import Comparison, Report
-from isobatch.scaling.report.compare.findings import findings_of, rejected_before_training, warnings_of
-from isobatch.scaling.report.compare.groups import Group, grouped, never_planned, task_of
-from isobatch.scaling.report.compare.measure import (
-    easiest_target,
-    metric_of,
-    parse_metric,
-    parse_target,
-    refuse_unknown,
-)
-from isobatch.scaling.report.compare.values import Values, values_of
+from isobatch.scaling.report.compare.findings import findings_of, not_compared, warnings_of
+from isobatch.scaling.report.compare.groups import grouped, never_planned, task_of
+from isobatch.scaling.report.compare.measure import Asked, metric_of, refuse_unknown, usual_target
+from isobatch.scaling.report.compare.values import values_of
 from isobatch.scaling.report.run import Run
 from isobatch.scaling.tuning.forecast import Fit, fit
 
 
-def compare(runs: Sequence[Run], metric: str | None = None, target: str | None = None) -> Report:
+def compare(runs: Sequence[Run], wanted: Asked) -> Report:
     """Compare runs, those of each task by themselves.
 
-    Args:
-        metric: the measure to compare by, ``name`` or ``name:min|max``; None chooses one.
-        target: what to reach, such as ``val/accuracy>=0.97``; None: what every counted run reached.
-
     Raises:
-        UserError: no run has the measure, or it isn't known which direction of it is better.
+        UserError: no run has the measure that is wanted, or it isn't known which direction of it is better.
     """
-    refuse_unknown(runs, metric, target)
+    refuse_unknown(runs, wanted)
+    left_out: list[Run] = []
     tasks: dict[tuple[str, str], list[Run]] = {}
-    rejected = [run for run in runs if never_planned(run)]
     for run in runs:
-        if not never_planned(run):
-            tasks.setdefault(task_of(run), []).append(run)
+        members = left_out if never_planned(run) or run.recipe.task is None else tasks.setdefault(task_of(run), [])
+        members.append(run)
     names = [name for name, _ in tasks]
     comparisons = [
-        _comparison(name if names.count(name) == 1 else f"{name} ({of})", members, metric, target)
+        _comparison(name if names.count(name) == 1 else f"{name} ({of})", members, wanted)
         for (name, of), members in tasks.items()
     ]
     several = len(comparisons) > 1
     warnings = [f"{one.task}: {text}" if several else text for one in comparisons for text in one.warnings]
-    return Report(list(runs), comparisons, [*warnings, *rejected_before_training(rejected)])
+    return Report(list(runs), comparisons, [*warnings, *not_compared(left_out)])
 
 
-def _comparison(task: str, runs: Sequence[Run], metric: str | None, target: str | None) -> Comparison:
-    wanted = parse_target(target) if target else None
-    chosen = metric_of(runs, parse_metric(metric)[0] if metric else wanted and wanted.name)
-    given = wanted is not None and any(wanted.name in run.measures for run in runs)
-    groups = grouped(runs)
-    if not given:
-        wanted = easiest_target([run for group in groups for run in group.counted], chosen) if chosen else None
-    values = [values_of(group, chosen, wanted) for group in groups]
-    found = Comparison(task, chosen, wanted, given, groups, values, _fits(groups, values))
+def _comparison(task: str, runs: Sequence[Run], wanted: Asked) -> Comparison:
+    target = wanted.target if wanted.target and any(wanted.target.name in run.measures for run in runs) else None
+    metric = metric_of(runs, wanted.metric or (wanted.target and wanted.target.name))
+    groups, given = grouped(runs), target is not None
+    if metric and not given:
+        target = usual_target([run for group in groups for run in group.counted], metric)
+    values = [values_of(group, metric, target) for group in groups]
+    found = Comparison(task, metric, target, given, groups, values, {})
+    found = replace(found, fits=_fits(found))
     return replace(found, findings=findings_of(found), warnings=warnings_of(found))
 
 
-def _fits(groups: Sequence[Group], values: Sequence[Values]) -> dict[str, Fit]:
+def _fits(comparison: Comparison) -> dict[str, Fit]:
     """Return the fit of each family with several batches, each at the LR with which it took the fewest samples."""
-    fewest: dict[str, dict[int, float]] = {}
     tried: dict[str, set[int | None]] = {}
-    for group, value in zip(groups, values, strict=True):
-        batches = fewest.setdefault(group.family, {})
+    for group in comparison.groups:
         tried.setdefault(group.family, set()).add(group.global_size)
-        if group.global_size and value.to_samples and value.to_samples.mean > 0:
-            before = batches.get(group.global_size, value.to_samples.mean)
-            batches[group.global_size] = min(before, value.to_samples.mean)
-    several = [family for family, batches in tried.items() if len(batches) > 1]
-    return {family: fit(list(fewest[family]), list(fewest[family].values())) for family in several}
+    quickest = [
+        (group.family, group.global_size, values.to_samples.mean)
+        for group, values in comparison.quickest()
+        if values.to_samples
+    ]
+    fits = {}
+    for family in (family for family, batches in tried.items() if len(batches) > 1):
+        points = [(batch, samples) for of, batch, samples in quickest if of == family and batch and samples > 0]
+        fits[family] = fit([batch for batch, _ in points], [samples for _, samples in points])
+    return fits
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -101,7 +94,7 @@ def _entries(comparison: Comparison) -> list[dict[str, Any]]:
             "lr_peak": group.lr_peak,
             "n": len(group.counted),
             "runs": [run.directory for run in group.runs],
-            "left_out": {run.directory: why for run in group.runs if (why := group.left_out(run))},
+            "left_out": group.left_out,
             "metric": metric and metric.name,
             "direction": metric and metric.direction,
             "target": None if target is None else str(target),

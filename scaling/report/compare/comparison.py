@@ -24,7 +24,7 @@ class Comparison:
         metric: what the runs are compared by; None if they measured nothing.
         target: what ``values`` say how long it took; ``target_given``: the user chose it.
         values: of each group.
-        fits: samples to the target by batch, by family, at each batch's best learning rate.
+        fits: samples to the target by batch, by family, of the groups in ``quickest``.
         findings: sentences on what was found and how sure it is; ``warnings``: on what to be careful about.
     """
 
@@ -47,23 +47,31 @@ class Comparison:
         return zip(self.groups, self.values, strict=True)
 
     def ranked(self) -> list[tuple[Group, Spread]]:
-        """Return the groups that have a value of the metric at the end, the best first."""
+        """Return the groups that have a value of the metric at the end, the best first; equal ones by their place."""
         known = [(group, values.last) for group, values in self.pairs() if values.last and not values.open]
-        most = self.metric is not None and self.metric.direction == "max"
-        return sorted(known, key=lambda pair: pair[1].mean, reverse=most)
+        sign = -1 if self.metric is not None and self.metric.direction == "max" else 1
+        return sorted(known, key=lambda pair: (sign * pair[1].mean, *pair[0].place))
 
     def best_lrs(self) -> list[tuple[Group, Values]]:
         """Return the groups with the best learning rate of each family and batch, by the metric at the end.
 
         Where no group of a batch has a value, its first one stands for it.
         """
-        order = {id(group): place for place, (group, _) in enumerate(self.ranked())}
+        return self._of_each_batch([group for group, _ in self.ranked()])
+
+    def quickest(self) -> list[tuple[Group, Values]]:
+        """Return the groups that took the fewest samples to the target of each family and batch that reached it."""
+        known = [(values.to_samples.mean, group) for group, values in self.pairs() if values.to_samples]
+        order = [group for _, group in sorted(known, key=lambda pair: (pair[0], *pair[1].place))]
+        return [(group, values) for group, values in self._of_each_batch(order) if values.to_samples]
+
+    def _of_each_batch(self, order: list[Group]) -> list[tuple[Group, Values]]:
+        """Return the group of each family and batch that comes first in ``order``, or else in the comparison."""
+        places = {id(group): place for place, group in enumerate(order)}
         best: dict[tuple[str, int | None], tuple[Group, Values]] = {}
-        for group, values in self.pairs():
-            place = group.family, group.global_size
-            if place not in best or order.get(id(group), len(order)) < order.get(id(best[place][0]), len(order)):
-                best[place] = (group, values)
-        return list(best.values())
+        for group, values in sorted(self.pairs(), key=lambda pair: places.get(id(pair[0]), len(places))):
+            best.setdefault((group.family, group.global_size), (group, values))
+        return sorted(best.values(), key=lambda pair: (pair[0].family, *pair[0].place))
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
-from isobatch.scaling.report.compare.groups import STILL_GOING, Group, run_label, why_not_counted
+from isobatch.scaling.report.compare.groups import STILL_GOING, Group, never_planned, run_label, why_not_counted
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, in_digits_of, listed, number, spread
 from isobatch.scaling.report.run import Run
@@ -28,7 +28,8 @@ def findings_of(comparison: Comparison) -> list[str]:
         value = ranked[0][1]
         of = f"mean ± standard deviation of {value.n} seeds" if value.n > 1 else "1 seed, so no spread is known"
         return [f"{metric.name} {spread(value)} at the end ({of})"]
-    sentences = [_best(comparison, ranked)] if len(ranked) > 1 else [f"only {ranked[0][0].label} can be compared"]
+    alone = f"only {ranked[0][0].label} has finished with a finite {metric.name}, so nothing is compared"
+    sentences = [_best(comparison, ranked) if len(ranked) > 1 else alone]
     return [*sentences, *_to_target(comparison), *_fitted(comparison)]
 
 
@@ -36,11 +37,8 @@ def _alone(run: Run, name: str) -> str:
     measure = run.measures[name]
     value = "isn't finite" if measure.last is None else number(measure.last)
     best = f", best {number(measure.best.value)} at step {measure.best.step:,}" if measure.best else ""
-    when = (
-        "at the end"
-        if why_not_counted(run) is None
-        else f"so far ({why_not_counted(run)} after step {run.done.step:,})"
-    )
+    why, early = why_not_counted(run), f" (early: {run.early})" if run.early else ""
+    when = f"at the end{early}" if why is None else f"so far ({why} after step {run.done.step:,})"
     return f"{name} {value} {when}{best}"
 
 
@@ -61,23 +59,23 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
         return f"{found}, then {then}; {few}, so how sure this order is isn't known"
     how = f"Welch's t-test, {value.n} and {other.n} seeds"
     difference, interval = in_digits_of(min(half, max(ahead, half / 10)), ahead, ahead - half, ahead + half)
-    if half >= ahead:
-        alike = [group.label for group, one in ranked[1:] if not _apart(value, one)]
+    if alike := [group.label for group, one in ranked[1:] if _alike(value, one)]:
         against = f"its lead of {difference} over the second has the 95 % interval {interval} ({how})"
         return f"{found}, which can't be told apart from {listed(alike)}: {against}"
     picked = f"; it was picked among {len(ranked)} groups, which flatters it" if len(ranked) > 2 else ""
     return f"{found}, ahead of {then} by {difference} (95 % interval {interval}, {how}{picked})"
 
 
-def _apart(one: Spread, other: Spread) -> bool:
+def _alike(one: Spread, other: Spread) -> bool:
+    """Return whether chance may explain the difference of two means; False also where chance isn't known."""
     half = half_width(one, other)
-    return half is not None and abs(one.mean - other.mean) > half
+    return half is not None and abs(one.mean - other.mean) <= half
 
 
 def _to_target(comparison: Comparison) -> Iterator[str]:
     """Yield a sentence on which groups needed the fewest steps, samples and seconds to the target."""
     parts: dict[str, tuple[Callable[[Values], Spread | None], Callable[[float], str]]] = {
-        "fewest steps": (lambda values: values.to_steps, lambda steps: f"{number(round(steps))} steps"),
+        "fewest steps": (lambda values: values.to_steps, lambda steps: counted(round(steps), "step")),
         "fewest samples": (lambda values: values.to_samples, lambda samples: f"{number(round(samples))} samples"),
         "least time": (lambda values: values.to_time_s, duration),
     }
@@ -89,7 +87,7 @@ def _to_target(comparison: Comparison) -> Iterator[str]:
             labels = [group.label for group, value in known if value.mean == least]
             found.append(f"{name} {listed(labels)} ({write(least)})")
     if found:
-        yield f"to {comparison.target}: {', '.join(found)}"
+        yield f"to {comparison.target}, by means that weren't tested for chance: {', '.join(found)}"
 
 
 def _fitted(comparison: Comparison) -> Iterator[str]:
@@ -108,18 +106,22 @@ def fitted(fit: Fit) -> str:
     return f"fitted critical batch {number(fit.critical_batch)} ({interval}), where the target takes {dearer}"
 
 
-def rejected_before_training(runs: Sequence[Run]) -> list[str]:
-    """Return a warning that names the runs that never had a plan, with their causes; none without such runs."""
-    if not runs:
-        return []
-    were = "was" if len(runs) == 1 else "were"
-    names = [f"{run.directory} ({run.cause})" if run.cause else run.directory for run in runs]
-    return [f"{counted(len(runs), 'run')} {were} rejected before training: {listed(names)}"]
+def not_compared(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield warnings that name the runs that were rejected, or whose task isn't known, with their causes."""
+    why: dict[str, list[str]] = {}
+    for run in runs:
+        unknown = "left out, because neither plan.json nor config.yaml names a task"
+        reason = "rejected before training" if never_planned(run) else unknown
+        why.setdefault(reason, []).append(f"{run.directory} ({run.cause})" if run.cause else run.directory)
+    for reason, names in why.items():
+        were = "was" if len(names) == 1 else "were"
+        yield f"{counted(len(names), 'run')} {were} {reason}: {listed(names)}"
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """Return what to be careful about in a comparison."""
-    return [*_left_out(comparison), *_edges(comparison), *_unreached(comparison), *_hardware(comparison)]
+    looks = _left_out, _unmeasured, _early, _edges, _unreached, _hardware
+    return [text for look in looks for text in look(comparison)]
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:
@@ -129,12 +131,31 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
         return  # the finding says so
     for group in comparison.groups:
         for run in group.runs:
-            if why := group.left_out(run):
+            if why := group.left_out.get(run.directory):
                 cause = f" ({run.cause})" if run.cause and why in ("damaged", "crashed", "oom", "died") else ""
                 reasons.setdefault(why, []).append(run_label(group, run) + cause)
     for why, names in reasons.items():
         why = why.replace("repeats", "repeat") if len(names) > 1 else why
         yield f"{counted(len(names), 'run')} {why}, not averaged: {listed(names)}"
+
+
+def _unmeasured(comparison: Comparison) -> Iterator[str]:
+    """Yield a warning that names the groups of which a run has no value of the metric at the end."""
+    pairs = [
+        (group.label, values.last.n if values.last else 0, len(group.counted)) for group, values in comparison.pairs()
+    ]
+    lacking = [f"{label} ({n} of {of})" for label, n, of in pairs if n < of]
+    if comparison.metric and lacking:
+        known = f"only some runs have a finite {comparison.metric.name} at the end"
+        yield f"{known}, and its means leave out the others: {listed(lacking)}"
+
+
+def _early(comparison: Comparison) -> Iterator[str]:
+    """Yield a warning that names the runs that a stop rule ended, and that are compared with whole ones."""
+    names = [run_label(group, run) for group in comparison.groups for run in group.counted if run.early]
+    if names and len(comparison.runs) > 1:
+        end = "their values at the end aren't those after a whole run"
+        yield f"{counted(len(names), 'run')} ended early by a stop rule, so {end}: {listed(names)}"
 
 
 def _edges(comparison: Comparison) -> Iterator[str]:
@@ -153,7 +174,7 @@ def _edges(comparison: Comparison) -> Iterator[str]:
             yield f"{named}{found}: a {side.replace('est', 'er')} one may be better"
         at_edge = []
         for batch in sorted(batches):
-            lrs = {group.lr: value for group, value in members if group.lr and group.global_size == batch}
+            lrs = {group.lr_peak: value for group, value in members if group.lr_peak and group.global_size == batch}
             if side := _edge(lrs):
                 at_edge.append(f"{next(iter(lrs)):.4g} (the {side}) at batch {batch:,}")
         if at_edge:
@@ -174,7 +195,7 @@ def _edge(ranked: Mapping[float, Spread]) -> str | None:
 
 def _unreached(comparison: Comparison) -> Iterator[str]:
     if not comparison.target_given:
-        return
+        return  # the table says so
     counts = [(group.label, values.reached, len(group.counted)) for group, values in comparison.pairs()]
     none = [label for label, reached, n in counts if n and not reached]
     some = [f"{label} ({reached} of {n})" for label, reached, n in counts if 0 < reached < n]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from isobatch.conf.schema import Report as Options
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.compare import compare
 from isobatch.scaling.report.compare.comparison import Report
-from isobatch.scaling.report.compare.measure import directions_asked
+from isobatch.scaling.report.compare.measure import asked
 from isobatch.scaling.report.compare.tables import text_of
 from isobatch.scaling.report.compare.write import folder_of, write
-from isobatch.scaling.report.runs import directories, read_all
+from isobatch.scaling.report.runs import found_in, read_all
 from isobatch.scaling.report.select import chosen
 
 
@@ -29,19 +30,16 @@ def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str]
     Raises:
         UserError: a folder holds no runs, an option isn't valid, or the report can't be written.
     """
-    found: dict[Path, Path] = {}
+    wanted, found = asked(options.metric, options.target), found_in(roots)
     for root in roots:
-        inside = directories(Path(os.path.expanduser(root)))
-        if not inside:
+        if not any(run.absolute().is_relative_to(Path(os.path.expanduser(root)).absolute()) for run in found):
             fix = "name run directories, a sweep, or a folder of runs"
             raise UserError(f"there are no runs in {root}", fix, "run.dir", root)
-        found |= {run.absolute(): run for run in inside}
-    directions = directions_asked(options.metric, options.target)
-    every = read_all(list(found.values()), queue, directions)
+    every = read_all(found, queue, wanted.directions)
     runs = chosen(every, options.where, options.sort)
     if not runs:
-        problem = f"none of {len(every)} runs meets report.where={options.where}"
+        problem = f"none of {counted(len(every), 'run')} meets report.where={options.where}"
         raise UserError(problem, "action=runs lists them", "report.where", options.where)
-    report = compare(runs, options.metric, options.target)
+    report = compare(runs, wanted)
     report = write(report, Path(os.path.expanduser(options.dir)) if options.dir else folder_of(roots))
     return replace(report, text=text_of(report, shutil.get_terminal_size((0, 0)).columns))

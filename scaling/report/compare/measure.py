@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
+from isobatch.conf.messages import nearest
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.measures import Direction, Target, direction_of
 from isobatch.scaling.report.run import Run
+from isobatch.scaling.stopping import NAME, parts_of
 
-METRIC = re.compile(r"([^:\s]+?)(?::(min|max))?")
-TARGET = re.compile(r"([^\s<>=]+)\s*(<=|>=|<|>)\s*(\S+)")
+METRIC = re.compile(rf"({NAME})(?::(min|max))?")
 
 
 class Metric(NamedTuple):
@@ -23,53 +23,75 @@ class Metric(NamedTuple):
     direction: Direction
 
 
-def parse_metric(text: str) -> tuple[str, Direction | None]:
-    """Return the name and the direction in ``report.metric``, such as ``val/score:max``. Raises UserError."""
-    match = METRIC.fullmatch(text)
-    if not match:
-        problem = f"report.metric={text!r:.200} isn't the name of a measure"
-        raise UserError(problem, "write it as in val/accuracy or val/score:max", "report.metric", text)
-    direction: Direction | None = "min" if match[2] == "min" else "max" if match[2] else None
-    return match[1], direction
+class Asked(NamedTuple):
+    """What ``report.metric`` and ``report.target`` ask for.
+
+    Attributes:
+        metric: the name of a measure; ``direction``: which one is better, if the user said so.
+    """
+
+    metric: str | None = None
+    direction: Direction | None = None
+    target: Target | None = None
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Return which direction of a measure is better, as far as it was said."""
+        found = {self.target.name: self.target.direction} if self.target else {}
+        return found | ({self.metric: self.direction} if self.metric and self.direction else {})
 
 
-def parse_target(text: str) -> Target:
-    """Return the target in ``report.target``, such as ``val/accuracy>=0.97``. Raises UserError."""
-    match = TARGET.fullmatch(text.strip())
-    try:
-        return Target(match[1], match[2], float(match[3]))  # type: ignore[index]
-    except (TypeError, ValueError):
+def asked(metric: str | None, target: str | None) -> Asked:
+    """Return what ``report.metric`` and ``report.target`` ask for.
+
+    Args:
+        metric: the measure to compare by, ``name`` or ``name:min|max``; None chooses one.
+        target: what to reach, such as ``val/accuracy>=0.97``; None chooses one.
+
+    Raises:
+        UserError: one of them can't be read, or they contradict each other.
+    """
+    match = METRIC.fullmatch(metric) if metric else None
+    if metric and not match:
+        problem = f"report.metric={metric!r:.200} isn't the name of a measure"
+        raise UserError(problem, "write it as in val/accuracy or val/score:max", "report.metric", metric)
+    direction: Direction | None = "min" if match and match[2] == "min" else "max" if match and match[2] else None
+    found = Asked(match and match[1], direction)
+    return found._replace(target=_target(target, found)) if target else found
+
+
+def _target(text: str, other: Asked) -> Target:
+    """Return the target in ``report.target``. Raises UserError."""
+    parts = parts_of(text.strip())
+    if not parts:
         problem = f"report.target={text!r:.200} isn't a value to reach"
-        raise UserError(problem, "write it as in 'val/accuracy>=0.97'", "report.target", text) from None
+        raise UserError(problem, "write it as in 'val/accuracy>=0.97', with a finite number", "report.target", text)
+    target = Target(*parts)
+    said = other.direction if other.metric == target.name else None
+    better = said or direction_of(target.name)
+    if better and better != target.direction:
+        more, why = ("more" if better == "max" else "less"), f" (report.metric={target.name}:{said})" if said else ""
+        problem = f"report.target={text}: of {target.name}, {more} is better{why}"
+        turned = f"{target.name}{'>=' if better == 'max' else '<='}{target.value:g}"
+        fix = f"write report.target='{turned}', or report.metric={target.name}:{target.direction}"
+        raise UserError(problem, fix, "report.target", text)
+    return target
 
 
-def directions_asked(metric: str | None, target: str | None) -> dict[str, Direction]:
-    """Return which direction of a measure is better, as far as ``report.metric`` and ``report.target`` say it."""
-    found: dict[str, Direction] = {}
-    if target:
-        parsed = parse_target(target)
-        found[parsed.name] = parsed.direction
-    if metric and (named := parse_metric(metric))[1]:
-        found[named[0]] = named[1]
-    return found
-
-
-def refuse_unknown(runs: Sequence[Run], metric: str | None, target: str | None) -> None:
+def refuse_unknown(runs: Sequence[Run], wanted: Asked) -> None:
     """Raise UserError if no run has the measure that is asked for, or if it isn't known which direction is better."""
-    wanted = {
-        "report.metric": metric and parse_metric(metric)[0],
-        "report.target": target and parse_target(target).name,
-    }
-    for key, name in wanted.items():
-        known = sorted({known for run in runs for known in run.measures})
+    known = sorted({name for run in runs for name in run.measures})
+    names = {"report.metric": wanted.metric, "report.target": wanted.target and wanted.target.name}
+    for key, name in names.items():
         if name and known and name not in known:
-            near = "".join(f"did you mean {match}? " for match in get_close_matches(name, known, n=1))
-            there = ", ".join(map(one_line, known))
-            raise UserError(f"{key}: no run has measured {name}", f"{near}there are {there}", key, name)
-    if metric and not target and None in parse_metric(metric) and direction_of(parse_metric(metric)[0]) is None:
-        fix = f"say which is better: report.metric={metric}:max or {metric}:min"
+            there = f"there are {', '.join(map(one_line, known))}"
+            fix = " ".join(filter(None, [nearest(name, known), there]))
+            raise UserError(f"{key}: no run has measured {name}", fix, key, name)
+    name = wanted.metric
+    if name and name not in wanted.directions and direction_of(name) is None:
+        fix = f"say which is better: report.metric={name}:max or {name}:min"
         raise UserError(
-            f"report.metric={metric}: its name doesn't tell whether more is better", fix, "report.metric", metric
+            f"report.metric={name}: its name doesn't tell whether more is better", fix, "report.metric", name
         )
 
 
@@ -92,9 +114,17 @@ def _rank(name: str, direction: Direction) -> int:
     return 0 if of_evaluation and direction == "max" else 1 if of_evaluation else 2 if name == "loss" else 3
 
 
-def easiest_target(counted: Sequence[Run], metric: Metric) -> Target | None:
-    """Return the target that every counted run reached: the worst of their best values."""
-    measured = [run.measures[metric.name] for run in counted if metric.name in run.measures]
-    bests = [one.best.value for one in measured if one.best]
-    worst = max if metric.direction == "min" else min
-    return Target(metric.name, "<=" if metric.direction == "min" else ">=", worst(bests)) if bests else None
+def usual_target(counted: Sequence[Run], metric: Metric) -> Target | None:
+    """Return a target for runs that were given none: the worst of their best values, without runs that hardly learned.
+
+    A run hardly learned if its best value is less than half of the way from the worst first value of all runs to the
+    best value of all.
+    """
+    measured = [run.measures[metric.name].records for run in counted if metric.name in run.measures]
+    sign = 1 if metric.direction == "max" else -1
+    bests = [sign * records[-1].value for records in measured if records]
+    if not bests:
+        return None
+    halfway = max(bests) / 2 + min(sign * records[0].value for records in measured if records) / 2
+    worst = min(best for best in bests if best >= halfway)
+    return Target(metric.name, ">=" if sign > 0 else "<=", sign * worst)

@@ -187,7 +187,7 @@ def _curves(comparison: Comparison, axis: str, name: str, evaluations: bool) -> 
 def _by_batch(comparison: Comparison) -> Picture:
     """Return the measure at the end by batch, a curve for each family, at the best learning rate."""
     name = comparison.metric.name if comparison.metric else ""
-    curves = list(_by(comparison, lambda values: values.last, lambda group, _: group.global_size))
+    curves = list(_by(comparison, comparison.best_lrs(), lambda values: values.last))
     for index, group in enumerate(comparison.groups):
         runs = [run for run in group.counted if name in run.measures]
         values: Column = [run.measures[name].last for run in runs]
@@ -205,17 +205,15 @@ def _over_batches(title: str, y_label: str, y_log: bool, curves: list[Curve]) ->
 
 
 def _by(
-    comparison: Comparison,
-    get: Callable[[Values], Spread | None],
-    place: Callable[[Group, Values], float | None],
+    comparison: Comparison, pairs: Sequence[tuple[Group, Values]], get: Callable[[Values], Spread | None]
 ) -> Iterator[Curve]:
-    """Yield a curve through the groups of each family that differ in batch, at the best learning rates."""
+    """Yield a curve for each family through those of its groups in ``pairs``, which differ in batch."""
     families = dict.fromkeys(group.family for group in comparison.groups)
     for number, family in enumerate(families):
         points = [
-            (x, value, group.label)
-            for group, values in comparison.best_lrs()
-            if group.family == family and (value := get(values)) and (x := place(group, values))
+            (group.global_size, value, group.label)
+            for group, values in pairs
+            if group.family == family and group.global_size and (value := get(values))
         ]
         if len(points) > 1 or (points and len(families) > 1):
             yield Curve(
@@ -236,13 +234,13 @@ def _grids(comparison: Comparison) -> Picture:
     name = comparison.metric.name if comparison.metric else ""
     panels = []
     for family in dict.fromkeys(group.family for group in comparison.groups):
-        members = [(group, values) for group, values in comparison.pairs() if group.family == family and group.lr]
+        members = [(group, values) for group, values in comparison.pairs() if group.family == family and group.lr_peak]
         batches = sorted({group.global_size for group, _ in members if group.global_size})
-        lrs = sorted({group.lr for group, _ in members if group.lr})
+        lrs = sorted({group.lr_peak for group, _ in members if group.lr_peak})
         several = [batch for batch in batches if sum(group.global_size == batch for group, _ in members) > 1]
         if len(several) < 2:
             continue
-        cells = {(group.global_size, group.lr): values for group, values in members}
+        cells = {(group.global_size, group.lr_peak): values for group, values in members}
         found = [[cells.get((batch, lr)) for lr in lrs] for batch in batches]
         means: list[Column] = [[cell.last.mean if cell and cell.last else None for cell in row] for row in found]
         texts = [[_cell(cell) for cell in row] for row in found]
@@ -263,7 +261,7 @@ def _cell(values: Values | None) -> str:
 
 
 def _targets(comparison: Comparison) -> Picture:
-    """Return what the target took by batch, with the fit, and time against samples."""
+    """Return what the target took by batch, at its quickest learning rate, with the fit, and time against samples."""
     if len({group.global_size for group in comparison.groups}) < 2:
         return Picture("target", "", "", [])
     gets: dict[str, Callable[[Values], Spread | None]] = {
@@ -273,7 +271,7 @@ def _targets(comparison: Comparison) -> Picture:
     }
     panels = []
     for unit, get in gets.items():
-        curves = list(_by(comparison, get, lambda group, _: group.global_size))
+        curves = list(_by(comparison, comparison.quickest(), get))
         if curves and unit == "samples":
             curves += _fits(comparison)
         if curves:
@@ -288,11 +286,11 @@ def _targets(comparison: Comparison) -> Picture:
 
 
 def _time_against_samples(comparison: Comparison) -> list[Curve]:
-    """Return a point for each group at the best learning rates, and a line through those that no other group beats."""
+    """Return a point for the quickest group of each batch, and a line through those that no other group beats."""
     families = list(dict.fromkeys(group.family for group in comparison.groups))
     found = [
         (values.to_samples.mean, values.to_time_s.mean, group)
-        for group, values in comparison.best_lrs()
+        for group, values in comparison.quickest()
         if values.to_samples and values.to_time_s
     ]
     if len(found) < 2:

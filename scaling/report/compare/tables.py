@@ -34,15 +34,17 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
     compared = [one for one, values in zip(spreads, comparison.values, strict=True) if not values.open]
     best = {column: _best([one[column] for one in compared], comparison, column) for column in (name, *LOWEST)}
     rows = []
-    for group, values, is_open in zip(comparison.groups, spreads, (one.open for one in comparison.values), strict=True):
-        shape = "({})" if is_open else "{}"
-        figures = {c: value and Figure(shape.format(_text(c, value))) for c, value in values.items()}
+    for (group, values), columns in zip(comparison.pairs(), spreads, strict=True):
+        shape, of = "({})" if values.open else "{}", len(group.counted)
+        figures = {c: value and Figure(shape.format(_text(c, value))) for c, value in columns.items()}
         for column, place in best.items():
-            value = values[column]
-            if place and value and value.mean == place.mean and not is_open and len(comparison.groups) > 1:
+            value = columns[column]
+            if place and value and value.mean == place.mean and not values.open and len(comparison.groups) > 1:
                 figures[column] = Best(_text(column, value))
+        if comparison.target and values.reached < of:
+            figures[LOWEST[0]] = Figure(f"{values.reached} of {of} reached it")
         rows.append(
-            {"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **dict.fromkeys(values), **figures}
+            {"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **dict.fromkeys(columns), **figures}
         )
     empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
     if len(rows) == 1 and not comparison.target_given:
@@ -76,10 +78,11 @@ def _text(column: str, value: Spread) -> str:
 
 
 def _count(group: Group) -> str:
-    """Return how many runs are averaged, and of how many."""
+    """Return how many runs are averaged, of how many, and how many of them a stop rule ended early."""
     n = len(group.counted)
-    left = [why for run in group.runs if (why := group.left_out(run))]
-    return f"{n}" if not left else f"{n} of {len(group.runs)}: {', '.join(dict.fromkeys(left))}"
+    early = sum(bool(run.early) for run in group.counted)
+    notes = [*dict.fromkeys(group.left_out.values()), *([f"{early} ended early"] if early else [])]
+    return ": ".join(filter(None, [f"{n} of {len(group.runs)}" if group.left_out else f"{n}", ", ".join(notes)]))
 
 
 def text_of(report: Report, width: int = 0) -> str:
@@ -137,8 +140,11 @@ def legend(comparison: Comparison, best: str) -> list[str]:
     several = len(comparison.groups) > 1
     notes = [best] if several else []
     if comparison.target and (several or comparison.target_given):
-        given = comparison.target_given
-        why = "report.target" if given else "which every counted run reached; report.target sets another"
+        everyone = all(values.reached == len(group.counted) for group, values in comparison.pairs() if not values.open)
+        who = (
+            "every counted run" if everyone else "every counted run that learned at least half as much as the best one"
+        )
+        why = "report.target" if comparison.target_given else f"which {who} reached; report.target sets another"
         notes.append(f"target: {one_line(str(comparison.target))} ({why})")
     return notes
 

@@ -21,7 +21,8 @@ class Values:
         last, best: of the measure, at the end and at each run's best evaluation.
         steps, samples, time_s: of the whole run; ``samples_per_s``: its speed; ``epoch_s``: seconds per epoch.
         noise_scale, gradient_variance: as last measured.
-        reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that took.
+        reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that
+            took, where all of them did, and the time of each is known.
     """
 
     open: bool
@@ -60,7 +61,7 @@ def values_of(group: Group, metric: Metric | None, target: Target | None) -> Val
         reached=len(ends),
         to_steps=_spread(end.step for end in ends) if whole else None,
         to_samples=_spread(end.samples for end in ends) if whole else None,
-        to_time_s=_spread(end.time_s for end in ends) if whole else None,
+        to_time_s=_spread(end.time_s for end in ends) if whole and None not in [end.time_s for end in ends] else None,
     )
 
 

@@ -26,7 +26,7 @@ def spread(value: Spread) -> str:
     ('0.9731 ± 0.0021', '12,350 ± 210', '0.5')
     """
     if not value.deviation:
-        return number(value.mean)
+        return number(value.mean) if value.deviation is None else f"{number(value.mean)} ± 0"
     mean, deviation = in_digits_of(value.deviation, value.mean, value.deviation)
     return f"{mean} ± {deviation}"
 
