@@ -35,15 +35,16 @@ ALL = list(TRACKERS)
 class Timed(Watch):
     """Note the time of step WARM, once each tracker is open, and of the last step."""
 
-    def __init__(self, followers: list[Followers]) -> None:
+    def __init__(self, started: list[Followers]) -> None:
         super().__init__()
-        self._followers, self.times = followers, dict[int, tuple[float, float]]()
+        self._started, self.times = started, dict[int, tuple[float, float]]()
 
     def beat(self, steps: int | None = None, samples: int | None = None) -> None:
         super().beat(steps, samples)
         if steps == WARM and WARM not in self.times:
             deadline = time.monotonic() + READY_S
-            while not all(one.ready for one in self._followers) and time.monotonic() < deadline:
+            followers = [follower for one in self._started for follower in one.followers]
+            while any(follower.sent is None for follower in followers) and time.monotonic() < deadline:
                 time.sleep(0.1)
         if steps in (WARM, STEPS):
             self.times.setdefault(steps, (time.perf_counter(), time.process_time()))

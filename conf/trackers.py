@@ -5,6 +5,7 @@ A tracker has a section here, a file of its name in trainers/trackers/, and an e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -102,9 +103,9 @@ def _check(name: str, args: object) -> None:
         raise UserError(f"{key}={value!r:.100} isn't valid", fix, key, value) from None
 
 
-def refuse_missing_packages(log: Log) -> None:
-    """Raise UserError if the package of a tracker in ``log.to`` isn't installed. Don't import it."""
-    for name in log.to:
+def refuse_missing_packages(to: Iterable[str]) -> None:
+    """Raise UserError if the package of a shipped tracker in ``to`` isn't installed. Don't import it."""
+    for name in to:
         spec: Any = find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name, such as the one that wandb makes
             problem = f"log.to={name} needs the package {name}, which isn't installed"

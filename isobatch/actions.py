@@ -76,7 +76,7 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
         refuse_unless_submittable(config)
     elif config.action == "train":
         refuse_unless_startable(config)
-        refuse_missing_packages(config.log)
+        refuse_missing_packages(config.log.to)
     if config.action == "train":
         to_open = config.batch.global_size == "all" and config.task.train_samples is None  # as large as the data is
         if to_open and not isinstance(config.cluster, Slurm) and (under_torchrun() or config.cluster.nodes > 1):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isobatch import actions
+from isobatch.conf.command import command_of
 from isobatch.conf.compose import refuse_typo
 from isobatch.conf.hardware import under_torchrun, workers_here
 from isobatch.conf.identity import run_directory
@@ -267,11 +268,10 @@ def _work(command: str, config: RunConfig, run_dir: str, extends: bool) -> int:
 def _train_in_children(config: RunConfig, words: list[str], config_dir: str | Path | None, run: RunDir) -> None:
     """Train by a command in a child process, and relay its output."""
     options = [] if config_dir is None else [f"--config-dir={config_dir}"]
-    command = [sys.executable, "-m", "isobatch.launch", *options, *words]
-    here = os.pathsep.join(path for path in sys.path if path)
+    command = command_of("isobatch.launch", *options, *words)
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     said = ""
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": here}, **pipe) as child:
+    with subprocess.Popen(command, **pipe) as child:
         assert child.stdout is not None
         try:
             for said in child.stdout:
@@ -285,4 +285,4 @@ def _train_in_children(config: RunConfig, words: list[str], config_dir: str | Pa
     if child.returncode == EXIT_CODE["refused"]:
         raise UserError(cause)
     if child.returncode not in (EXIT_CODE["finished"], EXIT_CODE["stopped"]):
-        raise RuntimeError(f"{cause} (exit code {child.returncode} of {shlex.join(command[1:])})")
+        raise RuntimeError(f"{cause} (exit code {child.returncode} of {shlex.join(command)})")

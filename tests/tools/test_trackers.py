@@ -6,11 +6,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,18 @@ import pytest
 from tests.support import tracked
 
 ROOT = Path(__file__).parents[2]
+FOLLOW = "isobatch.trainers.trackers.follow"
 ALL = ("tensorboard", "wandb", "mlflow", "trackio")
 SLOW = """
-import time
+import os, time
 from isobatch.trainers.tasks.digits import Digits
 
 
 class Slow(Digits):
     def loss(self, model, batch):
         time.sleep(0.02)
+        if os.path.exists("crash"):
+            raise ZeroDivisionError("crash")
         return super().loss(model, batch)
 """
 PAGE = (ROOT / "trainers/trackers/README.md").read_text()
@@ -36,14 +42,17 @@ OWN = f"""
 import os, time
 {SQLITE}
 
-class Fails(SQLite):
-    def write(self, line):
-        raise ConnectionError("no network")
-
-
 class Hangs(SQLite):
     def write(self, line):
-        time.sleep(1000)
+        while not os.path.exists("network"):
+            time.sleep(0.1)
+        super().write(line)
+
+
+class TakesLong(SQLite):
+    def write(self, line):
+        time.sleep(0.25)
+        super().write(line)
 
 
 class Recovers(SQLite):
@@ -104,8 +113,8 @@ def followers(run: Path) -> dict[str, int]:
             words, cwd = (entry / "cmdline").read_text().split("\0"), os.readlink(entry / "cwd")
         except OSError:
             continue
-        if "isobatch.trainers.trackers.follow" in words and Path(cwd) == run.parent:
-            found[words[words.index("run") + 1]] = int(entry.name)
+        if FOLLOW in words and Path(cwd) == run.parent:
+            found[words[words.index(FOLLOW) + 2]] = int(entry.name)
     return found
 
 
@@ -170,7 +179,7 @@ def test_a_kill_between_any_two_writes(folder: Path, name: str) -> None:
     """Send a finished run to a tracker by hand, killed several times on the way."""
     run = folder / "run"
     train(folder, "task=digits", *BASE, "duration=300st")
-    command = [sys.executable, "-P", "-m", "isobatch.trainers.trackers.follow", "run", name]
+    command = [sys.executable, "-P", "-m", FOLLOW, "run", name]
     began = time.monotonic()
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     took_s = time.monotonic() - began
@@ -210,16 +219,16 @@ def test_plan_and_config_are_sent_along(folder: Path) -> None:
         assert found.info.status == "FINISHED"
 
 
-def test_a_broken_tracker_costs_one_warning_and_the_other_is_complete(folder: Path) -> None:
+def test_a_broken_tracker_is_named_with_its_cause_and_the_other_is_complete(folder: Path) -> None:
     run = folder / "run"
-    printed = train(
-        folder, *SLOWLY, "duration=150st", "log.to=tensorboard", "log._target_=own.Fails", "log.args.path=own.db"
-    )
+    store = "log.args.mlflow.tracking_uri=sqlite:////dev/null/mlflow.db"
+    printed = train(folder, *SLOWLY, "duration=200st", "log.to=[tensorboard,mlflow]", store)
     assert tracked.same(tracked.tensorboard(run), run)
     first, last = warnings(run)
-    assert "custom failed: ConnectionError: no network" in first
-    assert "custom was given up" in last
-    assert printed.count("ConnectionError: no network") == 2
+    assert "mlflow failed" in first
+    assert "mlflow was given up" in last
+    assert all("'/dev/null'" in text and "run/logs/tracker-mlflow.log" in text for text in (first, last))
+    assert printed.count("warning: tracker mlflow") == 2
     assert "Traceback" not in printed
 
 
@@ -250,15 +259,9 @@ def test_a_hanging_tracker_delays_no_stop(folder: Path) -> None:
 
 
 def test_a_hanging_tracker_is_given_up_at_the_end(folder: Path) -> None:
-    """The other one is complete, and the outcome is recorded before the wait."""
-    words = ("task=digits", *BASE, "duration=20st", "cluster.gpus_per_node=1")
-    trackers = ("log.to=tensorboard", "log._target_=own.Hangs", "log.args.path=own.db")
-    script = f"""
-import isobatch, isobatch.trainers.trackers.followers as followers
-followers.IDLE_S = 5.0
-print(isobatch.train(None, *{words + trackers!r}).state)
-"""
-    process, run = start(folder, command=("-c", script)), folder / "run"
+    """The other one is complete, and the outcome is recorded before the wait. The printed command sends the rest."""
+    words = ("task=digits", *BASE, "duration=20st", "log.to=tensorboard")
+    process, run = start(folder, command=impatient(*words, "log._target_=own.Hangs")), folder / "run"
     until(lambda: (run / "outcome.json").exists() and "finished" in (run / "outcome.json").read_text())
     assert process.poll() is None
     assert process.wait(60) == 0
@@ -267,13 +270,75 @@ print(isobatch.train(None, *{words + trackers!r}).state)
     assert tracked.same(tracked.tensorboard(run), run)
     (text,) = warnings(run)
     assert "custom was given up" in text
-    assert "isobatch.trainers.trackers.follow run custom" in text
+    (folder / "network").touch()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(text.partition("send the rest by: ")[2], shell=True, cwd="/", env=env, check=True)
+    assert own(folder) == tracked.logged(run)
+
+
+def impatient(*words: str) -> tuple[str, ...]:
+    """Return the command that trains with one worker and a tracker of one's own, and waits 5 s for its progress."""
+    words = (*words, "log.args.path=own.db", "cluster.gpus_per_node=1")
+    return (
+        "-c",
+        f"""
+import isobatch, isobatch.trainers.trackers.followers as followers
+followers.IDLE_S = 5.0
+print(isobatch.train(None, *{words!r}).state)
+""",
+    )
+
+
+def test_a_tracker_that_takes_long_is_not_given_up_while_it_progresses(folder: Path) -> None:
+    words = (*SLOWLY, "log.every=2st", "duration=80st", "log._target_=own.TakesLong")
+    process = start(folder, command=impatient(*words))
+    assert process.wait(120) == 0, (folder / "out.txt").read_text()
+    assert own(folder) == tracked.logged(folder / "run")
+    assert not warnings(folder / "run")
+
+
+@pytest.mark.usefixtures("in_store")
+def test_a_crash_of_the_training_loses_no_line(folder: Path) -> None:
+    """Each tracker has all lines that it may have, and knows that the run failed."""
+    run = folder / "run"
+    process = start(folder, *SLOWLY, "duration=100000st", f"log.to=[{','.join(ALL)}]")
+    until(lambda: len(followers(run)) == 4)
+    until(lambda: in_mlflow(folder) and [*run.glob("wandb/*/*.wandb")] and [*folder.glob("trackio/*.db")])
+    (folder / "crash").touch()
+    assert process.wait(60) == 1, (folder / "out.txt").read_text()
+    assert not warnings(run)
+    for name in ("tensorboard", "wandb", "trackio"):
+        assert tracked.same(stored(folder, name), run), name
+    saved = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    assert stored(folder, "mlflow").keys() == {step for step in tracked.logged(run) if step < saved}
+    assert tracked.mlflow_run(f"sqlite:///{folder}/mlflow.db", run)[1].info.status == "FAILED"
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    records = tracked.wandb_records(file)
+    assert [one.exit.exit_code for one in records if one.WhichOneof("record_type") == "exit"] == [1]
+
+
+def in_mlflow(folder: Path) -> int:
+    """Return how many metrics MLflow's store has; 0 where it isn't made yet."""
+    with suppress(sqlite3.OperationalError), sqlite3.connect(f"file:{folder}/mlflow.db?mode=ro", uri=True) as db:
+        return int(db.execute("select count(*) from metrics").fetchone()[0])
+    return 0
+
+
+def test_an_old_run_is_sent_by_hand(folder: Path) -> None:
+    """It was made before there were trackers. What can't be sent is named."""
+    shutil.copytree(ROOT / "tests/data/f0a1b05/digits-da51d6fd3c73", folder / "run", symlinks=True)
+    command = [sys.executable, "-P", "-m", FOLLOW]
+    subprocess.run([*command, "run", "tensorboard"], cwd=folder, check=True)
+    assert tracked.same(tracked.tensorboard(folder / "run"), folder / "run")
+    for words, named in ([("run", "tensorbord"), "tensorboard, wandb"], [("nothing", "wandb"), "nothing"]):
+        done = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert named in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def own(folder: Path) -> tracked.Steps:
     """Return what the SQLite tracker has."""
-    import sqlite3
-
     with sqlite3.connect(folder / "own.db") as db:
         made = db.execute("select count(*) from sqlite_master").fetchone()[0]
         lines = [json.loads(line) for (line,) in db.execute("select line from lines")] if made else []

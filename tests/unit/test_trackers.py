@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.trackers import TRACKERS, refuse_missing_packages
 from isobatch.scaling.errors import UserError
 from isobatch.trainers.trackers.follow import Steps, Training
-from isobatch.trainers.trackers.tracker import SWEEP, draw_id, numbers
+from isobatch.trainers.trackers.tracker import SWEEP, RunInfo, draw_id, make_tracker, numbers
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,13 +70,21 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     """Also where a folder of its name lies in the working directory, as W&B makes one."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"isobatch\[wandb\]") as error:
-        refuse_missing_packages(compose(["log.to=wandb"]).log)
+        refuse_missing_packages(["wandb"])
     assert (error.value.key, error.value.value) == ("log.to", "wandb")
     (tmp_path / "tracker_of_nobody").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    log = compose(["log.to=wandb"]).log.model_copy(update={"to": ("tracker_of_nobody",)})
     with pytest.raises(UserError, match="tracker_of_nobody"):
-        refuse_missing_packages(log)
+        refuse_missing_packages(["tracker_of_nobody"])
+
+
+@pytest.mark.parametrize("name", ["tensorbord", "custom", "../custom"])
+def test_a_tracker_that_a_run_does_not_have_is_named_with_those_there_are(name: str) -> None:
+    """Also in a run of an earlier version, whose section log has no trackers."""
+    with pytest.raises(UserError) as error:
+        make_tracker(name, {"every": "10st"})
+    assert name in error.value.problem or "log._target_" in error.value.problem
+    assert all(known in error.value.fix for known in (*TRACKERS, "custom", "log._target_"))
 
 
 def write(file: Path, *lines: dict[str, Any], rest: str = "") -> None:
@@ -104,14 +113,28 @@ def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     assert list(Steps(file).take(math.inf, whole=True)) == [{"step": 1}, {"step": 2}]
 
 
-def test_a_file_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ([{"step": 1}, {"step": 2}, {"step": 3}], [{"step": 3}]),  # the same file, as a network disk may replace it
+        ([{"step": 1}], None),
+        ([{"step": 1}, {"step": 4}, {"step": 5}], None),
+    ],
+)
+def test_a_replaced_file_is_read_on_only_with_the_same_content(
+    tmp_path: Path, other: list[dict[str, Any]], found: list[dict[str, Any]] | None
+) -> None:
     file = tmp_path / "metrics.jsonl"
-    write(file, {"step": 1})
+    write(file, {"step": 1}, {"step": 2}, rest='{"ste')
     steps = Steps(file)
-    write(tmp_path / "other", {"step": 1})
+    assert len(list(steps.take(math.inf, whole=True))) == 2
+    write(tmp_path / "other", *other)
     os.replace(tmp_path / "other", file)
-    with pytest.raises(RuntimeError, match="replaced"):
-        list(steps.take(math.inf, whole=True))
+    if found is None:
+        with pytest.raises(RuntimeError, match="replaced"):
+            list(steps.take(math.inf, whole=True))
+    else:
+        assert list(steps.take(math.inf, whole=True)) == found
 
 
 class Keeps:
@@ -140,8 +163,18 @@ def test_a_tracker_that_keeps_lines_gets_only_safe_ones(
 
 
 def test_an_id_is_drawn_once(tmp_path: Path) -> None:
-    assert draw_id(tmp_path, "abc") == draw_id(tmp_path, "def")
+    assert draw_id(tmp_path) == draw_id(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["trackers.json"]
+
+
+def test_a_run_began_at_its_first_start(tmp_path: Path) -> None:
+    """A job is submitted before that, and every resume is a later start."""
+    for name in ("config.yaml", "plan.json"):
+        (tmp_path / name).write_text("{}")
+    kinds = ("submitted", "start", "crashed", "start")
+    times = [{"event": kind, "time": f"2026-11-30T04:2{minute}:00+0000"} for minute, kind in enumerate(kinds)]
+    write(tmp_path / "events.jsonl", *times)
+    assert RunInfo.read(tmp_path).began == datetime(2026, 11, 30, 4, 21, tzinfo=UTC).timestamp()
 
 
 def test_only_finite_numbers_are_sent() -> None:

@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,24 +25,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import holds_run
 from isobatch.conf.rundir.outcome import EXIT_CODE, known_outcome
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable, parse_json, read_yaml
 from isobatch.trainers.ranks.signals import die_with_parent
 from isobatch.trainers.tensors.names import checkpoints, step_of
 from isobatch.trainers.trackers.tracker import Line, RunInfo, Tracker, make_tracker
 
-POLL_S = 1.0  # between looks at the file
-BATCH = 200  # lines between reports
+POLL_S = 1.0  # between looks at the file, and between reports of progress
+TAIL = 4096  # bytes by which a replaced file is recognized
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP)
-Report = Callable[[str, Any], None]
+Report = Callable[[int], None]  # called with the last step that was sent
 
 
 class Steps:
     """Read metrics.jsonl as it grows; merge the lines of one step (a logged step and its evaluation) into one."""
 
     def __init__(self, file: Path) -> None:
-        self._path, self._file = file, open(file, "rb")  # noqa: SIM115  open until this process ends
-        self._part, self._lines = b"", deque[Line]()
+        self._path, self._at, self._tail, self._lines = file, 0, b"", deque[Line]()
 
     def take(self, until: float, *, whole: bool) -> Iterator[Line]:
         """Yield the new lines up to step ``until``.
@@ -54,12 +56,17 @@ class Steps:
             yield self._lines.popleft()
 
     def _read(self) -> None:
-        if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
-            raise RuntimeError(f"{self._path} was replaced")
-        *complete, self._part = (self._part + self._file.read()).split(b"\n")
-        for text in complete:
+        with open(self._path, "rb") as file:  # each time, as a network disk may replace it by the same content
+            file.seek(self._at - len(self._tail))
+            if file.read(len(self._tail)) != self._tail:
+                raise RuntimeError(f"{self._path} was replaced")
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._at += len(complete)
+        self._tail = (self._tail + complete)[-TAIL:]
+        for part in complete.splitlines():
             with suppress(Unreadable, KeyError, TypeError):
-                line = parse_json(text)
+                line = parse_json(part)
                 if not isinstance(line["step"], int):
                     continue
                 if self._lines and self._lines[-1]["step"] == line["step"]:
@@ -76,30 +83,25 @@ class Training:
     """
 
     def __init__(self, run: RunDir, *, follows: bool) -> None:
-        self._run, self._said = run, b""
         outcome = known_outcome(run.path)
-        done = outcome is not None and outcome.state == "finished"
-        self.ended_at: float | None = None if follows else math.inf if done else self._saved
+        done = not follows and outcome is not None and outcome.state == "finished"
+        self._run, self._said, self._last = run, b"", math.inf if done else -1.0
+        self.ended = not follows
 
     def wait(self) -> None:
         """Wait until the next look, or until training has ended."""
-        if self.ended_at is None and select.select([0], [], [], POLL_S)[0]:
+        if not self.ended and select.select([0], [], [], POLL_S)[0]:
             self._said += os.read(0, 100)
             if not self._said:
                 os._exit(1)  # the training is gone
             if self._said.endswith(b"\n"):
-                self.ended_at = float(self._said.split()[-1])
+                self.ended, self._last = True, float(self._said.split()[-1])
 
     def safe(self, tracker: Tracker) -> float:
-        """Return the last step that may be sent to ``tracker``."""
+        """Return the last step that may be sent to ``tracker``: the one before the newest checkpoint can't be lost."""
         if getattr(tracker, "rewrites", False):
             return math.inf
-        return self._saved if self.ended_at is None else self.ended_at
-
-    @property
-    def _saved(self) -> float:
-        """Return the step before the newest checkpoint: a resume from there can't lose it."""
-        return max((step_of(path) for path in checkpoints(self._run)), default=0) - 1
+        return max(self._last, max((step_of(path) for path in checkpoints(self._run)), default=0) - 1)
 
 
 def follow(tracker: Tracker, info: RunInfo, training: Training, report: Report) -> None:
@@ -107,25 +109,28 @@ def follow(tracker: Tracker, info: RunInfo, training: Training, report: Report) 
     found = tracker.open(info)
     last = -1 if found is None else found
     flush = getattr(tracker, "flush", None)
-    steps, count, ended = Steps(info.directory / "metrics.jsonl"), 0, False
-    report("sent", last)
-    while not ended:
+    steps = Steps(info.directory / "metrics.jsonl")
+    while True:
+        report(last)
         training.wait()
-        ended = training.ended_at is not None
+        ended, reported = training.ended, time.monotonic()
         for line in steps.take(training.safe(tracker), whole=ended):
             if line["step"] > last:
                 tracker.write(line)
-                last, count = line["step"], count + 1
-                if count % BATCH == 0:
-                    report("sent", last)
+                last = line["step"]
+            if time.monotonic() - reported >= POLL_S:
+                report(last)
+                reported = time.monotonic()
         if flush:
             flush()
-        report("sent", last)
+        if ended:
+            break
+    report(last)
     tracker.close()
 
 
 def main(arguments: list[str]) -> int:
-    """Follow a run for one tracker, and return the exit code. A failure is reported on standard output, as JSON."""
+    """Follow a run for one tracker, and return the exit code. A training gets progress and failure as JSON."""
     if len(arguments) not in (2, 3):
         print("usage: python -m isobatch.trainers.trackers.follow RUN_DIRECTORY TRACKER", file=sys.stderr)
         return EXIT_CODE["refused"]
@@ -135,27 +140,38 @@ def main(arguments: list[str]) -> int:
     wire = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print is for the log
 
-    def report(key: str, value: Any) -> None:
-        if parent or key == "failed":
-            print(json.dumps({key: value}) if parent else f"isobatch: {name} {value}", file=wire, flush=True)
+    def tell(**content: Any) -> None:
+        if parent:
+            print(json.dumps(content), file=wire, flush=True)
 
-    with open(directory_log(Path(directory), name), "a") as log:
-        _lock(log)  # until the follower of an earlier start has ended
-        try:
-            config = read_yaml(Path(directory) / "config.yaml")
-            info = RunInfo.read(Path(directory))
-            tracker = make_tracker(name, config["log"])
-            follow(tracker, info, Training(RunDir(directory), follows=bool(parent)), report)
-        except BaseException as error:
+    try:
+        _send(RunDir(directory), name, follows=bool(parent), report=lambda step: tell(sent=step))
+    except BaseException as error:
+        refused = isinstance(error, UserError)
+        if not refused:
             traceback.print_exc()
-            report("failed", f"{type(error).__name__}: {error}")
-            return EXIT_CODE["crashed"]
+        cause = str(error) if refused else f"{type(error).__name__}: {error}"
+        tell(failed=cause)
+        if not parent:
+            print(f"isobatch: {cause}", file=sys.stderr)
+        return EXIT_CODE["refused" if refused else "crashed"]
     return 0
 
 
-def directory_log(directory: Path, name: str) -> Path:
-    """Return the file for what a tracker prints."""
-    return directory / "logs" / f"tracker-{name}.log"
+def _send(run: RunDir, name: str, *, follows: bool, report: Report) -> None:
+    """Send a run's lines to the tracker ``name``. Raises UserError if there is no such run or tracker."""
+    if not holds_run(run.path):
+        raise UserError(f"{run.path} holds no run", "name a run directory")
+    tracker = make_tracker(name, read_yaml(run.path / "config.yaml")["log"])
+    run.logs.mkdir(exist_ok=True)
+    with open(log_file(run, name), "a") as log:
+        _lock(log)  # until the follower of an earlier start has ended
+        follow(tracker, RunInfo.read(run.path), Training(run, follows=follows), report)
+
+
+def log_file(run: RunDir, name: str) -> Path:
+    """Return the file for what the tracker ``name`` prints."""
+    return run.logs / f"tracker-{name}.log"
 
 
 def _belong_to(parent: int) -> None:

@@ -6,54 +6,57 @@ import json
 import math
 import os
 import select
+import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from isobatch.conf.command import command_of
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.trainers.loop.metrics import tell
 from isobatch.trainers.model.targets import check_call, locate
+from isobatch.trainers.ranks.notes import GRACE_S
 from isobatch.trainers.ranks.session import Session, raise_on_all
-from isobatch.trainers.trackers.follow import IGNORED, directory_log
-from isobatch.trainers.trackers.tracker import names
+from isobatch.trainers.trackers.follow import IGNORED, log_file
+from isobatch.trainers.trackers.tracker import draw_id, names
 
 if TYPE_CHECKING:
     from isobatch.trainers.data.state import TrainState
 
 IDLE_S, MOST_S = 30.0, 120.0  # waiting for a tracker at the end of training: without progress, and at all
 STOPPING_S = 5.0  # the same after a signal to stop: the next start sends the rest
-LONGEST_RETRY_S = 60.0
+CRASHED_S = GRACE_S - 0.5  # after another rank's failure this rank is killed after GRACE_S
 LOOK_S = 1.0
 
 
 class Followers:
     """Run a follower for each tracker of ``run``; None, on ranks other than 0, has no followers.
 
-    As a context manager, it ends the followers at once after an error.
+    As a context manager, it lets the followers send the rest after an error, too.
+
+    Attributes:
+        followers: one for each tracker, once they are started.
     """
 
     def __init__(self, run: RunDir | None, session: Session) -> None:
         self._run, self._session = run, session
-        self._followers: list[Follower] = []
-
-    @property
-    def ready(self) -> bool:
-        """True once each tracker is open."""
-        return all(follower.opened for follower in self._followers)
+        self.followers: list[Follower] = []
 
     def start(self) -> None:
         """Start following metrics.jsonl, which has the lines that this attempt resumes from."""
-        if self._run:
-            self._followers = [Follower(self._run, name) for name in names(self._session.config.log)]
-        for follower in self._followers:
+        to = names(self._session.config.log)
+        if self._run and to:
+            with suppress(OSError):  # the followers try it again
+                draw_id(self._run.path)
+            self.followers = [Follower(self._run, name) for name in to]
+        for follower in self.followers:
             follower.start()
 
     def finish(self, outcome: Outcome, state: TrainState) -> None:
@@ -62,23 +65,35 @@ class Followers:
         Args:
             outcome: the end of this attempt; its steps can't be lost any more.
         """
-        owed = state.evaluation_owed and outcome.state != "finished"
-        last = math.inf if outcome.state == "finished" else outcome.step - owed
-        for follower in self._followers:
+        if outcome.state == "finished":
+            self._end(math.inf, MOST_S)
+        else:
+            self._end(outcome.step - state.evaluation_owed, STOPPING_S)
+
+    def _end(self, last: float, most_s: float) -> None:
+        """Let the followers send the rest within ``most_s``.
+
+        Args:
+            last: the last step that can't be lost; -1 if only the checkpoints tell.
+        """
+        for follower in self.followers:
             follower.finish(last)
         began, stop = time.monotonic(), self._session.stop
-        while any(follower.is_alive() for follower in self._followers):
-            self._session.watch.beat()
-            late = time.monotonic() - began
-            hurry = outcome.state != "finished" or stop.wanted
-            for follower in self._followers:
-                if late > (STOPPING_S if hurry else MOST_S) or follower.idle_s > IDLE_S:
-                    follower.give_up()
-            if late > MOST_S + STOPPING_S:
-                break  # not even a kill ends a process that waits for a dead disk
-            time.sleep(0.02)
-        for follower in self._followers:
-            follower.report_end()
+        try:
+            while any(follower.is_alive() for follower in self.followers):
+                self._session.watch.beat()
+                late_s, most_s = time.monotonic() - began, min(most_s, STOPPING_S) if stop.wanted else most_s
+                for follower in self.followers:
+                    if late_s > most_s or follower.idle_s > IDLE_S:
+                        follower.give_up()
+                if late_s > most_s + STOPPING_S:
+                    break  # not even a kill ends a process that waits for a dead disk
+                time.sleep(0.02)
+        finally:
+            for follower in self.followers:
+                follower.give_up()
+        for follower in self.followers:
+            follower.report_end(finished=last == math.inf)
 
     def __enter__(self) -> Followers:
         return self
@@ -86,8 +101,8 @@ class Followers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for follower in self._followers:
-            follower.give_up()
+        if error:
+            self._end(-1, CRASHED_S)
 
 
 class Follower(threading.Thread):
@@ -96,17 +111,18 @@ class Follower(threading.Thread):
     The process dies with the thread that starts it (see die_with_parent), which is this one.
 
     Attributes:
-        opened: the tracker has been opened.
+        sent: the last step that the tracker has, -1 if it has none; None until it was opened.
     """
 
     def __init__(self, run: RunDir, name: str) -> None:
         super().__init__(name=f"tracker-{name}", daemon=True)
-        self.opened = False
-        self._run, self._tracker = run, name
+        self.sent: int | None = None
+        self._run, self._tracker, self._log = run, name, log_file(run, name)
+        self._command = command_of("isobatch.trainers.trackers.follow", str(run.path.absolute()), name)
         self._process: subprocess.Popen[bytes] | None = None
         self._last: float | None = None  # the last step to send, once training has ended
         self._ended, self._given_up, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._moved, self._sent, self._failure, self._complete = time.monotonic(), -1, "", False
+        self._moved, self._failure, self._complete = time.monotonic(), "", False
 
     @property
     def idle_s(self) -> float:
@@ -129,7 +145,7 @@ class Follower(threading.Thread):
                 if tries_last:
                     return
                 failures += 1
-                self._ended.wait(min(LONGEST_RETRY_S, 2.0**failures))
+                self._ended.wait(2.0 ** min(failures, 6))
 
     def finish(self, last: float) -> None:
         """Tell the process that training has ended, and that the steps up to ``last`` can't be lost."""
@@ -146,14 +162,13 @@ class Follower(threading.Thread):
         with self._lock:
             self._kill()
 
-    def report_end(self) -> None:
-        """Report lines that weren't sent."""
+    def report_end(self, *, finished: bool) -> None:
+        """Report lines that weren't sent, and who sends them: the next start, unless the run is ``finished``."""
         if not self._complete:
-            cause = self._failure or "it made no progress"
-            command = f"python -m isobatch.trainers.trackers.follow {self._run.path} {self._tracker}"
-            self._tell(
-                f"was given up after step {max(0, self._sent)} ({cause}); the next start sends the rest, or {command}"
-            )
+            at = "before it was open" if self.sent is None else f"after step {max(0, self.sent)}"
+            by_hand = f"cd {shlex.quote(os.getcwd())} && {shlex.join(self._command)}"
+            fix = f"send the rest by: {by_hand}" if finished else "the next start sends the rest"
+            self._tell(f"was given up {at} ({self._failure or 'it made no progress'}; see {self._log}); {fix}")
 
     def _follow(self) -> str:
         """Run the process to its end; return why it failed, or an empty string."""
@@ -181,19 +196,16 @@ class Follower(threading.Thread):
         return cause or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}")
 
     def _spawn(self) -> None:
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        words = ["-P", "-m", "isobatch.trainers.trackers.follow", str(self._run.path), self._tracker, str(os.getpid())]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with open(directory_log(self._run.path, self._tracker), "ab") as log, self._lock:
+        with open(self._log, "ab") as log, self._lock:
             if self._given_up.is_set():
                 raise OSError("given up")
             self._process = subprocess.Popen(
-                [sys.executable, *words],
-                env={**os.environ, "PYTHONPATH": path},
+                [*self._command, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
                 bufsize=0,
-                **pipes,
             )
             self._tell_end()
 
@@ -205,8 +217,7 @@ class Follower(threading.Thread):
     def _handle_report(self, report: dict[str, Any]) -> str:
         """Record the progress in a report of the process; return the failure in it, or an empty string."""
         self._moved = time.monotonic()
-        self.opened |= "sent" in report
-        self._sent = max(self._sent, report.get("sent", -1))
+        self.sent = report.get("sent", self.sent)
         return str(report.get("failed", ""))
 
     def _kill(self) -> None:
@@ -218,8 +229,7 @@ class Follower(threading.Thread):
         """Warn of the first failure."""
         cause = one_line(cause)[:300]
         if not self._failure and not self._ended.is_set():
-            log = directory_log(self._run.path, self._tracker)
-            self._tell(f"failed: {cause} (see {log}); training continues, and the tracker is tried again")
+            self._tell(f"failed: {cause} (see {self._log}); training continues, and the tracker is tried again")
         self._failure = cause
 
     def _tell(self, text: str) -> None:

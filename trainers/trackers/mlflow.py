@@ -16,7 +16,7 @@ from isobatch.trainers.trackers.tracker import Line, RunInfo, numbers
 METRICS, PARAMS = 1000, 100  # MLflow's limits of a batch
 VALUE = 500  # characters of a parameter, in the store that takes the fewest
 TAG = "isobatch.run"  # by which a later start finds the run
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "running": "RUNNING"}
+STATUS = {"finished": "FINISHED", "stopped": "KILLED"}  # else it failed; "running" where training has just crashed
 
 
 class Adapter:

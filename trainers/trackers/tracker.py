@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
@@ -18,7 +16,8 @@ from typing import Any, Protocol
 
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.reading import events
-from isobatch.conf.trackers import TRACKERS, Log
+from isobatch.conf.trackers import TRACKERS, Log, refuse_missing_packages
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import read_json, read_yaml
 from isobatch.trainers.model.targets import build
 
@@ -55,7 +54,7 @@ class RunInfo:
         id: drawn once for the run.
         name: the name of the run directory; ``group``: the name of the sweep that the run belongs to, or None.
         config, plan: the content of ``config.yaml`` and ``plan.json``.
-        began: when the run began, in seconds since 1970.
+        began: when the run was first started, in seconds since 1970.
     """
 
     directory: Path
@@ -69,12 +68,12 @@ class RunInfo:
     @classmethod
     def read(cls, directory: Path) -> RunInfo:
         """Read the files of a run, and draw its id if it has none."""
-        where, plan = directory.absolute(), read_json(directory / "plan.json")
-        started = [event["time"] for event in events(directory)[:1] if "time" in event]
-        began = datetime.fromisoformat(started[0]).timestamp() if started else time.time()
+        where = directory.absolute()
+        config, plan = read_yaml(where / "config.yaml"), read_json(where / "plan.json")
+        starts = [event["time"] for event in events(directory) if event.get("event") == "start" and "time" in event]
+        began = datetime.fromisoformat(starts[0]).timestamp() if starts else time.time()
         group = where.parent.name if SWEEP.fullmatch(where.parent.name) else None
-        config = read_yaml(directory / "config.yaml")
-        return cls(where, draw_id(directory, plan.get("identity", where.name)), where.name, group, config, plan, began)
+        return cls(where, draw_id(directory), where.name, group, config, plan, began)
 
     def time_of(self, line: Line) -> float:
         """Return when a line was logged, in seconds since 1970, as if the run had trained without a pause."""
@@ -86,28 +85,15 @@ class RunInfo:
         return dict(_leaves({"config": self.config, "plan": self.plan}))
 
 
-def draw_id(directory: Path, identity: str) -> str:
-    """Return the id of a run in its trackers. If it has none, draw and store one, which all of its trackers use."""
+def draw_id(directory: Path) -> str:
+    """Return the id of a run in its trackers; draw and store it if there is none.
+
+    Rank 0 draws it before any tracker needs it, while it holds the run directory's lock.
+    """
     file = directory / IDENTITY
     if not file.exists():
-        drawn = file.with_name(f".{IDENTITY}.{uuid.uuid4().hex}")
-        try:
-            write_atomic(drawn, json.dumps({"id": f"{identity}-{uuid.uuid4().hex[:8]}"}) + "\n")
-            with suppress(FileExistsError):  # another tracker was first
-                _place(drawn, file)
-        finally:
-            drawn.unlink(missing_ok=True)
+        write_atomic(file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
     return str(read_json(file)["id"])
-
-
-def _place(drawn: Path, file: Path) -> None:
-    """Rename a file, unless there is one. Raises FileExistsError."""
-    try:
-        os.link(drawn, file)
-    except FileExistsError:
-        raise
-    except OSError:  # a disk without links
-        drawn.rename(file)
 
 
 def names(log: Log) -> tuple[str, ...]:
@@ -116,14 +102,22 @@ def names(log: Log) -> tuple[str, ...]:
 
 
 def make_tracker(name: str, log: Mapping[str, Any]) -> Tracker:
-    """Return the tracker ``name``. ``log`` is the section of that name in ``config.yaml``."""
+    """Return the tracker ``name``. Raises UserError if there is none of that name, or its package is missing.
+
+    Args:
+        log: the section of that name in ``config.yaml``, in which runs of earlier versions lack keys.
+    """
     made: Tracker
-    if name == CUSTOM:
-        own = {key: value for key, value in log["args"].items() if key not in TRACKERS}
-        made = build("log", log["_target_"], own)
-    else:
+    args, target = log.get("args", {}), log.get("_target_")
+    if name == CUSTOM and target:
+        made = build("log", target, {key: value for key, value in args.items() if key not in TRACKERS})
+    elif name in TRACKERS:
+        refuse_missing_packages([name])
         module = import_module(f"isobatch.trainers.trackers.{name}")
-        made = module.Adapter(TRACKERS[name].model_validate(log["args"].get(name, {}), strict=False))
+        made = module.Adapter(TRACKERS[name].model_validate(args.get(name, {}), strict=False))
+    else:
+        has = "the run has no log._target_" if name == CUSTOM else f"there is no tracker {name!r:.100}"
+        raise UserError(has, f"name one of {', '.join(TRACKERS)}, or {CUSTOM} for the log._target_ of the run")
     return made
 
 
