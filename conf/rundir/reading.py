@@ -104,6 +104,7 @@ CONFIG: dict[str, Check] = {
     "seed": _or_none(_is_count),
     "batch": _with(global_size=lambda value: value == "all" or _is_positive(value)),
     "lr": _with(peak=_is_rate),
+    "optimizer": _with(name=_is_text),
     "task": _with(name=_is_text, _target_=_is_text),
 }
 EVENT: dict[str, Check] = {

@@ -56,14 +56,16 @@ class Measure:
     def best(self) -> Record | None:
         return self.records[-1] if self.records else None
 
-    def add(self, value: float | None, step: int, samples: int, time_s: float | None) -> None:
+    def add(self, value: float | None, line: Mapping[str, Any]) -> None:
+        """Add a value from a line, which says where it was measured."""
         self.last = value if value is not None and math.isfinite(value) else None
         if self.last is None or self.direction is None:
             return
-        if not self.records or (
-            self.last < self.records[-1].value if self.direction == "min" else self.last > self.records[-1].value
-        ):
-            self.records.append(Record(self.last, step, samples, time_s))
+        if self.records:
+            top = self.records[-1].value
+            if self.last >= top if self.direction == "min" else self.last <= top:
+                return
+        self.records.append(Record(self.last, line.get("step", 0), line.get("samples", 0), line.get("time_s")))
 
     def summary(self) -> dict[str, Any]:
         """Return the measure as plain values."""

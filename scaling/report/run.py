@@ -173,7 +173,7 @@ def _recipe(files: RunFiles) -> Recipe:
     known = of_config | plan  # a run may have lost its plan
     return Recipe(
         **{name: known.get(name) for name in OF_PLAN},
-        optimizer=(plan.get("optimizer") or {}).get("name"),
+        optimizer=(plan.get("optimizer") or {"name": science.get("optimizer.name")}).get("name"),
         lr_peak=(plan.get("lr") or {"peak": science.get("lr.peak")}).get("peak"),
         science=science,
         given=tuple(config.get("given") or ()),
@@ -230,8 +230,8 @@ def _diverged(losses: Sequence[float | None]) -> bool:
     if len(known) < 2 * PARTS:
         return False
     part = len(known) // PARTS
-    noise = statistics.median(abs(after - before) for before, after in pairwise(known))
-    return statistics.median(known[-part:]) > max(known[:part]) + NOISE * noise
+    rise = statistics.median(known[-part:]) - max(known[:part])
+    return rise > 0 and rise > NOISE * statistics.median(abs(after - before) for before, after in pairwise(known))
 
 
 def _evaluation(lines: Lines) -> dict[str, float | None]:
@@ -253,5 +253,5 @@ def _measures(lines: Lines, directions: Mapping[str, Direction]) -> dict[str, Me
             for name in names_of[keys]:
                 found.setdefault(name, Measure(directions.get(name) or direction_of(name)))
         for name in names_of[keys]:
-            found[name].add(line[name], line.get("step", 0), line.get("samples", 0), line.get("time_s"))
+            found[name].add(line[name], line)
     return dict(sorted(found.items(), key=lambda pair: (pair[0] != "loss", pair[0].startswith("train/"))))

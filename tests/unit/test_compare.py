@@ -34,7 +34,7 @@ def test_the_name_tells_which_direction_is_better(name: str, direction: str | No
 def test_a_measure_keeps_what_a_target_needs() -> None:
     measure = Measure("min")
     for step, value in enumerate([3.0, None, 2.0, 2.5, 1.0, float("nan")], 1):
-        measure.add(value, step, 10 * step, 0.1 * step)
+        measure.add(value, {"step": step, "samples": 10 * step, "time_s": 0.1 * step})
     assert [(record.step, record.value) for record in measure.records] == [(1, 3.0), (3, 2.0), (5, 1.0)]
     assert measure.last is None
     reached = Target("loss", "<=", 2.2).reached({"loss": measure})

@@ -154,8 +154,8 @@ def _early(comparison: Comparison) -> Iterator[str]:
     """Yield a warning that names the runs that a stop rule ended, and that are compared with whole ones."""
     names = [run_label(group, run) for group in comparison.groups for run in group.counted if run.early]
     if names and len(comparison.runs) > 1:
-        end = "their values at the end aren't those after a whole run"
-        yield f"{counted(len(names), 'run')} ended early by a stop rule, so {end}: {listed(names)}"
+        end = "so values at the end aren't all at the same number of samples"
+        yield f"{counted(len(names), 'run')} ended early by a stop rule, {end}: {listed(names)}"
 
 
 def _edges(comparison: Comparison) -> Iterator[str]:
