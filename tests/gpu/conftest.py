@@ -14,6 +14,9 @@ from tests.support.harness import Runs
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # count GPUs without CUDA, which doesn't survive the forks of ranks
 PINNED = re.search(r"^torch==(\S+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)
 
+PACKAGES = {"zero": "deepspeed", "accelerate": "accelerate"}
+NEWER = ("fsdp", "two ranks", "two workers", "launchers", "spawned")  # several ranks, and FSDP2, need torch 2.13
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on-cpu", action="store_true", help="run on the CPU the GPU tests that a CPU can run")
@@ -28,6 +31,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = _device(config)
+    items.sort(key=lambda item: item.path.name == "test_trial.py")  # it uses CUDA in this process, so it comes last
     for item in items:
         if Path(__file__).parent not in item.path.parents:
             continue
@@ -55,10 +59,21 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def runs(tmp_path: Path, device: str) -> Runs:
     """Return a function that trains on ranks that share the GPUs."""
-    return Runs(tmp_path / "gpu", device=device)
+    return Runs(tmp_path / "gpu", deadline_s=120, device=device)  # a compiler may take a minute
 
 
 @pytest.fixture
 def cpu_runs(tmp_path: Path) -> Runs:
     """Return a function that trains on the CPU."""
     return Runs(tmp_path / "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _what_is_installed(request: pytest.FixtureRequest) -> None:
+    """Skip a test by words of its name, if the package or the torch that it needs isn't installed."""
+    name = request.node.name.lower().replace("_", " ")
+    for word, package in PACKAGES.items():
+        if word in name:
+            pytest.importorskip(package)
+    if any(word in name for word in NEWER) and not hasattr(torch.distributed, "all_gather_single"):
+        pytest.skip(f"needs torch 2.13, and {torch.__version__} is installed")

@@ -28,16 +28,6 @@ CLASSES = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _packages(request: pytest.FixtureRequest) -> None:
-    """Skip the tests of engines whose packages aren't installed."""
-    name = str(request.node.name)
-    if "ZeRO" in name:
-        pytest.importorskip("deepspeed")
-    if "Accelerate" in name:
-        pytest.importorskip("accelerate")
-
-
 def finished(run: Run) -> Run:
     assert run.ends[0].get("state") == "finished", run.ends[0]
     return run

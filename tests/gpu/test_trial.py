@@ -1,4 +1,4 @@
-"""Test the trial of a task on a GPU, by `python -m pytest tests/gpu`; not part of `make test`."""
+"""Test the trial of a task on a GPU. It uses CUDA in this process, which no test can fork from afterwards."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from isobatch.trainers.trial.training import Found
 from tests.ranks import test_trial
 from tests.ranks.test_trial import COUPLED, MEANS, SOUND, Recurrent, task_of
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU with CUDA", allow_module_level=True)
+pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda", 0)
-torch.cuda.init()
 LAUNCHER = Path(__file__).parents[2] / "launch.py"
 tried = partial(test_trial.tried, device=CUDA)
 
