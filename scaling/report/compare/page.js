@@ -12,7 +12,8 @@ const token = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const colourOf = (group) => (dark.matches ? group.dark : group.light);
 const drawn = new Set();
 
-function traces(panel, groups) {
+function traces(panel, groups, width) {
+  const sides = sidesOfTexts(panel, groups, width);
   const drawn = panel.curves.map((curve) => {
     const group = curve.group === null ? null : groups[curve.group];
     const colour = group ? colourOf(group) : curve.kind === "guide" ? token("--soft") : token("--ink");
@@ -21,7 +22,7 @@ function traces(panel, groups) {
     return {
       type: "scatter", x: curve.x, y: curve.y, name: escaped(curve.name),
       mode: curve.kind === "points" ? (curve.texts.length ? "markers+text" : "markers") : curve.kind === "both" ? "lines+markers" : "lines",
-      text: curve.texts.map(escaped), textposition: towardsMiddle(panel, curve), cliponaxis: false,
+      text: curve.texts.map(escaped), textposition: sides.get(curve) ?? "top center", cliponaxis: false,
       line: { color: colour, dash, width: many ? 1.3 : 1.8, shape: curve.kind === "step" ? "hv" : "linear" },
       marker: { color: colour, size: curve.texts.length ? 10 : curve.kind === "points" ? 7 : group ? 4 : 8, symbol: curve.kind === "points" ? MARKERS[curve.dash % 4] : "circle" },
       opacity: curve.kind === "points" && !curve.texts.length ? 0.5 : 0.9,
@@ -44,22 +45,42 @@ function cross(curve, group) {
   };
 }
 
-// The side of a point on which its text doesn't leave the axes.
-function towardsMiddle(panel, curve) {
-  if (!curve.texts.length) return "top center";
-  const scale = (x) => (panel.x_log ? Math.log(x) : x);
-  const places = panel.curves.flatMap((other) => other.x).map(scale);
-  const [low, high] = [Math.min(...places), Math.max(...places)];
-  const nth = panel.curves.filter((other) => other.texts.length).indexOf(curve);
-  return `${nth % 2 ? "bottom" : "top"} ${scale(curve.x[0]) - low > (high - low) / 2 ? "left" : "right"}`;
+// The side of each point on which its text stays within the axes, and clear of the texts before it.
+function sidesOfTexts(panel, groups, width) {
+  const places = (name) => {
+    const scale = panel[`${name}_log`] ? Math.log : Number;
+    const values = panel.curves.flatMap((curve) => curve[name]).filter((value) => value !== null).map(scale);
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    return (curve) => (scale(curve[name][0]) - low) / (high - low || 1);
+  };
+  const [across, up] = [places("x"), places("y")];
+  const shown = panel.curves.filter((curve) => curve.texts.length && groups[curve.group].shown);
+  const sides = new Map(), taken = [];
+  for (const curve of shown.sort((one, other) => across(one) - across(other))) {
+    const [x, wide, left] = [across(curve), (7 * curve.texts[0].length) / width, across(curve) > 0.5];
+    const box = (side) => ({ from: left ? x - wide : x, to: left ? x : x + wide, y: up(curve) + (side === "top" ? 0.06 : -0.06) });
+    const free = (one) => taken.every((other) => one.to < other.from || one.from > other.to || Math.abs(one.y - other.y) > 0.08);
+    const side = ["top", "bottom"].find((name) => free(box(name))) ?? "top";
+    taken.push(box(side));
+    sides.set(curve, `${side} ${left ? "left" : "right"}`);
+  }
+  return sides;
 }
 
-function axis(title, isLog, ticks) {
+// Whole numbers at a logarithmic axis: 1, 2, 5, 10 over up to two decades, powers of ten over more.
+function logTicks(values) {
+  const known = values.filter((value) => value > 0);
+  const low = Math.min(...known), decades = Math.log10(Math.max(...known) / low);
+  return { tickformat: low >= 1 ? "~s" : ",~g", dtick: decades < 0.8 || decades > 6 ? undefined : decades < 2.2 ? "D2" : 1 };
+}
+
+function axis(title, isLog, ticks, values) {
   return {
+    ...(isLog ? logTicks(values) : {}),
     ...(ticks.length ? { tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => tick.toLocaleString("en")) } : { nticks: 6 }),
     title: { text: escaped(title), font: { size: 12 }, standoff: 6 }, type: isLog ? "log" : "linear", automargin: true,
     gridcolor: token("--line"), linecolor: token("--soft"), zeroline: false, ticks: "outside", tickcolor: token("--line"),
-    exponentformat: "SI",
+    exponentformat: "SI", separatethousands: true,
   };
 }
 
@@ -67,7 +88,8 @@ function layout(panel) {
   return {
     margin: { l: 10, r: 14, t: 10, b: 10 }, showlegend: false, hovermode: "closest", dragmode: coarse ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: token("--ink"), size: 12 },
-    xaxis: axis(panel.x_label, panel.x_log, panel.x_ticks), yaxis: axis(panel.y_label, panel.y_log, []),
+    xaxis: axis(panel.x_label, panel.x_log, panel.x_ticks, panel.curves.flatMap((curve) => curve.x)),
+    yaxis: axis(panel.y_label, panel.y_log, [], panel.curves.flatMap((curve) => curve.y)),
     hoverlabel: { bgcolor: token("--card"), bordercolor: token("--line"), font: { color: token("--ink") }, namelength: -1 },
   };
 }
@@ -76,7 +98,7 @@ function draw(place) {
   const panel = place.panel;
   const config = { responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
   drawn.add(place);
-  Plotly.react(place, traces(panel, place.groups), layout(panel), config);
+  Plotly.react(place, traces(panel, place.groups, place.clientWidth), layout(panel), config);
 }
 
 const inView = new IntersectionObserver((entries) => {

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.compare.colours import VIRIDIS
+from isobatch.scaling.report.compare.colours import Style, shade
 from isobatch.scaling.report.compare.comparison import Comparison, Report
-from isobatch.scaling.report.compare.pictures import Curve, Heat, Picture, Style
+from isobatch.scaling.report.compare.picture import Curve, Heat, Picture
 from isobatch.scaling.report.compare.tables import Best, head, legend, rows_of
 from isobatch.scaling.report.compare.words import duration, number
 
@@ -129,27 +129,18 @@ def _cell(value: Any) -> str:
 
 def _heat(heat: Heat, x_label: str, y_label: str) -> str:
     """Return a table by batch and learning rate, whose cells are coloured by value."""
-    known = [value for row in heat.values for value in row if value is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
     header = "".join(f"<th>{_text(name)}</th>" for name in heat.columns)
-    lines = []
+    shades, lines = heat.goodness(), []
     for row, name in reversed(list(enumerate(heat.rows))):
         cells = []
-        for column, value in enumerate(heat.values[row]):
-            share = None if value is None or high == low else (value - low) / (high - low)
-            share = 1 - share if share is not None and not heat.more_is_better else share
+        for column, text in enumerate(heat.texts[row]):
             best = ' class="best"' if (row, column) == heat.best else ""
-            cells.append(f"<td{best}{_background(share)}>{_text(heat.texts[row][column]) or '—'}</td>")
+            paper, ink = shade(shades[row][column])
+            look = f' style="background:{paper};color:{ink}"' if paper else ""
+            cells.append(f"<td{best}{look}>{_text(text) or '—'}</td>")
         lines.append(f"<tr><th>{_text(name)}</th>{''.join(cells)}</tr>")
     corner = f"<th>{_text(y_label)} \\ {_text(x_label)}</th>"
     return f'<table class="heat"><thead><tr>{corner}{header}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def _background(share: float | None) -> str:
-    if share is None:
-        return ""
-    colour = VIRIDIS[min(len(VIRIDIS) - 1, int(share * len(VIRIDIS)))]
-    return f' style="background:{colour};color:{"#111" if share > 0.55 else "#fff"}"'
 
 
 def _groups(comparison: Comparison, styles: Sequence[Style]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.compare.pictures import Curve, Heat, Panel, Picture, Style
+from isobatch.scaling.report.compare.colours import Style, shade
+from isobatch.scaling.report.compare.picture import Curve, Heat, Panel, Picture
 from isobatch.scaling.report.grid import cut
 
 if TYPE_CHECKING:
@@ -149,9 +150,9 @@ def _readable_ticks(axes: Axes, panel: Panel) -> None:
 def _tick(most: float | None, value: float, _: int) -> str:
     """Return a number with the unit that suits the largest one of its axis, or itself if that is None."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if (abs(value) if most is None else most) >= 2 * size:
+        if (abs(value) if most is None else most) >= 10 * size:
             return f"{value / size:.4g} {unit}" if value else "0"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve], styles: Sequence[Style]) -> None:
@@ -200,19 +201,17 @@ def _look(curve: Curve, styles: Sequence[Style]) -> tuple[str, str]:
 
 
 def _draw_heat(axes: Axes, heat: Heat) -> None:
-    values = [[math.nan if value is None else value for value in row] for row in heat.values]
+    from matplotlib.colors import to_rgb
+
+    shades = [[shade(value) for value in row] for row in heat.goodness()]
     axes.grid(visible=False)
-    image: Any = axes.imshow(
-        values, cmap="cividis" if heat.more_is_better else "cividis_r", aspect="auto", origin="lower"
-    )
+    papers: Any = [[to_rgb(paper or "white") for paper, _ in row] for row in shades]
+    axes.imshow(papers, aspect="auto", origin="lower")
     axes.set_xticks(range(len(heat.columns)), heat.columns)
     axes.set_yticks(range(len(heat.rows)), heat.rows)
     for row, texts in enumerate(heat.texts):
         for column, text in enumerate(texts):
-            best = (row, column) == heat.best
-            value = values[row][column]
-            light = not math.isnan(value) and sum(image.cmap(image.norm(value))[:3]) > 1.5
             axes.text(
                 column, row, text.replace(" ± ", "\n± "), ha="center", va="center", fontsize=8,
-                fontweight="bold" if best else "normal", color=INK if light or math.isnan(value) else "white",
+                fontweight="bold" if (row, column) == heat.best else "normal", color=shades[row][column][1] or INK,
             )  # fmt: skip

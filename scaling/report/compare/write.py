@@ -15,9 +15,10 @@ from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.reading import Unreadable, read_json
+from isobatch.scaling.report.compare.colours import styles_of
 from isobatch.scaling.report.compare.compare import as_dict
 from isobatch.scaling.report.compare.comparison import Report
-from isobatch.scaling.report.compare.pictures import pictures_of, styles_of
+from isobatch.scaling.report.compare.pictures import pictures_of
 from isobatch.scaling.report.compare.tables import Plots, csv_of, markdown_of
 
 EXTRA = "pip install 'isobatch[report]'"
