@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 EXAMPLES_SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: install train test test-engines test-ranks test-launch test-unit test-tools test-cluster test-gpu golden lint fuzz bench faults soak
+.PHONY: install train test test-engines test-ranks test-launch test-unit test-tools test-cluster test-gpu golden lint fuzz bench bench-gpu faults soak
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,9 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks gpu
 
 faults: install
 	$(BIN)/python -m tests.faults

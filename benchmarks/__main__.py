@@ -1,6 +1,7 @@
 """Run the benchmarks, print their tables and write them to benchmarks/results.md (``make bench``).
 
 python -m benchmarks rules large    # only these
+python -m benchmarks gpu            # on a GPU: see gpu/run.py
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks import (
     sweeps,
     trackers,
 )
+from benchmarks.gpu import run as gpu
 from benchmarks.peers import compare
 from benchmarks.tables import Rows, markdown
 
@@ -216,4 +218,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    gpu.main(sys.argv[2:]) if sys.argv[1:2] == ["gpu"] else main(sys.argv[1:])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import compare_turns, make_loop
+from benchmarks.step import Loop, compare_turns
 from isobatch.trainers.ranks.world import World
 
 TURNS = 9
@@ -27,7 +27,7 @@ WORK = {  # name -> (overrides, steps per turn, samples per micro-batch)
 def turns(overrides: tuple[str, ...], steps: int, per_gpu: int, passes: int, world: World) -> list[tuple[float, float]]:
     """Return seconds per step, (bitwise, fast), of each turn."""
     sizes = f"batch.global_size={per_gpu * passes * world.size}", f"batch.per_gpu={per_gpu}", f"duration={steps}st"
-    fit = {numerics: make_loop(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
+    fit = {numerics: Loop(world, *overrides, *sizes, f"numerics={numerics}") for numerics in ("bitwise", "fast")}
 
     def seconds(numerics: str) -> float:
         torch.use_deterministic_algorithms(numerics == "bitwise")

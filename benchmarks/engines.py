@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks import by_hand
 from benchmarks.plain import PER_GPU, Yardstick
 from benchmarks.start import ENGINES
-from benchmarks.step import compare_turns, make_loop
+from benchmarks.step import Loop, compare_turns
 from isobatch.trainers.ranks.world import World
 
 TURNS = 5
@@ -33,7 +33,7 @@ RANKS = (1, 2)
 def ways(name: str, model: str, world: World) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return two functions that train a turn's steps and return the seconds: our loop, and the engine by hand."""
     task, target = TASKS[model]
-    seconds = make_loop(
+    seconds = Loop(
         world, *ENGINES[name], f"task._target_={target}", f"batch.global_size={PER_GPU * world.size}",
         f"duration={STEPS[model]}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
     )  # fmt: skip

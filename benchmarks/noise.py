@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.step import compare_turns, make_loop
+from benchmarks.step import Loop, compare_turns
 from isobatch.trainers.ranks.world import World
 
 TURNS = 11
@@ -61,7 +61,7 @@ class Transformer:
 
 def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
     """Return seconds per step, (measured, not measured), of each turn."""
-    seconds = make_loop(
+    seconds = Loop(
         world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
         f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
     )  # fmt: skip

@@ -53,8 +53,7 @@ def makers() -> dict[str, tuple[str, Callable[[Any], Optimizer]]]:
 
     def peer(path: str, **options: Any) -> Callable[[Any], Optimizer]:
         module, _, name = path.rpartition(".")
-        made: Callable[..., Optimizer] = getattr(import_alone(module), name)
-        return lambda groups: made(groups, lr=1e-4, **options)
+        return lambda groups: getattr(import_alone(module), name)(groups, lr=1e-4, **options)
 
     return {
         adamw: (adamw, lambda groups: AdamW(groups, lr=1e-4, fused=True, **decay)),

@@ -11,62 +11,129 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from benchmarks.plain import PER_GPU, loop
 from isobatch.trainers.checkpoints.best import Best
+from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
 STEPS, WARM, TURNS = 300, 30, 9
+kept: list[Any] = []
 
 
-def make_loop(world: World, *overrides: str) -> Callable[[int | None], float]:
-    """Return a function that runs our loop over a task's whole plan and returns the seconds.
+class NoSaver:
+    """A Saver that never saves, since checkpoints.py measures saving."""
 
-    Its argument is the interval of noise measurements in samples, or None. The loop writes no files and prints nothing.
+    best = Best(None)
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, state: Any, evaluation: Any = None) -> None: ...
+
+    def failure(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+NOT_SAVED: Any = NoSaver()
+
+
+class Loop:
+    """Our loop over the whole plan of a task, which can run again and again. It writes no files and prints nothing.
+
+    Args:
+        skip: number of steps at the start that aren't timed.
     """
-    from isobatch.conf.compose import compose
-    from isobatch.scaling.noise import Smoothed
-    from isobatch.scaling.plan import Intervals
-    from isobatch.scaling.planning.resolve import resolve
-    from isobatch.trainers.data.loader import Loader
-    from isobatch.trainers.data.state import TrainState
-    from isobatch.trainers.engines.make import make_engine
-    from isobatch.trainers.loop.early_stop import EarlyStop
-    from isobatch.trainers.loop.fit import Stepper, fit
-    from isobatch.trainers.loop.hardware import Hardware
-    from isobatch.trainers.loop.metrics import Metrics
-    from isobatch.trainers.loop.monitor import Monitor
-    from isobatch.trainers.loop.readback import DelayedReadback
-    from isobatch.trainers.model.randomness import Stream
-    from isobatch.trainers.ranks.signals import Stop
-    from isobatch.trainers.ranks.watch import Watch
-    from isobatch.trainers.tasks.task import make_task
 
-    config = compose(["task=custom", *overrides])
-    task = make_task(config)
-    data = task.train_data()
-    plan = resolve(config, world.size, len(data))
-    model = task.model()
-    engine = make_engine(config, task, model, plan.peak, world)
-    kept.append(engine)
-    saver: Any = NoSaver()
+    def __init__(self, world: World, *overrides: str, skip: int = 0) -> None:
+        from isobatch.conf.compose import compose
+        from isobatch.scaling.planning.resolve import resolve
+        from isobatch.trainers.engines.make import make_engine
+        from isobatch.trainers.model.build import prepare
+        from isobatch.trainers.model.randomness import Stream
+        from isobatch.trainers.tasks.task import make_task
 
-    def seconds(noise_every: int | None) -> float:
+        self.world, self._skip = world, skip
+        self.config = config = compose(["task=custom", *overrides])
+        self._task = task = make_task(config)
+        self._data = task.train_data()
+        self._stream = Stream(0, world.device)
+        self._plan = resolve(config, world.size, len(self._data))
+        self.model = prepare(task.model(), config, self._stream, world.size)
+        self.engine = make_engine(config, task, self.model, self._plan.peak, world)
+        kept.append(self.engine)
+
+    def __call__(
+        self,
+        noise_every: int | None = None,
+        *,
+        workers: int = 0,
+        saver: Any = NOT_SAVED,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> float:
+        """Run the loop and return the seconds.
+
+        Args:
+            noise_every: interval of noise measurements in samples, or None.
+            workers: processes that load data.
+            saver: a Saver; by default nothing is saved.
+        """
+        from isobatch.scaling.noise import Smoothed
+        from isobatch.scaling.plan import Intervals
+        from isobatch.trainers.data.loader import Loader
+        from isobatch.trainers.data.state import TrainState
+        from isobatch.trainers.loop.early_stop import EarlyStop
+        from isobatch.trainers.loop.fit import Stepper, fit
+        from isobatch.trainers.loop.hardware import Hardware
+        from isobatch.trainers.loop.metrics import Metrics
+        from isobatch.trainers.loop.monitor import Monitor
+        from isobatch.trainers.loop.readback import DelayedReadback
+        from isobatch.trainers.ranks.signals import Stop
+
+        plan, world = self._plan, self.world
         intervals = Intervals(10 * plan.cut.global_size, evaluate=None, save=None, noise=noise_every)
         state = TrainState(replace(plan, intervals=intervals), noise=Smoothed() if noise_every else None)
-        loader = Loader(data, task, state, world, 0, stand_ins=engine.lockstep)
-        stepper = Stepper(engine, loader, Stream(0, world.device), Watch(), clip_norm=1.0)
-        readback, stop = DelayedReadback(world.device), Stop()
-        hardware = Hardware(world.device, None, None)
-        monitor = Monitor(config, state, Metrics(None, state, live=False), readback, hardware, stop)
+        loader = Loader(self._data, self._task, state, world, workers, stand_ins=self.engine.lockstep)
+        watch = Clock(self._skip, world.device, after_step)
+        stepper = Stepper(self.engine, loader, self._stream, watch, clip_norm=1.0)
+        hardware, readback = Hardware(world.device, None, None), DelayedReadback(world.device)
+        monitor = Monitor(self.config, state, Metrics(None, state, live=False), readback, hardware, Stop())
         world.gather("")  # all ranks start together
-        began = time.perf_counter()
-        fit(state, stepper, monitor, saver, None, EarlyStop(config, world))
-        return time.perf_counter() - began
+        watch.beat(0, 0)
+        fit(state, stepper, monitor, saver, None, EarlyStop(self.config, world))
+        seconds = watch.seconds()
+        loader.close()
+        return seconds
 
-    return seconds
+
+class Clock(Watch):
+    """Take the time from the end of step ``skip``; call ``after_step`` after each step."""
+
+    def __init__(self, skip: int, device: torch.device, after_step: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self._skip, self._device, self._after_step, self._began = skip, device, after_step, 0.0
+
+    def beat(self, steps: int | None = None, samples: int | None = None) -> None:
+        super().beat(steps, samples)
+        if steps:
+            self._after_step()
+        if steps == self._skip:
+            synchronize(self._device)
+            self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        synchronize(self._device)
+        return time.perf_counter() - self._began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def compare_turns(
@@ -88,28 +155,10 @@ def compare_turns(
 
 def ours(world: World, steps: int) -> float:
     """Return the seconds of ``steps`` steps of our loop."""
-    return make_loop(
+    return Loop(
         world, "task._target_=benchmarks.plain.Yardstick", f"batch.global_size={PER_GPU * world.size}",
         f"duration={steps}st", "lr.peak=0.05", "lr.decay=linear", "optimizer.weight_decay=0",
-    )(None)  # fmt: skip
-
-
-kept: list[Any] = []
-
-
-class NoSaver:
-    """A Saver that never saves, since checkpoints.py measures saving."""
-
-    best = Best(None)
-
-    def due(self) -> bool:
-        return False
-
-    def save(self, state: Any, evaluation: Any = None) -> None: ...
-
-    def failure(self) -> None: ...
-
-    def wait(self) -> None: ...
+    )()  # fmt: skip
 
 
 def plain(world: World, steps: int) -> float:

@@ -40,7 +40,7 @@ class Training:
         set_seed(SEED)
         self.job = job
         self.accelerator = Accelerator(
-            cpu=True,
+            cpu=job.cpu,
             gradient_accumulation_steps=job.accumulation,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=job.best),
         )

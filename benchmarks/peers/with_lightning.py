@@ -106,7 +106,7 @@ def train(job: Job) -> list[float]:
         stop = [ModelCheckpoint(dirpath=job.folder, filename="last", every_n_train_steps=job.stop_at)]
     automatic: Any = {} if job.best else {"accumulate_grad_batches": job.accumulation, "gradient_clip_val": MAX_NORM}
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator="cpu" if job.cpu else "gpu",
         devices=job.world,
         strategy="ddp" if job.world > 1 else "auto",
         max_steps=job.stop_at or job.steps,

@@ -84,8 +84,8 @@ def train(job: Job) -> list[float]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=job.best,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            use_cpu=job.cpu,
+            dataloader_pin_memory=not job.cpu,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False if job.best else None,  # as torch's warning advises
             seed=SEED,

@@ -73,6 +73,7 @@ class Job:
         folder: folder for checkpoints and final weights, or None to write none.
         stop_at: step after which it saves a checkpoint and stops.
         resume: resume from that checkpoint.
+        cpu: train on the CPU, else on a GPU.
     """
 
     task: Yardstick | Tokens
@@ -83,6 +84,7 @@ class Job:
     folder: Path | None = None
     stop_at: int | None = None
     resume: bool = False
+    cpu: bool = True
 
     @property
     def world(self) -> int:

@@ -1,13 +1,19 @@
-"""Test that the benchmarks can be imported without the optional packages that they compare with."""
+"""Test that the benchmarks can be imported without optional packages, and that those of a GPU run on the CPU."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.gpu import host, step
+from benchmarks.gpu.run import PAGE, PARTS, ROOT, kept_sections, main, page
+from benchmarks.gpu.turns import Bench
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
@@ -31,3 +37,36 @@ def test_benchmarks_are_imported_without_the_extras(tmp_path: Path, module: str)
         return import_module(module).__name__
 
     assert in_ranks(1, body, tmp_path) == [module]
+
+
+def test_steps_and_trace_of_a_gpu_run_dry(tmp_path: Path) -> None:
+    def body(world: World) -> list[list[dict[str, object]]]:
+        bench = Bench(world, dry=True, began=time.perf_counter())
+        return [step.gpt2(bench), host.trace(bench)]
+
+    (steps, traced), *_ = in_ranks(1, body, tmp_path)
+    assert [row[""] for row in steps] == [step.OURS, step.DDP, step.BARE]
+    assert all(row["ms per step"] > 0 and row[f"/ {step.DDP}"] > 0 for row in steps)
+    assert traced[0]["waits per step"] == "none"
+
+
+def test_dry_run_of_a_gpu_writes_nothing() -> None:
+    before = PAGE.read_text()
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "optimizers"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "LAMB, ours" in done.stdout
+    assert "dry run" in done.stdout
+    assert PAGE.read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures on the GPU")
+def test_benchmark_of_a_gpu_ends_without_one() -> None:
+    with pytest.raises(SystemExit, match="--dry-run"):
+        main([])
+
+
+def test_page_of_a_gpu_has_each_part() -> None:
+    assert PAGE.read_text() == page(kept_sections())
+    measured = "## A ResNet-50\n\nMeasured.\n"
+    assert page({PARTS["resnet"].title: measured}).count(measured) == 1

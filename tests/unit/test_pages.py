@@ -15,7 +15,7 @@ TOP = ("benchmarks", "conf", "isobatch", "scaling", "slurm", "tests", "trainers"
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in TOP for page in sorted((ROOT / folder).rglob("*.md")))]
 LINES = 150
 LINES_OF = {"README.md": 200, "conf/coming_from.md": 120}
-WRITTEN = ("benchmarks/results.md", "benchmarks/faults.md")  # by make bench and make faults
+WRITTEN = ("benchmarks/results.md", "benchmarks/faults.md", "benchmarks/gpu.md")  # by make bench, faults and bench-gpu
 FOLDERS = sorted({file.parent for folder in TOP for file in (ROOT / folder).rglob("*.py")})
 
 
