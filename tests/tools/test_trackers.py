@@ -222,13 +222,13 @@ def test_plan_and_config_are_sent_along(folder: Path) -> None:
 def test_a_broken_tracker_is_named_with_its_cause_and_the_other_is_complete(folder: Path) -> None:
     run = folder / "run"
     store = "log.args.mlflow.tracking_uri=sqlite:////dev/null/mlflow.db"
-    printed = train(folder, *SLOWLY, "duration=200st", "log.to=[tensorboard,mlflow]", store)
+    printed = train(folder, *SLOWLY, "duration=150st", "log.to=[tensorboard,mlflow]", store)
     assert tracked.same(tracked.tensorboard(run), run)
-    first, last = warnings(run)
-    assert "mlflow failed" in first
+    *first, last = warnings(run)
     assert "mlflow was given up" in last
-    assert all("'/dev/null'" in text and "run/logs/tracker-mlflow.log" in text for text in (first, last))
-    assert printed.count("warning: tracker mlflow") == 2
+    assert ["mlflow failed" in text for text in first] in ([True], [])  # none where it first failed at the end
+    assert all("'/dev/null'" in text and "run/logs/tracker-mlflow.log" in text for text in (*first, last))
+    assert all(text in printed for text in (*first, last))
     assert "Traceback" not in printed
 
 

@@ -110,7 +110,8 @@ def follow(tracker: Tracker, info: RunInfo, training: Training, report: Report) 
     last = -1 if found is None else found
     flush = getattr(tracker, "flush", None)
     steps = Steps(info.directory / "metrics.jsonl")
-    while True:
+    ended = False
+    while not ended:
         report(last)
         training.wait()
         ended, reported = training.ended, time.monotonic()
@@ -123,8 +124,6 @@ def follow(tracker: Tracker, info: RunInfo, training: Training, report: Report) 
                 reported = time.monotonic()
         if flush:
             flush()
-        if ended:
-            break
     report(last)
     tracker.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import select
 import shlex
 import signal
 import subprocess
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 IDLE_S, MOST_S = 30.0, 120.0  # waiting for a tracker at the end of training: without progress, and at all
 STOPPING_S = 5.0  # the same after a signal to stop: the next start sends the rest
 CRASHED_S = GRACE_S - 0.5  # after another rank's failure this rank is killed after GRACE_S
-LOOK_S = 1.0
 
 
 class Followers:
@@ -119,6 +117,7 @@ class Follower(threading.Thread):
         self.sent: int | None = None
         self._run, self._tracker, self._log = run, name, log_file(run, name)
         self._command = command_of("isobatch.trainers.trackers.follow", str(run.path.absolute()), name)
+        self._by_hand = f"cd {shlex.quote(os.getcwd())} && {shlex.join(self._command)}"
         self._process: subprocess.Popen[bytes] | None = None
         self._last: float | None = None  # the last step to send, once training has ended
         self._ended, self._given_up, self._lock = threading.Event(), threading.Event(), threading.Lock()
@@ -166,26 +165,17 @@ class Follower(threading.Thread):
         """Report lines that weren't sent, and who sends them: the next start, unless the run is ``finished``."""
         if not self._complete:
             at = "before it was open" if self.sent is None else f"after step {max(0, self.sent)}"
-            by_hand = f"cd {shlex.quote(os.getcwd())} && {shlex.join(self._command)}"
-            fix = f"send the rest by: {by_hand}" if finished else "the next start sends the rest"
+            fix = f"send the rest by: {self._by_hand}" if finished else "the next start sends the rest"
             self._tell(f"was given up {at} ({self._failure or 'it made no progress'}; see {self._log}); {fix}")
 
     def _follow(self) -> str:
         """Run the process to its end; return why it failed, or an empty string."""
-        self._spawn()
-        process, cause, part = self._process, "", b""
-        assert process
+        process, cause = self._spawn(), ""
         assert process.stdout
-        pipe = process.stdout.fileno()
-        while True:
-            ended = process.poll() is not None  # before the last read, which then has all there is
-            readable = select.select([pipe], [], [], 0 if ended else LOOK_S)[0]
-            text = os.read(pipe, 1 << 16) if readable else b""
-            *lines, part = (part + text).split(b"\n")
-            for line in lines:
-                cause = self._handle_report(json.loads(line)) or cause
-            if not text and (ended or readable):
-                break
+        for line in process.stdout:
+            report = json.loads(line)
+            self._moved, self.sent = time.monotonic(), report.get("sent", self.sent)
+            cause = report.get("failed", cause)
         code = process.wait()
         with self._lock:
             self._kill()  # what it may have left
@@ -195,30 +185,20 @@ class Follower(threading.Thread):
             return ""
         return cause or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}")
 
-    def _spawn(self) -> None:
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [*self._command, str(os.getpid())]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         with open(self._log, "ab") as log, self._lock:
             if self._given_up.is_set():
                 raise OSError("given up")
-            self._process = subprocess.Popen(
-                [*self._command, str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                bufsize=0,
-            )
+            self._process = process = subprocess.Popen(command, stderr=log, start_new_session=True, **pipes)
             self._tell_end()
+        return process
 
     def _tell_end(self) -> None:
         if self._process and self._process.stdin and self._last is not None:
             with suppress(OSError):  # it has just ended
                 self._process.stdin.write(f"end {self._last}\n".encode())
-
-    def _handle_report(self, report: dict[str, Any]) -> str:
-        """Record the progress in a report of the process; return the failure in it, or an empty string."""
-        self._moved = time.monotonic()
-        self.sent = report.get("sent", self.sent)
-        return str(report.get("failed", ""))
 
     def _kill(self) -> None:
         if self._process:
