@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,21 @@ def test_a_point_says_its_run_and_values(browser: Browser, sweep_page: Path) -> 
         assert "val/accuracy" in said
         assert "samples" in said
         assert "seed" in said
+
+
+def test_texts_beside_points_do_not_overlap_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    for rule, quality in {"linear": 1.0, "none": 0.7}.items():
+        for batch in (16, 64):
+            lines = learned(batch, 0, quality=quality, steps=25_600 // batch)
+            write_run(tmp_path / f"{rule}-{batch}", lines, batch=batch, lr__rule=rule)
+    with opened(browser, write_report(tmp_path), **PHONE) as page:
+        texts = drawn(page, "Time against samples").locator(".textpoint").all()
+        boxes = [box for text in texts if (box := text.bounding_box())]
+        assert len(boxes) == 4
+        for one, other in combinations(boxes, 2):
+            beside = one["x"] + one["width"] <= other["x"] or other["x"] + other["width"] <= one["x"]
+            below = one["y"] + one["height"] <= other["y"] + 2 or other["y"] + other["height"] <= one["y"] + 2
+            assert beside or below
 
 
 def test_colours_follow_the_scheme_while_the_page_is_open(browser: Browser, sweep_page: Path) -> None:

@@ -339,11 +339,28 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(tmp_path: Path) -> N
     assert [group.label for group, _ in report.comparisons[0].ranked()] == ["batch 16", "batch 64"]
 
 
-@pytest.mark.parametrize("missing", ["plan.json", "config.yaml", "metrics.jsonl", "events.jsonl", "outcome.json"])
-def test_a_missing_file_leaves_its_values_open(tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "changed"),
+    [
+        ("plan.json", {"identity", "per_gpu", "world_size", "planned_steps", "planned_samples"}),
+        ("config.yaml", {"settings"}),
+        ("metrics.jsonl", {"time_s", "samples_per_s", "metrics"}),
+        ("events.jsonl", set()),
+        ("outcome.json", {"state"}),
+    ],
+)
+def test_a_missing_file_leaves_its_values_open(tmp_path: Path, missing: str, changed: set[str]) -> None:
     write_values(tmp_path, {(16, 0.1): [0.9], (64, 0.1): [0.8]})
-    (write_run(tmp_path / "lacks", ended(0.7), batch=256) / missing).unlink()
-    assert text_forms(compare(read_all(tmp_path)))
+    lacks = write_run(tmp_path / "lacks", ended(0.7), batch=256)
+    whole = read(lacks).summary()
+    (lacks / missing).unlink()
+    found = read(lacks).summary()
+    assert {name for name, value in whole.items() if found[name] != value} == changed
+    assert all(found[name] in (None, "—", {}) for name in changed)
+    report = compare(read_all(tmp_path))
+    assert str(lacks) in text_forms(report)
+    others = {entry["label"]: entry["last"]["mean"] for entry in as_dict(report)["groups"] if entry["last"]}
+    assert (others["batch 16"], others["batch 64"]) == (0.9, 0.8)
 
 
 def test_text_of_runs_commands_neither_terminal_nor_page(tmp_path: Path) -> None:

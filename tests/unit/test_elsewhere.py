@@ -11,6 +11,7 @@ import pytest
 
 from isobatch.conf.elsewhere import KEYS, VALUES, our_key
 from isobatch.conf.help import command_line
+from isobatch.conf.keys import keys
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
 from isobatch.scaling.planning.resolve import resolve
@@ -32,7 +33,13 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def composes(suggestion: str) -> None:
-    for overrides in alternatives(suggestion):
+    """Check that the keys in a suggestion exist, and that its overrides compose."""
+    named = re.findall(r"\b[a-z_]+(?:\.\w+)+", re.sub(r"=\S+", "=", suggestion))
+    assert {re.sub(r"\.args\..*", ".args", key) for key in named} <= set(keys())
+    found = alternatives(suggestion)
+    assert bool(found) == ("=" in suggestion)
+    assert found or named or not suggestion or suggestion.startswith("-m")
+    for overrides in found:
         config = configured(overrides)
         assert config.duration.value > 0
         assert config.duration.unit != "%"
