@@ -176,7 +176,7 @@ def _read_config(file: Path) -> Any:
 
 
 def _short(digits: str) -> int | str:
-    return int(digits) if len(digits) < len(str(MOST)) else digits
+    return int(digits) if len(digits) <= len(str(MOST)) else digits
 
 
 def _lines(file: Path, checks: Mapping[str, Check], damage: list[str]) -> list[dict[str, Any]]:

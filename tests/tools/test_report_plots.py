@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from io import BytesIO
@@ -60,7 +61,7 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in plots(again)} == first
 
 
-@pytest.mark.parametrize("text", ["$x^{2", "</svg><script>", "a\x1b[2Jb", "日本 ⚙", "%s {0} \\n"])
+@pytest.mark.parametrize("text", ["$x^{2", "</svg><script>", "a\x1b[2Jb", "日本 ⚙", "%s {0} \\n", "\ud800"])
 def test_any_text_of_runs_can_be_drawn(tmp_path: Path, text: str) -> None:
     for batch in (16, 64):
         lines = [line | {f"val/{text}": 0.5} if "val/loss" in line else line for line in learned(batch, 0)]
@@ -68,6 +69,29 @@ def test_any_text_of_runs_can_be_drawn(tmp_path: Path, text: str) -> None:
     drawn = list(plots(isobatch.report(tmp_path)))
     assert drawn
     assert not any(b"<script" in file.read_bytes() for file in drawn if file.suffix == ".svg")
+
+
+def test_values_of_any_size_are_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    sizes = itertools.cycle([1e-320, 1e49, 0.0, -1e49, 1e300, 1e-50])
+    for batch in (1, 2**62):
+        for seed in (0, 1):
+            lines = [
+                {
+                    name: next(sizes) if name in ("loss", "val/loss", "noise/scale") else value
+                    for name, value in line.items()
+                }
+                for line in learned(batch, seed, steps=20)
+            ]
+            write_run(
+                tmp_path / f"{batch}-{seed}",
+                [line | {"samples": line["step"]} for line in lines],
+                batch=batch,
+                seed=seed,
+            )
+    report = isobatch.report(tmp_path)
+    assert {file.stem for file in plots(report)} >= SINGLE
+    assert not [text for text in report.warnings if "drawn" in text]
+    assert not [str(warning.message) for warning in recwarn if warning.category in (RuntimeWarning, UserWarning)]
 
 
 def test_runs_without_lines_and_with_missing_values_are_drawn(tmp_path: Path) -> None:

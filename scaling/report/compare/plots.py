@@ -41,7 +41,8 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
 
     columns = min(COLUMNS, len(picture.panels))
     rows = math.ceil(len(picture.panels) / columns)
-    with rc_context({**SETTINGS, "svg.hashsalt": picture.name}):
+    with rc_context({**SETTINGS, "svg.hashsalt": picture.name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing glyphs and of huge values, which the plot itself shows
         labels = [len(curve.label) for panel in picture.panels for curve in panel.curves]
         beside = min(max(labels, default=0), MOST_CHARS) * CHAR + (SAMPLE if any(labels) else 0)
         width, height = WIDTH * columns + beside, HEIGHT * rows
@@ -59,9 +60,7 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
 def _saved(figure: Figure, suffix: str) -> bytes:
     file = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn in its place
-        figure.savefig(file, format=suffix, dpi=130, metadata=metadata, facecolor="white")
+    figure.savefig(file, format=suffix, dpi=130, metadata=metadata, facecolor="white")
     return file.getvalue()
 
 
