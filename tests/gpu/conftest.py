@@ -31,7 +31,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = _device(config)
-    items.sort(key=lambda item: item.path.name == "test_trial.py")  # it uses CUDA in this process, so it comes last
+    # it uses CUDA in this process, so it comes last
+    items.sort(key=lambda item: item.path == Path(__file__).with_name("test_trial.py"))
     for item in items:
         if Path(__file__).parent not in item.path.parents:
             continue
