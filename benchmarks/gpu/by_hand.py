@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from benchmarks.plain import PER_GPU, Yardstick
-from benchmarks.step import synchronize
+from benchmarks.step import kept, synchronize
 
 
 class Plain:
@@ -56,6 +56,7 @@ class Plain:
         if ddp:
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.batches = self._batches(per_gpu, workers)
+        kept.append(self)  # DataLoader waits for workers that gloo keeps from ending
 
     def _batches(self, per_gpu: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
         data = self.task.train_data()
