@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 take minutes, and the follower tries again itself
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
