@@ -50,6 +50,11 @@ class Measured(Counted):
         return {"zero": 0}.get(self.change, 1e6)
 
 
+def test_measures_are_shown(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    runs(1, *SAME[:-2], "duration=1st")
+    assert "train/sign" in capfd.readouterr().out
+
+
 def test_values_by_hand(runs: Runs) -> None:
     """The loss and the measures are means over the steps since the previous line, and units and time are sums."""
     every = runs(1, *SAME[:-2], "log.every=1st", "evaluate.every=null").metrics()[:-1]

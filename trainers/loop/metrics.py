@@ -22,6 +22,7 @@ from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.readback import StepResult
 
 PLAIN_EVERY_S = 5.0  # seconds between two plain lines
+EVALUATED = ("val/", "ema/")  # how the names of an evaluation's values begin
 
 
 class Metrics:
@@ -205,7 +206,7 @@ class PlainLines:
 
     def evaluation(self, line: dict[str, Any]) -> None:
         loss = f"loss {self._last['loss']:.4f}  " if self._last.get("step") == line["step"] else ""
-        self._print(line, loss + _values(line))
+        self._print(line, loss + _values(line, *EVALUATED))
 
     def close(self) -> None:
         pass
@@ -229,7 +230,7 @@ class LiveLine:
         self._progress.update(self._bar, completed=line["step"], text=_figures(line))
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        text = f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line)}"
+        text = f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line, *EVALUATED)}"
         self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
@@ -237,9 +238,10 @@ class LiveLine:
 
 
 def _figures(line: dict[str, Any]) -> str:
-    return f"loss {line['loss']:.4f}  lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
+    pace = f"lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
+    return "  ".join(filter(None, [f"loss {line['loss']:.4f}", _values(line, "train/"), pace]))
 
 
-def _values(line: dict[str, Any]) -> str:
-    values = {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))}
+def _values(line: dict[str, Any], *kinds: str) -> str:
+    values = {name: value for name, value in line.items() if name.startswith(kinds)}
     return "  ".join(f"{one_line(name)} {value:.4f}" for name, value in values.items())
