@@ -28,6 +28,7 @@ from isobatch.trainers.loop.fit import Stepper
 from isobatch.trainers.loop.readback import DelayedReadback
 from isobatch.trainers.model import randomness
 from isobatch.trainers.model.build import prepare
+from isobatch.trainers.model.dropout import row_keys
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.watch import Watch
 from isobatch.trainers.ranks.world import World
@@ -110,15 +111,20 @@ class NoWaits(TorchDispatchMode):
         return result
 
 
+def pretended_device() -> torch.device:
+    """Create the accelerator, in a process that ends after the test."""
+    _setup_privateuseone_for_python_backend("pretended")
+    randomness.draw = lambda generator: 0  # as in Untouched
+    return torch.device("pretended", 0)
+
+
 def steps(*overrides: str, waits: str = "") -> Callable[[World], str]:
     """Return a function that takes two steps on the pretended accelerator, and returns where their results are."""
 
     def body(_: World) -> str:
-        _setup_privateuseone_for_python_backend("pretended")
-        randomness.draw = lambda generator: 0  # as in Untouched
         library = torch.library.Library("aten", "IMPL")
         library.impl("_fused_sgd_", lambda *args, **options: None, "Meta")  # torch lacks the shapes of its results
-        device = torch.device("pretended", 0)
+        device = pretended_device()
         world = World(0, 1, 0, 1, device, None)
         config = compose([*BASE, *overrides])
         plan = resolve(config, 1, 48)
@@ -149,6 +155,22 @@ def steps(*overrides: str, waits: str = "") -> Callable[[World], str]:
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_in_a_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
     assert in_ranks(1, steps(*CASES[name]), tmp_path) == ["pretended:0 pretended:0"]
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_the_keys_of_compiled_masks_do_not_wait(tmp_path: Path, rows: int) -> None:
+    """Six samples have two rows each; 13 rows fit no sample."""
+
+    def body(_: World) -> list[int]:
+        device = pretended_device()
+        stream = Untouched(0, device, tell=lambda reason: None)
+        with FakeTensorMode(), NoWaits():
+            stream.start(0, 6)
+            keys = row_keys(stream, 3, rows, 8, channels=False)
+        assert keys.device == device
+        return list(keys.shape)
+
+    assert in_ranks(1, body, tmp_path) == [[3, rows, 1]]
 
 
 def test_adafactor_of_torch_waits(tmp_path: Path) -> None:

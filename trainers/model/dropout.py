@@ -17,10 +17,13 @@ def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: boo
         channels: each sample has to be one row.
     """
     if misfits(stream, layer, rows, channels):
-        keys, each = torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(stream.device), rows
+        keys, each = (
+            torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(stream.device, non_blocking=True),
+            rows,
+        )
     else:
         keys, each = stream.keys(layer), rows // stream.samples
-    begin = (torch.arange(each) * elements).to(torch.int32).to(stream.device).view(1, -1, 1)
+    begin = (torch.arange(each, device=stream.device) * elements).to(torch.int32).view(1, -1, 1)
     keys = keys.repeat_interleave(each, 1) if each > 1 else keys
     return torch.cat((keys, begin.repeat(1, rows // each, 1)))
 
