@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from io import BytesIO
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 import isobatch
-from isobatch.scaling.report.compare.plots import _draw_panel
+from isobatch.scaling.report.compare.picture import Curve, Panel, Picture
+from isobatch.scaling.report.compare.plots import _draw_panel, draw
 from tests.support.runs import learned, write_run, write_sweep
 
 SINGLE = {"loss", "evaluations", "time", "course"}
@@ -99,6 +101,15 @@ def test_runs_without_lines_and_with_missing_values_are_drawn(tmp_path: Path) ->
     assert {file.stem for file in plots(report)} >= {"loss", "evaluations"}
 
 
+@pytest.mark.parametrize("ends", [(6e3, 16e3), (3.0, 8.0), (1.0, 50.0), (1.0, 1e6)])
+def test_a_logarithmic_axis_has_some_ticks(ends: tuple[float, float]) -> None:
+    curve = Curve([1, 2], [*ends], "a", None)
+    panel = Panel("", "", "", y_log=True, curves=[curve], x_ticks=[1.0])
+    drawn = draw(Picture("a", "", "", [panel]), [])["svg"]
+    ticks = [text for text in ElementTree.fromstring(drawn).itertext() if re.fullmatch(r"[\d.,]+( [kM])?", text)]
+    assert 3 < len(ticks) < 12, ticks  # one of them at the other axis
+
+
 def test_tasks_with_similar_names_have_their_own_plots(tmp_path: Path) -> None:
     for task in ("a b", "a/b", "a_b-2", "A_b"):
         write_run(tmp_path / task.replace("/", "|"), learned(16, 0, steps=20), task=task)
@@ -124,13 +135,13 @@ def test_what_cannot_be_drawn_is_a_warning_and_the_rest_is_written(
     sweep = write_sweep(tmp_path / "sweep", (16, 64), seeds=1)
     drawn = _draw_panel
 
-    def draw(axes: Any, panel: Any, *rest: Any, **more: Any) -> None:
+    def fail(axes: Any, panel: Any, *rest: Any, **more: Any) -> None:
         assert (sweep / "report/report.csv").exists()
         if panel.title == "Learning rate":
             raise OverflowError("a value that it can't draw")
         drawn(axes, panel, *rest, **more)
 
-    monkeypatch.setattr("isobatch.scaling.report.compare.plots._draw_panel", draw)
+    monkeypatch.setattr("isobatch.scaling.report.compare.plots._draw_panel", fail)
     report = isobatch.report(sweep)
     assert {file.stem for file in plots(report)} == (SINGLE | {"by-batch", "target"}) - {"course"}
     (warning,) = [text for text in report.warnings if "course" in text]

@@ -133,14 +133,15 @@ def _finite(values: Sequence[float | None], missing: float = math.nan) -> list[f
 
 def _readable_ticks(axes: Axes, panel: Panel) -> None:
     """Write numbers as 2,000 or 20 k, also on logarithmic axes."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import AutoLocator, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     for axis, is_log in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
         most = None if is_log else max(map(abs, axis.get_view_interval()))
         axis.set_major_formatter(FuncFormatter(partial(_tick, most)))
         if is_log:
             low, high = axis.get_view_interval()
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high / low < 100 else (1,), numticks=12))
+            few = AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=12)
+            axis.set_major_locator(few if high < 100 * low else LogLocator(numticks=12))
             axis.set_minor_locator(NullLocator())
     if panel.x_ticks:
         axes.xaxis.set_major_locator(FixedLocator(panel.x_ticks))
