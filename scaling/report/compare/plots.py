@@ -136,11 +136,11 @@ def _readable_ticks(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import AutoLocator, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     for axis, is_log in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
-        most = None if is_log else max(map(abs, axis.get_view_interval()))
-        axis.set_major_formatter(FuncFormatter(partial(_tick, most)))
+        low, high = axis.get_view_interval()
+        one_unit = not is_log or high < 10 * low
+        axis.set_major_formatter(FuncFormatter(partial(_tick, max(abs(low), abs(high)) if one_unit else None)))
         if is_log:
-            low, high = axis.get_view_interval()
-            few = AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=12)
+            few = AutoLocator() if one_unit else LogLocator(subs=(1, 2, 5), numticks=12)
             axis.set_major_locator(few if high < 100 * low else LogLocator(numticks=12))
             axis.set_minor_locator(NullLocator())
     if panel.x_ticks:
