@@ -17,10 +17,8 @@ def row_keys(stream: Stream, layer: int, rows: int, elements: int, channels: boo
         channels: each sample has to be one row.
     """
     if misfits(stream, layer, rows, channels):
-        keys, each = (
-            torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32).to(stream.device, non_blocking=True),
-            rows,
-        )
+        drawn = torch.randint(-(1 << 31), 1 << 31, (2, 1, 1), dtype=torch.int32)
+        keys, each = drawn.to(stream.device, non_blocking=True), rows
     else:
         keys, each = stream.keys(layer), rows // stream.samples
     begin = (torch.arange(each, device=stream.device) * elements).to(torch.int32).view(1, -1, 1)
