@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from isobatch.conf.hardware import visible_gpus
 from tests.support.harness import Runs
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # count GPUs without CUDA, which doesn't survive the forks of ranks
 PINNED = re.search(r"^torch==(\S+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)
-
-PACKAGES = {"zero": "deepspeed", "accelerate": "accelerate"}
-NEWER = ("fsdp", "two ranks", "two workers", "launchers", "spawned")  # several ranks, and FSDP2, need torch 2.13
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _device(config: pytest.Config) -> str | None:
     if config.getoption("on_cpu", False):
         return "cpu"
-    return "cuda" if torch.cuda.is_available() else None
+    return "cuda" if visible_gpus() else None  # torch might initialise CUDA, which doesn't survive the forks of ranks
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +63,3 @@ def runs(tmp_path: Path, device: str) -> Runs:
 def cpu_runs(tmp_path: Path) -> Runs:
     """Return a function that trains on the CPU."""
     return Runs(tmp_path / "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _what_is_installed(request: pytest.FixtureRequest) -> None:
-    """Skip a test by words of its name, if the package or the torch that it needs isn't installed."""
-    name = request.node.name.lower().replace("_", " ")
-    for word, package in PACKAGES.items():
-        if word in name:
-            pytest.importorskip(package)
-    if any(word in name for word in NEWER) and not hasattr(torch.distributed, "all_gather_single"):
-        pytest.skip(f"needs torch 2.13, and {torch.__version__} is installed")

@@ -1,4 +1,4 @@
-"""Tasks for GPUs: one whose loss never needs a value on the host, and one that runs out of memory."""
+"""Tasks for GPUs: with a loss that never needs a value on the host, that overflows in fp16, or takes much memory."""
 
 from __future__ import annotations
 
@@ -56,8 +56,18 @@ class Waits(NeverWaits):
         return loss + 0 * float(loss.detach()), units
 
 
+class Steep(Classes):
+    """``Classes`` with gradients too large for fp16 and its first loss scales."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        loss, units = super().loss(model, batch)
+        return loss * 1000, units
+
+
 class Hungry(Classes):
-    """A task of which ``fits`` samples and a half fit into the GPU's memory."""
+    """``Classes`` that runs out of memory with more than ``fits`` samples in a pass."""
+
+    BLOCK = 256 << 20  # bytes
 
     def __init__(self, fits: int, **args: Any) -> None:
         super().__init__(**args)
@@ -68,5 +78,6 @@ class Hungry(Classes):
         if model.training:
             free, _ = torch.cuda.mem_get_info()
             spare = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            torch.empty(int(spare * units / (self.fits + 0.5)), dtype=torch.uint8, device=loss.device)
+            blocks = int(spare * units / (self.fits + 0.5) / self.BLOCK)
+            _ = [torch.empty(self.BLOCK, dtype=torch.uint8, device=loss.device) for _ in range(blocks)]
         return loss, units

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from tests.gpu import needs
+
 ROOT = Path(__file__).parents[2]
 TASK = ["task=custom", "task._target_=tests.gpu.tasks.Classes", "batch.global_size=64", "lr.peak=0.05"]
 SHORT = [*TASK, "duration=12st"]
+ONE = ["cluster.gpus_per_node=1"]
 TWO = ["cluster.gpus_per_node=2", "cluster.backend=gloo"]
 DEADLINE_S = 100
 
@@ -45,43 +48,51 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "more",
-    [[], TWO, ["debug=true"], ["engine=fsdp"], ["precision=bf16", "compile=true", "data.workers=2"]],
-    ids=["one worker", "two workers share a GPU", "debug", "fsdp", "compiled"],
+    [
+        pytest.param(ONE, id="one worker"),
+        pytest.param(TWO, id="two workers share a GPU", marks=needs.newer_torch),
+        pytest.param(["debug=true"], id="debug"),
+        pytest.param([*ONE, "engine=fsdp"], id="FSDP", marks=needs.newer_torch),
+        pytest.param([*ONE, "precision=bf16", "compile=true", "data.workers=2"], id="compiled"),
+    ],
 )
 def test_a_command_trains(tmp_path: Path, device: str, more: list[str]) -> None:
     printed = train(tmp_path / "run", device, *SHORT, *more)
     assert f"({device})" in printed or more == ["debug=true"]
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+@needs.newer_torch
+@pytest.mark.parametrize(
+    "launcher",
+    ["torch.distributed.run", pytest.param("accelerate.commands.launch", marks=needs.package("accelerate"))],
+)
 def test_other_launchers_train(tmp_path: Path, device: str, launcher: str) -> None:
-    pytest.importorskip(launcher.partition(".")[0])
     processes = ["--nproc-per-node=2"] if "torch" in launcher else ["--multi_gpu", "--num_processes=2", "--quiet"]
     train(tmp_path / "run", device, *SHORT, "cluster.backend=gloo", prefix=("-m", launcher, *processes))
 
 
+@needs.newer_torch
+@pytest.mark.cuda
 def test_workers_are_spawned_where_cuda_is_in_use(tmp_path: Path, device: str) -> None:
     """A process that has initialised CUDA can't fork workers that use it."""
     script = tmp_path / "script.py"
-    task, *others = [repr(text) for text in [TASK[1].partition("=")[2], *SHORT[2:], *TWO, f"device={device}"]]
     script.write_text(
-        "import torch, isobatch\n"
+        "import torch\n"
+        "from isobatch.launch import command\n"
         "if __name__ == '__main__':\n"
-        f"    torch.ones(1, device='{device}')\n"
-        f"    end = isobatch.train({task}, {', '.join(others)}, 'run.dir={tmp_path}/run')\n"
-        "    assert end.state == 'finished'\n"
+        "    torch.cuda.init()\n"
+        "    command()\n"
     )
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run(
-        [sys.executable, str(script)], check=True, timeout=DEADLINE_S, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}
-    )
+    words = [f"run.dir={tmp_path}/run", f"device={device}", *SHORT, *TWO]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    subprocess.run([sys.executable, str(script), *words], check=True, timeout=DEADLINE_S, cwd=ROOT, env=env)
     assert state(tmp_path / "run") == "finished"
 
 
 @pytest.mark.cuda
 def test_the_per_gpu_batch_is_halved_when_the_gpus_memory_runs_out(tmp_path: Path, device: str) -> None:
     hungry = ["task._target_=tests.gpu.tasks.Hungry", "+task.args.fits=16", "check.contract=false"]
-    train(tmp_path / "run", device, *SHORT, *hungry, "batch.per_gpu=32")
+    train(tmp_path / "run", device, *SHORT, *hungry, *ONE, "batch.per_gpu=32")
     (restart,) = events(tmp_path / "run", "restart")
     assert (restart["kind"], restart["per_gpu_before"], restart["per_gpu"]) == ("oom", 32, 16)
 
@@ -89,11 +100,12 @@ def test_the_per_gpu_batch_is_halved_when_the_gpus_memory_runs_out(tmp_path: Pat
 @pytest.mark.cuda
 def test_the_trial_survives_a_batch_that_does_not_fit(tmp_path: Path, device: str) -> None:
     hungry = ["task._target_=tests.gpu.tasks.Hungry", "+task.args.fits=16"]
-    train(tmp_path / "run", device, *SHORT, *hungry, "batch.per_gpu=32")
+    train(tmp_path / "run", device, *SHORT, *hungry, *ONE, "batch.per_gpu=32")
+    assert events(tmp_path / "run", "trial_skipped")
 
 
 def test_a_signal_stops_and_the_same_command_resumes(tmp_path: Path, device: str) -> None:
-    folder, command = tmp_path / "run", [*TASK, "duration=3000st", "log.every=1st"]
+    folder, command = tmp_path / "run", [*TASK, *ONE, "duration=3000st", "log.every=1st"]
     process = start(folder, device, *command)
     deadline = time.monotonic() + DEADLINE_S
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:

@@ -10,6 +10,7 @@ import torch
 from isobatch.trainers.tensors.manifest import read
 from isobatch.trainers.tensors.names import checkpoints, step_of
 from isobatch.trainers.tensors.slices import Reader
+from tests.gpu import needs
 from tests.ranks.test_bitwise import BITWISE, assert_same, bits
 from tests.support.harness import Run, Runs, distance
 from tests.support.same import CASES, ENGINES, overrides
@@ -18,10 +19,6 @@ PLAIN = "SGD, dropout, augmentation, unequal units, uneven cuts, clipping"
 # A GPU rounds exp, tanh and erf by some units in the last place, a CPU by one, so the distance between the two may be
 # ten times that between two cuts.
 DEVICES = 10
-SHARDED = [
-    ("FSDP", "engine.offload=true"),
-    *((f"ZeRO-{stage}", "engine.offload=true") for stage in (1, 2, 3)),
-]
 CLASSES = (
     "task=custom", "task._target_=tests.gpu.tasks.Classes", "batch.global_size=64", "duration=12st", "lr.peak=0.05",
     "evaluate.every=null", "log.every=1st",
@@ -38,7 +35,7 @@ def same_bits(one: Run, other: Run) -> bool:
     return all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [needs.engine(name) for name in ENGINES])
 def test_every_engine_trains_the_run_of_the_cpu(runs: Runs, cpu_runs: Runs, engine: str) -> None:
     on_gpu, on_cpu = finished(runs(1, *overrides(PLAIN, engine))), finished(cpu_runs(1, *overrides(PLAIN, "DDP")))
     assert distance(on_gpu.weights(), on_cpu.weights()) < DEVICES * CASES[PLAIN].apart
@@ -49,24 +46,30 @@ def test_every_engine_trains_the_run_of_the_cpu(runs: Runs, cpu_runs: Runs, engi
 @pytest.mark.parametrize("case", [case for case in CASES if case != PLAIN])
 def test_every_case_is_the_run_of_the_cpu(runs: Runs, cpu_runs: Runs, case: str) -> None:
     on_gpu, on_cpu = finished(runs(1, *overrides(case, "DDP"))), finished(cpu_runs(1, *overrides(case, "DDP")))
-    assert distance(on_gpu.weights(), on_cpu.weights()) < DEVICES * CASES[case].apart
+    rough = CASES[case].apart > 1e-4  # bf16, also in Muon: its weights may be far apart after a few steps
+    losses, expected = ([loss or 0.0 for loss in run.losses()] for run in (on_gpu, on_cpu))  # None: skipped
+    assert losses == pytest.approx(expected, rel=0.02 if rough else 1e-4)
+    assert rough or distance(on_gpu.weights(), on_cpu.weights()) < DEVICES * CASES[case].apart
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP", "Accelerate", "ZeRO-2"])
+@needs.newer_torch
+@pytest.mark.parametrize("engine", [needs.engine(name) for name in ("DDP", "FSDP", "Accelerate")])
 def test_two_ranks_that_share_a_gpu_train_what_one_does(runs: Runs, engine: str) -> None:
     """NCCL allows one rank per GPU, so they exchange tensors over gloo."""
     one, two = finished(runs(1, *overrides(PLAIN, engine))), finished(runs(2, *overrides(PLAIN, engine)))
     assert distance(one.weights(), two.weights()) < CASES[PLAIN].apart
 
 
-@pytest.mark.parametrize(("engine", "option"), SHARDED, ids=lambda value: value)
 @pytest.mark.cuda
-def test_offloaded_state_changes_nothing(runs: Runs, engine: str, option: str) -> None:
-    kept, offloaded = (finished(runs(1, *overrides("AdamW", engine), *more)) for more in ((), (option,)))
+@pytest.mark.parametrize("engine", [needs.engine(name) for name in ("FSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")])
+def test_offloaded_state_changes_nothing(runs: Runs, engine: str) -> None:
+    kept, offloaded = (
+        finished(runs(1, *overrides("AdamW", engine), f"engine.offload={offload}")) for offload in ("false", "true")
+    )
     assert distance(kept.weights(), offloaded.weights()) < DEVICES * CASES["AdamW"].apart
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP", "ZeRO-1"])
+@pytest.mark.parametrize("engine", [needs.engine(name) for name in ("DDP", "FSDP", "ZeRO-1")])
 def test_a_resumed_run_is_bitwise_equal(runs: Runs, engine: str) -> None:
     whole, stopped = finished(runs(1, *overrides("AdamW", engine))), runs(1, *overrides("AdamW", engine), stop_at=5)
     assert stopped.ends[0]["state"] == "stopped"
@@ -83,6 +86,7 @@ def test_a_run_moves_between_gpu_and_cpu(runs: Runs, cpu_runs: Runs) -> None:
     assert distance(*averages) < DEVICES * CASES["AdamW"].apart
 
 
+@needs.newer_torch
 def test_bitwise_runs_are_equal_twice_and_on_two_ranks(runs: Runs) -> None:
     command = (*BITWISE, "clip_norm=0.5", "noise.every=1st")
     one = finished(runs(1, *command))
@@ -96,7 +100,7 @@ def test_workers_and_pinned_memory_change_nothing(runs: Runs) -> None:
 
 
 def test_a_checkpoint_holds_its_step_while_training_goes_on(runs: Runs) -> None:
-    """The copy of large weights takes longer than a step."""
+    """It is written in the background, while later steps change the weights."""
     command = (*CLASSES, "task.args.width=1024", "optimizer=adamw", "lr.peak=0.001")
     stopped = runs(1, *command, stop_at=6)
     running = finished(runs(1, *command, "checkpoint.every=1st", "checkpoint.keep=99"))
@@ -136,10 +140,11 @@ def test_fp16_resumes_with_its_loss_scale(runs: Runs, device: str) -> None:
 
 @pytest.mark.cuda
 def test_fp16_skips_a_step_that_overflows(runs: Runs) -> None:
-    """The first loss scale, 65,536, is too large for a loss of thousands."""
-    run = finished(runs(1, *overrides(PLAIN, "DDP"), "precision=fp16", "task.args.double=false"))
+    """A sample's gradient is up to 1000 / 64 times the loss scale, and fp16 ends at 65,504."""
+    run = finished(runs(1, *CLASSES, "task._target_=tests.gpu.tasks.Steep", "precision=fp16", "lr.peak=1e-5"))
     scale: Any = Reader(read(checkpoints(run.run)[0])).whole("precision/loss_scale")
-    assert float(scale[0]) <= 2.0**16
+    assert float(scale[0]) < 2.0**16
+    assert [event for event in run.events() if event["event"] == "skip"]
 
 
 def test_metrics_of_the_hardware(runs: Runs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gpu import needs
 from tests.support.harness import Runs
 
 TASK = (
@@ -17,13 +18,15 @@ FEATURES = {
     "bf16": ("precision=bf16",),
     "ghosts": ("batchnorm.mode=ghost", "batchnorm.ghost_size=8"),
     "recomputed": ("recompute=['1']",),
-    "FSDP": ("engine=fsdp",),
+    "compiled": ("compile=true",),
+    "workers": ("data.workers=2",),
+    "checkpoints": ("checkpoint.every=2st",),
 }
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", [*FEATURES, pytest.param("FSDP", marks=needs.newer_torch)])
 def test_a_step_waits_for_nothing(runs: Runs, feature: str) -> None:
-    end = runs(1, *TASK, *FEATURES[feature]).ends[0]
+    end = runs(1, *TASK, *FEATURES.get(feature, ("engine=fsdp",))).ends[0]
     assert end.get("state") == "finished", end
 
 

@@ -55,7 +55,10 @@ def key_generators(seed: int, position: int, use: int) -> int:
 
 def generator_of(device: torch.device | None) -> torch.Generator | None:
     """Return the default generator of an accelerator; None for the CPU."""
-    return torch.cuda.default_generators[device.index or 0] if device and device.type == "cuda" else None
+    if device is None or device.type != "cuda":
+        return None
+    torch.cuda.init()  # before it, there are no generators
+    return torch.cuda.default_generators[device.index or 0]
 
 
 def key_forward(seed: int, position: int, device: torch.device) -> int:

@@ -44,6 +44,9 @@ class DeepSpeed(Reducer):
 
     def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
         world, model, self.mean_over = parts.world, parts.model, parts.world.size
+        if world.device.index not in (None, world.local_rank):
+            problem = f"local rank {world.local_rank} has {world.device}, and DeepSpeed takes a GPU of its own for each"
+            raise UserError(problem, "use engine=ddp or fsdp, whose ranks can share a GPU", "cluster.backend", "gloo")
         deepspeed = import_deepspeed(world.device)
         world.connect()
         settings = settings_of(config)
