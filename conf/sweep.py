@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from isobatch.conf.messages import shown
 from isobatch.conf.overrides import parse
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.reading import Unreadable, read_json
 
 MOST_RUNS = 10_000
 OF_THE_WHOLE = ("action", "output", "debug", "search.parallel", "run.dir", "run.name", "run.new")
@@ -88,7 +90,9 @@ def _values(override: Override, text: str) -> list[str]:
 def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str]]) -> list[Path]:
     """Return the directories of a sweep's runs: ``runs/<sweep>/<overrides>``.
 
-    Its name is a hash of what all its runs share, so that more values of the same keys land beside earlier ones.
+    The sweep's name is a hash of what all its runs share, so that more values of the same keys land beside earlier
+    ones. The overrides are in the order of their keys. A run that the sweep's folder already holds under another name
+    keeps its directory.
 
     Args:
         swept: of each run the overrides that vary, as they are written on the command line.
@@ -97,7 +101,9 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
         UserError: the runs differ in what has to be one for all of them, are no runs, or a run lives where the sweep
             should.
     """
-    keys = tuple(override.lstrip("+~").partition("=")[0] for override in swept[0])
+    if not swept[0]:
+        raise UserError("-m is a sweep, and no key has several values", "give two values, such as seed=1,2")
+    keys = tuple(map(_key, swept[0]))
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
             raise UserError(f"{key} must be the same in the whole sweep", "give it one value", key)
@@ -121,7 +127,32 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     if os.path.exists(root / "config.yaml"):
         problem = f"run.dir={root} holds a run, and a sweep needs a folder of its own"
         raise UserError(problem, "name another run.dir", "run.dir", str(root))
-    return [root / _folder(",".join(overrides)) for overrides in swept]
+    identities = list(map(digest, every))
+    known = _runs_in(root)
+    return [
+        _directory(root, overrides, known.get(identity) if identities.count(identity) == 1 else None)
+        for overrides, identity in zip(swept, identities, strict=True)
+    ]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _runs_in(root: Path) -> dict[str, Path]:
+    """Return the directories of the runs in a sweep's folder by their identities."""
+    found = {}
+    for plan in sorted(root.glob("*/plan.json")):
+        with suppress(FileNotFoundError, Unreadable, KeyError, TypeError):
+            found[read_json(plan)["identity"]] = plan.parent
+    return found
+
+
+def _directory(root: Path, overrides: Sequence[str], same_run: Path | None) -> Path:
+    """Return the directory of a sweep's run. Earlier versions kept the order in which overrides were written."""
+    ordered = root / _folder(",".join(override.lstrip("+~") for override in sorted(overrides, key=_key)))
+    typed = root / _folder(",".join(overrides))
+    return next((place for place in (ordered, typed) if os.path.lexists(place)), same_run or ordered)
 
 
 def _folder(text: str) -> str:

@@ -436,7 +436,6 @@ def test_runs_of_a_sweep_live_side_by_side() -> None:
     few, more = places("batch.global_size=64,256"), places("batch.global_size=64,256,1024")
     assert [place.name for place in more] == [f"batch.global_size={size}" for size in (64, 256, 1024)]
     assert few == more[:2]
-    assert places("batch.global_size=64") != few[:1]  # a sweep in which nothing varies is another one
     assert few[0].parent.parent == Path("runs")
     assert few[0].parent.name.startswith("digits-sweep-")
 
@@ -448,6 +447,30 @@ def test_sweeps_are_distinguished_by_what_their_runs_share() -> None:
     assert places("optimizer=sgd,adamw")[0].parent == places("optimizer=adamw,sgd")[0].parent
     assert places("seed=1,2", "run.name=mine")[0].parent.name.startswith("mine-sweep-")
     assert places("seed=1,2", "run.dir=there") == [Path("there/seed=1"), Path("there/seed=2")]
+
+
+def test_a_run_of_a_sweep_keeps_its_directory_however_the_overrides_are_written(tmp_path: Path) -> None:
+    where = f"run.dir='{tmp_path}'"
+    first = places(where, "seed=1,2", "lr.base=0.1,0.2")
+    assert set(places(where, "+lr.base=0.1,0.2", "seed=1,2")) == set(first)
+    assert first[0].name == "lr.base=0.1,seed=1"
+    old = tmp_path / "seed=1,lr.base=0.3"  # as earlier versions named it
+    old.mkdir()
+    assert places(where, "seed=1,2", "lr.base=0.3,0.4")[0] == old
+    (old / "plan.json").write_text(json.dumps({"identity": identity(compose(["seed=1", "lr.base=0.3"]))}))
+    assert places(where, "lr.base=0.3,0.4", "seed=1")[0] == old
+    assert places(where, "lr.base=0.3,0.4", "seed=1,2", "lr.warmup=5%,10%")[0] == old  # 5 % is usual
+
+
+def test_runs_of_a_sweep_that_differ_in_hardware_only_have_directories_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "plan.json").write_text(json.dumps({"identity": identity(compose(["seed=1"]))}))
+    assert len(set(places(f"run.dir='{tmp_path}'", "seed=1", "log.every=1st,2st"))) == 2
+
+
+def test_a_sweep_of_one_value_each_is_refused() -> None:
+    with pytest.raises(UserError, match="seed=1,2"):
+        places("batch.global_size=64")
 
 
 @pytest.mark.parametrize(
