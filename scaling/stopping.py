@@ -8,13 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-NAME = r"[^:<>=\s]+"
+NAME = r"[^\s:<>=!,]+"  # of a measure; the other characters have a meaning in conditions
 VALUE = rf"(?:val|ema)/{NAME}"
 BOUND = r"\s*(>=|<=|>|<)\s*([-+]?(?:\d{1,99}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,2})?)"  # always finite
 AT = rf"({VALUE}){BOUND}"
+
+
+def refuse_unnameable(name: object, source: str) -> None:
+    """Raise UserError if ``stop``, ``report`` and ``checkpoint.best`` can't name a measure that ``source`` returned."""
+    if not re.fullmatch(NAME, str(name)):
+        problem = f"{source} returned a measure named {name!r:.60}"
+        raise UserError(problem, "a name has a character or more, no spaces, and none of :<>=!,", "task._target_")
 
 
 def parts_of(target: str) -> tuple[str, str, float] | None:

@@ -11,9 +11,9 @@ from isobatch.conf.messages import nearest
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.run import Run
-from isobatch.scaling.stopping import OPERATORS
+from isobatch.scaling.stopping import NAME, OPERATORS
 
-_CONDITION = re.compile(r"\s*([^\s=<>!,]+)\s*(<=|>=|!=|=|<|>)\s*([^,]*?)\s*")
+_CONDITION = re.compile(rf"\s*({NAME})\s*(<=|>=|!=|=|<|>)\s*([^,]*?)\s*")
 MOST_NAMES = 40  # in a message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.order import indices
+from isobatch.trainers.loop.evaluate import measure, summarise
 from isobatch.trainers.loop.hardware import peak_tflops
 from isobatch.trainers.tasks.losses import summed
 from tests.support.harness import Runs
@@ -139,6 +141,27 @@ class SlowData(Measured):
     def augment(self, sample: Any, generator: torch.Generator) -> Any:
         time.sleep(0.01)
         return sample
+
+
+@pytest.mark.parametrize("name", ["", "top 1", "score:x", "a,b", "f1>0"])
+def test_a_measure_that_no_condition_could_name_is_refused(name: str) -> None:
+    task, values = Named(), {name: (1.0, 1)}
+    for made in (
+        lambda: summed((torch.ones(()), 1, values)),
+        lambda: measure(task, nn.Identity(), values),
+        lambda: summarise(task, values),
+    ):
+        with pytest.raises(UserError, match=re.escape(repr(name))) as error:
+            made()
+        assert error.value.key == "task._target_"
+
+
+class Named(Measured):
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        return batch
+
+    def summarise(self, totals: Any) -> Any:
+        return dict.fromkeys(totals, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.stopping import refuse_unnameable
 from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.data.validation import Validation
@@ -163,6 +164,8 @@ def measure(task: Task, model: nn.Module, batch: Any) -> Totals:
     pairs = isinstance(result, dict) and all(isinstance(v, tuple) and len(v) == 2 for v in result.values())
     if not pairs:
         raise UserError(f"task.evaluate has to return {{name: (sum, count)}}; it returned {result!r:.200}")
+    for name in result:
+        refuse_unnameable(name, "task.evaluate")
     return {name: _numbers(name, pair) for name, pair in result.items()}
 
 
@@ -179,6 +182,8 @@ def summarise(task: Task, totals: Totals) -> dict[str, float]:
     made = task.summarise(totals)
     if not isinstance(made, dict):
         raise UserError(f"task.summarise has to return {{name: value}}; it returned {made!r:.200}")
+    for name in made:
+        refuse_unnameable(name, "task.summarise")
     return {**ratios, **{name: float(value) for name, value in made.items()}}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.stopping import refuse_unnameable
 from isobatch.trainers.model.precision import widened
 
 WANTED = "task.loss has to return (sum of the losses over units, number of units), or one loss per sample"
@@ -52,6 +53,7 @@ def _measures(measures: dict[Any, Any]) -> dict[str, Sum]:
         if not numbers or not all(isinstance(n, Real) or (isinstance(n, Tensor) and n.numel() == 1) for n in numbers):
             problem = f"task.loss has to return measures as {{name: (sum, count)}}; {name!r:.60} has {pair!r:.60}"
             raise UserError(problem, "give two numbers, such as (correct.sum(), len(labels))", "task._target_")
+        refuse_unnameable(name, "task.loss")
         total, count = (n.detach().reshape(()) if isinstance(n, Tensor) else float(n) for n in numbers)
         found[name] = total, count
     return found
