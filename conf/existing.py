@@ -15,7 +15,8 @@ from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.saved import load
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.reading import Unreadable, read_json
+from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
+from isobatch.scaling.stopping import rules_of
 from isobatch.scaling.units import Duration
 
 ABSENT: Any = object()  # the value of a key that isn't there, which null can be, too
@@ -82,7 +83,8 @@ def ever_trained(directory: Path) -> bool:
 def extends(directory: Path, config: RunConfig) -> bool:
     """Return whether ``config`` extends the run in ``directory``; False where there is no run.
 
-    A longer duration extends a run, and other ``stop`` keys extend one that ended early.
+    A longer duration extends a run, and other ``stop`` keys extend one that ended early. Neither does where the
+    ``stop`` keys would end it at once.
 
     Raises:
         UserError: the directory can't be written to, or holds another run than ``config``'s, or the same one with
@@ -92,7 +94,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
     named = config.run.directory is not None and Path(os.path.expanduser(config.run.directory)) == directory
     if named and ever_trained(directory) and (length := _length(directory)):
         # the durations were compared when the config was composed from the one there
-        return length != config.duration or _ends_later(directory, config)
+        return (length != config.duration or _ends_later(directory, config)) and not _is_over(directory, config)
     try:
         there = read_json(directory / "plan.json")["identity"]
     except FileNotFoundError:
@@ -102,7 +104,7 @@ def extends(directory: Path, config: RunConfig) -> bool:
         fix = "move it away, and the same command resumes from the checkpoints"
         raise UserError(problem, fix, "run.dir", str(directory)) from None
     if there == identity(config):
-        return _ends_later(directory, config)
+        return _ends_later(directory, config) and not _is_over(directory, config)
     if (length := _length(directory)) and there == identity(config, length):
         longer = lengthens(length, config.duration)
         way = f" duration={config.duration} extends it" if longer else " resumes that"
@@ -122,6 +124,22 @@ def _ends_later(directory: Path, config: RunConfig) -> bool:
         steps, stop = read_json(directory / "plan.json")["steps"], load(directory / "config.yaml")["stop"]
         return steps is not None and ended.step < steps and stop != config.stop.model_dump(mode="json")
     return False
+
+
+def _is_over(directory: Path, config: RunConfig) -> bool:
+    """Return whether the run in ``directory`` has ended, and would end there by the ``stop`` keys of ``config``."""
+    ended, stop = known_outcome(directory), config.stop
+    if ended is None or ended.state != "finished":
+        return False
+    lines: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError):  # an unreadable line ends what counts
+        for line in read_bytes(directory / "metrics.jsonl").splitlines():
+            lines.append(parse_json(line))
+    time_s = max((line.get("time_s") or 0.0 for line in lines), default=0.0)
+    evaluations = [line for line in lines if "loss" not in line]
+    rules = rules_of(stop.when, stop.patience, stop.min_delta, stop.at)
+    late = stop.after is not None and time_s >= 60 * stop.after.value
+    return late or any(rule.cause(evaluations) for rule in rules)
 
 
 def refuse_unwritable(directory: Path) -> None:

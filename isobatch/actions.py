@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
     from isobatch.scaling.plan import Plan
     from isobatch.scaling.report.compare.comparison import Report
+    from isobatch.scaling.report.result import Result
     from isobatch.trainers.ranks.signals import Stop
 
 LAUNCHER = Path(__file__).with_name("launch.py").resolve()
@@ -120,7 +121,9 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, 
     dry = isinstance(config.cluster, Slurm) and config.cluster.dry_run
     before, longer = last_attempt(run, config)
     if is_finished(before, longer) and not dry:
-        say_once(f"{_ended(directory)} · {directory} (run.new=true trains again)")
+        done = _ended(directory)
+        on = f"{done.early.partition('=')[0]}=null goes on; " if done.early else ""
+        say_once(f"{done} · {directory} ({on}run.new=true trains again)")
         for difference in differences(run, config, code_now(config)) if first() else ():
             say_once(difference)
         return 0
@@ -149,11 +152,10 @@ def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, 
     return code
 
 
-def _ended(directory: Path) -> str:
-    """Return the result of a run in a line."""
+def _ended(directory: Path) -> Result:
     from isobatch.scaling.report.result import result
 
-    return str(result(directory))
+    return result(directory)
 
 
 def describe_start(config: RunConfig, command: str, run_dir: str, extends: bool) -> Start:

@@ -31,6 +31,17 @@ def parts_of(target: str) -> tuple[str, str, float] | None:
     return (found[1], found[2], float(found[3])) if found else None
 
 
+def rules_of(when: str | None, patience: int, min_delta: float, at: str | None) -> list[Plateau | Target]:
+    """Return the rules of ``stop.when`` and ``stop.at``, of which either may be None."""
+    rules: list[Plateau | Target] = []
+    if when is not None:
+        name, _, best = when.rpartition(":")
+        rules.append(Plateau(name, "max" if best == "max" else "min", patience, min_delta))
+    if at is not None:
+        rules.append(Target(at))
+    return rules
+
+
 @dataclass(frozen=True, slots=True)
 class Plateau:
     """End a run when a value hasn't improved for a while.

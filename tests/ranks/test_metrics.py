@@ -52,6 +52,15 @@ class Measured(Counted):
         return {"zero": 0}.get(self.change, 1e6)
 
 
+def test_the_step_that_ends_a_run_is_logged(runs: Runs) -> None:
+    """Its values aren't finite, so a report sees that the run diverged."""
+    run = runs(2, "task=custom", "task._target_=tests.support.tasks.BecomesNaN", "batch.global_size=20", "lr.peak=0.05")
+    assert run.ends[0]["raised"] == "RunFailed"
+    last = run.metrics()[-1]
+    assert f"step {last['step']} " in run.ends[0]["message"]
+    assert (last["loss"], last["grad_norm"]) == (None, None)
+
+
 def test_measures_are_shown(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     runs(1, *SAME[:-2], "duration=1st")
     assert "train/sign" in capfd.readouterr().out

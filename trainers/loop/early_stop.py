@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from isobatch.scaling.stopping import Plateau, Target
+from isobatch.scaling.stopping import rules_of
 from isobatch.trainers.checkpoints.best import missing_value
 from isobatch.trainers.ranks.world import World
 
@@ -28,12 +28,7 @@ class EarlyStop:
         self._after_s = None if stop.after is None else stop.after.value * 60
         self._after, self._missing = stop.after, set[str]()
         self.cause = ""
-        self.rules: list[Plateau | Target] = []
-        if stop.when is not None:
-            name, _, best = stop.when.rpartition(":")
-            self.rules.append(Plateau(name, "max" if best == "max" else "min", stop.patience, stop.min_delta))
-        if stop.at is not None:
-            self.rules.append(Target(stop.at))
+        self.rules = rules_of(stop.when, stop.patience, stop.min_delta, stop.at)
 
     def late(self, time_s: float) -> bool:
         """Return, on rank 0, whether the training time is up."""

@@ -53,17 +53,7 @@ class Metrics:
             hardware: what the step needs of the hardware, such as ``memory_gb``.
         """
         values = self._state.tally.values()
-        line: dict[str, Any] = {
-            "step": result.step.index + 1,
-            "samples": result.step.stop,
-            "epoch": self._state.epochs(result.step.stop),
-            "loss": values.pop("loss"),
-            "lr": result.step.recipe.lr,
-            "grad_norm": result.grad_norm,
-            "global_size": result.step.cut.global_size,
-            **values,
-            **hardware,
-        }
+        line = self._line(result, values.pop("loss")) | values | hardware
         if self._state.skipped:
             line["skipped"] = self._state.skipped
         if self._state.noise:
@@ -71,6 +61,22 @@ class Metrics:
         self._write(line)
         if self._show:
             self._show.step(line)
+
+    def failed(self, result: StepResult) -> None:
+        """Write a line for the step that ends the run, since its loss or gradient isn't finite."""
+        self._write(self._line(result, result.loss))
+
+    def _line(self, result: StepResult, loss: float) -> dict[str, Any]:
+        step = result.step
+        return {
+            "step": step.index + 1,
+            "samples": step.stop,
+            "epoch": self._state.epochs(step.stop),
+            "loss": loss,
+            "lr": step.recipe.lr,
+            "grad_norm": result.grad_norm,
+            "global_size": step.cut.global_size,
+        }
 
     def evaluation(self, values: dict[str, float], took_s: float) -> None:
         """Write a line with the values of an evaluation at the state's position.
@@ -168,12 +174,14 @@ def evaluations_until(file: Path, state: TrainState) -> list[Mapping[str, Any]]:
 
 
 def lines_until(file: Path, state: TrainState) -> list[bytes]:
-    """Return the lines of a metrics file up to ``state``; the steps of later lines are in no checkpoint."""
+    """Return the lines of a metrics file up to ``state``, without those that the run writes again from there."""
     kept = []
     for line in read_bytes(file).splitlines(keepends=True) if file.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
             content = parse_json(line)
-            repeated = state.evaluation_owed and content["step"] == state.steps and "loss" not in content
+            last, evaluates = content["step"] == state.steps, "loss" not in content
+            # an evaluation that is owed is repeated; an interval that goes on wasn't due, but ended early
+            repeated = last and (state.evaluation_owed if evaluates else state.tally.interval.samples > 0)
             if 0 <= content["step"] <= state.steps and not repeated and line.endswith(b"\n"):
                 kept.append(line)
     return kept

@@ -99,6 +99,7 @@ class Monitor:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             found = f"{name} isn't finite: loss {result.loss}, gradient norm {result.grad_norm}"
             if not self._skip_nonfinite:
+                self.metrics.failed(result)
                 fixes = "lower the learning rate, give clip_norm=1, or check the loss and its inputs"
                 raise RunFailed(f"{found}; {fixes} (on_nonfinite=skip skips such steps)")
             fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
@@ -119,7 +120,8 @@ class Monitor:
     def log_early_end(self) -> None:
         """Log the last step of a run that ends early, if it wasn't due.
 
-        The interval isn't reset, so if the run continues later, its lines are those of a run that never ended.
+        The interval isn't reset, so if the run continues later, this line is dropped, and those that follow are the
+        lines of a run that never ended.
         """
         if self._unlogged:
             self.metrics.step(self._unlogged, self._hardware.values(self._state.tally))
