@@ -170,8 +170,9 @@ def list_runs(config: RunConfig) -> int:
     """Print the runs in ``run.dir``, else those in runs/ and in the queue."""
     from isobatch.scaling.report.runs import listing
 
-    jobs = _jobs()
-    roots = config.run.directories or ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    jobs = _jobs(config.run.directories or ["runs"])
+    usual = ["runs", *sorted({job.root for job in jobs.values() if job.root})]
+    roots = config.run.directories or list(filter(os.path.exists, usual)) or ["runs"]
     states = {job: str(one) for job, one in jobs.items()}
     answer_once(listing(roots, states, config.output, config.report.where, config.report.sort))
     return 0
@@ -192,17 +193,19 @@ def compared(config: RunConfig, roots: Sequence[str]) -> Report:
     """Compare the runs in ``roots``, and write the report. Raises UserError."""
     from isobatch.scaling.report.compare.make import make_report
 
-    return make_report(roots, config.report, {job: str(one) for job, one in _jobs().items()})
+    return make_report(roots, config.report, {job: str(one) for job, one in _jobs(roots).items()})
 
 
-def _jobs() -> dict[str, Any]:
-    """Return the queued jobs by id. If squeue fails, warn and return none."""
+def _jobs(roots: Sequence[str]) -> dict[str, Any]:
+    """Return the queued jobs by id. If squeue fails, return none, and warn if a run in ``roots`` was in a job."""
+    from isobatch.scaling.report.runs import any_in_a_job
     from isobatch.slurm.state import queued
 
     try:
         return dict(queued()) if shutil.which("squeue") else {}
     except UserError as error:
-        say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
+        if any_in_a_job(roots):
+            say(f"isobatch: the queue can't be seen: {one_line(str(error).splitlines()[0])}", sys.stderr)
         return {}
 
 

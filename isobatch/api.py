@@ -155,8 +155,13 @@ def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> R
         UserError: a folder holds no runs, or an override isn't valid.
     """
     roots = [directories] if isinstance(directories, str | Path) else directories
+    if not roots:
+        raise UserError("isobatch.report was given no directories", "name a run, a sweep or a folder of runs")
     words = [*overrides, "action=report"]
     config = _asked(words)
+    instead = {"run.dir": "the first argument names the runs", "output": "the report's attribute json is the JSON"}
+    for key in instead.keys() & config.given:
+        raise UserError(f"isobatch.report takes no {key}", instead[key], key)
     actions.warn_of_unused([(words, config)])
     return actions.compared(config, list(map(str, roots)))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
+from isobatch.scaling.limits import one_line
 from isobatch.scaling.stopping import OPERATORS
 
 Direction = Literal["min", "max"]
@@ -18,6 +20,9 @@ HIGHER = (
 )
 WORDS: dict[str, Direction] = {**dict.fromkeys(HIGHER.split(), "max"), **dict.fromkeys(LOWER.split(), "min")}
 
+ALIKE = 0.7  # of two names, for one to be taken as a misspelling of the other
+MOST_NAMES = 12  # in a message
+
 
 def direction_of(name: str) -> Direction | None:
     """Return which direction of a measure is better, judged by the words of its name; None if unknown.
@@ -27,6 +32,25 @@ def direction_of(name: str) -> Direction | None:
     """
     found = [WORDS[word] for word in re.split(r"[^a-z0-9]+", name.lower()) if word in WORDS]
     return "min" if "min" in found else "max" if found else None
+
+
+def names_there(name: str, known: Sequence[str]) -> str:
+    """Return the fix for an unknown name: the one that was probably meant, and those there are.
+
+    Names are alike if their last parts are.
+
+    >>> names_there("f1", ["loss", "val/f1"])
+    'did you mean val/f1? there are loss, val/f1'
+    """
+
+    def likeness(other: str) -> tuple[float, float]:
+        last = SequenceMatcher(None, name.rpartition("/")[2], other.rpartition("/")[2]).ratio()
+        return last, SequenceMatcher(None, name, other).ratio()
+
+    best = max(known, key=likeness, default="")
+    meant = f"did you mean {one_line(best)}? " if best and likeness(best)[0] >= ALIKE else ""
+    more = f" and {len(known) - MOST_NAMES} others" if len(known) > MOST_NAMES else ""
+    return f"{meant}there are {', '.join(map(one_line, known[:MOST_NAMES]))}{more}"
 
 
 class Record(NamedTuple):

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.conf.rundir.lock import works
-from isobatch.scaling.geometry import counted
+from isobatch.conf.rundir.reading import events
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.measures import Direction
 from isobatch.scaling.report.run import Run, read
-from isobatch.scaling.report.select import chosen
+from isobatch.scaling.report.select import chosen, none_meets
 
 LISTED = ("outcome.json", "events.jsonl")  # mark a run; config.yaml is a common name, and sweeps have submissions, too
 OPTIONAL = ("time", "ETA", "job", "stopped last by")  # columns that are left out where no run has a value
@@ -40,9 +41,24 @@ def directories(root: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def found_in(roots: Sequence[str]) -> list[Path]:
-    """Return the directories of the runs in ``roots``, each once."""
+    """Return the directories of the runs in ``roots``, each once. Raises UserError if a folder doesn't exist."""
+    for root in roots:
+        if not os.path.exists(os.path.expanduser(root)):
+            raise no_runs(root)
     found = {run.absolute(): run for root in roots for run in directories(Path(os.path.expanduser(root)))}
     return list(found.values())
+
+
+def no_runs(root: str) -> UserError:
+    """Return the error that there are no runs in ``root``."""
+    missing = not os.path.exists(os.path.expanduser(root))
+    problem = f"{root} doesn't exist" if missing else f"there are no runs in {root}"
+    return UserError(problem, "name run directories, a sweep, or a folder of runs", "run.dir", root)
+
+
+def any_in_a_job(roots: Sequence[str]) -> bool:
+    """Return whether a run in ``roots`` was ever submitted to Slurm, or started by it."""
+    return any(event.get("job") for run in found_in(roots) for event in events(run))
 
 
 def read_all(
@@ -77,17 +93,18 @@ def listing(
     Args:
         queue: Slurm's states of unfinished jobs, by id.
         where, sort: as in ``select.chosen``.
+
+    Raises:
+        UserError: there are no runs, or an option isn't valid.
     """
-    found = found_in(roots)
-    runs = chosen(read_all(found, queue), where, sort)
+    every = read_all(found_in(roots), queue)
+    if not every:
+        raise no_runs(roots[0])
+    runs = chosen(every, where, sort)
     if output == "json":
-        return json.dumps(list(map(as_json, runs)), indent=1)
-    if not runs:
-        return (
-            f"none of {counted(len(found), 'run')} meets report.where={where}"
-            if found
-            else f"no runs in {', '.join(roots)}"
-        )
+        return json.dumps([run.summary() for run in runs], indent=1)
+    if where and not runs:
+        return str(none_meets(every, where))
     width = shutil.get_terminal_size((0, 0)).columns  # 0 where the output isn't a terminal
     rows = list(map(cells, runs))
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
@@ -97,13 +114,6 @@ def listing(
     ]
     optional = ("job", "ETA", *measured[:1:-1], "peak LR", "time", "samples/s", *measured[1::-1], "batch")
     return grid(shown, width, optional, shortened=("stopped last by", "run"))
-
-
-def as_json(run: Run) -> dict[str, Any]:
-    """Return everything known of a run. ``step`` and ``steps`` are completed steps and those of the whole run."""
-    summary = run.summary()
-    progress = {"step": summary.pop("steps"), "steps": summary.pop("planned_steps"), "loss": run.loss}
-    return {"run": summary.pop("directory"), "state": summary.pop("state"), **progress, **summary}
 
 
 def cells(run: Run) -> dict[str, Any]:

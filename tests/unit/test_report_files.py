@@ -147,6 +147,14 @@ def test_python_rejects_what_the_command_rejects(tmp_path: Path, capsys: pytest.
     assert err.endswith(f"isobatch: {error.value}\n")
 
 
+@pytest.mark.parametrize("word", ["run.dir=x", "output=json", ""])
+def test_the_api_is_given_runs_once_and_returns_objects(tmp_path: Path, word: str) -> None:
+    run = write_run(tmp_path / "run", learned(16, 0, steps=4))
+    with pytest.raises(UserError) as error:
+        isobatch.report(*([run, word] if word else [[]]))  # type: ignore[arg-type]
+    assert error.value.key == word.partition("=")[0] or (not word and "directories" in error.value.problem)
+
+
 def test_a_run_with_a_damaged_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", learned(16, 0))
     (run / "config.yaml").write_text("- [a\n")

@@ -13,7 +13,7 @@ from isobatch.conf.rundir.reading import last_step
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.result import result
 from isobatch.scaling.report.run import read
-from isobatch.scaling.report.runs import as_json, cells, directories
+from isobatch.scaling.report.runs import cells, directories
 
 PLAN = {"steps": 100, "samples": 6400}
 SUBMITTED = {"event": "submitted", "job": "7"}
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_shown_in_its_runs_row_and_the_list_is_complete(
     assert [each.state for each in found] == ["stopped", "damaged", "stopped"]
     assert name in (found[1].cause or "")
     assert "damaged" in grid(list(map(cells, found)))
-    json.loads(json.dumps(list(map(as_json, found)), allow_nan=False))
+    json.loads(json.dumps([run.summary() for run in found], allow_nan=False))
     assert f"damaged: {name}" in str(result(tmp_path / "b"))
 
 

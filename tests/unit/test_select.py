@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from isobatch import launch
 from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.measures import names_there
 from isobatch.scaling.report.run import Run, read
 from isobatch.scaling.report.runs import directories, listing
-from isobatch.scaling.report.select import chosen
+from isobatch.scaling.report.select import chosen, none_meets
 from tests.support.runs import write_run
 
 
@@ -46,6 +49,9 @@ def names(runs: list[Run]) -> str:
         ("val/accuracy=null", "d"),
         ("cause=no space left", "d"),
         ("seed=1", ""),
+        ("time=2,step>=5,batch=64", "a"),
+        ("peak LR>0,samples/s>0", "abc"),
+        ("stopped last by=no space left", "d"),
     ],
 )
 def test_conditions(runs: list[Run], where: str, left: str) -> None:
@@ -56,7 +62,7 @@ def test_conditions(runs: list[Run], where: str, left: str) -> None:
     ("sort", "order"),
     [
         ("val/accuracy", "acbd"), ("-val/accuracy", "bcad"), ("val/loss", "acbd"), ("global_size", "badc"),
-        ("-global_size", "cadb"), ("state", "dabc"), ("lr.rule", "dabc"),
+        ("-global_size", "cadb"), ("-batch", "cadb"), ("state", "dabc"), ("lr.rule", "dabc"),
     ],
 )  # fmt: skip
 def test_the_best_comes_first_and_unknown_values_last(runs: list[Run], sort: str, order: str) -> None:
@@ -81,6 +87,30 @@ def test_an_unknown_name_is_rejected_with_those_there_are(
     assert "global_size" in error.value.fix
 
 
+@pytest.mark.parametrize(("name", "meant"), [("f1", "val/f1"), ("val/acuracy", "val/accuracy"), ("val/xyz", None)])
+def test_a_name_is_meant_if_its_last_part_is_like_it(name: str, meant: str | None) -> None:
+    known = ["loss", "val/rec", "val/f1", "val/accuracy", *(f"val/m{number}" for number in range(20))]
+    fix = names_there(name, known)
+    assert fix.startswith(f"did you mean {meant}?") if meant else fix.startswith("there are")
+    assert "and 12 others" in fix
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("state=finishd", ["state is finished (3), crashed (1)"]),
+        ("task=moon,state=finished", ["task is digits (3), images (1)"]),
+        ("batch.global_size=32", ["batch.global_size is", "64 (2)", "256 (1)"]),
+        ("state=finished and task=digits", ["state is", "commas"]),
+        ("val/accuracy>0.95,diverged=true", ["val/accuracy is 0.9 (1)", "null (1)", "diverged is false (4)"]),
+        ("state=crashed,task=digits", ["each"]),
+    ],
+)
+def test_if_no_run_is_left_the_values_are_named(runs: list[Run], where: str, named: list[str]) -> None:
+    fix = none_meets(runs, where).fix
+    assert not [text for text in named if text not in fix], fix
+
+
 @pytest.mark.parametrize(
     "where", ["state", "state=finished,", "=3", "val/accuracy>high", "val/accuracy>nan", "state finished"]
 )
@@ -103,14 +133,38 @@ def test_the_list_is_sorted_filtered_and_whole_as_json(runs: list[Run], tmp_path
     text = listing([str(tmp_path)], {}, "text", "state=finished", "val/accuracy")
     assert [line.split()[0][-1] for line in text.splitlines()[1:]] == ["a", "c", "b"]
     found = json.loads(listing([str(tmp_path)], {}, "json", None, "val/accuracy"))
-    assert [Path(run["run"]).name for run in found] == ["a", "c", "b", "d"]
-    assert found[0].items() >= {"state": "finished", "step": 5, "steps": 5, "global_size": 64, "time_s": 2.0}.items()
+    assert [Path(run["directory"]).name for run in found] == ["a", "c", "b", "d"]
+    values = {"state": "finished", "steps": 5, "planned_steps": 5, "global_size": 64, "time_s": 2.0}
+    assert found[0].items() >= values.items()
     assert found[0]["metrics"]["val/accuracy"] == {"last": 0.9, "best": 0.9, "best_step": 5}
     assert found[1]["settings"]["lr.rule"] == "sqrt"
     assert found[3]["cause"] == "no space left"
     none = listing([str(tmp_path)], {}, "text", "seed=1", None)
     assert "seed=1" in none
+    assert "seed is 0 (4)" in none
     assert json.loads(listing([str(tmp_path)], {}, "json", "seed=1", None)) == []
+
+
+@pytest.mark.parametrize("action", ["runs", "report"])
+@pytest.mark.parametrize("folder", ["empty", "nosuch"])
+def test_a_folder_without_runs_is_refused(runs: list[Run], tmp_path: Path, action: str, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="doesn't exist" if folder == "nosuch" else "no runs") as error:
+        launch.main([f"action={action}", f"run.dir={tmp_path / folder}"], [])
+    assert (error.value.key, error.value.value) == ("run.dir", str(tmp_path / folder))
+
+
+@pytest.mark.parametrize("job", ["", "7"])
+def test_a_queue_that_cant_be_seen_matters_to_runs_in_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str
+) -> None:
+    write_run(tmp_path / "run", [])
+    (tmp_path / "run" / "events.jsonl").write_text(json.dumps({"event": "start", "job": job}) + "\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho down >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    launch.main(["action=runs", f"run.dir={tmp_path}"], [])
+    assert ("queue" in capsys.readouterr().err) == bool(job)
 
 
 @pytest.mark.parametrize("width", [50, 60, 80, 200])

@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from isobatch.conf.schema import Report as Options
-from isobatch.scaling.errors import UserError
-from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.compare import compare
 from isobatch.scaling.report.compare.comparison import Report
 from isobatch.scaling.report.compare.measure import asked
 from isobatch.scaling.report.compare.tables import text_of
 from isobatch.scaling.report.compare.write import folder_of, write
-from isobatch.scaling.report.runs import found_in, read_all
-from isobatch.scaling.report.select import chosen
+from isobatch.scaling.report.runs import found_in, no_runs, read_all
+from isobatch.scaling.report.select import chosen, none_meets
 
 
 def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str] | None = None) -> Report:
@@ -33,13 +31,11 @@ def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str]
     wanted, found = asked(options.metric, options.target), found_in(roots)
     for root in roots:
         if not any(run.absolute().is_relative_to(Path(os.path.expanduser(root)).absolute()) for run in found):
-            fix = "name run directories, a sweep, or a folder of runs"
-            raise UserError(f"there are no runs in {root}", fix, "run.dir", root)
+            raise no_runs(root)
     every = read_all(found, queue, wanted.directions)
     runs = chosen(every, options.where, options.sort)
-    if not runs:
-        problem = f"none of {counted(len(every), 'run')} meets report.where={options.where}"
-        raise UserError(problem, "action=runs lists them", "report.where", options.where)
+    if options.where and not runs:
+        raise none_meets(every, options.where)
     report = compare(runs, wanted)
     report = write(report, Path(os.path.expanduser(options.dir)) if options.dir else folder_of(roots))
     return replace(report, text=text_of(report, shutil.get_terminal_size((0, 0)).columns))

@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from isobatch.conf.messages import nearest
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.measures import Direction, Target, direction_of
+from isobatch.scaling.report.measures import Direction, Target, direction_of, names_there
 from isobatch.scaling.report.run import Run
 from isobatch.scaling.stopping import NAME, parts_of
 
@@ -84,9 +82,7 @@ def refuse_unknown(runs: Sequence[Run], wanted: Asked) -> None:
     names = {"report.metric": wanted.metric, "report.target": wanted.target and wanted.target.name}
     for key, name in names.items():
         if name and known and name not in known:
-            there = f"there are {', '.join(map(one_line, known))}"
-            fix = " ".join(filter(None, [nearest(name, known), there]))
-            raise UserError(f"{key}: no run has measured {name}", fix, key, name)
+            raise UserError(f"{key}: no run has measured {name}", names_there(name, known), key, name)
     name = wanted.metric
     if name and name not in wanted.directions and direction_of(name) is None:
         fix = f"say which is better: report.metric={name}:max or {name}:min"
