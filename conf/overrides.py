@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from isobatch.conf.elsewhere import our_value
-from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, leaves
+from isobatch.conf.keys import HERE, RECORDED, choices_of, keys, leaves, sections
 from isobatch.conf.messages import DELETED, for_shell, nearest, shown, unknown_key
 from isobatch.conf.types import TARGET
 from isobatch.scaling.errors import UserError
@@ -90,8 +90,19 @@ def _unparsable(text: str, error: HydraException) -> UserError:
         OverridesParser.create().parse_override(as_text)
     except HydraException:
         return UserError(f"{shown(text)!r} can't be read: {short(error)}")
+    name = key.lstrip("+~").partition("@")[0]
+    if name not in keys() and not choices_of(name) and not _is_inside_a_value(name):
+        return unknown_key(name, value=value)
+    if value.startswith("["):
+        example = for_shell(f"{key}=['a=1,b=2','c']")
+        return UserError(f"{shown(text)!r} can't be read", f"quote each element, as in {example}", key, value)
     fix = f"quote it to make it text: {shown(for_shell(as_text))}"
     return UserError(f"{shown(text)!r} can't be read", fix, key, value)
+
+
+def _is_inside_a_value(name: str) -> bool:
+    """Return whether a key above ``name`` holds a value of its own, such as a mapping."""
+    return any(name.startswith(f"{key}.") for key in set(keys()) - sections())
 
 
 def for_hydra(override: Override, roots: Sequence[Path]) -> str:

@@ -31,11 +31,20 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.limits import NotNegative, Positive, Seed, Size
 from isobatch.scaling.stopping import AT, VALUE
 
+BestOf = Annotated[
+    str,
+    Matching(rf"{VALUE}:(max|min)", "a value of evaluations and which is best: val/accuracy:max", (":max", ":min")),
+]
+
+Reached = Annotated[
+    str, Matching(AT, "a value of evaluations and its target, such as val/accuracy>=0.97", (">=0.9", "<=0.1"))
+]
+
 
 class Checkpoint(Section):
     every: IntervalOrMinutes | None
     keep: Size
-    best: Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value and which is best: val/accuracy:max")] | None
+    best: BestOf | None
     on_error: Literal["continue", "stop"]
 
 
@@ -52,12 +61,10 @@ class Noise(Section):
 
 
 class Stop(Section):
-    when: (
-        Annotated[str, Matching(rf"{VALUE}:(max|min)", "a value of evaluations and which is best: val/loss:min")] | None
-    )
+    when: BestOf | None
     patience: Size
     min_delta: NotNegative
-    at: Annotated[str, Matching(AT, "a value of evaluations and its target: val/accuracy>=0.97")] | None
+    at: Reached | None
     after: Minutes | None
 
 

@@ -43,17 +43,22 @@ class Matching:
 
     Attributes:
         like: a description of valid text, for the message.
+        endings: what text may lack at its end; of evaluations, text may also lack ``val/`` at its start.
     """
 
     pattern: str
     like: str
+    endings: tuple[str, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, text: str) -> str:
         if not re.fullmatch(self.pattern, text):
-            raise UserError(f"{text!r:.200} has to be {self.like}", value=text)
+            whole = [f"{start}{text}{end}" for start in ("", "val/") for end in ("", *self.endings) if self.endings]
+            meant = [candidate for candidate in whole if re.fullmatch(self.pattern, candidate)]
+            fix = f"write {' or '.join(meant[: len(self.endings)])}" if meant else f"it has to be {self.like}"
+            raise UserError(f"{text!r:.200} isn't valid", fix, value=text)
         return text
 
 
@@ -82,14 +87,15 @@ def _minutes(value: object) -> Duration:
 
 def _half_life(value: object) -> Duration:
     try:
-        return _lasting(_duration(value))
+        duration = _duration(value)
     except UserError as error:
         raise UserError(error.problem, "ema is the half-life of the average, such as 2000sa, not its decay") from None
+    return _lasting(duration)
 
 
 def _lasting(duration: Duration) -> Duration:
     if duration.value == 0:
-        raise UserError(f"{duration} is an interval, which has to be more than 0")
+        raise UserError(f"{duration} isn't valid", "it has to be more than 0")
     return duration
 
 

@@ -164,6 +164,14 @@ ema=0.999
 ema=5min
 log.every=0st
 checkpoint.best=val/accuracy
+checkpoint.best=f1
+stop.when=val/f1
+stop.at=val/f1
+stop.at=loss<=0.9
+stop.at=val/f1>=high
+stop.att=val/f1>=0.9
+stop.after=0min
+action=report run.dir=[sw/batch=32,seed=0,sw/batch=64,seed=0]
 init_from=3
 run.name=a/b
 run.dir=
