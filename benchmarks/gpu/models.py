@@ -23,11 +23,16 @@ class TorchDropout(nn.Dropout):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), whose forward returns the sum of the losses: int64 [samples, length + 1] → 0-dim."""
 
-    def __init__(self, tokens: int, length: int, width: int, depth: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, tokens: int, length: int, width: int, depth: int, heads: int, p: float, dropout: type[nn.Dropout]
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(length, width)
-        self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.drop = dropout(p)
+        blocks = [Block(width, heads, p) for _ in range(depth)]
+        for block in blocks:
+            block.attention[2], block.mlp[2] = dropout(p), dropout(p)
+        self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
         self.head.weight = self.tokens.weight
         nn.init.normal_(self.head.weight, std=0.02)
@@ -46,6 +51,9 @@ class Text:
 
     Args:
         keyed: let Isobatch replace the dropout by its own.
+
+    Attributes:
+        unit: name and number of the units of a sample.
     """
 
     def __init__(
@@ -60,13 +68,10 @@ class Text:
     ) -> None:
         self.sizes, self.keyed = (tokens, length, width, depth, heads, dropout), keyed
         self.tokens, self.length, self.flops = tokens, length, 12.0 * depth * width * length
+        self.unit = "tokens", length
 
     def model(self) -> nn.Module:
-        model = GPT2(*self.sizes)
-        for module in model.modules():
-            if type(module) is nn.Dropout and not self.keyed:
-                module.__class__ = TorchDropout
-        return model
+        return GPT2(*self.sizes, nn.Dropout if self.keyed else TorchDropout)
 
     def train_data(self) -> TensorDataset:
         return random_tokens(self.tokens, self.length)
@@ -106,6 +111,8 @@ class Bottleneck(nn.Module):
 class Images:
     """A task with a ResNet-50 (He et al. 2016) in channels_last on images of ``size`` × ``size`` bytes per channel."""
 
+    unit = "images", 1
+
     def __init__(self, size: int = 224, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)) -> None:
         self.size, self.width, self.blocks = size, width, blocks
 
@@ -131,9 +138,8 @@ class Images:
     def flops_per_unit(self, model: Any) -> float:
         """Return the operations of convolutions and matrix products for an image, counted by torch."""
         with FlopCounterMode(display=False) as counter:
-            self.loss(self.model().eval(), (torch.zeros(1, 3, self.size, self.size), torch.zeros(1).long()))[
-                0
-            ].backward()
+            batch = torch.zeros(1, 3, self.size, self.size), torch.zeros(1).long()
+            self.loss(self.model().eval(), batch)[0].backward()
         return float(counter.get_total_flops())
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.models import Images, Text
-from benchmarks.gpu.turns import SKIP, Bench, Turn, Work, mfu, table, take_turns
+from benchmarks.gpu.turns import SKIP, Bench, Turn, Work, mfu, table, take_turns, traced
 from benchmarks.step import Loop, NoSaver
 from benchmarks.tables import Rows
 
 OURS, DDP, BARE = "ours", "plain DDP", "plain, no DDP"
+WORKERS, WITH_WORKERS = 4, ", 4 workers"
 TINY_TEXT: dict[str, Any] = {"tokens": 64, "length": 16, "width": 32, "depth": 2, "heads": 2}
 TINY_IMAGES = {"size": 32, "width": 4, "blocks": (1, 1)}
 
@@ -25,37 +26,50 @@ def text(bench: Bench, **more: Any) -> Work:
     return Work(Text, args, 16 if bench.large else 4, bench.steps(20), compiled=not bench.dry)
 
 
-def compare(bench: Bench, work: Work, unit: str, units: int, more: dict[str, Callable[[], Turn]] | None = None) -> Rows:
-    """Return a row for our loop, for the plain loop with and without DDP, and for ``more`` loops."""
-    task = work.task(**work.args)
-    makers: dict[str, Callable[[], Turn]] = {OURS: partial(work.ours, bench), **(more or {})}
-    makers |= {DDP: partial(work.plain, bench, True), BARE: partial(work.plain, bench, False)}
-    flops = task.flops_per_unit(task.model()) * units
-    measured = take_turns(bench, makers)
-    return table(measured, work.steps, (DDP, BARE, *(more or {})), (unit, units), mfu(bench, flops))
+def compare(
+    bench: Bench, work: Work, ours: Callable[[], Loop], more: dict[str, Callable[[], Turn]] | None = None
+) -> Iterator[Rows]:
+    """Yield a row for our loop, the plain loop without DDP, and ``more`` loops; by default with workers, and DDP."""
+    task, plain = work.task(**work.args), cache(partial(work.plain, bench, False))
+    unit, per_sample = task.unit
+    variants: dict[str, Callable[[], Turn]] = {
+        OURS + WITH_WORKERS: lambda: partial(ours(), workers=WORKERS),
+        BARE + WITH_WORKERS: lambda: partial(plain(), workers=WORKERS),
+        DDP: partial(work.plain, bench, True),
+    }
+    makers: dict[str, Callable[[], Turn]] = {OURS: ours, **(more or {}), BARE: plain}
+    makers |= variants if more is None else {}
+    units = work.per_gpu * per_sample
+    share = mfu(bench, task.flops_per_unit(task.model()) * units)
+    baselines = [name for name in makers if name not in (OURS, OURS + WITH_WORKERS)]
+    for measured in take_turns(bench, makers):
+        rows = table(measured, work.steps, baselines, (unit, units), share)
+        yield [row | ({"peak GB": ""} if WITH_WORKERS in row[""] else {}) for row in rows]  # one loop has two rows
 
 
-def gpt2(bench: Bench) -> Rows:
-    """Return the rows of a GPT-2 without dropout."""
+def gpt2(bench: Bench) -> Iterator[Rows]:
+    """Yield the rows of a GPT-2 without dropout."""
     work = text(bench)
-    return compare(bench, work, "tokens", work.per_gpu * Text(**work.args).length)
+    ours = cache(partial(work.ours, bench))
+    for rows in compare(bench, work, ours):
+        yield rows
+    flash = traced(bench, ours())["flash attention kernels"]
+    yield [{**row, "flash attention kernels": flash if row[""] == OURS else ""} for row in rows]
 
 
-def dropout(bench: Bench) -> Rows:
-    """Return the rows of a GPT-2 with dropout: keyed in ours, and torch's in all others."""
+def dropout(bench: Bench) -> Iterator[Rows]:
+    """Yield the rows of a GPT-2 with dropout: keyed in ours, and torch's in all others."""
     work = text(bench, dropout=0.1)
     torchs = work._replace(args={**work.args, "keyed": False})
-    more: dict[str, Callable[[], Turn]] = {"ours, torch's dropout": partial(torchs.ours, bench)}
-    return compare(bench, work, "tokens", work.per_gpu * Text(**work.args).length, more)
+    return compare(bench, work, partial(work.ours, bench), {"ours, torch's dropout": partial(torchs.ours, bench)})
 
 
-def resnet(bench: Bench) -> Rows:
-    """Return the rows of a ResNet-50."""
+def resnet(bench: Bench) -> Iterator[Rows]:
+    """Yield the rows of a ResNet-50."""
     per_gpu = 4 if bench.dry else 256 if bench.large else 64
     args: dict[str, Any] = TINY_IMAGES if bench.dry else {}
-    return compare(
-        bench, Work(Images, args, per_gpu, bench.steps(12), "sgd", compiled=not bench.dry), "images", per_gpu
-    )
+    work = Work(Images, args, per_gpu, bench.steps(12), "sgd", compiled=not bench.dry)
+    return compare(bench, work, cache(partial(work.ours, bench)))
 
 
 class SaveOnce(NoSaver):
@@ -74,24 +88,26 @@ class SaveOnce(NoSaver):
         self._saved = True
 
 
-def features(bench: Bench) -> Rows:
-    """Return a row per feature of our loop: two passes per step of the GPT-2, by one engine."""
-    work = text(bench)._replace(passes=2, steps=bench.steps(30))
-    loop = work.ours(bench)
+def features(bench: Bench) -> Iterator[Rows]:
+    """Yield a row per feature of our loop, and of the plain loop: two passes per step of the GPT-2."""
+    work = text(bench)._replace(passes=2)
+    loop, plain = work.ours(bench), work.plain(bench, False)
     with tempfile.TemporaryDirectory() as folder:
         save, saver = saving(loop, Path(folder))
         makers: dict[str, Callable[[], Turn]] = {
             OURS: lambda: loop,
-            "noise.every=1st": lambda: partial(loop, 2 * work.per_gpu),
-            "noise.every=10st": lambda: partial(loop, 20 * work.per_gpu),
-            "data.workers=4": lambda: partial(loop, workers=1 if bench.dry else 4),
-            "a checkpoint written meanwhile": lambda: save,
+            BARE: lambda: plain,
+            "ours, noise.every=1st": lambda: partial(loop, 2 * work.per_gpu),
+            "ours, noise.every=10st": lambda: partial(loop, 20 * work.per_gpu),
+            "ours, a checkpoint written meanwhile": lambda: save,
+            "plain, torch.save": lambda: partial(plain, save=Path(folder) / "plain.pt"),
+            OURS + WITH_WORKERS: lambda: partial(loop, workers=WORKERS),
+            BARE + WITH_WORKERS: lambda: partial(plain, workers=WORKERS),
         }
-        rows = table(take_turns(bench, makers), work.steps, (OURS,))
+        for measured in take_turns(bench, makers):
+            rows = table(measured, work.steps, (OURS, BARE))
+            yield [{name: cell for name, cell in row.items() if name != "peak GB"} for row in rows]  # of all together
         saver.close()
-    for row in rows:
-        row.pop("peak GB")  # of all together
-    return rows
 
 
 def saving(loop: Loop, folder: Path) -> tuple[Turn, Any]:

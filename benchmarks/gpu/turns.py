@@ -1,14 +1,15 @@
-"""Let loops take turns on one device, and make the rows of a table from their times and peak memory."""
+"""Let loops take turns on one device, make the rows of a table from their times and peak memory, and trace a loop."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.gpu.by_hand import Plain
 from benchmarks.step import Loop
@@ -16,9 +17,10 @@ from benchmarks.tables import Rows
 from isobatch.trainers.loop.hardware import peak_tflops
 from isobatch.trainers.ranks.world import World
 
+TRACED = 4  # steps
 LARGE = 30e9  # bytes of a device that holds the larger batches
 SKIP = 3  # steps of a turn before its clock starts
-MEASURE_S = 75.0  # from the start of a part until no more turns begin
+MEASURE_S = 90.0  # from the start of a part until no more loops or rounds begin
 
 Turn = Callable[[], float]
 """Train the steps of a turn and return the seconds."""
@@ -45,9 +47,13 @@ class Bench:
     def large(self) -> bool:
         return not self.dry and torch.cuda.get_device_properties(self.device).total_memory > LARGE
 
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() - self.began > MEASURE_S
+
     def steps(self, number: int) -> int:
         """Return the number of timed steps of a turn."""
-        return 2 if self.dry else number
+        return 5 if self.dry else number
 
 
 class Work(NamedTuple):
@@ -56,7 +62,7 @@ class Work(NamedTuple):
     Attributes:
         task: the class of the task.
         args: its arguments.
-        passes: passes per step, in ours.
+        passes: passes per step.
     """
 
     task: type
@@ -85,40 +91,63 @@ class Work(NamedTuple):
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.optimizer]
         return Plain(
             self.task(**self.args), bench.device, per_gpu=self.per_gpu, steps=self.steps, optimizer=optimizer,
-            bf16=self.bf16, compiled=self.compiled, workers=1 if bench.dry else 4, skip=SKIP, ddp=ddp,
+            bf16=self.bf16, compiled=self.compiled, passes=self.passes, skip=SKIP, ddp=ddp,
         )  # fmt: skip
 
 
 class Measured(NamedTuple):
-    """The seconds of each turn, and the bytes that a loop takes at its peak (None: not known)."""
+    """The seconds of each turn, and the bytes that a loop takes at its peak (None: not known).
+
+    Attributes:
+        missing: why there are no turns.
+    """
 
     seconds: list[float]
-    memory: int | None
+    memory: int | None = None
+    missing: str = "no time left"
 
 
-def take_turns(bench: Bench, makers: Mapping[str, Callable[[], Turn]], turns: int = 9) -> dict[str, Measured]:
+def take_turns(
+    bench: Bench, makers: Mapping[str, Callable[[], Turn]], rounds: int = 9
+) -> Iterator[dict[str, Measured]]:
     """Make loops by name, warm them up, and let them take turns. The order alternates.
 
-    The peak of a loop is that of its second turn, without the bytes that were taken before it was made.
+    The first two loops have a round before the others are made, which may take too long to compile.
+
+    Yields:
+        What is measured so far, after each round.
     """
-    ways: dict[str, Turn] = {}
-    memory: dict[str, int | None] = {}
-    for name, make in makers.items():
+    found = {name: Measured([]) for name in makers}
+    ways: dict[str, tuple[Turn, int]] = {}
+    for number, (name, make) in enumerate(makers.items()):
+        if number == 2:
+            yield _round(bench, ways, found)
+        if number > 1 and bench.late:
+            continue
         before = _allocated(bench.device)
-        ways[name] = make()
+        way = make()
         if not bench.dry:
-            ways[name]()  # compiles
+            way()  # compiles
+        ways[name] = way, _allocated(bench.device) - before
+    for number in range(1 if bench.dry else rounds):
+        if number and bench.late:
+            break
+        yield _round(bench, ways, found)
+
+
+def _round(bench: Bench, ways: Mapping[str, tuple[Turn, int]], found: dict[str, Measured]) -> dict[str, Measured]:
+    """Let each loop, with the bytes that it holds, take a turn; add it to ``found``, and return that."""
+    done = len(next(iter(found.values())).seconds)
+    for name in list(ways)[:: 1 if done % 2 else -1]:
+        way, held = ways[name]
+        others, memory = _allocated(bench.device) - held, None
         if bench.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(bench.device)
-            ways[name]()
-            memory[name] = torch.accelerator.max_memory_allocated(bench.device) - before
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(1 if bench.dry else turns):
-        if turn > 1 and time.perf_counter() - bench.began > MEASURE_S:
-            break
-        for name in list(ways)[:: 1 if turn % 2 else -1]:
-            taken[name].append(ways[name]())
-    return {name: Measured(seconds, memory.get(name)) for name, seconds in taken.items()}
+        seconds = [*found[name].seconds, way()]
+        if bench.device.type != "cpu":
+            memory = torch.accelerator.max_memory_allocated(bench.device) - others
+        found[name] = Measured(seconds, memory)
+    return found
 
 
 def _allocated(device: torch.device) -> int:
@@ -128,7 +157,7 @@ def _allocated(device: torch.device) -> int:
 def table(
     measured: Mapping[str, Measured],
     steps: int,
-    baselines: tuple[str, ...],
+    baselines: Sequence[str],
     units: tuple[str, int] | None = None,
     mfu: Callable[[float], str] | None = None,
 ) -> Rows:
@@ -140,11 +169,14 @@ def table(
         mfu: the share of the device's peak, of the seconds of a step.
     """
     rows: Rows = []
-    for name, (seconds, memory) in measured.items():
+    for name, (seconds, memory, missing) in measured.items():
+        if not seconds:
+            rows.append({**dict.fromkeys(rows[0], ""), "": name, "ms per step": f"not measured: {missing}"})
+            continue
         step_s = statistics.median(seconds) / steps
         row: dict[str, Any] = {"": name, "ms per step": 1e3 * step_s}
-        for baseline in baselines:
-            pairs = zip(seconds, measured[baseline].seconds, strict=True)
+        for baseline in (baseline for baseline in baselines if measured[baseline].seconds):
+            pairs = zip(seconds[::-1], measured[baseline].seconds[::-1], strict=False)  # the last turn is of all
             row[f"/ {baseline}"] = statistics.median(own / other for own, other in pairs)
         if units:
             row[f"{units[0]} per s"] = f"{units[1] / step_s:,.0f}"
@@ -159,3 +191,33 @@ def mfu(bench: Bench, flops_per_step: float) -> Callable[[float], str]:
     """Return a function of a step's seconds: its operations as a share of the device's peak in 16 bits."""
     known = None if bench.dry else peak_tflops(torch.cuda.get_device_name(bench.device))
     return lambda step_s: f"{flops_per_step / step_s / (known[0] * 1e12):.1%}" if known else "peak not known"
+
+
+def traced(bench: Bench, loop: Loop) -> dict[str, Any]:
+    """Trace some steps in the middle of our loop, and return what happened per step."""
+    loop()  # compiles
+    kinds = [ProfilerActivity.CPU, *([] if bench.device.type == "cpu" else [ProfilerActivity.CUDA])]
+    with profile(activities=kinds, schedule=schedule(wait=SKIP, warmup=1, active=TRACED)) as profiler:
+        loop(after_step=profiler.step)
+    events: Any = list(profiler.events() or ())
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    steps = [event.time_range for event in on_host if event.name.startswith("ProfilerStep")]
+    assert len(steps) == TRACED, f"the profiler recorded {len(steps)} steps, not {TRACED}"
+    first, last = min(step.start for step in steps), max(step.end for step in steps)
+    inside = [event for event in on_host if first <= event.time_range.start <= last]
+    kernels = [event.name for event in events if event.device_type.name != "CPU"]
+
+    def per_step(names: Callable[[str], bool]) -> str:
+        found: dict[str, list[float]] = {}
+        for event in inside:
+            if names(event.name):
+                found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+        counted = [f"{len(ms) / TRACED:g} {name}, {sum(ms) / TRACED:.2g} ms" for name, ms in found.items()]
+        return "; ".join(counted) or "none"
+
+    return {
+        "waits per step": per_step(lambda name: "Synchronize" in name or name in ("cudaMemcpy", "cudaMemset")),
+        "copies per step": per_step(lambda name: name.startswith("cudaMemcpy")),
+        "of these unpinned": sum("Pageable" in name for name in kernels) / TRACED,
+        "flash attention kernels": sum("flash" in name for name in kernels) / TRACED,
+    }

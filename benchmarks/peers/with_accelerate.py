@@ -6,7 +6,6 @@ accelerate launch --multi_gpu --num_processes 2 -m benchmarks.peers.with_acceler
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -63,7 +62,7 @@ class Training:
         self.optimizer.zero_grad()
         if self.accelerator.sync_gradients:
             self.progress.steps += 1
-            self.ends.append(time.perf_counter())
+            self.job.note_end(self.ends)
             if self.progress.steps == self.job.stop_at:
                 self.accelerator.save_state(str(self.job.folder))
 

@@ -5,12 +5,10 @@ torchrun --nproc-per-node=2 -m benchmarks.peers.with_lightning --steps 2
 
 from __future__ import annotations
 
-import time
 import warnings
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -48,7 +46,7 @@ class Manual(Automatic):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.automatic_optimization = False
-        self.units = torch.zeros(())
+        self.units: Any = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         if isinstance(self.job.task, Tokens):
@@ -72,7 +70,7 @@ class Manual(Automatic):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        self.units.zero_()
+        self.units = 0
 
     def train_dataloader(self) -> Any:
         """Return a stateful loader, which can resume, with a sampler whose order is the same on any world."""
@@ -88,18 +86,18 @@ class Manual(Automatic):
 class Clock(Callback):
     """Record the time at the end of each step."""
 
-    def __init__(self) -> None:
-        self.ends = list[float]()
+    def __init__(self, job: Job) -> None:
+        self.job, self.ends = job, list[float]()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step > len(self.ends):
-            self.ends.append(time.perf_counter())
+            self.job.note_end(self.ends)
 
 
 def train(job: Job) -> list[float]:
     """Train, and return the time at the end of each step."""
     seed_everything(SEED, verbose=False)
-    module, clock = (Manual if job.best else Automatic)(job), Clock()
+    module, clock = (Manual if job.best else Automatic)(job), Clock(job)
     stop: list[Callback] = []
     if job.stop_at:
         assert job.folder

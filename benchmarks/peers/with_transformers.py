@@ -6,7 +6,6 @@ torchrun --nproc-per-node=2 -m benchmarks.peers.with_transformers --steps 2
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,14 +56,14 @@ class Named(Dataset):
 
 
 class Clock(TrainerCallback):
-    """Record the time at the end of each step, and stop with a checkpoint after ``stop_at``."""
+    """Record the time at the end of each step, and stop with a checkpoint after the job's ``stop_at``."""
 
-    def __init__(self, stop_at: int | None) -> None:
-        self.ends, self.stop_at = list[float](), stop_at
+    def __init__(self, job: Job) -> None:
+        self.job, self.ends = job, list[float]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
-        if state.global_step == self.stop_at:
+        self.job.note_end(self.ends)
+        if state.global_step == self.job.stop_at:
             control.should_save = control.should_training_stop = True
 
 
@@ -72,7 +71,7 @@ def train(job: Job) -> list[float]:
     """Train, and return the time at the end of each step."""
     bare, data = job.begin()
     model = (WithCount if job.best else WithLoss)(bare)
-    optimizer, clock = job.optimizer(model), Clock(job.stop_at)
+    optimizer, clock = job.optimizer(model), Clock(job)
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(job.folder or temporary)
         arguments = TrainingArguments(

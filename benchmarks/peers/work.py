@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,12 @@ class Job:
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+    def note_end(self, ends: list[float]) -> None:
+        """Append the time at the end of a step; wait for the device first at the first and the last step."""
+        if not self.cpu and len(ends) in (0, self.steps - 1):
+            torch.accelerator.synchronize()
+        ends.append(time.perf_counter())
 
     def keep(self, model: nn.Module) -> None:
         """Write the final weights on rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import host, step
+from benchmarks.gpu import host, run, step
 from benchmarks.gpu.run import PAGE, PARTS, ROOT, kept_sections, main, page
-from benchmarks.gpu.turns import Bench
+from benchmarks.gpu.turns import MEASURE_S, Bench, table, take_turns
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
@@ -42,12 +43,43 @@ def test_benchmarks_are_imported_without_the_extras(tmp_path: Path, module: str)
 def test_steps_and_trace_of_a_gpu_run_dry(tmp_path: Path) -> None:
     def body(world: World) -> list[list[dict[str, object]]]:
         bench = Bench(world, dry=True, began=time.perf_counter())
-        return [step.gpt2(bench), host.trace(bench)]
+        return [[*rounds(bench)][-1] for rounds in (step.gpt2, host.trace)]
 
     (steps, traced), *_ = in_ranks(1, body, tmp_path)
-    assert [row[""] for row in steps] == [step.OURS, step.DDP, step.BARE]
-    assert all(row["ms per step"] > 0 and row[f"/ {step.DDP}"] > 0 for row in steps)
+    assert [row[""] for row in steps][:2] == [step.OURS, step.BARE]
+    assert all(row["ms per step"] > 0 and row[f"/ {step.BARE}"] > 0 for row in steps)
     assert traced[0]["waits per step"] == "none"
+
+
+def test_late_loops_are_left_out_and_a_failure_keeps_the_rounds_before_it(tmp_path: Path) -> None:
+    def body(world: World) -> list[dict[str, object]]:
+        late = Bench(world, dry=False, began=time.perf_counter() - MEASURE_S)
+        rounds = take_turns(late, {name: lambda: lambda: 1.0 for name in "abc"})
+        *_, measured = rounds
+        left = [1.0, 1.0]  # to warm up, and for a round
+        rounds = take_turns(Bench(world, dry=False, began=time.perf_counter()), {"a": lambda: left.pop})
+        kept = next(rounds)
+        with pytest.raises(IndexError):
+            next(rounds)
+        return [*table(measured, 1, ("b", "c")), *table(kept, 1, ())]
+
+    (rows,) = in_ranks(1, body, tmp_path)
+    assert [row["turns"] for row in rows] == [2, 2, "", 1]
+    assert "no time left" in rows[2]["ms per step"]
+    assert "/ b" in rows[0]
+    assert "/ c" not in rows[0]
+
+
+def test_a_part_that_is_stopped_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"rows": [{"": "ours"}], "rounds": 3, "where": "here"}
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho '{json.dumps(found)}' > ${{5#--result=}}\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(run, "LIMIT_S", 2)
+    text = run.section("gpt2", run.measured("gpt2", dry=False), dry=False)
+    assert "| ours |" in text
+    assert "2 s, after 3 rounds" in text
 
 
 def test_dry_run_of_a_gpu_writes_nothing() -> None:
