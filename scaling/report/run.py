@@ -18,6 +18,7 @@ NO_CAUSE = "ended without recording a cause: it was killed, or its machine went 
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
 OF_PLAN = ("identity", "task", "global_size", "per_gpu", "world_size", "seed", "steps", "samples")
 PARTS = 10  # the first and the last tenth of the losses tell whether a run diverged
+FEWEST, MARGIN = 5, 1.3  # losses that tell whether a run diverged, and how far above the first one they are then
 NOISE = 4  # middle changes from one loss to the next: of independent noise, under 1 % of flat runs rise by more
 
 Lines = Sequence[dict[str, Any]]
@@ -128,7 +129,7 @@ def read(
     Args:
         works: a launch is working on the run now.
         queue: Slurm's states of unfinished jobs, by id.
-        directions: which direction of a measure is better, where its name isn't to tell.
+        directions: which direction of a measure is better, where its name doesn't say.
     """
     files = read_run(directory)
     events = files.events
@@ -221,12 +222,15 @@ def _middle(values: Sequence[float]) -> float | None:
 def _diverged(losses: Sequence[float | None]) -> bool:
     """Return whether the last loss isn't finite, or the loss ended above its start by more than its noise.
 
-    That takes 2·PARTS losses at least: the median of the last tenth is then above the largest of the first tenth by
-    more than NOISE times the median change from one loss to the next.
+    Of FEWEST losses or more, all of the last half are then above MARGIN times a positive first one. Or, of 2·PARTS or
+    more, the median of the last tenth is above the largest of the first tenth by more than NOISE times the median
+    change from one loss to the next.
     """
     if losses and losses[-1] is None:
         return True
     known = [loss for loss in losses if loss is not None]
+    if len(known) >= FEWEST and 0 < MARGIN * known[0] < min(known[len(known) // 2 :]):
+        return True
     if len(known) < 2 * PARTS:
         return False
     part = len(known) // PARTS

@@ -118,6 +118,10 @@ def test_one_seed_that_was_run_twice_shows_no_spread(tmp_path: Path) -> None:
 
 BAD: dict[str, Any] = {
     "loss is null": [{"step": 1, "samples": 64, "loss": 2.0}, {"step": 2, "samples": 128, "loss": None}],
+    "short": [{"step": step, "samples": step, "loss": loss} for step, loss in enumerate((2.3, 9, 29.2, 13.7, 9.7), 1)],
+    "short, by a third": [
+        {"step": step, "samples": step, "loss": loss} for step, loss in enumerate((2.3, 3.1, 4, 3.1, 3.3), 1)
+    ],
     "loss ends above its start": [{"step": step, "samples": 64 * step, "loss": 2.0 + step} for step in range(1, 40)],
 }
 
@@ -132,6 +136,14 @@ def test_a_diverged_run_is_marked_and_not_averaged(tmp_path: Path, bad: str) -> 
     assert (values.last.mean, values.last.n) == (pytest.approx(0.9), 1)
     assert any("1 run diverged" in warning and "seed 1" in warning for warning in report.warnings)
     assert "1 of 2: diverged" in text_of(report)
+
+
+@pytest.mark.parametrize(
+    "losses", [[2.3, 9, 9, 2.2, 9], [2.3, 3.4, 2.9, 2.8, 2.7], [2.3, 9, 9, 9], [-2.0, -1, -1, -1, -1]]
+)
+def test_a_short_run_that_may_only_be_noisy_has_not_diverged(tmp_path: Path, losses: list[float]) -> None:
+    lines = [{"step": step, "samples": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    assert not read(write_run(tmp_path / "a", lines)).done.diverged
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
