@@ -56,6 +56,20 @@ def test_a_grid_of_batches_and_rates_has_its_table(tmp_path: Path) -> None:
     assert all(text in texts for text in ("0.1", "0.2", "16", "64", "learning rate", "global batch"))
 
 
+def test_plots_show_the_groups_of_failed_runs_and_say_which_they_leave_out(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", (16, 64), seeds=1)
+    for lr, state in ((0.2, "finished"), (0.4, "crashed")):
+        lines = learned(64, 0, quality=0.2, steps=300)
+        write_run(tmp_path / "sweep" / str(lr), lines, batch=64, lr=lr, state=state)
+    report = isobatch.report(tmp_path / "sweep")
+    loss = next(file for file in plots(report) if file.name == "loss.svg").read_text()
+    assert "LR 0.4" in loss
+    assert "LR 0.2" not in loss
+    assert report.directory
+    for text in (loss, *((report.directory / name).read_text() for name in ("report.md", "report.html"))):
+        assert "those with failed runs are drawn" in text
+
+
 def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", (16, 64), seeds=2)
     first = {file.name: file.read_bytes() for file in plots(isobatch.report(sweep))}

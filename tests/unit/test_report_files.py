@@ -196,6 +196,22 @@ def test_conditions_that_no_run_meets_are_named(tmp_path: Path) -> None:
     assert (error.value.key, error.value.value) == ("report.where", "seed=7")
 
 
+def test_a_report_on_some_of_the_runs_says_so_and_what_it_replaces(tmp_path: Path) -> None:
+    for seed in range(4):
+        write_run(tmp_path / str(seed), learned(16, seed), seed=seed)
+    whole = make_report([str(tmp_path)], options())
+    assert (whole.chosen, json.loads(whole.json)["chosen"]) == ("", "")
+    part = make_report([str(tmp_path)], options(where="seed<2"))
+    markdown = (tmp_path / "report/report.md").read_text().replace("&lt;", "<")
+    for text in (str(part), markdown, json.loads(part.json)["chosen"]):
+        assert "2 of 4 runs: report.where=seed<2" in text
+    (warning,) = [text for text in part.warnings if "replaces" in text]
+    assert "4 runs" in warning
+    assert "report.dir" in warning
+    more = make_report([str(tmp_path)], options())
+    assert not [text for text in more.warnings if "replaces" in text]
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "a", learned(16, 0))
     (tmp_path / "file").write_text("")
@@ -256,7 +272,10 @@ def test_an_earlier_reports_plots_are_removed_and_nothing_else(tmp_path: Path) -
     assert set(json.loads(report.json)["files"]) == TABLES
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3}', '{"files": {"a.svg": 1}}', "\udcff", None])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"files": 3}', '{"files": {"a.svg": 1}}', "\udcff", '{"runs": [3, {"directory": []}]}', None],
+)
 def test_a_damaged_report_is_replaced(tmp_path: Path, content: str | None) -> None:
     run = write_run(tmp_path / "a", learned(16, 0))
     (run / "report").mkdir()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from isobatch.scaling.report.compare.comparison import Comparison
+from isobatch.scaling.report.compare.groups import failure_of
 
 # Stops of viridis (Smith & van der Walt 2015), whose lightness grows evenly.
 VIRIDIS = (
@@ -16,6 +17,8 @@ LIGHT_RANGE, DARK_RANGE = (0.0, 0.72), (0.35, 1.0)  # parts of it that are seen 
 # Okabe & Ito 2008, without black and yellow.
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DISTINCT_ON_DARK = ("#56b4e9", "#ff8a3d", "#2cc79a", "#e6a3c9", "#f0b429", "#9ccff0")
+
+SHOWN = "of each batch, only the best learning rate, the quickest one and those with failed runs are drawn"
 
 
 class Colour(NamedTuple):
@@ -27,7 +30,7 @@ class Colour(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a group is drawn. ``shown``: from the start, rather than once it is asked for."""
+    """How a group is drawn. ``shown``: in plots, and in the page from the start, rather than once it is chosen."""
 
     colour: Colour
     dash: int
@@ -37,19 +40,25 @@ class Style:
 def styles_of(comparison: Comparison) -> list[Style]:
     """Return the style of each group: its colour tells the batch, its dashes the family.
 
-    Where all have one batch, the colour tells the group. Where a batch has several learning rates, only the best one is
-    shown at first.
+    Where all have one batch, the colour tells the group. Where there are several batches, only the groups that SHOWN
+    names are shown at first.
     """
     groups = comparison.groups
     batches = sorted({group.global_size or 0 for group in groups})
     families = list(dict.fromkeys(group.family for group in groups))
-    shown = {id(group) for group, _ in comparison.best_lrs()} if len(batches) > 1 else set(map(id, groups))
     if len(batches) > 1:
+        shown = {id(group) for group, _ in (*comparison.best_lrs(), *comparison.quickest())}
+        shown |= {id(group) for group in groups if any(map(failure_of, group.runs))}
         colours = dict(zip(batches, ordered(len(batches)), strict=True))
         return [
             Style(colours[group.global_size or 0], families.index(group.family), id(group) in shown) for group in groups
         ]
     return [Style(colour, index // len(DISTINCT), True) for index, colour in enumerate(distinct(len(groups)))]
+
+
+def note_on(styles: Sequence[Style]) -> str:
+    """Return which groups plots show, as a sentence; "" if they show all."""
+    return "" if all(style.shown for style in styles) else f"{SHOWN[0].upper()}{SHOWN[1:]}."
 
 
 def ordered(count: int) -> list[Colour]:

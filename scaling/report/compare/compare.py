@@ -71,6 +71,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     of_tasks = report.comparisons
     fits = [(one, family, found) for one in of_tasks for family, found in one.fits.items()]
     return {
+        "chosen": report.chosen,
         "runs": [run.summary() for run in report.runs],
         "groups": [entry for one in of_tasks for entry in _entries(one)],
         "fit": [

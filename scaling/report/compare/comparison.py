@@ -79,6 +79,7 @@ class Report:
     """A report on runs, one comparison for each task.
 
     Attributes:
+        chosen: how many of the runs that were found it is on, and by which conditions; "" if on all.
         warnings: what to know before believing the tables.
         text: the report as a table for the terminal, which ``print(report)`` shows; ``json``: that of report.json.
         directory: where it was written; None if it wasn't. ``files``: the names of its files there.
@@ -87,6 +88,7 @@ class Report:
     runs: list[Run]
     comparisons: list[Comparison]
     warnings: list[str]
+    chosen: str = ""
     text: str = ""
     json: str = ""
     directory: Path | None = None

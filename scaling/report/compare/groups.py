@@ -50,6 +50,12 @@ def why_not_counted(run: Run) -> str | None:
     return None if run.state == "finished" else run.state if run.state != "—" else "not started"
 
 
+def failure_of(run: Run) -> str:
+    """Return why a run failed; "" if it can be compared, or may still go on."""
+    why = why_not_counted(run) or ""
+    return "" if why in STILL_GOING else why
+
+
 def never_planned(run: Run) -> bool:
     """Return whether a run was rejected before it had a plan, so that there is nothing to compare."""
     return run.state == "refused" and run.recipe.identity is None

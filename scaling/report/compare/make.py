@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from isobatch.conf.schema import Report as Options
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.compare import compare
 from isobatch.scaling.report.compare.comparison import Report
 from isobatch.scaling.report.compare.measure import asked
@@ -36,6 +37,7 @@ def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str]
     runs = chosen(every, options.where, options.sort)
     if options.where and not runs:
         raise none_meets(every, options.where)
-    report = compare(runs, wanted)
+    part = f"{len(runs)} of {counted(len(every), 'run')}: report.where={options.where}"
+    report = replace(compare(runs, wanted), chosen=part if len(runs) < len(every) else "")
     report = write(report, Path(os.path.expanduser(options.dir)) if options.dir else folder_of(roots))
     return replace(report, text=text_of(report, shutil.get_terminal_size((0, 0)).columns))

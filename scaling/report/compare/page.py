@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.compare.colours import Style, shade
+from isobatch.scaling.report.compare.colours import Style, note_on, shade
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.picture import Curve, Heat, Picture
 from isobatch.scaling.report.compare.tables import Best, head, legend, rows_of
@@ -37,9 +37,9 @@ def page(report: Report, drawn: Sequence[tuple[list[Picture], list[Style]]]) -> 
     ]
     names = ", ".join(comparison.task for comparison in report.comparisons) or "report"
     title = _text(f"{names}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}")
-    body = [f"<h1>{title}</h1>", _warnings(report.warnings)]
-    for index, (comparison, (pictures, _)) in enumerate(zip(report.comparisons, drawn, strict=True)):
-        body += _section(comparison, pictures, index, several=len(tasks) > 1)
+    body = [f"<h1>{title}</h1>", f'<p class="soft">{_text(report.chosen)}</p>' if report.chosen else "", _warnings(report.warnings)]
+    for index, (comparison, (pictures, styles)) in enumerate(zip(report.comparisons, drawn, strict=True)):
+        body += _section(comparison, pictures, styles, index, several=len(tasks) > 1)
     parts = {
         "TITLE": title,
         "BODY": "\n".join(body),
@@ -63,7 +63,9 @@ def _warnings(warnings: Sequence[str]) -> str:
     return f'<div class="warnings" role="note"><ul>{items}</ul></div>' if items else ""
 
 
-def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, several: bool) -> list[str]:
+def _section(
+    comparison: Comparison, pictures: Sequence[Picture], styles: Sequence[Style], index: int, several: bool
+) -> list[str]:
     """Return the HTML of one task: findings, table, and a place for each panel."""
     findings = "".join(f"<li>{_text(text)}</li>" for text in comparison.findings)
     parts = [f'<section data-task="{index}">', f"<h2>{_text(comparison.task)}</h2>" if several else ""]
@@ -75,6 +77,8 @@ def _section(comparison: Comparison, pictures: Sequence[Picture], index: int, se
     if notes := "; ".join(legend(comparison, "bold: the best of its column")):
         parts.append(f'<p class="soft">{_text(notes[0].upper() + notes[1:])}.</p>')
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
+    if note := note_on(styles):
+        parts.append(f'<p class="soft">{note} The buttons show the others.</p>')
     for number_of_picture, picture in enumerate(pictures):
         parts += [
             f"<h3>{_text(picture.title)}</h3>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from isobatch.scaling.report.compare.comparison import Comparison
-from isobatch.scaling.report.compare.groups import STILL_GOING, Group, run_label, why_not_counted
+from isobatch.scaling.report.compare.groups import Group, failure_of, run_label
 from isobatch.scaling.report.compare.picture import Column, Curve, Heat, Kind, Panel, Picture
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import spread
@@ -94,8 +94,7 @@ def _curves(comparison: Comparison, axis: str, name: str, evaluations: bool) -> 
             columns = run.curves.evaluations if evaluations else run.curves.steps
             if axis in columns and name in columns:
                 kind: Kind = "both" if evaluations else "step" if name == "global_size" else "line"
-                why = why_not_counted(run) or ""
-                mark = "" if why in STILL_GOING else why
+                mark = failure_of(run)
                 yield Curve(columns[axis], columns[name], run_label(group, run), index, label, kind, mark=mark)
                 label = ""
 

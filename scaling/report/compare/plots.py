@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.report.compare.colours import Style, shade
+from isobatch.scaling.report.compare.colours import Style, note_on, shade
 from isobatch.scaling.report.compare.picture import Curve, Heat, Panel, Picture
 from isobatch.scaling.report.grid import cut
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, COLUMNS = 4.9, 3.4, 2  # inches of a panel, and panels beside each other
 LEFT, RIGHT, TOP, BOTTOM = 0.72, 0.12, 0.38, 0.55  # inches around its axes
+NOTE = 0.2  # inches of a note below the panels
 CHAR, MOST_CHARS, SAMPLE = 0.062, 40, 0.45  # inches of a label's character, most of them, and inches of its line
 DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "s", "D")
 INK, FAINT = "#222222", "#8a8a8a"
@@ -45,12 +46,15 @@ def draw(picture: Picture, styles: Sequence[Style]) -> dict[str, bytes]:
         warnings.simplefilter("ignore")  # of missing glyphs and of huge values, which the plot itself shows
         labels = [len(curve.label) for panel in picture.panels for curve in panel.curves]
         beside = min(max(labels, default=0), MOST_CHARS) * CHAR + (SAMPLE if any(labels) else 0)
-        width, height = WIDTH * columns + beside, HEIGHT * rows
+        note = note_on(styles)
+        below = NOTE if note else 0
+        width, height = WIDTH * columns + beside, HEIGHT * rows + below
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
+        figure.text(LEFT / width, 0.08 / height, note, fontsize=7.5)
         for number, panel in enumerate(picture.panels):
             row, column = divmod(number, columns)
-            left, bottom = column * WIDTH + LEFT, (rows - 1 - row) * HEIGHT + BOTTOM
+            left, bottom = column * WIDTH + LEFT, (rows - 1 - row) * HEIGHT + BOTTOM + below
             size = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
             axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
             _draw_panel(axes, panel, styles, labelled=column == columns - 1 or number == len(picture.panels) - 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
+from isobatch.scaling.report.compare.colours import note_on, styles_of
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
@@ -87,7 +88,7 @@ def _count(group: Group) -> str:
 
 def text_of(report: Report, width: int = 0) -> str:
     """Return the report as text for a terminal of ``width`` columns; 0: any width."""
-    parts = []
+    parts = [one_line(report.chosen)] if report.chosen else []
     for comparison in report.comparisons:
         parts.append(f"{one_line(comparison.task)}: {head(comparison)}")
         rows = [
@@ -151,7 +152,7 @@ def legend(comparison: Comparison, best: str) -> list[str]:
 
 def markdown_of(report: Report, plots: Plots) -> str:
     """Return the report as Markdown."""
-    lines = ["# Report", ""]
+    lines = ["# Report", "", *([f"{escaped(report.chosen)}.", ""] if report.chosen else [])]
     for index, comparison in enumerate(report.comparisons):
         lines += [f"## {escaped(comparison.task)}", "", escaped(head(comparison)) + ".", ""]
         lines += [f"- {escaped(text)}" for text in comparison.findings]
@@ -160,6 +161,8 @@ def markdown_of(report: Report, plots: Plots) -> str:
             lines += [f"{escaped(notes[0].upper() + notes[1:])}.", ""]
         for title, file in plots.get(index, []):
             lines += [f"![{escaped(title)}]({file})", ""]
+        if index in plots and (note := note_on(styles_of(comparison))):
+            lines += [note, ""]
     if report.warnings:
         lines += ["## Warnings", "", *(f"- {escaped(text)}" for text in report.warnings), ""]
     return "\n".join(lines)

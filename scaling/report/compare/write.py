@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.reading import Unreadable, read_json
 from isobatch.scaling.report.compare.colours import styles_of
@@ -42,8 +43,8 @@ def write(report: Report, directory: Path) -> Report:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        earlier = _drawn_earlier(directory)
-        report = replace(report, directory=directory)
+        earlier, before = _earlier(directory)
+        report = replace(report, directory=directory, warnings=[*report.warnings, *_replaced(before, report)])
         _write(directory, _tables(replace(report, files=[*TABLES, *earlier]), {}))
         drawn, plots, problems = _draw(report)
         files = [*(name for name in drawn if name == "report.html"), *TABLES]
@@ -66,15 +67,25 @@ def folder_of(roots: Sequence[str]) -> Path:
     return Path(os.path.commonpath(paths)) / "report"
 
 
-def _drawn_earlier(directory: Path) -> list[str]:
-    """Return the plots and the page that the report in ``directory`` says it has."""
+def _earlier(directory: Path) -> tuple[list[str], list[str]]:
+    """Return the plots and the page that the report in ``directory`` says it has, and the names of its runs."""
     content: Any = None
     with suppress(FileNotFoundError, Unreadable):
         content = read_json(directory / "report.json")
-    names = content.get("files") if isinstance(content, dict) else None
+    lists = [content.get(name) if isinstance(content, dict) else None for name in ("files", "runs")]
+    files, runs = (found if isinstance(found, list) else [] for found in lists)
+    directories = [run.get("directory") for run in runs if isinstance(run, dict)]
     return (
-        [name for name in names if isinstance(name, str) and DRAWN.fullmatch(name)] if isinstance(names, list) else []
+        [name for name in files if isinstance(name, str) and DRAWN.fullmatch(name)],
+        [Path(name).name for name in directories if isinstance(name, str)],
     )
+
+
+def _replaced(before: Sequence[str], report: Report) -> list[str]:
+    """Return a warning if the report replaces one with runs that it lacks."""
+    if not {*before} - {Path(run.directory).name for run in report.runs}:
+        return []
+    return [f"this report replaces an earlier one of {counted(len(before), 'run')}; report.dir=… keeps both"]
 
 
 def _write(directory: Path, contents: Mapping[str, str | bytes]) -> None:
