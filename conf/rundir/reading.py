@@ -106,6 +106,7 @@ CONFIG: dict[str, Check] = {
     "lr": _with(peak=_is_rate),
     "optimizer": _with(name=_is_text),
     "task": _with(name=_is_text, _target_=_is_text),
+    "stop": _with(at=_or_none(_is_text)),
 }
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,

@@ -32,6 +32,7 @@ class Recipe:
         steps, samples: of the whole run.
         science: the dotted keys that make the run what it is, except the seed.
         given: the keys that the user gave.
+        stop_at: the target at which the run ends.
     """
 
     identity: str | None = None
@@ -46,6 +47,7 @@ class Recipe:
     samples: int | None = None
     science: dict[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = ()
+    stop_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Run:
         recipe, done = asdict(self.recipe), asdict(self.done)
         planned = {"planned_steps": recipe.pop("steps"), "planned_samples": recipe.pop("samples")}
         settings = {key: recipe["science"].get(key) for key in recipe["given"] if key in recipe["science"]}
-        del recipe["science"], recipe["given"]
+        del recipe["science"], recipe["given"], recipe["stop_at"]
         told = {name: getattr(self, name) for name in ("directory", "state", "cause", "job", "queue")}
         done["steps"] = done.pop("step")
         measures = {name: measure.summary() for name, measure in self.measures.items()}
@@ -178,6 +180,7 @@ def _recipe(files: RunFiles) -> Recipe:
         lr_peak=(plan.get("lr") or {"peak": science.get("lr.peak")}).get("peak"),
         science=science,
         given=tuple(config.get("given") or ()),
+        stop_at=(config.get("stop") or {}).get("at"),
     )
 
 

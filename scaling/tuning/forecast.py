@@ -74,7 +74,11 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     inside = [critical for critical in grid if errors[critical] <= allowed]
     bounds = (inside[0] if inside[0] > grid[0] else None, inside[-1] if inside[-1] < grid[-1] else None)
     if bounds[1] is None:
-        straight = f"don't bend: it may be {bounds[0]:.3g} or more" if bounds[0] else "scatter too much to show it"
+        straight = "scatter too much to show it"
+        if bounds[0]:
+            tells = bounds[0] >= points[0][0]  # a bound below all batches says nothing
+            then = f"it may be {bounds[0]:.3g} or more" if tells else "larger batches would tell"
+            straight = f"don't bend: {then}"
         return Fit(None, None, bounds, len(points), note=f"the samples to the target {straight}")
     if bounds[0] is None:
         steep = f"grow in proportion to the batch: it is {bounds[1]:.3g} or less"

@@ -45,6 +45,12 @@ def half_width(one: Spread, other: Spread) -> float | None:
     return student(freedom) * math.sqrt(total)
 
 
+def alike(one: Spread, other: Spread) -> bool:
+    """Return whether chance may explain the difference of two means; False also where chance isn't known."""
+    half = half_width(one, other)
+    return half is not None and abs(one.mean - other.mean) <= half
+
+
 def student(freedom: float) -> float:
     """Return the 0.975 quantile of Student's t distribution.
 

@@ -11,7 +11,8 @@ import pytest
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.compare.compare import as_dict
 from isobatch.scaling.report.compare.comparison import Report
-from isobatch.scaling.report.compare.tables import csv_of, markdown_of, text_of
+from isobatch.scaling.report.compare.pictures import MOST_MEASURES, pictures_of
+from isobatch.scaling.report.compare.tables import csv_of, markdown_of, rows_of, text_of
 from isobatch.scaling.report.measures import Measure, Target, direction_of
 from isobatch.scaling.report.run import read
 from isobatch.scaling.report.runs import directories
@@ -164,6 +165,8 @@ def test_a_run_that_has_not_finished_is_shown_but_not_compared(tmp_path: Path, s
     assert any(f"1 run {shown}" in warning and "batch 64" in warning for warning in report.warnings)
     assert f"0 of 1: {shown}" in text_of(report)
     assert "(0.9)" in text_of(report)
+    for text in (text_of(report), markdown_of(report, {})):
+        assert "(…) not finished" in text
     assert as_dict(report)["groups"][1]["left_out"] == {str(tmp_path / "other"): shown}
 
 
@@ -213,10 +216,10 @@ def test_seeds_without_any_spread_claim_nothing_about_chance(tmp_path: Path) -> 
 
 
 GRIDS: dict[str, Any] = {
-    "smallest batch": ({(16, 0.1): [0.9], (64, 0.1): [0.8], (256, 0.1): [0.7]}, "16, is the smallest"),
-    "largest batch": ({(16, 0.1): [0.7], (64, 0.1): [0.8], (256, 0.1): [0.9]}, "256, is the largest"),
+    "smallest batch": ({(16, 0.1): 0.9, (64, 0.1): 0.8, (256, 0.1): 0.7}, "16, is the smallest"),
+    "largest batch": ({(16, 0.1): 0.7, (64, 0.1): 0.8, (256, 0.1): 0.9}, "256, is the largest"),
     "largest LR": (
-        {(16, 0.1): [0.7], (16, 0.2): [0.8], (64, 0.1): [0.9], (64, 0.2): [0.8]}, "0.2 (the largest) at batch 16"
+        {(16, 0.1): 0.7, (16, 0.2): 0.8, (64, 0.1): 0.9, (64, 0.2): 0.8}, "0.2 (the largest) at batch 16"
     ),
 }  # fmt: skip
 
@@ -224,7 +227,62 @@ GRIDS: dict[str, Any] = {
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_best_value_on_the_edge_of_the_grid_is_warned_of(tmp_path: Path, grid: str) -> None:
     values, named = GRIDS[grid]
-    assert any(named in warning for warning in compare(read_all(write_values(tmp_path, values))).warnings)
+    seeds = {place: [value, value + 0.01] for place, value in values.items()}
+    assert any(named in warning for warning in compare(read_all(write_values(tmp_path / "2", seeds))).warnings)
+    one_each = {place: [value] for place, value in values.items()}
+    assert not compare(read_all(write_values(tmp_path / "1", one_each))).warnings
+
+
+def test_all_groups_that_chance_may_place_first_stand_out(tmp_path: Path) -> None:
+    values = {(16, 0.1): [0.90, 0.92, 0.94], (64, 0.1): [0.91, 0.93, 0.95], (256, 0.1): [0.1, 0.1, 0.12]}
+    report = compare(read_all(write_values(tmp_path, values)))
+    assert "0.920 ± 0.020 *" in text_of(report)
+    assert "0.930 ± 0.020 *" in text_of(report)
+    assert "of val/accuracy, also those that can't be told apart" in text_of(report)
+    assert "**0.930 ± 0.020**" in markdown_of(report, {})
+
+
+def test_every_column_shows_its_spread_and_how_many_runs_have_a_value(tmp_path: Path) -> None:
+    for seed, noise in enumerate((40.0, 80.0, None)):
+        lines = [line | {"noise/scale": noise, "time_s": line["time_s"] * (1 + seed)} for line in ended(0.9)]
+        write_run(tmp_path / str(seed), lines, seed=seed)
+    cells = rows_of(compare(read_all(tmp_path)).comparisons[0])[0]
+    assert cells["noise scale"] == "60 ± 28 (2 of 3)"
+    assert cells["time"] == "10.0 ± 5.0 s"
+    assert cells["samples/s"].startswith("78 ± 44")
+
+
+def test_the_target_at_which_all_runs_stop_comes_first(tmp_path: Path) -> None:
+    for batch, at in ((16, 0.8), (64, 0.8), (256, 0.7)):
+        write_run(tmp_path / str(batch), ended(0.9, batch=batch), batch=batch, stop__at=f"val/accuracy>={at}")
+    runs = read_all(tmp_path)
+    (comparison,) = compare([run for run in runs if run.recipe.global_size != 256]).comparisons
+    assert (str(comparison.target), comparison.target_from) == ("val/accuracy ≥ 0.8", "stop.at")
+    assert comparison.findings[0].startswith("to val/accuracy ≥ 0.8")
+    assert comparison.findings[1].startswith("best val/accuracy")
+    assert compare(runs).comparisons[0].target_from == ""
+    assert str(compare(runs, target="val/accuracy>=0.6").comparisons[0].target) == "val/accuracy ≥ 0.6"
+
+
+def test_a_run_without_a_config_is_no_task_of_an_empty_class(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", ended(0.9))
+    (write_run(tmp_path / "b", ended(0.9)) / "config.yaml").unlink()
+    assert [one.task for one in compare(read_all(tmp_path)).comparisons] == [
+        "digits (trainers.tasks.digits.Digits)",
+        "digits",
+    ]
+
+
+def test_measures_that_are_not_drawn_are_named(tmp_path: Path) -> None:
+    names = [f"val/{number:02}" for number in range(MOST_MEASURES + 2)]
+    for batch in (16, 64):
+        lines = [{"step": 1, "samples": batch, "loss": 1.0}, {"step": 1, "samples": batch, **dict.fromkeys(names, 1.0)}]
+        write_run(tmp_path / str(batch), lines, batch=batch)
+    report = compare(read_all(tmp_path))
+    drawn = {panel.y_label for picture in pictures_of(report.comparisons[0]) for panel in picture.panels}
+    (warning,) = [text for text in report.warnings if "not drawn" in text]
+    assert [name for name in names if name not in drawn and name in warning] == names[-2:]
+    assert {*names} <= drawn | {*names[-2:]}
 
 
 def test_an_edge_that_chance_may_explain_is_not_warned_of(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         ([], [], "0 batches"),
         ([16, 64], [100, 150], "2 batches"),
         ([16, 64, 256], [100.0, 101.0, 99.0], "don't bend"),
+        ([32, 64, 128], [100.0, 100.0, 120.0], "larger batches would tell"),
         ([16, 64, 256, 1024], [100.0, 400.0, 1600.0, 6400.0], "in proportion"),
     ],
 )

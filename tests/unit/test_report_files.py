@@ -212,6 +212,16 @@ def test_a_report_on_some_of_the_runs_says_so_and_what_it_replaces(tmp_path: Pat
     assert not [text for text in more.warnings if "replaces" in text]
 
 
+@pytest.mark.parametrize(
+    ("sort", "batches"), [("seed", [64, 256, 16]), ("-seed", [16, 256, 64]), (None, [16, 64, 256])]
+)
+def test_groups_are_in_the_order_asked_for(tmp_path: Path, sort: str | None, batches: list[int]) -> None:
+    for seed, batch in enumerate((64, 256, 16)):
+        write_run(tmp_path / str(seed), learned(batch, 0), batch=batch, seed=seed)
+    (comparison,) = make_report([str(tmp_path)], options(**({"sort": sort} if sort else {}))).comparisons
+    assert [group.global_size for group in comparison.groups] == batches
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "a", learned(16, 0))
     (tmp_path / "file").write_text("")

@@ -9,7 +9,7 @@ from typing import Any
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.findings import findings_of, not_compared, warnings_of
 from isobatch.scaling.report.compare.groups import grouped, never_planned, task_of
-from isobatch.scaling.report.compare.measure import Asked, metric_of, refuse_unknown, usual_target
+from isobatch.scaling.report.compare.measure import Asked, common_stop, metric_of, refuse_unknown, usual_target
 from isobatch.scaling.report.compare.values import values_of
 from isobatch.scaling.report.run import Run
 from isobatch.scaling.tuning.forecast import Fit, fit
@@ -29,7 +29,7 @@ def compare(runs: Sequence[Run], wanted: Asked) -> Report:
         members.append(run)
     names = [name for name, _ in tasks]
     comparisons = [
-        _comparison(name if names.count(name) == 1 else f"{name} ({of})", members, wanted)
+        _comparison(name if names.count(name) == 1 or not of else f"{name} ({of})", members, wanted)
         for (name, of), members in tasks.items()
     ]
     several = len(comparisons) > 1
@@ -38,13 +38,15 @@ def compare(runs: Sequence[Run], wanted: Asked) -> Report:
 
 
 def _comparison(task: str, runs: Sequence[Run], wanted: Asked) -> Comparison:
-    target = wanted.target if wanted.target and any(wanted.target.name in run.measures for run in runs) else None
+    target, key = wanted.target, "report.target"
+    if not target or not any(target.name in run.measures for run in runs):
+        target, key = common_stop(runs), "stop.at"
     metric = metric_of(runs, wanted.metric or (wanted.target and wanted.target.name))
-    groups, given = grouped(runs), target is not None
-    if metric and not given:
-        target = usual_target([run for group in groups for run in group.counted], metric)
+    groups = grouped(runs, wanted.in_order)
+    if metric and not target:
+        target, key = usual_target([run for group in groups for run in group.counted], metric), ""
     values = [values_of(group, metric, target) for group in groups]
-    found = Comparison(task, metric, target, given, groups, values, {})
+    found = Comparison(task, metric, target, key, groups, values, {})
     found = replace(found, fits=_fits(found))
     return replace(found, findings=findings_of(found), warnings=warnings_of(found))
 

@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         task: the task's name, with its class where two tasks share a name.
         metric: what the runs are compared by; None if they measured nothing.
-        target: what ``values`` say how long it took; ``target_given``: the user chose it.
+        target: what ``values`` say how long it took; ``target_from``: the key that gave it; "" if none did.
         values: of each group.
         fits: samples to the target by batch, by family, of the groups in ``quickest``.
         findings: sentences on what was found and how sure it is; ``warnings``: on what to be careful about.
@@ -31,7 +31,7 @@ class Comparison:
     task: str
     metric: Metric | None
     target: Target | None
-    target_given: bool
+    target_from: str
     groups: list[Group]
     values: list[Values]
     fits: dict[str, Fit]

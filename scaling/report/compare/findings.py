@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
 from isobatch.scaling.report.compare.groups import STILL_GOING, Group, never_planned, run_label, why_not_counted
+from isobatch.scaling.report.compare.pictures import MOST_MEASURES, evaluated_in
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, in_digits_of, listed, number, spread
 from isobatch.scaling.report.run import Run
 from isobatch.scaling.tuning.forecast import Fit
-from isobatch.scaling.tuning.spread import Spread, half_width
+from isobatch.scaling.tuning.spread import Spread, alike, half_width
 
 
 def findings_of(comparison: Comparison) -> list[str]:
@@ -30,7 +31,10 @@ def findings_of(comparison: Comparison) -> list[str]:
         return [f"{metric.name} {spread(value)} at the end ({of})"]
     alone = f"only {ranked[0][0].label} has finished with a finite {metric.name}, so nothing is compared"
     sentences = [_best(comparison, ranked) if len(ranked) > 1 else alone]
-    return [*sentences, *_to_target(comparison), *_fitted(comparison)]
+    to_target = list(_to_target(comparison))
+    if comparison.target_from == "stop.at":  # then values at the end are those at the target
+        sentences, to_target = to_target, sentences
+    return [*sentences, *to_target, *_fitted(comparison)]
 
 
 def _alone(run: Run, name: str) -> str:
@@ -59,17 +63,11 @@ def _best(comparison: Comparison, ranked: list[tuple[Group, Spread]]) -> str:
         return f"{found}, then {then}; {few}, so how sure this order is isn't known"
     how = f"Welch's t-test, {value.n} and {other.n} seeds"
     difference, interval = in_digits_of(min(half, max(ahead, half / 10)), ahead, ahead - half, ahead + half)
-    if alike := [group.label for group, one in ranked[1:] if _alike(value, one)]:
+    if equals := [group.label for group, one in ranked[1:] if alike(value, one)]:
         against = f"its lead of {difference} over the second has the 95 % interval {interval} ({how})"
-        return f"{found}, which can't be told apart from {listed(alike)}: {against}"
+        return f"{found}, which can't be told apart from {listed(equals)}: {against}"
     picked = f"; it was picked among {len(ranked)} groups, which flatters it" if len(ranked) > 2 else ""
     return f"{found}, ahead of {then} by {difference} (95 % interval {interval}, {how}{picked})"
-
-
-def _alike(one: Spread, other: Spread) -> bool:
-    """Return whether chance may explain the difference of two means; False also where chance isn't known."""
-    half = half_width(one, other)
-    return half is not None and abs(one.mean - other.mean) <= half
 
 
 def _to_target(comparison: Comparison) -> Iterator[str]:
@@ -87,7 +85,7 @@ def _to_target(comparison: Comparison) -> Iterator[str]:
             labels = [group.label for group, value in known if value.mean == least]
             found.append(f"{name} {listed(labels)} ({write(least)})")
     if found:
-        yield f"to {comparison.target}, by means that weren't tested for chance: {', '.join(found)}"
+        yield f"to {comparison.target}: {', '.join(found)}; these may be chance, which isn't tested"
 
 
 def _fitted(comparison: Comparison) -> Iterator[str]:
@@ -120,7 +118,7 @@ def not_compared(runs: Sequence[Run]) -> Iterator[str]:
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """Return what to be careful about in a comparison."""
-    looks = _left_out, _unmeasured, _early, _edges, _unreached, _hardware
+    looks = _left_out, _unmeasured, _early, _edges, _unreached, _hardware, _undrawn
     return [text for look in looks for text in look(comparison)]
 
 
@@ -155,7 +153,8 @@ def _early(comparison: Comparison) -> Iterator[str]:
     names = [run_label(group, run) for group in comparison.groups for run in group.counted if run.early]
     if names and len(comparison.runs) > 1:
         end = "so values at the end aren't all at the same number of samples"
-        yield f"{counted(len(names), 'run')} ended early by a stop rule, {end}: {listed(names)}"
+        fix = "" if comparison.target_from else "; compare them by report.target"
+        yield f"{counted(len(names), 'run')} ended early by a stop rule, {end}: {listed(names)}{fix}"
 
 
 def _edges(comparison: Comparison) -> Iterator[str]:
@@ -183,18 +182,21 @@ def _edges(comparison: Comparison) -> Iterator[str]:
 
 
 def _edge(ranked: Mapping[float, Spread]) -> str | None:
-    """Return at which end the best of ranked settings lies; None if inside, or if its neighbour may be as good."""
+    """Return at which end the best of ranked settings lies.
+
+    None if it lies inside, if its neighbour may be as good, or if too few seeds tell about chance.
+    """
     tried = sorted(ranked)
     if len(tried) < 2 or (best := next(iter(ranked))) not in (tried[0], tried[-1]):
         return None
     side, neighbour = ("smallest", tried[1]) if best == tried[0] else ("largest", tried[-2])
     one, other = ranked[best], ranked[neighbour]
-    half = half_width(one, other) or 0.0  # where chance isn't known, only equal values are alike
-    return None if abs(one.mean - other.mean) <= half else side
+    half = half_width(one, other)
+    return None if half is None or abs(one.mean - other.mean) <= half else side
 
 
 def _unreached(comparison: Comparison) -> Iterator[str]:
-    if not comparison.target_given:
+    if not comparison.target_from:
         return  # the table says so
     counts = [(group.label, values.reached, len(group.counted)) for group, values in comparison.pairs()]
     none = [label for label, reached, n in counts if n and not reached]
@@ -204,6 +206,12 @@ def _unreached(comparison: Comparison) -> Iterator[str]:
         parts += [f"not all runs of {listed(some)}"] if some else []
         without = f"{' and '.join(parts)} reached {comparison.target}"
         yield f"{without}: a group in which a run missed it has no steps to the target, and fits leave it out"
+
+
+def _undrawn(comparison: Comparison) -> Iterator[str]:
+    if names := evaluated_in(comparison)[MOST_MEASURES:]:
+        fix = f"report.metric={names[0]}:max draws the first of them"
+        yield f"{counted(len(names), 'measure')} not drawn: {listed(names)}; {fix}"
 
 
 def _hardware(comparison: Comparison) -> Iterator[str]:

@@ -66,8 +66,8 @@ def task_of(run: Run) -> tuple[str, str]:
     return run.recipe.task or "", str(run.recipe.science.get("task._target_", ""))
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Return the groups of the runs of one task, ordered by family, batch and learning rate."""
+def grouped(runs: Sequence[Run], in_order: bool = False) -> list[Group]:
+    """Return the groups of the runs of one task, by family, batch and learning rate; or ``in_order`` of the runs."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         together.setdefault(_key(run), []).append(run)
@@ -78,7 +78,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         _group(label, family, members)
         for label, family, members in zip(labels, families, together.values(), strict=True)
     ]
-    return sorted(made, key=lambda group: (group.family, *group.place))
+    return made if in_order else sorted(made, key=lambda group: (group.family, *group.place))
 
 
 def _group(label: str, family: str, members: Iterable[Run]) -> Group:

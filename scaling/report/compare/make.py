@@ -30,6 +30,7 @@ def make_report(roots: Sequence[str], options: Options, queue: Mapping[str, str]
         UserError: a folder holds no runs, an option isn't valid, or the report can't be written.
     """
     wanted, found = asked(options.metric, options.target), found_in(roots)
+    wanted = wanted._replace(in_order=options.sort is not None)
     for root in roots:
         if not any(run.absolute().is_relative_to(Path(os.path.expanduser(root)).absolute()) for run in found):
             raise no_runs(root)

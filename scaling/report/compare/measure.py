@@ -26,11 +26,13 @@ class Asked(NamedTuple):
 
     Attributes:
         metric: the name of a measure; ``direction``: which one is better, if the user said so.
+        in_order: groups stay in the order of the runs, which the user chose.
     """
 
     metric: str | None = None
     direction: Direction | None = None
     target: Target | None = None
+    in_order: bool = False
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -110,11 +112,20 @@ def _rank(name: str, direction: Direction) -> int:
     return 0 if of_evaluation and direction == "max" else 1 if of_evaluation else 2 if name == "loss" else 3
 
 
-def usual_target(counted: Sequence[Run], metric: Metric) -> Target | None:
-    """Return a target for runs that were given none: the worst of their best values, without runs that hardly learned.
+def common_stop(runs: Sequence[Run]) -> Target | None:
+    """Return the target at which ``stop.at`` ends all of the runs; None if they have none in common."""
+    texts = {run.recipe.stop_at for run in runs}
+    parts = parts_of(texts.pop() or "") if len(texts) == 1 else None
+    target = Target(*parts) if parts else None
+    directions = {run.measures[target.name].direction for run in runs if target and target.name in run.measures}
+    return target if target and directions == {target.direction} else None
 
-    A run hardly learned if its best value is less than half of the way from the worst first value of all runs to the
-    best value of all.
+
+def usual_target(counted: Sequence[Run], metric: Metric) -> Target | None:
+    """Return a target for runs that were given none: the worst of their best values.
+
+    A run is left out if its best value is less than half of the way from the worst first value of all runs to the best
+    value of all.
     """
     measured = [run.measures[metric.name].records for run in counted if metric.name in run.measures]
     sign = 1 if metric.direction == "max" else -1

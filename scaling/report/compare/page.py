@@ -37,7 +37,8 @@ def page(report: Report, drawn: Sequence[tuple[list[Picture], list[Style]]]) -> 
     ]
     names = ", ".join(comparison.task for comparison in report.comparisons) or "report"
     title = _text(f"{names}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}")
-    body = [f"<h1>{title}</h1>", f'<p class="soft">{_text(report.chosen)}</p>' if report.chosen else "", _warnings(report.warnings)]
+    chosen = f'<p class="soft">{_text(report.chosen)}</p>' if report.chosen else ""
+    body = [f"<h1>{title}</h1>", chosen, _warnings(report.warnings)]
     for index, (comparison, (pictures, styles)) in enumerate(zip(report.comparisons, drawn, strict=True)):
         body += _section(comparison, pictures, styles, index, several=len(tasks) > 1)
     parts = {
@@ -74,7 +75,7 @@ def _section(
         f'<ul class="findings">{findings}</ul>',
         _table(rows_of(comparison)),
     ]
-    if notes := "; ".join(legend(comparison, "bold: the best of its column")):
+    if notes := "; ".join(legend(comparison, "bold:")):
         parts.append(f'<p class="soft">{_text(notes[0].upper() + notes[1:])}.</p>')
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
     if note := note_on(styles):

@@ -24,14 +24,14 @@ TO_TARGET: dict[str, Callable[[Values], Spread | None]] = {
     "seconds": lambda values: values.to_time_s,
 }
 RANGE_FOR_LOG = 12.0  # an axis is logarithmic where its values span more than this factor
-MOST_MEASURES = 4
+MOST_MEASURES = 16  # that are drawn
 
 
 def pictures_of(comparison: Comparison) -> list[Picture]:
     """Return the pictures that the runs have values for."""
     several = len({group.global_size for group in comparison.groups}) > 1
     both = "The same runs twice: look for where small and large batches change places." if several else ""
-    evaluated = _evaluated(comparison)
+    evaluated = evaluated_in(comparison)[:MOST_MEASURES]
     made = [
         Picture("loss", "Training loss by steps and by samples", both, _panels(comparison, ["loss"], "step samples")),
         Picture(
@@ -59,11 +59,11 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
 # ---- curves of runs
 
 
-def _evaluated(comparison: Comparison) -> list[str]:
-    """Return the names of the first few measures of the evaluations, the compared one first."""
+def evaluated_in(comparison: Comparison) -> list[str]:
+    """Return the names of the measures of the evaluations, the compared one first."""
     names = dict.fromkeys(name for run in comparison.runs for name in run.curves.evaluations if "/" in name)
     first = comparison.metric.name if comparison.metric else ""
-    return sorted(names, key=lambda name: (name != first, not name.startswith("val/")))[:MOST_MEASURES]
+    return sorted(names, key=lambda name: (name != first, not name.startswith("val/")))
 
 
 def _panels(comparison: Comparison, names: Sequence[str], axes: str) -> list[Panel]:

@@ -111,7 +111,7 @@ def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style]) -> None:
 
 
 def _write_texts(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Write what is to be said beside points, towards the middle of the axes."""
+    """Write the texts of points beside them, towards the middle of the axes."""
     places = [(*point, curve.texts[0]) for curve in curves if curve.texts and curve.kind == "points"
               for point in _points(curve)[:1]]  # fmt: skip
     used: list[tuple[float, float]] = []

@@ -15,7 +15,7 @@ from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, number, spread
 from isobatch.scaling.report.grid import Figure, grid
-from isobatch.scaling.tuning.spread import Spread
+from isobatch.scaling.tuning.spread import Spread, alike
 
 LOWEST = ("steps to target", "samples to target", "time to target")  # columns whose lowest value is the best
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet takes text for a formula that begins with one of them
@@ -37,18 +37,23 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for (group, values), columns in zip(comparison.pairs(), spreads, strict=True):
         shape, of = "({})" if values.open else "{}", len(group.counted)
-        figures = {c: value and Figure(shape.format(_text(c, value))) for c, value in columns.items()}
+        figures = {c: value and Figure(shape.format(_text(c, value, of))) for c, value in columns.items()}
         for column, place in best.items():
             value = columns[column]
-            if place and value and value.mean == place.mean and not values.open and len(comparison.groups) > 1:
-                figures[column] = Best(_text(column, value))
+            if (
+                place
+                and value
+                and not values.open
+                and (value.mean == place.mean or (column == name and alike(value, place)))
+            ):
+                figures[column] = Best(_text(column, value, of))
         if comparison.target and values.reached < of:
             figures[LOWEST[0]] = Figure(f"{values.reached} of {of} reached it")
         rows.append(
             {"group": group.label, "runs": _count(group), "peak LR": group.lr_peak, **dict.fromkeys(columns), **figures}
         )
     empty = {column for column in rows[0] if all(row[column] is None for row in rows)} if rows else set()
-    if len(rows) == 1 and not comparison.target_given:
+    if len(rows) == 1 and not comparison.target_from:
         empty |= {*LOWEST}  # the target is the group's own best value
     return [{column: cell for column, cell in row.items() if column not in empty} for row in rows]
 
@@ -68,14 +73,10 @@ def _best(spreads: list[Spread | None], comparison: Comparison, column: str) -> 
     return (max if most else min)(known, key=lambda value: value.mean) if len(known) > 1 else None
 
 
-def _text(column: str, value: Spread) -> str:
-    if column.startswith("time"):
-        return duration(value.mean)
-    if column in ("samples/s", "noise scale") or column.endswith("to target"):
-        return number(round(value.mean))
-    if column == "gradient variance":
-        return number(value.mean)
-    return spread(value)
+def _text(column: str, value: Spread, runs: int) -> str:
+    """Return the text of a cell, which says so if some of the ``runs`` that are averaged have no value."""
+    text = duration(value) if column.startswith("time") else spread(value)
+    return f"{text} ({value.n} of {runs})" if value.n < runs else text
 
 
 def _count(group: Group) -> str:
@@ -107,12 +108,7 @@ def text_of(report: Report, width: int = 0) -> str:
             *columns[2:],
         )
         parts.append(grid(rows, width, optional, shortened=("group",)))
-        notes = legend(comparison, "* the best of its column")
-        notes += (
-            ["(…) not finished, so not compared"]
-            if any(values.open and values.last for values in comparison.values)
-            else []
-        )
+        notes = legend(comparison, "*")
         parts += ["; ".join(notes)] if notes else []
         parts += [f"  {one_line(text)}" for text in comparison.findings]
         parts.append("")
@@ -130,23 +126,26 @@ def head(comparison: Comparison) -> str:
             if len({run.recipe.seed for run in comparison.runs}) > 1
             else " of one seed"
         )
-        parts[0] += alone if groups == 1 else f" in {groups} groups that differ beyond the seed"
+        parts[0] += alone if groups == 1 else f" in {groups} groups"
         name = one_line(comparison.metric.name) if comparison.metric else "values"
         parts.append(f"mean ± standard deviation over seeds of {name} at the end")
     return "; ".join(parts)
 
 
-def legend(comparison: Comparison, best: str) -> list[str]:
-    """Return how to read the table: what stands out, which ``best`` says, and what the target is and why."""
+def legend(comparison: Comparison, mark: str) -> list[str]:
+    """Return how to read the table: what the ``mark`` stands for, what the target is and why, and "(…)"."""
     several = len(comparison.groups) > 1
-    notes = [best] if several else []
-    if comparison.target and (several or comparison.target_given):
+    ranked = [value for _, value in comparison.ranked()] if several else []
+    more = f"; of {comparison.metric.name}, also those that can't be told apart from it" if comparison.metric else ""
+    notes = [f"{mark} the best of its column{more * any(alike(value, ranked[0]) for value in ranked[1:])}"] * several
+    if comparison.target and (several or comparison.target_from):
         everyone = all(values.reached == len(group.counted) for group, values in comparison.pairs() if not values.open)
-        who = (
-            "every counted run" if everyone else "every counted run that learned at least half as much as the best one"
-        )
-        why = "report.target" if comparison.target_given else f"which {who} reached; report.target sets another"
+        half = " that came at least halfway from the worst first value of all runs to the best value of all"
+        reached = f"which every counted run{'' if everyone else half} reached; report.target sets another"
+        why = comparison.target_from or reached
         notes.append(f"target: {one_line(str(comparison.target))} ({why})")
+    if any(values.open for values in comparison.values):
+        notes.append("(…) not finished, so not compared")
     return notes
 
 
@@ -157,7 +156,7 @@ def markdown_of(report: Report, plots: Plots) -> str:
         lines += [f"## {escaped(comparison.task)}", "", escaped(head(comparison)) + ".", ""]
         lines += [f"- {escaped(text)}" for text in comparison.findings]
         lines += ["", _markdown_table(rows_of(comparison)), ""]
-        if notes := "; ".join(legend(comparison, "bold: the best of its column")):
+        if notes := "; ".join(legend(comparison, "bold:")):
             lines += [f"{escaped(notes[0].upper() + notes[1:])}.", ""]
         for title, file in plots.get(index, []):
             lines += [f"![{escaped(title)}]({file})", ""]

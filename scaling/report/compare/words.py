@@ -42,16 +42,16 @@ def in_digits_of(size: float, *values: float) -> tuple[str, str]:
     return texts[0], " to ".join(texts[1:])
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as ``12.3 s``, ``4.5 min`` or ``6.7 h``.
+def duration(seconds: float | Spread) -> str:
+    """Return seconds, or their mean and spread, as ``12.3 s``, ``4.5 min`` or ``6.7 h``.
 
-    >>> duration(12.34), duration(270), duration(24120)
-    ('12.3 s', '4.5 min', '6.7 h')
+    >>> duration(12.34), duration(270), duration(24120), duration(Spread(270, 30, 3))
+    ('12.3 s', '4.5 min', '6.7 h', '4.50 ± 0.50 min')
     """
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    time = seconds if isinstance(seconds, Spread) else Spread(seconds, None, 1)
+    unit, size = next((pair for pair in (("h", 3600), ("min", 60)) if time.mean >= 2 * pair[1]), ("s", 1))
+    scaled = Spread(time.mean / size, time.deviation and time.deviation / size, time.n)
+    return f"{spread(scaled) if scaled.deviation else f'{scaled.mean:.3g}'} {unit}"
 
 
 def listed(names: list[str], most: int = 4) -> str:
