@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,52 +25,55 @@ SAME = (
 )  # fmt: skip
 TARGETS = {"images": "val/accuracy>=0.9", "mnist1d": "val/accuracy>=0.9"}
 WAYS = {"scaled": "lr.rule=linear", "not scaled": "lr.rule=none"}
-KEPT = (".md", ".json", ".svg")  # the page holds its own copy of plotly, and is 5 MB
+KEPT = (".md", ".csv", ".svg")  # the page holds its own copy of plotly, and is 5 MB
 
 
 def rows() -> list[dict[str, Any]]:
     """Return time per epoch, accuracy and gradient variance by task, LR and batch; means over seeds."""
-    found = []
+    found: list[dict[str, Any]] = []
     for task, keys in TASKS.items():
         with tempfile.TemporaryDirectory() as folder:
             for way, rule in WAYS.items():
                 sweep = (f"batch.global_size={','.join(map(str, BATCHES))}", f"seed={','.join(map(str, SEEDS))}")
                 _launch(folder, "-m", f"task={task}", *keys, *SAME, *sweep, rule, f"run.dir={way.replace(' ', '-')}")
-                found += list(_rows_of(task, way, Path(folder) / way.replace(" ", "-")))
-            _keep(folder, TARGETS[task], HERE / "reports" / task)
+            found += _rows_of(_keep(folder, TARGETS[task], HERE / "reports" / task))
     return found
 
 
-def _rows_of(task: str, way: str, sweep: Path) -> Iterator[dict[str, Any]]:
-    for batch in BATCHES:
-        seeds = [_lines(sweep / f"batch.global_size={batch},seed={seed}") for seed in SEEDS]
-        last = [lines[-1] for lines in seeds]  # the last evaluation
-        noise = [[line["noise/trace"] for line in lines if line.get("noise/trace") is not None] for lines in seeds]
-        accuracy = [100 * line.get("val/accuracy", 0.0) for line in last]
+def _rows_of(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each group of a report; a value that no run has is a dash."""
+    for group in report["groups"]:
+        last = group["last"] or {"mean": None, "deviation": None}
+        percent = [f"{100 * value:.1f}" for value in (last["mean"], last["deviation"]) if value is not None]
+        way = [*group["runs"], *group["left_out"]][0].partition("/")[0]
         yield {
-            "task": task,
-            "learning rate": way,
-            "batch": batch,
-            "peak LR": json.loads((sweep / f"batch.global_size={batch},seed=0/plan.json").read_text())["lr"]["peak"],
-            "s per epoch": statistics.fmean(line["time_s"] / line["epoch"] for line in last),
-            "accuracy %": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
-            "gradient variance": statistics.fmean(traces[-1] for traces in noise if traces) / batch,
+            "task": group["task"],
+            "learning rate": way.replace("-", " "),
+            "batch": group["global_size"],
+            "peak LR": group["lr_peak"],
+            "s per epoch": _mean(group["epoch_s"]),
+            "accuracy %": " ± ".join(percent) or "—",
+            "gradient variance": _mean(group["gradient_variance"]),
         }
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def _mean(spread: dict[str, Any] | None) -> Any:
+    return spread["mean"] if spread else "—"
 
 
-def _keep(folder: str, target: str, kept: Path) -> None:
-    """Compare the sweeps in ``folder``, and copy the report to ``kept``."""
+def _keep(folder: str, target: str, kept: Path) -> dict[str, Any]:
+    """Compare the sweeps in ``folder``, copy the report's small files to ``kept``, and return its values."""
     directories = ",".join(way.replace(" ", "-") for way in WAYS)
     _launch(folder, "action=report", f"run.dir=[{directories}]", "report.dir=report", f"report.target={target}")
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    for file in sorted((Path(folder) / "report").iterdir()):
-        if file.suffix in KEPT:
-            shutil.copy(file, kept)
+    made = Path(folder) / "report"
+    report: dict[str, Any] = json.loads((made / "report.json").read_text())
+    report["files"] = [name for name in report["files"] if name.endswith((*KEPT, ".json"))]
+    for name in report["files"]:
+        shutil.copy(made / name, kept)
+    (kept / "report.json").write_text(f"{json.dumps(report, indent=1)}\n")
+    return report
 
 
 def _launch(folder: str, *overrides: str) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import sweeps
 from benchmarks.gpu import host, run, step
 from benchmarks.gpu.run import PAGE, PARTS, ROOT, kept_sections, main, page
 from benchmarks.gpu.turns import MEASURE_S, Bench, table, take_turns
+from benchmarks.tables import markdown
 from isobatch.trainers.ranks.world import World
 from tests.support.harness import in_ranks
 
@@ -102,3 +104,23 @@ def test_page_of_a_gpu_has_each_part() -> None:
     assert PAGE.read_text() == page(kept_sections())
     measured = "## A ResNet-50\n\nMeasured.\n"
     assert page({PARTS["resnet"].title: measured}).count(measured) == 1
+
+
+def test_the_table_of_sweeps_is_that_of_the_kept_reports() -> None:
+    kept = [json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks/reports").glob("*/report.json"))]
+    table = markdown([row for report in kept for row in sweeps._rows_of(report)])
+    assert table in (ROOT / "benchmarks/results.md").read_text()
+
+
+def test_a_sweep_without_a_value_has_a_dash() -> None:
+    group = {"task": "a", "global_size": 16, "lr_peak": 0.1, "runs": [], "left_out": {"not-scaled/seed=0": "diverged"}}
+    values = {"last": None, "epoch_s": None, "gradient_variance": {"mean": 2.0}}
+    (row,) = sweeps._rows_of({"groups": [group | values]})
+    assert list(row.values()) == ["a", "not scaled", 16, 0.1, "—", "—", 2.0]
+
+
+@pytest.mark.parametrize("report", ["images", "mnist1d"])
+def test_kept_reports_list_the_files_that_are_kept(report: str) -> None:
+    folder = ROOT / "benchmarks/reports" / report
+    listed = json.loads((folder / "report.json").read_text())["files"]
+    assert sorted(listed) == sorted(file.name for file in folder.iterdir())
