@@ -126,8 +126,8 @@ def _check_shown_output(out: str) -> None:
 
 @pytest.mark.parametrize("command", HELP_EXAMPLES)
 def test_help_examples_run(command: str, tmp_path: Path) -> None:
-    """The README's task replaces the placeholder, and two processes replace four. Reports compare two runs."""
-    for name in ("a", "b") if "action=report" in command else ():
+    """The README's task replaces the placeholder, and two processes replace four. Reports and lists have two runs."""
+    for name in ("a", "b") if "action=r" in command else ():
         write_run(tmp_path / "runs" / name, learned(64, seed=0))
     command = command.replace("my_package.MyTask", "my_task.MyTask").replace("nproc-per-node=4", "nproc-per-node=2")
     command = f"{command} cluster.dry_run=true" if "slurm" in command else command
