@@ -25,20 +25,14 @@ def refuse_unnameable(name: object, source: str) -> None:
         raise UserError(problem, "a name has a character or more, no spaces, and none of :<>=!,", "task._target_")
 
 
-def parts_of(target: str) -> tuple[str, str, float] | None:
-    """Return the name, the sign and the bound of a target such as ``val/accuracy>=0.97``; None if it isn't one."""
-    found = re.fullmatch(rf"({NAME}){BOUND}", target)
-    return (found[1], found[2], float(found[3])) if found else None
-
-
 def rules_of(when: str | None, patience: int, min_delta: float, at: str | None) -> list[Plateau | Target]:
     """Return the rules of ``stop.when`` and ``stop.at``, of which either may be None."""
     rules: list[Plateau | Target] = []
     if when is not None:
         name, _, best = when.rpartition(":")
         rules.append(Plateau(name, "max" if best == "max" else "min", patience, min_delta))
-    if at is not None:
-        rules.append(Target(at))
+    if at is not None and (target := Target.parse(at)):  # the schema has checked it
+        rules.append(target)
     return rules
 
 
@@ -80,33 +74,35 @@ class Plateau:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """End a run at the first evaluation that reaches a target, such as ``val/accuracy>=0.97``."""
+    """A value of a measure to reach, such as ``val/accuracy>=0.97``; ``sign`` is a key of OPERATORS."""
 
     key: ClassVar[str] = "stop.at"
-    text: str
+    name: str
+    sign: str
+    value: float
 
-    @property
-    def name(self) -> str:
-        return self._parts[0]
+    @classmethod
+    def parse(cls, text: str) -> Target | None:
+        """Return the target in ``text``; None if it isn't one.
 
-    @property
-    def _parts(self) -> tuple[str, str, float]:
-        parts = parts_of(self.text)
-        assert parts, self.text
-        return parts
-
-    def reached(self, values: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation's values reach the target.
-
-        >>> Target("val/accuracy>=0.97").reached({"val/accuracy": 0.98})
-        True
+        >>> Target.parse("val/accuracy>=0.97")
+        Target(name='val/accuracy', sign='>=', value=0.97)
         """
-        name, sign, bound = self._parts
-        value = values.get(name)
-        return value is not None and bool(OPERATORS[sign](value, bound))
+        found = re.fullmatch(rf"({NAME}){BOUND}", text)
+        return cls(found[1], found[2], float(found[3])) if found else None
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        return "min" if self.sign.startswith("<") else "max"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sign.replace('<=', '≤').replace('>=', '≥')} {self.value:.4g}"
+
+    def met_by(self, value: float | None) -> bool:
+        """Return whether a value reaches the target."""
+        return value is not None and bool(OPERATORS[self.sign](value, self.value))
 
     def cause(self, evaluations: Sequence[Mapping[str, Any]]) -> str:
         """Return why the run ends at the last of its evaluations, or an empty text."""
-        if not evaluations or not self.reached(evaluations[-1]):
-            return ""
-        return f"{self.key}={self.text}: it is {evaluations[-1][self.name]:.6g}"
+        value = evaluations[-1].get(self.name) if evaluations else None
+        return f"{self.key}={self.name}{self.sign}{self.value:.10g}: it is {value:.6g}" if self.met_by(value) else ""

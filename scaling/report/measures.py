@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
 from isobatch.scaling.limits import one_line
-from isobatch.scaling.stopping import OPERATORS
+from isobatch.scaling.stopping import Target
 
 Direction = Literal["min", "max"]
 LOWER = "loss error err perplexity ppl nll ce mse mae rmse wer cer ter fid kl bpb bpc bits distance regret"  # is better
@@ -97,21 +97,7 @@ class Measure:
         return {"last": self.last, "best": best and best.value, "best_step": best and best.step}
 
 
-class Target(NamedTuple):
-    """A value of a measure to reach, such as ``val/accuracy>=0.97``; ``sign`` is a key of OPERATORS."""
-
-    name: str
-    sign: str
-    value: float
-
-    @property
-    def direction(self) -> Direction:
-        return "min" if self.sign.startswith("<") else "max"
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.sign.replace('<=', '≤').replace('>=', '≥')} {self.value:.4g}"
-
-    def reached(self, measures: Mapping[str, Measure]) -> Record | None:
-        """Return the first measurement that reached the target; None if there is none."""
-        records = measures[self.name].records if self.name in measures else []
-        return next((record for record in records if OPERATORS[self.sign](record.value, self.value)), None)
+def first_reaching(target: Target, measures: Mapping[str, Measure]) -> Record | None:
+    """Return the first measurement that reached a target; None if there is none."""
+    records = measures[target.name].records if target.name in measures else []
+    return next((record for record in records if target.met_by(record.value)), None)

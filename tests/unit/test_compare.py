@@ -13,9 +13,10 @@ from isobatch.scaling.report.compare.compare import as_dict
 from isobatch.scaling.report.compare.comparison import Report
 from isobatch.scaling.report.compare.pictures import MOST_MEASURES, pictures_of
 from isobatch.scaling.report.compare.tables import csv_of, markdown_of, rows_of, text_of
-from isobatch.scaling.report.measures import Measure, Target, direction_of
+from isobatch.scaling.report.measures import Measure, direction_of, first_reaching
 from isobatch.scaling.report.run import read
 from isobatch.scaling.report.runs import directories
+from isobatch.scaling.stopping import Target
 from tests.support.compared import compare, ended, read_all, write_values
 from tests.support.runs import learned, write_run, write_sweep
 
@@ -38,11 +39,11 @@ def test_a_measure_keeps_what_a_target_needs() -> None:
         measure.add(value, {"step": step, "samples": 10 * step, "time_s": 0.1 * step})
     assert [(record.step, record.value) for record in measure.records] == [(1, 3.0), (3, 2.0), (5, 1.0)]
     assert measure.last is None
-    reached = Target("loss", "<=", 2.2).reached({"loss": measure})
+    reached = first_reaching(Target("loss", "<=", 2.2), {"loss": measure})
     assert reached
     assert (reached.step, reached.samples, reached.time_s) == (3, 30, pytest.approx(0.3))
-    assert Target("loss", "<", 1.0).reached({"loss": measure}) is None
-    assert Target("val/x", ">=", 0.5).reached({"loss": measure}) is None
+    assert first_reaching(Target("loss", "<", 1.0), {"loss": measure}) is None
+    assert first_reaching(Target("val/x", ">=", 0.5), {"loss": measure}) is None
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
@@ -231,6 +232,12 @@ def test_a_best_value_on_the_edge_of_the_grid_is_warned_of(tmp_path: Path, grid:
     assert any(named in warning for warning in compare(read_all(write_values(tmp_path / "2", seeds))).warnings)
     one_each = {place: [value] for place, value in values.items()}
     assert not compare(read_all(write_values(tmp_path / "1", one_each))).warnings
+
+
+def test_a_note_on_open_values_needs_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", ended(0.9), batch=16)
+    write_run(tmp_path / "bad", [{"step": 1, "samples": 64, "loss": None}])
+    assert "(…)" not in text_of(compare(read_all(tmp_path)))
 
 
 def test_all_groups_that_chance_may_place_first_stand_out(tmp_path: Path) -> None:

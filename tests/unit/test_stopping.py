@@ -9,7 +9,7 @@ import pytest
 from isobatch.conf.compose import compose
 from isobatch.conf.identity import identity
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.stopping import Plateau, Target
+from isobatch.scaling.stopping import Plateau, Target, rules_of
 from isobatch.scaling.tally import Interval, Tally
 
 SCORES = [3.0, 2.0, 2.5, 1.0, None, 1.5, 1.25, 0.5, 2.0, 2.0, 2.0, 2.0]
@@ -67,7 +67,8 @@ def test_a_value_that_never_was_finite() -> None:
     ],
 )
 def test_a_target_ends_the_run(text: str, ends_at: int | None) -> None:
-    assert first(Target(text)) == ends_at
+    (rule,) = rules_of(None, 1, 0.0, text)
+    assert first(rule) == ends_at
 
 
 def test_a_target_needs_no_quotes_on_the_command_line() -> None:

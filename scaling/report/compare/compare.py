@@ -41,7 +41,7 @@ def _comparison(task: str, runs: Sequence[Run], wanted: Asked) -> Comparison:
     target, key = wanted.target, "report.target"
     if not target or not any(target.name in run.measures for run in runs):
         target, key = common_stop(runs), "stop.at"
-    metric = metric_of(runs, wanted.metric or (wanted.target and wanted.target.name))
+    metric = metric_of(runs, wanted.metric or (wanted.target.name if wanted.target else None))
     groups = grouped(runs, wanted.in_order)
     if metric and not target:
         target, key = usual_target([run for group in groups for run in group.counted], metric), ""

@@ -9,8 +9,8 @@ from pathlib import Path
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.measure import Metric
 from isobatch.scaling.report.compare.values import Values
-from isobatch.scaling.report.measures import Target
 from isobatch.scaling.report.run import Run
+from isobatch.scaling.stopping import Target
 from isobatch.scaling.tuning.forecast import Fit
 from isobatch.scaling.tuning.spread import Spread
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.measures import Direction, Target, direction_of, names_there
+from isobatch.scaling.report.measures import Direction, direction_of, names_there
 from isobatch.scaling.report.run import Run
-from isobatch.scaling.stopping import NAME, parts_of
+from isobatch.scaling.stopping import NAME, Target
 
 METRIC = re.compile(rf"({NAME})(?::(min|max))?")
 
@@ -62,11 +62,10 @@ def asked(metric: str | None, target: str | None) -> Asked:
 
 def _target(text: str, other: Asked) -> Target:
     """Return the target in ``report.target``. Raises UserError."""
-    parts = parts_of(text.strip())
-    if not parts:
+    target = Target.parse(text.strip())
+    if not target:
         problem = f"report.target={text!r:.200} isn't a value to reach"
         raise UserError(problem, "write it as in 'val/accuracy>=0.97', with a finite number", "report.target", text)
-    target = Target(*parts)
     said = other.direction if other.metric == target.name else None
     better = said or direction_of(target.name)
     if better and better != target.direction:
@@ -115,8 +114,7 @@ def _rank(name: str, direction: Direction) -> int:
 def common_stop(runs: Sequence[Run]) -> Target | None:
     """Return the target at which ``stop.at`` ends all of the runs; None if they have none in common."""
     texts = {run.recipe.stop_at for run in runs}
-    parts = parts_of(texts.pop() or "") if len(texts) == 1 else None
-    target = Target(*parts) if parts else None
+    target = Target.parse(texts.pop() or "") if len(texts) == 1 else None
     directions = {run.measures[target.name].direction for run in runs if target and target.name in run.measures}
     return target if target and directions == {target.direction} else None
 

@@ -144,7 +144,7 @@ def legend(comparison: Comparison, mark: str) -> list[str]:
         reached = f"which every counted run{'' if everyone else half} reached; report.target sets another"
         why = comparison.target_from or reached
         notes.append(f"target: {one_line(str(comparison.target))} ({why})")
-    if any(values.open for values in comparison.values):
+    if any(values.open and values.steps for values in comparison.values):
         notes.append("(…) not finished, so not compared")
     return notes
 

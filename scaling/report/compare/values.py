@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from isobatch.conf.rundir.reading import HUGE
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.measure import Metric
-from isobatch.scaling.report.measures import Target
+from isobatch.scaling.report.measures import first_reaching
+from isobatch.scaling.stopping import Target
 from isobatch.scaling.tuning.spread import Spread
 
 
@@ -45,7 +46,7 @@ def values_of(group: Group, metric: Metric | None, target: Target | None) -> Val
     """Return the values of a group."""
     runs = group.counted or [run for run in group.runs if not run.done.diverged]
     measures = [run.measures[metric.name] for run in runs if metric and metric.name in run.measures]
-    ends = [record for run in runs if target and (record := target.reached(run.measures))]
+    ends = [record for run in runs if target and (record := first_reaching(target, run.measures))]
     whole = len(ends) == len(runs) and bool(group.counted)  # a mean over those that made it would be too good
     return Values(
         open=not group.counted,
