@@ -20,7 +20,7 @@ TASKS = {
 }
 # Two micro-batches per step, so that the gradient noise can be measured.
 SAME = (
-    "batch.accumulation=2", "noise.every=2%", "lr.warmup=20%", "cluster.gpus_per_node=1", "device=cpu",
+    "batch.accumulation=2", "noise.every=2%", "log.every=2%", "lr.warmup=20%", "cluster.gpus_per_node=1", "device=cpu",
     "checkpoint.every=null",
 )  # fmt: skip
 TARGETS = {"images": "val/accuracy>=0.9", "mnist1d": "val/accuracy>=0.9"}
