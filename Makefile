@@ -12,8 +12,8 @@ install: $(VENV)/.installed
 train: install
 	$(BIN)/python launch.py cluster.gpus_per_node=2
 
-# All suites run at once, as most of them spend much time waiting. test-launch takes longest and
-# waits most, so it has the highest priority; the unit tests, which never wait, have the lowest.
+# All suites run at once, as most of them spend much time waiting. The unit tests, which never
+# wait, run at a lower priority.
 test: install
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-launch test-engines test-ranks test-unit
 
@@ -21,10 +21,10 @@ test: install
 ENGINES := $(patsubst %,tests/ranks/test_%.py,accelerate bitwise branches crossing deepspeed engines fsdp memory)
 
 test-engines: install
-	nice -n 5 $(PYTEST) $(ENGINES)
+	$(PYTEST) $(ENGINES)
 
 test-ranks: install
-	nice -n 5 $(PYTEST) tests/ranks $(addprefix --ignore=,$(ENGINES))
+	$(PYTEST) tests/ranks $(addprefix --ignore=,$(ENGINES))
 
 test-launch: install
 	$(PYTEST) tests/launch tests/faults
