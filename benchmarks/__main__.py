@@ -187,8 +187,8 @@ PARTS = {
         sweeps.rows,
         "SGD, the LR tuned at 32 and either scaled by the linear rule or not, 20 % of warmup, two cores training one "
         "run each: `images` (width 8, ghosts of 8) for 5 epochs, `mnist1d` for 10, both of 4,000 samples. Means over "
-        "3 seeds, without diverged runs. *Gradient variance*: tr Σ / batch of a step's gradient, smoothed, at the end. The reports that "
-        "`action=report` made of these runs: [images](reports/images/report.md), "
+        "3 seeds, without diverged runs. *Gradient variance*: tr Σ / batch of a step's gradient, smoothed, at the end. "
+        "The reports that `action=report` made of these runs: [images](reports/images/report.md), "
         "[mnist1d](reports/mnist1d/report.md).",
     ),
 }
