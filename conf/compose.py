@@ -81,7 +81,7 @@ def unused_keys(overrides: Sequence[str], config: RunConfig) -> list[str]:
         if decay not in users
     }
     unused |= {} if when else dict.fromkeys(("stop.patience", "stop.min_delta"), "stop.when, and stop.when is null")
-    unused |= {} if config.search.parallel == runs_at_a_time() else {"search.parallel": "a sweep (-m)"}
+    unused |= {} if config.search.parallel == runs_at_a_time(config) else {"search.parallel": "a sweep (-m)"}
     return [f"{key} is only used by {users}" for key, users in unused.items() if key in config.given]
 
 

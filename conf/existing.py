@@ -12,10 +12,11 @@ from typing import Any
 from isobatch.conf.identity import digest, identity, science, values
 from isobatch.conf.messages import shown
 from isobatch.conf.rundir.outcome import known_outcome
+from isobatch.conf.rundir.reading import metric_lines
 from isobatch.conf.saved import load
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json
+from isobatch.scaling.reading import Unreadable, read_json
 from isobatch.scaling.stopping import rules_of
 from isobatch.scaling.units import Duration
 
@@ -129,15 +130,12 @@ def _ends_later(directory: Path, config: RunConfig) -> bool:
 def _is_over(directory: Path, config: RunConfig) -> bool:
     """Return whether the run in ``directory`` has ended, and would end there by the ``stop`` keys of ``config``."""
     ended, stop = known_outcome(directory), config.stop
-    if ended is None or ended.state != "finished":
+    rules = rules_of(stop.when, stop.patience, stop.min_delta, stop.at)
+    if ended is None or ended.state != "finished" or not (rules or stop.after):
         return False
-    lines: list[dict[str, Any]] = []
-    with suppress(OSError, ValueError):  # an unreadable line ends what counts
-        for line in read_bytes(directory / "metrics.jsonl").splitlines():
-            lines.append(parse_json(line))
+    lines = metric_lines(directory)
     time_s = max((line.get("time_s") or 0.0 for line in lines), default=0.0)
     evaluations = [line for line in lines if "loss" not in line]
-    rules = rules_of(stop.when, stop.patience, stop.min_delta, stop.at)
     late = stop.after is not None and time_s >= 60 * stop.after.value
     return late or any(rule.cause(evaluations) for rule in rules)
 

@@ -12,7 +12,7 @@ from isobatch.conf.groups import Slurm
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.errors import UserError
 
-AT_A_TIME = "ISOBATCH_AT_A_TIME"  # set by a sweep: the runs that train at a time
+IN_SWEEP = "ISOBATCH_IN_SWEEP"  # set by a sweep, of which search.parallel runs train at a time
 GPUS = "ISOBATCH_GPUS"  # set in each of these runs: its part of the GPUs, as CUDA_VISIBLE_DEVICES names them
 FILES = 64  # that a process of a training may have to open: one of two ranks needs some 30, and data loaders more
 
@@ -46,20 +46,20 @@ def enter_slot(config: RunConfig, slot: int) -> None:
     """
     env, here = environment(config), workers_here(config)
     count = visible_gpus(env)
-    if config.device == "cpu" or not count or runs_at_a_time() == 1:
+    if config.device == "cpu" or not count or runs_at_a_time(config) == 1:
         return
     names = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     os.environ[GPUS] = ",".join(names[slot * here : (slot + 1) * here])
 
 
-def runs_at_a_time() -> int:
+def runs_at_a_time(config: RunConfig) -> int:
     """Return the number of runs that train at a time on this machine, by one command."""
-    return int(os.environ.get(AT_A_TIME, "1"))
+    return config.search.parallel if IN_SWEEP in os.environ else 1
 
 
-def _sharing_gpus() -> int:
+def _sharing_gpus(config: RunConfig) -> int:
     """Return the number of runs that share the GPUs that this process sees."""
-    return 1 if GPUS in os.environ else runs_at_a_time()
+    return 1 if GPUS in os.environ else runs_at_a_time(config)
 
 
 def environment(config: RunConfig) -> dict[str, str]:
@@ -77,7 +77,7 @@ def workers_here(config: RunConfig) -> int:
         return config.cluster.gpus_per_node
     if config.device == "cpu" or (config.engine.name == "accelerate" and by_accelerate()):
         return 1
-    return max(1, visible_gpus(environment(config)) // _sharing_gpus())
+    return max(1, visible_gpus(environment(config)) // _sharing_gpus(config))
 
 
 def by_accelerate(env: Mapping[str, str] = os.environ) -> bool:
@@ -154,7 +154,7 @@ def refuse_unless_startable(config: RunConfig) -> None:
             f"device=cuda, but no GPU is visible here{hidden}", "device=cpu trains without", "device", "cuda"
         )
     here = _ranks("LOCAL_WORLD_SIZE", "1") if torchrun else workers_here(config)
-    at_a_time = _sharing_gpus()
+    at_a_time = _sharing_gpus(config)
     if config.device != "cpu" and visible and at_a_time > 1 and here * at_a_time > visible:
         problem = f"search.parallel={at_a_time} runs of {here} GPUs need {here * at_a_time}, and {visible} are visible"
         raise UserError(problem, "give fewer, or device=cpu", "search.parallel", at_a_time)

@@ -17,7 +17,7 @@ from isobatch.conf.compose import unused_keys
 from isobatch.conf.existing import extends, lengthened
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import (
-    AT_A_TIME,
+    IN_SWEEP,
     enter_slot,
     refuse_unless_startable,
     runs_at_a_time,
@@ -211,10 +211,10 @@ def _jobs(roots: Sequence[str]) -> dict[str, Any]:
 
 def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:
     """Plan all runs of a sweep, then train them in turn, each in a child process, or submit a job array."""
+    os.environ[IN_SWEEP] = "1"
     elements = expand(overrides, config_dir)
     configs = _for_each(elements, [partial(configured, element.overrides, config_dir) for element in elements])
     directories = sweep_directories(configs, [element.swept for element in elements])
-    os.environ[AT_A_TIME] = str(configs[0].search.parallel)  # the same in all of them
     plans: list[Any] = _for_each(elements, [partial(planned, config, count) for config in configs])
     warn_of_unused([(element.overrides, config) for element, config in zip(elements, configs, strict=True)])
     if configs[0].action == "plan" and configs[0].output == "json":
@@ -229,7 +229,7 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
         if not any(config.cluster.environment for config in configs):
             import_torch(configs[0])  # once for all of them
         trainings = [partial(_train_in_slot, *run, work) for run in zip(configs, plans, directories, strict=True)]
-        return train_elements(elements, directories, trainings, stop, runs_at_a_time())
+        return train_elements(elements, directories, trainings, stop, runs_at_a_time(configs[0]))
     from isobatch.slurm import jobs
     from isobatch.slurm.allocation import Allocation
 

@@ -12,6 +12,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+EVALUATED = ("val/", "ema/")  # how the names of an evaluation's values begin
 NAME = r"[^\s:<>=!,]+"  # of a measure; the other characters have a meaning in conditions
 VALUE = rf"(?:val|ema)/{NAME}"
 BOUND = r"\s*(>=|<=|>|<)\s*([-+]?(?:\d{1,99}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,2})?)"  # always finite

@@ -16,6 +16,7 @@ from pydantic_core import from_json
 
 from isobatch.conf.rundir.outcome import Outcome, known_outcome, read_outcome
 from isobatch.scaling.reading import Unreadable, parse_json, read_bytes, read_json, read_yaml
+from isobatch.scaling.stopping import EVALUATED
 
 Check = Callable[[Any], bool]
 MOST = 2**63  # upper bound of steps and samples
@@ -90,7 +91,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-MEASURES = ("val/", "ema/", "train/")  # how the names of measured values begin
+MEASURES = (*EVALUATED, "train/")  # how the names of measured values begin
 # the checks of the keys that are used; every key is optional
 PLAN: dict[str, Check] = {
     **dict.fromkeys(("identity", "task"), _or_none(_is_text)),

@@ -13,6 +13,7 @@ from isobatch.conf.identity import science_of
 from isobatch.conf.rundir.reading import HUGE, MEASURES, RunFiles, read_run
 from isobatch.scaling.report.curves import Curves, curves_of
 from isobatch.scaling.report.measures import Direction, Measure, direction_of
+from isobatch.scaling.stopping import EVALUATED
 
 NO_CAUSE = "ended without recording a cause: it was killed, or its machine went down"
 ENDS = ("stopped", "crashed", "oom", "refused", "requeue", "cancelled", "not_requeued", "restart")
@@ -244,7 +245,7 @@ def _diverged(losses: Sequence[float | None]) -> bool:
 def _evaluation(lines: Lines) -> dict[str, float | None]:
     """Return the values of the last evaluation, by name."""
     for line in reversed(lines):
-        if values := {name: value for name, value in line.items() if name.startswith(("val/", "ema/"))}:
+        if values := {name: value for name, value in line.items() if name.startswith(EVALUATED)}:
             return values
     return {}
 

@@ -22,6 +22,7 @@ from isobatch.scaling.report.grid import Figure, clock, grid, rounded, shortened
 from isobatch.scaling.report.measures import Direction
 from isobatch.scaling.report.run import Run, read
 from isobatch.scaling.report.select import chosen, none_meets
+from isobatch.scaling.stopping import EVALUATED
 
 LISTED = ("outcome.json", "events.jsonl")  # mark a run; config.yaml is a common name, and sweeps have submissions, too
 OPTIONAL = ("time", "ETA", "job", "stopped last by")  # columns that are left out where no run has a value
@@ -109,9 +110,7 @@ def listing(
     rows = list(map(cells, runs))
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
     shown = [{name: cell for name, cell in row.items() if name not in empty} for row in rows]
-    measured = [
-        name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(("val/", "ema/"))
-    ]
+    measured = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(EVALUATED)]
     optional = ("job", "ETA", *measured[:1:-1], "peak LR", "time", "samples/s", *measured[1::-1], "batch")
     return grid(shown, width, optional, shortened=("stopped last by", "run"))
 

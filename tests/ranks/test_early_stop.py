@@ -81,6 +81,9 @@ def test_continues_when_other_stop_keys_are_given(runs: Runs, whole: Run) -> Non
     assert extends(path, config)
     longer = configured([f"run.dir={path}", "duration=100st"])
     assert not extends(path, longer), "its target ends it at once"
+    (path / "metrics.jsonl").write_text(f"5\n{(content := (path / 'metrics.jsonl').read_text())}")
+    assert not extends(path, longer), "a damaged line doesn't count"
+    (path / "metrics.jsonl").write_text(content)
     assert extends(path, configured([f"run.dir={path}", "duration=100st", "stop.at=null"]))
     assert not extends(path, configured([*SAME, f"run.dir={path}", "stop.after=0.0001min"]))
     run = runs(2, *SAME, resume=run, extends=True)

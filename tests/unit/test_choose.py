@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from isobatch.conf import hardware
 from isobatch.conf.identity import identity
 from isobatch.conf.saved import dump
 from isobatch.scaling.errors import UserError
@@ -66,6 +67,14 @@ def test_it_goes_by_the_largest_batch_of_the_run() -> None:
     by_ranks = ["optimizer=auto", "batch.per_gpu=64", "batch.accumulation=4", "cluster.gpus_per_node=8"]
     assert configured(by_ranks).optimizer.name == "lars"
     assert configured([*by_ranks[:-1], "cluster.gpus_per_node=2"]).optimizer.name == "sgd"
+
+
+def test_it_goes_by_the_share_of_the_gpus_that_a_run_of_a_sweep_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: 8)
+    by_ranks = ["optimizer=auto", "batch.per_gpu=64", "batch.accumulation=4", "search.parallel=4"]
+    assert configured(by_ranks).optimizer.name == "lars"
+    monkeypatch.setenv(hardware.IN_SWEEP, "1")
+    assert configured(by_ranks).optimizer.name == "sgd"
 
 
 def test_its_other_keys_can_be_given() -> None:

@@ -365,7 +365,7 @@ def test_keys_of_stop_when_are_unused_without_it() -> None:
 def test_runs_at_a_time_are_unused_without_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["search.parallel=2"]
     assert [text.split()[0] for text in unused_keys(given, compose(given))] == ["search.parallel"]
-    monkeypatch.setenv(hardware.AT_A_TIME, "2")  # as a sweep does
+    monkeypatch.setenv(hardware.IN_SWEEP, "1")  # as a sweep does
     assert unused_keys(given, compose(given)) == []
 
 
@@ -897,7 +897,7 @@ def test_runs_of_a_sweep_share_the_gpus(monkeypatch: pytest.MonkeyPatch, by: str
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = compose(["search.parallel=3"])
     assert hardware.workers_here(config) == 8  # alone
-    monkeypatch.setenv(hardware.AT_A_TIME, "3")
+    monkeypatch.setenv(hardware.IN_SWEEP, "1")
     assert hardware.workers_here(config) == 2
     with pytest.raises(UserError) as error:
         hardware.refuse_unless_startable(compose(["search.parallel=3", "cluster.gpus_per_node=3"]))

@@ -185,7 +185,7 @@ def _threads(config: RunConfig, local_size: int) -> int:
         return 1
     asked = os.environ.get(THREADS, "").partition(",")[0]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, int(asked) if asked.isdecimal() else cores // (local_size * runs_at_a_time()))
+    return max(1, int(asked) if asked.isdecimal() else cores // (local_size * runs_at_a_time(config)))
 
 
 def import_torch(config: RunConfig) -> None:

@@ -18,11 +18,11 @@ from isobatch.scaling.limits import one_line
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.reading import parse_json, read_bytes
 from isobatch.scaling.report.grid import clock
+from isobatch.scaling.stopping import EVALUATED
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.readback import StepResult
 
 PLAIN_EVERY_S = 5.0  # seconds between two plain lines
-EVALUATED = ("val/", "ema/")  # how the names of an evaluation's values begin
 
 
 class Metrics:
