@@ -156,6 +156,8 @@ class _Cluster(Section):
     nodes: Size
     gpus_per_node: Size | Literal["auto"]
     backend: Literal["auto", "gloo"]
+    memory_gb: Positive | None
+    gpu_memory_gb: Positive | None
     max_restarts: Count
     timeout_s: Seconds
     environment: dict[Variable, Value | int]

@@ -16,7 +16,7 @@ from isobatch.scaling.units import Duration
 HOUSEKEEPING = (
     "action", "output", "device", "debug", "engine", "compile", "recompute", "cluster", "task.local", "data.local",
     "data.workers", "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run",
-    "plan", "report", "stop", "search", "given", "chosen",
+    "plan", "tune", "report", "stop", "search", "given", "chosen",
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
 # Taken whole: whoever takes them knows what null means.

@@ -44,6 +44,7 @@ Reached = Annotated[
 class Checkpoint(Section):
     every: IntervalOrMinutes | None
     keep: Size
+    keep_every: Interval | None
     best: BestOf | None
     on_error: Literal["continue", "stop"]
 
@@ -58,6 +59,7 @@ class Evaluate(Section):
 
 class Noise(Section):
     every: Interval | None
+    parts: Literal[2] | None
 
 
 class Stop(Section):
@@ -103,6 +105,17 @@ class Run(Section):
 
 class PlanOptions(Section):
     open_data: bool
+    memory: bool
+
+
+Part = Literal["memory", "speed", "noise", "branch", "law", "lr", "sharpness"]
+
+
+class Tune(Section):
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    margin: Annotated[float, Field(ge=0, lt=1)]
+    max_step_ms: Positive | None
+    samples: Interval | None
 
 
 class RunConfig(Section):
@@ -113,7 +126,7 @@ class RunConfig(Section):
         chosen: groups whose choice ``auto`` made, and why it is this one.
     """
 
-    action: Literal["train", "plan", "evaluate", "runs", "report", "requeue"]
+    action: Literal["train", "plan", "evaluate", "tune", "runs", "report", "requeue"]
     output: Literal["text", "full", "json"]
     duration: Length
     seed: Seed
@@ -141,6 +154,7 @@ class RunConfig(Section):
     check: Check
     run: Run
     plan: PlanOptions
+    tune: Tune
     report: Report
     task: Task
     optimizer: Annotated[Optimizer, Field(discriminator="name")]
@@ -191,7 +205,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _action_has_what_it_needs(self) -> RunConfig:
         if self.output == "json" and self.action in ("train", "requeue"):
-            problem = f"output=json is how action=plan, evaluate, runs and report print, and action is {self.action}"
+            printing = "action=plan, evaluate, tune, runs and report print"
+            problem = f"output=json is how {printing}, and action is {self.action}"
             raise UserError(problem, "leave out one of them", "output")
         if isinstance(self.run.dir, tuple) and self.action not in ("runs", "report"):
             problem = f"run.dir is a list of {len(self.run.dir)}, and action={self.action} works in one directory"

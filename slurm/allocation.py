@@ -88,6 +88,8 @@ def as_local(config: RunConfig, allocation: Allocation) -> RunConfig:
         nodes=nodes,
         gpus_per_node=(allocation.gpus or "auto") if cluster.gpus_per_node == "auto" else cluster.gpus_per_node,
         backend=cluster.backend,
+        memory_gb=cluster.memory_gb,
+        gpu_memory_gb=cluster.gpu_memory_gb,
         rendezvous=allocation.rendezvous() if nodes > 1 else None,
         max_restarts=cluster.max_restarts,
         timeout_s=cluster.timeout_s,

@@ -395,7 +395,7 @@ VALUES: dict[str, list[tuple[Any, str]]] = {  # invalid values, each with a word
     "batch.accumulation": [(0, "from 1"), (-1, "from 1")],
     "batch.unit": [("token", "did you mean tokens?")],
     "batch.even": [(1, "true or false"), ("yes", "true or false")],
-    "action": [("pln", "did you mean plan?"), ("tune", "train, plan, evaluate, runs, report or requeue")],
+    "action": [("pln", "did you mean plan?"), ("tuen", "train, plan, evaluate, tune, runs, report or requeue")],
     "output": [("jsn", "did you mean json?")],
     "device": [("gpu", "auto, cpu or cuda")],
     "seed": [(-1, "from 0"), (2**63, "less than"), ("x", "whole"), (True, "whole")],
