@@ -47,6 +47,7 @@ from isobatch.actions import (
     warn_of_unused,
 )
 from isobatch.conf.compose import refuse_typo
+from isobatch.conf.existing import tuning_directory
 from isobatch.conf.groups import Slurm
 from isobatch.conf.hardware import refuse_unless_startable, under_torchrun
 from isobatch.conf.help import annotated, command_line, help_text
@@ -111,9 +112,10 @@ def main(arguments: list[str], kept: list[object]) -> int:
 
         if allocation := Allocation.within():
             config = as_local(config, allocation)
-    if config.action == "evaluate":
+    if config.action in ("evaluate", "tune"):
         refuse_unless_startable(config)
-        return trains(config, allocation=allocation)
+        directory = tuning_directory(config) if config.action == "tune" else ""
+        return trains(config, str(directory), allocation=allocation)
     if config.action == "plan" and not first():
         return 0  # the first of the ranks prints it
     plan, directory = planned(config, COUNT), run_directory(config)
@@ -132,6 +134,8 @@ def work(kept: list[object], config: RunConfig, run_dir: str = "", extends: bool
     import_torch(config)
     if config.action == "evaluate":
         from isobatch.trainers.loop.evaluate_weights import evaluate_weights as body
+    elif config.action == "tune":
+        from isobatch.trainers.tuning.tune import tune as body
     else:
         from isobatch.trainers.run import train as body
     if under_torchrun():

@@ -41,8 +41,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     """Return the config that ``overrides`` ask for, over the YAML here and in ``config_dir``.
 
     Where ``run.dir`` holds a run, its config replaces the defaults; with ``run.new`` it may be changed, which makes a
-    new run. If that run never trained a step, a command that names a task replaces it. ``action=evaluate`` uses the
-    config of the run whose weights are evaluated. The optimizer may still be ``auto``, which
+    new run. If that run never trained a step, a command that names a task replaces it. ``action=evaluate`` and
+    ``tune`` use the config of the run whose weights ``init_from`` names. The optimizer may still be ``auto``, which
     ``scaling.planning.automatic.configured`` settles.
 
     Raises:
@@ -60,7 +60,7 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
     if values.get("action") not in OF_NO_RUN and (file := _config_in_run_dir(values)):
         return _resumed(load(file), file, parsed, roots, another=bool(values.get("run.new")))
     plain, given = layered(parsed, roots)
-    if plain.get("action") == "evaluate" and (its_own := _evaluated(plain, given)):
+    if plain.get("action") in ("evaluate", "tune") and (its_own := _measured(plain, given)):
         return _resumed(load(its_own), its_own, parsed, roots, another=True)
     return validated(plain | {"given": sorted(given), "chosen": {}})
 
@@ -105,10 +105,11 @@ def _resolved(value: Any) -> str:
     return str(value)
 
 
-def _evaluated(plain: dict[str, Any], given: set[str]) -> Path | None:
-    """Return the config file of the run whose weights are evaluated, or None if they belong to no run."""
+def _measured(plain: dict[str, Any], given: set[str]) -> Path | None:
+    """Return the config file of the run whose weights are evaluated or tuned, or None if they belong to no run."""
     weights = plain.get("init_from")
-    if of_runs := sorted(key for key in given if key.startswith("run.")):
+    of_runs = sorted(key for key in given if key.startswith("run."))
+    if of_runs and plain["action"] == "evaluate":
         directory = values.get("dir") if isinstance(values := plain["run"], dict) else None
         problem = f"action=evaluate writes nothing, so it takes no {' or '.join(of_runs)}"
         instead = f"write init_from={directory or 'DIR'}, whose weights are evaluated"
@@ -159,7 +160,7 @@ def _stored(plain: dict[str, Any], file: Path) -> RunConfig:
 
 def refuse_typo(overrides: Sequence[str], config: RunConfig) -> None:
     """Raise UserError if ``run.dir`` holds no run to resume and the command doesn't say what to train there."""
-    if not config.run.directory or config.run.config or config.action not in ("train", "plan"):
+    if not config.run.directory or config.run.config or config.action not in ("train", "plan", "tune"):
         return
     values = {override.key_or_group: override.value() for override in map(parse, overrides)}
     if _config_in_run_dir(values) or values.keys() & SAYS_WHAT_TO_TRAIN:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.identity import digest, identity, science, values
+from isobatch.conf.identity import digest, identity, run_directory, science, values
 from isobatch.conf.messages import shown
 from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.rundir.reading import metric_lines
@@ -165,6 +165,16 @@ def refuse_missing(weights: str) -> Path:
         fix = "name a run directory, a checkpoint of one, or a .safetensors file"
         raise UserError(f"init_from={weights} doesn't exist", fix, "init_from", weights)
     return path
+
+
+def tuning_directory(config: RunConfig) -> Path:
+    """Return the run directory that ``action=tune`` keeps its results in.
+
+    It is ``run.dir``, else that of the run whose weights ``init_from`` names, else that of the run being tuned.
+    """
+    if config.init_from and not config.run.directory and (run := run_of(refuse_missing(config.init_from))):
+        return run
+    return run_directory(config)
 
 
 def run_of(weights: Path) -> Path | None:

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainers.trackers",),
     ("trainers.trial",),
     ("slurm", "trainers.launch"),
+    ("trainers.tuning",),
     ("trainers",),  # run.py
     ("actions",),
     ("launch",),

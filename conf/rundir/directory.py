@@ -42,7 +42,7 @@ class RunDir:
         """Raise UserError for a folder with files but no run, so that foreign files are never mixed with a run's."""
         if holds_run(self.path) or not self.path.is_dir():
             return
-        early = (LOCK, OWNER, ".config.yaml.", ".outcome.json.")  # left by a start that was killed at once
+        early = (LOCK, OWNER, ".config.yaml.", ".outcome.json.", "tune")  # left by a start that was killed, and tuning
         links = {path for path in (self.checkpoints, self.final) if path.is_symlink()}  # to another disk
         if foreign := sorted(path.name for path in {*self.path.iterdir()} - links if not path.name.startswith(early)):
             shown = ", ".join(foreign[:3]) + ", …" * (len(foreign) > 3)

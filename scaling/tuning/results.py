@@ -1,0 +1,58 @@
+"""Keep the results of tuning in ``tune.json``, one object per part, so that a part isn't measured twice. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.reading import Unreadable, read_json
+
+FOLDER, FILE = "tune", "tune.json"
+CONDITIONS = "conditions"  # of a part: what its result depends on
+
+
+class Results:
+    """The results of one run's tuning, in ``<run directory>/tune/tune.json``.
+
+    Args:
+        run: the run directory.
+
+    Attributes:
+        parts: the object of each measured part, by the part's name, and ``recommendation``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / FOLDER
+        self.file = self.folder / FILE
+        self.parts: dict[str, dict[str, Any]] = {}
+        try:
+            found = read_json(self.file)
+            if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+                raise Unreadable("it isn't an object of objects")
+        except FileNotFoundError:
+            return
+        except Unreadable as error:
+            raise UserError(f"{self.file} is damaged: {error}", "remove it; action=tune measures again") from None
+        self.parts = found
+
+    def get(self, part: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the stored object of ``part``; None if there is none, or if it was measured under other conditions."""
+        found = self.parts.get(part)
+        return found if found is not None and found.get(CONDITIONS) == dict(conditions) else None
+
+    def put(self, part: str, found: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
+        """Store the object of ``part``, and write the file."""
+        self.parts[part] = {**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.file, self.json() + "\n")
+
+    def json(self) -> str:
+        """Return the content of the file."""
+        return json.dumps(self.parts, indent=1, allow_nan=False)

@@ -1,0 +1,154 @@
+"""Model the time of a step by per-GPU batch and accumulation, from measured steps. Torch-free.
+
+A step of ``n`` passes of ``b`` samples per rank takes fixed(b) + n·pass(b) seconds. ``fixed`` is what a step does once:
+the update of the weights, and that part of the communication that doesn't overlap with a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+KNEE = 0.05  # a size this close to the fastest one is as good, and smaller
+WAITS = 0.2  # share of a step spent waiting for data, from which the run is bound by data
+FIXED = 0.3  # share of a step that isn't passes, from which ranks are bound by communication
+
+Bound = Literal["data", "communication", "compute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """The measured speed of one per-GPU batch.
+
+    Attributes:
+        per_gpu: samples of a pass on each rank.
+        fixed_ms, pass_ms: see above.
+        data_wait: share of a step in which ranks wait for their data.
+    """
+
+    per_gpu: int
+    fixed_ms: float
+    pass_ms: float
+    data_wait: float
+
+    @property
+    def step_ms(self) -> float:
+        """Return the time of a step with one pass."""
+        return self.fixed_ms + self.pass_ms
+
+    @classmethod
+    def of(cls, per_gpu: int, one_ms: float, two_ms: float, data_wait: float) -> Timed:
+        """Return the speed from the times of a step with one pass and with two."""
+        passes = min(one_ms, max(two_ms - one_ms, one_ms / 10))  # noise may make either part negative
+        return cls(per_gpu, one_ms - passes, passes, data_wait)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The measured speed of several per-GPU batches.
+
+    Attributes:
+        world: ranks.
+        sizes: by ascending size; at least one.
+    """
+
+    world: int
+    sizes: tuple[Timed, ...]
+
+    def samples_per_s(self, timed: Timed) -> float:
+        """Return the speed of steps with one pass, over all ranks."""
+        return 1000 * self.world * timed.per_gpu / timed.step_ms
+
+    @property
+    def knee(self) -> Timed:
+        """Return the smallest size within 5 % of the fastest one."""
+        best = max(map(self.samples_per_s, self.sizes))
+        return next(timed for timed in self.sizes if self.samples_per_s(timed) >= (1 - KNEE) * best)
+
+    @property
+    def bound(self) -> Bound:
+        """Return what bounds the speed at the knee."""
+        knee = self.knee
+        if knee.data_wait >= WAITS:
+            return "data"
+        return "communication" if self.world > 1 and knee.fixed_ms >= FIXED * knee.step_ms else "compute"
+
+    def fastest(self, global_size: int, max_step_ms: float = math.inf) -> tuple[int, int, float] | None:
+        """Return the per-GPU batch, accumulation and milliseconds of the fastest step of ``global_size``.
+
+        Only per-GPU batches up to the largest measured one are considered, times between two are interpolated.
+
+        Args:
+            global_size: samples, at least one per rank.
+            max_step_ms: the longest step.
+
+        Returns:
+            None if every way takes longer than ``max_step_ms``.
+        """
+        share = -(-global_size // self.world)
+        most = self.sizes[-1].per_gpu
+        limits = {min(timed.per_gpu, share) for timed in self.sizes} | {min(most, share)}
+        ways = []
+        for limit in sorted(limits):
+            passes = -(-share // limit)
+            size = -(-share // passes)
+            ways.append((self.fixed_ms(size) + passes * self.pass_ms(size), passes, size))
+        step_ms, passes, size = min(ways)
+        return (size, passes, step_ms) if step_ms <= max_step_ms else None
+
+    def fixed_ms(self, per_gpu: int) -> float:
+        return _interpolated(per_gpu, [(timed.per_gpu, timed.fixed_ms) for timed in self.sizes])
+
+    def pass_ms(self, per_gpu: int) -> float:
+        return _interpolated(per_gpu, [(timed.per_gpu, timed.pass_ms) for timed in self.sizes])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the object of ``tune.json``."""
+        rows = [
+            {
+                "per_gpu": timed.per_gpu,
+                "samples_per_s": self.samples_per_s(timed),
+                "step_ms": timed.step_ms,
+                "pass_ms": timed.pass_ms,
+                "fixed_ms": timed.fixed_ms,
+                "data_wait": timed.data_wait,
+            }
+            for timed in self.sizes
+        ]
+        return {"world_size": self.world, "sizes": rows, "knee": self.knee.per_gpu, "bound": self.bound}
+
+    @classmethod
+    def parse(cls, plain: Mapping[str, Any]) -> Speed:
+        """Return the speed that ``plain`` gave. Raises KeyError, TypeError or ValueError if it isn't one."""
+        names = ("per_gpu", "fixed_ms", "pass_ms", "data_wait")
+        sizes = tuple(Timed(*(row[name] for name in names)) for row in plain["sizes"])
+        if not sizes or any(timed.step_ms <= 0 for timed in sizes):
+            raise ValueError("no measured sizes")
+        return cls(plain["world_size"], sizes)
+
+
+def sizes_to_time(most: int, granule: int = 1) -> list[int]:
+    """Return the per-GPU batches to time: doublings of the granule up to ``most``, and ``most``.
+
+    >>> sizes_to_time(100)
+    [1, 2, 4, 8, 16, 32, 64, 100]
+    """
+    sizes, size = [], granule
+    while size < most:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, most]
+
+
+def _interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return the value at ``x`` on the straight lines between points; below the first one, its value."""
+    at = bisect_left(points, x, key=lambda point: point[0])
+    if at == 0:
+        return points[0][1]
+    if at == len(points):
+        return points[-1][1]
+    (left, low), (right, high) = points[at - 1], points[at]
+    return low + (high - low) * (x - left) / (right - left)

@@ -1,0 +1,192 @@
+"""Make models and engines to measure with, one at a time, beside a run whose own state they don't touch.
+
+Everything that a measurement changes is thrown away with its trial: weights, buffers, optimizer and data position are
+those of the trial, and generators are restored. So nothing has to be put back.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from isobatch.scaling.plan import Plan, Step
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.weights import initialise
+from isobatch.trainers.data.loader import Loader
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.data.validation import Validation
+from isobatch.trainers.engines.engine import Engine
+from isobatch.trainers.engines.make import make_engine
+from isobatch.trainers.engines.step_report import Requests, Total, Update
+from isobatch.trainers.loop.evaluate import Evaluator
+from isobatch.trainers.loop.fit import Stepper
+from isobatch.trainers.loop.opening import Opened
+from isobatch.trainers.model.build import prepare
+from isobatch.trainers.model.modes import Modes
+from isobatch.trainers.model.randomness import Stream, generators_kept, seed_generators
+from isobatch.trainers.optim.state_io import GROUPS
+from isobatch.trainers.ranks.session import Session
+from isobatch.trainers.tasks.task import make_model
+from isobatch.trainers.tensors.manifest import Checkpoint
+from isobatch.trainers.tensors.slices import Reader
+
+if TYPE_CHECKING:
+    from isobatch.conf.schema import RunConfig
+
+
+class Interrupted(Exception):
+    """A rank was asked to stop; raised on all ranks at the same step."""
+
+
+@dataclass
+class Trial:
+    """A model in training that is thrown away.
+
+    Attributes:
+        state: its position; ``stepper``: takes its steps.
+        evaluator: evaluates it; None without validation data.
+    """
+
+    bench: Bench
+    model: nn.Module
+    engine: Engine
+    state: TrainState
+    stepper: Stepper
+    evaluator: Evaluator | None
+
+    def step(self, *, measure: bool = False) -> tuple[Step, Total, Update] | None:
+        """Take the next step of the plan; return None at its end.
+
+        Args:
+            measure: measure the gradient noise.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+        """
+        step = self.state.plan.step_at(self.state.samples)
+        if step is None:
+            return None
+        total, update = self.stepper.take(step, self._requests, measure=measure)
+        self.state.advance(step, skipped=update.skipped)
+        self.bench.session.watch.beat()
+        if float(total.requests.stop):
+            raise Interrupted
+        return step, total, update
+
+    def _requests(self) -> Requests:
+        return Requests(stop=self.bench.session.stop.wanted is not None)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the values of an evaluation, as ``val/<name>`` and ``ema/<name>``. Raises Interrupted."""
+        assert self.evaluator is not None
+        if (values := self.evaluator.of_run()) is None:
+            raise Interrupted
+        return values
+
+
+@dataclass
+class Bench:
+    """Make trials of a task on all ranks.
+
+    Attributes:
+        config: the run's config.
+        opened: the task, its data, and the run's plan.
+        stream: keys the random numbers of a forward.
+        validation: the validation data; None if the task has none.
+        say: prints a line of progress on rank 0.
+    """
+
+    session: Session
+    opened: Opened
+    stream: Stream
+    validation: Validation | None
+    say: Callable[[str], None]
+    config: RunConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.session.config
+
+    def plan(self, global_size: int, per_gpu: int | None = None, **changes: Any) -> Plan:
+        """Return the run's plan with another batch.
+
+        Args:
+            global_size, per_gpu: samples.
+            changes: other sections of the config to replace.
+        """
+        unit = self.opened.plan.units_per_sample if self.config.batch.unit == "tokens" else 1
+        sizes = {"global_size": global_size * (unit or 1), "per_gpu": per_gpu and per_gpu * (unit or 1)}
+        batch = self.config.batch.model_copy(update={**sizes, "accumulation": None, "schedule": None, "even": False})
+        given = tuple({*self.config.given, "batch.global_size"} - {"batch.accumulation", "batch.schedule"})
+        config = self.config.model_copy(update={"batch": batch, "given": given, **changes})
+        return resolve(config, self.session.world.size, len(self.opened.data))
+
+    @contextmanager
+    def trial(
+        self, plan: Plan, checkpoint: Checkpoint | None = None, *, measures_noise: bool = False
+    ) -> Iterator[Trial]:
+        """Yield a new model in training; it and all that its steps change is gone afterwards.
+
+        Args:
+            plan: defines its steps.
+            checkpoint: the state to start from; None: step 0, with the weights of ``init_from``, if given.
+        """
+        config, world, task = self.config, self.session.world, self.opened.task
+        self.session.watch.beat()
+        with generators_kept(world.device):
+            seed_generators(config.seed)
+            model = prepare(make_model(config, task), config, self.stream, world.size)
+            modes = Modes(model)
+            if checkpoint is None and config.init_from:
+                initialise(model, config.init_from, world)
+            groups = () if checkpoint is None else checkpoint.values.get(GROUPS, ())
+            engine = make_engine(config, task, model, plan.peak, world, groups)
+            state = TrainState(plan)
+            if checkpoint is not None:
+                engine.restore(Reader(checkpoint, self.session.watch.beat))
+                state.samples, state.steps = checkpoint.header.samples, checkpoint.header.step
+            loader = Loader(
+                self.opened.data, task, state, world, config.data.workers, self.stream.tell, stand_ins=engine.lockstep
+            )
+            modes.train()
+            stepper = Stepper(engine, loader, self.stream, self.session.watch, config.clip_norm)
+            try:
+                yield Trial(self, model, engine, state, stepper, self._evaluator(model, engine))
+            finally:
+                loader.close()
+                del engine, model, modes, stepper, loader
+                gc.collect()
+                if world.device.type != "cpu":
+                    torch.accelerator.empty_cache()
+
+    def _evaluator(self, model: nn.Module, engine: Engine) -> Evaluator | None:
+        if self.validation is None:
+            return None
+        session, config = self.session, self.config
+        return Evaluator(
+            self.opened.task, model, self.validation, session.world, self.stream, self.opened.evaluation_batch,
+            config.precision, engine, session.stop, session.watch, session.watch.excused,
+        )  # fmt: skip
+
+    def refuse_stop(self) -> None:
+        """Raise Interrupted on all ranks if any rank was asked to stop; all ranks call it."""
+        if self.session.world.any(self.session.stop.wanted is not None):
+            raise Interrupted
+
+    def most(self, number: float) -> float:
+        """Return the largest of the ranks' numbers."""
+        return max(map(float, self.session.world.gather(repr(float(number)))))
+
+    def least(self, number: float) -> float:
+        """Return the smallest of the ranks' numbers."""
+        return min(map(float, self.session.world.gather(repr(float(number)))))
+
+    def agree(self, found: Any) -> Any:
+        """Return rank 0's JSON value on all ranks."""
+        return json.loads(self.session.world.agree(json.dumps(found)))

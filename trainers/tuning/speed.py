@@ -1,0 +1,66 @@
+"""Measure how fast steps of each per-GPU batch are."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time
+from isobatch.trainers.tuning.bench import Bench, Trial
+
+WARM_UP = 2  # steps that are slower than others, since they allocate and compile
+LEAST, MOST, ENOUGH_S = 3, 20, 0.3  # steps of a measurement, and the time from which they suffice
+ROUNDS = 2  # measurements of each size, apart in time, since a machine has slow moments
+
+
+def measure(bench: Bench, most: int) -> Speed:
+    """Time steps with one pass and with two, by per-GPU batch up to ``most`` samples; the same on all ranks.
+
+    Sizes rise until two in a row are slower than the fastest.
+    """
+    world, granule = bench.session.world, bench.opened.plan.granule
+    timed = list[Timed]()
+    for size in sizes_to_time(most, granule):
+        bench.refuse_stop()
+        timed.append(time_size(bench, size))
+        speed = Speed(world.size, tuple(timed))
+        bench.say(f"speed  {size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
+        best = max(map(speed.samples_per_s, timed))
+        if len(timed) > 2 and all(speed.samples_per_s(one) < (1 - KNEE) * best for one in timed[-2:]):
+            break
+    return Speed(world.size, tuple(timed))
+
+
+def time_size(bench: Bench, per_gpu: int) -> Timed:
+    """Return the speed of one per-GPU batch."""
+    world = bench.session.world.size
+    times: dict[int, list[float]] = {1: [], 2: []}
+    waits: list[float] = []
+    for passes in (1, 2) * ROUNDS:
+        with bench.trial(bench.plan(per_gpu * world * passes, per_gpu)) as trial:
+            step_s, waited = time_steps(trial)
+            times[passes].append(bench.most(step_s))
+            waits.append(bench.most(waited))
+    one, two = (1000 * min(times[passes]) for passes in (1, 2))
+    return Timed.of(per_gpu, one, two, statistics.median(waits))
+
+
+def time_steps(trial: Trial) -> tuple[float, float]:
+    """Return the median seconds of a step, and the share of it in which this rank waited for data."""
+    world = trial.bench.session.world
+    seconds, waits, began = list[float](), list[float](), time.perf_counter()
+    for number in range(WARM_UP + MOST):
+        at = time.perf_counter()
+        taken = trial.step()
+        assert taken is not None
+        if world.device.type != "cpu":
+            torch.accelerator.synchronize(world.device)
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - at)
+            waits.append(float(taken[1].waited_s) / world.size)
+        enough = number >= WARM_UP + LEAST - 1 and time.perf_counter() - began > ENOUGH_S
+        if world.any(enough):
+            break
+    return statistics.median(seconds), min(1.0, sum(waits) / sum(seconds))
