@@ -10,13 +10,14 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from isobatch.scaling.plan import Plan, Step
+from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.checkpoints.weights import initialise
 from isobatch.trainers.data.loader import Loader
@@ -39,6 +40,10 @@ from isobatch.trainers.tensors.slices import Reader
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
+
+
+NEUTRAL = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1e-9,
+           "warmup_from": None}  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -83,6 +88,12 @@ class Trial:
     def _requests(self) -> Requests:
         return Requests(stop=self.bench.session.stop.wanted is not None)
 
+    def follow(self, plan: Plan) -> None:
+        """Continue with the steps of another plan, from its first sample, with the same weights."""
+        self.stepper.loader.close()
+        self.state = TrainState(plan)
+        self.stepper = replace(self.stepper, loader=self.bench.loader(self.engine, self.state))
+
     def evaluate(self) -> dict[str, float]:
         """Return the values of an evaluation, as ``val/<name>`` and ``ema/<name>``. Raises Interrupted."""
         assert self.evaluator is not None
@@ -113,24 +124,22 @@ class Bench:
     def __post_init__(self) -> None:
         self.config = self.session.config
 
-    def plan(self, global_size: int, per_gpu: int | None = None, **changes: Any) -> Plan:
-        """Return the run's plan with another batch.
+    def plan(self, global_size: int, per_gpu: int | None = None) -> Plan:
+        """Return the run's plan with another batch, and an LR so low that nothing diverges, whatever the batch.
 
         Args:
             global_size, per_gpu: samples.
-            changes: other sections of the config to replace.
         """
         unit = self.opened.plan.units_per_sample if self.config.batch.unit == "tokens" else 1
         sizes = {"global_size": global_size * (unit or 1), "per_gpu": per_gpu and per_gpu * (unit or 1)}
         batch = self.config.batch.model_copy(update={**sizes, "accumulation": None, "schedule": None, "even": False})
         given = tuple({*self.config.given, "batch.global_size"} - {"batch.accumulation", "batch.schedule"})
-        config = self.config.model_copy(update={"batch": batch, "given": given, **changes})
+        lr = self.config.lr.model_copy(update=NEUTRAL)
+        config = self.config.model_copy(update={"batch": batch, "lr": lr, "given": given})
         return resolve(config, self.session.world.size, len(self.opened.data))
 
     @contextmanager
-    def trial(
-        self, plan: Plan, checkpoint: Checkpoint | None = None, *, measures_noise: bool = False
-    ) -> Iterator[Trial]:
+    def trial(self, plan: Plan, checkpoint: Checkpoint | None = None) -> Iterator[Trial]:
         """Yield a new model in training; it and all that its steps change is gone afterwards.
 
         Args:
@@ -151,19 +160,23 @@ class Bench:
             if checkpoint is not None:
                 engine.restore(Reader(checkpoint, self.session.watch.beat))
                 state.samples, state.steps = checkpoint.header.samples, checkpoint.header.step
-            loader = Loader(
-                self.opened.data, task, state, world, config.data.workers, self.stream.tell, stand_ins=engine.lockstep
-            )
             modes.train()
-            stepper = Stepper(engine, loader, self.stream, self.session.watch, config.clip_norm)
+            stepper = Stepper(engine, self.loader(engine, state), self.stream, self.session.watch, config.clip_norm)
+            trial = Trial(self, model, engine, state, stepper, self._evaluator(model, engine))
             try:
-                yield Trial(self, model, engine, state, stepper, self._evaluator(model, engine))
+                yield trial
             finally:
-                loader.close()
-                del engine, model, modes, stepper, loader
+                trial.stepper.loader.close()
+                del engine, model, modes, stepper, trial
                 gc.collect()
                 if world.device.type != "cpu":
                     torch.accelerator.empty_cache()
+
+    def loader(self, engine: Engine, state: TrainState) -> Loader:
+        """Return a loader of this rank's micro-batches."""
+        data, workers = self.opened.data, self.config.data.workers
+        task, world = self.opened.task, self.session.world
+        return Loader(data, task, state, world, workers, self.stream.tell, stand_ins=engine.lockstep)
 
     def _evaluator(self, model: nn.Module, engine: Engine) -> Evaluator | None:
         if self.validation is None:
@@ -173,6 +186,14 @@ class Bench:
             self.opened.task, model, self.validation, session.world, self.stream, self.opened.evaluation_batch,
             config.precision, engine, session.stop, session.watch, session.watch.excused,
         )  # fmt: skip
+
+    def samples(self) -> int | None:
+        """Return ``tune.samples`` in samples; None if it isn't given."""
+        wanted, plan = self.config.tune.samples, self.opened.plan
+        if wanted is None:
+            return None
+        lengths = Lengths(plan.segments, plan.train_samples, plan.units_per_sample, plan.samples)
+        return lengths.samples("tune.samples=", wanted)
 
     def refuse_stop(self) -> None:
         """Raise Interrupted on all ranks if any rank was asked to stop; all ranks call it."""

@@ -11,7 +11,7 @@ from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time
 from isobatch.trainers.tuning.bench import Bench, Trial
 
 WARM_UP = 2  # steps that are slower than others, since they allocate and compile
-LEAST, MOST, ENOUGH_S = 3, 20, 0.3  # steps of a measurement, and the time from which they suffice
+LEAST, MOST, ENOUGH_S = 3, 20, 0.2  # steps of a measurement, and the time from which they suffice
 ROUNDS = 2  # measurements of each size, apart in time, since a machine has slow moments
 
 
@@ -22,27 +22,28 @@ def measure(bench: Bench, most: int) -> Speed:
     """
     world, granule = bench.session.world, bench.opened.plan.granule
     timed = list[Timed]()
-    for size in sizes_to_time(most, granule):
-        bench.refuse_stop()
-        timed.append(time_size(bench, size))
-        speed = Speed(world.size, tuple(timed))
-        bench.say(f"speed  {size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
-        best = max(map(speed.samples_per_s, timed))
-        if len(timed) > 2 and all(speed.samples_per_s(one) < (1 - KNEE) * best for one in timed[-2:]):
-            break
+    with bench.trial(bench.plan(granule * world.size, granule)) as trial:
+        for size in sizes_to_time(most, granule):
+            timed.append(time_size(trial, size))
+            speed = Speed(world.size, tuple(timed))
+            bench.say(f"speed  {size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
+            best = max(map(speed.samples_per_s, timed))
+            if len(timed) > 2 and all(speed.samples_per_s(one) < (1 - KNEE) * best for one in timed[-2:]):
+                break
     return Speed(world.size, tuple(timed))
 
 
-def time_size(bench: Bench, per_gpu: int) -> Timed:
+def time_size(trial: Trial, per_gpu: int) -> Timed:
     """Return the speed of one per-GPU batch."""
+    bench = trial.bench
     world = bench.session.world.size
     times: dict[int, list[float]] = {1: [], 2: []}
     waits: list[float] = []
     for passes in (1, 2) * ROUNDS:
-        with bench.trial(bench.plan(per_gpu * world * passes, per_gpu)) as trial:
-            step_s, waited = time_steps(trial)
-            times[passes].append(bench.most(step_s))
-            waits.append(bench.most(waited))
+        trial.follow(bench.plan(per_gpu * world * passes, per_gpu))
+        step_s, waited = time_steps(trial)
+        times[passes].append(bench.most(step_s))
+        waits.append(bench.most(waited))
     one, two = (1000 * min(times[passes]) for passes in (1, 2))
     return Timed.of(per_gpu, one, two, statistics.median(waits))
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import hold
@@ -21,8 +20,10 @@ from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
-from isobatch.trainers.tuning import speed
+from isobatch.trainers.tuning import parts
 from isobatch.trainers.tuning.bench import Bench, Interrupted
+from isobatch.trainers.tuning.conditions import conditions_of
+from isobatch.trainers.tuning.recommend import recommended, summary
 
 
 def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
@@ -41,9 +42,11 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         bench = open_bench(session)
         done = bench is not None and measured(bench, results)
     if not done:
+        if world.rank == 0:
+            say("stopped (the same command resumes)", sys.stderr)
         return Outcome("stopped", stop_signal(session.stop, world), 0, 0, attempt, restarts())
     if world.rank == 0:
-        answer(results.json() if as_json else f"written to {results.file}")
+        answer(results.json() if as_json else f"{summary(results.parts)}\n\nwritten to {results.file}")
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
@@ -60,9 +63,9 @@ def begin(session: Session) -> Results:
         except (UserError, OSError) as caught:
             error = caught if isinstance(caught, UserError) else UserError(f"{path} can't be written: {caught}")
     raise_on_all(world, error)
-    parts = json.loads(world.agree(json.dumps(results.parts if results else None)))
+    found = json.loads(world.agree(json.dumps(results.parts if results else None)))
     results = results or Results(path)
-    results.parts = parts
+    results.parts = found
     return results
 
 
@@ -82,21 +85,22 @@ def open_bench(session: Session) -> Bench | None:
 
 
 def measured(bench: Bench, results: Results) -> bool:
-    """Measure each part that isn't stored yet; return False on all ranks if any rank was asked to stop."""
-    world = bench.session.world
+    """Measure each part that isn't stored yet, and recommend; return False on all ranks if any was asked to stop."""
+    rank = bench.session.world.rank
     try:
-        for part in bench.config.tune.parts:
-            found: dict[str, Any] = PARTS[part](bench)
-            if world.rank == 0:
-                results.put(part, found)
+        for part in (part for part in parts.ORDER if part in bench.config.tune.parts):
+            conditions = conditions_of(bench, part)
+            if results.get(part, conditions) is not None:
+                bench.say(f"{part}: measured before, in {results.file}")
+                continue
+            bench.say(f"{part}: {parts.SAYS[part]} …")
+            found = bench.agree(parts.MEASURE[part](bench, results.parts))
+            results.parts[part] = found
+            if rank == 0:
+                results.put(part, found, conditions)
     except Interrupted:
         return False
+    recommendation = recommended(bench, results.parts)
+    if rank == 0 and recommendation:
+        results.put("recommendation", recommendation)
     return True
-
-
-def measure_speed(bench: Bench) -> dict[str, Any]:
-    most = min(64, len(bench.opened.data) // bench.session.world.size)
-    return speed.measure(bench, most).plain()
-
-
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"speed": measure_speed}

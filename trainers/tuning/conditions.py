@@ -1,0 +1,42 @@
+"""What the results of a part depend on: where it is the same, a stored result is used again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from isobatch.conf.identity import digest, identity, values
+from isobatch.trainers.launch.source import Source
+from isobatch.trainers.tuning.bench import Bench
+
+HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
+# sections and keys that neither the time nor the memory of a step depends on
+NOT_OF_A_STEP = ("batch", "lr", "duration", "evaluate", "checkpoint", "noise", "log", "stop", "run", "plan", "report",
+                 "search", "tune", "action", "output", "given", "chosen", "seed", "init_from", "check")  # fmt: skip
+
+
+def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
+    """Return the conditions of ``part``, the same on all ranks, as JSON values."""
+    config, source = bench.config, Source(bench.config)
+    source.look()
+    found: dict[str, Any] = {
+        "code": digest(source.files),
+        "tune": config.tune.model_dump(mode="json", exclude={"parts"}),
+    }
+    if part in HARDWARE:
+        of_a_step = {key: value for key, value in values(config).items() if key.split(".")[0] not in NOT_OF_A_STEP}
+        found |= {
+            "config": digest(of_a_step),
+            "world_size": bench.session.world.size,
+            "device": device_name(bench.session.world.device),
+            "torch": torch.__version__,
+        }
+    else:
+        found |= {"run": identity(config), "init_from": config.init_from}
+    return dict(bench.agree(found))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

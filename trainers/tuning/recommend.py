@@ -1,0 +1,110 @@
+"""Make one recommendation of the results of all parts."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from isobatch.conf.overrides import parse
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.grid import grid
+from isobatch.scaling.rules import OutOfRange
+from isobatch.scaling.tuning.recommendation import Prediction, Witness, candidates, recommend
+from isobatch.scaling.tuning.speed import Speed
+from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.parts import Parts
+
+LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
+SHOWN = 12  # rows of the printed table
+REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.accumulation", "lr.peak")
+
+
+def recommended(bench: Bench, parts: Parts) -> dict[str, Any] | None:
+    """Return the object ``recommendation`` of ``tune.json``; None if nothing was measured that it could rest on.
+
+    Raises:
+        UserError: no batch has a step within ``tune.max_step_ms``.
+    """
+    plan, config, world = bench.opened.plan, bench.config, bench.session.world.size
+    if not parts.keys() & {"speed", "noise", "branch"}:
+        return None
+    batch, samples = plan.cut.global_size, plan.samples
+    assert samples is not None
+    quantum = plan.granule * world
+    least, most = min(LEAST, batch), max(batch, len(bench.opened.data) // 2)
+    speed = Speed.parse(parts["speed"]) if "speed" in parts else None
+    found = recommend(
+        batch,
+        samples,
+        witnesses(parts),
+        speed,
+        candidates(max(least, quantum), most, quantum),
+        lambda size: carried_lr(bench, size),
+        config.tune.max_step_ms,
+    )
+    if found is None:
+        problem = f"no batch has a step of at most tune.max_step_ms={config.tune.max_step_ms:g} ms"
+        raise UserError(problem, "allow longer steps, or use more or faster GPUs", "tune.max_step_ms")
+    return found.plain(lambda row: command(bench, row))
+
+
+def witnesses(parts: Parts) -> list[Witness]:
+    """Return the measurements of the critical batch."""
+    found = []
+    noise, branch = parts.get("noise", {}), parts.get("branch", {})
+    if noise.get("scale"):
+        found.append(Witness("noise", noise["scale"], noise.get("low"), noise.get("high")))
+    if branch.get("critical_batch"):
+        found.append(Witness("branch", branch["critical_batch"], *(branch.get("interval") or (None, None))))
+    return found
+
+
+def carried_lr(bench: Bench, size: int) -> float | None:
+    """Return the peak LR at a global batch, by the run's rule; None where it doesn't hold."""
+    plan = bench.opened.plan
+    try:
+        return plan.segments[0].rule.apply(plan.peak, plan.cut.global_size, size).lr
+    except OutOfRange:
+        return None
+
+
+def command(bench: Bench, row: Prediction) -> str:
+    """Return the command that trains with a batch."""
+    per_sample = bench.opened.plan.sized(1)
+    words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
+    sizes = [f"batch.global_size={row.global_size * per_sample}"]
+    sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []
+    if bench.opened.plan.base_source == "peak":
+        sizes.append(f"lr.peak={row.lr:.6g}")
+    return shlex.join([*words, *sizes])
+
+
+def _replaced(word: str) -> bool:
+    if "=" not in word or word.startswith("-"):
+        return False
+    key = parse(word).key_or_group
+    return key in REPLACED or key.partition(".")[0] == "tune"
+
+
+def summary(parts: Parts) -> str:
+    """Return what rank 0 prints at the end."""
+    found = parts.get("recommendation")
+    if not found:
+        return "nothing to recommend: measure the speed or the noise"
+    rows = found["predictions"]
+    marks = {found["global_size"]: "← recommended"}
+    for other in found["alternatives"]:
+        marks.setdefault(other["global_size"], "← fewest samples")
+    step = max(1, len(rows) // SHOWN)
+    shown = [row for index, row in enumerate(rows) if index % step == 0 or row["global_size"] in marks]
+    names = ("global_size", "per_gpu", "accumulation", "lr", "steps", "samples", "seconds", "step_ms")
+    table = grid([{**{name: row[name] for name in names}, "": marks.get(row["global_size"], "")} for row in shown])
+    return "\n".join(
+        [
+            table,
+            "",
+            f"recommended: global batch {found['global_size']:,} ({found['why']})",
+            found["agreement"],
+            found["command"],
+        ]
+    )
