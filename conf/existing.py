@@ -168,13 +168,14 @@ def refuse_missing(weights: str) -> Path:
 
 
 def tuning_directory(config: RunConfig) -> Path:
-    """Return the run directory that ``action=tune`` keeps its results in.
+    """Return the folder of the results of ``action=tune``, in a run directory.
 
-    It is ``run.dir``, else that of the run whose weights ``init_from`` names, else that of the run being tuned.
+    That is ``run.dir``, else the run whose weights ``init_from`` names, else the run being tuned.
     """
-    if config.init_from and not config.run.directory and (run := run_of(refuse_missing(config.init_from))):
-        return run
-    return run_directory(config)
+    run = None
+    if config.init_from and not config.run.directory:
+        run = run_of(refuse_missing(config.init_from))
+    return (run or run_directory(config)) / "tune"
 
 
 def run_of(weights: Path) -> Path | None:

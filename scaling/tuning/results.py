@@ -22,16 +22,16 @@ class Results:
         run: the run directory.
 
     Attributes:
-        parts: the object of each measured part, by the part's name, and ``recommendation``.
-
-    Raises:
-        UserError: the file is damaged.
+        parts: the object of each measured part, by the part's name, and ``recommendation``; empty until ``read``.
     """
 
     def __init__(self, run: Path) -> None:
         self.folder = run / FOLDER
         self.file = self.folder / FILE
         self.parts: dict[str, dict[str, Any]] = {}
+
+    def read(self) -> None:
+        """Read the file, if there is one. Raises UserError if it is damaged."""
         try:
             found = read_json(self.file)
             if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from isobatch.conf.overrides import parse
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.report.grid import grid
+from isobatch.scaling.report.grid import grid, rounded
 from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.tuning.recommendation import Prediction, Witness, candidates, recommend
 from isobatch.scaling.tuning.speed import Speed
@@ -16,7 +18,8 @@ from isobatch.trainers.tuning.parts import Parts
 
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
 SHOWN = 12  # rows of the printed table
-REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.accumulation", "lr.peak")
+REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.accumulation", "batch.schedule", "lr.peak",
+            "run.dir", "run.new", "init_from")  # fmt: skip
 
 
 def recommended(bench: Bench, parts: Parts) -> dict[str, Any] | None:
@@ -69,9 +72,11 @@ def carried_lr(bench: Bench, size: int) -> float | None:
 
 
 def command(bench: Bench, row: Prediction) -> str:
-    """Return the command that trains with a batch."""
-    per_sample = bench.opened.plan.sized(1)
+    """Return the command that trains with a batch: a new run where this command took its config from a run."""
+    per_sample, run = bench.opened.plan.sized(1), Path(bench.session.start.run_dir).parent
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
+    if (run / "config.yaml").exists() and (bench.config.run.directory or bench.config.init_from):
+        words += [f"run.dir={run}", "run.new=true"]
     sizes = [f"batch.global_size={row.global_size * per_sample}"]
     sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []
     if bench.opened.plan.base_source == "peak":
@@ -97,8 +102,7 @@ def summary(parts: Parts) -> str:
         marks.setdefault(other["global_size"], "← fewest samples")
     step = max(1, len(rows) // SHOWN)
     shown = [row for index, row in enumerate(rows) if index % step == 0 or row["global_size"] in marks]
-    names = ("global_size", "per_gpu", "accumulation", "lr", "steps", "samples", "seconds", "step_ms")
-    table = grid([{**{name: row[name] for name in names}, "": marks.get(row["global_size"], "")} for row in shown])
+    table = grid([{**_cells(row), "": marks.get(row["global_size"], "")} for row in shown])
     return "\n".join(
         [
             table,
@@ -108,3 +112,16 @@ def summary(parts: Parts) -> str:
             found["command"],
         ]
     )
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "global batch": row["global_size"],
+        "per GPU": row["per_gpu"],
+        "passes": row["accumulation"],
+        "peak LR": row["lr"],
+        "steps": rounded(row["steps"]),
+        "samples": rounded(row["samples"]),
+        "seconds": row["seconds"],
+        "ms per step": row["step_ms"],
+    }

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import hold
@@ -38,9 +37,14 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     world, attempt = session.world, session.start.attempt
     as_json = session.config.output == "json"
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        results = begin(session)
-        bench = open_bench(session)
-        done = bench is not None and measured(bench, results)
+        folder = RunDir(session.start.run_dir)
+        results = begin(session, folder)
+        try:
+            bench = open_bench(session)
+            done = bench is not None and measured(bench, results)
+        finally:
+            if folder.held:
+                folder.held.release()
     if not done:
         if world.rank == 0:
             say("stopped (the same command resumes)", sys.stderr)
@@ -50,22 +54,21 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
-def begin(session: Session) -> Results:
-    """Lock the folder of the results on rank 0, and return the results so far on all ranks."""
+def begin(session: Session, folder: RunDir) -> Results:
+    """Lock the ``folder`` of the results on rank 0, and return the results so far on all ranks."""
     world, start = session.world, session.start
     refuse_other_commands(session.config, world)
-    path, error, results = Path(start.run_dir), None, None
+    results, error = Results(folder.path.parent), None
     if world.rank == 0:
         try:
-            results = Results(path)
-            results.folder.mkdir(parents=True, exist_ok=True)
-            hold(RunDir(results.folder).lock(start.job, start.job_restart, start.attempt, start.launches).file)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            hold(folder.lock(start.job, start.job_restart, start.attempt, start.launches).file)
+            results.read()
         except (UserError, OSError) as caught:
-            error = caught if isinstance(caught, UserError) else UserError(f"{path} can't be written: {caught}")
+            problem = f"{folder.path} can't be written: {caught}"
+            error = caught if isinstance(caught, UserError) else UserError(problem, "", "run.dir")
     raise_on_all(world, error)
-    found = json.loads(world.agree(json.dumps(results.parts if results else None)))
-    results = results or Results(path)
-    results.parts = found
+    results.parts = json.loads(world.agree(json.dumps(results.parts)))
     return results
 
 
