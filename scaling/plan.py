@@ -60,12 +60,22 @@ class EnginePlacement:
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Hold the intervals of a run in samples; None: never, in minutes, or not known until the data is opened."""
+    """Hold the intervals of a run in samples; None: never, in minutes, or not known until the data is opened.
+
+    Attributes:
+        keep: of the checkpoints that are never removed.
+    """
 
     log: Size | None
     evaluate: Size | None
     save: Size | None
     noise: Size | None
+    keep: Size | None = None
+
+
+def crossed(every: int | None, before: int, after: int) -> bool:
+    """Return whether a multiple of ``every`` lies in (before, after]; None has no multiples."""
+    return every is not None and after // every > before // every
 
 
 class Stage(NamedTuple):
@@ -210,6 +220,12 @@ class Plan:
             expected_units=stage.cut.global_size * (self.units_per_sample or 1),
             recipe=replace(stage.peak, lr=self.schedule.lr(sample, stage.peak.lr)),
             cut=stage.cut,
+        )
+
+    def keeps(self, samples: int) -> bool:
+        """Return whether the checkpoint after ``samples`` samples, at the end of a step, is never to be removed."""
+        return samples > 0 and crossed(
+            self.intervals.keep, samples - self.stage_at(samples - 1).cut.global_size, samples
         )
 
     @property

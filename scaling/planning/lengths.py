@@ -63,13 +63,14 @@ def intervals_of(config: RunConfig, lengths: Lengths) -> Intervals:
     """Return the intervals of ``config`` in samples."""
 
     def samples(key: str, every: Duration | None) -> int | None:
-        return None if every is None or every.unit == "min" else lengths.samples(f"{key}.every=", every)
+        return None if every is None or every.unit == "min" else lengths.samples(f"{key}=", every)
 
     return Intervals(
-        log=samples("log", config.log.every),
-        evaluate=samples("evaluate", config.evaluate.every),
-        save=samples("checkpoint", config.checkpoint.every),
-        noise=samples("noise", config.noise.every),
+        log=samples("log.every", config.log.every),
+        evaluate=samples("evaluate.every", config.evaluate.every),
+        save=samples("checkpoint.every", config.checkpoint.every),
+        noise=samples("noise.every", config.noise.every),
+        keep=samples("checkpoint.keep_every", config.checkpoint.keep_every),
     )
 
 

@@ -18,12 +18,12 @@ from isobatch.conf.compose import compose
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.scaling.order import indices
+from isobatch.scaling.plan import crossed
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
-from isobatch.trainers.loop.fit import crossed
 from isobatch.trainers.tasks.task import Task
 from tests.ranks.test_parts import ALONE
 from tests.support.harness import ROUNDING, Run, Runs, distance, evaluator, in_ranks

@@ -16,6 +16,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.commit import commit
 from isobatch.trainers.checkpoints.weights import find
 from isobatch.trainers.loop.readback import DelayedReadback
+from isobatch.trainers.tensors.manifest import read
 from tests.faults.hostile import edit
 from tests.support.harness import ROUNDING, Run, Runs, distance
 from tests.support.lines import untimed
@@ -135,6 +136,17 @@ def test_checkpoints_are_saved_by_time(runs: Runs) -> None:
 def test_checkpoints_are_saved_by_epochs_samples_or_steps(runs: Runs, every: str) -> None:
     run = runs(1, *TASK, "task._target_=tests.support.tasks.Counted", f"checkpoint.every={every}", "checkpoint.keep=9")
     assert steps_kept(run) == [25, 50, 75]
+
+
+def test_checkpoints_along_the_run_are_kept_whatever_stops_it(runs: Runs) -> None:
+    """The steps that end at or after a multiple of 330 of the 1,500 samples, and the newest and the best."""
+    task = (*TASK, "checkpoint.every=10st", "checkpoint.keep=1", "checkpoint.keep_every=22%")
+    run = runs(2, *task, "checkpoint.best=val/loss:min", stop_at=36)
+    assert {17, 33} < set(steps_kept(run))
+    run = runs(1, *task, resume=run)
+    best = int((run.run.checkpoints / "best").resolve().name.removeprefix("step-"))
+    assert set(steps_kept(run)) == {17, 33, 50, 66, STEPS, best}
+    assert read(run.run.checkpoints / "step-00000033").header.kept
 
 
 class OneStepLate(DelayedReadback):

@@ -63,6 +63,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(run) == ["best", "step-00000008"]
 
 
+def test_kept_checkpoints_are_never_removed(tmp_path: Path) -> None:
+    """They count among the newest, and one that was passed over is replaced by the run's next one."""
+    run = RunDir(tmp_path)
+    for step in range(1, 8):
+        commit_step(run, step, kept=step in (2, 4, 7))
+        drop_older(run, step, keep=2)
+    assert names(run) == ["step-00000002", "step-00000004", "step-00000006", "step-00000007"]
+    pass_over(run, 3)
+    for step in (4, 5, 8, 9):
+        commit_step(run, step, kept=step == 4)
+        drop_older(run, step, keep=1)
+    assert names(run) == ["passed-over", "step-00000002", "step-00000004", "step-00000009"]
+    (run.checkpoints / "step-00000002" / NAME).write_text("")
+    drop_older(run, 9, keep=1)
+    assert "step-00000002" not in names(run)  # nothing can use a damaged one
+
+
 def test_a_passed_over_checkpoint_is_kept_but_no_longer_used(tmp_path: Path) -> None:
     """The run resumed from step 2, since steps 4 and 9 were damaged, and resumed again later."""
     run = RunDir(tmp_path)

@@ -22,6 +22,7 @@ from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.scaling.report.plan_json import from_json, to_json
 from isobatch.scaling.report.plan_table import lr_why, moves, table
 from isobatch.scaling.rules import Rule
+from tests.support.steps import walk
 
 # A task of 1,000 samples with an LR tuned for both optimizers, independent of the YAML defaults.
 TASK = (
@@ -142,6 +143,16 @@ def test_intervals_are_samples_of_the_first_batch() -> None:
     moving = plan_of(*asked, "batch.global_size=64", "batch.schedule='0sa:64 1ep:512'")
     assert moving.intervals == Intervals(640, 1000, 500, 256)
     assert plan_of("evaluate.every=null", "checkpoint.every=10min").intervals == Intervals(1280, None, None, None)
+
+
+def test_a_checkpoint_is_kept_after_each_multiple_of_its_interval() -> None:
+    """Every multiple of a tenth of 5,000 samples lies in one step of 128, of which the end is kept."""
+    plan = plan_of("checkpoint.keep_every=10%", "duration=5ep")
+    ends = [step.stop for step in walk(plan)]
+    kept = [stop for stop in ends if plan.keeps(stop)]
+    assert kept == [min(stop for stop in ends if stop >= multiple) for multiple in range(500, 5001, 500)]
+    assert not plan.keeps(0)
+    assert not any(map(plan_of("duration=5ep").keeps, ends))
 
 
 def test_intervals_wait_for_the_data() -> None:

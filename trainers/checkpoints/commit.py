@@ -20,7 +20,7 @@ from isobatch.conf.identity import first_free
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.report.plan_json import to_json
-from isobatch.trainers.tensors.manifest import FORMAT, NAME, Damaged, Header, parse, sealed
+from isobatch.trainers.tensors.manifest import FORMAT, NAME, Damaged, Header, parse, read, sealed
 from isobatch.trainers.tensors.names import checkpoints, file_of, folder_of, step_of
 
 BEST = "best"  # the link to the checkpoint of the best evaluation
@@ -144,16 +144,29 @@ def pass_over(run: RunDir, step: int) -> list[Path]:
     return moved
 
 
-def drop_older(run: RunDir, step: int, keep: int) -> list[str]:
+def is_kept(path: Path) -> bool:
+    """Return whether ``checkpoint.keep_every`` keeps the checkpoint at ``path``; False if it is damaged."""
+    with suppress(Damaged):
+        return read(path).header.kept
+    return False
+
+
+def drop_older(run: RunDir, step: int, keep: int, stays: Callable[[Path], bool] = is_kept) -> list[str]:
     """Remove the oldest checkpoints, so that ``keep`` of them remain, including that of ``step``.
 
-    The best checkpoint stays. Links stay too and don't count, since the user made them and they take no space here.
-    Return warnings about checkpoints that couldn't be removed.
+    The best checkpoint stays, and so do those of ``checkpoint.keep_every``. Links stay too and don't count, since the
+    user made them and they take no space here.
+
+    Args:
+        stays: returns whether to keep an older checkpoint.
+
+    Returns:
+        Warnings about checkpoints that couldn't be removed.
     """
     link = run.checkpoints / BEST
     best = os.readlink(link) if link.is_symlink() else None
     older = [path for path in checkpoints(run) if step_of(path) < step and not path.is_symlink()]
-    removable = [path for path in older[max(0, keep - 1) :] if path.name != best]
+    removable = [path for path in older[max(0, keep - 1) :] if path.name != best and not stays(path)]
     return [warning for path in removable for warning in warnings_from(lambda path: _delete(_put_away(path)), path)]
 
 

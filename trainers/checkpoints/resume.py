@@ -84,7 +84,7 @@ def header_of(
         identity=state.plan.identity, duration=str(config.duration), world_size=state.plan.world, step=state.steps,
         samples=state.samples, skipped=state.skipped, evaluation_owed=state.evaluation_owed, fingerprint=fingerprint,
         evaluation=None if evaluation is None else dict(evaluation), plan=state.plan, noise=state.noise,
-        tally=state.tally,
+        tally=state.tally, kept=state.plan.keeps(state.samples),
     )  # fmt: skip
 
 

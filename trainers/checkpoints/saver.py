@@ -10,17 +10,19 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.trainers.checkpoints.best import Best, Evaluation
-from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, describe_error, drop_older
+from isobatch.trainers.checkpoints.commit import aside_of, commit, compose, describe_error, drop_older, is_kept
 from isobatch.trainers.checkpoints.copies import Copies
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.ranks.internals import HashStore, Store
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import Header
+from isobatch.trainers.tensors.names import folder_of
 from isobatch.trainers.tensors.slices import Slice, write_part
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ class Saver:
         self._failed: str | None = None  # why the last save failed, the same on all ranks
         self._unreported: str | None = None
         self._dropped = Event()
+        self._kept: dict[Path, bool] = {}  # whether a checkpoint stays; reading its manifest again may take long
 
     def due(self) -> bool:
         """Return, on rank 0, whether a timed save is due. Once true, the interval restarts: the save may come later."""
@@ -264,7 +267,8 @@ class Saver:
             return f"step {save.step}: {failed[0]}" + f", and {len(failed) - 1} more" * (len(failed) > 1)
         try:
             self._reports.took(time.monotonic() - save.began)
-            for warning in (*warnings, *drop_older(self._run, save.step, self._policy.keep)):
+            self._kept[folder_of(self._run, save.step)] = save.header.kept
+            for warning in (*warnings, *drop_older(self._run, save.step, self._policy.keep, self._stays)):
                 reason = warning.partition(": ")[0]
                 if reason not in self._warned:  # a checkpoint that can't be removed fails again at every save
                     self._warned.add(reason)
@@ -272,3 +276,9 @@ class Saver:
         except Exception as error:  # the checkpoint is committed, and the other ranks wait for a result
             self._reports.warn(f"the checkpoint of step {save.step} is saved, but: {describe_error(error)}")
         return None
+
+    def _stays(self, path: Path) -> bool:
+        """Return whether a checkpoint is one of ``checkpoint.keep_every``."""
+        if path not in self._kept:
+            self._kept[path] = is_kept(path)
+        return self._kept[path]

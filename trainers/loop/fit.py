@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isobatch.scaling.noise import filled
-from isobatch.scaling.plan import Step
+from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
@@ -16,7 +16,7 @@ from isobatch.trainers.engines.step_report import Note, Requests, Total, Update
 from isobatch.trainers.loop.early_stop import EarlyStop
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.metrics import finite
-from isobatch.trainers.loop.monitor import Monitor, crossed
+from isobatch.trainers.loop.monitor import Monitor
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed
 from isobatch.trainers.ranks.watch import Watch
@@ -94,7 +94,7 @@ def fit(
         stepper.watch.beat(state.steps, state.samples)
 
         following = state.plan.step_at(state.samples)
-        saving = crossed(every.save, step.start, step.stop)
+        saving = crossed(every.save, step.start, step.stop) or state.plan.keeps(step.stop)
         evaluating = evaluates(evaluation, every.evaluate, step, last=following is None)
         flush = saving or evaluating or following is None
         asked = monitor.record(step, total, update, flush=flush)

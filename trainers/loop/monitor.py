@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import estimate, filled
-from isobatch.scaling.plan import Step
+from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.step_report import Requests, Total, Update
 from isobatch.trainers.loop.hardware import Hardware
@@ -142,8 +142,3 @@ class Monitor:
         self.metrics.warn(text)
         if self.must_save:
             self.stop.wanted = self.stop.wanted or f"checkpoint.on_error=stop, and {text}"
-
-
-def crossed(every: int | None, before: int, after: int) -> bool:
-    """Return whether a multiple of ``every`` lies in (before, after]; None has no multiples."""
-    return every is not None and after // every > before // every

@@ -47,6 +47,7 @@ class Header:
         plan: the plan in force at this step.
         noise: state of the gradient noise scale; None if it wasn't measured, and in old checkpoints.
         tally: the logged sums; None in old checkpoints.
+        kept: never remove this checkpoint, by ``checkpoint.keep_every``; False in old checkpoints.
     """
 
     identity: str
@@ -61,6 +62,7 @@ class Header:
     plan: Annotated[Plan, PlainValidator(lambda fields: from_json(json.dumps(fields)))]
     noise: Smoothed | None = None
     tally: Tally | None = None
+    kept: bool = False
 
 
 @strict
