@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ HOUSEKEEPING = (
 )  # fmt: skip
 OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
 # Taken whole: whoever takes them knows what null means.
+ABOUT_TUNED = re.compile(r"task\.tuned\.[^.]+\.samples")  # tells about the tuning, and isn't part of the recipe
 FREE = ("task.args", "task.local", "model.args", "data.args", "data.val_args", "data.local", "optimizer.args")
 
 
@@ -53,7 +55,7 @@ def values(config: RunConfig) -> dict[str, Any]:
 
 def housekeeping(key: str) -> bool:
     """Return whether a key, or a section that it is in, is left out of the identity."""
-    return f"{key}.".startswith(tuple(f"{name}." for name in HOUSEKEEPING))
+    return f"{key}.".startswith(tuple(f"{name}." for name in HOUSEKEEPING)) or bool(ABOUT_TUNED.fullmatch(key))
 
 
 def global_size_was_given(config: RunConfig) -> bool:

@@ -34,8 +34,13 @@ WORKERS = 1024  # processes that load data, of each rank
 
 
 class Tuned(Usual):
-    """The recipe of a tuning. A missing field comes from the optimizer's YAML."""
+    """The recipe of a tuning. A missing field comes from the optimizer's YAML.
 
+    Attributes:
+        samples: the samples that each run of the tuning trained on, from which ``tune.parts=[law]`` carries the batch.
+    """
+
+    samples: Size | None = None
     betas: tuple[Memory, ...] | None = None
     eps: Positive | None = None
     weight_decay: NotNegative | None = None

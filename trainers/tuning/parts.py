@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isobatch.trainers.tuning import noise, speed
+from isobatch.trainers.tuning import law, noise, speed
 from isobatch.trainers.tuning.bench import Bench
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -24,14 +24,23 @@ def measure_noise(bench: Bench, before: Parts) -> dict[str, Any]:
     return noise.measure(bench, bench.samples())
 
 
-MEASURE: dict[str, Callable[[Bench, Parts], dict[str, Any]]] = {"speed": measure_speed, "noise": measure_noise}
+def measure_law(bench: Bench, before: Parts) -> dict[str, Any]:
+    """Look up the batch of a language model."""
+    return law.measure(bench)
+
+
+MEASURE: dict[str, Callable[[Bench, Parts], dict[str, Any]]] = {
+    "speed": measure_speed,
+    "noise": measure_noise,
+    "law": measure_law,
+}
 ORDER = ("memory", "speed", "noise", "branch", "law", "lr", "sharpness")
 SAYS = {
     "memory": "looking for the largest per-GPU batch that fits",
     "speed": "timing steps of each per-GPU batch",
     "noise": "measuring the gradient noise",
     "branch": "training branches with smaller and larger batches",
-    "law": "looking up the law of the critical batch",
+    "law": "carrying the tuned batch to this run's data by the published law",
     "lr": "raising the learning rate until training diverges",
     "sharpness": "measuring the curvature of the loss",
 }

@@ -19,7 +19,7 @@ from isobatch.trainers.tuning.parts import Parts
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
 SHOWN = 12  # rows of the printed table
 REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.accumulation", "batch.schedule", "lr.peak",
-            "run.dir", "run.new", "init_from")  # fmt: skip
+            "run.dir", "run.new")  # fmt: skip
 
 
 def recommended(bench: Bench, parts: Parts) -> dict[str, Any] | None:
@@ -59,6 +59,9 @@ def witnesses(parts: Parts) -> list[Witness]:
         found.append(Witness("noise", noise["scale"], noise.get("low"), noise.get("high")))
     if branch.get("critical_batch"):
         found.append(Witness("branch", branch["critical_batch"], *(branch.get("interval") or (None, None))))
+    law = parts.get("law", {})
+    if law.get("tuned"):
+        found.append(Witness("law", law["batch"], law["low"], law["high"]))
     return found
 
 
@@ -76,6 +79,7 @@ def command(bench: Bench, row: Prediction) -> str:
     per_sample, run = bench.opened.plan.sized(1), Path(bench.session.start.run_dir).parent
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
     if (run / "config.yaml").exists() and (bench.config.run.directory or bench.config.init_from):
+        words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
     sizes = [f"batch.global_size={row.global_size * per_sample}"]
     sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []

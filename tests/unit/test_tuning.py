@@ -1,0 +1,188 @@
+"""Test the recommendation of a batch and the model of a step's time that it rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.tuning.recommendation import Witness, agreement, candidates, recommend
+from isobatch.scaling.tuning.results import Results
+from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time
+
+# A step takes 4 ms once, and a pass 1 ms and another 0.1 ms per sample: 64 samples are nearly as fast as 128.
+FIXED, START, EACH = 4.0, 1.0, 0.1
+
+
+def speed(most: int = 128, world: int = 1, waits: float = 0.0) -> Speed:
+    sizes = (Timed(size, FIXED, START + EACH * size, waits) for size in sizes_to_time(most))
+    return Speed(world, tuple(sizes))
+
+
+def by_hand(size: int, most: int, world: int) -> float:
+    """Return the least time of a step of ``size`` samples, over the numbers of passes; each more costs ``START``."""
+    share = math.ceil(size / world)
+    least = math.ceil(share / most)
+    return min(FIXED + n * (START + EACH * math.ceil(share / n)) for n in range(least, min(share, least + 5) + 1))
+
+
+# ---- the time of a step
+
+
+def test_a_step_is_split_into_what_it_does_once_and_its_passes() -> None:
+    timed = Timed.of(8, one_ms=10.0, two_ms=16.0, data_wait=0.0)
+    assert (timed.fixed_ms, timed.pass_ms, timed.step_ms) == (4.0, 6.0, 10.0)
+
+
+@pytest.mark.parametrize("two_ms", [5.0, 10.0, 30.0])
+def test_noisy_times_never_make_a_part_negative(two_ms: float) -> None:
+    timed = Timed.of(8, 10.0, two_ms, 0.0)
+    assert timed.fixed_ms >= 0 < timed.pass_ms
+    assert timed.step_ms == 10.0
+
+
+@given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 7))
+def test_the_fastest_step_is_that_of_all_ways_to_cut_it(size: int, most: int, world: int) -> None:
+    found = speed(most, world).fastest(size * world)
+    assert found is not None
+    per_gpu, passes, step_ms = found
+    assert per_gpu <= most
+    assert per_gpu * passes * world >= size * world
+    assert step_ms == pytest.approx(by_hand(size * world, most, world), rel=1e-9)
+
+
+def test_a_longest_step_leaves_no_way_for_a_large_batch() -> None:
+    assert speed().fastest(128, max_step_ms=18.0) is not None
+    assert speed().fastest(1024, max_step_ms=18.0) is None
+
+
+def test_the_knee_is_the_smallest_size_that_is_nearly_as_fast() -> None:
+    flat = Speed(
+        1, (Timed(8, 0.0, 2.0, 0.0), Timed(16, 0.0, 2.0, 0.0), Timed(32, 0.0, 3.9, 0.0), Timed(64, 0.0, 7.9, 0.0))
+    )
+    assert flat.knee.per_gpu == 16
+
+
+@pytest.mark.parametrize(
+    ("world", "waits", "bound"), [(1, 0.0, "compute"), (1, 0.5, "data"), (2, 0.0, "communication"), (2, 0.5, "data")]
+)
+def test_what_bounds_a_step_is_named(world: int, waits: float, bound: str) -> None:
+    sizes = (Timed(8, 5.0, 5.0, waits),)
+    assert Speed(world, sizes).bound == bound
+
+
+def test_a_stored_speed_is_read_back() -> None:
+    stored = json.loads(json.dumps(speed(waits=0.25).plain()))
+    assert Speed.parse(stored) == speed(waits=0.25)
+
+
+# ---- the recommendation
+
+
+def linear(size: int) -> float:
+    return 0.1 * size / 64
+
+
+def asked(witnesses: list[Witness], **changes: Any) -> Any:
+    usual: dict[str, Any] = {
+        "batch": 64, "samples": 64_000, "witnesses": witnesses, "speed": speed(), "sizes": candidates(8, 4096), "lr": linear,
+    }  # fmt: skip
+    return recommend(**(usual | changes))
+
+
+@pytest.mark.parametrize("critical", [10.0, 100.0, 1000.0])
+def test_the_recommended_batch_is_nearly_the_fastest_by_brute_force(critical: float) -> None:
+    def seconds(size: int) -> float:
+        return 64_000 * (1 + size / critical) / (1 + 64 / critical) / size * by_hand(size, 128, 1) / 1000
+
+    best = asked([Witness("noise", critical)]).best
+    assert best.seconds == pytest.approx(seconds(best.global_size))
+    assert best.seconds <= 1.05 * min(map(seconds, range(8, 4096)))  # the grid has a ratio of 1.5, near a flat optimum
+
+
+def test_the_frugal_batch_needs_few_samples_and_isnt_larger_than_the_fast_one() -> None:
+    found = asked([Witness("noise", 200.0)])
+    fewest = min(row.samples for row in found.rows)
+    assert found.frugal.samples <= 1.05 * fewest
+    assert found.frugal.global_size == max(row.global_size for row in found.rows if row.samples <= 1.05 * fewest)
+    assert found.low <= found.frugal.global_size <= found.best.global_size <= found.high
+
+
+def test_the_runs_own_batch_needs_its_own_samples() -> None:
+    (own,) = [row for row in asked([Witness("noise", 77.0)]).rows if row.global_size == 64]
+    assert (own.samples, own.steps, own.lr) == (pytest.approx(64_000), pytest.approx(1000), 0.1)
+
+
+def test_the_interval_of_the_critical_batch_widens_the_range() -> None:
+    sure, unsure = (asked([Witness("noise", 200.0, *bounds)]) for bounds in ((190.0, 210.0), (20.0, 4000.0)))
+    assert unsure.low <= sure.low
+    assert unsure.high > sure.high
+    assert unsure.best == sure.best
+
+
+def test_batches_at_which_the_rule_doesnt_hold_arent_recommended() -> None:
+    found = asked([Witness("noise", 1000.0)], lr=lambda size: linear(size) if size <= 128 else None)
+    assert max(row.global_size for row in found.rows) == 128
+
+
+def test_a_longest_step_excludes_batches_or_leaves_none() -> None:
+    found = asked([Witness("noise", 1000.0)], max_step_ms=12.0)
+    assert max(row.step_ms for row in found.rows) <= 12.0
+    assert asked([Witness("noise", 1000.0)], max_step_ms=0.1) is None
+
+
+def test_without_any_critical_batch_the_run_keeps_its_batch() -> None:
+    found = asked([])
+    assert (found.best.global_size, found.best.samples, found.frugal) == (64, None, None)
+    assert "no measurement tells" in found.why
+
+
+def test_without_a_speed_the_critical_batch_itself_is_recommended() -> None:
+    found = asked([Witness("noise", 200.0)], speed=None)
+    assert (found.best.global_size, found.best.seconds) == (192, None)
+
+
+def test_branches_are_trusted_more_than_noise_and_a_disagreement_is_said() -> None:
+    noise, branch = Witness("noise", 100.0, 80.0, 130.0), Witness("branch", 900.0)
+    assert "branch" in asked([noise, branch]).why
+    said = agreement([noise, branch])
+    assert "disagree by × 9" in said
+    assert "100 [80, 130]" in said
+    assert "uses branch" in said
+    assert "agree within × 1.5" in agreement([noise, Witness("branch", 150.0)])
+
+
+@given(st.integers(1, 100), st.integers(1, 10_000), st.integers(1, 64))
+def test_candidates_are_multiples_within_bounds(least: int, more: int, quantum: int) -> None:
+    sizes = candidates(least, least + more, quantum)
+    assert sizes == sorted({*sizes})
+    assert all(size % quantum == 0 or size == quantum for size in sizes)
+
+
+# ---- tune.json
+
+
+def test_results_are_reused_under_the_same_conditions_only(tmp_path: Path) -> None:
+    Results(tmp_path).put("noise", {"scale": 3.0}, {"world": 1})
+    again = Results(tmp_path)
+    again.read()
+    found = again.get("noise", {"world": 1})
+    assert found is not None
+    assert found["scale"] == 3.0
+    assert again.get("noise", {"world": 2}) is None
+    assert again.get("speed", {"world": 1}) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"noise": 3}', "{", '{"noise": {"a": NaN}}'])
+def test_a_damaged_file_is_rejected_with_a_fix(tmp_path: Path, content: str) -> None:
+    results = Results(tmp_path)
+    results.folder.mkdir()
+    results.file.write_text(content)
+    with pytest.raises(UserError, match=r"tune\.json is damaged.*remove it"):
+        results.read()
