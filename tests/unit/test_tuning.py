@@ -63,10 +63,8 @@ def test_a_longest_step_leaves_no_way_for_a_large_batch() -> None:
 
 
 def test_the_knee_is_the_smallest_size_that_is_nearly_as_fast() -> None:
-    flat = Speed(
-        1, (Timed(8, 0.0, 2.0, 0.0), Timed(16, 0.0, 2.0, 0.0), Timed(32, 0.0, 3.9, 0.0), Timed(64, 0.0, 7.9, 0.0))
-    )
-    assert flat.knee.per_gpu == 16
+    times = {8: 2.0, 16: 2.0, 32: 3.9, 64: 7.9}
+    assert Speed(1, tuple(Timed(size, 0.0, ms, 0.0) for size, ms in times.items())).knee.per_gpu == 16
 
 
 @pytest.mark.parametrize(
@@ -90,10 +88,9 @@ def linear(size: int) -> float:
 
 
 def asked(witnesses: list[Witness], **changes: Any) -> Any:
-    usual: dict[str, Any] = {
-        "batch": 64, "samples": 64_000, "witnesses": witnesses, "speed": speed(), "sizes": candidates(8, 4096), "lr": linear,
-    }  # fmt: skip
-    return recommend(**(usual | changes))
+    sizes = candidates(8, 4096)
+    usual: dict[str, Any] = {"batch": 64, "samples": 64_000, "speed": speed(), "sizes": sizes, "lr": linear}
+    return recommend(witnesses=witnesses, **(usual | changes))
 
 
 @pytest.mark.parametrize("critical", [10.0, 100.0, 1000.0])
