@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.tuning.spread import student
 
+Array = npt.NDArray[np.float64]
+Points = tuple[tuple[float, float], ...]
+
 FEWEST = 3  # batches for two parameters
 FOR_POWER = 6  # batches from which the sharpness of the bend is fitted, too
-POWERS = tuple(0.5 * 2 ** (i / 8) for i in range(27))  # 0.5 to 4.8
+POWERS = 0.5 * 2 ** (np.arange(27) / 8)  # 0.5 to 4.8
 BEYOND = 1000.0  # the critical batch is searched up to this factor outside of the batches
 GRID = 1200
+LARGEST = 1e50  # numbers beyond it are taken for mistakes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,8 @@ class Fit:
         batches: how many it is from.
         power: p; 1 unless there are six batches or more.
         note: why there is no critical batch; "" if there is one.
+        points: batches and their samples, in order of the batch.
+        plain: the fit with p = 1 where this one has another p; None where it is p = 1 itself.
     """
 
     least: float | None
@@ -35,68 +47,167 @@ class Fit:
     batches: int
     power: float = 1.0
     note: str = ""
+    points: Points = ()
+    plain: Fit | None = None
 
     def predict(self, batch: float) -> float | None:
         """Return the samples that ``batch`` needs to the target; None without a critical batch."""
         if self.least is None or self.critical_batch is None:
             return None
-        return self.least * _growth(batch, self.critical_batch, self.power)
+        return self.least * math.exp(float(_growth(np.float64(batch), self.critical_batch, self.power)))
+
+    def expected(self, batch: float) -> tuple[float, float] | None:
+        """Return the 95 % interval of the samples that one more run at ``batch`` would take; None without a fit.
+
+        It has every outcome that, as one more point, could be fitted without the fit to all points getting
+        significantly worse than that to the measured ones. For a straight line this is the usual prediction interval.
+        It assumes that the law holds and that errors are relative and equal.
+        """
+        if self.critical_batch is None:
+            return None
+        profile = _profile(self.points, sharp=self.plain is not None)
+        spare = profile.allowed - profile.errors
+        centres = profile.levels + _growth(np.float64(batch), profile.criticals, profile.powers[:, None])
+        n = len(self.points)
+        halves = np.sqrt(np.maximum(spare, 0) * (n + 1) / n)
+        low, high = (centres - halves)[spare >= 0].min(), (centres + halves)[spare >= 0].max()
+        return float(np.exp(low)), float(np.exp(high))
+
+
+class Estimate(NamedTuple):
+    """A predicted number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Estimate:
+        return Estimate(*(one * factor for one in self))
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a target is predicted to take at one batch.
+
+    Attributes:
+        steps: samples / batch; ``seconds``: samples / speed; None where no speed was measured.
+        efficiency: E_min / samples, the share of the samples that a small batch would need.
+    """
+
+    batch: float
+    samples: Estimate
+    steps: Estimate
+    seconds: Estimate | None
+    efficiency: float
+
+
+class SpeedCurve:
+    """Samples per second by batch: between measured batches interpolated in their logarithms, never beyond them."""
+
+    def __init__(self, measured: Iterable[tuple[float, float]]) -> None:
+        """Take pairs of a batch and its samples per second; pairs without positive, finite numbers are left out."""
+        known = [(batch, speed) for batch, speed in measured if 0 < batch <= LARGEST and 0 < speed <= LARGEST]
+        self.points = sorted(known)
+
+    def at(self, batch: float) -> float | None:
+        """Return the samples per second at ``batch``; None if it is outside of the measured batches."""
+        if not self.points or not self.points[0][0] <= batch <= self.points[-1][0]:
+            return None
+        batches, speeds = np.log(self.points).T
+        return float(np.exp(np.interp(math.log(batch), batches, speeds)))
+
+
+def forecast(fitted: Fit, batch: float, speed: SpeedCurve | None = None) -> Forecast | None:
+    """Return what the target is predicted to take at ``batch``; None if the fit has no critical batch."""
+    samples, interval = fitted.predict(batch), fitted.expected(batch)
+    if samples is None or interval is None or fitted.least is None:
+        return None
+    found = Estimate(samples, *interval)
+    rate = speed.at(batch) if speed else None
+    return Forecast(batch, found, found.times(1 / batch), found.times(1 / rate) if rate else None,
+                    fitted.least / samples)  # fmt: skip
 
 
 def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
-    """Fit E(B) = E_min·(1 + (B/B_crit)^p)^(1/p) by least squares of log E; p = 1 for fewer than six batches.
+    """Fit E(B) = E_min·(1 + (B/B_crit)^p)^(1/p) by least squares of log E.
+
+    With six batches or more p is fitted, too, and ``plain`` has the fit with p = 1. With fewer p is 1.
 
     Args:
-        batches: distinct global batches, in samples.
-        samples_to_target: the samples that each of them took to one target.
+        batches: global batches, in samples; a batch that was measured several times may be repeated.
+        samples_to_target: what each of them took to one target: samples, or any other unit of data, such as epochs.
 
     Returns:
         A fit without critical batch, and with the reason, if there are fewer than three batches or if the samples
         don't bend: they allow any critical batch above, or below, all of the batches.
 
+    Raises:
+        UserError: a number isn't positive and finite.
+
     Source: McCandlish et al. 2018, arXiv:1812.06162, eq. 5.1, for p = 1.
     """
-    points = sorted(zip(batches, samples_to_target, strict=True))
-    if len({batch for batch, _ in points}) < FEWEST:
-        problem = f"{counted(len(points), 'batch', 'batches')} reached the target, and a fit needs {FEWEST}"
-        return Fit(None, None, (None, None), len(points), note=problem)
-    low, high = points[0][0] / BEYOND, points[-1][0] * BEYOND
-    grid = [low * (high / low) ** (i / GRID) for i in range(GRID + 1)]
-    powers = POWERS if len(points) >= FOR_POWER else (1.0,)
-    errors, power = {}, {}
-    for critical in grid:
-        tried = {p: _error(points, critical, p) for p in powers}
-        power[critical] = min(tried, key=tried.__getitem__)
-        errors[critical] = tried[power[critical]]
-    best = min(grid, key=errors.__getitem__)
-    freedom = len(points) - (2 if len(powers) == 1 else 3)
-    allowed = errors[best] * (1 + student(freedom) ** 2 / freedom) + 1e-12
-    inside = [critical for critical in grid if errors[critical] <= allowed]
-    bounds = (inside[0] if inside[0] > grid[0] else None, inside[-1] if inside[-1] < grid[-1] else None)
-    if bounds[1] is None:
+    points = tuple(sorted(zip(map(float, batches), map(float, samples_to_target), strict=True)))
+    for batch, samples in points:
+        if not (0 < batch <= LARGEST and 0 < samples <= LARGEST):
+            problem = f"batch {batch:g} took {samples:g} to the target"
+            raise UserError(problem, f"both must be positive numbers up to {LARGEST:g}")
+    n = len({batch for batch, _ in points})
+    if n < FEWEST:
+        problem = f"{counted(n, 'batch', 'batches')} reached the target, and a fit needs {FEWEST}"
+        return Fit(None, None, (None, None), n, note=problem, points=points)
+    plain = _fit(points, n, None)
+    return plain if n < FOR_POWER else _fit(points, n, plain)
+
+
+def _fit(points: Points, n: int, plain: Fit | None) -> Fit:
+    """Return the fit with p = 1, or with any p beside the one with p = 1."""
+    profile = _profile(points, sharp=plain is not None)
+    row, column = np.unravel_index(profile.errors.argmin(), profile.errors.shape)
+    inside = np.flatnonzero((profile.errors <= profile.allowed).any(axis=0))
+    low, high = (None if at in (0, GRID) else float(profile.criticals[at]) for at in (inside[0], inside[-1]))
+    power, smallest = float(profile.powers[row]), points[0][0]
+    if high is None:
         straight = "scatter too much to show it"
-        if bounds[0]:
-            tells = bounds[0] >= points[0][0]  # a bound below all batches says nothing
-            then = f"it may be {bounds[0]:.3g} or more" if tells else "larger batches would tell"
-            straight = f"don't bend: {then}"
-        return Fit(None, None, bounds, len(points), note=f"the samples to the target {straight}")
-    if bounds[0] is None:
-        steep = f"grow in proportion to the batch: it is {bounds[1]:.3g} or less"
-        return Fit(None, None, bounds, len(points), note=f"the samples to the target {steep}")
-    least = math.exp(_level(points, best, power[best]))
-    return Fit(least, best, bounds, len(points), power[best])
+        if low:
+            tells = low >= smallest  # a bound below all batches says nothing
+            straight = f"don't bend: {f'it may be {low:.3g} or more' if tells else 'larger batches would tell'}"
+        return Fit(None, None, (low, high), n, power, f"the samples to the target {straight}", points, plain)
+    if low is None:
+        steep = f"grow in proportion to the batch: it is {high:.3g} or less"
+        return Fit(None, None, (low, high), n, power, f"the samples to the target {steep}", points, plain)
+    critical, least = float(profile.criticals[column]), math.exp(profile.levels[row, column])
+    return Fit(least, critical, (low, high), n, power, "", points, plain)
 
 
-def _growth(batch: float, critical: float, power: float) -> float:
-    return float((1 + (batch / critical) ** power) ** (1 / power))
+class _Profile(NamedTuple):
+    """The sum of squared errors of log E for each p and critical batch, with the E_min that fits best.
+
+    Attributes:
+        powers [p], criticals [c]: what is tried; ``levels`` [p, c]: log E_min; ``errors`` [p, c].
+        allowed: the largest error that isn't significantly worse than the least one.
+    """
+
+    powers: Array
+    criticals: Array
+    levels: Array
+    errors: Array
+    allowed: float
 
 
-def _level(points: Sequence[tuple[float, float]], critical: float, power: float) -> float:
-    """Return the log of E_min that fits best for this critical batch."""
-    return sum(math.log(samples / _growth(batch, critical, power)) for batch, samples in points) / len(points)
+@lru_cache(maxsize=4)
+def _profile(points: Points, sharp: bool) -> _Profile:
+    """Return the profile for p = 1, or if ``sharp`` for many p."""
+    batches, samples = np.array(points).T
+    powers = POWERS if sharp else np.ones(1)
+    criticals = np.geomspace(batches.min() / BEYOND, batches.max() * BEYOND, GRID + 1)
+    rest = np.log(samples) - _growth(batches, criticals[:, None], powers[:, None, None])
+    levels = rest.mean(-1)
+    errors = ((rest - levels[..., None]) ** 2).sum(-1)
+    freedom = len(points) - (3 if sharp else 2)
+    allowed = float(errors.min()) * (1 + student(freedom) ** 2 / freedom) + 1e-12
+    return _Profile(powers, criticals, levels, errors, allowed)
 
 
-def _error(points: Sequence[tuple[float, float]], critical: float, power: float) -> float:
-    """Return the sum of squared errors of log E."""
-    level = _level(points, critical, power)
-    return sum((math.log(samples / _growth(batch, critical, power)) - level) ** 2 for batch, samples in points)
+def _growth(batch: Array | np.float64, critical: Array | float, power: Array | float) -> Array:
+    """Return log (1 + (B/B_crit)^p)^(1/p)."""
+    return np.asarray(np.logaddexp(0, power * (np.log(batch) - np.log(critical))) / power)

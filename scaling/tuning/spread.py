@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 SHARE = 0.975  # quantile that bounds a two-sided 95 % interval
 
@@ -51,6 +52,7 @@ def alike(one: Spread, other: Spread) -> bool:
     return half is not None and abs(one.mean - other.mean) <= half
 
 
+@cache
 def student(freedom: float) -> float:
     """Return the 0.975 quantile of Student's t distribution.
 

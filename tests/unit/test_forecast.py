@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
-from isobatch.scaling.tuning.forecast import Fit, fit
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.tuning.forecast import Fit, SpeedCurve, fit, forecast
+from isobatch.scaling.tuning.quadratic import Optimizer, Quadratic
 from isobatch.scaling.tuning.spread import Spread, half_width, student
 
 
@@ -43,6 +46,37 @@ def test_published_results_have_a_critical_batch_within_its_interval(name: str) 
     assert all(one == pytest.approx(other, rel=0.2) for one, other in zip(predicted, samples, strict=True))
 
 
+def test_a_point_that_was_left_out_is_predicted_within_its_interval() -> None:
+    """Of the five ResNet-50 results, each is within 10 % of what the other four predict."""
+    batches, samples, _ = PUBLISHED["ResNet-50, LARS"]
+    for place, (batch, took) in enumerate(zip(batches, samples, strict=True)):
+        rest = fit(batches[:place] + batches[place + 1 :], samples[:place] + samples[place + 1 :])
+        low, high = rest.expected(batch) or (math.inf, 0)
+        assert low < took < high
+        assert rest.predict(batch) == pytest.approx(took, rel=0.1)
+
+
+def test_three_of_the_four_points_of_bert_are_too_few() -> None:
+    batches, samples, _ = PUBLISHED["BERT, LAMB"]
+    for place in range(4):
+        rest = fit(batches[:place] + batches[place + 1 :], samples[:place] + samples[place + 1 :])
+        assert (rest.critical_batch, rest.predict(32768), rest.expected(32768)) == (None, None, None)
+        assert rest.note
+
+
+@pytest.mark.parametrize("optimizer", [Optimizer(), Optimizer(0.9), Optimizer(0.9, nesterov=True)])
+def test_the_critical_batch_of_a_simulated_curve_is_found(optimizer: Optimizer) -> None:
+    """The law isn't exact there; the fit finds E_min/S_min within 25 %, and the samples at 4 times the batch, too."""
+    model = Quadratic.power_law(40)
+    target = 0.1 * float(model.loss(model.start))
+    batches = [2**i for i in range(1, 9)]
+    reached = model.samples_to(target, [*batches, 1024], optimizer)
+    samples = [one.samples if one else math.nan for one in reached]
+    found = fit(batches, samples[:-1])
+    assert found.critical_batch == pytest.approx(model.critical_batch(target, optimizer), rel=0.25)
+    assert found.predict(1024) == pytest.approx(samples[-1], rel=0.25)
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     noise, batches, inside = random.Random(0), [16, 64, 256, 1024], 0
     for _ in range(200):
@@ -53,9 +87,62 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(
+    ("batches", "power", "at"),
+    [([16, 64, 256, 1024], 1.0, 64), ([16, 64, 256, 1024], 1.0, 4096), ([16, 32, 64, 128, 256, 512], 2.0, 2048)],
+)
+def test_predicted_intervals_hold_one_more_run_as_often_as_they_say(batches: list[int], power: float, at: int) -> None:
+    noise, inside, widths = random.Random(0), 0, []
+    for _ in range(50):
+        samples = [law(batch, 1000, 200, power) * math.exp(noise.gauss(0, 0.03)) for batch in batches]
+        low, high = fit(batches, samples).expected(at) or (math.inf, 0.0)
+        inside += low <= law(at, 1000, 200, power) * math.exp(noise.gauss(0, 0.03)) <= high
+        widths.append(high / low)
+    assert inside >= 43  # 47.5 of 50 ± 3 standard deviations of 1.5
+    assert statistics.median(widths) < 2
+
+
+def test_a_forecast_by_hand() -> None:
+    """At the critical batch, p = 1, a target takes 2·E_min samples, so E_min/B_crit·2 steps, at an efficiency of ½."""
+    found = fit([10, 40, 160, 640], [law(batch, 1000, 80) for batch in (10, 40, 160, 640)])
+    critical = found.critical_batch or 0
+    made = forecast(found, critical, SpeedCurve([(40, 100.0), (160, 400.0)]))
+    assert made and made.seconds  # noqa: PT018
+    assert made.samples.value == pytest.approx(2000, rel=0.02)
+    assert made.steps.value == pytest.approx(made.samples.value / critical)
+    assert made.seconds.value == pytest.approx(made.samples.value / (100 * critical / 40))
+    assert made.efficiency == pytest.approx(0.5, rel=1e-6)
+    assert made.samples.low <= made.samples.value <= made.samples.high
+
+
+def test_speed_is_interpolated_and_never_extrapolated() -> None:
+    curve = SpeedCurve([(64, 100.0), (256, 400.0), (16, 100.0), (1024, math.nan), (0, 5.0), (2048, -1.0)])
+    assert [curve.at(batch) for batch in (15.9, 256.1, 1024)] == [None, None, None]
+    assert [curve.at(batch) for batch in (16, 32, 64, 128, 256)] == pytest.approx([100, 100, 100, 200, 400])
+    assert SpeedCurve([]).at(64) is None
+    exact = fit([10, 40, 160], [law(batch, 1000, 80) for batch in (10, 40, 160)])
+    beyond = forecast(exact, 2048, curve)
+    assert beyond
+    assert beyond.seconds is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "samples"),
+    [([0, 1, 2], [1, 2, 3]), ([1, 2, 3], [1, -2, 3]), ([1, 2, math.nan], [1, 2, 3]), ([1, 2, 4], [1, math.inf, 3]),
+     ([1, 2, 1e60], [1, 2, 3])],
+)  # fmt: skip
+def test_impossible_numbers_are_rejected(batches: list[float], samples: list[float]) -> None:
+    with pytest.raises(UserError, match="positive"):
+        fit(batches, samples)
+
+
+@pytest.mark.parametrize(
     ("batches", "samples", "named"),
     [
         ([], [], "0 batches"),
+        ([16, 16, 64], [100, 110, 150], "2 batches"),
+        ([1, 2, 4], [300, 200, 100], "scatter"),
+        ([16, 64, 256, 1024], [100.0, 5.0, 700.0, 3.0], "scatter"),
+        ([1e-50, 1, 1e50], [1e-50, 1, 1e50], "in proportion"),
         ([16, 64], [100, 150], "2 batches"),
         ([16, 64, 256], [100.0, 101.0, 99.0], "don't bend"),
         ([32, 64, 128], [100.0, 100.0, 120.0], "larger batches would tell"),
@@ -83,8 +170,25 @@ def test_points_that_hardly_bend_bound_the_critical_batch_on_one_side() -> None:
 def test_six_points_of_a_sharp_bend_need_the_power() -> None:
     batches = [16, 32, 64, 128, 256, 512]
     sharp = [law(batch, 1000, 100, 4.0) for batch in batches]
-    assert fit(batches, sharp).power > 2.5
-    assert fit(batches[:5], sharp[:5]).power == 1
+    found = fit(batches, sharp)
+    assert found.power > 2.5
+    assert found.plain
+    assert (found.plain.power, found.plain.plain) == (1, None)
+    assert abs(found.plain.predict(128) / sharp[3] - 1) > 5 * abs(found.predict(128) / sharp[3] - 1)  # type: ignore[operator]
+    few = fit(batches[:5], sharp[:5])
+    assert (few.power, few.plain) == (1, None)
+
+
+def test_repeated_batches_count_once_as_batches_and_each_as_a_point() -> None:
+    once = fit([16, 64, 256], [law(batch, 1000, 80) * wrong for batch, wrong in ((16, 1.05), (64, 1.0), (256, 1.05))])
+    batches = [16, 16, 64, 64, 256, 256]
+    twice = fit(batches, [law(batch, 1000, 80) * wrong for batch, wrong in zip(batches, [1.05, 1] * 3, strict=True)])
+    assert (twice.batches, len(twice.points), twice.power) == (3, 6, 1)
+    widths = [(high or math.inf) / (low or 1e-9) for low, high in (once.interval, twice.interval)]
+    assert widths[1] < widths[0]
+
+
+def test_a_fit_without_points_predicts_nothing() -> None:
     assert Fit(None, None, (None, None), 0).predict(3) is None
 
 
