@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tasks.task import make_model
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.tuning.progress import Progress
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -111,14 +112,14 @@ class Bench:
         opened: the task, its data, and the run's plan.
         stream: keys the random numbers of a forward.
         validation: the validation data; None if the task has none.
-        say: prints a line of progress on rank 0.
+        progress: shows intermediate results on rank 0.
     """
 
     session: Session
     opened: Opened
     stream: Stream
     validation: Validation | None
-    say: Callable[[str], None]
+    progress: Progress
     config: RunConfig = field(init=False)
 
     def __post_init__(self) -> None:
@@ -194,6 +195,10 @@ class Bench:
             return None
         lengths = Lengths(plan.segments, plan.train_samples, plan.units_per_sample, plan.samples)
         return lengths.samples("tune.samples=", wanted)
+
+    def say(self, text: str, share: float | None = None) -> None:
+        """Show an intermediate result; ``share``: of the part that is done."""
+        self.progress.say(text, share)
 
     def refuse_stop(self) -> None:
         """Raise Interrupted on all ranks if any rank was asked to stop; all ranks call it."""

@@ -32,9 +32,7 @@ def measure(bench: Bench, samples: int | None = None) -> dict[str, Any]:
             if step.stop * COURSE // end > step.start * COURSE // end:
                 scale = noise.scale()
                 course.append({"samples": step.stop, "loss": float(total.loss) / float(total.units), **values(noise)})
-                bench.say(
-                    f"noise  {step.stop:,} samples: " + (f"{scale.scale:,.0f} samples" if scale else "not yet known")
-                )
+                bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", step.stop / end)
     return {**values(noise), "samples": end, "measurements": noise.count, "course": course}
 
 

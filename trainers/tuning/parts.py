@@ -44,3 +44,41 @@ SAYS = {
     "lr": "raising the learning rate until training diverges",
     "sharpness": "measuring the curvature of the loss",
 }
+
+
+def tell(part: str, found: Mapping[str, Any]) -> str:
+    """Return a sentence with the result of a part."""
+    return TELLS[part](found)
+
+
+def _tell_speed(found: Mapping[str, Any]) -> str:
+    sizes = {row["per_gpu"]: row for row in found["sizes"]}
+    knee, best = sizes[found["knee"]], max(sizes.values(), key=lambda row: row["samples_per_s"])
+    advice = {
+        "data": f"; bound by data: ranks wait {knee['data_wait']:.0%} of a step, so give data.workers more processes",
+        "communication": f"; bound by communication: {knee['fixed_ms']:.3g} of {knee['step_ms']:.3g} ms aren't passes, "
+        "so accumulation pays",
+        "compute": "",
+    }
+    fastest = f"{best['samples_per_s']:,.0f} samples/s at {best['per_gpu']:,} per GPU"
+    if knee is best:
+        return f"{fastest}{advice[found['bound']]}"
+    return f"{fastest}; {knee['per_gpu']:,} per GPU is within 5 % of it{advice[found['bound']]}"
+
+
+def _tell_noise(found: Mapping[str, Any]) -> str:
+    count = found["measurements"]
+    if found["scale"] is None:
+        return f"not yet known after {count} measurements: the gradient's mean is lost in its noise; give tune.samples"
+    return f"{found['scale']:,.0f} samples [{found['low']:,.0f}, {found['high']:,.0f}] after {count} measurements"
+
+
+def _tell_law(found: Mapping[str, Any]) -> str:
+    return f"a batch of {found['batch']:,.0f} samples: {found['why']}"
+
+
+TELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "speed": _tell_speed,
+    "noise": _tell_noise,
+    "law": _tell_law,
+}

@@ -10,8 +10,8 @@ import torch
 from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time
 from isobatch.trainers.tuning.bench import Bench, Trial
 
-WARM_UP = 2  # steps that are slower than others, since they allocate and compile
-LEAST, MOST, ENOUGH_S = 3, 20, 0.2  # steps of a measurement, and the time from which they suffice
+WARM_UP = 1  # step that is slower than others, since it allocates and compiles
+LEAST, MOST, ENOUGH_S = 2, 20, 0.2  # steps of a measurement, and the time from which they suffice
 ROUNDS = 2  # measurements of each size, apart in time, since a machine has slow moments
 
 
@@ -26,7 +26,7 @@ def measure(bench: Bench, most: int) -> Speed:
         for size in sizes_to_time(most, granule):
             timed.append(time_size(trial, size))
             speed = Speed(world.size, tuple(timed))
-            bench.say(f"speed  {size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
+            bench.say(f"{size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
             best = max(map(speed.samples_per_s, timed))
             if len(timed) > 2 and all(speed.samples_per_s(one) < (1 - KNEE) * best for one in timed[-2:]):
                 break

@@ -22,6 +22,7 @@ from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tuning import parts
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
+from isobatch.trainers.tuning.progress import Progress
 from isobatch.trainers.tuning.recommend import recommended, summary
 
 
@@ -84,23 +85,25 @@ def open_bench(session: Session) -> Bench | None:
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
     stream = Stream(config.seed, world.device, lambda reason: None, lambda reason: None)
-    return Bench(session, opened, stream, validation, say if world.rank == 0 else lambda text: None)
+    return Bench(session, opened, stream, validation, Progress(shown=world.rank == 0, live=not config.debug))
 
 
 def measured(bench: Bench, results: Results) -> bool:
     """Measure each part that isn't stored yet, and recommend; return False on all ranks if any was asked to stop."""
     rank = bench.session.world.rank
     try:
-        for part in (part for part in parts.ORDER if part in bench.config.tune.parts):
-            conditions = conditions_of(bench, part)
-            if results.get(part, conditions) is not None:
-                bench.say(f"{part}: measured before, in {results.file}")
-                continue
-            bench.say(f"{part}: {parts.SAYS[part]} …")
-            found = bench.agree(parts.MEASURE[part](bench, results.parts))
-            results.parts[part] = found
-            if rank == 0:
-                results.put(part, found, conditions)
+        with bench.progress as progress:
+            for part in (part for part in parts.ORDER if part in bench.config.tune.parts):
+                conditions = conditions_of(bench, part)
+                if results.get(part, conditions) is not None:
+                    progress.tell(f"{part}: measured before, in {results.file}")
+                    continue
+                progress.part(part, parts.SAYS[part])
+                found = bench.agree(parts.MEASURE[part](bench, results.parts))
+                results.parts[part] = found
+                progress.tell(f"{part}: {parts.tell(part, found)}")
+                if rank == 0:
+                    results.put(part, found, conditions)
     except Interrupted:
         return False
     recommendation = recommended(bench, results.parts)
