@@ -103,7 +103,7 @@ def summary(parts: Parts) -> str:
     rows = found["predictions"]
     marks = {found["global_size"]: "← recommended"}
     for other in found["alternatives"]:
-        marks.setdefault(other["global_size"], "← fewest samples")
+        marks.setdefault(other["global_size"], "← few samples")
     step = max(1, len(rows) // SHOWN)
     shown = [row for index, row in enumerate(rows) if index % step == 0 or row["global_size"] in marks]
     table = grid([{**_cells(row), "": marks.get(row["global_size"], "")} for row in shown])

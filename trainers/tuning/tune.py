@@ -12,6 +12,7 @@ from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import answer, say
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.tuning import write_picture
 from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
@@ -51,6 +52,9 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
             say("stopped (the same command resumes)", sys.stderr)
         return Outcome("stopped", stop_signal(session.stop, world), 0, 0, attempt, restarts())
     if world.rank == 0:
+        missing = write_picture(results.folder, results.parts)
+        if missing:
+            say(f"warning: {missing}", sys.stderr)
         answer(results.json() if as_json else f"{summary(results.parts)}\n\nwritten to {results.file}")
     return Outcome("finished", "", 0, 0, attempt, restarts())
 

@@ -1,0 +1,84 @@
+"""Draw the results of action=tune. Torch-free; matplotlib is imported on use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.scaling.limits import one_line
+from isobatch.scaling.report.compare.picture import Curve, Panel, Picture
+from isobatch.scaling.report.compare.plots import draw
+
+NAME = "tune"
+Part = Mapping[str, Any]
+
+
+def write_picture(folder: Path, parts: Mapping[str, Part]) -> str:
+    """Write ``tune.png`` and ``tune.svg`` to ``folder``; return why they are missing, or "".
+
+    Raises:
+        OSError: the folder can't be written to.
+    """
+    if (picture := picture_of(parts)) is None:
+        return ""
+    try:
+        files = draw(picture, ())
+    except ImportError:
+        return "matplotlib isn't installed, so there is no plot: pip install 'isobatch[report]'"
+    except Exception as error:  # the results matter more than their picture
+        return f"the plot can't be drawn: {type(error).__name__}: {one_line(str(error)):.200}"
+    for suffix, content in files.items():
+        write_atomic(folder / f"{NAME}.{suffix}", content)
+    return ""
+
+
+def picture_of(parts: Mapping[str, Part]) -> Picture | None:
+    """Return the picture of the parts that have curves; None if none has any."""
+    panels = [panel for name, make in PANELS.items() if name in parts for panel in make(parts[name])]
+    if not panels:
+        return None
+    return Picture(NAME, "Which batch", "What action=tune has measured, and what it predicts.", panels)
+
+
+def _speed(part: Part) -> list[Panel]:
+    sizes = [row["per_gpu"] for row in part["sizes"]]
+    rates = [row["samples_per_s"] for row in part["sizes"]]
+    curves = [_line(sizes, rates, "speed", kind="both"), _mark(part["knee"], sizes, rates, "smallest within 5 %")]
+    return [Panel("Speed", "samples per GPU and pass", "samples per second", True, True, curves)]
+
+
+def _noise(part: Part) -> list[Panel]:
+    course = [row for row in part["course"] if row["scale"] is not None]
+    if not course:
+        return []
+    samples = [row["samples"] for row in course]
+    curves = [_line(samples, [row["scale"] for row in course], "noise scale", kind="both")]
+    curves += [_line(samples, [row[bound] for row in course], f"95 %, {bound}", dash=1) for bound in ("low", "high")]
+    return [Panel("Gradient noise scale", "samples trained", "samples", False, True, curves)]
+
+
+def _recommendation(part: Part) -> list[Panel]:
+    rows, panels = part["predictions"], []
+    for name, title in (("samples", "Predicted samples to the target"), ("seconds", "Predicted seconds to the target")):
+        known = [row for row in rows if row[name] is not None]
+        if not known:
+            continue
+        sizes, values = [row["global_size"] for row in known], [row[name] for row in known]
+        curves = [_line(sizes, values, name, kind="both"), _mark(part["global_size"], sizes, values, "recommended")]
+        curves += [_mark(one["global_size"], sizes, values, "few samples", 2) for one in part["alternatives"]]
+        panels.append(Panel(title, "global batch", name, True, True, curves))
+    return panels
+
+
+PANELS = {"speed": _speed, "noise": _noise, "recommendation": _recommendation}
+
+
+def _line(x: Sequence[float], y: Sequence[float], name: str, kind: Any = "line", dash: int = 0) -> Curve:
+    return Curve(list(x), list(y), name, None, kind=kind, dash=dash)
+
+
+def _mark(x: float, sizes: Sequence[float], values: Sequence[float], text: str, dash: int = 1) -> Curve:
+    """Return a point with a text beside it, at ``x``, one of ``sizes``."""
+    return Curve([x], [values[list(sizes).index(x)]], text, None, kind="points", texts=[text], dash=dash)
