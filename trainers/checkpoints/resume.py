@@ -165,6 +165,17 @@ def refuse_misfit(
         raise Damaged(f"it belongs to another run ({header.identity}, duration={header.duration}, not {current})")
     if header.plan.seed != config.seed:
         raise Damaged(f"its plan has seed={header.plan.seed}, but the run has {config.seed}")
+    refuse_other_tensors(checkpoint, engine, groups, own=config.optimizer.name == "custom")
+
+
+def refuse_other_tensors(
+    checkpoint: Checkpoint, engine: Engine, groups: Sequence[Mapping[str, Any]], *, own: bool
+) -> None:
+    """Raise Damaged if a checkpoint's tensors don't fit the model or the optimizer's ``groups``.
+
+    Args:
+        own: the optimizer is the user's own, so the shapes of its state aren't known.
+    """
     layout, stored = engine.layout(), checkpoint.tensors
     for name, (dtype, shape) in layout.items():
         if name not in stored:
@@ -172,7 +183,6 @@ def refuse_misfit(
         saved_kind = DTYPES[stored[name].dtype], stored[name].shape
         if saved_kind != (dtype, shape):
             raise Damaged(f"{name} is {_kind(*saved_kind)}, but {_kind(dtype, shape)} in the model")
-    own = config.optimizer.name == "custom"
     left = {name for name in stored.keys() - layout.keys() if not _is_version(name, stored, layout)}
     for name in (*left, *(checkpoint.values.keys() - {GROUPS, MORE})):
         kind, _, rest = name.partition("/")

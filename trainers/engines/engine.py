@@ -36,7 +36,7 @@ class Engine:
     Attributes:
         model: the unwrapped model.
         average: the moving average of the weights, or None.
-        layout, slices, values, whole, eval_weights: see State.
+        layout, slices, values, whole, eval_weights, new_average: see State.
         lockstep: the forward communicates, so every rank runs the same number of forwards. A rank without samples
             runs a stand-in with other samples.
     """
@@ -63,7 +63,7 @@ class Engine:
         self._begun = self._stepped = False
         self._state = state = State(parts, reducer, self._loss_scale, ema)
         self.average, self.layout, self.slices, self.values = state.average, state.layout, state.slices, state.values
-        self.whole, self.eval_weights = state.whole, state.eval_weights
+        self.whole, self.eval_weights, self.new_average = state.whole, state.eval_weights, state.new_average
         self._keep_buffers()
 
     # ---- a pass

@@ -30,7 +30,7 @@ class State:
         self._has_modes = all(map(callable, modes))
         if self._has_modes:
             self._optimizer.train()  # type: ignore[attr-defined]  # some start in eval mode
-        self.average = Average(self._trained(), self._storage.refresh) if ema else None
+        self.average = self.new_average() if ema else None
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
@@ -47,6 +47,10 @@ class State:
                 yield
             finally:
                 self._optimizer.train()
+
+    def new_average(self) -> Average:
+        """Return another moving average of the trained parameters, which starts at the current ones."""
+        return Average(self._trained(), self._storage.refresh)
 
     def share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0."""

@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan, Step
 from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.resolve import resolve
+from isobatch.trainers.checkpoints.resume import refuse_other_tensors
 from isobatch.trainers.checkpoints.weights import initialise
 from isobatch.trainers.data.loader import Loader
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.data.validation import Validation
 from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine
+from isobatch.trainers.engines.state import Average
 from isobatch.trainers.engines.step_report import Requests, Total, Update
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.fit import Stepper
@@ -35,7 +38,7 @@ from isobatch.trainers.model.randomness import Stream, generators_kept, seed_gen
 from isobatch.trainers.optim.state_io import GROUPS
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tasks.task import make_model
-from isobatch.trainers.tensors.manifest import Checkpoint
+from isobatch.trainers.tensors.manifest import Checkpoint, Damaged
 from isobatch.trainers.tensors.slices import Reader
 from isobatch.trainers.tuning.progress import Progress
 
@@ -95,10 +98,16 @@ class Trial:
         self.state = TrainState(plan)
         self.stepper = replace(self.stepper, loader=self.bench.loader(self.engine, self.state))
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the values of an evaluation, as ``val/<name>`` and ``ema/<name>``. Raises Interrupted."""
+    def evaluate(self, average: Average | None = None) -> dict[str, float]:
+        """Return the values of an evaluation, as ``val/<name>`` and ``ema/<name>``. Raises Interrupted.
+
+        Args:
+            average: evaluate only this average of the weights, as ``val/<name>``.
+        """
         assert self.evaluator is not None
-        if (values := self.evaluator.of_run()) is None:
+        evaluator = self.evaluator
+        values = evaluator.of_weights([("val", average.swapped())]) if average else evaluator.of_run()
+        if values is None:
             raise Interrupted
         return values
 
@@ -159,6 +168,7 @@ class Bench:
             engine = make_engine(config, task, model, plan.peak, world, groups)
             state = TrainState(plan)
             if checkpoint is not None:
+                refuse_other_model(checkpoint, engine, config.optimizer.name)
                 engine.restore(Reader(checkpoint, self.session.watch.beat))
                 state.samples, state.steps = checkpoint.header.samples, checkpoint.header.step
             modes.train()
@@ -216,3 +226,12 @@ class Bench:
     def agree(self, found: Any) -> Any:
         """Return rank 0's JSON value on all ranks."""
         return json.loads(self.session.world.agree(json.dumps(found)))
+
+
+def refuse_other_model(checkpoint: Checkpoint, engine: Engine, optimizer: str) -> None:
+    """Raise UserError if a checkpoint doesn't fit the model or its optimizer."""
+    try:
+        refuse_other_tensors(checkpoint, engine, engine.values()[GROUPS], own=optimizer == "custom")
+    except Damaged as error:
+        fix = "give a checkpoint of the same task, model and optimizer"
+        raise UserError(f"{checkpoint.path} can't be restored: {error}", fix, "init_from") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isobatch.trainers.tuning import law, noise, speed
+from isobatch.trainers.tuning import branch, law, noise, speed
 from isobatch.trainers.tuning.bench import Bench
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -29,10 +29,16 @@ def measure_law(bench: Bench, before: Parts) -> dict[str, Any]:
     return law.measure(bench)
 
 
+def measure_branch(bench: Bench, before: Parts) -> dict[str, Any]:
+    """Train branches of the checkpoints of ``init_from``, or of the run directory."""
+    return branch.measure(bench)
+
+
 MEASURE: dict[str, Callable[[Bench, Parts], dict[str, Any]]] = {
     "speed": measure_speed,
     "noise": measure_noise,
     "law": measure_law,
+    "branch": measure_branch,
 }
 ORDER = ("memory", "speed", "noise", "branch", "law", "lr", "sharpness")
 SAYS = {
@@ -80,5 +86,6 @@ def _tell_law(found: Mapping[str, Any]) -> str:
 TELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speed": _tell_speed,
     "noise": _tell_noise,
+    "branch": branch.tell,
     "law": _tell_law,
 }

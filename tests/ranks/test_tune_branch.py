@@ -1,0 +1,103 @@
+"""Test that branches continue a run exactly, and what is said where none can start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.automatic import configured
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tensors.manifest import read
+from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.tuning import branch
+from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.tune import open_bench
+from tests.support.harness import Run, Runs, in_ranks, session_of
+
+# BatchNorm, momentum and a decaying LR: a branch that lost one of them would differ
+TASK = (
+    "task=custom", "task._target_=tests.support.tasks.Odd", "batch.global_size=8", "batch.per_gpu=4", "duration=120st",
+    "lr.peak=0.02", "evaluate.every=null", "data.workers=0", "check.contract=false",
+)  # fmt: skip
+STEPS = (24, 48, 72, 96, 120)
+
+
+def bench_of(world: World, *overrides: str) -> Bench:
+    bench = open_bench(session_of(configured([*TASK, "action=tune", *overrides]), world))
+    assert bench
+    return bench
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in folder.rglob("*")}
+
+
+def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, tmp_path: Path) -> None:
+    """From a kept checkpoint on two ranks, the weights at the next one are the run's bit by bit."""
+    run = runs(2, *TASK, "checkpoint.keep_every=20%")
+    before = files(run.run.path)
+    start, end = (run.run.checkpoints / f"step-{step:08d}" for step in STEPS[1:3])
+
+    def body(world: World) -> Any:
+        bench = bench_of(world, f"init_from={start}")
+        plan = branch.branch_plan(branch._here(bench, read(start)), read(start).header.samples, 8)
+        with bench.trial(plan, read(start)) as trial:
+            while trial.state.samples < read(end).header.samples:
+                trial.step()
+            list(trial.engine.slices())  # shares rank 0's buffers, as a checkpoint does
+            saved, reader = read(end), Reader(read(end))
+            names = [name for name in saved.tensors if name.startswith("model/")]
+            same = [torch.equal(trial.engine.whole(name), reader.whole(name)) for name in names]
+        return same, branch.measure(bench)
+
+    (same, found), other = in_ranks(2, body, tmp_path / "ranks")
+    assert len(same) > 3
+    assert all(same)
+    assert other == [same, found]  # the same on all ranks
+    assert files(run.run.path) == before
+    (course,) = found["course"]
+    assert (course["samples"], course["batch"]) == (8 * 48, 8)
+    ran = [(one["batch"], [samples for samples, _ in one["curve"]][-1]) for one in course["branches"]]
+    assert ran == [(4, course["length"]), (8, course["length"]), (16, course["length"])]  # 8 steps of 32 are too long
+    starts = {one["curve"][0][1] for one in course["branches"]}
+    assert len(starts) == 1
+    assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["init_from={run}/checkpoints/step-00000120"], "it leaves 0 samples of the run, and a branch takes 144"),
+        (["init_from={run}", "tune.samples=100%"], "train with checkpoint.keep_every=10%"),
+        (["init_from={run}", "tune.samples=40sa"], "give tune.samples=128sa or more"),
+        (["init_from={run}/checkpoints/step-00000048", "task.args.width=9"], "can't be restored: model/"),
+        (
+            ["init_from={run}/checkpoints/step-00000048", "optimizer=adamw"],
+            "it was trained with optimizer=sgd, not adamw",
+        ),
+        (["init_from={run}/final"], "has no checkpoint, and branches need one"),
+        ([], "has none; train with checkpoint.keep_every=10%"),
+    ],
+)
+def test_what_cannot_start_a_branch_is_said(finished: Run, overrides: list[str], expected: str, tmp_path: Path) -> None:
+    bench = bench_of(World.alone(), *(text.format(run=finished.run.path) for text in overrides), f"run.dir={tmp_path}")
+    with pytest.raises(UserError) as caught:
+        branch.measure(bench)
+    assert expected in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Runs(tmp_path_factory.mktemp("runs"))(1, *TASK, "checkpoint.keep_every=20%")
+
+
+def test_checkpoints_of_a_run_are_branched_off_in_turn(finished: Run) -> None:
+    """The last two leave no room for a branch of a fifth of the run, or are at its end."""
+    bench = bench_of(World.alone(), f"init_from={finished.run.path}", "tune.samples=25%")
+    starts = branch._starts(bench)
+    assert [start.header.step for start in starts] == [24, 48, 72]

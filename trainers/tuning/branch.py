@@ -1,0 +1,255 @@
+"""Train short branches of a run's checkpoints at several batches, and tell the critical batch from their losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from isobatch.conf.identity import run_directory
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import continued
+from isobatch.scaling.report.grid import grid
+from isobatch.scaling.rules import OutOfRange
+from isobatch.scaling.schedule import Segment
+from isobatch.scaling.tuning.branch import Branch, Branching, Point, judged, overall
+from isobatch.trainers.ranks.session import raise_on_all
+from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, read, verify
+from isobatch.trainers.tensors.names import checkpoints, followed
+from isobatch.trainers.tuning.bench import Bench
+
+ALL, FEW = (1, 2, 4, 8, 16), (1, 4, 16)  # times half of the run's batch: k = ½ to 8; of one checkpoint, of several
+SHARE = 15  # percent of the run that a branch takes
+LEAST_STEPS = 8  # of a branch
+POINTS = 16  # evaluations along a branch
+# The weights are averaged because the noise of SGD, and so the loss, depends on the batch. All branches forget equally
+# fast in samples. A 32nd of a branch is long enough to average, and short enough not to lag behind the weights.
+HALF_LIVES = 32
+MOST = 3  # checkpoints, spread over the run
+TRAIN_FIRST = "train with checkpoint.keep_every=10%, then give init_from=RUN_DIRECTORY or one of its checkpoints"
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Branch off the checkpoints of ``init_from``, or of the run directory.
+
+    Raises:
+        UserError: there is no checkpoint to branch off, it doesn't fit the model or leaves no room for a branch, or
+            the task has no validation loss.
+    """
+    if bench.validation is None:
+        problem = f"tune.parts=[branch] compares validation losses, but task {bench.config.task.name} has no val_data()"
+        raise UserError(problem, "define val_data() in its class", "tune.parts")
+    starts = _starts(bench)
+    course = [branch_off(bench, start, ALL if len(starts) == 1 else FEW) for start in starts]
+    critical, interval, note = overall(course)
+    told = {"critical_batch": critical, "interval": interval, "note": note}
+    return {**told, "course": [branching.plain() for branching in course]}
+
+
+def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branching:
+    """Train and judge the branches of one checkpoint.
+
+    Args:
+        sizes: batches, as multiples of half of the run's batch.
+
+    Raises:
+        UserError: the branches would have too few steps.
+    """
+    plan, position = _here(bench, start), start.header.samples
+    batch = plan.stage_at(position).cut.global_size
+    half = max(1, batch // 2 // plan.granule) * plan.granule
+    wanted = length_of(bench, plan)
+    allowed = [size * half for size in sizes if size * half * LEAST_STEPS <= wanted]
+    if len(allowed) < 2:
+        need = half * sizes[1] * LEAST_STEPS
+        problem = (
+            f"a branch of {plan.size(wanted)} has fewer than {LEAST_STEPS} steps at a batch of {half * sizes[1]:,}"
+        )
+        raise UserError(problem, f"give tune.samples={need}sa or more", "tune.samples", bench.config.tune.samples)
+    length = wanted // allowed[-1] * allowed[-1]
+    marks = sorted({-(-length * i // POINTS // allowed[-1]) * allowed[-1] for i in range(1, POINTS + 1)})
+    branches, first = list[Branch](), None
+    for size in allowed:
+        try:
+            branched = branch_plan(plan, position, size)
+        except (OutOfRange, UserError) as error:
+            bench.say(f"step {start.header.step}: no branch at {plan.size(size)}: {error}")
+            continue
+        lr = branched.step_at(position).recipe.lr  # type: ignore[union-attr]
+        curve, finite = _train(bench, start, branched, marks, first)
+        first = curve[0]
+        branches.append(Branch(size / batch, size, lr, tuple(curve), stable=finite))
+        end = f"loss {curve[0].loss:.4g} → {curve[-1].loss:.4g}" if finite else "diverged"
+        bench.say(f"step {start.header.step}, {plan.size(size)}, lr {lr:.3g}: {end}")
+    return judged(position, length, batch, branches)
+
+
+def branch_plan(plan: Plan, position: int, size: int) -> Plan:
+    """Return the plan of a branch: from ``position`` on with a batch of ``size``, and the recipe by the run's rule.
+
+    Raises:
+        UserError: the run's batch changes with another rule than ``lr.rule``.
+        OutOfRange: the rule doesn't hold at this batch.
+    """
+    before = [segment for segment in plan.segments if segment.start_sample < position]
+    first = before[0].rule
+    rule = replace(first, fixed=tuple(part for part in first.fixed if part != "lr"))
+    if any(segment.rule != rule for segment in before[1:]):
+        problem = "the batch of this run grows without its LR following lr.rule, so the LR of a branch isn't known"
+        raise UserError(problem, "branch off a run with one batch, or with stages by lr.rule", "batch.schedule")
+    return replace(plan, segments=tuple(before)).extend(Segment(position, size, rule))
+
+
+def length_of(bench: Bench, plan: Plan) -> int:
+    """Return the samples of a branch: ``tune.samples``, or a share of the run."""
+    assert plan.samples is not None
+    return bench.samples() or -(-plan.samples * SHARE // 100)
+
+
+def _here(bench: Bench, start: Checkpoint) -> Plan:
+    """Return a checkpoint's plan on this hardware, with the per-GPU batch of the run."""
+    fresh = bench.opened.plan
+    on_it = replace(fresh, per_gpu=fresh.cut.per_gpu, accumulation=None) if fresh.numerics == "fast" else fresh
+    return continued(on_it, start.header.plan, extends=False)
+
+
+def _train(
+    bench: Bench, start: Checkpoint, plan: Plan, marks: Sequence[int], first: Point | None
+) -> tuple[list[Point], bool]:
+    """Train one branch. Return the losses of its averaged weights, and whether training stayed finite.
+
+    Args:
+        marks: samples of the branch at which it is evaluated; the last one is its length.
+        first: the loss at the start, if it is known.
+    """
+    position = start.header.samples
+    decay = 0.5 ** (plan.stage_at(position).cut.global_size * HALF_LIVES / marks[-1])
+    with bench.trial(plan, start) as trial:
+        average = trial.engine.new_average()
+
+        def loss() -> float:
+            values = trial.evaluate(average)
+            if "val/loss" not in values:
+                problem = f"branches compare val/loss, but task {plan.task} evaluates {', '.join(values) or 'nothing'}"
+                raise UserError(problem, "return it from task.evaluate, as 'loss'", "tune.parts")
+            return values["val/loss"]
+
+        curve = [first or Point(0, loss())]
+        for mark in marks:
+            while trial.state.samples < position + mark:
+                taken = trial.step()
+                assert taken is not None
+                total = taken[1]
+                if not math.isfinite(float(total.loss)):
+                    return curve, False
+                average.update(decay)
+            found = loss()
+            if not math.isfinite(found):
+                return curve, False
+            curve.append(Point(mark, found))
+    return curve, True
+
+
+# ---- checkpoints
+
+
+def _starts(bench: Bench) -> list[Checkpoint]:
+    """Return the checkpoints to branch off, the same on all ranks, at most MOST of them, spread over the run."""
+    config, world = bench.config, bench.session.world
+    source = Path(config.init_from).expanduser() if config.init_from else run_directory(config)
+    error, names = None, list[str]()
+    if world.rank == 0:
+        try:
+            names = [str(path) for path in _named(source, config.init_from)]
+        except UserError as caught:
+            error = caught
+    raise_on_all(world, error)
+    found = [_read(bench, Path(name)) for name in json.loads(world.agree(json.dumps(names)))]
+    able = [start for start in found if not _unable(bench, start)]
+    if not able:
+        reason = _unable(bench, found[-1])
+        raise UserError(
+            f"no branch starts at step {found[-1].header.step} of {source}: {reason}", TRAIN_FIRST, "init_from"
+        )
+    kept = [start for start in able if start.header.kept] or able
+    count = min(MOST, len(kept))
+    return [kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)]
+
+
+def _named(source: Path, asked: str | None) -> list[Path]:
+    """Return the paths of the checkpoints of ``init_from`` or a run directory, oldest first."""
+    if (source / NAME).exists():
+        return [followed(source)]
+    if found := checkpoints(RunDir(source)):
+        return found[::-1]
+    if asked:
+        raise UserError(f"init_from={asked} has no checkpoint, and branches need one", TRAIN_FIRST, "init_from", asked)
+    problem = f"tune.parts=[branch] needs a checkpoint of the run to branch off, and {source} has none"
+    raise UserError(problem, TRAIN_FIRST, "init_from")
+
+
+def _read(bench: Bench, path: Path) -> Checkpoint:
+    """Read and verify a checkpoint; each rank verifies a share of its files."""
+    world, reason, found = bench.session.world, "", None
+    try:
+        found = read(path)
+        verify(found, sorted(found.files)[world.rank :: world.size], bench.session.watch.beat)
+    except (Damaged, OSError) as error:
+        reason = str(error)
+    if reasons := [text for text in world.gather(reason) if text]:
+        raise UserError(f"{path} is damaged: {reasons[0]}", "give another checkpoint as init_from", "init_from")
+    assert found is not None
+    return found
+
+
+def _unable(bench: Bench, start: Checkpoint) -> str:
+    """Return why no branch can start at a checkpoint; "" if it can."""
+    header, plan, opened = start.header, start.header.plan, bench.opened.plan
+    assert plan.samples is not None
+    assert plan.schedule is not None
+    if plan.train_samples != opened.train_samples:
+        return f"its data had {plan.train_samples} samples, and has {opened.train_samples}"
+    if plan.optimizer.name != opened.optimizer.name:
+        return f"it was trained with optimizer={plan.optimizer.name}, not {opened.optimizer.name}"
+    if not header.samples:
+        return "it is the start of the run"
+    if header.samples < plan.schedule.warmup_samples:
+        return f"its warmup lasts {plan.size(plan.schedule.warmup_samples)}, which branches can't start in"
+    if header.samples + (length := length_of(bench, plan)) > plan.samples:
+        left = max(0, plan.samples - header.samples)
+        return f"it leaves {plan.size(left)} of the run, and a branch takes {plan.size(length)}"
+    return ""
+
+
+# ---- what is printed
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return the branches as a table, and what they tell."""
+    rows = [
+        {
+            "from sample": course["samples"], "k": branch["k"], "batch": branch["batch"], "LR": branch["lr"],
+            "loss": branch["curve"][-1][1] if branch["stable"] else None, "efficiency": branch["efficiency"],
+            "": "" if branch["admissible"] else "below 1/2" if branch["stable"] else "unstable",
+        }
+        for course in found["course"]
+        for branch in course["branches"]
+    ]  # fmt: skip
+    told = [f"from sample {course['samples']:,}: {_told(course)}" for course in found["course"]]
+    return "\n".join(["", grid(rows), *told])
+
+
+def _told(course: Mapping[str, Any]) -> str:
+    limit = course["lr_limit"]
+    limited = (
+        f"; the LR leaves stability at {limit:g} × the batch" if limit and "stability" not in course["note"] else ""
+    )
+    if course["critical_batch"] is None:
+        return f"critical batch not known: {course['note']}{limited}"
+    low, high = course["interval"]
+    return f"critical batch {course['critical_batch']:,.0f} (95 % interval {low:,.0f} to {high:,.0f}){limited}"
