@@ -107,9 +107,9 @@ def sweep_directories(configs: Sequence[RunConfig], swept: Sequence[Sequence[str
     for key in OF_THE_WHOLE:
         if len({attrgetter(key)(config) for config in configs}) > 1:
             raise UserError(f"{key} must be the same in the whole sweep", "give it one value", key)
-    if (action := configs[0].action) not in ("train", "plan"):
+    if (action := configs[0].action) not in ("train", "plan", "tune"):
         fix = f"give action={action} without it"
-        raise UserError("-m is a sweep of runs that are trained or planned", fix, "action", action)
+        raise UserError("-m is a sweep of runs that are trained, planned or tuned", fix, "action", action)
     every = [science(config) for config in configs]
     shared = {
         key: value

@@ -39,8 +39,9 @@ from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import row_of, table
+from isobatch.scaling.tuning.results import FOLDER
 from isobatch.trainers.launch.changes import differences
-from isobatch.trainers.launch.children import train_elements
+from isobatch.trainers.launch.children import train_elements, trained_columns, tuned_columns
 from isobatch.trainers.launch.source import commit_of, folder_of, repository_of
 from isobatch.trainers.launch.worker import import_torch
 from isobatch.trainers.ranks.session import Start
@@ -71,7 +72,9 @@ def planned(config: RunConfig, count: Count) -> Plan | None:
     The ranks make it if several processes got this command and the plan needs the length of the data, which is
     opened once each machine has prepared it.
     """
-    if isinstance(config.cluster, Slurm):
+    if config.action == "tune":
+        refuse_unless_startable(config)
+    elif isinstance(config.cluster, Slurm):
         from isobatch.slurm.submit import refuse_unless_submittable
 
         refuse_unless_submittable(config)
@@ -228,8 +231,10 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     if not any(isinstance(config.cluster, Slurm) for config in configs):
         if not any(config.cluster.environment for config in configs):
             import_torch(configs[0])  # once for all of them
-        trainings = [partial(_train_in_slot, *run, work) for run in zip(configs, plans, directories, strict=True)]
-        return train_elements(elements, directories, trainings, stop, runs_at_a_time(configs[0]))
+        tunes = configs[0].action == "tune"
+        works = [partial(_work_in_slot, *run, work) for run in zip(configs, plans, directories, strict=True)]
+        columns = tuned_columns if tunes else trained_columns
+        return train_elements(elements, directories, works, stop, runs_at_a_time(configs[0]), columns)
     from isobatch.slurm import jobs
     from isobatch.slurm.allocation import Allocation
 
@@ -244,9 +249,11 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     return 0
 
 
-def _train_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: Work, slot: int) -> int:
-    """Train one of several runs at a time, on its share of the GPUs."""
+def _work_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: Work, slot: int) -> int:
+    """Train or tune one of several runs at a time, on its share of the GPUs."""
     enter_slot(config, slot)
+    if config.action == "tune":
+        return work(config, str(directory / FOLDER), False)
     return train(config, plan, directory, work, keep=True)
 
 

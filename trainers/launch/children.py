@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isobatch.conf.rundir.outcome import EXIT_CODE
 from isobatch.conf.sweep import Element
 from isobatch.conf.terminal import Unwritable, say, say_if_slow, tell_torchrun
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid
+from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.launch.worker import leave
 from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 
 POLL_S = 0.05  # between two looks at a child
+TUNED = {  # columns of a table of action=tune, and where their values are in tune.json
+    "per GPU": ("memory", "per_gpu"),
+    "fastest per GPU": ("speed", "knee"),
+    "noise scale": ("noise", "scale"),
+    "critical batch": ("branch", "critical_batch"),
+    "LR found": ("lr", "suggested"),
+    "sharpness": ("sharpness", "sharpness"),
+    "perturbed": ("sharpness", "perturbed"),
+    "recommended batch": ("recommendation", "global_size"),
+}
 
 Training = Callable[[int], int]
 """Train one run of a sweep in a slot; return the exit code."""
@@ -153,13 +164,37 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
     return int(os.read(answer, 20))
 
 
+def trained_columns(folder: Path) -> dict[str, Any]:
+    """Return what a table tells of a trained run."""
+    from isobatch.scaling.report.result import result
+
+    return result(folder).row()
+
+
+def tuned_columns(folder: Path) -> dict[str, Any]:
+    """Return what a table tells of a run that action=tune measured."""
+    results = Results(folder)
+    results.read()
+    found: dict[str, Any] = {}
+    for column, (part, name) in TUNED.items():
+        if part in results.parts:
+            found[column] = results.parts[part].get(name)
+    return found
+
+
 def train_elements(
-    elements: Sequence[Element], directories: Sequence[Path], trainings: Sequence[Training], stop: Stop, at_a_time: int
+    elements: Sequence[Element],
+    directories: Sequence[Path],
+    trainings: Sequence[Training],
+    stop: Stop,
+    at_a_time: int,
+    columns: Callable[[Path], dict[str, Any]],
 ) -> int:
-    """Train the runs of a sweep, each in a child. Print a table and return the exit code.
+    """Train or tune the runs of a sweep, each in a child. Print a table and return the exit code.
 
     Args:
         trainings: train one run, in a slot from 0 to ``at_a_time`` - 1.
+        columns: returns what the table tells of a run directory.
     """
     codes: list[int] = []
     waiting = list(enumerate(trainings))
@@ -180,9 +215,7 @@ def train_elements(
                 free.append(slot)
                 codes.append(code)
         time.sleep(POLL_S)
-    from isobatch.scaling.report.result import result
-
-    say("\n" + grid([e.column | result(folder).row() for e, folder in zip(elements, directories, strict=True)]))
+    say("\n" + grid([e.column | columns(folder) for e, folder in zip(elements, directories, strict=True)]))
     say(str(directories[0].parent))
     if stopped():
         say("stopped (run the same command to resume)")
