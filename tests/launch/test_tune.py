@@ -1,0 +1,133 @@
+"""Test ``action=tune`` end to end: what it measures, recommends and leaves, also when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isobatch.conf.compose import compose
+from tests.support.warm import Warm
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("task=digits", "device=cpu", "task.args.width=8", "duration=2ep")
+NOISE = ("action=tune", "tune.parts=[noise]", "tune.samples=20st", *SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def launch(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """Return stdout and stderr of a command."""
+    process = Warm(list(arguments), Path.cwd(), dict(os.environ))
+    out, err = process.communicate(timeout=120)
+    assert process.wait() == code, f"{out}\n{err}"
+    return out, err
+
+
+def stored(run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(run) / "tune/tune.json").read_text())
+    return found
+
+
+def test_it_recommends_a_batch_by_speed_and_noise_whose_command_trains() -> None:
+    out, _ = launch("action=tune", "tune.parts=[speed,noise]", "tune.samples=20st", *SMALL, "run.dir=run")
+    found = stored("run")
+    recommended = found["recommendation"]
+    words = recommended["command"].split()
+    assert recommended["command"] in out
+    assert {"tune.json", "tune.png", "tune.svg"} <= {*os.listdir("run/tune")}
+    assert [row["per_gpu"] for row in found["speed"]["sizes"]] == [1, 2, 4, 8, 16, 32, 64][
+        : len(found["speed"]["sizes"])
+    ]
+    assert found["noise"]["measurements"] == 20
+    config = compose([word for word in words if "=" in word])
+    assert (config.action, config.batch.global_size) == ("train", recommended["global_size"])
+    assert config.task.args["width"] == 8
+    assert not {*os.listdir("run")} - {"tune"}  # nothing of a run
+
+
+def test_results_are_used_again_unless_the_run_changes() -> None:
+    first = stored_after(*NOISE, "run.dir=run")
+    out, _ = launch(*NOISE, "run.dir=run")
+    assert "noise: measured before" in out
+    assert stored("run") == first
+    out, _ = launch(*NOISE, "run.dir=run", "batch.global_size=48")
+    assert "measured before" not in out
+
+
+def stored_after(*arguments: str) -> dict[str, Any]:
+    launch(*arguments)
+    return stored("run")
+
+
+def test_json_is_the_content_of_the_file_and_the_same_on_other_ranks() -> None:
+    out, _ = launch(*NOISE, "run.dir=run", "output=json")
+    assert json.loads(out) == stored("run")
+
+
+def test_an_interrupted_part_leaves_the_parts_before_it_and_the_command_resumes() -> None:
+    long = ("action=tune", "tune.parts=[noise,lr]", "tune.samples=2000ep", *SMALL[:3], "duration=5000ep", "run.dir=run")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (Path("run/tune/lock").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command resumes" in err
+    assert not Path("run/tune/tune.json").exists()
+    assert not [name for name in os.listdir("run/tune") if name.startswith(".")]  # nothing half-written, no owner
+
+
+def test_a_run_trains_in_a_directory_that_was_tuned_and_is_tuned_afterwards() -> None:
+    launch(*NOISE, "run.dir=run")
+    launch(*SMALL, "run.dir=run", "duration=1ep")
+    before = Path("run/metrics.jsonl").read_bytes()
+    launch("action=tune", "tune.parts=[noise]", "tune.samples=10st", "run.dir=run")
+    recommended = stored("run")["recommendation"]
+    assert Path("run/metrics.jsonl").read_bytes() == before
+    assert "run.dir=run run.new=true" in recommended["command"]
+
+
+def test_each_run_of_a_sweep_is_tuned_in_its_own_directory() -> None:
+    out, _ = launch("-m", *NOISE, "batch.global_size=32,64", "run.dir=sweep")
+    for batch in (32, 64):
+        assert stored(f"sweep/batch.global_size={batch}")["noise"]["measurements"] == 20
+    assert "noise scale" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("tune.parts=[speed]", "tune.max_step_ms=1e-6"), "tune.max_step_ms=1e-06"),
+        (("tune.parts=[law]",), "law"),
+        (("tune.parts=[]",), "tune.parts"),
+        (("tune.parts=[speeed]",), "speed"),
+        (("tune.margin=1",), "tune.margin"),
+        (("cluster=slurm", "cluster.gpus_per_node=1"), "action=tune"),
+    ],
+)
+def test_what_cant_be_tuned_is_rejected(arguments: tuple[str, ...], named: str) -> None:
+    _, err = launch("action=tune", *SMALL, *arguments, code=2)
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_file_is_rejected() -> None:
+    Path("run/tune").mkdir(parents=True)
+    Path("run/tune/tune.json").write_text("{")
+    _, err = launch(*NOISE, "run.dir=run", code=2)
+    assert "run/tune/tune.json is damaged" in err
