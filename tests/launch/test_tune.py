@@ -46,9 +46,8 @@ def test_it_recommends_a_batch_by_speed_and_noise_whose_command_trains() -> None
     words = recommended["command"].split()
     assert recommended["command"] in out
     assert {"tune.json", "tune.png", "tune.svg"} <= {*os.listdir("run/tune")}
-    assert [row["per_gpu"] for row in found["speed"]["sizes"]] == [1, 2, 4, 8, 16, 32, 64][
-        : len(found["speed"]["sizes"])
-    ]
+    sizes = [row["per_gpu"] for row in found["speed"]["sizes"]]
+    assert sizes == [1, 2, 4, 8, 16, 32, 64][: len(sizes)]
     assert found["noise"]["measurements"] == 20
     config = compose([word for word in words if "=" in word])
     assert (config.action, config.batch.global_size) == ("train", recommended["global_size"])
