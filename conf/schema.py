@@ -84,6 +84,7 @@ class Report(Section):
     target: Text | None
     where: Text | None
     sort: Text | None
+    points: Text | None
 
 
 class Run(Section):

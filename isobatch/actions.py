@@ -185,7 +185,7 @@ def report(config: RunConfig) -> int:
     """Compare the runs in ``run.dir``, else those in runs/: write a report and print its tables."""
     if not first():
         return 0
-    made = compared(config, config.run.directories or ["runs"])
+    made = compared(config, config.run.directories or ([] if config.report.points is not None else ["runs"]))
     page, *more = made.files  # report.html, or report.md without the extra
     where = f"written to {made.directory}/{page} and {counted(len(more), 'more file')}"
     answer(made.json if config.output == "json" else f"{made}\n\n{where}")

@@ -145,7 +145,7 @@ def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> R
     """Compare runs, and write tables, plots and a page, as ``action=report`` does.
 
     Args:
-        directories: a run directory, a sweep, a folder of runs, or several of these.
+        directories: a run directory, a sweep, a folder of runs, or several of these; [] with ``report.points=…``.
         overrides: such as ``"report.target=val/accuracy>=0.97"`` or ``"report.dir=here"``.
 
     Returns:
@@ -155,10 +155,10 @@ def report(directories: str | Path | Sequence[str | Path], *overrides: str) -> R
         UserError: a folder holds no runs, or an override isn't valid.
     """
     roots = [directories] if isinstance(directories, str | Path) else directories
-    if not roots:
-        raise UserError("isobatch.report was given no directories", "name a run, a sweep or a folder of runs")
     words = [*overrides, "action=report"]
     config = _asked(words)
+    if not roots and config.report.points is None:
+        raise UserError("isobatch.report was given no directories", "name a run, a sweep or a folder of runs")
     instead = {"run.dir": "the first argument names the runs", "output": "the report's attribute json is the JSON"}
     for key in instead.keys() & config.given:
         raise UserError(f"isobatch.report takes no {key}", instead[key], key)

@@ -74,7 +74,8 @@ class Fit:
         return float(np.exp(low)), float(np.exp(high))
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Estimate:
     """A predicted number with its 95 % interval."""
 
     value: float
@@ -82,7 +83,7 @@ class Estimate(NamedTuple):
     high: float
 
     def times(self, factor: float) -> Estimate:
-        return Estimate(*(one * factor for one in self))
+        return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,30 @@ def test_a_run_and_a_sweep_have_the_plots_they_have_values_for(tmp_path: Path) -
     assert of_one == SINGLE
 
 
+def test_the_fit_its_interval_and_the_critical_batch_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = write_sweep(tmp_path / "sweep", (16, 64, 256, 1024), seeds=1)
+    of_runs = isobatch.report(sweep, "report.target=val/accuracy>=0.95")
+    of_points = isobatch.report([], "report.points='1632:35 4096:40 8192:42 32768:56 65536:84.5'")
+    assert {file.stem for file in plots(of_points)} == {"forecast"}
+    for report, name in ((of_runs, "target.svg"), (of_points, "forecast.svg")):
+        critical = f"critical batch {report.comparisons[0].fits[''].critical_batch:,.0f}"[:17]
+        drawn = next(file for file in plots(report) if file.name == name)
+        assert critical in "".join(ElementTree.fromstring(drawn.read_text()).itertext())
+        page = (drawn.parent / "report.html").read_text()
+        assert critical in page
+        assert '"kind":"band"' in page
+        assert "Forecast" in page
+
+
+@pytest.mark.parametrize("text", ["1e-40:1 1:1.5 1e40:1e41", "1:1e-40 10:1.5e-40 100:1e-39", "3:3 2:5 1:9 2:1"])
+def test_extreme_points_are_drawn(tmp_path: Path, text: str, recwarn: pytest.WarningsRecorder) -> None:
+    report = isobatch.report([], f"report.points='{text}'", f"report.dir={tmp_path}")
+    assert {file.stem for file in plots(report)} == {"forecast"}
+    assert not report.warnings
+    assert not [str(warning.message) for warning in recwarn if warning.category in (RuntimeWarning, UserWarning)]
+
+
 def test_a_grid_of_batches_and_rates_has_its_table(tmp_path: Path) -> None:
     for batch in (16, 64):
         for lr in (0.1, 0.2):

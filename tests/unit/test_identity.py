@@ -123,6 +123,7 @@ OTHER_HOUSEKEEPING: dict[str, Any] = {
     "report.target": "val/accuracy>=0.9",
     "report.where": "state=finished",
     "report.sort": "val/accuracy",
+    "report.points": "8:100 16:110 64:150",
     "chosen": {"optimizer": "because"},
     "engine.config": {"bucket_cap_mb": 1},
     "cluster.nodes": 2,

@@ -8,11 +8,12 @@ from typing import Any
 
 from isobatch.scaling.report.compare.comparison import Comparison, Report
 from isobatch.scaling.report.compare.findings import findings_of, not_compared, warnings_of
+from isobatch.scaling.report.compare.forecasts import forecasts_of
 from isobatch.scaling.report.compare.groups import grouped, never_planned, task_of
 from isobatch.scaling.report.compare.measure import Asked, common_stop, metric_of, refuse_unknown, usual_target
 from isobatch.scaling.report.compare.values import values_of
 from isobatch.scaling.report.run import Run
-from isobatch.scaling.tuning.forecast import Fit, fit
+from isobatch.scaling.tuning.forecast import Fit, Forecast, SpeedCurve, fit
 
 
 def compare(runs: Sequence[Run], wanted: Asked) -> Report:
@@ -48,6 +49,7 @@ def _comparison(task: str, runs: Sequence[Run], wanted: Asked) -> Comparison:
     values = [values_of(group, metric, target) for group in groups]
     found = Comparison(task, metric, target, key, groups, values, {})
     found = replace(found, fits=_fits(found))
+    found = replace(found, forecasts=_forecasts(found))
     return replace(found, findings=findings_of(found), warnings=warnings_of(found))
 
 
@@ -68,6 +70,15 @@ def _fits(comparison: Comparison) -> dict[str, Fit]:
     return fits
 
 
+def _forecasts(comparison: Comparison) -> dict[str, list[Forecast]]:
+    """Return the forecasts of each fit, with the speeds of the groups that it is from."""
+    speeds: dict[str, list[tuple[float, float]]] = {family: [] for family in comparison.fits}
+    for group, values in comparison.quickest():
+        if group.family in speeds and group.global_size and values.samples_per_s:
+            speeds[group.family].append((group.global_size, values.samples_per_s.mean))
+    return {family: forecasts_of(found, SpeedCurve(speeds[family])) for family, found in comparison.fits.items()}
+
+
 def as_dict(report: Report) -> dict[str, Any]:
     """Return the content of ``report.json``."""
     of_tasks = report.comparisons
@@ -77,7 +88,13 @@ def as_dict(report: Report) -> dict[str, Any]:
         "runs": [run.summary() for run in report.runs],
         "groups": [entry for one in of_tasks for entry in _entries(one)],
         "fit": [
-            {"task": one.task, "family": family, "target": str(one.target), **asdict(found)}
+            {
+                "task": one.task,
+                "family": family,
+                "target": one.target and str(one.target),
+                **asdict(found),
+                "predictions": [asdict(forecast) for forecast in one.forecasts.get(family, [])],
+            }
             for one, family, found in fits
         ],
         "findings": [{"task": one.task, "text": text} for one in of_tasks for text in one.findings],

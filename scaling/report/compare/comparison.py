@@ -11,13 +11,13 @@ from isobatch.scaling.report.compare.measure import Metric
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.run import Run
 from isobatch.scaling.stopping import Target
-from isobatch.scaling.tuning.forecast import Fit
+from isobatch.scaling.tuning.forecast import Fit, Forecast
 from isobatch.scaling.tuning.spread import Spread
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparison of the runs of one task.
+    """The comparison of the runs of one task, or a fit to points that were given without runs: then without groups.
 
     Attributes:
         task: the task's name, with its class where two tasks share a name.
@@ -25,6 +25,7 @@ class Comparison:
         target: what ``values`` say how long it took; ``target_from``: the key that gave it; "" if none did.
         values: of each group.
         fits: samples to the target by batch, by family, of the groups in ``quickest``.
+        forecasts: what the target is predicted to take, by family and batch; none where there is no critical batch.
         findings: sentences on what was found and how sure it is; ``warnings``: on what to be careful about.
     """
 
@@ -35,6 +36,7 @@ class Comparison:
     groups: list[Group]
     values: list[Values]
     fits: dict[str, Fit]
+    forecasts: dict[str, list[Forecast]] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

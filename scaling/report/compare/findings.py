@@ -97,9 +97,12 @@ def _fitted(comparison: Comparison) -> Iterator[str]:
 def fitted(fit: Fit) -> str:
     """Return a fit as a sentence."""
     if fit.critical_batch is None:
-        return f"critical batch not known: {fit.note}"
+        other = f"; with p = 1 it would be {number(plain)}" if fit.plain and (plain := fit.plain.critical_batch) else ""
+        return f"critical batch not known: {fit.note}{other}"
     low, high = fit.interval
-    interval = f"95 % interval {number(low or 0)} to {number(high or 0)}, from {fit.batches} batches"
+    other = f"; with p = 1: {number(plain)}" if fit.plain and (plain := fit.plain.critical_batch) else ""
+    shape = f", p = {fit.power:.2g}{other}" if fit.plain else ""
+    interval = f"95 % interval {number(low or 0)} to {number(high or 0)}, from {fit.batches} batches{shape}"
     dearer = f"{2 ** (1 / fit.power):.2g} times the samples of a small batch"
     return f"fitted critical batch {number(fit.critical_batch)} ({interval}), where the target takes {dearer}"
 

@@ -18,6 +18,9 @@ function traces(panel, groups, width) {
     const group = curve.group === null ? null : groups[curve.group];
     const colour = group ? colourOf(group) : curve.kind === "guide" ? token("--soft") : token("--ink");
     const dash = curve.kind === "guide" ? "dot" : DASHES[(group ? group.dash : curve.dash) % 4];
+    if (curve.kind === "band") {
+      return { type: "scatter", mode: "lines", x: curve.x, y: curve.y, name: escaped(curve.name), line: { width: 0 }, fill: "toself", fillcolor: token("--shade"), hoverinfo: "skip" };
+    }
     const many = panel.curves.length > 12;
     return {
       type: "scatter", x: curve.x, y: curve.y, name: escaped(curve.name),

@@ -9,9 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.colours import Style, note_on, shade
 from isobatch.scaling.report.compare.comparison import Comparison, Report
+from isobatch.scaling.report.compare.forecasts import tables_of
 from isobatch.scaling.report.compare.picture import Curve, Heat, Picture
 from isobatch.scaling.report.compare.tables import Best, head, legend, rows_of
 from isobatch.scaling.report.compare.words import duration, number
@@ -36,7 +38,7 @@ def page(report: Report, drawn: Sequence[tuple[list[Picture], list[Style]]]) -> 
         for comparison, (pictures, styles) in zip(report.comparisons, drawn, strict=True)
     ]
     names = ", ".join(comparison.task for comparison in report.comparisons) or "report"
-    title = _text(f"{names}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}")
+    title = _text(f"{names}: {counted(len(report.runs), 'run')}" if report.runs else "Forecast")
     chosen = f'<p class="soft">{_text(report.chosen)}</p>' if report.chosen else ""
     body = [f"<h1>{title}</h1>", chosen, _warnings(report.warnings)]
     for index, (comparison, (pictures, styles)) in enumerate(zip(report.comparisons, drawn, strict=True)):
@@ -73,10 +75,12 @@ def _section(
     parts += [
         f'<p class="soft">{_text(head(comparison))}</p>',
         f'<ul class="findings">{findings}</ul>',
-        _table(rows_of(comparison)),
+        _table(rows) if (rows := rows_of(comparison)) else "",
     ]
     if notes := "; ".join(legend(comparison, "bold:")):
         parts.append(f'<p class="soft">{_text(notes[0].upper() + notes[1:])}.</p>')
+    for title, forecasts, note in tables_of(comparison):
+        parts += [f"<h3>{_text(title)}</h3>", _table(forecasts), f'<p class="soft">{_text(note)}.</p>']
     parts.append('<div class="chips" role="group" aria-label="groups of runs, shown or hidden"></div>')
     if note := note_on(styles):
         parts.append(f'<p class="soft">{note} The buttons show the others.</p>')
@@ -95,7 +99,7 @@ def _section(
             title = f'<header>{_text(panel.title)}<span class="axes"></span></header><div class="legend"></div>'
             parts.append(f'<div class="panel">{title}{plot}</div>')
         parts.append("</div>")
-    return [*parts, _all_runs(comparison), "</section>"]
+    return [*parts, _all_runs(comparison) if comparison.groups else "", "</section>"]
 
 
 def _all_runs(comparison: Comparison) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Column = list[float | None]
-Kind = Literal["line", "step", "points", "both", "guide"]
+Kind = Literal["line", "step", "points", "both", "guide", "band"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Curve:
         label: text at its end; "": none.
         errors: half the length of the error bars, at each point; ``texts``: what to write beside each point.
         mark: why the run can't be compared, which a cross at its end shows; "": it can.
+        kind: ``guide``: a line to compare with; ``band``: the outline of an area.
         dash: the number of its dashes or of its marker, if it belongs to no group or is drawn as points.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from isobatch.scaling.report.compare.comparison import Comparison
+from isobatch.scaling.report.compare.forecasts import SHADE, curves_of, picture_of_points
 from isobatch.scaling.report.compare.groups import Group, failure_of, run_label
 from isobatch.scaling.report.compare.picture import Column, Curve, Heat, Kind, Panel, Picture
 from isobatch.scaling.report.compare.values import Values
@@ -28,7 +29,9 @@ MOST_MEASURES = 16  # that are drawn
 
 
 def pictures_of(comparison: Comparison) -> list[Picture]:
-    """Return the pictures that the runs have values for."""
+    """Return the pictures that the runs have values for; of given points, the one with their fit."""
+    if not comparison.groups and comparison.fits:
+        return [picture_of_points(comparison)]
     several = len({group.global_size for group in comparison.groups}) > 1
     both = "The same runs twice: look for where small and large batches change places." if several else ""
     evaluated = evaluated_in(comparison)[:MOST_MEASURES]
@@ -51,7 +54,8 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
         made.append(Picture("batch-by-lr", "Batch and learning rate", in_cells, _grids(comparison)))
     if several:
         choice = "a group is worth choosing if no other is both left of it and below it"
-        about = f"Down is better. In the last panel, {choice}."
+        shade = f" {SHADE}" if any(comparison.forecasts.values()) else ""
+        about = f"Down is better. In the last panel, {choice}.{shade}"
         made.append(Picture("target", f"To {comparison.target}", about, _targets(comparison)))
     return [picture for picture in made if picture.panels]
 
@@ -125,7 +129,7 @@ def _by_batch(comparison: Comparison) -> list[Panel]:
 
 def _over_batches(title: str, y_label: str, y_log: bool, curves: list[Curve]) -> Panel:
     """Return a panel whose ticks are the batches."""
-    ticks = sorted({x for curve in curves for x in curve.x if x is not None and curve.kind != "guide"})
+    ticks = sorted({x for curve in curves for x in curve.x if x is not None and curve.kind in ("both", "points")})
     return Panel(title, "global batch in samples", y_label, True, y_log, curves, ticks)
 
 
@@ -203,7 +207,7 @@ def _targets(comparison: Comparison) -> list[Panel]:
     panels = []
     for unit, get in TO_TARGET.items():
         if curves := list(_by(comparison, comparison.quickest(), get)):
-            curves += _fits(comparison) if unit == "samples" else []
+            curves += curves_of(comparison) if unit == "samples" else []
             title = f"{unit.capitalize()} to {comparison.target}"
             panels.append(_over_batches(title, f"{unit} to the target", True, curves))
     if points := _time_against_samples(comparison):
@@ -230,16 +234,3 @@ def _time_against_samples(comparison: Comparison) -> list[Curve]:
     best = sorted((x, y) for x, y, _ in found if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in found))
     front: tuple[Column, Column] = [x for x, _ in best], [y for _, y in best]
     return [*curves, Curve(*front, "not beaten in both", None, kind="guide")]
-
-
-def _fits(comparison: Comparison) -> list[Curve]:
-    curves = []
-    for family, fit in comparison.fits.items():
-        batches = [group.global_size for group in comparison.groups if group.family == family and group.global_size]
-        if fit.critical_batch is None or not batches:
-            continue
-        low, high = min(batches), max(batches)
-        xs: Column = [low * (high / low) ** (i / 40) for i in range(41)]
-        name = f"fit, critical batch {fit.critical_batch:,.0f}"
-        curves.append(Curve(xs, [fit.predict(x or 1) for x in xs], name, None, name, "guide"))
-    return curves

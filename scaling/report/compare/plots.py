@@ -94,7 +94,9 @@ def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style]) -> None:
     colour, dash = _look(curve, styles)
     of_group = curve.group is not None
     xs, ys = _finite(curve.x), _finite(curve.y)
-    if curve.kind == "points":
+    if curve.kind == "band":
+        axes.fill(xs, ys, color=FAINT, alpha=0.18, linewidth=0)
+    elif curve.kind == "points":
         shape = MARKERS[curve.dash % len(MARKERS)]
         alpha = 1 if curve.texts else 0.45
         axes.plot(xs, ys, shape, color=colour, markersize=7 if curve.texts else 4, alpha=alpha, markeredgewidth=0)

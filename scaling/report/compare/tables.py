@@ -11,6 +11,7 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.colours import note_on, styles_of
 from isobatch.scaling.report.compare.comparison import Comparison, Report
+from isobatch.scaling.report.compare.forecasts import tables_of
 from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import duration, number, spread
@@ -19,6 +20,7 @@ from isobatch.scaling.tuning.spread import Spread, alike
 
 LOWEST = ("steps to target", "samples to target", "time to target")  # columns whose lowest value is the best
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet takes text for a formula that begins with one of them
+MOST_FORECASTS = 3  # of a task, in the terminal
 
 Plots = dict[int, list[tuple[str, str]]]
 """Title and file name of each plot, by the index of its task."""
@@ -107,10 +109,15 @@ def text_of(report: Report, width: int = 0) -> str:
             "peak LR",
             *columns[2:],
         )
-        parts.append(grid(rows, width, optional, shortened=("group",)))
+        parts += [grid(rows, width, optional, shortened=("group",))] if rows else []
         notes = legend(comparison, "*")
         parts += ["; ".join(notes)] if notes else []
         parts += [f"  {one_line(text)}" for text in comparison.findings]
+        tables = tables_of(comparison)
+        for title, forecasts, note in tables[:MOST_FORECASTS]:
+            parts += ["", f"{one_line(title)}:", grid(forecasts, width, ("efficiency", "measured", "time")), note]
+        if (more := len(tables) - MOST_FORECASTS) > 0:
+            parts += ["", f"(report.md has {counted(more, 'more forecast')})"]
         parts.append("")
     parts += [f"warning: {one_line(text)}" for text in report.warnings]
     return "\n".join(parts).rstrip("\n")
@@ -119,6 +126,9 @@ def text_of(report: Report, width: int = 0) -> str:
 def head(comparison: Comparison) -> str:
     """Return how many runs are compared, and what their values are."""
     runs, groups = len(comparison.runs), len(comparison.groups)
+    if not groups:
+        points = sum(len(found.points) for found in comparison.fits.values())
+        return f"{counted(points, 'batch', 'batches')} with the amount of data to the target"
     parts = [counted(runs, "run")]
     if runs > groups:
         alone = (
@@ -155,9 +165,12 @@ def markdown_of(report: Report, plots: Plots) -> str:
     for index, comparison in enumerate(report.comparisons):
         lines += [f"## {escaped(comparison.task)}", "", escaped(head(comparison)) + ".", ""]
         lines += [f"- {escaped(text)}" for text in comparison.findings]
-        lines += ["", _markdown_table(rows_of(comparison)), ""]
+        lines += ["", *([_markdown_table(rows), ""] if (rows := rows_of(comparison)) else [])]
         if notes := "; ".join(legend(comparison, "bold:")):
             lines += [f"{escaped(notes[0].upper() + notes[1:])}.", ""]
+        for title, forecasts, note in tables_of(comparison):
+            note = escaped(note[0].upper() + note[1:])
+            lines += [f"### {escaped(title)}", "", _markdown_table(forecasts), "", f"{note}.", ""]
         for title, file in plots.get(index, []):
             lines += [f"![{escaped(title)}]({file})", ""]
         if index in plots and (note := note_on(styles_of(comparison))):

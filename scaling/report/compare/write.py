@@ -25,6 +25,7 @@ from isobatch.scaling.report.compare.tables import Plots, csv_of, markdown_of
 EXTRA = "pip install 'isobatch[report]'"
 WITHOUT = {"matplotlib": "there are no plots", "plotly": "there is no report.html"}
 TABLES = ("report.md", "report.csv", "report.json")
+TABLES_WITHOUT_RUNS = ("report.md", "report.json")
 DRAWN = re.compile(r"report\.html|[\w.-]+\.(png|svg)", re.ASCII)  # names of the other files
 MOST_CHARS = 60  # of a task in the name of a file
 
@@ -45,9 +46,10 @@ def write(report: Report, directory: Path) -> Report:
         directory.mkdir(parents=True, exist_ok=True)
         earlier, before = _earlier(directory)
         report = replace(report, directory=directory, warnings=[*report.warnings, *_replaced(before, report)])
-        _write(directory, _tables(replace(report, files=[*TABLES, *earlier]), {}))
+        names = TABLES if report.runs else TABLES_WITHOUT_RUNS
+        _write(directory, _tables(replace(report, files=[*names, *earlier]), {}))
         drawn, plots, problems = _draw(report)
-        files = [*(name for name in drawn if name == "report.html"), *TABLES]
+        files = [*(name for name in drawn if name == "report.html"), *names]
         files += [name for name in drawn if name not in files]
         report = replace(report, files=files, warnings=[*report.warnings, *problems])
         tables = _tables(report, plots)
@@ -95,7 +97,8 @@ def _write(directory: Path, contents: Mapping[str, str | bytes]) -> None:
 
 def _tables(report: Report, plots: Plots) -> dict[str, str]:
     as_json = json.dumps({**as_dict(report), "files": report.files}, indent=1, allow_nan=False)
-    return dict(zip(TABLES, (markdown_of(report, plots), csv_of(report), f"{as_json}\n"), strict=True))
+    tables = {"report.md": markdown_of(report, plots), "report.csv": csv_of(report), "report.json": f"{as_json}\n"}
+    return {name: tables[name] for name in (TABLES if report.runs else TABLES_WITHOUT_RUNS)}
 
 
 def _draw(report: Report) -> tuple[dict[str, str | bytes], Plots, list[str]]:
