@@ -42,6 +42,7 @@ from isobatch.actions import (
     plan_from_checkpoint,
     planned,
     report,
+    show,
     sweep,
     train,
     warn_of_unused,
@@ -53,16 +54,14 @@ from isobatch.conf.hardware import refuse_unless_startable, under_torchrun
 from isobatch.conf.help import annotated, command_line, help_text
 from isobatch.conf.identity import run_directory
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.terminal import answer, answer_once, first, say_once, secure_streams
+from isobatch.conf.terminal import answer, first, say_once, secure_streams
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
-from isobatch.scaling.report.plan_json import to_json
-from isobatch.scaling.report.plan_table import table
-from isobatch.trainers.launch.children import count_samples, guarded
+from isobatch.trainers.launch.children import count_samples, estimate_memory, guarded
 from isobatch.trainers.launch.start import launch, run_in_process, run_under_torchrun
 from isobatch.trainers.launch.worker import import_torch, leave
 
-COUNT = partial(count_samples, stop=STOP)
+COUNT, ESTIMATE = partial(count_samples, stop=STOP), partial(estimate_memory, stop=STOP)
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
@@ -89,7 +88,7 @@ def main(arguments: list[str], kept: list[object]) -> int:
         if args.cfg or under_torchrun():
             other = "--cfg prints one config" if args.cfg else "torchrun starts workers of one run"
             raise UserError(f"-m is a sweep of several runs, but {other}; leave out one of the two")
-        return sweep(args.overrides, args.config_dir, COUNT, trains, STOP)
+        return sweep(args.overrides, args.config_dir, COUNT, ESTIMATE, trains, STOP)
     config = configured(args.overrides, args.config_dir)
     refuse_typo(args.overrides, config)
     warn_of_unused([(args.overrides, config)])
@@ -120,8 +119,7 @@ def main(arguments: list[str], kept: list[object]) -> int:
         return 0  # the first of the ranks prints it
     plan, directory = planned(config, COUNT), run_directory(config)
     if config.action == "plan" and plan:
-        plan = plan_from_checkpoint(plan, config, RunDir(directory))
-        answer_once(to_json(plan) if config.output == "json" else table(plan, full=config.output == "full"))
+        show(plan_from_checkpoint(plan, config, RunDir(directory)), config, ESTIMATE)
         return 0
     return train(config, plan, directory, partial(trains, allocation=allocation))
 

@@ -39,6 +39,7 @@ from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import row_of, table
+from isobatch.scaling.tuning.estimated import memory_row, memory_rows, refuse_absurd
 from isobatch.scaling.tuning.results import FOLDER
 from isobatch.trainers.launch.changes import differences
 from isobatch.trainers.launch.children import train_elements, trained_columns, tuned_columns
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from isobatch.scaling.plan import Plan
     from isobatch.scaling.report.compare.comparison import Report
     from isobatch.scaling.report.result import Result
+    from isobatch.scaling.tuning.estimated import Estimate
     from isobatch.trainers.ranks.signals import Stop
 
 LAUNCHER = Path(__file__).with_name("launch.py").resolve()
@@ -61,6 +63,9 @@ T = TypeVar("T")
 
 Count = Callable[["RunConfig"], int]
 """Open the training data and return the number of samples."""
+
+EstimateMemory = Callable[["RunConfig", "Plan"], "Estimate"]
+"""Estimate the memory of a plan."""
 
 Work = Callable[["RunConfig", str, bool], int]
 """Train in a directory, extending a finished run or not; return the exit code."""
@@ -109,6 +114,25 @@ def plan_from_checkpoint(plan: Plan, config: RunConfig, run: RunDir) -> Plan:
                 break
             return continued(plan, header.plan, extends=longer)
     return plan
+
+
+def show(plan: Plan, config: RunConfig, estimate: EstimateMemory) -> None:
+    """Print ``plan``, and with ``plan.memory`` the estimate of its memory."""
+    memory = estimate_if_wanted(plan, config, estimate)
+    if config.output == "json":
+        more = {} if memory is None else {"memory": memory.as_json()}
+        answer_once(to_json(plan, more))
+        return
+    answer_once(table(plan, full=config.output == "full", more=() if memory is None else memory_rows(memory)))
+
+
+def estimate_if_wanted(plan: Plan, config: RunConfig, estimate: EstimateMemory) -> Estimate | None:
+    """Return the estimate of the memory of ``plan``; None without ``plan.memory``. Raises UserError."""
+    if not config.plan.memory:
+        return None
+    for key in ("memory_gb", "gpu_memory_gb"):
+        refuse_absurd(getattr(config.cluster, key), f"cluster.{key}")
+    return estimate(config, plan)
 
 
 def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, keep: bool = False) -> int:
@@ -212,7 +236,9 @@ def _jobs(roots: Sequence[str]) -> dict[str, Any]:
         return {}
 
 
-def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work, stop: Stop) -> int:
+def sweep(
+    overrides: list[str], config_dir: str | None, count: Count, estimate: EstimateMemory, work: Work, stop: Stop
+) -> int:
     """Plan all runs of a sweep, then train them in turn, each in a child process, or submit a job array."""
     os.environ[IN_SWEEP] = "1"
     elements = expand(overrides, config_dir)
@@ -220,11 +246,9 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
     directories = sweep_directories(configs, [element.swept for element in elements])
     plans: list[Any] = _for_each(elements, [partial(planned, config, count) for config in configs])
     warn_of_unused([(element.overrides, config) for element, config in zip(elements, configs, strict=True)])
-    if configs[0].action == "plan" and configs[0].output == "json":
-        answer_once("[" + ",\n".join(map(to_json, plans)) + "]")
-        return 0
     if configs[0].action == "plan":
-        answer_once(grid([element.column | row_of(plan) for element, plan in zip(elements, plans, strict=True)]))
+        memories = [estimate_if_wanted(*one, estimate) for one in zip(plans, configs, strict=True)]
+        show_sweep(elements, plans, memories, configs[0].output)
         return 0
     runs = [RunDir(directory) for directory in directories]
     left = [number for number, (run, config) in enumerate(zip(runs, configs, strict=True)) if not finished(run, config)]
@@ -247,6 +271,19 @@ def sweep(overrides: list[str], config_dir: str | None, count: Count, work: Work
         chosen = [configs[number] for number in left], [runs[number] for number in left]
         say_once(jobs.submit(*chosen, RunDir(directories[0].parent), LAUNCHER))
     return 0
+
+
+def show_sweep(
+    elements: Sequence[Element], plans: Sequence[Plan], memories: Sequence[Estimate | None], output: str
+) -> None:
+    """Print the plans of a sweep, with the estimates of their memory, if any."""
+    if output == "json":
+        extras = [{} if memory is None else {"memory": memory.as_json()} for memory in memories]
+        answer_once("[" + ",\n".join(map(to_json, plans, extras)) + "]")
+        return
+    rows = [element.column | row_of(plan) for element, plan in zip(elements, plans, strict=True)]
+    more = [{} if memory is None else memory_row(memory) for memory in memories]
+    answer_once(grid([row | extra for row, extra in zip(rows, more, strict=True)]))
 
 
 def _work_in_slot(config: RunConfig, plan: Plan | None, directory: Path, work: Work, slot: int) -> int:

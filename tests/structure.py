@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainers.loop",),
     ("trainers.trackers",),
     ("trainers.trial",),
+    ("trainers.tuning",),
     ("slurm", "trainers.launch"),
     ("trainers.tuning",),
     ("trainers",),  # run.py

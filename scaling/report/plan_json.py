@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -19,12 +20,17 @@ from isobatch.scaling.report.plan_table import lr_why, moves
 from isobatch.scaling.rules import PARTS
 
 
-def to_json(plan: Plan) -> str:
-    """Return the plan as JSON: its summary, and its fields. ``asked`` holds the sizes as requested."""
+def to_json(plan: Plan, more: Mapping[str, Any] | None = None) -> str:
+    """Return the plan as JSON: its summary, and its fields. ``asked`` holds the sizes as requested.
+
+    Args:
+        more: objects to add, such as the estimate of its memory.
+    """
     fields = asdict(plan)
     fields["optimizer"] |= {part: getattr(plan.peak, part) for part in PARTS}
     asked = {name: fields.pop(name) for name in ("world", "per_gpu", "accumulation")}
-    return json.dumps({**summary(plan), **fields, "asked": asked}, indent=1, ensure_ascii=False, allow_nan=False)
+    whole = {**summary(plan), **fields, "asked": asked, **(more or {})}
+    return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def from_json(text: str) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from isobatch.scaling.geometry import Cut, counted
@@ -33,15 +33,16 @@ BASE_SOURCES: dict[Source, str] = {
 TIMESCALE = "λ₀·κ·η₀/η; Bergsma et al. 2025"  # formula of lr.scale_weight_decay
 
 
-def table(plan: Plan, full: bool = False) -> str:
+def table(plan: Plan, full: bool = False, more: Iterable[tuple[str, str]] = ()) -> str:
     """Return the plan as lines of ``label  value``, followed by warnings, wrapped to the terminal.
 
     Args:
         full: add the seed, SGD's noise and the alternatives to an automatically chosen optimizer.
+        more: labels and texts to add, such as the estimate of its memory.
     """
     width = min(max(shutil.get_terminal_size((WIDTHS[1], 0)).columns, WIDTHS[0]), WIDTHS[1])
     lines = [f"Isobatch plan · {plan.task} · {plan.identity}", "─" * width]
-    rows = [*_rows(plan, full), *(("  ! warning", warning) for warning in warnings(plan))]
+    rows = [*_rows(plan, full), *more, *(("  ! warning", warning) for warning in warnings(plan))]
     for label, text in rows:
         lines += textwrap.wrap(
             text,

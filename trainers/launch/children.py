@@ -24,6 +24,8 @@ from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
+    from isobatch.scaling.plan import Plan
+    from isobatch.scaling.tuning.estimated import Estimate
 
 
 POLL_S = 0.05  # between two looks at a child
@@ -139,29 +141,65 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
     Raises:
         Stopped: a signal came first. The child is killed, since within the user's code it would only record a signal.
     """
-    answer, reply = os.pipe()
 
-    def count() -> int:
+    def count() -> str:
         from isobatch.trainers.ranks.world import World
         from isobatch.trainers.tasks.prepare import prepare_data
         from isobatch.trainers.tasks.task import make_task, open_data
 
-        with redirect_stdout(sys.stderr):  # stdout is reserved for the plan
-            task = make_task(config)
-            prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
-            with say_if_slow("opening the data …", sys.stderr):
-                samples = len(open_data(task, config))
-        os.write(reply, str(samples).encode())
+        task = make_task(config)
+        prepare_data(task, World.alone(), Stop(), config.cluster.timeout_s)
+        with say_if_slow("opening the data …", sys.stderr):
+            return str(len(open_data(task, config)))
+
+    return int(answer_of(count, stop, "while the training data was counted"))
+
+
+def estimate_memory(config: RunConfig, plan: Plan, stop: Stop) -> Estimate:
+    """Estimate the memory of ``plan`` in a child. Raises Stopped like ``count_samples``."""
+    from isobatch.scaling.tuning.estimated import from_json
+
+    def work() -> str:
+        from isobatch.trainers.launch.worker import import_torch
+
+        import_torch(config)
+        from isobatch.trainers.tuning.outlook import as_json
+
+        return as_json(config, plan)
+
+    return from_json(answer_of(work, stop, "while the memory was estimated"))
+
+
+def answer_of(work: Callable[[], str], stop: Stop, when: str) -> str:
+    """Return the text that ``work`` returns in a child, whose output goes to stderr: stdout is for the plan.
+
+    Args:
+        when: what it does, for the message if it is killed.
+
+    Raises:
+        SystemExit: it failed, and has printed the reason.
+        Stopped: a signal came first.
+    """
+    answer, reply = os.pipe()
+
+    def send() -> int:
+        with redirect_stdout(sys.stderr):
+            text = work()
+        with open(reply, "w") as pipe:
+            pipe.write(text)
         return 0
 
-    code = in_child(count, stop, signal.SIGKILL)
+    code = in_child(send, stop, signal.SIGKILL)
+    os.close(reply)
+    with open(answer) as pipe:
+        text = pipe.read()
     if code < 0 and stop.wanted:
         raise Stopped(stop.wanted)
     if code < 0:
-        say(f"isobatch: killed by {signal.Signals(-code).name} while the training data was counted", sys.stderr)
+        say(f"isobatch: killed by {signal.Signals(-code).name} {when}", sys.stderr)
     if code:  # the child has printed the reason
         raise SystemExit(max(1, code))
-    return int(os.read(answer, 20))
+    return text
 
 
 def trained_columns(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Measure the peak memory of a stretch of work on a device, and find the limit there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from isobatch.scaling.tuning.memory import Limit
+
+UNLIMITED = 1 << 60  # bytes; cgroup v1 writes a number above it for no limit
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Meter:
+    """Measure the peak memory of a device, or of this process on a CPU.
+
+    On a CPU the peak is of resident memory. The address space, which ``ulimit -v`` limits, has no peak that can be
+    reset; ``limits`` takes the part of it that isn't resident off its limit.
+
+    Args:
+        local_size: ranks on this machine, which share it.
+        memory_gb: memory of the machine that may be used; None: all that is free.
+    """
+
+    def __init__(self, device: torch.device, local_size: int = 1, memory_gb: float | None = None) -> None:
+        self._device, self._local_size, self._memory_gb = device, local_size, memory_gb
+
+    def start(self) -> None:
+        """Return unused memory to the device or the system, and begin to look for the peak."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+            torch.accelerator.empty_cache()
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            return
+        trim()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    def peak(self) -> int:
+        """Return the most bytes in use since ``start``."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+            return torch.accelerator.max_memory_allocated(self._device)
+        return status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def now(self) -> int:
+        """Return the bytes in use."""
+        if self._device.type != "cpu":
+            return torch.accelerator.memory_allocated(self._device)
+        return status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def limit(self) -> Limit:
+        """Return the least of the limits on what this process may use, in bytes, and where it comes from."""
+        return min(self._limits(), key=lambda limit: limit.bytes)
+
+    def _limits(self) -> Iterator[Limit]:
+        if self._device.type != "cpu":
+            free, whole = torch.accelerator.get_memory_info(self._device)
+            own = torch.accelerator.memory_reserved(self._device)
+            yield Limit(min(whole, free + own), "the device, without what other processes use")
+            return
+        ranks, own = self._local_size, self.now()
+        if self._memory_gb is not None:
+            yield Limit(int(self._memory_gb * 1e9 / ranks), "cluster.memory_gb")
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            yield Limit(soft - (status("VmSize") - own), "ulimit -v")
+        for limit, used in cgroup_limits():
+            others = max(0, used - own * ranks)
+            yield Limit((limit - others) // ranks, "the memory limit of the control group")
+        if (available := meminfo("MemAvailable")) is not None:
+            yield Limit(available // ranks + own, "the memory that is free on this machine")
+        elif self._memory_gb is None:
+            yield Limit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, "the machine's memory")
+
+
+def trim() -> None:
+    """Return the free memory of the C library's heap to the system."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def status(name: str) -> int:
+    """Return a value of /proc/self/status in bytes; 0 if the system doesn't have it."""
+    return _bytes_of("/proc/self/status", name) or 0
+
+
+def meminfo(name: str) -> int | None:
+    """Return a value of /proc/meminfo in bytes; None if the system doesn't have it."""
+    return _bytes_of("/proc/meminfo", name)
+
+
+def _bytes_of(file: str, name: str) -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def cgroup_limits(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
+    """Yield limit and use in bytes of this process's control groups, of version 1 or 2, and of those above."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" and not controllers:
+                yield from _limits_of(root, path, "memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                yield from _limits_of(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _limits_of(root: Path, path: str, limit: str, used: str) -> Iterator[tuple[int, int]]:
+    folder = root / path.strip("/")
+    for one in (folder, *folder.parents):
+        with suppress(OSError, ValueError):
+            most = int((one / limit).read_text())
+            if most < UNLIMITED:
+                yield most, int((one / used).read_text()) - _cached(one)
+        if one == root:
+            return
+
+
+def _cached(folder: Path) -> int:
+    """Return the bytes of a control group's page cache, which the system drops when memory is short."""
+    with suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(stat.get("file", stat.get("cache", 0))) - int(stat.get("shmem", 0))
+    return 0
