@@ -11,12 +11,11 @@ from typing import Any
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import EnginePlacement, Plan
+from isobatch.scaling.tuning.memory import EIGHTS, NEVER
 from isobatch.scaling.tuning.footprint import Curve, Footprint, curve, placed
 
 GB, MB = 1e9, 1e6
 MOST_GB = 10_000  # of one device; a larger number is in another unit
-EIGHTS = 8  # per-GPU batches are multiples of it, which suits the hardware
-NEVER = 1 << 40  # samples; a batch that memory doesn't bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,34 @@
-"""Find the largest per-GPU batch that fits in memory, by few probes. Pure functions of numbers."""
+"""Find the largest per-GPU batch that fits in memory, by few probes. Pure functions of numbers.
+
+The model is peak(B) = max(step, fixed + per-sample × B): the optimizer step doesn't depend on the batch, and small
+batches hide behind it, so that a line through them promises too much. A line is trusted once two consecutive slopes
+are equal. Until then, sizes grow by the estimate (footprint.py), corrected by the last probe, or by an upper bound of
+the slope: all that a probe needed beyond ``lasting`` is taken to grow with the batch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import lcm
+from typing import Any, Literal
+
+from isobatch.scaling.geometry import counted
+
+PROBES = 5  # at most, with the confirmation
+EQUAL = 0.05  # relative difference of slopes that count as equal
+RISE = 0.05  # relative rise of a line that isn't noise
+TARGETS = (0.4, 0.7, 0.9)  # predicted share of the room of the next probe, as long as no line is trusted
+BOUNDED = (0.6, 0.8, 0.9)  # the same where an upper bound predicts
+AIM = 0.985  # share of the room that a trusted line is followed to
+LESS = 0.015  # less of it after each probe that didn't fit
+ENOUGH = 0.96  # share of the largest size, or of the room, above which a probe needn't be followed by a larger one
+CREDIBLE = (0.5, 2.0)  # ratio of measurement to estimate within which the estimate is used
+EIGHTS = 8  # sizes are multiples of it, which suits the hardware
+NEVER = 1 << 40  # samples; a batch that memory doesn't bound
+
+Predict = Callable[[float], float]
+"""Return the peak, in bytes, of a per-GPU batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,3 +37,232 @@ class Limit:
 
     bytes: int
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out."""
+
+    per_gpu: int
+    peak: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Hold what a size has to keep to.
+
+    Attributes:
+        room: bytes that a step may need: the limit without its margin.
+        least: the smallest size, and ``cap`` the largest that is of use.
+        granule: every size is a multiple of it, except ``cap``.
+        lasting: bytes in use before a step.
+        permitted: whether a size can be planned.
+    """
+
+    room: float
+    least: int
+    cap: int = NEVER
+    granule: int = 1
+    lasting: float = 0.0
+    permitted: Callable[[int], bool] = lambda size: True
+
+    def whole(self, size: float) -> int:
+        """Return the largest permitted size up to ``size``; 0 if there is none."""
+        if size >= self.cap:
+            return self.cap
+        eights = lcm(EIGHTS, self.granule)
+        stride = eights if size >= eights else self.granule
+        found = int(size) // stride * stride
+        while found >= self.least and not self.permitted(found):
+            found -= stride
+        return found if found >= self.least else 0
+
+
+def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = None) -> int | None:
+    """Return the size to probe next; None if the search is over.
+
+    No returned size is predicted to need more than the room, except the smallest, of which nothing is known.
+
+    Args:
+        prior: the estimated peak by size.
+    """
+    if not probes:
+        return min(bounds.least, bounds.cap)
+    fits, failed = _split(probes, bounds.room)
+    if not fits or len(probes) >= PROBES:
+        return None
+    best = fits[-1]
+    most = min([bounds.cap, *(size - 1 for size in failed)])
+    assert best.peak is not None
+    if best.per_gpu >= most:
+        return None
+    line = trusted_line(fits)
+    share = (best.peak - bounds.lasting) / max(1.0, bounds.room - bounds.lasting)
+    enough = best.per_gpu >= ENOUGH * largest(line, bounds.room, most) if line else share >= ENOUGH
+    if (line or failed) and enough:
+        return None
+    aim = AIM
+    if line is None and len(probes) < PROBES - 1:
+        aim = max((TARGETS if prior else BOUNDED)[len(probes) - 1], (1 + share) / 2)
+    predict = line or _cautious(fits, bounds, prior)
+    for wanted in (aim - LESS * len(failed), 1.0):  # the second: where a single stride is more than the first leaves
+        left = (1 - wanted) * (bounds.room - bounds.lasting)
+        size = bounds.whole(largest(predict, bounds.room - left, most))
+        if size > best.per_gpu:
+            return size
+    return None
+
+
+def _split(probes: Sequence[Probe], room: float) -> tuple[list[Probe], list[int]]:
+    """Return the probes that fit, by size, and the sizes that didn't."""
+    ordered = sorted(probes, key=lambda probe: probe.per_gpu)
+    fits = [probe for probe in ordered if probe.peak is not None and probe.peak <= room]
+    return fits, [probe.per_gpu for probe in ordered if probe not in fits]
+
+
+def best_of(probes: Sequence[Probe], room: float) -> Probe | None:
+    """Return the largest probe within ``room``."""
+    fits, failed = _split(probes, room)
+    below = [probe for probe in fits if probe.per_gpu < min(failed, default=NEVER)]
+    return below[-1] if below else None
+
+
+def trusted_line(fits: Sequence[Probe]) -> Predict | None:
+    """Return the line through the last two probes, if the two last slopes are equal."""
+    if len(fits) < 3:
+        return None
+    first, second, third = fits[-3:]
+    before, after = slope(first, second), slope(second, third)
+    assert third.peak is not None and second.peak is not None
+    if third.peak - second.peak < RISE * third.peak or abs(after - before) > EQUAL * after:
+        return None
+    return _through(third, after)
+
+
+def slope(low: Probe, high: Probe) -> float:
+    """Return the bytes per sample between two probes."""
+    assert low.peak is not None and high.peak is not None
+    return (high.peak - low.peak) / (high.per_gpu - low.per_gpu)
+
+
+def _through(probe: Probe, per_sample: float) -> Predict:
+    peak = probe.peak or 0
+    return lambda size: peak + per_sample * (size - probe.per_gpu)
+
+
+def _cautious(fits: Sequence[Probe], bounds: Bounds, prior: Predict | None) -> Predict:
+    """Return a prediction that is more likely too large than too small, by the estimate or by an upper bound."""
+    last = fits[-1]
+    assert last.peak is not None
+    needed = max(1.0, last.peak - bounds.lasting)
+    bound = _through(last, needed / last.per_gpu)
+    steepest = max((slope(low, high) for low, high in zip(fits, fits[1:], strict=False)), default=0.0)
+    if prior is not None:
+        ratio = needed / max(1.0, prior(last.per_gpu) - bounds.lasting)
+        if CREDIBLE[0] <= ratio <= CREDIBLE[1]:
+            lasting, known = bounds.lasting, prior
+            seen = _through(last, steepest)
+            # below the estimate's own bend, the ratio is of something else than what grows
+            factor = max(1.0, ratio)
+            return lambda size: min(bound(size), max(seen(size), lasting + factor * (known(size) - lasting)))
+    return bound
+
+
+def largest(predict: Predict, room: float, most: int) -> int:
+    """Return the largest size up to ``most`` whose predicted peak is at most ``room``; 0 if there is none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if predict(middle) <= room else (low, middle - 1)
+    return low
+
+
+Outcome = Literal["largest", "cap", "at least", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Hold the largest per-GPU batch that fits, and how it was found. Sizes in GB are in 1e9 bytes.
+
+    Attributes:
+        per_gpu: samples; it was run. 0: nothing fits.
+        outcome: ``cap``: a larger one is of no use, since no rank gets more samples; ``at least``: a larger one may
+            fit, but none is predicted to.
+        limit_gb, limit_from: the memory that a rank may use, and what sets it; ``margin``: the share that stays free.
+        peak_gb: the peak at ``per_gpu``; ``fixed_gb`` and ``per_sample_mb``: the line through the last two probes.
+        probes: each a whole step: its per-GPU batch, and its peak, None if memory ran out.
+        estimate: the largest per-GPU batch by the estimate, and the relative error of its peak at ``per_gpu``; None
+            if the model couldn't be traced.
+    """
+
+    per_gpu: int
+    outcome: Outcome
+    limit_gb: float
+    limit_from: str
+    margin: float
+    peak_gb: float | None
+    fixed_gb: float | None
+    per_sample_mb: float | None
+    probes: tuple[dict[str, Any], ...]
+    estimate: dict[str, Any] | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"probes": list(self.probes)}
+
+
+def outcome_of(best: Probe | None, probes: Sequence[Probe], bounds: Bounds) -> Outcome:
+    """Return how the search ended at ``best``."""
+    if best is None or best.peak is None:
+        return "nothing"
+    if best.per_gpu >= bounds.cap:
+        return "cap"
+    fits, failed = _split(probes, bounds.room)
+    stride = best.per_gpu + max(EIGHTS, bounds.granule)
+    line = trusted_line(fits)
+    near = best.peak - bounds.lasting >= ENOUGH * (bounds.room - bounds.lasting)
+    known = near or (line is not None and best.per_gpu >= ENOUGH * largest(line, bounds.room, bounds.cap))
+    return "largest" if known or (failed and min(failed) <= stride) else "at least"
+
+
+def concluded(
+    probes: Sequence[Probe], bounds: Bounds, limit: Limit, margin: float, prior: Predict | None = None
+) -> Memory:
+    """Return what the probes found."""
+    best = best_of(probes, bounds.room)
+    fits, _ = _split(probes, bounds.room)
+    fixed = per_sample = None
+    if len(fits) > 1:
+        per_sample = max(0.0, slope(*fits[-2:]))
+        fixed = (fits[-1].peak or 0) - per_sample * fits[-1].per_gpu
+    size = best.per_gpu if best else 0
+    estimate = None
+    if prior is not None:
+        error = None if best is None or not best.peak else prior(size) / best.peak - 1
+        estimate = {"per_gpu": bounds.whole(largest(prior, bounds.room, bounds.cap)), "error": error}
+    return Memory(
+        per_gpu=size,
+        outcome=outcome_of(best, probes, bounds),
+        limit_gb=limit.bytes / 1e9,
+        limit_from=limit.source,
+        margin=margin,
+        peak_gb=None if best is None or best.peak is None else best.peak / 1e9,
+        fixed_gb=None if fixed is None else fixed / 1e9,
+        per_sample_mb=None if per_sample is None else per_sample / 1e6,
+        probes=tuple(
+            {"per_gpu": probe.per_gpu, "peak_gb": None if probe.peak is None else probe.peak / 1e9} for probe in probes
+        ),
+        estimate=estimate,
+    )
+
+
+def told(found: Memory) -> str:
+    """Return the result in one line, with its reason."""
+    room = f"{found.limit_gb * (1 - found.margin):.3g} GB ({found.limit_from}, less {found.margin:.0%})"
+    if not found.per_gpu:
+        smallest = found.probes[0]["per_gpu"] if found.probes else 1
+        return f"nothing fits: a step with {counted(smallest, 'sample')} per rank needs more than {room}"
+    needs = f"{counted(found.per_gpu, 'sample')} need {found.peak_gb:.3g} GB of {room}"
+    if found.outcome == "cap":
+        return f"per-GPU batch {found.per_gpu:,}: all of a rank's samples fit; {needs}"
+    kind = "the largest that fits" if found.outcome == "largest" else "the largest that is known to fit"
+    return f"per-GPU batch {found.per_gpu:,}, {kind}; {needs}"
