@@ -57,9 +57,10 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.terminal import answer, first, say_once, secure_streams
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
-from isobatch.trainers.launch.children import count_samples, estimate_memory, guarded
+from isobatch.trainers.launch.children import count_samples, guarded
 from isobatch.trainers.launch.start import launch, run_in_process, run_under_torchrun
 from isobatch.trainers.launch.worker import import_torch, leave
+from isobatch.trainers.tuning.child import estimate_memory
 
 COUNT, ESTIMATE = partial(count_samples, stop=STOP), partial(estimate_memory, stop=STOP)
 

@@ -37,7 +37,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainers.loop",),
     ("trainers.trackers",),
     ("trainers.trial",),
-    ("trainers.tuning",),
     ("slurm", "trainers.launch"),
     ("trainers.tuning",),
     ("trainers",),  # run.py

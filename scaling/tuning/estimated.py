@@ -11,8 +11,8 @@ from typing import Any
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import EnginePlacement, Plan
-from isobatch.scaling.tuning.memory import EIGHTS, NEVER
 from isobatch.scaling.tuning.footprint import Curve, Footprint, curve, placed
+from isobatch.scaling.tuning.memory import EIGHTS, NEVER
 
 GB, MB = 1e9, 1e6
 MOST_GB = 10_000  # of one device; a larger number is in another unit

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import lcm
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from isobatch.scaling.geometry import counted
 
@@ -45,6 +46,13 @@ class Probe:
 
     per_gpu: int
     peak: int | None
+
+
+class Fit(NamedTuple):
+    """Hold a probe that fit."""
+
+    per_gpu: int
+    peak: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,6 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
         return None
     best = fits[-1]
     most = min([bounds.cap, *(size - 1 for size in failed)])
-    assert best.peak is not None
     if best.per_gpu >= most:
         return None
     line = trusted_line(fits)
@@ -113,50 +120,46 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
     return None
 
 
-def _split(probes: Sequence[Probe], room: float) -> tuple[list[Probe], list[int]]:
-    """Return the probes that fit, by size, and the sizes that didn't."""
-    ordered = sorted(probes, key=lambda probe: probe.per_gpu)
-    fits = [probe for probe in ordered if probe.peak is not None and probe.peak <= room]
-    return fits, [probe.per_gpu for probe in ordered if probe not in fits]
+def _split(probes: Sequence[Probe], room: float) -> tuple[list[Fit], list[int]]:
+    """Return the probes that fit, by size, and the sizes that didn't; a size above one that didn't doesn't fit."""
+    failed = sorted(probe.per_gpu for probe in probes if probe.peak is None or probe.peak > room)
+    most = min(failed, default=NEVER)
+    fits = [Fit(probe.per_gpu, probe.peak) for probe in probes if probe.peak is not None and probe.per_gpu < most]
+    return sorted(fits), failed
 
 
-def best_of(probes: Sequence[Probe], room: float) -> Probe | None:
+def best_of(probes: Sequence[Probe], room: float) -> Fit | None:
     """Return the largest probe within ``room``."""
-    fits, failed = _split(probes, room)
-    below = [probe for probe in fits if probe.per_gpu < min(failed, default=NEVER)]
-    return below[-1] if below else None
+    fits, _ = _split(probes, room)
+    return fits[-1] if fits else None
 
 
-def trusted_line(fits: Sequence[Probe]) -> Predict | None:
+def trusted_line(fits: Sequence[Fit]) -> Predict | None:
     """Return the line through the last two probes, if the two last slopes are equal."""
     if len(fits) < 3:
         return None
     first, second, third = fits[-3:]
     before, after = slope(first, second), slope(second, third)
-    assert third.peak is not None and second.peak is not None
     if third.peak - second.peak < RISE * third.peak or abs(after - before) > EQUAL * after:
         return None
     return _through(third, after)
 
 
-def slope(low: Probe, high: Probe) -> float:
+def slope(low: Fit, high: Fit) -> float:
     """Return the bytes per sample between two probes."""
-    assert low.peak is not None and high.peak is not None
     return (high.peak - low.peak) / (high.per_gpu - low.per_gpu)
 
 
-def _through(probe: Probe, per_sample: float) -> Predict:
-    peak = probe.peak or 0
-    return lambda size: peak + per_sample * (size - probe.per_gpu)
+def _through(fit: Fit, per_sample: float) -> Predict:
+    return lambda size: fit.peak + per_sample * (size - fit.per_gpu)
 
 
-def _cautious(fits: Sequence[Probe], bounds: Bounds, prior: Predict | None) -> Predict:
+def _cautious(fits: Sequence[Fit], bounds: Bounds, prior: Predict | None) -> Predict:
     """Return a prediction that is more likely too large than too small, by the estimate or by an upper bound."""
     last = fits[-1]
-    assert last.peak is not None
     needed = max(1.0, last.peak - bounds.lasting)
     bound = _through(last, needed / last.per_gpu)
-    steepest = max((slope(low, high) for low, high in zip(fits, fits[1:], strict=False)), default=0.0)
+    steepest = max((slope(low, high) for low, high in pairwise(fits)), default=0.0)
     if prior is not None:
         ratio = needed / max(1.0, prior(last.per_gpu) - bounds.lasting)
         if CREDIBLE[0] <= ratio <= CREDIBLE[1]:
@@ -210,9 +213,9 @@ class Memory:
         return asdict(self) | {"probes": list(self.probes)}
 
 
-def outcome_of(best: Probe | None, probes: Sequence[Probe], bounds: Bounds) -> Outcome:
+def outcome_of(best: Fit | None, probes: Sequence[Probe], bounds: Bounds) -> Outcome:
     """Return how the search ended at ``best``."""
-    if best is None or best.peak is None:
+    if best is None:
         return "nothing"
     if best.per_gpu >= bounds.cap:
         return "cap"
@@ -233,11 +236,11 @@ def concluded(
     fixed = per_sample = None
     if len(fits) > 1:
         per_sample = max(0.0, slope(*fits[-2:]))
-        fixed = (fits[-1].peak or 0) - per_sample * fits[-1].per_gpu
+        fixed = fits[-1].peak - per_sample * fits[-1].per_gpu
     size = best.per_gpu if best else 0
     estimate = None
     if prior is not None:
-        error = None if best is None or not best.peak else prior(size) / best.peak - 1
+        error = None if best is None else prior(size) / best.peak - 1
         estimate = {"per_gpu": bounds.whole(largest(prior, bounds.room, bounds.cap)), "error": error}
     return Memory(
         per_gpu=size,
@@ -245,7 +248,7 @@ def concluded(
         limit_gb=limit.bytes / 1e9,
         limit_from=limit.source,
         margin=margin,
-        peak_gb=None if best is None or best.peak is None else best.peak / 1e9,
+        peak_gb=None if best is None else best.peak / 1e9,
         fixed_gb=None if fixed is None else fixed / 1e9,
         per_sample_mb=None if per_sample is None else per_sample / 1e6,
         probes=tuple(

@@ -24,8 +24,6 @@ from isobatch.trainers.ranks.signals import Stop, Stopped, die_with_parent
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
-    from isobatch.scaling.plan import Plan
-    from isobatch.scaling.tuning.estimated import Estimate
 
 
 POLL_S = 0.05  # between two looks at a child
@@ -153,21 +151,6 @@ def count_samples(config: RunConfig, stop: Stop) -> int:
             return str(len(open_data(task, config)))
 
     return int(answer_of(count, stop, "while the training data was counted"))
-
-
-def estimate_memory(config: RunConfig, plan: Plan, stop: Stop) -> Estimate:
-    """Estimate the memory of ``plan`` in a child. Raises Stopped like ``count_samples``."""
-    from isobatch.scaling.tuning.estimated import from_json
-
-    def work() -> str:
-        from isobatch.trainers.launch.worker import import_torch
-
-        import_torch(config)
-        from isobatch.trainers.tuning.outlook import as_json
-
-        return as_json(config, plan)
-
-    return from_json(answer_of(work, stop, "while the memory was estimated"))
 
 
 def answer_of(work: Callable[[], str], stop: Stop, when: str) -> str:

@@ -1,0 +1,146 @@
+"""Test the search for the largest per-GPU batch on simulated memory curves, and the arithmetic of estimates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import EnginePlacement
+from isobatch.scaling.tuning.estimated import refuse_absurd
+from isobatch.scaling.tuning.footprint import Footprint, Pass, curve, placed
+from isobatch.scaling.tuning.memory import EIGHTS, PROBES, Bounds, Limit, Probe, concluded, next_size, told
+
+GB = 1_000_000_000
+MARGIN = 0.2
+DDP = EnginePlacement("ddp")
+
+
+def search(
+    peak: Callable[[int], float], bounds: Bounds, prior: Callable[[float], float] | None, noise: Callable[[], float]
+) -> list[Probe]:
+    """Probe a memory curve until the search ends."""
+    probes: list[Probe] = []
+    while (size := next_size(probes, bounds, prior)) is not None:
+        probes.append(Probe(size, int(peak(size) * noise())))
+    return probes
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    weights=st.floats(1e7, 1e10),
+    states=st.sampled_from([0, 1, 2]),
+    update=st.floats(1, 2.2),
+    growing=st.floats(0, 1),
+    largest=st.floats(16, 20_000),
+    share=st.floats(1.05, 20),
+    wrong=st.floats(0.85, 1.15),
+    granule=st.sampled_from([1, 3, 32]),
+    rng=st.randoms(use_true_random=False),
+)
+def test_a_search_finds_the_largest_batch_in_few_probes_and_never_leaves_the_limit(
+    weights: float, states: int, update: float, growing: float, largest: float, share: float, wrong: float,
+    granule: int, rng: st.DataObject,
+) -> None:  # fmt: skip
+    lasting = weights * (1 + states)
+    step, fixed = lasting + weights * update, lasting + weights * growing
+    room = step * share
+    each = (room - fixed) / (largest * granule)
+
+    def peak(size: float) -> float:
+        return max(step, fixed + each * size)
+
+    def prior(size: float) -> float:
+        return lasting + wrong * (peak(size) - lasting)
+
+    bounds = Bounds(room, least=granule, granule=granule, lasting=lasting)
+    probes = search(peak, bounds, prior, lambda: rng.uniform(0.998, 1.002))  # type: ignore[attr-defined]
+    found = concluded(probes, bounds, Limit(int(room / (1 - MARGIN)), "a test"), MARGIN)
+    assert len(probes) <= PROBES
+    assert all((probe.peak or 0) < room / (1 - MARGIN) for probe in probes), "a probe needed more than the limit"
+    assert found.per_gpu in [probe.per_gpu for probe in probes], "it was never run"
+    assert found.per_gpu % granule == 0
+    assert peak(found.per_gpu) <= 1.002 / 0.998 * room
+    stride = EIGHTS * granule
+    if share > 1.2:  # else the batch's part of the memory is so small that its noise hides it
+        assert found.per_gpu >= min(0.95 * largest * granule, largest * granule - stride - 1)
+
+
+def test_without_an_estimate_no_probe_leaves_the_limit() -> None:
+    peaks = [lambda size: max(3e9, 2e9 + 1e7 * size), lambda size: 1e9 + 1e8 * size]
+    for peak in peaks:
+        bounds = Bounds(8e9, least=2, lasting=1e9)
+        probes = search(peak, bounds, None, lambda: 1.0)
+        assert all((probe.peak or 0) <= 8e9 for probe in probes)
+        assert len(probes) > 2
+
+
+def test_the_cap_ends_the_search() -> None:
+    bounds = Bounds(8e9, least=2, cap=36, lasting=1e9)
+    probes = search(lambda size: 1e9 + 1e6 * size, bounds, lambda size: 1e9 + 1e6 * size, lambda: 1.0)
+    assert [probe.per_gpu for probe in probes] == [2, 36]
+    assert concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN).outcome == "cap"
+
+
+def test_nothing_fits() -> None:
+    bounds = Bounds(8e9, least=2)
+    probes = search(lambda size: 9e9, bounds, None, lambda: 1.0)
+    found = concluded(probes, bounds, Limit(10 * GB, "cluster.memory_gb"), MARGIN)
+    assert (found.per_gpu, found.outcome, len(probes)) == (0, "nothing", 1)
+    assert "nothing fits" in told(found)
+    assert "cluster.memory_gb" in told(found)
+
+
+def test_a_size_that_ran_out_of_memory_bounds_the_search() -> None:
+    """The size before a restart is known from the journal."""
+    bounds = Bounds(8e9, least=2, lasting=1e9)
+    probes = [Probe(2, int(1.2e9)), Probe(40, None)]
+    while (size := next_size(probes, bounds)) is not None:
+        assert size < 40
+        probes.append(Probe(size, int(1e9 + 1e8 * size)))
+    assert concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN).per_gpu < 40
+
+
+def test_a_result_is_plain_json() -> None:
+    bounds = Bounds(8e9, least=2, lasting=1e9)
+    probes = search(lambda size: 1e9 + 1e7 * size, bounds, lambda size: 1e9 + 1e7 * size, lambda: 1.0)
+    found = concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN, lambda size: 1e9 + 1.1e7 * size).as_json()
+    assert json.loads(json.dumps(found)) == found
+    assert found["per_sample_mb"] == pytest.approx(10)
+    assert found["fixed_gb"] == pytest.approx(1)
+    assert found["estimate"]["error"] == pytest.approx(0.1 * 7 / 8, abs=0.02)
+
+
+def footprint() -> Footprint:
+    passes = tuple(Pass(size, 100 + 7 * size, 3 * size) for size in (2, 4, 8))
+    return Footprint(parameters=100, gradients=100, optimizer=200, block=20, rest=10, passes=passes)
+
+
+def test_sharding_needs_less_where_it_shards() -> None:
+    fixed = {
+        name: placed(footprint(), EnginePlacement(name, stage), 4)[1] for name, stage in (("ddp", None), ("fsdp", None))
+    }
+    assert fixed["ddp"] == 400
+    assert fixed["fsdp"] == 100 + 10 + 3 * 20
+    stages = [placed(footprint(), EnginePlacement("deepspeed", stage), 4)[1] for stage in (1, 2, 3)]
+    assert stages == sorted(stages, reverse=True)
+    assert stages[0] != stages[1] != stages[2]
+
+
+def test_a_single_pass_holds_no_gradient_of_an_earlier_one() -> None:
+    alone, several = (curve(footprint(), DDP, 1, accumulates=accumulates) for accumulates in (False, True))
+    assert alone
+    assert several
+    assert (alone.peak(16), several.peak(16)) == (300 + 100 + 7 * 16, 400 + 3 * 16)
+    assert several.largest(400 + 3 * 100) == 100
+
+
+def test_an_absurd_limit_is_rejected() -> None:
+    refuse_absurd(80.0, "cluster.gpu_memory_gb")
+    with pytest.raises(UserError) as error:
+        refuse_absurd(1e9, "cluster.gpu_memory_gb")
+    assert error.value.key == "cluster.gpu_memory_gb"
