@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
 
 from isobatch.scaling.errors import UserError
@@ -103,6 +104,11 @@ class Cut:
         return (len(block) * base + more) * self.granule
 
     @property
+    def filled(self) -> int:
+        """Return the number of non-empty micro-batches of a step."""
+        return sum(count for size, count in self.micro_batches if size)
+
+    @property
     def even(self) -> bool:
         return len(self.micro_batches) == 1
 
@@ -110,6 +116,33 @@ class Cut:
     def idle(self) -> float:
         """Return the share of time that ranks wait for rank 0, the busiest one."""
         return 1 - self.global_size / (self.world * self.share(0))
+
+
+@lru_cache
+def halves(cut: Cut) -> tuple[Cut, Cut] | None:
+    """Return the cuts of the two halves of a step, each over all ranks; None if the step can't be halved.
+
+    The halves don't depend on the ranks: each has whole granules, and the first has the odd one. With ``pieces`` each
+    has whole pieces, and they are the halves of the tree that sums them. Every rank runs the same number of passes, and
+    no micro-batch is larger than ``per_gpu``.
+
+    >>> [half.micro_batches for half in halves(Cut(global_size=100, per_gpu=17, world=3, accumulation=2)) or ()]
+    [((17, 2), (16, 1)), ((17, 2), (16, 1))]
+    >>> halves(Cut(global_size=8, per_gpu=8, world=1, accumulation=1, granule=8)) is None
+    True
+    """
+    whole = cut.pieces or cut.global_size // cut.granule
+    if whole < 2:
+        return None
+    first = whole - whole // 2
+    size = cut._start(first) if cut.pieces else first * cut.granule
+    most = cut.per_gpu // cut.granule
+
+    def half(samples: int, pieces: int) -> Cut:
+        passes = _ceil(pieces, cut.world) if cut.pieces else _ceil(samples // cut.granule, cut.world * most)
+        return Cut(samples, cut.per_gpu, cut.world, passes, cut.granule, pieces if cut.pieces else None)
+
+    return half(size, first), half(cut.global_size - size, whole - first)
 
 
 def solve(

@@ -1,8 +1,9 @@
 """The gradient noise scale: how much the gradients of samples differ, relative to their mean.
 
 Glossary: G is the mean gradient over all samples, Σ the covariance of one sample's gradient, B the global batch in
-samples. A step is cut into n micro-batches of b_j samples (Σ_j b_j = B) with mean gradients g_j; g_B is the gradient of
-the whole step. The simple noise scale is tr Σ / |G|², in samples: at a batch of that size, half of |g_B|² is noise.
+samples. A step is cut into n micro-batches (or halves) of b_j samples (Σ_j b_j = B) with mean gradients g_j; g_B is the
+gradient of the whole step. The simple noise scale is tr Σ / |G|², in samples: at a batch of that size, half of |g_B|²
+is noise.
 
 The noise scale isn't the critical batch and can be far from it; it shows the trend (Merrill et al. 2025).
 Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.
@@ -12,16 +13,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from isobatch.scaling.geometry import Cut, counted
+from isobatch.scaling.geometry import counted, halves
 from isobatch.scaling.limits import Count
 
 if TYPE_CHECKING:
     from isobatch.scaling.plan import Plan
 
-MEMORY = 100  # time constant of the moving averages, in measurements
+FORGETTING = 5  # weight of the n-th estimate: 5/(n + 4), so the averages look back over the last third of the run
 FEWEST = 10  # measurements before the first interval
+Metric = Literal["raw", "adam", "muon"]
+"""The norm in which gradients are measured: as they are, or in the geometry of the optimizer's steps."""
+
+
+class Norm(NamedTuple):
+    """Hold the norm in which the gradients of a step are measured, and a description for the user."""
+
+    name: Metric
+    text: str
+
+
+RAW = Norm("raw", "raw")
+
 NORMAL = 1.959964  # the 0.975 quantile of the normal distribution
 
 
@@ -36,6 +50,16 @@ class Estimate:
 
     grad_sq: float
     trace: float
+
+    def of_data(self, samples: int) -> Estimate:
+        """Return the estimates for a data set of ``samples``, from which each epoch draws without replacement.
+
+        Two parts of a step then have no sample in common: E⟨g₁, g₂⟩ = |G|² − tr Σ / N, with the mean G over the data.
+
+        >>> Estimate(grad_sq=1.0, trace=50.0).of_data(100)
+        Estimate(grad_sq=1.5, trace=50.0)
+        """
+        return Estimate(self.grad_sq + self.trace / samples, self.trace)
 
 
 def estimate(parts_sq: float, whole_sq: float, batch: int, micro_batches: int) -> Estimate:
@@ -81,13 +105,15 @@ class Scale:
 class Smoothed:
     """Hold moving averages of the estimates, separately for numerator and denominator: a mean of ratios is biased.
 
-    The averages are debiased, so the first estimates have equal weights.
+    The n-th estimate has weight 5/(n + 4), so the averages look back over a share of the run, not over a number of
+    estimates: |G|² falls all the time, and an old one hides it. n estimates are worth 0.36 n + 0.7 equal ones.
 
     Attributes:
         count: number of estimates.
         grad_sq, trace: averages of |G|² and tr Σ.
         grad_sq_var, trace_var, covariance: of single estimates around these averages.
         weight_sq: sum of the squared weights, which sum to 1. An average has this share of one estimate's variance.
+        metric: the norm of all estimates.
     """
 
     count: Count = 0
@@ -97,16 +123,18 @@ class Smoothed:
     trace_var: float = 0.0
     covariance: float = 0.0
     weight_sq: float = 0.0
+    metric: Metric = "raw"
 
     def __post_init__(self) -> None:
-        finite = all(map(math.isfinite, astuple(self))) and min(self.count, self.grad_sq_var, self.trace_var) >= 0
+        finite = all(map(math.isfinite, astuple(self)[:-1])) and min(self.count, self.grad_sq_var, self.trace_var) >= 0
         if not finite or (self.count > 1 and not 0 < self.weight_sq < 1):
             raise ValueError(f"{self} isn't a valid average of estimates")
 
-    def updated(self, new: Estimate) -> Smoothed:
-        """Return the averages with one more estimate."""
-        decay = math.exp(-1 / MEMORY)
-        weight = (1 - decay) / (1 - decay ** (self.count + 1))  # about 1, 1/2, 1/3, …; tends to 1 - decay
+    def updated(self, new: Estimate, metric: Metric = "raw") -> Smoothed:
+        """Return the averages with one more estimate; estimates in another ``metric`` are dropped."""
+        if metric != self.metric:
+            return Smoothed(metric=metric).updated(new, metric)
+        weight = FORGETTING / (self.count + FORGETTING)
         off, off_trace = new.grad_sq - self.grad_sq, new.trace - self.trace
 
         def spread(before: float, product: float) -> float:
@@ -120,6 +148,7 @@ class Smoothed:
             trace_var=spread(self.trace_var, off_trace * off_trace),
             covariance=spread(self.covariance, off * off_trace),
             weight_sq=(1 - weight) ** 2 * self.weight_sq + weight**2,
+            metric=metric,
         )
 
     def scale(self) -> Scale | None:
@@ -145,28 +174,42 @@ class Smoothed:
 
 
 def student(freedom: float) -> float:
-    """Return the 0.975 quantile of Student's t distribution, within 0.3 % for 9 or more degrees of freedom.
+    """Return the 0.975 quantile of Student's t distribution, within 1.5 % for 3 or more degrees of freedom.
 
-    Source: Abramowitz & Stegun, 26.7.5, its first two terms.
+    Source: Abramowitz & Stegun, 26.7.5.
 
     >>> round(student(9), 2), round(student(100), 3)
     (2.26, 1.984)
     """
-    z = NORMAL
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def filled(cut: Cut) -> int:
-    """Return the number of non-empty micro-batches of a step."""
-    return sum(count for size, count in cut.micro_batches if size)
+    z, found = NORMAL, NORMAL
+    found += (z**3 + z) / (4 * freedom)
+    found += (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    found += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return found + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
 
 
 def unmeasurable(plan: Plan) -> str | None:
     """Return a message with a fix if every step is a single micro-batch, which can't be measured, else None."""
     cut = plan.cut
-    if any(filled(stage.cut) > 1 for stage in plan.stages):
+    if plan.intervals.noise_parts:
+        return _unhalvable(plan)
+    if any(stage.cut.filled > 1 for stage in plan.stages):
         return None
     half = -(-cut.global_size // cut.granule // 2) * cut.granule
     fix = f"batch.per_gpu={plan.sized(half)}, or more ranks" if half < cut.global_size else "a larger global batch"
     one = f"on {counted(cut.world, 'rank')} a step has only one, so nothing is measured"
     return f"noise.every measures how much the micro-batches of a step differ, but {one}; give {fix}"
+
+
+def _unhalvable(plan: Plan) -> str | None:
+    cut = plan.cut
+    if any(halves(stage.cut) for stage in plan.stages):
+        return None
+    if cut.pieces:
+        one = "numerics=bitwise can only halve a step between its micro-batches, and it has one"
+        half = -(-cut.global_size // cut.granule // 2) * cut.granule
+        fix = f"give batch.per_gpu={plan.sized(half)}" if half < cut.global_size else "give a larger global batch"
+    else:
+        one = f"a step of {plan.size(cut.global_size)} can't be halved"
+        fix = f"give batch.global_size={plan.sized(2 * cut.granule)} or more"
+    return f"noise.parts=2 measures how much the halves of a step differ, but {one}, so nothing is measured; {fix}"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Len
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.geometry import Cut, counted, solve
+from isobatch.scaling.geometry import Cut, counted, halves, solve
 from isobatch.scaling.limits import Identity, Seed, Size, Text
 from isobatch.scaling.rules import OutOfRange, Recipe
 from isobatch.scaling.schedule import Schedule, Segment, boundaries
@@ -21,6 +21,10 @@ class Step:
     """Describe one optimizer step: its samples [start, stop) of the sample order, and its recipe.
 
     ``index`` counts from 0. The loss is divided by ``expected_units`` before backward.
+
+    Attributes:
+        measured: the step measures the gradient noise, from the gradients of its micro-batches or of its halves.
+        halves: the cuts of its two halves, if it measures these.
     """
 
     index: int
@@ -29,6 +33,13 @@ class Step:
     expected_units: int
     recipe: Recipe
     cut: Cut
+    measured: bool = False
+    halves: tuple[Cut, Cut] | None = None
+
+    @property
+    def parts(self) -> tuple[Cut, ...]:
+        """Return the cuts of the consecutive parts of the step whose gradients are reduced by themselves."""
+        return self.halves or (self.cut,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,7 @@ class Intervals:
 
     Attributes:
         keep: of the checkpoints that are never removed.
+        noise_parts: 2 measures the gradient noise from two halves of the global batch; None from its micro-batches.
     """
 
     log: Size | None
@@ -71,6 +83,7 @@ class Intervals:
     save: Size | None
     noise: Size | None
     keep: Size | None = None
+    noise_parts: Literal[2] | None = None
 
 
 def crossed(every: int | None, before: int, after: int) -> bool:
@@ -213,13 +226,17 @@ class Plan:
         stage = self.stage_at(sample)
         steps, inside = divmod(sample - stage.start, stage.cut.global_size)
         assert inside == 0, f"sample {sample} is {inside} samples inside a step"
+        stop = sample + stage.cut.global_size
+        measured, parts = self._measured(stage.cut, sample, stop)
         return Step(
             index=stage.first_step + steps,
             start=sample,
-            stop=sample + stage.cut.global_size,
+            stop=stop,
             expected_units=stage.cut.global_size * (self.units_per_sample or 1),
             recipe=replace(stage.peak, lr=self.schedule.lr(sample, stage.peak.lr)),
             cut=stage.cut,
+            measured=measured,
+            halves=parts,
         )
 
     def keeps(self, samples: int) -> bool:
@@ -227,6 +244,17 @@ class Plan:
         return samples > 0 and crossed(
             self.intervals.keep, samples - self.stage_at(samples - 1).cut.global_size, samples
         )
+
+    def _measured(self, cut: Cut, before: int, after: int) -> tuple[bool, tuple[Cut, Cut] | None]:
+        """Return whether the step of the samples (before, after] measures the noise, and the halves it measures."""
+        if not crossed(self.intervals.noise, before, after):
+            return False, None
+        if self.intervals.noise_parts is None:
+            return cut.filled > 1, None
+        found = halves(cut)
+        if found and self.sync and not all(half.micro_batches[-1][0] for half in found):
+            found = None  # synchronised BatchNorm needs a sample on every rank in every pass
+        return found is not None, found
 
     @property
     def cut(self) -> Cut:

@@ -60,17 +60,24 @@ class Lengths:
 
 
 def intervals_of(config: RunConfig, lengths: Lengths) -> Intervals:
-    """Return the intervals of ``config`` in samples."""
+    """Return the intervals of ``config`` in samples. Raise UserError if measuring the noise would change the run."""
 
     def samples(key: str, every: Duration | None) -> int | None:
         return None if every is None or every.unit == "min" else lengths.samples(f"{key}=", every)
 
+    if config.noise.every and config.noise.parts and config.batchnorm.mode == "sync":
+        problem = (
+            "noise.parts=2 halves passes, of which batchnorm.mode=sync takes statistics, so measuring changes the run"
+        )
+        fix = "use noise.parts=null, or batchnorm.mode=ghost"
+        raise UserError(problem, fix, "noise.parts", config.noise.parts)
     return Intervals(
         log=samples("log.every", config.log.every),
         evaluate=samples("evaluate.every", config.evaluate.every),
         save=samples("checkpoint.every", config.checkpoint.every),
         noise=samples("noise.every", config.noise.every),
         keep=samples("checkpoint.keep_every", config.checkpoint.keep_every),
+        noise_parts=config.noise.parts,
     )
 
 

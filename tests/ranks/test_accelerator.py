@@ -44,6 +44,7 @@ CASES = {
     "LARS": ("optimizer=lars",),
     "Muon": ("optimizer=muon",),
     "noise": ("noise.every=1st",),
+    "noise of two halves": ("noise.every=1st", "noise.parts=2"),
     "average": ("ema=24sa",),
 }
 
@@ -131,10 +132,13 @@ def steps(*overrides: str, waits: str = "") -> Callable[[World], str]:
         stream = Untouched(0, device)
 
         def micros(step: Step) -> Iterator[Micro]:
-            for start, stop in step.cut.passes(0):
-                samples = stop - start
-                batch = to_device((torch.empty(samples, 8), torch.zeros(samples, dtype=torch.int64)), device)
-                yield Micro(start, stop, samples, samples, stop == step.stop - step.start, 0.0, batch)
+            before, size = 0, step.stop - step.start
+            for cut in step.parts:
+                for start, stop in ((before + a, before + b) for a, b in cut.passes(0)):
+                    samples, last = stop - start, stop == before + cut.global_size
+                    batch = to_device((torch.empty(samples, 8), torch.zeros(samples, dtype=torch.int64)), device)
+                    yield Micro(start, stop, samples, samples, cut, last, stop == size, 0.0, batch)
+                before += cut.global_size
 
         with FakeTensorMode():
             own = Classes(device, waits)
@@ -145,7 +149,7 @@ def steps(*overrides: str, waits: str = "") -> Callable[[World], str]:
                 for index in range(2):
                     step = plan.step_at(12 * index)
                     assert step is not None
-                    total, update = stepper.take(step, lambda: Requests(), measure=plan.intervals.noise is not None)
+                    total, update = stepper.take(step, lambda: Requests())
                 assert DelayedReadback(device).read(step, total, update) is None
         return f"{total.loss.device} {torch.as_tensor(update.grad_norm).device}"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from isobatch.scaling.geometry import Cut, nearest_even, solve
+from isobatch.scaling.geometry import Cut, halves, nearest_even, solve
 from tests.support.examples import examples
 
 quick = examples(75)
@@ -155,6 +155,28 @@ def test_bitwise_cuts_are_the_same_on_any_world(wanted: dict[str, Any], world: i
     assert cut.pieces == other.pieces
     assert [run for run in cut.micro_batches if run[0]] == [run for run in other.micro_batches if run[0]]
     assert solve(**{**wanted, "bitwise": False}).accumulation == cut.accumulation
+
+
+@given(asked(), worlds)
+@quick
+def test_halves_are_the_same_on_any_world(wanted: dict[str, Any], world: int) -> None:
+    cut = solve(**wanted)
+    found = halves(cut)
+    assert (found is None) is ((cut.pieces or cut.global_size // cut.granule) < 2)
+    if found is None:
+        return
+    first, second = found
+    assert first.global_size + second.global_size == cut.global_size
+    assert all(half.micro_batches[0][0] <= cut.per_gpu and half.world == cut.world for half in found)
+    other = halves(solve(**{**wanted, "world": world, "global_size": cut.global_size, "accumulation": None}))
+    assert other is not None
+    if cut.pieces:
+        assert (first.pieces, second.pieces) == (-(-cut.pieces // 2), cut.pieces // 2)  # as the tree sums them
+        filled = [size for half in found for size, count in half.micro_batches for _ in range(count) if size]
+        assert filled == [size for size, count in cut.micro_batches for _ in range(count) if size]
+    else:
+        assert first.global_size - second.global_size in (0, cut.granule)
+        assert [half.global_size for half in found] == [half.global_size for half in other]
 
 
 def test_the_cost_does_not_grow_with_the_ranks() -> None:

@@ -29,7 +29,7 @@ FULL = replace(
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
     engine=EnginePlacement(NAME, STAGE, ABLE.shards, ABLE.offloads),
-    intervals=Intervals(10, 20, 30, 40, keep=50),
+    intervals=Intervals(10, 20, 30, 40, keep=50, noise_parts=2),
 )
 ASKED = ("world", "per_gpu", "accumulation")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from isobatch.scaling.geometry import Cut
 from isobatch.scaling.plan import Step
 from isobatch.trainers.data.fetch import Fetch, Fetched, Remote, to_device
 from isobatch.trainers.data.state import TrainState
@@ -27,7 +28,9 @@ class Micro:
     Attributes:
         samples: number of samples that count: all, or none if the micro-batch is a stand-in.
         expected_units: the micro-batch's share of the step's expected units.
-        last: it is the step's last pass.
+        cut: the cut of the part of the step that the pass belongs to (see Step.parts).
+        last: it is the last pass of its part, so gradients are reduced.
+        ends: it is the step's last pass.
         waited_s: seconds that it took to get the batch.
         batch: None if the range is empty.
     """
@@ -36,13 +39,15 @@ class Micro:
     stop: int
     samples: int
     expected_units: int
+    cut: Cut
     last: bool
+    ends: bool
     waited_s: float
     batch: Any | None
 
 
 class Loader:
-    """Yield this rank's ``accumulation`` micro-batches of a step, on the training device.
+    """Yield this rank's micro-batches of a step, one per pass, on the training device.
 
     With ``workers``, DataLoader's processes fetch ahead of the loop, also across the ends of steps and epochs, because
     they follow the plan.
@@ -68,7 +73,7 @@ class Loader:
         self._batches = self._ahead(workers) if workers else None
 
     def __call__(self, step: Step) -> Iterator[Micro]:
-        for index, (start, stop) in enumerate(step.cut.passes(self._rank)):
+        for cut, last, ends, (start, stop) in self._passes(step):
             positions, began = self._positions(step, start, stop), time.perf_counter()
             fetched = self._fetch[positions] if self._batches is None else self._next(self._batches)
             if fetched.error is not None:
@@ -79,9 +84,17 @@ class Loader:
             if self._pin and self._batches is None:
                 fetched = fetched.pin_memory()
             expected = step.expected_units * (stop - start) // step.cut.global_size
-            last = index == step.cut.accumulation - 1
-            waited_s = time.perf_counter() - began
-            yield Micro(*positions, stop - start, expected, last, waited_s, to_device(fetched.batch, self._device))
+            waited_s, batch = time.perf_counter() - began, to_device(fetched.batch, self._device)
+            yield Micro(*positions, stop - start, expected, cut, last, ends, waited_s, batch)
+
+    def _passes(self, step: Step) -> Iterator[tuple[Cut, bool, bool, tuple[int, int]]]:
+        """Yield this rank's passes of a step: the part's cut, whether it ends its part and the step, and its range."""
+        before = 0
+        for part, cut in enumerate(step.parts, 1):
+            for index, (start, stop) in enumerate(cut.passes(self._rank), 1):
+                last = index == cut.accumulation
+                yield cut, last, last and part == len(step.parts), (before + start, before + stop)
+            before += cut.global_size
 
     def _positions(self, step: Step, start: int, stop: int) -> tuple[int, int]:
         """Return the positions of the run to fetch for [start, stop) of a step."""
@@ -109,7 +122,7 @@ class Loader:
         """Yield every range of positions that this rank needs, by the plan in force when the range is fetched."""
         sample = self._state.samples
         while step := self._state.plan.step_at(sample):
-            for start, stop in step.cut.passes(self._rank):
+            for *_, (start, stop) in self._passes(step):
                 yield self._positions(step, start, stop)
             sample = step.stop
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from isobatch.scaling.geometry import Cut
 from isobatch.scaling.rules import Recipe
-from isobatch.trainers.engines.noise import GradientSquares
+from isobatch.trainers.engines.noise import Compared, GradientSquares, compare
 from isobatch.trainers.engines.reducer import Found, Parts, Reducer, clipped, number
 from isobatch.trainers.engines.state import State
 from isobatch.trainers.engines.step_report import Measures, Note, Number, Total, Update
 from isobatch.trainers.model.precision import LossScale, autocast
 from isobatch.trainers.ranks.failure import RunFailed
+from isobatch.trainers.ranks.internals import foreach_add_
 from isobatch.trainers.tasks.losses import checked
 from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.tensors.slices import Reader
@@ -26,7 +27,8 @@ from isobatch.trainers.tensors.slices import Reader
 class Engine:
     """Forward, backward, reduction and update of one model over all ranks.
 
-    A step is: ``accumulation`` times ``micro``, ``loss`` and ``backward``, then ``total``, then ``update``.
+    A step is: ``accumulation`` times ``micro``, ``loss`` and ``backward``, then ``total``, then ``update``. A step that
+    measures its halves has the passes of the first half, ``set_aside``, and the passes of the second half.
 
     Args:
         reducer: the reducer of the ranks' gradients, made of ``parts``.
@@ -57,7 +59,9 @@ class Engine:
         self._lift = 1 << (reducer.mean_over - 1).bit_length()  # undoes mean_over; a power of two is exact
         self._skip_nonfinite, self._loss_scale = skip_nonfinite, LossScale() if precision == "fp16" else None
         self._may_skip = skip_nonfinite or precision == "fp16"
-        self._squares, self._cut = GradientSquares(parts.world), Cut(1, 1, 1, 1)
+        self._squares, self._cut, self._first = GradientSquares(parts.world), Cut(1, 1, 1, 1), 0
+        self._aside: list[Tensor] = []  # the gradient of a step's first half
+        self._found: Compared | None = None
         self._norm: Number = 0.0
         self._buffers_before: dict[str, Tensor] = {}
         self._begun = self._stepped = False
@@ -139,9 +143,27 @@ class Engine:
 
     # ---- a step
 
+    def set_aside(self) -> None:
+        """Reduce the gradient of the step's first half, and keep it apart from that of the second half."""
+        self._reducer.reduce()
+        if self._reducer.trails:
+            self._reducer.trails.check()
+        self._aside = [gradient.clone() for gradient in self._reducer.gradients()]
+        self._first = self._cut.global_size
+        self._riders.set_aside()
+        self._reducer.drop()
+
     def total(self, expected_units: int) -> Total:
-        """Return the sum of the notes of all ranks and passes of a step of ``expected_units``."""
+        """Return the sum of the notes of all ranks and passes of a step of ``expected_units``.
+
+        If the first half was set aside, it is compared with the second half, and added.
+        """
         self._norm = self._reducer.reduce()
+        if self._aside:
+            self._found = compare(self._reducer, self._aside, (self._first, self._cut.global_size))
+            foreach_add_(self._reducer.gradients(), self._aside)
+            self._riders.join()
+            self._norm, self._aside = self._reducer.norm(), []
         return self._riders.take(expected_units)
 
     def update(self, scale: Number, clip_norm: float | None, recipe: Recipe) -> Update:
@@ -161,7 +183,7 @@ class Engine:
         mean_over = self._reducer.mean_over
         scale = scale * (mean_over / self._lift) / self._factor
         norm = self._norm * scale
-        squares = self._squares.take(self._cut)
+        squares, (halves, self._found) = self._squares.take(self._cut), (self._found, None)
         if self._may_skip and not math.isfinite(norm):  # on an accelerator this waits for the device
             self._discard()
             return Update(norm, skipped=True)
@@ -177,6 +199,9 @@ class Engine:
         if not self._stepped:
             self._stepped = True
             self.values()  # reject state that can't be saved now, not at the first checkpoint
+        if halves:
+            grad_sq, trace = (number(value) * scale**2 for value in halves.values)
+            return Update(norm, halves=(grad_sq, trace), norm=halves.norm)
         return Update(norm, parts_sq=None if squares is None else number(squares) * (scale / mean_over) ** 2)
 
     def _keep_buffers(self) -> None:

@@ -43,7 +43,7 @@ class FSDP(Reducer):
         assert isinstance(config.engine, engines.FSDP)
         world.connect()
         place(parts.model, world)
-        self._device = world.device
+        self._world, self._device = world, world.device
         root = shard(parts.root, config.engine, world)
         if world.size > 1:
             self.trails = Lockstep(world, INSTEAD)
@@ -95,6 +95,15 @@ class FSDP(Reducer):
         apart: list[Any] = [parameter.grad for parameter in self._replicated]
         square = self._riders.total(square, *apart, *(self.trails.ride() if self.trails else ()))
         return number((square + (norm_of(apart).square() if apart else 0)).sqrt())
+
+    def norm(self) -> Number:
+        squares = torch.stack([norm_of([held]).square() for held in self.held()])
+        return number(self.total_of(squares[None])[0].sqrt())
+
+    def total_of(self, parts: Tensor) -> Tensor:
+        shards = torch.tensor([sharded(parameter) for parameter in self.parameters], device=parts.device)
+        own = self._world.sum((parts * shards).sum(1).to(self._device))
+        return own + (parts * ~shards).sum(1).to(self._device)
 
     def explain(self, text: str) -> UserError | None:
         if "mixed torch.Tensor and DTensor" in text:

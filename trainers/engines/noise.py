@@ -1,16 +1,20 @@
-"""Measure the norms of the micro-batches' gradients, from which the noise scale (scaling/noise.py) is estimated."""
+"""Measure gradients of micro-batches or of a step's halves, from which the noise scale follows (scaling/noise.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from isobatch.scaling.geometry import Cut
-from isobatch.trainers.ranks.world import World
+from isobatch.scaling.noise import Norm
+from isobatch.trainers.engines.metric import weighing_of
+from isobatch.trainers.engines.reducer import Reducer
+from isobatch.trainers.ranks.world import World, real_view
 
 
 class GradientSquares:
@@ -61,3 +65,47 @@ class GradientSquares:
         rows = everyone.view(self._world.size, -1)
         filled = [sum(start < stop for start, stop in cut.passes(rank)) for rank in range(self._world.size)]
         return torch.cat([row[:count] for row, count in zip(rows, filled, strict=True)]).sum()
+
+
+class Compared(NamedTuple):
+    """Hold |G|² and tr Σ of two halves, float64 [2], in the square of the reduced gradient's unit, and their norm."""
+
+    values: Tensor
+    norm: Norm
+
+
+@torch.no_grad()
+def compare(reducer: Reducer, first: Sequence[Tensor], sizes: tuple[int, int]) -> Compared | None:
+    """Return the estimates from the gradients of two halves; None before the optimizer's first step.
+
+    Of the halves' mean gradients g₁ and g₂ of b₁ and b₂ samples, B = b₁ + b₂, in the optimizer's norm (metric.py):
+
+        |G|² = ⟨g₁, g₂⟩,     tr Σ = (b₁b₂/B) |g₁ − g₂|².
+
+    All ranks call it.
+
+    Args:
+        first: this rank's parts of the first half's gradient, b₁g₁/B; ``reducer`` has those of the second half.
+        sizes: b₁ and b₂.
+    """
+    if (weighing := weighing_of(reducer)) is None:
+        return None
+    share, rest = (size / sum(sizes) for size in sizes)
+    rows = []
+    for one, other, weigh in zip(first, reducer.gradients(), weighing.each, strict=True):
+        one, other = wide(one), wide(other)
+        apart = one / share - other / rest
+        rows.append(torch.stack((dot(one, weigh(other)), dot(apart, weigh(apart)))))
+    cross, square = reducer.total_of(torch.stack(rows, 1)).unbind()
+    return Compared(torch.stack((cross / (share * rest), square * (sizes[0] * rest))), weighing.norm)
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """Return a gradient as real numbers of at least 32 bits."""
+    plain = real_view(gradient)
+    return plain.float() if plain.dtype.itemsize < 4 else plain
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of elements, 0-dim float64."""
+    return torch.dot(one.reshape(-1), other.reshape(-1)).double()

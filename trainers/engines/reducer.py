@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ from isobatch.trainers.tensors.slices import Reader
 Found = TypeVar("Found")
 Read = Callable[[Tensor, Reader, str, torch.device], Tensor]
 """Return this rank's part of a parameter's state, given the state's name in the checkpoint and a device."""
+
+
+class Owner(NamedTuple):
+    """Hold the optimizer's group and state of a part of the gradient; state tensors may be sharded.
+
+    Attributes:
+        elements: number of the part's elements, without padding.
+    """
+
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    elements: int
 
 
 class Root(nn.Module):
@@ -150,8 +162,25 @@ class Reducer:
         return self.norm()
 
     def norm(self) -> Number:
-        """Return the norm of the gradients that this rank holds."""
+        """Return the norm of the summed gradient."""
         return number(norm_of(self.held()))
+
+    def gradients(self) -> list[Tensor]:
+        """Return this rank's parts of the summed gradient, after ``reduce``."""
+        return self.held()
+
+    def states(self) -> list[Owner]:
+        """Return the optimizer's states of the elements of ``gradients``, in the same order."""
+        groups, state = self.tuned.optimizer.param_groups, self.tuned.optimizer.state
+        owned = [(group, parameter) for group in groups for parameter in group["params"]]
+        return [
+            Owner(group, state.get(one, {}), held.numel())
+            for (group, one), held in zip(owned, self.held(), strict=True)
+        ]
+
+    def total_of(self, parts: Tensor) -> Tensor:
+        """Sum numbers of the parts in ``gradients`` over the whole gradient: float64 [numbers, parts] → [numbers]."""
+        return parts.sum(1)
 
     def held(self) -> list[Tensor]:
         """Return this rank's parts of all gradients as local tensors; collected once per step."""

@@ -38,6 +38,7 @@ class Riders:
         self._measures: list[str] | None = None  # names of the task's measures, once known
         self._statistics = statistics_of(model, world.device)
         self.parameters = [self._note, *([self._statistics.sums] if self._statistics else [])]
+        self._aside: list[Tensor] = []
 
     def ride_in(self, root: nn.Module, mean_over: int) -> None:
         """Add the riders to the parameters of ``root``, whose summed gradients are divided by ``mean_over``."""
@@ -114,6 +115,18 @@ class Riders:
         if isinstance(few, Tensor):
             return Total(loss, torch.where(few, units, planned), measures, waited_s, requests)
         return Total(loss, units if few else planned, measures, waited_s, requests)
+
+    def set_aside(self) -> None:
+        """Keep the reduced gradients of the riders apart from those of the next passes."""
+        self._aside = [rider.grad.clone() for rider in self.parameters if rider.grad is not None]
+        for rider in self.parameters:
+            rider.grad = None
+
+    def join(self) -> None:
+        """Add the gradients that were set aside."""
+        for rider, before in zip(self.parameters, self._aside, strict=True):
+            accumulate(rider, before)
+        self._aside = []
 
     def settle(self, keep: bool) -> None:
         """Update the running statistics of BatchNorm layers, or drop the step's statistics if ``keep`` is false."""

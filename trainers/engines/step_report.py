@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from isobatch.scaling.geometry import Cut
+from isobatch.scaling.noise import RAW, Estimate, Norm, estimate
+
 Number = float | Tensor
 """A float on the CPU; on an accelerator a 0-dim float64 tensor, since reading it would wait for the device."""
 
@@ -86,9 +89,26 @@ class Update:
     Attributes:
         grad_norm: norm of the whole normalised gradient, before clipping.
         skipped: the gradient wasn't finite, and nothing was changed.
-        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None if it wasn't measured.
+        parts_sq: Σ_j |p_j|²/b_j over the micro-batches (see scaling/noise.py); None if they weren't measured.
+        halves: |G|² and tr Σ from the step's halves; None if they weren't measured.
+        norm: the norm in which they are measured (see metric.py).
     """
 
     grad_norm: Number
     skipped: bool = False
     parts_sq: Number | None = None
+    halves: tuple[Number, Number] | None = None
+    norm: Norm = RAW
+
+    def estimate(self, cut: Cut) -> Estimate | None:
+        """Return the estimates of a step with this ``cut``; None if it wasn't measured, or if they aren't finite.
+
+        On an accelerator this waits for the device.
+        """
+        if self.halves:
+            found = Estimate(*map(float, self.halves))
+        elif self.parts_sq is not None and math.isfinite(self.parts_sq):
+            found = estimate(float(self.parts_sq), float(self.grad_norm) ** 2, cut.global_size, cut.filled)
+        else:
+            return None
+        return found if math.isfinite(found.grad_sq + found.trace) else None

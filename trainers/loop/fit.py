@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isobatch.scaling.noise import filled
 from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
@@ -36,26 +35,27 @@ class Stepper:
     watch: Watch
     clip_norm: float | None
 
-    def take(self, step: Step, requests: Callable[[], Requests], *, measure: bool) -> tuple[Total, Update]:
-        """Run all passes of ``step``, then update the weights.
+    def take(self, step: Step, requests: Callable[[], Requests]) -> tuple[Total, Update]:
+        """Run all passes of ``step``, then update the weights; measure the gradient noise if the step says so.
 
         Args:
             requests: returns what this rank asks for; called as late as the note allows.
-            measure: measure the gradient noise.
 
         Raises:
             UserError: the task's loss isn't (sum, units).
         """
-        engine = self.engine
+        engine, each = self.engine, step.measured and not step.halves
         for micro in self.loader(step):
             self.watch.beat()
             self.stream.start(micro.start, micro.stop)
-            with engine.micro(step.cut, last=micro.last):
+            with engine.micro(micro.cut, last=micro.last):
                 loss, units, measures = engine.loss(micro.batch, micro.samples)
                 self.stream.stop()
-                asked = requests() if micro.last else Requests()
+                asked = requests() if micro.ends else Requests()
                 note = Note(loss, units, micro.expected_units, measures, micro.waited_s, asked)
-                engine.backward(loss / step.expected_units, note, micro.samples if measure else None)
+                engine.backward(loss / step.expected_units, note, micro.samples if each else None)
+            if micro.last and not micro.ends:
+                engine.set_aside()
         total = engine.total(step.expected_units)
         return total, engine.update(total.scale(step.expected_units), self.clip_norm, step.recipe)
 
@@ -88,8 +88,7 @@ def fit(
     step = None if early.decide() else step
     saved = False  # at the end of the run, before its last evaluation
     while step and not stopping:
-        measure = crossed(every.noise, step.start, step.stop) and filled(step.cut) > 1
-        total, update = stepper.take(step, requests, measure=measure)
+        total, update = stepper.take(step, requests)
         state.advance(step, skipped=update.skipped)
         stepper.watch.beat(state.steps, state.samples)
 

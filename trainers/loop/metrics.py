@@ -123,6 +123,13 @@ class Metrics:
         """Report a warning of the kind ``event``."""
         tell(self._run, event, text, **fields)
 
+    def note(self, event: str, text: str, **fields: Any) -> None:
+        """Report a fact, which is no warning."""
+        if self._run:
+            with suppress(OSError):
+                self._run.event(event, text=text, **fields)
+            say(text)
+
     def close(self) -> None:
         """Restore the terminal, and write the remaining lines."""
         if self._show:
@@ -159,8 +166,8 @@ def noise_values(noise: Smoothed) -> dict[str, float | None]:
     """Return the gradient noise scale for a line of metrics; values that aren't known yet are None.
 
     ``noise/scale``, ``noise/low``, ``noise/high``: the scale and its 95 % interval, in samples. ``noise/grad_sq``,
-    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py). The average of |G|² can be negative while
-    noise dominates.
+    ``noise/trace``: the averages of |G|² and tr Σ (see scaling/noise.py), in the norm that the event ``noise`` names.
+    The average of |G|² can be negative while noise dominates.
     """
     scale, averages = noise.scale(), noise if noise.count else None
     known = {f"noise/{name}": getattr(scale, name, None) for name in ("scale", "low", "high")}

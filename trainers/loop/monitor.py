@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.noise import estimate, filled
+from isobatch.scaling.noise import Estimate, Norm, Smoothed
 from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.step_report import Requests, Total, Update
@@ -46,6 +46,7 @@ class Monitor:
         self._state, self.metrics, self._readback, self._hardware, self.stop = state, metrics, readback, hardware, stop
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
+        self._norm: Norm | None = None  # of the gradient noise, as reported
         self._unlogged: StepResult | None = None  # the last step, unless it was logged
         self._since = time.perf_counter()
         self.after_a_step: Callable[[], None] | None = None
@@ -105,9 +106,8 @@ class Monitor:
             fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
             self.metrics.event("skip", f"{found}; skipped", **fields)
         self._count(result)
-        if state.noise and result.parts_sq is not None and math.isfinite(result.parts_sq):
-            new = estimate(result.parts_sq, result.grad_norm**2, step.cut.global_size, filled(step.cut))
-            state.noise = state.noise.updated(new)
+        if state.noise and result.estimate:
+            self._measured(state.noise, result.estimate, result.norm)
         stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
@@ -116,6 +116,18 @@ class Monitor:
             state.tally, self._unlogged = state.tally.logged(), None
         else:
             self._unlogged = result
+
+    def _measured(self, noise: Smoothed, estimate: Estimate, norm: Norm) -> None:
+        """Add an estimate to the averages, and report once in which norm halves are measured."""
+        plan = self._state.plan
+        self._state.noise = noise.updated(
+            estimate.of_data(plan.train_samples) if plan.train_samples else estimate, norm.name
+        )
+        if plan.intervals.noise_parts and norm != self._norm:
+            self._norm = norm
+            self.metrics.note(
+                "noise", f"the gradient noise is measured from two halves of a step, {norm.text}", norm=norm.name
+            )
 
     def log_early_end(self) -> None:
         """Log the last step of a run that ends early, if it wasn't due.

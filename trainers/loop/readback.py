@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isobatch.scaling.noise import RAW, Estimate, Norm
 from isobatch.scaling.plan import Step
 from isobatch.trainers.engines.step_report import Number, Requests, Total, Update
 
@@ -21,7 +22,8 @@ class StepResult:
         waited_s: seconds that the ranks waited for data, summed over them.
         requests: any rank asks for it.
         measures: the task's own sums and counts, by name.
-        parts_sq: see ``Update``; None if it wasn't measured.
+        estimate: of the gradient noise; None if it wasn't measured.
+        norm: see ``Update``.
     """
 
     step: Step
@@ -31,13 +33,17 @@ class StepResult:
     waited_s: float
     requests: Requests
     measures: dict[str, tuple[float, float]]
-    parts_sq: float | None = None
+    estimate: Estimate | None = None
+    norm: Norm = RAW
 
     @classmethod
-    def of(cls, step: Step, names: Sequence[str], numbers: Sequence[float]) -> StepResult:
+    def of(cls, step: Step, names: Sequence[str], norm: Norm, numbers: Sequence[float]) -> StepResult:
         """Return the result of ``step`` from ``numbers``, in the order of ``_numbers``."""
         loss, units, grad_norm, waited_s, stop, save, finish, *rest = numbers
         measures = {name: (rest[2 * index], rest[2 * index + 1]) for index, name in enumerate(names)}
+        noise = rest[2 * len(names) :]
+        halves, parts_sq = (noise[0], noise[1]) if len(noise) == 2 else None, noise[0] if len(noise) == 1 else None
+        measured = Update(grad_norm, parts_sq=parts_sq, halves=halves)
         return cls(
             step=step,
             loss=loss / units if units else loss,
@@ -46,18 +52,19 @@ class StepResult:
             waited_s=waited_s,
             requests=Requests(stop > 0, save > 0, finish > 0),
             measures=measures,
-            parts_sq=rest[-1] if len(rest) > 2 * len(names) else None,
+            estimate=measured.estimate(step.cut),
+            norm=norm,
         )
 
 
 def _numbers(total: Total, update: Update) -> list[Number]:
     pairs = [number for pair in total.measures.values() for number in pair]
-    parts = [] if update.parts_sq is None else [update.parts_sq]
-    return [total.loss, total.units, update.grad_norm, total.waited_s, *total.requests, *pairs, *parts]
+    noise = update.halves or ([] if update.parts_sq is None else [update.parts_sq])
+    return [total.loss, total.units, update.grad_norm, total.waited_s, *total.requests, *pairs, *noise]
 
 
-Pending = tuple[Step, tuple[str, ...], Tensor, torch.Event]
-"""A step, the names of its measures, its numbers, and the event of their arrival on the host."""
+Pending = tuple[Step, tuple[str, ...], Norm, Tensor, torch.Event]
+"""A step, the names of its measures, its norm, its numbers, and the event of their arrival on the host."""
 
 
 class DelayedReadback:
@@ -71,13 +78,13 @@ class DelayedReadback:
         """Return the result of ``step``; on an accelerator that of the previous step, None at the first."""
         found, names = _numbers(total, update), tuple(total.measures)
         if self._device.type == "cpu":
-            return StepResult.of(step, names, list(map(float, found)))
+            return StepResult.of(step, names, update.norm, list(map(float, found)))
         numbers = torch.stack([torch.as_tensor(number) for number in found])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         copied = torch.Event(self._device)
         copied.record()
-        previous, self._pending = self._pending, (step, names, host, copied)
+        previous, self._pending = self._pending, (step, names, update.norm, host, copied)
         return _arrived(previous)
 
     def flush(self) -> StepResult | None:
@@ -89,6 +96,6 @@ class DelayedReadback:
 def _arrived(pending: Pending | None) -> StepResult | None:
     if pending is None:
         return None
-    step, names, host, copied = pending
+    step, names, norm, host, copied = pending
     copied.synchronize()
-    return StepResult.of(step, names, host.tolist())
+    return StepResult.of(step, names, norm, host.tolist())

@@ -70,11 +70,8 @@ class Trial:
     stepper: Stepper
     evaluator: Evaluator | None
 
-    def step(self, *, measure: bool = False) -> tuple[Step, Total, Update] | None:
+    def step(self) -> tuple[Step, Total, Update] | None:
         """Take the next step of the plan; return None at its end.
-
-        Args:
-            measure: measure the gradient noise.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -82,7 +79,7 @@ class Trial:
         step = self.state.plan.step_at(self.state.samples)
         if step is None:
             return None
-        total, update = self.stepper.take(step, self._requests, measure=measure)
+        total, update = self.stepper.take(step, self._requests)
         self.state.advance(step, skipped=update.skipped)
         self.bench.session.watch.beat()
         if float(total.requests.stop):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from isobatch.scaling.noise import Smoothed, estimate, filled
-from isobatch.scaling.plan import Plan
+from isobatch.scaling.noise import RAW, Smoothed
+from isobatch.scaling.plan import Intervals, Plan
 from isobatch.trainers.tuning.bench import Bench
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
@@ -18,22 +19,20 @@ def measure(bench: Bench, samples: int | None = None) -> dict[str, Any]:
     Args:
         samples: length of the training; None: 300 steps, or the whole run if that is shorter.
     """
-    plan = halved(bench)
+    plan = measured(bench.opened.plan)
     stages = STEPS * plan.cut.global_size
     end = min(plan.samples or stages, samples or stages)
-    noise, course = Smoothed(), []
+    noise, norm, course = Smoothed(), RAW, []
     with bench.trial(plan) as trial:
-        while trial.state.samples < end and (taken := trial.step(measure=True)):
+        while trial.state.samples < end and (taken := trial.step()):
             step, total, update = taken
-            if update.parts_sq is not None:
-                norm = float(update.grad_norm)
-                new = estimate(float(update.parts_sq), norm**2, step.cut.global_size, filled(step.cut))
-                noise = noise.updated(new)
+            if new := update.estimate(step.cut):
+                noise, norm = noise.updated(new.of_data(len(bench.opened.data)), update.norm.name), update.norm
             if step.stop * COURSE // end > step.start * COURSE // end:
                 scale = noise.scale()
                 course.append({"samples": step.stop, "loss": float(total.loss) / float(total.units), **values(noise)})
                 bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", step.stop / end)
-    return {**values(noise), "samples": end, "measurements": noise.count, "course": course}
+    return {**values(noise), "samples": end, "measurements": noise.count, "norm": norm.name, "course": course}
 
 
 def values(noise: Smoothed) -> dict[str, Any]:
@@ -42,10 +41,6 @@ def values(noise: Smoothed) -> dict[str, Any]:
     return {name: getattr(scale, name, None) for name in ("scale", "low", "high")}
 
 
-def halved(bench: Bench) -> Plan:
-    """Return the run's plan, with at least two micro-batches per step."""
-    plan = bench.opened.plan
-    if filled(plan.cut) > 1:
-        return plan
-    half = -(-plan.cut.global_size // plan.granule // 2) * plan.granule
-    return plan.dealt(plan.world, half)
+def measured(plan: Plan) -> Plan:
+    """Return the plan with a measurement of two halves in every step."""
+    return replace(plan, intervals=Intervals(None, None, None, noise=1, noise_parts=2))

@@ -19,7 +19,7 @@ from isobatch.scaling.geometry import Cut
 from isobatch.trainers.engines.deepspeed.flat import FlatStorage
 from isobatch.trainers.engines.deepspeed.stage0 import DeepSpeed
 from isobatch.trainers.engines.lockstep import Lockstep
-from isobatch.trainers.engines.reducer import Parts, multiply, norm_of, number
+from isobatch.trainers.engines.reducer import Owner, Parts, multiply, norm_of, number
 from isobatch.trainers.engines.step_report import Number
 from isobatch.trainers.ranks.internals import foreach_zero_
 from isobatch.trainers.ranks.trails import BACKWARD, Trail
@@ -33,7 +33,7 @@ class ZeRO(DeepSpeed):
     def __init__(self, parts: Parts, config: engines.DeepSpeed) -> None:
         super().__init__(parts, config)
         self._stage, self._offload = config.stage, config.offload
-        self._device, self._zero = parts.world.device, self._engine.optimizer
+        self._world, self._device, self._zero = parts.world, parts.world.device, self._engine.optimizer
         self._late = False
         # DeepSpeed would compute and send the norm once more, only to check whether it is finite.
         self._norm_for_deepspeed = 0.0
@@ -63,11 +63,31 @@ class ZeRO(DeepSpeed):
             self._zero.finalize_gradient_accumulation_boundary()
         if self._offload and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)  # the gradient is on its way to the host
-        square = norm_of(self._gradients()).to(self._device).square()
+        square = norm_of(self.gradients()).to(self._device).square()
         return number(self._riders.total(square, *(self.trails.ride() if self.trails else ())).sqrt())
 
+    def norm(self) -> Number:
+        squares = torch.stack([norm_of([gradient]).square() for gradient in self.gradients()])
+        return number(self.total_of(squares[None])[0].sqrt())
+
+    def states(self) -> list[Owner]:
+        optimizer, owners = self.tuned.optimizer, list[Owner]()
+        one_each = self._offload or self._stage == 3
+        pieces = [[each] for each in self.gradients()] if one_each else self._zero.averaged_gradients.values()
+        for flat, gradients in zip(self._flats, pieces, strict=True):
+            state, start = optimizer.state.get(flat.master, {}), 0
+            elements = sum(span.size for span in flat.spans.values())
+            for size in (gradient.numel() for gradient in gradients):
+                own = {key: _narrowed(value, start, size) for key, value in state.items()}
+                owners.append(Owner(optimizer.param_groups[flat.group], own, elements))
+                start, elements = start + size, 0  # all elements count for the first part
+        return owners
+
+    def total_of(self, parts: Tensor) -> Tensor:
+        return self._world.sum(parts.sum(1).to(self._device))
+
     def step(self, factor: Number) -> None:
-        multiply(self._gradients(), factor)
+        multiply(self.gradients(), factor)
         self._engine.step()
         self._clear()
 
@@ -77,22 +97,27 @@ class ZeRO(DeepSpeed):
         self._norm_for_deepspeed = 0.0
         self._clear()
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         if self._offload:
             return [flat.master.grad for flat in self._flats]
         if self._stage == 3:
-            return [self._zero.grad_partitions_flat_buffer]
+            return list(self._zero.grad_partitions_flat_buffer.split([flat.master.numel() for flat in self._flats]))
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
 
     def _clear(self) -> None:
         """Zero the gradient buffers: else a parameter that the next pass doesn't use would keep this gradient."""
-        kept = self._gradients() if self._offload else []
+        kept = self.gradients() if self._offload else []
         if self._stage == 3:
             kept.append(self._zero.grad_partitions_flat_buffer)
         elif self._offload:
             kept.extend(self._zero.accumulated_grads_in_cpu.values())
         if kept:
             foreach_zero_(kept)
+
+
+def _narrowed(value: Any, start: int, size: int) -> Any:
+    """Return ``size`` elements of a flat tensor; anything else, such as a count of steps, as it is."""
+    return value[start : start + size] if isinstance(value, Tensor) and value.ndim else value
 
 
 def record(zero: Any, model: nn.Module, trail: Trail) -> None:
