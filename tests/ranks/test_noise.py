@@ -144,7 +144,7 @@ def test_noise_equals_that_of_the_samples(runs: Runs) -> None:
     gradients = torch.stack([gradient(model, loss) for loss in losses]) / float(task.units.double().mean())
     trace = float(gradients.var(0).sum())
     grad_sq = float(gradients.mean(0).square().sum())
-    assert trace / size > 0.2 * grad_sq
+    assert trace / size > 0.15 * grad_sq  # the correction
     many = ("batch.global_size=50", "batch.per_gpu=5", "duration=10ep", "log.every=1ep")
     run = runs(2, *command("plain", f"task.args.samples={size}", *many))
     scale, low, high, found_grad_sq, found_trace = noise(run)[-1]
