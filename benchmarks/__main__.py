@@ -24,6 +24,7 @@ from benchmarks import (
     critical,
     engines,
     far,
+    forecast,
     invariance,
     large,
     noise,
@@ -174,6 +175,14 @@ PARTS = {
         f"steps until the validation loss is {critical.TARGET}, means over 2 seeds. Linear scaling holds while the "
         "best LR is that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the "
         "same runs, at the step that reached the target.",
+    ),
+    "forecast": Part(
+        "Forecasts of what a target takes at other batches",
+        forecast.rows,
+        "The fit of data to a target by batch (`action=report`), on results of MLPerf, on the curve of the table above "
+        "and on curves of a noisy quadratic in closed form, 50 dimensions, the best LR at each batch, to a share of "
+        "the first loss, whose critical batch E_min/S_min is known. *Left out*: each point predicted from the others, "
+        "at the ends by extrapolation. p is fitted from six batches on.",
     ),
     "large": Part(
         "A large batch, without and with a rule",
