@@ -70,8 +70,11 @@ class Trial:
     stepper: Stepper
     evaluator: Evaluator | None
 
-    def step(self) -> tuple[Step, Total, Update] | None:
+    def step(self, *, lr: float | None = None) -> tuple[Step, Total, Update] | None:
         """Take the next step of the plan; return None at its end.
+
+        Args:
+            lr: in place of the plan's.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -79,6 +82,8 @@ class Trial:
         step = self.state.plan.step_at(self.state.samples)
         if step is None:
             return None
+        if lr is not None:
+            step = replace(step, recipe=replace(step.recipe, lr=lr))
         total, update = self.stepper.take(step, self._requests)
         self.state.advance(step, skipped=update.skipped)
         self.bench.session.watch.beat()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isobatch.trainers.tuning import branch, law, noise, speed
+from isobatch.trainers.tuning import branch, law, lr, noise, sharpness, speed
 from isobatch.trainers.tuning.bench import Bench
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -34,11 +34,23 @@ def measure_branch(bench: Bench, before: Parts) -> dict[str, Any]:
     return branch.measure(bench)
 
 
+def measure_lr(bench: Bench, before: Parts) -> dict[str, Any]:
+    """Raise the LR at the run's batch."""
+    return lr.measure(bench)
+
+
+def measure_sharpness(bench: Bench, before: Parts) -> dict[str, Any]:
+    """Measure the curvature at the weights of ``init_from``, or at the run's own."""
+    return sharpness.measure(bench)
+
+
 MEASURE: dict[str, Callable[[Bench, Parts], dict[str, Any]]] = {
     "speed": measure_speed,
     "noise": measure_noise,
     "law": measure_law,
     "branch": measure_branch,
+    "lr": measure_lr,
+    "sharpness": measure_sharpness,
 }
 ORDER = ("memory", "speed", "noise", "branch", "law", "lr", "sharpness")
 SAYS = {
@@ -87,5 +99,7 @@ TELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speed": _tell_speed,
     "noise": _tell_noise,
     "branch": branch.tell,
+    "lr": lr.tell,
+    "sharpness": sharpness.tell,
     "law": _tell_law,
 }

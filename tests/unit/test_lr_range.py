@@ -1,0 +1,94 @@
+"""Test what a range test tells, on noisy quadratics of a known largest stable LR, and on curves that show nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from isobatch.scaling.tuning.lr_range import FEWEST, Curve, read
+
+STEPS, DECADES = 200, 3
+RISE = 10 ** (2 * DECADES / (STEPS - 1))  # of the LR from step to step
+
+
+def of_quadratic(limit: float, noise: float, seed: int, start: float = 3.0, top: float = 1e3) -> Curve:
+    """Return the range test of SGD on ½·Σ hᵢθᵢ², whose largest curvature 2/limit makes ``limit`` the largest LR.
+
+    The gradient has noise of variance noise²·hᵢ, and the measured loss noise of its own. The LR rises up to ``top``
+    times a fifth of the limit.
+    """
+    random, curvature = np.random.default_rng(seed), 2 / limit / np.arange(1, 21)
+    weights, curve = start * random.standard_normal(20), Curve.empty()
+    for lr in limit / 5 * np.minimum(top, 10**-DECADES * RISE ** np.arange(STEPS)):
+        curve.add(float(lr), float((curvature * weights**2).sum() / 2 + noise * random.normal()))
+        if curve.diverged():
+            break
+        gradient = curvature * weights + noise * np.sqrt(curvature) * random.standard_normal(20)
+        weights = weights - lr * gradient
+    return curve
+
+
+@pytest.mark.parametrize("limit", [0.01, 1.0])
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_stable_lr_of_a_quadratic_is_found(limit: float, noise: float, seed: int) -> None:
+    """Within a factor of 1.6: in the ten steps that the average remembers, the LR doubles, and the loss has to grow."""
+    curve = of_quadratic(limit, noise, seed)
+    assert curve.diverged()
+    found = read(curve)
+    assert found.largest_stable == pytest.approx(limit, rel=0.6)
+    assert found.steepest
+    assert 0.01 * limit < found.steepest < limit
+    assert found.suggestion == min(found.steepest, found.largest_stable / 2)
+    assert found.why
+    assert found.note == ""
+    assert json.loads(json.dumps(found.plain(), allow_nan=False))["curve"][0][:2] == list(curve.tried[0][:2])
+
+
+def test_the_smoothed_curve_does_not_lag_behind_the_lr() -> None:
+    """A loss that is linear in the log of the LR stays that line."""
+    curve = Curve.empty()
+    for step in range(100):
+        curve.add(1e-5 * RISE**step, 3 - math.log(RISE**step))
+    for one in curve.tried:
+        assert one.smoothed == pytest.approx(3 - math.log(one.smoothed_lr / 1e-5), abs=1e-9)
+
+
+def test_a_test_that_stays_stable_has_no_largest_lr() -> None:
+    found = read(of_quadratic(1.0, 0.02, 0, top=2.0))  # up to 0.4 of the limit
+    assert found.largest_stable is None
+    assert found.suggestion == found.steepest
+    assert "no largest stable LR found" in found.note
+
+
+def test_a_loss_that_never_falls_tells_nothing() -> None:
+    curve = of_quadratic(1.0, 0.5, 0, start=0.0)
+    found = read(curve)
+    assert (found.steepest, found.largest_stable, found.suggestion) == (None, None, None)
+    assert "no LR found: the loss didn't fall by more than its noise" in found.note
+
+
+@pytest.mark.parametrize("end", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_test(end: float) -> None:
+    curve = Curve.empty()
+    for step in range(FEWEST // 2):
+        curve.add(1e-4 * RISE**step, 1.0)
+    assert not curve.diverged()
+    curve.add(1e-2, end)
+    assert curve.diverged()
+    assert f"the loss isn't finite after {FEWEST // 2} steps" in read(curve).note
+    assert len(curve.tried) == FEWEST // 2
+
+
+def test_a_sudden_end_is_above_the_largest_stable_lr() -> None:
+    """The loss fell until it was no longer finite."""
+    curve = Curve.empty()
+    for step in range(100):
+        curve.add(1e-4 * RISE**step, 2 - step / 100)
+    curve.add(1e-4 * RISE**100, math.nan)
+    found = read(curve)
+    assert found.largest_stable == curve.tried[-1].smoothed_lr
+    assert found.note == ""

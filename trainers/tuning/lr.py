@@ -1,0 +1,65 @@
+"""Find a learning rate by a range test: raise the LR at each step until training diverges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.tuning.lr_range import FEWEST, Curve, read
+from isobatch.trainers.tuning.bench import Bench
+
+STEPS = 200
+DECADES = 3  # below and above the run's peak LR
+SHOWN = 8  # lines of progress
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Train at the run's batch while the LR rises exponentially, from step 0 or with the weights of ``init_from``.
+
+    Raises:
+        UserError: ``tune.samples`` has too few steps.
+    """
+    run, batch = bench.opened.plan, bench.opened.plan.cut.global_size
+    samples = bench.samples()
+    steps = STEPS if samples is None else samples // batch
+    if steps < FEWEST:
+        problem = f"{run.size(samples or 0)} are {steps} steps, and a range test needs {FEWEST}"
+        raise UserError(problem, f"give tune.samples={FEWEST}st or more", "tune.samples", bench.config.tune.samples)
+    peak, curve = run.peak.lr, Curve.empty()
+    lowest, rise = peak * 10.0**-DECADES, 10.0 ** (2 * DECADES / (steps - 1))
+    with bench.trial(_constant(run, steps * batch)) as trial:
+        while len(curve.tried) < steps and not curve.diverged():
+            lr = lowest * rise ** len(curve.tried)
+            taken = trial.step(lr=lr)
+            assert taken is not None
+            loss = float(taken[1].loss) / float(taken[1].units)
+            curve.add(lr, loss)
+            bench.say(f"LR {lr:.3g}: loss {loss:.4g}", len(curve.tried) / steps)
+    return {"batch": batch, "run_lr": peak, **read(curve).plain()}
+
+
+def _constant(plan: Plan, samples: int) -> Plan:
+    """Return a plan of the run's first batch alone, without a schedule, which may be longer than the run."""
+    assert plan.schedule is not None
+    schedule = replace(
+        plan.schedule,
+        samples=samples,
+        warmup_samples=0,
+        decay="constant",
+        milestones=(),
+        cooldown_samples=0,
+        held_until=0,
+    )
+    return replace(plan, segments=plan.segments[:1], samples=samples, schedule=schedule)
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the result."""
+    if found["suggestion"] is None:
+        return str(found["note"])
+    limit = f"it is stable up to {found['largest_stable']:.3g}" if found["largest_stable"] else found["note"]
+    suggested = f"{found['suggestion']:.3g} at a batch of {found['batch']:,}, {found['why']}"
+    return f"{suggested}; {limit}; the run has {found['run_lr']:.3g}"
