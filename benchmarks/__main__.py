@@ -37,6 +37,7 @@ from benchmarks import (
     step,
     sweeps,
     trackers,
+    tune,
 )
 from benchmarks.gpu import run as gpu
 from benchmarks.peers import compare
@@ -190,6 +191,15 @@ PARTS = {
         "`task=images` (width 8, ghosts of 32), 15 epochs, base LR tuned at 32: validation accuracy, mean ± "
         "standard deviation over 3 seeds, and how much of the gap to a batch of 64 a rule and a warmup close. "
         "Times are those of whole runs on one core.",
+    ),
+    "tune": Part(
+        "The recommended batch",
+        tune.rows,
+        "What `action=tune` recommends at a global batch of 32, against the best batch of a sweep over "
+        f"{', '.join(map(str, tune.BATCHES))} and the recommended ones: cost until the validation loss reaches a "
+        "target, means over 2 seeds, AdamW with the LR by the square root of the batch, constant after its warmup. "
+        "Target: at most 1.1. The last column is the time of the tuning over that of the sweep, which stops each run "
+        "at the target and trains two runs at a time.",
     ),
     "sweeps": Part(
         "The classic comparison of batch sizes",

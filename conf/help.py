@@ -55,6 +55,7 @@ examples:
                                                             a new run that starts from its weights
   python launch.py action=evaluate init_from=runs/digits-0123456789ab
                                                             evaluate them (or a checkpoint: …/checkpoints/best)
+  python launch.py action=tune duration=5ep                 measure which batch to use, and recommend one
   torchrun --nproc-per-node=2 launch.py                     the same run with torchrun's workers
   python launch.py cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time_min=240
                                                             print the plan, submit a Slurm job, and exit

@@ -184,6 +184,33 @@ def predict(
     return Prediction(size, per_gpu, accumulation, lr, needed, steps, seconds, step_ms)
 
 
+def over_run(course: Sequence[tuple[float, float]], batch: int, samples: int) -> float | None:
+    """Return the critical batch of a whole run from the course of its noise scale φ, which is constant after its end.
+
+    A step at batch B makes 1/(1 + φ/B) of the progress of a step without noise. So ds samples at the run's own batch B₀
+    make ds/(B₀ + φ) of it, and the critical batch, the mean of φ over the progress, is Σ φ·w / Σ w, w = ds/(B₀ + φ).
+
+    Args:
+        course: (samples trained, noise scale), by ascending samples.
+        batch: B₀, in samples; ``samples``: length of the run.
+
+    Returns:
+        None if the noise scale isn't known anywhere.
+
+    Source: McCandlish et al. 2018, arXiv:1812.06162, section 2.3 and appendix D.
+
+    >>> over_run([(100, 50.0), (200, 150.0)], batch=50, samples=400)
+    110.0
+    """
+    if not course:
+        return None
+    ends = [at for at, _ in course[:-1]] + [max(samples, course[-1][0])]
+    progress = [
+        (end - start) / (batch + scale) for start, end, (_, scale) in zip([0, *ends], ends, course, strict=False)
+    ]
+    return sum(scale * part for (_, scale), part in zip(course, progress, strict=True)) / sum(progress)
+
+
 def agreement(witnesses: Sequence[Witness]) -> str:
     """Return a sentence that tells how far the measurements of the critical batch agree."""
     said = ", ".join(f"{one.part} {one.critical:,.0f}{_interval(one)}" for one in witnesses)

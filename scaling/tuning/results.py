@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,19 @@ class Results:
         return found if found is not None and found.get(CONDITIONS) == dict(conditions) else None
 
     def put(self, part: str, found: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
-        """Store the object of ``part``, and write the file."""
-        self.parts[part] = {**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})}
+        """Store the object of ``part``, with None in place of numbers that aren't finite, and write the file."""
+        self.parts[part] = _finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.file, self.json() + "\n")
 
     def json(self) -> str:
         """Return the content of the file."""
         return json.dumps(self.parts, indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

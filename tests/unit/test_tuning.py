@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.tuning.recommendation import Witness, agreement, candidates, recommend
+from isobatch.scaling.tuning.recommendation import Witness, agreement, candidates, over_run, recommend
 from isobatch.scaling.tuning.results import Results
 from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time
 
@@ -162,6 +162,34 @@ def test_candidates_are_multiples_within_bounds(least: int, more: int, quantum: 
     assert all(size % quantum == 0 or size == quantum for size in sizes)
 
 
+def test_the_critical_batch_of_a_run_is_that_of_its_progress_under_a_changing_noise() -> None:
+    """Train step by step under the law that the docstring states, and fit E(B) = E_min + S_min·B by two batches."""
+    course, batch, samples = [(100.0, 20.0), (200.0, 80.0), (300.0, 320.0)], 10, 400
+
+    def scale_at(progress: float) -> float:
+        """Return the noise scale where the run itself has made this progress: B₀ + φ samples for each unit of it."""
+        left, start = progress, 0.0
+        for end, scale in [*course[:-1], (samples, course[-1][1])]:
+            part = (end - start) / (batch + scale)
+            if left < part:
+                return scale
+            left, start = left - part, end
+        return course[-1][1]
+
+    stretches = ((100, 20.0), (100, 80.0), (200, 320.0))
+    whole = sum(length / (batch + scale) for length, scale in stretches)
+    parts = 20_000
+    scales = [scale_at(whole * (number + 0.5) / parts) for number in range(parts)]
+    needed = {size: sum(size + scale for scale in scales) * whole / parts for size in (1, 1001)}
+    slope = (needed[1001] - needed[1]) / 1000
+    assert over_run(course, batch, samples) == pytest.approx((needed[1] - slope) / slope, rel=1e-3)
+
+
+def test_a_noise_that_isnt_known_says_nothing_about_the_run() -> None:
+    assert over_run([], 10, 100) is None
+    assert over_run([(50, 30.0)], 10, 100) == pytest.approx(30.0)
+
+
 # ---- tune.json
 
 
@@ -174,6 +202,14 @@ def test_results_are_reused_under_the_same_conditions_only(tmp_path: Path) -> No
     assert found["scale"] == 3.0
     assert again.get("noise", {"world": 2}) is None
     assert again.get("speed", {"world": 1}) is None
+
+
+def test_numbers_that_arent_finite_are_stored_as_null(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.put("lr", {"curve": [[1.0, math.nan], [2.0, math.inf]], "suggested": 0.1})
+    assert results.parts["lr"] == {"curve": [[1.0, None], [2.0, None]], "suggested": 0.1}
+    results.read()
+    assert results.parts["lr"]["curve"] == [[1.0, None], [2.0, None]]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"noise": 3}', "{", '{"noise": {"a": NaN}}'])

@@ -7,6 +7,7 @@ from typing import Any
 
 from isobatch.scaling.noise import RAW, Smoothed
 from isobatch.scaling.plan import Intervals, Plan
+from isobatch.scaling.tuning.recommendation import over_run
 from isobatch.trainers.tuning.bench import Bench
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
@@ -32,7 +33,10 @@ def measure(bench: Bench, samples: int | None = None) -> dict[str, Any]:
                 scale = noise.scale()
                 course.append({"samples": step.stop, "loss": float(total.loss) / float(total.units), **values(noise)})
                 bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", step.stop / end)
-    return {**values(noise), "samples": end, "measurements": noise.count, "norm": norm.name, "course": course}
+    known = [(row["samples"], row["scale"]) for row in course if row["scale"] is not None]
+    whole = over_run(known, plan.cut.global_size, plan.samples or end)
+    measurements = {"samples": end, "measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
+    return {**values(noise), "over_run": whole, **measurements, "course": course}
 
 
 def values(noise: Smoothed) -> dict[str, Any]:

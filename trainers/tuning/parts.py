@@ -88,7 +88,8 @@ def _tell_noise(found: Mapping[str, Any]) -> str:
     count = found["measurements"]
     if found["scale"] is None:
         return f"not yet known after {count} measurements: the gradient's mean is lost in its noise; give tune.samples"
-    return f"{found['scale']:,.0f} samples [{found['low']:,.0f}, {found['high']:,.0f}] after {count} measurements"
+    now = f"{found['scale']:,.0f} samples [{found['low']:,.0f}, {found['high']:,.0f}] at its end, {found['norm_text']}"
+    return f"{now}; over the whole run about {found['over_run']:,.0f}"
 
 
 def _tell_law(found: Mapping[str, Any]) -> str:

@@ -56,7 +56,8 @@ def witnesses(parts: Parts) -> list[Witness]:
     found = []
     noise, branch = parts.get("noise", {}), parts.get("branch", {})
     if noise.get("scale"):
-        found.append(Witness("noise", noise["scale"], noise.get("low"), noise.get("high")))
+        share = noise["over_run"] / noise["scale"]
+        found.append(Witness("noise", noise["over_run"], noise["low"] * share, noise["high"] * share))
     if branch.get("critical_batch"):
         found.append(Witness("branch", branch["critical_batch"], *(branch.get("interval") or (None, None))))
     law = parts.get("law", {})
