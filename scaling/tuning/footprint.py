@@ -79,7 +79,7 @@ class Curve:
         (before, low), (last, high) = self.points[-2:]
         return max(0.0, (high - low) / (last - before))
 
-    def peak(self, per_gpu: int) -> float:
+    def peak(self, per_gpu: float) -> float:
         """Return the peak in bytes, interpolated between the points and continued by their last slope."""
         last, high = self.points[-1]
         return max(self.step, self.fixed + high + self.per_sample * (per_gpu - last), self.step)

@@ -8,7 +8,7 @@ the slope: all that a probe needed beyond ``lasting`` is taken to grow with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import lcm
@@ -61,7 +61,7 @@ class Bounds:
 
     Attributes:
         room: bytes that a step may need: the limit without its margin.
-        least: the smallest size, and ``cap`` the largest that is of use.
+        least: the smallest size, ``first`` the first to try, and ``cap`` the largest that is of use.
         granule: every size is a multiple of it, except ``cap``.
         lasting: bytes in use before a step.
         permitted: whether a size can be planned.
@@ -69,6 +69,7 @@ class Bounds:
 
     room: float
     least: int
+    first: int
     cap: int = NEVER
     granule: int = 1
     lasting: float = 0.0
@@ -95,9 +96,11 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
         prior: the estimated peak by size.
     """
     if not probes:
-        return min(bounds.least, bounds.cap)
+        return min(bounds.first, bounds.cap)
     fits, failed = _split(probes, bounds.room)
-    if not fits or len(probes) >= PROBES:
+    if not fits:
+        return bounds.least if min(failed) > bounds.least else None
+    if len(probes) >= PROBES:
         return None
     best = fits[-1]
     most = min([bounds.cap, *(size - 1 for size in failed)])
@@ -256,6 +259,17 @@ def concluded(
         ),
         estimate=estimate,
     )
+
+
+def from_json(found: Mapping[str, Any]) -> Memory:
+    """Return a stored result. Raises ValueError if it isn't one."""
+    try:
+        fields = {name: found[name] for name in Memory.__dataclass_fields__}
+        if type(fields["per_gpu"]) is not int or fields["per_gpu"] < 0:
+            raise ValueError(f"per_gpu is {fields['per_gpu']!r}")
+        return Memory(**{**fields, "probes": tuple(fields["probes"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the result of a search: {type(error).__name__}: {error}") from None
 
 
 def told(found: Memory) -> str:

@@ -57,7 +57,7 @@ def test_a_search_finds_the_largest_batch_in_few_probes_and_never_leaves_the_lim
     def prior(size: float) -> float:
         return lasting + wrong * (peak(size) - lasting)
 
-    bounds = Bounds(room, least=granule, granule=granule, lasting=lasting)
+    bounds = Bounds(room, least=granule, first=granule, granule=granule, lasting=lasting)
     probes = search(peak, bounds, prior, lambda: rng.uniform(0.998, 1.002))  # type: ignore[attr-defined]
     found = concluded(probes, bounds, Limit(int(room / (1 - MARGIN)), "a test"), MARGIN)
     assert len(probes) <= PROBES
@@ -73,21 +73,21 @@ def test_a_search_finds_the_largest_batch_in_few_probes_and_never_leaves_the_lim
 def test_without_an_estimate_no_probe_leaves_the_limit() -> None:
     peaks = [lambda size: max(3e9, 2e9 + 1e7 * size), lambda size: 1e9 + 1e8 * size]
     for peak in peaks:
-        bounds = Bounds(8e9, least=2, lasting=1e9)
+        bounds = Bounds(8e9, least=2, first=2, lasting=1e9)
         probes = search(peak, bounds, None, lambda: 1.0)
         assert all((probe.peak or 0) <= 8e9 for probe in probes)
         assert len(probes) > 2
 
 
 def test_the_cap_ends_the_search() -> None:
-    bounds = Bounds(8e9, least=2, cap=36, lasting=1e9)
+    bounds = Bounds(8e9, least=2, first=2, cap=36, lasting=1e9)
     probes = search(lambda size: 1e9 + 1e6 * size, bounds, lambda size: 1e9 + 1e6 * size, lambda: 1.0)
     assert [probe.per_gpu for probe in probes] == [2, 36]
     assert concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN).outcome == "cap"
 
 
 def test_nothing_fits() -> None:
-    bounds = Bounds(8e9, least=2)
+    bounds = Bounds(8e9, least=2, first=2)
     probes = search(lambda size: 9e9, bounds, None, lambda: 1.0)
     found = concluded(probes, bounds, Limit(10 * GB, "cluster.memory_gb"), MARGIN)
     assert (found.per_gpu, found.outcome, len(probes)) == (0, "nothing", 1)
@@ -97,7 +97,7 @@ def test_nothing_fits() -> None:
 
 def test_a_size_that_ran_out_of_memory_bounds_the_search() -> None:
     """The size before a restart is known from the journal."""
-    bounds = Bounds(8e9, least=2, lasting=1e9)
+    bounds = Bounds(8e9, least=2, first=2, lasting=1e9)
     probes = [Probe(2, int(1.2e9)), Probe(40, None)]
     while (size := next_size(probes, bounds)) is not None:
         assert size < 40
@@ -106,7 +106,7 @@ def test_a_size_that_ran_out_of_memory_bounds_the_search() -> None:
 
 
 def test_a_result_is_plain_json() -> None:
-    bounds = Bounds(8e9, least=2, lasting=1e9)
+    bounds = Bounds(8e9, least=2, first=2, lasting=1e9)
     probes = search(lambda size: 1e9 + 1e7 * size, bounds, lambda size: 1e9 + 1e7 * size, lambda: 1.0)
     found = concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN, lambda size: 1e9 + 1.1e7 * size).as_json()
     assert json.loads(json.dumps(found)) == found

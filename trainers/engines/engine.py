@@ -141,6 +141,12 @@ class Engine:
     def _factor(self) -> float:
         return self._loss_scale.factor if self._loss_scale else 1.0
 
+    def abandon(self) -> None:
+        """Drop the gradients of a step that won't end. Only without ``lockstep``, and after passes before the last."""
+        self._begun = False
+        self._reducer.drop()
+        self._riders.abandon()
+
     # ---- a step
 
     def set_aside(self) -> None:

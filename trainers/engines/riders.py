@@ -128,6 +128,11 @@ class Riders:
             accumulate(rider, before)
         self._aside = []
 
+    def abandon(self) -> None:
+        """Drop the notes and the statistics of a step that won't end."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def settle(self, keep: bool) -> None:
         """Update the running statistics of BatchNorm layers, or drop the step's statistics if ``keep`` is false."""
         if self._statistics and keep:

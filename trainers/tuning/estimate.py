@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 MOST_SIZES = 6  # sizes that are traced until consecutive slopes are equal
+TRACED_BYTES = 64_000_000  # of the largest batch that is collated to be traced
 CPU = torch.device("cpu")
 
 
@@ -164,6 +165,12 @@ class Tracer:
             loss = loss_of(self._subject.task.loss(self._model, batch))
         (loss / samples).backward()
         return self._storages.peak
+
+
+def traced_from(sample_bytes: int, granule: int) -> int:
+    """Return the smallest size to trace: at least 2, at most 16, so that the batches that are collated stay small."""
+    size = min(16, max(2, TRACED_BYTES // (4 * max(1, sample_bytes))))
+    return -(-size // granule) * granule
 
 
 def loss_of(result: Any) -> Tensor:

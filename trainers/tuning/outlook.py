@@ -21,14 +21,13 @@ from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks.prepare import prepare_data
 from isobatch.trainers.tasks.task import make_task, open_data
-from isobatch.trainers.tuning.estimate import Subject, trace
+from isobatch.trainers.tuning.estimate import Subject, trace, traced_from
 from isobatch.trainers.tuning.meter import Meter
 from isobatch.trainers.tuning.samples import LargeBatches
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
-TRACED_BYTES = 64_000_000  # of the largest batch that is collated to be traced
 RANKS = 8  # for which sharding is estimated, if the plan has one rank
 
 
@@ -48,12 +47,6 @@ def outlook(config: RunConfig, plan: Plan) -> Estimate:
         others = {change: trace(other, process) for change, other in _others(subject, found)}
     shares = engines(config, plan) if on_gpu or plan.world > 1 else ()  # more ranks on a CPU share its memory
     return estimate(plan, found, limit, config.tune.margin, others, shares)
-
-
-def traced_from(sample_bytes: int, granule: int) -> int:
-    """Return the smallest size to trace: at least 2, at most 16, so that the batches that are collated stay small."""
-    size = min(16, max(2, TRACED_BYTES // (4 * max(1, sample_bytes))))
-    return -(-size // granule) * granule
 
 
 def as_json(config: RunConfig, plan: Plan) -> str:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isobatch.trainers.tuning import branch, law, lr, noise, sharpness, speed
+from isobatch.scaling.tuning.memory import from_json, told
+from isobatch.trainers.tuning import branch, law, lr, memory, noise, sharpness, speed
 from isobatch.trainers.tuning.bench import Bench
 
 Parts = Mapping[str, Mapping[str, Any]]
 """The results so far, by part."""
+
+
+def measure_memory(bench: Bench, before: Parts) -> dict[str, Any]:
+    """Look for the largest per-GPU batch that fits."""
+    return memory.measure(bench).as_json()
 
 
 def measure_speed(bench: Bench, before: Parts) -> dict[str, Any]:
@@ -45,6 +51,7 @@ def measure_sharpness(bench: Bench, before: Parts) -> dict[str, Any]:
 
 
 MEASURE: dict[str, Callable[[Bench, Parts], dict[str, Any]]] = {
+    "memory": measure_memory,
     "speed": measure_speed,
     "noise": measure_noise,
     "law": measure_law,
@@ -67,6 +74,10 @@ SAYS = {
 def tell(part: str, found: Mapping[str, Any]) -> str:
     """Return a sentence with the result of a part."""
     return TELLS[part](found)
+
+
+def _tell_memory(found: Mapping[str, Any]) -> str:
+    return told(from_json(found))
 
 
 def _tell_speed(found: Mapping[str, Any]) -> str:
@@ -97,6 +108,7 @@ def _tell_law(found: Mapping[str, Any]) -> str:
 
 
 TELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "memory": _tell_memory,
     "speed": _tell_speed,
     "noise": _tell_noise,
     "branch": branch.tell,
