@@ -30,6 +30,7 @@ class RunFiles:
     Attributes:
         config: ``config.yaml`` as plain values.
         events, metrics: the readable lines, in order. A half-written last line is left out.
+        tuned: the results of ``action=tune``, by part.
         damage: the first problem and the file it is in; None if there is none.
     """
 
@@ -38,6 +39,7 @@ class RunFiles:
     config: dict[str, Any]
     events: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
+    tuned: dict[str, Any]
     damage: str | None
 
 
@@ -109,6 +111,7 @@ CONFIG: dict[str, Check] = {
     "task": _with(name=_is_text, _target_=_is_text),
     "stop": _with(at=_or_none(_is_text)),
 }
+TUNED: dict[str, Check] = {"sharpness": _with(sharpness=_is_number, perturbed=_is_number)}
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,
     "kind": _is_text, "cause": _or_none(_is_text),
@@ -134,7 +137,8 @@ def read_run(directory: Path) -> RunFiles:
     config = _mapping(directory / "config.yaml", _read_config, CONFIG, damage)
     events = _lines(directory / "events.jsonl", EVENT, damage)
     metrics = _lines(directory / "metrics.jsonl", METRICS, damage)
-    return RunFiles(outcome, plan, config, events, metrics, damage[0] if damage else None)
+    tuned = _mapping(directory / "tune" / "tune.json", read_json, TUNED, damage)
+    return RunFiles(outcome, plan, config, events, metrics, tuned, damage[0] if damage else None)
 
 
 def metric_lines(directory: Path) -> list[dict[str, Any]]:

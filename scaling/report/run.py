@@ -64,6 +64,7 @@ class Progress:
         noise_scale: the last known gradient noise scale, in samples.
         gradient_variance: tr Σ/B at the last measurement: the variance of a step's gradient, over all parameters.
         diverged: the last loss isn't finite, or the loss ended above its start by more than its noise.
+        sharpness, perturbed: as ``action=tune`` measured them at the end (see trainers/tuning/README.md).
     """
 
     step: int
@@ -75,6 +76,8 @@ class Progress:
     noise_scale: float | None
     gradient_variance: float | None
     diverged: bool
+    sharpness: float | None
+    perturbed: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +208,7 @@ def _progress(files: RunFiles, running: bool) -> Progress:
         noise_scale=_last(logged, "noise/scale"),
         gradient_variance=_ratio(trace, batch),
         diverged=_diverged([line["loss"] for line in logged]),
+        **{name: (files.tuned.get("sharpness") or {}).get(name) for name in ("sharpness", "perturbed")},
     )
 
 

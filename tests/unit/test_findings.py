@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,36 @@ def test_one_is_no_plural(tmp_path: Path) -> None:
     text = text_of(compare(read_all(tmp_path), target="val/accuracy>=0.8"))
     assert "1 batch reached the target" in text
     assert "1 batches" not in text
+
+
+def with_sharpness(folder: Path, values: Values, of: dict[int, list[float]]) -> str:
+    """Return the report's text of runs of which the sharpness is known, a list by seed for each batch."""
+    write_values(folder, values)
+    for run in read_all(folder):
+        assert run.recipe.global_size
+        assert run.recipe.seed is not None
+        found = {"sharpness": of[run.recipe.global_size][run.recipe.seed], "perturbed": 0.25}
+        (Path(run.directory) / "tune").mkdir()
+        (Path(run.directory) / "tune" / "tune.json").write_text(json.dumps({"sharpness": found, "noise": {}}))
+    return text_of(compare(read_all(folder)))
+
+
+def test_a_report_says_whether_smaller_batches_ended_flatter(tmp_path: Path) -> None:
+    """By seeds, both ways, and by chance; the columns are in the table."""
+    values: Values = {(16, 0.1): [0.9, 0.91], (64, 0.1): [0.8, 0.81]}
+    flatter = with_sharpness(tmp_path / "a", values, {16: [3.0, 3.1], 64: [9.0, 9.2]})
+    assert (
+        "did smaller batches end flatter? yes by the largest curvature (3.05 at batch 16, 9.1 at batch 64)" in flatter
+    )
+    assert "perturbation (0.25 at batch 16, 0.25 at batch 64)" in flatter
+    head = next(line for line in flatter.splitlines() if line.startswith("group"))
+    assert head.split()[-2:] == ["sharpness", "perturbed"]
+    assert "3.050 ± 0.071" in flatter
+    assert "flatter? no by" in with_sharpness(tmp_path / "b", values, {16: [9.0, 9.2], 64: [3.0, 3.1]})
+    assert "seeds differ as much by" in with_sharpness(tmp_path / "c", values, {16: [3.0, 9.0], 64: [4.0, 11.0]})
+    one_seed: Values = {(16, 0.1): [0.9], (64, 0.1): [0.8]}
+    assert "perhaps by chance" in with_sharpness(tmp_path / "d", one_seed, {16: [3.0], 64: [9.0]})
+
+
+def test_a_report_without_sharpness_says_nothing_of_it(tmp_path: Path) -> None:
+    assert "flatter" not in findings(tmp_path, {(16, 0.1): [0.9], (64, 0.1): [0.8]})

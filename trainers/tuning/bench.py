@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from isobatch.conf.identity import run_directory
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan, Step
 from isobatch.scaling.planning.lengths import Lengths
@@ -135,6 +137,12 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.config = self.session.config
+
+    @property
+    def run(self) -> Path:
+        """Return the directory of the run that is tuned."""
+        folder = self.session.start.run_dir
+        return Path(folder).parent if folder else run_directory(self.config)
 
     def plan(self, global_size: int, per_gpu: int | None = None) -> Plan:
         """Return the run's plan with another batch, and an LR so low that nothing diverges, whatever the batch.

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.identity import run_directory
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
@@ -161,7 +160,7 @@ def _train(
 def _starts(bench: Bench) -> list[Checkpoint]:
     """Return the checkpoints to branch off, the same on all ranks, at most MOST of them, spread over the run."""
     config, world = bench.config, bench.session.world
-    source = Path(config.init_from).expanduser() if config.init_from else run_directory(config)
+    source = Path(config.init_from).expanduser() if config.init_from else bench.run
     error, names = None, list[str]()
     if world.rank == 0:
         try:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from isobatch.conf.identity import run_directory
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.tuning.spread import Spread
@@ -75,7 +74,7 @@ def weights_of(bench: Bench) -> str:
     config, world = bench.config, bench.session.world
     if config.init_from:
         return config.init_from
-    run = RunDir(run_directory(config))
+    run = RunDir(bench.run)
     known = world.rank == 0 and ((run.final / WEIGHTS).is_file() or bool(checkpoints(run)))
     if not world.any(known):
         problem = f"tune.parts=[sharpness] measures trained weights, and {run.path} has none"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.report.compare.comparison import Comparison
+from isobatch.scaling.report.compare.flatness import flatness_of
 from isobatch.scaling.report.compare.groups import STILL_GOING, Group, never_planned, run_label, why_not_counted
 from isobatch.scaling.report.compare.pictures import MOST_MEASURES, evaluated_in
 from isobatch.scaling.report.compare.values import Values
@@ -34,7 +35,7 @@ def findings_of(comparison: Comparison) -> list[str]:
     to_target = list(_to_target(comparison))
     if comparison.target_from == "stop.at":  # then values at the end are those at the target
         sentences, to_target = to_target, sentences
-    return [*sentences, *to_target, *_fitted(comparison)]
+    return [*sentences, *to_target, *_fitted(comparison), *flatness_of(comparison)]
 
 
 def _alone(run: Run, name: str) -> str:

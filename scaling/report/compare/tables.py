@@ -65,7 +65,7 @@ def _columns(values: Values, name: str) -> dict[str, Spread | None]:
         name: values.last, f"best {name}": values.best, "steps to target": values.to_steps,
         "samples to target": values.to_samples, "time to target": values.to_time_s, "samples/s": values.samples_per_s,
         "time": values.time_s, "time/epoch": values.epoch_s, "noise scale": values.noise_scale,
-        "gradient variance": values.gradient_variance,
+        "gradient variance": values.gradient_variance, "sharpness": values.sharpness, "perturbed": values.perturbed,
     }  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def text_of(report: Report, width: int = 0) -> str:
         ]
         columns = [name for row in rows[:1] for name in row][3:]
         optional = (
+            "perturbed",
             "gradient variance",
             "noise scale",
             "time/epoch",

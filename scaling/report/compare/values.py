@@ -21,7 +21,7 @@ class Values:
         open: no run is counted, so the values are those of runs that haven't finished; they are shown, not compared.
         last, best: of the measure, at the end and at each run's best evaluation.
         steps, samples, time_s: of the whole run; ``samples_per_s``: its speed; ``epoch_s``: seconds per epoch.
-        noise_scale, gradient_variance: as last measured.
+        noise_scale, gradient_variance: as last measured; ``sharpness``, ``perturbed``: as measured at the end.
         reached: counted runs that reached the target; ``to_steps``, ``to_samples``, ``to_time_s``: what that
             took, where all of them did, and the time of each is known.
     """
@@ -36,6 +36,8 @@ class Values:
     epoch_s: Spread | None
     noise_scale: Spread | None
     gradient_variance: Spread | None
+    sharpness: Spread | None
+    perturbed: Spread | None
     reached: int
     to_steps: Spread | None
     to_samples: Spread | None
@@ -59,6 +61,8 @@ def values_of(group: Group, metric: Metric | None, target: Target | None) -> Val
         epoch_s=_spread(run.done.time_s / run.done.epoch for run in runs if run.done.time_s and run.done.epoch),
         noise_scale=_spread(run.done.noise_scale for run in runs),
         gradient_variance=_spread(run.done.gradient_variance for run in runs),
+        sharpness=_spread(run.done.sharpness for run in runs),
+        perturbed=_spread(run.done.perturbed for run in runs),
         reached=len(ends),
         to_steps=_spread(end.step for end in ends) if whole else None,
         to_samples=_spread(end.samples for end in ends) if whole else None,
