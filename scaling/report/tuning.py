@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,30 @@ def _noise(part: Part) -> list[Panel]:
     return [Panel("Gradient noise scale", "samples trained", "samples", False, True, curves)]
 
 
+def _branch(part: Part) -> list[Panel]:
+    panels = []
+    for branching in part["course"]:
+        curves = []
+        for number, branch in enumerate(branching["branches"]):
+            samples, losses = zip(*branch["curve"], strict=True)
+            label = f"{branch['batch']:,} samples" + ("" if branch["stable"] else ", diverged")
+            curves.append(replace(_line(samples, losses, label, dash=number), label=label))
+        title = f"Branches at {branching['samples']:,} samples"
+        panels.append(Panel(title, "samples of a branch", "validation loss", False, False, curves))
+    return panels
+
+
+def _lr(part: Part) -> list[Panel]:
+    if not part["curve"]:
+        return []
+    _, _, rates, losses = zip(*part["curve"], strict=True)
+    curves = [_line(rates, losses, "smoothed loss")]
+    if part["suggestion"]:
+        nearest = min(rates, key=lambda rate: abs(rate - part["suggestion"]))
+        curves.append(_mark(nearest, rates, losses, "suggested"))
+    return [Panel("Range test", "learning rate", "training loss, smoothed", True, False, curves)]
+
+
 def _recommendation(part: Part) -> list[Panel]:
     rows, panels = part["predictions"], []
     for name, title in (("samples", "Predicted samples to the target"), ("seconds", "Predicted seconds to the target")):
@@ -72,7 +97,7 @@ def _recommendation(part: Part) -> list[Panel]:
     return panels
 
 
-PANELS = {"speed": _speed, "noise": _noise, "recommendation": _recommendation}
+PANELS = {"speed": _speed, "noise": _noise, "branch": _branch, "lr": _lr, "recommendation": _recommendation}
 
 
 def _line(x: Sequence[float], y: Sequence[float], name: str, kind: Any = "line", dash: int = 0) -> Curve:

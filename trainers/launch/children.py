@@ -32,7 +32,7 @@ TUNED = {  # columns of a table of action=tune, and where their values are in tu
     "fastest per GPU": ("speed", "knee"),
     "noise scale": ("noise", "scale"),
     "critical batch": ("branch", "critical_batch"),
-    "LR found": ("lr", "suggested"),
+    "LR found": ("lr", "suggestion"),
     "sharpness": ("sharpness", "sharpness"),
     "perturbed": ("sharpness", "perturbed"),
     "recommended batch": ("recommendation", "global_size"),
