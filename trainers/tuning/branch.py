@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.planning.resolve import continued
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.schedule import Segment
 from isobatch.scaling.tuning.branch import Branch, Branching, Point, judged, overall
-from isobatch.trainers.ranks.session import raise_on_all
-from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, read, verify
-from isobatch.trainers.tensors.names import checkpoints, followed
+from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.starts import other_run, plan_here, spread, starts
 
 ALL, FEW = (1, 2, 4, 8, 16), (1, 4, 16)  # times half of the run's batch: k = ½ to 8; of one checkpoint, of several
 SHARE = 15  # percent of the run that a branch takes
@@ -29,7 +24,6 @@ POINTS = 16  # evaluations along a branch
 # The weights are averaged because the noise of SGD, and so the loss, depends on the batch. All branches forget equally
 # fast in samples. A 32nd of a branch is long enough to average, and short enough not to lag behind the weights.
 HALF_LIVES = 32
-MOST = 3  # checkpoints, spread over the run
 TRAIN_FIRST = "train with checkpoint.keep_every=10%, then give init_from=RUN_DIRECTORY or one of its checkpoints"
 
 
@@ -59,7 +53,7 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     Raises:
         UserError: the branches would have too few steps.
     """
-    plan, position = _here(bench, start), start.header.samples
+    plan, position = plan_here(bench, start), start.header.samples
     batch = plan.stage_at(position).cut.global_size
     half = max(1, batch // 2 // plan.granule) * plan.granule
     wanted = length_of(bench, plan)
@@ -110,13 +104,6 @@ def length_of(bench: Bench, plan: Plan) -> int:
     return bench.samples() or -(-plan.samples * SHARE // 100)
 
 
-def _here(bench: Bench, start: Checkpoint) -> Plan:
-    """Return a checkpoint's plan on this hardware, with the per-GPU batch of the run."""
-    fresh = bench.opened.plan
-    on_it = replace(fresh, per_gpu=fresh.cut.per_gpu, accumulation=None) if fresh.numerics == "fast" else fresh
-    return continued(on_it, start.header.plan, extends=False)
-
-
 def _train(
     bench: Bench, start: Checkpoint, plan: Plan, marks: Sequence[int], first: Point | None
 ) -> tuple[list[Point], bool]:
@@ -158,65 +145,26 @@ def _train(
 
 
 def _starts(bench: Bench) -> list[Checkpoint]:
-    """Return the checkpoints to branch off, the same on all ranks, at most MOST of them, spread over the run."""
-    config, world = bench.config, bench.session.world
-    source = Path(config.init_from).expanduser() if config.init_from else bench.run
-    error, names = None, list[str]()
-    if world.rank == 0:
-        try:
-            names = [str(path) for path in _named(source, config.init_from)]
-        except UserError as caught:
-            error = caught
-    raise_on_all(world, error)
-    found = [_read(bench, Path(name)) for name in json.loads(world.agree(json.dumps(names)))]
+    """Return the checkpoints to branch off, the same on all ranks."""
+    found = starts(bench)
+    if not found:
+        of = f"init_from={bench.config.init_from}" if bench.config.init_from else f"the run in {bench.run}"
+        raise UserError(f"tune.parts has branch, but {of} has no checkpoint to branch off", TRAIN_FIRST, "init_from")
     able = [start for start in found if not _unable(bench, start)]
     if not able:
         reason = _unable(bench, found[-1])
-        raise UserError(
-            f"no branch starts at step {found[-1].header.step} of {source}: {reason}", TRAIN_FIRST, "init_from"
-        )
-    kept = [start for start in able if start.header.kept] or able
-    count = min(MOST, len(kept))
-    return [kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)]
-
-
-def _named(source: Path, asked: str | None) -> list[Path]:
-    """Return the paths of the checkpoints of ``init_from`` or a run directory, oldest first."""
-    if (source / NAME).exists():
-        return [followed(source)]
-    if found := checkpoints(RunDir(source)):
-        return found[::-1]
-    if asked:
-        raise UserError(f"init_from={asked} has no checkpoint, and branches need one", TRAIN_FIRST, "init_from", asked)
-    problem = f"tune.parts=[branch] needs a checkpoint of the run to branch off, and {source} has none"
-    raise UserError(problem, TRAIN_FIRST, "init_from")
-
-
-def _read(bench: Bench, path: Path) -> Checkpoint:
-    """Read and verify a checkpoint; each rank verifies a share of its files."""
-    world, reason, found = bench.session.world, "", None
-    try:
-        found = read(path)
-        verify(found, sorted(found.files)[world.rank :: world.size], bench.session.watch.beat)
-    except (Damaged, OSError) as error:
-        reason = str(error)
-    if reasons := [text for text in world.gather(reason) if text]:
-        raise UserError(f"{path} is damaged: {reasons[0]}", "give another checkpoint as init_from", "init_from")
-    assert found is not None
-    return found
+        problem = f"no branch starts at step {found[-1].header.step} of the run: {reason}"
+        raise UserError(problem, TRAIN_FIRST, "init_from")
+    return spread(able)
 
 
 def _unable(bench: Bench, start: Checkpoint) -> str:
     """Return why no branch can start at a checkpoint; "" if it can."""
-    header, plan, opened = start.header, start.header.plan, bench.opened.plan
+    header, plan = start.header, start.header.plan
     assert plan.samples is not None
     assert plan.schedule is not None
-    if plan.train_samples != opened.train_samples:
-        return f"its data had {plan.train_samples} samples, and has {opened.train_samples}"
-    if plan.optimizer.name != opened.optimizer.name:
-        return f"it was trained with optimizer={plan.optimizer.name}, not {opened.optimizer.name}"
-    if not header.samples:
-        return "it is the start of the run"
+    if reason := other_run(bench, start):
+        return reason
     if header.samples < plan.schedule.warmup_samples:
         return f"its warmup lasts {plan.size(plan.schedule.warmup_samples)}, which branches can't start in"
     if header.samples + (length := length_of(bench, plan)) > plan.samples:

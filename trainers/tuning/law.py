@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -34,3 +35,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         there = batch_for_data(plan.family, samples, found.batch, plan.samples)
         course.append({"samples": samples, "batch": there.batch, "low": there.low, "high": there.high})
     return {**asdict(found), "why": why, "tuned": stated is not None, "course": course}
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the law's batch."""
+    return f"a batch of {found['batch']:,.0f} samples: {found['why']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from isobatch.scaling.plan import Step
 from isobatch.scaling.tuning.footprint import Footprint, Pass, curve
-from isobatch.scaling.tuning.memory import Bounds, Limit, Memory, Predict, Probe, concluded, next_size
+from isobatch.scaling.tuning.memory import Bounds, Limit, Memory, Predict, Probe, concluded, from_json, next_size, told
 from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.engines.step_report import Note, Requests
 from isobatch.trainers.ranks.failure import Reached, is_oom
@@ -237,3 +237,8 @@ class OneSize:
         if self._world.any(ran_out):
             raise OutOfMemory
         return result
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the largest per-GPU batch."""
+    return told(from_json(found))

@@ -1,42 +1,68 @@
-"""Measure the gradient noise scale along a short training."""
+"""Measure the gradient noise scale along a short training, or at the checkpoints of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from isobatch.scaling.noise import RAW, Smoothed
+from isobatch.scaling.noise import RAW, Norm, Smoothed
 from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.recommendation import over_run
+from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.starts import other_run, plan_here, spread, starts
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
-COURSE = 20  # points that are kept of it
+STEPS_EACH = 100  # from each checkpoint
+COURSE = 20  # points that are kept of a training
 
 
-def measure(bench: Bench, samples: int | None = None) -> dict[str, Any]:
-    """Train with the run's own recipe and measure every step; return the noise scale at the end, and its course.
+def measure(bench: Bench) -> dict[str, Any]:
+    """Return the noise scale where the measurement ends, its course, and what it is over the whole run.
+
+    With ``init_from``, it is measured at the checkpoints of that run, else along a training with the run's own recipe.
+    """
+    found = [start for start in starts(bench) if not other_run(bench, start)] if bench.config.init_from else []
+    plan = bench.opened.plan
+    if found:
+        ways = [along(bench, plan_here(bench, start), start, STEPS_EACH) for start in spread(found)]
+        course = [row for _, _, rows in ways for row in rows[-1:]]
+    else:
+        ways = [along(bench, plan, None, STEPS)]
+        course = ways[0][2]
+    noise, norm, rows = ways[-1]
+    known = [(row["samples"], row["scale"]) for row in course if row["scale"] is not None]
+    whole = over_run(known, plan.cut.global_size, plan.samples or 0)
+    about = {"measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
+    return {**values(noise), "over_run": whole, "samples": rows[-1]["samples"], **about, "course": course}
+
+
+def along(
+    bench: Bench, plan: Plan, start: Checkpoint | None, steps: int
+) -> tuple[Smoothed, Norm, list[dict[str, Any]]]:
+    """Train and measure every step. Return the averages at the end, their norm, and their course.
 
     Args:
-        samples: length of the training; None: 300 steps, or the whole run if that is shorter.
+        start: the checkpoint to start from; None: step 0.
+        steps: of the training, if ``tune.samples`` doesn't tell its length; the end of the plan ends it, too.
     """
-    plan = measured(bench.opened.plan)
-    stages = STEPS * plan.cut.global_size
-    end = min(plan.samples or stages, samples or stages)
-    noise, norm, course = Smoothed(), RAW, []
-    with bench.trial(plan) as trial:
+    begin = start.header.samples if start else 0
+    length = bench.samples() or steps * plan.stage_at(begin).cut.global_size
+    end = min(begin + length, plan.samples or begin + length)
+    noise, norm, course = Smoothed(), RAW, list[dict[str, Any]]()
+    with bench.trial(measured(plan), start) as trial:
         while trial.state.samples < end and (taken := trial.step()):
             step, total, update = taken
             if new := update.estimate(step.cut):
                 noise, norm = noise.updated(new.of_data(len(bench.opened.data)), update.norm.name), update.norm
-            if step.stop * COURSE // end > step.start * COURSE // end:
+            done, before = ((at - begin) * COURSE // (end - begin) for at in (step.stop, step.start))
+            if done > before:
                 scale = noise.scale()
                 course.append({"samples": step.stop, "loss": float(total.loss) / float(total.units), **values(noise)})
-                bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", step.stop / end)
-    known = [(row["samples"], row["scale"]) for row in course if row["scale"] is not None]
-    whole = over_run(known, plan.cut.global_size, plan.samples or end)
-    measurements = {"samples": end, "measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
-    return {**values(noise), "over_run": whole, **measurements, "course": course}
+                share = (step.stop - begin) / (end - begin)
+                bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", share)
+    return noise, norm, course
 
 
 def values(noise: Smoothed) -> dict[str, Any]:
@@ -48,3 +74,13 @@ def values(noise: Smoothed) -> dict[str, Any]:
 def measured(plan: Plan) -> Plan:
     """Return the plan with a measurement of two halves in every step."""
     return replace(plan, intervals=Intervals(None, None, None, noise=1, noise_parts=2))
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the noise scale."""
+    count = found["measurements"]
+    if found["scale"] is None:
+        return f"not yet known after {count} measurements: the gradient's mean is lost in its noise; give tune.samples"
+    at = f"at sample {found['samples']:,}, {found['norm_text']}"
+    now = f"{found['scale']:,.0f} samples [{found['low']:,.0f}, {found['high']:,.0f}] {at}"
+    return f"{now}; over the whole run about {found['over_run']:,.0f}"

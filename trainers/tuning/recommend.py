@@ -14,7 +14,7 @@ from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.tuning.recommendation import Prediction, Witness, candidates, recommend
 from isobatch.scaling.tuning.speed import Speed
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.parts import Parts
+from isobatch.trainers.tuning.parts import Results
 
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
 SHOWN = 12  # rows of the printed table
@@ -22,7 +22,7 @@ REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.acc
             "run.dir", "run.new")  # fmt: skip
 
 
-def recommended(bench: Bench, parts: Parts) -> dict[str, Any] | None:
+def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
     """Return the object ``recommendation`` of ``tune.json``; None if nothing was measured that it could rest on.
 
     Raises:
@@ -51,7 +51,7 @@ def recommended(bench: Bench, parts: Parts) -> dict[str, Any] | None:
     return found.plain(lambda row: command(bench, row))
 
 
-def witnesses(parts: Parts) -> list[Witness]:
+def witnesses(parts: Results) -> list[Witness]:
     """Return the measurements of the critical batch."""
     found = []
     noise, branch = parts.get("noise", {}), parts.get("branch", {})
@@ -96,7 +96,7 @@ def _replaced(word: str) -> bool:
     return key in REPLACED or key.partition(".")[0] == "tune"
 
 
-def summary(parts: Parts) -> str:
+def summary(parts: Results) -> str:
     """Return what rank 0 prints at the end."""
     found = parts.get("recommendation")
     if not found:

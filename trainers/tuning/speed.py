@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,12 +17,17 @@ LEAST, MOST, ENOUGH_S = 2, 20, 0.2  # steps of a measurement, and the time from 
 ROUNDS = 2  # measurements of each size, apart in time, since a machine has slow moments
 
 
-def measure(bench: Bench, most: int) -> Speed:
-    """Time steps with one pass and with two, by per-GPU batch up to ``most`` samples; the same on all ranks.
+def measure(bench: Bench, fits: int | None = None) -> Speed:
+    """Time steps with one pass and with two, by per-GPU batch; the same on all ranks.
 
-    Sizes rise until two in a row are slower than the fastest.
+    Sizes rise until two in a row are slower than the fastest, or to the largest that fits.
+
+    Args:
+        fits: the largest per-GPU batch that fits into memory; None: not known, so the run's own is the largest.
     """
     world, granule = bench.session.world, bench.opened.plan.granule
+    share = max(granule, len(bench.opened.data) // world.size)
+    most = min(fits or bench.opened.plan.cut.per_gpu, share)
     timed = list[Timed]()
     with bench.trial(bench.plan(granule * world.size, granule)) as trial:
         for size in sizes_to_time(most, granule):
@@ -65,3 +72,19 @@ def time_steps(trial: Trial) -> tuple[float, float]:
         if world.any(enough):
             break
     return statistics.median(seconds), min(1.0, sum(waits) / sum(seconds))
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the fastest per-GPU batch, and what bounds it."""
+    sizes = {row["per_gpu"]: row for row in found["sizes"]}
+    knee, best = sizes[found["knee"]], max(sizes.values(), key=lambda row: row["samples_per_s"])
+    advice = {
+        "data": f"; bound by data: ranks wait {knee['data_wait']:.0%} of a step, so give data.workers more processes",
+        "communication": f"; bound by communication: {knee['fixed_ms']:.3g} of {knee['step_ms']:.3g} ms aren't passes, "
+        "so accumulation pays",
+        "compute": "",
+    }
+    fastest = f"{best['samples_per_s']:,.0f} samples/s at {best['per_gpu']:,} per GPU"
+    if knee is best:
+        return f"{fastest}{advice[found['bound']]}"
+    return f"{fastest}; {knee['per_gpu']:,} per GPU is within 5 % of it{advice[found['bound']]}"

@@ -20,9 +20,9 @@ from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
-from isobatch.trainers.tuning import parts
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
+from isobatch.trainers.tuning.parts import PARTS
 from isobatch.trainers.tuning.progress import Progress
 from isobatch.trainers.tuning.recommend import recommended, summary
 
@@ -97,17 +97,19 @@ def measured(bench: Bench, results: Results) -> bool:
     rank = bench.session.world.rank
     try:
         with bench.progress as progress:
-            for part in (part for part in parts.ORDER if part in bench.config.tune.parts):
-                conditions = conditions_of(bench, part)
-                if results.get(part, conditions) is not None:
-                    progress.tell(f"{part}: measured before, in {results.file}")
+            for name, part in PARTS.items():
+                if name not in bench.config.tune.parts:
                     continue
-                progress.part(part, parts.SAYS[part])
-                found = bench.agree(parts.MEASURE[part](bench, results.parts))
-                results.parts[part] = found
-                progress.tell(f"{part}: {parts.tell(part, found)}")
+                conditions = conditions_of(bench, name)
+                if results.get(name, conditions) is not None:
+                    progress.tell(f"{name}: measured before, in {results.file}")
+                    continue
+                progress.part(name, part.doing)
+                found = bench.agree(part.measure(bench, results.parts))
+                results.parts[name] = found
+                progress.tell(f"{name}: {part.tell(found)}")
                 if rank == 0:
-                    results.put(part, found, conditions)
+                    results.put(name, found, conditions)
     except Interrupted:
         return False
     recommendation = recommended(bench, results.parts)

@@ -1,0 +1,73 @@
+"""Find the checkpoints of a run that a measurement can start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.resolve import continued
+from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, read, verify
+from isobatch.trainers.tensors.names import checkpoints, followed
+from isobatch.trainers.tuning.bench import Bench
+
+MOST = 3  # checkpoints of one run that a part starts from
+
+
+def starts(bench: Bench) -> list[Checkpoint]:
+    """Return the checkpoints of ``init_from``, or of the run directory, oldest first, the same on all ranks.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    config, world = bench.config, bench.session.world
+    source = Path(config.init_from).expanduser() if config.init_from else bench.run
+    names = [str(path) for path in _named(source)] if world.rank == 0 else []
+    return [_read(bench, Path(name)) for name in json.loads(world.agree(json.dumps(names)))]
+
+
+def spread(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return at most ``MOST`` of the checkpoints, spread over the run: of the kept ones, if there are any."""
+    kept = [start for start in found if start.header.kept] or list(found)
+    count = min(MOST, len(kept))
+    return [kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)]
+
+
+def other_run(bench: Bench, start: Checkpoint) -> str:
+    """Return why a checkpoint isn't of the run that is tuned, or is its start; "" if nothing is wrong."""
+    plan, opened = start.header.plan, bench.opened.plan
+    if plan.train_samples != opened.train_samples:
+        return f"its data had {plan.train_samples} samples, and has {opened.train_samples}"
+    if plan.optimizer.name != opened.optimizer.name:
+        return f"it was trained with optimizer={plan.optimizer.name}, not {opened.optimizer.name}"
+    return "" if start.header.samples else "it is the start of the run"
+
+
+def plan_here(bench: Bench, start: Checkpoint) -> Plan:
+    """Return a checkpoint's plan on this hardware, with the per-GPU batch of the run."""
+    fresh = bench.opened.plan
+    on_it = replace(fresh, per_gpu=fresh.cut.per_gpu, accumulation=None) if fresh.numerics == "fast" else fresh
+    return continued(on_it, start.header.plan, extends=False)
+
+
+def _named(source: Path) -> list[Path]:
+    """Return the paths of the checkpoints at ``source``, a checkpoint or a run directory, oldest first."""
+    return [followed(source)] if (source / NAME).exists() else checkpoints(RunDir(source))[::-1]
+
+
+def _read(bench: Bench, path: Path) -> Checkpoint:
+    """Read and verify a checkpoint; each rank verifies a share of its files."""
+    world, reason, found = bench.session.world, "", None
+    try:
+        found = read(path)
+        verify(found, sorted(found.files)[world.rank :: world.size], bench.session.watch.beat)
+    except (Damaged, OSError) as error:
+        reason = str(error)
+    if reasons := [text for text in world.gather(reason) if text]:
+        raise UserError(f"{path} is damaged: {reasons[0]}", "give another checkpoint as init_from", "init_from")
+    assert found is not None
+    return found
