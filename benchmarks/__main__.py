@@ -173,17 +173,24 @@ PARTS = {
         "Steps to a target, by batch",
         critical.rows,
         "`task=mnist1d`, SGD with momentum, a constant LR after 5 % of warmup, the best of three LRs at each batch: "
-        f"steps until the validation loss is {critical.TARGET}, means over 2 seeds. Linear scaling holds while the "
-        "best LR is that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the "
+        f"steps until the validation loss is {critical.MNIST1D.target}, means over 2 seeds. Linear scaling holds while "
+        "the best LR is that of the linear rule and the speed-up is perfect (1). The noise scale was measured in the "
         "same runs, at the step that reached the target.",
+    ),
+    "critical-text": Part(
+        "Steps to a target, by batch, of a language model",
+        critical.rows_of_text,
+        "A small GPT on bytes (`task=text`, 32 tokens per sample, width 32), AdamW, a constant LR after a warmup of "
+        "200 samples, the best of three LRs at each batch: steps until the validation loss is "
+        f"{critical.TEXT.target} nats, 1 seed.",
     ),
     "forecast": Part(
         "Forecasts of what a target takes at other batches",
         forecast.rows,
-        "The fit of data to a target by batch (`action=report`), on results of MLPerf, on the curve of the table above "
-        "and on curves of a noisy quadratic in closed form, 50 dimensions, the best LR at each batch, to a share of "
-        "the first loss, whose critical batch E_min/S_min is known. *Left out*: each point predicted from the others, "
-        "at the ends by extrapolation. p is fitted from six batches on.",
+        "The fit of data to a target by batch (`action=report`): results of MLPerf; the curves of the tables above; "
+        "and curves of a noisy quadratic in closed form (50 dimensions, the best LR at each batch, to a share of the "
+        "first loss), whose critical batch E_min/S_min is known. *Left out*: each point predicted from the others, at "
+        "the ends by extrapolation. p is fitted from six batches on.",
     ),
     "large": Part(
         "A large batch, without and with a rule",

@@ -15,7 +15,10 @@ from isobatch.scaling.tuning.forecast import Fit, fit
 from isobatch.scaling.tuning.quadratic import Optimizer, Quadratic
 
 PAGE = Path(__file__).parent / "results.md"
-MEASURED = "## Steps to a target, by batch"  # the table of critical.py in results.md
+MEASURED = {  # curves, and the titles of their tables in results.md, which critical.py measures
+    "mnist1d, SGD (samples)": "Steps to a target, by batch",
+    "text, AdamW (samples)": "Steps to a target, by batch, of a language model",
+}
 BEYOND = 4  # times the largest batch, where a simulated curve is predicted
 
 
@@ -42,13 +45,17 @@ TARGETS = (0.1, 0.03)  # of the first loss
 CHOICES = ((8, 2), (5, 4), (4, 4))  # batches of a curve, and the factor between them
 
 
-def measured() -> Curve:
-    """Return the curve that ``python -m benchmarks critical`` measured."""
-    table = PAGE.read_text().partition(MEASURED)[2].partition("\n## ")[0]
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
-    columns = [lines[0].index(name) for name in ("batch", "samples")]
-    points = [[float(cells[column]) for column in columns] for cells in lines[2:]]
-    return Curve("mnist1d, SGD (samples)", [batch for batch, _ in points], [samples for _, samples in points])
+def measured() -> list[Curve]:
+    """Return the curves that ``python -m benchmarks critical critical-text`` measured, as far as the page has them."""
+    curves = []
+    for name, title in MEASURED.items():
+        table = PAGE.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+        lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+        columns = [lines[0].index(column) for column in ("batch", "samples")] if lines else []
+        points = [[float(cells[column].replace(",", "")) for column in columns] for cells in lines[2:]]
+        if points:
+            curves.append(Curve(name, [batch for batch, _ in points], [samples for _, samples in points]))
+    return curves
 
 
 def simulated() -> list[Curve]:
@@ -164,7 +171,7 @@ def _without(values: list[float], place: int) -> list[float]:
 
 def rows() -> Rows:
     of_models = [check(curve) for curve in simulated()]
-    return [*(row(check(curve)) for curve in (*PUBLISHED, measured())), *map(row, of_models), together(of_models)]
+    return [*(row(check(curve)) for curve in (*PUBLISHED, *measured())), *map(row, of_models), together(of_models)]
 
 
 if __name__ == "__main__":
