@@ -11,7 +11,7 @@ from isobatch.conf.rundir.reading import MEASURES
 MOST = 100  # points of a curve
 PLACES = ("step", "samples", "time_s")
 AVERAGED = ("loss", "samples_per_s")  # over the lines of a point; of the others the last line counts
-LAST = ("lr", "global_size", "noise/scale")
+LAST = ("lr", "global_size", "noise/scale", "noise/low", "noise/high")
 
 Columns = dict[str, list[float | None]]
 """Values by name, those of one point at one index."""

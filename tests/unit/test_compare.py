@@ -11,7 +11,7 @@ import pytest
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.compare.compare import as_dict
 from isobatch.scaling.report.compare.comparison import Report
-from isobatch.scaling.report.compare.pictures import MOST_MEASURES, pictures_of
+from isobatch.scaling.report.compare.pictures import MOST_INTERVALS, MOST_MEASURES, pictures_of
 from isobatch.scaling.report.compare.tables import csv_of, markdown_of, rows_of, text_of
 from isobatch.scaling.report.measures import Measure, direction_of, first_reaching
 from isobatch.scaling.report.run import read
@@ -257,6 +257,28 @@ def test_every_column_shows_its_spread_and_how_many_runs_have_a_value(tmp_path: 
     assert cells["noise scale"] == "60 ± 28 (2 of 3)"
     assert cells["time"] == "10.0 ± 5.0 s"
     assert cells["samples/s"].startswith("78 ± 44")
+
+
+def test_the_interval_of_the_noise_scale_is_drawn_where_it_is_narrow(tmp_path: Path) -> None:
+    """It is unknown in line 1, wide in line 4 and known from then on; with many runs it isn't drawn."""
+    bounds = [(None, None), (20.0, 90.0), (30.0, 80.0), (1.0, 500.0), (40.0, 70.0), (45.0, 60.0), (46.0, 58.0)]
+    lines = [
+        {"step": n, "samples": 8 * n, "loss": 1.0, "noise/scale": low and 50.0, "noise/low": low, "noise/high": high}
+        for n, (low, high) in enumerate(bounds, 1)
+    ]  # fmt: skip
+    for seed in range(MOST_INTERVALS):
+        write_run(tmp_path / str(seed), lines, seed=seed)
+    (picture,) = [one for one in pictures_of(compare(read_all(tmp_path)).comparisons[0]) if one.name == "course"]
+    (panel,) = [one for one in picture.panels if one.title == "Gradient noise scale"]
+    bands = [curve for curve in panel.curves if curve.kind == "band"]
+    assert [(band.x, band.y) for band in bands[:2]] == [
+        ([16, 24, 24, 16], [20.0, 30.0, 80.0, 90.0]),
+        ([40, 48, 56, 56, 48, 40], [40.0, 45.0, 46.0, 58.0, 60.0, 70.0]),
+    ]
+    assert (len(bands), "95 % interval" in picture.about) == (2 * MOST_INTERVALS, True)
+    write_run(tmp_path / "more", lines, seed=MOST_INTERVALS)
+    pictures = pictures_of(compare(read_all(tmp_path)).comparisons[0])
+    assert not [c for one in pictures for panel in one.panels for c in panel.curves if c.kind == "band"]
 
 
 def test_the_target_at_which_all_runs_stop_comes_first(tmp_path: Path) -> None:

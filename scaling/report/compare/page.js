@@ -19,7 +19,7 @@ function traces(panel, groups, width) {
     const colour = group ? colourOf(group) : curve.kind === "guide" ? token("--soft") : token("--ink");
     const dash = curve.kind === "guide" ? "dot" : DASHES[(group ? group.dash : curve.dash) % 4];
     if (curve.kind === "band") {
-      return { type: "scatter", mode: "lines", x: curve.x, y: curve.y, name: escaped(curve.name), line: { width: 0 }, fill: "toself", fillcolor: token("--shade"), hoverinfo: "skip" };
+      return { type: "scatter", mode: "lines", x: curve.x, y: curve.y, name: escaped(curve.name), line: { width: 0 }, fill: "toself", fillcolor: group ? colour + "30" : token("--shade"), hoverinfo: "skip", visible: !group || group.shown };
     }
     const many = panel.curves.length > 12;
     return {

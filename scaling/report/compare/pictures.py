@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from isobatch.scaling.report.compare.comparison import Comparison
 from isobatch.scaling.report.compare.forecasts import SHADE, curves_of, picture_of_points
@@ -25,6 +26,8 @@ TO_TARGET: dict[str, Callable[[Values], Spread | None]] = {
     "seconds": lambda values: values.to_time_s,
 }
 RANGE_FOR_LOG = 12.0  # an axis is logarithmic where its values span more than this factor
+SHADE_OF_NOISE = "The shade is the 95 % interval of the noise scale, where its ends are within a factor of 20."
+MOST_INTERVALS, MOST_WIDE = 6, 20.0  # runs whose intervals are drawn, and the largest ratio of an interval's ends
 MOST_MEASURES = 16  # that are drawn
 
 
@@ -35,6 +38,7 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
     several = len({group.global_size for group in comparison.groups}) > 1
     both = "The same runs twice: look for where small and large batches change places." if several else ""
     evaluated = evaluated_in(comparison)[:MOST_MEASURES]
+    shade_of_noise = SHADE_OF_NOISE if any(_intervals(comparison)) else ""
     made = [
         Picture("loss", "Training loss by steps and by samples", both, _panels(comparison, ["loss"], "step samples")),
         Picture(
@@ -45,7 +49,7 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
             "time", "By time", "Seconds of training, without evaluations.",
             _panels(comparison, ["loss", *evaluated[:1]], "time_s"),
         ),
-        Picture("course", "Schedule, throughput and noise", "", _course(comparison)),
+        Picture("course", "Schedule, throughput and noise", shade_of_noise, _course(comparison)),
     ]  # fmt: skip
     if len(comparison.groups) > 1:
         over_seeds = "Mean and standard deviation over seeds, and each seed."
@@ -86,8 +90,28 @@ def _course(comparison: Comparison) -> list[Panel]:
     return [
         Panel(title, "samples", label, *_log(curves), curves)
         for name, (title, label) in COURSE.items()
-        if (curves := list(_curves(comparison, "samples", name, evaluations=False)))
+        if (
+            curves := [
+                *(_intervals(comparison) if name == "noise/scale" else ()),
+                *_curves(comparison, "samples", name, evaluations=False),
+            ]
+        )
     ]
+
+
+def _intervals(comparison: Comparison) -> Iterator[Curve]:
+    """Yield the outline of the noise scale's interval for each run, where it says something, if the runs are few."""
+    if len(comparison.runs) > MOST_INTERVALS:
+        return
+    for index, group in enumerate(comparison.groups):
+        for run in group.runs:
+            steps = run.curves.steps
+            ends = zip(*(steps.get(name, []) for name in ("samples", "noise/low", "noise/high")), strict=False)
+            for known, points in groupby(ends, lambda end: all(end) and end[2] < MOST_WIDE * end[1]):
+                if known and len(outline := list(points)) > 1:
+                    xs, lows, highs = map(list, zip(*outline, strict=True))
+                    name = f"{run_label(group, run)}, 95 % interval"
+                    yield Curve([*xs, *xs[::-1]], [*lows, *highs[::-1]], name, index, kind="band")
 
 
 def _curves(comparison: Comparison, axis: str, name: str, evaluations: bool) -> Iterator[Curve]:

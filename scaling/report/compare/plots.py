@@ -95,7 +95,7 @@ def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style]) -> None:
     of_group = curve.group is not None
     xs, ys = _finite(curve.x), _finite(curve.y)
     if curve.kind == "band":
-        axes.fill(xs, ys, color=FAINT, alpha=0.18, linewidth=0)
+        axes.fill(xs, ys, color=colour if of_group else FAINT, alpha=0.18, linewidth=0)
     elif curve.kind == "points":
         shape = MARKERS[curve.dash % len(MARKERS)]
         alpha = 1 if curve.texts else 0.45
