@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ SAMPLES, WIDTH, CLASSES = 1024, 1024, 10
 VOCABULARY, LENGTH = 256, 64
 PER_GPU = {"MLP": 128, "Transformer": 8}
 STEPS = {"MLP": 5, "Transformer": 2}  # per turn
+WAYS: tuple[tuple[str, Literal[2] | None, str], ...] = (
+    ("micro-batches", None, "sgd"),
+    ("halves", 2, "sgd"),
+    ("halves", 2, "adamw"),
+)
 
 
 class MLP:
@@ -59,29 +64,32 @@ class Transformer:
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
 
 
-def turns(name: str, passes: int, world: World) -> list[tuple[float, float]]:
+def turns(name: str, optimizer: str, parts: Literal[2] | None, passes: int, world: World) -> list[tuple[float, float]]:
     """Return seconds per step, (measured, not measured), of each turn."""
-    seconds = Loop(
-        world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}",
+    loop = Loop(
+        world, f"task._target_=benchmarks.noise.{name}", f"batch.per_gpu={PER_GPU[name]}", f"optimizer={optimizer}",
         f"batch.accumulation={passes}", f"duration={STEPS[name]}st", "lr.peak=0.001",
     )  # fmt: skip
     both = PER_GPU[name] * passes * world.size, None  # every step, no step
-    seconds(both[0])
+    loop(both[0], noise_parts=parts)
     found = []
     for turn in range(TURNS):
         order = both if turn % 2 else both[::-1]  # alternate
-        took = {every: seconds(every) / STEPS[name] for every in order}
+        took = {every: loop(every, noise_parts=parts) / STEPS[name] for every in order}
         found.append((took[both[0]], took[None]))
     return found
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return a row per model and ranks × passes: medians in ms, and the median of the turns' ratios."""
+    """Return a row per model, way to measure, and ranks × passes: medians, and the median of the turns' ratios."""
     found = []
     for name in PER_GPU:
-        for ranks, passes in ((1, 2), (2, 1)):
-            cells = compare_turns(ranks, partial(turns, name, passes), "measured ms", "step ms", "measured / not")
-            found.append({"model": name, "ranks × passes": f"{ranks} × {passes}", **cells})
+        for way, parts, optimizer in WAYS:
+            for ranks, passes in ((1, 2), (2, 1)):
+                body = partial(turns, name, optimizer, parts, passes)
+                cells = compare_turns(ranks, body, "measured ms", "step ms", "measured / not")
+                what = {"model": name, "measured": way, "optimizer": optimizer, "ranks × passes": f"{ranks} × {passes}"}
+                found.append({**what, **cells, "with noise.every=10st": 1 + (cells["measured / not"] - 1) / 10})
     return found
 
 

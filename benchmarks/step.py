@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,7 @@ class Loop:
         self,
         noise_every: int | None = None,
         *,
+        noise_parts: Literal[2] | None = None,
         workers: int = 0,
         saver: Any = NOT_SAVED,
         after_step: Callable[[], object] = lambda: None,
@@ -79,6 +80,7 @@ class Loop:
 
         Args:
             noise_every: interval of noise measurements in samples, or None.
+            noise_parts: 2 measures the two halves of a step.
             workers: processes that load data.
             saver: a Saver; by default nothing is saved.
         """
@@ -95,7 +97,7 @@ class Loop:
         from isobatch.trainers.ranks.signals import Stop
 
         plan, world = self._plan, self.world
-        intervals = Intervals(10 * plan.cut.global_size, evaluate=None, save=None, noise=noise_every)
+        intervals = Intervals(10 * plan.cut.global_size, None, None, noise_every, noise_parts=noise_parts)
         state = TrainState(replace(plan, intervals=intervals), noise=Smoothed() if noise_every else None)
         loader = Loader(self._data, self._task, state, world, workers, stand_ins=self.engine.lockstep)
         watch = Clock(self._skip, world.device, after_step)
