@@ -22,6 +22,7 @@ RISE = 0.05  # relative rise of a line that isn't noise
 TARGETS = (0.4, 0.7, 0.9)  # predicted share of the room of the next probe, as long as no line is trusted
 BOUNDED = (0.6, 0.8, 0.9)  # the same where an upper bound predicts
 AIM = 0.985  # share of the room that a trusted line is followed to
+AFTER_OOM, HALF = 0.85, 0.5  # the most after a size for which memory ran out, or in which the process was killed
 LESS = 0.015  # less of it after each probe that didn't fit
 ENOUGH = 0.96  # share of the largest size, or of the room, above which a probe needn't be followed by a larger one
 CREDIBLE = (0.5, 2.0)  # ratio of measurement to estimate within which the estimate is used
@@ -42,10 +43,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out."""
+    """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out.
+
+    ``killed``: the process was killed while it ran.
+    """
 
     per_gpu: int
     peak: int | None
+    killed: bool = False
 
 
 class Fit(NamedTuple):
@@ -103,7 +108,8 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
     if len(probes) >= PROBES:
         return None
     best = fits[-1]
-    most = min([bounds.cap, *(size - 1 for size in failed)])
+    lost = [probe.per_gpu * (HALF if probe.killed else AFTER_OOM) for probe in probes if probe.peak is None]
+    most = min([bounds.cap, *(size - 1 for size in failed), *map(int, lost)])
     if best.per_gpu >= most:
         return None
     line = trusted_line(fits)
