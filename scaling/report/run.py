@@ -94,6 +94,7 @@ class Run:
         job: the last Slurm job submitted for the run or working on it; ``queue``: its state; None: the job is over.
         loss: the last finite loss; ``evaluation``: the values of the last evaluation by name.
         measures: the loss and the values that the task measures, by name.
+        tuned: the results of ``action=tune``, by part.
     """
 
     directory: str
@@ -111,6 +112,7 @@ class Run:
     measures: dict[str, Measure]
     curves: Curves = field(repr=False)
     events: Lines = field(repr=False)
+    tuned: Mapping[str, Any] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Return the run as plain values: all of ``action=runs output=json``, and an entry of ``report.json``."""
@@ -165,6 +167,7 @@ def read(
         measures=_measures(files.metrics, directions or {}),
         curves=curves_of(files.metrics),
         events=files.events,
+        tuned=files.tuned,
     )
 
 

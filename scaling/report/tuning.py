@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,26 @@ def write_picture(folder: Path, parts: Mapping[str, Part]) -> str:
 
 def picture_of(parts: Mapping[str, Part]) -> Picture | None:
     """Return the picture of the parts that have curves; None if none has any."""
-    panels = [panel for name, make in PANELS.items() if name in parts for panel in make(parts[name])]
+    panels = list[Panel]()
+    for name, make in PANELS.items():
+        with suppress(KeyError, TypeError, ValueError):  # a part that an edited file or another version has changed
+            panels += make(parts[name])
     if not panels:
         return None
     return Picture(NAME, "Which batch", "What action=tune has measured, and what it predicts.", panels)
+
+
+def _memory(part: Part) -> list[Panel]:
+    probes = sorted((row["per_gpu"], row["peak_gb"]) for row in part["probes"] if row["peak_gb"] is not None)
+    if not probes:
+        return []
+    sizes, peaks = zip(*probes, strict=True)
+    limit = part["limit_gb"]
+    curves = [_line(sizes, peaks, "peak", kind="both")]
+    if limit < 4 * peaks[-1]:  # else the limit would leave no room for the peaks
+        label = f"limit ({part['limit_from']})"
+        curves.append(replace(_line([sizes[0], sizes[-1]], [limit, limit], label, dash=1), label=label))
+    return [Panel("Memory", "samples per GPU and pass", "GB", False, False, curves)]
 
 
 def _speed(part: Part) -> list[Panel]:
@@ -97,7 +114,14 @@ def _recommendation(part: Part) -> list[Panel]:
     return panels
 
 
-PANELS = {"speed": _speed, "noise": _noise, "branch": _branch, "lr": _lr, "recommendation": _recommendation}
+PANELS = {
+    "memory": _memory,
+    "speed": _speed,
+    "noise": _noise,
+    "branch": _branch,
+    "lr": _lr,
+    "recommendation": _recommendation,
+}
 
 
 def _line(x: Sequence[float], y: Sequence[float], name: str, kind: Any = "line", dash: int = 0) -> Curve:

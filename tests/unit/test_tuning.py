@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.tuning import picture_of
 from isobatch.scaling.tuning.recommendation import Witness, agreement, candidates, over_run, recommend
 from isobatch.scaling.tuning.results import Results
 from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time
@@ -219,3 +220,30 @@ def test_a_damaged_file_is_rejected_with_a_fix(tmp_path: Path, content: str) -> 
     results.file.write_text(content)
     with pytest.raises(UserError, match=r"tune\.json is damaged.*remove it"):
         results.read()
+
+
+# ---- the picture
+
+
+def tuned_parts() -> dict[str, Any]:
+    witness = Witness("noise", 200.0, 100.0, 400.0)
+    found = asked([witness]).plain(lambda row: f"python launch.py batch.global_size={row.global_size}")
+    course = [{"samples": 100 * i, "scale": 10.0 * i, "low": 5.0 * i, "high": 20.0 * i} for i in range(1, 5)]
+    return {"speed": speed().plain(), "noise": {"scale": 40.0, "course": course}, "recommendation": found}
+
+
+def test_the_picture_has_a_panel_for_each_part_with_a_curve() -> None:
+    picture = picture_of(tuned_parts())
+    assert picture is not None
+    assert [panel.title for panel in picture.panels] == [
+        "Speed", "Gradient noise scale", "Predicted samples to the target", "Predicted seconds to the target",
+    ]  # fmt: skip
+    marked = {curve.name: curve.x for curve in picture.panels[-1].curves if curve.kind == "points"}
+    assert marked["recommended"] == [asked([Witness("noise", 200.0)]).best.global_size]
+
+
+@pytest.mark.parametrize("part", ["speed", "noise", "recommendation"])
+def test_a_part_with_other_content_is_left_out_of_the_picture(part: str) -> None:
+    picture = picture_of({**tuned_parts(), part: {"course": 3, "sizes": [{}], "predictions": [1]}})
+    assert picture is not None
+    assert len(picture.panels) == {"speed": 3, "noise": 3, "recommendation": 2}[part]

@@ -22,7 +22,7 @@ def findings_of(comparison: Comparison) -> list[str]:
     if not metric:
         return ["no run has logged a loss or an evaluation yet"]
     if len(comparison.runs) == 1:
-        return [_alone(comparison.runs[0], metric.name)]
+        return [_alone(comparison.runs[0], metric.name), *_recommended(comparison)]
     ranked = comparison.ranked()
     if not ranked:
         return [f"no run has finished with a finite {metric.name}, so nothing is compared"]
@@ -35,7 +35,17 @@ def findings_of(comparison: Comparison) -> list[str]:
     to_target = list(_to_target(comparison))
     if comparison.target_from == "stop.at":  # then values at the end are those at the target
         sentences, to_target = to_target, sentences
-    return [*sentences, *to_target, *_fitted(comparison), *flatness_of(comparison)]
+    more = [*_fitted(comparison), *flatness_of(comparison), *_recommended(comparison)]
+    return [*sentences, *to_target, *more]
+
+
+def _recommended(comparison: Comparison) -> Iterator[str]:
+    """Yield a sentence for each run that action=tune recommended a batch for."""
+    for run in comparison.runs:
+        found = run.tuned.get("recommendation")
+        if isinstance(found, dict) and isinstance(size := found.get("global_size"), int):
+            rest = "; ".join(str(found[name]) for name in ("why", "agreement") if found.get(name))
+            yield f"{run.directory}: action=tune recommends a global batch of {size:,} ({rest})"
 
 
 def _alone(run: Run, name: str) -> str:

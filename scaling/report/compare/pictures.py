@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from isobatch.scaling.report.compare.comparison import Comparison
@@ -11,6 +12,7 @@ from isobatch.scaling.report.compare.groups import Group, failure_of, run_label
 from isobatch.scaling.report.compare.picture import Column, Curve, Heat, Kind, Panel, Picture
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import spread
+from isobatch.scaling.report.tuning import picture_of
 from isobatch.scaling.tuning.spread import Spread
 
 AXES = {"step": "steps", "samples": "samples", "time_s": "time in seconds"}
@@ -61,7 +63,16 @@ def pictures_of(comparison: Comparison) -> list[Picture]:
         shade = f" {SHADE}" if any(comparison.forecasts.values()) else ""
         about = f"Down is better. In the last panel, {choice}.{shade}"
         made.append(Picture("target", f"To {comparison.target}", about, _targets(comparison)))
+    made += list(_tuned(comparison))
     return [picture for picture in made if picture.panels]
+
+
+def _tuned(comparison: Comparison) -> Iterator[Picture]:
+    """Yield the picture of action=tune for the first run that was tuned."""
+    for run in comparison.runs:
+        if picture := picture_of(run.tuned):
+            yield replace(picture, about=f"action=tune of {run.directory}: what it has measured, and what it predicts.")
+            return
 
 
 # ---- curves of runs
