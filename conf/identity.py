@@ -63,7 +63,7 @@ def global_size_was_given(config: RunConfig) -> bool:
     return _asked_for(config.given, config.batch.per_gpu, config.batch.accumulation)
 
 
-def _asked_for(given: Collection[str], per_gpu: int | None, accumulation: int | None) -> bool:
+def _asked_for(given: Collection[str], per_gpu: int | str | None, accumulation: int | None) -> bool:
     return "batch.global_size" in given or per_gpu is None or accumulation is None
 
 

@@ -82,13 +82,26 @@ class Model(Section):
 
 class Batch(Section):
     global_size: Size | Literal["all"]
-    per_gpu: Size | None
+    per_gpu: Size | Literal["auto"] | None
     accumulation: Size | None
     unit: Literal["samples", "tokens"]
     schedule: (
         Annotated[BatchSchedule, PlainValidator(BatchSchedule.parse), PlainSerializer(str, return_type=str)] | None
     )
     even: bool
+
+    @property
+    def given_per_gpu(self) -> int | None:
+        """Return ``per_gpu`` if it is a number: None if it isn't given, or is measured at the start."""
+        return None if self.per_gpu == "auto" else self.per_gpu
+
+    @model_validator(mode="after")
+    def _a_measured_size_decides_accumulation(self) -> Batch:
+        if self.per_gpu == "auto" and self.accumulation is not None:
+            problem = f"batch.per_gpu=auto decides the accumulation, but batch.accumulation={self.accumulation}"
+            fix = "leave out batch.accumulation, or give batch.per_gpu=null"
+            raise UserError(problem, fix, "batch.accumulation", self.accumulation)
+        return self
 
     @model_validator(mode="after")
     def _a_schedule_leaves_accumulation_open(self) -> Batch:

@@ -194,6 +194,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _bitwise_cuts_are_given(self) -> RunConfig:
+        if self.numerics == "bitwise" and self.batch.per_gpu == "auto":
+            problem = "with numerics=bitwise, batch.per_gpu is part of the run's identity, and auto isn't a number"
+            fix = "give a number; action=tune tune.parts=[memory] shows the largest that fits"
+            raise UserError(problem, fix, "batch.per_gpu", "auto")
+        return self
+
+    @model_validator(mode="after")
     def _an_array_has_its_own_limit(self) -> RunConfig:
         if self.search.parallel > 1 and self.cluster.name == "slurm":
             problem = (

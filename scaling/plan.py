@@ -122,6 +122,7 @@ class Plan:
         sync: BatchNorm computes its statistics over one pass of all ranks.
         numerics: ``bitwise`` cuts each step by ``per_gpu`` alone, the same way on any world.
         engine: the engine's placement of tensors on the current hardware.
+        measures: ``per_gpu`` will be measured at the start, and the cut is one without accumulation until then.
         intervals: of the current command. They aren't part of the run: plans that differ only in them are equal.
     """
 
@@ -147,6 +148,7 @@ class Plan:
     sync: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
     engine: EnginePlacement = EnginePlacement("ddp")
+    measures: bool = field(default=False, compare=False)
     intervals: Intervals = field(default=Intervals(None, None, None, None), compare=False)
 
     def __post_init__(self) -> None:
@@ -303,7 +305,7 @@ class Plan:
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
         """Return the plan on other hardware; only the cut of a step changes, not its micro-batches if bitwise."""
         assert self.numerics == "fast" or per_gpu == self.per_gpu, "batch.per_gpu is part of a bitwise run's identity"
-        return replace(self, world=world, per_gpu=per_gpu, accumulation=None)
+        return replace(self, world=world, per_gpu=per_gpu, accumulation=None, measures=False)
 
     def sized(self, samples: int) -> int:
         """Convert ``samples`` to ``unit``."""

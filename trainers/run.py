@@ -57,6 +57,7 @@ from isobatch.trainers.tensors.manifest import Checkpoint, Header
 from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.trackers.followers import Followers, refuse_bad_tracker
 from isobatch.trainers.trial.contract import Looked, announce, announce_failed, look_and_try
+from isobatch.trainers.tuning.at_start import with_measured_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,11 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     attempt = Attempt(session, run, before, Source(session.config), followers)
     opened = open_data(attempt)
     if opened is None:
-        reached = session.watch.reached if checkpoints(run) else Reached()
-        return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
+        return stopped_before_training(session, run)
+    if opened.plan.measures:
+        opened = with_measured_size(session, opened, run)
+    if opened is None:
+        return stopped_before_training(session, run)
     ready = build(attempt, opened)
     early = EarlyStop(session.config, session.world)
     if attempt.ours and early.rules:
@@ -128,6 +132,12 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         outcome = finish(attempt, ready, done, early.cause)
         followers.finish(outcome, ready.state)
     return outcome
+
+
+def stopped_before_training(session: Session, run: RunDir) -> Outcome:
+    """Record that a rank was asked to stop before the model was made."""
+    reached = session.watch.reached if checkpoints(run) else Reached()
+    return end(session, run, "stopped", stop_signal(session.stop, session.world), reached)
 
 
 def open_data(attempt: Attempt) -> Opened | None:

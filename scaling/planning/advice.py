@@ -104,7 +104,7 @@ def _base(plan: Plan) -> str | None:
 
 def _idle(plan: Plan) -> str | None:
     cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.idle)
-    if cut.idle < IDLE:
+    if cut.idle < IDLE or plan.measures:
         return None
     near = nearest_even(cut, plan.per_gpu, cut.accumulation)
     return (

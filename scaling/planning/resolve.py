@@ -85,6 +85,7 @@ def _unscheduled(config: RunConfig, world: int, sizes: Sizes, first: Segment, ba
         sync=config.batchnorm.mode == "sync",
         numerics=config.numerics,
         engine=placement(config.engine),
+        measures=config.batch.per_gpu == "auto",
         intervals=intervals_of(config, replace(lengths, segments=(first,))),
     )
 
@@ -182,7 +183,7 @@ def continued(fresh: Plan, stored: Plan, *, extends: bool) -> Plan:
     Raises:
         UserError: the batch can't be split on this hardware, or the extended run would have another global batch.
     """
-    current = ("world", "per_gpu", "accumulation", "engine", "intervals")
+    current = ("world", "per_gpu", "accumulation", "measures", "engine", "intervals")
     resumed = replace(stored, **{name: getattr(fresh, name) for name in current})
     if not extends:
         return resumed

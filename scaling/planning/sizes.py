@@ -42,7 +42,7 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
     cut = solve(
         world,
         global_size=_whole(config, label, global_size),
-        per_gpu=_whole(config, "batch.per_gpu=", batch.per_gpu),
+        per_gpu=_whole(config, "batch.per_gpu=", batch.given_per_gpu),
         accumulation=batch.accumulation,
         granule=per_sample * (config.batchnorm.ghost_size or 1),
         even=batch.even,
@@ -50,9 +50,9 @@ def first_sizes(config: RunConfig, world: int, train_samples: int | None) -> Siz
     )
     first = cut.global_size // per_sample
     # per_gpu bounds every later segment, too; an accumulation given without it applies to every segment.
-    if batch.per_gpu is None:
+    if batch.given_per_gpu is None:
         return Sizes(first, None, cut.accumulation)
-    return Sizes(first, batch.per_gpu // per_sample, None)
+    return Sizes(first, batch.given_per_gpu // per_sample, None)
 
 
 def asked(config: RunConfig, train_samples: int | None) -> int | None:

@@ -72,8 +72,8 @@ def summary(plan: Plan) -> dict[str, Any]:
     peak_given = plan.base_source == "peak"
     return {
         "global_size": plan.cut.global_size,
-        "per_gpu": plan.cut.per_gpu,
-        "accumulation": plan.cut.accumulation,
+        "per_gpu": None if plan.measures else plan.cut.per_gpu,
+        "accumulation": None if plan.measures else plan.cut.accumulation,
         "world_size": plan.world,
         "micro_batches": plan.cut.micro_batches,
         "idle": plan.cut.idle,

@@ -59,9 +59,9 @@ def row_of(plan: Plan) -> dict[str, Any]:
     """Return ``plan`` as a row of a table of plans."""
     return {
         "global batch": plan.cut.global_size,
-        "per GPU": plan.cut.per_gpu,
+        "per GPU": "auto" if plan.measures else plan.cut.per_gpu,
         "ranks": plan.cut.world,
-        "accumulation": plan.cut.accumulation,
+        "accumulation": None if plan.measures else plan.cut.accumulation,
         "steps": plan.steps,
         "samples": plan.samples,
         "peak LR": plan.peak.lr,
@@ -71,7 +71,7 @@ def row_of(plan: Plan) -> dict[str, Any]:
 
 def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
     yield "global batch", _batch(plan, plan.cut)
-    if not plan.cut.even:
+    if not plan.cut.even and not plan.measures:
         yield "micro-batches", _micro_batches(plan)
     for number, stage in enumerate(_stages(plan)):
         yield "" if number else "then", stage
@@ -107,6 +107,9 @@ def _batch(plan: Plan, cut: Cut) -> str:
     most = f" (of at most {plan.sized(cut.per_gpu):,})" if cut.per_gpu > largest else ""
     dealt = f"{counted(cut.world, 'rank')} × accumulation {cut.accumulation}"
     of_samples = f" ({counted(cut.global_size, 'sample')})" if plan.unit == "tokens" else ""
+    if plan.measures:
+        on = f"on {counted(cut.world, 'rank')}; the per-GPU batch is measured at the start"
+        return f"{plan.size(cut.global_size)}{of_samples} {on}"
     equals = "=" if cut.even else "≤"
     return f"{plan.size(cut.global_size)}{of_samples} {equals} {plan.sized(largest):,}{most} per GPU × {dealt}"
 

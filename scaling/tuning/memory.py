@@ -2,8 +2,9 @@
 
 The model is peak(B) = max(step, fixed + per-sample × B): the optimizer step doesn't depend on the batch, and small
 batches hide behind it, so that a line through them promises too much. A line is trusted once two consecutive slopes
-are equal. Until then, sizes grow by the estimate (footprint.py), corrected by the last probe, or by an upper bound of
-the slope: all that a probe needed beyond ``lasting`` is taken to grow with the batch.
+are equal, and the estimate (footprint.py) once it rises as two probes do. Until then, sizes grow by the estimate,
+corrected by the last probe, or by an upper bound of the slope: all that a probe needed beyond ``lasting`` is taken to
+grow with the batch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ RISE = 0.05  # relative rise of a line that isn't noise
 TARGETS = (0.4, 0.7, 0.9)  # predicted share of the room of the next probe, as long as no line is trusted
 BOUNDED = (0.6, 0.8, 0.9)  # the same where an upper bound predicts
 AIM = 0.985  # share of the room that a trusted line is followed to
+AFTER_OOM, HALF = 0.85, 0.5  # the most after a size for which memory ran out, or in which the process was killed
 LESS = 0.015  # less of it after each probe that didn't fit
 ENOUGH = 0.96  # share of the largest size, or of the room, above which a probe needn't be followed by a larger one
+AGREE = (0.85, 1.18)  # ratio of measured to estimated slope within which the estimate is followed
+BENT, SAFE = 1.1, 1.03  # rise of an estimate that is beyond its bend, and what is added to it once it is corrected
 CREDIBLE = (0.5, 2.0)  # ratio of measurement to estimate within which the estimate is used
 EIGHTS = 8  # sizes are multiples of it, which suits the hardware
 NEVER = 1 << 40  # samples; a batch that memory doesn't bound
@@ -42,10 +46,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out."""
+    """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out.
+
+    ``killed``: the process was killed while it ran.
+    """
 
     per_gpu: int
     peak: int | None
+    killed: bool = False
 
 
 class Fit(NamedTuple):
@@ -103,10 +111,11 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
     if len(probes) >= PROBES:
         return None
     best = fits[-1]
-    most = min([bounds.cap, *(size - 1 for size in failed)])
+    lost = [probe.per_gpu * (HALF if probe.killed else AFTER_OOM) for probe in probes if probe.peak is None]
+    most = min([bounds.cap, *(size - 1 for size in failed), *map(int, lost)])
     if best.per_gpu >= most:
         return None
-    line = trusted_line(fits)
+    line = trusted_line(fits) or trusted_estimate(fits, prior)
     share = (best.peak - bounds.lasting) / max(1.0, bounds.room - bounds.lasting)
     enough = best.per_gpu >= ENOUGH * largest(line, bounds.room, most) if line else share >= ENOUGH
     if (line or failed) and enough:
@@ -148,6 +157,18 @@ def trusted_line(fits: Sequence[Fit]) -> Predict | None:
     return _through(third, after)
 
 
+def trusted_estimate(fits: Sequence[Fit], prior: Predict | None) -> Predict | None:
+    """Return the estimate from the last probe on, if it rose as the last two probes did."""
+    if prior is None or len(fits) < 2:
+        return None
+    low, high = fits[-2:]
+    measured, estimated = slope(low, high), slope(*(Fit(fit.per_gpu, int(prior(fit.per_gpu))) for fit in (low, high)))
+    if high.peak - low.peak < RISE * high.peak or estimated <= 0 or not AGREE[0] <= measured / estimated <= AGREE[1]:
+        return None
+    ratio, known = measured / estimated, prior
+    return lambda size: high.peak + ratio * (known(size) - known(high.per_gpu))
+
+
 def slope(low: Fit, high: Fit) -> float:
     """Return the bytes per sample between two probes."""
     return (high.peak - low.peak) / (high.per_gpu - low.per_gpu)
@@ -169,7 +190,8 @@ def _cautious(fits: Sequence[Fit], bounds: Bounds, prior: Predict | None) -> Pre
             lasting, known = bounds.lasting, prior
             seen = _through(last, steepest)
             # below the estimate's own bend, the ratio is of something else than what grows
-            factor = max(1.0, ratio)
+            rises = known(last.per_gpu) > BENT * known(fits[0].per_gpu)
+            factor = SAFE * ratio if rises else max(1.0, ratio)
             return lambda size: min(bound(size), max(seen(size), lasting + factor * (known(size) - lasting)))
     return bound
 

@@ -69,10 +69,17 @@ def open_task(session: Session, task: Task) -> Opened | None:
     return Opened(task, data, plan, evaluation_batch(config, plan, limit))
 
 
-def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_limit: int | None = None) -> Plan:
+def plan_of(
+    config: RunConfig,
+    world: int,
+    train_samples: int | None,
+    per_gpu_limit: int | None = None,
+    measured: int | None = None,
+) -> Plan:
     """Return the plan of ``config`` for ``world`` ranks.
 
     Args:
+        measured: the per-GPU batch of batch.per_gpu=auto, in samples; None: not measured yet.
         per_gpu_limit: the most samples in a pass that fit in memory, if fewer than the config's. An evaluation may
             have set it below the smallest micro-batch.
 
@@ -80,6 +87,8 @@ def plan_of(config: RunConfig, world: int, train_samples: int | None, per_gpu_li
         UserError: no plan meets the config.
     """
     plan = resolve(config, world, train_samples)
+    if measured:
+        plan = plan.dealt(world, measured)
     most = max(per_gpu_limit, plan.granule) if per_gpu_limit else None
     if most and config.numerics != "bitwise" and most < max(stage.cut.per_gpu for stage in plan.stages):
         return plan.dealt(world, most)

@@ -9,6 +9,7 @@ import torch
 from isobatch.conf.identity import digest, identity, values
 from isobatch.trainers.launch.source import Source
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.meter import hardware_memory
 
 HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
 # sections and keys that neither the time nor the memory of a step depends on
@@ -30,6 +31,7 @@ def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
             "config": digest(of_a_step),
             "world_size": bench.session.world.size,
             "device": device_name(bench.session.world.device),
+            "memory": hardware_memory(bench.session.world.device),
             "torch": torch.__version__,
         }
     else:

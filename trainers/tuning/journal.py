@@ -38,12 +38,21 @@ class Journal:
         with suppress(OSError, Unreadable, TypeError, KeyError, ValueError):
             found = read_json(self._file) if self._file else None
             if isinstance(found, dict) and found["conditions"] == self._conditions:
-                self.probes = [Probe(int(size), peak and int(peak)) for size, peak in found["probes"]]
+                self.probes = self.known(json.dumps(found["probes"]))
                 self._noted = list(self.probes)
+
+    def text(self) -> str:
+        """Return the probes as text for the other ranks."""
+        return json.dumps([list(asdict(probe).values()) for probe in self.probes])
+
+    @staticmethod
+    def known(text: str) -> list[Probe]:
+        """Return the probes in the text of rank 0."""
+        return [Probe(*pair) for pair in json.loads(text)]
 
     def begin(self, size: int) -> None:
         """Note that this size is about to be run: it doesn't fit, unless ``end`` follows."""
-        self._write([*self._noted, Probe(size, None)])
+        self._write([*self._noted, Probe(size, None, killed=True)])
 
     def end(self, probe: Probe) -> None:
         """Note the peak of the size that was begun."""

@@ -15,6 +15,7 @@ from isobatch.scaling.tuning.footprint import Footprint, Pass, curve
 from isobatch.scaling.tuning.memory import Bounds, Limit, Memory, Predict, Probe, concluded, from_json, next_size, told
 from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.engines.step_report import Note, Requests
+from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.ranks.failure import Reached, is_oom
 from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.trial.untouched import Copies
@@ -40,7 +41,7 @@ def measure(bench: Bench, cap: int | None = None, journal: Journal | None = None
     task, world = bench.opened.task, bench.session.world
     granule = bench.opened.plan.granule
     most = cap or max(1, -(-len(bench.opened.data) // world.size) // granule) * granule
-    with Copies(task.own, torch.nn.Module(), world.device).held():
+    with generators_kept(world.device), Copies(task.own, torch.nn.Module(), world.device).held():
         return Probing(bench, max(granule, most), journal or Journal(None, {})).search()
 
 
@@ -54,7 +55,8 @@ class Probing:
     def __init__(self, bench: Bench, cap: int, journal: Journal) -> None:
         self._bench, self._cap, self._journal = bench, cap, journal
         self._world, cluster = bench.session.world, bench.config.cluster
-        self._batches = LargeBatches(bench.opened.data, bench.opened.task, bench.config.seed)
+        with bench.session.watch.excused():  # fetching samples may be slow
+            self._batches = LargeBatches(bench.opened.data, bench.opened.task, bench.config.seed)
         self._meter = Meter(self._world.device, self._world.local_size, cluster.memory_gb)
         self._least = 1  # 2 once the model is known to have a BatchNorm layer
 

@@ -81,6 +81,14 @@ class Meter:
             yield Limit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, "the machine's memory")
 
 
+def hardware_memory(device: torch.device) -> list[int]:
+    """Return the limits in bytes that don't depend on what else runs here, to know the same hardware again."""
+    if device.type != "cpu":
+        return [torch.accelerator.get_memory_info(device)[1]]
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [whole, resource.getrlimit(resource.RLIMIT_AS)[0], *(limit for limit, _ in cgroup_limits())]
+
+
 def trim() -> None:
     """Return the free memory of the C library's heap to the system."""
     if sys.platform == "linux":

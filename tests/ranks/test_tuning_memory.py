@@ -1,0 +1,164 @@
+"""Test batch.per_gpu=auto and the memory part of action=tune on real steps, and the estimate against real peaks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.tuning.memory import Probe
+from isobatch.trainers.tasks.task import Task
+from isobatch.trainers.tuning.estimate import Subject, trace
+from isobatch.trainers.tuning.journal import Journal
+from isobatch.trainers.tuning.meter import cgroup_limits
+from isobatch.trainers.tuning.samples import LargeBatches
+from tests.support.harness import Run, Runs
+
+NAME = "tests.ranks.test_tuning_memory"
+QUICK = ("task=custom", "duration=4st", "lr.peak=0.01", "evaluate.every=null", "log.every=1st", "optimizer=adamw")
+LEAST = 24  # samples for which Fragile's memory suffices
+
+
+class Normed:
+    """A net with BatchNorm and dropout, and a task with a counter, all of which a probe moves."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+    def train_data(self) -> TensorDataset:
+        drawn = torch.Generator().manual_seed(1)
+        return TensorDataset(torch.randn(90, 6, generator=drawn), torch.randint(0, 3, (90,), generator=drawn))
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        self.calls += 1
+        inputs, labels = batch
+        scale = 1 + 1e-4 * self.calls
+        return scale * nn.functional.cross_entropy(model(inputs), labels, reduction="sum"), len(labels)
+
+
+class Fragile(Normed):
+    """A task for which memory runs out on rank 1 only."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if len(batch[0]) > LEAST and os.environ["RANK"] == "1":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: a test")
+        return super().loss(model, batch)
+
+
+def task(name: str) -> str:
+    return f"task._target_={NAME}.{name}"
+
+
+def checkpoint_of(run: Run) -> dict[str, str]:
+    """Return the hashes of the tensors in the last checkpoint: weights, buffers and the optimizer's state."""
+    (folder,) = (run.run.path / "checkpoints").iterdir()
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("engine", ["engine=ddp", "engine=fsdp"])
+def test_a_measured_run_is_the_run_with_that_number_given(runs: Runs, engine: str) -> None:
+    options = (*QUICK, task("Normed"), engine, "batch.global_size=30", "device=cpu")
+    measured, given = (runs(2, *options, f"batch.per_gpu={size}") for size in ("auto", 15))
+    stored = json.loads((measured.run.path / "tune" / "tune.json").read_text())["memory"]
+    assert (stored["per_gpu"], stored["outcome"]) == (15, "cap")
+    assert stored["per_gpu"] in [probe["per_gpu"] for probe in stored["probes"]]
+    assert checkpoint_of(measured) == checkpoint_of(given)
+    assert measured.losses() == given.losses()
+    assert measured.ends == given.ends
+    assert not (measured.run.path / "tune" / "probing.json").exists()
+
+
+def test_memory_that_runs_out_on_one_rank_doesnt_stop_the_others(runs: Runs) -> None:
+    run = runs(2, *QUICK, task("Fragile"), "batch.global_size=80", "batch.per_gpu=auto", "device=cpu")
+    assert [end["state"] for end in run.ends] == ["finished"] * 2
+    stored = json.loads((run.run.path / "tune" / "tune.json").read_text())["memory"]
+    peaks = {probe["per_gpu"]: probe["peak_gb"] for probe in stored["probes"]}
+    assert peaks[40] is None
+    assert 2 <= stored["per_gpu"] <= LEAST
+    assert peaks[stored["per_gpu"]] is not None
+
+
+def test_the_journal_knows_the_size_that_a_process_was_killed_in(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {"world": 1})
+    journal.begin(2)
+    journal.end(Probe(2, 100))
+    journal.begin(64)
+    after, elsewhere = Journal(tmp_path, {"world": 1}), Journal(tmp_path, {"world": 2})
+    after.read()
+    elsewhere.read()
+    assert after.probes == [Probe(2, 100), Probe(64, None, killed=True)]
+    assert elsewhere.probes == []
+    after.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_counts_every_byte_of_a_small_net() -> None:
+    """Weights, gradients and Adam's moments are known; a pass keeps the inputs, and the outputs of each layer."""
+    config = configured([*QUICK, task("Normed"), "batch.global_size=16"])
+    own = Task(Normed())
+    own.own.model = lambda: nn.Sequential(nn.Linear(100, 50, bias=False), nn.ReLU(), nn.Linear(50, 3, bias=False))
+    own.own.train_data = lambda: TensorDataset(torch.randn(8, 100), torch.zeros(8, dtype=torch.int64))
+    plan = resolve(config, 1, 8)
+    batches = LargeBatches(own.train_data(), own, 0)
+    found = trace(Subject(config, own, plan.peak, batches, 64, on_gpu=False))
+    weights = 4 * (100 * 50 + 50 * 3)
+    assert (found.parameters, found.gradients) == (weights, weights)
+    assert found.optimizer == 2 * weights + 2 * 4  # and the step of each parameter
+    slope = (found.passes[-1].held - found.passes[-2].held) / (found.passes[-1].per_gpu - found.passes[-2].per_gpu)
+    kept = 4 * 100 + 8 + 4 * (50 + 50 + 3)  # inputs, label, both layers' outputs and the ReLU's
+    assert kept <= slope <= kept + 4 * (3 + 3 + 50 + 1)  # log-softmax and gradients of activations
+    assert not found.why_not
+
+
+def test_a_loss_that_reads_numbers_is_traced() -> None:
+    config = configured([*QUICK, task("Normed"), "batch.global_size=16"])
+    own = Task(Normed())
+    own.own.loss = lambda model, batch: (model(batch[0]).sum() * batch[1].float().mean().item(), len(batch[1]))
+    found = trace(
+        Subject(config, own, resolve(config, 1, 90).peak, LargeBatches(own.train_data(), own, 0), 4, on_gpu=False)
+    )
+    assert found.passes
+
+
+def test_a_forward_that_needs_values_is_said() -> None:
+    config = configured([*QUICK, task("Normed"), "batch.global_size=16"])
+    own = Task(Normed())
+    own.own.loss = lambda model, batch: (model(batch[0].numpy()).sum(), 1)
+    found = trace(
+        Subject(config, own, resolve(config, 1, 90).peak, LargeBatches(own.train_data(), own, 0), 4, on_gpu=False)
+    )
+    assert not found.passes
+    assert found.why_not
+    assert found.parameters
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_control_groups(tmp_path: Path, version: int) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    top = root / "memory" if version == 1 else root
+    inner = top / "job" / "step"
+    inner.mkdir(parents=True)
+    limit, used = "memory.max", "memory.current"
+    if version == 1:
+        limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    own.write_text("5:cpu,memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    (inner / limit).write_text("9223372036854771712\n" if version == 1 else "max\n")
+    (inner / used).write_text("70\n")
+    (inner.parent / limit).write_text("1000\n")
+    (inner.parent / used).write_text("300\n")
+    (inner.parent / "memory.stat").write_text("file 120\ncache 120\nshmem 20\n")
+    assert list(cgroup_limits(root, own)) == [(1000, 200)]

@@ -1,0 +1,96 @@
+"""Measure the per-GPU batch of a run with batch.per_gpu=auto before its model is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.terminal import say
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.planning.sizes import evaluation_batch
+from isobatch.scaling.tuning.memory import Memory, from_json, told
+from isobatch.scaling.tuning.results import Results
+from isobatch.trainers.loop.opening import Opened, plan_of
+from isobatch.trainers.model.randomness import Stream
+from isobatch.trainers.ranks.session import Session, raise_on_all
+from isobatch.trainers.tuning.bench import Bench, Interrupted
+from isobatch.trainers.tuning.conditions import conditions_of
+from isobatch.trainers.tuning.journal import Journal
+from isobatch.trainers.tuning.memory import measure
+from isobatch.trainers.tuning.progress import Progress
+
+PART = "memory"
+
+
+def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened | None:
+    """Return ``opened`` with the plan for the largest per-GPU batch that fits; called by all ranks.
+
+    A result of an earlier start, or of action=tune, on the same hardware is used again.
+
+    Returns:
+        None on all ranks if any rank was asked to stop.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    world, config = session.world, session.config
+    stream = Stream(config.seed, world.device, lambda reason: None, lambda reason: None)
+    bench = Bench(session, opened, stream, None, Progress(shown=False))
+    cap = most_of_a_rank(opened)
+    results, conditions = read(session, run), conditions_of(bench, PART)
+    found = usable(results.get(PART, conditions), cap)
+    journal = Journal(results.folder if world.rank == 0 else None, conditions)
+    if found is None:
+        journal.read()
+        journal.probes = journal.known(world.agree(journal.text()))
+        try:
+            found = measure(bench, cap, journal)
+        except Interrupted:
+            journal.close()
+            return None
+        if world.rank == 0:
+            results.put(PART, found.as_json(), conditions)
+        journal.close()
+    if not found.per_gpu:
+        fix = "use precision=bf16, recompute or engine=fsdp; action=plan plan.memory=true estimates what each needs"
+        raise UserError(f"batch.per_gpu=auto: {told(found)}", fix, "batch.per_gpu", "auto")
+    per_gpu = min(found.per_gpu, cap)
+    if world.rank == 0:
+        run.event("per_gpu", text=told(found), per_gpu=per_gpu)
+        say(told(found))
+    limit = session.start.per_gpu_limit
+    if limit in [probe["per_gpu"] // 2 for probe in found.probes if probe["peak_gb"] is None]:
+        limit = None  # it was set by a probe that didn't fit, and not by the run
+    plan = plan_of(config, world.size, len(opened.data), limit, per_gpu)
+    return replace(opened, plan=plan, evaluation_batch=evaluation_batch(config, plan, limit))
+
+
+def most_of_a_rank(opened: Opened) -> int:
+    """Return the most samples that a rank gets in a step: a larger per-GPU batch is of no use."""
+    plan = opened.plan
+    granules = max(stage.cut.global_size for stage in plan.stages) // plan.granule
+    return -(-granules // plan.world) * plan.granule
+
+
+def read(session: Session, run: RunDir) -> Results:
+    """Return the stored results of rank 0 on all ranks. Raises UserError if they are damaged."""
+    results, error = Results(run.path), None
+    if session.world.rank == 0:
+        try:
+            results.read()
+        except UserError as caught:
+            error = caught
+    raise_on_all(session.world, error)
+    results.parts = json.loads(session.world.agree(json.dumps(results.parts)))
+    return results
+
+
+def usable(stored: dict[str, Any] | None, cap: int) -> Memory | None:
+    """Return a stored result, if it is valid and holds for ``cap``: its own cap may have been smaller."""
+    try:
+        found = None if stored is None else from_json(stored)
+    except ValueError:
+        return None
+    return None if found is None or (found.outcome == "cap" and found.per_gpu < cap) else found
