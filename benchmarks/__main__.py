@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import (
     bitwise,
+    branch,
     checkpoints,
     critical,
     engines,
@@ -203,6 +204,14 @@ PARTS = {
         "and curves of a noisy quadratic in closed form (50 dimensions, the best LR at each batch, to a share of the "
         "first loss), whose critical batch E_min/S_min is known. *Left out*: each point predicted from the others, at "
         "the ends by extrapolation. p is fitted from six batches on.",
+    ),
+    "branch": Part(
+        "The critical batch by branches",
+        branch.rows,
+        "`task=mnist1d`, a constant LR, runs of 30,000 samples at 32, three of their checkpoints branched off "
+        "(`action=tune tune.parts=[branch]`). Beside it the fit of the samples until the validation loss is "
+        f"{branch.TARGET}, by batch from 16 to 512: AdamW with the √ rule that the branches use, too, means over "
+        "2 seeds; SGD from the table of steps to a target, at the best LR of each batch. In brackets: 95 % intervals.",
     ),
     "large": Part(
         "A large batch, without and with a rule",

@@ -151,9 +151,10 @@ def _fitted(found: Branching, smallest: int, points: Sequence[tuple[int, float]]
     if all(efficiency >= FLAT for _, efficiency in points) or critical is None:
         if interval[0] is None and interval[1] is not None:
             return replace(found, note=f"efficiency falls in proportion to the batch: it is {interval[1]:.3g} or less")
-        differ = f"branches up to a batch of {max(sizes):,} don't differ enough"
+        up_to = "up to there" if limited else f"up to a batch of {max(sizes):,}"
         at_least = f": it is {interval[0]:.3g} or more" if interval[0] else ""
-        return replace(found, interval=(interval[0], None), note=limited or f"{differ}{at_least}")
+        note = f"{limited and f'{limited}, and '}branches {up_to} don't differ enough{at_least}"
+        return replace(found, interval=(interval[0], None), note=note)
     return replace(found, critical_batch=critical)
 
 

@@ -91,6 +91,10 @@ def test_a_jump_out_of_stability_is_a_limit_of_the_lr() -> None:
     assert found.lr_limit == 4
     assert found.critical_batch == pytest.approx(24, rel=0.05)
     assert [branch.efficiency is None for branch in found.branches] == [False, False, False, True, True]
+    equal = told(*branches(lambda size: 1.0)[:3], diverging(made[3]))
+    assert equal.note.startswith(
+        "the LR leaves stability at 4 × the batch, and branches up to there don't differ enough: it"
+    )
     alone = told(made[0], *map(diverging, made[1:]))
     assert (alone.lr_limit, alone.critical_batch) == (1, None)
     assert alone.note == "the LR leaves stability at 1 × the batch"

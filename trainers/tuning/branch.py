@@ -182,13 +182,20 @@ def tell(found: Mapping[str, Any]) -> str:
         {
             "from sample": course["samples"], "k": branch["k"], "batch": branch["batch"], "LR": branch["lr"],
             "loss": branch["curve"][-1][1] if branch["stable"] else None, "efficiency": branch["efficiency"],
-            "": "" if branch["admissible"] else "below 1/2" if branch["stable"] else "unstable",
+            "": _remark(branch, course["lr_limit"]),
         }
         for course in found["course"]
         for branch in course["branches"]
     ]  # fmt: skip
     told = [f"from sample {course['samples']:,}: {_told(course)}" for course in found["course"]]
     return "\n".join(["", grid(rows), *told])
+
+
+def _remark(branch: Mapping[str, Any], limit: float | None) -> str:
+    """Return what is to be said of a branch beside its numbers."""
+    if not branch["stable"]:
+        return "unstable" if limit is not None and branch["k"] >= limit else "learned nothing"
+    return "below 1/2" if branch["efficiency"] is not None and not branch["admissible"] else ""
 
 
 def _told(course: Mapping[str, Any]) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from isobatch.conf.identity import digest, identity, values
+from isobatch.conf.rundir.reading import last_step
 from isobatch.trainers.launch.source import Source
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.meter import hardware_memory
 
+TRAINED = ("branch", "sharpness")  # parts that measure a run's checkpoints
 HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
 # sections and keys that neither the time nor the memory of a step depends on
 NOT_OF_A_STEP = ("batch", "lr", "duration", "evaluate", "checkpoint", "noise", "log", "stop", "run", "plan", "report",
@@ -36,6 +38,8 @@ def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
         }
     else:
         found |= {"run": identity(config), "init_from": config.init_from}
+    if part in TRAINED:
+        found["trained"] = last_step(bench.run)
     return dict(bench.agree(found))
 
 

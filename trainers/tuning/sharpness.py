@@ -28,7 +28,7 @@ from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.trial.sandbox import exact_fp32
 from isobatch.trainers.tuning.bench import Bench
 
-SAMPLES, SEED = 512, 0  # of the training data, the same ones for all runs of a task
+SAMPLES, SEED = 256, 0  # of the training data, the same ones for all runs of a task
 MOST, CLOSE = 40, 0.01  # Lanczos steps, and the relative error from which on no more are taken
 RADIUS, DRAWS = 0.1, 10  # of a perturbation: its norm over that of the weights
 

@@ -1,0 +1,143 @@
+"""Compare the critical batch that branches tell with that of the measured samples to a target by batch: mnist1d.
+
+python -m benchmarks branch
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.forecast import measured
+from benchmarks.tables import Rows
+from benchmarks.trained import CONSTANT, Trained, train_all
+from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.report.compare.words import number
+from isobatch.scaling.tuning.forecast import Fit, fit
+from isobatch.trainers.ranks.world import World
+from isobatch.trainers.tuning import branch
+from isobatch.trainers.tuning.tune import open_bench
+from tests.support.harness import Runs, in_ranks, session_of
+
+TARGET = 0.30  # validation loss
+BATCH, SAMPLES = 32, 30_000  # of the run that is branched off, and in which the target is reached
+SEEDS = (0, 1, 2)
+SWEPT = {16: 60_000, 32: 60_000, 64: 60_000, 128: 100_000, 256: 200_000, 512: 300_000}  # batch -> samples at most
+SWEEP_SEEDS = (0, 1)
+OPTIMIZERS = {  # the recipe tuned at 32, carried by the rule of `auto`
+    "adamw": ("optimizer=adamw", "optimizer.weight_decay=0"),
+    "sgd": ("optimizer=sgd", "optimizer.weight_decay=0"),
+}
+TASK = ("task=mnist1d", "lr.decay=constant", "data.workers=0", "check.contract=false")
+
+
+def swept(optimizer: str) -> tuple[Fit, float]:
+    """Return the fit of the samples to the target, and all samples that the sweep took."""
+    cells = [(batch, seed) for batch in SWEPT for seed in SWEEP_SEEDS]
+    runs = train_all(
+        [
+            (
+                *TASK, *OPTIMIZERS[optimizer], f"batch.global_size={batch}", f"seed={seed}",
+                f"duration={SWEPT[batch]}sa", f"evaluate.every={max(1024, 2 * batch)}sa", f"stop.at=val/loss<={TARGET}",
+            )
+            for batch, seed in cells
+        ]
+    )  # fmt: skip
+    points: dict[int, list[float]] = {}
+    for (batch, _), run in zip(cells, runs, strict=True):
+        points.setdefault(batch, []).append(reached(run))
+    means = {batch: statistics.fmean(samples) for batch, samples in points.items()}
+    known = {batch: mean for batch, mean in means.items() if math.isfinite(mean)}
+    return fit(list(known), list(known.values())), sum(run.lines[-1]["samples"] for run in runs if run.lines)
+
+
+def reached(run: Trained) -> float:
+    """Return the samples of the first evaluation that reached the target; infinite if none did."""
+    ends = [line["samples"] for line in run.lines if line.get("val/loss", math.inf) <= TARGET]
+    return float(ends[0]) if ends else math.inf
+
+
+def branched(optimizer: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one run with kept checkpoints, and branch off three of them."""
+    command = (*TASK, *OPTIMIZERS[optimizer], f"batch.global_size={BATCH}", f"seed={seed}", f"duration={SAMPLES}sa")
+    run = Runs(folder, deadline_s=600)(1, *CONSTANT, *command, "checkpoint.keep_every=10%")
+    assert run.ends[0].get("state") == "finished", run.log()
+
+    def body(world: World) -> Any:
+        bench = open_bench(session_of(configured([*command, "action=tune", f"init_from={run.run.path}"]), world))
+        assert bench
+        return branch.measure(bench)
+
+    found: dict[str, Any] = in_ranks(1, body, folder / "branches", deadline_s=600)[0]
+    return found
+
+
+def on_all_cores(jobs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Return the result of ``branched`` for each job; each core takes one at a time."""
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        pids = []
+        for first in range(min(cores, len(jobs))):
+            if not (pid := os.fork()):
+                code = 1
+                try:
+                    os.dup2(os.open(Path(name) / f"{first}.log", os.O_WRONLY | os.O_CREAT), 1)
+                    for index in range(first, len(jobs), cores):
+                        found = branched(*jobs[index], Path(name) / f"run-{index}")
+                        (Path(name) / f"{index}.json").write_text(json.dumps(found))
+                    code = 0
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        codes = [os.waitpid(pid, 0)[1] for pid in pids]
+        if any(codes):
+            raise RuntimeError("".join(file.read_text() for file in Path(name).glob("*.log")))
+        return [json.loads((Path(name) / f"{index}.json").read_text()) for index in range(len(jobs))]
+
+
+def rows() -> Rows:
+    """Return a row per optimizer and seed: what its branches tell, beside the fit to samples to a target by batch.
+
+    SGD's batches are those of ``critical``, at the best LR of each: by the linear rule large ones diverge.
+    """
+    jobs = [(optimizer, seed) for optimizer in OPTIMIZERS for seed in SEEDS]
+    told = dict(zip(jobs, on_all_cores(jobs), strict=True))
+    curve, swept_samples = swept("adamw")
+    fits: dict[str, tuple[Fit, float | None]] = {"adamw": (curve, swept_samples)}
+    fits["sgd"] = fit(measured().batches, measured().amounts), None
+    return [_row(optimizer, seed, told[optimizer, seed], *fits[optimizer]) for optimizer, seed in jobs]
+
+
+def _row(optimizer: str, seed: int, told: dict[str, Any], curve: Fit, swept_samples: float | None) -> dict[str, Any]:
+    critical, course = told["critical_batch"], told["course"]
+    taken = sum(one["length"] * len(one["branches"]) for one in course)
+    limits = sorted({f"{one['lr_limit']:g} ×" for one in course if one["lr_limit"]})
+    known = critical and curve.critical_batch
+    return {
+        "optimizer": optimizer,
+        "seed": seed,
+        "by branches": _interval(critical, told["interval"]),
+        "by checkpoint": ", ".join(
+            number(one["critical_batch"]) if one["critical_batch"] else "not known" for one in course
+        ),
+        "LR limit": ", ".join(limits) or "none",
+        "by samples to the target": _interval(curve.critical_batch, curve.interval),
+        "ratio": f"{critical / curve.critical_batch:.2f}" if known else "—",
+        "samples of the branches, of the sweep's": f"{taken / swept_samples:.0%}" if swept_samples else "—",
+    }
+
+
+def _interval(value: float | None, interval: Sequence[float | None]) -> str:
+    low, high = (number(side) if side else "?" for side in interval)
+    return f"{number(value) if value else 'not known'} [{low}, {high}]"
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(json.dumps(row))
