@@ -16,6 +16,7 @@ from isobatch.trainers.tensors.manifest import read
 from isobatch.trainers.tensors.slices import Reader
 from isobatch.trainers.tuning import branch
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.starts import plan_here
 from isobatch.trainers.tuning.tune import open_bench
 from tests.support.harness import Run, Runs, in_ranks, session_of
 
@@ -45,7 +46,7 @@ def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, t
 
     def body(world: World) -> Any:
         bench = bench_of(world, f"init_from={start}")
-        plan = branch.branch_plan(branch._here(bench, read(start)), read(start).header.samples, 8)
+        plan = branch.branch_plan(plan_here(bench, read(start)), read(start).header.samples, 8)
         with bench.trial(plan, read(start)) as trial:
             while trial.state.samples < read(end).header.samples:
                 trial.step()
@@ -80,8 +81,8 @@ def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, t
             ["init_from={run}/checkpoints/step-00000048", "optimizer=adamw"],
             "it was trained with optimizer=sgd, not adamw",
         ),
-        (["init_from={run}/final"], "has no checkpoint, and branches need one"),
-        ([], "has none; train with checkpoint.keep_every=10%"),
+        (["init_from={run}/final"], "/final has no checkpoint to branch off"),
+        ([], "has no checkpoint to branch off; train with checkpoint.keep_every=10%"),
     ],
 )
 def test_what_cannot_start_a_branch_is_said(finished: Run, overrides: list[str], expected: str, tmp_path: Path) -> None:
