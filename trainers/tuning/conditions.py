@@ -14,6 +14,10 @@ from isobatch.trainers.tuning.meter import hardware_memory
 
 TRAINED = ("branch", "sharpness")  # parts that measure a run's checkpoints
 HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
+KEYS = {
+    "memory": {"margin"}, "speed": {"margin"}, "noise": {"samples"}, "branch": {"samples"}, "lr": {"samples"},
+}  # fmt: skip
+"""The keys of ``tune`` that each part depends on."""
 # sections and keys that neither the time nor the memory of a step depends on
 NOT_OF_A_STEP = ("batch", "lr", "duration", "evaluate", "checkpoint", "noise", "log", "stop", "run", "plan", "report",
                  "search", "tune", "action", "output", "given", "chosen", "seed", "init_from", "check")  # fmt: skip
@@ -25,7 +29,7 @@ def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
     source.look()
     found: dict[str, Any] = {
         "code": digest(source.files),
-        "tune": config.tune.model_dump(mode="json", exclude={"parts"}),
+        "tune": config.tune.model_dump(mode="json", include=KEYS.get(part, set())),
     }
     if part in HARDWARE:
         of_a_step = {key: value for key, value in values(config).items() if key.split(".")[0] not in NOT_OF_A_STEP}
