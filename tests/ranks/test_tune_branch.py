@@ -11,6 +11,7 @@ import torch
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.planning.resolve import resolve
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tensors.manifest import read
 from isobatch.trainers.tensors.slices import Reader
@@ -102,3 +103,22 @@ def test_checkpoints_of_a_run_are_branched_off_in_turn(finished: Run) -> None:
     bench = bench_of(World.alone(), f"init_from={finished.run.path}", "tune.samples=25%")
     starts = branch._starts(bench)
     assert [start.header.step for start in starts] == [24, 48, 72]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "position", "rejected"),
+    [
+        ("0sa:32 10ep:64", 20_000, False),
+        ("0sa:32 10ep:64 lr:hold", 20_000, True),
+        ("0sa:32 10ep:64 lr:hold", 5_000, False),
+    ],
+)
+def test_only_a_run_whose_lr_follows_its_batch_by_the_rule_has_branches(
+    schedule: str, position: int, rejected: bool
+) -> None:
+    plan = resolve(configured(["task=digits", f"batch.schedule='{schedule}'"]), 1)
+    if not rejected:
+        assert branch.rule_of_branches(plan, position).name == "linear"
+        return
+    with pytest.raises(UserError, match="without its LR following"):
+        branch.rule_of_branches(plan, position)

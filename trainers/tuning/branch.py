@@ -10,7 +10,7 @@ from typing import Any
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.grid import grid
-from isobatch.scaling.rules import OutOfRange
+from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
 from isobatch.scaling.tuning.branch import Branch, Branching, Point, judged, overall
 from isobatch.trainers.tensors.manifest import Checkpoint
@@ -67,10 +67,11 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     length = wanted // allowed[-1] * allowed[-1]
     marks = sorted({-(-length * i // POINTS // allowed[-1]) * allowed[-1] for i in range(1, POINTS + 1)})
     branches, first = list[Branch](), None
+    rule_of_branches(plan, position)
     for size in allowed:
         try:
             branched = branch_plan(plan, position, size)
-        except (OutOfRange, UserError) as error:
+        except UserError as error:  # the rule doesn't hold at this batch, or the ranks can't share it equally
             bench.say(f"step {start.header.step}: no branch at {plan.size(size)}: {error}")
             continue
         lr = branched.step_at(position).recipe.lr  # type: ignore[union-attr]
@@ -86,8 +87,18 @@ def branch_plan(plan: Plan, position: int, size: int) -> Plan:
     """Return the plan of a branch: from ``position`` on with a batch of ``size``, and the recipe by the run's rule.
 
     Raises:
+        UserError: the run's batch changes with another rule than ``lr.rule``, the rule doesn't hold at this batch, or
+            it can't be cut.
+    """
+    before = [segment for segment in plan.segments if segment.start_sample < position]
+    return replace(plan, segments=tuple(before)).extend(Segment(position, size, rule_of_branches(plan, position)))
+
+
+def rule_of_branches(plan: Plan, position: int) -> Rule:
+    """Return the rule that carries the recipe to another batch at ``position``.
+
+    Raises:
         UserError: the run's batch changes with another rule than ``lr.rule``.
-        OutOfRange: the rule doesn't hold at this batch.
     """
     before = [segment for segment in plan.segments if segment.start_sample < position]
     first = before[0].rule
@@ -95,7 +106,7 @@ def branch_plan(plan: Plan, position: int, size: int) -> Plan:
     if any(segment.rule != rule for segment in before[1:]):
         problem = "the batch of this run grows without its LR following lr.rule, so the LR of a branch isn't known"
         raise UserError(problem, "branch off a run with one batch, or with stages by lr.rule", "batch.schedule")
-    return replace(plan, segments=tuple(before)).extend(Segment(position, size, rule))
+    return rule
 
 
 def length_of(bench: Bench, plan: Plan) -> int:
