@@ -36,7 +36,7 @@ TASKS = {
     "text, GPT": ("task=text", "task.args.length=16", "task.args.width=32", "task.args.dropout=0"),
 }
 OPTIMIZERS = {"SGD": ("optimizer=sgd",), "AdamW": ("optimizer=adamw",)}
-RATES = {("digits, MLP", "SGD"): 0.02, ("digits, MLP", "AdamW"): 0.002, ("mnist1d, conv net", "SGD"): 0.02,
+RATES = {("digits, MLP", "SGD"): 0.02, ("digits, MLP", "AdamW"): 0.002, ("mnist1d, conv net", "SGD"): 0.05,
          ("mnist1d, conv net", "AdamW"): 0.005, ("text, GPT", "SGD"): 0.05, ("text, GPT", "AdamW"): 0.003}  # fmt: skip
 # parts of a step that are compared, and the cut
 WAYS = {"2 halves": (2, BATCH), "8 micro-batches": (None, BATCH // 8)}
@@ -179,6 +179,11 @@ def share(ratios: list[float], most: float) -> str:
     return f"{100 * statistics.fmean(1 / most <= ratio <= most for ratio in ratios):.0f} %" if ratios else "-"
 
 
+def typical(truths: list[float]) -> str:
+    """Format the geometric mean of the scales by sample; "?" if |G|² can't be told from 0 by SAMPLES samples."""
+    return f"{math.exp(statistics.fmean(map(math.log, truths))):,.0f}" if min(truths) > 0 else "?"
+
+
 def rows() -> list[dict[str, Any]]:
     """Return a row per task, optimizer and way to measure: over the points of all seeds."""
     cases = [(task, optimizer) for task in TASKS for optimizer in OPTIMIZERS]
@@ -194,15 +199,15 @@ def rows() -> list[dict[str, Any]]:
             known = [
                 (trace / grad_sq / truth, low <= truth <= high)
                 for truth, grad_sq, trace, low, high in points
-                if low is not None
+                if low is not None and truth > 0
             ]
             ratios = [ratio for ratio, _ in known]
-            course = [math.exp(statistics.fmean(map(math.log, truths[i :: len(POINTS)]))) for i in range(len(POINTS))]
+            course = [typical(truths[i :: len(POINTS)]) for i in range(len(POINTS))]
             found.append(
                 {
                     "task": case[0],
                     "optimizer": case[1],
-                    f"by sample, at steps {POINTS[0]} … {POINTS[-1]}": " ".join(f"{truth:,.0f}" for truth in course),
+                    f"by sample, at steps {POINTS[0]} … {POINTS[-1]}": " ".join(course),
                     "measured from": way,
                     "known": f"{len(known)} of {len(points)}",
                     "measured / by sample": math.exp(statistics.fmean(map(math.log, ratios))) if ratios else "-",
