@@ -14,6 +14,7 @@ from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.tuning.footprint import Curve, Footprint, curve, placed
 from isobatch.scaling.tuning.memory import EIGHTS, NEVER
 
+ADAFACTOR = "optimizer=adafactor"  # whose state is small
 GB, MB = 1e9, 1e6
 MOST_GB = 10_000  # of one device; a larger number is in another unit
 
@@ -47,6 +48,7 @@ class Estimate:
         per_sample_mb: activations per sample; None: not known, for the reason ``why_not``.
         per_gpu: the largest per-GPU batch that fits; 0: none does.
         planned: the plan's per-GPU batch, and ``planned_gb`` its peak.
+        automatic: the optimizer that optimizer=auto chose, without knowing of memory; empty if it was named.
         ways: changes that need less.
     """
 
@@ -66,6 +68,7 @@ class Estimate:
     planned: int
     planned_gb: float | None
     why_not: str
+    automatic: str
     ways: tuple[Way, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def estimate(
     margin: float,
     others: Mapping[str, Footprint],
     engines: Iterable[tuple[str, EnginePlacement, int]],
+    automatic: str = "",
 ) -> Estimate:
     """Return the estimate for ``plan``.
 
@@ -119,6 +123,7 @@ def estimate(
         limit: bytes, and where the limit comes from.
         others: footprints with other settings, by their overrides.
         engines: overrides, placement and ranks of other engines.
+        automatic: see Estimate.
     """
     room, granule = limit[0] * (1 - margin), plan.granule
     cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
@@ -146,6 +151,7 @@ def estimate(
         planned=planned,
         planned_gb=known.peak(planned) / GB if known else None,
         why_not=found.why_not,
+        automatic=automatic,
         ways=tuple(ways),
     )
 
@@ -190,8 +196,22 @@ def memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
             f"activations {size_of(found.per_sample_mb / 1e3)} per sample, above {size_of(found.fixed_gb)}; {step}",
         )
     yield "", _answer(found, room)
+    if shorter := shorter_state(found):
+        yield "", shorter
     for way in found.ways:
         yield "", f"{_largest(way.per_gpu)} with {way.change}"
+
+
+def shorter_state(found: Estimate) -> str | None:
+    """Return what optimizer=auto would have to know: another optimizer fits where memory is short for its choice."""
+    short = found.per_gpu == 0 or (
+        found.planned_gb is not None and found.planned_gb > found.limit_gb * (1 - found.margin)
+    )
+    other = next((way for way in found.ways if way.change == ADAFACTOR), None)
+    if not (found.automatic and short and other and (other.per_gpu or 0) > (found.per_gpu or 0)):
+        return None
+    fits = f"{_largest(other.per_gpu)} per GPU instead of {_largest(found.per_gpu)}"
+    return f"optimizer=auto chose {found.automatic} by the batch, and memory is short: {ADAFACTOR} fits {fits}"
 
 
 def _answer(found: Estimate, room: float) -> str:

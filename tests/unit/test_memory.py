@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from math import lcm
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import EnginePlacement
-from isobatch.scaling.tuning.estimated import refuse_absurd
+from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.tuning.estimated import estimate, from_json, refuse_absurd, shorter_state
 from isobatch.scaling.tuning.footprint import Footprint, Pass, curve, placed
 from isobatch.scaling.tuning.memory import EIGHTS, PROBES, Bounds, Limit, Probe, concluded, next_size, told
 
@@ -138,6 +141,19 @@ def test_a_single_pass_holds_no_gradient_of_an_earlier_one() -> None:
     assert several
     assert (alone.peak(16), several.peak(16)) == (300 + 100 + 7 * 16, 400 + 3 * 16)
     assert several.largest(400 + 3 * 100) == 100
+
+
+def test_what_optimizer_auto_would_have_to_know_is_said() -> None:
+    """With Adam's state nothing fits, with Adafactor's four samples do."""
+    plan = resolve(compose(["task=digits", "batch.global_size=8", "optimizer=adamw"]), 1)
+    small = replace(footprint(), optimizer=10)
+    others = {"optimizer=adafactor": small}
+    found = estimate(plan, footprint(), (400, "a test"), 0.0, others, (), automatic="adamw")
+    assert (found.per_gpu, found.ways[0].per_gpu) == (0, 8)
+    assert "adamw" in (shorter_state(found) or "")
+    assert "8 samples" in (shorter_state(found) or "")
+    assert shorter_state(replace(found, automatic="")) is None
+    assert from_json(json.dumps(found.as_json())) == found
 
 
 def test_an_absurd_limit_is_rejected() -> None:

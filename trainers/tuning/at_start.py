@@ -55,6 +55,8 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
         journal.close()
     if not found.per_gpu:
         fix = "use precision=bf16, recompute or engine=fsdp; action=plan plan.memory=true estimates what each needs"
+        if "optimizer" in config.chosen and config.optimizer.name != "adafactor":
+            fix += f"; optimizer=auto chose {config.optimizer.name}, and optimizer=adafactor keeps a smaller state"
         raise UserError(f"batch.per_gpu=auto: {told(found)}", fix, "batch.per_gpu", "auto")
     per_gpu = min(found.per_gpu, cap)
     if world.rank == 0:

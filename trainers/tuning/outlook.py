@@ -15,7 +15,7 @@ from isobatch.conf.hardware import visible_gpus, workers_here
 from isobatch.conf.terminal import say_if_slow
 from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.planning.capabilities import ABILITIES, placement
-from isobatch.scaling.tuning.estimated import Estimate, estimate
+from isobatch.scaling.tuning.estimated import ADAFACTOR, Estimate, estimate
 from isobatch.scaling.tuning.footprint import Footprint
 from isobatch.trainers.ranks.signals import Stop
 from isobatch.trainers.ranks.world import World
@@ -46,7 +46,8 @@ def outlook(config: RunConfig, plan: Plan) -> Estimate:
         found = trace(subject, process)
         others = {change: trace(other, process) for change, other in _others(subject, found)}
     shares = engines(config, plan) if on_gpu or plan.world > 1 else ()  # more ranks on a CPU share its memory
-    return estimate(plan, found, limit, config.tune.margin, others, shares)
+    automatic = config.optimizer.name if "optimizer" in config.chosen else ""
+    return estimate(plan, found, limit, config.tune.margin, others, shares, automatic)
 
 
 def as_json(config: RunConfig, plan: Plan) -> str:
@@ -79,9 +80,9 @@ def _others(subject: Subject, found: Footprint) -> Iterator[tuple[str, Subject]]
             yield f"precision=bf16 recompute=[{blocks}]", both
     able = ABILITIES[placement(config.engine).name, placement(config.engine).stage]
     if config.optimizer.name not in ("adafactor", "sgd", "custom") and able.carries(TARGETS["adafactor"]):
-        optimizer = compose(["optimizer=adafactor"]).optimizer
+        optimizer = compose([ADAFACTOR]).optimizer
         other = subject.with_config(optimizer=optimizer)
-        yield "optimizer=adafactor", replace(other, recipe=replace(subject.recipe, betas=(), eps=None))
+        yield ADAFACTOR, replace(other, recipe=replace(subject.recipe, betas=(), eps=None))
 
 
 def engines(config: RunConfig, plan: Plan) -> Iterator[tuple[str, EnginePlacement, int]]:
