@@ -298,7 +298,7 @@ def told(found: Memory) -> str:
     """Return the result in one line, with its reason."""
     room = f"{found.limit_gb * (1 - found.margin):.3g} GB ({found.limit_from}, less {found.margin:.0%})"
     if not found.per_gpu:
-        smallest = found.probes[0]["per_gpu"] if found.probes else 1
+        smallest = min((probe["per_gpu"] for probe in found.probes), default=1)
         return f"nothing fits: a step with {counted(smallest, 'sample')} per rank needs more than {room}"
     needs = f"{counted(found.per_gpu, 'sample')} need {found.peak_gb:.3g} GB of {room}"
     if found.outcome == "cap":

@@ -130,3 +130,43 @@ def test_a_damaged_file_is_rejected() -> None:
     Path("run/tune/tune.json").write_text("{")
     _, err = launch(*NOISE, "run.dir=run", code=2)
     assert "run/tune/tune.json is damaged" in err
+
+
+def test_a_run_too_short_for_the_measurements_is_measured_all_the_same() -> None:
+    """The steps of a measurement aren't those of the run, and nor is its schedule."""
+    short = ("task=digits", "device=cpu", "task.args.width=8", "duration=3st", "lr.warmup=2st", "evaluate.every=1st")
+    launch("action=tune", "tune.parts=[memory,speed]", *short, "run.dir=run")
+    found = stored("run")
+    assert found["memory"]["per_gpu"] >= found["speed"]["sizes"][-1]["per_gpu"] > 64
+
+
+def test_nothing_that_doesnt_fit_is_timed() -> None:
+    out, err = launch(
+        "action=tune", "tune.parts=[memory,speed]", "cluster.memory_gb=0.05", *SMALL, "run.dir=run", code=2
+    )
+    assert "nothing fits" in out
+    assert "no step to time" in err
+    assert "speed" not in stored("run")
+
+
+def test_results_of_other_hardware_arent_used_for_a_recommendation() -> None:
+    launch("action=tune", "tune.parts=[speed]", *SMALL, "run.dir=run")
+    launch(*NOISE, "run.dir=run", "cluster.gpus_per_node=2")
+    assert stored("run")["recommendation"]["step_ms"] is None
+
+
+@pytest.mark.parametrize("part", ["noise", "speed"])
+def test_what_cant_be_measured_is_said_with_its_reason(part: str) -> None:
+    """A step of one sample has no halves; a noise isn't the time that a bound on it asks for."""
+    asked = {"noise": ("batch.global_size=1",), "speed": ("tune.max_step_ms=9",)}[part]
+    named = {"noise": "can't be halved", "speed": "add speed to tune.parts"}[part]
+    _, err = launch(*NOISE, *asked, "run.dir=run", code=2)
+    assert named in err
+
+
+def test_the_noise_of_a_finished_run_is_measured_before_its_end() -> None:
+    launch(*SMALL, "run.dir=run", "checkpoint.keep_every=25%")
+    launch("action=tune", "tune.parts=[noise]", "tune.samples=22st", "init_from=run")
+    found = stored("run")["noise"]
+    assert found["measurements"] > 10
+    assert len(found["course"]) > 1

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.sizes import evaluation_batch
-from isobatch.scaling.tuning.memory import Memory, from_json, told
+from isobatch.scaling.tuning.memory import told
 from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.loop.opening import Opened, plan_of
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session, raise_on_all
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
-from isobatch.trainers.tuning.journal import Journal
-from isobatch.trainers.tuning.memory import measure
+from isobatch.trainers.tuning.memory import measure_noted, usable
 from isobatch.trainers.tuning.progress import Progress
 
 PART = "memory"
@@ -41,18 +39,13 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
     cap = most_of_a_rank(opened)
     results, conditions = read(session, run), conditions_of(bench, PART)
     found = usable(results.get(PART, conditions), cap)
-    journal = Journal(results.folder if world.rank == 0 else None, conditions)
     if found is None:
-        journal.read()
-        journal.probes = journal.known(world.agree(journal.text()))
         try:
-            found = measure(bench, cap, journal)
+            found = measure_noted(bench, results.folder, conditions, cap)
         except Interrupted:
-            journal.close()
             return None
         if world.rank == 0:
             results.put(PART, found.as_json(), conditions)
-        journal.close()
     if not found.per_gpu:
         fix = "use precision=bf16, recompute or engine=fsdp; action=plan plan.memory=true estimates what each needs"
         if "optimizer" in config.chosen and config.optimizer.name != "adafactor":
@@ -87,12 +80,3 @@ def read(session: Session, run: RunDir) -> Results:
     raise_on_all(session.world, error)
     results.parts = json.loads(session.world.agree(json.dumps(results.parts)))
     return results
-
-
-def usable(stored: dict[str, Any] | None, cap: int) -> Memory | None:
-    """Return a stored result, if it is valid and holds for ``cap``: its own cap may have been smaller."""
-    try:
-        found = None if stored is None else from_json(stored)
-    except ValueError:
-        return None
-    return None if found is None or (found.outcome == "cap" and found.per_gpu < cap) else found

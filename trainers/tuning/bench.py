@@ -1,7 +1,7 @@
 """Make models and engines to measure with, one at a time, beside a run whose own state they don't touch.
 
 Everything that a measurement changes is thrown away with its trial: weights, buffers, optimizer and data position are
-those of the trial, and generators are restored. So nothing has to be put back.
+those of the trial. Generators and the state of the task's object are restored.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan, Step
 from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.resolve import resolve
+from isobatch.scaling.units import Duration
 from isobatch.trainers.checkpoints.resume import refuse_other_tensors
 from isobatch.trainers.checkpoints.weights import initialise
 from isobatch.trainers.data.loader import Loader
@@ -42,14 +43,19 @@ from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tasks.task import make_model
 from isobatch.trainers.tensors.manifest import Checkpoint, Damaged
 from isobatch.trainers.tensors.slices import Reader
+from isobatch.trainers.trial.untouched import Copies
 from isobatch.trainers.tuning.progress import Progress
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
 
 
-NEUTRAL = {"rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1e-9,
-           "warmup_from": None}  # fmt: skip
+# Nothing of the run's schedule, and an LR so low that nothing diverges, whatever the batch.
+NEUTRAL = {
+    "rule": "none", "power": None, "noise_scale": None, "scale_weight_decay": False, "peak": 1e-9, "warmup_from": None,
+    "warmup": Duration(0, "sa"), "decay": "constant",
+}  # fmt: skip
+LONG = Duration(10**12, "sa")  # more samples than a measurement takes, at any batch
 
 
 class Interrupted(Exception):
@@ -145,7 +151,7 @@ class Bench:
         return Path(folder).parent if folder else run_directory(self.config)
 
     def plan(self, global_size: int, per_gpu: int | None = None) -> Plan:
-        """Return the run's plan with another batch, and an LR so low that nothing diverges, whatever the batch.
+        """Return a plan with another batch, and with steps enough for any measurement; its LR hardly changes weights.
 
         Args:
             global_size, per_gpu: samples.
@@ -154,8 +160,18 @@ class Bench:
         sizes = {"global_size": global_size * (unit or 1), "per_gpu": per_gpu and per_gpu * (unit or 1)}
         batch = self.config.batch.model_copy(update={**sizes, "accumulation": None, "schedule": None, "even": False})
         given = tuple({*self.config.given, "batch.global_size"} - {"batch.accumulation", "batch.schedule"})
-        lr = self.config.lr.model_copy(update=NEUTRAL)
-        config = self.config.model_copy(update={"batch": batch, "lr": lr, "given": given})
+        config, off = self.config, {"every": None}
+        changed = {
+            "batch": batch,
+            "lr": config.lr.model_copy(update=NEUTRAL),
+            "duration": LONG,
+            "evaluate": config.evaluate.model_copy(update=off),
+            "checkpoint": config.checkpoint.model_copy(update={**off, "keep_every": None, "best": None}),
+            "noise": config.noise.model_copy(update=off),
+            "ema": None,
+            "given": given,
+        }
+        config = config.model_copy(update=changed)
         return resolve(config, self.session.world.size, len(self.opened.data))
 
     @contextmanager
@@ -168,7 +184,7 @@ class Bench:
         """
         config, world, task = self.config, self.session.world, self.opened.task
         self.session.watch.beat()
-        with generators_kept(world.device):
+        with generators_kept(world.device), Copies(task.own, nn.Module(), world.device).held():
             seed_generators(config.seed)
             model = prepare(make_model(config, task), config, self.stream, world.size)
             modes = Modes(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from isobatch.trainers.launch.source import Source
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.meter import hardware_memory
 
-TRAINED = ("branch", "sharpness")  # parts that measure a run's checkpoints
+TRAINED = ("noise", "branch", "sharpness")  # parts that measure a run's checkpoints
 HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
 KEYS = {
     "memory": {"margin"}, "speed": {"margin"}, "noise": {"samples"}, "branch": {"samples"}, "lr": {"samples"},
@@ -23,8 +24,12 @@ NOT_OF_A_STEP = ("batch", "lr", "duration", "evaluate", "checkpoint", "noise", "
                  "search", "tune", "action", "output", "given", "chosen", "seed", "init_from", "check")  # fmt: skip
 
 
-def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
-    """Return the conditions of ``part``, the same on all ranks, as JSON values."""
+def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the conditions of ``part``, the same on all ranks, as JSON values.
+
+    Args:
+        before: the results of other parts, which it may rest on.
+    """
     config, source = bench.config, Source(bench.config)
     source.look()
     found: dict[str, Any] = {
@@ -42,6 +47,9 @@ def conditions_of(bench: Bench, part: str) -> dict[str, Any]:
         }
     else:
         found |= {"run": identity(config), "init_from": config.init_from}
+    if part == "speed":
+        fits = (before or {}).get("memory", {}).get("per_gpu")
+        found["sizes_to"] = bench.opened.plan.cut.per_gpu if fits is None else fits
     if part in TRAINED:
         found["trained"] = last_step(bench.run)
     return dict(bench.agree(found))

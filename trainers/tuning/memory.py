@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +40,42 @@ def measure(bench: Bench, cap: int | None = None, journal: Journal | None = None
         Interrupted: a rank was asked to stop.
     """
     task, world = bench.opened.task, bench.session.world
-    granule = bench.opened.plan.granule
-    most = cap or max(1, -(-len(bench.opened.data) // world.size) // granule) * granule
     with generators_kept(world.device), Copies(task.own, torch.nn.Module(), world.device).held():
-        return Probing(bench, max(granule, most), journal or Journal(None, {})).search()
+        return Probing(bench, cap or share_of(bench), journal or Journal(None, {})).search()
+
+
+def measure_noted(bench: Bench, folder: Path, conditions: Mapping[str, Any], cap: int | None = None) -> Memory:
+    """Measure, and note each size in ``folder`` before it is run, so that a start after a kill goes on from there.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
+    """
+    world = bench.session.world
+    journal = Journal(folder if world.rank == 0 else None, conditions)
+    journal.read()
+    journal.probes = journal.known(world.agree(journal.text()))
+    try:
+        found = measure(bench, cap, journal)
+    except Interrupted:
+        journal.close()
+        raise
+    journal.close()
+    return found
+
+
+def usable(stored: dict[str, Any] | None, cap: int) -> Memory | None:
+    """Return a stored result, if it is valid and holds for ``cap``: its own cap may have been smaller."""
+    try:
+        found = None if stored is None else from_json(stored)
+    except ValueError:
+        return None
+    return None if found is None or (found.outcome == "cap" and found.per_gpu < cap) else found
+
+
+def share_of(bench: Bench) -> int:
+    """Return the most samples of a rank in a step: its share of the data, in whole granules."""
+    granule = bench.opened.plan.granule
+    return max(1, -(-len(bench.opened.data) // bench.session.world.size) // granule) * granule
 
 
 class Probing:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from isobatch.scaling.noise import RAW, Norm, Smoothed
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.noise import RAW, Norm, Smoothed, unmeasurable
 from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.recommendation import over_run
 from isobatch.trainers.tensors.manifest import Checkpoint
@@ -22,9 +23,17 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Return the noise scale where the measurement ends, its course, and what it is over the whole run.
 
     With ``init_from``, it is measured at the checkpoints of that run, else along a training with the run's own recipe.
+
+    Raises:
+        UserError: a step can't be halved.
     """
-    found = [start for start in starts(bench) if not other_run(bench, start)] if bench.config.init_from else []
     plan = bench.opened.plan
+    if reason := unmeasurable(measured(plan)):
+        problem, _, fix = reason.partition("; ")
+        raise UserError(problem, fix, "tune.parts", "noise")
+    found = list[Checkpoint]()
+    if bench.config.init_from:
+        found = [start for start in starts(bench) if not other_run(bench, start) and _has_steps(bench, start)]
     if found:
         ways = [along(bench, plan_here(bench, start), start, STEPS_EACH) for start in spread(found)]
         course = [row for _, _, rows in ways for row in rows[-1:]]
@@ -36,6 +45,12 @@ def measure(bench: Bench) -> dict[str, Any]:
     whole = over_run(known, plan.cut.global_size, plan.samples or 0)
     about = {"measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
     return {**values(noise), "over_run": whole, "samples": rows[-1]["samples"], **about, "course": course}
+
+
+def _has_steps(bench: Bench, start: Checkpoint) -> bool:
+    """Return whether a checkpoint has enough of its run left for a course: the last one has none."""
+    plan, position = plan_here(bench, start), start.header.samples
+    return (plan.samples or 0) - position >= COURSE * plan.stage_at(position).cut.global_size
 
 
 def along(

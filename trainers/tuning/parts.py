@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from isobatch.scaling.tuning.results import FOLDER
 from isobatch.trainers.tuning import branch, law, lr, memory, noise, sharpness, speed
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.conditions import conditions_of
 
 Results = Mapping[str, Mapping[str, Any]]
 """The results so far, by part."""
@@ -22,7 +24,9 @@ class Part(NamedTuple):
 
 PARTS = {
     "memory": Part(
-        "looking for the largest per-GPU batch that fits", lambda bench, _: memory.measure(bench).as_json(), memory.tell
+        "looking for the largest per-GPU batch that fits",
+        lambda bench, _: memory.measure_noted(bench, bench.run / FOLDER, conditions_of(bench, "memory")).as_json(),
+        memory.tell,
     ),
     "speed": Part(
         "timing steps of each per-GPU batch",

@@ -29,6 +29,9 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
         UserError: no batch has a step within ``tune.max_step_ms``.
     """
     plan, config, world = bench.opened.plan, bench.config, bench.session.world.size
+    if config.tune.max_step_ms and "speed" not in parts:
+        problem = f"tune.max_step_ms={config.tune.max_step_ms:g} needs the time of a step, which wasn't measured"
+        raise UserError(problem, "add speed to tune.parts", "tune.max_step_ms", config.tune.max_step_ms)
     if not parts.keys() & {"speed", "noise", "branch"}:
         return None
     batch, samples = plan.cut.global_size, plan.samples

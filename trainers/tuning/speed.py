@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time
+from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.tuning.bench import Bench, Trial
 
 WARM_UP = 1  # step that is slower than others, since it allocates and compiles
@@ -24,13 +26,20 @@ def measure(bench: Bench, fits: int | None = None) -> Speed:
 
     Args:
         fits: the largest per-GPU batch that fits into memory; None: not known, so the run's own is the largest.
+
+    Raises:
+        UserError: nothing fits.
     """
+    if fits == 0:
+        problem = "no per-GPU batch fits into memory, so there is no step to time"
+        raise UserError(problem, "action=plan plan.memory=true tells what needs less memory", "tune.parts", "speed")
     world, granule = bench.session.world, bench.opened.plan.granule
     share = max(granule, len(bench.opened.data) // world.size)
     most = min(fits or bench.opened.plan.cut.per_gpu, share)
     timed = list[Timed]()
     with bench.trial(bench.plan(granule * world.size, granule)) as trial:
-        for size in sizes_to_time(most, granule):
+        least = max(granule, 2 if any(isinstance(module, BatchNorm) for module in trial.model.modules()) else 1)
+        for size in sizes_to_time(max(least, most), least):
             timed.append(time_size(trial, size))
             speed = Speed(world.size, tuple(timed))
             bench.say(f"{size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from typing import Any
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import hold
@@ -20,6 +21,7 @@ from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
+from isobatch.trainers.tuning import memory
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
 from isobatch.trainers.tuning.parts import PARTS
@@ -93,26 +95,49 @@ def open_bench(session: Session) -> Bench | None:
 
 
 def measured(bench: Bench, results: Results) -> bool:
-    """Measure each part that isn't stored yet, and recommend; return False on all ranks if any was asked to stop."""
-    rank = bench.session.world.rank
+    """Measure each part that isn't stored yet, and recommend; return False on all ranks if any was asked to stop.
+
+    The recommendation rests on all parts that were measured under the present conditions.
+    """
+    valid: dict[str, Any] = {}
     try:
         with bench.progress as progress:
             for name, part in PARTS.items():
+                conditions = conditions_of(bench, name, valid)
+                stored = still_valid(bench, name, results.get(name, conditions))
+                if stored is not None:
+                    valid[name] = stored
                 if name not in bench.config.tune.parts:
                     continue
-                conditions = conditions_of(bench, name)
-                if results.get(name, conditions) is not None:
+                if stored is not None:
                     progress.tell(f"{name}: measured before, in {results.file}")
                     continue
                 progress.part(name, part.doing)
-                found = bench.agree(part.measure(bench, results.parts))
-                results.parts[name] = found
-                progress.tell(f"{name}: {part.tell(found)}")
-                if rank == 0:
-                    results.put(name, found, conditions)
+                valid[name] = bench.agree(part.measure(bench, valid))
+                progress.tell(f"{name}: {part.tell(valid[name])}")
+                keep(bench, results, name, valid[name], conditions)
     except Interrupted:
         return False
-    recommendation = recommended(bench, results.parts)
-    if rank == 0 and recommendation:
-        results.put("recommendation", recommendation)
+    if recommendation := recommended(bench, valid):
+        keep(bench, results, "recommendation", recommendation)
     return True
+
+
+def still_valid(bench: Bench, part: str, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a stored result; None for a memory that batch.per_gpu=auto measured only up to a smaller size."""
+    if part == "memory" and memory.usable(stored, memory.share_of(bench)) is None:
+        return None
+    return stored
+
+
+def keep(
+    bench: Bench, results: Results, part: str, found: dict[str, Any], conditions: dict[str, Any] | None = None
+) -> None:
+    """Store a result on rank 0. Raises UserError on all ranks if it can't be written."""
+    error = None
+    if bench.session.world.rank == 0:
+        try:
+            results.put(part, found, conditions)
+        except OSError as caught:
+            error = UserError(f"{results.file} can't be written: {caught}", "free space, or give another run.dir")
+    raise_on_all(bench.session.world, error)
