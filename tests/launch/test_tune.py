@@ -51,6 +51,8 @@ def test_it_recommends_a_batch_by_speed_and_noise_whose_command_trains() -> None
     assert found["noise"]["measurements"] == 20
     config = compose([word for word in words if "=" in word])
     assert (config.action, config.batch.global_size) == ("train", recommended["global_size"])
+    predicted = recommended["samples"]
+    assert config.duration.value == (2 if abs(predicted / 2874 - 1) < 0.01 else round(predicted))
     assert config.task.args["width"] == 8
     assert not {*os.listdir("run")} - {"tune"}  # nothing of a run
 
@@ -95,7 +97,7 @@ def test_a_run_trains_in_a_directory_that_was_tuned_and_is_tuned_afterwards() ->
     launch(*NOISE, "run.dir=run")
     launch(*SMALL, "run.dir=run", "duration=1ep")
     before = Path("run/metrics.jsonl").read_bytes()
-    launch("action=tune", "tune.parts=[noise]", "tune.samples=10st", "run.dir=run")
+    launch("action=tune", "tune.parts=[noise]", "tune.samples=20st", "run.dir=run")
     recommended = stored("run")["recommendation"]
     assert Path("run/metrics.jsonl").read_bytes() == before
     assert "run.dir=run run.new=true" in recommended["command"]
@@ -113,6 +115,7 @@ def test_each_run_of_a_sweep_is_tuned_in_its_own_directory() -> None:
     [
         (("tune.parts=[speed]", "tune.max_step_ms=1e-6"), "tune.max_step_ms=1e-06"),
         (("tune.parts=[law]",), "law"),
+        (("tune.parts=[noise]", "tune.samples=5st"), "tune.samples=11st"),
         (("tune.parts=[]",), "tune.parts"),
         (("tune.parts=[speeed]",), "speed"),
         (("tune.margin=1",), "tune.margin"),
@@ -170,3 +173,10 @@ def test_the_noise_of_a_finished_run_is_measured_before_its_end() -> None:
     found = stored("run")["noise"]
     assert found["measurements"] > 10
     assert len(found["course"]) > 1
+
+
+def test_a_given_peak_is_carried_by_the_rule_too() -> None:
+    launch(*NOISE, "run.dir=run", "lr.peak=0.2")
+    found = stored("run")["recommendation"]
+    assert found["lr"] == pytest.approx(0.2 * found["global_size"] / 64)
+    assert f"lr.peak={found['lr']:.6g}" in found["command"]

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.noise import RAW, Norm, Smoothed, unmeasurable
+from isobatch.scaling.geometry import counted
+from isobatch.scaling.noise import FEWEST, RAW, Norm, Smoothed, unmeasurable
 from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.recommendation import over_run
 from isobatch.trainers.tensors.manifest import Checkpoint
@@ -65,6 +66,10 @@ def along(
     begin = start.header.samples if start else 0
     length = bench.samples() or steps * plan.stage_at(begin).cut.global_size
     end = min(begin + length, plan.samples or begin + length)
+    given, needed = (end - begin) // plan.stage_at(begin).cut.global_size, FEWEST + 1  # one before Adam has a state
+    if given < needed:
+        problem = f"{end - begin:,} samples are {counted(given, 'step')}, and a noise scale needs {needed}"
+        raise UserError(problem, f"give tune.samples={needed}st or more", "tune.samples", bench.config.tune.samples)
     noise, norm, course = Smoothed(), RAW, list[dict[str, Any]]()
     with bench.trial(measured(plan), start) as trial:
         while trial.state.samples < end and (taken := trial.step()):
@@ -95,7 +100,10 @@ def tell(found: Mapping[str, Any]) -> str:
     """Return a sentence with the noise scale."""
     count = found["measurements"]
     if found["scale"] is None:
-        return f"not yet known after {count} measurements: the gradient's mean is lost in its noise; give tune.samples"
+        lost = f"not known at sample {found['samples']:,}: the gradient's mean is lost in its noise"
+        whole = found["over_run"]
+        so_far = f"; over the whole run about {whole:,.0f}, by its course until then" if whole else ""
+        return f"{lost} after {count} measurements{so_far}"
     at = f"at sample {found['samples']:,}, {found['norm_text']}"
     now = f"{found['scale']:,.0f} samples [{found['low']:,.0f}, {found['high']:,.0f}] {at}"
     return f"{now}; over the whole run about {found['over_run']:,.0f}"

@@ -30,7 +30,10 @@ PARTS = {
     ),
     "speed": Part(
         "timing steps of each per-GPU batch",
-        lambda bench, before: speed.measure(bench, before.get("memory", {}).get("per_gpu")).plain(),
+        lambda bench, before: (
+            speed.measure(bench, before.get("memory", {}).get("per_gpu")).plain()
+            | {"to_the_largest": "memory" in before}
+        ),
         speed.tell,
     ),
     "noise": Part("measuring the gradient noise", lambda bench, _: noise.measure(bench), noise.tell),

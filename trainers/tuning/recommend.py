@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from isobatch.trainers.tuning.parts import Results
 
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
 SHOWN = 12  # rows of the printed table
+SAME = 0.01  # relative difference of two durations that doesn't matter
 REPLACED = ("action", "output", "batch.global_size", "batch.per_gpu", "batch.accumulation", "batch.schedule", "lr.peak",
             "run.dir", "run.new")  # fmt: skip
 
@@ -58,9 +60,10 @@ def witnesses(parts: Results) -> list[Witness]:
     """Return the measurements of the critical batch."""
     found = []
     noise, branch = parts.get("noise", {}), parts.get("branch", {})
-    if noise.get("scale"):
-        share = noise["over_run"] / noise["scale"]
-        found.append(Witness("noise", noise["over_run"], noise["low"] * share, noise["high"] * share))
+    if whole := noise.get("over_run"):
+        share = whole / noise["scale"] if noise.get("scale") else None
+        bounds = (noise["low"] * share, noise["high"] * share) if share else (None, None)
+        found.append(Witness("noise", whole, *bounds))
     if branch.get("critical_batch"):
         found.append(Witness("branch", branch["critical_batch"], *(branch.get("interval") or (None, None))))
     law = parts.get("law", {})
@@ -70,10 +73,12 @@ def witnesses(parts: Results) -> list[Witness]:
 
 
 def carried_lr(bench: Bench, size: int) -> float | None:
-    """Return the peak LR at a global batch, by the run's rule; None where it doesn't hold."""
+    """Return the peak LR at a global batch, by the run's rule, also of a given lr.peak; None where it can't hold."""
     plan = bench.opened.plan
+    rule = plan.segments[0].rule
+    rule = replace(rule, fixed=tuple(part for part in rule.fixed if part != "lr"))
     try:
-        return plan.segments[0].rule.apply(plan.peak, plan.cut.global_size, size).lr
+        return rule.apply(plan.peak, plan.cut.global_size, size).lr
     except OutOfRange:
         return None
 
@@ -86,6 +91,10 @@ def command(bench: Bench, row: Prediction) -> str:
         words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
     sizes = [f"batch.global_size={row.global_size * per_sample}"]
+    planned = bench.opened.plan.samples or 0
+    if row.samples is not None and abs(row.samples - planned) > SAME * planned:
+        words = [word for word in words if not word.startswith("duration=")]
+        sizes.append(f"duration={round(row.samples)}sa")
     sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []
     if bench.opened.plan.base_source == "peak":
         sizes.append(f"lr.peak={row.lr:.6g}")
@@ -99,11 +108,10 @@ def _replaced(word: str) -> bool:
     return key in REPLACED or key.partition(".")[0] == "tune"
 
 
-def summary(parts: Results) -> str:
-    """Return what rank 0 prints at the end."""
-    found = parts.get("recommendation")
+def summary(found: Mapping[str, Any]) -> str:
+    """Return what rank 0 prints of a recommendation; "" if there is none."""
     if not found:
-        return "nothing to recommend: measure the speed or the noise"
+        return ""
     rows = found["predictions"]
     marks = {found["global_size"]: "← recommended"}
     for other in found["alternatives"]:
@@ -118,6 +126,8 @@ def summary(parts: Results) -> str:
             f"recommended: global batch {found['global_size']:,} ({found['why']})",
             found["agreement"],
             found["command"],
+            "",
+            "",
         ]
     )
 

@@ -93,6 +93,8 @@ def tell(found: Mapping[str, Any]) -> str:
         "so accumulation pays",
         "compute": "",
     }
+    if found["sizes"][-1]["per_gpu"] == found["knee"] and not found["to_the_largest"]:
+        advice["compute"] = "; larger ones weren't timed, as memory isn't in tune.parts"
     fastest = f"{best['samples_per_s']:,.0f} samples/s at {best['per_gpu']:,} per GPU"
     if knee is best:
         return f"{fastest}{advice[found['bound']]}"

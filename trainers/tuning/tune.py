@@ -45,11 +45,11 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         results = begin(session, folder)
         try:
             bench = open_bench(session)
-            done = bench is not None and measured(bench, results)
+            recommendation = None if bench is None else measured(bench, results)
         finally:
             if folder.held:
                 folder.held.release()
-    if not done:
+    if recommendation is None:
         if world.rank == 0:
             say("stopped (the same command resumes)", sys.stderr)
         return Outcome("stopped", stop_signal(session.stop, world), 0, 0, attempt, restarts())
@@ -57,7 +57,7 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         missing = write_picture(results.folder, results.parts)
         if missing:
             say(f"warning: {missing}", sys.stderr)
-        answer(results.json() if as_json else f"{summary(results.parts)}\n\nwritten to {results.file}")
+        answer(results.json() if as_json else f"{summary(recommendation)}written to {results.file}")
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
@@ -94,10 +94,10 @@ def open_bench(session: Session) -> Bench | None:
     return Bench(session, opened, stream, validation, Progress(shown=world.rank == 0, live=not config.debug))
 
 
-def measured(bench: Bench, results: Results) -> bool:
-    """Measure each part that isn't stored yet, and recommend; return False on all ranks if any was asked to stop.
+def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
+    """Measure each part that isn't stored yet, and return a recommendation; None if any rank was asked to stop.
 
-    The recommendation rests on all parts that were measured under the present conditions.
+    It rests on all parts that were measured under the present conditions, and is empty if they don't allow any.
     """
     valid: dict[str, Any] = {}
     try:
@@ -117,10 +117,11 @@ def measured(bench: Bench, results: Results) -> bool:
                 progress.tell(f"{name}: {part.tell(valid[name])}")
                 keep(bench, results, name, valid[name], conditions)
     except Interrupted:
-        return False
-    if recommendation := recommended(bench, valid):
+        return None
+    recommendation = recommended(bench, valid) or {}
+    if recommendation:
         keep(bench, results, "recommendation", recommendation)
-    return True
+    return recommendation
 
 
 def still_valid(bench: Bench, part: str, stored: dict[str, Any] | None) -> dict[str, Any] | None:
