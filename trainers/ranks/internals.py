@@ -5,7 +5,7 @@ Names are imported from here. Members of torch's classes can't be; ``MEMBERS`` l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
@@ -14,11 +14,17 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as Conv
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    "BatchNorm", "Conv", "Dropout", "HashStore", "NormBase", "PrefixStore", "Store", "TCPStore", "WeightNorm",
-    "set_group_timeout",
+    "BatchNorm", "Conv", "Dropout", "HashStore", "NormBase", "PrefixStore", "Store", "TCPStore", "TorchDispatchMode",
+    "WeightNorm", "disable_current_modes", "set_group_timeout", "tree_leaves", "tree_map_only",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 _c10d = torch.distributed.distributed_c10d
 set_group_timeout = getattr(_c10d, "set_timeout", None) or _c10d._set_pg_timeout  # torch 2.14 made it public
@@ -32,6 +38,13 @@ get_cudnn_tf32, set_cudnn_tf32 = torch._C._get_cudnn_allow_tf32, torch._C._set_c
 def import_compiler() -> None:
     """Import torch's compiler, which optimizers import on first use; that takes most of a second."""
     import torch._dynamo  # noqa: F401
+
+
+def fake_tensor_mode() -> Any:
+    """Return the class of the mode whose tensors have no memory; its import takes a part of a second."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode
 
 
 def fsdp_collectives() -> tuple[Any, Any]:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 from isobatch.scaling.rules import Recipe
 from isobatch.scaling.tuning.footprint import Footprint, Pass, settled
@@ -19,11 +17,13 @@ from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.precision import autocast
 from isobatch.trainers.model.randomness import Stream, generators_kept, seed_generators
 from isobatch.trainers.optim.make import make_optimizer
+from isobatch.trainers.ranks.internals import disable_current_modes, fake_tensor_mode, tree_map_only
 from isobatch.trainers.tasks.task import Task, make_model
 from isobatch.trainers.tuning.storages import CUDA_BLOCK, Storages, bytes_of, tensors_in
 
 if TYPE_CHECKING:
     from isobatch.conf.schema import RunConfig
+    from isobatch.trainers.ranks.internals import FakeTensorMode
 
 MOST_SIZES = 6  # sizes that are traced until consecutive slopes are equal
 TRACED_BYTES = 64_000_000  # of the largest batch that is collated to be traced
@@ -204,7 +204,7 @@ def patterns(names: Iterable[str]) -> str:
 
 def _fake_mode() -> FakeTensorMode:
     """Return a mode that is one object, however often a module that holds its tensors is copied."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode: FakeTensorMode = fake_tensor_mode()(allow_non_fake_inputs=True)
     mode.__deepcopy__ = lambda memo: mode  # type: ignore[attr-defined]  # nn.TransformerEncoder copies its layer
     return mode
 
@@ -222,9 +222,7 @@ def _model(subject: Subject, mode: FakeTensorMode) -> nn.Module:
 @contextmanager
 def unfaked() -> Iterator[None]:
     """Leave the modes inside this block."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
+    with disable_current_modes():
         yield
 
 
