@@ -377,6 +377,32 @@ def test_rank_without_memory_for_a_copy_or_a_thread_fails_one_save(tmp_path: Pat
     assert steps_of(RunDir(tmp_path)) == [1]
 
 
+def test_nothing_is_written_where_another_directory_took_the_runs_place(tmp_path: Path) -> None:
+    """It may happen at any moment, also between the thread's last look and its first write."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+
+    class Replaced(RunDir):
+        looks = 0
+
+        @property
+        def gone(self) -> str:
+            self.looks += 1
+            if self.looks == 2:  # the thread's
+                self.path.rename(tmp_path / "moved")
+                self.path.mkdir()
+            return ""
+
+    def body(world: World) -> Any:
+        keep = saver(Replaced(run.path), world, {"w": torch.zeros(9)})
+        keep.save(state(1))
+        return keep.wait()
+
+    (failure,) = in_ranks(1, body, tmp_path / "ranks")
+    assert failure.startswith("step 1: No such file or directory")
+    assert list(run.path.iterdir()) == []
+
+
 def test_unsupported_dtype_is_reported(tmp_path: Path) -> None:
     def body(world: World) -> Any:
         keep = saver(RunDir(tmp_path), world, {"w": torch.zeros(5, dtype=torch.complex128)})

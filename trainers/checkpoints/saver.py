@@ -73,7 +73,7 @@ class _Save:
 
     Attributes:
         number: index of the save within this start; ``began``: its start on the monotonic clock.
-        slices: the copy, complete after ``ready()``; ``failed``: why there is no copy.
+        slices: the copy, complete after ``ready()``; ``failed``: why it can't be written.
         header, values: set on rank 0.
     """
 
@@ -83,7 +83,7 @@ class _Save:
     began: float = field(default_factory=time.monotonic)
     slices: list[Slice] = field(default_factory=list)
     ready: Callable[[], None] = _ignore
-    failed: str | None = None
+    failed: Exception | None = None
     header: Header | None = None
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -146,15 +146,18 @@ class Saver:
         save = _Save(self._number, state.steps, best)
         try:
             save.slices, save.ready = self._copies.take(self._engine.slices())
-        except MemoryError as error:
-            save.failed = str(error)
+            if not self._run.gone:  # not in the thread: another directory may take its place at any time
+                with suppress(FileExistsError):
+                    self._run.checkpoints.mkdir()
+        except (MemoryError, OSError) as error:
+            save.failed = error
         if self._world.rank == 0:
             save.header, save.values = self._header(state, evaluation), copy.deepcopy(self._engine.values())
         self._thread = Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:  # no memory for its stack
-            save.failed = save.failed or str(error)
+            save.failed = save.failed or MemoryError(str(error))
             self._work(save)
 
     def wait(self) -> str | None:
@@ -226,14 +229,13 @@ class Saver:
 
         try:
             if save.failed:
-                raise MemoryError(save.failed)
+                raise save.failed
             save.ready()
             if gone := self._run.gone:
-                raise FileNotFoundError(gone)  # another directory may have its path
+                raise FileNotFoundError(gone)
             aside = aside_of(self._run, save.step)
-            for folder in (self._run.checkpoints, aside):
-                with suppress(FileExistsError):
-                    folder.mkdir()
+            with suppress(FileExistsError):
+                aside.mkdir()
             return write_part(aside, self._world.rank, save.slices, beat)
         except _Dropped:
             raise
