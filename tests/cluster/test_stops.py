@@ -90,7 +90,11 @@ def check_requeued(case: JobCase, cause: str, times: int | None = 1) -> None:
 
 @on_nodes(2)
 def test_run_resumes_after_its_time_limit(case: JobCase) -> None:
-    job = case.submit("cluster.time_min=1", "cluster.signal_s=20", DELAY_S="0.9")  # about 45 s in all
+    """Slurm signals up to 30 s too early: 80 to 110 s after the start, of which a slow machine needs 30 to start.
+
+    The run takes at least 110 s.
+    """
+    job = case.submit("cluster.time_min=2", "cluster.signal_s=10", DELAY_S="2.3")
     case.expect_finish(job)
     case.expect_same("2 ranks")
     check_requeued(case, "^its time limit$", times=None)
