@@ -1,10 +1,17 @@
-"""Keep the results of tuning in ``tune.json``, one object per part, so that a part isn't measured twice. Torch-free."""
+"""Keep the results of tuning in ``tune.json``, one object per part, so that a part isn't measured twice. Torch-free.
+
+A run with batch.per_gpu=auto and action=tune may write it at once, since they hold different locks for all of their
+time. So each write takes a lock of its own, and adds one part to those that are stored by then.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable, read_json
 
 FOLDER, FILE = "tune", "tune.json"
+WRITING = ".tune.json.lock"  # held for a write
 CONDITIONS = "conditions"  # of a part: what its result depends on
 
 
@@ -49,14 +57,36 @@ class Results:
         return found if found is not None and found.get(CONDITIONS) == dict(conditions) else None
 
     def put(self, part: str, found: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
-        """Store the object of ``part``, with None in place of numbers that aren't finite, and write the file."""
-        self.parts[part] = _finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
+        """Add the object of ``part`` to the file, with None in place of numbers that aren't finite.
+
+        The other parts are those of the file, which another command may have written since ``read``.
+
+        Raises:
+            UserError: the file is damaged.
+            OSError: it can't be written.
+        """
+        own = _finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.file, self.json() + "\n")
+        with _locked(self.folder / WRITING):
+            self.read()
+            self.parts[part] = own
+            write_atomic(self.file, self.json() + "\n")
 
     def json(self) -> str:
         """Return the content of the file."""
         return json.dumps(self.parts, indent=1, allow_nan=False)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Wait for the lock on ``file``, and hold it inside this block; without it on a disk that has no locks."""
+    with open(file, "a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def _finite(value: Any) -> Any:

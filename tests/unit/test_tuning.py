@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,29 @@ def test_results_are_reused_under_the_same_conditions_only(tmp_path: Path) -> No
     assert found["scale"] == 3.0
     assert again.get("noise", {"world": 2}) is None
     assert again.get("speed", {"world": 1}) is None
+
+
+def test_two_commands_that_write_at_once_keep_each_others_parts(tmp_path: Path) -> None:
+    """Both have read the file before the other one writes; the processes then write at the same time."""
+    names = [f"part-{number}" for number in range(4)]
+    opened = {name: Results(tmp_path) for name in names}
+    for results in opened.values():
+        results.read()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_put_often, args=(opened[name], name)) for name in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    stored = Results(tmp_path)
+    stored.read()
+    assert {name: part["count"] for name, part in stored.parts.items()} == dict.fromkeys(names, 9)
+
+
+def _put_often(results: Results, name: str) -> None:
+    for count in range(10):
+        results.put(name, {"count": count})
 
 
 def test_numbers_that_arent_finite_are_stored_as_null(tmp_path: Path) -> None:
