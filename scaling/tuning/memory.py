@@ -23,7 +23,7 @@ RISE = 0.05  # relative rise of a line that isn't noise
 TARGETS = (0.4, 0.7, 0.9)  # predicted share of the room of the next probe, as long as no line is trusted
 BOUNDED = (0.6, 0.8, 0.9)  # the same where an upper bound predicts
 AIM = 0.985  # share of the room that a trusted line is followed to
-AFTER_OOM, HALF = 0.85, 0.5  # the most after a size for which memory ran out, or in which the process was killed
+AFTER_OOM, HALF = 0.85, 0.5  # the most after memory ran out; after it ran out twice, or the process ended
 LESS = 0.015  # less of it after each probe that didn't fit
 ENOUGH = 0.96  # share of the largest size, or of the room, above which a probe needn't be followed by a larger one
 AGREE = (0.85, 1.18)  # ratio of measured to estimated slope within which the estimate is followed
@@ -48,12 +48,12 @@ class Limit:
 class Probe:
     """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out.
 
-    ``killed``: the process was killed while it ran.
+    ``why``: why it is taken for too large, if no error said that memory ran out.
     """
 
     per_gpu: int
     peak: int | None
-    killed: bool = False
+    why: str = ""
 
 
 class Fit(NamedTuple):
@@ -111,7 +111,9 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
     if len(probes) >= PROBES:
         return None
     best = fits[-1]
-    lost = [probe.per_gpu * (HALF if probe.killed else AFTER_OOM) for probe in probes if probe.peak is None]
+    lost = [probe.per_gpu * (HALF if probe.why else AFTER_OOM) for probe in probes if probe.peak is None]
+    if all(probe.peak is None for probe in probes[-2:]):  # nothing predicts where memory runs out
+        lost.append(probes[-1].per_gpu * HALF)
     most = min([bounds.cap, *(size - 1 for size in failed), *map(int, lost)])
     if best.per_gpu >= most:
         return None
@@ -218,7 +220,8 @@ class Memory:
             fit, but none is predicted to.
         limit_gb, limit_from: the memory that a rank may use, and what sets it; ``margin``: the share that stays free.
         peak_gb: the peak at ``per_gpu``; ``fixed_gb`` and ``per_sample_mb``: the line through the last two probes.
-        probes: each a whole step: its per-GPU batch, and its peak, None if memory ran out.
+        probes: each a whole step: its per-GPU batch, and its peak, None if memory ran out; with ``why`` if no error
+            said so.
         estimate: the largest per-GPU batch by the estimate, and the relative error of its peak at ``per_gpu``; None
             if the model couldn't be traced.
     """
@@ -277,7 +280,9 @@ def concluded(
         fixed_gb=None if fixed is None else fixed / 1e9,
         per_sample_mb=None if per_sample is None else per_sample / 1e6,
         probes=tuple(
-            {"per_gpu": probe.per_gpu, "peak_gb": None if probe.peak is None else probe.peak / 1e9} for probe in probes
+            {"per_gpu": probe.per_gpu, "peak_gb": None if probe.peak is None else probe.peak / 1e9}
+            | ({"why": probe.why} if probe.why else {})
+            for probe in probes
         ),
         estimate=estimate,
     )
@@ -297,10 +302,15 @@ def from_json(found: Mapping[str, Any]) -> Memory:
 def told(found: Memory) -> str:
     """Return the result in one line, with its reason."""
     room = f"{found.limit_gb * (1 - found.margin):.3g} GB ({found.limit_from}, less {found.margin:.0%})"
+    lost = "".join(
+        f"; {counted(probe['per_gpu'], 'sample')} taken for too large, since {probe['why']}"
+        for probe in found.probes
+        if probe.get("why")
+    )
     if not found.per_gpu:
         smallest = min((probe["per_gpu"] for probe in found.probes), default=1)
-        return f"nothing fits: a step with {counted(smallest, 'sample')} per rank needs more than {room}"
-    needs = f"{counted(found.per_gpu, 'sample')} need {found.peak_gb:.3g} GB of {room}"
+        return f"nothing fits: a step with {counted(smallest, 'sample')} per rank needs more than {room}{lost}"
+    needs = f"{counted(found.per_gpu, 'sample')} need {found.peak_gb:.3g} GB of {room}{lost}"
     if found.outcome == "cap":
         return f"per-GPU batch {found.per_gpu:,}: all of a rank's samples fit; {needs}"
     kind = "the largest that fits" if found.outcome == "largest" else "the largest that is known to fit"

@@ -21,7 +21,7 @@ class Task(Digits):
 
     def loss(self, model, batch):
         if len(batch[0]) > 40 and type(batch[0]) is torch.Tensor:  # not a fake one of the estimate
-            os.kill(os.getpid(), signal.SIGKILL)  # as Linux does when memory runs out
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().loss(model, batch)
 """
 
@@ -48,14 +48,20 @@ def test_an_absurd_limit_is_rejected() -> None:
     assert "cluster.gpu_memory_gb=1e+09" in ended.stderr
 
 
-def test_a_size_in_which_the_process_was_killed_is_not_run_again() -> None:
+def test_a_size_in_which_the_process_was_killed_twice_is_not_run_again() -> None:
     Path("dying.py").write_text(DYING)
     own = ("task=custom", "task._target_=dying.Task", "lr.peak=0.1", *QUICK[2:], "cluster.max_restarts=1")
-    ended = launch(*own, "batch.per_gpu=auto", "run.dir=run", "check.contract=false")
+    command = (*own, "batch.per_gpu=auto", "run.dir=run", "check.contract=false")
+    ended = launch(*command, code=1)
+    assert "killed by SIGKILL" in ended.stderr
+    ended = launch(*command)
     stored = json.loads(Path("run/tune/tune.json").read_text())["memory"]
-    assert {"per_gpu": 64, "peak_gb": None} in stored["probes"]
+    (lost,) = (probe for probe in stored["probes"] if probe["peak_gb"] is None)
+    assert lost["per_gpu"] == 64
+    assert "ended twice" in lost["why"]
     assert stored["per_gpu"] == 32
     assert "per-GPU batch 32" in ended.stdout
+    assert "64 samples taken for too large, since the process ended twice" in ended.stdout
     plan = json.loads(Path("run/plan.json").read_text())
     assert (plan["per_gpu"], plan["accumulation"]) == (32, 2)
     assert not Path("run/tune/probing.json").exists()

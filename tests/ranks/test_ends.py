@@ -226,6 +226,12 @@ def test_out_of_memory_halves_whole_ghosts(per_gpu: int, granule: int, half: int
     assert ("there is no smaller batch.per_gpu" in cause) is (half == 0)
 
 
+def test_out_of_memory_in_a_probe_doesnt_bound_the_run() -> None:
+    starts = Starts(restarts=0)
+    verdict = starts.add(starts.decide(Failure(0, "no memory", "oom", reached=Reached(0, 0, 64, probe=True))))
+    assert (verdict.retry, verdict.per_gpu_limit, starts.per_gpu_limit, starts.furthest) == (True, None, None, -1)
+
+
 def test_out_of_memory_ends_a_bitwise_run() -> None:
     """A smaller micro-batch would change the run."""
     failure = Failure(0, "no memory", "oom", reached=Reached(3, 96, per_gpu=64, fixed=True))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from isobatch.scaling.tuning.memory import Probe
 from isobatch.trainers.tasks.task import Task
 from isobatch.trainers.tuning.estimate import Subject, trace
 from isobatch.trainers.tuning.journal import Journal
-from isobatch.trainers.tuning.meter import cgroup_limits
+from isobatch.trainers.tuning.meter import cgroup_limits, groups, oom_kills
 from isobatch.trainers.tuning.samples import LargeBatches
 from tests.support.harness import Run, Runs
 
@@ -54,6 +57,16 @@ class Fragile(Normed):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         if len(batch[0]) > LEAST and os.environ["RANK"] == "1":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: a test")
+        return super().loss(model, batch)
+
+
+class Spoiling(Normed):
+    """A task that puts a folder in the place of ``file`` while a size is probed."""
+
+    file = Path()
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        self.file.mkdir(parents=True, exist_ok=True)
         return super().loss(model, batch)
 
 
@@ -92,17 +105,124 @@ def test_memory_that_runs_out_on_one_rank_doesnt_stop_the_others(runs: Runs) -> 
     assert peaks[stored["per_gpu"]] is not None
 
 
-def test_the_journal_knows_the_size_that_a_process_was_killed_in(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, {"world": 1})
-    journal.begin(2)
-    journal.end(Probe(2, 100))
-    journal.begin(64)
-    after, elsewhere = Journal(tmp_path, {"world": 1}), Journal(tmp_path, {"world": 2})
-    after.read()
-    elsewhere.read()
-    assert after.probes == [Probe(2, 100), Probe(64, None, killed=True)]
-    assert elsewhere.probes == []
-    after.close()
+@pytest.mark.parametrize("name", ["tune/tune.json", "tune"])
+def test_a_result_that_cant_be_written_is_an_error_of_all_ranks(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tuned = runs.folder / "run-1" / "tune"
+    monkeypatch.setattr(Spoiling, "file", tuned / "tune.json" if "/" in name else runs.folder / "elsewhere")
+    if "/" not in name:
+        tuned.parent.mkdir()
+        tuned.write_text("")  # a file in the place of the folder
+    run = runs(2, *QUICK, task("Spoiling"), "batch.global_size=30", "batch.per_gpu=auto", "device=cpu")
+    assert [(end["raised"], name in end["message"]) for end in run.ends] == [("UserError", True)] * 2
+
+
+KILLS = {"here": 3}
+
+
+def begin_and_end(folder: Path, end: Callable[[], None], enter: Callable[[], None] = lambda: None) -> int:
+    """Note 64 samples in a process that then ends by ``end``; return the signal that ended it."""
+    if not (pid := os.fork()):
+        try:
+            enter()
+            journal = Journal(folder, {"world": 1})
+            journal.read(oom_kills())
+            journal.begin(64, oom_kills())
+            end()
+        finally:
+            os._exit(1)
+    return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+
+def known(folder: Path, kills: dict[str, int] | None = None, world: int = 1) -> list[Probe]:
+    journal = Journal(folder, {"world": world})
+    journal.read(oom_kills() if kills is None else kills)
+    return journal.probes
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_size_whose_process_ended_for_another_reason_is_run_once_more(tmp_path: Path, number: int) -> None:
+    def end() -> None:
+        os.kill(os.getpid(), number)
+
+    assert begin_and_end(tmp_path, end) == number
+    assert known(tmp_path) == []
+    assert begin_and_end(tmp_path, end) == number
+    (probe,) = known(tmp_path)
+    assert (probe.per_gpu, probe.peak) == (64, None)
+    assert "ended twice" in probe.why
+    assert known(tmp_path, world=2) == []  # a search under other conditions
+    assert known(tmp_path) == [probe]  # it stays known
+
+
+def test_a_size_in_which_the_kernel_killed_the_process_for_its_memory_doesnt_fit(tmp_path: Path) -> None:
+    with limited_group(300_000_000) as enter:
+        if enter is None:
+            pytest.skip("control groups for memory can't be made here")
+
+        def take_memory() -> None:
+            held = [b"x" * 50_000_000 for _ in range(20)]
+            assert not held
+
+        assert begin_and_end(tmp_path, take_memory, enter) == signal.SIGKILL
+
+        def read() -> None:
+            (probe,) = known(tmp_path)
+            assert (probe.per_gpu, probe.peak) == (64, None)
+            assert "the kernel" in probe.why
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        assert begin_and_end(tmp_path / "unused", read, enter) == signal.SIGUSR1
+
+
+@contextmanager
+def limited_group(most: int) -> Iterator[Callable[[], None] | None]:
+    """Make a control group with a limit in bytes; yield what moves this process into it, None if it can't be made."""
+    (own, _), *_ = [*groups(), (Path("/nowhere"), "")]
+    group = own / "isobatch-test"
+    try:
+        group.mkdir()
+        limit = group / "memory.max"
+        (limit if limit.exists() else group / "memory.limit_in_bytes").write_text(str(most))
+        made = True
+    except OSError:
+        made = False
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        yield enter if made else None
+    finally:
+        with suppress(OSError):
+            group.rmdir()
+
+
+def test_only_a_kill_in_the_same_group_of_the_same_machine_counts(tmp_path: Path) -> None:
+    for now, expected in (({"here": 3}, 0), ({"here": 4}, 1), ({"elsewhere": 9}, 0)):
+        Journal(tmp_path, {"world": 1}).begin(64, {"here": 3})
+        assert len(known(tmp_path, now)) == expected
+        (tmp_path / "probing.json").unlink()
+
+
+def test_a_smaller_size_starts_to_count_again(tmp_path: Path) -> None:
+    for size, count in ((64, 0), (20, 0), (10, 1)):
+        journal = Journal(tmp_path, {"world": 1})
+        journal.read(KILLS)
+        journal.begin(size, KILLS)
+        assert len(known(tmp_path, KILLS)) == count, size
+
+
+def test_a_rank_whose_memory_ran_out_notes_it(tmp_path: Path) -> None:
+    leading, other = (Journal(tmp_path, {"world": 1}, writes=writes) for writes in (True, False))
+    for journal in (leading, other):
+        journal.begin(2, KILLS)
+        journal.end(Probe(2, 100))
+        journal.begin(64, KILLS)
+    other.ran_out()
+    assert known(tmp_path, KILLS) == [Probe(2, 100), Probe(64, None)]
+    leading.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -162,3 +282,16 @@ def test_limits_of_control_groups(tmp_path: Path, version: int) -> None:
     (inner.parent / used).write_text("300\n")
     (inner.parent / "memory.stat").write_text("file 120\ncache 120\nshmem 20\n")
     assert list(cgroup_limits(root, own)) == [(1000, 200)]
+
+
+@pytest.mark.parametrize(("version", "file"), [(1, "memory.oom_control"), (2, "memory.events")])
+def test_kills_are_counted_in_the_control_group_or_else_on_the_machine(tmp_path: Path, version: int, file: str) -> None:
+    own, whole = tmp_path / "cgroup", tmp_path / "vmstat"
+    own.write_text("5:cpu,memory:/job\n" if version == 1 else "0::/job\n")
+    whole.write_text("nr_free_pages 9\noom_kill 7\n")
+    assert list(oom_kills(tmp_path, own, whole).values()) == [7]
+    group = tmp_path / ("memory/job" if version == 1 else "job")
+    group.mkdir(parents=True)
+    (group / file).write_text("low 0\noom 5\noom_kill 2\n")
+    ((name, count),) = oom_kills(tmp_path, own, whole).items()
+    assert (name.split()[-1], count) == ("/job", 2)

@@ -109,6 +109,22 @@ def test_a_size_that_ran_out_of_memory_bounds_the_search() -> None:
     assert concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN).per_gpu < 40
 
 
+def test_memory_that_runs_out_where_nothing_predicts_it_leaves_a_probe_for_what_fits() -> None:
+    bounds, probes = Bounds(8e9, least=2, first=2, cap=64, lasting=1e9), list[Probe]()
+    while (size := next_size(probes, bounds)) is not None:
+        probes.append(Probe(size, int(1e9 + 1e6 * size) if size <= 24 else None))
+    assert concluded(probes, bounds, Limit(10 * GB, "a test"), MARGIN).per_gpu == 24
+
+
+def test_a_size_that_is_taken_for_too_large_is_told_with_its_reason() -> None:
+    bounds = Bounds(8e9, least=2, first=2, cap=64, lasting=1e9)
+    probes = [Probe(2, int(1e9)), Probe(64, None, "a test")]
+    assert (next_size(probes, bounds) or 0) <= 32
+    found = concluded(probes, bounds, Limit(10 * GB, "a limit"), MARGIN)
+    assert found.probes[1] == {"per_gpu": 64, "peak_gb": None, "why": "a test"}
+    assert "64 samples taken for too large, since a test" in told(found)
+
+
 def test_a_result_is_plain_json() -> None:
     bounds = Bounds(8e9, least=2, first=2, lasting=1e9)
     probes = search(lambda size: 1e9 + 1e7 * size, bounds, lambda size: 1e9 + 1e7 * size, lambda: 1.0)

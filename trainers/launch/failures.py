@@ -20,7 +20,7 @@ class Verdict:
     Attributes:
         retry: restart the workers.
         per_gpu_limit: if memory ran out, the most samples in a pass of the next start; 0 if no smaller pass exists,
-            or it would change the run. None if memory didn't run out.
+            or it would change the run. None if memory didn't run out, or did in a probe, which the next start knows.
     """
 
     failure: Failure
@@ -52,6 +52,8 @@ class Starts:
         earlier one. After running out of memory, retry with half the samples in a pass, without counting a restart.
         """
         retry = failure.again and not over
+        if failure.kind == "oom" and failure.reached.probe:
+            return Verdict(failure, retry)
         if failure.kind == "oom":
             limit = 0 if failure.reached.fixed else failure.reached.half
             return Verdict(failure, retry and limit > 0, limit)
@@ -99,8 +101,10 @@ def record_restart(verdict: Verdict, run: RunDir, restart: int) -> None:
     failure, reached = verdict.failure, verdict.failure.reached
     fields: dict[str, Any] = {"rank": failure.rank, "cause": failure.cause}
     fields |= {"step": reached.step, "samples": reached.samples}
+    if failure.kind == "oom":
+        fields |= {"kind": "oom", "per_gpu_before": reached.per_gpu}
     if verdict.per_gpu_limit is not None:
-        fields |= {"kind": "oom", "per_gpu_before": reached.per_gpu, "per_gpu": verdict.per_gpu_limit}
+        fields["per_gpu"] = verdict.per_gpu_limit
     with suppress(OSError):  # a full disk mustn't prevent the restart
         run.event("restart", **fields, restart=restart)
 

@@ -48,6 +48,7 @@ class Reached:
         per_gpu: samples in the largest pass; 0 before the first.
         granule: samples that must stay together in one pass.
         fixed: the pass size can't shrink within this run.
+        probe: the pass was a probe for the largest per-GPU batch; its size isn't the run's.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Reached:
     per_gpu: int = 0
     granule: int = 1
     fixed: bool = False
+    probe: bool = False
 
     @property
     def half(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 from isobatch.conf.rundir.directory import RunDir
@@ -10,14 +9,14 @@ from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.scaling.tuning.memory import told
-from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.loop.opening import Opened, plan_of
 from isobatch.trainers.model.randomness import Stream
-from isobatch.trainers.ranks.session import Session, raise_on_all
+from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
 from isobatch.trainers.tuning.memory import measure_noted, usable
 from isobatch.trainers.tuning.progress import Progress
+from isobatch.trainers.tuning.stored import put_result, read_results
 
 PART = "memory"
 
@@ -37,15 +36,14 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
     stream = Stream(config.seed, world.device, lambda reason: None, lambda reason: None)
     bench = Bench(session, opened, stream, None, Progress(shown=False))
     cap = most_of_a_rank(opened)
-    results, conditions = read(session, run), conditions_of(bench, PART)
+    results, conditions = read_results(world, run.path), conditions_of(bench, PART)
     found = usable(results.get(PART, conditions), cap)
     if found is None:
         try:
             found = measure_noted(bench, results.folder, conditions, cap)
         except Interrupted:
             return None
-        if world.rank == 0:
-            results.put(PART, found.as_json(), conditions)
+        put_result(world, results, PART, found.as_json(), conditions)
     if not found.per_gpu:
         fix = "use precision=bf16, recompute or engine=fsdp; action=plan plan.memory=true estimates what each needs"
         if "optimizer" in config.chosen and config.optimizer.name != "adafactor":
@@ -56,8 +54,6 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
         run.event("per_gpu", text=told(found), per_gpu=per_gpu)
         say(told(found))
     limit = session.start.per_gpu_limit
-    if limit in [probe["per_gpu"] // 2 for probe in found.probes if probe["peak_gb"] is None]:
-        limit = None  # it was set by a probe that didn't fit, and not by the run
     plan = plan_of(config, world.size, len(opened.data), limit, per_gpu)
     return replace(opened, plan=plan, evaluation_batch=evaluation_batch(config, plan, limit))
 
@@ -67,16 +63,3 @@ def most_of_a_rank(opened: Opened) -> int:
     plan = opened.plan
     granules = max(stage.cut.global_size for stage in plan.stages) // plan.granule
     return -(-granules // plan.world) * plan.granule
-
-
-def read(session: Session, run: RunDir) -> Results:
-    """Return the stored results of rank 0 on all ranks. Raises UserError if they are damaged."""
-    results, error = Results(run.path), None
-    if session.world.rank == 0:
-        try:
-            results.read()
-        except UserError as caught:
-            error = caught
-    raise_on_all(session.world, error)
-    results.parts = json.loads(session.world.agree(json.dumps(results.parts)))
-    return results

@@ -19,12 +19,14 @@ from isobatch.trainers.engines.step_report import Note, Requests
 from isobatch.trainers.model.randomness import generators_kept
 from isobatch.trainers.ranks.failure import Reached, is_oom
 from isobatch.trainers.ranks.internals import BatchNorm
+from isobatch.trainers.ranks.world import World
 from isobatch.trainers.trial.untouched import Copies
 from isobatch.trainers.tuning.bench import Bench, Interrupted, Trial
 from isobatch.trainers.tuning.estimate import Subject, trace, traced_from
 from isobatch.trainers.tuning.journal import Journal
-from isobatch.trainers.tuning.meter import Meter
+from isobatch.trainers.tuning.meter import Meter, oom_kills
 from isobatch.trainers.tuning.samples import LargeBatches
+from isobatch.trainers.tuning.stored import on_rank_0
 
 SKIPPED = 30  # steps that may be skipped before one isn't: fp16 begins with a loss scale that is too high
 
@@ -34,7 +36,7 @@ def measure(bench: Bench, cap: int | None = None, journal: Journal | None = None
 
     Args:
         cap: the most samples of a rank in a step; None: its share of the data.
-        journal: where a size is noted before it is run, for the next start if the process is killed.
+        journal: where a size is noted before it is run, for the next start if the process ends.
 
     Raises:
         Interrupted: a rank was asked to stop.
@@ -45,21 +47,22 @@ def measure(bench: Bench, cap: int | None = None, journal: Journal | None = None
 
 
 def measure_noted(bench: Bench, folder: Path, conditions: Mapping[str, Any], cap: int | None = None) -> Memory:
-    """Measure, and note each size in ``folder`` before it is run, so that a start after a kill goes on from there.
+    """Measure, and note each size in ``folder`` before it is run, so that the next start continues after a kill.
 
     Raises:
         Interrupted: a rank was asked to stop.
     """
     world = bench.session.world
-    journal = Journal(folder if world.rank == 0 else None, conditions)
-    journal.read()
-    journal.probes = journal.known(world.agree(journal.text()))
+    journal = Journal(folder, conditions, writes=world.rank == 0)
+    kills = kernel_kills(world)
+    on_rank_0(world, folder, lambda: journal.read(kills))
+    journal.load(world.agree(journal.text()))
     try:
         found = measure(bench, cap, journal)
     except Interrupted:
-        journal.close()
+        on_rank_0(world, folder, journal.close)
         raise
-    journal.close()
+    on_rank_0(world, folder, journal.close)
     return found
 
 
@@ -76,6 +79,14 @@ def share_of(bench: Bench) -> int:
     """Return the most samples of a rank in a step: its share of the data, in whole granules."""
     granule = bench.opened.plan.granule
     return max(1, -(-len(bench.opened.data) // bench.session.world.size) // granule) * granule
+
+
+def kernel_kills(world: World) -> dict[str, int]:
+    """Return how many processes the kernel has killed for lack of memory, on the machines of all ranks."""
+    found: dict[str, int] = {}
+    for text in world.gather(json.dumps(oom_kills())):
+        found |= json.loads(text)
+    return found
 
 
 class Probing:
@@ -98,23 +109,28 @@ class Probing:
         bench, journal = self._bench, self._journal
         lasting = 0.0
         bounds, limit = self._bounds(lasting)
-        probes: list[Probe] = list(journal.probes)
+        probes = journal.probes
         prior: Predict | None = None
         while (size := next_size(probes, bounds, prior)) is not None:
             if probes and prior is None and size < self._cap:
                 prior = self._prior()
                 size = next_size(probes, bounds, prior) or size
             bench.refuse_stop()
-            journal.begin(size)
-            reached = Reached(0, 0, size, bounds.granule)
+            self._note(partial(journal.begin, size, kernel_kills(self._world)))
+            reached = Reached(0, 0, size, bounds.granule, probe=True)
             with bench.session.watch.tracking(partial(replace, reached)):
                 peak, lasting = self._run(size, lasting)
-            probes.append(Probe(size, peak))
-            journal.end(probes[-1])
+            self._note(partial(journal.end, Probe(size, peak)))
             bounds, limit = self._bounds(lasting)
             shown = "doesn't fit" if peak is None else f"{peak / 1e9:.3g} GB"
             bench.say(f"{size:,} samples: {shown}")
         return concluded(probes, bounds, limit, bench.config.tune.margin, prior)
+
+    def _note(self, change: Callable[[], None]) -> None:
+        """Change the journal on all ranks. Raises UserError on all ranks if it can't be written."""
+        if self._world.rank:
+            change()
+        on_rank_0(self._world, self._journal.file or Path(), change)
 
     def _bounds(self, lasting: float) -> tuple[Bounds, Limit]:
         """Return the bounds of sizes, by the least limit of all ranks."""
@@ -147,7 +163,10 @@ class Probing:
         except OutOfMemory:
             return None, lasting
         except Exception as error:
-            if self._world.size > 1 or not is_oom(error):
+            if not is_oom(error):
+                raise
+            if self._world.size > 1:  # the other ranks wait for this one; the next start knows the size
+                self._journal.ran_out()
                 raise
             return None, lasting
         return int(bench.most(peak)), min(lasting or after, after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ import torch
 from isobatch.scaling.tuning.memory import Limit
 
 UNLIMITED = 1 << 60  # bytes; cgroup v1 writes a number above it for no limit
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Meter:
@@ -114,26 +115,53 @@ def _bytes_of(file: str, name: str) -> int | None:
     return None
 
 
-def cgroup_limits(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
+def cgroup_limits(root: Path = CGROUPS, own: Path = OWN_GROUPS) -> Iterator[tuple[int, int]]:
     """Yield limit and use in bytes of this process's control groups, of version 1 or 2, and of those above."""
+    for folder, _ in groups(root, own):
+        for one in (folder, *folder.parents):
+            for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+                with suppress(OSError, ValueError):
+                    most = int((one / limit).read_text())
+                    if most < UNLIMITED:
+                        yield most, int((one / used).read_text()) - _cached(one)
+            if one in (root, root / "memory"):
+                break
+
+
+def oom_kills(root: Path = CGROUPS, own: Path = OWN_GROUPS, whole: Path = Path("/proc/vmstat")) -> dict[str, int]:
+    """Return how many processes the kernel has killed for lack of memory, in this process's control group.
+
+    Returns:
+        The count by machine, its start, and control group; of the whole machine if the group has no count.
+    """
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    place = f"{socket.gethostname()} {boot}"
+    for folder, path in groups(root, own):
+        for file in ("memory.events", "memory.oom_control"):
+            if (count := _value_of(folder / file, "oom_kill")) is not None:
+                return {f"{place} {path}": count}
+    count = _value_of(whole, "oom_kill")
+    return {} if count is None else {place: count}
+
+
+def groups(root: Path = CGROUPS, own: Path = OWN_GROUPS) -> Iterator[tuple[Path, str]]:
+    """Yield the folder and the path of this process's control groups for memory, of version 1 or 2."""
     with suppress(OSError):
         for line in own.read_text().splitlines():
             number, controllers, path = line.split(":", 2)
             if number == "0" and not controllers:
-                yield from _limits_of(root, path, "memory.max", "memory.current")
+                yield root / path.strip("/"), path
             elif "memory" in controllers.split(","):
-                yield from _limits_of(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+                yield root / "memory" / path.strip("/"), path
 
 
-def _limits_of(root: Path, path: str, limit: str, used: str) -> Iterator[tuple[int, int]]:
-    folder = root / path.strip("/")
-    for one in (folder, *folder.parents):
-        with suppress(OSError, ValueError):
-            most = int((one / limit).read_text())
-            if most < UNLIMITED:
-                yield most, int((one / used).read_text()) - _cached(one)
-        if one == root:
-            return
+def _value_of(file: Path, name: str) -> int | None:
+    """Return a value of a file with lines of name and value."""
+    with suppress(OSError, ValueError):
+        return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[0] == name), None)
+    return None
 
 
 def _cached(folder: Path) -> int:

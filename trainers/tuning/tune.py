@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
@@ -12,14 +11,13 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import answer, say
-from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.tuning import write_picture
 from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.randomness import Stream, seed_generators
 from isobatch.trainers.ranks.failure import restarts
-from isobatch.trainers.ranks.session import Session, raise_on_all, refuse_other_commands, stop_signal
+from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tuning import memory
 from isobatch.trainers.tuning.bench import Bench, Interrupted
@@ -27,6 +25,7 @@ from isobatch.trainers.tuning.conditions import conditions_of
 from isobatch.trainers.tuning.parts import PARTS
 from isobatch.trainers.tuning.progress import Progress
 from isobatch.trainers.tuning.recommend import recommended, summary
+from isobatch.trainers.tuning.stored import put_result, read_results
 
 
 def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
@@ -65,18 +64,12 @@ def begin(session: Session, folder: RunDir) -> Results:
     """Lock the ``folder`` of the results on rank 0, and return the results so far on all ranks."""
     world, start = session.world, session.start
     refuse_other_commands(session.config, world)
-    results, error = Results(folder.path.parent), None
-    if world.rank == 0:
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            hold(folder.lock(start.job, start.job_restart, start.attempt, start.launches).file)
-            results.read()
-        except (UserError, OSError) as caught:
-            problem = f"{folder.path} can't be written: {caught}"
-            error = caught if isinstance(caught, UserError) else UserError(problem, "", "run.dir")
-    raise_on_all(world, error)
-    results.parts = json.loads(world.agree(json.dumps(results.parts)))
-    return results
+
+    def lock() -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        hold(folder.lock(start.job, start.job_restart, start.attempt, start.launches).file)
+
+    return read_results(world, folder.path.parent, lock)
 
 
 def open_bench(session: Session) -> Bench | None:
@@ -99,7 +92,7 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
 
     It rests on all parts that were measured under the present conditions, and is empty if they don't allow any.
     """
-    valid: dict[str, Any] = {}
+    world, valid = bench.session.world, dict[str, Any]()
     try:
         with bench.progress as progress:
             for name, part in PARTS.items():
@@ -115,12 +108,12 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
                 progress.part(name, part.doing)
                 valid[name] = bench.agree(part.measure(bench, valid))
                 progress.tell(f"{name}: {part.tell(valid[name])}")
-                keep(bench, results, name, valid[name], conditions)
+                put_result(world, results, name, valid[name], conditions)
     except Interrupted:
         return None
     recommendation = recommended(bench, valid) or {}
     if recommendation:
-        keep(bench, results, "recommendation", recommendation)
+        put_result(world, results, "recommendation", recommendation)
     return recommendation
 
 
@@ -129,16 +122,3 @@ def still_valid(bench: Bench, part: str, stored: dict[str, Any] | None) -> dict[
     if part == "memory" and memory.usable(stored, memory.share_of(bench)) is None:
         return None
     return stored
-
-
-def keep(
-    bench: Bench, results: Results, part: str, found: dict[str, Any], conditions: dict[str, Any] | None = None
-) -> None:
-    """Store a result on rank 0. Raises UserError on all ranks if it can't be written."""
-    error = None
-    if bench.session.world.rank == 0:
-        try:
-            results.put(part, found, conditions)
-        except OSError as caught:
-            error = UserError(f"{results.file} can't be written: {caught}", "free space, or give another run.dir")
-    raise_on_all(bench.session.world, error)
