@@ -39,7 +39,7 @@ from isobatch.scaling.planning.resolve import continued, resolve
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.report.plan_table import row_of, table
-from isobatch.scaling.tuning.estimated import memory_row, memory_rows, refuse_absurd
+from isobatch.scaling.tuning.estimated import memory_row, memory_rows, refuse_absurd, refuse_too_small
 from isobatch.scaling.tuning.results import FOLDER
 from isobatch.trainers.launch.changes import differences
 from isobatch.trainers.launch.children import train_elements, trained_columns, tuned_columns
@@ -132,7 +132,9 @@ def estimate_if_wanted(plan: Plan, config: RunConfig, estimate: EstimateMemory) 
         return None
     for key in ("memory_gb", "gpu_memory_gb"):
         refuse_absurd(getattr(config.cluster, key), f"cluster.{key}")
-    return estimate(config, plan)
+    found = estimate(config, plan)
+    refuse_too_small(found)
+    return found
 
 
 def train(config: RunConfig, plan: Plan | None, directory: Path, work: Work, *, keep: bool = False) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import lcm
 from typing import Any
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.geometry import counted
+from isobatch.scaling.geometry import Cut, counted
 from isobatch.scaling.plan import EnginePlacement, Plan
-from isobatch.scaling.tuning.footprint import Curve, Footprint, curve, placed
-from isobatch.scaling.tuning.memory import EIGHTS, NEVER
+from isobatch.scaling.tuning.footprint import Footprint, curve, placed
+from isobatch.scaling.tuning.memory import NEVER, stride_at
 
 ADAFACTOR = "optimizer=adafactor"  # whose state is small
 GB, MB = 1e9, 1e6
@@ -27,12 +25,16 @@ class Way:
         change: the overrides.
         per_gpu: the largest per-GPU batch with it; None: not known.
         fixed_gb: memory that doesn't depend on the batch.
+        planned_gb: the peak at the plan's per-GPU batch, or at that of the change.
+        accumulation: passes of a step, if the change is a smaller per-GPU batch.
     """
 
     change: str
     per_gpu: int | None
     fixed_gb: float
     per_sample_mb: float | None
+    planned_gb: float | None
+    accumulation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Estimate:
         update_gb: temporary tensors of an optimizer step.
         fixed_gb: what lasts over the passes, with the engine's buffers; ``step_gb``: the peak of the optimizer step.
         per_sample_mb: activations per sample; None: not known, for the reason ``why_not``.
-        per_gpu: the largest per-GPU batch that fits; 0: none does.
+        least_gb: the peak at the smallest per-GPU batch.
+        per_gpu: the largest per-GPU batch that fits; 0: none does. A step of this run uses ``share`` samples of it.
         planned: the plan's per-GPU batch, and ``planned_gb`` its peak.
         automatic: the optimizer that optimizer=auto chose, without knowing of memory; empty if it was named.
         ways: changes that need less.
@@ -64,20 +67,26 @@ class Estimate:
     fixed_gb: float
     step_gb: float
     per_sample_mb: float | None
+    least_gb: float
     per_gpu: int | None
+    share: int
     planned: int
     planned_gb: float | None
     why_not: str
     automatic: str
     ways: tuple[Way, ...]
 
+    @property
+    def room_gb(self) -> float:
+        """Return what a step may need."""
+        return self.limit_gb * (1 - self.margin)
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def from_json(text: str) -> Estimate:
-    """Return the estimate that a child of this process sent."""
-    fields = json.loads(text)
+def from_json(fields: Mapping[str, Any]) -> Estimate:
+    """Return the estimate that ``as_json`` returned."""
     return Estimate(**{**fields, "ways": tuple(Way(**way) for way in fields["ways"])})
 
 
@@ -88,24 +97,72 @@ def refuse_absurd(gb: float | None, key: str) -> None:
         raise UserError(f"{key}={gb:g} is more than any device has", fix, key, gb)
 
 
-def whole(size: float, granule: int) -> int:
-    """Round a per-GPU batch down to a multiple of 8 and of ``granule``, or only of ``granule`` if it is smaller."""
-    eights = lcm(EIGHTS, granule)
-    return int(size) // eights * eights if size >= eights else int(size) // granule * granule
+def refuse_too_small(found: Estimate) -> None:
+    """Raise UserError for a given memory that is less than the weights or the bare process, if no change helps."""
+    least = max(found.process_gb, found.parameters_gb)
+    if not found.limit_from.startswith("cluster.") or found.limit_gb >= least or any(way.per_gpu for way in found.ways):
+        return
+    problem = f"{found.limit_from} leaves {size_of(found.limit_gb)} to a rank, but {needs_of(found)}"
+    raise UserError(problem, f"give {found.limit_from} in GB (1e9 bytes), such as 80", found.limit_from)
 
 
-def fitting(found: Footprint, engine: EnginePlacement, world: int, room: float, granule: int, cap: int) -> int | None:
-    """Return the largest per-GPU batch within ``room`` bytes; None if the activations aren't known.
+def needs_of(found: Estimate) -> str:
+    """Return what lasts over a run, without activations."""
+    state = size_of(found.parameters_gb + found.gradients_gb + found.optimizer_gb)
+    process = f", and the process without them {size_of(found.process_gb)}" if found.process_gb else ""
+    return f"weights, gradients and optimizer state need {state}{process}"
 
-    A batch of ``cap`` samples is a step's only pass.
+
+def what_helps(found: Estimate) -> str:
+    """Return what fits instead, where nothing does."""
+    fits = [f"{way.change} ({_largest(way.per_gpu)} per GPU)" for way in found.ways if way.per_gpu]
+    helps = f"with {' or '.join(fits)} it fits" if fits else "no change that the estimate knows is enough"
+    if fits and (shorter := shorter_state(found)):
+        helps += f"; {shorter}"
+    return f"by the estimate, {needs_of(found)}; {helps}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Hold the sizes of a plan that its memory depends on.
+
+    Attributes:
+        room: bytes that a step may need.
+        share: the most samples of a rank in a step; a per-GPU batch of as many is a step's only pass.
+        planned: the plan's per-GPU batch; ``accumulates``: in several passes.
     """
-    alone, several = (curve(found, engine, world, accumulates=accumulates) for accumulates in (False, True))
-    if alone is None or several is None:
-        step, fixed, _ = placed(found, engine, world)
-        return 0 if max(step, fixed) > room else None
-    if alone.peak(cap) <= room:
-        return max(cap, whole(min(alone.largest(room), NEVER), granule))
-    return whole(several.largest(room), granule)
+
+    room: float
+    granule: int
+    share: int
+    planned: int
+    accumulates: bool
+
+    def whole(self, size: float) -> int:
+        """Round a per-GPU batch down."""
+        stride = stride_at(size, self.granule)
+        return int(size) // stride * stride
+
+    def largest(self, found: Footprint, engine: EnginePlacement, world: int) -> int | None:
+        """Return the largest per-GPU batch that fits; None if the activations aren't known."""
+        alone, several = (curve(found, engine, world, accumulates=accumulates) for accumulates in (False, True))
+        if alone is None or several is None:
+            step, fixed, _ = placed(found, engine, world)
+            return 0 if max(step, fixed) > self.room else None
+        if alone.peak(self.share) <= self.room:
+            return max(self.share, self.whole(min(alone.largest(self.room), NEVER)))
+        return self.whole(several.largest(self.room))
+
+    def way(self, change: str, found: Footprint, engine: EnginePlacement, world: int) -> Way:
+        """Return what a change of the settings needs."""
+        known = curve(found, engine, world, accumulates=self.accumulates)
+        return Way(
+            change,
+            self.largest(found, engine, world),
+            (known.fixed if known else placed(found, engine, world)[1]) / GB,
+            known.per_sample / MB if known else None,
+            known.peak(self.planned) / GB if known else None,
+        )
 
 
 def estimate(
@@ -125,15 +182,14 @@ def estimate(
         engines: overrides, placement and ranks of other engines.
         automatic: see Estimate.
     """
-    room, granule = limit[0] * (1 - margin), plan.granule
-    cut = max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
-    planned = cut.micro_batches[0][0]
-    cap = -(-cut.global_size // cut.world)
-    accumulates = cut.accumulation > 1
+    cut = largest_cut(plan)
+    planned, share = cut.micro_batches[0][0], -(-cut.global_size // cut.world)
+    sizes = Sizes(limit[0] * (1 - margin), plan.granule, share, planned, cut.accumulation > 1)
     step, fixed, _ = placed(found, plan.engine, plan.world)
-    known = curve(found, plan.engine, plan.world, accumulates=accumulates)
-    ways = [_way(change, one, plan.engine, plan.world, room, granule, cap) for change, one in others.items()]
-    ways += [_way(change, found, engine, world, room, granule, cap) for change, engine, world in engines]
+    own = sizes.way("", found, plan.engine, plan.world)
+    known = curve(found, plan.engine, plan.world, accumulates=sizes.accumulates)
+    ways = [sizes.way(change, one, plan.engine, plan.world) for change, one in others.items()]
+    ways += [sizes.way(change, found, engine, world) for change, engine, world in engines]
     return Estimate(
         limit_gb=limit[0] / GB,
         limit_from=limit[1],
@@ -144,29 +200,40 @@ def estimate(
         buffers_gb=found.buffers / GB,
         process_gb=found.process / GB,
         update_gb=found.update / GB,
-        fixed_gb=(known.fixed if known else fixed) / GB,
+        fixed_gb=own.fixed_gb,
         step_gb=step / GB,
-        per_sample_mb=known.per_sample / MB if known else None,
-        per_gpu=fitting(found, plan.engine, plan.world, room, granule, cap),
+        per_sample_mb=own.per_sample_mb,
+        least_gb=(known.peak(plan.granule) if known else max(step, fixed)) / GB,
+        per_gpu=own.per_gpu,
+        share=share,
         planned=planned,
-        planned_gb=known.peak(planned) / GB if known else None,
+        planned_gb=own.planned_gb,
         why_not=found.why_not,
         automatic=automatic,
-        ways=tuple(ways),
+        ways=(*accumulating(plan, found, sizes), *ways),
     )
 
 
-def _way(
-    change: str, found: Footprint, engine: EnginePlacement, world: int, room: float, granule: int, cap: int
-) -> Way:
-    known: Curve | None = curve(found, engine, world, accumulates=True)
-    fixed = placed(found, engine, world)[1]
-    return Way(
-        change,
-        fitting(found, engine, world, room, granule, cap),
-        (known.fixed if known else fixed) / GB,
-        known.per_sample / MB if known else None,
-    )
+def largest_cut(plan: Plan) -> Cut:
+    """Return the cut of the stage with the largest passes."""
+    return max((stage.cut for stage in plan.stages), key=lambda cut: cut.per_gpu)
+
+
+def accumulating(plan: Plan, found: Footprint, sizes: Sizes) -> Iterator[Way]:
+    """Yield the same global batch in smaller passes: the per-GPU batch is halved until it fits."""
+    known = curve(found, plan.engine, plan.world, accumulates=True)
+    if known is None or plan.numerics == "bitwise":  # there the per-GPU batch is part of the run
+        return
+    size = sizes.planned
+    while size := size // 2 // plan.granule * plan.granule:
+        try:
+            accumulation = largest_cut(plan.dealt(plan.world, size)).accumulation
+        except UserError:  # batch.even can't have this size
+            continue
+        if known.peak(size) <= sizes.room:
+            change = f"batch.per_gpu={plan.sized(size)}"
+            yield Way(change, size, known.fixed / GB, known.per_sample / MB, known.peak(size) / GB, accumulation)
+            return
 
 
 def memory_row(found: Estimate) -> dict[str, Any]:
@@ -176,15 +243,16 @@ def memory_row(found: Estimate) -> dict[str, Any]:
 
 def memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     """Yield the estimate as labels and texts for the plan's table."""
-    room = found.limit_gb * (1 - found.margin)
-    free = f"of which {found.margin:.0%} stay free; estimated, without allocating it"
-    yield "memory", f"{size_of(found.limit_gb)} ({found.limit_from}), {free}"
+    free = f"of which {found.margin:.0%} stay free"
+    if not found.process_gb:
+        free += ", also for the context of CUDA"
+    yield "memory", f"{size_of(found.limit_gb)} ({found.limit_from}), {free}; estimated, without allocating it"
     parts = {
         "parameters": found.parameters_gb,
         "gradients": found.gradients_gb,
         "optimizer state": found.optimizer_gb,
         "buffers": found.buffers_gb,
-        "process": found.process_gb,
+        "the process without them": found.process_gb,
     }
     yield "", ", ".join(f"{name} {size_of(gb)}" for name, gb in parts.items() if gb)
     if found.per_sample_mb is None:
@@ -195,18 +263,26 @@ def memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
             "",
             f"activations {size_of(found.per_sample_mb / 1e3)} per sample, above {size_of(found.fixed_gb)}; {step}",
         )
-    yield "", _answer(found, room)
+    yield "", _answer(found)
     if shorter := shorter_state(found):
         yield "", shorter
     for way in found.ways:
-        yield "", f"{_largest(way.per_gpu)} with {way.change}"
+        yield "", told_way(way, found.planned)
+
+
+def told_way(way: Way, planned: int) -> str:
+    """Return what a change needs, and the largest per-GPU batch with it."""
+    if way.planned_gb is None:
+        return f"{way.change}: {size_of(way.fixed_gb)} without activations"
+    if way.accumulation:
+        return f"{way.change}: {size_of(way.planned_gb)}, with accumulation {way.accumulation}"
+    most = "no size fits" if way.per_gpu == 0 else f"at most {_largest(way.per_gpu)}"
+    return f"{way.change}: {size_of(way.planned_gb)} at {counted(planned, 'sample')}; {most}"
 
 
 def shorter_state(found: Estimate) -> str | None:
     """Return what optimizer=auto would have to know: another optimizer fits where memory is short for its choice."""
-    short = found.per_gpu == 0 or (
-        found.planned_gb is not None and found.planned_gb > found.limit_gb * (1 - found.margin)
-    )
+    short = found.per_gpu == 0 or (found.planned_gb is not None and found.planned_gb > found.room_gb)
     other = next((way for way in found.ways if way.change == ADAFACTOR), None)
     if not (found.automatic and short and other and (other.per_gpu or 0) > (found.per_gpu or 0)):
         return None
@@ -214,17 +290,20 @@ def shorter_state(found: Estimate) -> str | None:
     return f"optimizer=auto chose {found.automatic} by the batch, and memory is short: {ADAFACTOR} fits {fits}"
 
 
-def _answer(found: Estimate, room: float) -> str:
+def _answer(found: Estimate) -> str:
+    room = size_of(found.room_gb)
     if found.per_gpu is None:
         return "the largest per-GPU batch isn't known before it is measured"
     if found.per_gpu == 0:
         helps = [way.change for way in found.ways if way.per_gpu]
         what = f"{' or '.join(helps)} would fit" if helps else "none of the changes below is enough"
-        return f"nothing fits: the smallest per-GPU batch needs more than {size_of(room)}; {what}"
+        return f"nothing fits: the smallest per-GPU batch needs {size_of(found.least_gb)}, more than {room}; {what}"
     text = f"largest per-GPU batch: {_largest(found.per_gpu)}"
+    if found.per_gpu > found.share:
+        text += f", of which a step of this run uses {found.share:,}"
     if found.planned_gb is None:
         return text
-    fits = "which fits" if found.planned_gb <= room else "which doesn't fit: a smaller batch.per_gpu accumulates"
+    fits = "which fits" if found.planned_gb <= found.room_gb else f"which doesn't fit into {room}"
     return f"{text}; the plan's {counted(found.planned, 'sample')} need {size_of(found.planned_gb)}, {fits}"
 
 

@@ -6,7 +6,7 @@ from what it shards: see ``placed``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -76,8 +76,7 @@ class Curve:
     @property
     def per_sample(self) -> float:
         """Return the slope of the last two points, in bytes per sample."""
-        (before, low), (last, high) = self.points[-2:]
-        return max(0.0, (high - low) / (last - before))
+        return max(0.0, slope(*self.points[-2:]))
 
     def peak(self, per_gpu: float) -> float:
         """Return the peak in bytes, interpolated between the points and continued by their last slope."""
@@ -139,11 +138,17 @@ def placed(found: Footprint, engine: EnginePlacement, world: int) -> tuple[int, 
 
 def settled(passes: list[Pass], value: Callable[[Pass], int] = lambda one: one.held) -> bool:
     """Return whether the last three sizes lie on a line: two consecutive slopes are equal."""
-    if len(passes) < 3:
+    return straight([(one.per_gpu, value(one)) for one in passes], EQUAL)
+
+
+def straight(points: Sequence[tuple[int, int]], tolerance: float) -> bool:
+    """Return whether the last three points (per-GPU batch, bytes) lie on a line, within a relative tolerance."""
+    if len(points) < 3:
         return False
-    first, second, third = passes[-3:]
-    slopes = [
-        (value(later) - value(earlier)) / (later.per_gpu - earlier.per_gpu)
-        for earlier, later in ((first, second), (second, third))
-    ]
-    return abs(slopes[1] - slopes[0]) <= EQUAL * max(map(abs, slopes))
+    slopes = slope(*points[-3:-1]), slope(*points[-2:])
+    return abs(slopes[1] - slopes[0]) <= tolerance * max(map(abs, slopes))
+
+
+def slope(low: tuple[int, int], high: tuple[int, int]) -> float:
+    """Return the bytes per sample between two points (per-GPU batch, bytes)."""
+    return (high[1] - low[1]) / (high[0] - low[0])

@@ -16,6 +16,7 @@ from math import lcm
 from typing import Any, Literal, NamedTuple
 
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.tuning.footprint import slope, straight
 
 PROBES = 5  # at most, with the confirmation
 EQUAL = 0.05  # relative difference of slopes that count as equal
@@ -87,12 +88,17 @@ class Bounds:
         """Return the largest permitted size up to ``size``; 0 if there is none."""
         if size >= self.cap:
             return self.cap
-        eights = lcm(EIGHTS, self.granule)
-        stride = eights if size >= eights else self.granule
+        stride = stride_at(size, self.granule)
         found = int(size) // stride * stride
         while found >= self.least and not self.permitted(found):
             found -= stride
         return found if found >= self.least else 0
+
+
+def stride_at(size: float, granule: int) -> int:
+    """Return the distance of two sizes near ``size``: a multiple of 8 and of ``granule``, or only of it below that."""
+    eights = lcm(EIGHTS, granule)
+    return eights if size >= eights else granule
 
 
 def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = None) -> int | None:
@@ -152,11 +158,10 @@ def trusted_line(fits: Sequence[Fit]) -> Predict | None:
     """Return the line through the last two probes, if the two last slopes are equal."""
     if len(fits) < 3:
         return None
-    first, second, third = fits[-3:]
-    before, after = slope(first, second), slope(second, third)
-    if third.peak - second.peak < RISE * third.peak or abs(after - before) > EQUAL * after:
+    before, last = fits[-2:]
+    if last.peak - before.peak < RISE * last.peak or not straight(fits, EQUAL):
         return None
-    return _through(third, after)
+    return _through(last, slope(before, last))
 
 
 def trusted_estimate(fits: Sequence[Fit], prior: Predict | None) -> Predict | None:
@@ -169,11 +174,6 @@ def trusted_estimate(fits: Sequence[Fit], prior: Predict | None) -> Predict | No
         return None
     ratio, known = measured / estimated, prior
     return lambda size: high.peak + ratio * (known(size) - known(high.per_gpu))
-
-
-def slope(low: Fit, high: Fit) -> float:
-    """Return the bytes per sample between two probes."""
-    return (high.peak - low.peak) / (high.per_gpu - low.per_gpu)
 
 
 def _through(fit: Fit, per_sample: float) -> Predict:
@@ -224,6 +224,7 @@ class Memory:
             said so.
         estimate: the largest per-GPU batch by the estimate, and the relative error of its peak at ``per_gpu``; None
             if the model couldn't be traced.
+        outlook: what would fit, by the estimate, as ``action=plan plan.memory=true`` gives it; None if something fits.
     """
 
     per_gpu: int
@@ -236,6 +237,7 @@ class Memory:
     per_sample_mb: float | None
     probes: tuple[dict[str, Any], ...]
     estimate: dict[str, Any] | None
+    outlook: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"probes": list(self.probes)}

@@ -38,9 +38,9 @@ def test_a_plan_shows_the_memory_of_gpus_that_arent_here() -> None:
     assert most["precision=bf16"] > found["per_gpu"]
 
 
-def test_a_limit_below_the_model_fits_nothing() -> None:
-    ended = launch("action=plan", "plan.memory=true", "task=digits", "cluster.gpu_memory_gb=0.0001")
-    assert "nothing fits" in ended.stdout
+def test_a_limit_below_the_model_is_rejected() -> None:
+    ended = launch("action=plan", "plan.memory=true", "task=digits", "cluster.gpu_memory_gb=0.0001", code=2)
+    assert "cluster.gpu_memory_gb leaves 0.1 MB to a rank, but weights" in ended.stderr
 
 
 def test_an_absurd_limit_is_rejected() -> None:

@@ -15,7 +15,16 @@ from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import EnginePlacement
 from isobatch.scaling.planning.resolve import resolve
-from isobatch.scaling.tuning.estimated import estimate, from_json, refuse_absurd, shorter_state
+from isobatch.scaling.tuning.estimated import (
+    Estimate,
+    estimate,
+    from_json,
+    memory_rows,
+    refuse_absurd,
+    refuse_too_small,
+    shorter_state,
+    what_helps,
+)
 from isobatch.scaling.tuning.footprint import Footprint, Pass, curve, placed
 from isobatch.scaling.tuning.memory import EIGHTS, PROBES, Bounds, Limit, Probe, concluded, next_size, told
 
@@ -165,11 +174,56 @@ def test_what_optimizer_auto_would_have_to_know_is_said() -> None:
     small = replace(footprint(), optimizer=10)
     others = {"optimizer=adafactor": small}
     found = estimate(plan, footprint(), (400, "a test"), 0.0, others, (), automatic="adamw")
-    assert (found.per_gpu, found.ways[0].per_gpu) == (0, 24)
+    assert (found.per_gpu, found.ways[-1].per_gpu) == (0, 24)
     assert "adamw" in (shorter_state(found) or "")
     assert "24 samples" in (shorter_state(found) or "")
     assert shorter_state(replace(found, automatic="")) is None
-    assert from_json(json.dumps(found.as_json())) == found
+    assert from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def estimated(limit: float, *overrides: str, source: str = "cluster.gpu_memory_gb") -> Estimate:
+    plan = resolve(compose(["task=digits", "batch.global_size=32", "optimizer=adamw", *overrides]), 1)
+    others = {"optimizer=adafactor": replace(footprint(), optimizer=10)}
+    return estimate(plan, footprint(), (limit, source), 0.0, others, ())
+
+
+def test_accumulation_halves_the_per_gpu_batch_until_it_fits() -> None:
+    """32 samples in one pass need 300 + 100 + 7·32 bytes; in passes of 8 samples 400 + 3·8."""
+    (way, other) = estimated(430).ways
+    assert (way.change, way.per_gpu, way.accumulation) == ("batch.per_gpu=8", 8, 4)
+    assert way.planned_gb == pytest.approx(424e-9)
+    assert (other.planned_gb, other.accumulation) == (pytest.approx((210 + 7 * 32) * 1e-9), None)
+    assert not any(way.accumulation for way in estimated(401).ways)  # not even one sample fits
+    assert "batch.per_gpu=16" in [way.change for way in estimated(5000).ways]
+    bitwise = ("numerics=bitwise", "batch.per_gpu=32")
+    assert not any(way.accumulation for way in estimated(5000, *bitwise).ways)
+
+
+def test_a_per_gpu_batch_beyond_a_step_says_how_much_of_it_the_run_uses() -> None:
+    found = estimated(10_000)
+    assert found.share == 32
+    assert (found.per_gpu or 0) > 1000
+    assert any("of which a step of this run uses 32" in text for _, text in memory_rows(found))
+    assert not any("uses" in text for _, text in memory_rows(estimated(430)))
+
+
+def test_where_nothing_fits_it_is_said_what_would() -> None:
+    text = what_helps(estimated(395))
+    assert "weights, gradients and optimizer state need 0.4 kB" in text
+    assert "optimizer=adafactor (56 samples per GPU)" in text  # 210 + 3·56 bytes, in passes
+    assert "no change" in what_helps(estimated(150))
+
+
+def test_a_limit_below_the_weights_is_rejected_with_what_they_need() -> None:
+    with pytest.raises(UserError, match=r"0\.4 kB") as error:
+        refuse_too_small(estimated(50))
+    assert error.value.key == "cluster.gpu_memory_gb"
+    refuse_too_small(estimated(50, source="the device"))  # what it has can't be changed
+    refuse_too_small(estimated(150))  # nothing fits, but the number isn't absurd
+    sharded = ("engine=fsdp", EnginePlacement("fsdp"), 64)
+    plan = resolve(compose(["task=digits", "batch.global_size=32", "optimizer=adamw"]), 1)
+    large = replace(footprint(), block=0, rest=0)
+    refuse_too_small(estimate(plan, large, (90, "cluster.gpu_memory_gb"), 0.0, {}, (sharded,)))  # it fits in parts
 
 
 def test_an_absurd_limit_is_rejected() -> None:

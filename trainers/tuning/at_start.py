@@ -8,13 +8,12 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.sizes import evaluation_batch
-from isobatch.scaling.tuning.memory import told
 from isobatch.trainers.loop.opening import Opened, plan_of
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
-from isobatch.trainers.tuning.memory import measure_noted, usable
+from isobatch.trainers.tuning.memory import measure_noted, tell, usable
 from isobatch.trainers.tuning.progress import Progress
 from isobatch.trainers.tuning.stored import put_result, read_results
 
@@ -44,15 +43,16 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
         except Interrupted:
             return None
         put_result(world, results, PART, found.as_json(), conditions)
+    text = tell(found.as_json())
     if not found.per_gpu:
-        fix = "use precision=bf16, recompute or engine=fsdp; action=plan plan.memory=true estimates what each needs"
-        if "optimizer" in config.chosen and config.optimizer.name != "adafactor":
-            fix += f"; optimizer=auto chose {config.optimizer.name}, and optimizer=adafactor keeps a smaller state"
-        raise UserError(f"batch.per_gpu=auto: {told(found)}", fix, "batch.per_gpu", "auto")
+        fix = (
+            "use less memory in one of these ways" if found.outlook else "use precision=bf16, recompute or engine=fsdp"
+        )
+        raise UserError(f"batch.per_gpu=auto: {text}", fix, "batch.per_gpu", "auto")
     per_gpu = min(found.per_gpu, cap)
     if world.rank == 0:
-        run.event("per_gpu", text=told(found), per_gpu=per_gpu)
-        say(told(found))
+        run.event("per_gpu", text=text, per_gpu=per_gpu)
+        say(text)
     limit = session.start.per_gpu_limit
     plan = plan_of(config, world.size, len(opened.data), limit, per_gpu)
     return replace(opened, plan=plan, evaluation_batch=evaluation_batch(config, plan, limit))

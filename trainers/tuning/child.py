@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.tuning.estimated import Estimate, from_json
@@ -23,8 +24,8 @@ def estimate_memory(config: RunConfig, plan: Plan, stop: Stop) -> Estimate:
 
     def work() -> str:
         import_torch(config)
-        from isobatch.trainers.tuning.outlook import as_json
+        from isobatch.trainers.tuning.outlook import outlook
 
-        return as_json(config, plan)
+        return json.dumps(outlook(config, plan).as_json())
 
-    return from_json(answer_of(work, stop, "while the memory was estimated"))
+    return from_json(json.loads(answer_of(work, stop, "while the memory was estimated")))

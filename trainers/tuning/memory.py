@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from isobatch.scaling.plan import Step
+from isobatch.scaling.tuning.estimated import from_json as estimate_from
+from isobatch.scaling.tuning.estimated import what_helps
 from isobatch.scaling.tuning.footprint import Footprint, Pass, curve
 from isobatch.scaling.tuning.memory import Bounds, Limit, Memory, Predict, Probe, concluded, from_json, next_size, told
 from isobatch.trainers.data.fetch import to_device
@@ -25,6 +28,7 @@ from isobatch.trainers.tuning.bench import Bench, Interrupted, Trial
 from isobatch.trainers.tuning.estimate import Subject, trace, traced_from
 from isobatch.trainers.tuning.journal import Journal
 from isobatch.trainers.tuning.meter import Meter, oom_kills
+from isobatch.trainers.tuning.outlook import estimated
 from isobatch.trainers.tuning.samples import LargeBatches
 from isobatch.trainers.tuning.stored import on_rank_0
 
@@ -124,7 +128,8 @@ class Probing:
             bounds, limit = self._bounds(lasting)
             shown = "doesn't fit" if peak is None else f"{peak / 1e9:.3g} GB"
             bench.say(f"{size:,} samples: {shown}")
-        return concluded(probes, bounds, limit, bench.config.tune.margin, prior)
+        found = concluded(probes, bounds, limit, bench.config.tune.margin, prior)
+        return found if found.per_gpu else replace(found, outlook=self._outlook(limit))
 
     def _note(self, change: Callable[[], None]) -> None:
         """Change the journal on all ranks. Raises UserError on all ranks if it can't be written."""
@@ -173,25 +178,34 @@ class Probing:
 
     def _prior(self) -> Predict | None:
         """Return the estimated peak by size, traced on rank 0."""
+        found = self._of_rank_0(lambda subject, process: asdict(trace(subject, process)))
+        if found is None:
+            return None
+        passes = tuple(Pass(**one) for one in found.pop("passes"))
+        engine, ranks = self._bench.opened.plan.engine, self._world.size
+        known = curve(Footprint(**found, passes=passes), engine, ranks, accumulates=True)
+        return known.peak if known else None
+
+    def _outlook(self, limit: Limit) -> dict[str, Any] | None:
+        """Return what other settings would need, as JSON values."""
+        plan, room = self._bench.opened.plan, (float(limit.bytes), limit.source)
+        return self._of_rank_0(lambda subject, process: estimated(subject, plan, room, process).as_json())
+
+    def _of_rank_0(self, work: Callable[[Subject, int], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return on all ranks what ``work`` returns on rank 0 for the run's subject, and for the bytes of its process.
+
+        Return None if the user's code can't run on fake tensors.
+        """
         bench, world = self._bench, self._world
+        config, plan, on_gpu = bench.config, bench.opened.plan, world.device.type != "cpu"
         found = None
         with bench.session.watch.excused():
             if world.rank == 0:
-                process = self._meter.now() if world.device.type == "cpu" else 0
-                found = asdict(self._traced(process))
-            found = bench.agree(found)
-        passes = tuple(Pass(**one) for one in found.pop("passes"))
-        known = curve(Footprint(**found, passes=passes), bench.opened.plan.engine, world.size, accumulates=True)
-        return known.peak if known else None
-
-    def _traced(self, process: int) -> Footprint:
-        config, plan = self._bench.config, self._bench.opened.plan
-        least = traced_from(self._batches.bytes, plan.granule)
-        on_gpu = self._world.device.type != "cpu"
-        try:
-            return trace(Subject(config, self._bench.opened.task, plan.peak, self._batches, least, on_gpu), process)
-        except Exception as error:  # whatever the user's code does with fake tensors
-            return Footprint(0, 0, 0, why_not=f"{type(error).__name__}: {error}")
+                least = traced_from(self._batches.bytes, plan.granule)
+                subject = Subject(config, bench.opened.task, plan.peak, self._batches, least, on_gpu)
+                with suppress(Exception):  # whatever the user's code does with fake tensors
+                    found = work(subject, 0 if on_gpu else self._meter.now())
+            return bench.agree(found)  # type: ignore[no-any-return]
 
 
 class OutOfMemory(Exception):
@@ -294,5 +308,6 @@ class OneSize:
 
 
 def tell(found: Mapping[str, Any]) -> str:
-    """Return a sentence with the largest per-GPU batch."""
-    return told(from_json(found))
+    """Return a sentence with the largest per-GPU batch, and with what would help if nothing fits."""
+    outlook = found.get("outlook")
+    return told(from_json(found)) + (f"; {what_helps(estimate_from(outlook))}" if outlook else "")

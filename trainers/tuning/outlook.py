@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -43,16 +42,21 @@ def outlook(config: RunConfig, plan: Plan) -> Estimate:
     batches = LargeBatches(data, task, config.seed)
     subject = Subject(config, task, plan.peak, batches, traced_from(batches.bytes, plan.granule), on_gpu)
     with say_if_slow("estimating the memory …"):
-        found = trace(subject, process)
-        others = {change: trace(other, process) for change, other in _others(subject, found)}
-    shares = engines(config, plan) if on_gpu or plan.world > 1 else ()  # more ranks on a CPU share its memory
+        return estimated(subject, plan, limit, process)
+
+
+def estimated(subject: Subject, plan: Plan, limit: tuple[float, str], process: int) -> Estimate:
+    """Return the estimate for ``plan`` under a limit in bytes, and the place where the limit comes from.
+
+    Args:
+        process: bytes of the process without the model.
+    """
+    config = subject.config
+    found = trace(subject, process)
+    others = {change: trace(other, process) for change, other in _others(subject, found)}
+    shares = engines(config, plan) if subject.on_gpu or plan.world > 1 else ()  # ranks on a CPU share its memory
     automatic = config.optimizer.name if "optimizer" in config.chosen else ""
     return estimate(plan, found, limit, config.tune.margin, others, shares, automatic)
-
-
-def as_json(config: RunConfig, plan: Plan) -> str:
-    """Return ``outlook`` as JSON."""
-    return json.dumps(outlook(config, plan).as_json())
 
 
 def _limit(config: RunConfig) -> tuple[bool, tuple[float, str]]:
