@@ -1,4 +1,4 @@
-"""Test the Python API in scripts that run in their own processes."""
+"""Test the Python API in scripts that run in their own processes, forked from a warm one unless they test imports."""
 
 from __future__ import annotations
 
@@ -59,21 +59,23 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def script(text: str, **env: str) -> dict[str, Any]:
+def script(text: str, cold: bool = False) -> dict[str, Any]:
     """Run ``text`` as a script that sets ``answer`` to a dictionary, and return that."""
-    Path("script.py").write_text(
+    file = Path("script.py").absolute()
+    file.write_text(
         f"QUICK = {QUICK!r}\n{textwrap.dedent(text)}\nimport json; open('answer', 'w').write(json.dumps(answer))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if cold:
+        done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True, timeout=180)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        process = Warm([], Path.cwd(), env, program=str(file))
+        out, err = process.communicate(timeout=180)
+        code = process.returncode
+    assert code == 0, out + err
     answer: dict[str, Any] = json.loads(Path("answer").read_text())
-    return answer | {"out": done.stdout, "err": done.stderr}
+    return answer | {"out": out, "err": err}
 
 
 def launch(*words: str) -> str:
@@ -85,7 +87,8 @@ def launch(*words: str) -> str:
 
 def test_importing_isobatch_changes_no_state() -> None:
     """The same holds for its names that are imported on first use."""
-    answer = script("""
+    answer = script(
+        """
         import gc, os, signal, sys
         def state():
             handlers = {number: str(signal.getsignal(number)) for number in signal.valid_signals()}
@@ -95,7 +98,9 @@ def test_importing_isobatch_changes_no_state() -> None:
         heavy = [name for name in ("torch", "hydra", "pydantic", "numpy") if name in sys.modules]
         from isobatch import UserError, train
         answer = {"same": state() == before, "heavy": heavy, "torch": "torch" in sys.modules, "dir": dir(isobatch)}
-    """)
+    """,
+        cold=True,
+    )
     assert answer["same"]
     assert answer["heavy"] == []
     assert not answer["torch"]
@@ -156,7 +161,8 @@ def test_api_and_command_line_give_the_same_run() -> None:
 
 def test_training_restores_the_state_of_the_process() -> None:
     """Four trainings, with a run that is extended and one that changes the most, leave every setting unchanged."""
-    answer = script("""
+    answer = script(
+        """
         import gc, os, random, signal, sys, threading
         import numpy, torch
         import isobatch
@@ -186,7 +192,9 @@ def test_training_restores_the_state_of_the_process() -> None:
             "differ": differ, "steps": [run.metrics["step"] for run in (bitwise, first, longer, again)],
             "threads": [thread.name for thread in threading.enumerate() if thread.name == "owner"],
         }
-    """)
+    """,
+        cold=True,
+    )
     assert answer["differ"] == [[], [], [], []]
     assert answer["steps"] == [4, 4, 8, 8]
     assert answer["threads"] == []
@@ -294,7 +302,8 @@ def test_several_workers_find_the_task_of_the_caller() -> None:
 
 def test_plan_equals_that_of_the_command_and_imports_no_torch() -> None:
     words = ("batch.global_size=4096", "cluster.nodes=16", "cluster.gpus_per_node=8")
-    answer = script(f"""
+    answer = script(
+        f"""
         import sys
         import isobatch
         from isobatch.scaling.report.plan_json import to_json
@@ -302,7 +311,9 @@ def test_plan_equals_that_of_the_command_and_imports_no_torch() -> None:
         answer = {{"plan": to_json(plan), "torch": "torch" in sys.modules, "world": plan.world}}
         own = ("task=custom", "task._target_=mine.Mine", "lr.peak=1", "batch.global_size=all", "plan.open_data=true")
         answer["all"] = isobatch.plan(*own, "lr.gamma=0.5").stages[0].cut.global_size
-    """)
+    """,
+        cold=True,
+    )
     assert answer["err"].count("lr.gamma") == 1  # which has no effect
     assert answer["world"] == 128
     assert answer["all"] == 64
@@ -314,7 +325,8 @@ def test_training_inside_a_hydra_program_leaves_its_config_alone() -> None:
     Path("theirs").mkdir()
     Path("theirs/other.yaml").write_text("a: 2\n")
     Path("theirs/main.yaml").write_text("a: 1\nhydra: {run: {dir: .}, output_subdir: null}\n")
-    answer = script("""
+    answer = script(
+        """
         import hydra, os
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.hydra_config import HydraConfig
@@ -327,7 +339,9 @@ def test_training_inside_a_hydra_program_leaves_its_config_alone() -> None:
             answer["same"] = GlobalHydra.instance().hydra is before and hydra.version.getbase().minor == 2
             answer["theirs"] = [cfg.a, hydra.compose("other").a, HydraConfig.get().job.name]
         main()
-    """)
+    """,
+        cold=True,
+    )
     assert answer["state"] == "finished"
     assert answer["same"]
     assert answer["theirs"] == [1, 2, "script"]

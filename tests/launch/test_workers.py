@@ -105,15 +105,12 @@ class Run:
         folder: Path,
         command: list[str],
         stdin: str | None = None,
-        warm: bool = False,
-        torchrun: bool = False,
+        warm: str = "",
         **env: str,
     ) -> None:
         self.folder, self.dir = folder, folder / "run"
         command, env = [*command, f"run.dir={self.dir}"], {**os.environ, **env}
-        self.process = (
-            Warm(command, folder, env, torchrun=torchrun) if warm or torchrun else started(command, folder, env, stdin)
-        )
+        self.process = Warm(command, folder, env, program=warm) if warm else started(command, folder, env, stdin)
         self._stdin, self.out, self.err = stdin, "", ""
 
     def end(self) -> int:
@@ -178,7 +175,7 @@ def folder(tmp_path: Path) -> Any:
 
 
 def launch(folder: Path, *overrides: str, ranks: int = 2) -> Run:
-    return Run(folder, [*BASE, f"cluster.gpus_per_node={ranks}", *overrides], warm=True)
+    return Run(folder, [*BASE, f"cluster.gpus_per_node={ranks}", *overrides], warm=str(LAUNCH))
 
 
 def launch_cold(folder: Path, *overrides: str, ranks: int = 2, **more: Any) -> Run:
@@ -202,7 +199,7 @@ def launch_after(folder: Path, code: str, *overrides: str) -> Run:
 
 
 def torchrun(folder: Path, *overrides: str, options: tuple[str, ...] = ("--standalone",), workers: int = 2) -> Run:
-    return Run(folder, [*options, f"--nproc-per-node={workers}", str(LAUNCH), *BASE, *overrides], torchrun=True)
+    return Run(folder, [*options, f"--nproc-per-node={workers}", str(LAUNCH), *BASE, *overrides], warm="torchrun")
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Run launch.py and torchrun in processes forked after importing torch, which saves most of a start's time.
+"""Run launch.py, torchrun or a script in processes forked after importing torch, which saves most of a start's time.
 
 Everything else is as in a new process: arguments, environment, folder, session, signal handlers and output. Tests of
 imports, and of signals during them, start a real process.
@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -30,11 +32,11 @@ POLL_S = 0.005
 
 
 class Warm:
-    """A process that runs launch.py, with the methods of ``subprocess.Popen`` that tests use.
+    """A process that runs a program, with the methods of ``subprocess.Popen`` that tests use.
 
     Args:
         output: a file for stdout and stderr; ``communicate`` then returns no output of its own.
-        torchrun: run torchrun instead. Its workers are new processes.
+        program: a script, or "torchrun", whose workers are new processes.
     """
 
     def __init__(
@@ -43,12 +45,11 @@ class Warm:
         folder: Path,
         env: dict[str, str],
         output: IO[Any] | None = None,
-        torchrun: bool = False,
+        program: str = str(LAUNCH),
     ) -> None:
         self._output = [output or tempfile.TemporaryFile() for _ in ("stdout", "stderr")]  # noqa: SIM115
         reader, writer = os.pipe()
-        words = ["torchrun" if torchrun else str(LAUNCH), *arguments]
-        request = json.dumps({"words": words, "folder": str(folder), "env": env}).encode()
+        request = json.dumps({"words": [program, *arguments], "folder": str(folder), "env": env}).encode()
         server = _server()
         socket.send_fds(server, [request], [*(file.fileno() for file in self._output), writer])
         os.close(writer)
@@ -125,7 +126,7 @@ def serve(requests: socket.socket) -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
-    """Run launch.py or torchrun in this process as if started by a shell; never return."""
+    """Run a program in this process as if started by a shell; never return."""
     try:
         os.setsid()
         for fd, own in zip((os.open(os.devnull, os.O_RDONLY), *fds[:2]), range(3), strict=True):
@@ -138,25 +139,26 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
         _show([sys.executable, *sys.argv])
         sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        sys.path[0] = str(LAUNCH.parent)
-        if sys.argv[0] == "torchrun":
-            _torchrun()
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        program = sys.argv[0]
+        sys.path[0] = str(LAUNCH.parent if program == "torchrun" else Path(program).parent)
+        sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        _run(torchrun if program == "torchrun" else partial(runpy.run_path, program, run_name="__main__"))
     finally:
         os._exit(99)
 
 
-def _torchrun() -> NoReturn:
-    """Run torchrun and exit as Python would after it."""
+def _run(program: Callable[[], object]) -> NoReturn:
+    """Run a program and exit as Python would after it."""
     code = 0
     try:
-        torchrun()
+        program()
     except SystemExit as end:
         code = exit_code(end)
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
