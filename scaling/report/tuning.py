@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,9 @@ from isobatch.scaling.report.compare.picture import Curve, Panel, Picture
 from isobatch.scaling.report.compare.plots import draw
 
 NAME = "tune"
+LR_MARKS = {
+    "suggestion": "suggested", "steepest": "steepest", "largest_stable": "largest stable", "run_lr": "the run's",
+}  # fmt: skip
 Part = Mapping[str, Any]
 
 
@@ -95,9 +99,11 @@ def _lr(part: Part) -> list[Panel]:
         return []
     _, _, rates, losses = zip(*part["curve"], strict=True)
     curves = [_line(rates, losses, "smoothed loss")]
-    if part["suggestion"]:
-        nearest = min(rates, key=lambda rate: abs(rate - part["suggestion"]))
-        curves.append(_mark(nearest, rates, losses, "suggested"))
+    marked: dict[float, list[str]] = {}
+    for name, text in LR_MARKS.items():
+        if part[name] and rates[0] <= part[name] <= rates[-1]:
+            marked.setdefault(min(rates, key=lambda rate: abs(math.log(rate / part[name]))), []).append(text)
+    curves += [_mark(at, rates, losses, ", ".join(texts), dash) for dash, (at, texts) in enumerate(marked.items())]
     return [Panel("Range test", "learning rate", "training loss, smoothed", True, False, curves)]
 
 

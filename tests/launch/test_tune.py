@@ -182,3 +182,14 @@ def test_a_given_peak_is_carried_by_the_rule_too() -> None:
     found = stored("run")["recommendation"]
     assert found["lr"] == pytest.approx(0.2 * found["global_size"] / 64)
     assert f"lr.peak={found['lr']:.6g}" in found["command"]
+
+
+def test_a_recommended_lr_is_at_most_the_largest_stable_one() -> None:
+    """A peak of 3 diverges at a batch of 64; the linear rule carries it and the largest stable LR alike."""
+    launch(*NOISE, "run.dir=run", "tune.parts=[noise,lr]", "tune.samples=100st", "lr.peak=3", "lr.rule=linear")
+    found = stored("run")["recommendation"]
+    stable = stored("run")["lr"]["largest_stable"]
+    assert stable < 3
+    assert found["lr"] == pytest.approx(stable * found["global_size"] / 64)
+    assert f"not {3 * found['global_size'] / 64:.3g}: the range test was stable up to {stable:.3g}" in found["lr_limit"]
+    assert f"lr.peak={found['lr']:.6g}" in found["command"]

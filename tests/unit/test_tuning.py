@@ -266,6 +266,18 @@ def test_the_picture_has_a_panel_for_each_part_with_a_curve() -> None:
     assert marked["recommended"] == [asked([Witness("noise", 200.0)]).best.global_size]
 
 
+def test_the_range_test_is_marked_with_its_limit_and_the_runs_own_lr_if_it_got_that_far() -> None:
+    curve = [[rate, 2.0 - rate, rate, 2.0 - rate] for rate in (0.01, 0.1, 1.0)]
+    part = {"curve": curve, "suggestion": 0.09, "steepest": 0.09, "largest_stable": 0.9, "run_lr": 3.0}
+    picture = picture_of({"lr": part})
+    assert picture is not None
+    marked = {curve.name: curve.x for curve in picture.panels[0].curves if curve.kind == "points"}
+    assert marked == {"suggested, steepest": [0.1], "largest stable": [1.0]}
+    shown = picture_of({"lr": {**part, "run_lr": 0.011}})
+    assert shown is not None
+    assert "the run's" in [curve.name for curve in shown.panels[0].curves]
+
+
 @pytest.mark.parametrize("part", ["speed", "noise", "recommendation"])
 def test_a_part_with_other_content_is_left_out_of_the_picture(part: str) -> None:
     picture = picture_of({**tuned_parts(), part: {"course": 3, "sizes": [{}], "predictions": [1]}})

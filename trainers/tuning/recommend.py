@@ -47,13 +47,13 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
         witnesses(parts),
         speed,
         candidates(max(least, quantum), most, quantum),
-        lambda size: carried_lr(bench, size),
+        lambda size: peak_lr(bench, parts, size),
         config.tune.max_step_ms,
     )
     if found is None:
         problem = f"no batch has a step of at most tune.max_step_ms={config.tune.max_step_ms:g} ms"
         raise UserError(problem, "allow longer steps, or use more or faster GPUs", "tune.max_step_ms")
-    return found.plain(lambda row: command(bench, row))
+    return {**found.plain(lambda row: command(bench, row)), "lr_limit": lr_limit(bench, parts, found.best)}
 
 
 def witnesses(parts: Results) -> list[Witness]:
@@ -72,31 +72,66 @@ def witnesses(parts: Results) -> list[Witness]:
     return found
 
 
-def carried_lr(bench: Bench, size: int) -> float | None:
-    """Return the peak LR at a global batch, by the run's rule, also of a given lr.peak; None where it can't hold."""
+def peak_lr(bench: Bench, parts: Results, size: int) -> float | None:
+    """Return the peak LR at a global batch: by the run's rule, and at most the largest stable one, if that was tested.
+
+    Returns:
+        None where the rule can't hold.
+    """
+    carried = carried_lr(bench, bench.opened.plan.peak.lr, size)
+    limit = stable_lr(bench, parts, size)
+    return carried if carried is None or limit is None else min(carried, limit)
+
+
+def stable_lr(bench: Bench, parts: Results, size: int) -> float | None:
+    """Return the largest stable LR of the range test, carried by the rule as the LR is; None without such a test."""
+    tested = parts.get("lr", {}).get("largest_stable")
+    return carried_lr(bench, tested, size) if tested else None
+
+
+def carried_lr(bench: Bench, lr: float, size: int) -> float | None:
+    """Return an LR of the run's batch at another one, by the run's rule, also of a given lr.peak."""
     plan = bench.opened.plan
     rule = plan.segments[0].rule
     rule = replace(rule, fixed=tuple(part for part in rule.fixed if part != "lr"))
     try:
-        return rule.apply(plan.peak, plan.cut.global_size, size).lr
+        return rule.apply(replace(plan.peak, lr=lr), plan.cut.global_size, size).lr
     except OutOfRange:
         return None
 
 
+def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
+    """Return how the recommended LR compares with the largest stable one of the range test; "" without a test."""
+    plan, size = bench.opened.plan, row.global_size
+    limit, carried = stable_lr(bench, parts, size), carried_lr(bench, plan.peak.lr, size)
+    if limit is None or carried is None:
+        return ""
+    tested, batch = parts["lr"]["largest_stable"], plan.cut.global_size
+    rule = "" if size == batch else f", which lr.rule={plan.segments[0].rule.name} carries to {limit:.3g} here"
+    test = f"the range test was stable up to {tested:.3g} at a batch of {batch:,}{rule}"
+    if carried > limit:
+        return f"peak LR {limit:.3g}, not {carried:.3g}: {test}"
+    if row.lr <= tested:
+        return f"peak LR {row.lr:.3g}: {test}"
+    again = f"tune.parts=[lr] batch.global_size={plan.sized(size)} tests it at this batch"
+    return f"peak LR {row.lr:.3g}: {test}; {again}"
+
+
 def command(bench: Bench, row: Prediction) -> str:
     """Return the command that trains with a batch: a new run where this command took its config from a run."""
-    per_sample, run = bench.opened.plan.sized(1), Path(bench.session.start.run_dir).parent
+    plan = bench.opened.plan
+    per_sample, run = plan.sized(1), Path(bench.session.start.run_dir).parent
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
     if (run / "config.yaml").exists() and (bench.config.run.directory or bench.config.init_from):
         words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
     sizes = [f"batch.global_size={row.global_size * per_sample}"]
-    planned = bench.opened.plan.samples or 0
+    planned = plan.samples or 0
     if row.samples is not None and abs(row.samples - planned) > SAME * planned:
         words = [word for word in words if not word.startswith("duration=")]
         sizes.append(f"duration={round(row.samples)}sa")
     sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []
-    if bench.opened.plan.base_source == "peak":
+    if plan.base_source == "peak" or row.lr != carried_lr(bench, plan.peak.lr, row.global_size):
         sizes.append(f"lr.peak={row.lr:.6g}")
     return shlex.join([*words, *sizes])
 
@@ -125,6 +160,7 @@ def summary(found: Mapping[str, Any]) -> str:
             "",
             f"recommended: global batch {found['global_size']:,} ({found['why']})",
             found["agreement"],
+            *filter(None, [found["lr_limit"]]),
             found["command"],
             "",
             "",
