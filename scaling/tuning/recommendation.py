@@ -5,6 +5,8 @@ with D samples takes
 
     samples(B) = D · (1 + B/φ) / (1 + B₀/φ),    steps(B) = samples(B) / B,    seconds(B) = steps(B) · step time(B).
 
+Where the run's batch changes, D / (1 + B₀/φ) is a sum over its stretches.
+
 Source: McCandlish et al. 2018, arXiv:1812.06162, eq. 2.7 and 5.1; goodput of Pollux (Qiao et al., OSDI 2021).
 """
 
@@ -15,30 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from isobatch.scaling.geometry import counted
 from isobatch.scaling.tuning.speed import Speed
+from isobatch.scaling.tuning.witnesses import Stretches, Witness, agreement
 
 FRUGAL = 1.05  # samples of the most frugal batch, relative to the fewest
-EQUAL_TIME = 1.02  # of two batches whose times differ by less, the smaller one is better
-AGREE = 2.0  # factor between witnesses up to which they agree
-FEWEST_STEPS = 20  # of a candidate: a run of fewer says nothing about training
-TRUST = ("branch", "noise", "law")  # witnesses, the most trusted first: branches train, the law is from other models
-
-
-@dataclass(frozen=True, slots=True)
-class Witness:
-    """A measurement of the critical batch.
-
-    Attributes:
-        part: the part of ``action=tune`` that measured it.
-        critical: the critical batch, in samples.
-        low, high: its 95 % interval; None: not known.
-    """
-
-    part: str
-    critical: float
-    low: float | None = None
-    high: float | None = None
+EQUAL_TIME = 0.02  # relative difference of two times that doesn't matter, if the measured times don't spread more
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +97,7 @@ def candidates(least: int, most: int, quantum: int = 1) -> list[int]:
 
 
 def recommend(
-    batch: int,
-    samples: int,
+    stretches: Stretches,
     witnesses: Sequence[Witness],
     speed: Speed | None,
     sizes: Sequence[int],
@@ -124,9 +106,12 @@ def recommend(
 ) -> Recommendation | None:
     """Return the recommended batch.
 
+    Of batches whose times can't be told apart it is the one nearest the run's own: the further a batch is from it, the
+    more the prediction and the LR rest on a law instead of on the run.
+
     Args:
-        batch, samples: the run's own global batch, and the samples that it trains.
-        witnesses: measurements of the critical batch.
+        stretches: the run's own global batch, and the samples that it trains.
+        witnesses: measurements of the critical batch, the most trusted one first.
         speed: the measured time of steps; None: not known.
         sizes: the global batches to compare.
         lr: returns the peak LR at a global batch; None if the run's rule doesn't hold there.
@@ -135,39 +120,48 @@ def recommend(
     Returns:
         None if no candidate has a step of at most ``max_step_ms``.
     """
-    witness = min(witnesses, key=lambda one: TRUST.index(one.part), default=None)
-    critical = witness.critical if witness else None
-    rows = [
-        row
-        for size in sorted({*sizes, batch})
-        if (rate := lr(size)) is not None
-        and (row := predict(size, batch, samples, rate, critical, speed, max_step_ms)) is not None
-    ]
+    witness, own = witnesses[0] if witnesses else None, mean_batch(stretches)
+
+    def predicted(critical: float | None) -> list[Prediction]:
+        rates = ((size, lr(size)) for size in sorted({*sizes, stretches[0][0]}))
+        rows = (
+            predict(size, stretches, rate, critical, speed, max_step_ms) for size, rate in rates if rate is not None
+        )
+        return [row for row in rows if row]
+
+    rows = predicted(witness.critical if witness else None)
     if not rows:
         return None
     frugal = _frugal(rows) if witness else None
+    bounds = [frugal.global_size] if frugal else []
     if witness and speed:
-        best = _fastest(rows)
-        bounds = [best.global_size, frugal.global_size if frugal else best.global_size]
-        for bound in filter(None, (witness.low, witness.high)):
-            again = (predict(r.global_size, batch, samples, r.lr, bound, speed, max_step_ms) for r in rows)
-            bounds.append(_fastest([row for row in again if row]).global_size)
-        why = f"the best time to the target: critical batch {witness.critical:,.0f} ({witness.part}) and measured speed"
+        best, why = _fastest(rows, own, speed)
+        why = f"the best time to the target: critical batch {witness.critical:,.0f} ({witness.name}) and {why}"
+        bounds += [
+            _fastest(predicted(bound), own, speed)[0].global_size for bound in (witness.low, witness.high) if bound
+        ]
     elif witness:
         best = min(rows, key=lambda row: abs(math.log(row.global_size / witness.critical)))
-        bounds = [best.global_size, frugal.global_size if frugal else best.global_size]
-        why = f"the critical batch, {witness.critical:,.0f} ({witness.part}); tune.parts=[speed] would tell its time"
+        why = f"the critical batch, {witness.critical:,.0f} ({witness.name}); tune.parts=[speed] would tell its time"
     else:
-        best = next((row for row in rows if row.global_size == batch), rows[0])
-        bounds = [best.global_size]
+        best = _nearest(rows, own)
         why = "the run's own batch: no measurement tells what a larger one costs in samples"
+    bounds.append(best.global_size)
     return Recommendation(best, frugal, min(bounds), max(bounds), tuple(rows), why, agreement(witnesses))
+
+
+def mean_batch(stretches: Stretches) -> float:
+    """Return the samples of a run by its steps.
+
+    >>> mean_batch([(32, 320), (64, 640)])
+    48.0
+    """
+    return sum(samples for _, samples in stretches) / sum(samples / batch for batch, samples in stretches)
 
 
 def predict(
     size: int,
-    batch: int,
-    samples: int,
+    stretches: Stretches,
     lr: float,
     critical: float | None,
     speed: Speed | None,
@@ -178,58 +172,12 @@ def predict(
     if speed and way is None:
         return None
     per_gpu, accumulation, step_ms = way or (None, None, None)
-    needed = None if critical is None else samples * (1 + size / critical) / (1 + batch / critical)
-    steps = None if needed is None else needed / size
+    needed = steps = None
+    if critical is not None:
+        needed = sum(samples * (1 + size / critical) / (1 + batch / critical) for batch, samples in stretches)
+        steps = needed / size
     seconds = None if steps is None or step_ms is None else steps * step_ms / 1000
     return Prediction(size, per_gpu, accumulation, lr, needed, steps, seconds, step_ms)
-
-
-def over_run(course: Sequence[tuple[float, float]], batch: int, samples: int) -> float | None:
-    """Return the critical batch of a whole run from the course of its noise scale φ, which is constant after its end.
-
-    A step at batch B makes 1/(1 + φ/B) of the progress of a step without noise. So ds samples at the run's own batch B₀
-    make ds/(B₀ + φ) of it, and the critical batch, the mean of φ over the progress, is Σ φ·w / Σ w, w = ds/(B₀ + φ).
-
-    Args:
-        course: (samples trained, noise scale), by ascending samples.
-        batch: B₀, in samples; ``samples``: length of the run.
-
-    Returns:
-        None if the noise scale isn't known anywhere.
-
-    Source: McCandlish et al. 2018, arXiv:1812.06162, section 2.3 and appendix D.
-
-    >>> over_run([(100, 50.0), (200, 150.0)], batch=50, samples=400)
-    110.0
-    """
-    if not course:
-        return None
-    ends = [at for at, _ in course[:-1]] + [max(samples, course[-1][0])]
-    progress = [
-        (end - start) / (batch + scale) for start, end, (_, scale) in zip([0, *ends], ends, course, strict=False)
-    ]
-    return sum(scale * part for (_, scale), part in zip(course, progress, strict=True)) / sum(progress)
-
-
-def agreement(witnesses: Sequence[Witness]) -> str:
-    """Return a sentence that tells how far the measurements of the critical batch agree."""
-    said = ", ".join(f"{one.part} {one.critical:,.0f}{_interval(one)}" for one in witnesses)
-    if not witnesses:
-        return "no critical batch was measured"
-    if len(witnesses) == 1:
-        return f"one measurement of the critical batch: {said}"
-    low, high = (pick(one.critical for one in witnesses) for pick in (min, max))
-    verdict = "agree within" if high <= AGREE * low else "disagree by"
-    trusted = min(witnesses, key=lambda one: TRUST.index(one.part)).part
-    used = "" if high <= AGREE * low else f"; the recommendation uses {trusted}"
-    return f"{counted(len(witnesses), 'measurement')} {verdict} × {high / low:.2g}: {said}{used}"
-
-
-def _interval(witness: Witness) -> str:
-    if witness.low is None and witness.high is None:
-        return ""
-    low, high = ("?" if bound is None else f"{bound:,.0f}" for bound in (witness.low, witness.high))
-    return f" [{low}, {high}]"
 
 
 def _frugal(rows: Sequence[Prediction]) -> Prediction:
@@ -237,6 +185,17 @@ def _frugal(rows: Sequence[Prediction]) -> Prediction:
     return [row for row in rows if row.samples is not None and row.samples <= FRUGAL * fewest][-1]
 
 
-def _fastest(rows: Sequence[Prediction]) -> Prediction:
+def _fastest(rows: Sequence[Prediction], own: float, speed: Speed) -> tuple[Prediction, str]:
+    """Return the batch nearest the run's own among the fastest ones, and how many can't be told apart."""
+    tolerance = max(EQUAL_TIME, speed.spread)
     least = min(row.seconds for row in rows if row.seconds is not None)
-    return next(row for row in rows if row.seconds is not None and row.seconds <= EQUAL_TIME * least)
+    equal = [row for row in rows if row.seconds is not None and row.seconds <= (1 + tolerance) * least]
+    best, said = _nearest(equal, own), "measured speed"
+    if len(equal) > 1:
+        sizes = f"{equal[0].global_size:,} to {equal[-1].global_size:,}"
+        said += f"; {sizes} take the same time within {tolerance:.0%}, and of these it is nearest the run's own"
+    return best, said
+
+
+def _nearest(rows: Sequence[Prediction], own: float) -> Prediction:
+    return min(rows, key=lambda row: (round(abs(math.log(row.global_size / own)), 9), row.global_size))

@@ -93,14 +93,17 @@ def test_an_interrupted_part_leaves_the_parts_before_it_and_the_command_resumes(
     assert not [name for name in os.listdir("run/tune") if name.startswith(".")]  # nothing half-written, no owner
 
 
-def test_a_run_trains_in_a_directory_that_was_tuned_and_is_tuned_afterwards() -> None:
+def test_a_run_trains_in_a_directory_that_was_tuned_and_is_tuned_afterwards_with_the_noise_of_its_training() -> None:
     launch(*NOISE, "run.dir=run")
-    launch(*SMALL, "run.dir=run", "duration=1ep")
+    launch(*SMALL, "run.dir=run", "duration=2ep", "noise.every=1st", "noise.parts=2", "log.every=1st")
     before = Path("run/metrics.jsonl").read_bytes()
     launch("action=tune", "tune.parts=[noise]", "tune.samples=20st", "run.dir=run")
     recommended = stored("run")["recommendation"]
     assert Path("run/metrics.jsonl").read_bytes() == before
     assert "run.dir=run run.new=true" in recommended["command"]
+    assert "noise in training" in recommended["agreement"]
+    launch(*NOISE, "init_from=run", "lr.peak=0.02")
+    assert "noise in training" not in stored("run")["recommendation"]["agreement"]  # it is of another recipe
 
 
 def test_each_run_of_a_sweep_is_tuned_in_its_own_directory() -> None:
@@ -191,5 +194,23 @@ def test_a_recommended_lr_is_at_most_the_largest_stable_one() -> None:
     stable = stored("run")["lr"]["largest_stable"]
     assert stable < 3
     assert found["lr"] == pytest.approx(stable * found["global_size"] / 64)
-    assert f"not {3 * found['global_size'] / 64:.3g}: the range test was stable up to {stable:.3g}" in found["lr_limit"]
+    assert f"not {3 * found['global_size'] / 64:.3g}: the range test was stable up to {stable:.3g}" in found["notes"][0]
     assert f"lr.peak={found['lr']:.6g}" in found["command"]
+
+
+def test_a_batch_schedule_is_compared_with_one_batch_and_what_wasnt_compared_is_said() -> None:
+    schedule = "batch.schedule='0sa:16 50%:32'"
+    out, _ = launch(
+        "action=tune",
+        "tune.parts=[speed,noise]",
+        "tune.samples=60st",
+        *SMALL,
+        schedule,
+        "batch.per_gpu=2",
+        "run.dir=run",
+    )
+    found = stored("run")["recommendation"]
+    assert "batch.schedule" not in found["command"]
+    assert any(note.startswith("batch.schedule takes 16 to 32 samples, 21 on average") for note in found["notes"])
+    assert not [note for note in found["notes"] if note not in out]
+    assert any("best may lie" in note or "weren't timed" in note for note in found["notes"])

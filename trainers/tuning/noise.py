@@ -10,7 +10,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.noise import FEWEST, RAW, Norm, Smoothed, unmeasurable
 from isobatch.scaling.plan import Intervals, Plan
-from isobatch.scaling.tuning.recommendation import over_run
+from isobatch.scaling.tuning.witnesses import over_run, stretches_of
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.starts import other_run, plan_here, spread, starts
@@ -43,7 +43,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         course = ways[0][2]
     noise, norm, rows = ways[-1]
     known = [(row["samples"], row["scale"]) for row in course if row["scale"] is not None]
-    whole = over_run(known, plan.cut.global_size, plan.samples or 0)
+    whole = over_run(known, stretches_of(plan))
     about = {"measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
     return {**values(noise), "over_run": whole, "samples": rows[-1]["samples"], **about, "course": course}
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from isobatch.conf.overrides import parse
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid, rounded
-from isobatch.scaling.rules import OutOfRange
-from isobatch.scaling.tuning.recommendation import Prediction, Witness, candidates, recommend
+from isobatch.scaling.tuning.recommendation import Prediction, candidates, recommend
 from isobatch.scaling.tuning.speed import Speed
+from isobatch.scaling.tuning.witnesses import stretches_of
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.notes import carried_lr, notes_on, peak_lr
 from isobatch.trainers.tuning.parts import Results
+from isobatch.trainers.tuning.witnesses import witnesses
 
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
 SHOWN = 12  # rows of the printed table
@@ -34,87 +35,26 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
     if config.tune.max_step_ms and "speed" not in parts:
         problem = f"tune.max_step_ms={config.tune.max_step_ms:g} needs the time of a step, which wasn't measured"
         raise UserError(problem, "add speed to tune.parts", "tune.max_step_ms", config.tune.max_step_ms)
-    if not parts.keys() & {"speed", "noise", "branch"}:
+    measured = witnesses(bench, parts)
+    if not measured and not parts.keys() & {"speed", "noise", "branch"}:
         return None
-    batch, samples = plan.cut.global_size, plan.samples
-    assert samples is not None
-    quantum = plan.granule * world
+    batch, quantum = plan.cut.global_size, plan.granule * world
     least, most = min(LEAST, batch), max(batch, len(bench.opened.data) // 2)
+    sizes = candidates(max(least, quantum), most, quantum)
     speed = Speed.parse(parts["speed"]) if "speed" in parts else None
     found = recommend(
-        batch,
-        samples,
-        witnesses(parts),
+        stretches_of(plan),
+        measured,
         speed,
-        candidates(max(least, quantum), most, quantum),
+        sizes,
         lambda size: peak_lr(bench, parts, size),
         config.tune.max_step_ms,
     )
     if found is None:
         problem = f"no batch has a step of at most tune.max_step_ms={config.tune.max_step_ms:g} ms"
         raise UserError(problem, "allow longer steps, or use more or faster GPUs", "tune.max_step_ms")
-    return {**found.plain(lambda row: command(bench, row)), "lr_limit": lr_limit(bench, parts, found.best)}
-
-
-def witnesses(parts: Results) -> list[Witness]:
-    """Return the measurements of the critical batch."""
-    found = []
-    noise, branch = parts.get("noise", {}), parts.get("branch", {})
-    if whole := noise.get("over_run"):
-        share = whole / noise["scale"] if noise.get("scale") else None
-        bounds = (noise["low"] * share, noise["high"] * share) if share else (None, None)
-        found.append(Witness("noise", whole, *bounds))
-    if branch.get("critical_batch"):
-        found.append(Witness("branch", branch["critical_batch"], *(branch.get("interval") or (None, None))))
-    law = parts.get("law", {})
-    if law.get("tuned"):
-        found.append(Witness("law", law["batch"], law["low"], law["high"]))
-    return found
-
-
-def peak_lr(bench: Bench, parts: Results, size: int) -> float | None:
-    """Return the peak LR at a global batch: by the run's rule, and at most the largest stable one, if that was tested.
-
-    Returns:
-        None where the rule can't hold.
-    """
-    carried = carried_lr(bench, bench.opened.plan.peak.lr, size)
-    limit = stable_lr(bench, parts, size)
-    return carried if carried is None or limit is None else min(carried, limit)
-
-
-def stable_lr(bench: Bench, parts: Results, size: int) -> float | None:
-    """Return the largest stable LR of the range test, carried by the rule as the LR is; None without such a test."""
-    tested = parts.get("lr", {}).get("largest_stable")
-    return carried_lr(bench, tested, size) if tested else None
-
-
-def carried_lr(bench: Bench, lr: float, size: int) -> float | None:
-    """Return an LR of the run's batch at another one, by the run's rule, also of a given lr.peak."""
-    plan = bench.opened.plan
-    rule = plan.segments[0].rule
-    rule = replace(rule, fixed=tuple(part for part in rule.fixed if part != "lr"))
-    try:
-        return rule.apply(replace(plan.peak, lr=lr), plan.cut.global_size, size).lr
-    except OutOfRange:
-        return None
-
-
-def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
-    """Return how the recommended LR compares with the largest stable one of the range test; "" without a test."""
-    plan, size = bench.opened.plan, row.global_size
-    limit, carried = stable_lr(bench, parts, size), carried_lr(bench, plan.peak.lr, size)
-    if limit is None or carried is None:
-        return ""
-    tested, batch = parts["lr"]["largest_stable"], plan.cut.global_size
-    rule = "" if size == batch else f", which lr.rule={plan.segments[0].rule.name} carries to {limit:.3g} here"
-    test = f"the range test was stable up to {tested:.3g} at a batch of {batch:,}{rule}"
-    if carried > limit:
-        return f"peak LR {limit:.3g}, not {carried:.3g}: {test}"
-    if row.lr <= tested:
-        return f"peak LR {row.lr:.3g}: {test}"
-    again = f"tune.parts=[lr] batch.global_size={plan.sized(size)} tests it at this batch"
-    return f"peak LR {row.lr:.3g}: {test}; {again}"
+    notes = notes_on(found, bench, parts, max(sizes))
+    return {**found.plain(lambda row: command(bench, row)), "notes": notes}
 
 
 def command(bench: Bench, row: Prediction) -> str:
@@ -160,7 +100,7 @@ def summary(found: Mapping[str, Any]) -> str:
             "",
             f"recommended: global batch {found['global_size']:,} ({found['why']})",
             found["agreement"],
-            *filter(None, [found["lr_limit"]]),
+            *found["notes"],
             found["command"],
             "",
             "",

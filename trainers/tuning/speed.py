@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.tuning.bench import Bench, Trial
 
 WARM_UP = 1  # step that is slower than others, since it allocates and compiles
-LEAST, MOST, ENOUGH_S = 2, 20, 0.2  # steps of a measurement, and the time from which they suffice
-ROUNDS = 2  # measurements of each size, apart in time, since a machine has slow moments
+LEAST, MOST, ENOUGH_S = 1, 20, 0.1  # steps of a measurement, and the time from which they suffice
+ROUNDS = 3, 5  # measurements of each size, at least and at most: sizes take turns, since a machine has slow moments
+NOISY = 0.2  # spread from which batches can hardly be told apart
+ROUNDS_S = 20.0  # time from which no further round begins
 
 
 def measure(bench: Bench, fits: int | None = None) -> Speed:
     """Time steps with one pass and with two, by per-GPU batch; the same on all ranks.
 
-    Sizes rise until two in a row are slower than the fastest, or to the largest that fits.
+    Sizes rise until two in a row are slower than the fastest, or to the largest that fits. Then all of them are timed
+    again, in turns.
 
     Args:
         fits: the largest per-GPU batch that fits into memory; None: not known, so the run's own is the largest.
@@ -36,32 +40,54 @@ def measure(bench: Bench, fits: int | None = None) -> Speed:
     world, granule = bench.session.world, bench.opened.plan.granule
     share = max(granule, len(bench.opened.data) // world.size)
     most = min(fits or bench.opened.plan.cut.per_gpu, share)
-    timed = list[Timed]()
     with bench.trial(bench.plan(granule * world.size, granule)) as trial:
         least = max(granule, 2 if any(isinstance(module, BatchNorm) for module in trial.model.modules()) else 1)
-        for size in sizes_to_time(max(least, most), least):
-            timed.append(time_size(trial, size))
-            speed = Speed(world.size, tuple(timed))
-            bench.say(f"{size:,} per GPU: {speed.samples_per_s(timed[-1]):,.0f} samples/s")
-            best = max(map(speed.samples_per_s, timed))
-            if len(timed) > 2 and all(speed.samples_per_s(one) < (1 - KNEE) * best for one in timed[-2:]):
+        times = first_round(trial, sizes_to_time(max(least, most), least))
+        began = time.perf_counter()
+        for number in range(1, ROUNDS[1]):
+            if number >= ROUNDS[0] and world.any(time.perf_counter() - began > ROUNDS_S):
                 break
-    return Speed(world.size, tuple(timed))
+            for done, size in enumerate(times):
+                times[size].take(trial)
+                bench.say(f"{size:,} per GPU, again", (number + (done + 1) / len(times)) / ROUNDS[1])
+    return Speed(world.size, tuple(one.timed() for one in times.values()))
 
 
-def time_size(trial: Trial, per_gpu: int) -> Timed:
-    """Return the speed of one per-GPU batch."""
-    bench = trial.bench
-    world = bench.session.world.size
-    times: dict[int, list[float]] = {1: [], 2: []}
-    waits: list[float] = []
-    for passes in (1, 2) * ROUNDS:
-        trial.follow(bench.plan(per_gpu * world * passes, per_gpu))
-        step_s, waited = time_steps(trial)
-        times[passes].append(bench.most(step_s))
-        waits.append(bench.most(waited))
-    one, two = (1000 * min(times[passes]) for passes in (1, 2))
-    return Timed.of(per_gpu, one, two, statistics.median(waits))
+@dataclass
+class Times:
+    """The repeated times of one per-GPU batch: milliseconds of a step with one pass and with two, and waits."""
+
+    per_gpu: int
+    one: list[float] = field(default_factory=list)
+    two: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+
+    def take(self, trial: Trial) -> None:
+        """Measure once more."""
+        bench = trial.bench
+        for passes, times in ((1, self.one), (2, self.two)):
+            trial.follow(bench.plan(self.per_gpu * bench.session.world.size * passes, self.per_gpu))
+            step_s, waited = time_steps(trial)
+            times.append(1000 * bench.most(step_s))
+            self.waits.append(bench.most(waited))
+
+    def timed(self) -> Timed:
+        """Return the speed."""
+        return Timed.of(self.per_gpu, self.one, self.two, statistics.median(self.waits))
+
+
+def first_round(trial: Trial, sizes: Iterable[int]) -> dict[int, Times]:
+    """Measure each size once, by ascending size, until two in a row are slower than the fastest."""
+    bench, times, rates = trial.bench, dict[int, Times](), list[float]()
+    for size in sizes:
+        times[size] = Times(size)
+        times[size].take(trial)
+        timed = times[size].timed()
+        rates.append(Speed(bench.session.world.size, (timed,)).samples_per_s(timed))
+        bench.say(f"{size:,} per GPU: {rates[-1]:,.0f} samples/s")
+        if len(rates) > 2 and all(rate < (1 - KNEE) * max(rates) for rate in rates[-2:]):
+            break
+    return times
 
 
 def time_steps(trial: Trial) -> tuple[float, float]:
@@ -96,6 +122,8 @@ def tell(found: Mapping[str, Any]) -> str:
     if found["sizes"][-1]["per_gpu"] == found["knee"] and not found["to_the_largest"]:
         advice["compute"] = "; larger ones weren't timed, as memory isn't in tune.parts"
     fastest = f"{best['samples_per_s']:,.0f} samples/s at {best['per_gpu']:,} per GPU"
+    noisy = ", so measure on a quieter machine" if found["spread"] > NOISY else ""
+    spread = f"; repeated times spread by {found['spread']:.0%}{noisy}{advice[found['bound']]}"
     if knee is best:
-        return f"{fastest}{advice[found['bound']]}"
-    return f"{fastest}; {knee['per_gpu']:,} per GPU is within 5 % of it{advice[found['bound']]}"
+        return f"{fastest}{spread}"
+    return f"{fastest}; {knee['per_gpu']:,} per GPU is within {max(KNEE, found['spread']):.0%} of it{spread}"
