@@ -93,6 +93,12 @@ def names(kind: Any) -> list[str]:
     return tags or [str(name) for bare, bounds in unfolded(kind) for name in _names(bare, bounds)]
 
 
+def names_in_list(kind: Any) -> list[str]:
+    """Return the names that the values of a list of this type may be."""
+    lists = [get_args(bare) for bare, _ in unfolded(kind) if get_origin(bare) is tuple]
+    return [name for inner in lists if inner[1:] == (...,) for name in names(inner[0])]
+
+
 def registered(key: str) -> list[str]:
     """Return the names in the registry of a key's values; none if it has no registry."""
     place = locate(key.split("."))
@@ -148,7 +154,10 @@ def _phrase(kind: Any, bounds: list[Any]) -> str:
         return "a mapping: {name: value}"
     if get_origin(kind) is tuple:
         inner = get_args(kind)
-        return "a list: [a,b]" if inner[1:] == (...,) else f"a list of {len(inner)}"
+        if inner[1:] != (...,):
+            return f"a list of {len(inner)}"
+        *others, last = names(inner[0]) or [""]
+        return f"a list, such as [{','.join(others[:2])}], of {', '.join(others)} or {last}" if last else "a list: [a,b]"
     if kind is str and bounds:
         return "text that isn't empty"
     words = {"ge": "from", "gt": "above", "le": "to", "lt": "to less than"}

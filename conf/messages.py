@@ -97,6 +97,8 @@ def _explained(error: ValidationError, data: dict[str, Any]) -> list[UserError]:
             found[place.key] = _own(place.key, fault, data)
         elif kind != "extra_forbidden":
             found[place.key] = _wrong(place, fault["input"])
+    for key in {key.rpartition(".")[0] for key in found if key.rpartition(".")[2].isdecimal()}:
+        found.pop(key, None)  # of a list, which is too short without its invalid values
     return [*found.values(), *(_lacks(group, names, data[group].get("name")) for group, names in lacking.items())]
 
 
@@ -126,6 +128,8 @@ def _wrong(place: Place, value: Any) -> UserError:
         fix = f"did you mean {meant}?" if meant else f"{key} holds {', '.join(inside)}"
         return UserError(problem, f"a YAML {CHOOSES}" if choices_of(key) else fix, key, value)
     hint = nearest(value, names) if isinstance(value, str) else ""
+    if isinstance(value, str) and (near := get_close_matches(value, schema.names_in_list(place.kind), n=1)):
+        hint = f"did you mean [{near[0]}]?"
     if meant := our_value(key, value):
         hint = f"did you mean {meant}?"
     elif isinstance(value, str) and any("number" in phrase for phrase in allowed) and _is_number(value):

@@ -195,6 +195,9 @@ lr.power=2
 lr.rule=noise
 lr.noise_scale=3
 lr.decay=step lr.milestones=[]
+action=tune tune.parts=[speeed]
+action=tune tune.parts=speeed
+action=tune tune.parts=[]
 model.args.x=3
 data.args.x=3
 task.args.x=3 task.local.x=4
