@@ -157,7 +157,9 @@ def _phrase(kind: Any, bounds: list[Any]) -> str:
         if inner[1:] != (...,):
             return f"a list of {len(inner)}"
         *others, last = names(inner[0]) or [""]
-        return f"a list, such as [{','.join(others[:2])}], of {', '.join(others)} or {last}" if last else "a list: [a,b]"
+        return (
+            f"a list, such as [{','.join(others[:2])}], of {', '.join(others)} or {last}" if last else "a list: [a,b]"
+        )
     if kind is str and bounds:
         return "text that isn't empty"
     words = {"ge": "from", "gt": "above", "le": "to", "lt": "to less than"}

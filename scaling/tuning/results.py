@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,25 @@ from isobatch.scaling.reading import Unreadable, read_json
 FOLDER, FILE = "tune", "tune.json"
 WRITING = ".tune.json.lock"  # held for a write
 CONDITIONS = "conditions"  # of a part: what its result depends on
+# what a recommendation and other parts use; * is each row of a list
+USED = {
+    "memory.per_gpu": "a count",
+    "speed.world_size": "a count",
+    "speed.sizes": "a list",
+    "speed.sizes.*.per_gpu": "a count",
+    **dict.fromkeys((f"speed.sizes.*.{name}" for name in ("fixed_ms", "pass_ms", "data_wait", "spread")), "a number"),
+    **dict.fromkeys((f"noise.{name}" for name in ("over_run", "scale", "low", "high")), "a number or null"),
+    "branch.critical_batch": "a number or null",
+    "branch.interval.*": "a number or null",
+    **dict.fromkeys((f"law.{name}" for name in ("batch", "low", "high")), "a number"),
+    "lr.largest_stable": "a number or null",
+}
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a count": lambda value: type(value) is int and value >= 0,
+    "a list": lambda value: isinstance(value, list),
+    "a number": lambda value: type(value) in (int, float) and value >= 0,
+    "a number or null": lambda value: value is None or (type(value) in (int, float) and value >= 0),
+}
 
 
 class Results:
@@ -45,6 +64,10 @@ class Results:
             found = read_json(self.file)
             if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
                 raise Unreadable("it isn't an object of objects")
+            for path, kind in USED.items():
+                for key, value in _at(found, path.split("."), ""):
+                    if not KINDS[kind](value):
+                        raise Unreadable(f"{key} is {value!r:.60}, and has to be {kind}")
         except FileNotFoundError:
             return
         except Unreadable as error:
@@ -75,6 +98,17 @@ class Results:
     def json(self) -> str:
         """Return the content of the file."""
         return json.dumps(self.parts, indent=1, allow_nan=False)
+
+
+def _at(value: Any, path: Sequence[str], key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of everything at a path below ``value``; nothing where a key is missing."""
+    if not path:
+        yield key.removeprefix("."), value
+    elif path[0] == "*" and isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _at(inner, path[1:], f"{key}.{number}")
+    elif isinstance(value, dict) and path[0] in value:
+        yield from _at(value[path[0]], path[1:], f"{key}.{path[0]}")
 
 
 @contextmanager

@@ -306,6 +306,29 @@ def test_a_damaged_file_is_rejected_with_a_fix(tmp_path: Path, content: str) -> 
         results.read()
 
 
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"noise": {"over_run": "high"}}, "noise.over_run is 'high', and has to be a number or null"),
+        (
+            {"speed": {"sizes": [{"per_gpu": 1}, {"per_gpu": 2.5}]}},
+            "speed.sizes.1.per_gpu is 2.5, and has to be a count",
+        ),
+        ({"speed": {"sizes": 3}}, "speed.sizes is 3, and has to be a list"),
+        ({"memory": {"per_gpu": None}}, "memory.per_gpu is None, and has to be a count"),
+        ({"branch": {"interval": [1.0, True]}}, "branch.interval.1 is True"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_key_and_file(tmp_path: Path, part: Any, named: str) -> None:
+    results = Results(tmp_path)
+    results.folder.mkdir()
+    results.file.write_text(json.dumps(part))
+    with pytest.raises(UserError) as error:
+        results.read()
+    assert str(results.file) in str(error.value)
+    assert named in str(error.value)
+
+
 # ---- the picture
 
 
