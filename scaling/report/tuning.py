@@ -13,8 +13,10 @@ from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.picture import Curve, Panel, Picture
 from isobatch.scaling.report.compare.plots import draw
+from isobatch.scaling.tuning.speed import KNEE
 
 NAME = "tune"
+FAR = 4.0  # times the peaks, from which a limit needs a logarithmic axis
 LR_MARKS = {
     "suggestion": "suggested", "steepest": "steepest", "largest_stable": "largest stable", "run_lr": "the run's",
 }  # fmt: skip
@@ -56,18 +58,19 @@ def _memory(part: Part) -> list[Panel]:
     if not probes:
         return []
     sizes, peaks = zip(*probes, strict=True)
-    limit = part["limit_gb"]
-    curves = [_line(sizes, peaks, "peak", kind="both")]
-    if limit < 4 * peaks[-1]:  # else the limit would leave no room for the peaks
-        label = f"limit ({part['limit_from']})"
-        curves.append(replace(_line([sizes[0], sizes[-1]], [limit, limit], label, dash=1), label=label))
-    return [Panel("Memory", "samples per GPU and pass", "GB", False, False, curves)]
+    ends, limit, share = [sizes[0], sizes[-1]], part["limit_gb"], 1 - part["margin"]
+    curves = [_line(sizes, peaks, "peak of a step", kind="both")]
+    curves.append(_line(ends, [share * limit] * 2, f"{share:.0%} of the limit, {share * limit:.3g} GB", dash=2))
+    curves.append(_line(ends, [limit] * 2, f"limit, {limit:.3g} GB: {part['limit_from']}", dash=1))
+    far = limit > FAR * peaks[-1]  # on a linear axis the peaks would be flat
+    return [Panel("Memory", "samples per GPU and pass", "GB", False, far, curves, legend=True)]
 
 
 def _speed(part: Part) -> list[Panel]:
     sizes = [row["per_gpu"] for row in part["sizes"]]
     rates = [row["samples_per_s"] for row in part["sizes"]]
-    curves = [_line(sizes, rates, "speed", kind="both"), _mark(part["knee"], sizes, rates, "smallest within 5 %")]
+    within = f"smallest within {max(KNEE, part['spread']):.0%}"
+    curves = [_line(sizes, rates, "speed", kind="both"), _mark(part["knee"], sizes, rates, within)]
     return [Panel("Speed", "samples per GPU and pass", "samples per second", True, True, curves)]
 
 
@@ -76,9 +79,13 @@ def _noise(part: Part) -> list[Panel]:
     if not course:
         return []
     samples = [row["samples"] for row in course]
-    curves = [_line(samples, [row["scale"] for row in course], "noise scale", kind="both")]
-    curves += [_line(samples, [row[bound] for row in course], f"95 %, {bound}", dash=1) for bound in ("low", "high")]
-    return [Panel("Gradient noise scale", "samples trained", "samples", False, True, curves)]
+    lows, highs = ([row[bound] for row in course] for bound in ("low", "high"))
+    curves = [Curve([*samples, *samples[::-1]], [*lows, *highs[::-1]], "95 % interval", None, kind="band")]
+    curves.append(_line(samples, [row["scale"] for row in course], "noise scale", kind="both"))
+    for dash, (name, text) in enumerate({"over_run": "φ, over the run", "batch": "B₀, the run's batch"}.items(), 1):
+        if part.get(name):
+            curves.append(_line([samples[0], samples[-1]], [part[name]] * 2, f"{text}: {part[name]:,.0f}", dash=dash))
+    return [Panel("Gradient noise scale", "samples trained", "samples", False, True, curves, legend=True)]
 
 
 def _branch(part: Part) -> list[Panel]:

@@ -361,6 +361,27 @@ def test_the_range_test_is_marked_with_its_limit_and_the_runs_own_lr_if_it_got_t
     assert "the run's" in [curve.name for curve in shown.panels[0].curves]
 
 
+def test_the_noise_is_drawn_with_the_batches_that_the_text_names() -> None:
+    noise = {**tuned_parts()["noise"], "batch": 64, "over_run": 219.4}
+    picture = picture_of({"noise": noise})
+    assert picture is not None
+    (panel,) = picture.panels
+    heights = {curve.name: {*curve.y} for curve in panel.curves if curve.kind == "line"}
+    assert heights == {"φ, over the run: 219": {219.4}, "B₀, the run's batch: 64": {64}}
+    assert panel.legend
+
+
+@pytest.mark.parametrize(("limit", "log"), [(3.0, False), (300.0, True)])
+def test_the_limit_of_the_memory_is_drawn_however_far_it_is(limit: float, log: bool) -> None:
+    probes = [{"per_gpu": 2, "peak_gb": 1.0}, {"per_gpu": 8, "peak_gb": 2.0}, {"per_gpu": 9, "peak_gb": None}]
+    part = {"probes": probes, "limit_gb": limit, "limit_from": "the GPU", "margin": 0.2}
+    picture = picture_of({"memory": part})
+    assert picture is not None
+    (panel,) = picture.panels
+    assert [curve.y for curve in panel.curves[1:]] == [[pytest.approx(0.8 * limit)] * 2, [limit] * 2]
+    assert panel.y_log == log
+
+
 @pytest.mark.parametrize("part", ["speed", "noise", "recommendation"])
 def test_a_part_with_other_content_is_left_out_of_the_picture(part: str) -> None:
     picture = picture_of({**tuned_parts(), part: {"course": 3, "sizes": [{}], "predictions": [1]}})

@@ -44,7 +44,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     noise, norm, rows = ways[-1]
     known = [(row["samples"], row["scale"]) for row in course if row["scale"] is not None]
     whole = over_run(known, stretches_of(plan))
-    about = {"measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
+    about = {"batch": plan.cut.global_size, "measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
     return {**values(noise), "over_run": whole, "samples": rows[-1]["samples"], **about, "course": course}
 
 

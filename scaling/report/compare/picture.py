@@ -61,7 +61,7 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes; without ``x_ticks``, whoever draws it chooses them."""
+    """One pair of axes; without ``x_ticks``, whoever draws it chooses them. ``legend``: name its curves inside."""
 
     title: str
     x_label: str
@@ -71,6 +71,7 @@ class Panel:
     curves: list[Curve] = field(default_factory=list)
     x_ticks: list[float] = field(default_factory=list)
     heat: Heat | None = None
+    legend: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style], labelled: boo
     axes.autoscale_view()  # which is put off otherwise, until after the labels are placed
     _write_texts(axes, shown)
     _readable_ticks(axes, panel)
+    if panel.legend:
+        axes.legend(handles=[_handle(curve, styles) for curve in shown], fontsize=7.5, edgecolor="none")
     if labelled:
         _label_ends(axes, [curve for curve in shown if curve.label], styles)
 
@@ -110,6 +112,18 @@ def _draw_curve(axes: Axes, curve: Curve, styles: Sequence[Style]) -> None:
         axes.errorbar(xs, ys, yerr=_finite(curve.errors, 0.0), fmt="none", ecolor=colour, elinewidth=1, capsize=3)
     if curve.mark and (points := _points(curve)):
         axes.plot(*points[-1], "x", color=colour, markersize=7, markeredgewidth=1.8)
+
+
+def _handle(curve: Curve, styles: Sequence[Style]) -> Any:
+    """Return what stands for a curve in a legend."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colour, dash = _look(curve, styles)
+    if curve.kind == "band":
+        return Patch(facecolor=FAINT, alpha=0.18, label=one_line(curve.name))
+    marker = "o" if curve.kind == "both" else None
+    return Line2D([], [], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=one_line(curve.name))
 
 
 def _write_texts(axes: Axes, curves: Sequence[Curve]) -> None:
