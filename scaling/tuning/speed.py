@@ -11,6 +11,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from typing import Any, Literal
 
 KNEE = 0.05  # a size this close to the fastest one is as good, and smaller, unless times spread more
@@ -60,6 +61,25 @@ def spread_of(times: Sequence[float]) -> float:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / middle
+
+
+def without_slow_rounds(times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Divide the times of each round by how slow the machine was in it.
+
+    That is the median over all sizes of a time relative to the size's own median. So what slows a whole round down
+    neither blurs the comparison of sizes nor counts as spread.
+
+    Args:
+        times: of each size, one of each round. With fewer than three sizes they are returned as they are.
+
+    >>> without_slow_rounds([[1.0, 2.0, 1.0], [3.0, 6.0, 3.0], [5.0, 10.0, 5.5]])
+    [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0], [5.0, 5.0, 5.5]]
+    """
+    if len(times) < 3:
+        return [[*one] for one in times]
+    own = [statistics.median(one) for one in times]
+    slow = [statistics.median(map(truediv, each, own)) for each in zip(*times, strict=True)]
+    return [list(map(truediv, one, slow)) for one in times]
 
 
 @dataclass(frozen=True, slots=True)

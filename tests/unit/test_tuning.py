@@ -18,7 +18,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.tuning import picture_of
 from isobatch.scaling.tuning.recommendation import candidates, recommend
 from isobatch.scaling.tuning.results import Results
-from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time
+from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time, without_slow_rounds
 from isobatch.scaling.tuning.witnesses import Witness, agreement, law_compared, over_run
 
 # A step takes 4 ms once, and a pass 1 ms and another 0.1 ms per sample: 64 samples are nearly as fast as 128.
@@ -82,6 +82,17 @@ def test_two_sizes_of_one_speed_differ_by_less_than_the_spread_of_their_times() 
         speed = Speed(1, tuple(Timed.of(8, one, one, 0.0) for one in times))
         within += abs(statistics.median(times[0]) / statistics.median(times[1]) - 1) <= speed.spread
     assert 0.92 <= within / 2000 <= 0.98
+
+
+def test_a_machine_that_is_slow_in_some_rounds_neither_blurs_nor_biases_the_times() -> None:
+    random, true = Random(0), [1.0, 1.5, 4.0, 10.0]
+    rounds = [1.0, 3.0, 2.5, 1.1, 2.0]
+    times = [[slow * size * random.gauss(1, 0.01) for slow in rounds] for size in true]
+    settled = without_slow_rounds(times)
+    timed = [Timed.of(8, one, one, 0.0) for one in settled]
+    assert Speed(1, tuple(timed)).spread < 0.05 < 0.5 < Speed(1, tuple(Timed.of(8, t, t, 0.0) for t in times)).spread
+    medians = [statistics.median(one) for one in settled]
+    assert [one / medians[0] for one in medians] == pytest.approx(true, rel=0.03)
 
 
 def test_a_knee_isnt_told_by_less_than_the_spread() -> None:

@@ -105,7 +105,6 @@ def edge(bench: Bench, parts: Results, found: Recommendation, most: int) -> str:
         return ""
     fastest = min(rows, key=lambda row: row.seconds or math.inf) if best.seconds is not None else best
     ends = {best.global_size, fastest.global_size}
-    measured = parts.get("speed", {"to_the_largest": True})
     if rows[-1].global_size in ends and len(rows) > 1:
         at, rule = rows[-1].global_size, plan.segments[0].rule.name
         why = f"batch.global_size={plan.sized(2 * at)} compares more"
@@ -116,6 +115,9 @@ def edge(bench: Bench, parts: Results, found: Recommendation, most: int) -> str:
         fewer = plan.granule * bench.session.world.size == rows[0].global_size
         why = "fewer ranks compare" if fewer else f"batch.global_size={plan.sized(rows[0].global_size // 2)} compares"
         return f"the best may lie below {rows[0].global_size:,}, the smallest batch compared: {why} smaller ones"
-    if not measured["to_the_largest"] and best.per_gpu == measured["sizes"][-1]["per_gpu"]:
-        return f"larger passes than {best.per_gpu:,} samples weren't timed: add memory to tune.parts"
+    timed = parts["speed"]["sizes"][-1]["per_gpu"] if "speed" in parts else None
+    if timed is not None and best.per_gpu == timed != parts.get("memory", {}).get("per_gpu"):
+        slower = "the last ones were slower, on a busy machine by chance"
+        why = slower if "memory" in parts else "add memory to tune.parts"
+        return f"larger passes than {timed:,} samples weren't timed: {why}"
     return ""

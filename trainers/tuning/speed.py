@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time
+from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time, without_slow_rounds
 from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.tuning.bench import Bench, Trial
 
@@ -50,6 +50,10 @@ def measure(bench: Bench, fits: int | None = None) -> Speed:
             for done, size in enumerate(times):
                 times[size].take(trial)
                 bench.say(f"{size:,} per GPU, again", (number + (done + 1) / len(times)) / ROUNDS[1])
+    ones, twos = [one.one for one in times.values()], [one.two for one in times.values()]
+    settled = without_slow_rounds([*ones, *twos])
+    for one, row, row_of_two in zip(times.values(), settled, settled[len(ones) :], strict=False):
+        one.one, one.two = row, row_of_two
     return Speed(world.size, tuple(one.timed() for one in times.values()))
 
 

@@ -119,7 +119,8 @@ def _handle(curve: Curve, styles: Sequence[Style]) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    colour, dash = _look(curve, styles)
+    look: Any = _look(curve, styles)
+    colour, dash = look
     if curve.kind == "band":
         return Patch(facecolor=FAINT, alpha=0.18, label=one_line(curve.name))
     marker = "o" if curve.kind == "both" else None
