@@ -207,6 +207,16 @@ def test_a_per_gpu_batch_beyond_a_step_says_how_much_of_it_the_run_uses() -> Non
     assert not any("uses" in text for _, text in memory_rows(estimated(430)))
 
 
+def test_the_bias_on_a_cpu_and_the_context_of_a_gpu_are_said() -> None:
+    ((_, gpu), *_), ((_, cpu), *_) = (
+        memory_rows(replace(estimated(430), process_gb=process)) for process in (0.0, 0.3)
+    )
+    assert "CUDA" in gpu
+    assert "too low" not in gpu
+    assert "CUDA" not in cpu
+    assert "too low" in cpu
+
+
 def test_where_nothing_fits_it_is_said_what_would() -> None:
     text = what_helps(estimated(395))
     assert "weights, gradients and optimizer state need 0.4 kB" in text
