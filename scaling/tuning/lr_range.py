@@ -7,12 +7,12 @@ smoothed curve doesn't lag behind the LR.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-MEMORY = 0.9  # weight of the past in the average
+MEMORY = 10  # steps that the average remembers
+WIDEST = 2.0  # factor by which the LR rises at most while the average remembers: a short test averages fewer steps
 FEWEST = 20  # steps before a curve says anything
 RISE = 0.1  # of its fall, by which the loss may be above its lowest value at a stable LR
 DEVIATIONS = 3.0  # by which a change has to exceed the noise of the smoothed loss
@@ -34,6 +34,8 @@ class Curve:
 
     tried: list[Tried]
     ended: bool = False
+    _memory: float = 1.0
+    _weight: float = 0.0
     _loss: float = 0.0
     _log_lr: float = 0.0
 
@@ -46,22 +48,34 @@ class Curve:
         if not math.isfinite(loss):
             self.ended = True
             return
-        self._loss = MEMORY * self._loss + (1 - MEMORY) * loss
-        self._log_lr = MEMORY * self._log_lr + (1 - MEMORY) * math.log(lr)
-        weight = 1 - MEMORY ** (len(self.tried) + 1)
-        self.tried.append(Tried(lr, loss, math.exp(self._log_lr / weight), self._loss / weight))
+        if self.tried:
+            self._memory = max(1.0, min(MEMORY, math.log(WIDEST) / math.log(lr / self.tried[-1].lr)))
+        self._weight = self._kept * self._weight + 1
+        self._loss = self._kept * self._loss + loss
+        self._log_lr = self._kept * self._log_lr + math.log(lr)
+        self.tried.append(Tried(lr, loss, math.exp(self._log_lr / self._weight), self._loss / self._weight))
+
+    @property
+    def memory(self) -> int:
+        """Return the steps that the average remembers."""
+        return round(self._memory)
+
+    @property
+    def _kept(self) -> float:
+        """Return the weight of the past in the average."""
+        return 1 - 1 / self._memory
 
     @property
     def noise(self) -> float:
         """Return the standard deviation of the smoothed loss, from the middle change from one loss to the next."""
         changes = sorted(abs(after.loss - before.loss) for before, after in pairwise(self.tried))
         one = changes[len(changes) // 2] / (0.6745 * math.sqrt(2)) if changes else 0.0  # of a normal distribution
-        return one * math.sqrt((1 - MEMORY) / (1 + MEMORY))
+        return one * math.sqrt((1 - self._kept) / (1 + self._kept))
 
     @property
     def start(self) -> float:
         """Return the loss at first: the average of the first steps, whose LR is too low to change it."""
-        return self.tried[min(FEWEST // 2, len(self.tried)) - 1].smoothed
+        return self.tried[min(self.memory, len(self.tried)) - 1].smoothed
 
     def diverged(self) -> bool:
         """Return whether the loss isn't finite, or is as far above its start as it was below, and beyond its noise."""
@@ -106,7 +120,7 @@ def read(curve: Curve) -> Range:
         end = "before it diverged" if curve.diverged() else f"up to an LR of {tried[-1].lr:.3g}"
         return _nothing(curve, f"no LR found: the loss didn't fall by more than its noise {end}")
     falls = max((i for i in range(lowest + 1) if tried[i].smoothed >= curve.start - RISE * fall), default=0)
-    steepest = tried[_steepest(tried, falls, lowest)].smoothed_lr
+    steepest = tried[_steepest(curve, falls, lowest)].smoothed_lr
     allowed = tried[lowest].smoothed + max(RISE * fall, DEVIATIONS * curve.noise)
     last = max(index for index, one in enumerate(tried) if one.smoothed <= allowed)
     if last == len(tried) - 1 and not curve.ended:
@@ -122,12 +136,12 @@ def _nothing(curve: Curve, note: str) -> Range:
     return Range(None, None, None, "", note, tuple(curve.tried))
 
 
-def _steepest(tried: Sequence[Tried], falls: int, lowest: int) -> int:
+def _steepest(curve: Curve, falls: int, lowest: int) -> int:
     """Return the index at which the smoothed loss falls fastest by log LR, from where it falls to its lowest value.
 
     A slope is taken over as many steps as the average remembers, since neighbours share most of what they average.
     """
-    reach = max(1, min(round(1 / (1 - MEMORY)), lowest // 2))
+    tried, reach = curve.tried, max(1, min(curve.memory, lowest // 2))
 
     def slope(index: int) -> float:
         before, after = tried[index - reach], tried[index]

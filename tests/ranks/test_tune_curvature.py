@@ -150,5 +150,5 @@ def test_the_range_test_finds_the_lr_at_which_a_regression_diverges() -> None:
 
 
 def test_a_range_test_of_few_steps_is_rejected() -> None:
-    with pytest.raises(UserError, match=r"give tune\.samples=20st or more"):
-        lr.measure(bench_of(World.alone(), "Regression", "tune.samples=10st"))
+    with pytest.raises(UserError, match=r"give tune\.samples=100st or more"):
+        lr.measure(bench_of(World.alone(), "Regression", "tune.samples=99st"))
