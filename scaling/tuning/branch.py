@@ -10,17 +10,21 @@ branches, which judge them by a tolerance on the loss instead. That doesn't carr
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from isobatch.scaling.tuning.critical import candidates, growth, interval_of
+
 ADMISSIBLE = 0.5  # of the smallest batch's efficiency: a target takes twice the samples
 ERROR = 0.2  # standard deviation of the log of one branch's efficiency
 DEVIATIONS = 1.96  # of the 95 % interval
-BEYOND = 1000.0  # the critical batch is searched up to this factor outside of the batches
-GRID = 1200
-FLAT = 0.97  # efficiencies above this don't differ from 1
+ALIKE = 0.97  # efficiencies above this don't differ from 1
+FALL = 6.0  # times its scatter by which the smallest batch's loss has to fall, or else efficiencies are noise
 
 
 class Point(NamedTuple):
@@ -52,13 +56,22 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A batch that has no branch, and why."""
+
+    batch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Branching:
     """The branches of one checkpoint.
 
     Attributes:
         samples: where in the run they start; ``length``: of a branch.
-        batch: the run's batch there.
-        critical_batch: None if the branches don't tell it; ``interval``: 95 %, a side is None where it is open.
+        batch: the run's batch there; ``left_out``: batches that have no branch.
+        critical_batch: the local one, at this checkpoint; None if the branches don't tell it.
+        interval: 95 %; a side is None where it is open.
         lr_limit: the smallest k from which on the LR, by the run's rule, leaves stability; None if none does.
         note: why there is no critical batch; "" if there is one.
     """
@@ -71,30 +84,47 @@ class Branching:
     interval: tuple[float | None, float | None] = (None, None)
     lr_limit: float | None = None
     note: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the branches as JSON values; ``curve`` has [samples, loss] pairs."""
         return asdict(self)
 
 
-def judged(samples: int, length: int, batch: int, branches: Sequence[Branch]) -> Branching:
+def judged(
+    samples: int, length: int, batch: int, branches: Sequence[Branch], left_out: Sequence[LeftOut] = ()
+) -> Branching:
     """Return what the branches of a checkpoint tell.
 
     Args:
-        samples, length, batch: see Branching.
+        samples, length, batch, left_out: see Branching.
         branches: in any order, with their curves. All start at the same loss, and take the same samples.
     """
     ordered = sorted(branches, key=lambda branch: branch.batch)
     stable = [replace(branch, stable=branch.stable and _learns(branch)) for branch in ordered]
-    limit = _limit(stable)
-    found = Branching(samples, length, batch, tuple(stable), lr_limit=limit)
-    if not stable[0].stable:
-        longer = "give more tune.samples, or a checkpoint with more to learn"
-        return replace(found, lr_limit=None, note=f"the smallest batch learned nothing in {length:,} samples: {longer}")
+    found = Branching(samples, length, batch, tuple(stable), left_out=tuple(left_out))
+    if hardly := _hardly_falls(stable[0].curve):
+        return replace(found, note=f"{hardly}; an earlier checkpoint, or more tune.samples, tells more")
+    found = replace(found, lr_limit=_limit(stable))
     told = [_efficient(branch, stable[0], length) for branch in stable]
     found = replace(found, branches=tuple(told))
     known = [(branch.batch, branch.efficiency) for branch in told[1:] if branch.efficiency is not None]
     return _fitted(found, stable[0].batch, known)
+
+
+def _hardly_falls(curve: Sequence[Point]) -> str:
+    """Return that the loss of the smallest batch hardly falls, with its numbers; "" if it falls.
+
+    The samples at which it reached another batch's loss are noise then. The scatter is from the curve's second
+    differences, which a smooth fall hardly changes.
+    """
+    losses = [point.loss for point in curve]
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    scatter = statistics.median(bends) / (0.6745 * math.sqrt(6)) if bends else 0.0  # of a normal distribution
+    if losses[0] - losses[-1] > FALL * scatter:
+        return ""
+    course = f"from {losses[0]:.4g} to {losses[-1]:.4g} in {curve[-1].samples:,} samples"
+    return f"the loss hardly falls here: {course} of the smallest batch, and it scatters by {scatter:.2g}"
 
 
 def _limit(branches: Sequence[Branch]) -> float | None:
@@ -145,10 +175,10 @@ def _fitted(found: Branching, smallest: int, points: Sequence[tuple[int, float]]
     if not points:
         few = "one branch learned, and a critical batch needs two: give more tune.samples"
         return replace(found, note=limited or few)
-    critical, interval = fit(smallest, points)
+    critical, interval = fit_efficiencies(smallest, points)
     found = replace(found, interval=interval)
     sizes = [size for size, _ in points]
-    if all(efficiency >= FLAT for _, efficiency in points) or critical is None:
+    if all(efficiency >= ALIKE for _, efficiency in points) or critical is None:
         if interval[0] is None and interval[1] is not None:
             return replace(found, note=f"efficiency falls in proportion to the batch: it is {interval[1]:.3g} or less")
         up_to = "up to there" if limited else f"up to a batch of {max(sizes):,}"
@@ -158,7 +188,7 @@ def _fitted(found: Branching, smallest: int, points: Sequence[tuple[int, float]]
     return replace(found, critical_batch=critical)
 
 
-def fit(
+def fit_efficiencies(
     smallest: float, points: Sequence[tuple[float, float]]
 ) -> tuple[float | None, tuple[float | None, float | None]]:
     """Fit the critical batch to efficiencies by least squares of their logs.
@@ -171,16 +201,14 @@ def fit(
         The critical batch and its 95 % interval, from the larger of ERROR and the error that the points show. An open
         side is None; the batch is None where both or the upper side is open and no batch fits better than endless.
     """
-    low, high = smallest / BEYOND, max(size for size, _ in points) * BEYOND
-    grid = [low * (high / low) ** (i / GRID) for i in range(GRID + 1)]
-    errors = [_error(smallest, critical, points) for critical in grid]
-    least = min(errors)
+    sizes, efficiencies = np.array(points, dtype=np.float64).T
+    criticals = candidates([smallest, *sizes])
+    law = growth(smallest, criticals[:, None]) - growth(sizes, criticals[:, None])
+    errors = ((np.log(efficiencies) - law) ** 2).sum(-1)
+    least = float(errors.min())
     variance = max(ERROR**2, least / max(1, len(points) - 1))
-    inside = [critical for critical, error in zip(grid, errors, strict=True)
-              if error <= least + DEVIATIONS**2 * variance]  # fmt: skip
-    bounds = (inside[0] if inside[0] > grid[0] else None, inside[-1] if inside[-1] < grid[-1] else None)
-    best = grid[errors.index(least)]
-    return (best if bounds[0] is not None and bounds[1] is not None else None), bounds
+    bounds = interval_of(criticals, errors <= least + DEVIATIONS**2 * variance)
+    return (None if None in bounds else float(criticals[errors.argmin()])), bounds
 
 
 def overall(course: Sequence[Branching]) -> tuple[float | None, tuple[float | None, float | None], str]:
@@ -204,7 +232,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def expected(smallest: float, critical: float, batch: float) -> float:
     """Return the efficiency (1 + B₀/B_c)/(1 + B/B_c) of a batch."""
     return (1 + smallest / critical) / (1 + batch / critical)
-
-
-def _error(smallest: float, critical: float, points: Sequence[tuple[float, float]]) -> float:
-    return sum(math.log(efficiency / expected(smallest, critical, size)) ** 2 for size, efficiency in points)

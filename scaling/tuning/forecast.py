@@ -9,20 +9,17 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.tuning.critical import Array, candidates, growth, interval_of
 from isobatch.scaling.tuning.spread import student
 
-Array = npt.NDArray[np.float64]
 Points = tuple[tuple[float, float], ...]
 
 FEWEST = 3  # batches for two parameters
 FOR_POWER = 6  # batches from which the sharpness of the bend is fitted, too
 POWERS = 0.5 * 2 ** (np.arange(27) / 8)  # 0.5 to 4.8
-BEYOND = 1000.0  # the critical batch is searched up to this factor outside of the batches
-GRID = 1200
 LARGEST = 1e50  # numbers beyond it are taken for mistakes
 
 
@@ -54,7 +51,7 @@ class Fit:
         """Return the samples that ``batch`` needs to the target; None without a critical batch."""
         if self.least is None or self.critical_batch is None:
             return None
-        return self.least * math.exp(float(_growth(np.float64(batch), self.critical_batch, self.power)))
+        return self.least * math.exp(float(growth(batch, self.critical_batch, self.power)))
 
     def expected(self, batch: float) -> tuple[float, float] | None:
         """Return the 95 % interval of the samples that one more run at ``batch`` would take; None without a fit.
@@ -67,7 +64,7 @@ class Fit:
             return None
         profile = _profile(self.points, sharp=self.plain is not None)
         spare = profile.allowed - profile.errors
-        centres = profile.levels + _growth(np.float64(batch), profile.criticals, profile.powers[:, None])
+        centres = profile.levels + growth(batch, profile.criticals, profile.powers[:, None])
         n = len(self.points)
         halves = np.sqrt(np.maximum(spare, 0) * (n + 1) / n)
         low, high = (centres - halves)[spare >= 0].min(), (centres + halves)[spare >= 0].max()
@@ -75,15 +72,15 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Predicted:
     """A predicted number with its 95 % interval."""
 
     value: float
     low: float
     high: float
 
-    def times(self, factor: float) -> Estimate:
-        return Estimate(self.value * factor, self.low * factor, self.high * factor)
+    def times(self, factor: float) -> Predicted:
+        return Predicted(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +93,9 @@ class Forecast:
     """
 
     batch: float
-    samples: Estimate
-    steps: Estimate
-    seconds: Estimate | None
+    samples: Predicted
+    steps: Predicted
+    seconds: Predicted | None
     efficiency: float
 
 
@@ -123,7 +120,7 @@ def forecast(fitted: Fit, batch: float, speed: SpeedCurve | None = None) -> Fore
     samples, interval = fitted.predict(batch), fitted.expected(batch)
     if samples is None or interval is None or fitted.least is None:
         return None
-    found = Estimate(samples, *interval)
+    found = Predicted(samples, *interval)
     rate = speed.at(batch) if speed else None
     return Forecast(batch, found, found.times(1 / batch), found.times(1 / rate) if rate else None,
                     fitted.least / samples)  # fmt: skip
@@ -164,8 +161,7 @@ def _fit(points: Points, n: int, plain: Fit | None) -> Fit:
     """Return the fit with p = 1, or with any p beside the one with p = 1."""
     profile = _profile(points, sharp=plain is not None)
     row, column = np.unravel_index(profile.errors.argmin(), profile.errors.shape)
-    inside = np.flatnonzero((profile.errors <= profile.allowed).any(axis=0))
-    low, high = (None if at in (0, GRID) else float(profile.criticals[at]) for at in (inside[0], inside[-1]))
+    low, high = interval_of(profile.criticals, (profile.errors <= profile.allowed).any(axis=0))
     power, smallest = float(profile.powers[row]), points[0][0]
     if high is None:
         straight = "scatter too much to show it"
@@ -200,15 +196,10 @@ def _profile(points: Points, sharp: bool) -> _Profile:
     """Return the profile for p = 1, or if ``sharp`` for many p."""
     batches, samples = np.array(points).T
     powers = POWERS if sharp else np.ones(1)
-    criticals = np.geomspace(batches.min() / BEYOND, batches.max() * BEYOND, GRID + 1)
-    rest = np.log(samples) - _growth(batches, criticals[:, None], powers[:, None, None])
+    criticals = candidates(batches)
+    rest = np.log(samples) - growth(batches, criticals[:, None], powers[:, None, None])
     levels = rest.mean(-1)
     errors = ((rest - levels[..., None]) ** 2).sum(-1)
     freedom = len(points) - (3 if sharp else 2)
     allowed = float(errors.min()) * (1 + student(freedom) ** 2 / freedom) + 1e-12
     return _Profile(powers, criticals, levels, errors, allowed)
-
-
-def _growth(batch: Array | np.float64, critical: Array | float, power: Array | float) -> Array:
-    """Return log (1 + (B/B_crit)^p)^(1/p)."""
-    return np.asarray(np.logaddexp(0, power * (np.log(batch) - np.log(critical))) / power)

@@ -29,7 +29,7 @@ class Tried(NamedTuple):
 
 
 @dataclass(slots=True)
-class Curve:
+class RangeTest:
     """The steps of a range test. A loss that isn't finite ends it."""
 
     tried: list[Tried]
@@ -40,7 +40,7 @@ class Curve:
     _log_lr: float = 0.0
 
     @classmethod
-    def empty(cls) -> Curve:
+    def empty(cls) -> RangeTest:
         return cls([])
 
     def add(self, lr: float, loss: float) -> None:
@@ -108,7 +108,7 @@ class Range:
         return asdict(self)
 
 
-def read(curve: Curve) -> Range:
+def read(curve: RangeTest) -> Range:
     """Return what a range test found."""
     tried = curve.tried
     if len(tried) < FEWEST:
@@ -132,11 +132,11 @@ def read(curve: Curve) -> Range:
     return Range(steepest, stable, SHARE * stable, "half of the largest stable LR", "", tuple(tried))
 
 
-def _nothing(curve: Curve, note: str) -> Range:
+def _nothing(curve: RangeTest, note: str) -> Range:
     return Range(None, None, None, "", note, tuple(curve.tried))
 
 
-def _steepest(curve: Curve, falls: int, lowest: int) -> int:
+def _steepest(curve: RangeTest, falls: int, lowest: int) -> int:
     """Return the index at which the smoothed loss falls fastest by log LR, from where it falls to its lowest value.
 
     A slope is taken over as many steps as the average remembers, since neighbours share most of what they average.

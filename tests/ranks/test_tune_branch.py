@@ -65,7 +65,12 @@ def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, t
     (course,) = found["course"]
     assert (course["samples"], course["batch"]) == (8 * 48, 8)
     ran = [(one["batch"], [samples for samples, _ in one["curve"]][-1]) for one in course["branches"]]
-    assert ran == [(4, course["length"]), (8, course["length"]), (16, course["length"])]  # 8 steps of 32 are too long
+    assert ran == [(4, course["length"]), (8, course["length"]), (16, course["length"])]
+    assert [(one["batch"], one["why"]) for one in course["left_out"]] == [
+        (32, "144 samples are 4 steps of it, and a branch needs 8: tune.samples=256sa or more would do"),
+        (64, "144 samples are 2 steps of it, and a branch needs 8: tune.samples=512sa or more would do"),
+    ]
+    assert "no branch at a batch of 64: 144 samples are 2 steps" in branch.tell(found)
     starts = {one["curve"][0][1] for one in course["branches"]}
     assert len(starts) == 1
     assert json.dumps(found, allow_nan=False)
@@ -76,14 +81,26 @@ def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, t
     [
         (["init_from={run}/checkpoints/step-00000120"], "it leaves 0 samples of the run, and a branch takes 144"),
         (["init_from={run}", "tune.samples=100%"], "train with checkpoint.keep_every=10%"),
-        (["init_from={run}", "tune.samples=40sa"], "give tune.samples=128sa or more"),
+        (
+            ["init_from={run}", "tune.samples=40sa"],
+            "too little data for branches: one needs 8 steps, which are 128 samples at a batch of 16, and takes "
+            "40 samples; give tune.samples=128sa or more",
+        ),
+        (
+            ["init_from={run}/checkpoints/step-00000048", "task.name=other"],
+            "it is of task custom, and this run has other; give init_from a checkpoint of this run",
+        ),
         (["init_from={run}/checkpoints/step-00000048", "task.args.width=9"], "can't be restored: model/"),
         (
             ["init_from={run}/checkpoints/step-00000048", "optimizer=adamw"],
-            "it was trained with optimizer=sgd, not adamw",
+            "it was trained with optimizer=sgd, not adamw; give optimizer=sgd, or",
         ),
         (["init_from={run}/final"], "/final has no checkpoint to branch off"),
         ([], "has no checkpoint to branch off; train with checkpoint.keep_every=10%"),
+        (
+            ["task._target_=tests.ranks.test_evaluate_action.Unvalidated"],
+            "but Unvalidated has no val_data(); add val_data(self) to it in tests.ranks.test_evaluate_action",
+        ),
     ],
 )
 def test_what_cannot_start_a_branch_is_said(finished: Run, overrides: list[str], expected: str, tmp_path: Path) -> None:
@@ -91,6 +108,12 @@ def test_what_cannot_start_a_branch_is_said(finished: Run, overrides: list[str],
     with pytest.raises(UserError) as caught:
         branch.measure(bench)
     assert expected in str(caught.value)
+
+
+def test_a_run_too_short_for_branches_is_said() -> None:
+    plan = resolve(configured(["task=digits", "duration=1000sa"]), 1)
+    assert "give tune.samples=800sa" in str(branch._too_little_data(plan, 200, 100, 10))
+    assert "branch off a longer run, or an earlier" in str(branch._too_little_data(plan, 201, 100, 10))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from isobatch.scaling.tuning.branch import Branch, Branching, Point, expected, fit, judged, overall
+from isobatch.scaling.tuning.branch import (
+    Branch,
+    Branching,
+    LeftOut,
+    Point,
+    expected,
+    fit_efficiencies,
+    judged,
+    overall,
+)
 
 LENGTH, BATCH, POINTS = 16_384, 32, 16
 KS = (0.5, 1, 2, 4, 8)
@@ -55,7 +64,7 @@ def test_the_interval_covers_the_critical_batch_as_often_as_it_says() -> None:
     draw, inside = random.Random(0), 0
     for _ in range(400):
         points = [(size, expected(16, 60, size) * draw.lognormvariate(0, 0.2)) for size in (32, 64, 128, 256)]
-        low, high = fit(16, points)[1]
+        low, high = fit_efficiencies(16, points)[1]
         inside += (low or 0) <= 60 <= (high or 1e9)
     assert inside / 400 >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5
 
@@ -108,12 +117,32 @@ def test_an_unstable_branch_below_a_stable_one_is_no_limit() -> None:
 
 
 def test_too_little_data_is_said() -> None:
-    """The smallest batch has to learn something, and another one, too."""
-    flat = Branch(0.5, 16, 0.1, (Point(0, 1.0), Point(LENGTH, 1.0)))
-    found = told(flat, *branches(follows(60))[1:])
-    assert (found.critical_batch, found.lr_limit) == (None, None)
-    assert "learned nothing in 16,384 samples: give more tune.samples" in found.note
     assert "needs two" in told(branches(follows(60))[0]).note
+
+
+def converged(k: float, draw: random.Random, scatter: float = 0.01, fall: float = 0.005) -> Branch:
+    """Return a branch whose loss falls little, and scatters."""
+    losses = [0.1 - fall * i / POINTS + scatter * draw.gauss() for i in range(1, POINTS + 1)]
+    return Branch(k, round(k * BATCH), 0.1, (Point(0, 0.1), *(Point(LENGTH * i // POINTS, loss)
+                                                              for i, loss in enumerate(losses, 1))))  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_hardly_falls_tells_no_batch_and_no_limit_of_the_lr(seed: int) -> None:
+    draw = random.Random(seed)
+    found = told(*(converged(k, draw) for k in KS))
+    assert (found.critical_batch, found.interval, found.lr_limit) == (None, (None, None), None)
+    assert all(branch.efficiency is None and not branch.admissible for branch in found.branches)
+    assert "the loss hardly falls here: from 0.1 to 0." in found.note
+    assert "16,384 samples of the smallest batch, and it scatters by 0.0" in found.note
+    assert found.note.endswith("an earlier checkpoint, or more tune.samples, tells more")
+    rising = Branch(0.5, 16, 0.1, (Point(0, 1.0), Point(LENGTH, 1.0)))
+    assert "hardly falls" in told(rising, *branches(follows(60))[1:]).note
+
+
+def test_a_batch_without_a_branch_is_named() -> None:
+    found = judged(10_000, LENGTH, BATCH, branches(follows(60)), [LeftOut(4096, "too large")])
+    assert json.loads(json.dumps(found.plain()))["left_out"] == [{"batch": 4096, "why": "too large"}]
 
 
 def test_all_checkpoints_have_one_critical_batch() -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from isobatch.scaling.tuning.lr_range import FEWEST, Curve, read
+from isobatch.scaling.tuning.lr_range import FEWEST, RangeTest, read
 from isobatch.scaling.tuning.quadratic import SGD, Optimizer
 
 DECADES = 3
@@ -18,14 +18,14 @@ RISE = 10 ** (2 * DECADES / 199)  # of the LR from step to step
 def of_quadratic(
     limit: float, noise: float, seed: int, optimizer: Optimizer = SGD, steps: int = 200, start: float = 3.0,
     top: float = 1e3,
-) -> Curve:  # fmt: skip
+) -> RangeTest:  # fmt: skip
     """Return the range test of SGD on ½·Σ hᵢθᵢ², whose largest curvature makes ``limit`` the largest stable LR.
 
     The gradient has noise of variance noise²·hᵢ, and the measured loss noise of its own. The LR rises over 6 decades in
     ``steps``, up to ``top`` times a fifth of the limit.
     """
     random, curvature = np.random.default_rng(seed), optimizer.largest_lr(1.0) / limit / np.arange(1, 21)
-    weights, velocity, curve = start * random.standard_normal(20), np.zeros(20), Curve.empty()
+    weights, velocity, curve = start * random.standard_normal(20), np.zeros(20), RangeTest.empty()
     for lr in limit / 5 * 10 ** np.linspace(-DECADES, DECADES, steps):
         if lr > limit / 5 * top:
             break
@@ -67,7 +67,7 @@ def test_the_shortest_test_finds_it_too(momentum: float, noise: float, seed: int
 
 def test_the_smoothed_curve_does_not_lag_behind_the_lr() -> None:
     """A loss that is linear in the log of the LR stays that line."""
-    curve = Curve.empty()
+    curve = RangeTest.empty()
     for step in range(100):
         curve.add(1e-5 * RISE**step, 3 - math.log(RISE**step))
     for one in curve.tried:
@@ -90,7 +90,7 @@ def test_a_loss_that_never_falls_tells_nothing() -> None:
 
 @pytest.mark.parametrize("end", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_ends_the_test(end: float) -> None:
-    curve = Curve.empty()
+    curve = RangeTest.empty()
     for step in range(FEWEST // 2):
         curve.add(1e-4 * RISE**step, 1.0)
     assert not curve.diverged()
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_ends_the_test(end: float) -> None:
 
 def test_a_sudden_end_is_above_the_largest_stable_lr() -> None:
     """The loss fell until it was no longer finite."""
-    curve = Curve.empty()
+    curve = RangeTest.empty()
     for step in range(100):
         curve.add(1e-4 * RISE**step, 2 - step / 100)
     curve.add(1e-4 * RISE**100, math.nan)

@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.grid import grid
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
-from isobatch.scaling.tuning.branch import Branch, Branching, Point, judged, overall
+from isobatch.scaling.tuning.branch import Branch, Branching, LeftOut, Point, judged, overall
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import other_run, plan_here, spread, starts
+from isobatch.trainers.tuning.starts import Unfit, plan_here, spread, starts, unfit
 
 ALL, FEW = (1, 2, 4, 8, 16), (1, 4, 16)  # times half of the run's batch: k = ½ to 8; of one checkpoint, of several
 SHARE = 15  # percent of the run that a branch takes
@@ -24,6 +25,10 @@ POINTS = 16  # evaluations along a branch
 # The weights are averaged because the noise of SGD, and so the loss, depends on the batch. All branches forget equally
 # fast in samples. A 32nd of a branch is long enough to average, and short enough not to lag behind the weights.
 HALF_LIVES = 32
+LOCAL = (
+    "a local critical batch holds at its checkpoint alone: beside the samples that whole runs took to a target, it was "
+    "up to 3 times too low where that was measured"
+)
 TRAIN_FIRST = "train with checkpoint.keep_every=10%, then give init_from=RUN_DIRECTORY or one of its checkpoints"
 
 
@@ -35,8 +40,10 @@ def measure(bench: Bench) -> dict[str, Any]:
             the task has no validation loss.
     """
     if bench.validation is None:
-        problem = f"tune.parts=[branch] compares validation losses, but task {bench.config.task.name} has no val_data()"
-        raise UserError(problem, "define val_data() in its class", "tune.parts")
+        owner = type(bench.opened.task.own)
+        problem = f"tune.parts=[branch] compares validation losses, but {owner.__qualname__} has no val_data()"
+        fix = f"add val_data(self) to it in {owner.__module__}, which returns a data set like that of train_data(self)"
+        raise UserError(problem, fix, "tune.parts")
     starts = _starts(bench)
     course = [branch_off(bench, start, ALL if len(starts) == 1 else FEW) for start in starts]
     critical, interval, note = overall(course)
@@ -58,12 +65,9 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     half = max(1, batch // 2 // plan.granule) * plan.granule
     wanted = length_of(bench, plan)
     allowed = [size * half for size in sizes if size * half * LEAST_STEPS <= wanted]
+    left_out = [LeftOut(size * half, _too_short(size * half, wanted)) for size in sizes[len(allowed) :]]
     if len(allowed) < 2:
-        need = half * sizes[1] * LEAST_STEPS
-        problem = (
-            f"a branch of {plan.size(wanted)} has fewer than {LEAST_STEPS} steps at a batch of {half * sizes[1]:,}"
-        )
-        raise UserError(problem, f"give tune.samples={need}sa or more", "tune.samples", bench.config.tune.samples)
+        raise _too_little_data(plan, position, half * sizes[1], wanted)
     length = wanted // allowed[-1] * allowed[-1]
     marks = sorted({-(-length * i // POINTS // allowed[-1]) * allowed[-1] for i in range(1, POINTS + 1)})
     branches, first = list[Branch](), None
@@ -72,7 +76,7 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
         try:
             branched = branch_plan(plan, position, size)
         except UserError as error:  # the rule doesn't hold at this batch, or the ranks can't share it equally
-            bench.say(f"step {start.header.step}: no branch at {plan.size(size)}: {error}")
+            left_out.append(LeftOut(size, str(error)))
             continue
         lr = branched.step_at(position).recipe.lr  # type: ignore[union-attr]
         curve, finite = _train(bench, start, branched, marks, first)
@@ -80,7 +84,29 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
         branches.append(Branch(size / batch, size, lr, tuple(curve), stable=finite))
         end = f"loss {curve[0].loss:.4g} → {curve[-1].loss:.4g}" if finite else "diverged"
         bench.say(f"step {start.header.step}, {plan.size(size)}, lr {lr:.3g}: {end}")
-    return judged(position, length, batch, branches)
+    for one in left_out:
+        bench.say(f"step {start.header.step}: no branch at {plan.size(one.batch)}: {one.why}")
+    return judged(position, length, batch, branches, left_out)
+
+
+def _too_short(batch: int, samples: int) -> str:
+    """Return that a branch of this batch has too few steps, and the samples that it would need."""
+    steps = f"{samples:,} samples are {counted(samples // batch, 'step')} of it, and a branch needs {LEAST_STEPS}"
+    return f"{steps}: tune.samples={LEAST_STEPS * batch}sa or more would do"
+
+
+def _too_little_data(plan: Plan, position: int, batch: int, samples: int) -> UserError:
+    """Return the error of a checkpoint that has too few samples for two branches, the larger one at ``batch``."""
+    assert plan.samples is not None
+    need, left = batch * LEAST_STEPS, plan.samples - position
+    problem = (
+        f"too little data for branches: one needs {LEAST_STEPS} steps, which are {plan.size(need)} at a batch of "
+        f"{batch:,}, and takes {plan.size(samples)}"
+    )
+    if need > left:
+        fix = f"branch off a longer run, or an earlier checkpoint: this one leaves {plan.size(left)}"
+        return UserError(problem, fix, "init_from")
+    return UserError(problem, f"give tune.samples={need}sa or more", "tune.samples")
 
 
 def branch_plan(plan: Plan, position: int, size: int) -> Plan:
@@ -161,27 +187,27 @@ def _starts(bench: Bench) -> list[Checkpoint]:
     if not found:
         of = f"init_from={bench.config.init_from}" if bench.config.init_from else f"the run in {bench.run}"
         raise UserError(f"tune.parts has branch, but {of} has no checkpoint to branch off", TRAIN_FIRST, "init_from")
-    able = [start for start in found if not _unable(bench, start)]
-    if not able:
-        reason = _unable(bench, found[-1])
-        problem = f"no branch starts at step {found[-1].header.step} of the run: {reason}"
-        raise UserError(problem, TRAIN_FIRST, "init_from")
-    return spread(able)
+    unable = [_unable(bench, start) for start in found]
+    if (why := unable[-1]) and all(unable):
+        problem = f"no branch starts at step {found[-1].header.step} of the run: {why.reason}"
+        raise UserError(problem, why.fix, "init_from")
+    return spread([start for start, why in zip(found, unable, strict=True) if why is None])
 
 
-def _unable(bench: Bench, start: Checkpoint) -> str:
-    """Return why no branch can start at a checkpoint; "" if it can."""
+def _unable(bench: Bench, start: Checkpoint) -> Unfit | None:
+    """Return why no branch can start at a checkpoint; None if it can."""
     header, plan = start.header, start.header.plan
     assert plan.samples is not None
     assert plan.schedule is not None
-    if reason := other_run(bench, start):
-        return reason
+    if why := unfit(bench, start):
+        return why
     if header.samples < plan.schedule.warmup_samples:
-        return f"its warmup lasts {plan.size(plan.schedule.warmup_samples)}, which branches can't start in"
+        lasts = f"its warmup lasts {plan.size(plan.schedule.warmup_samples)}, which branches can't start in"
+        return Unfit(lasts, TRAIN_FIRST)
     if header.samples + (length := length_of(bench, plan)) > plan.samples:
         left = max(0, plan.samples - header.samples)
-        return f"it leaves {plan.size(left)} of the run, and a branch takes {plan.size(length)}"
-    return ""
+        return Unfit(f"it leaves {plan.size(left)} of the run, and a branch takes {plan.size(length)}", TRAIN_FIRST)
+    return None
 
 
 # ---- what is printed
@@ -198,8 +224,12 @@ def tell(found: Mapping[str, Any]) -> str:
         for course in found["course"]
         for branch in course["branches"]
     ]  # fmt: skip
-    told = [f"from sample {course['samples']:,}: {_told(course)}" for course in found["course"]]
-    return "\n".join(["", grid(rows), *told])
+    told = list[str]()
+    for course in found["course"]:
+        at = f"from sample {course['samples']:,}:"
+        told += [f"{at} no branch at a batch of {one['batch']:,}: {one['why']}" for one in course["left_out"]]
+        told.append(f"{at} {_told(course)}")
+    return "\n".join(["", grid(rows), *told, *([LOCAL] if found["critical_batch"] else [])])
 
 
 def _remark(branch: Mapping[str, Any], limit: float | None) -> str:
@@ -217,4 +247,4 @@ def _told(course: Mapping[str, Any]) -> str:
     if course["critical_batch"] is None:
         return f"critical batch not known: {course['note']}{limited}"
     low, high = course["interval"]
-    return f"critical batch {course['critical_batch']:,.0f} (95 % interval {low:,.0f} to {high:,.0f}){limited}"
+    return f"local critical batch {course['critical_batch']:,.0f} (95 % interval {low:,.0f} to {high:,.0f}){limited}"

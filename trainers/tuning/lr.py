@@ -8,7 +8,7 @@ from typing import Any
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
-from isobatch.scaling.tuning.lr_range import Curve, read
+from isobatch.scaling.tuning.lr_range import RangeTest, read
 from isobatch.trainers.tuning.bench import Bench
 
 STEPS = 200
@@ -33,7 +33,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         problem = f"{run.size(samples or 0)} are {steps} steps, and a range test {over} needs {LEAST_STEPS}"
         fix = f"give tune.samples={LEAST_STEPS}st or more, or leave it out for {STEPS}"
         raise UserError(problem, fix, "tune.samples", bench.config.tune.samples)
-    peak, curve = run.peak.lr, Curve.empty()
+    peak, curve = run.peak.lr, RangeTest.empty()
     lowest, rise = peak * 10.0**-DECADES, 10.0 ** (2 * DECADES / (steps - 1))
     with bench.trial(_constant(run, steps * batch)) as trial:
         while len(curve.tried) < steps and not curve.diverged():

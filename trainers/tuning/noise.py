@@ -13,7 +13,7 @@ from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.witnesses import over_run, stretches_of
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import other_run, plan_here, spread, starts
+from isobatch.trainers.tuning.starts import plan_here, spread, starts, unfit
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
 STEPS_EACH = 100  # from each checkpoint
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         raise UserError(problem, fix, "tune.parts", "noise")
     found = list[Checkpoint]()
     if bench.config.init_from:
-        found = [start for start in starts(bench) if not other_run(bench, start) and _has_steps(bench, start)]
+        found = [start for start in starts(bench) if not unfit(bench, start) and _has_steps(bench, start)]
     if found:
         ways = [along(bench, plan_here(bench, start), start, STEPS_EACH) for start in spread(found)]
         course = [row for _, _, rows in ways for row in rows[-1:]]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
@@ -37,14 +38,27 @@ def spread(found: Sequence[Checkpoint]) -> list[Checkpoint]:
     return [kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)]
 
 
-def other_run(bench: Bench, start: Checkpoint) -> str:
-    """Return why a checkpoint isn't of the run that is tuned, or is its start; "" if nothing is wrong."""
+class Unfit(NamedTuple):
+    """Why a checkpoint is none to start from, and what helps."""
+
+    reason: str
+    fix: str
+
+
+def unfit(bench: Bench, start: Checkpoint) -> Unfit | None:
+    """Return why a checkpoint isn't of the run that is tuned, or is its start; None if nothing is wrong."""
     plan, opened = start.header.plan, bench.opened.plan
+    own = f"give init_from a checkpoint of this run, or the overrides of that one (see {start.path.parent.parent})"
+    if plan.task != opened.task:
+        return Unfit(f"it is of task {plan.task}, and this run has {opened.task}", own)
     if plan.train_samples != opened.train_samples:
-        return f"its data had {plan.train_samples} samples, and has {opened.train_samples}"
+        return Unfit(f"its data had {plan.train_samples} samples, and has {opened.train_samples}", own)
     if plan.optimizer.name != opened.optimizer.name:
-        return f"it was trained with optimizer={plan.optimizer.name}, not {opened.optimizer.name}"
-    return "" if start.header.samples else "it is the start of the run"
+        trained = f"it was trained with optimizer={plan.optimizer.name}, not {opened.optimizer.name}"
+        return Unfit(trained, f"give optimizer={plan.optimizer.name}, or a run trained with {opened.optimizer.name}")
+    if not start.header.samples:
+        return Unfit("it is the start of the run", "give a later checkpoint")
+    return None
 
 
 def plan_here(bench: Bench, start: Checkpoint) -> Plan:

@@ -12,7 +12,7 @@ from isobatch.scaling.report.compare.comparison import Comparison
 from isobatch.scaling.report.compare.picture import Column, Curve, Panel, Picture
 from isobatch.scaling.report.compare.words import duration, in_digits_of, number
 from isobatch.scaling.report.grid import Figure
-from isobatch.scaling.tuning.forecast import LARGEST, Estimate, Fit, Forecast, SpeedCurve, fit, forecast
+from isobatch.scaling.tuning.forecast import LARGEST, Fit, Forecast, Predicted, SpeedCurve, fit, forecast
 
 APART = 3.0  # factor between neighbouring batches from which on the batch halfway is forecast, too
 BESIDE = 2, 4  # times as large as the largest batch, and as small as the smallest one
@@ -71,14 +71,14 @@ def _batch(batch: float) -> Figure:
     return Figure(f"{batch:,.0f}" if batch == round(batch) < LONGEST else number(batch))
 
 
-def _text(value: Estimate) -> str:
+def _text(value: Predicted) -> str:
     if not value.high > value.low:
         return number(value.value)
     middle, interval = in_digits_of((value.high - value.low) / 2, value.value, value.low, value.high)
     return f"{middle} ({interval})"
 
 
-def _time(value: Estimate) -> str:
+def _time(value: Predicted) -> str:
     return f"{duration(value.value)} ({duration(value.low)} to {duration(value.high)})"
 
 
