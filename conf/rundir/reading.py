@@ -111,7 +111,7 @@ CONFIG: dict[str, Check] = {
     "task": _with(name=_is_text, _target_=_is_text),
     "stop": _with(at=_or_none(_is_text)),
 }
-TUNED: dict[str, Check] = {"sharpness": _with(sharpness=_is_number, perturbed=_is_number)}
+TUNED: dict[str, Check] = {"sharpness": _with(sharpness=_is_number, perturbed=_is_number, loss=_is_number)}
 EVENT: dict[str, Check] = {
     "event": _is_text, "time": _is_time, "step": _is_count, "per_gpu": _is_count, "per_gpu_before": _is_count,
     "kind": _is_text, "cause": _or_none(_is_text),

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.report.compare.flatness import _still_falls
 from isobatch.scaling.report.compare.measure import asked
 from isobatch.scaling.report.compare.pictures import pictures_of
 from isobatch.scaling.report.compare.tables import text_of
+from isobatch.scaling.report.run import read
 from tests.support.compared import compare, ended, read_all, write_values
 from tests.support.runs import learned, write_run
 
@@ -151,13 +153,20 @@ def test_one_is_no_plural(tmp_path: Path) -> None:
     assert "1 batches" not in text
 
 
-def with_sharpness(folder: Path, values: Values, of: dict[int, list[float]]) -> str:
-    """Return the report's text of runs of which the sharpness is known, a list by seed for each batch."""
+def with_sharpness(
+    folder: Path, values: Values, of: dict[int, list[float]], losses: dict[int, float] | None = None
+) -> str:
+    """Return the report's text of runs of which the sharpness is known, a list by seed for each batch.
+
+    Args:
+        losses: the training loss by batch, of the samples at which the sharpness was measured.
+    """
     write_values(folder, values)
     for run in read_all(folder):
         assert run.recipe.global_size
         assert run.recipe.seed is not None
-        found = {"sharpness": of[run.recipe.global_size][run.recipe.seed], "perturbed": 0.25}
+        loss = (losses or {}).get(run.recipe.global_size, 0.5) + 0.001 * run.recipe.seed
+        found = {"sharpness": of[run.recipe.global_size][run.recipe.seed], "perturbed": 0.25, "loss": loss}
         (Path(run.directory) / "tune").mkdir()
         (Path(run.directory) / "tune" / "tune.json").write_text(json.dumps({"sharpness": found, "noise": {}}))
     return text_of(compare(read_all(folder)))
@@ -178,6 +187,23 @@ def test_a_report_says_whether_smaller_batches_ended_flatter(tmp_path: Path) -> 
     assert "seeds differ as much by" in with_sharpness(tmp_path / "c", values, {16: [3.0, 9.0], 64: [4.0, 11.0]})
     one_seed: Values = {(16, 0.1): [0.9], (64, 0.1): [0.8]}
     assert "perhaps by chance" in with_sharpness(tmp_path / "d", one_seed, {16: [3.0], 64: [9.0]})
+
+
+def test_flatness_is_no_comparison_of_minima_at_other_losses(tmp_path: Path) -> None:
+    values: Values = {(16, 0.1): [0.9, 0.91], (64, 0.1): [0.8, 0.81]}
+    of = {16: [3.0, 3.1], 64: [9.0, 9.2]}
+    assert "but their" not in with_sharpness(tmp_path / "a", values, of, {16: 0.5, 64: 0.52})
+    apart = with_sharpness(tmp_path / "b", values, of, {16: 0.25, 64: 0.5})
+    expected = "; but their training losses differ (0.2505 at batch 16, 0.5005 at batch 64), and curvature changes with"
+    assert expected in apart
+
+
+@pytest.mark.parametrize(("fall", "falls"), [(0.0, False), (0.02, True)])
+def test_flatness_of_runs_that_still_learn_is_said(tmp_path: Path, fall: float, falls: bool) -> None:
+    steps = range(1, 101)
+    lines = [{"step": step, "samples": 16 * step, "loss": 3 - fall * step + 0.05 * (step % 2)} for step in steps]
+    run = read(write_run(tmp_path / "run", lines))
+    assert _still_falls(run) == falls
 
 
 def test_a_report_without_sharpness_says_nothing_of_it(tmp_path: Path) -> None:
