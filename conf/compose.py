@@ -42,7 +42,8 @@ def compose(overrides: Sequence[str], config_dir: Path | str | None = None) -> R
 
     Where ``run.dir`` holds a run, its config replaces the defaults; with ``run.new`` it may be changed, which makes a
     new run. If that run never trained a step, a command that names a task replaces it. ``action=evaluate`` and
-    ``tune`` use the config of the run whose weights ``init_from`` names. The optimizer may still be ``auto``, which
+    ``tune`` use the config of the run whose weights ``init_from`` names; ``tune`` doesn't if the command names a task,
+    so that it measures what the command would train from these weights. The optimizer may still be ``auto``, which
     ``scaling.planning.automatic.configured`` settles.
 
     Raises:
@@ -116,6 +117,8 @@ def _measured(plain: dict[str, Any], given: set[str]) -> Path | None:
         raise UserError(problem, "leave it out" if weights else instead, of_runs[0], directory)
     if not isinstance(weights, str) or not weights:
         return None  # the schema rejects it
+    if plain["action"] == "tune" and given & SAYS_WHAT_TO_TRAIN:
+        return None
     run = run_of(refuse_missing(weights))
     return run and run / "config.yaml"
 

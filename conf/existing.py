@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.identity import digest, identity, run_directory, science, values
+from isobatch.conf.identity import digest, identity, run_directory, science, science_of, values
 from isobatch.conf.messages import shown
 from isobatch.conf.rundir.outcome import known_outcome
 from isobatch.conf.rundir.reading import metric_lines
@@ -170,12 +170,19 @@ def refuse_missing(weights: str) -> Path:
 def tuning_directory(config: RunConfig) -> Path:
     """Return the folder of the results of ``action=tune``, in a run directory.
 
-    That is ``run.dir``, else the run whose weights ``init_from`` names, else the run being tuned.
+    That is ``run.dir``, else the run whose weights ``init_from`` names if it has the same recipe, else the run that the
+    command would train.
     """
     run = None
     if config.init_from and not config.run.directory:
         run = run_of(refuse_missing(config.init_from))
-    return (run or run_directory(config)) / "tune"
+    return (run if run and _same_recipe(run, config) else run_directory(config)) / "tune"
+
+
+def _same_recipe(run: Path, config: RunConfig) -> bool:
+    """Return whether a run has the science of ``config``, whatever weights either starts from."""
+    was, now = science_of(load(run / "config.yaml")), science(config)
+    return all(was.get(key) == now.get(key) for key in (was.keys() | now.keys()) - {"init_from", "format"})
 
 
 def run_of(weights: Path) -> Path | None:

@@ -175,9 +175,16 @@ def test_what_cant_be_measured_is_said_with_its_reason(part: str) -> None:
 def test_the_noise_of_a_finished_run_is_measured_before_its_end() -> None:
     launch(*SMALL, "run.dir=run", "checkpoint.keep_every=25%")
     launch("action=tune", "tune.parts=[noise]", "tune.samples=22st", "init_from=run")
-    found = stored("run")["noise"]
-    assert found["measurements"] > 10
-    assert len(found["course"]) > 1
+    found = stored("run")
+    assert found["noise"]["measurements"] > 10
+    assert len(found["noise"]["course"]) > 1
+    assert "/run run.new=true" in found["recommendation"]["command"]
+    launch("action=tune", "tune.parts=[noise]", "tune.samples=22st", "init_from=run", *SMALL, "lr.peak=0.05")
+    assert stored("run") == found  # a fine-tune's results are its own
+    (own,) = Path("runs").iterdir()
+    command = stored(str(own))["recommendation"]["command"]
+    assert "init_from=run" in command
+    assert "run.dir" not in command
 
 
 def test_a_given_peak_is_carried_by_the_rule_too() -> None:

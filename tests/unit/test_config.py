@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from isobatch.conf import hardware
 from isobatch.conf.compose import compose, unused_keys
-from isobatch.conf.existing import extends
+from isobatch.conf.existing import extends, tuning_directory
 from isobatch.conf.help import annotated, command_line, help_text, meanings
+from isobatch.conf.identity import identity
 from isobatch.conf.keys import HERE, RECORDED, keys, leaves, sections
 from isobatch.conf.messages import validated
 from isobatch.conf.saved import dump
@@ -656,6 +657,24 @@ def test_an_evaluation_takes_the_config_of_the_run_of_its_weights(tmp_path: Path
     assert now.task.args == {**was.task.args, "split": "test"}
     assert (now.optimizer, now.ema, now.init_from, now.seed) == (was.optimizer, was.ema, weights, 3)
     assert (now.action, now.output, now.cluster.nodes, now.run.dir) == ("evaluate", "json", 1, None)
+
+
+def test_tuning_takes_the_config_of_a_run_unless_the_command_says_what_to_train(tmp_path: Path) -> None:
+    """Results belong to the run of the weights only where the recipe is its own."""
+    run = tmp_path / "run"
+    recipe = ("task=digits", "optimizer=adamw", "task.args.width=7")
+    stored(run, *recipe, "init_from=elsewhere")
+    write(run / "final/model.safetensors", "")
+    tune = ("action=tune", f"init_from='{run}'")
+    for same in ((), recipe, ("noise.every=3st",)):
+        config = compose([*tune, *same])
+        assert (config.optimizer.name, config.task.args["width"]) == ("adamw", 7)
+        assert tuning_directory(config) == run / "tune"
+    for other in (("task=digits",), ("task=mnist1d", "optimizer=adamw"), ("seed=3",), (*recipe, "lr.peak=0.1")):
+        config = compose([*tune, *other])
+        assert config.optimizer.name == ("sgd" if other == ("task=digits",) else "adamw")
+        assert tuning_directory(config) == Path("runs") / f"{config.task.name}-{identity(config)}" / "tune"
+    assert tuning_directory(compose([*tune, "task=mnist1d", "run.dir=mine"])) == Path("mine/tune")
 
 
 def test_an_evaluation_follows_links_to_a_run(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from isobatch.conf.existing import run_of
 from isobatch.conf.identity import digest, identity, values
 from isobatch.conf.rundir.reading import last_step
 from isobatch.trainers.launch.source import Source
@@ -51,7 +53,8 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
         fits = (before or {}).get("memory", {}).get("per_gpu")
         found["sizes_to"] = bench.opened.plan.cut.per_gpu if fits is None else fits
     if part in TRAINED:
-        found["trained"] = last_step(bench.run)
+        weights = config.init_from and run_of(Path(config.init_from).expanduser())
+        found["trained"] = last_step(weights or bench.run)
     return dict(bench.agree(found))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isobatch.conf.compose import SAYS_WHAT_TO_TRAIN
+from isobatch.conf.existing import run_of
 from isobatch.conf.overrides import parse
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid, rounded
@@ -60,9 +62,10 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
 def command(bench: Bench, row: Prediction) -> str:
     """Return the command that trains with a batch: a new run where this command took its config from a run."""
     plan = bench.opened.plan
-    per_sample, run = plan.sized(1), Path(bench.session.start.run_dir).parent
+    per_sample = plan.sized(1)
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
-    if (run / "config.yaml").exists() and (bench.config.run.directory or bench.config.init_from):
+    run = Path(bench.session.start.run_dir).parent if bench.config.run.directory else _run_of_weights(bench, words)
+    if run and (run / "config.yaml").exists():
         words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
     sizes = [f"batch.global_size={row.global_size * per_sample}"]
@@ -76,10 +79,20 @@ def command(bench: Bench, row: Prediction) -> str:
     return shlex.join([*words, *sizes])
 
 
+def _run_of_weights(bench: Bench, words: Sequence[str]) -> Path | None:
+    """Return the run of ``init_from`` if the command took its config from there, as it names no task."""
+    weights = bench.config.init_from
+    named = any(_key(word) in SAYS_WHAT_TO_TRAIN for word in words)
+    return None if named or not weights else run_of(Path(weights).expanduser())
+
+
+def _key(word: str) -> str:
+    """Return the key of an override; "" of another word."""
+    return parse(word).key_or_group if "=" in word and not word.startswith("-") else ""
+
+
 def _replaced(word: str) -> bool:
-    if "=" not in word or word.startswith("-"):
-        return False
-    key = parse(word).key_or_group
+    key = _key(word)
     return key in REPLACED or key.partition(".")[0] == "tune"
 
 
