@@ -126,7 +126,7 @@ def forecast(fitted: Fit, batch: float, speed: SpeedCurve | None = None) -> Fore
                     fitted.least / samples)  # fmt: skip
 
 
-def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
+def fit(batches: Sequence[float], samples_to_target: Sequence[float], *, given: bool = False) -> Fit:
     """Fit E(B) = E_min·(1 + (B/B_crit)^p)^(1/p) by least squares of log E.
 
     With six batches or more p is fitted, too, and ``plain`` has the fit with p = 1. With fewer p is 1.
@@ -134,6 +134,7 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
     Args:
         batches: global batches, in samples; a batch that was measured several times may be repeated.
         samples_to_target: what each of them took to one target: samples, or any other unit of data, such as epochs.
+        given: a person gave these numbers, so that the reason calls them amounts; else they are of runs.
 
     Returns:
         A fit without critical batch, and with the reason, if there are fewer than three batches or if the samples
@@ -151,29 +152,37 @@ def fit(batches: Sequence[float], samples_to_target: Sequence[float]) -> Fit:
             raise UserError(problem, f"both must be positive numbers up to {LARGEST:g}")
     n = len({batch for batch, _ in points})
     if n < FEWEST:
-        problem = f"{counted(n, 'batch', 'batches')} reached the target, and a fit needs {FEWEST}"
+        known = ("is given" if n == 1 else "are given") if given else "reached the target"
+        problem = f"{counted(n, 'batch', 'batches')} {known}, and a fit needs {FEWEST}"
         return Fit(None, None, (None, None), n, note=problem, points=points)
-    plain = _fit(points, n, None)
-    return plain if n < FOR_POWER else _fit(points, n, plain)
+    amounts = "the amounts" if given else "the samples to the target"
+    plain = _fit(points, n, None, amounts)
+    return plain if n < FOR_POWER else _fit(points, n, plain, amounts)
 
 
-def _fit(points: Points, n: int, plain: Fit | None) -> Fit:
+def _fit(points: Points, n: int, plain: Fit | None, amounts: str) -> Fit:
     """Return the fit with p = 1, or with any p beside the one with p = 1."""
     profile = _profile(points, sharp=plain is not None)
     row, column = np.unravel_index(profile.errors.argmin(), profile.errors.shape)
     low, high = interval_of(profile.criticals, (profile.errors <= profile.allowed).any(axis=0))
     power, smallest = float(profile.powers[row]), points[0][0]
     if high is None:
-        straight = "scatter too much to show it"
+        straight = "go up and down too much from batch to batch to show it"
         if low:
             tells = low >= smallest  # a bound below all batches says nothing
-            straight = f"don't bend: {f'it may be {low:.3g} or more' if tells else 'larger batches would tell'}"
-        return Fit(None, None, (low, high), n, power, f"the samples to the target {straight}", points, plain)
+            straight = f"don't bend: {f'it may be {_round(low)} or more' if tells else 'larger batches would tell'}"
+        return Fit(None, None, (low, high), n, power, f"{amounts} {straight}", points, plain)
     if low is None:
-        steep = f"grow in proportion to the batch: it is {high:.3g} or less"
-        return Fit(None, None, (low, high), n, power, f"the samples to the target {steep}", points, plain)
+        bound = f"{_round(high)} or less" if high >= smallest else f"below the smallest batch, {smallest:,g}"
+        steep = f"grow in proportion to the batch: it is {bound}"
+        return Fit(None, None, (low, high), n, power, f"{amounts} {steep}", points, plain)
     critical, least = float(profile.criticals[column]), math.exp(profile.levels[row, column])
     return Fit(least, critical, (low, high), n, power, "", points, plain)
+
+
+def _round(bound: float) -> str:
+    """Format a bound with three digits."""
+    return f"{float(f'{bound:.3g}'):,g}" if bound < 1e6 else f"{bound:.3g}"
 
 
 class _Profile(NamedTuple):

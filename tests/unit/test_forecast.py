@@ -140,13 +140,13 @@ def test_impossible_numbers_are_rejected(batches: list[float], samples: list[flo
     [
         ([], [], "0 batches"),
         ([16, 16, 64], [100, 110, 150], "2 batches"),
-        ([1, 2, 4], [300, 200, 100], "scatter"),
-        ([16, 64, 256, 1024], [100.0, 5.0, 700.0, 3.0], "scatter"),
+        ([1, 2, 4], [300, 200, 100], "up and down"),
+        ([16, 64, 256, 1024], [100.0, 5.0, 700.0, 3.0], "the samples to the target go up and down"),
         ([1e-50, 1, 1e50], [1e-50, 1, 1e50], "in proportion"),
         ([16, 64], [100, 150], "2 batches"),
         ([16, 64, 256], [100.0, 101.0, 99.0], "don't bend"),
         ([32, 64, 128], [100.0, 100.0, 120.0], "larger batches would tell"),
-        ([16, 64, 256, 1024], [100.0, 400.0, 1600.0, 6400.0], "in proportion"),
+        ([16, 64, 256, 1024], [100.0, 400.0, 1600.0, 6400.0], "in proportion to the batch: it is below the smallest"),
     ],
 )
 def test_too_few_or_straight_points_have_no_critical_batch(

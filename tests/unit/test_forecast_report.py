@@ -109,12 +109,26 @@ def test_a_table_without_speeds_has_no_times() -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("16:100 64:150", "2 batches"), ("16:100 64:100 256:100", "don't bend"), ("1:1 4:4 16:16", "in proportion")],
+    [
+        ("16:100 64:150", "2 batches are given, and a fit needs 3"),
+        ("16:100 64:100 256:100", "the amounts don't bend"),
+        ("1:1 4:4 16:16", "the amounts grow in proportion"),
+        ("16:100 64:5 256:700 1024:3", "the amounts go up and down"),
+    ],
 )
 def test_points_without_a_bend_say_so(tmp_path: Path, text: str, says: str) -> None:
     report = isobatch.report([], f"report.points='{text}'", f"report.dir={tmp_path}")
     assert says in str(report)
     assert "Forecast" not in str(report)
+    assert "reached" not in str(report)
+
+
+def test_steps_in_place_of_data_are_rejected_with_the_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        isobatch.report([], "report.points='64:14100 128:7100 256:3900'", f"report.dir={tmp_path}")
+    assert "fall from 14,100 at batch 64 to 3,900 at batch 256, as steps do" in caught.value.problem
+    assert "report.points='64:902400 128:908800 256:998400'" in caught.value.fix
+    isobatch.report([], "report.points='64:100 128:70 256:60'", f"report.dir={tmp_path}")
 
 
 @pytest.mark.parametrize(

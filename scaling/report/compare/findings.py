@@ -102,7 +102,8 @@ def _to_target(comparison: Comparison) -> Iterator[str]:
 def _fitted(comparison: Comparison) -> Iterator[str]:
     for family, fit in comparison.fits.items():
         of = f"{family}: " if family else ""
-        yield f"{of}{fitted(fit)}"
+        if fit.points:  # else a warning says that no run reached the target
+            yield f"{of}{fitted(fit)}"
 
 
 def fitted(fit: Fit) -> str:
@@ -114,7 +115,7 @@ def fitted(fit: Fit) -> str:
     other = f"; with p = 1: {number(plain)}" if fit.plain and (plain := fit.plain.critical_batch) else ""
     shape = f", p = {fit.power:.2g}{other}" if fit.plain else ""
     interval = f"95 % interval {number(low or 0)} to {number(high or 0)}, from {fit.batches} batches{shape}"
-    dearer = f"{2 ** (1 / fit.power):.2g} times the samples of a small batch"
+    dearer = f"{2 ** (1 / fit.power):.2g} times the data of a small batch"
     return f"fitted critical batch {number(fit.critical_batch)} ({interval}), where the target takes {dearer}"
 
 
@@ -215,11 +216,27 @@ def _unreached(comparison: Comparison) -> Iterator[str]:
     counts = [(group.label, values.reached, len(group.counted)) for group, values in comparison.pairs()]
     none = [label for label, reached, n in counts if n and not reached]
     some = [f"{label} ({reached} of {n})" for label, reached, n in counts if 0 < reached < n]
-    if none or some:
+    if none and len(none) == sum(n > 0 for _, _, n in counts):
+        best = _nearest(comparison)
+        yield f"no run reached {comparison.target}{best}, so steps to it aren't known, and no batch is fitted"
+    elif none or some:
         parts = [f"no run of {listed(none)}"] if none else []
         parts += [f"not all runs of {listed(some)}"] if some else []
         without = f"{' and '.join(parts)} reached {comparison.target}"
         yield f"{without}: a group in which a run missed it has no steps to the target, and fits leave it out"
+
+
+def _nearest(comparison: Comparison) -> str:
+    """Return the best value of the target's measure, in brackets; "" if no run has any."""
+    target = comparison.target
+    assert target
+    measured = [(group, run.measures[target.name].best) for group in comparison.groups for run in group.counted
+                if target.name in run.measures]  # fmt: skip
+    known = [(best.value, group.label) for group, best in measured if best]
+    if not known:
+        return ""
+    value, label = max(known) if target.direction == "max" else min(known)
+    return f" (the best was {number(value)}, {label})"
 
 
 def _undrawn(comparison: Comparison) -> Iterator[str]:

@@ -141,11 +141,22 @@ def comparison_of_points(text: str) -> Comparison:
         text: ``batch:amount`` for each batch, separated by spaces; amounts to the target in any one unit.
 
     Raises:
-        UserError: it can't be read.
+        UserError: it can't be read, or the amounts are steps.
     """
     pairs = [_pair(word, text) for word in text.split() or [""]]
-    found = fit([batch for batch, _ in pairs], [amount for _, amount in pairs])
+    _refuse_steps(sorted(pairs), text)
+    found = fit([batch for batch, _ in pairs], [amount for _, amount in pairs], given=True)
     return Comparison("points", None, None, "", [], [], {"": found}, {"": forecasts_of(found)})
+
+
+def _refuse_steps(points: Sequence[tuple[float, float]], text: str) -> None:
+    """Raise UserError if the amounts fall from batch to batch as steps do; data to a target never falls like that."""
+    (batch, first), (largest, last) = points[0], points[-1]
+    if first > 2 * last and all(one[1] > other[1] for one, other in pairwise(points)):
+        falls = f"fall from {number(first)} at batch {batch:,g} to {number(last)} at batch {largest:,g}, as steps do"
+        samples = " ".join(f"{batch:g}:{float(f'{batch * steps:.6g}'):.15g}" for batch, steps in points)
+        fix = f"give data, which is batch x steps: report.points='{samples}'"
+        raise UserError(f"the amounts of report.points {falls}", fix, "report.points", text)
 
 
 def _pair(word: str, text: str) -> tuple[float, float]:
