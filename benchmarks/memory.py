@@ -19,7 +19,6 @@ from torch.utils.data import TensorDataset
 
 from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.loop.opening import open_task
-from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tasks import text
 from isobatch.trainers.tasks.task import make_task
@@ -107,7 +106,7 @@ def compare(name: str, limit_gb: float, world: World) -> dict[str, Any]:
     )  # fmt: skip
     opened = open_task(session, make_task(session.config))
     assert opened
-    bench = Bench(session, opened, Stream(0, world.device), None, Progress(shown=False))
+    bench = Bench(session, opened, None, Progress(shown=False))
     found = measure(bench)
     meter, batches = Meter(world.device, 1, limit_gb), LargeBatches(opened.data, opened.task, 0)
     room = limit_gb * 1e9 * (1 - MARGIN)

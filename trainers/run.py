@@ -57,7 +57,6 @@ from isobatch.trainers.tensors.manifest import Checkpoint, Header
 from isobatch.trainers.tensors.names import checkpoints
 from isobatch.trainers.trackers.followers import Followers, refuse_bad_tracker
 from isobatch.trainers.trial.contract import Looked, announce, announce_failed, look_and_try
-from isobatch.trainers.tuning.at_start import with_measured_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +119,8 @@ def train(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     if opened is None:
         return stopped_before_training(session, run)
     if opened.plan.measures:
+        from isobatch.trainers.tuning.at_start import with_measured_size  # other starts don't wait for its imports
+
         opened = with_measured_size(session, opened, run)
     if opened is None:
         return stopped_before_training(session, run)

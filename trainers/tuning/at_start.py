@@ -9,7 +9,6 @@ from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.sizes import evaluation_batch
 from isobatch.trainers.loop.opening import Opened, plan_of
-from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
@@ -32,8 +31,7 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
         UserError: nothing fits.
     """
     world, config = session.world, session.config
-    stream = Stream(config.seed, world.device, lambda reason: None, lambda reason: None)
-    bench = Bench(session, opened, stream, None, Progress(shown=False))
+    bench = Bench(session, opened, None, Progress(shown=False))
     cap = most_of_a_rank(opened)
     results, conditions = read_results(world, run.path), conditions_of(bench, PART)
     found = usable(results.get(PART, conditions), cap)

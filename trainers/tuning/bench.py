@@ -108,15 +108,10 @@ class Trial:
         self.state = TrainState(plan)
         self.stepper = replace(self.stepper, loader=self.bench.loader(self.engine, self.state))
 
-    def evaluate(self, average: Average | None = None) -> dict[str, float]:
-        """Return the values of an evaluation, as ``val/<name>`` and ``ema/<name>``. Raises Interrupted.
-
-        Args:
-            average: evaluate only this average of the weights, as ``val/<name>``.
-        """
+    def evaluate(self, average: Average) -> dict[str, float]:
+        """Return the values of an evaluation of averaged weights, as ``val/<name>``. Raises Interrupted."""
         assert self.evaluator is not None
-        evaluator = self.evaluator
-        values = evaluator.of_weights([("val", average.swapped())]) if average else evaluator.of_run()
+        values = self.evaluator.of_weights([("val", average.swapped())])
         if values is None:
             raise Interrupted
         return values
@@ -129,26 +124,24 @@ class Bench:
     Attributes:
         config: the run's config.
         opened: the task, its data, and the run's plan.
-        stream: keys the random numbers of a forward.
         validation: the validation data; None if the task has none.
         progress: shows intermediate results on rank 0.
+        run: the directory of the run that is tuned.
+        stream: keys the random numbers of a forward.
     """
 
     session: Session
     opened: Opened
-    stream: Stream
     validation: Validation | None
     progress: Progress
     config: RunConfig = field(init=False)
+    run: Path = field(init=False)
+    stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
-        self.config = self.session.config
-
-    @property
-    def run(self) -> Path:
-        """Return the directory of the run that is tuned."""
-        folder = self.session.start.run_dir
-        return Path(folder).parent if folder else run_directory(self.config)
+        self.config, folder = self.session.config, self.session.start.run_dir
+        self.run = Path(folder).parent if folder else run_directory(self.config)
+        self.stream = Stream(self.config.seed, self.session.world.device, _silent)
 
     def plan(self, global_size: int, per_gpu: int | None = None) -> Plan:
         """Return a plan with another batch, and with steps enough for any measurement; its LR hardly changes weights.
@@ -252,6 +245,10 @@ class Bench:
     def agree(self, found: Any) -> Any:
         """Return rank 0's JSON value on all ranks."""
         return json.loads(self.session.world.agree(json.dumps(found)))
+
+
+def _silent(reason: str) -> None:
+    """Say nothing: what depends on the cut is said when the run trains."""
 
 
 def refuse_other_model(checkpoint: Checkpoint, engine: Engine, optimizer: str) -> None:

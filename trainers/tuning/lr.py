@@ -16,7 +16,6 @@ STEPS = 200
 # times too high at 41 steps, and with a momentum of 0.9 up to 40 times too low.
 LEAST_STEPS = 100
 DECADES = 3  # below and above the run's peak LR
-SHOWN = 8  # lines of progress
 
 
 def measure(bench: Bench) -> dict[str, Any]:

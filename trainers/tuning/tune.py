@@ -15,7 +15,7 @@ from isobatch.scaling.report.tuning import write_picture
 from isobatch.scaling.tuning.results import Results
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
-from isobatch.trainers.model.randomness import Stream, seed_generators
+from isobatch.trainers.model.randomness import seed_generators
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
@@ -83,8 +83,7 @@ def open_bench(session: Session) -> Bench | None:
         return None
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
-    stream = Stream(config.seed, world.device, lambda reason: None, lambda reason: None)
-    return Bench(session, opened, stream, validation, Progress(shown=world.rank == 0, live=not config.debug))
+    return Bench(session, opened, validation, Progress(shown=world.rank == 0, live=not config.debug))
 
 
 def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
