@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cores import on_all_cores
 from benchmarks.forecast import measured
 from benchmarks.tables import Rows
 from benchmarks.trained import CONSTANT, Trained, train_all
@@ -78,36 +78,13 @@ def branched(optimizer: str, seed: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def on_all_cores(jobs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-    """Return the result of ``branched`` for each job; each core takes one at a time."""
-    cores = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as name:
-        pids = []
-        for first in range(min(cores, len(jobs))):
-            if not (pid := os.fork()):
-                code = 1
-                try:
-                    os.dup2(os.open(Path(name) / f"{first}.log", os.O_WRONLY | os.O_CREAT), 1)
-                    for index in range(first, len(jobs), cores):
-                        found = branched(*jobs[index], Path(name) / f"run-{index}")
-                        (Path(name) / f"{index}.json").write_text(json.dumps(found))
-                    code = 0
-                finally:
-                    os._exit(code)
-            pids.append(pid)
-        codes = [os.waitpid(pid, 0)[1] for pid in pids]
-        if any(codes):
-            raise RuntimeError("".join(file.read_text() for file in Path(name).glob("*.log")))
-        return [json.loads((Path(name) / f"{index}.json").read_text()) for index in range(len(jobs))]
-
-
 def rows() -> Rows:
     """Return a row per optimizer and seed: what its branches tell, beside the fit to samples to a target by batch.
 
     SGD's batches are those of ``critical``, at the best LR of each: by the linear rule large ones diverge.
     """
     jobs = [(optimizer, seed) for optimizer in OPTIMIZERS for seed in SEEDS]
-    told = dict(zip(jobs, on_all_cores(jobs), strict=True))
+    told = dict(zip(jobs, on_all_cores([partial(branched, *job) for job in jobs]), strict=True))
     curve, swept_samples = swept("adamw")
     fits: dict[str, tuple[Fit, float | None]] = {"adamw": (curve, swept_samples)}
     by_sgd = next(curve for curve in measured() if curve.name.startswith("mnist1d"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.func import functional_call, grad, vmap  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
+from benchmarks.cores import on_all_cores
 from benchmarks.tables import silenced
 from isobatch.scaling.noise import Smoothed
 from tests.support.harness import in_ranks
@@ -140,10 +140,11 @@ def _scale(optimizer: Any, parameter: Tensor) -> Tensor:
     return scale
 
 
-def measured(task: str, optimizer: str, seed: int) -> dict[str, Any]:
+def measured(task: str, optimizer: str, seed: int, _folder: Path) -> dict[str, Any]:
     """Return the points of every way to measure. All ways train alike, so the first finds the truth for the others."""
     from isobatch.trainers.ranks.world import World
 
+    torch.set_num_threads(1)
     found, truths, given = dict[str, Any](), list[tuple[float, float]](), overrides(task, optimizer, seed)
     for way, (parts, per_gpu) in WAYS.items():
         points = list(course(World.alone(), given, parts, per_gpu, truth=not truths))
@@ -189,7 +190,7 @@ def rows() -> list[dict[str, Any]]:
     cases = [(task, optimizer) for task in TASKS for optimizer in OPTIMIZERS]
     jobs = [(case, seed) for case in cases for seed in SEEDS]
     with silenced():
-        results = dict(zip(jobs, forked([partial(measured, *case, seed) for case, seed in jobs]), strict=True))
+        results = dict(zip(jobs, on_all_cores([partial(measured, *case, seed) for case, seed in jobs]), strict=True))
         differences = {case: apart(*case) for case in cases}
     found = []
     for case in cases:
@@ -218,28 +219,6 @@ def rows() -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def forked(bodies: list[Callable[[], Any]]) -> list[Any]:
-    """Return the results of ``bodies``, each in a process of its own, one per core at a time."""
-    cores = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        pids = []
-        for first in range(min(cores, len(bodies))):
-            if not (pid := os.fork()):
-                code = 1
-                try:
-                    torch.set_num_threads(1)
-                    for index in range(first, len(bodies), cores):
-                        (Path(folder) / f"{index}.json").write_text(json.dumps(bodies[index]()))
-                    code = 0
-                finally:
-                    os._exit(code)
-            pids.append(pid)
-        codes = [os.waitpid(pid, 0)[1] for pid in pids]
-        if any(codes):
-            raise RuntimeError("a process failed")
-        return [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(len(bodies))]
 
 
 if __name__ == "__main__":

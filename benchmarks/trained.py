@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cores import on_all_cores
 from tests.support.harness import Runs
 
 CONSTANT = ("evaluate.every=null", "checkpoint.every=null", "data.fingerprint=false", "log.every=1st")
@@ -33,35 +31,15 @@ class Trained:
 
 def train_all(commands: Sequence[Sequence[str]]) -> list[Trained]:
     """Train a run for each command, given as overrides. Each core trains one single-threaded run at a time."""
-    with tempfile.TemporaryDirectory() as folder:
-        cores = os.cpu_count() or 1
-        drivers = [_drive(commands, first, cores, Path(folder)) for first in range(min(cores, len(commands)))]
-        codes = [os.waitpid(pid, 0)[1] for pid in drivers]
-        if any(codes):
-            raise RuntimeError("".join(file.read_text() for file in Path(folder).glob("*.log")))
-        found = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(len(commands))]
-    return [Trained(*result) for result in found]
+    return [Trained(*result) for result in on_all_cores([partial(_train, command) for command in commands])]
 
 
-def _drive(commands: Sequence[Sequence[str]], first: int, stride: int, folder: Path) -> int:
-    """Fork a process that runs every ``stride``-th command, and return its id."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        log = os.open(folder / f"{first}.log", os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        for index in range(first, len(commands), stride):
-            began = time.perf_counter()
-            run = Runs(folder / f"run-{index}", deadline_s=600)(1, *CONSTANT, *commands[index])
-            lines = run.metrics() if run.ends[0].get("state") == "finished" else []
-            (folder / f"{index}.json").write_text(json.dumps([lines, time.perf_counter() - began]))
-        code = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+def _train(command: Sequence[str], folder: Path) -> tuple[list[dict[str, Any]], float]:
+    """Return the metrics of a run that finished, else none, and its seconds."""
+    began = time.perf_counter()
+    run = Runs(folder, deadline_s=600)(1, *CONSTANT, *command)
+    lines = run.metrics() if run.ends[0].get("state") == "finished" else []
+    return lines, time.perf_counter() - began
 
 
 def spread(values: Sequence[float]) -> str:

@@ -8,11 +8,13 @@ import sys
 import time
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import sweeps
+from benchmarks.cores import on_all_cores
 from benchmarks.gpu import host, run, step
 from benchmarks.gpu.run import PAGE, PARTS, ROOT, kept_sections, main, page
 from benchmarks.gpu.turns import MEASURE_S, Bench, table, take_turns
@@ -40,6 +42,15 @@ def test_benchmarks_are_imported_without_the_extras(tmp_path: Path, module: str)
         return import_module(module).__name__
 
     assert in_ranks(1, body, tmp_path) == [module]
+
+
+def test_jobs_run_on_all_cores_and_a_failure_is_shown() -> None:
+    def job(number: int) -> Any:
+        return lambda folder: [number, [path.name for path in folder.iterdir()]]
+
+    assert on_all_cores([job(number) for number in range(5)]) == [[number, []] for number in range(5)]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        on_all_cores([job(0), job(1), lambda folder: 1 / 0])
 
 
 def test_steps_and_trace_of_a_gpu_run_dry(tmp_path: Path) -> None:
