@@ -65,7 +65,8 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     half = max(1, batch // 2 // plan.granule) * plan.granule
     wanted = length_of(bench, plan)
     allowed = [size * half for size in sizes if size * half * LEAST_STEPS <= wanted]
-    left_out = [LeftOut(size * half, _too_short(size * half, wanted)) for size in sizes[len(allowed) :]]
+    left = (plan.samples or 0) - position
+    left_out = [LeftOut(size * half, _too_short(size * half, wanted, left)) for size in sizes[len(allowed) :]]
     if len(allowed) < 2:
         raise _too_little_data(plan, position, half * sizes[1], wanted)
     length = wanted // allowed[-1] * allowed[-1]
@@ -89,10 +90,17 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     return judged(position, length, batch, branches, left_out)
 
 
-def _too_short(batch: int, samples: int) -> str:
-    """Return that a branch of this batch has too few steps, and the samples that it would need."""
+def _too_short(batch: int, samples: int, left: int) -> str:
+    """Return that a branch of this batch has too few steps, and the samples that it would need.
+
+    Args:
+        samples: of a branch; ``left``: of the run.
+    """
+    need = LEAST_STEPS * batch
     steps = f"{samples:,} samples are {counted(samples // batch, 'step')} of it, and a branch needs {LEAST_STEPS}"
-    return f"{steps}: tune.samples={LEAST_STEPS * batch}sa or more would do"
+    if need > left:
+        return f"{steps}, which are {need:,} samples, and the checkpoint leaves {left:,} of the run"
+    return f"{steps}: tune.samples={need}sa or more would do"
 
 
 def _too_little_data(plan: Plan, position: int, batch: int, samples: int) -> UserError:
