@@ -57,7 +57,7 @@ class Probe:
     why: str = ""
 
 
-class Fit(NamedTuple):
+class FittingProbe(NamedTuple):
     """Hold a probe that fit."""
 
     per_gpu: int
@@ -140,21 +140,23 @@ def next_size(probes: Sequence[Probe], bounds: Bounds, prior: Predict | None = N
     return None
 
 
-def _split(probes: Sequence[Probe], room: float) -> tuple[list[Fit], list[int]]:
+def _split(probes: Sequence[Probe], room: float) -> tuple[list[FittingProbe], list[int]]:
     """Return the probes that fit, by size, and the sizes that didn't; a size above one that didn't doesn't fit."""
     failed = sorted(probe.per_gpu for probe in probes if probe.peak is None or probe.peak > room)
     most = min(failed, default=NEVER)
-    fits = [Fit(probe.per_gpu, probe.peak) for probe in probes if probe.peak is not None and probe.per_gpu < most]
+    fits = [
+        FittingProbe(probe.per_gpu, probe.peak) for probe in probes if probe.peak is not None and probe.per_gpu < most
+    ]
     return sorted(fits), failed
 
 
-def best_of(probes: Sequence[Probe], room: float) -> Fit | None:
+def best_of(probes: Sequence[Probe], room: float) -> FittingProbe | None:
     """Return the largest probe within ``room``."""
     fits, _ = _split(probes, room)
     return fits[-1] if fits else None
 
 
-def trusted_line(fits: Sequence[Fit]) -> Predict | None:
+def trusted_line(fits: Sequence[FittingProbe]) -> Predict | None:
     """Return the line through the last two probes, if the two last slopes are equal."""
     if len(fits) < 3:
         return None
@@ -164,23 +166,26 @@ def trusted_line(fits: Sequence[Fit]) -> Predict | None:
     return _through(last, slope(before, last))
 
 
-def trusted_estimate(fits: Sequence[Fit], prior: Predict | None) -> Predict | None:
+def trusted_estimate(fits: Sequence[FittingProbe], prior: Predict | None) -> Predict | None:
     """Return the estimate from the last probe on, if it rose as the last two probes did."""
     if prior is None or len(fits) < 2:
         return None
     low, high = fits[-2:]
-    measured, estimated = slope(low, high), slope(*(Fit(fit.per_gpu, int(prior(fit.per_gpu))) for fit in (low, high)))
+    measured, estimated = (
+        slope(low, high),
+        slope(*(FittingProbe(fit.per_gpu, int(prior(fit.per_gpu))) for fit in (low, high))),
+    )
     if high.peak - low.peak < RISE * high.peak or estimated <= 0 or not AGREE[0] <= measured / estimated <= AGREE[1]:
         return None
     ratio, known = measured / estimated, prior
     return lambda size: high.peak + ratio * (known(size) - known(high.per_gpu))
 
 
-def _through(fit: Fit, per_sample: float) -> Predict:
+def _through(fit: FittingProbe, per_sample: float) -> Predict:
     return lambda size: fit.peak + per_sample * (size - fit.per_gpu)
 
 
-def _cautious(fits: Sequence[Fit], bounds: Bounds, prior: Predict | None) -> Predict:
+def _cautious(fits: Sequence[FittingProbe], bounds: Bounds, prior: Predict | None) -> Predict:
     """Return a prediction that is more likely too large than too small, by the estimate or by an upper bound."""
     last = fits[-1]
     needed = max(1.0, last.peak - bounds.lasting)
@@ -243,7 +248,7 @@ class Memory:
         return asdict(self) | {"probes": list(self.probes)}
 
 
-def outcome_of(best: Fit | None, probes: Sequence[Probe], bounds: Bounds) -> Outcome:
+def outcome_of(best: FittingProbe | None, probes: Sequence[Probe], bounds: Bounds) -> Outcome:
     """Return how the search ended at ``best``."""
     if best is None:
         return "nothing"
