@@ -60,6 +60,15 @@ class Fragile(Normed):
         return super().loss(model, batch)
 
 
+class Broken(Normed):
+    """A task with an error on rank 1 that has nothing to do with memory."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if len(batch[0]) > 2 and os.environ["RANK"] == "1":
+            raise ValueError("a test")
+        return super().loss(model, batch)
+
+
 class Spoiling(Normed):
     """A task that puts a folder in the place of ``file`` while a size is probed."""
 
@@ -116,6 +125,14 @@ def test_a_result_that_cant_be_written_is_an_error_of_all_ranks(
         tuned.write_text("")  # a file in the place of the folder
     run = runs(2, *QUICK, task("Spoiling"), "batch.global_size=30", "batch.per_gpu=auto", "device=cpu")
     assert [(end["raised"], name in end["message"]) for end in run.ends] == [("UserError", True)] * 2
+
+
+def test_an_error_of_the_task_says_nothing_about_memory(runs: Runs) -> None:
+    run = runs(2, *QUICK, task("Broken"), "batch.global_size=80", "batch.per_gpu=auto", "device=cpu")
+    assert [end["raised"] for end in run.ends] == ["RuntimeError", "ValueError"]
+    noted = json.loads((run.run.path / "tune" / "probing.json").read_text())
+    assert noted["begun"] is None
+    assert [size for size, *_ in noted["probes"]] == [2]
 
 
 KILLS = {"here": 3}

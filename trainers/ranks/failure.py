@@ -117,7 +117,7 @@ def describe_failure(error: BaseException, rank: int, attempt: str, reached: Rea
         str(error) if final or isinstance(error, Hangs) else _cause(error),
         kind,
         again=not final,
-        lost=kind == "crashed" and not final and _is_lost(error),
+        lost=kind == "crashed" and not final and is_lost(error),
         reached=reached,
         time=time.time(),
         attempt=attempt,
@@ -146,7 +146,8 @@ def is_oom(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
+    """Return whether ``error`` only says that another rank is gone or late."""
     if isinstance(error, Hangs):
         return error.waiting
     return isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection", str(error)) is not None

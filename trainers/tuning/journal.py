@@ -1,6 +1,6 @@
 """Note a size before it is run, so that a start after its process has ended knows of it.
 
-An error says that memory ran out, and the rank that has it notes it. A process that was killed can't say why. The
+An error says whether memory ran out, and the rank that has it notes that. A process that was killed can't say why. The
 kernel counts the processes that it kills for lack of memory; anything else, such as the end of a job, says nothing
 about memory. So a size without such a witness is run once more, and taken for too large after the second time.
 """
@@ -103,6 +103,12 @@ class Journal:
             self._writes = True
             with suppress(OSError):
                 self.end(Probe(self._begun.per_gpu, None))
+
+    def drop(self) -> None:
+        """Forget the size that was begun: it ended by an error of this rank that has nothing to do with memory."""
+        self._begun, self._writes = None, True
+        with suppress(OSError):
+            self._write()
 
     def close(self) -> None:
         """Remove the file."""

@@ -20,7 +20,7 @@ from isobatch.scaling.tuning.memory import Bounds, Limit, Memory, Predict, Probe
 from isobatch.trainers.data.fetch import to_device
 from isobatch.trainers.engines.step_report import Note, Requests
 from isobatch.trainers.model.randomness import generators_kept
-from isobatch.trainers.ranks.failure import Reached, is_oom
+from isobatch.trainers.ranks.failure import Reached, is_lost, is_oom
 from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.trial.untouched import Copies
@@ -169,6 +169,8 @@ class Probing:
             return None, lasting
         except Exception as error:
             if not is_oom(error):
+                if not is_lost(error):
+                    self._journal.drop()
                 raise
             if self._world.size > 1:  # the other ranks wait for this one; the next start knows the size
                 self._journal.ran_out()
