@@ -207,7 +207,7 @@ def test_failure_is_sent_and_recorded_whole(tmp_path: Path) -> None:
     kept = json.loads((run.logs / "error-rank-1.json").read_text())
     assert kept.keys() == {
         "time", "rank", "attempt", "restart", "kind", "again", "lost", "silent", "cause", "traceback", "step",
-        "samples", "per_gpu", "granule", "fixed", "log",
+        "samples", "per_gpu", "granule", "fixed", "probe", "log",
     }  # fmt: skip
     assert (kept["step"], kept["per_gpu"], kept["log"]) == (7, 32, str(run.logs / "rank-1.log"))
     assert "boom" in (run.logs / "rank-1.log").read_text()
