@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from isobatch.scaling.geometry import counted, halves
 from isobatch.scaling.limits import Count
+from isobatch.scaling.quantiles import student
 
 if TYPE_CHECKING:
     from isobatch.scaling.plan import Plan
@@ -35,8 +36,6 @@ class Norm(NamedTuple):
 
 
 RAW = Norm("raw", "raw")
-
-NORMAL = 1.959964  # the 0.975 quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +170,6 @@ class Smoothed:
         c = self.trace * self.trace - error_sq * self.trace_var
         half = math.sqrt(max(0.0, b * b - a * c))
         return Scale(self.trace / self.grad_sq, max(0.0, (b - half) / a), (b + half) / a)
-
-
-def student(freedom: float) -> float:
-    """Return the 0.975 quantile of Student's t distribution, within 1.5 % for 3 or more degrees of freedom.
-
-    Source: Abramowitz & Stegun, 26.7.5.
-
-    >>> round(student(9), 2), round(student(100), 3)
-    (2.26, 1.984)
-    """
-    z, found = NORMAL, NORMAL
-    found += (z**3 + z) / (4 * freedom)
-    found += (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    found += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    return found + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
 
 
 def unmeasurable(plan: Plan) -> str | None:

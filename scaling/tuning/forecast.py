@@ -12,8 +12,8 @@ import numpy as np
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
+from isobatch.scaling.quantiles import student
 from isobatch.scaling.tuning.critical import Array, candidates, growth, interval_of
-from isobatch.scaling.tuning.spread import student
 
 Points = tuple[tuple[float, float], ...]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.files import finite, write_atomic
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.reading import Unreadable, read_json
 
@@ -88,7 +87,7 @@ class Results:
             UserError: the file is damaged.
             OSError: it can't be written.
         """
-        own = _finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
+        own = finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / WRITING):
             self.read()
@@ -121,11 +120,3 @@ def _locked(file: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         yield
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,9 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
-SHARE = 0.975  # quantile that bounds a two-sided 95 % interval
+from isobatch.scaling.quantiles import student
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +49,3 @@ def alike(one: Spread, other: Spread) -> bool:
     """Return whether chance may explain the difference of two means; False also where chance isn't known."""
     half = half_width(one, other)
     return half is not None and abs(one.mean - other.mean) <= half
-
-
-@cache
-def student(freedom: float) -> float:
-    """Return the 0.975 quantile of Student's t distribution.
-
-    >>> round(student(1), 3), round(student(2), 3), round(student(4.5), 3), round(student(100), 3)
-    (12.706, 4.303, 2.66, 1.984)
-    """
-    low, high = 0.0, 1.0
-    while _cumulative(high, freedom) < SHARE:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _cumulative(middle, freedom) < SHARE else (low, middle)
-    return (low + high) / 2
-
-
-def _cumulative(t: float, freedom: float) -> float:
-    """Return P(T ≤ t) = ½ + Γ((ν+1)/2)/(√π·Γ(ν/2)) · ∫ cos^(ν−1) θ dθ, θ from 0 to atan(t/√ν), by Simpson's rule."""
-    end, parts = math.atan(t / math.sqrt(freedom)), 200
-    weights = (1 if i in (0, parts) else 4 if i % 2 else 2 for i in range(parts + 1))
-    powers = (math.cos(end * i / parts) ** (freedom - 1) for i in range(parts + 1))
-    area = sum(map(math.prod, zip(weights, powers, strict=True))) * end / parts / 3
-    return 0.5 + math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi) * area

@@ -9,9 +9,10 @@ import statistics
 import pytest
 
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.quantiles import student
 from isobatch.scaling.tuning.forecast import Fit, SpeedCurve, fit, forecast
 from isobatch.scaling.tuning.quadratic import Optimizer, Quadratic
-from isobatch.scaling.tuning.spread import Spread, half_width, student
+from isobatch.scaling.tuning.spread import Spread, half_width
 
 
 def law(batch: float, least: float, critical: float, power: float = 1.0) -> float:
@@ -193,7 +194,17 @@ def test_a_fit_without_points_predicts_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4.5, 2.6589), (9, 2.26216), (1e4, 1.96020)]
+    ("freedom", "quantile"),
+    [
+        (1, 12.7062),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4.5, 2.6589),
+        (9, 2.26216),
+        (60, 2.0003),
+        (1e4, 1.96020),
+        (1e9, 1.95996),
+    ],
 )
 def test_quantile_of_student(freedom: float, quantile: float) -> None:
     assert student(freedom) == pytest.approx(quantile, rel=1e-4)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from isobatch.conf.rundir.files import finite
 from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.checkpoints.saver import Saver
 from isobatch.trainers.data.loader import Loader
@@ -14,7 +15,6 @@ from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.step_report import Note, Requests, Total, Update
 from isobatch.trainers.loop.early_stop import EarlyStop
 from isobatch.trainers.loop.evaluate import Evaluator
-from isobatch.trainers.loop.metrics import finite
 from isobatch.trainers.loop.monitor import Monitor
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.failure import RunFailed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from isobatch.conf.rundir.directory import RunDir
-from isobatch.conf.rundir.files import write_atomic
+from isobatch.conf.rundir.files import finite, write_atomic
 from isobatch.conf.terminal import say
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.noise import Smoothed
@@ -153,13 +152,6 @@ class Metrics:
             if not self._warned_unwritten:
                 say(f"warning: metrics.jsonl can't be written, and is tried again with the next line: {error}")
             self._warned_unwritten = True
-
-
-def finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``line`` with None in place of values that aren't finite."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
-    }
 
 
 def noise_values(noise: Smoothed) -> dict[str, float | None]:
