@@ -187,9 +187,12 @@ def unmeasurable(plan: Plan) -> str | None:
 
 def _unhalvable(plan: Plan) -> str | None:
     cut = plan.cut
-    if any(halves(stage.cut) for stage in plan.stages):
+    if any(plan.halves(stage.cut) for stage in plan.stages):
         return None
-    if cut.pieces:
+    if plan.even and halves(cut):
+        one = f"batch.even=true, and the halves of {plan.size(cut.global_size)} aren't even"
+        fix = "leave out batch.even, or give a global batch whose halves are even"
+    elif cut.pieces:
         one = "numerics=bitwise can only halve a step between its micro-batches, and it has one"
         half = -(-cut.global_size // cut.granule // 2) * cut.granule
         fix = f"give batch.per_gpu={plan.sized(half)}" if half < cut.global_size else "give a larger global batch"

@@ -253,10 +253,17 @@ class Plan:
             return False, None
         if self.intervals.noise_parts is None:
             return cut.filled > 1, None
+        found = self.halves(cut)
+        return found is not None, found
+
+    def halves(self, cut: Cut) -> tuple[Cut, Cut] | None:
+        """Return the two halves of a step; None if it can't be halved."""
         found = halves(cut)
         if found and self.sync and not all(half.micro_batches[-1][0] for half in found):
-            found = None  # synchronised BatchNorm needs a sample on every rank in every pass
-        return found is not None, found
+            return None  # synchronised BatchNorm needs a sample on every rank in every pass
+        if found and self.even and not all(half.even for half in found):
+            return None
+        return found
 
     @property
     def cut(self) -> Cut:

@@ -204,11 +204,11 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bo
         record_start(attempt, ready)
     metrics = Metrics(attempt.ours, state, live=not config.debug)
     attempt.followers.start()
+    ready.modes.train()
     for text in warnings(config, ready.model, state, ready.found):
         metrics.warn(text)
     saver = make_saver(attempt, ready, metrics)
     world.kept.extend((engine, loader, metrics, saver))
-    ready.modes.train()
     for reason in dependent_on_cut(ready.model):
         stream.tell(reason)
     announce(ready.looked, attempt.ours, stream)

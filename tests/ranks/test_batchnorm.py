@@ -235,3 +235,11 @@ def test_forward_without_batch_norm_is_rejected() -> None:
     layer, _ = swapped(nn.Sequential(Own(3)))
     with pytest.raises(UserError, match=r"batchnorm.mode doesn't reach 0, a Own: its forward doesn't call"):
         layer(torch.randn(4, 3))
+
+
+def test_halves_that_change_the_statistics_are_reported(runs: Runs) -> None:
+    halves = ("noise.every=1st", "noise.parts=2", "duration=1st")
+    (warning,) = [event["text"] for event in runs(2, *NORMED, *halves).events() if event["event"] == "warning"]
+    assert "4 BatchNorm layers take statistics" in warning
+    assert "batchnorm.mode=ghost" in warning
+    assert not [event for event in runs(2, *GHOST, *halves).events() if event["event"] == "warning"]

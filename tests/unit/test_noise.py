@@ -193,6 +193,16 @@ def test_a_step_that_cannot_be_halved_is_reported_with_a_fix(granule: int, size:
     assert unmeasurable(make(1000, batches=((0, size), (320, 64)), world=2, intervals=HALVES)) is None
 
 
+def test_uneven_halves_are_not_measured_where_cuts_have_to_be_even() -> None:
+    plan = replace(make(1000, batches=((0, 6),), world=2, intervals=HALVES), even=True)
+    assert "batch.even=true, and the halves of 6 samples aren't even" in (unmeasurable(plan) or "")
+    step, uneven = plan.step_at(0), replace(plan, even=False).step_at(0)
+    assert step is not None
+    assert uneven is not None
+    assert (step.measured, uneven.measured) == (False, True)
+    assert unmeasurable(replace(make(1000, batches=((0, 8),), world=2, intervals=HALVES), even=True)) is None
+
+
 def test_bitwise_pieces_are_not_parted() -> None:
     plan = make(1000, world=2, per_gpu=32, numerics="bitwise", intervals=HALVES)
     assert "can only halve a step between its micro-batches, and it has one" in (text := unmeasurable(plan) or "")

@@ -15,6 +15,7 @@ from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import say, say_if_slow
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import counted
 from isobatch.scaling.noise import unmeasurable
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import lr_jump
@@ -24,6 +25,7 @@ from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.loop.metrics import tell
 from isobatch.trainers.model.batchnorm import Counting
+from isobatch.trainers.model.build import of_micro_batches
 from isobatch.trainers.model.modes import Modes
 from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.session import Session, refuse_unless_same
@@ -152,5 +154,11 @@ def warnings(config: RunConfig, model: nn.Module, state: TrainState, found: Chec
         yield f"time_s and units count from step {state.steps}: its checkpoint is from a version that didn't count them"
     if config.noise.every and (reason := unmeasurable(state.plan)):
         yield reason
+    if config.noise.every and config.noise.parts and (layers := of_micro_batches(model)):
+        take = f"{counted(len(layers), 'BatchNorm layer')} {'take' if len(layers) > 1 else 'takes'} statistics"
+        changes = (
+            f"noise.parts=2 halves the passes from which {take}, so a measured step isn't that of an unmeasured run"
+        )
+        yield f"{changes}; use batchnorm.mode=ghost, or noise.parts=null"
     if config.batchnorm.mode and not any(isinstance(module, Counting) for module in model.modules()):
         yield f"batchnorm.mode={config.batchnorm.mode}, but the model trains no BatchNorm layer: leave it out"

@@ -23,10 +23,15 @@ from isobatch.trainers.model.randomness import Stream
 from isobatch.trainers.ranks.internals import BatchNorm
 
 
+def of_micro_batches(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers in training mode whose statistics are those of a micro-batch."""
+    return [m for m in model.modules() if m.training and isinstance(m, BatchNorm) and not isinstance(m, Counting)]
+
+
 def dependent_on_cut(model: nn.Module) -> list[str]:
     """Return the reasons why training ``model`` in its current mode depends on the cut, judged by its modules."""
     training = {name: module for name, module in model.named_modules() if module.training}
-    norms = [m for m in training.values() if isinstance(m, BatchNorm) and not isinstance(m, Counting)]
+    norms = of_micro_batches(model)
     inside = {name: m for name, m in training.items() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)}
     dropping = [name for name, module in inside.items() if module.dropout > 0]
     ghosts = "batchnorm.mode=ghost batchnorm.ghost_size=N takes them from N samples on any hardware"
