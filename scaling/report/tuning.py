@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from isobatch.scaling.tuning.speed import KNEE
 NAME = "tune"
 FAR = 4.0  # times the peaks, from which a limit needs a logarithmic axis
 LR_MARKS = {
-    "suggestion": "suggested", "steepest": "steepest", "largest_stable": "largest stable", "run_lr": "the run's",
+    "suggestion": "suggested", "steepest": "steepest", "largest_stable": "largest stable", "run_lr": "the run's LR",
 }  # fmt: skip
 Part = Mapping[str, Any]
 
@@ -71,7 +70,7 @@ def _speed(part: Part) -> list[Panel]:
     rates = [row["samples_per_s"] for row in part["sizes"]]
     within = f"smallest within {max(KNEE, part['spread']):.0%}"
     curves = [_line(sizes, rates, "speed", kind="both"), _mark(part["knee"], sizes, rates, within)]
-    return [Panel("Speed", "samples per GPU and pass", "samples per second", True, True, curves)]
+    return [Panel("Speed", "samples per GPU and pass", "samples per second", True, True, curves, legend=True)]
 
 
 def _noise(part: Part) -> list[Panel]:
@@ -84,7 +83,9 @@ def _noise(part: Part) -> list[Panel]:
     curves.append(_line(samples, [row["scale"] for row in course], "noise scale", kind="both"))
     for dash, (name, text) in enumerate({"over_run": "φ, over the run", "batch": "B₀, the run's batch"}.items(), 1):
         if part.get(name):
-            curves.append(_line([samples[0], samples[-1]], [part[name]] * 2, f"{text}: {part[name]:,.0f}", dash=dash))
+            curves.append(
+                _line([0, part["course"][-1]["samples"]], [part[name]] * 2, f"{text}: {part[name]:,.0f}", dash=dash)
+            )
     return [Panel("Gradient noise scale", "samples trained", "samples", False, True, curves, legend=True)]
 
 
@@ -95,9 +96,9 @@ def _branch(part: Part) -> list[Panel]:
         for number, branch in enumerate(branching["branches"]):
             samples, losses = zip(*branch["curve"], strict=True)
             label = f"{branch['batch']:,} samples" + ("" if branch["stable"] else ", diverged")
-            curves.append(replace(_line(samples, losses, label, dash=number), label=label))
+            curves.append(_line(samples, losses, label, dash=number))
         title = f"Branches at {branching['samples']:,} samples"
-        panels.append(Panel(title, "samples of a branch", "validation loss", False, False, curves))
+        panels.append(Panel(title, "samples of a branch", "validation loss", False, False, curves, legend=True))
     return panels
 
 
@@ -111,7 +112,7 @@ def _lr(part: Part) -> list[Panel]:
         if part[name] and rates[0] <= part[name] <= rates[-1]:
             marked.setdefault(min(rates, key=lambda rate: abs(math.log(rate / part[name]))), []).append(text)
     curves += [_mark(at, rates, losses, ", ".join(texts), dash) for dash, (at, texts) in enumerate(marked.items())]
-    return [Panel("Range test", "learning rate", "training loss, smoothed", True, False, curves)]
+    return [Panel("Range test", "learning rate", "training loss, smoothed", True, False, curves, legend=True)]
 
 
 def _recommendation(part: Part) -> list[Panel]:
@@ -123,7 +124,7 @@ def _recommendation(part: Part) -> list[Panel]:
         sizes, values = [row["global_size"] for row in known], [row[name] for row in known]
         curves = [_line(sizes, values, name, kind="both"), _mark(part["global_size"], sizes, values, "recommended")]
         curves += [_mark(one["global_size"], sizes, values, "few samples", 2) for one in part["alternatives"]]
-        panels.append(Panel(title, "global batch", name, True, True, curves))
+        panels.append(Panel(title, "global batch", name, True, True, curves, legend=True))
     return panels
 
 
@@ -142,5 +143,5 @@ def _line(x: Sequence[float], y: Sequence[float], name: str, kind: Any = "line",
 
 
 def _mark(x: float, sizes: Sequence[float], values: Sequence[float], text: str, dash: int = 1) -> Curve:
-    """Return a point with a text beside it, at ``x``, one of ``sizes``."""
+    """Return a marked point at ``x``, one of ``sizes``."""
     return Curve([x], [values[list(sizes).index(x)]], text, None, kind="points", texts=[text], dash=dash)

@@ -369,7 +369,7 @@ def test_the_range_test_is_marked_with_its_limit_and_the_runs_own_lr_if_it_got_t
     assert marked == {"suggested, steepest": [0.1], "largest stable": [1.0]}
     shown = picture_of({"lr": {**part, "run_lr": 0.011}})
     assert shown is not None
-    assert "the run's" in [curve.name for curve in shown.panels[0].curves]
+    assert "the run's LR" in [curve.name for curve in shown.panels[0].curves]
 
 
 def test_the_noise_is_drawn_with_the_batches_that_the_text_names() -> None:

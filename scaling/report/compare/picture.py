@@ -61,7 +61,10 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes; without ``x_ticks``, whoever draws it chooses them. ``legend``: name its curves inside."""
+    """One pair of axes; without ``x_ticks``, whoever draws it chooses them.
+
+    ``legend``: name its curves and marked points inside, instead of writing beside them.
+    """
 
     title: str
     x_label: str

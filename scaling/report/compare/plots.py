@@ -82,11 +82,13 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Sequence[Style], labelled: boo
     shown = [curve for curve in panel.curves if curve.group is None or styles[curve.group].shown]
     for curve in shown:
         _draw_curve(axes, curve, styles)
-    axes.margins(0.08 if any(curve.texts for curve in shown) else 0.04)
+    margin = 0.08 if any(curve.texts for curve in shown) else 0.04
+    axes.margins(margin, 0.25 if panel.legend else margin)  # room for the legend
     axes.autoscale_view()  # which is put off otherwise, until after the labels are placed
-    _write_texts(axes, shown)
     _readable_ticks(axes, panel)
-    if panel.legend:
+    if not panel.legend:
+        _write_texts(axes, shown)
+    else:
         axes.legend(handles=[_handle(curve, styles) for curve in shown], fontsize=7.5, edgecolor="none")
     if labelled:
         _label_ends(axes, [curve for curve in shown if curve.label], styles)
@@ -123,8 +125,10 @@ def _handle(curve: Curve, styles: Sequence[Style]) -> Any:
     colour, dash = look
     if curve.kind == "band":
         return Patch(facecolor=FAINT, alpha=0.18, label=one_line(curve.name))
-    marker = "o" if curve.kind == "both" else None
-    return Line2D([], [], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=one_line(curve.name))
+    points = curve.kind == "points"
+    marker = MARKERS[curve.dash % len(MARKERS)] if points else "o" if curve.kind == "both" else None
+    line = "" if points else dash
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=4.5, label=one_line(curve.name))
 
 
 def _write_texts(axes: Axes, curves: Sequence[Curve]) -> None:
