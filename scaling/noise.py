@@ -93,7 +93,7 @@ def estimate(parts_sq: float, whole_sq: float, batch: int, micro_batches: int) -
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Hold the noise scale in samples, and its 95 % interval."""
+    """Hold the noise scale in samples, and its interval: 95 % if the scale stood still, less as it rises."""
 
     scale: float
     low: float

@@ -79,7 +79,7 @@ def _noise(part: Part) -> list[Panel]:
         return []
     samples = [row["samples"] for row in course]
     lows, highs = ([row[bound] for row in course] for bound in ("low", "high"))
-    curves = [Curve([*samples, *samples[::-1]], [*lows, *highs[::-1]], "95 % interval", None, kind="band")]
+    curves = [Curve([*samples, *samples[::-1]], [*lows, *highs[::-1]], "interval", None, kind="band")]
     curves.append(_line(samples, [row["scale"] for row in course], "noise scale", kind="both"))
     for dash, (name, text) in enumerate({"over_run": "φ, over the run", "batch": "B₀, the run's batch"}.items(), 1):
         if part.get(name):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isobatch.scaling.geometry import counted
 
@@ -86,6 +86,22 @@ def agreement(witnesses: Sequence[Witness]) -> str:
     return f"{counted(len(witnesses), 'measurement')} {verdict} × {high / low:.2g}: {said}{used}"
 
 
+def unknowns(noise: Mapping[str, Any], branch: Mapping[str, Any]) -> list[str]:
+    """Return what measured parts couldn't tell of the critical batch.
+
+    Args:
+        noise, branch: the results of these parts; empty if they weren't measured.
+    """
+    said = list[str]()
+    if noise and noise["scale"] is None:
+        rest = ", so the one over the whole run has no interval" if noise["over_run"] else ""
+        said.append(f"the noise scale isn't known at the end of its measurement{rest}")
+    if branch and branch["critical_batch"] is None:
+        checkpoints = "; ".join(f"from sample {one['samples']:,}, {one['note']}" for one in branch["course"])
+        said.append(f"branches tell no critical batch: {checkpoints}")
+    return said
+
+
 def law_compared(batch: float, low: float, high: float, frugal: int | None) -> str:
     """Return how the law's batch compares with the largest one that takes few samples.
 
@@ -104,8 +120,6 @@ def law_compared(batch: float, low: float, high: float, frugal: int | None) -> s
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """Return an interval as text; "" if no side is known."""
-    if low is None and high is None:
-        return ""
+    """Return an interval as text."""
     low_text, high_text = ("?" if bound is None else f"{bound:,.0f}" for bound in (low, high))
     return f" [{low_text}, {high_text}]"

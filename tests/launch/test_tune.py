@@ -193,6 +193,7 @@ def test_a_given_peak_is_carried_by_the_rule_too() -> None:
     found = stored("run")["recommendation"]
     assert found["lr"] == pytest.approx(0.2 * found["global_size"] / 64)
     assert f"lr.peak={found['lr']:.6g}" in found["command"]
+    assert any("wasn't tried" in note for note in found["notes"]) == (found["lr"] > 0.2)
 
 
 def test_a_recommended_lr_is_at_most_the_largest_stable_one() -> None:

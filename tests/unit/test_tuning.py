@@ -19,7 +19,7 @@ from isobatch.scaling.report.tuning import picture_of
 from isobatch.scaling.tuning.recommendation import candidates, recommend
 from isobatch.scaling.tuning.results import Results
 from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time, without_slow_rounds
-from isobatch.scaling.tuning.witnesses import Witness, agreement, law_compared, over_run
+from isobatch.scaling.tuning.witnesses import Witness, agreement, law_compared, over_run, unknowns
 
 # A step takes 4 ms once, and a pass 1 ms and another 0.1 ms per sample: 64 samples are nearly as fast as 128.
 FIXED, START, EACH = 4.0, 1.0, 0.1
@@ -200,6 +200,14 @@ def test_without_any_critical_batch_the_run_keeps_its_batch() -> None:
 def test_without_a_speed_the_critical_batch_itself_is_recommended() -> None:
     found = asked([Witness("noise", 200.0)], speed=None)
     assert (found.best.global_size, found.best.seconds) == (192, None)
+
+
+def test_what_parts_couldnt_tell_is_said_beside_the_others() -> None:
+    checkpoint = {"samples": 900, "note": "branches up to 8 × don't differ enough: it is 163 or more"}
+    said = unknowns({"scale": None, "over_run": 164.0}, {"critical_batch": None, "course": [checkpoint]})
+    assert ["isn't known at the end" in said[0], "163 or more" in said[1], "from sample 900" in said[1]] == [True] * 3
+    assert unknowns({}, {}) == unknowns({"scale": 3.0, "over_run": 3.0}, {"critical_batch": 9.0, "course": []}) == []
+    assert "noise 164 [?, ?]" in agreement([Witness("noise", 164.0)])
 
 
 def test_branches_are_trusted_more_than_noise_and_a_disagreement_is_said() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.grid import rounded
 from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.tuning.recommendation import Prediction, Recommendation, mean_batch
 from isobatch.scaling.tuning.speed import Speed
-from isobatch.scaling.tuning.witnesses import law_compared, stretches_of
+from isobatch.scaling.tuning.witnesses import law_compared, stretches_of, unknowns
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.parts import Results
 
@@ -23,7 +24,7 @@ def notes_on(found: Recommendation, bench: Bench, parts: Results, most: int) -> 
     """
     notes = (lr_limit(bench, parts, found.best), beside_law(parts, found), of_schedule(bench.opened.plan, parts),
              edge(bench, parts, found, most))  # fmt: skip
-    return [note for note in notes if note]
+    return [note for note in notes if note] + unknowns(parts.get("noise", {}), parts.get("branch", {}))
 
 
 def peak_lr(bench: Bench, parts: Results, size: int) -> float | None:
@@ -55,11 +56,23 @@ def carried_lr(bench: Bench, lr: float, size: int) -> float | None:
 
 
 def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
-    """Return how the recommended LR compares with the largest stable one of the range test; "" without a test."""
+    """Return how the recommended LR compares with the largest stable one of the range test.
+
+    Without such a test: that the LR is larger than the run's, and at no batch was tried; else "".
+    """
     plan, size = bench.opened.plan, row.global_size
     limit, carried = stable_lr(bench, parts, size), carried_lr(bench, plan.peak.lr, size)
-    if limit is None or carried is None:
+    again = f"tune.parts=[lr] batch.global_size={plan.sized(size)} tests it at this batch"
+    if carried is None:
         return ""
+    if limit is None:
+        times = row.lr / plan.peak.lr
+        tried = any(one["stable"] and one["lr"] >= row.lr for one in branches_of(parts))
+        return (
+            f"peak LR {row.lr:.3g} is {times:.3g} × the run's, and wasn't tried: {again}"
+            if times > 1 and not tried
+            else ""
+        )
     tested, batch = parts["lr"]["largest_stable"], plan.cut.global_size
     rule = "" if size == batch else f", which lr.rule={plan.segments[0].rule.name} carries to {limit:.3g} here"
     test = f"the range test was stable up to {tested:.3g} at a batch of {batch:,}{rule}"
@@ -67,8 +80,12 @@ def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
         return f"peak LR {limit:.3g}, not {carried:.3g}: {test}"
     if row.lr <= tested:
         return f"peak LR {row.lr:.3g}: {test}"
-    again = f"tune.parts=[lr] batch.global_size={plan.sized(size)} tests it at this batch"
     return f"peak LR {row.lr:.3g}: {test}; {again}"
+
+
+def branches_of(parts: Results) -> list[dict[str, Any]]:
+    """Return the branches of all checkpoints."""
+    return [one for course in parts.get("branch", {}).get("course", ()) for one in course["branches"]]
 
 
 def beside_law(parts: Results, found: Recommendation) -> str:

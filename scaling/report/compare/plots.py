@@ -127,7 +127,7 @@ def _handle(curve: Curve, styles: Sequence[Style]) -> Any:
         return Patch(facecolor=FAINT, alpha=0.18, label=one_line(curve.name))
     points = curve.kind == "points"
     marker = MARKERS[curve.dash % len(MARKERS)] if points else "o" if curve.kind == "both" else None
-    line = "" if points else dash
+    line: Any = "" if points else dash
     return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=4.5, label=one_line(curve.name))
 
 
