@@ -77,12 +77,25 @@ class RangeTest:
         """Return the loss at first: the average of the first steps, whose LR is too low to change it."""
         return self.tried[min(self.memory, len(self.tried)) - 1].smoothed
 
+    @property
+    def lowest(self) -> int:
+        """Return the step with the lowest smoothed loss. Averages of fewer steps than the start's don't count."""
+        return min(range(self.memory - 1, len(self.tried)), key=lambda index: self.tried[index].smoothed)
+
+    @property
+    def least_change(self) -> float:
+        """Return by how much a smoothed loss has to differ from the start to exceed the noise of both.
+
+        An average of n steps has (1 + kⁿ)/(1 − kⁿ) times the variance of one of many, if it keeps k per step.
+        """
+        return DEVIATIONS * self.noise * math.sqrt(2 / (1 - self._kept**self.memory))
+
     def diverged(self) -> bool:
         """Return whether the loss isn't finite, or is as far above its start as it was below, and beyond its noise."""
         if self.ended or len(self.tried) < FEWEST:
             return self.ended
-        lowest = min(one.smoothed for one in self.tried)
-        return self.tried[-1].smoothed > 2 * self.start - lowest + DEVIATIONS * self.noise
+        lowest = self.tried[self.lowest].smoothed
+        return self.tried[-1].smoothed > 2 * self.start - lowest + self.least_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +127,13 @@ def read(curve: RangeTest) -> Range:
     if len(tried) < FEWEST:
         why = f"the loss isn't finite after {len(tried)} steps" if curve.ended else f"{len(tried)} steps are too few"
         return _nothing(curve, f"no LR found: {why}; start from a lower LR")
-    lowest = min(range(len(tried)), key=lambda index: tried[index].smoothed)
+    lowest = curve.lowest
     fall = curve.start - tried[lowest].smoothed
-    if fall <= DEVIATIONS * curve.noise:
+    if fall <= curve.least_change:
         end = "before it diverged" if curve.diverged() else f"up to an LR of {tried[-1].lr:.3g}"
         return _nothing(curve, f"no LR found: the loss didn't fall by more than its noise {end}")
-    falls = max((i for i in range(lowest + 1) if tried[i].smoothed >= curve.start - RISE * fall), default=0)
+    fallen = curve.start - max(RISE * fall, curve.least_change)
+    falls = max(index for index in range(lowest + 1) if tried[index].smoothed >= fallen)
     steepest = tried[_steepest(curve, falls, lowest)].smoothed_lr
     allowed = tried[lowest].smoothed + max(RISE * fall, DEVIATIONS * curve.noise)
     last = max(index for index, one in enumerate(tried) if one.smoothed <= allowed)

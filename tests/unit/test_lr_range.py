@@ -88,6 +88,36 @@ def test_a_loss_that_never_falls_tells_nothing() -> None:
     assert "no LR found: the loss didn't fall by more than its noise" in found.note
 
 
+def of_trained(fall: float, seed: int) -> RangeTest:
+    """Return the range test of trained weights: noise whose first value is low, a fall at an LR of 0.01, an explosion.
+
+    The noise is that of a finished digits run.
+    """
+    random, curve = np.random.default_rng(seed), RangeTest.empty()
+    for step in range(200):
+        lr = 1e-4 * RISE**step
+        noise = 0.03 * random.standard_normal() if step else -0.05
+        curve.add(lr, 0.5 + noise - fall / (1 + (0.01 / lr) ** 2) + lr**4)
+        if curve.diverged():
+            break
+    return curve
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_low_first_loss_of_trained_weights_is_no_fall(seed: int) -> None:
+    found = read(of_trained(0.0, seed))
+    assert (found.steepest, found.largest_stable, found.suggestion) == (None, None, None)
+    assert "no LR found: the loss didn't fall by more than its noise" in found.note
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_small_fall_of_trained_weights_is_found_where_it_is(seed: int) -> None:
+    """The noise before it isn't taken for a fall, so that the lowest LR isn't suggested."""
+    found = read(of_trained(0.2, seed))
+    assert found.suggestion == pytest.approx(0.01, rel=0.7)
+    assert found.largest_stable
+
+
 @pytest.mark.parametrize("end", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_ends_the_test(end: float) -> None:
     curve = RangeTest.empty()
