@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ class Way:
         change: the overrides.
         per_gpu: the largest per-GPU batch with it; None: not known.
         fixed_gb: memory that doesn't depend on the batch.
-        planned_gb: the peak at the plan's per-GPU batch, or at that of the change.
+        planned_gb: the peak at the per-GPU batch that the command plans with the change.
         accumulation: passes of a step, if the change is a smaller per-GPU batch.
+        planned: that per-GPU batch; None in a file that was written before it was kept.
     """
 
     change: str
@@ -36,6 +37,12 @@ class Way:
     per_sample_mb: float | None
     planned_gb: float | None
     accumulation: int | None = None
+    planned: int | None = None
+
+    def helps(self, own: Way) -> bool:
+        """Return whether it needs less than the settings of ``own``, or fits a larger per-GPU batch."""
+        needs, needed = (way.fixed_gb if way.planned_gb is None else way.planned_gb for way in (self, own))
+        return needs < needed or (self.per_gpu or 0) > (own.per_gpu or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class Estimate:
         per_gpu: the largest per-GPU batch that fits; 0: none does. A step of this run uses ``share`` samples of it.
         planned: the plan's per-GPU batch, and ``planned_gb`` its peak.
         automatic: the optimizer that optimizer=auto chose, without knowing of memory; empty if it was named.
-        ways: changes that need less.
+        ways: changes that need less, or fit a larger per-GPU batch.
     """
 
     limit_gb: float
@@ -140,6 +147,13 @@ class Sizes:
     planned: int
     accumulates: bool
 
+    @classmethod
+    def of(cls, plan: Plan, room: float) -> Sizes:
+        """Return the sizes of the plan's largest passes."""
+        cut = largest_cut(plan)
+        share, planned = -(-cut.global_size // cut.world), cut.micro_batches[0][0]
+        return cls(room, plan.granule, share, planned, cut.accumulation > 1)
+
     def whole(self, size: float) -> int:
         """Round a per-GPU batch down."""
         stride = stride_at(size, self.granule)
@@ -164,6 +178,7 @@ class Sizes:
             (known.fixed if known else placed(found, engine, world)[1]) / GB,
             known.per_sample / MB if known else None,
             known.peak(self.planned) / GB if known else None,
+            planned=self.planned,
         )
 
 
@@ -173,7 +188,7 @@ def estimate(
     limit: tuple[float, str],
     margin: float,
     others: Mapping[str, Footprint],
-    engines: Iterable[tuple[str, EnginePlacement, int]],
+    engines: Mapping[str, Plan],
     automatic: str = "",
 ) -> Estimate:
     """Return the estimate for ``plan``.
@@ -181,17 +196,16 @@ def estimate(
     Args:
         limit: bytes, and where the limit comes from.
         others: footprints with other settings, by their overrides.
-        engines: overrides, placement and ranks of other engines.
+        engines: plans of the run with other engines, by their overrides.
         automatic: see Estimate.
     """
-    cut = largest_cut(plan)
-    planned, share = cut.micro_batches[0][0], -(-cut.global_size // cut.world)
-    sizes = Sizes(limit[0] * (1 - margin), plan.granule, share, planned, cut.accumulation > 1)
+    sizes = Sizes.of(plan, room := limit[0] * (1 - margin))
     step, fixed, _ = placed(found, plan.engine, plan.world)
     own = sizes.way("", found, plan.engine, plan.world)
     known = curve(found, plan.engine, plan.world, accumulates=sizes.accumulates)
-    ways = [sizes.way(change, one, plan.engine, plan.world) for change, one in others.items()]
-    ways += [sizes.way(change, found, engine, world) for change, engine, world in engines]
+    ways = [*accumulating(plan, found, sizes)]
+    ways += [sizes.way(change, one, plan.engine, plan.world) for change, one in others.items()]
+    ways += [Sizes.of(one, room).way(change, found, one.engine, one.world) for change, one in engines.items()]
     return Estimate(
         limit_gb=limit[0] / GB,
         limit_from=limit[1],
@@ -207,12 +221,12 @@ def estimate(
         per_sample_mb=own.per_sample_mb,
         least_gb=(known.peak(plan.granule) if known else max(step, fixed)) / GB,
         per_gpu=own.per_gpu,
-        share=share,
-        planned=planned,
+        share=sizes.share,
+        planned=sizes.planned,
         planned_gb=own.planned_gb,
         why_not=found.why_not,
         automatic=automatic,
-        ways=(*accumulating(plan, found, sizes), *ways),
+        ways=tuple(way for way in ways if way.helps(own)),
     )
 
 
@@ -234,7 +248,7 @@ def accumulating(plan: Plan, found: Footprint, sizes: Sizes) -> Iterator[Way]:
             continue
         if known.peak(size) <= sizes.room:
             change = f"batch.per_gpu={plan.sized(size)}"
-            yield Way(change, size, known.fixed / GB, known.per_sample / MB, known.peak(size) / GB, accumulation)
+            yield Way(change, size, known.fixed / GB, known.per_sample / MB, known.peak(size) / GB, accumulation, size)
             return
 
 
@@ -269,17 +283,19 @@ def memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     if shorter := shorter_state(found):
         yield "", shorter
     for way in found.ways:
-        yield "", told_way(way, found.planned)
+        yield "", told_way(way)
+    if not found.ways:
+        yield "", "no change that the estimate knows needs less"
 
 
-def told_way(way: Way, planned: int) -> str:
+def told_way(way: Way) -> str:
     """Return what a change needs, and the largest per-GPU batch with it."""
     if way.planned_gb is None:
         return f"{way.change}: {size_of(way.fixed_gb)} without activations"
     if way.accumulation:
         return f"{way.change}: {size_of(way.planned_gb)}, with accumulation {way.accumulation}"
     most = "no size fits" if way.per_gpu == 0 else f"at most {_largest(way.per_gpu)}"
-    return f"{way.change}: {size_of(way.planned_gb)} at {counted(planned, 'sample')}; {most}"
+    return f"{way.change}: {size_of(way.planned_gb)} at {counted(way.planned or 0, 'sample')}; {most}"
 
 
 def shorter_state(found: Estimate) -> str | None:
@@ -298,8 +314,9 @@ def _answer(found: Estimate) -> str:
         return "the largest per-GPU batch isn't known before it is measured"
     if found.per_gpu == 0:
         helps = [way.change for way in found.ways if way.per_gpu]
-        what = f"{' or '.join(helps)} would fit" if helps else "none of the changes below is enough"
-        return f"nothing fits: the smallest per-GPU batch needs {size_of(found.least_gb)}, more than {room}; {what}"
+        nothing = "; none of the changes below is enough" if found.ways else ""
+        what = f"; {' or '.join(helps)} would fit" if helps else nothing
+        return f"nothing fits: the smallest per-GPU batch needs {size_of(found.least_gb)}, more than {room}{what}"
     text = f"largest per-GPU batch: {_largest(found.per_gpu)}"
     if found.per_gpu > found.share:
         text += f", of which a step of this run uses {found.share:,}"

@@ -36,6 +36,8 @@ def test_a_plan_shows_the_memory_of_gpus_that_arent_here() -> None:
     most = {way["change"].split(" cluster")[0]: way["per_gpu"] for way in found["ways"]}
     assert {"precision=bf16", "optimizer=adafactor", "engine=fsdp", "engine=deepspeed engine.stage=3"} <= most.keys()
     assert most["precision=bf16"] > found["per_gpu"]
+    planned = {way["planned"] for way in found["ways"] if "cluster.gpus_per_node=8" in way["change"]}
+    assert planned == {64 // 8}
 
 
 def test_a_limit_below_the_model_is_rejected() -> None:

@@ -173,7 +173,7 @@ def test_what_optimizer_auto_would_have_to_know_is_said() -> None:
     plan = resolve(compose(["task=digits", "batch.global_size=8", "optimizer=adamw"]), 1)
     small = replace(footprint(), optimizer=10)
     others = {"optimizer=adafactor": small}
-    found = estimate(plan, footprint(), (400, "a test"), 0.0, others, (), automatic="adamw")
+    found = estimate(plan, footprint(), (400, "a test"), 0.0, others, {}, automatic="adamw")
     assert (found.per_gpu, found.ways[-1].per_gpu) == (0, 24)
     assert "adamw" in (shorter_state(found) or "")
     assert "24 samples" in (shorter_state(found) or "")
@@ -184,7 +184,7 @@ def test_what_optimizer_auto_would_have_to_know_is_said() -> None:
 def estimated(limit: float, *overrides: str, source: str = "cluster.gpu_memory_gb") -> Estimate:
     plan = resolve(compose(["task=digits", "batch.global_size=32", "optimizer=adamw", *overrides]), 1)
     others = {"optimizer=adafactor": replace(footprint(), optimizer=10)}
-    return estimate(plan, footprint(), (limit, source), 0.0, others, ())
+    return estimate(plan, footprint(), (limit, source), 0.0, others, {})
 
 
 def test_accumulation_halves_the_per_gpu_batch_until_it_fits() -> None:
@@ -205,6 +205,30 @@ def test_a_per_gpu_batch_beyond_a_step_says_how_much_of_it_the_run_uses() -> Non
     assert (found.per_gpu or 0) > 1000
     assert any("of which a step of this run uses 32" in text for _, text in memory_rows(found))
     assert not any("uses" in text for _, text in memory_rows(estimated(430)))
+
+
+def test_an_engine_on_more_ranks_is_estimated_at_the_per_gpu_batch_that_it_plans() -> None:
+    """Each of 4 ranks has 8 of 32 samples: shards of 25, 25 and 50 bytes, 10 + 3·20 that are gathered, and 3·8."""
+    plan = resolve(compose(["task=digits", "batch.global_size=32", "optimizer=adamw"]), 1)
+    on_4 = replace(plan.dealt(4, None), engine=EnginePlacement("fsdp"))
+    found = estimate(plan, footprint(), (5000, "a test"), 0.0, {}, {"engine=fsdp": on_4})
+    (sharded,) = (way for way in found.ways if way.change == "engine=fsdp")
+    assert (sharded.planned, sharded.planned_gb) == (8, pytest.approx((100 + 70 + 24) / GB))
+    assert any("engine=fsdp" in text and "at 8 samples" in text for _, text in memory_rows(found))
+
+
+def test_a_change_that_needs_more_and_fits_no_more_is_left_out() -> None:
+    plan = resolve(compose(["task=digits", "batch.global_size=1", "optimizer=adamw"]), 1)  # can't accumulate
+    changed = {"more": replace(footprint(), buffers=11), "same": footprint(), "less": replace(footprint(), optimizer=9)}
+    found = estimate(plan, footprint(), (5000, "a test"), 0.0, changed, {})
+    assert [way.change for way in found.ways] == ["less"]
+    del changed["less"]
+    for limit, fits in ((5000, "which fits"), (150, "nothing fits")):
+        found = estimate(plan, footprint(), (limit, "a test"), 0.0, changed, {})
+        texts = [text for _, text in memory_rows(found)]
+        assert texts[-1] == "no change that the estimate knows needs less"
+        assert fits in texts[-2]
+        assert not any("below" in text for text in texts)
 
 
 def test_the_bias_on_a_cpu_and_the_context_of_a_gpu_are_said() -> None:
@@ -230,10 +254,10 @@ def test_a_limit_below_the_weights_is_rejected_with_what_they_need() -> None:
     assert error.value.key == "cluster.gpu_memory_gb"
     refuse_too_small(estimated(50, source="the device"))  # what it has can't be changed
     refuse_too_small(estimated(150))  # nothing fits, but the number isn't absurd
-    sharded = ("engine=fsdp", EnginePlacement("fsdp"), 64)
     plan = resolve(compose(["task=digits", "batch.global_size=32", "optimizer=adamw"]), 1)
     large = replace(footprint(), block=0, rest=0)
-    refuse_too_small(estimate(plan, large, (90, "cluster.gpu_memory_gb"), 0.0, {}, (sharded,)))  # it fits in parts
+    sharded = {"engine=fsdp": replace(plan.dealt(64, None), engine=EnginePlacement("fsdp"))}
+    refuse_too_small(estimate(plan, large, (90, "cluster.gpu_memory_gb"), 0.0, {}, sharded))  # it fits in parts
 
 
 def test_an_absurd_limit_is_rejected() -> None:

@@ -12,8 +12,10 @@ from isobatch.conf.compose import compose
 from isobatch.conf.groups import TARGETS
 from isobatch.conf.hardware import visible_gpus, workers_here
 from isobatch.conf.terminal import say_if_slow
+from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import EnginePlacement, Plan
 from isobatch.scaling.planning.capabilities import ABILITIES, placement
+from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.tuning.estimated import ADAFACTOR, Estimate, estimate
 from isobatch.scaling.tuning.footprint import Footprint
 from isobatch.trainers.ranks.signals import Stop
@@ -54,7 +56,7 @@ def estimated(subject: Subject, plan: Plan, limit: tuple[float, str], process: i
     config = subject.config
     found = trace(subject, process)
     others = {change: trace(other, process) for change, other in _others(subject, found)}
-    shares = engines(config, plan) if subject.on_gpu or plan.world > 1 else ()  # ranks on a CPU share its memory
+    shares = dict(engines(config, plan)) if subject.on_gpu or plan.world > 1 else {}  # ranks on a CPU share its memory
     automatic = config.optimizer.name if "optimizer" in config.chosen else ""
     return estimate(plan, found, limit, config.tune.margin, others, shares, automatic)
 
@@ -89,13 +91,20 @@ def _others(subject: Subject, found: Footprint) -> Iterator[tuple[str, Subject]]
         yield ADAFACTOR, replace(other, recipe=replace(subject.recipe, betas=(), eps=None))
 
 
-def engines(config: RunConfig, plan: Plan) -> Iterator[tuple[str, EnginePlacement, int]]:
-    """Yield the engines that shard more than the plan's, with their overrides and numbers of ranks."""
-    world = plan.world if plan.world > 1 else RANKS
-    ranks = "" if plan.world > 1 else f" cluster.gpus_per_node={RANKS}"
+def engines(config: RunConfig, plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Yield plans of the run with engines that shard more than the plan's, with their overrides."""
+    sharded, ranks = plan, ""
+    if plan.world == 1:
+        ranks = f" cluster.gpus_per_node={RANKS}"
+        try:
+            sharded = resolve(config, RANKS, plan.train_samples)
+        except UserError:  # such as batch.even, for a batch that so many ranks can't have
+            return
     own = ABILITIES[plan.engine.name, plan.engine.stage]
     for (name, stage), ability in ABILITIES.items():
         more = len(ability.shards) > len(own.shards) or (plan.world == 1 and ability.shards)
-        if more and ability.carries(config.optimizer.target):
+        able = ability.carries(config.optimizer.target) and (ability.bitwise or config.numerics != "bitwise")
+        if more and able:
             stages = "" if stage is None else f" engine.stage={stage}"
-            yield f"engine={name}{stages}{ranks}", EnginePlacement(name, stage, ability.shards), world
+            placed = replace(sharded, engine=EnginePlacement(name, stage, ability.shards))
+            yield f"engine={name}{stages}{ranks}", placed
