@@ -214,6 +214,12 @@ PARTS = {
         f"{branch.TARGET}, by batch from 16 to 512: AdamW with the √ rule that the branches use, too, means over "
         "2 seeds; SGD from the table of steps to a target, at the best LR of each batch. In brackets: 95 % intervals.",
     ),
+    "branch-text": Part(
+        "The critical batch by branches, of a language model",
+        branch.rows_of_text,
+        "The task and the target of *Steps to a target, by batch, of a language model*, and beside it the fit of that "
+        f"table: runs of {branch.TEXT_SAMPLES:,} samples at 32, otherwise as above.",
+    ),
     "large": Part(
         "A large batch, without and with a rule",
         large.rows,

@@ -1,6 +1,6 @@
-"""Compare the critical batch that branches tell with that of the measured samples to a target by batch: mnist1d.
+"""Compare the critical batch that branches tell with that of the measured samples to a target by batch.
 
-python -m benchmarks branch
+python -m benchmarks branch branch-text
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import critical
 from benchmarks.cores import on_all_cores
 from benchmarks.forecast import measured
 from benchmarks.tables import Rows
@@ -34,6 +35,8 @@ OPTIMIZERS = {  # the recipe tuned at 32, carried by the rule of `auto`
     "adamw": ("optimizer=adamw", "optimizer.weight_decay=0"),
     "sgd": ("optimizer=sgd", "optimizer.weight_decay=0"),
 }
+TEXT = (*critical.TEXT.task, "lr.peak=0.008", "data.workers=0", "check.contract=false")
+TEXT_SAMPLES = 20_000  # of a run at BATCH, at which 0.008 is the best LR; the target takes 5,400 of them
 TASK = ("task=mnist1d", "lr.decay=constant", "data.workers=0", "check.contract=false")
 
 
@@ -63,9 +66,9 @@ def reached(run: Trained) -> float:
     return float(ends[0]) if ends else math.inf
 
 
-def branched(optimizer: str, seed: int, folder: Path) -> dict[str, Any]:
+def branched(recipe: Sequence[str], samples: int, seed: int, folder: Path) -> dict[str, Any]:
     """Train one run with kept checkpoints, and branch off three of them."""
-    command = (*TASK, *OPTIMIZERS[optimizer], f"batch.global_size={BATCH}", f"seed={seed}", f"duration={SAMPLES}sa")
+    command = (*recipe, f"batch.global_size={BATCH}", f"seed={seed}", f"duration={samples}sa")
     run = Runs(folder, deadline_s=600)(1, *CONSTANT, *command, "checkpoint.keep_every=10%")
     assert run.ends[0].get("state") == "finished", run.log()
 
@@ -84,12 +87,22 @@ def rows() -> Rows:
     SGD's batches are those of ``critical``, at the best LR of each: by the linear rule large ones diverge.
     """
     jobs = [(optimizer, seed) for optimizer in OPTIMIZERS for seed in SEEDS]
-    told = dict(zip(jobs, on_all_cores([partial(branched, *job) for job in jobs]), strict=True))
+    recipes = {optimizer: (*TASK, *own) for optimizer, own in OPTIMIZERS.items()}
+    calls = [partial(branched, recipes[optimizer], SAMPLES, seed) for optimizer, seed in jobs]
+    told = dict(zip(jobs, on_all_cores(calls), strict=True))
     curve, swept_samples = swept("adamw")
     fits: dict[str, tuple[Fit, float | None]] = {"adamw": (curve, swept_samples)}
     by_sgd = next(curve for curve in measured() if curve.name.startswith("mnist1d"))
     fits["sgd"] = fit(by_sgd.batches, by_sgd.amounts), None
     return [_row(optimizer, seed, told[optimizer, seed], *fits[optimizer]) for optimizer, seed in jobs]
+
+
+def rows_of_text() -> Rows:
+    """Return a row per seed of a small language model, beside the fit to ``critical-text``."""
+    found = on_all_cores([partial(branched, TEXT, TEXT_SAMPLES, seed) for seed in SEEDS])
+    curve = next(curve for curve in measured() if curve.name.startswith("text"))
+    by_target = fit(curve.batches, curve.amounts)
+    return [_row("adamw", seed, told, by_target, None) for seed, told in zip(SEEDS, found, strict=True)]
 
 
 def _row(optimizer: str, seed: int, told: dict[str, Any], curve: Fit, swept_samples: float | None) -> dict[str, Any]:
