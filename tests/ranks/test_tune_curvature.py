@@ -17,6 +17,7 @@ from isobatch.scaling.planning.automatic import configured
 from isobatch.trainers.ranks.world import World
 from isobatch.trainers.tuning import lr, sharpness
 from isobatch.trainers.tuning.bench import Bench
+from isobatch.trainers.tuning.conditions import conditions_of
 from isobatch.trainers.tuning.sharpness import lanczos
 from isobatch.trainers.tuning.tune import open_bench
 from tests.support.harness import in_ranks, session_of
@@ -152,3 +153,31 @@ def test_the_range_test_finds_the_lr_at_which_a_regression_diverges() -> None:
 def test_a_range_test_of_few_steps_is_rejected() -> None:
     with pytest.raises(UserError, match=r"give tune\.samples=100st or more"):
         lr.measure(bench_of(World.alone(), "Regression", "tune.samples=99st"))
+
+
+@pytest.mark.parametrize("part", ["lr", "noise"])
+def test_a_part_that_starts_from_weights_is_measured_again_once_they_are_others(part: str, tmp_path: Path) -> None:
+    """Without init_from it starts at step 0, however far the run in the directory is trained."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    found = list[Any]()
+    for step in (23, 46):
+        (run / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+        found += [conditions_of(bench_of(World.alone(), "Regression", *start, f"run.dir={run}"), part)
+                  for start in ((f"init_from={run}",), ())]  # fmt: skip
+    assert found[0] != found[2]
+    assert found[1] == found[3]
+
+
+def test_a_speed_is_measured_again_with_other_threads() -> None:
+    bench, threads = bench_of(World.alone(), "Regression"), torch.get_num_threads()
+    before = {part: conditions_of(bench, part) for part in ("speed", "memory")}
+    try:
+        torch.set_num_threads(threads + 1)
+        assert conditions_of(bench, "speed") != before["speed"]
+        assert conditions_of(bench, "memory") == before["memory"]
+    finally:
+        torch.set_num_threads(threads)
+    assert before["speed"]["cpu"]["cores"] >= 1
+    assert before["speed"]["cpu"]["model"]

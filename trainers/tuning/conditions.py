@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,10 @@ from isobatch.trainers.launch.source import Source
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.meter import hardware_memory
 
-TRAINED = ("noise", "branch", "sharpness")  # parts that measure a run's checkpoints
+TRAINED = ("branch", "sharpness")  # parts that measure a trained run, be it init_from or the run directory
+FROM_WEIGHTS = ("noise", "lr")  # parts that do so only with init_from
 HARDWARE = ("memory", "speed")  # parts that don't depend on the recipe, and do on the hardware
-KEYS = {
-    "memory": {"margin"}, "speed": {"margin"}, "noise": {"samples"}, "branch": {"samples"}, "lr": {"samples"},
-}  # fmt: skip
+KEYS = {"memory": {"margin"}, "noise": {"samples"}, "branch": {"samples"}, "lr": {"samples"}}
 """The keys of ``tune`` that each part depends on."""
 # sections and keys that neither the time nor the memory of a step depends on
 NOT_OF_A_STEP = ("batch", "lr", "duration", "evaluate", "checkpoint", "noise", "log", "stop", "run", "plan", "report",
@@ -51,8 +53,9 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
         found |= {"run": identity(config), "init_from": config.init_from}
     if part == "speed":
         fits = (before or {}).get("memory", {}).get("per_gpu")
+        found["cpu"] = cpu()
         found["sizes_to"] = bench.opened.plan.cut.per_gpu if fits is None else fits
-    if part in TRAINED:
+    if part in TRAINED or (part in FROM_WEIGHTS and config.init_from):
         weights = config.init_from and run_of(Path(config.init_from).expanduser())
         found["trained"] = last_step(weights or bench.run)
     return dict(bench.agree(found))
@@ -61,3 +64,13 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
 def device_name(device: torch.device) -> str:
     """Return the name of a device's kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cpu() -> dict[str, Any]:
+    """Return what the speed depends on beside the device: the CPU's model, the usable cores, and torch's threads."""
+    info = Path("/proc/cpuinfo")  # in some containers it isn't there
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    model = models[0] if models else platform.processor() or platform.machine()
+    return {"model": model, "cores": cores, "threads": torch.get_num_threads()}
