@@ -118,8 +118,6 @@ def test_each_run_of_a_sweep_is_tuned_in_its_own_directory() -> None:
     ("arguments", "named"),
     [
         (("tune.parts=[speed]", "tune.max_step_ms=1e-6"), "tune.max_step_ms=1e-06"),
-        (("tune.parts=[law]",), "law"),
-        (("tune.parts=[noise]", "tune.samples=5st"), "tune.samples=11st"),
         (("tune.parts=[]",), "tune.parts"),
         (("tune.parts=[speeed]",), "speed"),
         (("tune.margin=1",), "tune.margin"),
@@ -130,6 +128,24 @@ def test_what_cant_be_tuned_is_rejected(arguments: tuple[str, ...], named: str) 
     _, err = launch("action=tune", *SMALL, *arguments, code=2)
     assert named in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("parts", "more", "named"),
+    [
+        ("memory,law", (), "tune.parts has law"),
+        ("memory,lr", ("tune.samples=99st",), "tune.samples=100st"),
+        ("memory,noise", ("batch.global_size=1",), "can't be halved"),
+        ("memory,noise", ("tune.samples=5st",), "tune.samples=11st"),
+        ("memory,branch", (), "no checkpoint to branch off"),
+        ("memory,sharpness", (), "train the run first"),
+        ("memory", ("tune.max_step_ms=100",), "add speed to tune.parts"),
+    ],
+)
+def test_what_will_fail_is_rejected_before_anything_is_measured(parts: str, more: tuple[str, ...], named: str) -> None:
+    _, err = launch("action=tune", *SMALL, f"tune.parts=[{parts}]", *more, "run.dir=run", code=2)
+    assert named in err
+    assert not Path("run/tune/tune.json").exists()
 
 
 def test_a_damaged_file_is_rejected() -> None:
@@ -162,15 +178,6 @@ def test_results_of_other_hardware_arent_used_for_a_recommendation() -> None:
     launch("action=tune", "tune.parts=[speed]", *SMALL, "run.dir=run")
     launch(*NOISE, "run.dir=run", "cluster.gpus_per_node=2")
     assert stored("run")["recommendation"]["step_ms"] is None
-
-
-@pytest.mark.parametrize("part", ["noise", "speed"])
-def test_what_cant_be_measured_is_said_with_its_reason(part: str) -> None:
-    """A step of one sample has no halves; a noise isn't the time that a bound on it asks for."""
-    asked = {"noise": ("batch.global_size=1",), "speed": ("tune.max_step_ms=9",)}[part]
-    named = {"noise": "can't be halved", "speed": "add speed to tune.parts"}[part]
-    _, err = launch(*NOISE, *asked, "run.dir=run", code=2)
-    assert named in err
 
 
 def test_the_noise_of_a_finished_run_is_measured_before_its_end() -> None:

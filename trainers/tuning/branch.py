@@ -16,7 +16,7 @@ from isobatch.scaling.schedule import Segment
 from isobatch.scaling.tuning.branch import Branch, Branching, LeftOut, Point, judged, overall
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import Unfit, plan_here, spread, starts, unfit
+from isobatch.trainers.tuning.starts import Unfit, plan_here, spread, starts, unfit, verified
 
 ALL, FEW = (1, 2, 4, 8, 16), (1, 4, 16)  # times half of the run's batch: k = ½ to 8; of one checkpoint, of several
 SHARE = 15  # percent of the run that a branch takes
@@ -36,19 +36,30 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Branch off the checkpoints of ``init_from``, or of the run directory.
 
     Raises:
-        UserError: there is no checkpoint to branch off, it doesn't fit the model or leaves no room for a branch, or
-            the task has no validation loss.
+        UserError: a checkpoint doesn't fit the model, or the task has no validation loss.
+    """
+    found = verified(bench, check(bench))
+    course = [branch_off(bench, start, _multiples(found)) for start in found]
+    critical, interval, note = overall(course)
+    told = {"critical_batch": critical, "interval": interval, "note": note}
+    return {**told, "course": [branching.plain() for branching in course]}
+
+
+def check(bench: Bench) -> list[Checkpoint]:
+    """Return the checkpoints to branch off.
+
+    Raises:
+        UserError: there is none, none leaves room for branches, or the task has no validation data.
     """
     if bench.validation is None:
         owner = type(bench.opened.task.own)
         problem = f"tune.parts=[branch] compares validation losses, but {owner.__qualname__} has no val_data()"
         fix = f"add val_data(self) to it in {owner.__module__}, which returns a data set like that of train_data(self)"
         raise UserError(problem, fix, "tune.parts")
-    starts = _starts(bench)
-    course = [branch_off(bench, start, ALL if len(starts) == 1 else FEW) for start in starts]
-    critical, interval, note = overall(course)
-    told = {"critical_batch": critical, "interval": interval, "note": note}
-    return {**told, "course": [branching.plain() for branching in course]}
+    found = _starts(bench)
+    for start in found:
+        _sizes(bench, start, _multiples(found))
+    return found
 
 
 def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branching:
@@ -58,21 +69,14 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
         sizes: batches, as multiples of half of the run's batch.
 
     Raises:
-        UserError: the branches would have too few steps.
+        UserError: the branches would have too few steps, or the LR of another batch isn't known.
     """
     plan, position = plan_here(bench, start), start.header.samples
     batch = plan.stage_at(position).cut.global_size
-    half = max(1, batch // 2 // plan.granule) * plan.granule
-    wanted = length_of(bench, plan)
-    allowed = [size * half for size in sizes if size * half * LEAST_STEPS <= wanted]
-    left = (plan.samples or 0) - position
-    left_out = [LeftOut(size * half, _too_short(size * half, wanted, left)) for size in sizes[len(allowed) :]]
-    if len(allowed) < 2:
-        raise _too_little_data(plan, position, half * sizes[1], wanted)
-    length = wanted // allowed[-1] * allowed[-1]
+    allowed, left_out = _sizes(bench, start, sizes)
+    length = length_of(bench, plan) // allowed[-1] * allowed[-1]
     marks = sorted({-(-length * i // POINTS // allowed[-1]) * allowed[-1] for i in range(1, POINTS + 1)})
     branches, first = list[Branch](), None
-    rule_of_branches(plan, position)
     for size in allowed:
         try:
             branched = branch_plan(plan, position, size)
@@ -88,6 +92,27 @@ def branch_off(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> Branchi
     for one in left_out:
         bench.say(f"step {start.header.step}: no branch at {plan.size(one.batch)}: {one.why}")
     return judged(position, length, batch, branches, left_out)
+
+
+def _multiples(starts: Sequence[Checkpoint]) -> Sequence[int]:
+    """Return the batches of the branches of each checkpoint, as multiples of half of the run's batch."""
+    return ALL if len(starts) == 1 else FEW
+
+
+def _sizes(bench: Bench, start: Checkpoint, sizes: Sequence[int]) -> tuple[list[int], list[LeftOut]]:
+    """Return the batches of a checkpoint's branches, and those that would have too few steps.
+
+    Raises:
+        UserError: there are fewer than two, or the LR of another batch isn't known.
+    """
+    plan, position = plan_here(bench, start), start.header.samples
+    half = max(1, plan.stage_at(position).cut.global_size // 2 // plan.granule) * plan.granule
+    wanted, left = length_of(bench, plan), (plan.samples or 0) - position
+    allowed = [size * half for size in sizes if size * half * LEAST_STEPS <= wanted]
+    if len(allowed) < 2:
+        raise _too_little_data(plan, position, half * sizes[1], wanted)
+    rule_of_branches(plan, position)
+    return allowed, [LeftOut(size * half, _too_short(size * half, wanted, left)) for size in sizes[len(allowed) :]]
 
 
 def _too_short(batch: int, samples: int, left: int) -> str:

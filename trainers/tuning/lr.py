@@ -19,19 +19,8 @@ DECADES = 3  # below and above the run's peak LR
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Train at the run's batch while the LR rises exponentially, from step 0 or with the weights of ``init_from``.
-
-    Raises:
-        UserError: ``tune.samples`` has too few steps.
-    """
-    run, batch = bench.opened.plan, bench.opened.plan.cut.global_size
-    samples = bench.samples()
-    steps = STEPS if samples is None else samples // batch
-    if steps < LEAST_STEPS:
-        over = f"over {2 * DECADES} decades of the LR"
-        problem = f"{run.size(samples or 0)} are {steps} steps, and a range test {over} needs {LEAST_STEPS}"
-        fix = f"give tune.samples={LEAST_STEPS}st or more, or leave it out for {STEPS}"
-        raise UserError(problem, fix, "tune.samples", bench.config.tune.samples)
+    """Train at the run's batch while the LR rises exponentially, from step 0 or with the weights of ``init_from``."""
+    run, batch, steps = bench.opened.plan, bench.opened.plan.cut.global_size, steps_of(bench)
     peak, curve = run.peak.lr, RangeTest.empty()
     lowest, rise = peak * 10.0**-DECADES, 10.0 ** (2 * DECADES / (steps - 1))
     with bench.trial(_constant(run, steps * batch)) as trial:
@@ -43,6 +32,18 @@ def measure(bench: Bench) -> dict[str, Any]:
             curve.add(lr, loss)
             bench.say(f"LR {lr:.3g}: loss {loss:.4g}", len(curve.tried) / steps)
     return {"batch": batch, "run_lr": peak, **read(curve).plain()}
+
+
+def steps_of(bench: Bench) -> int:
+    """Return the steps of the test. Raises UserError if ``tune.samples`` has too few."""
+    run, samples = bench.opened.plan, bench.samples()
+    steps = STEPS if samples is None else samples // run.cut.global_size
+    if steps < LEAST_STEPS:
+        over = f"over {2 * DECADES} decades of the LR"
+        problem = f"{run.size(samples or 0)} are {steps} steps, and a range test {over} needs {LEAST_STEPS}"
+        fix = f"give tune.samples={LEAST_STEPS}st or more, or leave it out for {STEPS}"
+        raise UserError(problem, fix, "tune.samples", bench.config.tune.samples)
+    return steps
 
 
 def _constant(plan: Plan, samples: int) -> Plan:

@@ -13,7 +13,7 @@ from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.witnesses import over_run, stretches_of
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import plan_here, spread, starts, unfit
+from isobatch.trainers.tuning.starts import plan_here, spread, starts, unfit, verified
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
 STEPS_EACH = 100  # from each checkpoint
@@ -24,19 +24,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Return the noise scale where the measurement ends, its course, and what it is over the whole run.
 
     With ``init_from``, it is measured at the checkpoints of that run, else along a training with the run's own recipe.
-
-    Raises:
-        UserError: a step can't be halved.
     """
-    plan = bench.opened.plan
-    if reason := unmeasurable(measured(plan)):
-        problem, _, fix = reason.partition("; ")
-        raise UserError(problem, fix, "tune.parts", "noise")
-    found = list[Checkpoint]()
-    if bench.config.init_from:
-        found = [start for start in starts(bench) if not unfit(bench, start) and _has_steps(bench, start)]
+    plan, found = bench.opened.plan, verified(bench, check(bench))
     if found:
-        ways = [along(bench, plan_here(bench, start), start, STEPS_EACH) for start in spread(found)]
+        ways = [along(bench, plan_here(bench, start), start, STEPS_EACH) for start in found]
         course = [row for _, _, rows in ways for row in rows[-1:]]
     else:
         ways = [along(bench, plan, None, STEPS)]
@@ -46,6 +37,26 @@ def measure(bench: Bench) -> dict[str, Any]:
     whole = over_run(known, stretches_of(plan))
     about = {"batch": plan.cut.global_size, "measurements": noise.count, "norm": norm.name, "norm_text": norm.text}
     return {**values(noise), "over_run": whole, "samples": rows[-1]["samples"], **about, "course": course}
+
+
+def check(bench: Bench) -> list[Checkpoint]:
+    """Return the checkpoints to measure at; none: from step 0.
+
+    Raises:
+        UserError: a step can't be halved, or the training has too few of them.
+    """
+    plan = bench.opened.plan
+    if reason := unmeasurable(measured(plan)):
+        problem, _, fix = reason.partition("; ")
+        raise UserError(problem, fix, "tune.parts", "noise")
+    found = list[Checkpoint]()
+    if bench.config.init_from:
+        found = spread([start for start in starts(bench) if not unfit(bench, start) and _has_steps(bench, start)])
+    for start in found:
+        _span(bench, plan_here(bench, start), start, STEPS_EACH)
+    if not found:
+        _span(bench, plan, None, STEPS)
+    return found
 
 
 def _has_steps(bench: Bench, start: Checkpoint) -> bool:
@@ -63,13 +74,7 @@ def along(
         start: the checkpoint to start from; None: step 0.
         steps: of the training, if ``tune.samples`` doesn't tell its length; the end of the plan ends it, too.
     """
-    begin = start.header.samples if start else 0
-    length = bench.samples() or steps * plan.stage_at(begin).cut.global_size
-    end = min(begin + length, plan.samples or begin + length)
-    given, needed = (end - begin) // plan.stage_at(begin).cut.global_size, FEWEST + 1  # one before Adam has a state
-    if given < needed:
-        problem = f"{end - begin:,} samples are {counted(given, 'step')}, and a noise scale needs {needed}"
-        raise UserError(problem, f"give tune.samples={needed}st or more", "tune.samples", bench.config.tune.samples)
+    begin, end = _span(bench, plan, start, steps)
     noise, norm, course = Smoothed(), RAW, list[dict[str, Any]]()
     with bench.trial(measured(plan), start) as trial:
         while trial.state.samples < end and (taken := trial.step()):
@@ -83,6 +88,18 @@ def along(
                 share = (step.stop - begin) / (end - begin)
                 bench.say(f"{scale.scale:,.0f} samples" if scale else "not yet known", share)
     return noise, norm, course
+
+
+def _span(bench: Bench, plan: Plan, start: Checkpoint | None, steps: int) -> tuple[int, int]:
+    """Return the samples at which a training begins and ends. Raises UserError if it has too few steps."""
+    begin = start.header.samples if start else 0
+    length = bench.samples() or steps * plan.stage_at(begin).cut.global_size
+    end = min(begin + length, plan.samples or begin + length)
+    given, needed = (end - begin) // plan.stage_at(begin).cut.global_size, FEWEST + 1  # one before Adam has a state
+    if given < needed:
+        problem = f"{end - begin:,} samples are {counted(given, 'step')}, and a noise scale needs {needed}"
+        raise UserError(problem, f"give tune.samples={needed}st or more", "tune.samples", bench.config.tune.samples)
+    return begin, end
 
 
 def values(noise: Smoothed) -> dict[str, Any]:

@@ -15,11 +15,19 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 class Part(NamedTuple):
-    """A part: what it does, as the user reads it; how it measures; and how it tells its result."""
+    """A part of ``action=tune``.
+
+    Attributes:
+        doing: what it does, as the user reads it.
+        measure: returns its result; it may use the results before it.
+        tell: returns what is printed of a result.
+        check: raises UserError for what can be known to fail before anything is measured; it is fast.
+    """
 
     doing: str
     measure: Callable[[Bench, Results], dict[str, Any]]
     tell: Callable[[Mapping[str, Any]], str]
+    check: Callable[[Bench], object] = lambda bench: None
 
 
 PARTS = {
@@ -36,15 +44,26 @@ PARTS = {
         ),
         speed.tell,
     ),
-    "noise": Part("measuring the gradient noise", lambda bench, _: noise.measure(bench), noise.tell),
+    "noise": Part("measuring the gradient noise", lambda bench, _: noise.measure(bench), noise.tell, noise.check),
     "branch": Part(
-        "training branches with smaller and larger batches", lambda bench, _: branch.measure(bench), branch.tell
+        "training branches with smaller and larger batches",
+        lambda bench, _: branch.measure(bench),
+        branch.tell,
+        branch.check,
     ),
     "law": Part(
         "carrying the tuned batch to this run's data",
         lambda bench, _: law.measure(bench),
         law.tell,
+        law.measure,
     ),
-    "lr": Part("raising the learning rate until training diverges", lambda bench, _: lr.measure(bench), lr.tell),
-    "sharpness": Part("measuring the curvature of the loss", lambda bench, _: sharpness.measure(bench), sharpness.tell),
+    "lr": Part(
+        "raising the learning rate until training diverges", lambda bench, _: lr.measure(bench), lr.tell, lr.steps_of
+    ),
+    "sharpness": Part(
+        "measuring the curvature of the loss",
+        lambda bench, _: sharpness.measure(bench),
+        sharpness.tell,
+        sharpness.weights_of,
+    ),
 }

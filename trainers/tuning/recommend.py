@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,10 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
     """Return the object ``recommendation`` of ``tune.json``; None if nothing was measured that it could rest on.
 
     Raises:
-        UserError: no batch has a step within ``tune.max_step_ms``.
+        UserError: no batch has a step within ``tune.max_step_ms``, or the time of a step isn't known.
     """
     plan, config, world = bench.opened.plan, bench.config, bench.session.world.size
-    if config.tune.max_step_ms and "speed" not in parts:
-        problem = f"tune.max_step_ms={config.tune.max_step_ms:g} needs the time of a step, which wasn't measured"
-        raise UserError(problem, "add speed to tune.parts", "tune.max_step_ms", config.tune.max_step_ms)
+    check(bench, parts)
     measured = witnesses(bench, parts)
     if not measured and not parts.keys() & {"speed", "noise", "branch"}:
         return None
@@ -57,6 +55,14 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
         raise UserError(problem, "allow longer steps, or use more or faster GPUs", "tune.max_step_ms")
     notes = notes_on(found, bench, parts, max(sizes))
     return {**found.plain(lambda row: command(bench, row)), "notes": notes}
+
+
+def check(bench: Bench, parts: Collection[str]) -> None:
+    """Raise UserError if ``tune.max_step_ms`` is given, and speed isn't among the measured parts."""
+    limit_ms = bench.config.tune.max_step_ms
+    if limit_ms and "speed" not in parts:
+        problem = f"tune.max_step_ms={limit_ms:g} needs the time of a step, which wasn't measured"
+        raise UserError(problem, "add speed to tune.parts", "tune.max_step_ms", limit_ms)
 
 
 def command(bench: Bench, row: Prediction) -> str:

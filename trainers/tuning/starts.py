@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,31 @@ MOST = 3  # checkpoints of one run that a part starts from
 def starts(bench: Bench) -> list[Checkpoint]:
     """Return the checkpoints of ``init_from``, or of the run directory, oldest first, the same on all ranks.
 
+    Their files aren't verified, which takes long.
+
     Raises:
-        UserError: one of them is damaged.
+        UserError: the header of one of them is damaged.
     """
     config, world = bench.config, bench.session.world
     source = Path(config.init_from).expanduser() if config.init_from else bench.run
     names = [str(path) for path in _named(source)] if world.rank == 0 else []
-    return [_read(bench, Path(name)) for name in json.loads(world.agree(json.dumps(names)))]
+    paths = [Path(name) for name in json.loads(world.agree(json.dumps(names)))]
+    return [_of_all_ranks(bench, path, partial(read, path)) for path in paths]
+
+
+def verified(bench: Bench, found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Verify checkpoints, of which each rank reads a share of the files, and return them.
+
+    Raises:
+        UserError: on all ranks; one of them is damaged.
+    """
+    world = bench.session.world
+
+    def work(start: Checkpoint) -> Checkpoint:
+        verify(start, sorted(start.files)[world.rank :: world.size], bench.session.watch.beat)
+        return start
+
+    return [_of_all_ranks(bench, start.path, partial(work, start)) for start in found]
 
 
 def spread(found: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -73,15 +92,14 @@ def _named(source: Path) -> list[Path]:
     return [followed(source)] if (source / NAME).exists() else checkpoints(RunDir(source))[::-1]
 
 
-def _read(bench: Bench, path: Path) -> Checkpoint:
-    """Read and verify a checkpoint; each rank verifies a share of its files."""
-    world, reason, found = bench.session.world, "", None
+def _of_all_ranks(bench: Bench, path: Path, work: Callable[[], Checkpoint]) -> Checkpoint:
+    """Return the checkpoint at ``path`` that ``work`` returns. Raises UserError on all ranks if one finds damage."""
+    reason, found = "", None
     try:
-        found = read(path)
-        verify(found, sorted(found.files)[world.rank :: world.size], bench.session.watch.beat)
+        found = work()
     except (Damaged, OSError) as error:
         reason = str(error)
-    if reasons := [text for text in world.gather(reason) if text]:
+    if reasons := [text for text in bench.session.world.gather(reason) if text]:
         raise UserError(f"{path} is damaged: {reasons[0]}", "give another checkpoint as init_from", "init_from")
     assert found is not None
     return found

@@ -19,7 +19,7 @@ from isobatch.trainers.model.randomness import seed_generators
 from isobatch.trainers.ranks.failure import restarts
 from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
-from isobatch.trainers.tuning import memory
+from isobatch.trainers.tuning import memory, recommend
 from isobatch.trainers.tuning.bench import Bench, Interrupted
 from isobatch.trainers.tuning.conditions import conditions_of
 from isobatch.trainers.tuning.parts import PARTS
@@ -91,6 +91,7 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
 
     It rests on all parts that were measured under the present conditions, and is empty if they don't allow any.
     """
+    check(bench, results)
     world, valid = bench.session.world, dict[str, Any]()
     try:
         with bench.progress as progress:
@@ -114,6 +115,22 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
     if recommendation:
         put_result(world, results, "recommendation", recommendation)
     return recommendation
+
+
+def check(bench: Bench, results: Results) -> None:
+    """Reject what will fail before anything is measured, which may take long.
+
+    Raises:
+        UserError: a part can't be measured, or the recommendation needs a part that wasn't asked for.
+    """
+    asked, valid = bench.config.tune.parts, dict[str, Any]()
+    for name, part in PARTS.items():
+        stored = still_valid(bench, name, results.get(name, conditions_of(bench, name, valid)))
+        if stored is not None:
+            valid[name] = stored
+        elif name in asked:
+            part.check(bench)
+    recommend.check(bench, {*asked, *valid})
 
 
 def still_valid(bench: Bench, part: str, stored: dict[str, Any] | None) -> dict[str, Any] | None:
