@@ -9,7 +9,7 @@ from isobatch.scaling.report.compare.groups import Group
 from isobatch.scaling.report.compare.values import Values
 from isobatch.scaling.report.compare.words import number
 from isobatch.scaling.report.run import Run
-from isobatch.scaling.tuning.spread import Spread, alike, half_width
+from isobatch.scaling.tuning.spread import Spread, alike
 
 MEASURES = {"sharpness": "the largest curvature", "perturbed": "the loss added by a perturbation"}
 APART = 1.1  # factor between two losses from which on they differ
@@ -18,14 +18,15 @@ Sized = Sequence[tuple[Group, Values]]
 
 
 def flatness_of(comparison: Comparison) -> Iterator[str]:
-    """Yield a sentence for each family of runs with several batches of which the sharpness is known."""
+    """Yield an answer for each family of runs with several batches of which the sharpness is known."""
     best = comparison.best_lrs()
     for family in dict.fromkeys(group.family for group, _ in best):
         of_family = [(group, values) for group, values in best if group.family == family]
-        parts = [text for name in MEASURES if (text := _compared(name, of_family))]
-        if parts:
+        compared = [found for name in MEASURES if (found := _compared(name, of_family))]
+        if compared:
             of = f"{family}: " if family else ""
-            yield f"{of}did smaller batches end flatter? {'; '.join(parts)}{_caveat(of_family)}"
+            sentences = [answer for answer, _ in compared] + [chance for _, chance in compared] + [_caveat(of_family)]
+            yield f"{of}did smaller batches end flatter? {'. '.join(filter(None, dict.fromkeys(sentences)))}"
 
 
 def _caveat(groups: Sized) -> str:
@@ -43,7 +44,7 @@ def _caveat(groups: Sized) -> str:
     falling = [f"batch {size:,}" for size in (small, large) if any(map(_still_falls, measured[size].counted))]
     if falling:
         found.append(f"the training loss still falls at the end of {' and '.join(falling)}")
-    return f"; but {' and '.join(found)}, and curvature changes with the loss" if found else ""
+    return f"But {' and '.join(found)}, and curvature changes with the loss" if found else ""
 
 
 def _known(values: Values) -> bool:
@@ -65,29 +66,35 @@ def _still_falls(run: Run) -> bool:
     return bool(before and last and before.mean > APART * last.mean and not alike(before, last))
 
 
-def _compared(name: str, groups: Sized) -> str:
-    """Return how a measure of sharpness changes from the smallest batch to the largest; "" if that isn't known."""
+def _compared(name: str, groups: Sized) -> tuple[str, str] | None:
+    """Return whether the smallest batch is flatter than the largest by a measure, and whether that may be chance.
+
+    Return None if the measure isn't known at two batches.
+    """
     measured = {
         group.global_size: value
         for group, values in groups
         if group.global_size and _known(values) and (value := getattr(values, name))
     }
     if len(measured) < 2:
-        return ""
+        return None
     small, large = min(measured), max(measured)
-    one, other = measured[small], measured[large]
-    ends = f"{number(one.mean)} at batch {small:,}, {number(other.mean)} at batch {large:,}"
     means = [measured[size].mean for size in sorted(measured)]
     in_order = means in (sorted(means), sorted(means, reverse=True))
-    mixed = "" if in_order else ", not in order between them"
-    return f"{_verdict(one, other)} by {MEASURES[name]} ({ends}{mixed})"
+    mixed = "" if in_order else ". The batches between them aren't in order"
+    single = [size for size in (small, large) if measured[size].n == 1]
+    where = "each" if len(single) == 2 else f"at batch {single[0]:,}" if single else ""
+    chance = f"With one seed {where} this may be chance" if single else ""
+    return f"{_answer(MEASURES[name], small, measured[small], large, measured[large])}{mixed}", chance
 
 
-def _verdict(small: Spread, large: Spread) -> str:
-    if small.mean == large.mean:
-        return "no difference"
-    flatter = "yes" if small.mean < large.mean else "no"
-    half = half_width(small, large)
-    if half is None:
-        return f"{flatter}, though perhaps by chance, as too few seeds tell,"
-    return flatter if abs(small.mean - large.mean) > half else "seeds differ as much"
+def _answer(measure: str, small: int, one: Spread, large: int, other: Spread) -> str:
+    """Return which of two batches ended flatter."""
+    if one.mean == other.mean:
+        return f"No: by {measure}, batch {small:,} and batch {large:,} ended alike ({number(one.mean)})"
+    if alike(one, other):
+        ends = f"{number(one.mean)} at batch {small:,}, {number(other.mean)} at batch {large:,}"
+        return f"Not clear: by {measure}, seeds differ as much as the batches ({ends})"
+    word, flatter = ("Yes", small) if one.mean < other.mean else ("No", large)
+    low, high = sorted((one.mean, other.mean))
+    return f"{word}: by {measure}, batch {flatter:,} ended flatter ({number(low)} against {number(high)})"

@@ -151,8 +151,8 @@ def legend(comparison: Comparison, mark: str) -> list[str]:
     notes = [f"{mark} the best of its column{more * any(alike(value, ranked[0]) for value in ranked[1:])}"] * several
     if comparison.target and (several or comparison.target_from):
         everyone = all(values.reached == len(group.counted) for group, values in comparison.pairs() if not values.open)
-        half = " that came at least halfway from the worst first value of all runs to the best value of all"
-        reached = f"which every counted run{'' if everyone else half} reached; report.target sets another"
+        half = "; runs that got less than halfway to the overall best are left out"
+        reached = f"the best value that every counted run reached{'' if everyone else half}; report.target sets another"
         why = comparison.target_from or reached
         notes.append(f"target: {one_line(str(comparison.target))} ({why})")
     if any(values.open and values.steps for values in comparison.values):
