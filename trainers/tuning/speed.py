@@ -75,23 +75,45 @@ class Times:
             times.append(1000 * bench.most(step_s))
             self.waits.append(bench.most(waited))
 
+    def repeat(self, trial: Trial) -> None:
+        """Repeat the last measurement, and keep the faster times."""
+        one, two = self.one.pop(), self.two.pop()
+        self.take(trial)
+        self.one[-1], self.two[-1] = min(one, self.one[-1]), min(two, self.two[-1])
+
     def timed(self) -> Timed:
         """Return the speed."""
         return Timed.of(self.per_gpu, self.one, self.two, statistics.median(self.waits))
 
 
 def first_round(trial: Trial, sizes: Iterable[int]) -> dict[int, Times]:
-    """Measure each size once, by ascending size, until two in a row are slower than the fastest."""
-    bench, times, rates = trial.bench, dict[int, Times](), list[float]()
+    """Measure each size once, by ascending size, until two in a row are slower than the fastest.
+
+    Before that counts, they are measured again: a machine has slow moments.
+    """
+    bench, times = trial.bench, dict[int, Times]()
     for size in sizes:
         times[size] = Times(size)
         times[size].take(trial)
-        timed = times[size].timed()
-        rates.append(Speed(bench.session.world.size, (timed,)).samples_per_s(timed))
-        bench.say(f"{size:,} per GPU: {rates[-1]:,.0f} samples/s")
-        if len(rates) > 2 and all(rate < (1 - KNEE) * max(rates) for rate in rates[-2:]):
+        if last_two_are_slower(bench, times):
+            for last in list(times)[-2:]:
+                times[last].repeat(trial)
+        bench.say(f"{size:,} per GPU: {rate(bench, times[size]):,.0f} samples/s")
+        if last_two_are_slower(bench, times):
             break
     return times
+
+
+def last_two_are_slower(bench: Bench, times: Mapping[int, Times]) -> bool:
+    """Return whether the last two sizes are slower than the fastest one."""
+    rates = [rate(bench, one) for one in times.values()]
+    return len(rates) > 2 and all(last < (1 - KNEE) * max(rates) for last in rates[-2:])
+
+
+def rate(bench: Bench, times: Times) -> float:
+    """Return the samples per second of all ranks."""
+    timed = times.timed()
+    return Speed(bench.session.world.size, (timed,)).samples_per_s(timed)
 
 
 def time_steps(trial: Trial) -> tuple[float, float]:
