@@ -12,7 +12,7 @@ from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.report.compare.picture import Curve, Panel, Picture
 from isobatch.scaling.report.compare.plots import draw
-from isobatch.scaling.tuning.speed import KNEE
+from isobatch.scaling.tuning.speed import KNEE, unknown
 
 NAME = "tune"
 FAR = 4.0  # times the peaks, from which a limit needs a logarithmic axis
@@ -69,7 +69,8 @@ def _speed(part: Part) -> list[Panel]:
     sizes = [row["per_gpu"] for row in part["sizes"]]
     rates = [row["samples_per_s"] for row in part["sizes"]]
     within = f"smallest within {max(KNEE, part['spread']):.0%}"
-    curves = [_line(sizes, rates, "speed", kind="both"), _mark(part["knee"], sizes, rates, within)]
+    curves = [_line(sizes, rates, "speed", kind="both")]
+    curves += [] if unknown(part["spread"]) else [_mark(part["knee"], sizes, rates, within)]
     return [Panel("Speed", "samples per GPU and pass", "samples per second", True, True, curves, legend=True)]
 
 

@@ -26,6 +26,7 @@ USED = {
     "memory.per_gpu": "a count",
     "speed.world_size": "a count",
     "speed.sizes": "a list",
+    "speed.spread": "a number",
     "speed.sizes.*.per_gpu": "a count",
     **dict.fromkeys((f"speed.sizes.*.{name}" for name in ("fixed_ms", "pass_ms", "data_wait", "spread")), "a number"),
     **dict.fromkeys((f"noise.{name}" for name in ("over_run", "scale", "low", "high")), "a number or null"),

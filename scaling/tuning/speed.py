@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import truediv
 from typing import Any, Literal
 
+from isobatch.scaling.geometry import Cut, solve
+from isobatch.scaling.plan import Plan
+
 KNEE = 0.05  # a size this close to the fastest one is as good, and smaller, unless times spread more
+NOISY = 0.2  # spread from which batches can hardly be told apart, so the speed is measured again
+UNKNOWN = 0.5  # spread from which they can't be told apart at all
+AGAIN = "run the command again on a quieter machine"
 WAITS = 0.2  # share of a step spent waiting for data, from which the run is bound by data
 FIXED = 0.3  # share of a step that isn't passes, from which ranks are bound by communication
 
@@ -89,10 +95,14 @@ class Speed:
     Attributes:
         world: ranks.
         sizes: by ascending size; at least one.
+        granule, even, bitwise: how a plan cuts a global batch, see ``geometry.solve``.
     """
 
     world: int
     sizes: tuple[Timed, ...]
+    granule: int = 1
+    even: bool = False
+    bitwise: bool = False
 
     def samples_per_s(self, timed: Timed) -> float:
         """Return the speed of steps with one pass, over all ranks."""
@@ -128,22 +138,29 @@ class Speed:
         Only per-GPU batches up to the largest measured one are considered, times between two are interpolated.
 
         Args:
-            global_size: samples, at least one per rank.
+            global_size: samples, at least one granule per rank.
             max_step_ms: the longest step.
 
         Returns:
-            None if every way takes longer than ``max_step_ms``.
+            None if every way takes longer than ``max_step_ms``, or none is even where it has to be.
         """
-        share = -(-global_size // self.world)
-        most = self.sizes[-1].per_gpu
-        limits = {min(timed.per_gpu, share) for timed in self.sizes} | {min(most, share)}
         ways = []
-        for limit in sorted(limits):
-            passes = -(-share // limit)
-            size = -(-share // passes)
+        for cut in self._cuts(global_size):
+            size, passes = cut.micro_batches[0][0], cut.accumulation
             ways.append((self.fixed_ms(size) + passes * self.pass_ms(size), passes, size))
-        step_ms, passes, size = min(ways)
-        return (size, passes, step_ms) if step_ms <= max_step_ms else None
+        step_ms, passes, size = min(ways, default=(math.inf, 0, 0))
+        return (size, passes, step_ms) if ways and step_ms <= max_step_ms else None
+
+    def _cuts(self, global_size: int) -> Iterator[Cut]:
+        """Yield the ways to cut a global batch, by per-GPU batch: each measured one, or the whole share of a rank."""
+        share = max(self.granule, -(-global_size // self.world))
+        limits = {min(timed.per_gpu, share) for timed in self.sizes}
+        if self.even:  # rarely at the measured sizes, so at all that divide the share, between these
+            limits |= {size for size in range(self.sizes[0].per_gpu, max(limits) + 1) if share % size == 0}
+        for limit in sorted(limits):
+            cut = solve(self.world, global_size=global_size, per_gpu=limit, granule=self.granule, bitwise=self.bitwise)
+            if cut.even or not self.even:
+                yield cut
 
     def fixed_ms(self, per_gpu: int) -> float:
         return _interpolated(per_gpu, [(timed.per_gpu, timed.fixed_ms) for timed in self.sizes])
@@ -176,6 +193,23 @@ class Speed:
         if not sizes or any(timed.step_ms <= 0 for timed in sizes):
             raise ValueError("no measured sizes")
         return cls(plain["world_size"], sizes)
+
+
+def known_speed(parts: Mapping[str, Mapping[str, Any]], plan: Plan) -> Speed | None:
+    """Return the measured speed among the results of all parts, for batches that are cut as the plan's.
+
+    Returns:
+        None if there is none, or if its times spread too much to tell anything.
+    """
+    found = Speed.parse(parts["speed"]) if "speed" in parts else None
+    if found is None or unknown(found.spread):
+        return None
+    return replace(found, granule=plan.granule, even=plan.even, bitwise=plan.numerics == "bitwise")
+
+
+def unknown(spread: float) -> str:
+    """Return that the speed isn't known, if its times spread too much to tell anything; else ""."""
+    return f"the speed isn't known here: repeated times spread by {spread:.0%}" if spread > UNKNOWN else ""
 
 
 def sizes_to_time(most: int, granule: int = 1) -> list[int]:

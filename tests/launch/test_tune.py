@@ -66,6 +66,20 @@ def test_results_are_used_again_unless_the_run_changes() -> None:
     assert "measured before" not in out
 
 
+def test_a_speed_from_a_busy_machine_is_measured_again() -> None:
+    timed = ("action=tune", "tune.parts=[speed]", *SMALL, "batch.per_gpu=2", "run.dir=run")
+    found = stored_after(*timed)
+    for spread, again in ((0.1, False), (0.3, True)):
+        found["speed"]["spread"] = spread
+        Path("run/tune/tune.json").write_text(json.dumps(found))
+        out, _ = launch(*timed)
+        assert ("speed: measured before" not in out) == again
+    found["speed"]["spread"] = 0.6
+    Path("run/tune/tune.json").write_text(json.dumps(found))
+    _, err = launch(*NOISE, "batch.per_gpu=2", "run.dir=run", "tune.max_step_ms=100", code=2)
+    assert "add speed to tune.parts" in err
+
+
 def stored_after(*arguments: str) -> dict[str, Any]:
     launch(*arguments)
     return stored("run")

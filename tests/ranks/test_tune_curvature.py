@@ -14,10 +14,12 @@ from torch.utils.data import TensorDataset
 
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.automatic import configured
+from isobatch.scaling.tuning.speed import Speed, Timed
 from isobatch.trainers.ranks.world import World
-from isobatch.trainers.tuning import lr, sharpness
+from isobatch.trainers.tuning import lr, sharpness, speed
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.conditions import conditions_of
+from isobatch.trainers.tuning.recommend import recommended
 from isobatch.trainers.tuning.sharpness import lanczos
 from isobatch.trainers.tuning.tune import open_bench
 from tests.support.harness import in_ranks, session_of
@@ -181,3 +183,21 @@ def test_a_speed_is_measured_again_with_other_threads() -> None:
         torch.set_num_threads(threads)
     assert before["speed"]["cpu"]["cores"] >= 1
     assert before["speed"]["cpu"]["model"]
+
+
+def test_a_speed_whose_times_say_nothing_isnt_used_and_it_is_said() -> None:
+    for spread, known in ((0.4, True), (0.6, False)):
+        measured = Speed(1, (Timed(8, 1.0, 1.0, 0.0, spread),)).plain() | {"to_the_largest": True}
+        noise = {"over_run": 64.0, "scale": 64.0, "low": 32.0, "high": 128.0, "norm": "raw"}
+        parts, said = (
+            {"speed": measured, "noise": noise},
+            f"the speed isn't known here: repeated times spread by {spread:.0%}",
+        )
+        found = recommended(bench_of(World.alone(), "Regression"), parts)
+        assert found is not None
+        assert (found["step_ms"] is not None) == known
+        assert any(note.startswith(said) for note in found["notes"]) != known
+        assert speed.tell(measured).startswith(said) != known
+        assert "run the command again on a quieter machine" in speed.tell(measured)
+    with pytest.raises(UserError, match=r"tune\.max_step_ms=50, but the speed isn't known here"):
+        recommended(bench_of(World.alone(), "Regression", "tune.max_step_ms=50"), parts)

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,11 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isobatch.conf.compose import compose
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.geometry import solve
+from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.tuning import picture_of
 from isobatch.scaling.tuning.recommendation import candidates, recommend
 from isobatch.scaling.tuning.results import Results
-from isobatch.scaling.tuning.speed import Speed, Timed, sizes_to_time, without_slow_rounds
+from isobatch.scaling.tuning.speed import Speed, Timed, known_speed, sizes_to_time, unknown, without_slow_rounds
 from isobatch.scaling.tuning.witnesses import Witness, agreement, law_compared, over_run, unknowns
 
 # A step takes 4 ms once, and a pass 1 ms and another 0.1 ms per sample: 64 samples are nearly as fast as 128.
@@ -65,6 +69,41 @@ def test_the_fastest_step_is_that_of_all_ways_to_cut_it(size: int, most: int, wo
 def test_a_longest_step_leaves_no_way_for_a_large_batch() -> None:
     assert speed().fastest(128, max_step_ms=18.0) is not None
     assert speed().fastest(1024, max_step_ms=18.0) is None
+
+
+def test_a_step_is_cut_as_the_plan_cuts_it() -> None:
+    """Micro-batches have whole granules, and equal sizes where they have to be."""
+    timed = Speed(1, tuple(Timed(size, FIXED, START + EACH * size, 0.0) for size in (8, 16)))
+    assert timed.fastest(24) == (12, 2, pytest.approx(8.4))
+    assert replace(timed, granule=8).fastest(24) == (16, 2, pytest.approx(9.2))
+    assert replace(timed, granule=8, even=True).fastest(24) == (8, 3, pytest.approx(9.4))
+    assert replace(timed, world=2, even=True).fastest(60) == (15, 2, pytest.approx(9.0))
+    assert replace(timed, world=2).fastest(62) == (16, 2, pytest.approx(9.2))
+    assert replace(timed, world=2, even=True).fastest(62) is None  # 31 per rank
+
+
+@given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
+def test_a_run_at_the_fastest_size_takes_as_many_passes(
+    granules: int, granule: int, world: int, even: bool, bitwise: bool
+) -> None:
+    sizes = tuple(Timed(size, FIXED, START + EACH * size, 0.0) for size in sizes_to_time(50 * granule, granule))
+    size = granules * granule * world
+    found = Speed(world, sizes, granule, even, bitwise).fastest(size)
+    assert found is not None
+    cut = solve(world, global_size=size, per_gpu=found[0], granule=granule, even=even, bitwise=bitwise)
+    assert (cut.micro_batches[0][0], cut.accumulation) == found[:2]
+
+
+def test_a_speed_whose_times_spread_by_more_than_half_isnt_known() -> None:
+    plan = resolve(compose(["task=digits"]), 1)
+    for spread, known in ((0.5, True), (0.51, False)):
+        timed = Speed(1, (Timed(8, 1.0, 1.0, 0.0, spread),)).plain()
+        assert (known_speed({"speed": timed}, plan) is not None) == known
+        assert ("isn't known" in unknown(spread)) == (not known)
+        picture = picture_of({"speed": timed})
+        assert picture is not None
+        assert any("within" in curve.name for curve in picture.panels[0].curves) == known
+    assert known_speed({}, plan) is None
 
 
 def test_the_knee_is_the_smallest_size_that_is_nearly_as_fast() -> None:

@@ -10,7 +10,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.grid import rounded
 from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.tuning.recommendation import Prediction, Recommendation, mean_batch
-from isobatch.scaling.tuning.speed import Speed
+from isobatch.scaling.tuning.speed import AGAIN, known_speed, unknown
 from isobatch.scaling.tuning.witnesses import law_compared, stretches_of, unknowns
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.parts import Results
@@ -22,9 +22,15 @@ def notes_on(found: Recommendation, bench: Bench, parts: Results, most: int) -> 
     Args:
         most: the largest candidate.
     """
-    notes = (lr_limit(bench, parts, found.best), beside_law(parts, found), of_schedule(bench.opened.plan, parts),
-             edge(bench, parts, found, most))  # fmt: skip
+    notes = (of_speed(parts), lr_limit(bench, parts, found.best), beside_law(parts, found),
+             of_schedule(bench.opened.plan, parts), edge(bench, parts, found, most))  # fmt: skip
     return [note for note in notes if note] + unknowns(parts.get("noise", {}), parts.get("branch", {}))
+
+
+def of_speed(parts: Results) -> str:
+    """Return that the speed was measured, but isn't known; "" otherwise."""
+    text = unknown(parts["speed"]["spread"]) if "speed" in parts else ""
+    return f"{text}; {AGAIN}" if text else ""
 
 
 def peak_lr(bench: Bench, parts: Results, size: int) -> float | None:
@@ -101,7 +107,7 @@ def of_schedule(plan: Plan, parts: Results) -> str:
     stretches = stretches_of(plan)
     if len(stretches) == 1:
         return ""
-    speed = Speed.parse(parts["speed"]) if "speed" in parts else None
+    speed = known_speed(parts, plan)
     low, high = (pick(batch for batch, _ in stretches) for pick in (min, max))
     said = f"batch.schedule takes {low:,} to {high:,} samples, {mean_batch(stretches):,.0f} on average"
     times = {batch: way[2] for batch, _ in stretches if speed and (way := speed.fastest(batch))}

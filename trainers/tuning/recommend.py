@@ -13,7 +13,7 @@ from isobatch.conf.overrides import parse
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid, rounded
 from isobatch.scaling.tuning.recommendation import Prediction, candidates, recommend
-from isobatch.scaling.tuning.speed import Speed
+from isobatch.scaling.tuning.speed import AGAIN, known_speed, unknown
 from isobatch.scaling.tuning.witnesses import stretches_of
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.notes import carried_lr, notes_on, peak_lr
@@ -35,13 +35,16 @@ def recommended(bench: Bench, parts: Results) -> dict[str, Any] | None:
     """
     plan, config, world = bench.opened.plan, bench.config, bench.session.world.size
     check(bench, parts)
+    speed = known_speed(parts, plan)
+    if config.tune.max_step_ms and speed is None:
+        problem = f"tune.max_step_ms={config.tune.max_step_ms:g}, but {unknown(parts['speed']['spread'])}"
+        raise UserError(problem, AGAIN, "tune.max_step_ms")
     measured = witnesses(bench, parts)
     if not measured and not parts.keys() & {"speed", "noise", "branch"}:
         return None
     batch, quantum = plan.cut.global_size, plan.granule * world
     least, most = min(LEAST, batch), max(batch, len(bench.opened.data) // 2)
     sizes = candidates(max(least, quantum), most, quantum)
-    speed = Speed.parse(parts["speed"]) if "speed" in parts else None
     found = recommend(
         stretches_of(plan),
         measured,

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.tuning.speed import KNEE, Speed, Timed, sizes_to_time, without_slow_rounds
+from isobatch.scaling.tuning.speed import AGAIN, KNEE, NOISY, Speed, Timed, sizes_to_time, unknown, without_slow_rounds
 from isobatch.trainers.ranks.internals import BatchNorm
 from isobatch.trainers.tuning.bench import Bench, Trial
 
 WARM_UP = 1  # step that is slower than others, since it allocates and compiles
 LEAST, MOST, ENOUGH_S = 1, 20, 0.1  # steps of a measurement, and the time from which they suffice
 ROUNDS = 3, 5  # measurements of each size, at least and at most: sizes take turns, since a machine has slow moments
-NOISY = 0.2  # spread from which batches can hardly be told apart
 ROUNDS_S = 20.0  # time from which no further round begins
 
 
@@ -137,6 +136,8 @@ def time_steps(trial: Trial) -> tuple[float, float]:
 
 def tell(found: Mapping[str, Any]) -> str:
     """Return a sentence with the fastest per-GPU batch, and what bounds it."""
+    if text := unknown(found["spread"]):
+        return f"{text}; {AGAIN}"
     sizes = {row["per_gpu"]: row for row in found["sizes"]}
     knee, best = sizes[found["knee"]], max(sizes.values(), key=lambda row: row["samples_per_s"])
     advice = {
@@ -148,7 +149,7 @@ def tell(found: Mapping[str, Any]) -> str:
     if found["sizes"][-1]["per_gpu"] == found["knee"] and not found["to_the_largest"]:
         advice["compute"] = "; larger ones weren't timed, as memory isn't in tune.parts"
     fastest = f"{best['samples_per_s']:,.0f} samples/s at {best['per_gpu']:,} per GPU"
-    noisy = ", so measure on a quieter machine" if found["spread"] > NOISY else ""
+    noisy = f", so {AGAIN}" if found["spread"] > NOISY else ""
     spread = f"; repeated times spread by {found['spread']:.0%}{noisy}{advice[found['bound']]}"
     if knee is best:
         return f"{fastest}{spread}"

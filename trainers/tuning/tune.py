@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
@@ -13,6 +13,7 @@ from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import answer, say
 from isobatch.scaling.report.tuning import write_picture
 from isobatch.scaling.tuning.results import Results
+from isobatch.scaling.tuning.speed import NOISY, unknown
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.randomness import seed_generators
@@ -102,7 +103,7 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
                     valid[name] = stored
                 if name not in bench.config.tune.parts:
                     continue
-                if stored is not None:
+                if stored is not None and not noisy(name, stored):
                     progress.tell(f"{name}: measured before, in {results.file}")
                     continue
                 progress.part(name, part.doing)
@@ -134,7 +135,18 @@ def check(bench: Bench, results: Results) -> None:
 
 
 def still_valid(bench: Bench, part: str, stored: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a stored result; None for a memory that batch.per_gpu=auto measured only up to a smaller size."""
+    """Return a stored result that can be used.
+
+    Returns:
+        None for a memory that batch.per_gpu=auto measured only up to a smaller size, and for a speed that isn't known.
+    """
     if part == "memory" and memory.usable(stored, memory.share_of(bench)) is None:
         return None
+    if part == "speed" and stored is not None and unknown(stored["spread"]):
+        return None
     return stored
+
+
+def noisy(part: str, stored: Mapping[str, Any]) -> bool:
+    """Return whether a stored result is a speed from a busy machine: it is used, but measured again where asked for."""
+    return part == "speed" and stored["spread"] > NOISY
