@@ -21,7 +21,7 @@ from isobatch.scaling.tuning.speed import Speed
 from isobatch.scaling.tuning.witnesses import Stretches, Witness, agreement
 
 FRUGAL = 1.05  # samples of the most frugal batch, relative to the fewest
-EQUAL_TIME = 0.02  # relative difference of two times that doesn't matter, if the measured times don't spread more
+EQUAL_TIME = 0.02, 0.10  # relative difference of two times that doesn't matter: by how far they spread, within these
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _frugal(rows: Sequence[Prediction]) -> Prediction:
 
 def _fastest(rows: Sequence[Prediction], own: float, speed: Speed) -> tuple[Prediction, str]:
     """Return the batch nearest the run's own among the fastest ones, and how many can't be told apart."""
-    tolerance = max(EQUAL_TIME, speed.spread)
+    tolerance = min(max(EQUAL_TIME[0], speed.spread), EQUAL_TIME[1])
     least = min(row.seconds for row in rows if row.seconds is not None)
     equal = [row for row in rows if row.seconds is not None and row.seconds <= (1 + tolerance) * least]
     best, said = _nearest(equal, own), "measured speed"

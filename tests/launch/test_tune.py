@@ -174,7 +174,9 @@ def test_a_run_too_short_for_the_measurements_is_measured_all_the_same() -> None
     short = ("task=digits", "device=cpu", "task.args.width=8", "duration=3st", "lr.warmup=2st", "evaluate.every=1st")
     launch("action=tune", "tune.parts=[memory,speed]", *short, "run.dir=run")
     found = stored("run")
-    assert found["memory"]["per_gpu"] >= found["speed"]["sizes"][-1]["per_gpu"] > 64
+    sizes = [row["per_gpu"] for row in found["speed"]["sizes"]]
+    assert len(sizes) >= 3
+    assert found["memory"]["per_gpu"] >= sizes[-1]
 
 
 def test_nothing_that_doesnt_fit_is_timed() -> None:
@@ -243,4 +245,5 @@ def test_a_batch_schedule_is_compared_with_one_batch_and_what_wasnt_compared_is_
     assert "batch.schedule" not in found["command"]
     assert any(note.startswith("batch.schedule takes 16 to 32 samples, 21 on average") for note in found["notes"])
     assert not [note for note in found["notes"] if note not in out]
-    assert any("best may lie" in note or "weren't timed" in note for note in found["notes"])
+    limits = ("best may lie", "weren't timed", "the speed isn't known")  # the last one on a busy machine
+    assert any(limit in note for limit in limits for note in found["notes"])

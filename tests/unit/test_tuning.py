@@ -192,15 +192,19 @@ def test_the_runs_own_batch_needs_its_own_samples() -> None:
     assert (own.samples, own.steps, own.lr) == (pytest.approx(64_000), pytest.approx(1000), 0.1)
 
 
-@pytest.mark.parametrize(("own", "expected"), [(8, 48), (256, 256), (4096, 512)])
-def test_of_batches_that_take_the_same_time_the_nearest_to_the_runs_own_is_recommended(own: int, expected: int) -> None:
-    sizes = tuple(Timed(size, 4.0, 0.2 * size, 0.0, spread=0.25) for size in (8, 512))
+@pytest.mark.parametrize(
+    ("own", "spread", "expected"), [(8, 0.05, 96), (8, 0.4, 64), (128, 0.05, 128), (4096, 0.05, 256)]
+)
+def test_of_batches_that_take_the_same_time_the_nearest_to_the_runs_own_is_recommended(
+    own: int, spread: float, expected: int
+) -> None:
+    """That costs at most a tenth of the time, however much the measured times spread."""
+    sizes = tuple(Timed(size, 4.0, 0.2 * size, 0.0, spread) for size in (8, 512))
     found = asked([Witness("noise", 1000.0)], speed=Speed(1, sizes), stretches=[(own, 64_000)])
-    least = min(row.seconds for row in found.rows)
-    equal = [row.global_size for row in found.rows if row.seconds <= 1.25 * least]
-    assert (equal[0], equal[-1]) == (48, 512)
+    tolerance, least = min(spread, 0.1), min(row.seconds for row in found.rows)
+    equal = [row.global_size for row in found.rows if row.seconds <= (1 + tolerance) * least]
     assert found.best.global_size == expected
-    assert "48 to 512 take the same time within 25%" in found.why
+    assert f"{equal[0]} to {equal[-1]} take the same time within {tolerance:.0%}" in found.why
 
 
 def test_a_run_whose_batch_changes_makes_the_progress_of_all_its_stretches() -> None:

@@ -2,7 +2,8 @@
 
 An error says whether memory ran out, and the rank that has it notes that. A process that was killed can't say why. The
 kernel counts the processes that it kills for lack of memory; anything else, such as the end of a job, says nothing
-about memory. So a size without such a witness is run once more, and taken for too large after the second time.
+about memory. So a size without such a witness is run once more, and counts as too large once its process has ended
+twice.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def measure(bench: Bench, fits: int | None = None) -> Speed:
         problem = "no per-GPU batch fits into memory, so there is no step to time"
         raise UserError(problem, "action=plan plan.memory=true tells what needs less memory", "tune.parts", "speed")
     world, granule = bench.session.world, bench.opened.plan.granule
-    share = max(granule, len(bench.opened.data) // world.size)
+    share = max(1, len(bench.opened.data) // world.size // granule) * granule
     most = min(fits or bench.opened.plan.cut.per_gpu, share)
     with bench.trial(bench.plan(granule * world.size, granule)) as trial:
         least = max(granule, 2 if any(isinstance(module, BatchNorm) for module in trial.model.modules()) else 1)
