@@ -27,6 +27,11 @@ CONDITIONS = (
 MOST_VALUES = 3000  # of a list in an override: the time to parse it grows with their square
 
 
+def key_of(word: str) -> str:
+    """Return the key of an override; "" of another word of a command. Raises UserError if it can't be read."""
+    return parse(word).key_or_group if "=" in word and not word.startswith("-") else ""
+
+
 def parse(text: str) -> Override:
     """Read ``key=value`` as Hydra does; of keys that hold conditions, the value is text. Raises UserError."""
     key, _, value = text.partition("=")

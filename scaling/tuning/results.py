@@ -79,8 +79,8 @@ class Results:
         found = self.parts.get(part)
         return found if found is not None and found.get(CONDITIONS) == dict(conditions) else None
 
-    def put(self, part: str, found: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
-        """Add the object of ``part`` to the file, with None in place of numbers that aren't finite.
+    def put(self, part: str, found: Mapping[str, Any] | None, conditions: Mapping[str, Any] | None = None) -> None:
+        """Add the object of ``part`` to the file, with None in place of numbers that aren't finite; None: remove it.
 
         The other parts are those of the file, which another command may have written since ``read``.
 
@@ -88,16 +88,17 @@ class Results:
             UserError: the file is damaged.
             OSError: it can't be written.
         """
-        own = finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
+        own = found and finite({**found, **({} if conditions is None else {CONDITIONS: dict(conditions)})})
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / WRITING):
             self.read()
-            self.parts[part] = own
-            write_atomic(self.file, self.json() + "\n")
+            self.parts = {name: stored for name, stored in {**self.parts, part: own}.items() if stored}
+            write_atomic(self.file, to_json(self.parts) + "\n")
 
-    def json(self) -> str:
-        """Return the content of the file."""
-        return json.dumps(self.parts, indent=1, allow_nan=False)
+
+def to_json(parts: Mapping[str, Any]) -> str:
+    """Return parts as the text of ``tune.json``."""
+    return json.dumps(parts, indent=1, allow_nan=False)
 
 
 def _at(value: Any, path: Sequence[str], key: str) -> Iterator[tuple[str, Any]]:

@@ -90,6 +90,22 @@ def test_json_is_the_content_of_the_file_and_the_same_on_other_ranks() -> None:
     assert json.loads(out) == stored("run")
 
 
+def test_what_was_measured_under_other_conditions_isnt_part_of_the_answer() -> None:
+    first = stored_after(*NOISE, "run.dir=run")
+    out, _ = launch(*NOISE, "run.dir=run", "tune.parts=[memory]", "tune.samples=21st", "output=json")
+    assert json.loads(out).keys() == {"memory"}
+    assert stored("run") == {"noise": first["noise"], **json.loads(out)}  # kept, in case it is asked for again
+
+
+def test_the_law_follows_the_batch_that_was_tuned() -> None:
+    law = ("action=tune", "tune.parts=[law]", "task=text", "device=cpu", "duration=1000sa", "run.dir=run")
+    batches = []
+    for samples in (1000, 1_000_000):
+        launch(*law, "optimizer=adamw", f"task.tuned.adamw.samples={samples}")
+        batches.append(stored("run")["law"]["batch"])
+    assert batches[0] > 2 * batches[1]
+
+
 def test_an_interrupted_part_leaves_the_parts_before_it_and_the_command_resumes() -> None:
     long = ("action=tune", "tune.parts=[noise,lr]", "tune.samples=2000ep", *SMALL[:3], "duration=5000ep", "run.dir=run")
     process = subprocess.Popen(
@@ -206,9 +222,12 @@ def test_the_noise_of_a_finished_run_is_measured_before_its_end() -> None:
     launch("action=tune", "tune.parts=[noise]", "tune.samples=22st", "init_from=run", *SMALL, "lr.peak=0.05")
     assert stored("run") == found  # a fine-tune's results are its own
     (own,) = Path("runs").iterdir()
+    assert len(found["noise"]["course"]) < 5 < len(stored(str(own))["noise"]["course"])  # at checkpoints, and along it
     command = stored(str(own))["recommendation"]["command"]
     assert "init_from=run" in command
     assert "run.dir" not in command
+    _, err = launch("action=tune", "tune.parts=[noise]", "tune.samples=22st", "init_from=run/final", code=2)
+    assert "checkpoint.keep_every=10%" in err
 
 
 def test_a_given_peak_is_carried_by_the_rule_too() -> None:

@@ -16,7 +16,7 @@ from isobatch.scaling.schedule import Segment
 from isobatch.scaling.tuning.branch import Branch, Branching, LeftOut, Point, judged, overall
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import Unfit, plan_here, spread, starts, unfit, verified
+from isobatch.trainers.tuning.starts import TRAIN_FIRST, Unfit, plan_here, spread, starts, unfit, verified
 
 ALL, FEW = (1, 2, 4, 8, 16), (1, 4, 16)  # times half of the run's batch: k = ½ to 8; of one checkpoint, of several
 SHARE = 15  # percent of the run that a branch takes
@@ -29,7 +29,6 @@ LOCAL = (
     "a local critical batch holds at its checkpoint alone: beside the samples that whole runs took to a target, it was "
     "up to 3 times too low where that was measured"
 )
-TRAIN_FIRST = "train with checkpoint.keep_every=10%, then give init_from=RUN_DIRECTORY or one of its checkpoints"
 
 
 def measure(bench: Bench) -> dict[str, Any]:

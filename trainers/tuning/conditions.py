@@ -51,6 +51,9 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
         }
     else:
         found |= {"run": identity(config), "init_from": config.init_from}
+    if part == "law":
+        tuned = config.task.tuned.get(config.optimizer.name)
+        found["tuned"] = tuned and tuned.model_dump(mode="json")
     if part == "speed":
         fits = (before or {}).get("memory", {}).get("per_gpu")
         found["cpu"] = cpu()

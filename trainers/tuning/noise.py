@@ -13,7 +13,7 @@ from isobatch.scaling.plan import Intervals, Plan
 from isobatch.scaling.tuning.witnesses import over_run, stretches_of
 from isobatch.trainers.tensors.manifest import Checkpoint
 from isobatch.trainers.tuning.bench import Bench
-from isobatch.trainers.tuning.starts import plan_here, spread, starts, unfit, verified
+from isobatch.trainers.tuning.starts import TRAIN_FIRST, plan_here, run_of_config, spread, starts, unfit, verified
 
 STEPS = 300  # of the training, unless tune.samples says otherwise: the noise rises fast at first
 STEPS_EACH = 100  # from each checkpoint
@@ -23,7 +23,8 @@ COURSE = 20  # points that are kept of a training
 def measure(bench: Bench) -> dict[str, Any]:
     """Return the noise scale where the measurement ends, its course, and what it is over the whole run.
 
-    With ``init_from``, it is measured at the checkpoints of that run, else along a training with the run's own recipe.
+    With ``init_from`` alone, it is measured at the checkpoints of that run, else along a training with the run's own
+    recipe, of a fine-tune from the weights that it starts from.
     """
     plan, found = bench.opened.plan, verified(bench, check(bench))
     if found:
@@ -43,15 +44,18 @@ def check(bench: Bench) -> list[Checkpoint]:
     """Return the checkpoints to measure at; none: from step 0.
 
     Raises:
-        UserError: a step can't be halved, or the training has too few of them.
+        UserError: a step can't be halved, the training has too few of them, or no checkpoint leaves enough.
     """
     plan = bench.opened.plan
     if reason := unmeasurable(measured(plan)):
         problem, _, fix = reason.partition("; ")
         raise UserError(problem, fix, "tune.parts", "noise")
     found = list[Checkpoint]()
-    if bench.config.init_from:
+    if run := run_of_config(bench):
         found = spread([start for start in starts(bench) if not unfit(bench, start) and _has_steps(bench, start)])
+        if not found:
+            problem = f"{run} has no checkpoint from which {COURSE} steps of it are left to measure the noise in"
+            raise UserError(problem, f"{TRAIN_FIRST}; without init_from, it is measured from step 0", "init_from")
     for start in found:
         _span(bench, plan_here(bench, start), start, STEPS_EACH)
     if not found:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from isobatch.conf.compose import SAYS_WHAT_TO_TRAIN
-from isobatch.conf.existing import run_of
-from isobatch.conf.overrides import parse
+from isobatch.conf.overrides import key_of
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid, rounded
 from isobatch.scaling.tuning.recommendation import Prediction, candidates, recommend
@@ -18,6 +16,7 @@ from isobatch.scaling.tuning.witnesses import stretches_of
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.notes import carried_lr, notes_on, peak_lr
 from isobatch.trainers.tuning.parts import Results
+from isobatch.trainers.tuning.starts import run_of_config
 from isobatch.trainers.tuning.witnesses import witnesses
 
 LEAST = 8  # samples of the smallest candidate, unless the run's own batch is smaller
@@ -73,7 +72,7 @@ def command(bench: Bench, row: Prediction) -> str:
     plan = bench.opened.plan
     per_sample = plan.sized(1)
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
-    run = Path(bench.session.start.run_dir).parent if bench.config.run.directory else _run_of_weights(bench, words)
+    run = Path(bench.session.start.run_dir).parent if bench.config.run.directory else run_of_config(bench)
     if run and (run / "config.yaml").exists():
         words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
@@ -88,20 +87,8 @@ def command(bench: Bench, row: Prediction) -> str:
     return shlex.join([*words, *sizes])
 
 
-def _run_of_weights(bench: Bench, words: Sequence[str]) -> Path | None:
-    """Return the run of ``init_from`` if the command took its config from there, as it names no task."""
-    weights = bench.config.init_from
-    named = any(_key(word) in SAYS_WHAT_TO_TRAIN for word in words)
-    return None if named or not weights else run_of(Path(weights).expanduser())
-
-
-def _key(word: str) -> str:
-    """Return the key of an override; "" of another word."""
-    return parse(word).key_or_group if "=" in word and not word.startswith("-") else ""
-
-
 def _replaced(word: str) -> bool:
-    key = _key(word)
+    key = key_of(word)
     return key in REPLACED or key.partition(".")[0] == "tune"
 
 

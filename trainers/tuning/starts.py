@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from isobatch.conf.compose import SAYS_WHAT_TO_TRAIN
+from isobatch.conf.existing import run_of
+from isobatch.conf.overrides import key_of
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
@@ -18,6 +22,14 @@ from isobatch.trainers.tensors.names import checkpoints, followed
 from isobatch.trainers.tuning.bench import Bench
 
 MOST = 3  # checkpoints of one run that a part starts from
+TRAIN_FIRST = "train with checkpoint.keep_every=10%, then give init_from=RUN_DIRECTORY or one of its checkpoints"
+
+
+def run_of_config(bench: Bench) -> Path | None:
+    """Return the run of ``init_from`` if the command took its config from there, as it names no task of its own."""
+    weights = bench.config.init_from
+    named = any(key_of(word) in SAYS_WHAT_TO_TRAIN for word in shlex.split(bench.session.start.command))
+    return None if named or not weights else run_of(Path(weights).expanduser())
 
 
 def starts(bench: Bench) -> list[Checkpoint]:

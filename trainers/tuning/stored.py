@@ -34,9 +34,17 @@ def read_results(world: World, run: Path, lock: Callable[[], None] = lambda: Non
 
 
 def put_result(
-    world: World, results: Results, part: str, found: Mapping[str, Any], conditions: Mapping[str, Any] | None = None
+    world: World,
+    results: Results,
+    part: str,
+    found: Mapping[str, Any] | None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> None:
-    """Store the result of a part; ``results`` are then the same on all ranks. Raises UserError on all ranks."""
+    """Store the result of a part, or remove it; ``results`` are then the same on all ranks.
+
+    Raises:
+        UserError: on all ranks.
+    """
     on_rank_0(world, results.file, lambda: results.put(part, found, conditions))
     _share(world, results)
 

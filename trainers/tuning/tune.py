@@ -12,7 +12,7 @@ from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome
 from isobatch.conf.terminal import answer, say
 from isobatch.scaling.report.tuning import write_picture
-from isobatch.scaling.tuning.results import Results
+from isobatch.scaling.tuning.results import Results, to_json
 from isobatch.scaling.tuning.speed import NOISY, unknown
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
@@ -28,12 +28,14 @@ from isobatch.trainers.tuning.progress import Progress
 from isobatch.trainers.tuning.recommend import recommended, summary
 from isobatch.trainers.tuning.stored import put_result, read_results
 
+RECOMMENDATION = "recommendation"  # in tune.json, beside the parts
+
 
 def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
     """Measure the parts of ``tune.parts``, store each in ``tune/tune.json``, and print a recommendation on rank 0.
 
-    With ``output=json``, stdout has the content of that file alone. ``enter`` isn't called: nothing is trained in the
-    run directory.
+    With ``output=json``, stdout has what of that file holds under the present conditions, and nothing else. ``enter``
+    isn't called: nothing is trained in the run directory.
 
     Raises:
         UserError: the config or the task can't be measured.
@@ -45,19 +47,19 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         results = begin(session, folder)
         try:
             bench = open_bench(session)
-            recommendation = None if bench is None else measured(bench, results)
+            found = None if bench is None else measured(bench, results)
         finally:
             if folder.held:
                 folder.held.release()
-    if recommendation is None:
+    if found is None:
         if world.rank == 0:
             say("stopped (the same command resumes)", sys.stderr)
         return Outcome("stopped", stop_signal(session.stop, world), 0, 0, attempt, restarts())
     if world.rank == 0:
-        missing = write_picture(results.folder, results.parts)
+        missing = write_picture(results.folder, found)
         if missing:
             say(f"warning: {missing}", sys.stderr)
-        answer(results.json() if as_json else f"{summary(recommendation)}written to {results.file}")
+        answer(to_json(found) if as_json else f"{summary(found.get(RECOMMENDATION, {}))}written to {results.file}")
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
@@ -88,9 +90,11 @@ def open_bench(session: Session) -> Bench | None:
 
 
 def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
-    """Measure each part that isn't stored yet, and return a recommendation; None if any rank was asked to stop.
+    """Measure each part that isn't stored yet; return all that were measured under the present conditions.
 
-    It rests on all parts that were measured under the present conditions, and is empty if they don't allow any.
+    Returns:
+        The result by part, and the recommendation that rests on them, if they allow any; None if any rank was asked to
+        stop.
     """
     check(bench, results)
     world, valid = bench.session.world, dict[str, Any]()
@@ -112,10 +116,10 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
                 put_result(world, results, name, valid[name], conditions)
     except Interrupted:
         return None
-    recommendation = recommended(bench, valid) or {}
-    if recommendation:
-        put_result(world, results, "recommendation", recommendation)
-    return recommendation
+    put_result(
+        world, results, RECOMMENDATION, recommended(bench, valid)
+    )  # without one, an earlier one doesn't hold any more
+    return {name: results.parts[name] for name in (*valid, RECOMMENDATION) if name in results.parts}
 
 
 def check(bench: Bench, results: Results) -> None:
