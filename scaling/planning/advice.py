@@ -20,7 +20,7 @@ def warnings(plan: Plan) -> list[str]:
     """Return the warnings about ``plan``, a sentence each; each is about the worst stage."""
     return [
         text
-        for check in (_rule, _memory, _warmup, _jump, _base, _idle, _wraps, _family, _sync)
+        for check in (_rule, _memory, _warmup, _jump, untuned_base, _idle, _wraps, _family, _sync)
         if (text := check(plan))
     ]
 
@@ -93,7 +93,8 @@ def _memory(plan: Plan) -> str | None:
     )
 
 
-def _base(plan: Plan) -> str | None:
+def untuned_base(plan: Plan) -> str | None:
+    """Return that the base LR is no more than a usual starting point; None if it was given or tuned."""
     if plan.base_source != "usual":
         return None
     return (

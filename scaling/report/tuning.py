@@ -96,7 +96,7 @@ def _branch(part: Part) -> list[Panel]:
         curves = []
         for number, branch in enumerate(branching["branches"]):
             samples, losses = zip(*branch["curve"], strict=True)
-            label = f"{branch['batch']:,} samples" + ("" if branch["stable"] else ", diverged")
+            label = f"{branch['batch']:,} samples" + ("" if branch["stable"] else ", unstable")
             curves.append(_line(samples, losses, label, dash=number))
         title = f"Branches at {branching['samples']:,} samples"
         panels.append(Panel(title, "samples of a branch", "validation loss", False, False, curves, legend=True))

@@ -14,7 +14,7 @@ from isobatch.scaling.tuning.memory import NEVER, stride_at
 
 ADAFACTOR = "optimizer=adafactor"  # whose state is small
 GB, MB = 1e9, 1e6
-CPU_BIAS = " (on a CPU up to a quarter too low)"  # measured, see trainers/tuning/memory.md
+CPU_BIAS = " (on a CPU up to a third too low)"  # measured, see trainers/tuning/memory.md
 MOST_GB = 10_000  # of one device; a larger number is in another unit
 
 

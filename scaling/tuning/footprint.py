@@ -79,9 +79,9 @@ class Curve:
         return max(0.0, slope(*self.points[-2:]))
 
     def peak(self, per_gpu: float) -> float:
-        """Return the peak in bytes, interpolated between the points and continued by their last slope."""
+        """Return the peak in bytes, on the line through the last two points."""
         last, high = self.points[-1]
-        return max(self.step, self.fixed + high + self.per_sample * (per_gpu - last), self.step)
+        return max(self.step, self.fixed + high + self.per_sample * (per_gpu - last))
 
     def largest(self, room: float, multiple: int = 1) -> int:
         """Return the largest per-GPU batch whose peak is at most ``room``, a whole multiple; 0 if there is none."""

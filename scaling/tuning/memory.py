@@ -49,7 +49,7 @@ class Limit:
 class Probe:
     """Hold the peak, in bytes, of a step with this per-GPU batch, over all ranks; None: memory ran out.
 
-    ``why``: why it is taken for too large, if no error said that memory ran out.
+    ``why``: why it counts as too large, if no error said that memory ran out.
     """
 
     per_gpu: int
@@ -310,7 +310,7 @@ def told(found: Memory) -> str:
     """Return the result in one line, with its reason."""
     room = f"{found.limit_gb * (1 - found.margin):.3g} GB ({found.limit_from}, less {found.margin:.0%})"
     lost = "".join(
-        f"; {counted(probe['per_gpu'], 'sample')} taken for too large, since {probe['why']}"
+        f"; {counted(probe['per_gpu'], 'sample')} counted as too large, since {probe['why']}"
         for probe in found.probes
         if probe.get("why")
     )

@@ -61,7 +61,7 @@ def spread_of(times: Sequence[float]) -> float:
     """Return the distance between the quartiles of repeated times, as a share of their median; 0 of one time.
 
     The medians of two sizes that are equally fast differ by less in 88 % of cases with three times each, and in 95 %
-    with five, for normal errors. Unlike a standard deviation, it bears one time that is far off.
+    with five, for normal errors. Unlike a standard deviation, one outlier hardly changes it.
     """
     if len(times) < 2:
         return 0.0

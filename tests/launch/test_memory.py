@@ -63,7 +63,7 @@ def test_a_size_in_which_the_process_was_killed_twice_is_not_run_again() -> None
     assert "ended twice" in lost["why"]
     assert stored["per_gpu"] == 32
     assert "per-GPU batch 32" in ended.stdout
-    assert "64 samples taken for too large, since the process ended twice" in ended.stdout
+    assert "64 samples counted as too large, since the process ended twice" in ended.stdout
     plan = json.loads(Path("run/plan.json").read_text())
     assert (plan["per_gpu"], plan["accumulation"]) == (32, 2)
     assert not Path("run/tune/probing.json").exists()

@@ -90,6 +90,15 @@ def test_json_is_the_content_of_the_file_and_the_same_on_other_ranks() -> None:
     assert json.loads(out) == stored("run")
 
 
+def test_a_reader_that_stops_reading_is_no_crash() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        process = Warm([*NOISE, "run.dir=run"], Path.cwd(), dict(os.environ), output)
+        assert process.wait(120) == 0
+    assert "recommendation" in stored("run")
+
+
 def test_what_was_measured_under_other_conditions_isnt_part_of_the_answer() -> None:
     first = stored_after(*NOISE, "run.dir=run")
     out, _ = launch(*NOISE, "run.dir=run", "tune.parts=[memory]", "tune.samples=21st", "output=json")

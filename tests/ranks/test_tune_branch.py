@@ -67,8 +67,8 @@ def test_a_branch_of_the_same_batch_is_the_run_and_leaves_it_alone(runs: Runs, t
     ran = [(one["batch"], [samples for samples, _ in one["curve"]][-1]) for one in course["branches"]]
     assert ran == [(4, course["length"]), (8, course["length"]), (16, course["length"])]
     assert [(one["batch"], one["why"]) for one in course["left_out"]] == [
-        (32, "144 samples are 4 steps of it, and a branch needs 8: tune.samples=256sa or more would do"),
-        (64, "144 samples are 2 steps of it, and a branch needs 8: tune.samples=512sa or more would do"),
+        (32, "144 samples are 4 steps of it, and a branch needs 8: give tune.samples=256sa or more"),
+        (64, "144 samples are 2 steps of it, and a branch needs 8: give tune.samples=512sa or more"),
     ]
     assert "which are 512 samples, and the checkpoint leaves 511" in branch._too_short(64, 144, 511)
     assert "no branch at a batch of 64: 144 samples are 2 steps" in branch.tell(found)

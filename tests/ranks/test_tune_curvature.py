@@ -185,6 +185,19 @@ def test_a_speed_is_measured_again_with_other_threads() -> None:
     assert before["speed"]["cpu"]["model"]
 
 
+def test_an_lr_that_isnt_tuned_is_said_beside_the_batch() -> None:
+    noise = {"over_run": 64.0, "scale": 64.0, "low": 32.0, "high": 128.0, "norm": "raw"}
+    for suggestion, much_larger in ((0.1, True), (0.01, False)):
+        tested = {"suggestion": suggestion, "largest_stable": 1.0}
+        given = recommended(bench_of(World.alone(), "Regression", "lr.peak=0.02"), {"noise": noise, "lr": tested})
+        assert given is not None
+        assert any("tune the LR first" in note for note in given["notes"]) == much_larger
+        assert not any("usual starting point" in note for note in given["notes"])
+    usual = recommended(bench_of(World.alone(), "Regression", "lr.peak=null"), {"noise": noise})
+    assert usual is not None
+    assert any("usual starting point" in note for note in usual["notes"])
+
+
 def test_a_speed_whose_times_say_nothing_isnt_used_and_it_is_said() -> None:
     for spread, known in ((0.4, True), (0.6, False)):
         measured = Speed(1, (Timed(8, 1.0, 1.0, 0.0, spread),)).plain() | {"to_the_largest": True}

@@ -131,7 +131,7 @@ def test_a_size_that_is_taken_for_too_large_is_told_with_its_reason() -> None:
     assert (next_size(probes, bounds) or 0) <= 32
     found = concluded(probes, bounds, Limit(10 * GB, "a limit"), MARGIN)
     assert found.probes[1] == {"per_gpu": 64, "peak_gb": None, "why": "a test"}
-    assert "64 samples taken for too large, since a test" in told(found)
+    assert "64 samples counted as too large, since a test" in told(found)
 
 
 def test_a_result_is_plain_json() -> None:

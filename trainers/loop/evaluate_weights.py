@@ -11,7 +11,7 @@ from functools import partial
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.terminal import Unwritable, answer, say
+from isobatch.conf.terminal import say
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.planning.capabilities import check_precision
 from isobatch.trainers.checkpoints.weights import initialise, load_average
@@ -20,7 +20,7 @@ from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.opening import EVALUATION_DEPENDS, open_task
 from isobatch.trainers.model.build import prepare
 from isobatch.trainers.model.randomness import Stream, seed_generators
-from isobatch.trainers.ranks.failure import RunFailed, restarts
+from isobatch.trainers.ranks.failure import answer_if_read, restarts
 from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_model, make_task
 
@@ -39,11 +39,7 @@ def evaluate_weights(session: Session, enter: Callable[[RunDir], None]) -> Outco
     if world.rank == 0:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = " · ".join([*(f"{name} {value:.4f}" for name, value in values.items()), source])
-        try:
-            answer(json.dumps({"source": source, **finite}) if as_json else line)
-        except Unwritable as error:
-            if str(error):  # empty if the reader has closed the pipe
-                raise RunFailed(str(error)) from None
+        answer_if_read(json.dumps({"source": source, **finite}) if as_json else line)
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 

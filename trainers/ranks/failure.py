@@ -16,6 +16,7 @@ from pathlib import Path
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.conf.rundir.outcome import EXIT_CODE, State
+from isobatch.conf.terminal import Unwritable, answer
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 
@@ -29,6 +30,15 @@ _LOADER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: (
 
 class RunFailed(RuntimeError):
     """The run crashed and would crash the same way again, for example on a non-finite loss. Don't restart it."""
+
+
+def answer_if_read(text: str) -> None:
+    """Print the answer to a command, unless its reader has closed the pipe. Raises RunFailed if that fails."""
+    try:
+        answer(text)
+    except Unwritable as error:
+        if str(error):  # empty if the reader has gone
+            raise RunFailed(str(error)) from None
 
 
 class Hangs(RuntimeError):

@@ -43,9 +43,10 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
         put_result(world, results, PART, found.as_json(), conditions)
     text = tell(found.as_json())
     if not found.per_gpu:
-        fix = (
-            "use less memory in one of these ways" if found.outlook else "use precision=bf16, recompute or engine=fsdp"
-        )
+        fix = "use precision=bf16, recompute or engine=fsdp"
+        if found.outlook:
+            helps = any(way["per_gpu"] for way in found.outlook["ways"])
+            fix = "use less memory in one of these ways" if helps else "give the run more memory, or a smaller model"
         raise UserError(f"batch.per_gpu=auto: {text}", fix, "batch.per_gpu", "auto")
     per_gpu = min(found.per_gpu, cap)
     if world.rank == 0:

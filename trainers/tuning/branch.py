@@ -26,8 +26,8 @@ POINTS = 16  # evaluations along a branch
 # fast in samples. A 32nd of a branch is long enough to average, and short enough not to lag behind the weights.
 HALF_LIVES = 32
 LOCAL = (
-    "a local critical batch holds at its checkpoint alone: beside the samples that whole runs took to a target, it was "
-    "up to 3 times too low where that was measured"
+    "a local critical batch holds at its checkpoint alone: where that was measured, it was 0.4 to 1.9 times the one of "
+    "the samples that whole runs took to a target"
 )
 
 
@@ -124,7 +124,7 @@ def _too_short(batch: int, samples: int, left: int) -> str:
     steps = f"{samples:,} samples are {counted(samples // batch, 'step')} of it, and a branch needs {LEAST_STEPS}"
     if need > left:
         return f"{steps}, which are {need:,} samples, and the checkpoint leaves {left:,} of the run"
-    return f"{steps}: tune.samples={need}sa or more would do"
+    return f"{steps}: give tune.samples={need}sa or more"
 
 
 def _too_little_data(plan: Plan, position: int, batch: int, samples: int) -> UserError:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.advice import untuned_base
 from isobatch.scaling.report.grid import rounded
 from isobatch.scaling.rules import OutOfRange
 from isobatch.scaling.tuning.recommendation import Prediction, Recommendation, mean_batch
@@ -15,6 +16,8 @@ from isobatch.scaling.tuning.witnesses import law_compared, stretches_of, unknow
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.parts import Results
 
+MUCH_LARGER = 2.0  # times the run's LR
+
 
 def notes_on(found: Recommendation, bench: Bench, parts: Results, most: int) -> list[str]:
     """Return sentences that belong to a recommendation.
@@ -22,8 +25,9 @@ def notes_on(found: Recommendation, bench: Bench, parts: Results, most: int) -> 
     Args:
         most: the largest candidate.
     """
-    notes = (of_speed(parts), lr_limit(bench, parts, found.best), beside_law(parts, found),
-             of_schedule(bench.opened.plan, parts), edge(bench, parts, found, most))  # fmt: skip
+    plan = bench.opened.plan
+    notes = (untuned_base(plan), larger_lr(plan, parts), of_speed(parts), lr_limit(bench, parts, found.best),
+             beside_law(parts, found), of_schedule(plan, parts), edge(bench, parts, found, most))  # fmt: skip
     return [note for note in notes if note] + unknowns(parts.get("noise", {}), parts.get("branch", {}))
 
 
@@ -87,6 +91,17 @@ def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
     if row.lr <= tested:
         return f"peak LR {row.lr:.3g}: {test}"
     return f"peak LR {row.lr:.3g}: {test}; {again}"
+
+
+def larger_lr(plan: Plan, parts: Results) -> str:
+    """Return that the range test suggests a much larger LR than the run's; "" if it doesn't, or without a test."""
+    suggested, own = parts.get("lr", {}).get("suggestion") or 0.0, plan.peak.lr
+    if suggested < MUCH_LARGER * own:
+        return ""
+    return (
+        f"the range test suggests an LR of {suggested:.3g} at a batch of {plan.cut.global_size:,}, and the run has "
+        f"{own:.3g}: tune the LR first, since noise and critical batch depend on it"
+    )
 
 
 def branches_of(parts: Results) -> list[dict[str, Any]]:

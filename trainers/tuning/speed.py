@@ -142,8 +142,8 @@ def tell(found: Mapping[str, Any]) -> str:
     knee, best = sizes[found["knee"]], max(sizes.values(), key=lambda row: row["samples_per_s"])
     advice = {
         "data": f"; bound by data: ranks wait {knee['data_wait']:.0%} of a step, so give data.workers more processes",
-        "communication": f"; bound by communication: {knee['fixed_ms']:.3g} of {knee['step_ms']:.3g} ms aren't passes, "
-        "so accumulation pays",
+        "communication": f"; bound by the update and communication: {knee['fixed_ms']:.3g} of {knee['step_ms']:.3g} ms "
+        "aren't passes, so accumulation is faster",
         "compute": "",
     }
     if found["sizes"][-1]["per_gpu"] == found["knee"] and not found["to_the_largest"]:

@@ -10,14 +10,14 @@ from typing import Any
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.lock import hold
 from isobatch.conf.rundir.outcome import Outcome
-from isobatch.conf.terminal import answer, say
+from isobatch.conf.terminal import say
 from isobatch.scaling.report.tuning import write_picture
 from isobatch.scaling.tuning.results import Results, to_json
 from isobatch.scaling.tuning.speed import NOISY, unknown
 from isobatch.trainers.data.validation import open_validation
 from isobatch.trainers.loop.opening import open_task
 from isobatch.trainers.model.randomness import seed_generators
-from isobatch.trainers.ranks.failure import restarts
+from isobatch.trainers.ranks.failure import answer_if_read, restarts
 from isobatch.trainers.ranks.session import Session, refuse_other_commands, stop_signal
 from isobatch.trainers.tasks.task import make_task
 from isobatch.trainers.tuning import memory, recommend
@@ -59,7 +59,9 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         missing = write_picture(results.folder, found)
         if missing:
             say(f"warning: {missing}", sys.stderr)
-        answer(to_json(found) if as_json else f"{summary(found.get(RECOMMENDATION, {}))}written to {results.file}")
+        answer_if_read(
+            to_json(found) if as_json else f"{summary(found.get(RECOMMENDATION, {}))}written to {results.file}"
+        )
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
