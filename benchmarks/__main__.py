@@ -246,6 +246,11 @@ PARTS = {
         "Target: at most 1.1. The last column is the time of the tuning over that of the sweep, which stops each run "
         "at the target and trains two runs at a time.",
     ),
+    "tune-time": Part(
+        "How long finding a batch takes",
+        tune.durations,
+        "Memory, speed and noise of a small MLP, and the recommendation. Target: less than a minute on two cores.",
+    ),
     "sweeps": Part(
         "The classic comparison of batch sizes",
         sweeps.rows,

@@ -36,14 +36,13 @@ def keys(task: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def tuned(task: str) -> tuple[dict[str, Any], float]:
-    """Return the results of action=tune at a global batch of 32, and the seconds that it took."""
+def tuned(*overrides: str, **env: str) -> tuple[dict[str, Any], float]:
+    """Return the results of action=tune, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, str(HERE.parent / "launch.py"), "action=tune", PARTS, *keys(task), "output=json",
-             "batch.global_size=32"],
-            cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, str(HERE.parent / "launch.py"), "action=tune", *overrides, "output=json"],
+            cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **env},
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr)
@@ -60,7 +59,7 @@ def rows() -> list[dict[str, Any]]:
     """Return two rows per task: the batch that was recommended for time, and the one for samples."""
     found = []
     for task, (_, target, _, _) in TASKS.items():
-        results, seconds = tuned(task)
+        results, seconds = tuned(PARTS, *keys(task), "batch.global_size=32", OMP_NUM_THREADS="1")
         best = results["recommendation"]
         aims = {"time": best, **{one["aim"]: one for one in best["alternatives"]}}  # none where the noise isn't known
         batches = sorted({*BATCHES, *(one["global_size"] for one in aims.values())})
@@ -91,6 +90,19 @@ def rows() -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def durations() -> list[dict[str, Any]]:
+    """Return a row for the command on a small task, with everything at its default."""
+    results, seconds = tuned("task=digits")
+    return [
+        {
+            "command": "python launch.py action=tune task=digits",
+            "seconds, start to exit": seconds,
+            "recommended batch": results["recommendation"]["global_size"],
+            "spread of the times": results["speed"]["spread"],
+        }
+    ]
 
 
 if __name__ == "__main__":
