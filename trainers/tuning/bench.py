@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from isobatch.conf.identity import run_directory
+from isobatch.conf.identity import digest, run_directory
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan, Step
 from isobatch.scaling.planning.lengths import Lengths
@@ -32,6 +33,7 @@ from isobatch.trainers.engines.engine import Engine
 from isobatch.trainers.engines.make import make_engine
 from isobatch.trainers.engines.state import Average
 from isobatch.trainers.engines.step_report import Requests, Total, Update
+from isobatch.trainers.launch.source import Source
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.fit import Stepper
 from isobatch.trainers.loop.opening import Opened
@@ -139,9 +141,19 @@ class Bench:
     stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
-        self.config, folder = self.session.config, self.session.start.run_dir
-        self.run = Path(folder).parent if folder else run_directory(self.config)
+        self.config = self.session.config
+        given = self.session.start.run_dir  # of action=tune the folder of its results, in the run directory
+        self.run = Path(given) if given else run_directory(self.config)
+        if given and self.config.action == "tune":
+            self.run = self.run.parent
         self.stream = Stream(self.config.seed, self.session.world.device, _silent)
+
+    @cached_property
+    def code(self) -> str:
+        """Return a hash of the task's source files. It is looked up once, since that asks git."""
+        source = Source(self.config)
+        source.look()
+        return digest(source.files)
 
     def plan(self, global_size: int, per_gpu: int | None = None) -> Plan:
         """Return a plan with another batch, and with steps enough for any measurement; its LR hardly changes weights.

@@ -14,7 +14,6 @@ import torch
 from isobatch.conf.existing import run_of
 from isobatch.conf.identity import digest, identity, values
 from isobatch.conf.rundir.reading import last_step
-from isobatch.trainers.launch.source import Source
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.meter import hardware_memory
 
@@ -34,10 +33,9 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
     Args:
         before: the results of other parts, which it may rest on.
     """
-    config, source = bench.config, Source(bench.config)
-    source.look()
+    config = bench.config
     found: dict[str, Any] = {
-        "code": digest(source.files),
+        "code": bench.code,
         "tune": config.tune.model_dump(mode="json", include=KEYS.get(part, set())),
     }
     if part in HARDWARE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from isobatch.conf.overrides import key_of
@@ -72,7 +71,7 @@ def command(bench: Bench, row: Prediction) -> str:
     plan = bench.opened.plan
     per_sample = plan.sized(1)
     words = [word for word in shlex.split(bench.session.start.command) if not _replaced(word)]
-    run = Path(bench.session.start.run_dir).parent if bench.config.run.directory else run_of_config(bench)
+    run = bench.run if bench.config.run.directory else run_of_config(bench)
     if run and (run / "config.yaml").exists():
         words = [word for word in words if not word.startswith("init_from=")]
         words += [f"run.dir={run}", "run.new=true"]
