@@ -146,10 +146,8 @@ class Saver:
         save = _Save(self._number, state.steps, best)
         try:
             save.slices, save.ready = self._copies.take(self._engine.slices())
-            if not self._run.gone:  # not in the thread: another directory may take its place at any time
-                with suppress(FileExistsError):
-                    self._run.checkpoints.mkdir()
-        except (MemoryError, OSError) as error:
+            save.failed = self._make_folder()
+        except MemoryError as error:
             save.failed = error
         if self._world.rank == 0:
             save.header, save.values = self._header(state, evaluation), copy.deepcopy(self._engine.values())
@@ -159,6 +157,20 @@ class Saver:
         except RuntimeError as error:  # no memory for its stack
             save.failed = save.failed or MemoryError(str(error))
             self._work(save)
+
+    def _make_folder(self) -> OSError | None:
+        """Make ``checkpoints/``, and return why that failed.
+
+        The thread doesn't do that, since another directory may take the run's place at any time.
+        """
+        try:
+            if not self._run.gone:
+                self._run.checkpoints.mkdir()
+        except FileExistsError:
+            return None
+        except OSError as error:
+            return error
+        return None
 
     def wait(self) -> str | None:
         """Wait for the save in progress. Return why the last save failed, the same on all ranks, or None."""
