@@ -33,7 +33,10 @@ USED = {
     "branch.critical_batch": "a number or null",
     "branch.interval.*": "a number or null",
     **dict.fromkeys((f"law.{name}" for name in ("batch", "low", "high")), "a number"),
-    "lr.largest_stable": "a number or null",
+    "branch.course": "a list",
+    "branch.course.*.branches": "a list",
+    "branch.course.*.branches.*.lr": "a number",
+    **dict.fromkeys((f"lr.{name}" for name in ("largest_stable", "suggestion")), "a number or null"),
 }
 KINDS: dict[str, Callable[[Any], bool]] = {
     "a count": lambda value: type(value) is int and value >= 0,

@@ -377,6 +377,11 @@ def test_a_damaged_file_is_rejected_with_a_fix(tmp_path: Path, content: str) -> 
             "speed.sizes.1.per_gpu is 2.5, and has to be a count",
         ),
         ({"speed": {"sizes": 3}}, "speed.sizes is 3, and has to be a list"),
+        ({"lr": {"suggestion": "0.1"}}, "lr.suggestion is '0.1', and has to be a number or null"),
+        (
+            {"branch": {"course": [{"branches": [{"lr": None}]}]}},
+            "branch.course.0.branches.0.lr is None, and has to be a number",
+        ),
         ({"memory": {"per_gpu": None}}, "memory.per_gpu is None, and has to be a count"),
         ({"branch": {"interval": [1.0, True]}}, "branch.interval.1 is True"),
     ],
