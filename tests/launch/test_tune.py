@@ -199,9 +199,9 @@ def test_a_run_too_short_for_the_measurements_is_measured_all_the_same() -> None
     short = ("task=digits", "device=cpu", "task.args.width=8", "duration=3st", "lr.warmup=2st", "evaluate.every=1st")
     launch("action=tune", "tune.parts=[memory,speed]", *short, "run.dir=run")
     found = stored("run")
-    sizes = [row["per_gpu"] for row in found["speed"]["sizes"]]
-    assert len(sizes) >= 3
-    assert found["memory"]["per_gpu"] >= sizes[-1]
+    assert found["speed"]["conditions"]["sizes_to"] == found["memory"]["per_gpu"] > 64
+    assert found["memory"]["per_gpu"] >= found["speed"]["sizes"][-1]["per_gpu"]
+    assert len(found["speed"]["sizes"]) >= 3
 
 
 def test_nothing_that_doesnt_fit_is_timed() -> None:
