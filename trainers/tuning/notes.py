@@ -68,7 +68,7 @@ def carried_lr(bench: Bench, lr: float, size: int) -> float | None:
 def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
     """Return how the recommended LR compares with the largest stable one of the range test.
 
-    Without such a test: that the LR is larger than the run's, and at no batch was tried; else "".
+    Without such a test: that the LR is larger than the run's, if no branch tried it; else "".
     """
     plan, size = bench.opened.plan, row.global_size
     limit, carried = stable_lr(bench, parts, size), carried_lr(bench, plan.peak.lr, size)
@@ -76,13 +76,10 @@ def lr_limit(bench: Bench, parts: Results, row: Prediction) -> str:
     if carried is None:
         return ""
     if limit is None:
-        times = row.lr / plan.peak.lr
         tried = any(one["stable"] and one["lr"] >= row.lr for one in branches_of(parts))
-        return (
-            f"peak LR {row.lr:.3g} is {times:.3g} × the run's, and wasn't tried: {again}"
-            if times > 1 and not tried
-            else ""
-        )
+        if row.lr <= plan.peak.lr or tried:
+            return ""
+        return f"peak LR {row.lr:.3g} is {row.lr / plan.peak.lr:.3g} × the run's, and wasn't tried: {again}"
     tested, batch = parts["lr"]["largest_stable"], plan.cut.global_size
     rule = "" if size == batch else f", which lr.rule={plan.segments[0].rule.name} carries to {limit:.3g} here"
     test = f"the range test was stable up to {tested:.3g} at a batch of {batch:,}{rule}"

@@ -59,9 +59,8 @@ def tune(session: Session, enter: Callable[[RunDir], None]) -> Outcome:
         missing = write_picture(results.folder, found)
         if missing:
             say(f"warning: {missing}", sys.stderr)
-        answer_if_read(
-            to_json(found) if as_json else f"{summary(found.get(RECOMMENDATION, {}))}written to {results.file}"
-        )
+        text = f"{summary(found.get(RECOMMENDATION, {}))}written to {results.file}"
+        answer_if_read(to_json(found) if as_json else text)
     return Outcome("finished", "", 0, 0, attempt, restarts())
 
 
@@ -118,9 +117,8 @@ def measured(bench: Bench, results: Results) -> dict[str, Any] | None:
                 put_result(world, results, name, valid[name], conditions)
     except Interrupted:
         return None
-    put_result(
-        world, results, RECOMMENDATION, recommended(bench, valid)
-    )  # without one, an earlier one doesn't hold any more
+    recommendation = recommended(bench, valid)  # None: an earlier one doesn't hold any more
+    put_result(world, results, RECOMMENDATION, recommendation)
     return {name: results.parts[name] for name in (*valid, RECOMMENDATION) if name in results.parts}
 
 
