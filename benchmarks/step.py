@@ -103,7 +103,9 @@ class Loop:
         watch = Clock(self._skip, world.device, after_step)
         stepper = Stepper(self.engine, loader, self._stream, watch, clip_norm=1.0)
         hardware, readback = Hardware(world.device, None, None), DelayedReadback(world.device)
-        monitor = Monitor(self.config, state, Metrics(None, state, live=False), readback, hardware, Stop())
+        metrics = Metrics(None, state, live=False)
+        control = BatchControl(state, World.alone(), metrics, None)
+        monitor = Monitor(self.config, state, metrics, readback, hardware, Stop(), control)
         world.gather("")  # all ranks start together
         watch.beat(0, 0)
         fit(state, stepper, monitor, saver, None, EarlyStop(self.config, world))

@@ -19,7 +19,7 @@ HOUSEKEEPING = (
     "data.workers", "data.fingerprint", "evaluate", "check", "checkpoint", "on_nonfinite", "noise", "log", "run",
     "plan", "tune", "report", "stop", "search", "given", "chosen",
 )  # fmt: skip
-OFF = {"precision": "fp32", "numerics": "fast"}  # defaults that are off without being null
+OFF = {"precision": "fp32", "numerics": "fast", "control.name": "none"}  # defaults that are off without being null
 # Taken whole: whoever takes them knows what null means.
 ABOUT_TUNED = re.compile(r"task\.tuned\.[^.]+\.samples")  # tells about the tuning, and isn't part of the recipe
 FREE = ("task.args", "task.local", "model.args", "data.args", "data.val_args", "data.local", "optimizer.args")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from isobatch.conf.engines import AnyEngine
+from isobatch.conf.controllers import AnyControl
 from isobatch.conf.groups import Cluster, Optimizer
 from isobatch.conf.recipe import Batch, BatchNorm, Data, LearningRate, Model, Task
 from isobatch.conf.trackers import Log
@@ -160,6 +161,7 @@ class RunConfig(Section):
     task: Task
     optimizer: Annotated[Optimizer, Field(discriminator="name")]
     engine: AnyEngine
+    control: Annotated[AnyControl, Field(discriminator="name")]
     cluster: Annotated[Cluster, Field(discriminator="name")]
     given: tuple[str, ...]
     chosen: dict[str, str]

@@ -134,7 +134,7 @@ def segments_for(
             batch never changes.
     """
     assert not wanted.for_decay
-    rule = _later(first, Rule("none") if wanted.hold else first.rule)
+    rule = replace(Rule("none"), fixed=first.rule.later.fixed) if wanted.hold else first.rule.later
     starts = list(_starts(wanted, first, last, in_samples, batch, run_samples))
     if None in [start for start, _ in starts]:
         return None
@@ -148,11 +148,6 @@ def segments_for(
         problem = f": its last stage starts at sample {begins[-1]:,}, but the run has only {run_samples:,}"
         raise _rejection(wanted, problem, "start the stage earlier, or give a longer duration")
     return segments
-
-
-def _later(first: Segment, rule: Rule) -> Rule:
-    """Return ``rule`` for the segments after ``first``, without a fixed LR: lr.peak only applies to the first."""
-    return replace(rule, fixed=tuple(part for part in first.rule.fixed if part != "lr"))
 
 
 def _starts(
@@ -207,7 +202,7 @@ def in_place_of_decay(wanted: BatchSchedule, first: Segment, most: int, schedule
         UserError: the batch can't grow even once.
     """
     factor = 1 / schedule.gamma if schedule.decay == "step" and schedule.gamma < 1 else 2.0
-    rule = _later(first, Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"))
+    rule = replace(Rule("power", -0.5) if wanted.kind == "seesaw" else Rule("none"), fixed=first.rule.later.fixed)
     if not first.global_size * factor <= most:
         limit = f"{most:,}, {'its to:…' if wanted.last else 'a tenth of the training data'}"
         problem = f": {counted(first.global_size, 'sample')} × {factor:g} is more than {limit}"

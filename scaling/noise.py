@@ -175,7 +175,7 @@ class Smoothed:
 def unmeasurable(plan: Plan) -> str | None:
     """Return a message with a fix if every step is a single micro-batch, which can't be measured, else None."""
     cut = plan.cut
-    if plan.intervals.noise_parts:
+    if plan.noise[1]:
         return _unhalvable(plan)
     if any(stage.cut.filled > 1 for stage in plan.stages):
         return None

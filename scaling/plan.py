@@ -9,10 +9,11 @@ from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Len
 
+from isobatch.scaling.control import Control, course_of
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted, halves, solve
 from isobatch.scaling.limits import Identity, Seed, Size, Text
-from isobatch.scaling.rules import OutOfRange, Recipe
+from isobatch.scaling.rules import OutOfRange, Recipe, Rule
 from isobatch.scaling.schedule import Schedule, Segment, boundaries
 
 
@@ -122,6 +123,8 @@ class Plan:
         sync: BatchNorm computes its statistics over one pass of all ranks.
         numerics: ``bitwise`` cuts each step by ``per_gpu`` alone, the same way on any world.
         engine: the engine's placement of tensors on the current hardware.
+        control: the controller that moves the batch, if any.
+        decisions: the segments that it chose so far. The segments of a schedule that doubles the batch multiply them.
         measures: ``per_gpu`` will be measured at the start, and the cut is one without accumulation until then.
         intervals: of the current command. They aren't part of the run: plans that differ only in them are equal.
     """
@@ -148,6 +151,8 @@ class Plan:
     sync: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
     engine: EnginePlacement = EnginePlacement("ddp")
+    control: Control | None = None
+    decisions: tuple[Segment, ...] = ()
     measures: bool = field(default=False, compare=False)
     intervals: Intervals = field(default=Intervals(None, None, None, None), compare=False)
 
@@ -166,14 +171,32 @@ class Plan:
             problem = f"numerics=bitwise doesn't support batchnorm.mode=sync, {statistics}"
             fix = "use batchnorm.mode=ghost, or null, which normalises each micro-batch"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
+        decided = [decision.start_sample for decision in self.decisions]
+        if (decided and not self.control) or decided != sorted(set(decided)) or 0 in decided:
+            raise ValueError(f"decisions start at {decided}; they need a controller, and have to rise from above 0")
         self.stages  # noqa: B018  (validate the cut of every segment before the run starts)
+
+    def decide(self, start_sample: int, size: int, noise_scale: float | None = None) -> Plan:
+        """Return the plan with one more decision of the controller: the batch is ``size`` from ``start_sample`` on.
+
+        Args:
+            noise_scale: in samples, for the LR of AdaScale.
+        """
+        assert self.control, "a plan without a controller takes no decisions"
+        rule = self.segments[0].rule.later
+        if self.control.lr == "hold":
+            rule = Rule("none", fixed=rule.fixed)
+        if self.control.lr == "adascale" and noise_scale:
+            rule = Rule("noise", self.control.power, noise_scale, fixed=rule.fixed)
+        return replace(self, decisions=(*self.decisions, Segment(start_sample, size, rule)))
 
     @cached_property
     def stages(self) -> list[Stage]:
         """Return the stages: each segment starts at the first step boundary at or after its start."""
         stages: list[Stage] = []
-        begins = boundaries([(segment.start_sample, segment.global_size) for segment in self.segments])
-        for segment, (start, first_step) in zip(self.segments, begins, strict=True):
+        course = course_of(self.segments, self.decisions, self.granule)
+        begins = boundaries([(segment.start_sample, segment.global_size) for segment, _ in course])
+        for (segment, decision), (start, first_step) in zip(course, begins, strict=True):
             cut = solve(
                 self.world,
                 global_size=segment.global_size,
@@ -184,7 +207,7 @@ class Plan:
                 bitwise=self.numerics == "bitwise",
             )
             self._refuse_empty_passes(cut)
-            stage = Stage(start, first_step, cut, self._carried(segment, stages))
+            stage = Stage(start, first_step, cut, self._carried(segment, decision, stages))
             if stages and start == stages[-1].start:
                 stages.pop()  # the previous stage has no step
             if not stages or self.samples is None or start < self.samples:
@@ -199,9 +222,11 @@ class Plan:
             fix = "use a larger batch.global_size, fewer ranks or passes, or batchnorm.mode=ghost"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
 
-    def _carried(self, segment: Segment, before: list[Stage]) -> Recipe:
+    def _carried(self, segment: Segment, decision: Segment | None, before: list[Stage]) -> Recipe:
         recipe, batch = (before[0].peak, before[0].cut.global_size) if before else (self.base, self.base_batch)
         try:
+            if decision:
+                recipe, batch = decision.rule.apply(recipe, batch, decision.global_size), decision.global_size
             return segment.rule.apply(recipe, batch, segment.global_size)
         except OutOfRange as error:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
@@ -249,12 +274,20 @@ class Plan:
 
     def _measured(self, cut: Cut, before: int, after: int) -> tuple[bool, tuple[Cut, Cut] | None]:
         """Return whether the step of the samples (before, after] measures the noise, and the halves it measures."""
-        if not crossed(self.intervals.noise, before, after):
+        every, parts = self.noise
+        if not crossed(every, before, after):
             return False, None
-        if self.intervals.noise_parts is None:
+        if parts is None:
             return cut.filled > 1, None
         found = self.halves(cut)
         return found is not None, found
+
+    @property
+    def noise(self) -> tuple[int | None, Literal[2] | None]:
+        """Return the interval between measurements of the gradient noise, and the parts that are compared."""
+        if self.control and self.control.by_noise:
+            return self.control.every, 2
+        return self.intervals.noise, self.intervals.noise_parts
 
     def halves(self, cut: Cut) -> tuple[Cut, Cut] | None:
         """Return the two halves of a step; None if it can't be halved."""

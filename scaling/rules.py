@@ -141,6 +141,11 @@ class Rule:
             raise UserError(problem, "give lr.peak, the LR at this batch", "lr.rule", self.name)
         return carried if recipe.ema is None else replace(carried, ema=recipe.ema**move.kappa)
 
+    @property
+    def later(self) -> Rule:
+        """Return the rule for the segments after the first, without a fixed LR: lr.peak only applies to the first."""
+        return replace(self, fixed=tuple(part for part in self.fixed if part != "lr"))
+
     def warmup(self, samples: int, before: int, after: int) -> int:
         """Return the warmup in samples at a batch of ``after``, given the warmup ``samples`` at ``before``."""
         return round(samples * after / before) if self.law.stretches_warmup else samples

@@ -33,6 +33,31 @@ class Interval:
     loss: Pair = (0.0, 0.0)
     measures: dict[str, Pair] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.units, self.seconds, self.waited_s)
+        sums = (number for pair in (self.loss, *self.measures.values()) for number in pair)
+        if min(counts) < 0 or not (all(map(math.isfinite, counts)) and all(map(math.isfinite, sums))):
+            raise ValueError(f"{self} isn't a valid interval")
+
+    def after(
+        self, samples: int, units: float, loss: float, measures: Mapping[str, Pair], seconds: float, waited_s: float
+    ) -> Interval:
+        """Return the interval with one more step; see ``Tally.after``."""
+        finite = {name: pair for name, pair in measures.items() if all(map(math.isfinite, pair))}
+        return Interval(
+            self.samples + samples,
+            self.units + units,
+            self.seconds + seconds,
+            self.waited_s + waited_s,
+            _plus(self.loss, (loss, units)) if math.isfinite(loss) else self.loss,
+            self.measures | {name: _plus(self.measures.get(name, (0.0, 0.0)), finite[name]) for name in finite},
+        )
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean loss over units; NaN if no loss was finite."""
+        return _mean(self.loss)
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -41,17 +66,16 @@ class Tally:
     Attributes:
         time_s: seconds of training so far, over all attempts, without evaluations and without steps that were lost.
         units: units seen so far, such as tokens.
+        controlled: sums since the last measurement of the batch's controller; None without a controller.
     """
 
     time_s: float = 0.0
     units: float = 0.0
     interval: Interval = field(default_factory=Interval)
+    controlled: Interval | None = None
 
     def __post_init__(self) -> None:
-        inside = self.interval
-        counts = (self.time_s, self.units, inside.samples, inside.units, inside.seconds, inside.waited_s)
-        sums = (number for pair in (inside.loss, *inside.measures.values()) for number in pair)
-        if min(counts) < 0 or not (all(map(math.isfinite, counts)) and all(map(math.isfinite, sums))):
+        if min(self.time_s, self.units) < 0 or not (math.isfinite(self.time_s) and math.isfinite(self.units)):
             raise ValueError(f"{self} isn't a valid tally")
 
     def after(
@@ -66,28 +90,24 @@ class Tally:
             seconds: time since the previous step.
             waited_s: time that a rank waited for the step's data.
         """
-        before = self.interval
-        finite = {name: pair for name, pair in measures.items() if all(map(math.isfinite, pair))}
-        since = Interval(
-            before.samples + samples,
-            before.units + units,
-            before.seconds + seconds,
-            before.waited_s + waited_s,
-            _plus(before.loss, (loss, units)) if math.isfinite(loss) else before.loss,
-            before.measures | {name: _plus(before.measures.get(name, (0.0, 0.0)), finite[name]) for name in finite},
-        )
-        return Tally(self.time_s + seconds, self.units + units, since)
+        step = samples, units, loss, measures, seconds, waited_s
+        controlled = self.controlled and self.controlled.after(*step)
+        return Tally(self.time_s + seconds, self.units + units, self.interval.after(*step), controlled)
 
     def logged(self) -> Tally:
         """Return the tally after the step was logged: a new interval starts."""
         return replace(self, interval=Interval())
+
+    def measured(self) -> Tally:
+        """Return the tally after a measurement of the batch's controller."""
+        return replace(self, controlled=Interval())
 
     def values(self) -> dict[str, float]:
         """Return the values of a line of ``metrics.jsonl``; a mean over nothing is NaN."""
         since = self.interval
         seconds = max(1e-9, since.seconds)
         return {
-            "loss": _mean(since.loss),
+            "loss": since.mean_loss,
             "samples_per_s": since.samples / seconds,
             "time_s": self.time_s,
             "units": self.units,

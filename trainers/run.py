@@ -30,6 +30,7 @@ from isobatch.trainers.engines.make import make_engine, refuse_environment
 from isobatch.trainers.launch.changes import changes
 from isobatch.trainers.launch.source import Source
 from isobatch.trainers.loop.claim import claim, end
+from isobatch.trainers.loop.control import BatchControl
 from isobatch.trainers.loop.early_stop import EarlyStop
 from isobatch.trainers.loop.evaluate import Evaluator
 from isobatch.trainers.loop.fit import Stepper, fit
@@ -214,7 +215,8 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bo
     announce(ready.looked, attempt.ours, stream)
     stepper = Stepper(engine, loader, stream, watch, config.clip_norm)
     hardware = Hardware(world.device, ready.flops_per_unit, peak_flops(config, world.device, world.size))
-    monitor = Monitor(config, state, metrics, DelayedReadback(world.device), hardware, session.stop)
+    control = BatchControl(state, world, metrics, attempt.ours)
+    monitor = Monitor(config, state, metrics, DelayedReadback(world.device), hardware, session.stop, control)
     monitor.after_a_step = partial(announce_failed, ready.looked, attempt.ours)
     try:
         with watch.tracking(lambda: state.reached):

@@ -13,6 +13,7 @@ from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Choice, Plan
 from isobatch.scaling.planning.base_recipe import Base, base_of, rule_of
 from isobatch.scaling.planning.capabilities import check_engine, placement
+from isobatch.scaling.planning.control import controlled
 from isobatch.scaling.planning.engine_config import check_engine_config
 from isobatch.scaling.planning.lengths import Lengths, intervals_of, schedule_of
 from isobatch.scaling.planning.sizes import Sizes, asked, evaluation_batch, first_sizes, in_samples
@@ -38,7 +39,7 @@ def resolve(config: RunConfig, world: int, train_samples: int | None = None) -> 
     lengths = _lengths(config, first, train_samples)
     plan = _unscheduled(config, world, sizes, first, base, lengths)
     check_engine_config(config, plan)
-    plan = _scheduled(config, plan, lengths, base.tuned_lr)
+    plan = controlled(config, _scheduled(config, plan, lengths, base.tuned_lr), lengths)
     _check_evaluations(config, plan)
     return plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.resolve import continued
-from isobatch.scaling.tally import Tally
+from isobatch.scaling.tally import Interval, Tally
+from isobatch.scaling.tuning.controllers import first_memory
 from isobatch.trainers.checkpoints.commit import clear_leftovers, link_best
 from isobatch.trainers.checkpoints.weights import listed
 from isobatch.trainers.data.state import TrainState
@@ -58,9 +60,8 @@ def resume(
         UserError: there are checkpoints, but no good one; or the data has changed.
     """
     found = newest_good(run, config, world, engine, warn, beat)
-    measured = config.noise.every is not None
     if found is None:
-        return TrainState(fresh, noise=Smoothed() if measured else None), None
+        return first_state(fresh), None
     header = found.header
     _refuse_other_data(found, fresh, fingerprint)
     plan = continued(fresh, header.plan, extends=header.identity != identity(config))
@@ -71,9 +72,24 @@ def resume(
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{found.path} doesn't fit the optimizer ({text:.200})", "was the task changed?") from error
-    noise = header.noise or Smoothed() if measured else None
-    position = (header.samples, header.step, header.skipped, header.evaluation_owed)
-    return TrainState(plan, *position, noise, header.tally or Tally()), found
+    start = first_state(plan)
+    start.samples, start.steps, start.skipped = header.samples, header.step, header.skipped
+    start.evaluation_owed = header.evaluation_owed
+    start.noise = start.noise and (header.noise or start.noise)
+    if start.control and header.control:
+        same = (plan.world, plan.per_gpu) == (header.plan.world, header.plan.per_gpu)
+        start.control = header.control if same else replace(header.control, timed=())  # of other hardware
+    start.tally = header.tally or start.tally
+    return start, found
+
+
+def first_state(plan: Plan) -> TrainState:
+    """Return the state of a run at step 0."""
+    measured = plan.noise[0] is not None
+    state = TrainState(plan, noise=Smoothed() if measured else None)
+    if plan.control:
+        state.control, state.tally = first_memory(plan.cut.global_size), Tally(controlled=Interval())
+    return state
 
 
 def header_of(
@@ -84,7 +100,7 @@ def header_of(
         identity=state.plan.identity, duration=str(config.duration), world_size=state.plan.world, step=state.steps,
         samples=state.samples, skipped=state.skipped, evaluation_owed=state.evaluation_owed, fingerprint=fingerprint,
         evaluation=None if evaluation is None else dict(evaluation), plan=state.plan, noise=state.noise,
-        tally=state.tally, kept=state.plan.keeps(state.samples),
+        control=state.control, tally=state.tally, kept=state.plan.keeps(state.samples),
     )  # fmt: skip
 
 

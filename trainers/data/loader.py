@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,9 +71,14 @@ class Loader:
         self._state, self._rank, self._device, self._tell = state, world.rank, world.device, tell
         self._fetch = (Remote if workers else Fetch)(data, task, state.plan.seed)
         self._pin, self._stand_ins = world.device.type == "cuda", stand_ins
+        self._workers, self._fetched = workers, deque[Step]()  # steps whose samples are fetched ahead
         self._batches = self._ahead(workers) if workers else None
 
     def __call__(self, step: Step) -> Iterator[Micro]:
+        if self._batches is not None and (not self._fetched or self._fetched.popleft() != step):
+            self.close()  # the plan has changed since: a controller moved the batch
+            self._batches = self._ahead(self._workers)
+            self._fetched.popleft()
         for cut, last, ends, (start, stop) in self._passes(step):
             positions, began = self._positions(step, start, stop), time.perf_counter()
             fetched = self._fetch[positions] if self._batches is None else self._next(self._batches)
@@ -122,11 +128,13 @@ class Loader:
         """Yield every range of positions that this rank needs, by the plan in force when the range is fetched."""
         sample = self._state.samples
         while step := self._state.plan.step_at(sample):
+            self._fetched.append(step)
             for *_, (start, stop) in self._passes(step):
                 yield self._positions(step, start, stop)
             sample = step.stop
 
     def _ahead(self, workers: int) -> Iterator[Any]:
+        self._fetched.clear()
         return iter(
             DataLoader(
                 self._fetch,  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan, Step
 from isobatch.scaling.tally import Tally
+from isobatch.scaling.tuning.controllers import Memory
 from isobatch.trainers.ranks.failure import Reached
 
 
@@ -20,6 +21,7 @@ class TrainState:
         skipped: number of completed steps that changed no weights, because loss or gradient wasn't finite.
         evaluation_owed: an evaluation is due at this position and isn't done yet.
         noise: the smoothed gradient noise; None if it isn't measured.
+        control: what the controller of the batch remembers; None without one.
         tally: the sums that are logged, of the steps whose results have arrived.
     """
 
@@ -29,6 +31,7 @@ class TrainState:
     skipped: int = 0
     evaluation_owed: bool = False
     noise: Smoothed | None = None
+    control: Memory | None = None
     tally: Tally = field(default_factory=Tally)
 
     def advance(self, step: Step, *, skipped: bool) -> None:

@@ -97,6 +97,7 @@ def fit(
         evaluating = evaluates(evaluation, every.evaluate, step, last=following is None)
         flush = saving or evaluating or following is None
         asked = monitor.record(step, total, update, flush=flush)
+        following = state.plan.step_at(state.samples)  # a controller may have moved the batch
         stopping = bool(asked.stop)
         if asked.finish and following:
             early.time_is_up()

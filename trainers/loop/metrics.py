@@ -45,14 +45,14 @@ class Metrics:
             self._file = open(file, "ab", buffering=0)  # noqa: SIM115
             self._show = LiveLine(state) if live and sys.stdout.isatty() else PlainLines(state)
 
-    def step(self, result: StepResult, hardware: dict[str, float]) -> None:
+    def step(self, result: StepResult, more: Mapping[str, float | None]) -> None:
         """Write a line of metrics for one step.
 
         Args:
-            hardware: what the step needs of the hardware, such as ``memory_gb``.
+            more: values to add, such as ``memory_gb``.
         """
         values = self._state.tally.values()
-        line = self._line(result, values.pop("loss")) | values | hardware
+        line = self._line(result, values.pop("loss")) | values | dict(more)
         if self._state.skipped:
             line["skipped"] = self._state.skipped
         if self._state.noise:

@@ -12,6 +12,7 @@ from isobatch.scaling.noise import Estimate, Norm, Smoothed
 from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.step_report import Requests, Total, Update
+from isobatch.trainers.loop.control import BatchControl
 from isobatch.trainers.loop.hardware import Hardware
 from isobatch.trainers.loop.metrics import Metrics
 from isobatch.trainers.loop.readback import DelayedReadback, StepResult
@@ -40,10 +41,12 @@ class Monitor:
         readback: DelayedReadback,
         hardware: Hardware,
         stop: Stop,
+        control: BatchControl,
     ) -> None:
         # in fp16 the engine skips steps, and fails if the loss scale can't be lowered
         self._skip_nonfinite = config.on_nonfinite == "skip" or config.precision == "fp16"
         self._state, self.metrics, self._readback, self._hardware, self.stop = state, metrics, readback, hardware, stop
+        self._control = control
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
         self._norm: Norm | None = None  # of the gradient noise, as reported
@@ -111,8 +114,11 @@ class Monitor:
         stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
-        if step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop):
-            self.metrics.step(result, self._hardware.values(state.tally))
+        measured = result.estimate or not (state.plan.control and state.plan.control.by_noise)
+        controlled = self._control.measured(step) if measured and self._control.due(step) else {}
+        due = step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop)
+        if due or controlled:
+            self.metrics.step(result, self._hardware.values(state.tally) | controlled)
             state.tally, self._unlogged = state.tally.logged(), None
         else:
             self._unlogged = result
@@ -123,7 +129,7 @@ class Monitor:
         self._state.noise = noise.updated(
             estimate.of_data(plan.train_samples) if plan.train_samples else estimate, norm.name
         )
-        if plan.intervals.noise_parts and norm != self._norm:
+        if plan.noise[1] and norm != self._norm:
             self._norm = norm
             self.metrics.note(
                 "noise", f"the gradient noise is measured from two halves of a step, {norm.text}", norm=norm.name

@@ -23,6 +23,7 @@ from isobatch.scaling.noise import Smoothed
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
 from isobatch.scaling.tally import Tally
+from isobatch.scaling.tuning.controllers import Memory
 from isobatch.trainers.tensors.names import file_of, followed
 from isobatch.trainers.tensors.tensorfile import Damaged as Damaged
 from isobatch.trainers.tensors.tensorfile import Dtype, Size, entries, parse_json, sha256, strict
@@ -46,6 +47,7 @@ class Header:
         evaluation: the values of the evaluation at this step, if it was the best so far. Non-finite values are None.
         plan: the plan in force at this step.
         noise: state of the gradient noise scale; None if it wasn't measured, and in old checkpoints.
+        control: what the controller of the batch remembers; None without one, and in old checkpoints.
         tally: the logged sums; None in old checkpoints.
         kept: never remove this checkpoint, by ``checkpoint.keep_every``; False in old checkpoints.
     """
@@ -61,6 +63,7 @@ class Header:
     evaluation: dict[str, FiniteFloat | None] | None
     plan: Annotated[Plan, PlainValidator(lambda fields: from_json(json.dumps(fields)))]
     noise: Smoothed | None = None
+    control: Memory | None = None
     tally: Tally | None = None
     kept: bool = False
 

@@ -159,8 +159,7 @@ def rule_of_branches(plan: Plan, position: int) -> Rule:
         UserError: the run's batch changes with another rule than ``lr.rule``.
     """
     before = [segment for segment in plan.segments if segment.start_sample < position]
-    first = before[0].rule
-    rule = replace(first, fixed=tuple(part for part in first.fixed if part != "lr"))
+    rule = before[0].rule.later
     if any(segment.rule != rule for segment in before[1:]):
         problem = "the batch of this run grows without its LR following lr.rule, so the LR of a branch isn't known"
         raise UserError(problem, "branch off a run with one batch, or with stages by lr.rule", "batch.schedule")

@@ -1,0 +1,103 @@
+"""Describe a controller of the global batch, as a plan holds it. The formulas are in tuning/controllers.py."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from isobatch.scaling.limits import Number, Positive, Size
+from isobatch.scaling.schedule import Segment
+
+Kind = Literal["norm-test", "noise", "variance", "goodput", "bandit"]
+LrMode = Literal["rule", "hold", "adascale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Describe how measurements move the global batch. Sizes and intervals are in samples.
+
+    Attributes:
+        least, most: bounds of the batch that the controller chooses.
+        quantum: chosen batches are multiples of it, except for the bounds.
+        every: interval between measurements; a decision takes effect this long after its measurement.
+        patience: measurements per decision, of norm-test in a row with the same result.
+        lr: how the LR follows: by the run's rule, not at all, or by AdaScale's gain.
+        power: exponent of AdaScale's gain: 1 for SGD, ½ for Adam.
+        eta, factor, alpha: parameters of norm-test, noise and variance.
+        half_speed: the global batch at which the hardware reaches half of its highest speed, of goodput and bandit;
+            None: measured by the clock.
+        per: what bandit saves: samples or seconds.
+    """
+
+    name: Kind
+    least: Size
+    most: Size
+    quantum: Size
+    every: Size
+    patience: Size
+    lr: LrMode
+    power: Number | None = None
+    eta: Positive | None = None
+    factor: Positive | None = None
+    alpha: Positive | None = None
+    half_speed: Positive | None = None
+    per: Literal["sample", "second"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise ValueError(f"a controller can't keep the batch between {self.least} and {self.most}")
+
+    @property
+    def by_noise(self) -> bool:
+        """Return True if the controller needs the gradient noise, measured from two halves of a step."""
+        return self.name != "bandit" or self.lr == "adascale"
+
+    @property
+    def by_clock(self) -> bool:
+        """Return True if decisions depend on the speed of the hardware."""
+        timed = self.name == "goodput" or self.per == "second"
+        return timed and self.half_speed is None
+
+    def allowed(self, size: float) -> int:
+        """Return the batch nearest to ``size`` samples that the controller may choose.
+
+        >>> Control("noise", 20, 100, 8, 400, 2, "rule").allowed(50)
+        48
+        """
+        return min(self.most, max(self.least, round(size / self.quantum) * self.quantum))
+
+
+def course_of(
+    segments: Sequence[Segment], decisions: Sequence[Segment], granule: int
+) -> list[tuple[Segment, Segment | None]]:
+    """Return the segments as decided so far, each with the decision in force, if any.
+
+    Args:
+        segments: as asked for: a single one, or those of a schedule that doubles the batch.
+        decisions: segments with the batches that the controller chose. Where the schedule multiplies the first batch by
+            a factor, it multiplies a chosen batch by the same factor.
+        granule: samples that must not be split.
+    """
+    if not decisions:
+        return [(segment, None) for segment in segments]
+    found: list[tuple[Segment, Segment | None]] = []
+    for start in sorted({one.start_sample for one in (*segments, *decisions)}):
+        segment = _at(segments, start)
+        decision = _at(decisions, start) if start >= decisions[0].start_sample else None
+        if decision:
+            size = multiplied(segments, start, decision.global_size, granule)
+            segment = Segment(start, size, segment.rule)
+        found.append((segment, decision))
+    return found
+
+
+def multiplied(segments: Sequence[Segment], sample: int, size: int, granule: int) -> int:
+    """Return the global batch at ``sample`` if the controller chooses ``size``: a schedule may multiply it."""
+    growth = _at(segments, sample).global_size / segments[0].global_size
+    return max(1, round(size * growth / granule)) * granule
+
+
+def _at(segments: Sequence[Segment], sample: int) -> Segment:
+    return segments[bisect_right(segments, sample, key=lambda segment: segment.start_sample) - 1]

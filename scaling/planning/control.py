@@ -1,0 +1,112 @@
+"""Convert the config of a batch controller to samples, and check that the run can follow it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from isobatch.conf.controllers import NoControl
+from isobatch.conf.schema import RunConfig
+from isobatch.scaling.batch_schedule import OF_THE_DATA
+from isobatch.scaling.control import Control
+from isobatch.scaling.errors import UserError
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.planning.lengths import Lengths
+from isobatch.scaling.planning.sizes import in_samples
+from isobatch.scaling.rules import make_rule
+
+QUANTUM = 8  # samples: sizes that are multiples of it suit GPUs, and micro-batches of few sizes are compiled less often
+
+
+def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
+    """Return ``plan`` with the controller of ``config``, or without its length if the bounds aren't known yet.
+
+    Raises:
+        UserError: another key contradicts the controller, or its bounds can't be met.
+    """
+    if isinstance(config.control, NoControl):
+        return plan
+    _refuse_contradictions(config)
+    every = lengths.samples("control.every=", config.control.every)
+    most = _size(config, "most")
+    if most is None and plan.train_samples is not None:
+        most = max(plan.cut.global_size, plan.train_samples // OF_THE_DATA // plan.granule * plan.granule)
+    if every is None or most is None:
+        return replace(plan, samples=None, schedule=None)
+    own = config.control.model_dump(exclude={"least", "most", "quantum", "every", "prior"})
+    control = Control(
+        least=_size(config, "least") or plan.cut.global_size,
+        most=most,
+        quantum=_size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
+        every=every,
+        power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
+        **own,
+    )
+    _refuse_bounds(plan, control)
+    plan = replace(plan, control=control)
+    _refuse_unfit(config, plan)
+    return plan
+
+
+def _size(config: RunConfig, name: str) -> int | None:
+    """Return one of the controller's sizes in samples; None if it isn't given."""
+    size = getattr(config.control, name)
+    return None if size is None else in_samples(config, f"control.{name}=", size)
+
+
+def _refuse_contradictions(config: RunConfig) -> None:
+    """Raise UserError if another key contradicts a controller."""
+    name, batch = config.control.name, config.batch
+    schedule = batch.schedule and batch.schedule.kind
+    if batch.per_gpu is None:
+        problem = f"control={name} moves the global batch, and without batch.per_gpu the micro-batch would grow with it"
+        fix = "give batch.per_gpu, the most samples that fit in memory (action=tune measures it), or batch.per_gpu=auto"
+        raise UserError(problem, fix, "batch.per_gpu")
+    if schedule not in (None, "doubling"):
+        problem = f"batch.schedule={batch.schedule} and control={name} both set the batch"
+        fix = "leave out one of the two; only batch.schedule=doubling goes together with control"
+        raise UserError(problem, fix, "batch.schedule", batch.schedule)
+    if config.duration.unit == "st":
+        problem = f"duration={config.duration} counts steps, whose number depends on the decisions of control={name}"
+        raise UserError(problem, "give the duration in ep, sa or tok", "duration", config.duration)
+    by_noise = name != "bandit" or config.control.lr == "adascale"
+    if config.noise.every is not None and by_noise:
+        problem = f"control={name} measures the noise every control.every={config.control.every}"
+        raise UserError(problem, "leave noise.every out", "noise.every", config.noise.every)
+    if config.batchnorm.mode == "sync" and by_noise:
+        problem = (
+            f"control={name} measures two halves of a step, of which batchnorm.mode=sync takes statistics, so "
+            "measuring changes the run"
+        )
+        raise UserError(problem, "use batchnorm.mode=ghost", "batchnorm.mode", "sync")
+
+
+def _refuse_bounds(plan: Plan, control: Control) -> None:
+    """Raise UserError if the bounds contradict each other, or sizes between them aren't whole granules."""
+    start = plan.cut.global_size
+    if control.least > start or control.most < start:
+        key, size, side = ("least", control.least, "below") if control.least > start else ("most", control.most, "above")
+        problem = f"control.{key}={plan.sized(size)}, but the run starts with a batch of {plan.sized(start)}"
+        fix = f"give at {'most' if key == 'least' else 'least'} {plan.sized(start)}, or another batch.global_size"
+        raise UserError(problem, fix, f"control.{key}", plan.sized(size))
+    for key in ("least", "most", "quantum"):
+        size = getattr(control, key)
+        if size % plan.granule:
+            near = max(1, round(size / plan.granule)) * plan.granule
+            problem = f"control.{key}={plan.sized(size)} isn't a multiple of batchnorm.ghost_size={plan.granule}"
+            raise UserError(problem, f"nearest: {plan.sized(near)}", f"control.{key}", plan.sized(size))
+
+
+def _refuse_unfit(config: RunConfig, plan: Plan) -> None:
+    """Raise UserError if the smallest or the largest batch can't be dealt, has no recipe, or can't be measured."""
+    control = plan.control
+    assert control
+    for key in ("least", "most"):
+        size = getattr(control, key)
+        try:
+            stages = plan.decide(1, size).stages
+        except UserError as error:
+            raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", error.fix, f"control.{key}") from None
+        if control.by_noise and not all(plan.halves(stage.cut) for stage in (plan.stages[0], *stages)):
+            problem = f"control={control.name} compares two halves of a step, and one of {plan.size(size)} can't be halved"
+            way = "two micro-batches, so a smaller batch.per_gpu" if plan.numerics == "bitwise" else f"{2 * plan.granule} samples"
+            raise UserError(problem, f"the smallest batch needs {way}", f"control.{key}", plan.sized(size))

@@ -1,0 +1,232 @@
+"""Controllers of the global batch: pure functions from the numbers of measured steps to the next batch.
+
+Glossary: G is the mean gradient, Σ the covariance of one sample's gradient, φ = tr Σ/|G|² the gradient noise scale in
+samples (see noise.py), b the batch that the controller chose. Both averages are over the measurements so far, the
+latest count most. Below φ, a larger batch takes fewer steps and hardly more samples; above it, nearly as many steps.
+
+Every controller asks for a batch after each measurement. It is chosen once ``patience`` measurements in a row asked for
+a change in the same direction by at least an eighth, and it is at most twice, at least half the batch before it. Each
+run's ``metrics.jsonl`` holds the numbers, so ``replay`` finds the same decisions again.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
+
+from annotated_types import Len
+
+from isobatch.scaling.control import Control
+from isobatch.scaling.limits import Count, Positive, Size
+
+FEWEST = 5  # measurements before the first decision
+LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
+LATEST = 9  # times of a step that are remembered, of each batch
+MOST_CHANGE = 2.0  # of one decision, since φ itself is known to a factor of about 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Hold what a controller sees after a measured step. A number is None if it isn't known.
+
+    Attributes:
+        samples: position in the run after the step.
+        global_size: samples of the step.
+        growth: factor by which a schedule multiplies the chosen batch.
+        grad_sq, trace: averages of |G|² and tr Σ.
+        loss: mean loss over the samples since the previous measurement.
+        step_s: seconds per step since then, if all of these steps had the same batch.
+    """
+
+    samples: int
+    global_size: int
+    growth: float
+    grad_sq: float | None
+    trace: float | None
+    loss: float | None
+    step_s: float | None
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Return φ in samples; infinite while noise hides |G|², None if it wasn't measured."""
+        if self.grad_sq is None or self.trace is None:
+            return None
+        return self.trace / self.grad_sq if self.grad_sq > 0 else math.inf
+
+
+class Timed(NamedTuple):
+    """Hold the latest times of a step at a global batch, in seconds."""
+
+    global_size: Size
+    times_s: Annotated[tuple[Positive, ...], Len(1, LATEST)]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Hold what a controller remembers between measurements.
+
+    Attributes:
+        size: the batch chosen last, in samples.
+        exact: the batch asked for last, before rounding.
+        count: measurements so far.
+        larger, smaller: measurements in a row, until the last one, that asked for a larger or smaller batch.
+        timed: speeds seen so far, by batch.
+    """
+
+    size: Size
+    exact: Positive
+    count: Count = 0
+    larger: Count = 0
+    smaller: Count = 0
+    timed: tuple[Timed, ...] = ()
+
+
+def first_memory(size: int) -> Memory:
+    """Return the memory at the start of a run whose first batch is ``size`` samples."""
+    return Memory(size, float(size))
+
+
+def norm_test(control: Control, memory: Memory, seen: Measurement) -> float:
+    """Double the batch while tr Σ/b > η²·|G|²: the noise of the step's gradient exceeds η of its length.
+
+    It never shrinks. With η = 1 the batch stops near φ. The published η of 0.05 to 0.3 lead to 11 to 400 × φ.
+    Source: Byrd et al. 2012; Lau et al. 2024, arXiv:2412.21124, who measure tr Σ between workers.
+    """
+    assert control.eta and seen.grad_sq is not None and seen.trace is not None
+    noisy = seen.trace / memory.size > control.eta**2 * max(0.0, seen.grad_sq)
+    return memory.size * (2.0 if noisy else 1.0)
+
+
+def noise(control: Control, memory: Memory, seen: Measurement) -> float:
+    """b = factor·φ. At φ the run takes about twice the fewest steps and twice the fewest samples.
+
+    φ isn't the critical batch, and can be far from it (Merrill et al. 2025).
+    Source: McCandlish et al. 2018, arXiv:1812.06162.
+    """
+    assert control.factor and seen.noise_scale is not None
+    return control.factor * seen.noise_scale
+
+
+def variance(control: Control, memory: Memory, seen: Measurement) -> float:
+    """b + α·φ at each measurement: the batch grows by the variance over the squared mean of the gradient.
+
+    How far it grows depends on the number of measurements, so α belongs to one ``every``. It never shrinks.
+    """
+    assert control.alpha and seen.noise_scale is not None
+    return min(memory.exact, MOST_CHANGE * memory.size) + control.alpha * seen.noise_scale
+
+
+def goodput(control: Control, memory: Memory, seen: Measurement) -> float:
+    """b = √(h·φ): it maximises samples per second × efficiency, b/(h + b) × φ/(φ + b).
+
+    h is ``half_speed``, the batch at which the hardware reaches half of its highest speed: a step of b samples takes
+    time in proportion to h + b. If it isn't given, it is fitted to the times of the steps so far; until two batches
+    were timed, it counts as b, so that b moves towards φ.
+    Source: Qiao et al. 2021 (Pollux, OSDI); h is Hockney's n½.
+    """
+    assert seen.noise_scale is not None
+    half = half_speed_of(memory.timed) if control.half_speed is None else control.half_speed
+    return math.sqrt((memory.size if half is None else half / seen.growth) * seen.noise_scale)
+
+
+def half_speed_of(timed: Iterable[Timed]) -> float | None:
+    """Return h of a fit of step time = c·(h + global batch), by least squares; None if fewer than two were timed.
+
+    Of each batch the median counts, since the first step of a size may take longer, and weighs as many measurements.
+
+    >>> half_speed_of([Timed(32, (0.5,)), Timed(96, (1.0,))])
+    32.0
+    """
+    points = [(len(one.times_s), one.global_size, statistics.median(one.times_s)) for one in timed]
+    if len(points) < 2:
+        return None
+    weight = sum(count for count, _, _ in points)
+    batch = sum(count * size for count, size, _ in points) / weight
+    time = sum(count * step_s for count, _, step_s in points) / weight
+    covariance = sum(count * (size - batch) * (step_s - time) for count, size, step_s in points)
+    slope = covariance / sum(count * (size - batch) ** 2 for count, size, _ in points)
+    return max(0.0, time / slope - batch) if slope > 0 else math.inf
+
+
+class Controller(NamedTuple):
+    """Hold the function that asks for a batch, and what it needs."""
+
+    ask: Callable[[Control, Memory, Measurement], float]
+    summary: str
+
+
+CONTROLLERS = {
+    "norm-test": Controller(norm_test, "doubles while tr Σ/b > η²·|G|² (Byrd et al. 2012; Lau et al. 2024)"),
+    "noise": Controller(noise, "factor × the gradient noise scale (McCandlish et al. 2018)"),
+    "variance": Controller(variance, "grows by α × the gradient noise scale at each measurement"),
+    "goodput": Controller(goodput, "√(half_speed × gradient noise scale): most progress per second (Pollux)"),
+}
+
+
+def observed(control: Control, memory: Memory, seen: Measurement, most: int) -> Memory:
+    """Return the memory after one more measurement; its ``size`` is the decision.
+
+    Args:
+        most: the largest batch, in samples, that the rest of the run holds; a decision above it isn't taken.
+    """
+    memory = replace(memory, count=memory.count + 1, timed=_timed(memory.timed, seen))
+    if memory.count < FEWEST:
+        return memory
+    asked = CONTROLLERS[control.name].ask(control, memory, seen)
+    exact = min(max(asked, control.least, memory.size / MOST_CHANGE), control.most, memory.size * MOST_CHANGE)
+    change = exact / memory.size
+    larger = memory.larger + 1 if change >= LEAST_CHANGE else 0
+    smaller = memory.smaller + 1 if change <= 1 / LEAST_CHANGE else 0
+    memory = replace(memory, exact=exact, larger=larger, smaller=smaller)
+    size = control.allowed(exact)
+    if max(larger, smaller) < control.patience or size == memory.size or size > most:
+        return memory
+    return replace(memory, size=size, larger=0, smaller=0)
+
+
+def _timed(timed: tuple[Timed, ...], seen: Measurement) -> tuple[Timed, ...]:
+    """Return the speeds with one more."""
+    if seen.step_s is None:
+        return timed
+    found = {one.global_size: one.times_s for one in timed}
+    found[seen.global_size] = (*found.get(seen.global_size, ()), seen.step_s)[-LATEST:]
+    return tuple(Timed(*one) for one in found.items())
+
+
+PREFIX = "control/"
+
+
+def values(seen: Measurement, memory: Memory) -> dict[str, float | None]:
+    """Return what a line of metrics holds of a measurement, beside ``noise/grad_sq`` and ``noise/trace``."""
+    numbers = {"size": memory.size, "asked": memory.exact, "growth": seen.growth}
+    return {f"{PREFIX}{name}": value for name, value in (numbers | {"loss": seen.loss, "step_s": seen.step_s}).items()}
+
+
+def measurement_of(line: Mapping[str, Any]) -> Measurement | None:
+    """Return the measurement in a line of ``metrics.jsonl``, or None if it holds none."""
+    if f"{PREFIX}size" not in line:
+        return None
+    own = {name: line[f"{PREFIX}{name}"] for name in ("growth", "loss", "step_s")}
+    noise = {name: line.get(f"noise/{name}") for name in ("grad_sq", "trace")}
+    return Measurement(line["samples"], line["global_size"], **own, **noise)
+
+
+def replay(control: Control, size: int, lines: Iterable[Mapping[str, Any]], samples: int) -> list[tuple[int, int]]:
+    """Return the decisions of a run, from its metrics alone: (start_sample, size) each.
+
+    Args:
+        size: the first batch, in samples.
+        lines: the content of ``metrics.jsonl``.
+        samples: of the whole run.
+    """
+    memory, found = first_memory(size), []
+    for seen in filter(None, map(measurement_of, lines)):
+        start = seen.samples + control.every
+        after = observed(control, memory, seen, int((samples - start) / seen.growth))
+        if after.size != memory.size:
+            found.append((start, after.size))
+        memory = after
+    return found

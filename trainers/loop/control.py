@@ -1,0 +1,92 @@
+"""Move the global batch of a run while it trains, by the controller of its plan."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+
+from isobatch.conf.rundir.directory import RunDir
+from isobatch.conf.rundir.files import write_atomic
+from isobatch.scaling.control import Control, multiplied
+from isobatch.scaling.limits import LARGEST
+from isobatch.scaling.plan import Step, crossed
+from isobatch.scaling.report.plan_json import to_json
+from isobatch.scaling.tally import Interval
+from isobatch.scaling.tuning import controllers
+from isobatch.scaling.tuning.controllers import Measurement, Memory
+from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.loop.metrics import Metrics
+from isobatch.trainers.ranks.world import World
+
+
+class BatchControl:
+    """Decide about the batch after each measured step; rank 0 decides for all ranks.
+
+    Without a controller in the plan it does nothing.
+    """
+
+    def __init__(self, state: TrainState, world: World, metrics: Metrics, run: RunDir | None) -> None:
+        self._state, self._world, self._metrics, self._run = state, world, metrics, run
+
+    def due(self, step: Step) -> bool:
+        """Return whether the controller measures ``step``."""
+        control = self._state.plan.control
+        return control is not None and crossed(control.every, step.start, step.stop)
+
+    def measured(self, step: Step) -> dict[str, float | None]:
+        """Take a measurement, decide, and return the values for the step's line; all ranks call it after a due step.
+
+        The state's averages and tally have to include the step.
+        """
+        state, control = self._state, self._state.plan.control
+        assert control and state.control
+        start = step.stop + control.every
+        seen, before = self._measurement(step, start), state.control
+        assert state.plan.samples
+        room = int((state.plan.samples - start) / seen.growth)
+        state.control = controllers.observed(control, before, seen, room)
+        state.tally = state.tally.measured()
+        scale = seen.noise_scale
+        if scale is not None:
+            scale = min(max(scale, 1 / LARGEST), float(LARGEST))
+        decision = [state.control.size, scale] if state.control.size != before.size else None
+        if agreed := json.loads(self._world.agree(json.dumps(decision))):  # other ranks' clocks may differ
+            state.plan = state.plan.decide(start, *agreed)
+            self._report(control, seen, before, agreed[0], start)
+        return controllers.values(seen, state.control)
+
+    def _measurement(self, step: Step, start: int) -> Measurement:
+        """Return the numbers of a measured step whose decision would take effect at ``start``."""
+        plan, noise, since = self._state.plan, self._state.noise, self._state.tally.controlled or Interval()
+        known = noise if noise and noise.count and plan.control and plan.control.by_noise else None
+        steps, rest = divmod(since.samples, step.cut.global_size)
+        same = rest == 0 and plan.stage_at(step.stop - since.samples).cut == step.cut
+        loss = since.mean_loss
+        return Measurement(
+            samples=step.stop,
+            global_size=step.cut.global_size,
+            growth=multiplied(plan.segments, start, plan.segments[0].global_size, 1) / plan.segments[0].global_size,
+            grad_sq=known and known.grad_sq,
+            trace=known and known.trace,
+            loss=loss if math.isfinite(loss) else None,
+            step_s=since.seconds / steps if same and steps and since.seconds > 0 else None,
+        )
+
+    def _report(self, control: Control, seen: Measurement, before: Memory, size: int, start: int) -> None:
+        """Record a decision as an event, and the plan with it."""
+        plan, scale = self._state.plan, seen.noise_scale
+        was, now = (plan.size(multiplied(plan.segments, start, one, plan.granule)) for one in (before.size, size))
+        because = "" if scale is None else f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else (
+            " (noise hides the gradient)"
+        )  # fmt: skip
+        text = f"control={control.name}: the global batch moves from {was} to {now} at sample {start:,}{because}"
+        numbers = {
+            "grad_sq": seen.grad_sq, "trace": seen.trace, "noise_scale": None if scale == math.inf else scale,
+            "loss": seen.loss, "step_s": seen.step_s, "growth": seen.growth,
+        }  # fmt: skip
+        fields = {"controller": control.name, "before": before.size, "size": size, "start_sample": start}
+        self._metrics.note("batch", text, **fields, measured_at=seen.samples, **numbers)
+        if self._run:
+            with suppress(OSError):  # it is written again at the next decision and at the next start
+                write_atomic(self._run.path / "plan.json", to_json(plan) + "\n")
