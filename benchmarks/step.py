@@ -88,6 +88,7 @@ class Loop:
         from isobatch.scaling.plan import Intervals
         from isobatch.trainers.data.loader import Loader
         from isobatch.trainers.data.state import TrainState
+        from isobatch.trainers.loop.control import BatchControl
         from isobatch.trainers.loop.early_stop import EarlyStop
         from isobatch.trainers.loop.fit import Stepper, fit
         from isobatch.trainers.loop.hardware import Hardware

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from isobatch.conf.engines import AnyEngine
 from isobatch.conf.controllers import AnyControl
+from isobatch.conf.engines import AnyEngine
 from isobatch.conf.groups import Cluster, Optimizer
 from isobatch.conf.recipe import Batch, BatchNorm, Data, LearningRate, Model, Task
 from isobatch.conf.trackers import Log

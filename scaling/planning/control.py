@@ -13,6 +13,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.sizes import in_samples
 from isobatch.scaling.rules import make_rule
+from isobatch.scaling.units import Duration
 
 QUANTUM = 8  # samples: sizes that are multiples of it suit GPUs, and micro-batches of few sizes are compiled less often
 
@@ -23,27 +24,28 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
     Raises:
         UserError: another key contradicts the controller, or its bounds can't be met.
     """
-    if isinstance(config.control, NoControl):
+    wanted = config.control
+    if isinstance(wanted, NoControl):
         return plan
     _refuse_contradictions(config)
-    every = lengths.samples("control.every=", config.control.every)
-    most = _size(config, "most")
+    every, most = lengths.samples("control.every=", wanted.every), _size(config, "most")
     if most is None and plan.train_samples is not None:
         most = max(plan.cut.global_size, plan.train_samples // OF_THE_DATA // plan.granule * plan.granule)
     if every is None or most is None:
         return replace(plan, samples=None, schedule=None)
-    own = config.control.model_dump(exclude={"least", "most", "quantum", "every", "prior"})
     control = Control(
         least=_size(config, "least") or plan.cut.global_size,
         most=most,
         quantum=_size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
-        **own,
+        **wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"}),
     )
+    if control.by_noise:
+        _refuse_other_measurements(config, wanted.every)
     _refuse_bounds(plan, control)
     plan = replace(plan, control=control)
-    _refuse_unfit(config, plan)
+    _refuse_unfit(plan, control)
     return plan
 
 
@@ -56,23 +58,26 @@ def _size(config: RunConfig, name: str) -> int | None:
 def _refuse_contradictions(config: RunConfig) -> None:
     """Raise UserError if another key contradicts a controller."""
     name, batch = config.control.name, config.batch
-    schedule = batch.schedule and batch.schedule.kind
     if batch.per_gpu is None:
         problem = f"control={name} moves the global batch, and without batch.per_gpu the micro-batch would grow with it"
         fix = "give batch.per_gpu, the most samples that fit in memory (action=tune measures it), or batch.per_gpu=auto"
         raise UserError(problem, fix, "batch.per_gpu")
-    if schedule not in (None, "doubling"):
+    if batch.schedule and batch.schedule.kind != "doubling":
         problem = f"batch.schedule={batch.schedule} and control={name} both set the batch"
         fix = "leave out one of the two; only batch.schedule=doubling goes together with control"
         raise UserError(problem, fix, "batch.schedule", batch.schedule)
     if config.duration.unit == "st":
         problem = f"duration={config.duration} counts steps, whose number depends on the decisions of control={name}"
         raise UserError(problem, "give the duration in ep, sa or tok", "duration", config.duration)
-    by_noise = name != "bandit" or config.control.lr == "adascale"
-    if config.noise.every is not None and by_noise:
-        problem = f"control={name} measures the noise every control.every={config.control.every}"
+
+
+def _refuse_other_measurements(config: RunConfig, every: Duration) -> None:
+    """Raise UserError if the noise can't be measured from two halves of a step at the controller's interval."""
+    name = config.control.name
+    if config.noise.every is not None:
+        problem = f"control={name} measures the gradient noise itself, at control.every={every}"
         raise UserError(problem, "leave noise.every out", "noise.every", config.noise.every)
-    if config.batchnorm.mode == "sync" and by_noise:
+    if config.batchnorm.mode == "sync":
         problem = (
             f"control={name} measures two halves of a step, of which batchnorm.mode=sync takes statistics, so "
             "measuring changes the run"
@@ -81,13 +86,13 @@ def _refuse_contradictions(config: RunConfig) -> None:
 
 
 def _refuse_bounds(plan: Plan, control: Control) -> None:
-    """Raise UserError if the bounds contradict each other, or sizes between them aren't whole granules."""
+    """Raise UserError if the bounds contradict the first batch, or sizes aren't whole granules."""
     start = plan.cut.global_size
-    if control.least > start or control.most < start:
-        key, size, side = ("least", control.least, "below") if control.least > start else ("most", control.most, "above")
-        problem = f"control.{key}={plan.sized(size)}, but the run starts with a batch of {plan.sized(start)}"
-        fix = f"give at {'most' if key == 'least' else 'least'} {plan.sized(start)}, or another batch.global_size"
-        raise UserError(problem, fix, f"control.{key}", plan.sized(size))
+    for key, side, wrong in (("least", "most", control.least > start), ("most", "least", control.most < start)):
+        if wrong:
+            size, first = plan.sized(getattr(control, key)), plan.sized(start)
+            problem = f"control.{key}={size}, but the run starts with a batch of {first}"
+            raise UserError(problem, f"give at {side} {first}, or another batch.global_size", f"control.{key}", size)
     for key in ("least", "most", "quantum"):
         size = getattr(control, key)
         if size % plan.granule:
@@ -96,10 +101,8 @@ def _refuse_bounds(plan: Plan, control: Control) -> None:
             raise UserError(problem, f"nearest: {plan.sized(near)}", f"control.{key}", plan.sized(size))
 
 
-def _refuse_unfit(config: RunConfig, plan: Plan) -> None:
+def _refuse_unfit(plan: Plan, control: Control) -> None:
     """Raise UserError if the smallest or the largest batch can't be dealt, has no recipe, or can't be measured."""
-    control = plan.control
-    assert control
     for key in ("least", "most"):
         size = getattr(control, key)
         try:
@@ -107,6 +110,6 @@ def _refuse_unfit(config: RunConfig, plan: Plan) -> None:
         except UserError as error:
             raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", error.fix, f"control.{key}") from None
         if control.by_noise and not all(plan.halves(stage.cut) for stage in (plan.stages[0], *stages)):
-            problem = f"control={control.name} compares two halves of a step, and one of {plan.size(size)} can't be halved"
-            way = "two micro-batches, so a smaller batch.per_gpu" if plan.numerics == "bitwise" else f"{2 * plan.granule} samples"
-            raise UserError(problem, f"the smallest batch needs {way}", f"control.{key}", plan.sized(size))
+            problem = f"control={control.name} measures two halves of a step, and {plan.size(size)} can't be halved"
+            fix = "give a smaller batch.per_gpu" if plan.numerics == "bitwise" else "give a larger one"
+            raise UserError(problem, fix, f"control.{key}", plan.sized(size))

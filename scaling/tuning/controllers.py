@@ -95,7 +95,9 @@ def norm_test(control: Control, memory: Memory, seen: Measurement) -> float:
     It never shrinks. With η = 1 the batch stops near φ. The published η of 0.05 to 0.3 lead to 11 to 400 × φ.
     Source: Byrd et al. 2012; Lau et al. 2024, arXiv:2412.21124, who measure tr Σ between workers.
     """
-    assert control.eta and seen.grad_sq is not None and seen.trace is not None
+    assert control.eta
+    assert seen.grad_sq is not None
+    assert seen.trace is not None
     noisy = seen.trace / memory.size > control.eta**2 * max(0.0, seen.grad_sq)
     return memory.size * (2.0 if noisy else 1.0)
 
@@ -106,7 +108,8 @@ def noise(control: Control, memory: Memory, seen: Measurement) -> float:
     φ isn't the critical batch, and can be far from it (Merrill et al. 2025).
     Source: McCandlish et al. 2018, arXiv:1812.06162.
     """
-    assert control.factor and seen.noise_scale is not None
+    assert control.factor
+    assert seen.noise_scale is not None
     return control.factor * seen.noise_scale
 
 
@@ -115,7 +118,8 @@ def variance(control: Control, memory: Memory, seen: Measurement) -> float:
 
     How far it grows depends on the number of measurements, so α belongs to one ``every``. It never shrinks.
     """
-    assert control.alpha and seen.noise_scale is not None
+    assert control.alpha
+    assert seen.noise_scale is not None
     return min(memory.exact, MOST_CHANGE * memory.size) + control.alpha * seen.noise_scale
 
 
@@ -209,9 +213,15 @@ def measurement_of(line: Mapping[str, Any]) -> Measurement | None:
     """Return the measurement in a line of ``metrics.jsonl``, or None if it holds none."""
     if f"{PREFIX}size" not in line:
         return None
-    own = {name: line[f"{PREFIX}{name}"] for name in ("growth", "loss", "step_s")}
-    noise = {name: line.get(f"noise/{name}") for name in ("grad_sq", "trace")}
-    return Measurement(line["samples"], line["global_size"], **own, **noise)
+    return Measurement(
+        samples=line["samples"],
+        global_size=line["global_size"],
+        growth=line[f"{PREFIX}growth"],
+        grad_sq=line.get("noise/grad_sq"),
+        trace=line.get("noise/trace"),
+        loss=line[f"{PREFIX}loss"],
+        step_s=line[f"{PREFIX}step_s"],
+    )
 
 
 def replay(control: Control, size: int, lines: Iterable[Mapping[str, Any]], samples: int) -> list[tuple[int, int]]:

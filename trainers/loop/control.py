@@ -40,7 +40,8 @@ class BatchControl:
         The state's averages and tally have to include the step.
         """
         state, control = self._state, self._state.plan.control
-        assert control and state.control
+        assert control
+        assert state.control
         start = step.stop + control.every
         seen, before = self._measurement(step, start), state.control
         assert state.plan.samples
@@ -59,7 +60,7 @@ class BatchControl:
     def _measurement(self, step: Step, start: int) -> Measurement:
         """Return the numbers of a measured step whose decision would take effect at ``start``."""
         plan, noise, since = self._state.plan, self._state.noise, self._state.tally.controlled or Interval()
-        known = noise if noise and noise.count and plan.control and plan.control.by_noise else None
+        known = noise is not None and noise.count > 0 and plan.control is not None and plan.control.by_noise
         steps, rest = divmod(since.samples, step.cut.global_size)
         same = rest == 0 and plan.stage_at(step.stop - since.samples).cut == step.cut
         loss = since.mean_loss
@@ -67,8 +68,8 @@ class BatchControl:
             samples=step.stop,
             global_size=step.cut.global_size,
             growth=multiplied(plan.segments, start, plan.segments[0].global_size, 1) / plan.segments[0].global_size,
-            grad_sq=known and known.grad_sq,
-            trace=known and known.trace,
+            grad_sq=noise.grad_sq if noise and known else None,
+            trace=noise.trace if noise and known else None,
             loss=loss if math.isfinite(loss) else None,
             step_s=since.seconds / steps if same and steps and since.seconds > 0 else None,
         )
@@ -77,9 +78,9 @@ class BatchControl:
         """Record a decision as an event, and the plan with it."""
         plan, scale = self._state.plan, seen.noise_scale
         was, now = (plan.size(multiplied(plan.segments, start, one, plan.granule)) for one in (before.size, size))
-        because = "" if scale is None else f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else (
-            " (noise hides the gradient)"
-        )  # fmt: skip
+        because = ""
+        if scale is not None:
+            because = f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else " (it is all noise)"
         text = f"control={control.name}: the global batch moves from {was} to {now} at sample {start:,}{because}"
         numbers = {
             "grad_sq": seen.grad_sq, "trace": seen.trace, "noise_scale": None if scale == math.inf else scale,
