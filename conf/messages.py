@@ -185,7 +185,7 @@ def unknown_key(key: str, place: Place | None = None, value: Any = None) -> User
 
     leaves = [other for other in known if other not in sections()]
     best = max(map(likeness, leaves))
-    near = [other for other in leaves if likeness(other) > best - 0.02][:3] if best > 0.7 else []
+    near = [other for other in leaves if likeness(other) > best - 0.02][:4] if best > 0.7 else []
     if len(near) == 1 and near[0].endswith(f".{last}"):
         near = [_with_value(near[0], value)]
     if hint := our_key(key, value) or _by_its_last_part(key, value, known) or " or ".join(near):

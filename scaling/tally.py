@@ -37,7 +37,7 @@ class Interval:
         counts = (self.samples, self.units, self.seconds, self.waited_s)
         sums = (number for pair in (self.loss, *self.measures.values()) for number in pair)
         if min(counts) < 0 or not (all(map(math.isfinite, counts)) and all(map(math.isfinite, sums))):
-            raise ValueError(f"{self} isn't a valid interval")
+            raise ValueError(f"{self} isn't a valid interval of a tally")
 
     def after(
         self, samples: int, units: float, loss: float, measures: Mapping[str, Pair], seconds: float, waited_s: float

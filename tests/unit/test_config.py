@@ -241,7 +241,7 @@ REJECTED = [
     # keys
     ("batch.globl_size=3", "batch.globl_size", ["batch.global_size"]),
     ("global_size=3", "global_size", ["batch.global_size"]),
-    ("every=3ep", "every", ["checkpoint.every", "evaluate.every", "log.every"]),
+    ("every=3ep", "every", ["checkpoint.every", "control.every", "evaluate.every", "log.every"]),
     ("+foo=3", "foo", []),
     ("foo.bar=3", "foo.bar", []),
     ("foo/bar=3", "foo/bar", []),

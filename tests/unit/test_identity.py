@@ -146,12 +146,18 @@ NEED_ANOTHER_KEY = {
     "model.args", "data.args", "data.val_args", "data.local", "lr.power", "lr.noise_scale", "batchnorm.ghost_size",
     "output", "cluster.rendezvous", "log.args",
 }  # fmt: skip
+CONTROL_SCIENCE: dict[str, Any] = {  # of each controller that has the key, another value than its default
+    "least": 16, "most": 512, "quantum": 16, "every": "1%", "patience": 3, "lr": "hold", "eta": 0.5, "factor": 2.0,
+    "alpha": 0.5, "half_speed": 256.0, "per": "second", "prior": "runs/digits-0123456789ab",
+}  # fmt: skip
 OPTIMIZERS = [name for name in choices_of("optimizer") if name not in ("auto", "custom")]
 OPTIMIZER_KEYS = {f"optimizer.{name}" for choice in OPTIMIZERS for name in optimizer_yaml(choice)}
 TESTED_ELSEWHERE = {
     *(f"cluster.{name}" for name in SLURM_KEYS),
     *NEED_ANOTHER_KEY,
     *OPTIMIZER_KEYS,
+    *(f"control.{name}" for name in CONTROL_SCIENCE),
+    "control.name",
     *("engine.shard", "engine.param_dtype", "engine.reduce_dtype", "engine.offload", "engine.stage"),
     *("optimizer._target_", "engine.name", "cluster.name", "optimizer.usual.lr", "optimizer.usual.batch"),
 }
@@ -172,6 +178,15 @@ def test_every_key_is_tested() -> None:
 @pytest.fixture(scope="module")
 def default() -> RunConfig:
     return compose([])
+
+
+@pytest.mark.parametrize("choice", choices_of("control"))
+def test_the_controller_and_its_keys_are_science(default: RunConfig, choice: str) -> None:
+    chosen = compose([f"control={choice}"])
+    assert (identity(chosen) == identity(default)) == (choice == "none")
+    own = type(chosen.control).model_fields.keys() - {"name"}
+    others = [changed(chosen, f"control.{name}", CONTROL_SCIENCE[name]) for name in own]
+    assert len({identity(config) for config in (chosen, *others)}) == 1 + len(own)
 
 
 def test_a_run_on_slurm_is_the_same_run(default: RunConfig) -> None:

@@ -127,6 +127,9 @@ def test_the_tally_leaves_out_what_isnt_finite() -> None:
     assert all(math.isnan(tally.values()[name]) for name in ("loss", "train/b"))
     assert tally.units == 8.0
     assert tally.after(4, 8.0, 4.0, {"a": (3.0, 1.0)}, 1.0, 0.0).values()["loss"] == 0.5
-    for bad in ({"time_s": -1.0}, {"units": nan}, {"interval": Interval(measures={"a": (nan, 1.0)})}):
+    for bad in ({"time_s": -1.0}, {"units": nan}):
         with pytest.raises(ValueError, match="valid"):
-            Tally(**bad)  # type: ignore[arg-type]
+            Tally(**bad)
+    for wrong in ({"samples": -1}, {"loss": (inf, 1.0)}, {"measures": {"a": (nan, 1.0)}}):
+        with pytest.raises(ValueError, match="valid"):
+            Interval(**wrong)  # type: ignore[arg-type]

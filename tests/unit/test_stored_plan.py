@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
+from isobatch.scaling.control import Control
 from isobatch.scaling.plan import EnginePlacement, Intervals, Plan
 from isobatch.scaling.planning.capabilities import ABILITIES
 from isobatch.scaling.report.plan_json import from_json, to_json
@@ -29,6 +30,8 @@ FULL = replace(
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
     engine=EnginePlacement(NAME, STAGE, ABLE.shards, ABLE.offloads),
+    control=Control("goodput", 16, 64, 8, 100, 2, "adascale", 0.5, 1.0, 1.5, 0.1, 256.0, "second"),
+    decisions=(Segment(300, 32, Rule("noise", 0.75, 100.0, True, ("betas",))),),
     intervals=Intervals(10, 20, 30, 40, keep=50, noise_parts=2),
 )
 ASKED = ("world", "per_gpu", "accumulation")
@@ -98,6 +101,7 @@ def test_the_tested_plan_has_a_value_in_every_field() -> None:
         Rule,
         EnginePlacement,
         Intervals,
+        Control,
         type(FULL.base),
         type(FULL.schedule),
         type(FULL.optimizer),
