@@ -1,0 +1,57 @@
+"""Move the batch by measurement: the same decisions on any cut, after a resume, and from the metrics alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.report.plan_json import from_json
+from isobatch.scaling.tuning.controllers import replay
+from tests.support.harness import ADAM_ROUNDING, Run, Runs, distance
+
+TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "task.args.dropout=0.1", "optimizer=adamw",
+        "lr.peak=0.002", "batch.global_size=16", "duration=4000sa", "log.every=7st", "evaluate.every=null")  # fmt: skip
+CONTROL = ("control.every=2%", "control.quantum=4", "batch.per_gpu=8", "ema=200sa")
+BY = {
+    "norm-test": ("control=norm-test", "control.most=128"),
+    "noise": ("control=noise", "control.most=128", "control.lr=adascale"),
+    "variance": ("control=variance", "control.most=100", "control.alpha=0.02", "control.lr=hold"),
+    "goodput": ("control=goodput", "control.most=128", "control.half_speed=64", "lr.rule=sde"),
+}
+
+
+def plan_of(run: Run) -> Plan:
+    return from_json((run.run.path / "plan.json").read_text())
+
+
+def decisions(run: Run) -> list[tuple[int, int]]:
+    return [(one.start_sample, one.global_size) for one in plan_of(run).decisions]
+
+
+def replayed(run: Run) -> list[tuple[int, int]]:
+    plan = plan_of(run)
+    assert plan.control
+    assert plan.samples
+    return replay(plan.control, plan.cut.global_size, run.metrics(), plan.samples)
+
+
+@pytest.mark.parametrize("name", BY)
+def test_the_course_is_the_same_on_any_cut_and_after_a_resume(runs: Runs, name: str) -> None:
+    """Also with samples that are fetched ahead, whose plan changes while they wait."""
+    whole = runs(1, *TASK, *CONTROL, *BY[name])
+    assert whole.ends[0]["state"] == "finished", whole.log()
+    found = decisions(whole)
+    assert len(found) >= 2
+    assert replayed(whole) == found
+    events = [event for event in whole.events() if event["event"] == "batch"]
+    assert [(event["start_sample"], event["size"]) for event in events] == found
+    sizes = {line["global_size"] for line in whole.metrics() if "loss" in line}
+    assert sizes == {16, *(size for _, size in found)}
+
+    cut = runs(3, *TASK, *CONTROL, *BY[name], "batch.per_gpu=5", "data.workers=2", stop_at=40)
+    assert {end["state"] for end in cut.ends} == {"stopped"}
+    cut = runs(2, *TASK, *CONTROL, *BY[name], "engine=fsdp", resume=cut)
+    assert cut.ends[0]["state"] == "finished", cut.log()
+    assert decisions(cut) == found
+    assert replayed(cut) == found
+    assert distance(cut.weights(), whole.weights()) < ADAM_ROUNDING
