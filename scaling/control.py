@@ -5,13 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from isobatch.scaling.limits import Number, Positive, Size
+from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
 
 Kind = Literal["norm-test", "noise", "variance", "goodput", "bandit"]
 LrMode = Literal["rule", "hold", "adascale"]
+AT_THE_LIMIT = Rule("linear")  # where the batch can't grow further, the LR decays (Smith et al. 2018, arXiv:1711.00489)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Control:
         half_speed: the global batch at which the hardware reaches half of its highest speed, of goodput and bandit;
             None: measured by the clock.
         per: what bandit saves: samples or seconds.
+        limit: the largest global batch of a schedule that multiplies the chosen one; None without one.
     """
 
     name: Kind
@@ -44,6 +47,7 @@ class Control:
     alpha: Positive | None = None
     half_speed: Positive | None = None
     per: Literal["sample", "second"] | None = None
+    limit: Size | None = None
 
     def __post_init__(self) -> None:
         if self.least > self.most:
@@ -69,32 +73,37 @@ class Control:
         return min(self.most, max(self.least, round(size / self.quantum) * self.quantum))
 
 
-def course_of(
-    segments: Sequence[Segment], decisions: Sequence[Segment], granule: int
-) -> list[tuple[Segment, Segment | None]]:
-    """Return the segments as decided so far, each with the decision in force, if any.
+class Part(NamedTuple):
+    """Describe a part of a run's course: a segment, and the moves from the first segment's recipe to its own."""
+
+    segment: Segment
+    moves: tuple[tuple[Rule, int], ...]
+
+
+def course_of(segments: Sequence[Segment], decisions: Sequence[Segment], granule: int, limit: int | None) -> list[Part]:
+    """Return the parts of a run, as decided so far.
 
     Args:
         segments: as asked for: a single one, or those of a schedule that doubles the batch.
         decisions: segments with the batches that the controller chose. Where the schedule multiplies the first batch by
-            a factor, it multiplies a chosen batch by the same factor.
+            a factor, it multiplies a chosen batch by the same factor, up to ``limit``.
         granule: samples that must not be split.
     """
     if not decisions:
-        return [(segment, None) for segment in segments]
-    found: list[tuple[Segment, Segment | None]] = []
+        return [Part(segment, ((segment.rule, segment.global_size),)) for segment in segments]
+    found: list[Part] = []
     for start in sorted({one.start_sample for one in (*segments, *decisions)}):
         segment = _at(segments, start)
-        decision = _at(decisions, start) if start >= decisions[0].start_sample else None
-        if decision:
-            size = multiplied(segments, start, decision.global_size, granule)
-            segment = Segment(start, size, segment.rule)
-        found.append((segment, decision))
+        chosen = _at(decisions, start) if start >= decisions[0].start_sample else segments[0]
+        whole = multiplied(segments, start, chosen.global_size, granule)
+        size = min(whole, limit or whole)
+        moves = (chosen.rule, chosen.global_size), (segment.rule, whole), (AT_THE_LIMIT, size)
+        found.append(Part(Segment(start, size, segment.rule), moves[chosen is segments[0] :]))
     return found
 
 
 def multiplied(segments: Sequence[Segment], sample: int, size: int, granule: int) -> int:
-    """Return the global batch at ``sample`` if the controller chooses ``size``: a schedule may multiply it."""
+    """Return the global batch at ``sample`` that a schedule makes of a chosen batch of ``size`` samples."""
     growth = _at(segments, sample).global_size / segments[0].global_size
     return max(1, round(size * growth / granule)) * granule
 

@@ -194,9 +194,9 @@ class Plan:
     def stages(self) -> list[Stage]:
         """Return the stages: each segment starts at the first step boundary at or after its start."""
         stages: list[Stage] = []
-        course = course_of(self.segments, self.decisions, self.granule)
+        course = course_of(self.segments, self.decisions, self.granule, self.control and self.control.limit)
         begins = boundaries([(segment.start_sample, segment.global_size) for segment, _ in course])
-        for (segment, decision), (start, first_step) in zip(course, begins, strict=True):
+        for (segment, moves), (start, first_step) in zip(course, begins, strict=True):
             cut = solve(
                 self.world,
                 global_size=segment.global_size,
@@ -207,7 +207,7 @@ class Plan:
                 bitwise=self.numerics == "bitwise",
             )
             self._refuse_empty_passes(cut)
-            stage = Stage(start, first_step, cut, self._carried(segment, decision, stages))
+            stage = Stage(start, first_step, cut, self._carried(segment, moves, stages))
             if stages and start == stages[-1].start:
                 stages.pop()  # the previous stage has no step
             if not stages or self.samples is None or start < self.samples:
@@ -222,12 +222,12 @@ class Plan:
             fix = "use a larger batch.global_size, fewer ranks or passes, or batchnorm.mode=ghost"
             raise UserError(problem, fix, "batchnorm.mode", "sync")
 
-    def _carried(self, segment: Segment, decision: Segment | None, before: list[Stage]) -> Recipe:
+    def _carried(self, segment: Segment, moves: tuple[tuple[Rule, int], ...], before: list[Stage]) -> Recipe:
         recipe, batch = (before[0].peak, before[0].cut.global_size) if before else (self.base, self.base_batch)
         try:
-            if decision:
-                recipe, batch = decision.rule.apply(recipe, batch, decision.global_size), decision.global_size
-            return segment.rule.apply(recipe, batch, segment.global_size)
+            for rule, size in moves:
+                recipe, batch = rule.apply(recipe, batch, size), size
+            return recipe
         except OutOfRange as error:
             use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
             problem = f"a global batch of {self.size(segment.global_size)}: {error}"

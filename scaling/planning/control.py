@@ -11,7 +11,7 @@ from isobatch.scaling.control import Control
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
-from isobatch.scaling.planning.sizes import in_samples
+from isobatch.scaling.planning.sizes import in_samples, largest_for_decay
 from isobatch.scaling.rules import make_rule
 from isobatch.scaling.units import Duration
 
@@ -39,6 +39,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         quantum=_size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
+        limit=largest_for_decay(config, plan.train_samples) if config.batch.schedule else None,
         **wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"}),
     )
     if control.by_noise:

@@ -7,7 +7,7 @@ from functools import partial
 
 from isobatch.conf.identity import identity
 from isobatch.conf.schema import RunConfig
-from isobatch.scaling.batch_schedule import OF_THE_DATA, in_place_of_decay, segments_for
+from isobatch.scaling.batch_schedule import in_place_of_decay, segments_for
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import counted
 from isobatch.scaling.plan import Choice, Plan
@@ -16,7 +16,14 @@ from isobatch.scaling.planning.capabilities import check_engine, placement
 from isobatch.scaling.planning.control import controlled
 from isobatch.scaling.planning.engine_config import check_engine_config
 from isobatch.scaling.planning.lengths import Lengths, intervals_of, schedule_of
-from isobatch.scaling.planning.sizes import Sizes, asked, evaluation_batch, first_sizes, in_samples
+from isobatch.scaling.planning.sizes import (
+    Sizes,
+    asked,
+    evaluation_batch,
+    first_sizes,
+    in_samples,
+    largest_for_decay,
+)
 from isobatch.scaling.schedule import Schedule, Segment
 
 
@@ -96,7 +103,7 @@ def _scheduled(config: RunConfig, plan: Plan, lengths: Lengths, tuned_lr: float 
     wanted, first = config.batch.schedule, plan.segments[0]
     segments, schedule = lengths.segments, schedule_of(config.lr, lengths, plan, tuned_lr)
     if wanted and wanted.for_decay:
-        segments = _segments_for_decay(config, first, plan.train_samples, schedule)
+        segments = _segments_for_decay(config, first, largest_for_decay(config, plan.train_samples), schedule)
         if segments and schedule:
             schedule = replace(schedule, held_until=segments[-1].start_sample)
     if segments is None:  # without segments, the steps aren't known either
@@ -133,17 +140,11 @@ def _segments(config: RunConfig, first: Segment, lengths: Lengths) -> tuple[Segm
 
 
 def _segments_for_decay(
-    config: RunConfig, first: Segment, train_samples: int | None, schedule: Schedule | None
+    config: RunConfig, first: Segment, most: int | None, schedule: Schedule | None
 ) -> tuple[Segment, ...] | None:
-    """Return the segments of a schedule that grows the batch instead of decaying the LR.
-
-    Without ``to``, the batch grows up to a tenth of the data.
-    """
+    """Return the segments of a schedule that grows the batch, up to ``most``, instead of decaying the LR."""
     wanted = config.batch.schedule
     assert wanted
-    most = None if train_samples is None else train_samples // OF_THE_DATA
-    if wanted.last is not None:
-        most = in_samples(config, f"batch.schedule={wanted}: ", wanted.last)
     return None if schedule is None or most is None else in_place_of_decay(wanted, first, most, schedule)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from isobatch.conf.identity import global_size_was_given
 from isobatch.conf.schema import RunConfig
+from isobatch.scaling.batch_schedule import OF_THE_DATA
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import solve
 from isobatch.scaling.plan import Plan
@@ -96,6 +97,18 @@ def in_samples(config: RunConfig, label: str, size: int) -> int:
         label: text before the size in an error, starting with its key: ``lr.base_batch=``.
     """
     return (_whole(config, label, size) or 0) // size_of_a_sample(config)
+
+
+def largest_for_decay(config: RunConfig, train_samples: int | None) -> int | None:
+    """Return the largest batch, in samples, of a schedule that grows the batch instead of decaying the LR.
+
+    That is its ``to``, else a tenth of the data; None if that isn't known yet.
+    """
+    wanted = config.batch.schedule
+    assert wanted
+    if wanted.last is not None:
+        return in_samples(config, f"batch.schedule={wanted}: ", wanted.last)
+    return None if train_samples is None else train_samples // OF_THE_DATA
 
 
 def evaluation_batch(config: RunConfig, plan: Plan, limit: int | None = None) -> int:

@@ -170,11 +170,11 @@ CONTROLLERS = {
 }
 
 
-def observed(control: Control, memory: Memory, seen: Measurement, most: int) -> Memory:
+def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> Memory:
     """Return the memory after one more measurement; its ``size`` is the decision.
 
     Args:
-        most: the largest batch, in samples, that the rest of the run holds; a decision above it isn't taken.
+        rest: samples of the run from where the decision would take effect. It isn't taken if a step is longer.
     """
     memory = replace(memory, count=memory.count + 1, timed=_timed(memory.timed, seen))
     if memory.count < FEWEST:
@@ -186,7 +186,8 @@ def observed(control: Control, memory: Memory, seen: Measurement, most: int) -> 
     smaller = memory.smaller + 1 if change <= 1 / LEAST_CHANGE else 0
     memory = replace(memory, exact=exact, larger=larger, smaller=smaller)
     size = control.allowed(exact)
-    if max(larger, smaller) < control.patience or size == memory.size or size > most:
+    step = min(size * seen.growth, control.limit or math.inf)
+    if max(larger, smaller) < control.patience or size == memory.size or step > rest:
         return memory
     return replace(memory, size=size, larger=0, smaller=0)
 
@@ -235,7 +236,7 @@ def replay(control: Control, size: int, lines: Iterable[Mapping[str, Any]], samp
     memory, found = first_memory(size), []
     for seen in filter(None, map(measurement_of, lines)):
         start = seen.samples + control.every
-        after = observed(control, memory, seen, int((samples - start) / seen.growth))
+        after = observed(control, memory, seen, samples - start)
         if after.size != memory.size:
             found.append((start, after.size))
         memory = after

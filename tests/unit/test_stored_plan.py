@@ -30,7 +30,7 @@ FULL = replace(
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
     engine=EnginePlacement(NAME, STAGE, ABLE.shards, ABLE.offloads),
-    control=Control("goodput", 16, 64, 8, 100, 2, "adascale", 0.5, 1.0, 1.5, 0.1, 256.0, "second"),
+    control=Control("goodput", 16, 64, 8, 100, 2, "adascale", 0.5, 1.0, 1.5, 0.1, 256.0, "second", 4000),
     decisions=(Segment(300, 32, Rule("noise", 0.75, 100.0, True, ("betas",))),),
     intervals=Intervals(10, 20, 30, 40, keep=50, noise_parts=2),
 )

@@ -45,8 +45,7 @@ class BatchControl:
         start = step.stop + control.every
         seen, before = self._measurement(step, start), state.control
         assert state.plan.samples
-        room = int((state.plan.samples - start) / seen.growth)
-        state.control = controllers.observed(control, before, seen, room)
+        state.control = controllers.observed(control, before, seen, state.plan.samples - start)
         state.tally = state.tally.measured()
         scale = seen.noise_scale
         if scale is not None:
