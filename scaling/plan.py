@@ -194,7 +194,8 @@ class Plan:
     def stages(self) -> list[Stage]:
         """Return the stages: each segment starts at the first step boundary at or after its start."""
         stages: list[Stage] = []
-        course = course_of(self.segments, self.decisions, self.granule, self.control and self.control.limit)
+        limit = self.control.limit if self.control else None
+        course = course_of(self.segments, self.decisions, self.granule, limit)
         begins = boundaries([(segment.start_sample, segment.global_size) for segment, _ in course])
         for (segment, moves), (start, first_step) in zip(course, begins, strict=True):
             cut = solve(

@@ -220,7 +220,10 @@ def loop(attempt: Attempt, opened: Opened, ready: Ready, early: EarlyStop) -> bo
     monitor.after_a_step = partial(announce_failed, ready.looked, attempt.ours)
     try:
         with watch.tracking(lambda: state.reached):
-            return fit(state, stepper, monitor, saver, evaluation, early)
+            done = fit(state, stepper, monitor, saver, evaluation, early)
+            if done:
+                control.finished()
+            return done
     finally:
         watch.unguard()
         loader.close()

@@ -8,11 +8,14 @@ from itertools import pairwise
 from isobatch.scaling.families import FAMILIES
 from isobatch.scaling.geometry import counted, nearest_even
 from isobatch.scaling.plan import Plan
+from isobatch.scaling.rules import Rule
+from isobatch.scaling.schedule import Segment
 
 FAR = 4  # a batch this many times outside the usual range is warned about
 IDLE = 0.05  # share of the work that may idle without a warning
 FEW = 5  # steps of the shortest warmup without a warning
 SHORT = 0.5  # a beta below this, after scaling by a rule, is warned about
+SIMPLER = 1.5  # stages of a suggested schedule differ by this factor at least
 SCALED, LARGE = 4, 4096  # × the tuned batch, or samples: a missing warmup is warned about from either on
 
 
@@ -39,7 +42,7 @@ def lr_jump(before: Plan, after: Plan, sample: int) -> str | None:
 
 
 def _rule(plan: Plan) -> str | None:
-    claims = [segment for segment in plan.segments if segment.rule.law.beyond]
+    claims = [segment for segment in _reachable(plan) if segment.rule.law.beyond]
     if plan.base_source == "peak" or not claims:
         return None
     largest = max(claims, key=lambda segment: segment.global_size)
@@ -52,6 +55,14 @@ def _rule(plan: Plan) -> str | None:
         f"{batch / base:,.6g} × that of the base LR (tested to {kappa}{law.batch_tested:g} samples: {law.beyond}); "
         "tune the LR at this batch and give it as lr.peak"
     )
+
+
+def _reachable(plan: Plan) -> list[Segment]:
+    """Return the segments of the plan, with the largest that its controller may choose."""
+    if plan.control is None:
+        return list(plan.segments)
+    rule = plan.segments[0].rule if plan.control.lr == "rule" else Rule("none")
+    return [*plan.segments, Segment(plan.control.every, plan.control.most, rule)]
 
 
 def _warmup(plan: Plan) -> str | None:
@@ -116,7 +127,7 @@ def _idle(plan: Plan) -> str | None:
 
 
 def _wraps(plan: Plan) -> str | None:
-    largest = max(segment.global_size for segment in plan.segments)
+    largest = max(segment.global_size for segment in _reachable(plan))
     if plan.train_samples is None or largest <= plan.train_samples:
         return None
     return (
@@ -134,7 +145,7 @@ def _family(plan: Plan) -> str | None:
     known = plan.base_source == "tuned"  # batches near a tuned one are fine
     sizes = [
         segment.global_size * (per_sample or 1)
-        for segment in plan.segments
+        for segment in _reachable(plan)
         if not (known and plan.base_batch / FAR <= segment.global_size <= plan.base_batch * FAR)
     ]
     if not sizes:
@@ -145,6 +156,35 @@ def _family(plan: Plan) -> str | None:
     return (
         f"a global batch of {counted(far[0], unit)} is far from the usual range for "
         f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
+    )
+
+
+def after_control(plan: Plan) -> str | None:
+    """Return whether a schedule or a fixed batch would have done what the controller did; None if neither would.
+
+    A course that only grew, with the LR by the rule or held, is that of ``batch.schedule`` with the same stages.
+    """
+    control, sizes = plan.control, [stage.cut.global_size for stage in plan.stages]
+    if control is None or plan.samples is None or control.lr == "adascale" or len(plan.segments) > 1:
+        return None
+    if len(sizes) == 1:
+        return (
+            f"control={control.name} kept the batch at {plan.size(sizes[0])}: the same batch without control does the "
+            "same, and measures nothing"
+        )
+    if sizes != sorted(sizes):
+        return None
+    kept = [plan.stages[0]]
+    for stage in plan.stages[1:]:
+        if stage is plan.stages[-1] or stage.cut.global_size >= SIMPLER * kept[-1].cut.global_size:
+            kept.append(stage)
+    exact = "the same" if len(kept) == len(sizes) else "nearly the same"
+    words = [f"{stage.start}sa:{plan.sized(stage.cut.global_size)}" for stage in kept]
+    hold = ["lr:hold"] if control.lr == "hold" else []
+    text = " ".join(words + hold)
+    return (
+        f"control={control.name} only let the batch grow, so a schedule would have done as well: "
+        f'batch.schedule="{text}" is {exact} course without measurements'
     )
 
 

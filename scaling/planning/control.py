@@ -29,8 +29,10 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         return plan
     _refuse_contradictions(config)
     every, most = lengths.samples("control.every=", wanted.every), _size(config, "most")
+    limit = largest_for_decay(config, plan.train_samples) if config.batch.schedule else None
     if most is None and plan.train_samples is not None:
-        most = max(plan.cut.global_size, plan.train_samples // OF_THE_DATA // plan.granule * plan.granule)
+        tenth = min(plan.train_samples // OF_THE_DATA, limit or plan.train_samples)
+        most = max(plan.cut.global_size, tenth // plan.granule * plan.granule)
     if every is None or most is None:
         return replace(plan, samples=None, schedule=None)
     control = Control(
@@ -39,7 +41,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         quantum=_size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
-        limit=largest_for_decay(config, plan.train_samples) if config.batch.schedule else None,
+        limit=limit,
         **wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"}),
     )
     if control.by_noise:
@@ -94,6 +96,13 @@ def _refuse_bounds(plan: Plan, control: Control) -> None:
             size, first = plan.sized(getattr(control, key)), plan.sized(start)
             problem = f"control.{key}={size}, but the run starts with a batch of {first}"
             raise UserError(problem, f"give at {side} {first}, or another batch.global_size", f"control.{key}", size)
+    if control.limit and control.most > control.limit:
+        problem = (
+            f"control.most={plan.sized(control.most)} is above {plan.sized(control.limit)}, up to which "
+            "batch.schedule=doubling multiplies the batch"
+        )
+        fix = f'give a smaller one, or batch.schedule="doubling to:{plan.sized(2 * control.most)}"'
+        raise UserError(problem, fix, "control.most", plan.sized(control.most))
     for key in ("least", "most", "quantum"):
         size = getattr(control, key)
         if size % plan.granule:

@@ -11,6 +11,7 @@ from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.control import Control, multiplied
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Step, crossed
+from isobatch.scaling.planning.advice import after_control
 from isobatch.scaling.report.plan_json import to_json
 from isobatch.scaling.tally import Interval
 from isobatch.scaling.tuning import controllers
@@ -55,6 +56,11 @@ class BatchControl:
             state.plan = state.plan.decide(start, *agreed)
             self._report(control, seen, before, agreed[0], start)
         return controllers.values(seen, state.control)
+
+    def finished(self) -> None:
+        """Say, at the end of the run, whether a schedule would have done as well."""
+        if advice := after_control(self._state.plan):
+            self._metrics.note("advice", advice)
 
     def _measurement(self, step: Step, start: int) -> Measurement:
         """Return the numbers of a measured step whose decision would take effect at ``start``."""
